@@ -1,0 +1,67 @@
+"""A group: the rollouts of one problem at one step, as token ids. Everything the engine computes starts here."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from gradstore.errors import RequestError
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Group:
+    """The rollouts of one problem.
+
+    Raises RequestError when made without rollouts, with a non-finite reward, or with counts that do not agree.
+    """
+
+    problem_id: str
+    prompt_ids: np.ndarray
+    """Token ids of the prompt, int64 [prompt tokens], at least one."""
+    responses: Sequence[np.ndarray]
+    """Token ids of each response, int64 [response tokens]; an empty response counts in the baseline only."""
+    rewards: np.ndarray
+    """One finite reward per response, float64 [responses]."""
+    logprobs: Sequence[np.ndarray] | None = None
+    """Behaviour log-probability of each response token, float32 [response tokens] each; None when not recorded."""
+
+    def __post_init__(self) -> None:
+        name = f"problem {self.problem_id!r}"
+        if not len(self.responses):
+            raise RequestError(f"{name}: an empty group, expected at least one rollout")
+        if not len(self.prompt_ids):
+            raise RequestError(f"{name}: the prompt has no tokens")
+        if len(self.rewards) != len(self.responses):
+            raise RequestError(f"{name}: {len(self.responses)} responses but {len(self.rewards)} rewards")
+        if not np.isfinite(self.rewards).all():
+            j = int(np.flatnonzero(~np.isfinite(self.rewards))[0])
+            raise RequestError(f"{name}: reward of rollout {j} is {self.rewards[j]}, expected a finite number")
+        if self.logprobs is None:
+            return
+        if len(self.logprobs) != len(self.responses):
+            raise RequestError(
+                f"{name}: {len(self.responses)} responses but {len(self.logprobs)} lists of log-probabilities"
+            )
+        for j, (response, logprobs) in enumerate(zip(self.responses, self.logprobs, strict=True)):
+            if len(response) != len(logprobs):
+                raise RequestError(
+                    f"{name}: rollout {j} has {len(response)} tokens but {len(logprobs)} log-probabilities"
+                )
+
+    @property
+    def pass_rate(self) -> float:
+        """Mean reward when every reward lies in [0, 1]; otherwise the share of rewards above 0."""
+        rewards = self.rewards
+        if rewards.min() >= 0 and rewards.max() <= 1:
+            return float(rewards.mean())
+        return float((rewards > 0).mean())
+
+    @property
+    def has_signal(self) -> bool:
+        """False when all rewards are equal: every advantage, and so the gradient, is zero."""
+        return bool(self.rewards.max() > self.rewards.min())
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of the longest sequence, prompt and response together: the width of the group when padded."""
+        return len(self.prompt_ids) + max(len(response) for response in self.responses)
