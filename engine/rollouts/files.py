@@ -1,0 +1,280 @@
+"""Files of rows, read twice: once from start to end to check them, then any row again by its place.
+
+A place is two integers, so that an index of millions of rows stays small: byte offset and length in JSON Lines and in
+a JSON list, row number (and 0) in Parquet. Which of the three a file is shows in its first bytes, not in its name.
+"""
+
+import codecs
+import json
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from gradstore.errors import RequestError
+
+CHUNK_BYTES = 1 << 20
+ROW_GROUP_CACHE_BYTES = 256 << 20
+"""Decoded Parquet row groups kept while groups are read: what bounds memory when rows are not in order."""
+
+
+class Row(NamedTuple):
+    where: str
+    """File and row for messages, as a person counts: "rollouts.jsonl, line 3"."""
+    place: int
+    size: int
+    value: Any
+
+
+class RowFile:
+    """A file of rows. Subclasses say how to scan them and how to fetch them by place."""
+
+    unit = "row"
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._stamp = self._read_stamp()
+
+    def scan(self) -> Iterator[Row]:
+        """Every row in file order, a bounded piece of the file in memory at a time."""
+        raise NotImplementedError
+
+    def fetch(self, places: Sequence[int], sizes: Sequence[int]) -> list[Any]:
+        """The rows at these places."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Lets go of open files and caches; a later fetch opens them again."""
+
+    def where(self, number: int) -> str:
+        return f"{self.path}, {self.unit} {number}"
+
+    def check_unchanged(self) -> None:
+        """RequestError when the file is not the one that was scanned."""
+        if self._read_stamp() != self._stamp:
+            raise RequestError(f"{self.path}: the file changed while it was being read; read it again")
+
+    def _read_stamp(self) -> tuple[int, int]:
+        status = self.path.stat()
+        return status.st_size, status.st_mtime_ns
+
+
+class JsonLines(RowFile):
+    """One JSON object per line; blank lines are skipped."""
+
+    unit = "line"
+    _file: BinaryIO | None = None
+
+    def scan(self) -> Iterator[Row]:
+        place = 0
+        with self.path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield Row(self.where(number), place, len(line), _parse(line, self.where(number)))
+                place += len(line)
+
+    def fetch(self, places: Sequence[int], sizes: Sequence[int]) -> list[Any]:
+        if self._file is None:
+            self._file = self.path.open("rb")
+        rows = []
+        for place, size in zip(places, sizes, strict=True):
+            self._file.seek(place)
+            rows.append(_parse(self._file.read(size), f"{self.path}, byte {place}"))
+        return rows
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+class JsonList(JsonLines):
+    """One JSON list of objects, parsed object by object."""
+
+    unit = "entry"
+
+    def scan(self) -> Iterator[Row]:
+        decoder, to_text = json.JSONDecoder(), codecs.getincrementaldecoder("utf-8-sig")()
+        number, place, text, at, wanted = 0, 0, "", 0, CHUNK_BYTES
+        with self.path.open("rb") as file:
+            if file.read(3) == codecs.BOM_UTF8:
+                place = 3
+            file.seek(0)
+
+            def more() -> bool:
+                nonlocal text, at, place
+                data = file.read(wanted)
+                place += len(text[:at].encode())
+                try:
+                    text, at = text[at:] + to_text.decode(data, final=not data), 0
+                except UnicodeDecodeError:
+                    raise RequestError(f"{self.where(number + 1)}: not UTF-8 text") from None
+                return bool(data)
+
+            def next_mark() -> str:
+                nonlocal at
+                while True:
+                    while at < len(text) and text[at] in " \t\r\n":
+                        at += 1
+                    if at < len(text):
+                        return text[at]
+                    if not more():
+                        return ""
+
+            next_mark()
+            at += 1  # the opening bracket, which told that this is a list
+            if next_mark() == "]":
+                return
+            while True:
+                next_mark()
+                number, wanted = number + 1, CHUNK_BYTES
+                while True:
+                    try:
+                        value, end = decoder.raw_decode(text, at)
+                        break
+                    except json.JSONDecodeError as error:
+                        if not more():
+                            raise RequestError(f"{self.where(number)}: not valid JSON: {error.msg}") from None
+                        wanted *= 2  # a long entry is parsed again and again: let each try see twice as much
+                    except (RecursionError, ValueError) as error:
+                        raise RequestError(
+                            f"{self.where(number)}: not usable JSON: {_first_line(error)}"
+                        ) from None
+                start = place + len(text[:at].encode())
+                yield Row(self.where(number), start, len(text[at:end].encode()), value)
+                at = end
+                mark = next_mark()
+                at += 1
+                if mark == "]":
+                    break
+                if mark != ",":
+                    found = repr(mark) if mark else "the end of the file"
+                    raise RequestError(
+                        f"{self.where(number)}: not valid JSON: expected ',' or ']', found {found}"
+                    )
+            if next_mark():
+                raise RequestError(f"{self.path}: more text after the closing bracket of the list")
+
+
+class Parquet(RowFile):
+    """A Parquet file, read by row group and only the columns asked for."""
+
+    def __init__(self, path: Path, columns: Sequence[str]) -> None:
+        super().__init__(path)
+        try:
+            self._parquet = pq.ParquetFile(path)
+        except pa.ArrowException as error:
+            raise RequestError(f"{path}: not a readable Parquet file: {_first_line(error)}") from None
+        self._columns = [name for name in self._parquet.schema_arrow.names if name in columns]
+        if not self._columns:
+            found = ", ".join(self._parquet.schema_arrow.names)
+            raise RequestError(f"{path}: none of a rollout's columns is there (found: {found})")
+        metadata = self._parquet.metadata
+        sizes = [metadata.row_group(j).num_rows for j in range(metadata.num_row_groups)]
+        self._ends = np.cumsum(sizes)
+        self._cache: OrderedDict[int, pa.Table] = OrderedDict()
+
+    def scan(self) -> Iterator[Row]:
+        number = 0
+        try:
+            for batch in self._parquet.iter_batches(batch_size=1024, columns=self._columns):
+                for value in _rows(batch):
+                    yield Row(self.where(number), number, 0, value)
+                    number += 1
+        except (pa.ArrowException, OSError) as error:
+            raise RequestError(
+                f"{self.where(number)} or later: cannot be read: {_first_line(error)}"
+            ) from None
+
+    def fetch(self, places: Sequence[int], sizes: Sequence[int]) -> list[Any]:
+        rows: list[Any] = [None] * len(places)
+        groups = np.searchsorted(self._ends, places, side="right")
+        for group in np.unique(groups):
+            mine = np.flatnonzero(groups == group)
+            table = self._row_group(int(group))
+            first = int(self._ends[group]) - table.num_rows
+            taken = table.take(pa.array([places[j] - first for j in mine]))
+            values = [value for batch in taken.combine_chunks().to_batches() for value in _rows(batch)]
+            for j, value in zip(mine, values, strict=True):
+                rows[j] = value
+        return rows
+
+    def close(self) -> None:
+        self._cache.clear()
+
+    def _row_group(self, group: int) -> pa.Table:
+        if group not in self._cache:
+            self._cache[group] = self._parquet.read_row_group(group, columns=self._columns)
+            while (
+                len(self._cache) > 1 and sum(t.nbytes for t in self._cache.values()) > ROW_GROUP_CACHE_BYTES
+            ):
+                self._cache.popitem(last=False)
+        self._cache.move_to_end(group)
+        return self._cache[group]
+
+
+def open_rows(path: Path, columns: Sequence[str]) -> RowFile:
+    """The file's rows, by what its first bytes say it is; `columns` are those wanted of a Parquet file.
+
+    Raises RequestError for an empty file and for one that is none of the three kinds.
+    """
+    with path.open("rb") as file:
+        head = file.read(4)
+        if head == b"PAR1":
+            return Parquet(path, columns)
+        file.seek(0)
+        mark = b""
+        for line in file:
+            if mark := line.removeprefix(codecs.BOM_UTF8).strip()[:1]:
+                break
+    if not mark:
+        raise RequestError(f"{path}: the file is empty, expected at least one rollout")
+    if mark == b"[":
+        return JsonList(path)
+    if mark == b"{":
+        return JsonLines(path)
+    raise RequestError(f"{path}: neither JSON Lines, nor a JSON list, nor Parquet (starts with {head!r})")
+
+
+def _parse(line: bytes, where: str) -> Any:
+    try:
+        return json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise RequestError(f"{where}: not UTF-8 text (byte {error.start})") from None
+    except json.JSONDecodeError as error:
+        cut = "" if line.endswith(b"\n") else "; the file ends here, so the line may have been cut off"
+        raise RequestError(f"{where}: not valid JSON: {error.msg} at character {error.pos}{cut}") from None
+    except (RecursionError, ValueError) as error:  # nested too deeply; an integer of too many digits
+        raise RequestError(f"{where}: not usable JSON: {_first_line(error)}") from None
+
+
+def _rows(batch: pa.RecordBatch) -> Iterator[dict[str, Any]]:
+    names = batch.schema.names
+    columns = [_values(batch.column(j)) for j in range(batch.num_columns)]
+    for values in zip(*columns, strict=True):
+        yield dict(zip(names, values, strict=True))
+
+
+def _values(column: pa.Array) -> Sequence[Any]:
+    """A column's values as Python objects, save lists of numbers: those stay numpy slices, without a copy."""
+    kind = column.type
+    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+    if is_list and (pa.types.is_integer(kind.value_type) or pa.types.is_floating(kind.value_type)):
+        flat = column.flatten()  # leaves null lists out, whatever their offsets say
+        if not flat.null_count:
+            numbers = flat.to_numpy()
+            ends = np.cumsum(np.nan_to_num(column.value_lengths().to_numpy(zero_copy_only=False))).astype(
+                np.int64
+            )
+            starts = np.concatenate([[0], ends[:-1]]) if len(ends) else ends
+            valid = column.is_valid().to_pylist()
+            return [numbers[a:b] if ok else None for a, b, ok in zip(starts, ends, valid, strict=True)]
+    return column.to_pylist()
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]

@@ -1,0 +1,351 @@
+"""One rollout as a value, and how a row of each file format becomes one.
+
+A format is only a table of field names (`FORMATS`): which of a row's fields holds what. Reading a row, whatever its
+format, then means the same checks with the same messages, each naming the file, the row and the field as the file
+spells it.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from gradstore.errors import RequestError
+
+Prompt = str | list[dict[str, str]]
+
+FORMATS: dict[str, dict[str, tuple[str, ...]]] = {
+    "rollouts": {
+        name: (name,)
+        for name in (
+            "problem_id prompt prompt_ids response response_ids reward logprobs source ground_truth tags "
+            "finish_reason extra step"
+        ).split()
+    },
+    "verl": {
+        "problem_id": ("index", "problem_id", "extra_info.index"),
+        "prompt": ("input",),
+        "response": ("output",),
+        "reward": ("score",),
+        "ground_truth": ("gts",),
+        "source": ("data_source",),
+        "step": ("step",),
+    },
+    "gradalign": {
+        "problem_id": ("group_id",),
+        "prompt": ("prompt",),
+        "response": ("response",),
+        "reward": ("passed", "is_correct"),
+        "ground_truth": ("expected_answer",),
+    },
+}
+"""For each format, where a row keeps each part of a rollout: the first of the names whose value is not null."""
+FORMATS["verl-validation"] = FORMATS["verl"]
+
+LOGPROB_SLACK = 0.01
+"""Log-probabilities may exceed 0 by this much (rounding in half precision); beyond it they are something else."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rollout:
+    """One sampled response of one problem: a row of a rollout file."""
+
+    problem_id: str
+    reward: float
+    prompt: Prompt | None = None
+    """The prompt as text or as chat messages; None when only its token ids are kept."""
+    prompt_ids: np.ndarray | None = None
+    """Token ids of the prompt, int64 [tokens]; they win over the text."""
+    response: str | None = None
+    response_ids: np.ndarray | None = None
+    """Token ids of the response with its end-of-sequence token, int64 [tokens]; they win over the text."""
+    logprobs: np.ndarray | None = None
+    """Log-probability of each response id under the policy that sampled it, at temperature 1, float32 [tokens]."""
+    source: str = ""
+    ground_truth: str = ""
+    tags: list[str] = field(default_factory=list)
+    finish_reason: str = ""
+    """"stop" when the model ended the response, "length" when the limit of new tokens did, "" when unknown."""
+    extra: dict[str, Any] = field(default_factory=dict)
+    step: int | None = None
+    """The step as the row states it (in verl's dumps the trainer's step, see RolloutSource.step)."""
+
+    def row(self) -> dict[str, Any]:
+        """The row of a rollout file, JSON-able; fields without a value are left out."""
+        values: dict[str, Any] = {
+            "problem_id": self.problem_id,
+            "prompt": self.prompt,
+            "prompt_ids": None if self.prompt_ids is None else np.asarray(self.prompt_ids).tolist(),
+            "response": self.response,
+            "response_ids": None if self.response_ids is None else np.asarray(self.response_ids).tolist(),
+            "reward": float(self.reward),
+            "logprobs": None if self.logprobs is None else _shortest_floats(self.logprobs),
+            "source": self.source or None,
+            "ground_truth": self.ground_truth or None,
+            "tags": self.tags or None,
+            "finish_reason": self.finish_reason or None,
+            "extra": self.extra or None,
+            "step": self.step,
+        }
+        return {name: value for name, value in values.items() if value is not None}
+
+    def prompt_digest(self) -> bytes:
+        """16 bytes that differ when the prompts of two rollouts differ."""
+        ids = None if self.prompt_ids is None else self.prompt_ids.tolist()
+        return hashlib.sha256(json.dumps([self.prompt, ids], sort_keys=True).encode()).digest()[:16]
+
+
+def read_row(row: Any, format: str, where: str, *, vocabulary: int | None = None) -> Rollout:
+    """The rollout that a row of a file holds.
+
+    `where` names file and row for the messages; `vocabulary` is the number of token ids there are, where known.
+    Raises RequestError for a missing field, a wrong type, a reward or log-probability that is not finite, token ids
+    out of range, lists whose lengths disagree.
+    """
+    if not isinstance(row, Mapping):
+        raise RequestError(f"{where}: expected an object with the fields of a rollout, found {_kind(row)}")
+    fields = _Fields(row, FORMATS[format], where)
+    prompt, prompt_ids = fields.prompt(), fields.ids("prompt_ids", vocabulary)
+    if prompt is None and prompt_ids is None:
+        raise fields.missing("prompt", "prompt_ids")
+    if prompt_ids is not None and not len(prompt_ids):
+        raise fields.error("prompt_ids", "is empty, expected at least one token id")
+    response, response_ids = fields.text("response"), fields.ids("response_ids", vocabulary)
+    if response is None and response_ids is None:
+        raise fields.missing("response", "response_ids")
+    return Rollout(
+        problem_id=fields.problem_id(hashed=prompt if format.startswith("verl") else None),
+        prompt=prompt,
+        prompt_ids=prompt_ids,
+        response=response,
+        response_ids=response_ids,
+        reward=fields.reward(),
+        logprobs=fields.logprobs(response_ids),
+        source=fields.text("source") or "",
+        ground_truth=fields.ground_truth(),
+        tags=fields.tags(),
+        finish_reason=fields.text("finish_reason") or "",
+        extra=fields.extra(),
+        step=fields.step(),
+    )
+
+
+def detect_format(row: Any) -> str:
+    """The format whose fields the first row of a file shows; "rollouts" where nothing speaks for another."""
+    if isinstance(row, Mapping):
+        if "input" in row and "output" in row:
+            return "verl"
+        if "group_id" in row:
+            return "gradalign"
+    return "rollouts"
+
+
+def text_id(text: str) -> str:
+    """Stable id of a problem known by its prompt text alone: "text-" and 16 hexadecimal digits of its SHA-256."""
+    return "text-" + hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+class _Fields:
+    """A row seen through a format's table of names; every value it returns has been checked."""
+
+    def __init__(self, row: Mapping[str, Any], names: Mapping[str, tuple[str, ...]], where: str) -> None:
+        self.row, self.names, self.where = row, names, where
+
+    def get(self, part: str) -> tuple[str, Any]:
+        """The name a part has in this row and its value; the first name and None where the row has none."""
+        names = self.names.get(part, ())
+        for name in names:
+            value: Any = self.row
+            for key in name.split("."):
+                value = value.get(key) if isinstance(value, Mapping) else None
+            if value is not None:
+                return name, value
+        return (names[0] if names else part), None
+
+    def error(self, part: str, message: str) -> RequestError:
+        return RequestError(f"{self.where}: field {self.get(part)[0]!r} {message}")
+
+    def missing(self, *parts: str) -> RequestError:
+        names = [name for part in parts for name in self.names.get(part, ())]
+        listed = " or ".join(map(repr, names))
+        return RequestError(
+            f"{self.where}: missing field {listed} (found: {', '.join(self.row) or 'nothing'})"
+        )
+
+    def problem_id(self, hashed: Prompt | None) -> str:
+        _, value = self.get("problem_id")
+        if value is None and isinstance(hashed, str):
+            return text_id(hashed)
+        if value is None:
+            raise self.missing("problem_id")
+        if isinstance(value, bool) or not isinstance(value, str | int):
+            raise self.error("problem_id", f"is {_kind(value)}, expected text or an integer")
+        if value == "":
+            raise self.error("problem_id", "is empty, expected the id of a problem")
+        return self._encodable("problem_id", str(value))
+
+    def text(self, part: str) -> str | None:
+        _, value = self.get(part)
+        if value is None:
+            return None
+        if not isinstance(value, str):
+            raise self.error(part, f"is {_kind(value)}, expected text")
+        return self._encodable(part, value)
+
+    def prompt(self) -> Prompt | None:
+        _, value = self.get("prompt")
+        if value is None or isinstance(value, str):
+            if value == "":
+                raise self.error("prompt", "is empty, expected the problem's text or chat messages")
+            return None if value is None else self._encodable("prompt", value)
+        if not isinstance(value, Sequence):
+            raise self.error("prompt", f"is {_kind(value)}, expected text or a list of chat messages")
+        if not value:
+            raise self.error("prompt", "is an empty list, expected at least one chat message")
+        messages = []
+        for j, message in enumerate(value):
+            if not isinstance(message, Mapping) or not all(
+                isinstance(message.get(key), str) for key in ("role", "content")
+            ):
+                raise self.error("prompt", f"message {j} needs 'role' and 'content', both text")
+            messages.append(
+                {key: self._encodable("prompt", text) for key, text in message.items() if text is not None}
+            )
+        return messages
+
+    def ids(self, part: str, vocabulary: int | None) -> np.ndarray | None:
+        _, value = self.get(part)
+        if value is None:
+            return None
+        if not isinstance(value, list | np.ndarray):
+            raise self.error(part, f"is {_kind(value)}, expected a list of token ids")
+        if isinstance(value, np.ndarray):
+            integers = value.dtype.kind in "iu"
+        else:
+            integers = set(map(type, value)) <= {int}
+        if not integers:
+            value = list(value) if isinstance(value, list) else value.tolist()
+            j = next((j for j, item in enumerate(value) if type(item) is not int), 0)
+            raise self.error(part, f"entry {j} is {value[j]!r}, expected integer token ids")
+        limit = vocabulary if vocabulary is not None else np.iinfo(np.int64).max
+        for j, item in (_extreme(value, min), _extreme(value, max)) if len(value) else ():
+            if not 0 <= item < limit:
+                end = (
+                    f" below {vocabulary}, the tokenizer's number of tokens"
+                    if vocabulary is not None
+                    else " of 0 or more"
+                )
+                raise self.error(part, f"entry {j} is {item}, expected a token id{end}")
+        return np.asarray(value, dtype=np.int64)
+
+    def reward(self) -> float:
+        _, value = self.get("reward")
+        if value is None:
+            raise self.missing("reward")
+        if not isinstance(value, int | float):
+            raise self.error("reward", f"is {_kind(value)}, expected a number")
+        number = _float(value)
+        if not np.isfinite(number):
+            raise self.error("reward", f"is {number}, expected a finite number")
+        return number
+
+    def logprobs(self, response_ids: np.ndarray | None) -> np.ndarray | None:
+        _, value = self.get("logprobs")
+        if value is None:
+            return None
+        if not isinstance(value, list | np.ndarray):
+            raise self.error("logprobs", f"is {_kind(value)}, expected a list of numbers")
+        if response_ids is None:
+            raise self.error(
+                "logprobs",
+                "needs 'response_ids' beside it: text tokenised again need not give the tokens that were sampled",
+            )
+        if len(value) != len(response_ids):
+            raise self.error(
+                "logprobs", f"has {len(value)} entries, but 'response_ids' has {len(response_ids)}"
+            )
+        if isinstance(value, list) and not set(map(type, value)) <= {int, float}:
+            j = next(j for j, item in enumerate(value) if type(item) not in (int, float))
+            raise self.error("logprobs", f"entry {j} is {_kind(value[j])}, expected a number")
+        numbers = np.asarray([_float(item) for item in value] if isinstance(value, list) else value)
+        wrong = np.flatnonzero(~np.isfinite(numbers) | (numbers > LOGPROB_SLACK))
+        if len(wrong):
+            j = int(wrong[0])
+            raise self.error("logprobs", f"entry {j} is {numbers[j]}, expected a finite number of 0 or less")
+        return numbers.astype(np.float32)
+
+    def ground_truth(self) -> str:
+        _, value = self.get("ground_truth")
+        if value is None:
+            return ""
+        if isinstance(value, str):
+            return self._encodable("ground_truth", value)
+        return json.dumps(value, ensure_ascii=False, sort_keys=True, default=str)
+
+    def tags(self) -> list[str]:
+        _, value = self.get("tags")
+        if value is None:
+            return []
+        if not isinstance(value, list) or not all(isinstance(tag, str) for tag in value):
+            raise self.error("tags", f"is {_kind(value)}, expected a list of texts")
+        return [self._encodable("tags", tag) for tag in value]
+
+    def extra(self) -> dict[str, Any]:
+        _, value = self.get("extra")
+        if isinstance(value, str):  # Parquet keeps free-form objects as JSON text
+            try:
+                value = json.loads(value)
+            except ValueError:
+                raise self.error("extra", "is text that is not JSON, expected an object") from None
+        if value is None:
+            return {}
+        if not isinstance(value, Mapping):
+            raise self.error("extra", f"is {_kind(value)}, expected an object")
+        return dict(value)
+
+    def step(self) -> int | None:
+        _, value = self.get("step")
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise self.error("step", f"is {value!r}, expected an integer of 0 or more")
+        return value
+
+    def _encodable(self, part: str, text: Any) -> Any:
+        """Refuses text that no tokenizer and no file could take: half of a surrogate pair."""
+        if isinstance(text, str):
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise self.error(part, f"has half a surrogate pair at character {error.start}") from None
+        return text
+
+
+def _kind(value: Any) -> str:
+    names = {bool: "true or false", int: "an integer", float: "a number", str: "text", type(None): "null"}
+    if isinstance(value, Mapping):
+        return "an object"
+    return "a list" if isinstance(value, list | np.ndarray) else names.get(type(value), type(value).__name__)
+
+
+def _float(value: int | float) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        return float("inf") if value > 0 else float("-inf")
+
+
+def _extreme(values: Any, pick: Any) -> tuple[int, int]:
+    if isinstance(values, np.ndarray):
+        j = int(values.argmin() if pick is min else values.argmax())
+        return j, int(values[j])
+    value = pick(values)
+    return values.index(value), value
+
+
+def _shortest_floats(values: np.ndarray) -> list[float]:
+    """float32 values as the Python floats with the fewest digits that read back as the same float32."""
+    return [float(str(value)) for value in np.asarray(values, dtype=np.float32)]

@@ -1,0 +1,318 @@
+"""Rollout files as a stream of groups, each row checked before the first group is computed.
+
+`read_rollouts` goes through the files once. That pass checks every row and keeps, of each, three integers: its
+problem, its file and its place. `RolloutSource.groups()` then fetches one problem's rows at a time, so that rows may
+come in any order, a fault in the last row is found before hours of work, and memory does not grow with the files.
+"""
+
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from engine.rollouts import tokens
+from engine.rollouts.files import RowFile, open_rows
+from engine.rollouts.group import Group
+from engine.rollouts.rollout import FORMATS, Rollout, detect_format, read_row
+from gradstore.errors import RequestError
+
+
+class RolloutSource:
+    """Checked rollouts of one policy version, grouped by problem in order of first appearance. Made by read_rollouts."""
+
+    format: str
+    """One of engine.rollouts.FORMATS."""
+    step: int | None
+    """The policy version that sampled them, where the rows tell; verl's training dump of trainer step t has t - 1."""
+    problem_ids: list[str]
+    n_rollouts: int
+    counts: np.ndarray
+    """Rollouts of each problem, int64 [P], in the order of problem_ids."""
+    has_logprobs: bool
+    """Whether every rollout carries the behaviour policy's log-probabilities."""
+
+    def __init__(
+        self,
+        files: Sequence[RowFile],
+        format: str,
+        tokenizer: Any,
+        append_eos: bool,
+        step: int | None,
+        known: Mapping[str, dict] | None,
+    ) -> None:
+        self.format = format
+        self._files, self._tokenizer, self._append_eos = list(files), tokenizer, append_eos
+        self._known = known
+        self._known_by_id = None if known is None else {record["id"]: record for record in known.values()}
+        self._vocabulary = None if tokenizer is None else len(tokenizer)
+        self._index(step)
+
+    def __len__(self) -> int:
+        return len(self.problem_ids)
+
+    def records(self) -> Iterator[dict[str, Any]]:
+        """The problems as canonical records (see Store.add_problems), each from its first rollout.
+
+        A prompt known only as token ids is given as the tokenizer's text, or without one as "[token ids] 5 17 ...".
+        """
+        for problem in range(len(self)):
+            rollout = self._fetch(self._starts[problem : problem + 1])[0]
+            if self._known_by_id is not None:
+                yield self._known_by_id[rollout.problem_id]
+                continue
+            prompt = rollout.prompt
+            if prompt is None and rollout.prompt_ids is not None:
+                ids = rollout.prompt_ids.tolist()
+                prompt = (
+                    f"[token ids] {' '.join(map(str, ids))}" if self._tokenizer is None else self._decode(ids)
+                )
+            yield {
+                "id": rollout.problem_id,
+                "source": rollout.source,
+                "prompt": prompt,
+                "ground_truth": rollout.ground_truth,
+                "tags": rollout.tags,
+                "extra": rollout.extra,
+            }
+
+    def rollouts(self, ids: Iterable[str] | None = None) -> Iterator[list[Rollout]]:
+        """The rollouts of each problem, or of those named, as they stand in the files."""
+        for problem in self._chosen(ids):
+            yield self._fetch(range(self._starts[problem], self._starts[problem + 1]))
+
+    def groups(self, ids: Iterable[str] | None = None) -> Iterator[Group]:
+        """The groups of all problems, or of those named, in order of first appearance, read one at a time.
+
+        Raises RequestError for an id that is not there, a chat template that refuses a prompt, and for a file that
+        changed since it was checked.
+        """
+        chosen = self._chosen(ids)  # at the call, not at the first group
+        return (self._group(self._fetch(range(self._starts[p], self._starts[p + 1]))) for p in chosen)
+
+    def _index(self, step: int | None) -> None:
+        """Checks every row and sorts their places by problem."""
+        problem_of, file_of, places, sizes = array("q"), array("q"), array("q"), array("q")
+        numbers: dict[str, int] = {}
+        first: list[tuple[bytes, bool, str]] = []  # of each problem: prompt digest, with logprobs, where
+        steps: dict[int | None, str] = {}
+        for j, file in enumerate(self._files):
+            for row in file.scan():
+                rollout = self._read(row.value, row.where)
+                if step is not None and rollout.step != step:
+                    continue
+                steps.setdefault(rollout.step, row.where)
+                self._check_tokenizable(rollout, row.where)
+                traits = (rollout.prompt_digest(), rollout.logprobs is not None)
+                problem = numbers.setdefault(rollout.problem_id, len(numbers))
+                if problem == len(first):
+                    first.append((*traits, row.where))
+                elif traits != first[problem][:2]:
+                    name, other = f"{row.where}: problem {rollout.problem_id!r}", first[problem][2]
+                    if traits[0] != first[problem][0]:
+                        raise RequestError(
+                            f"{name} has another prompt than in {other}; one problem has one prompt"
+                        )
+                    raise RequestError(
+                        f"{name} has {'' if traits[1] else 'no '}'logprobs', unlike {other}; "
+                        "give them for all rollouts of a problem or for none"
+                    )
+                problem_of.append(problem)
+                file_of.append(j)
+                places.append(row.place)
+                sizes.append(row.size)
+        paths = _listed([str(file.path) for file in self._files])
+        if not numbers:
+            wanted = "" if step is None else f" of step {step}"
+            raise RequestError(f"{paths}: no rollouts{wanted}, expected at least one")
+        if len(steps) > 1:
+            where = "; ".join(
+                f"step {s} in {w}" for s, w in sorted(steps.items(), key=lambda item: str(item[0]))[:3]
+            )
+            raise RequestError(f"{paths}: rollouts of {len(steps)} steps ({where}); choose one with step=")
+        self.step = self._policy_version(next(iter(steps)))
+        order = np.argsort(np.frombuffer(problem_of, np.int64), kind="stable")
+        self._file_of = np.frombuffer(file_of, np.int64)[order]
+        self._places = np.frombuffer(places, np.int64)[order]
+        self._sizes = np.frombuffer(sizes, np.int64)[order]
+        self.problem_ids = list(numbers)
+        self.counts = np.bincount(np.frombuffer(problem_of, np.int64), minlength=len(numbers))
+        self._starts = np.concatenate([[0], np.cumsum(self.counts)])
+        self.n_rollouts = len(order)
+        self.has_logprobs = all(with_logprobs for _, with_logprobs, _ in first)
+
+    def _policy_version(self, step: int | None) -> int | None:
+        if self.format != "verl" or step is None:
+            return step
+        if step == 0:
+            raise RequestError(
+                f"{self._files[0].path}: step 0, but verl's first training step is 1; "
+                "read validation dumps with format='verl-validation'"
+            )
+        return step - 1
+
+    def _read(self, value: Any, where: str) -> Rollout:
+        rollout = read_row(value, self.format, where, vocabulary=self._vocabulary)
+        if self._known is None:
+            return rollout
+        record = self._known.get(rollout.prompt) if isinstance(rollout.prompt, str) else None
+        if record is None:
+            raise RequestError(
+                f"{where}: no problem given has this prompt; give the problems these rollouts are of"
+            )
+        fields = {name: getattr(rollout, name) for name in Rollout.__slots__}
+        return Rollout(**fields | {"problem_id": record["id"], "prompt": record["prompt"]})
+
+    def _check_tokenizable(self, rollout: Rollout, where: str) -> None:
+        if self._tokenizer is not None:
+            if isinstance(rollout.prompt, list) and rollout.prompt_ids is None:
+                tokens.prompt_text(self._tokenizer, rollout.prompt, where)
+            return
+        for ids, text in ((rollout.prompt_ids, "prompt"), (rollout.response_ids, "response")):
+            if ids is None:
+                name = FORMATS[self.format][text][0]
+                raise RequestError(
+                    f"{where}: field {name!r} is text: give a tokenizer, or token ids as '{text}_ids'"
+                )
+
+    def _chosen(self, ids: Iterable[str] | None) -> Sequence[int]:
+        if ids is None:
+            return range(len(self))
+        numbers = {name: j for j, name in enumerate(self.problem_ids)}
+        chosen = set()
+        for name in ids:
+            if name not in numbers:
+                paths = _listed([str(file.path) for file in self._files])
+                raise RequestError(f"problem {name!r} has no rollouts in {paths}")
+            chosen.add(numbers[name])
+        return sorted(chosen)
+
+    def _fetch(self, rows: Sequence[int] | np.ndarray) -> list[Rollout]:
+        rows = np.asarray(rows)
+        rollouts: list[Any] = [None] * len(rows)
+        for j in np.unique(self._file_of[rows]):
+            file = self._files[j]
+            file.check_unchanged()
+            mine = np.flatnonzero(self._file_of[rows] == j)
+            values = file.fetch(self._places[rows[mine]].tolist(), self._sizes[rows[mine]].tolist())
+            for k, value in zip(mine, values, strict=True):
+                rollouts[k] = self._read(value, str(file.path))
+        if len(self._files) > 1:  # few open files, however many the folder holds
+            for file in self._files:
+                file.close()
+        return rollouts
+
+    def _group(self, rollouts: list[Rollout]) -> Group:
+        first, name = rollouts[0], f"problem {rollouts[0].problem_id!r}"
+        prompt = first.prompt_ids
+        if prompt is None:
+            prompt = tokens.prompt_ids(self._tokenizer, first.prompt or "", name)
+        return Group(
+            problem_id=first.problem_id,
+            prompt_ids=prompt,
+            responses=[self._response_ids(rollout) for rollout in rollouts],
+            rewards=np.asarray([rollout.reward for rollout in rollouts], dtype=np.float64),
+            logprobs=None
+            if first.logprobs is None
+            else [r.logprobs for r in rollouts if r.logprobs is not None],
+        )
+
+    def _response_ids(self, rollout: Rollout) -> np.ndarray:
+        if rollout.response_ids is not None:
+            return rollout.response_ids
+        # a response that ran into the limit of new tokens never had an end-of-sequence token
+        append_eos = self._append_eos and rollout.finish_reason != "length"
+        return tokens.response_ids(self._tokenizer, rollout.response or "", append_eos=append_eos)
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids)
+
+
+def read_rollouts(
+    path: str | Path,
+    *,
+    tokenizer: Any = None,
+    format: str = "auto",
+    append_eos: bool = False,
+    step: int | None = None,
+    problems: Iterable[Mapping[str, Any]] | None = None,
+) -> RolloutSource:
+    """Checks every row of a rollout file, or of a folder of them, and returns the rollouts grouped by problem.
+
+    path: JSON Lines or Parquet with one rollout per row, a JSON list, or a folder of such files.
+    tokenizer: a transformers tokenizer; needed where prompts or responses are text.
+    format: "rollouts", "verl" (trainer.rollout_data_dir), "verl-validation" (trainer.validation_data_dir),
+        "gradalign" (responses_sorted.json), or "auto": by the fields of the first row.
+    append_eos: end each text response in the end-of-sequence token (never one that stopped for its length).
+    step: take only the rows that state this step (verl: the trainer's step, as in the dump's file name).
+    problems: canonical problem records; each rollout is given the id and the prompt of the problem whose prompt reads
+        the same once special tokens are left out. verl's dumps lose ids and special tokens; this brings them back.
+
+    Raises RequestError, naming file, row and field, for whatever cannot be used; docs/rollouts.md has the list.
+    """
+    path = Path(path)
+    if format not in ("auto", *FORMATS):
+        raise RequestError(f"unknown rollout format {format!r}, expected auto, {', '.join(FORMATS)}")
+    if append_eos and getattr(tokenizer, "eos_token_id", None) is None:
+        raise RequestError("append_eos needs a tokenizer with an end-of-sequence token")
+    columns = {name.split(".")[0] for names in FORMATS.values() for alias in names.values() for name in alias}
+    try:
+        paths = _files(path)
+        if format == "auto":
+            format = detect_format(
+                next((row.value for row in open_rows(paths[0], sorted(columns)).scan()), None)
+            )
+        if path.is_dir() and format.startswith("verl") and all(file.stem.isdecimal() for file in paths):
+            paths = _files_of_step(path, paths, step)
+        files = [open_rows(file, sorted(columns)) for file in paths]
+        known = None if problems is None else _known_prompts(problems, tokenizer)
+        return RolloutSource(files, format, tokenizer, append_eos, step, known)
+    except OSError as error:
+        raise RequestError(f"{error.filename or path}: cannot be read: {error.strerror}") from None
+
+
+def _files(path: Path) -> list[Path]:
+    if not path.exists():
+        raise RequestError(
+            f"{path}: no such file or folder, expected rollouts in JSON Lines, JSON or Parquet"
+        )
+    if not path.is_dir():
+        return [path]
+    files = sorted(file for suffix in ("jsonl", "parquet") for file in path.glob(f"*.{suffix}"))
+    if not files:
+        raise RequestError(f"{path}: no .jsonl or .parquet file in this folder, expected rollouts")
+    return files
+
+
+def _files_of_step(folder: Path, files: list[Path], step: int | None) -> list[Path]:
+    """The dump of one step among those of a folder, where each is named by its step."""
+    steps = sorted(int(file.stem) for file in files)
+    span = f"step {steps[0]} to {steps[-1]}"
+    if step is None and len(files) > 1:
+        raise RequestError(f"{folder}: rollouts of {len(files)} steps ({span}); choose one with step=")
+    chosen = [file for file in files if step is None or int(file.stem) == step]
+    if not chosen:
+        raise RequestError(f"{folder}: no file of step {step}, found {span}")
+    return chosen
+
+
+def _known_prompts(problems: Iterable[Mapping[str, Any]], tokenizer: Any) -> dict[str, dict]:
+    """Problem records by the text that remains of their prompts when special tokens are left out."""
+    if tokenizer is None:
+        raise RequestError("problems= needs a tokenizer, to compare prompts as the model sees them")
+    known: dict[str, dict] = {}
+    for problem in problems:
+        name = f"problem {problem['id']!r}"
+        ids = tokens.prompt_ids(tokenizer, problem["prompt"], name)
+        text = tokenizer.decode(ids.tolist(), skip_special_tokens=True)
+        if text in known:
+            raise RequestError(
+                f"{name}: the same prompt as problem {known[text]['id']!r}, so rollouts fit both"
+            )
+        known[text] = dict(problem)
+    return known
+
+
+def _listed(paths: list[str]) -> str:
+    return paths[0] if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more files"

@@ -1,0 +1,146 @@
+"""Rollout files, written: JSON Lines, which can be appended to and resumed, or Parquet, which is smaller.
+
+JSON Lines grows in place: what was appended is on the disk when `append` returns. Parquet has its index at the end, so
+it is written beside its final name and takes that name only when complete.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from engine.rollouts.rollout import Rollout
+from gradstore.errors import RequestError
+
+ROW_GROUP_ROWS = 4096
+
+_MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+_COLUMNS: dict[str, pa.DataType] = {
+    "problem_id": pa.string(),
+    "prompt": pa.string(),
+    "prompt_ids": pa.list_(pa.int32()),
+    "response": pa.string(),
+    "response_ids": pa.list_(pa.int32()),
+    "reward": pa.float64(),
+    "logprobs": pa.list_(pa.float32()),
+    "source": pa.string(),
+    "ground_truth": pa.string(),
+    "tags": pa.list_(pa.string()),
+    "finish_reason": pa.string(),
+    "extra": pa.string(),
+    "step": pa.int64(),
+}
+
+
+class RolloutWriter(Protocol):
+    """What write_rollouts gives: rows go in the order they are appended."""
+
+    def append(self, rollouts: Iterable[Rollout]) -> None: ...
+
+
+@contextmanager
+def write_rollouts(path: str | Path, *, append: bool = False) -> Iterator[RolloutWriter]:
+    """A writer of rollouts by the path's suffix: .jsonl, or .parquet.
+
+    append: go on at the end of a .jsonl file that is there. Otherwise a file that is there is replaced.
+    With Parquet an exception inside the context leaves no file; with JSON Lines it leaves what was appended.
+    Raises RequestError for another suffix, a folder that is not there or cannot be written.
+    """
+    path = Path(path)
+    if path.suffix not in (".jsonl", ".parquet"):
+        raise RequestError(
+            f"{path}: rollouts are written as .jsonl or .parquet, not as {path.suffix or 'this'!r}"
+        )
+    if append and path.suffix != ".jsonl":
+        raise RequestError(f"{path}: only a .jsonl file can be appended to")
+    try:
+        if path.suffix == ".jsonl":
+            with path.open("ab" if append else "wb") as file:
+                yield _JsonLinesWriter(file)
+        else:
+            yield from _parquet(path)
+    except OSError as error:
+        raise RequestError(f"{error.filename or path}: cannot be written: {error.strerror}") from None
+
+
+def json_line(rollout: Rollout) -> bytes:
+    """A rollout as one line of a .jsonl file."""
+    return json.dumps(rollout.row(), ensure_ascii=False, allow_nan=False).encode() + b"\n"
+
+
+class _JsonLinesWriter:
+    def __init__(self, file: Any) -> None:
+        self._file = file
+
+    def append(self, rollouts: Iterable[Rollout]) -> None:
+        self._file.write(b"".join(map(json_line, rollouts)))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+
+def _parquet(path: Path) -> Iterator[RolloutWriter]:
+    unfinished = path.with_name(path.name + ".unfinished")
+    writer = _ParquetWriter(unfinished)
+    try:
+        yield writer
+        writer.close()
+        with unfinished.open("rb") as file:
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    finally:
+        writer.abandon()
+        unfinished.unlink(missing_ok=True)
+
+
+class _ParquetWriter:
+    """Buffers rows to row groups of one size, so that a file does not depend on how it was appended."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._rows = path, []  # type: Path, list[dict[str, Any]]
+        self._writer: pq.ParquetWriter | None = None
+        self._schema: pa.Schema | None = None
+        path.touch()
+
+    def append(self, rollouts: Iterable[Rollout]) -> None:
+        for rollout in rollouts:
+            row = rollout.row()
+            self._check_prompt(row)
+            if "extra" in row:
+                row["extra"] = json.dumps(row["extra"], ensure_ascii=False)
+            self._rows.append(row)
+            if len(self._rows) == ROW_GROUP_ROWS:
+                self._flush()
+
+    def close(self) -> None:
+        self._flush()
+        self.abandon()
+
+    def abandon(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def _check_prompt(self, row: dict[str, Any]) -> None:
+        prompt = row.get("prompt")
+        if self._schema is None:
+            columns = _COLUMNS | ({"prompt": _MESSAGES} if isinstance(prompt, list) else {})
+            self._schema = pa.schema(list(columns.items()))
+        if prompt is not None and isinstance(prompt, list) != (
+            self._schema.field("prompt").type == _MESSAGES
+        ):
+            raise RequestError(
+                f"problem {row['problem_id']!r}: Parquet cannot mix prompts of text and of messages; write .jsonl"
+            )
+
+    def _flush(self) -> None:
+        schema = self._schema or pa.schema(list(_COLUMNS.items()))
+        if self._writer is None:
+            self._writer = pq.ParquetWriter(self._path, schema)
+        if self._rows:
+            self._writer.write_table(pa.Table.from_pylist(self._rows, schema=schema))
+            self._rows = []
