@@ -1,0 +1,124 @@
+"""Sketch a stream of groups into a store, resumable at any moment.
+
+Groups are taken in windows cut over the whole stream, so that a resumed run forms the same micro-batches, and so the
+same bits, as an undisturbed one. A window is appended whole and published whole; problems that already have a row at
+the step are skipped.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from engine.rollouts.group import Group
+from engine.rollouts.source import RolloutSource
+from engine.sketcher import Sketcher, SketchSpec
+from gradstore import State, Store
+from gradstore.errors import FingerprintError, RequestError
+
+_PUBLISH_SECONDS = 5.0
+"""Work an interruption can cost, beside the window under way."""
+
+
+@dataclass(slots=True)
+class CollectReport:
+    """What a collection did."""
+
+    live: int = 0
+    no_signal: int = 0
+    failed: int = 0
+    skipped: int = 0
+    """Problems that already had a row at the step."""
+    n_tokens: int = 0
+    seconds: float = 0.0
+
+    @property
+    def collected(self) -> int:
+        return self.live + self.no_signal + self.failed
+
+
+def collect(
+    store: Store,
+    collection: str,
+    groups: RolloutSource | Iterable[Group],
+    *,
+    model: nn.Module | None = None,
+    step: int,
+    spec: SketchSpec | None = None,
+    sketcher: Sketcher | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> CollectReport:
+    """Sketch every group with the model and append the rows at `step`.
+
+    groups: a rollout source, whose problems are added to the collection, or groups of problems it already has, in
+    the same order in every run that is to be resumed. progress: called with the number of problems just done.
+    FingerprintError when the store holds rows made another way; RequestError for bad rollouts, after which
+    everything published so far is kept.
+    """
+    if step < 0:
+        raise RequestError(f"step is {step}, expected 0 (the base model) or more")
+    if sketcher is None:
+        if model is None:
+            raise RequestError("collect needs a model or a sketcher")
+        sketcher = Sketcher(model, spec)
+    check_fingerprint(store, sketcher)
+    if isinstance(groups, RolloutSource):
+        store.add_problems(collection, groups.records())
+        groups = groups.groups()
+    done = _rows_at(store, collection, step)
+    report, started = CollectReport(), time.monotonic()
+    published = started
+    with store.writer(collection, step=step) as writer:
+        for window in windows(groups, 16 * sketcher.spec.token_budget):
+            todo = [group for group in window if group.problem_id not in done]
+            report.skipped += len(window) - len(todo)
+            if todo:
+                batch = sketcher.sketch(todo)
+                writer.append(
+                    batch.ids,
+                    batch.sketches,
+                    state=batch.states,
+                    pass_rate=batch.pass_rates,
+                    n_rollouts=batch.n_rollouts,
+                    reason=batch.reasons,
+                )
+                report.live += batch.states.count(State.LIVE)
+                report.no_signal += batch.states.count(State.NO_SIGNAL)
+                report.failed += batch.states.count(State.FAILED)
+                report.n_tokens += batch.n_tokens
+            if time.monotonic() - published > _PUBLISH_SECONDS:
+                writer.publish()
+                published = time.monotonic()
+            if progress:
+                progress(len(window))
+    report.seconds = time.monotonic() - started
+    return report
+
+
+def check_fingerprint(store: Store, sketcher: Sketcher) -> None:
+    """FingerprintError, naming each field with both values, unless the sketcher makes rows like the store's."""
+    if store.fingerprint != sketcher.fingerprint:
+        raise FingerprintError(store.fingerprint, sketcher.fingerprint, str(store.path))
+
+
+def windows(groups: Iterable[Group], n_tokens: int, n_problems: int = 256) -> Iterator[list[Group]]:
+    """Consecutive groups of about n_tokens padded tokens, or n_problems, whichever comes first."""
+    window: list[Group] = []
+    held = 0
+    for group in groups:
+        window.append(group)
+        held += group.n_tokens * len(group.responses)
+        if held >= n_tokens or len(window) >= n_problems:
+            yield window
+            window, held = [], 0
+    if window:
+        yield window
+
+
+def _rows_at(store: Store, collection: str, step: int) -> set[str]:
+    """Ids of the problems with a row at exactly this step."""
+    if collection not in store.collections:
+        return set()
+    view = store.view(collection, step)
+    return set(view.ids[view.steps == step])

@@ -1,0 +1,28 @@
+"""A selection as files a trainer reads: verl's train.parquet and train.jsonl, and selection.json beside them."""
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from engine.selection import Selection
+from gradstore import Store, to_verl
+from gradstore.errors import RequestError
+
+
+def write_selection(store: Store, selection: Selection, folder: Path) -> list[str]:
+    """Write the chosen problems, best first; returns the paths written.
+
+    train.parquet, train.jsonl: verl records, `extra_info.index` being the problem's id. selection.json: settings,
+    scores, target and store commit. RequestError when the folder is there and holds a selection already.
+    """
+    if (folder / "selection.json").exists():
+        raise RequestError(f"{folder}: holds a selection already; choose another folder or remove it")
+    records = [to_verl(record) for record in store.records(selection.collection, selection.ids)]
+    folder.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(records), folder / "train.parquet")
+    lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    (folder / "train.jsonl").write_text(lines)
+    (folder / "selection.json").write_text(json.dumps(selection.describe(), indent=2, ensure_ascii=False) + "\n")
+    return [str(folder / name) for name in ("train.parquet", "train.jsonl", "selection.json")]

@@ -1,0 +1,56 @@
+"""Load a model, its tokenizer and an adapter, with one clear line for what is missing or broken."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from gradstore.errors import RequestError
+
+
+def load_model(path: str | Path, adapter: str | Path | None = None, device: str | None = None) -> nn.Module:
+    """A transformers causal LM in evaluation mode, float32 on CPU and bfloat16 on a GPU.
+
+    path: a folder or a hub name. adapter: a PEFT checkpoint to load on it. device: default a GPU where there is one.
+    RequestError when there is no such model or adapter, or when a weight is not finite.
+    """
+    from transformers import AutoModelForCausalLM
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    try:
+        model = AutoModelForCausalLM.from_pretrained(str(path), dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise RequestError(f"{path}: not a causal language model that can be loaded: {_first_line(error)}") from error
+    if adapter is not None:
+        model = _with_adapter(model, adapter)
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise RequestError(f"{path}: parameter {name} has values that are not finite")
+    return model.to(device).eval()
+
+
+def load_tokenizer(path: str | Path) -> Any:
+    """The tokenizer of a model folder or hub name; RequestError when there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(path))
+    except (OSError, ValueError, KeyError) as error:
+        raise RequestError(f"{path}: no tokenizer that can be loaded: {_first_line(error)}") from error
+
+
+def _with_adapter(model: nn.Module, adapter: str | Path) -> nn.Module:
+    try:
+        from peft import PeftModel
+    except ImportError:
+        raise RequestError("loading an adapter needs PEFT: pip install peft") from None
+    try:
+        return PeftModel.from_pretrained(model, str(adapter))
+    except (OSError, ValueError) as error:
+        raise RequestError(f"{adapter}: not a PEFT adapter that can be loaded: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

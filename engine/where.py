@@ -1,0 +1,68 @@
+"""Filters on what a problem is: its source, its tags, its pass rate."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from gradstore.errors import RequestError
+
+
+@dataclass(frozen=True, slots=True)
+class Where:
+    """Problems that satisfy every condition given."""
+
+    sources: tuple[str, ...] = ()
+    """Any of these sources."""
+    tags: tuple[str, ...] = ()
+    """All of these tags."""
+    pass_rate: tuple[float, float] | None = None
+    """Lowest and highest pass rate, both included; an unknown pass rate is in no range."""
+
+    @classmethod
+    def parse(cls, terms: Iterable[str]) -> "Where":
+        """From texts such as `source=gsm8k`, `tag=algebra`, `pass_rate=0.2..0.8`; RequestError for another form."""
+        sources, tags, pass_rate = [], [], None
+        for term in terms:
+            name, _, value = term.partition("=")
+            if name == "source" and value:
+                sources.append(value)
+            elif name == "tag" and value:
+                tags.append(value)
+            elif name == "pass_rate":
+                pass_rate = _interval(term, value)
+            else:
+                raise RequestError(f"filter {term!r}: expected source=NAME, tag=NAME or pass_rate=LOW..HIGH")
+        return cls(tuple(sources), tuple(tags), pass_rate)
+
+    def mask(self, problems: pa.Table, pass_rates_P: np.ndarray) -> np.ndarray:
+        """bool [P]: which problems satisfy the filter.
+
+        problems: rows with `source` and `tags`, such as `View.problems`; pass_rates_P: float [P], NaN unknown.
+        """
+        mask_P = np.ones(len(problems), bool)
+        if self.sources:
+            mask_P &= np.isin(problems.column("source").to_numpy(), self.sources)
+        if self.tags:
+            tags = problems.column("tags").combine_chunks()
+            flat = tags.flatten().to_numpy(zero_copy_only=False)
+            owner = pc.list_parent_indices(tags).to_numpy()
+            for tag in self.tags:
+                has = np.zeros(len(problems), bool)
+                has[owner[flat == tag]] = True
+                mask_P &= has
+        if self.pass_rate is not None:
+            low, high = self.pass_rate
+            mask_P &= (pass_rates_P >= low) & (pass_rates_P <= high)
+        return mask_P
+
+
+def _interval(term: str, value: str) -> tuple[float, float]:
+    low, dots, high = value.partition("..")
+    try:
+        bounds = float(low), float(high if dots else low)
+    except ValueError:
+        raise RequestError(f"filter {term!r}: expected pass_rate=LOW..HIGH with two numbers") from None
+    return bounds

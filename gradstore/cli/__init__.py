@@ -1,0 +1,39 @@
+"""The `gradstore` command. It sits on top of every package and imports them inside the commands that need them,
+so that `gradstore --help` and a query do not wait for torch.
+
+Exit status: 0, done; 1, the work failed; 2, the request was wrong. Errors are one line on standard error.
+"""
+
+import sys
+
+import typer
+
+from gradstore.errors import GradstoreError
+
+app = typer.Typer(
+    name="gradstore",
+    help="Sketches of problems' policy gradients: collect, search, select.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main() -> None:
+    """Run the command line."""
+    from gradstore.cli import inspect, make, rank  # noqa: F401  (they register their commands)
+
+    try:
+        app()
+    except GradstoreError as error:
+        _fail(str(error), error.exit_status)
+    except OSError as error:
+        _fail(f"{error.filename or 'file'}: {error.strerror or error}", 2 if error.filename else 1)
+    except KeyboardInterrupt:
+        _fail("interrupted; what was published is kept, the same command goes on from there", 130)
+
+
+def _fail(message: str, status: int) -> None:
+    print(f"gradstore: {message}", file=sys.stderr)
+    sys.exit(status)

@@ -1,0 +1,112 @@
+"""Small random models of each supported architecture, and groups of random rollouts for them."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from engine.rollouts import Group
+
+N_VOCABULARY = 61
+
+
+def _qwen2() -> nn.Module:
+    return Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=N_VOCABULARY,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=64,
+            tie_word_embeddings=True,
+        )
+    )
+
+
+def _llama() -> nn.Module:
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=N_VOCABULARY,
+            hidden_size=32,
+            intermediate_size=40,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            max_position_embeddings=64,
+            tie_word_embeddings=False,
+        )
+    )
+
+
+def _gpt2() -> nn.Module:
+    return GPT2LMHeadModel(GPT2Config(vocab_size=N_VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=64))
+
+
+def _qwen2_lora() -> nn.Module:
+    model = get_peft_model(_qwen2(), LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"]))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:  # zero at the start, which would make every gradient of lora_A zero
+            nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+ARCHITECTURES: dict[str, Callable[[], nn.Module]] = {
+    "qwen2": _qwen2,
+    "llama": _llama,
+    "gpt2": _gpt2,
+    "qwen2-lora": _qwen2_lora,
+}
+
+
+@pytest.fixture()
+def make_model() -> Callable[[str], nn.Module]:
+    """An architecture's name -> a seeded random fp32 model of it, with weights large enough to matter."""
+
+    def make(name: str) -> nn.Module:
+        torch.manual_seed(3)
+        model = ARCHITECTURES[name]().float().eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(3.0) if parameter.ndim == 2 else None
+        return model
+
+    return make
+
+
+@pytest.fixture()
+def make_groups() -> Callable[..., list[Group]]:
+    """Groups of random rollouts of random lengths with 0/1 rewards, at least one of each."""
+
+    def make(n: int, *, n_rollouts: int = 4, seed: int = 0, logprobs: bool = False) -> list[Group]:
+        random = np.random.default_rng(seed)
+        groups = []
+        for i in range(n):
+            responses = [random.integers(0, N_VOCABULARY, random.integers(1, 12)) for _ in range(n_rollouts)]
+            rewards = np.zeros(n_rollouts)
+            rewards[: random.integers(1, n_rollouts)] = 1.0
+            behaviour = [-random.exponential(3.0, len(r)).astype(np.float32) for r in responses] if logprobs else None
+            groups.append(
+                Group(
+                    f"problem-{i}",
+                    random.integers(0, N_VOCABULARY, random.integers(2, 10)),
+                    responses,
+                    random.permutation(rewards),
+                    behaviour,
+                )
+            )
+        return groups
+
+    return make
