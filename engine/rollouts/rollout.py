@@ -19,11 +19,19 @@ Prompt = str | list[dict[str, str]]
 
 FORMATS: dict[str, dict[str, tuple[str, ...]]] = {
     "rollouts": {
-        name: (name,)
-        for name in (
-            "problem_id prompt prompt_ids response response_ids reward logprobs source ground_truth tags "
-            "finish_reason extra step"
-        ).split()
+        "problem_id": ("problem_id",),
+        "prompt": ("prompt",),
+        "prompt_ids": ("prompt_ids",),
+        "response": ("response",),
+        "response_ids": ("response_ids",),
+        "reward": ("reward",),
+        "logprobs": ("logprobs",),
+        "source": ("source",),
+        "ground_truth": ("ground_truth",),
+        "tags": ("tags",),
+        "finish_reason": ("finish_reason",),
+        "extra": ("extra",),
+        "step": ("step",),
     },
     "verl": {
         "problem_id": ("index", "problem_id", "extra_info.index"),
@@ -222,12 +230,9 @@ class _Fields:
             return None
         if not isinstance(value, list | np.ndarray):
             raise self.error(part, f"is {_kind(value)}, expected a list of token ids")
-        if isinstance(value, np.ndarray):
-            integers = value.dtype.kind in "iu"
-        else:
-            integers = set(map(type, value)) <= {int}
-        if not integers:
-            value = list(value) if isinstance(value, list) else value.tolist()
+        is_array = isinstance(value, np.ndarray)
+        if not (value.dtype.kind in "iu" if is_array else set(map(type, value)) <= {int}):
+            value = value.tolist() if is_array else value
             j = next((j for j, item in enumerate(value) if type(item) is not int), 0)
             raise self.error(part, f"entry {j} is {value[j]!r}, expected integer token ids")
         limit = vocabulary if vocabulary is not None else np.iinfo(np.int64).max
