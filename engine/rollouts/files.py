@@ -183,11 +183,11 @@ class Parquet(RowFile):
         try:
             for batch in self._parquet.iter_batches(batch_size=1024, columns=self._columns):
                 for value in _rows(batch):
-                    yield Row(self.where(number), number, 0, value)
+                    yield Row(self.where(number + 1), number, 0, value)
                     number += 1
         except (pa.ArrowException, OSError) as error:
             raise RequestError(
-                f"{self.where(number)} or later: cannot be read: {_first_line(error)}"
+                f"{self.where(number + 1)} or later: cannot be read: {_first_line(error)}"
             ) from None
 
     def fetch(self, places: Sequence[int], sizes: Sequence[int]) -> list[Any]:

@@ -1,0 +1,223 @@
+"""Rollouts by transformers' own `generate`: any causal LM, on CPU or one GPU, nothing else to install.
+
+Rollouts are sorted by prompt length, cut into batches of at most `batch_tokens` tokens, padded on the left and sampled
+with the key-value cache. The log-probabilities are taken at each step from the logits that the token was sampled from,
+before temperature and top-p; only one step's logits are held at a time, as all steps' would be steps x batch x
+vocabulary. The model's own sampling defaults (repetition penalty, top-k and so on) are set aside: they would sample
+from another distribution than the policy's.
+
+Dimension suffixes: B sequences, T tokens, V vocabulary.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from gradstore.errors import RequestError
+from trainer.backends import Response, derived_seed, end_tokens
+
+
+class TransformersBackend:
+    """Samples from a model in memory.
+
+    The model is put in eval mode while it generates and left as it was, so that a trainer may hand in the policy that
+    it is training.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, *, batch_tokens: int = 32_768) -> None:
+        """batch_tokens: the most tokens, prompts and responses together, that one batch may grow to."""
+        if batch_tokens < 1:
+            raise RequestError(f"batch_tokens is {batch_tokens}, expected 1 or more")
+        self.model, self.tokenizer, self._batch_tokens = model, tokenizer, batch_tokens
+        text_config = model.config.get_text_config()
+        self.context: int | None = getattr(text_config, "max_position_embeddings", None)
+        self._end_ids = end_tokens(model.generation_config, tokenizer)
+
+    @classmethod
+    def load(
+        cls,
+        model: str | Path,
+        *,
+        device: str | None = None,
+        dtype: str = "auto",
+        batch_tokens: int = 32_768,
+    ) -> "TransformersBackend":
+        """device: as torch names it; None takes the GPU where there is one. dtype: "auto" is the checkpoint's."""
+        try:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+            policy = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise RequestError(f"{model}: not a model that transformers can load: {reason}") from None
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        return cls(policy.to(device), tokenizer, batch_tokens=batch_tokens)
+
+    def settings(self) -> dict[str, Any]:
+        return {
+            "backend": "transformers",
+            "model": self.model.config.name_or_path,
+            "weights": weights_digest(self.model),
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "device": self.model.device.type,
+            "batch_tokens": self._batch_tokens,
+        }
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: list[list[int]],
+        n: int,
+        *,
+        max_new_tokens: int,
+        temperature: float,
+        top_p: float,
+        seed: int,
+    ) -> list[list[Response]]:
+        config = self._generation_config(max_new_tokens, temperature, top_p)
+        rollouts = sorted(((len(ids), p, j) for p, ids in enumerate(prompts) for j in range(n)), key=lambda r: r[0])
+        responses: list[list[Any]] = [[None] * n for _ in prompts]
+        with _eval(self.model), _own_sampling(self.model, config), _own_randomness(self.model.device):
+            for number, batch in enumerate(self._batches(rollouts, max_new_tokens)):
+                torch.manual_seed(derived_seed(seed, number))
+                for (_, p, j), response in zip(
+                    batch, self._sample([prompts[p] for _, p, _ in batch], config), strict=True
+                ):
+                    responses[p][j] = response
+        return responses
+
+    def _batches(
+        self, rollouts: list[tuple[int, int, int]], max_new_tokens: int
+    ) -> Iterator[list[tuple[int, int, int]]]:
+        """Cuts rollouts (prompt tokens, problem, number), sorted by length, where the token budget is full."""
+        batch: list[tuple[int, int, int]] = []
+        for rollout in rollouts:
+            if batch and (rollout[0] + max_new_tokens) * (len(batch) + 1) > self._batch_tokens:
+                yield batch
+                batch = []
+            batch.append(rollout)
+        if batch:
+            yield batch
+
+    def _sample(self, prompts: list[list[int]], config: Any) -> list[Response]:
+        """One response to each prompt of a batch."""
+        width = max(map(len, prompts))
+        ids_BT = torch.full((len(prompts), width), config.pad_token_id)
+        mask_BT = torch.zeros_like(ids_BT)
+        for b, ids in enumerate(prompts):
+            ids_BT[b, width - len(ids) :] = torch.tensor(ids)
+            mask_BT[b, width - len(ids) :] = 1
+        recorder = _LogprobRecorder()
+        output_BT = self.model.generate(
+            ids_BT.to(self.model.device),
+            attention_mask=mask_BT.to(self.model.device),
+            generation_config=config,
+            logits_processor=transformers.LogitsProcessorList([_BeforeSampling(recorder)]),
+            stopping_criteria=transformers.StoppingCriteriaList([_AfterSampling(recorder)]),
+        )
+        new_BT = output_BT[:, width:].cpu().numpy().astype(np.int64)
+        logprobs_BT = recorder.logprobs()
+        ends_BT = np.isin(new_BT, self._end_ids)
+        responses = []
+        for b, ends_T in enumerate(ends_BT):
+            length = int(ends_T.argmax()) + 1 if ends_T.any() else len(ends_T)
+            responses.append(
+                Response(new_BT[b, :length], logprobs_BT[b, :length], "stop" if ends_T.any() else "length")
+            )
+        return responses
+
+    def _generation_config(self, max_new_tokens: int, temperature: float, top_p: float) -> Any:
+        pad = self.tokenizer.pad_token_id
+        if pad is None:
+            pad = self._end_ids[0] if self._end_ids else 0
+        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {}
+        return transformers.GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            eos_token_id=self._end_ids or None,
+            pad_token_id=pad,
+            use_cache=True,
+            **({"do_sample": False} | sampling),
+        )
+
+
+class _LogprobRecorder:
+    """Keeps each step's logits until the token is known, then that token's log-probability alone."""
+
+    def __init__(self) -> None:
+        self._logits_BV: torch.Tensor | None = None
+        self._logprobs_B: list[torch.Tensor] = []
+
+    def before(self, logits_BV: torch.Tensor) -> None:
+        self._logits_BV = logits_BV
+
+    def after(self, ids_BT: torch.Tensor) -> None:
+        if self._logits_BV is not None:
+            logprobs_BV = self._logits_BV.float().log_softmax(-1)
+            self._logprobs_B.append(logprobs_BV.gather(1, ids_BT[:, -1:])[:, 0])
+            self._logits_BV = None
+
+    def logprobs(self) -> np.ndarray:
+        """float32 [B, T] over the new tokens."""
+        return torch.stack(self._logprobs_B, 1).cpu().numpy()
+
+
+class _BeforeSampling(transformers.LogitsProcessor):
+    def __init__(self, recorder: _LogprobRecorder) -> None:
+        self._recorder = recorder
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self._recorder.before(scores)
+        return scores
+
+
+class _AfterSampling(transformers.StoppingCriteria):
+    def __init__(self, recorder: _LogprobRecorder) -> None:
+        self._recorder = recorder
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        self._recorder.after(input_ids)
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+@contextmanager
+def _eval(model: Any) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+@contextmanager
+def _own_sampling(model: Any, config: Any) -> Iterator[None]:
+    """Hides the model's generation defaults, which `generate` merges into every config it is given."""
+    defaults = model.generation_config
+    model.generation_config = config
+    try:
+        yield
+    finally:
+        model.generation_config = defaults
+
+
+@contextmanager
+def _own_randomness(device: torch.device) -> Iterator[None]:
+    """Seeding inside leaves torch's generators outside as they were."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        yield
+
+
+def weights_digest(model: torch.nn.Module) -> str:
+    """16 hexadecimal digits over names, shapes and 64 evenly spaced values of every parameter of a model."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        flat = parameter.detach().reshape(-1)
+        places = torch.linspace(0, max(len(flat) - 1, 0), min(len(flat), 64)).long()
+        values = flat[places.to(flat.device)].float().cpu().numpy()
+        digest.update(f"{name}{tuple(parameter.shape)}".encode() + values.tobytes())
+    return digest.hexdigest()[:16]
