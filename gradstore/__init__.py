@@ -1,0 +1,67 @@
+"""The store of policy-gradient sketches: versioned, append-only, crash-safe, plain Zarr v3.
+
+    store = gradstore.create("pool.gs", dim=4096, fingerprint={...})
+    store.add_problems("pool", gradstore.read_problems("pool.jsonl"))
+    with store.writer("pool", step=0) as writer:
+        writer.append(ids, sketches)
+    view = store.view("pool", at=0)
+
+The public names load on first use, so that `import gradstore` costs nothing and never imports torch, zarr or
+pyarrow. docs/format.md describes the files.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from gradstore.compact import CompactReport as CompactReport
+    from gradstore.errors import DamagedError as DamagedError
+    from gradstore.errors import FingerprintError as FingerprintError
+    from gradstore.errors import GradstoreError as GradstoreError
+    from gradstore.errors import LockedError as LockedError
+    from gradstore.errors import NotAStoreError as NotAStoreError
+    from gradstore.errors import RequestError as RequestError
+    from gradstore.problems import read_problems as read_problems
+    from gradstore.problems import to_verl as to_verl
+    from gradstore.state import State as State
+    from gradstore.store import Store as Store
+    from gradstore.store import create as create
+    from gradstore.store import open as open
+    from gradstore.verify import Finding as Finding
+    from gradstore.verify import Report as Report
+    from gradstore.view import View as View
+    from gradstore.writer import Writer as Writer
+
+_MODULE_OF = {
+    "CompactReport": "compact",
+    "DamagedError": "errors",
+    "Finding": "verify",
+    "FingerprintError": "errors",
+    "GradstoreError": "errors",
+    "LockedError": "errors",
+    "NotAStoreError": "errors",
+    "Report": "verify",
+    "RequestError": "errors",
+    "State": "state",
+    "Store": "store",
+    "View": "view",
+    "Writer": "writer",
+    "create": "store",
+    "open": "store",
+    "read_problems": "problems",
+    "to_verl": "problems",
+}
+
+__all__ = sorted(_MODULE_OF)
+
+
+def __getattr__(name: str) -> object:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'gradstore' has no attribute {name!r}")
+    value = getattr(import_module(f"gradstore.{_MODULE_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULE_OF})

@@ -30,7 +30,9 @@ class FingerprintError(RequestError):
             for name in sorted(_leaves(stored).keys() | _leaves(offered).keys())
             if _at(stored, name) != _at(offered, name)
         ]
-        super().__init__(f"{where}: fingerprint differs: {'; '.join(differing)}. Use those settings, or another store.")
+        super().__init__(
+            f"{where}: fingerprint differs: {'; '.join(differing)}. Use those settings, or another store."
+        )
 
 
 class LockedError(GradstoreError):

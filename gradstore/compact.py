@@ -1,0 +1,135 @@
+"""Rewriting a collection without its dead rows.
+
+A new generation of files is written beside the old one, made durable, and published like any other change; a crash
+before that leaves the old one in place. Bytes are checked against their checksums on the way, so that damage is not
+copied under a new checksum.
+"""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from gradstore.appender import Appender, create_generation, show_rows
+from gradstore.durable import crc32c
+from gradstore.errors import DamagedError
+from gradstore.header import Header
+from gradstore.layout import PROBLEMS, generation_name, generations
+from gradstore.manifest import Part
+from gradstore.problem_table import PART_ROWS, write_part
+from gradstore.session import Session
+from gradstore.snapshot import Snapshot
+
+
+@dataclass(frozen=True)
+class CompactedCollection:
+    """What compaction did to one collection."""
+
+    name: str
+    rows_before: int
+    rows_after: int
+    problems_before: int
+    problems_after: int
+    bytes_before: int
+    bytes_after: int
+    """Of the published files; old ones that a reader still uses are not counted."""
+    kept_for_readers: tuple[str, ...]
+    """Old generations that a reader uses; a later writer removes them."""
+
+
+@dataclass(frozen=True)
+class CompactReport:
+    """What compaction did."""
+
+    collections: tuple[CompactedCollection, ...]
+
+    @property
+    def rows(self) -> dict[str, tuple[int, int]]:
+        """Collection -> rows before and after."""
+        return {done.name: (done.rows_before, done.rows_after) for done in self.collections}
+
+    def describe(self) -> dict:
+        """As JSON can hold it."""
+        return {done.name: asdict(done) for done in self.collections}
+
+
+def compact(header: Header, folders: list[Path], keep: Literal["all", "newest"]) -> CompactReport:
+    """Compact collections one after the other, each under its own writer's lock."""
+    return CompactReport(tuple(_compact(header, folder, keep) for folder in folders))
+
+
+def _compact(header: Header, folder: Path, keep: str) -> CompactedCollection:
+    with Session(header, folder) as session:
+        old = session.manifest
+        bytes_before = _size(session.generation)
+        snapshot = Snapshot(header, folder, old)
+        kept_rows = snapshot.alive()
+        if keep == "newest":
+            newest = snapshot.newest(None)
+            kept_rows = np.zeros(old.rows, dtype=bool)
+            kept_rows[newest[newest >= 0]] = True
+        kept_problems = np.ones(old.n_problems, dtype=bool)
+        kept_problems[snapshot.deleted()] = False
+        if old.tombstones or not kept_rows.all():
+            session.unpublished = True
+            _rewrite(session, snapshot, kept_rows, kept_problems)
+        return CompactedCollection(
+            name=folder.name,
+            rows_before=old.rows,
+            rows_after=session.manifest.rows,
+            problems_before=old.n_problems,
+            problems_after=session.manifest.n_problems,
+            bytes_before=bytes_before,
+            bytes_after=_size(session.generation),
+            kept_for_readers=tuple(session.remove_unused_generations()),
+        )
+
+
+def _rewrite(session: Session, snapshot: Snapshot, kept_rows: np.ndarray, kept_problems: np.ndarray) -> None:
+    header, folder = session.header, session.collection
+    number = generations(folder)[-1] + 1
+    generation = folder / generation_name(number)
+    create_generation(generation, header.arrays, header.chunk_rows)
+    parts = _write_problems(generation / PROBLEMS, snapshot, kept_problems)
+    appender = Appender(generation, header.arrays, header.chunk_rows, 0, {})
+    try:
+        _copy_rows(appender, snapshot, kept_rows, np.cumsum(kept_problems) - 1)
+        appender.sync()
+    finally:
+        appender.close()
+    show_rows(generation, header.arrays, appender.rows, header.chunk_rows)
+    session.publish(generation=number, rows=appender.rows, chunks=appender.chunks, parts=parts, tombstones={})
+
+
+def _copy_rows(
+    appender: Appender, snapshot: Snapshot, kept_rows: np.ndarray, new_problem: np.ndarray
+) -> None:
+    header, manifest = snapshot.header, snapshot.manifest
+    for chunk, start in enumerate(range(0, manifest.rows, header.chunk_rows)):
+        rows = start + np.flatnonzero(kept_rows[start : start + header.chunk_rows])
+        if not len(rows):
+            continue
+        codes = snapshot.codes.chunk(chunk)
+        if crc32c(codes) != manifest.chunks["codes"][chunk]:
+            raise DamagedError(
+                f"{snapshot.collection / manifest.folder}/codes, chunk {chunk}: damaged: its bytes do not match their "
+                "checksum; nothing was rewritten; see `gradstore verify`"
+            )
+        columns = {
+            array.name: snapshot.column(array.name)[rows] for array in header.arrays if array.width is None
+        }
+        columns["problem"] = new_problem[columns["problem"]]
+        appender.write({**columns, "codes": codes[rows - start]})
+
+
+def _write_problems(folder: Path, snapshot: Snapshot, kept: np.ndarray) -> tuple[Part, ...]:
+    table = snapshot.problems.table.take(np.flatnonzero(kept))
+    starts = range(0, table.num_rows, PART_ROWS)
+    return tuple(
+        write_part(folder, number, table.slice(start, PART_ROWS)) for number, start in enumerate(starts)
+    )
+
+
+def _size(generation: Path) -> int:
+    return sum(file.stat().st_size for file in generation.glob("**/*") if file.is_file())

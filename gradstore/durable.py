@@ -1,0 +1,115 @@
+"""File operations that survive a crash, and the one place where an OSError becomes a sentence.
+
+A file is durable when its bytes and the folder entry that names it are both on the disk: `replace_file` does the
+four steps (write a temporary file, fsync, rename, fsync of the folder) that make a reader see either the old
+content or the new, never a mixture.
+"""
+
+import errno
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+
+from gradstore.errors import DamagedError, GradstoreError, RequestError
+
+TEMPORARY = ".tmp-"
+"""Prefix of files that were being written; the next writer removes what a crash left."""
+
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+_REFUSED = {errno.EROFS, errno.EACCES, errno.EPERM}
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn an OSError of the block into one line that names the file and what to do."""
+    try:
+        yield
+    except OSError as error:
+        where = error.filename if isinstance(error.filename, str) else path
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        if error.errno in _FULL:
+            advice = "nothing already stored is lost; free some space and run it again"
+            raise GradstoreError(f"{where}: the disk is full ({reason}): {advice}") from error
+        if error.errno in _REFUSED:
+            advice = "write to a store on a disk that allows it, or open this one read-only"
+            raise RequestError(f"{where}: cannot be written ({reason}): {advice}") from error
+        raise GradstoreError(f"{where}: writing failed ({reason}): nothing already stored is lost") from error
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn an OSError of the block into one line: a stored file that is missing is damage."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise DamagedError(f"{path}: the file is missing; `gradstore verify` lists all damage") from error
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise GradstoreError(f"{path}: cannot be read ({reason})") from error
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make the names in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_all(descriptor: int, data: Any, offset: int) -> None:
+    """pwrite every byte of a buffer, however many calls that takes."""
+    view = memoryview(data).cast("B")
+    while view.nbytes:
+        written = os.pwrite(descriptor, view, offset)
+        view = view[written:]
+        offset += written
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Give a file new content so that a crash at any moment leaves the old content or the new."""
+    temporary = path.with_name(f"{TEMPORARY}{path.name}")
+    with writing(path):
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        try:
+            write_all(descriptor, data, 0)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        os.rename(temporary, path)
+        fsync_folder(path.parent)
+
+
+def make_folder(folder: Path) -> None:
+    """Create a folder that may exist already, durably."""
+    with writing(folder):
+        if not folder.is_dir():
+            folder.mkdir()
+            fsync_folder(folder.parent)
+
+
+def preallocate(descriptor: int, size: int) -> None:
+    """Give a file its final size with its blocks reserved, so that a full disk shows here and not mid-row."""
+    try:
+        os.posix_fallocate(descriptor, 0, size)
+    except (AttributeError, OSError) as error:
+        unsupported = {errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}
+        if isinstance(error, OSError) and error.errno not in unsupported:
+            raise
+        end = os.fstat(descriptor).st_size
+        write_all(descriptor, bytes(size - end), end)
+
+
+def crc32c(data: Any, start: int = 0) -> int:
+    """CRC-32C of a contiguous read-only buffer or numpy array, continuing from `start`."""
+    return int(google_crc32c.extend(start, data))
+
+
+def canonical_json(value: object) -> bytes:
+    """The one serialisation of a JSON value that checksums are taken over: sorted names, no spaces, ASCII."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()

@@ -1,0 +1,85 @@
+"""The root of a store: what every row in it has in common, kept in the attributes of the root Zarr group."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from gradstore.durable import canonical_json, crc32c, reading
+from gradstore.errors import DamagedError, NotAStoreError, RequestError
+from gradstore.layout import COLLECTIONS, DTYPES, FORMAT, MANIFEST, ZARR, RowArray, group_json, row_arrays
+
+
+@dataclass(frozen=True)
+class Header:
+    """Fixed when the store is created."""
+
+    dim: int
+    dtype: str
+    chunk_rows: int
+    fingerprint: dict
+
+    def to_bytes(self) -> bytes:
+        """The exact bytes of the root zarr.json."""
+        body = {
+            "format": FORMAT,
+            "dim": self.dim,
+            "dtype": self.dtype,
+            "chunk_rows": self.chunk_rows,
+            "fingerprint": self.fingerprint,
+        }
+        return group_json({"gradstore": {**body, "crc32c": f"{crc32c(canonical_json(body)):08x}"}})
+
+    @property
+    def arrays(self) -> tuple[RowArray, ...]:
+        return row_arrays(self.dim, self.dtype)
+
+
+def read_header(path: Path) -> Header:
+    """The header of the store at `path`.
+
+    Raises NotAStoreError where there is no store or one of a newer format, DamagedError where its bytes changed.
+    """
+    file = path / ZARR
+    if not path.exists():
+        raise NotAStoreError(
+            f"{path}: there is nothing here; `gradstore collect` or gradstore.create makes a store"
+        )
+    if not file.is_file():
+        raise NotAStoreError(f"{path}: not a gradstore store (no {ZARR} in it)")
+    with reading(file):
+        raw = file.read_bytes()
+    try:
+        body = dict(json.loads(raw)["attributes"]["gradstore"])
+        stored = body.pop("crc32c")
+    except (ValueError, KeyError, TypeError) as error:
+        # Manifests show that this was a store before its first file was changed.
+        if any(path.glob(f"{COLLECTIONS}/*/{MANIFEST}")) or b'"gradstore"' in raw:
+            raise DamagedError(f"{file}: damaged: not the text that was written ({error})") from error
+        raise NotAStoreError(f"{path}: not a gradstore store ({ZARR} has no gradstore attributes)") from error
+    if stored != f"{crc32c(canonical_json(body)):08x}":
+        raise DamagedError(f"{file}: damaged: the attributes do not match their checksum")
+    if body["format"] != FORMAT:
+        raise NotAStoreError(
+            f"{path}: written in store format {body['format']}, this version reads format {FORMAT}: upgrade gradstore"
+        )
+    return Header(body["dim"], body["dtype"], body["chunk_rows"], body["fingerprint"])
+
+
+def check_fingerprint(fingerprint: object) -> dict:
+    """The fingerprint as it reads back from disk (tuples become lists), or a RequestError."""
+    if not isinstance(fingerprint, dict):
+        raise RequestError(f"fingerprint must be a dict of settings, not {type(fingerprint).__name__}")
+    try:
+        restored: dict = json.loads(json.dumps(fingerprint, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise RequestError(f"fingerprint cannot be kept as JSON: {error}") from error
+    return restored
+
+
+def check_shape(dim: object, dtype: object) -> tuple[int, str]:
+    """Dimensions and stored dtype, or a RequestError."""
+    if isinstance(dim, bool) or not hasattr(dim, "__index__") or (whole := dim.__index__()) < 1:
+        raise RequestError(f"dim must be a whole number of at least 1, not {dim!r}")
+    if dtype not in DTYPES:
+        raise RequestError(f"dtype {dtype!r} is not known; use one of {', '.join(DTYPES)}")
+    return whole, str(dtype)

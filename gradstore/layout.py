@@ -1,0 +1,126 @@
+"""Names, dtypes and Zarr metadata of everything a store keeps on disk (docs/format.md).
+
+`row_arrays` is the single schema table: an array added there is written, checksummed, verified and compacted
+without further code. Every array is a plain Zarr v3 array with the core codec `bytes` alone, so a chunk file is
+the array's memory and can be mapped.
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from gradstore.errors import RequestError
+
+FORMAT = 1
+"""Version of the on-disk format; a reader refuses a newer one."""
+
+MANIFEST = "manifest.json"
+LOCK = "LOCK"
+IN_USE = "IN-USE"
+COLLECTIONS = "collections"
+PROBLEMS = "problems"
+ZARR = "zarr.json"
+
+CHUNK_BYTES = 8 << 20
+"""Aimed size of a chunk of codes: big enough to stream, small enough to preallocate for a small collection."""
+MAX_CHUNK_ROWS = 16384
+
+_CODES = {"int8": ("int8", 1.0), "int4": ("uint8", 0.5), "fp16": ("float16", 1.0), "fp32": ("float32", 1.0)}
+DTYPES = tuple(_CODES)
+
+_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
+_GENERATION = re.compile(r"g(0|[1-9][0-9]*)")
+
+
+@dataclass(frozen=True, slots=True)
+class RowArray:
+    """One array with one entry (or one run of `width` entries) a row."""
+
+    name: str
+    dtype: np.dtype
+    """Little-endian element type."""
+    width: int | None = None
+    """Elements a row; None for a one-dimensional array."""
+
+    @property
+    def row_bytes(self) -> int:
+        return self.dtype.itemsize * (self.width or 1)
+
+    def shape(self, rows: int) -> tuple[int, ...]:
+        return (rows,) if self.width is None else (rows, self.width)
+
+    def chunk_file(self, chunk: int) -> str:
+        return f"c.{chunk}" if self.width is None else f"c.{chunk}.0"
+
+    def zarr_json(self, rows: int, chunk_rows: int) -> bytes:
+        """The exact bytes of the array's zarr.json when it shows `rows` rows."""
+        return _text(
+            {
+                "zarr_format": 3,
+                "node_type": "array",
+                "shape": list(self.shape(rows)),
+                "data_type": self.dtype.name,
+                "chunk_grid": {
+                    "name": "regular",
+                    "configuration": {"chunk_shape": list(self.shape(chunk_rows))},
+                },
+                "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
+                "fill_value": 0 if self.dtype.kind in "iu" else 0.0,
+                "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}],
+                "attributes": {},
+                "storage_transformers": [],
+            }
+        )
+
+
+def row_arrays(dim: int, dtype: str) -> tuple[RowArray, ...]:
+    """The schema: every array of a collection for sketches of `dim` dimensions stored as `dtype`."""
+    code_dtype, share = _CODES[dtype]
+    table = (
+        ("codes", code_dtype, int(np.ceil(dim * share))),
+        ("scale", "float32", None),
+        ("norm", "float32", None),
+        ("step", "int64", None),
+        ("problem", "int32", None),
+        ("state", "uint8", None),
+        ("pass_rate", "float32", None),
+        ("n_rollouts", "int32", None),
+        ("reason", "uint16", None),
+    )
+    return tuple(RowArray(name, np.dtype(kind).newbyteorder("<"), width) for name, kind, width in table)
+
+
+def default_chunk_rows(dim: int, dtype: str) -> int:
+    """The largest power of two of rows whose codes fit in `CHUNK_BYTES`, at most `MAX_CHUNK_ROWS`."""
+    fitting = max(1, CHUNK_BYTES // row_arrays(dim, dtype)[0].row_bytes)
+    return int(min(MAX_CHUNK_ROWS, 1 << (fitting.bit_length() - 1)))
+
+
+def group_json(attributes: dict) -> bytes:
+    """The exact bytes of a group's zarr.json."""
+    return _text({"zarr_format": 3, "node_type": "group", "attributes": attributes})
+
+
+def check_name(name: object) -> str:
+    """A collection's name, or a RequestError saying what a name may be."""
+    if not isinstance(name, str) or not _NAME.fullmatch(name) or len(name) > 200:
+        rule = "use letters, digits, '.', '_' and '-', not starting with a dot, at most 200 of them"
+        raise RequestError(f"collection name {name!r} is not possible: {rule}")
+    return name
+
+
+def generation_name(generation: int) -> str:
+    return f"g{generation}"
+
+
+def generations(collection: Path) -> list[int]:
+    """Numbers of the generation folders that exist, published or not."""
+    found = (_GENERATION.fullmatch(entry.name) for entry in collection.iterdir())
+    return sorted(int(match[1]) for match in found if match)
+
+
+def _text(value: dict) -> bytes:
+    return (json.dumps(value, indent=2) + "\n").encode()

@@ -1,0 +1,151 @@
+"""Who writes, and who reads what: advisory locks that the kernel drops when their holder dies.
+
+`WriterLock` gives a collection one writer. Its file also says who that is, from the moment the writer opens to the
+moment it has cleaned up: content in a file that nobody holds is the trace of an interrupted writer. A `Lease` keeps
+a generation of files from being removed while a reader maps them.
+"""
+
+import datetime
+import fcntl
+import json
+import os
+import socket
+import sys
+import weakref
+from pathlib import Path
+
+from gradstore.durable import fsync_folder, write_all, writing
+from gradstore.errors import LockedError
+from gradstore.layout import IN_USE, LOCK
+
+
+class WriterLock:
+    """The right to write to one collection, held until `release`.
+
+    `interrupted` is the text that an earlier writer left by dying, empty if it closed properly.
+    """
+
+    def __init__(self, collection: Path) -> None:
+        self._path = collection / LOCK
+        with writing(self._path):
+            created = not self._path.exists()
+            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(descriptor)
+                holder = describe_holder(read_holder(collection)) or "another process"
+                raise LockedError(
+                    f"{collection}: {holder} is writing to it; wait until it has finished, or stop it"
+                ) from None
+            except OSError:
+                os.close(descriptor)
+                raise
+            self._release = weakref.finalize(self, os.close, descriptor)
+            self._descriptor = descriptor
+            self.interrupted = read_holder(collection)
+            if created:
+                fsync_folder(collection)
+            self._write(_this_process())
+
+    def release(self, *, clean: bool) -> None:
+        """Give the lock back. `clean`: nothing of this writer is left beyond the published rows."""
+        if not self._release.alive:
+            return
+        try:
+            if clean:
+                with writing(self._path):
+                    self._write(b"")
+        finally:
+            self._release()
+
+    def _write(self, content: bytes) -> None:
+        # Never empty in between: an empty file would say that an interrupted writer had cleaned up.
+        write_all(self._descriptor, content, 0)
+        os.ftruncate(self._descriptor, len(content))
+        os.fsync(self._descriptor)
+
+
+def read_holder(collection: Path) -> str:
+    """What the lock file says: its writer, running or interrupted; empty if the last one closed properly."""
+    try:
+        return (collection / LOCK).read_text(errors="replace")
+    except OSError:
+        return ""
+
+
+def is_running(content: str) -> bool:
+    """Whether the process that a lock file names still runs, as far as this host can tell.
+
+    The lock itself is not probed: taking it even for a moment could refuse a writer that is starting.
+    """
+    try:
+        holder = json.loads(content)
+        if holder["host"] != socket.gethostname():
+            return False
+        os.kill(holder["pid"], 0)
+    except PermissionError:
+        return True
+    except (ValueError, KeyError, TypeError, OSError):
+        return False
+    return True
+
+
+def describe_holder(content: str) -> str:
+    """The lock file's content as words, empty for an empty file."""
+    if not content:
+        return ""
+    try:
+        holder = json.loads(content)
+        return f"process {holder['pid']} on {holder['host']} ({holder['program']}, since {holder['started']})"
+    except (ValueError, KeyError, TypeError):
+        return "a process that did not get to name itself"
+
+
+def _this_process() -> bytes:
+    holder = {
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "program": Path(sys.argv[0] or sys.executable).name if sys.argv else "python",
+    }
+    return (json.dumps(holder) + "\n").encode()
+
+
+class Lease:
+    """A reader's claim on a generation; it ends when the object is collected or closed."""
+
+    def __init__(self, descriptor: int | None) -> None:
+        self.close = weakref.finalize(self, os.close, descriptor) if descriptor is not None else lambda: None
+
+
+def take_lease(generation: Path) -> Lease | None:
+    """A claim on a generation's files, or None if they are being removed or are gone."""
+    path = generation / IN_USE
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+    except OSError:
+        return Lease(None)  # A medium that refuses even this cannot be compacted either.
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        if os.fstat(descriptor).st_nlink:
+            return Lease(descriptor)
+    except BlockingIOError:
+        pass
+    except OSError:
+        return Lease(descriptor)  # No locks on this file system.
+    os.close(descriptor)
+    return None
+
+
+def claim_for_removal(generation: Path) -> int | None:
+    """An exclusive lock on a generation that no reader uses, as an open descriptor; None if one does."""
+    descriptor = os.open(generation / IN_USE, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    return descriptor

@@ -1,0 +1,104 @@
+"""The manifest: the one file that says which rows of a collection exist and what their bytes are.
+
+Publishing is replacing it. The file is `{"crc32c":"xxxxxxxx","manifest":BODY}` and a newline, where BODY is the
+canonical JSON the checksum is taken over, so a change of any byte of the file shows.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from gradstore.durable import canonical_json, crc32c, reading, replace_file
+from gradstore.errors import DamagedError, NotAStoreError
+from gradstore.layout import FORMAT, MANIFEST, generation_name
+
+_HEAD = b'{"crc32c":"%08x","manifest":'
+_HEAD_BYTES = len(_HEAD % 0)
+_TAIL = b"}\n"
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A Parquet file with consecutive problems."""
+
+    file: str
+    rows: int
+    bytes: int
+    crc32c: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """One published moment of a collection."""
+
+    commit: int = 0
+    """Counts publications; 0 before the first."""
+    generation: int = 0
+    """The folder `g<generation>` holds the arrays and the problems."""
+    rows: int = 0
+    """Rows that exist; bytes beyond them mean nothing."""
+    chunks: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """For each array the CRC-32C of the published bytes of each of its chunks."""
+    parts: tuple[Part, ...] = ()
+    tombstones: dict[int, int] = field(default_factory=dict)
+    """problem -> row before which all its rows are deleted."""
+    reasons: tuple[str, ...] = ("",)
+    """Texts that the array `reason` points at."""
+
+    @property
+    def folder(self) -> str:
+        return generation_name(self.generation)
+
+    @property
+    def n_problems(self) -> int:
+        return sum(part.rows for part in self.parts)
+
+    def to_bytes(self) -> bytes:
+        body = canonical_json(
+            {
+                "format": FORMAT,
+                "commit": self.commit,
+                "generation": self.folder,
+                "rows": self.rows,
+                "chunks": {name: [f"{crc:08x}" for crc in crcs] for name, crcs in self.chunks.items()},
+                "problems": [[part.file, part.rows, part.bytes, f"{part.crc32c:08x}"] for part in self.parts],
+                "tombstones": sorted(self.tombstones.items()),
+                "reasons": self.reasons,
+            }
+        )
+        return _HEAD % crc32c(body) + body + _TAIL
+
+    @classmethod
+    def from_bytes(cls, raw: bytes, file: Path) -> "Manifest":
+        """Raises DamagedError if any byte differs from what was written."""
+        body = raw[_HEAD_BYTES : -len(_TAIL)]
+        if raw[:_HEAD_BYTES] != _HEAD % crc32c(body) or raw[-len(_TAIL) :] != _TAIL:
+            raise DamagedError(f"{file}: damaged: the manifest does not match its checksum")
+        value = json.loads(body)
+        if value["format"] != FORMAT:
+            raise NotAStoreError(
+                f"{file}: written in store format {value['format']}, this version reads format {FORMAT}: "
+                "upgrade gradstore"
+            )
+        return cls(
+            commit=value["commit"],
+            generation=int(value["generation"][1:]),
+            rows=value["rows"],
+            chunks={name: tuple(int(crc, 16) for crc in crcs) for name, crcs in value["chunks"].items()},
+            parts=tuple(Part(name, rows, size, int(crc, 16)) for name, rows, size, crc in value["problems"]),
+            tombstones={problem: row for problem, row in value["tombstones"]},
+            reasons=tuple(value["reasons"]),
+        )
+
+
+def read_manifest(collection: Path) -> Manifest:
+    """The newest published manifest of a collection's folder."""
+    file = collection / MANIFEST
+    with reading(file):
+        raw = file.read_bytes()
+    return Manifest.from_bytes(raw, file)
+
+
+def publish_manifest(collection: Path, manifest: Manifest) -> None:
+    """Make a manifest, and with it everything it names, the collection's content."""
+    replace_file(collection / MANIFEST, manifest.to_bytes())

@@ -1,0 +1,202 @@
+"""The problems of a generation: Parquet parts whose rows, in order, are what the array `problem` points at.
+
+Few large parts stay few: a new part swallows the ones before it that are not more than twice its size, so adding
+problems a handful at a time rewrites each only a logarithmic number of times.
+"""
+
+import io
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from gradstore.durable import crc32c, reading, replace_file
+from gradstore.errors import DamagedError, RequestError
+from gradstore.layout import PROBLEMS
+from gradstore.manifest import Manifest, Part, read_manifest
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+PART_ROWS = 65536
+"""A part of this many problems is not rewritten any more."""
+
+
+def table_schema() -> "pa.Schema":
+    """Columns of a part. Large strings, because a million prompts pass the two gigabytes of 32-bit offsets."""
+    import pyarrow as pa
+
+    text = pa.large_string()
+    return pa.schema(
+        [
+            pa.field("id", text, nullable=False),
+            pa.field("source", text, nullable=False),
+            pa.field("prompt", text, nullable=False),
+            pa.field("messages", text),
+            pa.field("ground_truth", text, nullable=False),
+            pa.field("tags", pa.list_(pa.string()), nullable=False),
+            pa.field("extra", text, nullable=False),
+        ]
+    )
+
+
+def to_table(records: Sequence[dict]) -> "pa.Table":
+    """Canonical records as rows; a chat prompt is kept as JSON, its last user message as the text to show."""
+    import pyarrow as pa
+
+    columns: dict[str, list] = {name: [] for name in table_schema().names}
+    for record in records:
+        prompt = record["prompt"]
+        chat = not isinstance(prompt, str)
+        for name in ("id", "source", "ground_truth", "tags"):
+            columns[name].append(record[name])
+        columns["prompt"].append(_shown(prompt) if chat else prompt)
+        columns["messages"].append(_json(prompt) if chat else None)
+        columns["extra"].append(_json(record["extra"]))
+    return pa.table(columns, schema=table_schema())
+
+
+def to_records(table: "pa.Table") -> list[dict]:
+    """The canonical records of (some rows of) a problem table."""
+    return [
+        {
+            "id": row["id"],
+            "source": row["source"],
+            "prompt": row["prompt"] if row["messages"] is None else json.loads(row["messages"]),
+            "ground_truth": row["ground_truth"],
+            "tags": row["tags"],
+            "extra": json.loads(row["extra"]),
+        }
+        for row in table.to_pylist()
+    ]
+
+
+class ProblemTable:
+    """The problems that one manifest names, loaded when first asked for."""
+
+    def __init__(self, collection: Path, manifest: Manifest) -> None:
+        self._collection = collection
+        self._manifest = manifest
+
+    def __len__(self) -> int:
+        return self._manifest.n_problems
+
+    @cached_property
+    def ids(self) -> np.ndarray:
+        """Object array of str, in order of addition."""
+        return self._load(["id"])["id"].to_numpy().astype(object)
+
+    @cached_property
+    def index(self) -> dict[str, int]:
+        """id -> row."""
+        return {problem_id: row for row, problem_id in enumerate(self.ids)}
+
+    @cached_property
+    def table(self) -> "pa.Table":
+        return self._load(None)
+
+    def rows_of(self, ids: Sequence[str], where: str) -> np.ndarray:
+        """Rows of ids, int64; RequestError naming the first that is not there."""
+        index = self.index
+        try:
+            return np.fromiter((index[problem_id] for problem_id in ids), dtype=np.int64, count=len(ids))
+        except (KeyError, TypeError):
+            unknown = next(name for name in ids if not isinstance(name, str) or name not in index)
+            advice = "add its problem first (Store.add_problems)"
+            raise RequestError(
+                f"{where}: problem id {unknown!r} is not in the collection; {advice}"
+            ) from None
+
+    def _load(self, columns: list[str] | None) -> "pa.Table":
+        import pyarrow as pa
+
+        try:
+            tables = [
+                _read_part(self._collection, self._manifest, part, columns) for part in self._manifest.parts
+            ]
+        except DamagedError:
+            # A later writer may have merged small parts. The same problems then lead the newer parts.
+            newer = read_manifest(self._collection)
+            if newer.generation != self._manifest.generation or newer.parts == self._manifest.parts:
+                raise
+            tables = [_read_part(self._collection, newer, part, columns) for part in newer.parts]
+        schema = table_schema()
+        if columns is not None:
+            schema = pa.schema([schema.field(name) for name in columns])
+        whole = pa.concat_tables(tables) if tables else schema.empty_table()
+        return whole.slice(0, len(self))
+
+
+def add_to_parts(
+    collection: Path, manifest: Manifest, table: "pa.Table"
+) -> tuple[tuple[Part, ...], list[Path]]:
+    """Write new problems behind those of a manifest, durably.
+
+    Returns the parts that the next manifest should name, and the files that are then no longer needed.
+    """
+    import pyarrow as pa
+
+    parts = list(manifest.parts)
+    number = int(parts[-1].file.removeprefix("part-").removesuffix(".parquet")) + 1 if parts else 0
+    swallowed: list[Part] = []
+    rows = table.num_rows
+    while parts and parts[-1].rows <= 2 * rows and parts[-1].rows + rows <= PART_ROWS:
+        swallowed.insert(0, parts.pop())
+        rows += swallowed[0].rows
+    if swallowed:
+        table = pa.concat_tables(
+            [*(_read_part(collection, manifest, part, None) for part in swallowed), table]
+        )
+    folder = collection / manifest.folder / PROBLEMS
+    for start in range(0, table.num_rows, PART_ROWS):
+        parts.append(write_part(folder, number, table.slice(start, PART_ROWS)))
+        number += 1
+    return tuple(parts), [folder / part.file for part in swallowed]
+
+
+def write_part(folder: Path, number: int, table: "pa.Table") -> Part:
+    """One durable Parquet file with pages that carry their own checksums."""
+    import pyarrow.parquet as pq
+
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="zstd", write_page_checksum=True)
+    data = buffer.getvalue()
+    name = f"part-{number:06d}.parquet"
+    replace_file(folder / name, data)
+    return Part(name, table.num_rows, len(data), crc32c(data))
+
+
+def _read_part(collection: Path, manifest: Manifest, part: Part, columns: list[str] | None) -> "pa.Table":
+    """A part's columns; the pages read are checked against their own checksums."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = collection / manifest.folder / PROBLEMS / part.file
+    with reading(path):
+        size = path.stat().st_size
+    try:
+        if size != part.bytes:
+            raise pa.ArrowInvalid(f"{size} bytes instead of {part.bytes}")
+        table = pq.ParquetFile(path, page_checksum_verification=True).read(columns=columns)
+        if table.num_rows != part.rows:
+            raise pa.ArrowInvalid(f"{table.num_rows} rows instead of {part.rows}")
+    except (pa.ArrowException, OSError) as error:
+        raise DamagedError(
+            f"{path}: damaged: {str(error).splitlines()[0]}; see `gradstore verify`"
+        ) from error
+    return table.cast(
+        table_schema() if columns is None else pa.schema([table_schema().field(n) for n in columns])
+    )
+
+
+def _shown(messages: list[dict]) -> str:
+    users = [message for message in messages if message["role"] == "user"] or messages
+    content = users[-1]["content"]
+    return content if isinstance(content, str) else _json(content)
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, ensure_ascii=False)

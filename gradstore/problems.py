@@ -1,0 +1,242 @@
+"""Problem records: one canonical dict, the files it is read from, and verl's form of it.
+
+A canonical record is {"id", "source", "prompt", "ground_truth", "tags", "extra"}. `read_problems` accepts JSONL and
+Parquet, with flat fields or with verl's (data_source, prompt, ability, reward_model, extra_info). What a verl record
+has beyond the canonical fields is kept under extra["verl"], so that `to_verl` gives the record back.
+"""
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from gradstore.errors import RequestError
+
+FIELDS = ("id", "source", "prompt", "ground_truth", "tags", "extra")
+
+
+def canonical(record: Any, where: str) -> dict:
+    """A record with every canonical field, checked; `where` begins the message of the RequestError."""
+    if not isinstance(record, dict):
+        raise RequestError(f"{where}: a problem must be a dict of fields, not {type(record).__name__}")
+    problem_id = record.get("id")
+    if not isinstance(problem_id, str) or not problem_id:
+        raise RequestError(f"{where}: field 'id' must be a non-empty string, not {problem_id!r}")
+    where = f"{where}: problem {problem_id!r}"
+    unknown = sorted(map(str, record.keys() - set(FIELDS)))
+    if unknown:
+        raise RequestError(f"{where}: field {unknown[0]!r} is not known; put it into 'extra'")
+    source = _optional(record, "source", "")
+    ground_truth = _optional(record, "ground_truth", "")
+    for field, value in (("source", source), ("ground_truth", ground_truth)):
+        if not isinstance(value, str):
+            raise RequestError(f"{where}: field {field!r} must be a string, not {value!r}")
+    tags = _optional(record, "tags", [])
+    if not isinstance(tags, list | tuple) or not all(isinstance(tag, str) for tag in tags):
+        raise RequestError(f"{where}: field 'tags' must be a list of strings, not {tags!r}")
+    extra = _optional(record, "extra", {})
+    if not isinstance(extra, dict):
+        raise RequestError(f"{where}: field 'extra' must be a dict, not {type(extra).__name__}")
+    try:
+        extra = json.loads(json.dumps(extra))
+    except (TypeError, ValueError) as error:
+        raise RequestError(f"{where}: field 'extra' cannot be kept as JSON: {error}") from error
+    return {
+        "id": problem_id,
+        "source": source,
+        "prompt": _prompt(record.get("prompt"), where),
+        "ground_truth": ground_truth,
+        "tags": list(tags),
+        "extra": extra,
+    }
+
+
+def read_problems(path: str | Path) -> list[dict]:
+    """Canonical records of a JSONL or Parquet file, in the file's order.
+
+    Raises RequestError naming the file, the line or row (counted from 1) and the field that is wrong; for an id that
+    occurs twice it names both places.
+    """
+    path = Path(path)
+    records = []
+    seen: dict[str, str] = {}
+    for place, raw in read_records(path):
+        where = f"{path}, {place}"
+        record = from_verl(raw, where) if is_verl(raw) else _from_flat(raw, where)
+        first = seen.setdefault(record["id"], place)
+        if first != place:
+            raise RequestError(f"{path}: problem id {record['id']!r} occurs twice, in {first} and {place}")
+        records.append(record)
+    return records
+
+
+def read_records(path: Path) -> Iterator[tuple[str, dict]]:
+    """(place, fields) of every record of a JSONL or Parquet file; place is "line 3" or "row 3"."""
+    try:
+        with open(path, "rb") as file:
+            magic = file.read(4)
+    except FileNotFoundError as error:
+        raise RequestError(f"{path}: the file does not exist") from error
+    except OSError as error:
+        raise RequestError(f"{path}: cannot be read ({error.strerror})") from error
+    return _parquet_records(path) if magic == b"PAR1" or path.suffix == ".parquet" else _jsonl_records(path)
+
+
+def is_verl(record: dict) -> bool:
+    """Whether a record has verl's fields rather than flat ones."""
+    return "reward_model" in record or "data_source" in record or "extra_info" in record
+
+
+def from_verl(record: dict, where: str) -> dict:
+    """The canonical form of a verl record: id from extra_info.index, else extra_info.id, else a top-level id."""
+    rest = {name: value for name, value in record.items() if name not in ("data_source", "prompt")}
+    info = rest.get("extra_info") or {}
+    reward = rest.get("reward_model") or {}
+    for field, value in (("extra_info", info), ("reward_model", reward)):
+        if not isinstance(value, dict):
+            raise RequestError(f"{where}: field {field!r} must be a dict, not {type(value).__name__}")
+    candidates = {
+        "extra_info.index": info.get("index"),
+        "extra_info.id": info.get("id"),
+        "problem_id": rest.get("problem_id"),
+        "id": rest.get("id"),
+    }
+    field, value = next(
+        ((name, value) for name, value in candidates.items() if value is not None), ("", None)
+    )
+    if value is None:
+        raise RequestError(f"{where}: field 'extra_info.index' is missing: a problem needs an id")
+    truth = reward.get("ground_truth")
+    if isinstance(truth, str):
+        rest["reward_model"] = {name: part for name, part in reward.items() if name != "ground_truth"}
+    ability = rest.get("ability")
+    return canonical(
+        {
+            "id": _id_text(value, field, where),
+            "source": record.get("data_source"),
+            "prompt": record.get("prompt"),
+            "ground_truth": _text(truth, "reward_model.ground_truth", where),
+            "tags": [ability] if isinstance(ability, str) and ability else [],
+            "extra": {"verl": rest},
+        },
+        where,
+    )
+
+
+def to_verl(record: dict) -> dict:
+    """verl's form of a canonical record: data_source, prompt messages, ability, reward_model, extra_info.
+
+    A record that was read from a verl file comes back as it was; extra_info gets the id as `index` if it had none.
+    """
+    record = canonical(record, "to_verl")
+    rest = dict(record["extra"].get("verl", {}))
+    others = {name: value for name, value in record["extra"].items() if name != "verl"}
+    prompt = record["prompt"]
+    info = {**(rest.pop("extra_info", None) or {}), **others}
+    if info.get("index") is None:
+        info["index"] = record["id"]
+    reward = rest.pop("reward_model", None) or {"style": "rule"}
+    return {
+        "data_source": record["source"],
+        "prompt": [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt,
+        "ability": rest.pop("ability", record["tags"][0] if record["tags"] else ""),
+        "reward_model": {"ground_truth": record["ground_truth"], **reward},
+        "extra_info": info,
+        **rest,
+    }
+
+
+def _from_flat(record: dict, where: str) -> dict:
+    fields = dict(record)
+    name = "problem_id" if fields.get("problem_id") is not None else "id"
+    value = fields.pop(name, None)
+    if value is None:
+        raise RequestError(f"{where}: field 'problem_id' is missing: a problem needs an id")
+    extra = fields.pop("extra", None) or {}
+    if not isinstance(extra, dict):
+        raise RequestError(f"{where}: field 'extra' must be a dict, not {type(extra).__name__}")
+    known = {field: fields.pop(field, None) for field in ("source", "prompt", "ground_truth", "tags")}
+    known["ground_truth"] = _text(known["ground_truth"], "ground_truth", where)
+    return canonical({"id": _id_text(value, name, where), **known, "extra": {**fields, **extra}}, where)
+
+
+def _jsonl_records(path: Path) -> Iterator[tuple[str, dict]]:
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except (ValueError, UnicodeDecodeError) as error:
+                cut = " (the file ends in the middle of it)" if not line.endswith(b"\n") else ""
+                raise RequestError(f"{path}, line {number}: not valid JSON{cut}: {error}") from error
+            if not isinstance(record, dict):
+                raise RequestError(
+                    f"{path}, line {number}: expected a JSON object, not {type(record).__name__}"
+                )
+            yield f"line {number}", record
+
+
+def _parquet_records(path: Path) -> Iterator[tuple[str, dict]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        number = 0
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(4096):
+                for record in batch.to_pylist():
+                    number += 1
+                    yield f"row {number}", record
+    except (pa.ArrowException, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise RequestError(f"{path}: not a readable Parquet file: {reason}") from error
+
+
+def _prompt(prompt: Any, where: str) -> str | list[dict]:
+    if isinstance(prompt, str) and prompt:
+        return prompt
+    if not isinstance(prompt, list | tuple) or not prompt:
+        expected = "a non-empty string or a list of chat messages"
+        raise RequestError(f"{where}: field 'prompt' must be {expected}, not {prompt!r}")
+    for position, message in enumerate(prompt):
+        if (
+            not isinstance(message, dict)
+            or not isinstance(message.get("role"), str)
+            or "content" not in message
+        ):
+            expected = "a dict with 'role' and 'content'"
+            raise RequestError(
+                f"{where}: field 'prompt', message {position}, must be {expected}, not {message!r}"
+            )
+    try:
+        restored: list[dict] = json.loads(json.dumps(list(prompt)))
+    except (TypeError, ValueError) as error:
+        raise RequestError(f"{where}: field 'prompt' cannot be kept as JSON: {error}") from error
+    return restored
+
+
+def _optional(record: dict, field: str, default: Any) -> Any:
+    value = record.get(field)
+    return default if value is None else value
+
+
+def _id_text(value: Any, field: str, where: str) -> str:
+    """An id as text; whole numbers are common in verl's data, and pandas turns them into floats."""
+    if isinstance(value, float) and math.isfinite(value) and value == int(value):
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
+        raise RequestError(
+            f"{where}: field {field!r} must be a non-empty string or a whole number, not {value!r}"
+        )
+    return str(value)
+
+
+def _text(value: Any, field: str, where: str) -> str:
+    if value is None or isinstance(value, str):
+        return value or ""
+    try:
+        return json.dumps(value)
+    except (TypeError, ValueError) as error:
+        raise RequestError(f"{where}: field {field!r} cannot be kept as JSON: {error}") from error

@@ -1,0 +1,154 @@
+"""Rows to codes and back: a row is stored as codes of its direction, a scale that makes them unit length, a norm.
+
+    int8   codes = rint(127 row / max|row|)
+    int4   codes = clip(rint(row / step), -7, 7), two a byte, the first in the low four bits, two's complement
+    fp16   codes = row / |row|        (raw rows would underflow: gradients are small)
+    fp32   codes = row / |row|
+
+For every dtype `scale = 1 / |codes|`, so a decoded row `codes * scale` has length 1 and a cosine with it is not
+biased by the quantisation of its length. A row of zeros has codes, scale and norm 0.
+
+D sketch dimensions, P rows (problems), W bytes or elements of codes a row.
+"""
+
+import numpy as np
+
+from gradstore.layout import row_arrays
+
+GAUSS_STEP = 0.3534
+"""Step of the uniform quantiser with 15 levels that is optimal for a Gaussian, in units of its standard deviation:
+J. Max, "Quantizing for minimum distortion", IRE Trans. Inf. Theory 6 (1960), table II, N = 15."""
+
+_INT4_BLENDS = (0.0, 0.25, 0.5, 0.75, 1.0)
+"""int4 steps tried a row, as positions on the logarithmic scale from the Gaussian step to max/7: rows of real
+gradients have heavier tails than a Gaussian, and how much heavier differs from row to row."""
+
+_BLOCK_BYTES = 1 << 19
+"""Rows are encoded in blocks that stay in the processor's cache through all passes."""
+
+_NIBBLES = np.array([value - 16 if value > 7 else value for value in range(16)], dtype=np.float32)
+_PAIRS = np.stack([np.tile(_NIBBLES, 16), np.repeat(_NIBBLES, 16)], axis=1).copy().view(np.uint64).ravel()
+"""For each byte the two float32 values it holds, as one 8-byte entry."""
+
+
+def peaks(rows_P_D: np.ndarray) -> np.ndarray:
+    """Largest absolute value of each float32 row, float32 [P]; not finite exactly where the row is not."""
+    if not rows_P_D.shape[0]:
+        return np.zeros(0, np.float32)
+    return np.maximum(rows_P_D.max(axis=1), -rows_P_D.min(axis=1))
+
+
+def encode(
+    rows_P_D: np.ndarray, dtype: str, peaks_P: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Codes [P, W], scale float32 [P] and L2 norm float64 [P] of finite float32 rows.
+
+    The arithmetic is on rows divided by their peak, so neither huge nor tiny rows overflow or vanish.
+    """
+    n_rows, dim = rows_P_D.shape
+    array = row_arrays(dim, dtype)[0]
+    codes = np.zeros(array.shape(n_rows), dtype=array.dtype)
+    scale = np.zeros(n_rows, dtype=np.float32)
+    norm = np.zeros(n_rows, dtype=np.float64)
+    peaks_P = peaks(rows_P_D) if peaks_P is None else peaks_P
+    step = max(1, min(n_rows, _BLOCK_BYTES // (4 * dim)))
+    scratch = np.empty((step, dim), dtype=np.float32)
+    encode_block = {"int8": _int8, "int4": _int4, "fp16": _unit, "fp32": _unit}[dtype]
+    for start in range(0, n_rows, step):
+        block = slice(start, start + step)
+        peak = peaks_P[block]
+        some = peak > 0
+        scaled = scratch[: len(peak)]
+        np.divide(rows_P_D[block], np.where(some, peak, 1)[:, None], out=scaled)
+        length = _lengths(scaled)
+        norm[block] = peak.astype(np.float64) * length
+        code_length = encode_block(scaled, np.where(some, length, 1), codes[block])
+        scale[block] = np.where(some, 1 / np.where(some, code_length, 1), 0)
+    return codes, scale, norm
+
+
+def decode(codes: np.ndarray, scale: np.ndarray, dtype: str, out: np.ndarray) -> None:
+    """Unit rows of codes [P, W] and scale [P] into `out`, float32 [P, D]."""
+    if dtype == "int4":
+        dim = out.shape[1]
+        pairs = _PAIRS[codes].view(np.float32)
+        np.multiply(pairs[:, :dim], scale[:, None], out=out)
+    elif dtype == "fp16":
+        _from_half(codes, out)
+        out *= scale[:, None]
+    else:
+        np.multiply(codes, scale[:, None], out=out)
+
+
+def _lengths(rows: np.ndarray) -> np.ndarray:
+    return np.sqrt(np.einsum("pd,pd->p", rows, rows).astype(np.float64))
+
+
+def _int8(scaled: np.ndarray, _length: np.ndarray, codes: np.ndarray) -> np.ndarray:
+    scaled *= np.float32(127)
+    np.rint(scaled, out=scaled)
+    codes[...] = scaled
+    return _lengths(scaled)
+
+
+def _unit(scaled: np.ndarray, length: np.ndarray, codes: np.ndarray) -> np.ndarray:
+    scaled /= length.astype(np.float32)[:, None]
+    if codes.dtype == np.float16:
+        _to_half(scaled, codes)
+        _from_half(codes, scaled)
+    else:
+        codes[...] = scaled
+    return _lengths(scaled)
+
+
+_HALF_BIAS = np.float32(2.0**112)
+"""Between the exponents of float16 and float32: a float16's bits moved to float32's place read 2**112 too small."""
+
+
+def _to_half(rows: np.ndarray, codes: np.ndarray) -> None:
+    """Round finite float32 of at most 1 to float16, to even, as numpy's cast does but several times faster.
+
+    Dividing by 2**112 first lets the processor's own rounding make float16's subnormals.
+    """
+    bits = (rows / _HALF_BIAS).view(np.uint32)
+    sign = (bits >> 16).astype(np.uint16)
+    sign &= 0x8000
+    bits &= 0x7FFFFFFF
+    bits += 0x0FFF + ((bits >> 13) & 1)
+    bits >>= 13
+    halves = codes.view(np.uint16)
+    halves[...] = bits
+    halves |= sign
+
+
+def _from_half(codes: np.ndarray, out: np.ndarray) -> None:
+    """Finite float16 to float32 in `out`, exact."""
+    bits = out.view(np.int32)
+    bits[...] = codes.view(np.int16)
+    bits <<= 13
+    bits &= np.int32(-0x70002000)  # 0x8FFFE000: the sign that was copied into the exponent goes.
+    out *= _HALF_BIAS
+
+
+def _int4(scaled: np.ndarray, length: np.ndarray, codes: np.ndarray) -> np.ndarray:
+    """Per row the step among the candidates whose codes have the largest cosine with the row."""
+    dim = scaled.shape[1]
+    narrow = np.maximum(GAUSS_STEP * length / np.sqrt(dim), 1e-30)
+    best = np.zeros_like(scaled)
+    best_cosine = np.full(len(scaled), -1.0)
+    trial = np.empty_like(scaled)
+    for blend in _INT4_BLENDS:
+        per_step = 1 / (narrow ** (1 - blend) * (1 / 7) ** blend)
+        np.multiply(scaled, per_step.astype(np.float32)[:, None], out=trial)
+        np.rint(trial, out=trial)
+        np.clip(trial, -7, 7, out=trial)
+        squared = np.einsum("pd,pd->p", trial, trial).astype(np.float64)
+        cosine = np.einsum("pd,pd->p", trial, scaled) / np.sqrt(np.maximum(squared, 1))
+        better = cosine > best_cosine
+        best[better] = trial[better]
+        best_cosine[better] = cosine[better]
+    nibbles = best.astype(np.int8).view(np.uint8)
+    nibbles &= 15
+    codes[...] = nibbles[:, 0::2]
+    codes[:, : dim // 2] |= nibbles[:, 1::2] << 4
+    return _lengths(best)

@@ -1,0 +1,134 @@
+"""An exclusive writing session on one collection: lock, clean up after an interrupted writer, publish, let go.
+
+Everything that changes a collection (adding problems, appending rows, deleting, compacting) happens inside one.
+"""
+
+import contextlib
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from gradstore.appender import clear_beyond, create_generation, show_rows
+from gradstore.durable import TEMPORARY, fsync_folder, make_folder, replace_file, writing
+from gradstore.errors import GradstoreError, RequestError
+from gradstore.header import Header
+from gradstore.layout import IN_USE, MANIFEST, PROBLEMS, ZARR, generation_name, generations, group_json
+from gradstore.lock import WriterLock, claim_for_removal
+from gradstore.manifest import Manifest, publish_manifest, read_manifest
+
+
+class Session:
+    """Context manager; `manifest` is always the newest published one.
+
+    Leaving by an exception leaves the lock's text behind if cleaning up fails too; the next session then cleans up.
+    """
+
+    def __init__(self, header: Header, collection: Path, *, create: bool = False) -> None:
+        self.header = header
+        self.collection = collection
+        if create:
+            make_folder(collection)
+        elif not (collection / MANIFEST).is_file():
+            known = sorted(entry.parent.name for entry in collection.parent.glob(f"*/{MANIFEST}"))
+            raise RequestError(
+                f"there is no collection {collection.name!r}; the store has {', '.join(known) or 'none'}"
+            )
+        self.unpublished = False
+        """Whether bytes may lie on disk that no manifest names."""
+        self._lock = WriterLock(collection)
+        try:
+            self.manifest = self._recover()
+        except BaseException:
+            self._lock.release(clean=False)
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is None:
+            self.close()
+            return
+        # The first error is the one to tell; what could not be cleared now the next writer clears.
+        with contextlib.suppress(GradstoreError, OSError):
+            self.close()
+
+    @property
+    def generation(self) -> Path:
+        return self.collection / self.manifest.folder
+
+    def publish(self, **changes: Any) -> Manifest:
+        """Make changed fields of the manifest the collection's content, under the next commit number."""
+        manifest = replace(self.manifest, commit=self.manifest.commit + 1, **changes)
+        publish_manifest(self.collection, manifest)
+        self.manifest = manifest
+        self.unpublished = False
+        return manifest
+
+    def close(self) -> None:
+        """Clear what was written and not published, show the published rows to other Zarr readers, unlock."""
+        clean = False
+        try:
+            if self.unpublished:
+                self._clear()
+            else:
+                self._tidy()
+            clean = True
+        finally:
+            self._lock.release(clean=clean)
+
+    def _recover(self) -> Manifest:
+        if not (self.collection / MANIFEST).exists():
+            return self._first_manifest()
+        self.manifest = read_manifest(self.collection)
+        if self._lock.interrupted:
+            self._clear()
+        return self.manifest
+
+    def _first_manifest(self) -> Manifest:
+        """A collection begins to exist with its first manifest; before that only folders lie here."""
+        create_generation(self.collection / generation_name(0), self.header.arrays, self.header.chunk_rows)
+        replace_file(self.collection / ZARR, group_json({}))
+        manifest = Manifest(commit=1, chunks={array.name: () for array in self.header.arrays})
+        publish_manifest(self.collection, manifest)
+        return manifest
+
+    def _clear(self) -> None:
+        manifest, header = self.manifest, self.header
+        with writing(self.collection):
+            for path in self.collection.glob(f"**/{TEMPORARY}*"):
+                path.unlink(missing_ok=True)
+            named = {part.file for part in manifest.parts}
+            for path in (self.generation / PROBLEMS).iterdir():
+                if path.name not in named:
+                    path.unlink()
+        clear_beyond(self.generation, header.arrays, manifest.rows, header.chunk_rows)
+        self._tidy()
+
+    def _tidy(self) -> None:
+        show_rows(self.generation, self.header.arrays, self.manifest.rows, self.header.chunk_rows)
+        self.remove_unused_generations()
+
+    def remove_unused_generations(self) -> list[str]:
+        """Remove every generation but the published one that no reader uses; returns the names of those that stay."""
+        kept = []
+        for number in generations(self.collection):
+            folder = self.collection / generation_name(number)
+            if number == self.manifest.generation:
+                continue
+            with writing(folder):
+                claim = claim_for_removal(folder)
+                if claim is None:
+                    kept.append(folder.name)
+                    continue
+                try:
+                    # First the file that a reader takes its lease on, so that none begins to use a folder half gone.
+                    (folder / IN_USE).unlink()
+                    shutil.rmtree(folder)
+                    fsync_folder(self.collection)
+                finally:
+                    os.close(claim)
+        return kept

@@ -1,0 +1,132 @@
+"""One published moment of a collection as a reader sees it: the manifest's rows, and a claim on their files."""
+
+import time
+from pathlib import Path
+
+import numpy as np
+
+from gradstore.chunks import MappedRows, read_column
+from gradstore.errors import DamagedError
+from gradstore.header import Header
+from gradstore.layout import IN_USE
+from gradstore.lock import Lease, take_lease
+from gradstore.manifest import Manifest, read_manifest
+from gradstore.problem_table import ProblemTable
+from gradstore.quantise import decode
+
+_ATTEMPTS = 100
+
+
+class Snapshot:
+    """Rows [0, manifest.rows) of one generation. They never change while this object lives."""
+
+    def __init__(
+        self, header: Header, collection: Path, manifest: Manifest, lease: Lease | None = None
+    ) -> None:
+        self.header = header
+        self.collection = collection
+        self.manifest = manifest
+        self.problems = ProblemTable(collection, manifest)
+        self._lease = lease
+        self._generation = collection / manifest.folder
+        self._arrays = {array.name: array for array in header.arrays}
+        self._columns: dict[str, np.ndarray] = {}
+        self.codes = MappedRows(self._generation, self._arrays["codes"], manifest.rows, header.chunk_rows)
+
+    def column(self, name: str) -> np.ndarray:
+        """Every published entry of a one-dimensional array, read and checked once."""
+        if name not in self._columns:
+            manifest = self.manifest
+            self._columns[name] = read_column(
+                self._generation,
+                self._arrays[name],
+                manifest.rows,
+                self.header.chunk_rows,
+                manifest.chunks[name],
+            )
+        return self._columns[name]
+
+    def alive(self) -> np.ndarray:
+        """Which rows are not deleted, bool [rows]."""
+        if not self.manifest.tombstones:
+            return np.ones(self.manifest.rows, dtype=bool)
+        dead_before = np.zeros(self.manifest.n_problems, dtype=np.int64)
+        dead_before[list(self.manifest.tombstones)] = list(self.manifest.tombstones.values())
+        alive: np.ndarray = np.arange(self.manifest.rows) >= dead_before[self.column("problem")]
+        return alive
+
+    def newest(self, at: int | None) -> np.ndarray:
+        """For each problem its newest row at or before step `at` (None: any), -1 where there is none; int64.
+
+        Newest is the largest step, and among rows of that step the last one appended.
+        """
+        newest = np.full(self.manifest.n_problems, -1, dtype=np.int64)
+        step = self.column("step")
+        rows: np.ndarray | None = None
+        if at is not None and len(step) and step.max() > at:
+            rows = np.flatnonzero(step <= at)
+        if self.manifest.tombstones:
+            alive = self.alive()
+            rows = np.flatnonzero(alive) if rows is None else rows[alive[rows]]
+        if rows is None:
+            rows = np.arange(len(step))
+        steps = step[rows]
+        if np.any(steps[1:] < steps[:-1]):
+            rows = rows[np.argsort(steps, kind="stable")]
+        newest[self.column("problem")[rows]] = (
+            rows  # Where a problem occurs again, the last assignment stays.
+        )
+        return newest
+
+    def deleted(self) -> np.ndarray:
+        """Rows of the problem table that are deleted and were not appended again, int64, ascending."""
+        tombstones = self.manifest.tombstones
+        if not tombstones:
+            return np.zeros(0, dtype=np.int64)
+        problems = np.array(sorted(tombstones), dtype=np.int64)
+        return problems[self.newest(None)[problems] < 0]
+
+    def unit_rows(self, rows: np.ndarray) -> np.ndarray:
+        """Decoded rows, float32 [len(rows), D]: unit length where live, zeros elsewhere."""
+        header = self.header
+        n = len(rows)
+        out = np.empty((n, header.dim), dtype=np.float32)
+        if not n:
+            return out
+        scale = self.column("scale")
+        if rows[-1] - rows[0] == n - 1 and (n == 1 or bool(np.all(np.diff(rows) == 1))):
+            done = 0
+            while done < n:
+                chunk, within = divmod(int(rows[done]), header.chunk_rows)
+                take = min(n - done, header.chunk_rows - within)
+                codes = self.codes.chunk(chunk)[within : within + take]
+                start = int(rows[done])
+                decode(codes, scale[start : start + take], header.dtype, out[done : done + take])
+                done += take
+            return out
+        array = self._arrays["codes"]
+        gathered = np.empty(array.shape(n), dtype=array.dtype)
+        chunk_of, within_of = np.divmod(rows, header.chunk_rows)
+        for chunk in np.unique(chunk_of):
+            here = np.flatnonzero(chunk_of == chunk)
+            gathered[here] = self.codes.chunk(int(chunk))[within_of[here]]
+        decode(gathered, scale[rows], header.dtype, out)
+        return out
+
+
+def open_snapshot(header: Header, collection: Path) -> Snapshot:
+    """The newest published moment. A compaction may replace the files between reading the manifest and claiming
+    them; then the newer manifest is read."""
+    for attempt in range(_ATTEMPTS):
+        manifest = read_manifest(collection)
+        generation = collection / manifest.folder
+        lease = take_lease(generation)
+        if lease is not None:
+            return Snapshot(header, collection, manifest, lease)
+        if attempt and generation.is_dir() and not (generation / IN_USE).exists():
+            # A copy of a store may lack the empty file that leases are taken on; its rows are there all the same.
+            if read_manifest(collection).generation == manifest.generation:
+                return Snapshot(header, collection, manifest)
+        elif attempt:
+            time.sleep(0.01)
+    raise DamagedError(f"{generation}: the files that the manifest names are missing; see `gradstore verify`")

@@ -1,0 +1,14 @@
+"""What a stored row says about its problem at its step."""
+
+from enum import IntEnum
+
+
+class State(IntEnum):
+    """Only live rows are ranked; the others are counted and shown."""
+
+    LIVE = 0
+    """The row holds a gradient."""
+    NO_SIGNAL = 1
+    """All rewards were equal, so the gradient is exactly zero."""
+    FAILED = 2
+    """The gradient was not finite or could not be computed; the row keeps the reason."""

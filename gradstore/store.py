@@ -1,0 +1,327 @@
+"""A store: collections of problems, and the history of their sketches, under one fingerprint."""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from gradstore.durable import TEMPORARY, make_folder, replace_file, writing
+from gradstore.errors import FingerprintError, RequestError
+from gradstore.header import Header, check_fingerprint, check_shape, read_header
+from gradstore.layout import (
+    COLLECTIONS,
+    FORMAT,
+    MANIFEST,
+    ZARR,
+    check_name,
+    default_chunk_rows,
+    group_json,
+)
+from gradstore.lock import describe_holder, is_running, read_holder
+from gradstore.problem_table import ProblemTable, add_to_parts, to_records, to_table
+from gradstore.problems import canonical
+from gradstore.session import Session
+from gradstore.snapshot import Snapshot, open_snapshot
+from gradstore.state import State
+from gradstore.view import View
+from gradstore.writer import Writer
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from gradstore.compact import CompactReport
+    from gradstore.verify import Report
+
+Mode = Literal["r", "a"]
+
+
+def create(
+    path: str | Path, *, dim: int, fingerprint: dict, dtype: str = "int8", chunk_rows: int | None = None
+) -> "Store":
+    """Make an empty store for sketches of `dim` dimensions and open it for writing.
+
+    fingerprint: every setting that a row depends on; must be what JSON can keep.
+    dtype: how rows are stored: int8, int4, fp16 or fp32.
+    chunk_rows: rows a chunk file; None: as many as fit in 8 MiB of codes.
+    Raises RequestError if something is already at `path`.
+    """
+    path = Path(path)
+    dim, dtype = check_shape(dim, dtype)
+    fingerprint = check_fingerprint(fingerprint)
+    if chunk_rows is None:
+        chunk_rows = default_chunk_rows(dim, dtype)
+    if chunk_rows < 1:
+        raise RequestError(f"chunk_rows must be at least 1, not {chunk_rows}")
+    if path.exists() and not _is_blank(path):
+        raise RequestError(f"{path}: there is something here already; open it, or choose another path")
+    header = Header(dim, dtype, chunk_rows, fingerprint)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path)
+    make_folder(path / COLLECTIONS)
+    replace_file(path / COLLECTIONS / ZARR, group_json({}))
+    replace_file(path / ZARR, header.to_bytes())  # Last: with it the folder becomes a store.
+    return Store(path, header, "a")
+
+
+def open(path: str | Path, mode: Mode = "r", fingerprint: dict | None = None) -> "Store":
+    """Open the store at `path` for reading ("r") or for reading and writing ("a").
+
+    fingerprint: the settings of the rows that will be offered; FingerprintError names every field that differs.
+    Raises NotAStoreError where there is no store, or one of a newer format.
+    """
+    if mode not in ("r", "a"):
+        raise RequestError(f"mode {mode!r} is not known; use 'r' to read or 'a' to read and write")
+    path = Path(path)
+    header = read_header(path)
+    if fingerprint is not None:
+        offered = check_fingerprint(fingerprint)
+        if offered != header.fingerprint:
+            raise FingerprintError(header.fingerprint, offered, str(path))
+    return Store(path, header, mode)
+
+
+class Store:
+    """Made by `gradstore.create` and `gradstore.open`."""
+
+    def __init__(self, path: Path, header: Header, mode: Mode) -> None:
+        self.path = path
+        self.mode = mode
+        self._header = header
+        self._snapshots: dict[str, Snapshot] = {}
+
+    def __repr__(self) -> str:
+        return f"Store({str(self.path)!r}, dim={self.dim}, dtype={self.dtype!r}, mode={self.mode!r})"
+
+    @property
+    def dim(self) -> int:
+        return self._header.dim
+
+    @property
+    def dtype(self) -> str:
+        """How rows are stored: int8, int4, fp16 or fp32."""
+        return self._header.dtype
+
+    @property
+    def fingerprint(self) -> dict:
+        return self._header.fingerprint
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes a stored row takes, in all arrays together."""
+        return sum(array.row_bytes for array in self._header.arrays)
+
+    @property
+    def layers(self) -> list[tuple[str, int, int]]:
+        """(name, start, stop) of the dimensions of each layer, from the fingerprint's "layout"."""
+        layout = self.fingerprint.get("layout", [["all", 0, self.dim]])
+        return [(name, start, stop) for name, start, stop in layout]
+
+    @property
+    def collections(self) -> list[str]:
+        """Names, sorted."""
+        return sorted(entry.parent.name for entry in (self.path / COLLECTIONS).glob(f"*/{MANIFEST}"))
+
+    def add_problems(self, collection: str, records: Iterable[dict]) -> int:
+        """Add problem records, making the collection if it is new; returns how many were not there before.
+
+        A record that is there already, the same in every field, is no error.
+        Raises RequestError naming id and field for a record that is wrong or differs from the one stored.
+        """
+        self._refuse_read_only()
+        folder = self._folder(collection)
+        checked = [
+            canonical(record, f"collection {collection!r}, record {n}") for n, record in enumerate(records)
+        ]
+        seen = Counter(record["id"] for record in checked)
+        if len(seen) < len(checked):
+            twice = next(problem_id for problem_id, count in seen.items() if count > 1)
+            raise RequestError(
+                f"collection {collection!r}: problem id {twice!r} occurs {seen[twice]} times; keep one"
+            )
+        table = to_table(checked)
+        if (folder / MANIFEST).exists():
+            known = self._snapshot(collection).problems
+            if not len(_new_rows(known, table, collection)):
+                return 0
+        with Session(self._header, folder, create=True) as session:
+            new = _new_rows(ProblemTable(folder, session.manifest), table, collection)
+            if len(new):
+                session.unpublished = True
+                parts, unneeded = add_to_parts(folder, session.manifest, table.take(new))
+                session.publish(parts=parts)
+                with writing(folder):
+                    for file in unneeded:
+                        file.unlink()
+        return len(new)
+
+    def problems(self, collection: str) -> "pa.Table":
+        """Every problem ever added (until a compaction drops the deleted ones), in order of addition.
+
+        Columns: id, source, prompt (text to show), messages (JSON, null for a text prompt), ground_truth, tags, extra
+        (JSON).
+        """
+        return self._snapshot(collection).problems.table
+
+    def records(self, collection: str, ids: Sequence[str] | None = None) -> list[dict]:
+        """Canonical records of some problems in the order asked, or of all; RequestError for an unknown id."""
+        problems = self._snapshot(collection).problems
+        if ids is None:
+            return to_records(problems.table)
+        return to_records(problems.table.take(problems.rows_of(list(ids), f"collection {collection!r}")))
+
+    def deleted(self, collection: str) -> list[str]:
+        """Ids of the problems that are deleted and were not appended again."""
+        snapshot = self._snapshot(collection)
+        return list(snapshot.problems.ids[snapshot.deleted()])
+
+    def writer(self, collection: str, *, step: int) -> Writer:
+        """A context manager that appends rows computed at `step`; one writer a collection at a time.
+
+        Entering it raises LockedError, naming the holder, while another writer is open.
+        """
+        self._refuse_read_only()
+        if isinstance(step, bool) or not hasattr(step, "__index__") or not 0 <= step.__index__() < 2**63:
+            raise RequestError(
+                f"step must be a whole number of at least 0 (0 = the base model), not {step!r}"
+            )
+        return Writer(self._header, self._folder(collection), f"collection {collection!r}", step.__index__())
+
+    def delete(self, collection: str, ids: Sequence[str]) -> None:
+        """Make every row so far of some problems disappear from all views; they may be appended again later."""
+        self._refuse_read_only()
+        with Session(self._header, self._folder(collection)) as session:
+            problems = ProblemTable(session.collection, session.manifest)
+            doomed = problems.rows_of(list(ids), f"collection {collection!r}").tolist()
+            if doomed:
+                tombstones = session.manifest.tombstones | dict.fromkeys(doomed, session.manifest.rows)
+                session.publish(tombstones=tombstones)
+
+    def view(self, collection: str, at: int | None = None) -> View:
+        """For each problem its newest row at or before step `at` (None: the newest of all)."""
+        if at is not None and (isinstance(at, bool) or not hasattr(at, "__index__")):
+            raise RequestError(f"at must be a step (a whole number) or None, not {at!r}")
+        return View(self, self._snapshot(collection), collection, None if at is None else at.__index__())
+
+    def steps(self, collection: str) -> dict[int, int]:
+        """Rows at each step, ascending, without deleted ones."""
+        snapshot = self._snapshot(collection)
+        steps, counts = np.unique(snapshot.column("step")[snapshot.alive()], return_counts=True)
+        return dict(zip(steps.tolist(), counts.tolist(), strict=True))
+
+    def commit(self, collection: str) -> int:
+        """Number of the collection's newest publication."""
+        return self._snapshot(collection).manifest.commit
+
+    def verify(self) -> "Report":
+        """Check every stored byte against its checksum; safe while a writer is at work."""
+        from gradstore.verify import verify
+
+        return verify(self.path, self._header)
+
+    def compact(
+        self, collection: str | None = None, *, keep: Literal["all", "newest"] = "all"
+    ) -> "CompactReport":
+        """Rewrite a collection (None: all) without deleted rows and problems; keep="newest": without superseded rows.
+
+        Views that are open stay as they are; the old files go when no reader uses them.
+        """
+        from gradstore.compact import compact
+
+        self._refuse_read_only()
+        if keep not in ("all", "newest"):
+            raise RequestError(f"keep {keep!r} is not known; use 'all' or 'newest'")
+        names = self.collections if collection is None else [check_name(collection)]
+        for name in names:
+            self._snapshots.pop(name, None)
+        return compact(self._header, [self._folder(name) for name in names], keep)
+
+    def info(self) -> dict[str, Any]:
+        """What is in the store, as JSON can hold it."""
+        return {
+            "path": str(self.path),
+            "format": FORMAT,
+            "dim": self.dim,
+            "dtype": self.dtype,
+            "chunk_rows": self._header.chunk_rows,
+            "bytes_per_row": self.row_bytes,
+            "fingerprint": self.fingerprint,
+            "collections": {name: self._describe(name) for name in self.collections},
+        }
+
+    def _describe(self, collection: str) -> dict[str, Any]:
+        folder = self._folder(collection)
+        snapshot = self._snapshot(collection)
+        newest = snapshot.newest(None)
+        states = snapshot.column("state")[newest[newest >= 0]]
+        holder = read_holder(folder)
+        return {
+            "problems": len(snapshot.problems),
+            "deleted": len(snapshot.deleted()),
+            "rows": snapshot.manifest.rows,
+            "states": {state.name.lower(): int(np.sum(states == state)) for state in State},
+            "steps": self.steps(collection),
+            "commit": snapshot.manifest.commit,
+            "generation": snapshot.manifest.folder,
+            "bytes": sum(file.stat().st_size for file in folder.glob("**/*") if file.is_file()),
+            "writer": describe_holder(holder) if is_running(holder) else "",
+            "interrupted_writer": "" if is_running(holder) else describe_holder(holder),
+        }
+
+    def _folder(self, collection: str) -> Path:
+        return self.path / COLLECTIONS / check_name(collection)
+
+    def _snapshot(self, collection: str) -> Snapshot:
+        """The newest published moment; the one from last time if nothing was published since."""
+        folder = self._folder(collection)
+        if not (folder / MANIFEST).exists():
+            known = ", ".join(self.collections) or "none"
+            raise RequestError(f"{self.path}: there is no collection {collection!r}; the store has {known}")
+        snapshot = open_snapshot(self._header, folder)
+        cached = self._snapshots.get(collection)
+        if cached is not None and cached.manifest == snapshot.manifest:
+            return cached
+        self._snapshots[collection] = snapshot
+        return snapshot
+
+    def _refuse_read_only(self) -> None:
+        if self.mode != "a":
+            raise RequestError(f"{self.path}: opened for reading; open it with mode 'a' to write")
+
+
+def _is_blank(path: Path) -> bool:
+    """An empty folder, or what an interrupted `create` left."""
+    if not path.is_dir():
+        return False
+    ours = {COLLECTIONS, f"{COLLECTIONS}/{ZARR}"}
+    names = (entry.relative_to(path) for entry in path.glob("**/*"))
+    return all(str(name) in ours or name.name.startswith(TEMPORARY) for name in names)
+
+
+def _new_rows(known: ProblemTable, table: "pa.Table", collection: str) -> np.ndarray:
+    """Rows of `table` whose ids are not known; RequestError if a known one has other content."""
+    import pyarrow as pa
+
+    places = np.array([known.index.get(name, -1) for name in table["id"].to_pylist()], dtype=np.int64)
+    again = np.flatnonzero(places >= 0)
+    offered, stored = table.take(again), known.table.take(places[again]) if len(again) else table.slice(0, 0)
+    for field in table.column_names:
+        if pa.chunked_array(offered[field]).equals(stored[field]):
+            continue
+        pairs = zip(
+            offered["id"].to_pylist(), offered[field].to_pylist(), stored[field].to_pylist(), strict=True
+        )
+        name, new, old = next(pair for pair in pairs if pair[1] != pair[2])
+        field = "prompt" if field == "messages" else field
+        raise RequestError(
+            f"collection {collection!r}: problem {name!r} is stored with another {field!r}: {_short(old)}, now "
+            f"{_short(new)}; give a changed problem a new id"
+        )
+    return np.flatnonzero(places < 0)
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,0 +1,247 @@
+"""Checking every stored byte.
+
+Published bytes must match the manifest's checksums, each metadata file must be the exact text that the format gives
+it, and what lies beyond the published rows must be zeros or absent. Only the last may differ while a writer is at
+work or after one was interrupted, which the lock file tells: then it is a note, for the next writer clears it.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from gradstore.durable import TEMPORARY, crc32c
+from gradstore.errors import GradstoreError
+from gradstore.header import Header, read_header
+from gradstore.layout import (
+    COLLECTIONS,
+    LOCK,
+    MANIFEST,
+    PROBLEMS,
+    ZARR,
+    RowArray,
+    generation_name,
+    generations,
+    group_json,
+)
+from gradstore.lock import describe_holder, is_running, read_holder
+from gradstore.manifest import Manifest, Part, read_manifest
+from gradstore.snapshot import open_snapshot
+
+_ATTEMPTS = 5
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that is not as it was written."""
+
+    file: str
+    """Relative to the store."""
+    chunk: int | None
+    """Number of the chunk, for a chunk file."""
+    message: str
+
+
+@dataclass
+class Report:
+    """What a verification saw."""
+
+    findings: list[Finding] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    """What is worth knowing and no damage: writers at work, what they left, files that are not the store's."""
+    chunks_checked: int = 0
+    bytes_checked: int = 0
+
+    @property
+    def ok(self) -> bool:
+        return not self.findings
+
+
+def verify(path: Path, header: Header | None = None) -> Report:
+    """Check a whole store. A root that cannot be read raises, as opening the store does."""
+    report = Report()
+    header = read_header(path) if header is None else header
+    _Checker(path, header, report).check()
+    return report
+
+
+class _Checker:
+    def __init__(self, root: Path, header: Header, report: Report) -> None:
+        self.root = root
+        self.header = header
+        self.report = report
+
+    def check(self) -> None:
+        self._text(self.root / ZARR, self.header.to_bytes())
+        self._text(self.root / COLLECTIONS / ZARR, group_json({}))
+        if not (self.root / COLLECTIONS).is_dir():
+            return
+        for folder in sorted((self.root / COLLECTIONS).iterdir()):
+            if folder.is_dir():
+                self._collection(folder)
+
+    def _collection(self, folder: Path) -> None:
+        holder = read_holder(folder)
+        if holder:
+            doing = "is being written by" if is_running(holder) else "was left by an interrupted writer:"
+            self.report.notes.append(f"collection {folder.name}: {doing} {describe_holder(holder)}")
+        if not (folder / MANIFEST).exists() and (holder or not generations(folder)):
+            return  # A collection begins to exist with its first manifest.
+        try:
+            snapshot = open_snapshot(self.header, folder)
+        except GradstoreError as error:
+            self._find(folder / MANIFEST, None, str(error).removeprefix(f"{folder / MANIFEST}: "))
+            return
+        self._text(folder / ZARR, group_json({}))
+        generation = folder / snapshot.manifest.folder
+        self._text(generation / ZARR, group_json({}))
+        for array in self.header.arrays:
+            self._zarr_json(folder, snapshot.manifest, array)
+            for chunk in range(-(-snapshot.manifest.rows // self.header.chunk_rows)):
+                self._chunk(generation, snapshot.manifest, array, chunk)
+        self._parts(folder, snapshot.manifest)
+        self._beyond(folder)
+
+    def _chunk(self, generation: Path, manifest: Manifest, array: RowArray, chunk: int) -> None:
+        path = generation / array.name / array.chunk_file(chunk)
+        rows = min(self.header.chunk_rows, manifest.rows - chunk * self.header.chunk_rows)
+        used, full = rows * array.row_bytes, self.header.chunk_rows * array.row_bytes
+        data = self._bytes(path, chunk, limit=used)
+        if data is None:
+            return
+        self.report.chunks_checked += 1
+        size = path.stat().st_size
+        if size < used:
+            self._find(path, chunk, f"truncated: {size} bytes, its {rows} rows take {used}")
+        elif crc32c(data) != manifest.chunks[array.name][chunk]:
+            self._find(path, chunk, f"bytes do not match their checksum ({rows} rows, {used} bytes)")
+        elif size > full:
+            self._find(path, chunk, f"{size} bytes, a chunk has {full}")
+
+    def _zarr_json(self, folder: Path, manifest: Manifest, array: RowArray) -> None:
+        """The text may show any number of rows that was published: it is brought up to date when a writer closes."""
+        path = folder / manifest.folder / array.name / ZARR
+        text = self._bytes(path, None)
+        if text is None or text == array.zarr_json(manifest.rows, self.header.chunk_rows):
+            return
+        newest = read_manifest(folder)
+        unfinished = bool(read_holder(folder)) or newest.commit != manifest.commit
+        shown = next(
+            (n for n in _first_numbers(text) if text == array.zarr_json(n, self.header.chunk_rows)), None
+        )
+        if shown is None:
+            self._find(path, None, "not the text that was written")
+        elif not (shown == newest.rows or (unfinished and shown < newest.rows)):
+            self._find(path, None, f"shows {shown} rows, the collection has {newest.rows}")
+
+    def _parts(self, folder: Path, manifest: Manifest) -> None:
+        """Parts are merged as problems are added: one that is gone may just have been replaced."""
+        for _ in range(_ATTEMPTS):
+            missing = [
+                part for part in manifest.parts if not self._part_path(folder, manifest, part).exists()
+            ]
+            newest = read_manifest(folder)
+            if not missing or newest.parts == manifest.parts or newest.generation != manifest.generation:
+                break
+            manifest = newest
+        for part in manifest.parts:
+            path = self._part_path(folder, manifest, part)
+            data = self._bytes(path, None)
+            if data is not None and (len(data) != part.bytes or crc32c(data) != part.crc32c):
+                self._find(
+                    path,
+                    None,
+                    f"bytes do not match their checksum ({part.rows} problems, {part.bytes} bytes)",
+                )
+
+    def _beyond(self, folder: Path) -> None:
+        """What lies beyond the published rows, looked at while no writer comes or goes."""
+        for _ in range(_ATTEMPTS):
+            before = read_holder(folder)
+            manifest = read_manifest(folder)
+            seen = list(self._unpublished(folder, manifest))
+            if before:
+                if seen:
+                    self.report.notes.append(
+                        f"collection {folder.name}: {len(seen)} files hold bytes that are not published "
+                        f"(first: {seen[0].file}); the next writer clears them"
+                    )
+                return
+            if not read_holder(folder) and read_manifest(folder).commit == manifest.commit:
+                self.report.findings.extend(seen)
+                self._strangers(folder, manifest)
+                return
+        self.report.notes.append(
+            f"collection {folder.name}: busy; bytes beyond the published rows were not checked"
+        )
+
+    def _unpublished(self, folder: Path, manifest: Manifest) -> Iterator[Finding]:
+        chunk_rows = self.header.chunk_rows
+        chunks = -(-manifest.rows // chunk_rows)
+        within = manifest.rows % chunk_rows
+        for array in self.header.arrays:
+            place = folder / manifest.folder / array.name
+            names = {array.chunk_file(chunk) for chunk in range(chunks)}
+            if place.is_dir():
+                for path in sorted(place.iterdir()):
+                    if path.name.startswith("c.") and path.name not in names:
+                        yield self._finding(path, None, "a chunk file beyond the published rows")
+            path = place / array.chunk_file(chunks - 1)
+            if within and path.exists():
+                with path.open("rb") as file:
+                    file.seek(within * array.row_bytes)
+                    tail = file.read()
+                self.report.bytes_checked += len(tail)
+                missing = (chunk_rows - within) * array.row_bytes - len(tail)
+                if missing > 0:
+                    yield self._finding(
+                        path, chunks - 1, f"truncated: {missing} bytes short of a whole chunk"
+                    )
+                if tail.count(0) != len(tail):
+                    yield self._finding(path, chunks - 1, "bytes beyond the published rows are not zero")
+
+    def _strangers(self, folder: Path, manifest: Manifest) -> None:
+        """Files that the store does not know, for a person to look at."""
+        known = {MANIFEST, LOCK, ZARR, *map(generation_name, generations(folder))}
+        strange = [path for path in sorted(folder.iterdir()) if path.name not in known]
+        parts = {part.file for part in manifest.parts}
+        problems = folder / manifest.folder / PROBLEMS
+        if problems.is_dir():
+            strange += [path for path in sorted(problems.iterdir()) if path.name not in parts]
+        for path in strange:
+            what = "an unfinished file" if path.name.startswith(TEMPORARY) else "not a file of the store"
+            self.report.notes.append(f"{path.relative_to(self.root)}: {what}")
+
+    def _text(self, path: Path, expected: bytes) -> None:
+        text = self._bytes(path, None)
+        if text is not None and text != expected:
+            self._find(path, None, "not the text that was written")
+
+    def _bytes(self, path: Path, chunk: int | None, limit: int = -1) -> bytes | None:
+        try:
+            with path.open("rb") as file:
+                data = file.read(limit)
+        except FileNotFoundError:
+            self._find(path, chunk, "missing")
+        except OSError as error:
+            self._find(path, chunk, f"cannot be read ({error.strerror})")
+        else:
+            self.report.bytes_checked += len(data)
+            return data
+        return None
+
+    def _part_path(self, folder: Path, manifest: Manifest, part: Part) -> Path:
+        return folder / manifest.folder / PROBLEMS / part.file
+
+    def _finding(self, path: Path, chunk: int | None, message: str) -> Finding:
+        return Finding(path.relative_to(self.root).as_posix(), chunk, message)
+
+    def _find(self, path: Path, chunk: int | None, message: str) -> None:
+        self.report.findings.append(self._finding(path, chunk, message))
+
+
+def _first_numbers(text: bytes) -> Iterator[int]:
+    """The row count that a zarr.json shows: the first number of its shape."""
+    tail = text.partition(b'"shape": [')[2].lstrip()
+    digits = bytes(byte for byte in tail[:24].split(b",")[0].split(b"\n")[0].strip() if 48 <= byte <= 57)
+    if digits:
+        yield int(digits)

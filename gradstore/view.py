@@ -1,0 +1,172 @@
+"""A view: for each problem of a collection its newest row at or before a step. Every query names one.
+
+It is fixed when it is made: rows published later, deletions and compactions do not change it.
+
+D sketch dimensions, N problems of the view.
+"""
+
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from gradstore.errors import RequestError
+from gradstore.snapshot import Snapshot
+from gradstore.state import State
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from gradstore.store import Store
+
+_BLOCK_BYTES = 4 << 20
+"""Decoded bytes of a block: small enough for the allocator to hand the same memory out again."""
+
+
+class View:
+    """Problems in order of addition, those with a row at or before `at`, whatever its state. Positions count in it."""
+
+    def __init__(self, store: "Store", snapshot: Snapshot, collection: str, at: int | None) -> None:
+        self.store = store
+        self.collection = collection
+        self.at = at
+        self._snapshot = snapshot
+        newest = snapshot.newest(at)
+        self._problem_N = np.flatnonzero(newest >= 0)
+        self._row_N = newest[self._problem_N]
+
+    def __len__(self) -> int:
+        return len(self._row_N)
+
+    def __repr__(self) -> str:
+        at = "newest" if self.at is None else f"step {self.at}"
+        return f"View({self.collection!r} at {at}, {len(self)} problems, commit {self.commit})"
+
+    @property
+    def commit(self) -> int:
+        """The publication this view was made from."""
+        return self._snapshot.manifest.commit
+
+    @property
+    def dim(self) -> int:
+        return self._snapshot.header.dim
+
+    @property
+    def layers(self) -> list[tuple[str, int, int]]:
+        """(name, start, stop) of each layer's dimensions."""
+        return self.store.layers
+
+    @cached_property
+    def ids(self) -> np.ndarray:
+        """Object array of str [N]."""
+        return self._snapshot.problems.ids[self._problem_N]
+
+    @cached_property
+    def steps(self) -> np.ndarray:
+        """Step at which each row was computed, int64 [N]."""
+        return self._column("step")
+
+    @cached_property
+    def norms(self) -> np.ndarray:
+        """Norm of each gradient, float32 [N]; 0 where not live."""
+        return self._column("norm")
+
+    @cached_property
+    def states(self) -> np.ndarray:
+        """`State` of each row, uint8 [N]."""
+        return self._column("state")
+
+    @cached_property
+    def live(self) -> np.ndarray:
+        """Which rows hold a gradient, bool [N]."""
+        live: np.ndarray = self.states == State.LIVE
+        return live
+
+    @cached_property
+    def pass_rates(self) -> np.ndarray:
+        """Share of the rollouts that were right, float32 [N]; nan where unknown."""
+        return self._column("pass_rate")
+
+    @cached_property
+    def n_rollouts(self) -> np.ndarray:
+        """Rollouts the gradient was computed from, int32 [N]."""
+        return self._column("n_rollouts")
+
+    @cached_property
+    def reasons(self) -> list[str]:
+        """Why a row failed, empty where it did not; [N]."""
+        texts = self._snapshot.manifest.reasons
+        return [texts[number] for number in self._column("reason")]
+
+    @cached_property
+    def problems(self) -> "pa.Table":
+        """The problems' records, one row a position."""
+        return self._snapshot.problems.table.take(self._problem_N)
+
+    def rows(self, positions: Any) -> np.ndarray:
+        """Unit rows at some positions, float32 [len(positions), D]; zeros where not live."""
+        return self._snapshot.unit_rows(self._row_N[self._checked(positions)])
+
+    def scan(
+        self, positions: Any = None, block_rows: int | None = None
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Blocks of (positions int64 [n], unit rows float32 [n, D]) in the order given, in bounded memory."""
+        order = np.arange(len(self)) if positions is None else self._checked(positions)
+        if block_rows is None:
+            block_rows = max(1, _BLOCK_BYTES // (4 * self.dim))
+        if block_rows < 1:
+            raise RequestError(f"block_rows must be at least 1, not {block_rows}")
+        for start in range(0, len(order), block_rows):
+            block = order[start : start + block_rows]
+            yield block, self._snapshot.unit_rows(self._row_N[block])
+
+    def blocks(self, block_rows: int | None = None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Blocks of (ids object [n], unit rows float32 [n, D]) over the whole view, in bounded memory."""
+        for positions, rows_N_D in self.scan(block_rows=block_rows):
+            yield self.ids[positions], rows_N_D
+
+    def take(self, ids: Sequence[str]) -> np.ndarray:
+        """Unit rows of some problems in the order asked, float32 [len(ids), D]."""
+        return self.rows(self.positions(ids))
+
+    def positions(self, ids: Sequence[str]) -> np.ndarray:
+        """Positions of some problems, int64; RequestError for an id that is not in the view."""
+        index = self._position_of
+        try:
+            return np.fromiter((index[problem_id] for problem_id in ids), dtype=np.int64, count=len(ids))
+        except KeyError as error:
+            at = "" if self.at is None else f" at step {self.at}"
+            raise RequestError(
+                f"collection {self.collection!r}{at}: problem id {error.args[0]!r} has no row in this view"
+            ) from None
+
+    def find(self, ids: Sequence[str]) -> np.ndarray:
+        """Positions of some problems, int64; -1 for one that is not in the view."""
+        index = self._position_of
+        return np.fromiter((index.get(problem_id, -1) for problem_id in ids), dtype=np.int64, count=len(ids))
+
+    def problems_of(self, ids: Sequence[str]) -> "pa.Table":
+        """Records of some problems in the order asked; RequestError for an id that is not in the view."""
+        return self._snapshot.problems.table.take(self._problem_N[self.positions(ids)])
+
+    @cached_property
+    def _position_of(self) -> dict[str, int]:
+        return {problem_id: position for position, problem_id in enumerate(self.ids)}
+
+    def _column(self, name: str) -> np.ndarray:
+        return self._snapshot.column(name)[self._row_N]
+
+    def _checked(self, positions: Any) -> np.ndarray:
+        order = np.asarray(positions)
+        if order.dtype == bool and order.shape == (len(self),):
+            return np.flatnonzero(order)
+        if order.size == 0:
+            return np.zeros(0, dtype=np.int64)
+        if order.ndim != 1 or order.dtype.kind not in "iu":
+            raise RequestError(
+                f"positions must be whole numbers, one dimension, not {order.dtype} {order.shape}"
+            )
+        if order.min() < 0 or order.max() >= len(self):
+            raise RequestError(f"positions must be in [0, {len(self)}), not {order.min()} to {order.max()}")
+        return order.astype(np.int64)
