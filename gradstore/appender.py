@@ -1,7 +1,8 @@
-"""Rows onto disk: the newest chunk file of every array, preallocated, written in place past the published rows.
+"""Rows onto disk: the newest chunk file of every array, preallocated, written in place past the published
+rows.
 
-Nothing here is visible to a reader until a manifest with the new row count and checksums is published; `sync` is
-what must happen before that.
+Nothing here is visible to a reader until a manifest with the new row count and checksums is published; `sync`
+is what must happen before that.
 """
 
 import os
@@ -121,7 +122,7 @@ def show_rows(generation: Path, arrays: tuple[RowArray, ...], rows: int, chunk_r
 
 
 def clear_beyond(generation: Path, arrays: tuple[RowArray, ...], rows: int, chunk_rows: int) -> None:
-    """Remove what lies beyond the published rows: later chunk files go, the tail of the last chunk becomes zeros."""
+    """Remove what lies beyond the published rows: later chunk files, and the last chunk's tail."""
     full, within = divmod(rows, chunk_rows)
     for array in arrays:
         folder = generation / array.name

@@ -1,4 +1,5 @@
-"""Rows off disk: small arrays read whole and checked, codes mapped chunk by chunk and never copied as a whole.
+"""Rows off disk: small arrays read whole and checked, codes mapped chunk by chunk and never copied as a
+whole.
 
 A mapping holds a file descriptor, so only the most recently used stay open.
 """
@@ -29,7 +30,7 @@ def read_column(
         part = column[start : start + chunk_rows]
         path = generation / array.name / array.chunk_file(chunk)
         with reading(path), open(path, "rb", buffering=0) as file:
-            got = file.readinto(part.view(np.uint8))
+            got = file.readinto(memoryview(part.view(np.uint8)))  # type: ignore[arg-type]
         if got != part.nbytes or crc32c(part) != crcs[chunk]:
             raise DamagedError(
                 f"{path}: damaged: its bytes do not match their checksum; see `gradstore verify`"

@@ -1,8 +1,8 @@
 """Rewriting a collection without its dead rows.
 
-A new generation of files is written beside the old one, made durable, and published like any other change; a crash
-before that leaves the old one in place. Bytes are checked against their checksums on the way, so that damage is not
-copied under a new checksum.
+A new generation of files is written beside the old one, made durable, and published like any other change; a
+crash before that leaves the old one in place. Bytes are checked against their checksums on the way, so that
+damage is not copied under a new checksum.
 """
 
 from dataclasses import asdict, dataclass
@@ -113,8 +113,8 @@ def _copy_rows(
         codes = snapshot.codes.chunk(chunk)
         if crc32c(codes) != manifest.chunks["codes"][chunk]:
             raise DamagedError(
-                f"{snapshot.collection / manifest.folder}/codes, chunk {chunk}: damaged: its bytes do not match their "
-                "checksum; nothing was rewritten; see `gradstore verify`"
+                f"{snapshot.collection / manifest.folder}/codes, chunk {chunk}: damaged: its bytes do not "
+                "match their checksum; nothing was rewritten; see `gradstore verify`"
             )
         columns = {
             array.name: snapshot.column(array.name)[rows] for array in header.arrays if array.width is None

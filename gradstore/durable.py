@@ -1,8 +1,8 @@
 """File operations that survive a crash, and the one place where an OSError becomes a sentence.
 
-A file is durable when its bytes and the folder entry that names it are both on the disk: `replace_file` does the
-four steps (write a temporary file, fsync, rename, fsync of the folder) that make a reader see either the old
-content or the new, never a mixture.
+A file is durable when its bytes and the folder entry that names it are both on the disk: `replace_file` does
+the four steps (write a temporary file, fsync, rename, fsync of the folder) that make a reader see either the
+old content or the new, never a mixture.
 """
 
 import errno

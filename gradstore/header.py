@@ -37,7 +37,8 @@ class Header:
 def read_header(path: Path) -> Header:
     """The header of the store at `path`.
 
-    Raises NotAStoreError where there is no store or one of a newer format, DamagedError where its bytes changed.
+    Raises NotAStoreError where there is no store or one of a newer format, DamagedError where its bytes
+    changed.
     """
     file = path / ZARR
     if not path.exists():
@@ -60,7 +61,8 @@ def read_header(path: Path) -> Header:
         raise DamagedError(f"{file}: damaged: the attributes do not match their checksum")
     if body["format"] != FORMAT:
         raise NotAStoreError(
-            f"{path}: written in store format {body['format']}, this version reads format {FORMAT}: upgrade gradstore"
+            f"{path}: written in store format {body['format']}, this version reads format {FORMAT}: "
+            "upgrade gradstore"
         )
     return Header(body["dim"], body["dtype"], body["chunk_rows"], body["fingerprint"])
 

@@ -1,8 +1,8 @@
 """Names, dtypes and Zarr metadata of everything a store keeps on disk (docs/format.md).
 
 `row_arrays` is the single schema table: an array added there is written, checksummed, verified and compacted
-without further code. Every array is a plain Zarr v3 array with the core codec `bytes` alone, so a chunk file is
-the array's memory and can be mapped.
+without further code. Every array is a plain Zarr v3 array with the core codec `bytes` alone, so a chunk file
+is the array's memory and can be mapped.
 """
 
 import json
@@ -25,7 +25,7 @@ PROBLEMS = "problems"
 ZARR = "zarr.json"
 
 CHUNK_BYTES = 8 << 20
-"""Aimed size of a chunk of codes: big enough to stream, small enough to preallocate for a small collection."""
+"""Aimed size of a chunk of codes: streams well, and is little to preallocate for a small collection."""
 MAX_CHUNK_ROWS = 16384
 
 _CODES = {"int8": ("int8", 1.0), "int4": ("uint8", 0.5), "fp16": ("float16", 1.0), "fp32": ("float32", 1.0)}

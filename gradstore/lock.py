@@ -1,8 +1,8 @@
 """Who writes, and who reads what: advisory locks that the kernel drops when their holder dies.
 
-`WriterLock` gives a collection one writer. Its file also says who that is, from the moment the writer opens to the
-moment it has cleaned up: content in a file that nobody holds is the trace of an interrupted writer. A `Lease` keeps
-a generation of files from being removed while a reader maps them.
+`WriterLock` gives a collection one writer. Its file also says who that is, from the moment the writer opens
+to the moment it has cleaned up: content in a file that nobody holds is the trace of an interrupted writer. A
+`Lease` keeps a generation of files from being removed while a reader maps them.
 """
 
 import datetime

@@ -1,7 +1,7 @@
 """The manifest: the one file that says which rows of a collection exist and what their bytes are.
 
-Publishing is replacing it. The file is `{"crc32c":"xxxxxxxx","manifest":BODY}` and a newline, where BODY is the
-canonical JSON the checksum is taken over, so a change of any byte of the file shows.
+Publishing is replacing it. The file is `{"crc32c":"xxxxxxxx","manifest":BODY}` and a newline, where BODY is
+the canonical JSON the checksum is taken over, so a change of any byte of the file shows.
 """
 
 import json
@@ -86,7 +86,7 @@ class Manifest:
             rows=value["rows"],
             chunks={name: tuple(int(crc, 16) for crc in crcs) for name, crcs in value["chunks"].items()},
             parts=tuple(Part(name, rows, size, int(crc, 16)) for name, rows, size, crc in value["problems"]),
-            tombstones={problem: row for problem, row in value["tombstones"]},
+            tombstones=dict(value["tombstones"]),
             reasons=tuple(value["reasons"]),
         )
 

@@ -1,7 +1,7 @@
 """The problems of a generation: Parquet parts whose rows, in order, are what the array `problem` points at.
 
-Few large parts stay few: a new part swallows the ones before it that are not more than twice its size, so adding
-problems a handful at a time rewrites each only a logarithmic number of times.
+Few large parts stay few: a new part swallows the ones before it that are not more than twice its size, so
+adding problems a handful at a time rewrites each only a logarithmic number of times.
 """
 
 import io
@@ -26,7 +26,7 @@ PART_ROWS = 65536
 
 
 def table_schema() -> "pa.Schema":
-    """Columns of a part. Large strings, because a million prompts pass the two gigabytes of 32-bit offsets."""
+    """Columns of a part. Large strings: a million prompts pass the two gigabytes of 32-bit offsets."""
     import pyarrow as pa
 
     text = pa.large_string()

@@ -1,8 +1,9 @@
 """Problem records: one canonical dict, the files it is read from, and verl's form of it.
 
-A canonical record is {"id", "source", "prompt", "ground_truth", "tags", "extra"}. `read_problems` accepts JSONL and
-Parquet, with flat fields or with verl's (data_source, prompt, ability, reward_model, extra_info). What a verl record
-has beyond the canonical fields is kept under extra["verl"], so that `to_verl` gives the record back.
+A canonical record is {"id", "source", "prompt", "ground_truth", "tags", "extra"}. `read_problems` accepts
+JSONL and Parquet, with flat fields or with verl's (data_source, prompt, ability, reward_model, extra_info).
+What a verl record has beyond the canonical fields is kept under extra["verl"], so that `to_verl` gives the
+record back.
 """
 
 import json
@@ -55,8 +56,8 @@ def canonical(record: Any, where: str) -> dict:
 def read_problems(path: str | Path) -> list[dict]:
     """Canonical records of a JSONL or Parquet file, in the file's order.
 
-    Raises RequestError naming the file, the line or row (counted from 1) and the field that is wrong; for an id that
-    occurs twice it names both places.
+    Raises RequestError naming the file, the line or row (counted from 1) and the field that is wrong; for an
+    id that occurs twice it names both places.
     """
     path = Path(path)
     records = []
@@ -89,7 +90,7 @@ def is_verl(record: dict) -> bool:
 
 
 def from_verl(record: dict, where: str) -> dict:
-    """The canonical form of a verl record: id from extra_info.index, else extra_info.id, else a top-level id."""
+    """The canonical form of a verl record; id from extra_info.index, else extra_info.id, else top level."""
     rest = {name: value for name, value in record.items() if name not in ("data_source", "prompt")}
     info = rest.get("extra_info") or {}
     reward = rest.get("reward_model") or {}
@@ -127,7 +128,8 @@ def from_verl(record: dict, where: str) -> dict:
 def to_verl(record: dict) -> dict:
     """verl's form of a canonical record: data_source, prompt messages, ability, reward_model, extra_info.
 
-    A record that was read from a verl file comes back as it was; extra_info gets the id as `index` if it had none.
+    A record that was read from a verl file comes back as it was; extra_info gets the id as `index` if it had
+    none.
     """
     record = canonical(record, "to_verl")
     rest = dict(record["extra"].get("verl", {}))

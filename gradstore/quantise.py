@@ -1,12 +1,12 @@
-"""Rows to codes and back: a row is stored as codes of its direction, a scale that makes them unit length, a norm.
+"""Rows to codes and back: codes of a row's direction, a scale that makes them unit length, a norm.
 
     int8   codes = rint(127 row / max|row|)
     int4   codes = clip(rint(row / step), -7, 7), two a byte, the first in the low four bits, two's complement
     fp16   codes = row / |row|        (raw rows would underflow: gradients are small)
     fp32   codes = row / |row|
 
-For every dtype `scale = 1 / |codes|`, so a decoded row `codes * scale` has length 1 and a cosine with it is not
-biased by the quantisation of its length. A row of zeros has codes, scale and norm 0.
+For every dtype `scale = 1 / |codes|`, so a decoded row `codes * scale` has length 1 and a cosine with it is
+not biased by the quantisation of its length. A row of zeros has codes, scale and norm 0.
 
 D sketch dimensions, P rows (problems), W bytes or elements of codes a row.
 """
@@ -16,8 +16,8 @@ import numpy as np
 from gradstore.layout import row_arrays
 
 GAUSS_STEP = 0.3534
-"""Step of the uniform quantiser with 15 levels that is optimal for a Gaussian, in units of its standard deviation:
-J. Max, "Quantizing for minimum distortion", IRE Trans. Inf. Theory 6 (1960), table II, N = 15."""
+"""Step of the uniform quantiser with 15 levels that is optimal for a Gaussian, in units of its standard
+deviation: J. Max, "Quantizing for minimum distortion", IRE Trans. Inf. Theory 6 (1960), table II, N = 15."""
 
 _INT4_BLENDS = (0.0, 0.25, 0.5, 0.75, 1.0)
 """int4 steps tried a row, as positions on the logarithmic scale from the Gaussian step to max/7: rows of real
@@ -102,7 +102,7 @@ def _unit(scaled: np.ndarray, length: np.ndarray, codes: np.ndarray) -> np.ndarr
 
 
 _HALF_BIAS = np.float32(2.0**112)
-"""Between the exponents of float16 and float32: a float16's bits moved to float32's place read 2**112 too small."""
+"""Between the exponents: float16's bits moved to float32's place read 2**112 too small."""
 
 
 def _to_half(rows: np.ndarray, codes: np.ndarray) -> None:

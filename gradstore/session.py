@@ -1,6 +1,8 @@
-"""An exclusive writing session on one collection: lock, clean up after an interrupted writer, publish, let go.
+"""An exclusive writing session on one collection: lock, clean up after an interrupted writer, publish, let
+go.
 
-Everything that changes a collection (adding problems, appending rows, deleting, compacting) happens inside one.
+Everything that changes a collection (adding problems, appending rows, deleting, compacting) happens inside
+one.
 """
 
 import contextlib
@@ -23,7 +25,8 @@ from gradstore.manifest import Manifest, publish_manifest, read_manifest
 class Session:
     """Context manager; `manifest` is always the newest published one.
 
-    Leaving by an exception leaves the lock's text behind if cleaning up fails too; the next session then cleans up.
+    Leaving by an exception leaves the lock's text behind if cleaning up fails too; the next session then
+    cleans up.
     """
 
     def __init__(self, header: Header, collection: Path, *, create: bool = False) -> None:
@@ -113,7 +116,7 @@ class Session:
         self.remove_unused_generations()
 
     def remove_unused_generations(self) -> list[str]:
-        """Remove every generation but the published one that no reader uses; returns the names of those that stay."""
+        """Remove the unpublished generations that no reader uses; returns the names of those that stay."""
         kept = []
         for number in generations(self.collection):
             folder = self.collection / generation_name(number)
@@ -125,7 +128,7 @@ class Session:
                     kept.append(folder.name)
                     continue
                 try:
-                    # First the file that a reader takes its lease on, so that none begins to use a folder half gone.
+                    # First the file that leases are taken on: no reader begins to use a folder half gone.
                     (folder / IN_USE).unlink()
                     shutil.rmtree(folder)
                     fsync_folder(self.collection)

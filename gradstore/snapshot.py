@@ -1,4 +1,4 @@
-"""One published moment of a collection as a reader sees it: the manifest's rows, and a claim on their files."""
+"""One published moment of a collection as a reader sees it: rows, and a claim on the files they are in."""
 
 import time
 from pathlib import Path
@@ -115,8 +115,8 @@ class Snapshot:
 
 
 def open_snapshot(header: Header, collection: Path) -> Snapshot:
-    """The newest published moment. A compaction may replace the files between reading the manifest and claiming
-    them; then the newer manifest is read."""
+    """The newest published moment. A compaction may replace the files between reading the manifest and
+    claiming them; then the newer manifest is read."""
     for attempt in range(_ATTEMPTS):
         manifest = read_manifest(collection)
         generation = collection / manifest.folder
@@ -124,7 +124,7 @@ def open_snapshot(header: Header, collection: Path) -> Snapshot:
         if lease is not None:
             return Snapshot(header, collection, manifest, lease)
         if attempt and generation.is_dir() and not (generation / IN_USE).exists():
-            # A copy of a store may lack the empty file that leases are taken on; its rows are there all the same.
+            # A copy of a store may lack the empty file that leases are taken on; its rows are there.
             if read_manifest(collection).generation == manifest.generation:
                 return Snapshot(header, collection, manifest)
         elif attempt:

@@ -69,8 +69,8 @@ def create(
 def open(path: str | Path, mode: Mode = "r", fingerprint: dict | None = None) -> "Store":
     """Open the store at `path` for reading ("r") or for reading and writing ("a").
 
-    fingerprint: the settings of the rows that will be offered; FingerprintError names every field that differs.
-    Raises NotAStoreError where there is no store, or one of a newer format.
+    fingerprint: the settings of the rows that will be offered; FingerprintError names every field that
+    differs. Raises NotAStoreError where there is no store, or one of a newer format.
     """
     if mode not in ("r", "a"):
         raise RequestError(f"mode {mode!r} is not known; use 'r' to read or 'a' to read and write")
@@ -160,13 +160,13 @@ class Store:
     def problems(self, collection: str) -> "pa.Table":
         """Every problem ever added (until a compaction drops the deleted ones), in order of addition.
 
-        Columns: id, source, prompt (text to show), messages (JSON, null for a text prompt), ground_truth, tags, extra
-        (JSON).
+        Columns: id, source, prompt (text to show), messages (JSON, null for a text prompt), ground_truth,
+        tags, extra (JSON).
         """
         return self._snapshot(collection).problems.table
 
     def records(self, collection: str, ids: Sequence[str] | None = None) -> list[dict]:
-        """Canonical records of some problems in the order asked, or of all; RequestError for an unknown id."""
+        """Canonical records of some problems, in order; None: of all; RequestError for an unknown id."""
         problems = self._snapshot(collection).problems
         if ids is None:
             return to_records(problems.table)
@@ -190,7 +190,7 @@ class Store:
         return Writer(self._header, self._folder(collection), f"collection {collection!r}", step.__index__())
 
     def delete(self, collection: str, ids: Sequence[str]) -> None:
-        """Make every row so far of some problems disappear from all views; they may be appended again later."""
+        """Hide every row so far of some problems from all later views; they may be appended again."""
         self._refuse_read_only()
         with Session(self._header, self._folder(collection)) as session:
             problems = ProblemTable(session.collection, session.manifest)
@@ -224,7 +224,8 @@ class Store:
     def compact(
         self, collection: str | None = None, *, keep: Literal["all", "newest"] = "all"
     ) -> "CompactReport":
-        """Rewrite a collection (None: all) without deleted rows and problems; keep="newest": without superseded rows.
+        """Rewrite a collection (None: all) without deleted rows and problems; keep="newest": without
+        superseded rows.
 
         Views that are open stay as they are; the old files go when no reader uses them.
         """
@@ -316,8 +317,8 @@ def _new_rows(known: ProblemTable, table: "pa.Table", collection: str) -> np.nda
         name, new, old = next(pair for pair in pairs if pair[1] != pair[2])
         field = "prompt" if field == "messages" else field
         raise RequestError(
-            f"collection {collection!r}: problem {name!r} is stored with another {field!r}: {_short(old)}, now "
-            f"{_short(new)}; give a changed problem a new id"
+            f"collection {collection!r}: problem {name!r} is stored with another {field!r}: {_short(old)}, "
+            f"now {_short(new)}; give a changed problem a new id"
         )
     return np.flatnonzero(places < 0)
 

@@ -1,8 +1,9 @@
 """Checking every stored byte.
 
-Published bytes must match the manifest's checksums, each metadata file must be the exact text that the format gives
-it, and what lies beyond the published rows must be zeros or absent. Only the last may differ while a writer is at
-work or after one was interrupted, which the lock file tells: then it is a note, for the next writer clears it.
+Published bytes must match the manifest's checksums, each metadata file must be the exact text that the format
+gives it, and what lies beyond the published rows must be zeros or absent. Only the last may differ while a
+writer is at work or after one was interrupted, which the lock file tells: then it is a note, for the next
+writer clears it.
 """
 
 from collections.abc import Iterator
@@ -47,7 +48,7 @@ class Report:
 
     findings: list[Finding] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    """What is worth knowing and no damage: writers at work, what they left, files that are not the store's."""
+    """What is no damage but worth knowing: writers at work, what they left, files of others."""
     chunks_checked: int = 0
     bytes_checked: int = 0
 
@@ -118,7 +119,7 @@ class _Checker:
             self._find(path, chunk, f"{size} bytes, a chunk has {full}")
 
     def _zarr_json(self, folder: Path, manifest: Manifest, array: RowArray) -> None:
-        """The text may show any number of rows that was published: it is brought up to date when a writer closes."""
+        """The text may show fewer rows while a writer is open: it is brought up to date when that closes."""
         path = folder / manifest.folder / array.name / ZARR
         text = self._bytes(path, None)
         if text is None or text == array.zarr_json(manifest.rows, self.header.chunk_rows):

@@ -25,7 +25,7 @@ _BLOCK_BYTES = 4 << 20
 
 
 class View:
-    """Problems in order of addition, those with a row at or before `at`, whatever its state. Positions count in it."""
+    """The problems with a row at or before `at`, whatever its state, in order of addition."""
 
     def __init__(self, store: "Store", snapshot: Snapshot, collection: str, at: int | None) -> None:
         self.store = store

@@ -21,7 +21,7 @@ from gradstore.session import Session
 from gradstore.state import State
 
 MAX_REASONS = 1000
-"""Distinct reasons a collection keeps: the manifest carries them, and a text with a number in it never repeats."""
+"""Distinct reasons a collection keeps: the manifest carries them, and texts with numbers never repeat."""
 _NO_MORE_REASONS = f"(not kept: the collection already has {MAX_REASONS} different reasons)"
 _REASON_LENGTH = 500
 
@@ -37,8 +37,8 @@ class _Rows:
 class Writer:
     """Appends rows of one step to one collection; use it as a context manager.
 
-    Rows become visible together when the context closes, or earlier by `publish`. An exception inside the context
-    publishes nothing more, and what was appended since the last publication is cleared.
+    Rows become visible together when the context closes, or earlier by `publish`. An exception inside the
+    context publishes nothing more, and what was appended since the last publication is cleared.
     """
 
     def __init__(self, header: Header, collection: Path, where: str, step: int) -> None:
@@ -95,8 +95,8 @@ class Writer:
 
         sketches: [P, D], any real dtype; the raw projected gradients.
         norms: [P], the gradients' norms; None: the L2 norms of the sketches.
-        state: one for all or [P]; None: live where the norm is positive, no_signal where it is zero. Rows that are
-            not live are stored as zeros.
+        state: one for all or [P]; None: live where the norm is positive, no_signal where it is zero.
+            Rows that are not live are stored as zeros.
         pass_rate: [P] in [0, 1] or nan (unknown).  n_rollouts: [P] counts.  reason: why a row failed.
         Raises RequestError naming the id and the field; then nothing of this call is appended.
         """
@@ -147,7 +147,8 @@ class Writer:
         rows_P_D = np.asarray(sketches)
         if rows_P_D.ndim != 2 or rows_P_D.shape[1] != dim:
             raise RequestError(
-                f"{self._where}: sketches have shape {rows_P_D.shape}, expected ({n}, {dim}): the store's dim is {dim}"
+                f"{self._where}: sketches have shape {rows_P_D.shape}, expected ({n}, {dim}): "
+                f"the store's dim is {dim}"
             )
         if len(rows_P_D) != n:
             raise RequestError(f"{self._where}: {n} ids but {len(rows_P_D)} sketches; give one row an id")
@@ -197,8 +198,8 @@ class Writer:
             row = int(np.argmax(bad))
             column = int(np.argmax(~np.isfinite(rows_P_D[row])))
             raise RequestError(
-                f"{self._where}: the sketch of problem {ids[row]!r} is {rows_P_D[row, column]} at dimension {column}; "
-                "a live row must be finite: append it with state failed and a reason"
+                f"{self._where}: the sketch of problem {ids[row]!r} is {rows_P_D[row, column]} at dimension "
+                f"{column}; a live row must be finite: append it with state failed and a reason"
             )
         self._first_wrong(
             live & (peaks_P == 0),
