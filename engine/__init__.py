@@ -4,49 +4,59 @@ Names are loaded when first used, so that searching a store does not wait for to
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
-_HOME = {
-    "Sketcher": "engine.sketcher",
-    "SketchSpec": "engine.sketcher",
-    "SketchBatch": "engine.sketcher",
-    "Objective": "engine.objectives",
-    "PRESETS": "engine.objectives",
-    "objective": "engine.objectives",
-    "collect": "engine.collector",
-    "CollectReport": "engine.collector",
-    "Target": "engine.targets",
-    "target": "engine.targets",
-    "Hits": "engine.query",
-    "search": "engine.query",
-    "Where": "engine.where",
-    "FlatIndex": "engine.index",
-    "layer_contributions": "engine.shares",
-    "SELECTORS": "engine.selectors",
-    "Selector": "engine.selectors",
-    "Candidates": "engine.selectors",
-    "Selection": "engine.selection",
-    "select": "engine.selection",
-}
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from engine.collector import CollectReport, collect
-    from engine.index import FlatIndex
-    from engine.objectives import PRESETS, Objective, objective
-    from engine.query import Hits, search
-    from engine.selection import Selection, select
-    from engine.selectors import SELECTORS, Candidates, Selector
-    from engine.shares import layer_contributions
-    from engine.sketcher import SketchBatch, Sketcher, SketchSpec
-    from engine.targets import Target, target
-    from engine.where import Where
+    from engine.collector import CollectReport as CollectReport
+    from engine.collector import collect as collect
+    from engine.index import FlatIndex as FlatIndex
+    from engine.objectives import Objective as Objective
+    from engine.objectives import PRESETS as PRESETS
+    from engine.objectives import objective as objective
+    from engine.query import Hits as Hits
+    from engine.query import search as search
+    from engine.selection import Selection as Selection
+    from engine.selection import select as select
+    from engine.selectors import Candidates as Candidates
+    from engine.selectors import SELECTORS as SELECTORS
+    from engine.selectors import Selector as Selector
+    from engine.shares import layer_contributions as layer_contributions
+    from engine.sketcher import SketchBatch as SketchBatch
+    from engine.sketcher import SketchSpec as SketchSpec
+    from engine.sketcher import Sketcher as Sketcher
+    from engine.targets import Target as Target
+    from engine.targets import target as target
+    from engine.where import Where as Where
 
-__all__ = sorted(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
+_MODULE_OF = {
+    "Candidates": "selectors",
+    "CollectReport": "collector",
+    "FlatIndex": "index",
+    "Hits": "query",
+    "Objective": "objectives",
+    "PRESETS": "objectives",
+    "SELECTORS": "selectors",
+    "Selection": "selection",
+    "Selector": "selectors",
+    "SketchBatch": "sketcher",
+    "SketchSpec": "sketcher",
+    "Sketcher": "sketcher",
+    "Target": "targets",
+    "Where": "where",
+    "collect": "collector",
+    "layer_contributions": "shares",
+    "objective": "objectives",
+    "search": "query",
+    "select": "selection",
+    "target": "targets",
+}
+
+__all__ = sorted(_MODULE_OF)  # noqa: PLE0605
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+def __getattr__(name: str) -> object:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module 'engine' has no attribute {name!r}")
-    value = getattr(import_module(_HOME[name]), name)
+    value = getattr(import_module(f"engine.{_MODULE_OF[name]}"), name)
     globals()[name] = value
     return value

@@ -7,7 +7,7 @@ the step are skipped.
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 
 from torch import nn
 
@@ -32,10 +32,17 @@ class CollectReport:
     """Problems that already had a row at the step."""
     n_tokens: int = 0
     seconds: float = 0.0
+    failures: list[tuple[str, str]] = field(default_factory=list)
+    """Id of each failed problem and why."""
 
     @property
     def collected(self) -> int:
+        """Rows appended."""
         return self.live + self.no_signal + self.failed
+
+    def describe(self) -> dict:
+        """JSON-ready."""
+        return {"collected": self.collected, **asdict(self)}
 
 
 def collect(
@@ -87,6 +94,7 @@ def collect(
                 report.no_signal += batch.states.count(State.NO_SIGNAL)
                 report.failed += batch.states.count(State.FAILED)
                 report.n_tokens += batch.n_tokens
+                report.failures += [(i, reason) for i, reason in zip(batch.ids, batch.reasons, strict=True) if reason]
             if time.monotonic() - published > _PUBLISH_SECONDS:
                 writer.publish()
                 published = time.monotonic()

@@ -40,11 +40,14 @@ class FlatIndex:
 
         RequestError when the index was built from another view or for another metric.
         """
-        built, asked = (self.collection, self.commit, self.at, self.metric), (
-            view.collection,
-            view.commit,
-            view.at,
-            metric,
+        built, asked = (
+            (self.collection, self.commit, self.at, self.metric),
+            (
+                view.collection,
+                view.commit,
+                view.at,
+                metric,
+            ),
         )
         if built != asked:
             raise RequestError(f"the index was built for (collection, commit, at, metric) {built}, asked for {asked}")

@@ -4,6 +4,7 @@ import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -37,9 +38,7 @@ def find_layers(model: nn.Module, patterns: Sequence[str] | None = None) -> list
             raise RequestError(f"no linear layer of the model matches {', '.join(patterns)}")
         return layers
     active = _active_adapters(model)
-    adapters = [
-        layer for layer in layers if _LORA.search(layer.name) and layer.name.rsplit(".", 1)[-1] in active
-    ]
+    adapters = [layer for layer in layers if _LORA.search(layer.name) and layer.name.rsplit(".", 1)[-1] in active]
     if not layers:
         raise RequestError("the model has no nn.Linear or Conv1D layer to sketch")
     return adapters or layers
@@ -47,7 +46,7 @@ def find_layers(model: nn.Module, patterns: Sequence[str] | None = None) -> list
 
 def model_identity(model: nn.Module) -> dict:
     """What stays the same over training: architecture, and names and shapes of every parameter (hashed)."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
     shapes = ";".join(f"{name}:{tuple(parameter.shape)}" for name, parameter in model.named_parameters())
     return {
         "architecture": type(base).__name__,
@@ -57,7 +56,7 @@ def model_identity(model: nn.Module) -> dict:
 
 def adapter_identity(model: nn.Module) -> dict | None:
     """Kind, rank and scaling of each active PEFT adapter; None without adapters."""
-    configs = getattr(model, "peft_config", {})
+    configs = cast(Any, model).peft_config if _active_adapters(model) else {}
     active = {
         name: {"kind": str(configs[name].peft_type.value), "rank": configs[name].r, "alpha": configs[name].lora_alpha}
         for name in _active_adapters(model)
@@ -65,11 +64,16 @@ def adapter_identity(model: nn.Module) -> dict | None:
     return active or None
 
 
+def vocabulary_size(model: nn.Module) -> int:
+    """Rows of the input embedding: token ids must be below it."""
+    return int(cast(Any, model).get_input_embeddings().num_embeddings)
+
+
 def _active_adapters(model: nn.Module) -> list[str]:
     """Names of the adapters in use: a property of PEFT's models, a method of transformers' own."""
     if not getattr(model, "peft_config", None):
         return []
-    active = model.active_adapters
+    active = cast(Any, model).active_adapters
     return list(active() if callable(active) else active)
 
 

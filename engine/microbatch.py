@@ -95,9 +95,7 @@ def _collate(rollouts: Sequence[Rollout]) -> MicroBatch:
         torch.from_numpy(token_ids_BT),
         torch.tensor([rollout.problem for rollout in rollouts]),
         torch.from_numpy(np.repeat(np.arange(len(rollouts)), lengths)),
-        torch.from_numpy(
-            np.concatenate([np.arange(r.n_prompt - 1, len(r.token_ids) - 1) for r in rollouts])
-        ),
+        torch.from_numpy(np.concatenate([np.arange(r.n_prompt - 1, len(r.token_ids) - 1) for r in rollouts])),
         torch.from_numpy(np.concatenate([r.token_ids[r.n_prompt :] for r in rollouts])),
         torch.from_numpy(np.repeat([r.weight for r in rollouts], lengths).astype(np.float32)),
         torch.from_numpy(np.concatenate(behaviours).astype(np.float32)) if behaviours else None,

@@ -1,5 +1,6 @@
 """Load a model, its tokenizer and an adapter, with one clear line for what is missing or broken."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,10 @@ def load_model(path: str | Path, adapter: str | Path | None = None, device: str 
     RequestError when there is no such model or adapter, or when a weight is not finite.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     try:

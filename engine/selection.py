@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from engine.ranking import best
 from engine.query import direction
+from engine.ranking import best
 from engine.selectors import SELECTORS, Candidates, Selector
 from engine.targets import Target
 from engine.where import Where
@@ -114,10 +114,9 @@ def _candidates(
         problems = store.problems(view.collection)
         ids = problems.column("id").to_numpy()
         positions = view.find(ids)
+        mask_P = ~np.isin(ids, store.deleted(view.collection))
     else:
         problems, ids, positions = view.problems, view.ids, np.arange(len(view))
-    mask_P = np.ones(len(ids), bool)
-    if not selector.whole_pool:
         mask_P = view.live if selector.live_only else view.states != State.FAILED
     if where is not None:
         rates = np.append(view.pass_rates, np.float32(np.nan))[positions]

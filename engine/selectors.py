@@ -114,9 +114,7 @@ _BUILT_IN = [
     Selector("norm", lambda c: c.norms, "|g|"),
     Selector("negsim", lambda c: -_cosine(c), "-cos(g, t)", needs_target=True),
     Selector("simacc", _simacc, "cos(g, t) 4 p (1 - p)", needs_target=True),
-    Selector(
-        "accgreedy", lambda c: _known_pass_rate(c, -np.abs(c.pass_rates - 0.5)), "-|p - 1/2|", live_only=False
-    ),
+    Selector("accgreedy", lambda c: _known_pass_rate(c, -np.abs(c.pass_rates - 0.5)), "-|p - 1/2|", live_only=False),
     Selector("acc", _acc, "uniform over 0.2 <= p <= 0.8", live_only=False),
     Selector("rand", lambda c: c.random.random(len(c)), "uniform", live_only=False, whole_pool=True),
     Selector("chunk_mean", _chunk_mean, "cos(g, sum of the candidates' g)"),

@@ -9,7 +9,7 @@ Dimension letters: P problems, B sequences, T tokens, N response tokens, D sketc
 layer's inputs and outputs.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -17,13 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from engine.layers import Layer, adapter_identity, find_layers, model_identity
+from engine.layers import Layer, adapter_identity, find_layers, model_identity, vocabulary_size
 from engine.microbatch import MicroBatch, pack, rollouts_of
 from engine.objectives import Objective, importance_weights, objective, rollout_weights
 from engine.projection import LayerBasis, basis_hash, random_bases
 from engine.rollouts.group import Group
-from gradstore.state import State
 from gradstore.errors import RequestError
+from gradstore.state import State
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +39,18 @@ class SketchSpec:
     """Regular expressions choosing the linear layers; None: LoRA matrices if there are any, else all."""
     token_budget: int = 8192
     """Tokens of one micro-batch, padding included."""
+
+    @classmethod
+    def of(cls, fingerprint: dict) -> "SketchSpec":
+        """The spec that made a store's rows, from its fingerprint; RequestError for rows made in another way."""
+        try:
+            projection, modules = fingerprint["projection"], fingerprint["modules"]
+            settings = Objective(**fingerprint["objective"])
+            return cls(projection["rank"], projection["seed"], settings, tuple(modules) if modules else None)
+        except (KeyError, TypeError):
+            raise RequestError(
+                "the store's rows were not made by this sketcher: its fingerprint has no settings"
+            ) from None
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -101,6 +113,7 @@ class Sketcher:
                 "scaling": "signs / sqrt(rank)",
                 "basis": basis_hash(self.bases),
             },
+            "modules": list(self.spec.modules) if self.spec.modules else None,
             "objective": self.spec.objective.as_dict(),
             "dtype": str(next(self.model.parameters()).dtype).removeprefix("torch."),
             "layout": [[basis.name, basis.start, basis.stop] for basis in self.bases],
@@ -109,9 +122,10 @@ class Sketcher:
     def sketch(self, groups: Sequence[Group]) -> SketchBatch:
         """Sketches of the groups, in their order.
 
-        Groups whose rewards are all equal are not run and, like any zero gradient, are `no_signal`; a problem whose gradient is not finite is
-        `failed` with the reason. RequestError for a sequence longer than the model's context, a token id outside
-        the vocabulary, or missing log-probabilities under an importance-weighted objective.
+        Groups whose rewards are all equal are not run and, like any zero gradient, are `no_signal`; a problem whose
+        gradient is not finite is `failed` with the reason. RequestError for a sequence longer than the model's
+        context, a token id outside the vocabulary, or missing log-probabilities under an importance-weighted
+        objective.
         """
         self._check(groups)
         weights = [
@@ -142,7 +156,7 @@ class Sketcher:
         torch.dot(weights_N, logprobs_N).backward()
 
     def _check(self, groups: Sequence[Group]) -> None:
-        n_vocabulary = self.model.get_input_embeddings().num_embeddings
+        n_vocabulary = vocabulary_size(self.model)
         for group in groups:
             name = f"problem {group.problem_id!r}"
             if self.context and group.n_tokens > self.context:
@@ -192,7 +206,7 @@ class _Hooks:
         for handle in self._handles:
             handle.remove()
 
-    def _make(self, name: str, basis: LayerBasis, left_OR: Tensor | None, right_IR: Tensor | None):  # noqa: ANN202
+    def _make(self, name: str, basis: LayerBasis, left_OR: Tensor | None, right_IR: Tensor | None):
         def forward_hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             shape_BT = (len(self._problem_B), self._n_tokens)
             if inputs[0].shape[:-1] != shape_BT:
@@ -229,7 +243,7 @@ def _sides_on(device: torch.device, basis: LayerBasis) -> tuple[Tensor | None, T
 def _label(groups: Sequence[Group], sketches_PD: np.ndarray, n_tokens: int) -> SketchBatch:
     """The batch with each problem's state; rows of problems that are not live are set to zero."""
     states, reasons = [], []
-    for row, group in enumerate(groups):
+    for row in range(len(groups)):
         state, reason = State.LIVE, ""
         if not np.isfinite(sketches_PD[row]).all():
             state, reason = State.FAILED, "the gradient is not finite"

@@ -72,4 +72,3 @@ def target(store: Store, benchmark: str, at: int | None = None, aggregate: Aggre
         n_live,
         view.commit,
     )
-

@@ -25,13 +25,9 @@ class FingerprintError(RequestError):
     """Rows made another way than the store's were offered; names every field that differs with both values."""
 
     def __init__(self, stored: dict, offered: dict, where: str) -> None:
-        differing = [
-            f"{name}: the store has {_at(stored, name)!r}, this run has {_at(offered, name)!r}"
-            for name in sorted(_leaves(stored).keys() | _leaves(offered).keys())
-            if _at(stored, name) != _at(offered, name)
-        ]
         super().__init__(
-            f"{where}: fingerprint differs: {'; '.join(differing)}. Use those settings, or another store."
+            f"{where}: fingerprint differs: {'; '.join(_differences(stored, offered))}. "
+            "Use the store's settings, or another store"
         )
 
 
@@ -43,16 +39,30 @@ class DamagedError(GradstoreError):
     """Stored bytes are not those that were written."""
 
 
-def _leaves(tree: dict, prefix: str = "") -> dict:
-    flat: dict = {}
+def _differences(stored: dict, offered: dict) -> list[str]:
+    """Each field that differs with both values; of a list the first entry that does."""
+    found = []
+    ours, theirs = _leaves(stored), _leaves(offered)
+    for name in sorted(ours.keys() | theirs.keys()):
+        one, other = ours.get(name, "nothing"), theirs.get(name, "nothing")
+        if one == other:
+            continue
+        if isinstance(one, list) and isinstance(other, list):
+            name, one, other = _first_difference(name, one, other)
+        found.append(f"{name}: the store has {one!r}, this run has {other!r}")
+    return found
+
+
+def _first_difference(name: str, one: list, other: list) -> tuple[str, object, object]:
+    for i, (a, b) in enumerate(zip(one, other, strict=False)):
+        if a != b:
+            return f"{name}[{i}]", a, b
+    return f"length of {name}", len(one), len(other)
+
+
+def _leaves(tree: dict, prefix: str = "") -> dict[str, object]:
+    """Every field of nested dicts by its path."""
+    flat: dict[str, object] = {}
     for key, value in tree.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, dict):
-            flat.update(_leaves(value, f"{name}."))
-        else:
-            flat[name] = value
+        flat |= _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
-
-
-def _at(tree: dict, name: str) -> object:
-    return _leaves(tree).get(name, "nothing")

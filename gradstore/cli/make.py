@@ -7,7 +7,7 @@ import typer
 
 from gradstore.cli import app
 from gradstore.cli.rank import Json, StorePath
-from gradstore.cli.show import print_json, progress, say
+from gradstore.cli.show import print_json, print_table, progress, say
 from gradstore.errors import RequestError
 
 Model = Annotated[str, typer.Option(help="Folder or name of a transformers causal LM.")]
@@ -30,6 +30,34 @@ def rollout(
     json: Json = False,
 ) -> None:
     """Sample and reward rollouts; started again after an interruption, it goes on where it was."""
+    from dataclasses import asdict
+
+    import gradstore
+    from trainer.backends import load_backend
+    from trainer.rewards import load_reward
+    from trainer.rollout import rollout as run
+
+    records = gradstore.read_problems(problems)
+    scored_by = load_reward(reward)
+    options = {"device": device} if backend == "transformers" else {}
+    report = run(
+        records,
+        load_backend(backend, model, **options),
+        scored_by,
+        out,
+        n=n,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+    )
+    if json:
+        print_json({**asdict(report), "path": str(report.path)})
+        return
+    say(
+        f"{report.path}: {report.rollouts} rollouts of {report.problems} problems, "
+        f"mean reward {report.mean_reward:.3f}, {report.with_signal} with differing rewards, {report.tokens} tokens; {report.kept_problems} were there"
+    )
 
 
 @app.command()
@@ -41,37 +69,64 @@ def collect(
     step: Annotated[int, typer.Option(help="Policy version of the model; 0 is the base model.")] = 0,
     adapter: Annotated[str | None, typer.Option(help="PEFT adapter to load on the model.")] = None,
     format: Annotated[str, typer.Option(help="auto, jsonl, parquet, verl or gradalign.")] = "auto",
-    objective: Annotated[str, typer.Option(help="gradalign, grpo or dr_grpo.")] = "gradalign",
+    objective: Annotated[
+        str | None, typer.Option(help="gradalign (default), grpo or dr_grpo; a store keeps the one it was made with.")
+    ] = None,
     advantage: Annotated[str | None, typer.Option(help="mean, mean_std or rloo, instead of the preset's.")] = None,
     aggregation: Annotated[str | None, typer.Option(help="As verl's loss_agg_mode, instead of the preset's.")] = None,
-    importance: Annotated[bool, typer.Option("--importance", help="Weight by pi / behaviour policy.")] = False,
+    importance: Annotated[
+        bool | None, typer.Option("--importance/--on-policy", help="Weight tokens by pi / behaviour policy.")
+    ] = None,
     clip: Annotated[float | None, typer.Option(help="PPO clipping of the importance ratio, both sides.")] = None,
-    rank: Annotated[int, typer.Option(help="Width of each side of a layer's projection.")] = 16,
-    seed: Annotated[int, typer.Option(help="Seed of the projection.")] = 0,
+    rank: Annotated[
+        int | None, typer.Option(help="Width of each side of a layer's projection (new store: 16).")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the projection (new store: 0).")] = None,
     modules: Annotated[list[str] | None, typer.Option(help="Regular expression of layers; may be repeated.")] = None,
     dtype: Annotated[str, typer.Option(help="Row type of a new store: int8, int4, fp16 or fp32.")] = "int8",
     token_budget: Annotated[int, typer.Option(help="Tokens of one micro-batch.")] = 8192,
     device: Device = None,
     json: Json = False,
 ) -> None:
-    """Turn rollouts into sketches; started again after an interruption, it goes on where it was."""
+    """Turn rollouts into sketches; started again after an interruption, it goes on where it was.
+
+    Into a store that is there, settings not given are the store's own.
+    """
+    from dataclasses import replace
+
     import gradstore
-    from engine.collector import check_fingerprint
     from engine.collector import collect as run
     from engine.models import load_model, load_tokenizer
     from engine.objectives import objective as preset
     from engine.rollouts import read_rollouts
     from engine.sketcher import Sketcher, SketchSpec
 
-    changes = {"advantage": advantage, "aggregation": aggregation, "clip_low": clip, "clip_high": clip}
-    settings = preset(objective, importance=importance, **{k: v for k, v in changes.items() if v is not None})
-    spec = SketchSpec(rank, seed, settings, tuple(modules) if modules else None, token_budget)
+    if step < 0:
+        raise RequestError(f"step is {step}, expected 0 (the base model) or more")
     opened = gradstore.open(store, mode="a") if store.exists() else None
+    spec = SketchSpec() if opened is None else SketchSpec.of(opened.fingerprint)
+    changes = {
+        "advantage": advantage,
+        "aggregation": aggregation,
+        "importance": importance,
+        "clip_low": clip,
+        "clip_high": clip,
+    }
+    settings = replace(
+        spec.objective if objective is None else preset(objective),
+        **{name: value for name, value in changes.items() if value is not None},  # type: ignore[arg-type]
+    )
+    spec = SketchSpec(
+        spec.rank if rank is None else rank,
+        spec.seed if seed is None else seed,
+        settings,
+        tuple(modules) if modules else spec.modules,
+        token_budget,
+    )
     source = read_rollouts(rollouts, tokenizer=load_tokenizer(model), format=format)
     sketcher = Sketcher(load_model(model, adapter, device), spec)
     if opened is None:
         opened = gradstore.create(store, dim=sketcher.dim, fingerprint=sketcher.fingerprint, dtype=dtype)
-    check_fingerprint(opened, sketcher)
     with progress(f"{collection} step {step}", len(source)) as advance:
         report = run(opened, collection, source, sketcher=sketcher, step=step, progress=advance)
     if json:
@@ -79,7 +134,8 @@ def collect(
         return
     say(
         f"{report.collected} problems collected: {report.live} live, {report.no_signal} without signal, "
-        f"{report.failed} failed; {report.skipped} were there already; {report.n_tokens} tokens in {report.seconds:.1f} s"
+        f"{report.failed} failed; {report.skipped} were there already; "
+        f"{report.n_tokens} tokens in {report.seconds:.1f} s"
     )
     for problem_id, reason in report.failures:
         say(f"problem {problem_id!r} failed: {reason}")
@@ -92,10 +148,37 @@ def demo(
     json: Json = False,
 ) -> None:
     """The main job on a small model and 2,000 problems: roll out, collect, query, select."""
+    from trainer.demo.run import DemoSettings, run_demo, summary
+
+    results = [run_demo(out / f"seed-{seed}", seed, DemoSettings(), say) for seed in range(seeds)]
+    facts = summary(results)
+    if json:
+        print_json(facts)
+        return
+    print_table(
+        f"What each selector chose: 200 of 2,000 problems, mean ± deviation over {seeds} seeds, in percent",
+        ["selector", "target family", "broken rewards", "of them wrong truth", "of them coin flip"],
+        [
+            [name, *(f"{100 * mean:.1f} ± {100 * spread:.1f}" for mean, spread in shares.values())]
+            for name, shares in facts["shares"].items()
+        ],
+        right=["target family", "broken rewards", "of them wrong truth", "of them coin flip"],
+    )
+    print_table(
+        "Seconds of each stage, mean over seeds",
+        ["stage", "seconds"],
+        [[stage, f"{seconds:.2f}"] for stage, seconds in facts["seconds"].items()],
+        right=["seconds"],
+    )
+    print(f"{facts['bytes_per_problem']:.0f} bytes per problem: {facts['dim']} dimensions as int8, scale, norm, counts")
+    print(f"states of the pool's problems: {facts['states']}")
+    print(f"ask again: gradstore query {out / 'seed-0' / 'store'} --against benchmark --top 20")
 
 
 def _later(name: str, release: str, brings: str) -> None:
-    @app.command(name, help=f"{brings}. Comes with release {release}.", context_settings={"ignore_unknown_options": True})
+    @app.command(
+        name, help=f"{brings}. Comes with release {release}.", context_settings={"ignore_unknown_options": True}
+    )
     def command(arguments: Annotated[list[str] | None, typer.Argument()] = None) -> None:
         raise RequestError(f"`gradstore {name}` comes with release {release}: {brings.lower()}")
 

@@ -10,7 +10,11 @@ from gradstore.cli.show import first_words, print_json, print_table, say
 from gradstore.errors import RequestError
 
 if TYPE_CHECKING:
-    from gradstore import Store
+    import numpy as np
+
+    from engine.query import Metric
+    from engine.targets import Target
+    from gradstore import Store, View
 
 StorePath = Annotated[Path, typer.Argument(metavar="STORE", help="Folder of the store.")]
 Against = Annotated[str | None, typer.Option("--against", help="Benchmark whose gradient is the target.")]
@@ -64,7 +68,7 @@ def query(
     )
     newest = max(int(view.steps.max()), wanted.steps[1]) if at is None else at
     problems = view.problems.take(hits.positions).to_pylist()
-    shares = _largest_layers(view, hits, wanted, metric, layers) if layers else [{}] * len(hits)
+    shares = _largest_layers(view, hits.positions, wanted, metric, layers) if layers else [{}] * len(hits)
     rows = [
         {
             "rank": rank + 1,
@@ -164,12 +168,16 @@ def _pool(store: "Store", pool: str | None, against: str | None) -> str:
     others = [name for name in store.collections if name != against]
     if len(others) == 1:
         return others[0]
-    raise RequestError(f"name the collection to rank with --pool: {', '.join(store.collections) or 'the store has none'}")
+    raise RequestError(
+        f"name the collection to rank with --pool: {', '.join(store.collections) or 'the store has none'}"
+    )
 
 
-def _largest_layers(view, hits, wanted, metric: str, n: int) -> list[dict[str, float]]:  # noqa: ANN001
+def _largest_layers(
+    view: "View", positions: "np.ndarray", wanted: "Target", metric: "Metric", n: int
+) -> list[dict[str, float]]:
     from engine.shares import layer_contributions
 
     names = [name for name, _, _ in view.layers]
-    terms_KL = layer_contributions(view, hits.positions, wanted, metric)  # type: ignore[arg-type]
+    terms_KL = layer_contributions(view, positions, wanted, metric)
     return [{names[i]: float(row[i]) for i in (-row).argsort()[:n]} for row in terms_KL]

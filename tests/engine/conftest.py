@@ -16,7 +16,9 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+import gradstore
 from engine.rollouts import Group
+from gradstore import State, Store
 
 N_VOCABULARY = 61
 
@@ -71,7 +73,7 @@ ARCHITECTURES: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-@pytest.fixture()
+@pytest.fixture
 def make_model() -> Callable[[str], nn.Module]:
     """An architecture's name -> a seeded random fp32 model of it, with weights large enough to matter."""
 
@@ -86,7 +88,7 @@ def make_model() -> Callable[[str], nn.Module]:
     return make
 
 
-@pytest.fixture()
+@pytest.fixture
 def make_groups() -> Callable[..., list[Group]]:
     """Groups of random rollouts of random lengths with 0/1 rewards, at least one of each."""
 
@@ -108,5 +110,41 @@ def make_groups() -> Callable[..., list[Group]]:
                 )
             )
         return groups
+
+    return make
+
+
+@pytest.fixture
+def make_store(tmp_path) -> Callable[..., Store]:
+    """A fp32 store with a pool of random rows, some without signal, some failed, and a benchmark of eight."""
+
+    def make(n: int = 60, dim: int = 24, dtype: str = "fp32", seed: int = 0) -> Store:
+        random = np.random.default_rng(seed)
+        layout = [["a", 0, 10], ["b", 10, 16], ["c", 16, dim]]
+        store = gradstore.create(tmp_path / "store", dim=dim, fingerprint={"layout": layout}, dtype=dtype)
+        ids = [f"p{i:03d}" for i in range(n)]
+        store.add_problems(
+            "pool",
+            [
+                {"id": name, "prompt": f"What is {name}?", "source": f"s{i % 3}", "tags": ["even"] * (i % 2 == 0)}
+                for i, name in enumerate(ids)
+            ],
+        )
+        sketches = random.normal(size=(n, dim)).astype(np.float32) * random.lognormal(size=(n, 1)).astype(np.float32)
+        states = [State.NO_SIGNAL if i % 7 == 3 else State.FAILED if i % 11 == 5 else State.LIVE for i in range(n)]
+        rates = random.integers(0, 9, n).astype(np.float32) / 8
+        with store.writer("pool", step=0) as writer:
+            writer.append(
+                ids,
+                sketches,
+                state=states,
+                pass_rate=rates,
+                n_rollouts=np.full(n, 8),
+                reason=["broken" if state is State.FAILED else "" for state in states],
+            )
+        store.add_problems("bench", [{"id": f"v{i}", "prompt": "?"} for i in range(8)])
+        with store.writer("bench", step=0) as writer:
+            writer.append([f"v{i}" for i in range(8)], random.normal(size=(8, dim)).astype(np.float32))
+        return store
 
     return make

@@ -10,8 +10,8 @@ from transformers.pytorch_utils import Conv1D
 
 from engine import PRESETS, Objective, Sketcher, SketchSpec, objective
 from engine.rollouts import Group
-from gradstore.state import State
 from gradstore.errors import RequestError
+from gradstore.state import State
 
 ARCHITECTURES = ["qwen2", "llama", "gpt2", "qwen2-lora"]
 
@@ -174,9 +174,7 @@ def test_equal_rewards_are_no_signal_and_not_run(make_model, make_groups) -> Non
 def test_empty_response_counts_in_the_baseline_only(make_model, make_groups) -> None:
     """An empty answer has no token to push, but its reward moves the mean."""
     model, (group,) = make_model("qwen2"), make_groups(1, n_rollouts=3)
-    with_empty = Group(
-        "x", group.prompt_ids, [*group.responses, np.empty(0, np.int64)], np.append(group.rewards, 0.0)
-    )
+    with_empty = Group("x", group.prompt_ids, [*group.responses, np.empty(0, np.int64)], np.append(group.rewards, 0.0))
     sketcher = Sketcher(model, SketchSpec(rank=6))
     found = sketcher.sketch([with_empty]).sketches[0]
     expected = np.zeros(sketcher.dim)

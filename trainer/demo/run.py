@@ -1,0 +1,146 @@
+"""The main job from end to end, on a small model and problems whose defects are known.
+
+For each seed: draw a pool and a benchmark, roll both out, collect the sketches into a store, measure the target, query,
+and let every selector choose a tenth of the pool. What a selector chose is then compared with what the problems are:
+of the target's family or not, paid rightly or not. Every stage goes on where an interrupted run stopped.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+import gradstore
+from analysis.composition import source_shares, tag_shares
+from engine.collector import collect
+from engine.models import load_model, load_tokenizer
+from engine.query import search
+from engine.rollouts import read_rollouts
+from engine.selection import select
+from engine.selectors import SELECTORS
+from engine.sketcher import Sketcher, SketchSpec
+from engine.targets import target
+from trainer.backends.hugging_face import TransformersBackend
+from trainer.demo import tasks
+from trainer.rewards import Reward
+from trainer.rollout import rollout
+
+MODEL = Path(__file__).parent / "model"
+
+
+@dataclass(frozen=True, slots=True)
+class DemoSettings:
+    """Sizes of the demo."""
+
+    n_pool: int = tasks.POOL_SIZE
+    n_benchmark: int = tasks.BENCHMARK_SIZE
+    n_selected: int = 200
+    n_rollouts: int = 16
+    max_new_tokens: int = 8
+    rank: int = 16
+    batch_tokens: int = 16_384
+
+
+@dataclass(slots=True)
+class DemoResult:
+    """What one seed showed."""
+
+    seed: int
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Wall time of each stage."""
+    shares: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Selector -> share of the target family, of broken rewards, and of each kind of them, among its picks."""
+    bytes_per_problem: float = 0.0
+    dim: int = 0
+    states: dict[str, int] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str, tell: Callable[[str], None]) -> Iterator[None]:
+        """Times a stage and tells of its end."""
+        started = time.monotonic()
+        yield
+        self.seconds[name] = time.monotonic() - started
+        tell(f"seed {self.seed}: {name} {self.seconds[name]:.1f} s")
+
+
+def run_demo(folder: Path, seed: int, settings: DemoSettings, tell: Callable[[str], None]) -> DemoResult:
+    """The whole job for one seed, in its own folder; `tell` gets a line at the end of each stage."""
+    folder.mkdir(parents=True, exist_ok=True)
+    result = DemoResult(seed)
+    tokenizer = load_tokenizer(MODEL)
+    model = load_model(MODEL, device="cpu")
+    backend = TransformersBackend(model, tokenizer, batch_tokens=settings.batch_tokens)
+    reward = Reward("demo", tasks.reward)
+    problems = {
+        "pool": tasks.pool(seed, settings.n_pool),
+        "benchmark": tasks.benchmark(seed, settings.n_benchmark),
+    }
+    for name, records in problems.items():
+        with result.stage(f"rollouts of the {name}", tell):
+            rollout(
+                records,
+                backend,
+                reward,
+                folder / f"{name}.jsonl",
+                n=settings.n_rollouts,
+                max_new_tokens=settings.max_new_tokens,
+                seed=seed,
+                chunk=256,
+                step=0,
+            )
+    sketcher = Sketcher(model, SketchSpec(rank=settings.rank))
+    path = folder / "store"
+    if path.exists():
+        store = gradstore.open(path, mode="a", fingerprint=sketcher.fingerprint)
+    else:
+        store = gradstore.create(path, dim=sketcher.dim, fingerprint=sketcher.fingerprint)
+    for name in problems:
+        with result.stage(f"sketches of the {name}", tell):
+            collect(store, name, read_rollouts(folder / f"{name}.jsonl"), sketcher=sketcher, step=0)
+    with result.stage("target", tell):
+        wanted = target(store, "benchmark")
+    with result.stage("query, top 20", tell):
+        search(store.view("pool"), wanted, 20)
+    with result.stage(f"{len(SELECTORS)} selectors", tell):
+        for name, selector in SELECTORS.items():
+            chosen = select(
+                store, "pool", wanted if selector.needs_target else None, settings.n_selected, name, seed=seed
+            )
+            result.shares[name] = _shares(store, chosen.ids)
+    result.shares["(pool)"] = _shares(store, store.view("pool").ids.tolist())
+    about = store.info()["collections"]["pool"]
+    result.dim, result.states = store.dim, about["states"]
+    result.bytes_per_problem = store.row_bytes
+    return result
+
+
+def _shares(store: gradstore.Store, ids: list[str]) -> dict[str, float]:
+    problems = store.view("pool").problems_of(ids)
+    tags = tag_shares(problems)
+    wrong, coin = tags.get(tasks.WRONG_TRUTH, 0.0), tags.get(tasks.COIN_FLIP, 0.0)
+    family = source_shares(problems).get(tasks.TARGET_FAMILY, 0.0)
+    return {"family": family, "broken": wrong + coin, "wrong_truth": wrong, "coin_flip": coin}
+
+
+def summary(results: list[DemoResult]) -> dict:
+    """Mean and standard deviation over seeds of every share, with the times and sizes; JSON-ready."""
+    shares: dict[str, dict[str, list[float]]] = {}
+    for name in results[0].shares:
+        shares[name] = {}
+        for kind in results[0].shares[name]:
+            values = np.array([result.shares[name][kind] for result in results])
+            spread = float(values.std(ddof=1)) if len(values) > 1 else 0.0
+            shares[name][kind] = [float(values.mean()), spread]
+    return {
+        "seeds": [result.seed for result in results],
+        "shares": shares,
+        "seconds": {
+            stage: float(np.mean([result.seconds[stage] for result in results])) for stage in results[0].seconds
+        },
+        "states": results[0].states,
+        "dim": results[0].dim,
+        "bytes_per_problem": results[0].bytes_per_problem,
+    }
