@@ -11,7 +11,16 @@ from pathlib import Path
 
 import numpy as np
 
-from gradstore.durable import crc32c, fsync_folder, make_folder, preallocate, replace_file, write_all, writing
+from gradstore.durable import (
+    at_once,
+    crc32c,
+    fsync_folder,
+    make_folder,
+    preallocate,
+    replace_file,
+    write_all,
+    writing,
+)
 from gradstore.layout import IN_USE, PROBLEMS, ZARR, RowArray, group_json
 
 
@@ -42,6 +51,8 @@ class Appender:
         while done < total:
             chunk, within = divmod(self.rows, self.chunk_rows)
             take = min(total - done, self.chunk_rows - within)
+            if not self._open:
+                at_once(lambda array, chunk=chunk: self._open_chunk(array, chunk), self._arrays)  # type: ignore[misc]
             for array in self._arrays:
                 part = np.ascontiguousarray(columns[array.name][done : done + take], dtype=array.dtype)
                 self._put(array, chunk, within, part)
@@ -55,14 +66,9 @@ class Appender:
         """Make every row so far durable."""
         if not self._dirty:
             return
-        for path, descriptor in self._open.values():
-            with writing(path):
-                os.fdatasync(descriptor)
+        at_once(_sync_file, self._open.values())
         if self._new_files:
-            for array in self._arrays:
-                folder = self._generation / array.name
-                with writing(folder):
-                    fsync_folder(folder)
+            at_once(_sync_folder, (self._generation / array.name for array in self._arrays))
         self._dirty = self._new_files = False
 
     def close(self) -> None:
@@ -74,8 +80,6 @@ class Appender:
         crcs = self._crcs[array.name]
         if within == 0:
             crcs.append(0)
-        if array.name not in self._open:
-            self._open_chunk(array, chunk)
         path, descriptor = self._open[array.name]
         with writing(path):
             write_all(descriptor, part, within * array.row_bytes)
@@ -89,22 +93,23 @@ class Appender:
             self._open[array.name] = path, descriptor
             if not existed:
                 preallocate(descriptor, self.chunk_rows * array.row_bytes)
-                os.fsync(descriptor)  # The size is metadata, which the later fdatasync need not write.
+                os.fsync(descriptor)
                 self._new_files = True
 
     def _finish_chunk(self) -> None:
-        for path, descriptor in self._open.values():
-            with writing(path):
-                os.fdatasync(descriptor)
+        at_once(_sync_file, self._open.values())
         self.close()
 
 
 def create_generation(generation: Path, arrays: tuple[RowArray, ...], chunk_rows: int) -> None:
     """An empty generation folder: a Zarr group with every array at zero rows, and a folder for problems."""
-    make_folder(generation)
-    for array in arrays:
+
+    def create_array(array: RowArray) -> None:
         make_folder(generation / array.name)
         replace_file(generation / array.name / ZARR, array.zarr_json(0, chunk_rows))
+
+    make_folder(generation)
+    at_once(create_array, arrays)
     make_folder(generation / PROBLEMS)
     replace_file(generation / ZARR, group_json({}))
     replace_file(generation / IN_USE, b"")
@@ -112,13 +117,16 @@ def create_generation(generation: Path, arrays: tuple[RowArray, ...], chunk_rows
 
 def show_rows(generation: Path, arrays: tuple[RowArray, ...], rows: int, chunk_rows: int) -> None:
     """Let the arrays' zarr.json show `rows` rows, for readers that know Zarr but not the manifest."""
-    for array in arrays:
+
+    def show(array: RowArray) -> None:
         path = generation / array.name / ZARR
         text = array.zarr_json(rows, chunk_rows)
         with writing(path):
             current = path.read_bytes() if path.exists() else b""
         if current != text:
             replace_file(path, text)
+
+    at_once(show, arrays)
 
 
 def clear_beyond(generation: Path, arrays: tuple[RowArray, ...], rows: int, chunk_rows: int) -> None:
@@ -150,3 +158,14 @@ def _clear_tail(path: Path, used: int, size: int) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def _sync_file(opened: tuple[Path, int]) -> None:
+    path, descriptor = opened
+    with writing(path):
+        os.fdatasync(descriptor)
+
+
+def _sync_folder(folder: Path) -> None:
+    with writing(folder):
+        fsync_folder(folder)

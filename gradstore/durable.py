@@ -8,7 +8,8 @@ old content or the new, never a mixture.
 import errno
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,20 @@ def reading(path: Path) -> Iterator[None]:
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else str(error)
         raise GradstoreError(f"{path}: cannot be read ({reason})") from error
+
+
+def at_once(work: Callable[[Any], None], items: Iterable[Any]) -> None:
+    """Do something that waits for the disk for several files together: their fsyncs then share its commits.
+
+    The first exception is raised when all are done.
+    """
+    items = list(items)
+    if len(items) < 2:
+        for item in items:
+            work(item)
+        return
+    with ThreadPoolExecutor(min(len(items), 16)) as pool:
+        list(pool.map(work, items))
 
 
 def fsync_folder(folder: Path) -> None:
