@@ -10,20 +10,20 @@ if TYPE_CHECKING:
     from engine.collector import CollectReport as CollectReport
     from engine.collector import collect as collect
     from engine.index import FlatIndex as FlatIndex
-    from engine.objectives import Objective as Objective
     from engine.objectives import PRESETS as PRESETS
+    from engine.objectives import Objective as Objective
     from engine.objectives import objective as objective
     from engine.query import Hits as Hits
     from engine.query import search as search
     from engine.selection import Selection as Selection
     from engine.selection import select as select
-    from engine.selectors import Candidates as Candidates
     from engine.selectors import SELECTORS as SELECTORS
+    from engine.selectors import Candidates as Candidates
     from engine.selectors import Selector as Selector
     from engine.shares import layer_contributions as layer_contributions
     from engine.sketcher import SketchBatch as SketchBatch
-    from engine.sketcher import SketchSpec as SketchSpec
     from engine.sketcher import Sketcher as Sketcher
+    from engine.sketcher import SketchSpec as SketchSpec
     from engine.targets import Target as Target
     from engine.targets import target as target
     from engine.where import Where as Where
@@ -51,7 +51,7 @@ _MODULE_OF = {
     "target": "targets",
 }
 
-__all__ = sorted(_MODULE_OF)  # noqa: PLE0605
+__all__ = sorted(_MODULE_OF)
 
 
 def __getattr__(name: str) -> object:

@@ -9,9 +9,10 @@ Dimension letters: P problems, B sequences, T tokens, N response tokens, D sketc
 layer's inputs and outputs.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -138,8 +139,9 @@ class Sketcher:
         rollouts = rollouts_of(groups, weights)
         with self._hooked() as hooks:
             for batch in pack(rollouts, self.spec.token_budget):
-                hooks.begin(sums_PD, batch.problem_B.to(self.device), batch.token_ids_BT.shape[1])
-                self._backward(batch.to(self.device))
+                batch = batch.to(self.device)
+                hooks.begin(sums_PD, batch)
+                self._backward(batch)
         return _label(groups, sums_PD.cpu().numpy(), sum(len(rollout.token_ids) for rollout in rollouts))
 
     def _backward(self, batch: MicroBatch) -> None:
@@ -175,7 +177,7 @@ class Sketcher:
         """Freezes the parameters, hooks the layers, switches dropout off; undoes all of it at the end."""
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         training = [module for module in self.model.modules() if module.training]
-        hooks = _Hooks(self._layers, self.bases, self._sides)
+        hooks = _Hooks(self._layers, self._sides)
         try:
             self.model.eval()
             for parameter in trained:
@@ -190,43 +192,47 @@ class Sketcher:
                 module.training = True
 
 
+@dataclass(frozen=True, slots=True)
+class _Sides:
+    """One layer's basis on the model's device; None keeps the side."""
+
+    basis: LayerBasis
+    left_OR: Tensor | None
+    right_IR: Tensor | None
+
+
 class _Hooks:
     """Forward hooks of the layers, adding to the sums of the micro-batch begun last."""
 
-    def __init__(self, layers: list[Layer], bases: list[LayerBasis], sides: list[tuple]) -> None:
+    def __init__(self, layers: Sequence[Layer], sides: Sequence[_Sides]) -> None:
         self._handles = [
-            layer.module.register_forward_hook(self._make(layer.name, basis, *side))
-            for layer, basis, side in zip(layers, bases, sides, strict=True)
+            layer.module.register_forward_hook(partial(self._forward, side))
+            for layer, side in zip(layers, sides, strict=True)
         ]
 
-    def begin(self, sums_PD: Tensor, problem_B: Tensor, n_tokens: int) -> None:
-        self._sums_PD, self._problem_B, self._n_tokens = sums_PD, problem_B, n_tokens
+    def begin(self, sums_PD: Tensor, batch: MicroBatch) -> None:
+        self._sums_PD, self._problem_B, self._shape_BT = sums_PD, batch.problem_B, batch.token_ids_BT.shape
 
     def remove(self) -> None:
         for handle in self._handles:
             handle.remove()
 
-    def _make(self, name: str, basis: LayerBasis, left_OR: Tensor | None, right_IR: Tensor | None):
-        def forward_hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            shape_BT = (len(self._problem_B), self._n_tokens)
-            if inputs[0].shape[:-1] != shape_BT:
-                raise RequestError(
-                    f"layer {name} sees inputs of shape {tuple(inputs[0].shape)} instead of one row per token "
-                    f"{shape_BT}; leave it out with `modules`"
-                )
-            right_BTR = _project(inputs[0].detach(), right_IR)
-            sums_PD, problem_B = self._sums_PD, self._problem_B
+    def _forward(self, side: _Sides, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        if inputs[0].shape[:-1] != self._shape_BT:
+            raise RequestError(
+                f"layer {side.basis.name} sees inputs of shape {tuple(inputs[0].shape)} instead of one row per token "
+                f"{tuple(self._shape_BT)}; leave it out with `modules`"
+            )
+        right_BTR = _project(inputs[0].detach(), side.right_IR)
+        if not output.requires_grad:  # the lowest layer: nothing below it is back-propagated
+            output.requires_grad_(True)
+        output.register_hook(partial(self._backward, side, right_BTR))
 
-            def backward_hook(grad_BTO: Tensor) -> None:
-                left_BTR = _project(grad_BTO, left_OR)
-                products_BRR = torch.bmm(left_BTR.transpose(1, 2), right_BTR)
-                sums_PD[:, basis.start : basis.stop].index_add_(0, problem_B, products_BRR.flatten(1))
-
-            if not output.requires_grad:
-                output.requires_grad_(True)
-            output.register_hook(backward_hook)
-
-        return forward_hook
+    def _backward(self, side: _Sides, right_BTR: Tensor, grad_BTO: Tensor) -> None:
+        left_BTR = _project(grad_BTO, side.left_OR)
+        products_BRR = torch.bmm(left_BTR.transpose(1, 2), right_BTR)
+        start, stop = side.basis.start, side.basis.stop
+        self._sums_PD[:, start:stop].index_add_(0, self._problem_B, products_BRR.flatten(1))
 
 
 def _project(x_BTW: Tensor, side_WR: Tensor | None) -> Tensor:
@@ -234,10 +240,10 @@ def _project(x_BTW: Tensor, side_WR: Tensor | None) -> Tensor:
     return x_BTW.float() if side_WR is None else x_BTW.float() @ side_WR
 
 
-def _sides_on(device: torch.device, basis: LayerBasis) -> tuple[Tensor | None, Tensor | None]:
-    left = None if basis.left_OR is None else torch.from_numpy(basis.left_OR).to(device)
-    right = None if basis.right_IR is None else torch.from_numpy(basis.right_IR).to(device)
-    return left, right
+def _sides_on(device: torch.device, basis: LayerBasis) -> _Sides:
+    left_OR = None if basis.left_OR is None else torch.from_numpy(basis.left_OR).to(device)
+    right_IR = None if basis.right_IR is None else torch.from_numpy(basis.right_IR).to(device)
+    return _Sides(basis, left_OR, right_IR)
 
 
 def _label(groups: Sequence[Group], sketches_PD: np.ndarray, n_tokens: int) -> SketchBatch:

@@ -1,7 +1,7 @@
 """`info`, `verify`, `compact`, `import`: what a store holds, whether it is whole, and putting things into it."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal, cast
 
 import typer
 
@@ -85,7 +85,7 @@ def compact(
 
     if keep not in ("all", "newest"):
         raise RequestError(f"keep {keep!r} is not one of all, newest")
-    report = gradstore.open(store, mode="a").compact(collection, keep=keep)  # type: ignore[arg-type]
+    report = gradstore.open(store, mode="a").compact(collection, keep=cast(Literal["all", "newest"], keep))
     if json:
         print_json(report.describe())
     else:

@@ -56,7 +56,8 @@ def rollout(
         return
     say(
         f"{report.path}: {report.rollouts} rollouts of {report.problems} problems, "
-        f"mean reward {report.mean_reward:.3f}, {report.with_signal} with differing rewards, {report.tokens} tokens; {report.kept_problems} were there"
+        f"mean reward {report.mean_reward:.3f}, {report.with_signal} with differing rewards, "
+        f"{report.tokens} tokens; {report.kept_problems} problems were there"
     )
 
 

@@ -1,7 +1,7 @@
 """`query` and `select`: ask a store which problems align with a benchmark."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -13,14 +13,14 @@ if TYPE_CHECKING:
     import numpy as np
 
     from engine.query import Metric
-    from engine.targets import Target
+    from engine.targets import Aggregate, Target
     from gradstore import Store, View
 
 StorePath = Annotated[Path, typer.Argument(metavar="STORE", help="Folder of the store.")]
 Against = Annotated[str | None, typer.Option("--against", help="Benchmark whose gradient is the target.")]
 Pool = Annotated[str | None, typer.Option("--pool", help="Collection to rank; default: the only other one.")]
 At = Annotated[int | None, typer.Option("--at", help="Look at the store as of this step.")]
-Aggregate = Annotated[str, typer.Option(help="How the target is made: mean or unit_mean.")]
+HowAggregated = Annotated[str, typer.Option(help="How the target is made: mean or unit_mean.")]
 Filter = Annotated[
     list[str] | None,
     typer.Option("--where", help="Keep source=NAME, tag=NAME or pass_rate=LOW..HIGH; may be repeated."),
@@ -37,7 +37,7 @@ def query(
     at: At = None,
     metric: Annotated[str, typer.Option(help="cosine or dot.")] = "cosine",
     smallest: Annotated[bool, typer.Option("--smallest", help="The least aligned first.")] = False,
-    aggregate: Aggregate = "mean",
+    aggregate: HowAggregated = "mean",
     where: Filter = None,
     index: Annotated[str, typer.Option(help="scan (exact, nothing built) or flat (FAISS).")] = "scan",
     layers: Annotated[int, typer.Option(help="Show the N layers with the largest terms of each score.")] = 0,
@@ -56,19 +56,20 @@ def query(
         raise RequestError(f"index {index!r} is not one of scan, flat")
     opened = gradstore.open(store)
     view = opened.view(_pool(opened, pool, against), at)
-    wanted = target(opened, against, at, aggregate)  # type: ignore[arg-type]
+    wanted = target(opened, against, at, cast("Aggregate", aggregate))
+    score = cast("Metric", metric)
     hits = search(
         view,
         wanted,
         top,
-        metric=metric,  # type: ignore[arg-type]
+        metric=score,
         largest=not smallest,
         where=Where.parse(where) if where else None,
         index=FlatIndex.build(view, metric) if index == "flat" else None,
     )
     newest = max(int(view.steps.max()), wanted.steps[1]) if at is None else at
     problems = view.problems.take(hits.positions).to_pylist()
-    shares = _largest_layers(view, hits.positions, wanted, metric, layers) if layers else [{}] * len(hits)
+    shares = _largest_layers(view, hits.positions, wanted, score, layers) if layers else [{}] * len(hits)
     rows = [
         {
             "rank": rank + 1,
@@ -127,7 +128,7 @@ def select(
     pool: Pool = None,
     at: At = None,
     selector: Annotated[str, typer.Option(help="Name of a selector, or GradAlign's name of it.")] = "cosine",
-    aggregate: Aggregate = "mean",
+    aggregate: HowAggregated = "mean",
     where: Filter = None,
     seed: Annotated[int, typer.Option(help="Drives the selectors that draw at random.")] = 0,
     allow_fewer: Annotated[bool, typer.Option("--allow-fewer", help="Go on with fewer than asked.")] = False,
@@ -141,7 +142,7 @@ def select(
     from engine.where import Where
 
     opened = gradstore.open(store)
-    wanted = None if against is None else target(opened, against, at, aggregate)  # type: ignore[arg-type]
+    wanted = None if against is None else target(opened, against, at, cast("Aggregate", aggregate))
     selection = choose(
         opened,
         _pool(opened, pool, against),
