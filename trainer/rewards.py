@@ -28,6 +28,9 @@ from gradstore.errors import RequestError
 HARD_LIMIT_S = 60
 """After this long a verification outside the main thread is given up: the answer counts as not equal."""
 
+COMPARE_TUPLES = frozenset({"arc_agi", "rearc"})
+"""reasoning-gym data sets whose verifiers compare tuples: given the lists of a JSON file they pay no right answer."""
+
 
 @dataclass(frozen=True)
 class Reward:
@@ -163,7 +166,27 @@ def _reasoning_gym(record: Mapping[str, Any], response: str, rollout_index: int)
         verifier = _verifier(kept["dataset"], json.dumps(kept.get("config") or {}, sort_keys=True))
     except (ValueError, TypeError, AssertionError) as error:
         raise RequestError(f"{name}: no reasoning-gym data set {kept['dataset']!r} so configured: {error}") from None
-    return verifier(answer_of(response), dict(kept["entry"]))
+    entry = _with_tuples(kept["entry"]) if kept["dataset"] in COMPARE_TUPLES else dict(kept["entry"])
+    try:
+        return verifier(answer_of(response), entry)
+    except Exception as error:  # noqa: BLE001 - a verifier of a hundred, by a hundred hands
+        # Some verifiers raise at an answer of another shape than theirs. They are told from a broken entry by the
+        # entry's own answer, which every verifier can judge.
+        try:
+            verifier(str(entry["answer"]), entry)
+        except Exception:  # noqa: BLE001
+            kind = type(error).__name__
+            raise RequestError(
+                f"{name}: reasoning-gym cannot use extra.reasoning_gym.entry: {kind}: {error}"
+            ) from error
+        return 0.0
+
+
+def _with_tuples(value: Any) -> Any:
+    """JSON's lists as the tuples they were before."""
+    if isinstance(value, Mapping):
+        return {key: _with_tuples(item) for key, item in value.items()}
+    return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
 
 
 @functools.lru_cache(maxsize=256)

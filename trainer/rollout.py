@@ -113,9 +113,7 @@ def rollout(
                     )
                     rows = [
                         _scored(problem, ids, response, j, backend.tokenizer, reward, step)
-                        for problem, ids, group in zip(
-                            problems[of_chunk], prompts[of_chunk], responses, strict=True
-                        )
+                        for problem, ids, group in zip(problems[of_chunk], prompts[of_chunk], responses, strict=True)
                         for j, response in enumerate(group)
                     ]
                     with write_rollouts(growing, append=True) as writer:
@@ -127,7 +125,7 @@ def rollout(
                         writer.append(group)
                 growing.unlink()
     except OSError as error:
-        raise RequestError(f"{error.filename or out}: cannot be written: {error.strerror}") from None
+        raise RequestError(f"{error.filename or out}: cannot be written: {error.strerror or error}") from None
     return _report(out, kept)
 
 
@@ -205,10 +203,10 @@ def _agree(out: Path, growing: Path, settings: dict[str, Any]) -> None:
             if file.exists():
                 raise RequestError(f"{file}: already there without {path.name}; choose another path or remove it")
         unfinished = Path(f"{path}.unfinished")
-        with unfinished.open("w") as file:
-            json.dump(settings, file, indent=1, sort_keys=True)
-            file.flush()
-            os.fsync(file.fileno())
+        with unfinished.open("w") as sidecar:
+            json.dump(settings, sidecar, indent=1, sort_keys=True)
+            sidecar.flush()
+            os.fsync(sidecar.fileno())
         unfinished.replace(path)
         return
     stored, offered = _flat(_read_settings(path)), _flat(settings)

@@ -141,9 +141,7 @@ class JsonList(JsonLines):
                             raise RequestError(f"{self.where(number)}: not valid JSON: {error.msg}") from None
                         wanted *= 2  # a long entry is parsed again and again: let each try see twice as much
                     except (RecursionError, ValueError) as error:
-                        raise RequestError(
-                            f"{self.where(number)}: not usable JSON: {_first_line(error)}"
-                        ) from None
+                        raise RequestError(f"{self.where(number)}: not usable JSON: {_first_line(error)}") from None
                 start = place + len(text[:at].encode())
                 yield Row(self.where(number), start, len(text[at:end].encode()), value)
                 at = end
@@ -153,9 +151,7 @@ class JsonList(JsonLines):
                     break
                 if mark != ",":
                     found = repr(mark) if mark else "the end of the file"
-                    raise RequestError(
-                        f"{self.where(number)}: not valid JSON: expected ',' or ']', found {found}"
-                    )
+                    raise RequestError(f"{self.where(number)}: not valid JSON: expected ',' or ']', found {found}")
             if next_mark():
                 raise RequestError(f"{self.path}: more text after the closing bracket of the list")
 
@@ -186,18 +182,17 @@ class Parquet(RowFile):
                     yield Row(self.where(number + 1), number, 0, value)
                     number += 1
         except (pa.ArrowException, OSError) as error:
-            raise RequestError(
-                f"{self.where(number + 1)} or later: cannot be read: {_first_line(error)}"
-            ) from None
+            raise RequestError(f"{self.where(number + 1)} or later: cannot be read: {_first_line(error)}") from None
 
     def fetch(self, places: Sequence[int], sizes: Sequence[int]) -> list[Any]:
         rows: list[Any] = [None] * len(places)
-        groups = np.searchsorted(self._ends, places, side="right")
+        numbers = np.asarray(places)
+        groups = np.searchsorted(self._ends, numbers, side="right")
         for group in np.unique(groups):
             mine = np.flatnonzero(groups == group)
             table = self._row_group(int(group))
             first = int(self._ends[group]) - table.num_rows
-            taken = table.take(pa.array([places[j] - first for j in mine]))
+            taken = table.take(pa.array(numbers[mine] - first))
             values = [value for batch in taken.combine_chunks().to_batches() for value in _rows(batch)]
             for j, value in zip(mine, values, strict=True):
                 rows[j] = value
@@ -209,9 +204,7 @@ class Parquet(RowFile):
     def _row_group(self, group: int) -> pa.Table:
         if group not in self._cache:
             self._cache[group] = self._parquet.read_row_group(group, columns=self._columns)
-            while (
-                len(self._cache) > 1 and sum(t.nbytes for t in self._cache.values()) > ROW_GROUP_CACHE_BYTES
-            ):
+            while len(self._cache) > 1 and sum(t.nbytes for t in self._cache.values()) > ROW_GROUP_CACHE_BYTES:
                 self._cache.popitem(last=False)
         self._cache.move_to_end(group)
         return self._cache[group]
@@ -267,9 +260,7 @@ def _values(column: pa.Array) -> Sequence[Any]:
         flat = column.flatten()  # leaves null lists out, whatever their offsets say
         if not flat.null_count:
             numbers = flat.to_numpy()
-            ends = np.cumsum(np.nan_to_num(column.value_lengths().to_numpy(zero_copy_only=False))).astype(
-                np.int64
-            )
+            ends = np.cumsum(np.nan_to_num(column.value_lengths().to_numpy(zero_copy_only=False))).astype(np.int64)
             starts = np.concatenate([[0], ends[:-1]]) if len(ends) else ends
             valid = column.is_valid().to_pylist()
             return [numbers[a:b] if ok else None for a, b, ok in zip(starts, ends, valid, strict=True)]

@@ -35,9 +35,7 @@ class Group:
             raise RequestError(f"{name}: {len(self.responses)} responses but {len(self.rewards)} rewards")
         if not np.isfinite(self.rewards).all():
             j = int(np.flatnonzero(~np.isfinite(self.rewards))[0])
-            raise RequestError(
-                f"{name}: reward of rollout {j} is {self.rewards[j]}, expected a finite number"
-            )
+            raise RequestError(f"{name}: reward of rollout {j} is {self.rewards[j]}, expected a finite number")
         if self.logprobs is None:
             return
         if len(self.logprobs) != len(self.responses):

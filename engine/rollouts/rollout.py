@@ -179,9 +179,7 @@ class _Fields:
     def missing(self, *parts: str) -> RequestError:
         names = [name for part in parts for name in self.names.get(part, ())]
         listed = " or ".join(map(repr, names))
-        return RequestError(
-            f"{self.where}: missing field {listed} (found: {', '.join(self.row) or 'nothing'})"
-        )
+        return RequestError(f"{self.where}: missing field {listed} (found: {', '.join(self.row) or 'nothing'})")
 
     def problem_id(self, hashed: Prompt | None) -> str:
         _, value = self.get("problem_id")
@@ -219,9 +217,7 @@ class _Fields:
                 isinstance(message.get(key), str) for key in ("role", "content")
             ):
                 raise self.error("prompt", f"message {j} needs 'role' and 'content', both text")
-            messages.append(
-                {key: self._encodable("prompt", text) for key, text in message.items() if text is not None}
-            )
+            messages.append({key: self._encodable("prompt", text) for key, text in message.items() if text is not None})
         return messages
 
     def ids(self, part: str, vocabulary: int | None) -> np.ndarray | None:
@@ -230,9 +226,9 @@ class _Fields:
             return None
         if not isinstance(value, list | np.ndarray):
             raise self.error(part, f"is {_kind(value)}, expected a list of token ids")
-        is_array = isinstance(value, np.ndarray)
-        if not (value.dtype.kind in "iu" if is_array else set(map(type, value)) <= {int}):
-            value = value.tolist() if is_array else value
+        if isinstance(value, np.ndarray) and value.dtype.kind not in "iu":
+            value = value.tolist()
+        if isinstance(value, list) and not set(map(type, value)) <= {int}:
             j = next((j for j, item in enumerate(value) if type(item) is not int), 0)
             raise self.error(part, f"entry {j} is {value[j]!r}, expected integer token ids")
         limit = vocabulary if vocabulary is not None else np.iinfo(np.int64).max
@@ -269,9 +265,7 @@ class _Fields:
                 "needs 'response_ids' beside it: text tokenised again need not give the tokens that were sampled",
             )
         if len(value) != len(response_ids):
-            raise self.error(
-                "logprobs", f"has {len(value)} entries, but 'response_ids' has {len(response_ids)}"
-            )
+            raise self.error("logprobs", f"has {len(value)} entries, but 'response_ids' has {len(response_ids)}")
         if isinstance(value, list) and not set(map(type, value)) <= {int, float}:
             j = next(j for j, item in enumerate(value) if type(item) not in (int, float))
             raise self.error("logprobs", f"entry {j} is {_kind(value[j])}, expected a number")

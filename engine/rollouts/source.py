@@ -20,7 +20,7 @@ from gradstore.errors import RequestError
 
 
 class RolloutSource:
-    """Checked rollouts of one policy version, grouped by problem in order of first appearance. Made by read_rollouts."""
+    """Checked rollouts of one policy version by problem, in order of first appearance. Made by read_rollouts."""
 
     format: str
     """One of engine.rollouts.FORMATS."""
@@ -65,9 +65,7 @@ class RolloutSource:
             prompt = rollout.prompt
             if prompt is None and rollout.prompt_ids is not None:
                 ids = rollout.prompt_ids.tolist()
-                prompt = (
-                    f"[token ids] {' '.join(map(str, ids))}" if self._tokenizer is None else self._decode(ids)
-                )
+                prompt = f"[token ids] {' '.join(map(str, ids))}" if self._tokenizer is None else self._decode(ids)
             yield {
                 "id": rollout.problem_id,
                 "source": rollout.source,
@@ -111,9 +109,7 @@ class RolloutSource:
                 elif traits != first[problem][:2]:
                     name, other = f"{row.where}: problem {rollout.problem_id!r}", first[problem][2]
                     if traits[0] != first[problem][0]:
-                        raise RequestError(
-                            f"{name} has another prompt than in {other}; one problem has one prompt"
-                        )
+                        raise RequestError(f"{name} has another prompt than in {other}; one problem has one prompt")
                     raise RequestError(
                         f"{name} has {'' if traits[1] else 'no '}'logprobs', unlike {other}; "
                         "give them for all rollouts of a problem or for none"
@@ -127,9 +123,7 @@ class RolloutSource:
             wanted = "" if step is None else f" of step {step}"
             raise RequestError(f"{paths}: no rollouts{wanted}, expected at least one")
         if len(steps) > 1:
-            where = "; ".join(
-                f"step {s} in {w}" for s, w in sorted(steps.items(), key=lambda item: str(item[0]))[:3]
-            )
+            where = "; ".join(f"step {s} in {w}" for s, w in sorted(steps.items(), key=lambda item: str(item[0]))[:3])
             raise RequestError(f"{paths}: rollouts of {len(steps)} steps ({where}); choose one with step=")
         self.step = self._policy_version(next(iter(steps)))
         order = np.argsort(np.frombuffer(problem_of, np.int64), kind="stable")
@@ -158,9 +152,7 @@ class RolloutSource:
             return rollout
         record = self._known.get(rollout.prompt) if isinstance(rollout.prompt, str) else None
         if record is None:
-            raise RequestError(
-                f"{where}: no problem given has this prompt; give the problems these rollouts are of"
-            )
+            raise RequestError(f"{where}: no problem given has this prompt; give the problems these rollouts are of")
         fields = {name: getattr(rollout, name) for name in Rollout.__slots__}
         return Rollout(**fields | {"problem_id": record["id"], "prompt": record["prompt"]})
 
@@ -172,9 +164,7 @@ class RolloutSource:
         for ids, text in ((rollout.prompt_ids, "prompt"), (rollout.response_ids, "response")):
             if ids is None:
                 name = FORMATS[self.format][text][0]
-                raise RequestError(
-                    f"{where}: field {name!r} is text: give a tokenizer, or token ids as '{text}_ids'"
-                )
+                raise RequestError(f"{where}: field {name!r} is text: give a tokenizer, or token ids as '{text}_ids'")
 
     def _chosen(self, ids: Iterable[str] | None) -> Sequence[int]:
         if ids is None:
@@ -213,9 +203,7 @@ class RolloutSource:
             prompt_ids=prompt,
             responses=[self._response_ids(rollout) for rollout in rollouts],
             rewards=np.asarray([rollout.reward for rollout in rollouts], dtype=np.float64),
-            logprobs=None
-            if first.logprobs is None
-            else [r.logprobs for r in rollouts if r.logprobs is not None],
+            logprobs=None if first.logprobs is None else [r.logprobs for r in rollouts if r.logprobs is not None],
         )
 
     def _response_ids(self, rollout: Rollout) -> np.ndarray:
@@ -260,23 +248,19 @@ def read_rollouts(
     try:
         paths = _files(path)
         if format == "auto":
-            format = detect_format(
-                next((row.value for row in open_rows(paths[0], sorted(columns)).scan()), None)
-            )
+            format = detect_format(next((row.value for row in open_rows(paths[0], sorted(columns)).scan()), None))
         if path.is_dir() and format.startswith("verl") and all(file.stem.isdecimal() for file in paths):
             paths = _files_of_step(path, paths, step)
         files = [open_rows(file, sorted(columns)) for file in paths]
         known = None if problems is None else _known_prompts(problems, tokenizer)
         return RolloutSource(files, format, tokenizer, append_eos, step, known)
     except OSError as error:
-        raise RequestError(f"{error.filename or path}: cannot be read: {error.strerror}") from None
+        raise RequestError(f"{error.filename or path}: cannot be read: {error.strerror or error}") from None
 
 
 def _files(path: Path) -> list[Path]:
     if not path.exists():
-        raise RequestError(
-            f"{path}: no such file or folder, expected rollouts in JSON Lines, JSON or Parquet"
-        )
+        raise RequestError(f"{path}: no such file or folder, expected rollouts in JSON Lines, JSON or Parquet")
     if not path.is_dir():
         return [path]
     files = sorted(file for suffix in ("jsonl", "parquet") for file in path.glob(f"*.{suffix}"))
@@ -307,9 +291,7 @@ def _known_prompts(problems: Iterable[Mapping[str, Any]], tokenizer: Any) -> dic
         ids = tokens.prompt_ids(tokenizer, problem["prompt"], name)
         text = tokenizer.decode(ids.tolist(), skip_special_tokens=True)
         if text in known:
-            raise RequestError(
-                f"{name}: the same prompt as problem {known[text]['id']!r}, so rollouts fit both"
-            )
+            raise RequestError(f"{name}: the same prompt as problem {known[text]['id']!r}, so rollouts fit both")
         known[text] = dict(problem)
     return known
 

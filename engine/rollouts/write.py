@@ -53,9 +53,7 @@ def write_rollouts(path: str | Path, *, append: bool = False) -> Iterator[Rollou
     """
     path = Path(path)
     if path.suffix not in (".jsonl", ".parquet"):
-        raise RequestError(
-            f"{path}: rollouts are written as .jsonl or .parquet, not as {path.suffix or 'this'!r}"
-        )
+        raise RequestError(f"{path}: rollouts are written as .jsonl or .parquet, not as {path.suffix or 'this'!r}")
     if append and path.suffix != ".jsonl":
         raise RequestError(f"{path}: only a .jsonl file can be appended to")
     try:
@@ -65,7 +63,7 @@ def write_rollouts(path: str | Path, *, append: bool = False) -> Iterator[Rollou
         else:
             yield from _parquet(path)
     except OSError as error:
-        raise RequestError(f"{error.filename or path}: cannot be written: {error.strerror}") from None
+        raise RequestError(f"{error.filename or path}: cannot be written: {error.strerror or error}") from None
 
 
 def json_line(rollout: Rollout) -> bytes:
@@ -130,9 +128,7 @@ class _ParquetWriter:
         if self._schema is None:
             columns = _COLUMNS | ({"prompt": _MESSAGES} if isinstance(prompt, list) else {})
             self._schema = pa.schema(list(columns.items()))
-        if prompt is not None and isinstance(prompt, list) != (
-            self._schema.field("prompt").type == _MESSAGES
-        ):
+        if prompt is not None and isinstance(prompt, list) != (self._schema.field("prompt").type == _MESSAGES):
             raise RequestError(
                 f"problem {row['problem_id']!r}: Parquet cannot mix prompts of text and of messages; write .jsonl"
             )

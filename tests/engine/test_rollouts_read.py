@@ -172,7 +172,7 @@ def test_long_json_list_is_parsed_entry_by_entry(tmp_path: Path, monkeypatch: py
 
 def test_records_are_those_of_the_first_rollout(tmp_path: Path) -> None:
     """The store takes its problems from here when there is no other list of them."""
-    rows = _rows(2) + [{"problem_id": 7, "prompt": "1+1=", "response_ids": [1], "prompt_ids": [9], "reward": 1}]
+    rows = [*_rows(2), {"problem_id": 7, "prompt": "1+1=", "response_ids": [1], "prompt_ids": [9], "reward": 1}]
     rows[0]["extra"] = {"level": 3}
     records = list(read_rollouts(_write(tmp_path / "rollouts.jsonl", rows)).records())
     assert records[0] == {

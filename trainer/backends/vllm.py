@@ -52,15 +52,19 @@ class VllmBackend:
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise RequestError(f"{model}: not a model that transformers can load: {reason}") from None
-        engine = vllm.LLM(
-            model=str(model),
-            dtype=dtype,
-            max_model_len=context,
-            generation_config="vllm",  # not the model's own sampling defaults: the policy's distribution
-            logprobs_mode="raw_logprobs",  # at temperature 1, before top-p
-            disable_log_stats=True,
-            **engine_options,
-        )
+        try:
+            engine = vllm.LLM(
+                model=str(model),
+                dtype=dtype,
+                max_model_len=context,
+                generation_config="vllm",  # not the model's own sampling defaults: the policy's distribution
+                logprobs_mode="raw_logprobs",  # at temperature 1, before top-p
+                disable_log_stats=True,
+                **engine_options,
+            )
+        except (ValueError, TypeError) as error:
+            reason = " ".join(str(error).split())[:400]
+            raise RequestError(f"{model}: vLLM refuses these settings: {reason}") from None
         end_ids = end_tokens(_generation_config(model), tokenizer)
         return cls(engine, tokenizer, settings | {"engine_options": engine_options}, end_ids)
 

@@ -1,0 +1,193 @@
+"""The transformers back end samples from the policy itself and tells each token's log-probability under it.
+
+Dimension suffixes: T tokens, V vocabulary.
+"""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from gradstore import RequestError
+from trainer.backends import Response, load_backend
+from trainer.backends.hugging_face import TransformersBackend, weights_digest
+from trainer.rewards import Reward
+from trainer.rollout import rollout
+
+PROMPTS = [[9], [30, 31, 32, 33, 34, 35, 36], [40, 41, 42], [50, 51], [9, 9, 9, 9]]
+SAMPLING: dict[str, Any] = {"max_new_tokens": 40, "temperature": 0.7, "top_p": 0.95, "seed": 11}
+
+
+@pytest.fixture
+def backend(tiny_model: Any, tiny_tokenizer: Any) -> TransformersBackend:
+    return TransformersBackend(tiny_model, tiny_tokenizer, batch_tokens=400)
+
+
+def _equal(a: list[list[Response]], b: list[list[Response]]) -> bool:
+    return all(
+        np.array_equal(x.token_ids, y.token_ids) and np.array_equal(x.logprobs, y.logprobs)
+        for group_a, group_b in zip(a, b, strict=True)
+        for x, y in zip(group_a, group_b, strict=True)
+    )
+
+
+def _slow_logprobs(model: Any, prompt: list[int], response: np.ndarray) -> np.ndarray:
+    """log_softmax of one full forward pass over the sequence alone, without padding or cache."""
+    ids_T = torch.tensor([*prompt, *response.tolist()])
+    with torch.no_grad():
+        logits_TV = model(ids_T[None], use_cache=False).logits[0]
+    logprobs_TV = logits_TV.double().log_softmax(-1)
+    return logprobs_TV[len(prompt) - 1 : -1].gather(1, ids_T[len(prompt) :, None])[:, 0].numpy()
+
+
+def test_logprobs_equal_a_full_forward_pass(backend: TransformersBackend, tiny_model: Any) -> None:
+    """Importance weights divide by these: padding, cache, temperature or top-p leaking in would bias every gradient."""
+    for prompt, group in zip(PROMPTS, backend.generate(PROMPTS, 3, **SAMPLING), strict=True):
+        assert len(group) == 3
+        for response in group:
+            assert response.logprobs.dtype == np.float32
+            slow = _slow_logprobs(tiny_model, prompt, response.token_ids)
+            np.testing.assert_allclose(response.logprobs, slow, atol=1e-4)
+
+
+def test_responses_end_in_the_end_token_or_at_the_limit(backend: TransformersBackend, tiny_tokenizer: Any) -> None:
+    """The end token is sampled like any other and is paid for: without it no policy learns when to stop."""
+    responses = [r for group in backend.generate(PROMPTS, 40, **SAMPLING) for r in group]
+    reasons = [r.finish_reason for r in responses]
+    assert reasons.count("stop") >= 5
+    assert reasons.count("length") >= 5
+    for response in responses:
+        ends = np.flatnonzero(response.token_ids == tiny_tokenizer.eos_token_id).tolist()
+        if response.finish_reason == "stop":
+            assert ends == [len(response.token_ids) - 1]
+        else:
+            assert ends == []
+            assert len(response.token_ids) == SAMPLING["max_new_tokens"]
+        assert len(response.logprobs) == len(response.token_ids)
+
+
+def test_same_seed_same_rollouts(backend: TransformersBackend) -> None:
+    """A resumed run repeats a chunk; a study repeats a run. And torch's own randomness is left as it was."""
+    torch.manual_seed(5)
+    state = torch.random.get_rng_state()
+    first = backend.generate(PROMPTS, 3, **SAMPLING)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    torch.manual_seed(6)
+    assert _equal(first, backend.generate(PROMPTS, 3, **SAMPLING))
+    assert not _equal(first, backend.generate(PROMPTS, 3, **SAMPLING | {"seed": 12}))
+    texts = {tuple(r.token_ids.tolist()) for group in first for r in group}
+    assert len(texts) == 15
+
+
+def test_responses_belong_to_their_prompts(backend: TransformersBackend, tiny_model: Any) -> None:
+    """Sorted by length for speed, responses must come back in the order asked."""
+    groups = backend.generate(PROMPTS, 2, **SAMPLING | {"temperature": 0.0, "max_new_tokens": 5})
+    for prompt, group in zip(PROMPTS, groups, strict=True):
+        ids = list(prompt)
+        for _ in range(5):
+            with torch.no_grad():
+                ids.append(int(tiny_model(torch.tensor([ids])).logits[0, -1].argmax()))
+        for response in group:
+            assert response.token_ids.tolist() == ids[len(prompt) :]
+
+
+def test_models_own_sampling_defaults_do_not_leak(backend: TransformersBackend) -> None:
+    """Chat models ship a repetition penalty and top-k of their own: sampled with them, no log-probability is right."""
+    before = backend.generate(PROMPTS, 3, **SAMPLING)
+    model = copy.deepcopy(backend.model)
+    model.generation_config.update(
+        top_k=1, repetition_penalty=5.0, temperature=0.01, min_p=0.5, no_repeat_ngram_size=1, max_length=3
+    )
+    defaults = model.generation_config.to_dict()
+    assert _equal(
+        before, TransformersBackend(model, backend.tokenizer, batch_tokens=400).generate(PROMPTS, 3, **SAMPLING)
+    )
+    assert model.generation_config.to_dict() == defaults
+
+
+def test_every_end_token_of_the_model_ends_a_response(backend: TransformersBackend) -> None:
+    """Chat models end a turn with another token than a document: going on past it would sample the user's turn."""
+    model = copy.deepcopy(backend.model)
+    model.generation_config.eos_token_id = list(range(100, 180))
+    groups = TransformersBackend(model, backend.tokenizer).generate(PROMPTS, 4, **SAMPLING)
+    for response in (r for group in groups for r in group):
+        within = [token for token in response.token_ids if 100 <= token < 180 or token == 1]
+        assert response.finish_reason == "stop"
+        assert within == [response.token_ids[-1]]
+
+
+def test_batches_keep_to_the_token_budget(backend: TransformersBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch over the budget is what runs out of memory, after the short ones went well."""
+    widths = []
+    generate = type(backend.model).generate
+
+    def watching(model: Any, ids: torch.Tensor, **options: Any) -> Any:
+        widths.append((len(ids), ids.shape[1] + SAMPLING["max_new_tokens"]))
+        return generate(model, ids, **options)
+
+    monkeypatch.setattr(type(backend.model), "generate", watching)
+    backend.generate(PROMPTS, 7, **SAMPLING)
+    assert sum(rows for rows, _ in widths) == 35
+    assert all(rows * tokens <= 400 or rows == 1 for rows, tokens in widths)
+    assert len(widths) <= 6
+
+
+def test_training_mode_is_left_as_it_was(backend: TransformersBackend) -> None:
+    """The embedded trainer hands in the policy it is training; dropout must be off while sampling and on after."""
+    model = copy.deepcopy(backend.model).train()
+    TransformersBackend(model, backend.tokenizer).generate([[9]], 1, **SAMPLING)
+    assert model.training
+
+
+def test_loaded_from_a_folder(tmp_path: Path, backend: TransformersBackend) -> None:
+    backend.model.save_pretrained(tmp_path)
+    backend.tokenizer.save_pretrained(tmp_path)
+    loaded = load_backend("transformers", tmp_path, device="cpu", dtype="float32", batch_tokens=400)
+    assert loaded.context == 128
+    assert _equal(loaded.generate(PROMPTS, 2, **SAMPLING), backend.generate(PROMPTS, 2, **SAMPLING))
+    settings = loaded.settings()
+    assert settings["weights"] == weights_digest(backend.model)
+    assert (settings["backend"], settings["dtype"], settings["model"]) == ("transformers", "float32", str(tmp_path))
+    with pytest.raises(RequestError, match="not a model that transformers can load"):
+        load_backend("transformers", tmp_path / "none")
+
+
+def test_digest_tells_policies_apart(backend: TransformersBackend) -> None:
+    """A step of training changes the weights and not their names; going on with them would mix two policies."""
+    model = copy.deepcopy(backend.model)
+    assert weights_digest(model) == weights_digest(backend.model)
+    with torch.no_grad():
+        next(p for name, p in model.named_parameters() if "down_proj" in name).add_(1e-3)
+    assert weights_digest(model) != weights_digest(backend.model)
+
+
+def test_resumed_file_equals_an_undisturbed_one(tmp_path: Path, backend: TransformersBackend) -> None:
+    """With a real model, real batches and real random numbers, not only in principle."""
+    problems = [{"id": f"p{j}", "prompt": f"{j}+1=" * (1 + j % 3)} for j in range(5)]
+    reward = Reward("length", lambda record, response, rollout_index: len(response))
+
+    def run(path: Path) -> bytes:
+        rollout(problems, backend, reward, path, n=3, max_new_tokens=12, chunk=2)
+        return path.read_bytes()
+
+    whole = run(tmp_path / "r.jsonl")
+    for share in (0.1, 0.5, 0.93):
+        (tmp_path / "r.jsonl").write_bytes(whole[: int(len(whole) * share)])
+        assert run(tmp_path / "r.jsonl") == whole
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_on_a_gpu(backend: TransformersBackend) -> None:
+    """The same properties where the work is really done."""
+    model = copy.deepcopy(backend.model).cuda()
+    on_gpu = TransformersBackend(model, backend.tokenizer)
+    groups = on_gpu.generate(PROMPTS, 3, **SAMPLING)
+    assert _equal(groups, on_gpu.generate(PROMPTS, 3, **SAMPLING))
+    for prompt, group in zip(PROMPTS, groups, strict=True):
+        for response in group:
+            slow = _slow_logprobs(backend.model, prompt, response.token_ids)
+            np.testing.assert_allclose(response.logprobs, slow, atol=1e-3)
