@@ -123,7 +123,7 @@ def prompt(question: str, mode: str = "?") -> list[dict[str, str]]:
 def entries(family: str, draw: str) -> Iterator[dict[str, Any]]:
     """reasoning-gym's entries (question, answer, metadata) of a family, without end.
 
-    A small family repeats its questions soon: the caller drops those it has. Two names of a draw give unrelated entries.
+    A small family repeats its questions soon: the caller drops those it has. Draws of other names are unrelated.
     """
     first = int.from_bytes(hashlib.blake2b(f"{family} {draw}".encode(), digest_size=6).digest(), "big")
     # reasoning-gym draws entry i with seed + i, so seeds close together would give the same entries.
@@ -202,7 +202,7 @@ def _record(problem_id: str, entry: dict[str, Any], kind: str, seed: int) -> dic
     slip = FAMILIES[family].slip(entry["answer"])
     # Through JSON, so that a record is the same before and after a store or a file held it (tuples become lists).
     metadata = json.loads(json.dumps(entry["metadata"]))
-    extra = {
+    extra: dict[str, Any] = {
         "reasoning_gym": {
             "dataset": family,
             "question": entry["question"],
