@@ -106,15 +106,16 @@ def _copy_rows(
     appender: Appender, snapshot: Snapshot, kept_rows: np.ndarray, new_problem: np.ndarray
 ) -> None:
     header, manifest = snapshot.header, snapshot.manifest
+    codes_array = next(array for array in header.arrays if array.name == "codes")
     for chunk, start in enumerate(range(0, manifest.rows, header.chunk_rows)):
         rows = start + np.flatnonzero(kept_rows[start : start + header.chunk_rows])
         if not len(rows):
             continue
         codes = snapshot.codes.chunk(chunk)
         if crc32c(codes) != manifest.chunks["codes"][chunk]:
+            path = snapshot.collection / manifest.folder / "codes" / codes_array.chunk_file(chunk)
             raise DamagedError(
-                f"{snapshot.collection / manifest.folder}/codes, chunk {chunk}: damaged: its bytes do not "
-                "match their checksum; nothing was rewritten; see `gradstore verify`"
+                f"{path}: damaged: its bytes do not match their checksum; nothing was rewritten; see `gradstore verify`"
             )
         columns = {
             array.name: snapshot.column(array.name)[rows] for array in header.arrays if array.width is None

@@ -45,7 +45,10 @@ def read_header(path: Path) -> Header:
         raise NotAStoreError(
             f"{path}: there is nothing here; `gradstore collect` or gradstore.create makes a store"
         )
+    was_a_store = any(path.glob(f"{COLLECTIONS}/*/{MANIFEST}"))
     if not file.is_file():
+        if was_a_store:
+            raise DamagedError(f"{file}: missing, beside collections of a store")
         raise NotAStoreError(f"{path}: not a gradstore store (no {ZARR} in it)")
     with reading(file):
         raw = file.read_bytes()
@@ -53,8 +56,7 @@ def read_header(path: Path) -> Header:
         body = dict(json.loads(raw)["attributes"]["gradstore"])
         stored = body.pop("crc32c")
     except (ValueError, KeyError, TypeError) as error:
-        # Manifests show that this was a store before its first file was changed.
-        if any(path.glob(f"{COLLECTIONS}/*/{MANIFEST}")) or b'"gradstore"' in raw:
+        if was_a_store or b'"gradstore"' in raw:
             raise DamagedError(f"{file}: damaged: not the text that was written ({error})") from error
         raise NotAStoreError(f"{path}: not a gradstore store ({ZARR} has no gradstore attributes)") from error
     if stored != f"{crc32c(canonical_json(body)):08x}":

@@ -45,7 +45,8 @@ class Session:
         try:
             self.manifest = self._recover()
         except BaseException:
-            self._lock.release(clean=False)
+            untouched = not self._lock.interrupted and (collection / MANIFEST).exists()
+            self._lock.release(clean=untouched)
             raise
 
     def __enter__(self) -> Self:

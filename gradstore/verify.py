@@ -92,6 +92,7 @@ class _Checker:
         except GradstoreError as error:
             self._find(folder / MANIFEST, None, str(error).removeprefix(f"{folder / MANIFEST}: "))
             return
+        self.report.bytes_checked += len(snapshot.manifest.to_bytes())
         self._text(folder / ZARR, group_json({}))
         generation = folder / snapshot.manifest.folder
         self._text(generation / ZARR, group_json({}))
@@ -185,7 +186,9 @@ class _Checker:
             if place.is_dir():
                 for path in sorted(place.iterdir()):
                     if path.name.startswith("c.") and path.name not in names:
-                        yield self._finding(path, None, "a chunk file beyond the published rows")
+                        chunk = path.name.split(".")[1]
+                        number = int(chunk) if chunk.isdecimal() else None
+                        yield self._finding(path, number, "a chunk file beyond the published rows")
             path = place / array.chunk_file(chunks - 1)
             if within and path.exists():
                 with path.open("rb") as file:

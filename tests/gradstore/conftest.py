@@ -56,9 +56,15 @@ def tools() -> dict[str, Callable]:
 def new_store(tmp_path: Path) -> Callable[..., gradstore.Store]:
     """A store with a collection "pool" of `n` problems and no rows; chunks are tiny so that tests cross them."""
 
-    def make(n: int = 10, dim: int = DIM, dtype: str = "int8", chunk_rows: int = 8, name: str = "store") -> gradstore.Store:
+    def make(
+        n: int = 10, dim: int = DIM, dtype: str = "int8", chunk_rows: int = 8, name: str = "store"
+    ) -> gradstore.Store:
         store = gradstore.create(
-            tmp_path / name, dim=dim, fingerprint={"model": "tiny", "seed": 1}, dtype=dtype, chunk_rows=chunk_rows
+            tmp_path / name,
+            dim=dim,
+            fingerprint={"model": "tiny", "seed": 1},
+            dtype=dtype,
+            chunk_rows=chunk_rows,
         )
         if n:
             store.add_problems("pool", records(n))

@@ -67,7 +67,14 @@ def fork() -> Iterator[Callable[..., BaseProcess]]:
     """Starts code in a process of its own; what is left of them ends with the tests."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["numpy", "pyarrow.parquet", "gradstore.store", "gradstore.compact", "gradstore.verify", "gradstore.problem_table"]
+        [
+            "numpy",
+            "pyarrow.parquet",
+            "gradstore.store",
+            "gradstore.compact",
+            "gradstore.verify",
+            "gradstore.problem_table",
+        ]
     )
     started = []
 
@@ -189,7 +196,9 @@ def test_killed_compactions_lose_nothing(new_store: Callable, fork: Callable, tm
         serial = np.arange(N) + N * step
         assert view.n_rollouts.tolist() == serial.tolist()
         sketch = np.stack([np.cos(serial * (j + 1.0)) for j in range(DIM)], axis=1)
-        assert np.allclose(view.rows(range(N)), sketch / np.linalg.norm(sketch, axis=1, keepdims=True), atol=0.02)
+        assert np.allclose(
+            view.rows(range(N)), sketch / np.linalg.norm(sketch, axis=1, keepdims=True), atol=0.02
+        )
     assert step > 3
     del view, reader
     store.compact("pool", keep="newest")

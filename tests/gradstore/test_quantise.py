@@ -44,11 +44,15 @@ def test_decoded_rows_equal_a_slow_loop(dtype: str, dim: int) -> None:
         assert np.allclose(unit, slow, atol=2e-6) or np.isclose(unit @ row, slow @ row, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("dtype", "least"), [("int8", 0.9999), ("int4", 0.992), ("fp16", 0.999999), ("fp32", 0.999999)])
+@pytest.mark.parametrize(
+    ("dtype", "least"), [("int8", 0.9999), ("int4", 0.992), ("fp16", 0.999999), ("fp32", 0.999999)]
+)
 def test_cosine_of_decoded_gaussian_rows(dtype: str, least: float) -> None:
     """A worse step or a wrong scale shows as a lower cosine than the quantiser can give."""
     rows = np.random.default_rng(0).standard_normal((200, 4096)).astype(np.float32)
-    cosine = np.einsum("pd,pd->p", decoded(rows, dtype).astype(np.float64), rows) / np.linalg.norm(rows, axis=1)
+    cosine = np.einsum("pd,pd->p", decoded(rows, dtype).astype(np.float64), rows) / np.linalg.norm(
+        rows, axis=1
+    )
     assert cosine.min() > least
 
 
@@ -88,7 +92,9 @@ def test_float16_conversion_equals_numpys() -> None:
     assert np.array_equal(wide.view(np.uint32), every.astype(np.float32).view(np.uint32))
     rng = np.random.default_rng(0)
     between = wide.astype(np.float64) * (1 + rng.choice([0, 2**-11, -(2**-12), 2**-13], wide.shape))
-    values = np.concatenate([between, rng.uniform(-1, 1, wide.shape) * 2.0 ** -rng.integers(0, 40, wide.shape)], axis=1)
+    values = np.concatenate(
+        [between, rng.uniform(-1, 1, wide.shape) * 2.0 ** -rng.integers(0, 40, wide.shape)], axis=1
+    )
     values = np.clip(values, -1, 1).astype(np.float32)
     halves = np.empty(values.shape, np.float16)
     _to_half(values, halves)

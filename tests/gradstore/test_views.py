@@ -77,7 +77,9 @@ def test_views_equal_a_slow_loop(actions: list) -> None:
             assert {int(name[1:]): (step, serial) for name, step, serial in told} == slow.view(at)
             assert [name for name in _ids(store) if name in set(view.ids)] == list(view.ids)
             rows = np.concatenate([np.zeros((0, 2)), *(block for _, block in view.scan(block_rows=2))])
-            raw = np.array([[1 + step, 1 + int(name[1:])] for name, step in zip(view.ids, view.steps, strict=True)])
+            raw = np.array(
+                [[1 + step, 1 + int(name[1:])] for name, step in zip(view.ids, view.steps, strict=True)]
+            )
             if len(view):
                 assert np.allclose(rows, raw / np.linalg.norm(raw, axis=1, keepdims=True), atol=1e-6)
         assert store.verify().ok
