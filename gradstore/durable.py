@@ -22,7 +22,7 @@ TEMPORARY = ".tmp-"
 """Prefix of files that were being written; the next writer removes what a crash left."""
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
-_REFUSED = {errno.EROFS, errno.EACCES, errno.EPERM}
+_REFUSED = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG}
 
 
 @contextmanager
@@ -37,7 +37,7 @@ def writing(path: Path) -> Iterator[None]:
             advice = "nothing already stored is lost; free some space and run it again"
             raise GradstoreError(f"{where}: the disk is full ({reason}): {advice}") from error
         if error.errno in _REFUSED:
-            advice = "write to a store on a disk that allows it, or open this one read-only"
+            advice = "choose a place that can be written to, or only read the store"
             raise RequestError(f"{where}: cannot be written ({reason}): {advice}") from error
         raise GradstoreError(f"{where}: writing failed ({reason}): nothing already stored is lost") from error
 

@@ -44,9 +44,13 @@ class WriterLock:
             self._release = weakref.finalize(self, os.close, descriptor)
             self._descriptor = descriptor
             self.interrupted = read_holder(collection)
-            if created:
-                fsync_folder(collection)
-            self._write(_this_process())
+            try:
+                if created:
+                    fsync_folder(collection)
+                self._write(_this_process())
+            except OSError:
+                self._release()
+                raise
 
     def release(self, *, clean: bool) -> None:
         """Give the lock back. `clean`: nothing of this writer is left beyond the published rows."""

@@ -35,7 +35,7 @@ def peaks(rows_P_D: np.ndarray) -> np.ndarray:
     """Largest absolute value of each float32 row, float32 [P]; not finite exactly where the row is not."""
     if not rows_P_D.shape[0]:
         return np.zeros(0, np.float32)
-    return np.maximum(rows_P_D.max(axis=1), -rows_P_D.min(axis=1))
+    return np.maximum(rows_P_D.max(axis=1), np.abs(rows_P_D.min(axis=1)))
 
 
 def encode(

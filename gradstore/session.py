@@ -41,6 +41,7 @@ class Session:
             )
         self.unpublished = False
         """Whether bytes may lie on disk that no manifest names."""
+        self._in_doubt = False  # A failed publication: which manifest the disk will show is not known.
         self._lock = WriterLock(collection)
         try:
             self.manifest = self._recover()
@@ -67,7 +68,9 @@ class Session:
     def publish(self, **changes: Any) -> Manifest:
         """Make changed fields of the manifest the collection's content, under the next commit number."""
         manifest = replace(self.manifest, commit=self.manifest.commit + 1, **changes)
+        self._in_doubt = True
         publish_manifest(self.collection, manifest)
+        self._in_doubt = False
         self.manifest = manifest
         self.unpublished = False
         return manifest
@@ -76,6 +79,8 @@ class Session:
         """Clear what was written and not published, show the published rows to other Zarr readers, unlock."""
         clean = False
         try:
+            if self._in_doubt:
+                return
             if self.unpublished:
                 self._clear()
             else:
@@ -87,6 +92,10 @@ class Session:
     def _recover(self) -> Manifest:
         if not (self.collection / MANIFEST).exists():
             return self._first_manifest()
+        if self._lock.interrupted:
+            # The manifest that shows must be the one that stays before anything that an older one names goes.
+            with writing(self.collection):
+                fsync_folder(self.collection)
         self.manifest = read_manifest(self.collection)
         if self._lock.interrupted:
             self._clear()
