@@ -38,7 +38,7 @@ class SketchSpec:
     objective: Objective = field(default_factory=lambda: objective("gradalign"))
     modules: tuple[str, ...] | None = None
     """Regular expressions choosing the linear layers; None: LoRA matrices if there are any, else all."""
-    token_budget: int = 8192
+    token_budget: int = 4096
     """Tokens of one micro-batch, padding included."""
 
     @classmethod

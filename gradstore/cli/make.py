@@ -85,7 +85,7 @@ def collect(
     seed: Annotated[int | None, typer.Option(help="Seed of the projection (new store: 0).")] = None,
     modules: Annotated[list[str] | None, typer.Option(help="Regular expression of layers; may be repeated.")] = None,
     dtype: Annotated[str, typer.Option(help="Row type of a new store: int8, int4, fp16 or fp32.")] = "int8",
-    token_budget: Annotated[int, typer.Option(help="Tokens of one micro-batch.")] = 8192,
+    token_budget: Annotated[int, typer.Option(help="Tokens of one micro-batch.")] = 4096,
     device: Device = None,
     json: Json = False,
 ) -> None:
