@@ -141,9 +141,7 @@ def clear_beyond(generation: Path, arrays: tuple[RowArray, ...], rows: int, chun
                     path.unlink()
             fsync_folder(folder)
         if within:
-            _clear_tail(
-                folder / array.chunk_file(full), within * array.row_bytes, chunk_rows * array.row_bytes
-            )
+            _clear_tail(folder / array.chunk_file(full), within * array.row_bytes, chunk_rows * array.row_bytes)
 
 
 def _clear_tail(path: Path, used: int, size: int) -> None:

@@ -18,9 +18,7 @@ from gradstore.errors import DamagedError
 from gradstore.layout import RowArray
 
 
-def read_column(
-    generation: Path, array: RowArray, rows: int, chunk_rows: int, crcs: tuple[int, ...]
-) -> np.ndarray:
+def read_column(generation: Path, array: RowArray, rows: int, chunk_rows: int, crcs: tuple[int, ...]) -> np.ndarray:
     """All published entries of a one-dimensional array, checked against their checksums.
 
     Raises DamagedError naming the chunk file whose bytes are not those that were published.
@@ -32,9 +30,7 @@ def read_column(
         with reading(path), open(path, "rb", buffering=0) as file:
             got = file.readinto(memoryview(part.view(np.uint8)))  # type: ignore[arg-type]
         if got != part.nbytes or crc32c(part) != crcs[chunk]:
-            raise DamagedError(
-                f"{path}: damaged: its bytes do not match their checksum; see `gradstore verify`"
-            )
+            raise DamagedError(f"{path}: damaged: its bytes do not match their checksum; see `gradstore verify`")
     return column
 
 

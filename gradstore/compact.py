@@ -102,9 +102,7 @@ def _rewrite(session: Session, snapshot: Snapshot, kept_rows: np.ndarray, kept_p
     session.publish(generation=number, rows=appender.rows, chunks=appender.chunks, parts=parts, tombstones={})
 
 
-def _copy_rows(
-    appender: Appender, snapshot: Snapshot, kept_rows: np.ndarray, new_problem: np.ndarray
-) -> None:
+def _copy_rows(appender: Appender, snapshot: Snapshot, kept_rows: np.ndarray, new_problem: np.ndarray) -> None:
     header, manifest = snapshot.header, snapshot.manifest
     codes_array = next(array for array in header.arrays if array.name == "codes")
     for chunk, start in enumerate(range(0, manifest.rows, header.chunk_rows)):
@@ -117,9 +115,7 @@ def _copy_rows(
             raise DamagedError(
                 f"{path}: damaged: its bytes do not match their checksum; nothing was rewritten; see `gradstore verify`"
             )
-        columns = {
-            array.name: snapshot.column(array.name)[rows] for array in header.arrays if array.width is None
-        }
+        columns = {array.name: snapshot.column(array.name)[rows] for array in header.arrays if array.width is None}
         columns["problem"] = new_problem[columns["problem"]]
         appender.write({**columns, "codes": codes[rows - start]})
 
@@ -127,9 +123,7 @@ def _copy_rows(
 def _write_problems(folder: Path, snapshot: Snapshot, kept: np.ndarray) -> tuple[Part, ...]:
     table = snapshot.problems.table.take(np.flatnonzero(kept))
     starts = range(0, table.num_rows, PART_ROWS)
-    return tuple(
-        write_part(folder, number, table.slice(start, PART_ROWS)) for number, start in enumerate(starts)
-    )
+    return tuple(write_part(folder, number, table.slice(start, PART_ROWS)) for number, start in enumerate(starts))
 
 
 def _size(generation: Path) -> int:

@@ -42,9 +42,7 @@ def read_header(path: Path) -> Header:
     """
     file = path / ZARR
     if not path.exists():
-        raise NotAStoreError(
-            f"{path}: there is nothing here; `gradstore collect` or gradstore.create makes a store"
-        )
+        raise NotAStoreError(f"{path}: there is nothing here; `gradstore collect` or gradstore.create makes a store")
     was_a_store = any(path.glob(f"{COLLECTIONS}/*/{MANIFEST}"))
     if not file.is_file():
         if was_a_store:
@@ -63,8 +61,7 @@ def read_header(path: Path) -> Header:
         raise DamagedError(f"{file}: damaged: the attributes do not match their checksum")
     if body["format"] != FORMAT:
         raise NotAStoreError(
-            f"{path}: written in store format {body['format']}, this version reads format {FORMAT}: "
-            "upgrade gradstore"
+            f"{path}: written in store format {body['format']}, this version reads format {FORMAT}: upgrade gradstore"
         )
     return Header(body["dim"], body["dtype"], body["chunk_rows"], body["fingerprint"])
 

@@ -106,17 +106,13 @@ class ProblemTable:
         except (KeyError, TypeError):
             unknown = next(name for name in ids if not isinstance(name, str) or name not in index)
             advice = "add its problem first (Store.add_problems)"
-            raise RequestError(
-                f"{where}: problem id {unknown!r} is not in the collection; {advice}"
-            ) from None
+            raise RequestError(f"{where}: problem id {unknown!r} is not in the collection; {advice}") from None
 
     def _load(self, columns: list[str] | None) -> "pa.Table":
         import pyarrow as pa
 
         try:
-            tables = [
-                _read_part(self._collection, self._manifest, part, columns) for part in self._manifest.parts
-            ]
+            tables = [_read_part(self._collection, self._manifest, part, columns) for part in self._manifest.parts]
         except DamagedError:
             # A later writer may have merged small parts. The same problems then lead the newer parts.
             newer = read_manifest(self._collection)
@@ -130,9 +126,7 @@ class ProblemTable:
         return whole.slice(0, len(self))
 
 
-def add_to_parts(
-    collection: Path, manifest: Manifest, table: "pa.Table"
-) -> tuple[tuple[Part, ...], list[Path]]:
+def add_to_parts(collection: Path, manifest: Manifest, table: "pa.Table") -> tuple[tuple[Part, ...], list[Path]]:
     """Write new problems behind those of a manifest, durably.
 
     Returns the parts that the next manifest should name, and the files that are then no longer needed.
@@ -147,9 +141,7 @@ def add_to_parts(
         swallowed.insert(0, parts.pop())
         rows += swallowed[0].rows
     if swallowed:
-        table = pa.concat_tables(
-            [*(_read_part(collection, manifest, part, None) for part in swallowed), table]
-        )
+        table = pa.concat_tables([*(_read_part(collection, manifest, part, None) for part in swallowed), table])
     folder = collection / manifest.folder / PROBLEMS
     for start in range(0, table.num_rows, PART_ROWS):
         parts.append(write_part(folder, number, table.slice(start, PART_ROWS)))
@@ -184,12 +176,8 @@ def _read_part(collection: Path, manifest: Manifest, part: Part, columns: list[s
         if table.num_rows != part.rows:
             raise pa.ArrowInvalid(f"{table.num_rows} rows instead of {part.rows}")
     except (pa.ArrowException, OSError) as error:
-        raise DamagedError(
-            f"{path}: damaged: {str(error).splitlines()[0]}; see `gradstore verify`"
-        ) from error
-    return table.cast(
-        table_schema() if columns is None else pa.schema([table_schema().field(n) for n in columns])
-    )
+        raise DamagedError(f"{path}: damaged: {str(error).splitlines()[0]}; see `gradstore verify`") from error
+    return table.cast(table_schema() if columns is None else pa.schema([table_schema().field(n) for n in columns]))
 
 
 def _shown(messages: list[dict]) -> str:

@@ -103,9 +103,7 @@ def from_verl(record: dict, where: str) -> dict:
         "problem_id": rest.get("problem_id"),
         "id": rest.get("id"),
     }
-    field, value = next(
-        ((name, value) for name, value in candidates.items() if value is not None), ("", None)
-    )
+    field, value = next(((name, value) for name, value in candidates.items() if value is not None), ("", None))
     if value is None:
         raise RequestError(f"{where}: field 'extra_info.index' is missing: a problem needs an id")
     truth = reward.get("ground_truth")
@@ -174,9 +172,7 @@ def _jsonl_records(path: Path) -> Iterator[tuple[str, dict]]:
                 cut = " (the file ends in the middle of it)" if not line.endswith(b"\n") else ""
                 raise RequestError(f"{path}, line {number}: not valid JSON{cut}: {error}") from error
             if not isinstance(record, dict):
-                raise RequestError(
-                    f"{path}, line {number}: expected a JSON object, not {type(record).__name__}"
-                )
+                raise RequestError(f"{path}, line {number}: expected a JSON object, not {type(record).__name__}")
             yield f"line {number}", record
 
 
@@ -203,15 +199,9 @@ def _prompt(prompt: Any, where: str) -> str | list[dict]:
         expected = "a non-empty string or a list of chat messages"
         raise RequestError(f"{where}: field 'prompt' must be {expected}, not {prompt!r}")
     for position, message in enumerate(prompt):
-        if (
-            not isinstance(message, dict)
-            or not isinstance(message.get("role"), str)
-            or "content" not in message
-        ):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str) or "content" not in message:
             expected = "a dict with 'role' and 'content'"
-            raise RequestError(
-                f"{where}: field 'prompt', message {position}, must be {expected}, not {message!r}"
-            )
+            raise RequestError(f"{where}: field 'prompt', message {position}, must be {expected}, not {message!r}")
     try:
         restored: list[dict] = json.loads(json.dumps(list(prompt)))
     except (TypeError, ValueError) as error:
@@ -229,9 +219,7 @@ def _id_text(value: Any, field: str, where: str) -> str:
     if isinstance(value, float) and math.isfinite(value) and value == int(value):
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
-        raise RequestError(
-            f"{where}: field {field!r} must be a non-empty string or a whole number, not {value!r}"
-        )
+        raise RequestError(f"{where}: field {field!r} must be a non-empty string or a whole number, not {value!r}")
     return str(value)
 
 

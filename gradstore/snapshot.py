@@ -20,9 +20,7 @@ _ATTEMPTS = 100
 class Snapshot:
     """Rows [0, manifest.rows) of one generation. They never change while this object lives."""
 
-    def __init__(
-        self, header: Header, collection: Path, manifest: Manifest, lease: Lease | None = None
-    ) -> None:
+    def __init__(self, header: Header, collection: Path, manifest: Manifest, lease: Lease | None = None) -> None:
         self.header = header
         self.collection = collection
         self.manifest = manifest
@@ -73,9 +71,7 @@ class Snapshot:
         steps = step[rows]
         if np.any(steps[1:] < steps[:-1]):
             rows = rows[np.argsort(steps, kind="stable")]
-        newest[self.column("problem")[rows]] = (
-            rows  # Where a problem occurs again, the last assignment stays.
-        )
+        newest[self.column("problem")[rows]] = rows  # Where a problem occurs again, the last assignment stays.
         return newest
 
     def deleted(self) -> np.ndarray:

@@ -132,15 +132,11 @@ class Store:
         """
         self._refuse_read_only()
         folder = self._folder(collection)
-        checked = [
-            canonical(record, f"collection {collection!r}, record {n}") for n, record in enumerate(records)
-        ]
+        checked = [canonical(record, f"collection {collection!r}, record {n}") for n, record in enumerate(records)]
         seen = Counter(record["id"] for record in checked)
         if len(seen) < len(checked):
             twice = next(problem_id for problem_id, count in seen.items() if count > 1)
-            raise RequestError(
-                f"collection {collection!r}: problem id {twice!r} occurs {seen[twice]} times; keep one"
-            )
+            raise RequestError(f"collection {collection!r}: problem id {twice!r} occurs {seen[twice]} times; keep one")
         table = to_table(checked)
         if (folder / MANIFEST).exists():
             known = self._snapshot(collection).problems
@@ -184,9 +180,7 @@ class Store:
         """
         self._refuse_read_only()
         if isinstance(step, bool) or not hasattr(step, "__index__") or not 0 <= step.__index__() < 2**63:
-            raise RequestError(
-                f"step must be a whole number of at least 0 (0 = the base model), not {step!r}"
-            )
+            raise RequestError(f"step must be a whole number of at least 0 (0 = the base model), not {step!r}")
         return Writer(self._header, self._folder(collection), f"collection {collection!r}", step.__index__())
 
     def delete(self, collection: str, ids: Sequence[str]) -> None:
@@ -221,9 +215,7 @@ class Store:
 
         return verify(self.path, self._header)
 
-    def compact(
-        self, collection: str | None = None, *, keep: Literal["all", "newest"] = "all"
-    ) -> "CompactReport":
+    def compact(self, collection: str | None = None, *, keep: Literal["all", "newest"] = "all") -> "CompactReport":
         """Rewrite a collection (None: all) without deleted rows and problems; keep="newest": without
         superseded rows.
 
@@ -311,9 +303,7 @@ def _new_rows(known: ProblemTable, table: "pa.Table", collection: str) -> np.nda
     for field in table.column_names:
         if pa.chunked_array(offered[field]).equals(stored[field]):
             continue
-        pairs = zip(
-            offered["id"].to_pylist(), offered[field].to_pylist(), stored[field].to_pylist(), strict=True
-        )
+        pairs = zip(offered["id"].to_pylist(), offered[field].to_pylist(), stored[field].to_pylist(), strict=True)
         name, new, old = next(pair for pair in pairs if pair[1] != pair[2])
         field = "prompt" if field == "messages" else field
         raise RequestError(

@@ -127,9 +127,7 @@ class _Checker:
             return
         newest = read_manifest(folder)
         unfinished = bool(read_holder(folder)) or newest.commit != manifest.commit
-        shown = next(
-            (n for n in _first_numbers(text) if text == array.zarr_json(n, self.header.chunk_rows)), None
-        )
+        shown = next((n for n in _first_numbers(text) if text == array.zarr_json(n, self.header.chunk_rows)), None)
         if shown is None:
             self._find(path, None, "not the text that was written")
         elif not (shown == newest.rows or (unfinished and shown < newest.rows)):
@@ -138,9 +136,7 @@ class _Checker:
     def _parts(self, folder: Path, manifest: Manifest) -> None:
         """Parts are merged as problems are added: one that is gone may just have been replaced."""
         for _ in range(_ATTEMPTS):
-            missing = [
-                part for part in manifest.parts if not self._part_path(folder, manifest, part).exists()
-            ]
+            missing = [part for part in manifest.parts if not self._part_path(folder, manifest, part).exists()]
             newest = read_manifest(folder)
             if not missing or newest.parts == manifest.parts or newest.generation != manifest.generation:
                 break
@@ -172,9 +168,7 @@ class _Checker:
                 self.report.findings.extend(seen)
                 self._strangers(folder, manifest)
                 return
-        self.report.notes.append(
-            f"collection {folder.name}: busy; bytes beyond the published rows were not checked"
-        )
+        self.report.notes.append(f"collection {folder.name}: busy; bytes beyond the published rows were not checked")
 
     def _unpublished(self, folder: Path, manifest: Manifest) -> Iterator[Finding]:
         chunk_rows = self.header.chunk_rows
@@ -197,9 +191,7 @@ class _Checker:
                 self.report.bytes_checked += len(tail)
                 missing = (chunk_rows - within) * array.row_bytes - len(tail)
                 if missing > 0:
-                    yield self._finding(
-                        path, chunks - 1, f"truncated: {missing} bytes short of a whole chunk"
-                    )
+                    yield self._finding(path, chunks - 1, f"truncated: {missing} bytes short of a whole chunk")
                 if tail.count(0) != len(tail):
                     yield self._finding(path, chunks - 1, "bytes beyond the published rows are not zero")
 

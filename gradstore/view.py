@@ -108,9 +108,7 @@ class View:
         """Unit rows at some positions, float32 [len(positions), D]; zeros where not live."""
         return self._snapshot.unit_rows(self._row_N[self._checked(positions)])
 
-    def scan(
-        self, positions: Any = None, block_rows: int | None = None
-    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def scan(self, positions: Any = None, block_rows: int | None = None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Blocks of (positions int64 [n], unit rows float32 [n, D]) in the order given, in bounded memory."""
         order = np.arange(len(self)) if positions is None else self._checked(positions)
         if block_rows is None:
@@ -164,9 +162,7 @@ class View:
         if order.size == 0:
             return np.zeros(0, dtype=np.int64)
         if order.ndim != 1 or order.dtype.kind not in "iu":
-            raise RequestError(
-                f"positions must be whole numbers, one dimension, not {order.dtype} {order.shape}"
-            )
+            raise RequestError(f"positions must be whole numbers, one dimension, not {order.dtype} {order.shape}")
         if order.min() < 0 or order.max() >= len(self):
             raise RequestError(f"positions must be in [0, {len(self)}), not {order.min()} to {order.max()}")
         return order.astype(np.int64)

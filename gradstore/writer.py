@@ -127,9 +127,7 @@ class Writer:
 
     def _refuse_failed(self) -> None:
         if self._failed:
-            raise RequestError(
-                f"{self._where}: this writer is closed or failed earlier; ask the store for another"
-            )
+            raise RequestError(f"{self._where}: this writer is closed or failed earlier; ask the store for another")
 
     def _check(
         self,
@@ -147,8 +145,7 @@ class Writer:
         rows_P_D = np.asarray(sketches)
         if rows_P_D.ndim != 2 or rows_P_D.shape[1] != dim:
             raise RequestError(
-                f"{self._where}: sketches have shape {rows_P_D.shape}, expected ({n}, {dim}): "
-                f"the store's dim is {dim}"
+                f"{self._where}: sketches have shape {rows_P_D.shape}, expected ({n}, {dim}): the store's dim is {dim}"
             )
         if len(rows_P_D) != n:
             raise RequestError(f"{self._where}: {n} ids but {len(rows_P_D)} sketches; give one row an id")
@@ -168,9 +165,7 @@ class Writer:
         norm = np.where(live, lengths_P if norms_P is None else norms_P, 0)
         with np.errstate(over="ignore"):
             norm = norm.astype(np.float32)
-        self._first_wrong(
-            ~np.isfinite(norm) | (live & (norm == 0)), ids, "norms", norm, "a norm that float32 can hold"
-        )
+        self._first_wrong(~np.isfinite(norm) | (live & (norm == 0)), ids, "norms", norm, "a norm that float32 can hold")
         reasons, reason_P = self._reason_rows(reason, ids, states_P)
         columns = {
             "codes": codes,
@@ -224,9 +219,7 @@ class Writer:
         for problem_id, value in zip(ids, states, strict=True):
             if value not in State._value2member_map_:
                 known = ", ".join(f"{member.value} ({member.name.lower()})" for member in State)
-                raise RequestError(
-                    f"{self._where}: problem {problem_id!r}: state {value!r} is not one of {known}"
-                )
+                raise RequestError(f"{self._where}: problem {problem_id!r}: state {value!r} is not one of {known}")
         return np.array(states, dtype=np.uint8).reshape(n)
 
     def _pass_rates(self, pass_rate: Any, ids: list[str]) -> np.ndarray:
@@ -257,9 +250,7 @@ class Writer:
             raise RequestError(f"{self._where}: {len(ids)} ids but {field} has shape {numbers.shape}")
         return numbers
 
-    def _reason_rows(
-        self, reason: Any, ids: list[str], states_P: np.ndarray
-    ) -> tuple[tuple[str, ...], np.ndarray]:
+    def _reason_rows(self, reason: Any, ids: list[str], states_P: np.ndarray) -> tuple[tuple[str, ...], np.ndarray]:
         n = len(ids)
         texts = [reason] * n if reason is None or isinstance(reason, str) else list(reason)
         if len(texts) != n:
@@ -301,6 +292,4 @@ def _refuse_duplicates(ids: list[str], where: str) -> None:
     if len(set(ids)) < len(ids):
         seen: set[str] = set()
         twice = next(problem_id for problem_id in ids if problem_id in seen or seen.add(problem_id))  # type: ignore[func-returns-value]
-        raise RequestError(
-            f"{where}: problem id {twice!r} occurs twice in one append; append one row a problem"
-        )
+        raise RequestError(f"{where}: problem id {twice!r} occurs twice in one append; append one row a problem")

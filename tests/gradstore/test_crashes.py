@@ -196,9 +196,7 @@ def test_killed_compactions_lose_nothing(new_store: Callable, fork: Callable, tm
         serial = np.arange(N) + N * step
         assert view.n_rollouts.tolist() == serial.tolist()
         sketch = np.stack([np.cos(serial * (j + 1.0)) for j in range(DIM)], axis=1)
-        assert np.allclose(
-            view.rows(range(N)), sketch / np.linalg.norm(sketch, axis=1, keepdims=True), atol=0.02
-        )
+        assert np.allclose(view.rows(range(N)), sketch / np.linalg.norm(sketch, axis=1, keepdims=True), atol=0.02)
     assert step > 3
     del view, reader
     store.compact("pool", keep="newest")

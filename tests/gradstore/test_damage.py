@@ -191,9 +191,7 @@ def test_what_an_interrupted_writer_left_is_a_note(stored: gradstore.Store, tool
     (folder / "g2/.tmp-zarr.json").write_bytes(b"{")
     (folder / ".tmp-manifest.json").write_bytes(b"{")
     assert not stored.verify().ok
-    (folder / "LOCK").write_text(
-        json.dumps({"pid": 2**22 + 1, "host": "elsewhere", "program": "x", "started": "y"})
-    )
+    (folder / "LOCK").write_text(json.dumps({"pid": 2**22 + 1, "host": "elsewhere", "program": "x", "started": "y"}))
     report = stored.verify()
     assert report.ok, report.findings
     assert "left by an interrupted writer: process 4194305 on elsewhere" in report.notes[0]

@@ -119,13 +119,9 @@ def test_creating_on_a_full_disk_can_be_repeated(tmp_path: Path, monkeypatch: py
 def mounted(path: Path, size: str) -> Iterator[None]:
     """A real file system of its own, or a skip that says why not."""
     path.mkdir()
-    done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", path], capture_output=True, text=True
-    )
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", path], capture_output=True, text=True)
     if done.returncode:
-        pytest.skip(
-            f"may not mount a file system here ({done.stderr.strip()}); the simulated disks were tested"
-        )
+        pytest.skip(f"may not mount a file system here ({done.stderr.strip()}); the simulated disks were tested")
     try:
         yield
     finally:
@@ -181,9 +177,7 @@ def check_read_only(path: Path, tools: dict) -> None:
         assert caught.value.exit_status == 2
 
 
-def test_a_simulated_read_only_disk(
-    new_store: Callable, tools: dict, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_simulated_read_only_disk(new_store: Callable, tools: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     """Opening for reading must not write a single byte, not even a lock."""
     store = new_store(n=20)
     tools["append"](store, 0, list(range(20)))

@@ -50,9 +50,7 @@ def test_decoded_rows_equal_a_slow_loop(dtype: str, dim: int) -> None:
 def test_cosine_of_decoded_gaussian_rows(dtype: str, least: float) -> None:
     """A worse step or a wrong scale shows as a lower cosine than the quantiser can give."""
     rows = np.random.default_rng(0).standard_normal((200, 4096)).astype(np.float32)
-    cosine = np.einsum("pd,pd->p", decoded(rows, dtype).astype(np.float64), rows) / np.linalg.norm(
-        rows, axis=1
-    )
+    cosine = np.einsum("pd,pd->p", decoded(rows, dtype).astype(np.float64), rows) / np.linalg.norm(rows, axis=1)
     assert cosine.min() > least
 
 
@@ -92,9 +90,7 @@ def test_float16_conversion_equals_numpys() -> None:
     assert np.array_equal(wide.view(np.uint32), every.astype(np.float32).view(np.uint32))
     rng = np.random.default_rng(0)
     between = wide.astype(np.float64) * (1 + rng.choice([0, 2**-11, -(2**-12), 2**-13], wide.shape))
-    values = np.concatenate(
-        [between, rng.uniform(-1, 1, wide.shape) * 2.0 ** -rng.integers(0, 40, wide.shape)], axis=1
-    )
+    values = np.concatenate([between, rng.uniform(-1, 1, wide.shape) * 2.0 ** -rng.integers(0, 40, wide.shape)], axis=1)
     values = np.clip(values, -1, 1).astype(np.float32)
     halves = np.empty(values.shape, np.float16)
     _to_half(values, halves)

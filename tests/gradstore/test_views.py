@@ -6,7 +6,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import gradstore
@@ -46,14 +46,12 @@ class SlowStore:
 
 
 @given(actions=st.lists(ACTIONS, max_size=12))
-@settings(max_examples=25, deadline=None)
-def test_views_equal_a_slow_loop(actions: list) -> None:
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_views_equal_a_slow_loop(fast_path: Path, actions: list) -> None:
     """Steps arrive in any order and rows die: a view that trusts row order, or forgets a tombstone, shows here."""
-    from gradstore import create
-
-    with TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
+    with TemporaryDirectory(dir=fast_path) as folder:
         path = Path(folder) / "store"
-        store = create(path, dim=2, fingerprint={}, dtype="fp32", chunk_rows=4)
+        store = gradstore.create(path, dim=2, fingerprint={}, dtype="fp32", chunk_rows=4)
         store.add_problems("pool", [{"id": f"p{i}", "prompt": "x"} for i in range(N)])
         slow = SlowStore()
         for action, step, problems in actions:
@@ -77,9 +75,7 @@ def test_views_equal_a_slow_loop(actions: list) -> None:
             assert {int(name[1:]): (step, serial) for name, step, serial in told} == slow.view(at)
             assert [name for name in _ids(store) if name in set(view.ids)] == list(view.ids)
             rows = np.concatenate([np.zeros((0, 2)), *(block for _, block in view.scan(block_rows=2))])
-            raw = np.array(
-                [[1 + step, 1 + int(name[1:])] for name, step in zip(view.ids, view.steps, strict=True)]
-            )
+            raw = np.array([[1 + step, 1 + int(name[1:])] for name, step in zip(view.ids, view.steps, strict=True)])
             if len(view):
                 assert np.allclose(rows, raw / np.linalg.norm(raw, axis=1, keepdims=True), atol=1e-6)
         assert store.verify().ok

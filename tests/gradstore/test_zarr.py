@@ -1,0 +1,81 @@
+"""The arrays as other Zarr readers see them: zarr-python alone and tensorstore open all of them, with equal numbers."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import gradstore
+from gradstore.header import read_header
+from gradstore.snapshot import open_snapshot
+
+ARRAYS = ("codes", "scale", "norm", "step", "problem", "state", "pass_rate", "n_rollouts", "reason")
+
+
+def by_zarr(path: Path) -> np.ndarray:
+    import zarr
+
+    return zarr.open_array(path, mode="r")[...]
+
+
+def by_tensorstore(path: Path) -> np.ndarray:
+    import tensorstore
+
+    spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(path)}}
+    return tensorstore.open(spec, open=True, read=True).result().read().result()
+
+
+@pytest.mark.parametrize("read", [by_zarr, by_tensorstore])
+@pytest.mark.parametrize("dtype", ["int8", "int4", "fp16", "fp32"])
+def test_other_readers_open_every_array(new_store: Callable, tools: dict, dtype: str, read: Callable) -> None:
+    """Metadata outside the core of Zarr v3 would be refused by one of them, or a chunk's bytes read another way."""
+    store = new_store(n=30, dtype=dtype, dim=23)
+    tools["append"](store, 4, list(range(30)))
+    with store.writer("pool", step=-0) as writer:
+        writer.append(
+            ["p3", "p4"], np.ones((2, 23)), state=[2, 0], reason=["broken", None], pass_rate=0.5, n_rollouts=7
+        )
+    snapshot = open_snapshot(read_header(store.path), store.path / "collections/pool")
+    folder = store.path / "collections/pool/g0"
+    got = {name: read(folder / name) for name in ARRAYS}
+    assert {array.name for array in read_header(store.path).arrays} == set(ARRAYS)
+    for name in ARRAYS[1:]:
+        assert np.array_equal(got[name], snapshot.column(name), equal_nan=name == "pass_rate"), name
+        assert got[name].dtype == snapshot.column(name).dtype.newbyteorder("=")
+    chunks = np.concatenate([snapshot.codes.chunk(chunk) for chunk in range(4)])
+    assert np.array_equal(got["codes"], chunks)
+    codes = got["codes"].astype(np.float32) if dtype != "int4" else _unpacked(got["codes"])[:, :23]
+    assert np.allclose(codes * got["scale"][:, None], snapshot.unit_rows(np.arange(32)), atol=1e-6)
+
+
+def _unpacked(codes: np.ndarray) -> np.ndarray:
+    """int4 by the words of the format: low four bits first, two's complement."""
+    pairs = np.stack([codes & 15, codes >> 4], axis=2).reshape(len(codes), -1).astype(np.int16)
+    return np.where(pairs > 7, pairs - 16, pairs)
+
+
+def test_shapes_follow_when_a_writer_closes(new_store: Callable) -> None:
+    """A shape ahead of the rows would show zeros as rows; one behind shows fewer until the writer closes."""
+    store = new_store()
+    folder = store.path / "collections/pool/g0"
+    with store.writer("pool", step=0) as writer:
+        writer.append(["p1", "p2"], np.ones((2, 24)))
+        assert by_zarr(folder / "codes").shape == (0, 24)
+        writer.publish()
+        assert by_zarr(folder / "norm").shape == (0,)
+        writer.append(["p3"], np.ones((1, 24)))
+    assert by_zarr(folder / "codes").shape == (3, 24)
+    assert by_zarr(folder / "norm").shape == (3,)
+
+
+def test_the_whole_is_a_zarr_group(new_store: Callable) -> None:
+    """A person who knows Zarr finds their way without this package."""
+    import zarr
+
+    store = new_store()
+    root = zarr.open_group(store.path, mode="r")
+    assert dict(root.attrs)["gradstore"]["dim"] == 24
+    assert root["collections/pool/g0/codes"].dtype == np.int8
+    assert isinstance(root["collections/pool"], zarr.Group)
+    assert gradstore.open(store.path).verify().ok
