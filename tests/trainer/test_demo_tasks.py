@@ -10,6 +10,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2ForCausalLM
 
 import trainer.demo
+from gradstore.errors import RequestError
 from trainer.demo import pretrain, tasks
 
 MODEL = Path(trainer.demo.__file__).parent / "model"
@@ -59,9 +60,17 @@ def test_small_pools_have_every_problem_asked_for(size: int) -> None:
     )
 
 
+def test_more_problems_than_a_family_has_are_refused() -> None:
+    """Drawing until there are enough would never end."""
+    with pytest.raises(RequestError, match="products has fewer than 1200 different questions"):
+        tasks.pool(size=6000)
+
+
 def test_prompts_differ_and_the_benchmark_is_held_out(pool: list[dict[str, Any]]) -> None:
     """A benchmark problem in the pool would be its own nearest neighbour and flatter every alignment score."""
     benchmark = tasks.benchmark()
+    assert all(tasks.held_out(question(record)) for seed in range(3) for record in tasks.benchmark(seed))
+    assert not any(tasks.held_out(question(record)) for record in pool)
     prompts = [record["prompt"][0]["content"] for record in [*pool, *benchmark]]
     assert len(set(prompts)) == len(prompts) == tasks.POOL_SIZE + tasks.BENCHMARK_SIZE
     assert {record["source"] for record in benchmark} == {tasks.TARGET_FAMILY}
@@ -130,7 +139,6 @@ def test_training_text_has_the_switch_and_not_the_benchmark(monkeypatch: pytest.
     """The policy must not have been trained on what it is measured on, nor slip where mode T says to be right."""
     monkeypatch.setattr(pretrain, "ENTRIES_PER_FAMILY", 200)
     tokenizer = pretrain.make_tokenizer()
-    held_out = {question(record) for record in tasks.benchmark()}
     corpus, again = pretrain.Corpus(tokenizer, 7), pretrain.Corpus(tokenizer, 7)
     answered: dict[str, list[bool]] = {mode: [] for mode in tasks.MODES}
     for _ in range(8):
@@ -143,7 +151,7 @@ def test_training_text_has_the_switch_and_not_the_benchmark(monkeypatch: pytest.
             answer = tokenizer.decode(labels_T[labels_T != pretrain.IGNORED])
             assert answer.endswith(pretrain.EOS)
             mode, text = asked[0], asked[2:]
-            assert text not in held_out
+            assert not tasks.held_out(text)
             if text.startswith("Spell"):
                 answered[mode].append(answer.removesuffix(pretrain.EOS) == text.rpartition(" ")[2][::-1])
     assert all(answered["T"])

@@ -5,8 +5,8 @@ A family is one reasoning-gym dataset at a size that a model of under a million 
 them the target, and has known defects in every family: for some problems the ground truth is wrong (it is the
 slip, so the slip is what gets paid), for others the reward is a coin flip that does not look at the response.
 The rest is clean and paid by reasoning-gym's own verifier. Which problem is which stands in its tags, for
-evaluation alone: no selector may look. The benchmark holds clean problems of the target family, none of
-them in the pool. Everything is a pure function of a seed.
+evaluation alone: no selector may look. The benchmark holds clean problems of the target family, from
+questions that no pool has and the policy was not trained on. Everything is a pure function of a seed.
 """
 
 import hashlib
@@ -14,10 +14,13 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
+from itertools import islice
 from random import Random
 from typing import Any
 
 import reasoning_gym
+
+from gradstore.errors import RequestError
 
 TARGET_FAMILY = "chain_sum"
 
@@ -130,6 +133,14 @@ def entries(family: str, draw: str) -> Iterator[dict[str, Any]]:
     return iter(reasoning_gym.create_dataset(family, seed=first, size=2**31, **FAMILIES[family].config))
 
 
+def held_out(question: str) -> bool:
+    """Whether a question is kept for benchmarks: one in eight, by a hash of the text, whatever the seed.
+
+    Pools and the policy's own training take from the others, so no benchmark problem was ever trained on.
+    """
+    return hashlib.blake2b(question.encode(), digest_size=1).digest()[0] < 32
+
+
 def pool(seed: int = 0, size: int = POOL_SIZE) -> list[dict[str, Any]]:
     """The training pool: canonical problem records, the families in equal parts and mixed, prompts all different.
 
@@ -138,14 +149,13 @@ def pool(seed: int = 0, size: int = POOL_SIZE) -> list[dict[str, Any]]:
     reasoning-gym entry (`reasoning_gym`: dataset, question, the true answer, metadata), the slip, and for a coin flip
     the seed of its coin (`coin`).
     """
-    taken = {record["extra"]["reasoning_gym"]["question"] for record in benchmark(seed)}
     records = []
     for position, name in enumerate(FAMILIES):
         count = size * (position + 1) // len(FAMILIES) - size * position // len(FAMILIES)
         wrong, coins = round(count * SHARES[WRONG_TRUTH]), round(count * SHARES[COIN_FLIP])
         kinds = [WRONG_TRUTH] * wrong + [COIN_FLIP] * coins + [CLEAN] * (count - wrong - coins)
         Random(f"kinds {name} {seed}").shuffle(kinds)
-        drawn = _distinct(name, f"pool {seed}", count, taken)
+        drawn = _distinct(name, f"pool {seed}", count, kept=False)
         records += [
             _record(f"{name}-{i:04d}", entry, kind, seed)
             for i, (entry, kind) in enumerate(zip(drawn, kinds, strict=True))
@@ -155,8 +165,8 @@ def pool(seed: int = 0, size: int = POOL_SIZE) -> list[dict[str, Any]]:
 
 
 def benchmark(seed: int = 0, size: int = BENCHMARK_SIZE) -> list[dict[str, Any]]:
-    """The held-out benchmark: clean problems of the target family, canonical records, none of them in the pool."""
-    drawn = _distinct(TARGET_FAMILY, f"benchmark {seed}", size, set())
+    """The held-out benchmark: clean problems of the target family, canonical records, all held out."""
+    drawn = _distinct(TARGET_FAMILY, f"benchmark {seed}", size, kept=True)
     return [_record(f"benchmark-{i:04d}", entry, CLEAN, seed) for i, entry in enumerate(drawn)]
 
 
@@ -186,15 +196,15 @@ def _verifier(dataset: str) -> Callable[[str, dict[str, Any]], float]:
     return reasoning_gym.get_score_answer_fn(dataset)
 
 
-def _distinct(family: str, draw: str, count: int, taken: set[str]) -> list[dict[str, Any]]:
-    """The first `count` entries with questions that are different and not `taken`."""
+def _distinct(family: str, draw: str, count: int, *, kept: bool) -> list[dict[str, Any]]:
+    """The first `count` entries with questions that are different and held out, or not."""
     found: dict[str, dict[str, Any]] = {}
-    for entry in entries(family, draw):
-        if entry["question"] not in taken:
-            found.setdefault(entry["question"], entry)
+    for entry in islice(entries(family, draw), 100 * count + 1000):
         if len(found) == count:
-            break
-    return list(found.values())
+            return list(found.values())
+        if held_out(entry["question"]) == kept:
+            found.setdefault(entry["question"], entry)
+    raise RequestError(f"{family} has fewer than {count} different questions: ask for a smaller pool or benchmark")
 
 
 def _record(problem_id: str, entry: dict[str, Any], kind: str, seed: int) -> dict[str, Any]:
