@@ -104,4 +104,4 @@ def test_a_reader_written_from_the_page_reads_the_same(new_store: Callable, tool
                 assert list(norms) == view.norms.tolist()
                 assert list(reasons) == view.reasons
                 assert np.allclose(np.stack(rows), view.rows(range(len(view))), atol=1e-6)
-    assert len(told) == 30
+    assert len(told) == 29
