@@ -55,7 +55,7 @@ def to_table(records: Sequence[dict]) -> "pa.Table":
             columns[name].append(record[name])
         columns["prompt"].append(_shown(prompt) if chat else prompt)
         columns["messages"].append(_json(prompt) if chat else None)
-        columns["extra"].append(_json(record["extra"]))
+        columns["extra"].append(_json(record["extra"]) if record["extra"] else "{}")
     return pa.table(columns, schema=table_schema())
 
 

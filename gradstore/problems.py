@@ -40,7 +40,7 @@ def canonical(record: Any, where: str) -> dict:
     if not isinstance(extra, dict):
         raise RequestError(f"{where}: field 'extra' must be a dict, not {type(extra).__name__}")
     try:
-        extra = json.loads(json.dumps(extra))
+        extra = json.loads(json.dumps(extra)) if extra else {}
     except (TypeError, ValueError) as error:
         raise RequestError(f"{where}: field 'extra' cannot be kept as JSON: {error}") from error
     return {

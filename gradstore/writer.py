@@ -252,6 +252,8 @@ class Writer:
 
     def _reason_rows(self, reason: Any, ids: list[str], states_P: np.ndarray) -> tuple[tuple[str, ...], np.ndarray]:
         n = len(ids)
+        if reason is None and not (states_P == State.FAILED).any():
+            return self._reasons, np.zeros(n, dtype=np.uint16)
         texts = [reason] * n if reason is None or isinstance(reason, str) else list(reason)
         if len(texts) != n:
             raise RequestError(f"{self._where}: {n} ids but {len(texts)} values of reason")

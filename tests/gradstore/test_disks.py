@@ -115,6 +115,70 @@ def test_creating_on_a_full_disk_can_be_repeated(tmp_path: Path, monkeypatch: py
     assert number > 5
 
 
+def test_what_a_manifest_names_is_on_the_disk_before_it(
+    new_store: Callable, tools: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """kill -9 does not show it, but after a power cut only what was synced is there."""
+    store = new_store(n=20)
+    unsynced: set[str] = set()
+    published = []
+    real = {
+        name: getattr(os, name)
+        for name in ("open", "pwrite", "posix_fallocate", "fsync", "fdatasync", "rename", "mkdir")
+    }
+
+    def path_of(descriptor: int) -> str:
+        return os.readlink(f"/proc/self/fd/{descriptor}")
+
+    def traced_open(path: object, flags: int, *rest: object, **options: object) -> int:
+        new = flags & os.O_CREAT and not os.path.exists(path)
+        descriptor = real["open"](path, flags, *rest, **options)
+        if new:
+            unsynced.add(os.path.dirname(path_of(descriptor)))
+        return descriptor
+
+    def traced_write(descriptor: int, *rest: object) -> object:
+        unsynced.add(path_of(descriptor))
+        return real["pwrite"](descriptor, *rest)
+
+    def traced_allocation(descriptor: int, *rest: object) -> object:
+        unsynced.add(path_of(descriptor))
+        return real["posix_fallocate"](descriptor, *rest)
+
+    def traced_sync(name: str) -> Callable:
+        def sync(descriptor: int) -> None:
+            real[name](descriptor)
+            unsynced.discard(path_of(descriptor))
+
+        return sync
+
+    def traced_rename(source: object, target: object) -> None:
+        if os.path.basename(target) == "manifest.json":
+            waiting = unsynced - {os.path.dirname(target)}  # Of that folder the rename itself is what must last.
+            published.append(waiting)
+        real["rename"](source, target)
+        unsynced.add(os.path.dirname(target))
+
+    def traced_mkdir(path: object, *rest: object, **options: object) -> None:
+        real["mkdir"](path, *rest, **options)
+        unsynced.add(os.path.dirname(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", traced_open)
+        patch.setattr(os, "pwrite", traced_write)
+        patch.setattr(os, "posix_fallocate", traced_allocation)
+        patch.setattr(os, "fsync", traced_sync("fsync"))
+        patch.setattr(os, "fdatasync", traced_sync("fdatasync"))
+        patch.setattr(os, "rename", traced_rename)
+        patch.setattr(os, "mkdir", traced_mkdir)
+        tools["append"](store, 0, list(range(20)))
+        change_everything(store, tools)
+        store.add_problems("new", tools["records"](3))
+    assert len(published) == 8
+    assert not any(published), published
+    assert not unsynced
+
+
 @contextmanager
 def mounted(path: Path, size: str) -> Iterator[None]:
     """A real file system of its own, or a skip that says why not."""
