@@ -58,20 +58,32 @@ class MicroBatch:
         )
 
 
-def rollouts_of(groups: Sequence[Group], weights: Sequence[np.ndarray]) -> list[Rollout]:
-    """The sequences of the groups that carry weight; the others add nothing to any gradient."""
-    return [
-        Rollout(
-            problem,
-            np.concatenate([group.prompt_ids, response]),
-            len(group.prompt_ids),
-            float(weight),
-            None if group.logprobs is None else group.logprobs[j],
-        )
-        for problem, (group, weights_G) in enumerate(zip(groups, weights, strict=True))
-        for j, (response, weight) in enumerate(zip(group.responses, weights_G, strict=True))
-        if weight != 0.0
-    ]
+def rollouts_of(groups: Sequence[Group], weights: Sequence[np.ndarray], merge: bool) -> list[Rollout]:
+    """The sequences of the groups that carry weight; the others add nothing to any gradient.
+
+    merge: run a response sampled more than once only once, with the sum of its weights, since a gradient is linear in
+    them. Not for importance weights, which depend on what the behaviour policy gave each.
+    """
+    rollouts = []
+    for problem, (group, weights_G) in enumerate(zip(groups, weights, strict=True)):
+        first: dict[bytes, int] = {}
+        total_G = weights_G.copy()
+        for j, response in enumerate(group.responses if merge else ()):
+            original = first.setdefault(response.tobytes(), j)
+            if original != j:
+                total_G[original] += total_G[j]
+                total_G[j] = 0.0
+        rollouts += [
+            Rollout(
+                problem,
+                np.concatenate([group.prompt_ids, group.responses[j]]),
+                len(group.prompt_ids),
+                float(total_G[j]),
+                None if group.logprobs is None else group.logprobs[j],
+            )
+            for j in np.flatnonzero(total_G)
+        ]
+    return rollouts
 
 
 def pack(rollouts: Sequence[Rollout], token_budget: int) -> Iterator[MicroBatch]:

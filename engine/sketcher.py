@@ -75,7 +75,7 @@ class SketchBatch:
     n_rollouts: np.ndarray
     """int32 [P]."""
     n_tokens: int
-    """Tokens that went through the model, padding not counted."""
+    """Tokens that went through the model, padding and responses sampled before not counted."""
 
 
 class Sketcher:
@@ -136,7 +136,7 @@ class Sketcher:
             for group in groups
         ]
         sums_PD = torch.zeros(len(groups), self.dim, dtype=torch.float32, device=self.device)
-        rollouts = rollouts_of(groups, weights)
+        rollouts = rollouts_of(groups, weights, merge=not self.spec.objective.importance)
         with self._hooked() as hooks:
             for batch in pack(rollouts, self.spec.token_budget):
                 batch = batch.to(self.device)

@@ -150,6 +150,17 @@ def test_rollouts_in_any_order(make_model, make_groups) -> None:
     assert relative_error(sketches[1], sketches[0]) < 1e-5
 
 
+def test_responses_sampled_more_than_once_are_run_once(make_model, make_groups) -> None:
+    """Short answers repeat; running each again would cost as much as the first and must not change the sketch."""
+    model, (group,) = make_model("qwen2"), make_groups(1, n_rollouts=3)
+    repeated = [group.responses[j] for j in (0, 1, 0, 2, 1, 1)]
+    again = Group("x", group.prompt_ids, repeated, np.array([1.0, 0.0, 0.0, 1.0, 1.0, 0.0]))
+    sketcher = Sketcher(model, SketchSpec(rank=6))
+    batch = sketcher.sketch([again])
+    assert relative_error(batch.sketches[0], slow_sketch(model, sketcher, again, objective("gradalign"))) < 1e-5
+    assert batch.n_tokens <= sum(len(group.prompt_ids) + len(response) for response in group.responses)
+
+
 def test_scaling_rewards_scales_the_gradient(make_model, make_groups) -> None:
     """The mean advantage is linear in the rewards; GRPO's does not change with their scale."""
     model, (group,) = make_model("qwen2"), make_groups(1)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import torch
 
 import gradstore
 from analysis.composition import source_shares, tag_shares
@@ -69,6 +70,7 @@ class DemoResult:
 def run_demo(folder: Path, seed: int, settings: DemoSettings, tell: Callable[[str], None]) -> DemoResult:
     """The whole job for one seed, in its own folder; `tell` gets a line at the end of each stage."""
     folder.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)  # layers this small lose more in waiting for a second thread than it brings
     result = DemoResult(seed)
     tokenizer = load_tokenizer(MODEL)
     model = load_model(MODEL, device="cpu")
