@@ -64,5 +64,5 @@ def _leaves(tree: dict, prefix: str = "") -> dict[str, object]:
     """Every field of nested dicts by its path."""
     flat: dict[str, object] = {}
     for key, value in tree.items():
-        flat |= _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        flat |= _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
     return flat

@@ -6,7 +6,17 @@ from pathlib import Path
 
 from gradstore.durable import canonical_json, crc32c, reading
 from gradstore.errors import DamagedError, NotAStoreError, RequestError
-from gradstore.layout import COLLECTIONS, DTYPES, FORMAT, MANIFEST, ZARR, RowArray, group_json, row_arrays
+from gradstore.layout import (
+    COLLECTIONS,
+    DTYPES,
+    FORMAT,
+    MANIFEST,
+    ZARR,
+    RowArray,
+    default_chunk_rows,
+    group_json,
+    row_arrays,
+)
 
 
 @dataclass(frozen=True)
@@ -77,10 +87,17 @@ def check_fingerprint(fingerprint: object) -> dict:
     return restored
 
 
-def check_shape(dim: object, dtype: object) -> tuple[int, str]:
-    """Dimensions and stored dtype, or a RequestError."""
-    if isinstance(dim, bool) or not hasattr(dim, "__index__") or (whole := dim.__index__()) < 1:
-        raise RequestError(f"dim must be a whole number of at least 1, not {dim!r}")
+def check_shape(dim: object, dtype: object, chunk_rows: object) -> tuple[int, str, int]:
+    """Dimensions, stored dtype and rows of a chunk (None: the default), or a RequestError."""
+    whole = _positive("dim", dim)
     if dtype not in DTYPES:
         raise RequestError(f"dtype {dtype!r} is not known; use one of {', '.join(DTYPES)}")
-    return whole, str(dtype)
+    kind = str(dtype)
+    rows = default_chunk_rows(whole, kind) if chunk_rows is None else _positive("chunk_rows", chunk_rows)
+    return whole, kind, rows
+
+
+def _positive(name: str, value: object) -> int:
+    if isinstance(value, bool) or not hasattr(value, "__index__") or (whole := value.__index__()) < 1:
+        raise RequestError(f"{name} must be a whole number of at least 1, not {value!r}")
+    return int(whole)

@@ -16,7 +16,6 @@ from gradstore.layout import (
     MANIFEST,
     ZARR,
     check_name,
-    default_chunk_rows,
     group_json,
 )
 from gradstore.lock import describe_holder, is_running, read_holder
@@ -48,12 +47,8 @@ def create(
     Raises RequestError if something is already at `path`.
     """
     path = Path(path)
-    dim, dtype = check_shape(dim, dtype)
+    dim, dtype, chunk_rows = check_shape(dim, dtype, chunk_rows)
     fingerprint = check_fingerprint(fingerprint)
-    if chunk_rows is None:
-        chunk_rows = default_chunk_rows(dim, dtype)
-    if chunk_rows < 1:
-        raise RequestError(f"chunk_rows must be at least 1, not {chunk_rows}")
     if path.exists() and not _is_blank(path):
         raise RequestError(f"{path}: there is something here already; open it, or choose another path")
     header = Header(dim, dtype, chunk_rows, fingerprint)

@@ -142,7 +142,10 @@ class Writer:
         problem = self._problems.rows_of(ids, self._where)
         _refuse_duplicates(ids, self._where)
         n, dim = len(ids), self._header.dim
-        rows_P_D = np.asarray(sketches)
+        try:
+            rows_P_D = np.asarray(sketches)
+        except (TypeError, ValueError) as error:
+            raise RequestError(f"{self._where}: sketches are not an array of numbers: {error}") from error
         if rows_P_D.ndim != 2 or rows_P_D.shape[1] != dim:
             raise RequestError(
                 f"{self._where}: sketches have shape {rows_P_D.shape}, expected ({n}, {dim}): the store's dim is {dim}"

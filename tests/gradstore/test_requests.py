@@ -34,6 +34,7 @@ ONES = np.ones((2, 24))
             r"sketches have shape \(2, 23\), expected \(2, 24\): the store's dim",
         ),
         (["p1", "p2"], np.ones(24), {}, r"sketches have shape \(24,\)"),
+        (["p1", "p2"], [[1.0] * 24, [1.0]], {}, "sketches are not an array of numbers"),
         (["p1", "p2"], np.ones((3, 24)), {}, "2 ids but 3 sketches"),
         (["p1", "p2"], np.ones((2, 24), complex), {}, "dtype complex128, expected real numbers"),
         (
@@ -218,6 +219,8 @@ def test_names_and_settings(new_store: Callable, tmp_path: Path) -> None:
     for dim in (0, -3, 2.5, "8", True):
         with pytest.raises(RequestError, match="dim must be a whole number"):
             gradstore.create(tmp_path / "new", dim=dim, fingerprint={})
+        with pytest.raises(RequestError, match="chunk_rows must be a whole number"):
+            gradstore.create(tmp_path / "new", dim=3, fingerprint={}, chunk_rows=dim)
     with pytest.raises(RequestError, match="dtype 'int2' is not known; use one of int8, int4, fp16, fp32"):
         gradstore.create(tmp_path / "new", dim=2, fingerprint={}, dtype="int2")
     for fingerprint in ({"a": object()}, {"a": float("nan")}, "model"):
@@ -280,6 +283,8 @@ def test_another_fingerprint_is_refused(tmp_path: Path) -> None:
     ):
         assert part in str(caught.value)
     assert "kind" not in str(caught.value)
+    with pytest.raises(FingerprintError, match=r"extra: the store has \{\}"):
+        gradstore.open(tmp_path / "store", fingerprint={name: stored[name] for name in stored if name != "extra"})
 
 
 def test_too_many_reasons_do_not_swell_the_manifest(new_store: Callable) -> None:
