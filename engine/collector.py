@@ -59,7 +59,8 @@ def collect(
     """Sketch every group with the model and append the rows at `step`.
 
     groups: a rollout source, whose problems are added to the collection, or groups of problems it already has, in
-    the same order in every run that is to be resumed. progress: called with the number of problems just done.
+    the same order in every run that is to be resumed. A source is checked to its end before its first group is
+    computed; other groups are checked window by window. progress: called with the number of problems just done.
     FingerprintError when the store holds rows made another way; RequestError for bad rollouts, after which
     everything published so far is kept.
     """
@@ -70,10 +71,15 @@ def collect(
             raise RequestError("collect needs a model or a sketcher")
         sketcher = Sketcher(model, spec)
     check_fingerprint(store, sketcher)
-    if isinstance(groups, RolloutSource):
-        store.add_problems(collection, groups.records())
-        groups = groups.groups()
     done = _rows_at(store, collection, step)
+    if isinstance(groups, RolloutSource):
+        todo = [problem_id for problem_id in groups.problem_ids if problem_id not in done]
+        for group in groups.groups(todo):  # a fault in the last group is found before anything is computed or stored
+            sketcher.check(group)
+        store.add_problems(collection, groups.records())
+        if not todo:
+            return CollectReport(skipped=len(groups))
+        groups = groups.groups()
     report, started = CollectReport(), time.monotonic()
     published = started
     with store.writer(collection, step=step) as writer:

@@ -81,7 +81,7 @@ def rollouts_of(groups: Sequence[Group], weights: Sequence[np.ndarray], merge: b
                 float(total_G[j]),
                 None if group.logprobs is None else group.logprobs[j],
             )
-            for j in np.flatnonzero(total_G)
+            for j in np.flatnonzero(total_G).tolist()
         ]
     return rollouts
 

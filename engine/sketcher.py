@@ -128,7 +128,8 @@ class Sketcher:
         context, a token id outside the vocabulary, or missing log-probabilities under an importance-weighted
         objective.
         """
-        self._check(groups)
+        for group in groups:
+            self.check(group)
         weights = [
             rollout_weights(
                 group.rewards, np.array([len(response) for response in group.responses]), self.spec.objective
@@ -157,20 +158,20 @@ class Sketcher:
             )
         torch.dot(weights_N, logprobs_N).backward()
 
-    def _check(self, groups: Sequence[Group]) -> None:
+    def check(self, group: Group) -> None:
+        """RequestError where the model cannot run the group: see `sketch`."""
+        name = f"problem {group.problem_id!r}"
+        if self.context and group.n_tokens > self.context:
+            raise RequestError(
+                f"{name}: prompt and longest response have {group.n_tokens} tokens, "
+                f"the model's context is {self.context}"
+            )
         n_vocabulary = vocabulary_size(self.model)
-        for group in groups:
-            name = f"problem {group.problem_id!r}"
-            if self.context and group.n_tokens > self.context:
-                raise RequestError(
-                    f"{name}: prompt and longest response have {group.n_tokens} tokens, "
-                    f"the model's context is {self.context}"
-                )
-            largest = max(int(ids.max()) for ids in (group.prompt_ids, *group.responses) if len(ids))
-            if largest >= n_vocabulary:
-                raise RequestError(f"{name}: token id {largest} is outside the model's vocabulary of {n_vocabulary}")
-            if self.spec.objective.importance and group.logprobs is None:
-                raise RequestError(f"{name}: has no log-probabilities, which an importance-weighted objective needs")
+        largest = max(int(ids.max()) for ids in (group.prompt_ids, *group.responses) if len(ids))
+        if largest >= n_vocabulary:
+            raise RequestError(f"{name}: token id {largest} is outside the model's vocabulary of {n_vocabulary}")
+        if self.spec.objective.importance and group.logprobs is None:
+            raise RequestError(f"{name}: has no log-probabilities, which an importance-weighted objective needs")
 
     @contextmanager
     def _hooked(self) -> Iterator["_Hooks"]:

@@ -145,35 +145,41 @@ def collect(
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the store and the selections.")] = Path("gradstore-demo"),
-    seeds: Annotated[int, typer.Option(help="Rollout seeds to repeat the comparison over.")] = 3,
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds to repeat the comparison over.")] = 3,
     json: Json = False,
 ) -> None:
     """The main job on a small model and 2,000 problems: roll out, collect, query, select."""
+    from gradstore.cli.rank import query
     from trainer.demo.run import DemoSettings, run_demo, summary
 
-    results = [run_demo(out / f"seed-{seed}", seed, DemoSettings(), say) for seed in range(seeds)]
+    settings = DemoSettings()
+    results = [run_demo(out / f"seed-{seed}", seed, settings, say) for seed in range(seeds)]
     facts = summary(results)
     if json:
         print_json(facts)
         return
+    store = out / "seed-0" / "store"
+    query(store, against="benchmark", top=5)
+    columns = ["target family", "broken rewards", "wrong truth", "coin flip"]
     print_table(
-        f"What each selector chose: 200 of 2,000 problems, mean ± deviation over {seeds} seeds, in percent",
-        ["selector", "target family", "broken rewards", "of them wrong truth", "of them coin flip"],
+        f"\nWhat each selector chose: {settings.n_selected} of {settings.n_pool} problems, "
+        f"percent, mean ± standard deviation over {seeds} seeds",
+        ["selector", *columns],
         [
             [name, *(f"{100 * mean:.1f} ± {100 * spread:.1f}" for mean, spread in shares.values())]
             for name, shares in facts["shares"].items()
         ],
-        right=["target family", "broken rewards", "of them wrong truth", "of them coin flip"],
+        right=columns,
     )
     print_table(
-        "Seconds of each stage, mean over seeds",
+        "\nSeconds of each stage, mean over seeds",
         ["stage", "seconds"],
         [[stage, f"{seconds:.2f}"] for stage, seconds in facts["seconds"].items()],
         right=["seconds"],
     )
-    print(f"{facts['bytes_per_problem']:.0f} bytes per problem: {facts['dim']} dimensions as int8, scale, norm, counts")
-    print(f"states of the pool's problems: {facts['states']}")
-    print(f"ask again: gradstore query {out / 'seed-0' / 'store'} --against benchmark --top 20")
+    states = ", ".join(f"{count} {state.replace('_', ' ')}" for state, count in facts["states"].items())
+    print(f"\n{facts['bytes_per_problem']:.0f} bytes per problem ({facts['dim']} dimensions as int8); pool: {states}")
+    print(f"ask again: gradstore query {store} --against benchmark --top 20 --layers 3")
 
 
 def _later(name: str, release: str, brings: str) -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 from gradstore.cli import app
-from gradstore.cli.show import first_words, print_json, print_table, say
+from gradstore.cli.show import first_words, print_json, print_table, say, short_layer
 from gradstore.errors import RequestError
 
 if TYPE_CHECKING:
@@ -110,7 +110,11 @@ def query(
                 f"{row['pass_rate']:.2f}",
                 str(row["age"]),
                 row["source"],
-                *([" ".join(f"{name} {share:+.3f}" for name, share in row["layers"].items())] if layers else []),
+                *(
+                    [" ".join(f"{short_layer(name)} {term:+.3f}" for name, term in row["layers"].items())]
+                    if layers
+                    else []
+                ),
                 first_words(row["problem"]),
             ]
             for row in rows

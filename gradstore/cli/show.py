@@ -17,19 +17,22 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
-    for column in columns:
-        is_last = column == columns[-1]
+    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    console.print(title, style="bold", markup=False)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for i, column in enumerate(columns):
+        last = i == len(columns) - 1
+        width = None if last else max(len(column), *(len(row[i]) for row in rows), 0)
         table.add_column(
             column,
             justify="right" if column in right else "left",
             no_wrap=True,
             overflow="ellipsis",
-            ratio=1 if is_last and column not in right else None,
+            min_width=width,
         )
     for row in rows:
         table.add_row(*(cell.replace("[", r"\[") for cell in row))
-    Console(width=None if sys.stdout.isatty() else 140).print(table)
+    console.print(table)
 
 
 def say(text: str) -> None:
@@ -48,6 +51,13 @@ def progress(description: str, total: int | None) -> Iterator[Callable[[int], No
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task(description, total=total)
         yield lambda n: bar.advance(task, n)
+
+
+def short_layer(name: str) -> str:
+    """A layer's number and last name: `model.layers.3.self_attn.q_proj` is 3.q_proj."""
+    parts = [part for part in name.split(".") if part != "default"]
+    numbers = [part for part in parts if part.isdigit()]
+    return ".".join([*numbers[:1], parts[-1]])
 
 
 def first_words(prompt: str, n: int = 80) -> str:
