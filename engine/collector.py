@@ -73,11 +73,11 @@ def collect(
     check_fingerprint(store, sketcher)
     done = _rows_at(store, collection, step)
     if isinstance(groups, RolloutSource):
-        todo = [problem_id for problem_id in groups.problem_ids if problem_id not in done]
-        for group in groups.groups(todo):  # a fault in the last group is found before anything is computed or stored
+        missing = [problem_id for problem_id in groups.problem_ids if problem_id not in done]
+        for group in groups.groups(missing):  # a fault in the last group is found before anything is computed or stored
             sketcher.check(group)
         store.add_problems(collection, groups.records())
-        if not todo:
+        if not missing:
             return CollectReport(skipped=len(groups))
         groups = groups.groups()
     report, started = CollectReport(), time.monotonic()
