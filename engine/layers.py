@@ -64,11 +64,6 @@ def adapter_identity(model: nn.Module) -> dict | None:
     return active or None
 
 
-def vocabulary_size(model: nn.Module) -> int:
-    """Rows of the input embedding: token ids must be below it."""
-    return int(cast(Any, model).get_input_embeddings().num_embeddings)
-
-
 def _active_adapters(model: nn.Module) -> list[str]:
     """Names of the adapters in use: a property of PEFT's models, a method of transformers' own."""
     if not getattr(model, "peft_config", None):

@@ -1,14 +1,17 @@
-"""Sequences packed into padded micro-batches under a token budget.
+"""Sequences packed into padded micro-batches under a token budget, each prompt held once where that pays.
 
 Rollouts are the unit, not problems: a group larger than the budget is spread over several micro-batches and its
-problem's sketch is their sum. Padding is on the right, where a causal model cannot see it, so no mask is needed and
-a sequence's gradient does not depend on its neighbours.
+problem's sketch is their sum. A micro-batch is a grid of continuations: for every rollout the tokens that predict
+its response. Unshared, a continuation is the whole sequence but its last token. Shared, the prompts but their last
+tokens are a grid of their own, run once, and a continuation begins with its prompt's last token. Padding is on the
+right, where a causal model cannot see it, so that a sequence's gradient does not depend on its neighbours.
 
-Dimension letters: B sequences, T tokens, N response tokens of the micro-batch.
+Dimension letters: B sequences, Q prompts of the micro-batch, S prompt tokens, T tokens of a continuation,
+N response tokens of the longest response.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -23,10 +26,29 @@ class Rollout:
 
     problem: int
     """Position of its group in the window."""
-    token_ids: np.ndarray
-    n_prompt: int
+    index: int
+    """Its place among the group's rollouts."""
+    prompt_ids: np.ndarray
+    response_ids: np.ndarray
     weight: float
+    """Weight of each of its tokens in the objective."""
     behaviour: np.ndarray | None
+    """The behaviour policy's log-probabilities, float32 [response tokens]."""
+
+    def n_tokens(self, shared: bool) -> int:
+        """Width of its continuation."""
+        return len(self.response_ids) + (0 if shared else len(self.prompt_ids) - 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Prompts:
+    """The prompts of a shared micro-batch, without their last tokens."""
+
+    token_ids_QS: Tensor
+    length_Q: Tensor
+    problem_Q: Tensor
+    prompt_B: Tensor
+    """Which prompt each continuation follows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,26 +57,29 @@ class MicroBatch:
 
     token_ids_BT: Tensor
     problem_B: Tensor
-    """Which problem of the window each sequence belongs to."""
-    rows_N: Tensor
-    positions_N: Tensor
-    """Where the response tokens are predicted: logits[rows, positions] are theirs."""
-    targets_N: Tensor
-    weights_N: Tensor
-    behaviour_N: Tensor | None
+    """Which problem of the window each continuation belongs to."""
+    rollout_B: Tensor
+    """Which of the packed rollouts each continuation is."""
+    first_B: Tensor
+    """Where in its continuation the first response token is predicted; the others follow one by one."""
+    targets_BN: Tensor
+    weights_BN: Tensor
+    filled_BN: Tensor
+    """False where padded, where the weights are zero."""
+    behaviour_BN: Tensor | None
+    prompts: Prompts | None
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens computed, padding included."""
+        return self.token_ids_BT.numel() + (0 if self.prompts is None else self.prompts.token_ids_QS.numel())
 
     def to(self, device: torch.device) -> "MicroBatch":
-        def move(tensor: Tensor) -> Tensor:
-            return tensor.to(device, non_blocking=True)
-
-        return MicroBatch(
-            move(self.token_ids_BT),
-            move(self.problem_B),
-            move(self.rows_N),
-            move(self.positions_N),
-            move(self.targets_N),
-            move(self.weights_N),
-            None if self.behaviour_N is None else move(self.behaviour_N),
+        """The same on a device."""
+        return replace(
+            self,
+            **_moved(self, device),
+            prompts=None if self.prompts is None else replace(self.prompts, **_moved(self.prompts, device)),
         )
 
 
@@ -76,8 +101,9 @@ def rollouts_of(groups: Sequence[Group], weights: Sequence[np.ndarray], merge: b
         rollouts += [
             Rollout(
                 problem,
-                np.concatenate([group.prompt_ids, group.responses[j]]),
-                len(group.prompt_ids),
+                j,
+                group.prompt_ids,
+                group.responses[j],
                 float(total_G[j]),
                 None if group.logprobs is None else group.logprobs[j],
             )
@@ -86,29 +112,93 @@ def rollouts_of(groups: Sequence[Group], weights: Sequence[np.ndarray], merge: b
     return rollouts
 
 
-def pack(rollouts: Sequence[Rollout], token_budget: int) -> Iterator[MicroBatch]:
-    """Micro-batches of sequences of like length, at most token_budget tokens each with padding (or one sequence)."""
-    by_length = sorted(rollouts, key=lambda rollout: -len(rollout.token_ids))
-    start = 0
-    while start < len(by_length):
-        size = max(1, token_budget // len(by_length[start].token_ids))
-        yield _collate(by_length[start : start + size])
-        start += size
+def pays_to_share(rollouts: Sequence[Rollout], saving: float = 0.15) -> bool:
+    """Whether computing each prompt once spares at least this share of the tokens."""
+    prompts = {rollout.problem: len(rollout.prompt_ids) - 1 for rollout in rollouts}
+    unshared = sum(rollout.n_tokens(shared=False) for rollout in rollouts)
+    shared = sum(rollout.n_tokens(shared=True) for rollout in rollouts) + sum(prompts.values())
+    return min(prompts.values(), default=0) > 0 and shared < (1 - saving) * unshared
 
 
-def _collate(rollouts: Sequence[Rollout]) -> MicroBatch:
-    token_ids_BT = np.zeros((len(rollouts), max(len(rollout.token_ids) for rollout in rollouts)), np.int64)
-    lengths = []
-    for row, rollout in enumerate(rollouts):
-        token_ids_BT[row, : len(rollout.token_ids)] = rollout.token_ids
-        lengths.append(len(rollout.token_ids) - rollout.n_prompt)
+def pack(rollouts: Sequence[Rollout], token_budget: int, shared: bool) -> Iterator[MicroBatch]:
+    """Micro-batches of like lengths, at most token_budget tokens each with padding (or one rollout).
+
+    Unshared, rollouts are sorted by length. Shared, problems are sorted by the lengths of prompt and longest response,
+    and a problem's rollouts stay together where they fit.
+    """
+    longest: dict[int, int] = {}
+    for rollout in rollouts:
+        longest[rollout.problem] = max(longest.get(rollout.problem, 0), len(rollout.response_ids))
+
+    def order(item: tuple[int, Rollout]) -> tuple:
+        number, rollout = item
+        if shared:
+            return -len(rollout.prompt_ids), -longest[rollout.problem], rollout.problem, -len(rollout.response_ids)
+        return -rollout.n_tokens(shared=False), number
+
+    batch: list[tuple[int, Rollout]] = []
+    width = prompt_width = 0
+    prompts: set[int] = set()
+    for item in sorted(enumerate(rollouts), key=order):
+        rollout = item[1]
+        wider = max(width, rollout.n_tokens(shared))
+        prompt_wider = max(prompt_width, len(rollout.prompt_ids) - 1) if shared else 0
+        n_prompts = len(prompts | {rollout.problem})
+        if batch and wider * (len(batch) + 1) + prompt_wider * n_prompts > token_budget:
+            yield _collate(batch, shared)
+            batch, prompts = [], set()
+            wider, prompt_wider = rollout.n_tokens(shared), len(rollout.prompt_ids) - 1 if shared else 0
+        batch.append(item)
+        prompts.add(rollout.problem)
+        width, prompt_width = wider, prompt_wider
+    if batch:
+        yield _collate(batch, shared)
+
+
+def _collate(batch: Sequence[tuple[int, Rollout]], shared: bool) -> MicroBatch:
+    rollouts = [rollout for _, rollout in batch]
+    starts = [len(rollout.prompt_ids) - 1 if shared else 0 for rollout in rollouts]
+    continuations = [
+        np.concatenate([rollout.prompt_ids[start:], rollout.response_ids[:-1]])
+        for rollout, start in zip(rollouts, starts, strict=True)
+    ]
+    lengths = np.array([len(rollout.response_ids) for rollout in rollouts])
+    filled_BN = np.arange(lengths.max()) < lengths[:, None]
+    weights_BN = filled_BN * np.array([rollout.weight for rollout in rollouts])[:, None]
     behaviours = [rollout.behaviour for rollout in rollouts if rollout.behaviour is not None]
     return MicroBatch(
-        torch.from_numpy(token_ids_BT),
+        torch.from_numpy(_padded(continuations)),
         torch.tensor([rollout.problem for rollout in rollouts]),
-        torch.from_numpy(np.repeat(np.arange(len(rollouts)), lengths)),
-        torch.from_numpy(np.concatenate([np.arange(r.n_prompt - 1, len(r.token_ids) - 1) for r in rollouts])),
-        torch.from_numpy(np.concatenate([r.token_ids[r.n_prompt :] for r in rollouts])),
-        torch.from_numpy(np.repeat([r.weight for r in rollouts], lengths).astype(np.float32)),
-        torch.from_numpy(np.concatenate(behaviours).astype(np.float32)) if behaviours else None,
+        torch.tensor([number for number, _ in batch]),
+        torch.tensor([len(rollout.prompt_ids) - 1 - start for rollout, start in zip(rollouts, starts, strict=True)]),
+        torch.from_numpy(_padded([rollout.response_ids for rollout in rollouts])),
+        torch.from_numpy(weights_BN.astype(np.float32)),
+        torch.from_numpy(filled_BN),
+        torch.from_numpy(_padded(behaviours, np.float32)) if behaviours else None,
+        _prompts(rollouts) if shared else None,
     )
+
+
+def _prompts(rollouts: Sequence[Rollout]) -> Prompts:
+    first = {rollout.problem: rollout for rollout in reversed(rollouts)}
+    problems = list(dict.fromkeys(rollout.problem for rollout in rollouts))
+    place = {problem: i for i, problem in enumerate(problems)}
+    return Prompts(
+        torch.from_numpy(_padded([first[problem].prompt_ids[:-1] for problem in problems])),
+        torch.tensor([len(first[problem].prompt_ids) - 1 for problem in problems]),
+        torch.tensor(problems),
+        torch.tensor([place[rollout.problem] for rollout in rollouts]),
+    )
+
+
+def _padded(rows: Sequence[np.ndarray], dtype: type = np.int64) -> np.ndarray:
+    """Rows of different lengths as one array, zeros on the right."""
+    grid: np.ndarray = np.zeros((len(rows), max(len(row) for row in rows)), dtype)
+    for i, row in enumerate(rows):
+        grid[i, : len(row)] = row
+    return grid
+
+
+def _moved(batch: MicroBatch | Prompts, device: torch.device) -> dict[str, Tensor]:
+    fields = {name: getattr(batch, name) for name in batch.__dataclass_fields__}
+    return {name: value.to(device, non_blocking=True) for name, value in fields.items() if isinstance(value, Tensor)}

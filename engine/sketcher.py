@@ -1,26 +1,25 @@
 """Per-problem sketches of the policy gradient from one forward and one input-gradient backward.
 
-Hooks on the linear layers project what enters a layer (x R) during the forward and what comes back (g L) during the
-backward, and add sum_t (g_t L)^T (x_t R) to the sketch of the problem each sequence belongs to. Parameters are
-frozen, so no weight gradient is ever formed, and the lowest hooked layer's output is made a leaf, so nothing below it
-is back-propagated. Cost per token of a layer I -> O: 4 I O FLOPs plus 2 R (I + O + R), against 6 I O for training.
+What enters a linear layer is projected (x R) during the forward and what comes back (g L) during the backward, and
+sum_t (g_t L)^T (x_t R) is added to the sketch of the problem each sequence belongs to; no weight gradient is ever
+formed. Cost per token of a layer I -> O: 4 I O FLOPs plus 2 R (I + O + R), against 6 I O for training.
 
 Dimension letters: P problems, B sequences, T tokens, N response tokens, D sketch dimensions, R rank, I and O a
 layer's inputs and outputs.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from engine.layers import Layer, adapter_identity, find_layers, model_identity, vocabulary_size
-from engine.microbatch import MicroBatch, pack, rollouts_of
-from engine.objectives import Objective, importance_weights, objective, rollout_weights
+from engine.hooks import observed
+from engine.layers import adapter_identity, find_layers, model_identity
+from engine.microbatch import pack, pays_to_share, rollouts_of
+from engine.objectives import Objective, objective, rollout_weights
+from engine.passes import Policy
 from engine.projection import LayerBasis, basis_hash, random_bases
 from engine.rollouts.group import Group
 from gradstore.errors import RequestError
@@ -29,7 +28,7 @@ from gradstore.state import State
 
 @dataclass(frozen=True, slots=True)
 class SketchSpec:
-    """How gradients become sketches: everything of it enters the store's fingerprint but the token budget."""
+    """How gradients become sketches: everything of it that changes a sketch enters the store's fingerprint."""
 
     rank: int = 16
     """Width of each side of a layer's projection; a layer fills at most rank x rank dimensions."""
@@ -40,6 +39,8 @@ class SketchSpec:
     """Regular expressions choosing the linear layers; None: LoRA matrices if there are any, else all."""
     token_budget: int = 4096
     """Tokens of one micro-batch, padding included."""
+    share_prompts: bool = True
+    """Compute a prompt once for its rollouts where the model allows it exactly and it spares work."""
 
     @classmethod
     def of(cls, fingerprint: dict) -> "SketchSpec":
@@ -84,6 +85,7 @@ class Sketcher:
     def __init__(self, model: nn.Module, spec: SketchSpec | None = None) -> None:
         self.model = model
         self.spec = spec or SketchSpec()
+        self.policy = Policy(model)
         self._layers = find_layers(model, self.spec.modules)
         shapes = [(layer.name, layer.n_outputs, layer.n_inputs) for layer in self._layers]
         self.bases = random_bases(shapes, self.spec.rank, self.spec.seed)
@@ -138,25 +140,13 @@ class Sketcher:
         ]
         sums_PD = torch.zeros(len(groups), self.dim, dtype=torch.float32, device=self.device)
         rollouts = rollouts_of(groups, weights, merge=not self.spec.objective.importance)
-        with self._hooked() as hooks:
-            for batch in pack(rollouts, self.spec.token_budget):
-                batch = batch.to(self.device)
-                hooks.begin(sums_PD, batch)
-                self._backward(batch)
-        return _label(groups, sums_PD.cpu().numpy(), sum(len(rollout.token_ids) for rollout in rollouts))
-
-    def _backward(self, batch: MicroBatch) -> None:
-        """Back-propagates the weighted log-probability of the response tokens to the hooked layers."""
-        logits_BTV = self.model(input_ids=batch.token_ids_BT, use_cache=False).logits
-        logits_NV = logits_BTV[batch.rows_N, batch.positions_N].float() / self.spec.objective.temperature
-        logprobs_N = -nn.functional.cross_entropy(logits_NV, batch.targets_N, reduction="none")
-        weights_N = batch.weights_N
-        settings = self.spec.objective
-        if settings.importance and batch.behaviour_N is not None:
-            weights_N = importance_weights(
-                logprobs_N.detach(), batch.behaviour_N, weights_N, settings.clip_low, settings.clip_high
-            )
-        torch.dot(weights_N, logprobs_N).backward()
+        shared = self.policy.shares_prompts and self.spec.share_prompts and pays_to_share(rollouts)
+        projector = _Projector(self._sides, sums_PD)
+        with observed(self.model, self._layers, projector) as observation:
+            for batch in pack(rollouts, self.spec.token_budget, shared):
+                self.policy.backward(batch.to(self.device), self.spec.objective, observation)
+        n_tokens = sum(len(rollout.prompt_ids) + len(rollout.response_ids) for rollout in rollouts)
+        return _label(groups, sums_PD.cpu().numpy(), n_tokens)
 
     def check(self, group: Group) -> None:
         """RequestError where the model cannot run the group: see `sketch`."""
@@ -166,31 +156,12 @@ class Sketcher:
                 f"{name}: prompt and longest response have {group.n_tokens} tokens, "
                 f"the model's context is {self.context}"
             )
-        n_vocabulary = vocabulary_size(self.model)
+        n_vocabulary = self.policy.n_vocabulary
         largest = max(int(ids.max()) for ids in (group.prompt_ids, *group.responses) if len(ids))
         if largest >= n_vocabulary:
             raise RequestError(f"{name}: token id {largest} is outside the model's vocabulary of {n_vocabulary}")
         if self.spec.objective.importance and group.logprobs is None:
             raise RequestError(f"{name}: has no log-probabilities, which an importance-weighted objective needs")
-
-    @contextmanager
-    def _hooked(self) -> Iterator["_Hooks"]:
-        """Freezes the parameters, hooks the layers, switches dropout off; undoes all of it at the end."""
-        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        training = [module for module in self.model.modules() if module.training]
-        hooks = _Hooks(self._layers, self._sides)
-        try:
-            self.model.eval()
-            for parameter in trained:
-                parameter.requires_grad_(False)
-            with torch.enable_grad():
-                yield hooks
-        finally:
-            hooks.remove()
-            for parameter in trained:
-                parameter.requires_grad_(True)
-            for module in training:
-                module.training = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,38 +173,19 @@ class _Sides:
     right_IR: Tensor | None
 
 
-class _Hooks:
-    """Forward hooks of the layers, adding to the sums of the micro-batch begun last."""
+class _Projector:
+    """Adds each layer's projected gradient to the sums of the problems."""
 
-    def __init__(self, layers: Sequence[Layer], sides: Sequence[_Sides]) -> None:
-        self._handles = [
-            layer.module.register_forward_hook(partial(self._forward, side))
-            for layer, side in zip(layers, sides, strict=True)
-        ]
+    def __init__(self, sides: Sequence[_Sides], sums_PD: Tensor) -> None:
+        self._sides, self._sums_PD = sides, sums_PD
 
-    def begin(self, sums_PD: Tensor, batch: MicroBatch) -> None:
-        self._sums_PD, self._problem_B, self._shape_BT = sums_PD, batch.problem_B, batch.token_ids_BT.shape
+    def on_input(self, layer: int, x_BTI: Tensor) -> Tensor:
+        return _project(x_BTI, self._sides[layer].right_IR)
 
-    def remove(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    def _forward(self, side: _Sides, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        if inputs[0].shape[:-1] != self._shape_BT:
-            raise RequestError(
-                f"layer {side.basis.name} sees inputs of shape {tuple(inputs[0].shape)} instead of one row per token "
-                f"{tuple(self._shape_BT)}; leave it out with `modules`"
-            )
-        right_BTR = _project(inputs[0].detach(), side.right_IR)
-        if not output.requires_grad:  # the lowest layer: nothing below it is back-propagated
-            output.requires_grad_(True)
-        output.register_hook(partial(self._backward, side, right_BTR))
-
-    def _backward(self, side: _Sides, right_BTR: Tensor, grad_BTO: Tensor) -> None:
-        left_BTR = _project(grad_BTO, side.left_OR)
-        products_BRR = torch.bmm(left_BTR.transpose(1, 2), right_BTR)
-        start, stop = side.basis.start, side.basis.stop
-        self._sums_PD[:, start:stop].index_add_(0, self._problem_B, products_BRR.flatten(1))
+    def on_gradient(self, layer: int, kept: Tensor, grad_BTO: Tensor, problem_B: Tensor) -> None:
+        side = self._sides[layer]
+        products_BRR = torch.bmm(_project(grad_BTO, side.left_OR).transpose(1, 2), kept)
+        self._sums_PD[:, side.basis.start : side.basis.stop].index_add_(0, problem_B, products_BRR.flatten(1))
 
 
 def _project(x_BTW: Tensor, side_WR: Tensor | None) -> Tensor:

@@ -141,6 +141,53 @@ def test_batching_order_and_padding_do_not_matter(make_model, make_groups, archi
         assert relative_error(batch.sketches, whole.sketches[order]) < 1e-5
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_shared_prompts_change_nothing(make_model, make_groups, architecture: str) -> None:
+    """A prompt computed once for its rollouts must give the gradient of computing it for each."""
+    model, groups = make_model(architecture), make_groups(6)
+    plain = Sketcher(model, SketchSpec(rank=6, share_prompts=False)).sketch(groups)
+    for token_budget in (1, 40, 1000):
+        sketcher = Sketcher(model, SketchSpec(rank=6, token_budget=token_budget))
+        assert sketcher.policy.shares_prompts
+        assert not sketcher.policy.fallbacks
+        assert relative_error(sketcher.sketch(groups).sketches, plain.sketches) < 1e-5
+
+
+def test_logits_a_chunk_at_a_time(make_model, make_groups, monkeypatch) -> None:
+    """With 150,000 tokens in the vocabulary the logits of a whole micro-batch do not fit in memory."""
+    model, groups = make_model("llama"), make_groups(6)
+    whole = Sketcher(model, SketchSpec(rank=6)).sketch(groups)
+    widest = []
+    head = model.get_output_embeddings()
+    monkeypatch.setattr("engine.passes.LOGIT_BYTES", 4 * 61 * 40)
+    sketcher = Sketcher(model, SketchSpec(rank=6))
+    handle = head.register_forward_hook(
+        lambda _module, _inputs, output: widest.append(output.shape[0] * output.shape[1])
+    )
+    chunked = sketcher.sketch(groups)
+    handle.remove()
+    assert max(widest) <= 40
+    assert relative_error(chunked.sketches, whole.sketches) < 1e-5
+
+
+def test_a_model_that_caps_its_logits_falls_back_aloud(make_model, make_groups, caplog) -> None:
+    """Where a shortcut is not exact the plain forward must serve, and say so."""
+    model, groups = make_model("qwen2"), make_groups(3)
+
+    class Capped(type(model)):
+        def forward(self, *arguments, **named):
+            output = super().forward(*arguments, **named)
+            output.logits = 5 * torch.tanh(output.logits / 5)
+            return output
+
+    model.__class__ = Capped
+    sketcher = Sketcher(model, SketchSpec(rank=6))
+    assert not sketcher.policy.shares_prompts
+    assert "not exact" in caplog.text
+    for group, found in zip(groups, sketcher.sketch(groups).sketches, strict=True):
+        assert relative_error(found, slow_sketch(model, sketcher, group, objective("gradalign"))) < 1e-5
+
+
 def test_rollouts_in_any_order(make_model, make_groups) -> None:
     """The order of a problem's rollouts carries no meaning."""
     model, (group,) = make_model("qwen2"), make_groups(1, n_rollouts=6)

@@ -1,0 +1,208 @@
+"""One pass of a micro-batch through a policy: log-probabilities of the responses, and their weighted gradient.
+
+A prompt is run once and its key-value cache expanded to its rollouts, the gradient flowing back through the cache.
+The output layer sees response positions only, a chunk at a time, so that the logits of a whole batch never exist:
+each chunk is back-propagated to the hidden states at once, and those to the rest of the model together.
+
+Both shortcuts must be exact. They are compared with the model's plain forward the first time a policy is used; where
+they are not (logits capped after the output layer, a cache without gradients or of another kind), the plain forward
+serves and a warning says so.
+
+Dimension letters: B sequences, Q prompts, S prompt tokens, T tokens of a continuation, N response tokens, H hidden,
+V vocabulary.
+"""
+
+import logging
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from engine.hooks import Observation
+from engine.microbatch import MicroBatch, Prompts
+from engine.objectives import Objective, importance_weights
+
+log = logging.getLogger(__name__)
+
+LOGIT_BYTES = 1 << 28
+"""Float32 logits held at once."""
+
+_TOLERANCE = 1e-3
+"""Largest difference of a log-probability, relative to 1 + its size, at which a shortcut counts as exact."""
+
+
+_SHARING = "prompts computed once"
+
+
+class Policy:
+    """A causal LM as backbone and output layer, with the shortcuts that are exact for it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        base = cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
+        self.model = model
+        self._backbone = cast(Any, base).base_model
+        self._head = cast(Any, base).get_output_embeddings()
+        self.n_vocabulary = int(cast(Any, base).get_input_embeddings().num_embeddings)
+        self.fallbacks: list[str] = []
+        """Shortcuts that are not exact for this model, and why."""
+        self._split = self._is_exact("the output layer on response positions alone", self._hidden_then_head)
+        self.shares_prompts = self._split and self._attends_fully(base) and self._is_exact(_SHARING, self._cached)
+
+    def logprobs(self, batch: MicroBatch, temperature: float = 1.0) -> Tensor:
+        """Log-probability of each response token, float32 [B, N], zero where padded; nothing is back-propagated."""
+        with torch.no_grad():
+            found_BN = torch.zeros_like(batch.weights_BN)
+            hidden_BTH = self._hidden(batch, None) if self._split else None
+            for rows in self._chunks(batch):
+                found_BN[rows] = self._logprobs(batch, rows, self._grid(batch, hidden_BTH, rows), temperature)
+        return torch.where(batch.filled_BN, found_BN, 0.0)
+
+    def backward(self, batch: MicroBatch, objective: Objective, observation: Observation) -> None:
+        """Back-propagate the weighted log-probabilities of the responses to the observed layers."""
+        if not self._split:
+            observation.of(batch.problem_B)
+            logits_BTV = self.model(input_ids=batch.token_ids_BT, use_cache=False).logits
+            logprobs_BN = _gather(_at_responses(batch, logits_BTV), batch.targets_BN, objective.temperature)
+            (logprobs_BN * _weights(batch, slice(None), logprobs_BN, objective)).sum().backward()
+            return
+        grid_BNH = _at_responses(batch, self._hidden(batch, observation))
+        leaf_BNH = grid_BNH.detach().requires_grad_()
+        for rows in self._chunks(batch):
+            observation.of(batch.problem_B[rows])
+            logprobs_BN = self._logprobs(batch, rows, leaf_BNH[rows], objective.temperature)
+            (logprobs_BN * _weights(batch, rows, logprobs_BN, objective)).sum().backward()
+        if grid_BNH.requires_grad:
+            grid_BNH.backward(leaf_BNH.grad)
+
+    def _hidden(self, batch: MicroBatch, observation: Observation | None) -> Tensor:
+        """Hidden states of the continuations, [B, T, H]."""
+        cache = mask_BK = positions_BT = None
+        if batch.prompts is not None:
+            if observation:
+                observation.of(batch.prompts.problem_Q)
+            cache, mask_BK, positions_BT = self._run_prompts(batch, batch.prompts)
+        if observation:
+            observation.of(batch.problem_B)
+        return self._backbone(
+            input_ids=batch.token_ids_BT,
+            attention_mask=mask_BK,
+            position_ids=positions_BT,
+            past_key_values=cache,
+            use_cache=cache is not None,
+        )[0]
+
+    def _run_prompts(self, batch: MicroBatch, prompts: Prompts) -> tuple[DynamicCache, Tensor, Tensor]:
+        """The prompts' cache expanded to the continuations, which keys each may see, and its positions."""
+        filled = DynamicCache()
+        self._backbone(input_ids=prompts.token_ids_QS, past_key_values=filled, use_cache=True)
+        cache = DynamicCache()
+        for number, layer in enumerate(cast(Any, filled).layers):
+            cache.update(layer.keys[prompts.prompt_B], layer.values[prompts.prompt_B], number)
+        n_prompt, n_own = prompts.token_ids_QS.shape[1], batch.token_ids_BT.shape[1]
+        device = batch.token_ids_BT.device
+        length_B = prompts.length_Q[prompts.prompt_B]
+        mask_BK = torch.ones(len(length_B), n_prompt + n_own, dtype=torch.long, device=device)
+        mask_BK[:, :n_prompt] = torch.arange(n_prompt, device=device) < length_B[:, None]
+        return cache, mask_BK, length_B[:, None] + torch.arange(n_own, device=device)
+
+    def _chunks(self, batch: MicroBatch) -> list[slice]:
+        """Sequences whose logits are formed at once."""
+        n_rows, n_tokens = batch.weights_BN.shape
+        size = max(1, LOGIT_BYTES // (4 * n_tokens * self.n_vocabulary)) if self._split else n_rows
+        return [slice(start, start + size) for start in range(0, n_rows, size)]
+
+    def _grid(self, batch: MicroBatch, hidden_BTH: Tensor | None, rows: slice) -> Tensor | None:
+        return None if hidden_BTH is None else _at_responses(batch, hidden_BTH)[rows]
+
+    def _logprobs(self, batch: MicroBatch, rows: slice, grid_BNH: Tensor | None, temperature: float) -> Tensor:
+        if grid_BNH is None:
+            logits_BTV = self.model(input_ids=batch.token_ids_BT, use_cache=False).logits
+            return _gather(_at_responses(batch, logits_BTV), batch.targets_BN, temperature)
+        return _gather(self._head(grid_BNH), batch.targets_BN[rows], temperature)
+
+    def _attends_fully(self, base: nn.Module) -> bool:
+        """Whether every layer sees every token: a window counted in cache slots would count the padding too."""
+        kinds = set(getattr(cast(Any, base).config, "layer_types", None) or ["full_attention"])
+        if kinds != {"full_attention"}:
+            self._fall_back(_SHARING, f"it has {', '.join(sorted(kinds))} layers")
+        return kinds == {"full_attention"}
+
+    def _fall_back(self, what: str, reason: str) -> None:
+        self.fallbacks.append(f"{what}: {reason}")
+        log.warning("%s: not exact for %s (%s); the plain forward serves", what, type(self.model).__name__, reason)
+
+    def _is_exact(self, what: str, shortcut: Callable[[Tensor], Tensor]) -> bool:
+        """Whether a shortcut gives the plain forward's log-probabilities on a few fixed sequences."""
+        device = next(self.model.parameters()).device
+        token_ids_BT = (torch.arange(24, device=device).reshape(2, 12) * 7 + 3) % self.n_vocabulary
+        training = [module for module in self.model.modules() if module.training]
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                plain = self.model(input_ids=token_ids_BT, use_cache=False).logits[:, 6:].float().log_softmax(-1)
+                found = shortcut(token_ids_BT).float().log_softmax(-1)
+            error = ((found - plain).abs() / (1 + plain.abs())).max().item()
+            reason = f"log-probabilities differ by {error:.1e}"
+            exact = error <= _TOLERANCE * (1 if plain.dtype == torch.float32 and _is_fp32(self.model) else 30)
+        except (TypeError, ValueError, RuntimeError, AttributeError, NotImplementedError, IndexError) as problem:
+            exact, reason = False, f"{type(problem).__name__}: {problem}"
+        finally:
+            for module in training:
+                module.training = True
+        if not exact:
+            self._fall_back(what, reason)
+        return exact
+
+    def _hidden_then_head(self, token_ids_BT: Tensor) -> Tensor:
+        return self._head(self._backbone(input_ids=token_ids_BT, use_cache=False)[0])[:, 6:]
+
+    def _cached(self, token_ids_BT: Tensor) -> Tensor:
+        """The last six logits of each sequence, one prompt being padded and both followed by two continuations."""
+        device = token_ids_BT.device
+        prompts = Prompts(
+            torch.cat([token_ids_BT[:, :6], torch.zeros_like(token_ids_BT[:, :2])], 1),
+            torch.tensor([6, 6], device=device),
+            torch.arange(2, device=device),
+            torch.tensor([0, 1, 1, 0], device=device),
+        )
+        twice = token_ids_BT[prompts.prompt_B][:, 6:]
+        batch = MicroBatch(
+            twice,
+            prompts.prompt_B,
+            prompts.prompt_B,
+            prompts.prompt_B * 0,
+            twice,
+            twice.float(),
+            twice > 0,
+            None,
+            prompts,
+        )
+        return self._head(self._hidden(batch, None))[:2]
+
+
+def _at_responses(batch: MicroBatch, x_BTW: Tensor) -> Tensor:
+    """The entries that predict the response tokens, [B, N, W]; padding repeats the last position."""
+    n_BN = batch.first_B[:, None] + torch.arange(batch.targets_BN.shape[1], device=x_BTW.device)
+    n_BN = n_BN.clamp(max=x_BTW.shape[1] - 1)
+    return x_BTW.gather(1, n_BN[..., None].expand(-1, -1, x_BTW.shape[2]))
+
+
+def _gather(logits_BNV: Tensor, targets_BN: Tensor, temperature: float) -> Tensor:
+    logits_BNV = logits_BNV.float() / temperature if temperature != 1.0 else logits_BNV.float()
+    chosen_BN = logits_BNV.gather(2, targets_BN[..., None])[..., 0]
+    return chosen_BN - logits_BNV.logsumexp(-1)
+
+
+def _weights(batch: MicroBatch, rows: slice, logprobs_BN: Tensor, objective: Objective) -> Tensor:
+    weights_BN = batch.weights_BN[rows]
+    if not objective.importance or batch.behaviour_BN is None:
+        return weights_BN
+    return importance_weights(
+        logprobs_BN.detach(), batch.behaviour_BN[rows], weights_BN, objective.clip_low, objective.clip_high
+    )
+
+
+def _is_fp32(model: nn.Module) -> bool:
+    return next(model.parameters()).dtype == torch.float32
