@@ -22,6 +22,8 @@ LOCK = "LOCK"
 IN_USE = "IN-USE"
 COLLECTIONS = "collections"
 PROBLEMS = "problems"
+INDEXES = "indexes"
+"""Folder of a collection for what is derived from its rows and can be made again; not part of the format."""
 ZARR = "zarr.json"
 
 CHUNK_BYTES = 8 << 20

@@ -15,6 +15,7 @@ from gradstore.errors import GradstoreError
 from gradstore.header import Header, read_header
 from gradstore.layout import (
     COLLECTIONS,
+    INDEXES,
     LOCK,
     MANIFEST,
     PROBLEMS,
@@ -202,7 +203,7 @@ class _Checker:
 
     def _strangers(self, folder: Path, manifest: Manifest) -> None:
         """Files that the store does not know, for a person to look at."""
-        known = {MANIFEST, LOCK, ZARR, *map(generation_name, generations(folder))}
+        known = {MANIFEST, LOCK, ZARR, INDEXES, *map(generation_name, generations(folder))}
         strange = [path for path in sorted(folder.iterdir()) if path.name not in known]
         parts = {part.file for part in manifest.parts}
         problems = folder / manifest.folder / PROBLEMS

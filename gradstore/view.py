@@ -49,6 +49,16 @@ class View:
         return self._snapshot.manifest.commit
 
     @property
+    def generation(self) -> int:
+        """Number of the files this view reads; rows of one generation never change."""
+        return self._snapshot.manifest.generation
+
+    @property
+    def row_numbers(self) -> np.ndarray:
+        """Row of the generation that each problem's row is, int64 [N]."""
+        return self._row_N
+
+    @property
     def dim(self) -> int:
         return self._snapshot.header.dim
 
