@@ -15,11 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from engine.hooks import observed
-from engine.layers import adapter_identity, find_layers, model_identity
-from engine.microbatch import pack, pays_to_share, rollouts_of
-from engine.objectives import Objective, objective, rollout_weights
-from engine.passes import Policy
+from engine.gradient_pass import GradientPass
+from engine.layers import adapter_identity, model_identity
+from engine.objectives import Objective, objective
 from engine.projection import LayerBasis, basis_hash, random_bases
 from engine.rollouts.group import Group
 from gradstore.errors import RequestError
@@ -85,23 +83,17 @@ class Sketcher:
     def __init__(self, model: nn.Module, spec: SketchSpec | None = None) -> None:
         self.model = model
         self.spec = spec or SketchSpec()
-        self.policy = Policy(model)
-        self._layers = find_layers(model, self.spec.modules)
+        self.gradients = GradientPass(model, self.spec)
+        self.policy, self.device = self.gradients.policy, self.gradients.device
+        self._layers = self.gradients.layers
         shapes = [(layer.name, layer.n_outputs, layer.n_inputs) for layer in self._layers]
         self.bases = random_bases(shapes, self.spec.rank, self.spec.seed)
-        self.device = next(model.parameters()).device
         self._sides = [_sides_on(self.device, basis) for basis in self.bases]
 
     @property
     def dim(self) -> int:
         """Dimensions of a sketch."""
         return self.bases[-1].stop
-
-    @property
-    def context(self) -> int | None:
-        """Longest sequence the model takes; None when its configuration does not say."""
-        config = getattr(self.model, "config", None)
-        return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
 
     @property
     def fingerprint(self) -> dict:
@@ -130,38 +122,13 @@ class Sketcher:
         context, a token id outside the vocabulary, or missing log-probabilities under an importance-weighted
         objective.
         """
-        for group in groups:
-            self.check(group)
-        weights = [
-            rollout_weights(
-                group.rewards, np.array([len(response) for response in group.responses]), self.spec.objective
-            )
-            for group in groups
-        ]
         sums_PD = torch.zeros(len(groups), self.dim, dtype=torch.float32, device=self.device)
-        rollouts = rollouts_of(groups, weights, merge=not self.spec.objective.importance)
-        shared = self.policy.shares_prompts and self.spec.share_prompts and pays_to_share(rollouts)
-        projector = _Projector(self._sides, sums_PD)
-        with observed(self.model, self._layers, projector) as observation:
-            for batch in pack(rollouts, self.spec.token_budget, shared):
-                self.policy.backward(batch.to(self.device), self.spec.objective, observation)
-        n_tokens = sum(len(rollout.prompt_ids) + len(rollout.response_ids) for rollout in rollouts)
+        n_tokens = self.gradients.run(groups, _Projector(self._sides, sums_PD))
         return _label(groups, sums_PD.cpu().numpy(), n_tokens)
 
     def check(self, group: Group) -> None:
         """RequestError where the model cannot run the group: see `sketch`."""
-        name = f"problem {group.problem_id!r}"
-        if self.context and group.n_tokens > self.context:
-            raise RequestError(
-                f"{name}: prompt and longest response have {group.n_tokens} tokens, "
-                f"the model's context is {self.context}"
-            )
-        n_vocabulary = self.policy.n_vocabulary
-        largest = max(int(ids.max()) for ids in (group.prompt_ids, *group.responses) if len(ids))
-        if largest >= n_vocabulary:
-            raise RequestError(f"{name}: token id {largest} is outside the model's vocabulary of {n_vocabulary}")
-        if self.spec.objective.importance and group.logprobs is None:
-            raise RequestError(f"{name}: has no log-probabilities, which an importance-weighted objective needs")
+        self.gradients.check(group)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,76 @@
+"""Groups of rollouts through a model once, with an observer seeing each layer's inputs and output gradients.
+
+What every gradient measurement shares: which layers, which weights, which micro-batches, which checks. What is kept of
+the gradients (a projection, dot products, the gradients themselves) is the observer's business.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from torch import nn
+
+from engine.hooks import Observer, observed
+from engine.layers import find_layers
+from engine.microbatch import pack, pays_to_share, rollouts_of
+from engine.objectives import rollout_weights
+from engine.passes import Policy
+from engine.rollouts.group import Group
+from gradstore.errors import RequestError
+
+if TYPE_CHECKING:
+    from engine.sketcher import SketchSpec
+
+
+class GradientPass:
+    """Runs groups through the model as it is now; the model is left as it was found."""
+
+    def __init__(self, model: nn.Module, spec: "SketchSpec") -> None:
+        self.model = model
+        self.spec = spec
+        self.policy = Policy(model)
+        self.layers = find_layers(model, spec.modules)
+        self.device = next(model.parameters()).device
+
+    @property
+    def context(self) -> int | None:
+        """Longest sequence the model takes; None when its configuration does not say."""
+        config = getattr(self.model, "config", None)
+        return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+
+    def check(self, group: Group) -> None:
+        """RequestError for a sequence longer than the model's context, a token id outside the vocabulary, or missing
+        log-probabilities under an importance-weighted objective."""
+        name = f"problem {group.problem_id!r}"
+        if self.context and group.n_tokens > self.context:
+            raise RequestError(
+                f"{name}: prompt and longest response have {group.n_tokens} tokens, "
+                f"the model's context is {self.context}"
+            )
+        n_vocabulary = self.policy.n_vocabulary
+        largest = max(int(ids.max()) for ids in (group.prompt_ids, *group.responses) if len(ids))
+        if largest >= n_vocabulary:
+            raise RequestError(f"{name}: token id {largest} is outside the model's vocabulary of {n_vocabulary}")
+        if self.spec.objective.importance and group.logprobs is None:
+            raise RequestError(f"{name}: has no log-probabilities, which an importance-weighted objective needs")
+
+    def run(self, groups: Sequence[Group], observer: Observer) -> int:
+        """Back-propagate each group's objective; the observer's problems are positions in `groups`.
+
+        Returns the tokens that went through the model, padding and responses sampled before not counted. Groups whose
+        rewards are all equal are not run. RequestError as in `check`.
+        """
+        for group in groups:
+            self.check(group)
+        weights = [
+            rollout_weights(
+                group.rewards, np.array([len(response) for response in group.responses]), self.spec.objective
+            )
+            for group in groups
+        ]
+        rollouts = rollouts_of(groups, weights, merge=not self.spec.objective.importance)
+        shared = self.policy.shares_prompts and self.spec.share_prompts and pays_to_share(rollouts)
+        with observed(self.model, self.layers, observer) as observation:
+            for batch in pack(rollouts, self.spec.token_budget, shared):
+                self.policy.backward(batch.to(self.device), self.spec.objective, observation)
+        return sum(len(rollout.prompt_ids) + len(rollout.response_ids) for rollout in rollouts)
