@@ -1,0 +1,149 @@
+"""A direction in parameter space: where the whole gradient of a benchmark points, for probes to step along.
+
+Unlike a sketched target it covers every parameter that trains, embeddings, norms and biases too, and is as large as
+they are. It costs one ordinary backward over the benchmark's rollouts.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from engine.hooks import Observation
+from engine.microbatch import MicroBatch, Rollout, pack, pays_to_share, rollouts_of
+from engine.objectives import Objective, objective, rollout_weights
+from engine.rollouts.group import Group
+from engine.sharding import inner, largest, n_shards, reshard, total
+from gradstore.errors import RequestError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from engine.gradient_pass import GradientPass
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Direction:
+    """An ascent direction: one tensor for each parameter that trains."""
+
+    tensors: Mapping[str, Tensor]
+    """Parameter name -> float32 (float64 for a float64 parameter), shaped and sharded as the parameter."""
+    norm: float
+    """Euclidean norm over all parameters and ranks."""
+    n_problems: int
+    """Problems it is the mean over, those without signal counted; 0 when it was made elsewhere."""
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor], n_problems: int = 0) -> "Direction":
+        """From tensors by parameter name; RequestError when they are not finite or all zero."""
+        squares = sum(inner(tensor, tensor) for tensor in tensors.values())
+        if not math.isfinite(squares):
+            bad = next((n for n, t in tensors.items() if not math.isfinite(inner(t, t))), "their sum")
+            raise RequestError(f"the direction is not finite: {bad}; check the model's weights and the rewards")
+        if squares == 0:
+            raise RequestError("the direction is zero: no validation problem has rewards that differ")
+        return cls(dict(tensors), math.sqrt(squares), n_problems)
+
+    def dot(self, other: Mapping[str, Tensor]) -> float:
+        """Inner product with tensors by the same names; names that are missing count as zero."""
+        return sum(inner(tensor, other[name]) for name, tensor in self.tensors.items() if name in other)
+
+
+def validation_gradient(
+    model: nn.Module,
+    groups: Sequence[Group],
+    settings: Objective | None = None,
+    *,
+    token_budget: int = 4096,
+) -> Direction:
+    """Mean over the groups of the gradient of their objective (ascent), with respect to every parameter that trains.
+
+    settings: default the preset `gradalign`. Groups without signal count as zero, as in `engine.target`. The model's
+    own gradients and flags are left as they were. Under FSDP2 each rank brings its own groups, the mean is over those
+    of all ranks and the tensors stay sharded. RequestError when nothing trains, when no group has signal, or for a
+    group that the model cannot run.
+    """
+    from engine.gradient_pass import GradientPass
+    from engine.sketcher import SketchSpec
+
+    spec = SketchSpec(objective=settings or objective("gradalign"), token_budget=token_budget)
+    runner = GradientPass(model, spec)
+    n_problems = int(total(model, [len(groups)])[0])
+    sums = summed_gradient(runner, groups)
+    return Direction.of({name: tensor.div_(max(n_problems, 1)) for name, tensor in sums.items()}, n_problems)
+
+
+def summed_gradient(runner: "GradientPass", groups: Sequence[Group]) -> dict[str, Tensor]:
+    """Sum of the groups' gradients, over all ranks, by the name of each parameter that trains."""
+    model, policy, spec = runner.model, runner.policy, runner.spec
+    for group in groups:
+        runner.check(group)
+    weights = [rollout_weights(g.rewards, np.array([len(r) for r in g.responses]), spec.objective) for g in groups]
+    rollouts = rollouts_of(groups, weights, merge=not spec.objective.importance)
+    shared = policy.shares_prompts and spec.share_prompts and pays_to_share(rollouts)
+    batches = list(pack(rollouts, spec.token_budget, shared))
+    batches += [idle_batch()] * (largest(model, len(batches)) - len(batches))
+    scale = n_shards(model)
+    sums: dict[str, Tensor] = {}
+    with _own_gradients(model) as trained, torch.enable_grad():
+        unseen = Observation([], _Nothing())
+        for batch in batches:
+            policy.backward(batch.to(runner.device), spec.objective, unseen)
+            reshard(model)
+            for name, parameter in trained.items():
+                if parameter.grad is None:
+                    continue
+                gradient = parameter.grad if parameter.grad.itemsize >= 4 else parameter.grad.float()
+                parameter.grad = None
+                sums[name] = gradient if name not in sums else sums[name].add_(gradient)
+    return {name: tensor.mul_(scale) if scale > 1 else tensor for name, tensor in sums.items()}
+
+
+def idle_batch() -> MicroBatch:
+    """A micro-batch that changes nothing: one token with weight zero, for a rank that waits for others."""
+    token = np.zeros(1, np.int64)
+    return next(iter(pack([Rollout(0, 0, token, token, 0.0, None)], 1, shared=False)))
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> "Iterator[None]":
+    """Evaluation mode for the duration."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def _own_gradients(model: nn.Module) -> "Iterator[dict[str, nn.Parameter]]":
+    """The parameters that train, with empty gradients for the duration; then the gradients they had."""
+    reshard(model)
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if not trained:
+        raise RequestError("no parameter of the model trains: set requires_grad on those that do")
+    before = {name: parameter.grad for name, parameter in trained.items()}
+    try:
+        for parameter in trained.values():
+            parameter.grad = None
+        with evaluating(model):
+            yield trained
+    finally:
+        reshard(model)
+        for name, parameter in trained.items():
+            parameter.grad = before[name]
+
+
+class _Nothing:
+    """Observes no layer."""
+
+    def on_input(self, layer: int, x_BTI: Tensor) -> None: ...
+
+    def on_gradient(self, layer: int, kept: object, grad_BTO: Tensor, problem_B: Tensor) -> None: ...

@@ -1,0 +1,361 @@
+"""Probe mode: how far each rollout's log-probability moves along a direction, from forward passes alone.
+
+With V the validation gradient, a problem's alignment is a covariance over its rollouts: <g_i, V> = mean_j A_ij d_ij,
+d_ij the derivative along V of rollout j's log-probability. d_ij is a finite difference: two more forwards over the
+rollouts (one, if the log-probabilities at theta are known), no backward, nothing hooked; every parameter counts, and
+any model serves that gives log-probabilities. The d_ij are kept, so that each dot has a standard error, a t statistic
+and a p-value, and a corrected reward is rescored at once. Formulas: docs/methods.md.
+
+The step is measured, not guessed: see `Probe.calibrate`.
+
+Dimension letters: P problems, G rollouts of one problem, N response tokens.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+
+import numpy as np
+import torch
+from torch import nn
+
+from engine import probe_statistics
+from engine.calibration import Calibration, best_step
+from engine.directions import Direction, evaluating, idle_batch, summed_gradient
+from engine.displacement import LowRankBranch, Move, displaced
+from engine.gradient_pass import GradientPass
+from engine.microbatch import Rollout, pack, pays_to_share
+from engine.objectives import Objective, importance_weights, objective, rollout_weights
+from engine.probe_batch import ProbeBatch
+from engine.rollouts.group import Group
+from engine.sharding import largest, n_shards, reshard, total
+from engine.sketcher import SketchSpec
+from gradstore.errors import RequestError
+
+log = logging.getLogger(__name__)
+
+FIRST_STEP = 0.02
+"""Root mean square move of a token's log-probability, in nats, that calibration starts from."""
+LARGEST_STEP = 0.1
+"""Nats a token that no step exceeds."""
+BASE_TOLERANCE = 0.05
+"""Nats a token by which given log-probabilities may differ from the model's own."""
+CHECK_TOLERANCE = 0.02
+"""Relative error against exact dots above which a warning is logged."""
+
+TokenLogprobs = Sequence[Sequence[np.ndarray]]
+"""Log-probability of each response token, by group and rollout."""
+
+
+class Probe:
+    """Probes groups of rollouts along a direction, with the model as it is now; it is left as it was found."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        direction: Direction,
+        settings: Objective | None = None,
+        *,
+        eps: float | None = None,
+        rank: int | None = None,
+        n_check: int = 4,
+        token_budget: int = 4096,
+        share_prompts: bool = True,
+    ) -> None:
+        """settings: the objective, default the preset `gradalign`. eps: the step, default calibrated on the first
+        groups. rank: move along the direction cut to this rank, as a branch beside each layer, and leave the weights
+        alone (see `LowRankBranch`); needed for weights coarser than float32. n_check: problems that the step is
+        measured on and that are checked against exact dots. token_budget: tokens of a micro-batch, with padding.
+
+        Under FSDP2 every rank makes one and calls its methods together, each with its own groups.
+        RequestError for settings that cannot be; for a direction of another model when it is used.
+        """
+        if eps is not None and not (np.isfinite(eps) and eps > 0):
+            raise RequestError(f"eps is {eps}, expected a finite number above 0")
+        if n_check < 1:
+            raise RequestError(f"n_check is {n_check}, expected at least 1")
+        self.model, self.direction, self.n_check = model, direction, n_check
+        self.settings = settings or objective("gradalign")
+        spec = SketchSpec(objective=self.settings, token_budget=token_budget, share_prompts=share_prompts)
+        self._pass = GradientPass(model, spec)
+        self._eps = eps
+        self._branch = None if rank is None else LowRankBranch(model, direction, rank)
+        self._knows_base = False
+        self.calibration: Calibration | None = None
+        """What the step was chosen by; None before the first use."""
+
+    def probe(
+        self, groups: Sequence[Group], base_logprobs: TokenLogprobs | None = None, *, run_all: bool = False
+    ) -> ProbeBatch:
+        """Derivatives and their statistics, in the order of the groups. Arguments and errors as in `derivatives`."""
+        derivatives = self.derivatives(groups, base_logprobs, run_all=run_all)
+        return ProbeBatch.of(groups, derivatives, self.settings, self.calibration)
+
+    def derivatives(
+        self, groups: Sequence[Group], base_logprobs: TokenLogprobs | None = None, *, run_all: bool = False
+    ) -> list[np.ndarray]:
+        """d_ij of every rollout, float64 [G] for each group, such that <g_i, V> = mean_j A_ij d_ij exactly.
+
+        d_ij is the derivative along V of the rollout's log-probability as the objective's aggregation weights it: the
+        mean over its tokens (`seq-mean-token-mean`), their sum (`seq-mean-token-sum`), or the sum over the mean
+        length of the group's responses (`token-mean`). With importance weights each token counts ratio times, and not
+        at all where PPO's surrogate is flat.
+
+        base_logprobs: log-probabilities of the response tokens under the model as it is now (from the rollouts, if
+        this policy made them at the objective's temperature); then one forward is run instead of two. run_all: run
+        groups with equal rewards too, for rewards that may be corrected later; else theirs are nan. The first call
+        calibrates the step. RequestError for a group that the model cannot run, or base log-probabilities of other
+        shapes or of another policy.
+        """
+        self._check(groups, base_logprobs)
+        calibration = self.calibration
+        if calibration is None or (base_logprobs is not None and not self._knows_base):
+            calibration = self.calibrate(groups, base_logprobs)
+        run = np.array([run_all or group.has_signal for group in groups], dtype=bool)
+        chosen = [group for group, runs in zip(groups, run, strict=True) if runs]
+        with self._moving() as move:
+            if base_logprobs is None:
+                eps = calibration.central
+                move(eps)
+                above = self._logprobs(chosen)
+                move(-eps)
+                below = self._logprobs(chosen)
+                middle = [[(a + b) / 2 for a, b in zip(*pair, strict=True)] for pair in zip(above, below, strict=True)]
+                step = 2 * eps
+            else:
+                step = calibration.one_sided
+                move(step)
+                above = self._logprobs(chosen)
+                below = [list(base) for base, runs in zip(base_logprobs, run, strict=True) if runs]
+                middle = below
+        found = iter(self._weigh(chosen, above, below, middle))
+        return [
+            next(found) / step if runs else np.full(len(group.responses), np.nan)
+            for group, runs in zip(groups, run, strict=True)
+        ]
+
+    def logprobs(self, groups: Sequence[Group]) -> list[list[np.ndarray]]:
+        """Log-probability of every response token under the model as it is, float32: `base_logprobs` for later."""
+        self._check(groups, None)
+        with evaluating(self.model):
+            found = self._logprobs(groups)
+            reshard(self.model)
+        return found
+
+    def calibrate(self, groups: Sequence[Group], base_logprobs: TokenLogprobs | None = None) -> Calibration:
+        """Choose the steps on the first few groups with signal, and check the probe against exact dots there.
+
+        Starting from a step that moves a token's log-probability by FIRST_STEP nats, measure the truncation error of
+        a derivative there (Richardson: the central difference at twice the step is off by four times as much) and the
+        rounding noise (the second difference at a tiny step, where nothing else is left). A difference of order p
+        with truncation e_t and rounding e_r at step h is best at h (e_r / (p e_t))^(1 / (p + 1)); no step exceeds
+        LARGEST_STEP nats. The outcome is kept as `calibration`; a relative error above CHECK_TOLERANCE is logged.
+        """
+        self._check(groups, base_logprobs)
+        pilot = [i for i, group in enumerate(groups) if group.has_signal][: self.n_check]
+        chosen = [groups[i] for i in pilot]
+        if not total(self.model, [len(chosen)])[0]:
+            # Nothing to measure on, and nothing that will be run unless asked: the first step serves, unchecked.
+            chosen = list(groups[: self.n_check])
+        with self._moving() as move:
+            base = self._logprobs(chosen)
+            at = self._at(move, chosen, base)
+            first, nats = self._first_step(move, chosen)
+            offset = 0.0
+            if base_logprobs is not None:
+                offset = self._base_noise(chosen[: len(pilot)], [base_logprobs[i] for i in pilot], base[: len(pilot)])
+                self._knows_base = True
+            up, down = at(first), at(-first)
+            up_2, down_2, up_0, down_0 = at(2 * first), at(-2 * first), at(first / 200), at(-first / 200)
+            slope = self._rms((up - down) / (2 * first)) or 1.0
+            truncation = self._rms((up_2 - down_2) / (4 * first) - (up - down) / (2 * first)) / 3
+            curvature = self._rms(up + down) / (2 * first)
+            noise = self._rms(up_0 + down_0) / np.sqrt(6)
+            scale, error = best_step(truncation, noise / (np.sqrt(2) * first), 2, LARGEST_STEP / nats)
+            scale_1, error_1 = best_step(curvature, np.sqrt(2 * noise**2 + offset**2) / first, 1, LARGEST_STEP / nats)
+            if self._eps is not None:
+                scale = scale_1 = self._eps / first
+            eps = first * scale
+            sums = (at(eps) - at(-eps)) / (2 * eps)
+        exact, found = self._compare(chosen, sums)
+        self.calibration = Calibration(
+            eps,
+            first * scale_1,
+            nats * scale,
+            nats * scale_1,
+            error / slope,
+            error_1 / slope,
+            noise,
+            exact,
+            found,
+            self._branch.truncation if self._branch else 0.0,
+        )
+        if self.calibration.relative_error > CHECK_TOLERANCE:
+            log.warning(
+                "probe scores of %d problems are %.1f %% off their exact values (step %.2e)",
+                len(exact),
+                100 * self.calibration.relative_error,
+                eps,
+            )
+        return self.calibration
+
+    def _first_step(self, move: Move, groups: Sequence[Group]) -> tuple[float, float]:
+        """A step that moves tokens by about FIRST_STEP nats, and by how many it does."""
+        eps = 1e-3 / self.direction.norm
+        nats = 0.0
+        for _ in range(12):
+            move(eps)
+            above = self._logprobs(groups)
+            move(-eps)
+            below = self._logprobs(groups)
+            moves = [
+                (a - b) / 2 for pair in zip(above, below, strict=True) for a, b in zip(*pair, strict=True) if len(a)
+            ]
+            squares, n = total(self.model, [float(sum((m**2).sum() for m in moves)), float(sum(map(len, moves)))])
+            nats = float(np.sqrt(squares / n)) if n else 0.0
+            if not np.isfinite(nats):
+                eps /= 100
+            elif n == 0 or FIRST_STEP / 1.5 < nats < FIRST_STEP * 1.5:
+                break
+            else:
+                eps *= min(max(FIRST_STEP / nats, 1e-3), 1e3) if nats > 0 else 1e3
+        else:
+            log.warning("no step moves a token's log-probability by %g nats; taking %.2e", FIRST_STEP, eps)
+        return eps, nats if np.isfinite(nats) and nats > 0 else FIRST_STEP
+
+    def _at(self, move: Move, groups: Sequence[Group], base: list[list[np.ndarray]]) -> Callable[[float], np.ndarray]:
+        """eps -> change of every rollout's weighted log-probability from theta, one after the other, float64."""
+
+        def at(eps: float) -> np.ndarray:
+            move(eps)
+            changes = self._weigh(groups, self._logprobs(groups), base, base)
+            return np.concatenate(changes) if changes else np.zeros(0)
+
+        return at
+
+    def _compare(self, groups: Sequence[Group], derivatives: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """<g_i, V> of the groups by autograd and from their derivatives; under FSDP2 of the first rank's groups,
+        whose turn it is while the others idle."""
+        ends = np.cumsum([len(group.responses) for group in groups])[:-1]
+        found_P = [
+            probe_statistics.dot_and_error(
+                group.rewards, d_G, np.array([len(response) for response in group.responses]), self.settings
+            )[0]
+            for group, d_G in zip(groups, np.split(derivatives, ends), strict=bool(len(groups)))
+        ]
+        first = n_shards(self.model) == 1 or torch.distributed.get_rank() == 0
+        n_turns = int(total(self.model, [len(groups) if first else 0])[0])
+        exact = [
+            self.direction.dot(summed_gradient(self._pass, groups[i : i + 1] if first else [])) for i in range(n_turns)
+        ]
+        shared = total(self.model, found_P if first else [0.0] * n_turns)
+        return np.array(exact), np.array(shared)
+
+    def _base_noise(self, groups: Sequence[Group], given: TokenLogprobs, own: TokenLogprobs) -> float:
+        """How far given log-probabilities of rollouts are from the model's own, as the objective weights them."""
+        differences = [np.asarray(a) - b for pair in zip(given, own, strict=True) for a, b in zip(*pair, strict=True)]
+        squares, n = total(
+            self.model, [float(sum((d**2).sum() for d in differences)), float(sum(map(len, differences)))]
+        )
+        if n and not np.sqrt(squares / n) < BASE_TOLERANCE:
+            raise RequestError(
+                f"the base log-probabilities differ from the model's by {np.sqrt(squares / n):.2g} nats a token: they "
+                "are of another policy, temperature or precision; leave them out for central differences"
+            )
+        changes = self._weigh(groups, given, own, own)
+        return self._rms(np.concatenate(changes) if changes else np.zeros(0))
+
+    def _rms(self, values: np.ndarray) -> float:
+        squares, n = total(self.model, [float(values @ values), float(len(values))])
+        return float(np.sqrt(squares / n)) if n else 0.0
+
+    def _check(self, groups: Sequence[Group], base_logprobs: TokenLogprobs | None) -> None:
+        for group in groups:
+            self._pass.check(group)
+        if base_logprobs is None:
+            return
+        if len(base_logprobs) != len(groups):
+            raise RequestError(f"base log-probabilities of {len(base_logprobs)} groups for {len(groups)}")
+        for group, base in zip(groups, base_logprobs, strict=True):
+            lengths, given = [len(response) for response in group.responses], [len(tokens) for tokens in base]
+            if lengths != given:
+                raise RequestError(
+                    f"problem {group.problem_id!r}: base log-probabilities of {given} tokens, "
+                    f"the responses have {lengths}"
+                )
+
+    @contextmanager
+    def _moving(self) -> Iterator[Move]:
+        """The move along the direction, in evaluation mode."""
+        way: AbstractContextManager[Move] = (
+            displaced(self.model, self.direction) if self._branch is None else self._branch.attached()
+        )
+        with evaluating(self.model), torch.no_grad(), way as move:
+            yield move
+
+    def _logprobs(self, groups: Sequence[Group]) -> list[list[np.ndarray]]:
+        """Log-probability of every response token; a response sampled more than once is run once."""
+        first: list[list[int]] = []
+        rollouts: list[Rollout] = []
+        for problem, group in enumerate(groups):
+            seen: dict[bytes, int] = {}
+            first.append([])
+            for j, response in enumerate(group.responses):
+                place = seen.setdefault(response.tobytes(), len(rollouts) if len(response) else -1)
+                first[-1].append(place)
+                if place == len(rollouts):
+                    rollouts.append(Rollout(problem, j, group.prompt_ids, response, 1.0, None))
+        spec, policy = self._pass.spec, self._pass.policy
+        shared = policy.shares_prompts and spec.share_prompts and pays_to_share(rollouts)
+        batches = list(pack(rollouts, spec.token_budget, shared))
+        # Fetched after the last batch, so that a GPU is never waited for in between.
+        grids = [(b, policy.logprobs(b.to(self._pass.device), self.settings.temperature)) for b in batches]
+        for _ in range(largest(self.model, len(batches)) - len(batches)):
+            policy.logprobs(idle_batch().to(self._pass.device), self.settings.temperature)
+        found: list[np.ndarray] = [np.zeros(0, np.float32)] * len(rollouts)
+        for batch, grid_BN in grids:
+            rows = grid_BN.float().cpu().numpy()
+            for row, number in zip(rows, batch.rollout_B.tolist(), strict=True):
+                found[number] = row[: len(rollouts[number].response_ids)]
+        empty = np.zeros(0, np.float32)
+        return [[found[place] if place >= 0 else empty for place in places] for places in first]
+
+    def _weigh(
+        self, groups: Sequence[Group], above: TokenLogprobs, below: TokenLogprobs, middle: TokenLogprobs
+    ) -> list[np.ndarray]:
+        """Differences of log-probabilities, summed over the tokens of each rollout as the objective weights them."""
+        found = []
+        for group, high, low, mid in zip(groups, above, below, middle, strict=True):
+            lengths_G = np.array([len(response) for response in group.responses])
+            factors_G = _token_factors(lengths_G, self.settings)
+            signs_G = rollout_weights(group.rewards, lengths_G, self.settings)
+            d_G = np.zeros(len(lengths_G))
+            for j in np.flatnonzero(lengths_G).tolist():
+                difference_N = np.asarray(high[j], np.float64) - low[j]
+                if self.settings.importance and group.logprobs is not None:
+                    difference_N *= _ratios(mid[j], group.logprobs[j], signs_G[j], self.settings)
+                d_G[j] = factors_G[j] * difference_N.sum()
+            found.append(d_G)
+        return found
+
+
+def _token_factors(lengths_G: np.ndarray, settings: Objective) -> np.ndarray:
+    """G times the aggregation's weight of a token, so that the weights of the objective are A_j times this over G."""
+    if settings.aggregation == "seq-mean-token-sum":
+        return np.ones(len(lengths_G))
+    if settings.aggregation == "seq-mean-token-mean":
+        return 1 / np.maximum(lengths_G, 1)
+    return np.full(len(lengths_G), len(lengths_G) / max(int(lengths_G.sum()), 1))
+
+
+def _ratios(logprobs_N: np.ndarray, behaviour_N: np.ndarray, sign: float, settings: Objective) -> np.ndarray:
+    """Importance ratios, zero where the clipped surrogate of an advantage of this sign is flat."""
+    signs_N = torch.full((len(logprobs_N),), float(np.sign(sign)) or 1.0, dtype=torch.float64)
+    ratios_N = importance_weights(
+        torch.from_numpy(np.asarray(logprobs_N, np.float64)),
+        torch.from_numpy(np.asarray(behaviour_N, np.float64)),
+        signs_N,
+        settings.clip_low,
+        settings.clip_high,
+    )
+    return (ratios_N * signs_N).numpy()

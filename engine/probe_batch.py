@@ -1,0 +1,124 @@
+"""What probes of some problems measured, and its statistics; rewards can be corrected afterwards.
+
+Dimension letters: P problems, G rollouts of one problem.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from engine import probe_statistics
+from engine.calibration import Calibration
+from engine.objectives import Objective
+from engine.rollouts.group import Group
+from gradstore.errors import RequestError
+from gradstore.state import State
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ProbeBatch:
+    """Probes of some problems: what was measured, and its statistics."""
+
+    ids: list[str]
+    derivatives: list[np.ndarray]
+    """d_ij of every rollout, float64 [G] each; nan where the problem was not run."""
+    rewards: list[np.ndarray]
+    """float64 [G] each."""
+    lengths: list[np.ndarray]
+    """Response tokens, int64 [G] each."""
+    dots: np.ndarray
+    """<g_i, V>, float64 [P]; 0 where not live."""
+    standard_errors: np.ndarray
+    """Of the dots, over draws of the rollouts, float64 [P]; 0 where not live."""
+    t: np.ndarray
+    """t statistic of the correlation of reward and derivative, float64 [P]; 0 where not live."""
+    p_values: np.ndarray
+    """Its p-value against "not positively correlated", float64 [P]; 1 where not live."""
+    states: list[State]
+    reasons: list[str]
+    """Why a problem failed; empty for the others."""
+    settings: Objective
+    calibration: Calibration | None = None
+
+    @classmethod
+    def of(
+        cls,
+        groups: Sequence[Group],
+        derivatives: Sequence[np.ndarray],
+        settings: Objective,
+        calibration: Calibration | None = None,
+    ) -> "ProbeBatch":
+        """Statistics of derivatives that were measured; groups and derivatives in the same order."""
+        return cls._of(
+            [group.problem_id for group in groups],
+            list(derivatives),
+            [np.asarray(group.rewards, np.float64) for group in groups],
+            [np.array([len(response) for response in group.responses]) for group in groups],
+            settings,
+            calibration,
+        )
+
+    @classmethod
+    def _of(
+        cls,
+        ids: list[str],
+        derivatives: list[np.ndarray],
+        rewards: list[np.ndarray],
+        lengths: list[np.ndarray],
+        settings: Objective,
+        calibration: Calibration | None,
+    ) -> "ProbeBatch":
+        n = len(ids)
+        dots, errors, t, p_values = np.zeros(n), np.zeros(n), np.zeros(n), np.ones(n)
+        states, reasons = [State.NO_SIGNAL] * n, [""] * n
+        for i, (r_G, d_G, T_G) in enumerate(zip(rewards, derivatives, lengths, strict=True)):
+            if r_G.max() == r_G.min():
+                continue
+            if not np.isfinite(d_G).all():
+                states[i], reasons[i] = State.FAILED, "a derivative is not finite, or was not measured"
+                continue
+            if not d_G.any():
+                continue
+            states[i] = State.LIVE
+            dots[i], errors[i] = probe_statistics.dot_and_error(r_G, d_G, T_G, settings)
+            t[i], p_values[i] = probe_statistics.t_test(r_G, d_G)
+        return cls(
+            ids, derivatives, rewards, lengths, dots, errors, t, p_values, states, reasons, settings, calibration
+        )
+
+    @property
+    def live(self) -> np.ndarray:
+        """Problems that can be ranked, bool [P]."""
+        return np.array([state is State.LIVE for state in self.states], dtype=bool)
+
+    def scores(self, kind: str = "dot") -> np.ndarray:
+        """Scores by `dot`, `corr` (of reward and derivative), `snr` (dot / SE), `lcb` (dot - SE), `shrunk` (empirical
+        Bayes over this batch) or `fdr` (dot past a Benjamini-Hochberg cut at 0.1), float64 [P]; -inf where a problem
+        is not live, or below the cut. RequestError for another kind."""
+        if kind not in probe_statistics.PROBE_SCORES:
+            raise RequestError(f"probe score {kind!r} is not one of {', '.join(probe_statistics.PROBE_SCORES)}")
+        live = self.live
+        found = np.full(len(self.ids), -np.inf)
+        n_P = np.array([len(r_G) for r_G in self.rewards])
+        if live.any():
+            found[live] = probe_statistics.scores(
+                kind, self.dots[live], self.standard_errors[live], self.t[live], self.p_values[live], n_P[live]
+            )
+        return found
+
+    def rescored(self, rewards: Sequence[np.ndarray]) -> "ProbeBatch":
+        """The same derivatives under other rewards (a verifier was mended, say); nothing is run.
+
+        RequestError when counts differ or a reward is not finite, and under a clipped objective, whose derivatives
+        depend on the sign of the advantage.
+        """
+        if self.settings.clip_low is not None or self.settings.clip_high is not None:
+            raise RequestError("a clipped objective's derivatives depend on the rewards: probe again")
+        if len(rewards) != len(self.ids):
+            raise RequestError(f"{len(rewards)} lists of rewards for {len(self.ids)} problems")
+        checked = [np.asarray(r_G, np.float64) for r_G in rewards]
+        for name, r_G, d_G in zip(self.ids, checked, self.derivatives, strict=True):
+            if r_G.shape != d_G.shape or not np.isfinite(r_G).all():
+                raise RequestError(f"problem {name!r}: expected {len(d_G)} finite rewards, got shape {r_G.shape}")
+        return self._of(self.ids, self.derivatives, checked, self.lengths, self.settings, self.calibration)

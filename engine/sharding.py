@@ -1,0 +1,64 @@
+"""What a model sharded by FSDP2 asks of code that reads or moves its parameters.
+
+A sharded parameter is a DTensor: every rank holds its part, and moving all parts moves the parameter. Between passes
+some parameters may still lie gathered, hidden behind plain tensors; `reshard` puts the parts back. Each forward and
+backward gathers and reduces among the ranks, so all ranks must run equally many: `largest` agrees on a number, and
+who has less to do runs something that does not count.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether FSDP2 shards any of the model's modules."""
+    return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+def reshard(model: nn.Module) -> None:
+    """Free what is gathered, so that `model.parameters()` are the ranks' own parts. Nothing for a plain model."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def n_shards(model: nn.Module) -> int:
+    """Ranks that FSDP2 averages gradients over; 1 for a plain model."""
+    if not is_sharded(model):
+        return 1
+    reshard(model)
+    return next(p.device_mesh.size() for p in model.parameters() if isinstance(p, DTensor))
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """This rank's part of a parameter or gradient, sharing its memory and outside of autograd."""
+    data = tensor.detach() if isinstance(tensor, DTensor) else tensor.data
+    with torch.no_grad():
+        return data.to_local() if isinstance(data, DTensor) else data
+
+
+def inner(one: Tensor, other: Tensor) -> float:
+    """Inner product of two tensors of the same placement, over all ranks that hold a part, in float64."""
+    product = (one.detach().double() * other.detach().double()).sum()
+    return float(product.full_tensor() if isinstance(product, DTensor) else product)
+
+
+def largest(model: nn.Module, value: int) -> int:
+    """The largest of the ranks' values; the value itself for a plain model."""
+    return int(_reduced(model, [value], dist.ReduceOp.MAX)[0])
+
+
+def total(model: nn.Module, values: list[float]) -> list[float]:
+    """Sums over the ranks; the values themselves for a plain model."""
+    return _reduced(model, values, dist.ReduceOp.SUM)
+
+
+def _reduced(model: nn.Module, values: list, op: dist.ReduceOp.RedOpType) -> list:
+    if not is_sharded(model):
+        return values
+    shared = torch.tensor(values, dtype=torch.float64, device=next(model.parameters()).device)
+    dist.all_reduce(shared, op=op)
+    return shared.tolist()
