@@ -269,7 +269,10 @@ class _Fields:
         if isinstance(value, list) and not set(map(type, value)) <= {int, float}:
             j = next(j for j, item in enumerate(value) if type(item) not in (int, float))
             raise self.error("logprobs", f"entry {j} is {_kind(value[j])}, expected a number")
-        numbers = np.asarray([_float(item) for item in value] if isinstance(value, list) else value)
+        try:
+            numbers = np.asarray(value, dtype=np.float64)
+        except OverflowError:  # an integer beyond any float
+            numbers = np.asarray([_float(item) for item in value])
         wrong = np.flatnonzero(~np.isfinite(numbers) | (numbers > LOGPROB_SLACK))
         if len(wrong):
             j = int(wrong[0])
