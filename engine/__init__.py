@@ -9,10 +9,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from engine.collector import CollectReport as CollectReport
     from engine.collector import collect as collect
+    from engine.directions import Direction as Direction
+    from engine.directions import validation_gradient as validation_gradient
     from engine.index import FlatIndex as FlatIndex
     from engine.objectives import PRESETS as PRESETS
     from engine.objectives import Objective as Objective
     from engine.objectives import objective as objective
+    from engine.probe import Probe as Probe
+    from engine.probe_batch import ProbeBatch as ProbeBatch
     from engine.query import Hits as Hits
     from engine.query import search as search
     from engine.selection import Selection as Selection
@@ -31,10 +35,13 @@ if TYPE_CHECKING:
 _MODULE_OF = {
     "Candidates": "selectors",
     "CollectReport": "collector",
+    "Direction": "directions",
     "FlatIndex": "index",
     "Hits": "query",
     "Objective": "objectives",
     "PRESETS": "objectives",
+    "Probe": "probe",
+    "ProbeBatch": "probe_batch",
     "SELECTORS": "selectors",
     "Selection": "selection",
     "Selector": "selectors",
@@ -49,6 +56,7 @@ _MODULE_OF = {
     "search": "query",
     "select": "selection",
     "target": "targets",
+    "validation_gradient": "directions",
 }
 
 __all__ = sorted(_MODULE_OF)
