@@ -1,8 +1,8 @@
 """Which problems of a view align most, or least, with a direction.
 
 The rows of a view are unit vectors with their norms beside them: cosine is a matrix product with the unit target,
-dot the same times the norm. The exact scan reads every live row once, block by block, in bounded memory; the FAISS
-flat index holds the rows in float32 and pays off when the same view is asked many times.
+dot the same times the norm. The exact scan (engine/scan.py) reads every live row once, as it is stored, in bounded
+memory; the FAISS flat index holds the rows in float32 and pays off when the same view is asked many times.
 """
 
 from dataclasses import dataclass
@@ -12,6 +12,7 @@ import numpy as np
 
 from engine.index import FlatIndex
 from engine.ranking import best
+from engine.scan import scan_rows
 from engine.targets import Target
 from engine.where import Where
 from gradstore import View
@@ -65,9 +66,9 @@ def search(
         positions, scores = index.search(view, query_D, k, metric, largest, eligible)
     else:
         scores_P = score_rows(view, query_D, metric, eligible)
-        positions = best(scores_P, k, lambda chosen: view.ids[chosen], largest)
+        positions = best(scores_P, k, view.ids_at, largest)
         scores = scores_P[positions]
-    return Hits(view.ids[positions], scores.astype(np.float32), positions, len(eligible))
+    return Hits(view.ids_at(positions), scores.astype(np.float32), positions, len(eligible))
 
 
 def direction(query: Target | np.ndarray, dim: int, metric: Metric) -> np.ndarray:
@@ -83,9 +84,9 @@ def direction(query: Target | np.ndarray, dim: int, metric: Metric) -> np.ndarra
     return query_D if metric == "dot" else (query_D / length).astype(np.float32)
 
 
-def score_rows(view: View, query_D: np.ndarray, metric: Metric, positions: np.ndarray) -> np.ndarray:
-    """Scores of the rows at the positions, NaN elsewhere; float32 [P]."""
-    scores_P = np.full(len(view), np.nan, np.float32)
-    for block, units_PD in view.scan(positions):
-        scores_P[block] = units_PD @ query_D
-    return scores_P * view.norms if metric == "dot" else scores_P
+def score_rows(view: View, query: np.ndarray, metric: Metric, positions: np.ndarray) -> np.ndarray:
+    """Scores of the rows at the positions, NaN elsewhere: float32 [P] for a query [D], [Q, P] for queries [Q, D]."""
+    scores_QP = scan_rows(view, np.atleast_2d(query), positions)
+    if metric == "dot":
+        scores_QP *= view.norms
+    return scores_QP[0] if np.ndim(query) == 1 else scores_QP

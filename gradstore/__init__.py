@@ -14,6 +14,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from gradstore.budget import RowFormat as RowFormat
+    from gradstore.budget import row_format as row_format
     from gradstore.compact import CompactReport as CompactReport
     from gradstore.errors import DamagedError as DamagedError
     from gradstore.errors import FingerprintError as FingerprintError
@@ -42,6 +44,7 @@ _MODULE_OF = {
     "NotAStoreError": "errors",
     "Report": "verify",
     "RequestError": "errors",
+    "RowFormat": "budget",
     "State": "state",
     "Store": "store",
     "View": "view",
@@ -49,6 +52,7 @@ _MODULE_OF = {
     "create": "store",
     "open": "store",
     "read_problems": "problems",
+    "row_format": "budget",
     "to_verl": "problems",
 }
 

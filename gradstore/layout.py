@@ -30,7 +30,13 @@ CHUNK_BYTES = 8 << 20
 """Aimed size of a chunk of codes: streams well, and is little to preallocate for a small collection."""
 MAX_CHUNK_ROWS = 16384
 
-_CODES = {"int8": ("int8", 1.0), "int4": ("uint8", 0.5), "fp16": ("float16", 1.0), "fp32": ("float32", 1.0)}
+_CODES = {
+    "int8": ("int8", 1.0),
+    "int4": ("uint8", 0.5),
+    "1bit": ("uint8", 0.125),
+    "fp16": ("float16", 1.0),
+    "fp32": ("float32", 1.0),
+}
 DTYPES = tuple(_CODES)
 
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")

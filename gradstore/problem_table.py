@@ -87,7 +87,15 @@ class ProblemTable:
     @cached_property
     def ids(self) -> np.ndarray:
         """Object array of str, in order of addition."""
-        return self._load(["id"])["id"].to_numpy().astype(object)
+        return self._ids.to_numpy(zero_copy_only=False).astype(object)
+
+    def ids_at(self, rows: np.ndarray) -> np.ndarray:
+        """Ids of some problems, object array of str; makes strings of these alone."""
+        return self._ids.take(rows).to_numpy(zero_copy_only=False).astype(object)
+
+    @cached_property
+    def _ids(self) -> "pa.Array":
+        return self._load(["id"])["id"].combine_chunks()
 
     @cached_property
     def index(self) -> dict[str, int]:

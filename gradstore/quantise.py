@@ -2,6 +2,7 @@
 
     int8   codes = rint(127 row / max|row|)
     int4   codes = clip(rint(row / step), -7, 7), two a byte, the first in the low four bits, two's complement
+    1bit   a bit a dimension, 1 where row > 0, eight a byte, the first in the lowest bit; as a number 2 bit - 1
     fp16   codes = row / |row|        (raw rows would underflow: gradients are small)
     fp32   codes = row / |row|
 
@@ -53,7 +54,7 @@ def encode(
     peaks_P = peaks(rows_P_D) if peaks_P is None else peaks_P
     step = max(1, min(n_rows, _BLOCK_BYTES // (4 * dim)))
     scratch = np.empty((step, dim), dtype=np.float32)
-    encode_block = {"int8": _int8, "int4": _int4, "fp16": _unit, "fp32": _unit}[dtype]
+    encode_block = {"int8": _int8, "int4": _int4, "1bit": _sign, "fp16": _unit, "fp32": _unit}[dtype]
     for start in range(0, n_rows, step):
         block = slice(start, start + step)
         peak = peaks_P[block]
@@ -73,15 +74,16 @@ def decode(codes: np.ndarray, scale: np.ndarray, dtype: str, out: np.ndarray) ->
         dim = out.shape[1]
         pairs = _PAIRS[codes].view(np.float32)
         np.multiply(pairs[:, :dim], scale[:, None], out=out)
-    elif dtype == "fp16":
-        _from_half(codes, out)
-        out *= scale[:, None]
+    elif dtype == "1bit":
+        bits = np.unpackbits(codes, axis=1, count=out.shape[1], bitorder="little")
+        np.multiply(bits, 2 * scale[:, None], out=out)
+        out -= scale[:, None]
     else:
         np.multiply(codes, scale[:, None], out=out)
 
 
 def _lengths(rows: np.ndarray) -> np.ndarray:
-    return np.sqrt(np.einsum("pd,pd->p", rows, rows).astype(np.float64))
+    return np.sqrt(np.vecdot(rows, rows).astype(np.float64))
 
 
 def _int8(scaled: np.ndarray, _length: np.ndarray, codes: np.ndarray) -> np.ndarray:
@@ -93,41 +95,15 @@ def _int8(scaled: np.ndarray, _length: np.ndarray, codes: np.ndarray) -> np.ndar
 
 def _unit(scaled: np.ndarray, length: np.ndarray, codes: np.ndarray) -> np.ndarray:
     scaled /= length.astype(np.float32)[:, None]
-    if codes.dtype == np.float16:
-        _to_half(scaled, codes)
-        _from_half(codes, scaled)
-    else:
-        codes[...] = scaled
+    codes[...] = scaled
+    if codes.dtype != scaled.dtype:
+        scaled[...] = codes
     return _lengths(scaled)
 
 
-_HALF_BIAS = np.float32(2.0**112)
-"""Between the exponents: float16's bits moved to float32's place read 2**112 too small."""
-
-
-def _to_half(rows: np.ndarray, codes: np.ndarray) -> None:
-    """Round finite float32 of at most 1 to float16, to even, as numpy's cast does but several times faster.
-
-    Dividing by 2**112 first lets the processor's own rounding make float16's subnormals.
-    """
-    bits = (rows / _HALF_BIAS).view(np.uint32)
-    sign = (bits >> 16).astype(np.uint16)
-    sign &= 0x8000
-    bits &= 0x7FFFFFFF
-    bits += 0x0FFF + ((bits >> 13) & 1)
-    bits >>= 13
-    halves = codes.view(np.uint16)
-    halves[...] = bits
-    halves |= sign
-
-
-def _from_half(codes: np.ndarray, out: np.ndarray) -> None:
-    """Finite float16 to float32 in `out`, exact."""
-    bits = out.view(np.int32)
-    bits[...] = codes.view(np.int16)
-    bits <<= 13
-    bits &= np.int32(-0x70002000)  # 0x8FFFE000: the sign that was copied into the exponent goes.
-    out *= _HALF_BIAS
+def _sign(scaled: np.ndarray, _length: np.ndarray, codes: np.ndarray) -> np.ndarray:
+    codes[...] = np.packbits(scaled > 0, axis=1, bitorder="little")
+    return np.full(len(scaled), np.sqrt(scaled.shape[1]))
 
 
 def _int4(scaled: np.ndarray, length: np.ndarray, codes: np.ndarray) -> np.ndarray:

@@ -42,7 +42,7 @@ def create(
     """Make an empty store for sketches of `dim` dimensions and open it for writing.
 
     fingerprint: every setting that a row depends on; must be what JSON can keep.
-    dtype: how rows are stored: int8, int4, fp16 or fp32.
+    dtype: how rows are stored: int8, int4, 1bit, fp16 or fp32.
     chunk_rows: rows a chunk file; None: as many as fit in 8 MiB of codes.
     Raises RequestError if something is already at `path`.
     """
@@ -96,7 +96,7 @@ class Store:
 
     @property
     def dtype(self) -> str:
-        """How rows are stored: int8, int4, fp16 or fp32."""
+        """How rows are stored: int8, int4, 1bit, fp16 or fp32."""
         return self._header.dtype
 
     @property

@@ -6,7 +6,9 @@ D sketch dimensions, N problems of the view.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,6 +24,28 @@ if TYPE_CHECKING:
 
 _BLOCK_BYTES = 4 << 20
 """Decoded bytes of a block: small enough for the allocator to hand the same memory out again."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Piece:
+    """Some rows of one chunk file, as they are stored."""
+
+    positions: np.ndarray
+    """Places in the view, int64 [n], in the order of the rows."""
+    rows: np.ndarray
+    """Row numbers, int64 [n], ascending."""
+    _snapshot: Snapshot
+
+    @property
+    def scale(self) -> np.ndarray:
+        """Decoded row = codes * scale, float32 [n]."""
+        return self._snapshot.column("scale")[self.rows]
+
+    def span(self) -> tuple[np.ndarray, np.ndarray]:
+        """Mapped codes of all rows from the first to the last [m, W], read-only; which of them are meant [n]."""
+        chunk, first = divmod(int(self.rows[0]), self._snapshot.header.chunk_rows)
+        stop = first + int(self.rows[-1] - self.rows[0]) + 1
+        return self._snapshot.codes.chunk(chunk)[first:stop], self.rows - self.rows[0]
 
 
 class View:
@@ -114,6 +138,25 @@ class View:
         """The problems' records, one row a position."""
         return self._snapshot.problems.table.take(self._problem_N)
 
+    def ids_at(self, positions: Any) -> np.ndarray:
+        """Ids at some positions, object array of str; far cheaper than `ids` where few are asked for."""
+        return self._snapshot.problems.ids_at(self._problem_N[self._checked(positions)])
+
+    def pieces(self, positions: Any = None) -> list[Piece]:
+        """The stored rows at some distinct positions (None: all), chunk file by chunk file, not decoded."""
+        row_order = self._row_order
+        if positions is None:
+            places = np.arange(len(self)) if row_order is None else row_order
+        else:
+            wanted = np.zeros(len(self), dtype=bool)
+            wanted[self._checked(positions)] = True
+            places = np.flatnonzero(wanted) if row_order is None else row_order[wanted[row_order]]
+        rows = self._row_N[places]
+        chunk_rows = self._snapshot.header.chunk_rows
+        self._snapshot.column("scale")  # Read once, before several threads ask for it.
+        cuts = np.searchsorted(rows, np.arange(0, self._snapshot.manifest.rows + chunk_rows, chunk_rows))
+        return [Piece(places[a:b], rows[a:b], self._snapshot) for a, b in pairwise(cuts.tolist()) if b > a]
+
     def rows(self, positions: Any) -> np.ndarray:
         """Unit rows at some positions, float32 [len(positions), D]; zeros where not live."""
         return self._snapshot.unit_rows(self._row_N[self._checked(positions)])
@@ -161,6 +204,13 @@ class View:
     @cached_property
     def _position_of(self) -> dict[str, int]:
         return {problem_id: position for position, problem_id in enumerate(self.ids)}
+
+    @cached_property
+    def _row_order(self) -> np.ndarray | None:
+        """Positions in the order of their rows; None where that is the order they are in."""
+        if bool(np.all(self._row_N[1:] > self._row_N[:-1])):
+            return None
+        return np.argsort(self._row_N)
 
     def _column(self, name: str) -> np.ndarray:
         return self._snapshot.column(name)[self._row_N]

@@ -22,7 +22,7 @@ def slow_hits(view, query: np.ndarray, k: int, metric: str, largest: bool, allow
     return [(problem_id, score) for _, problem_id, score in sorted(scored)[:k]]
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "fp16", "int8", "int4"])
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "int8", "int4", "1bit"])
 @pytest.mark.parametrize("index", ["scan", "flat"])
 @pytest.mark.parametrize("largest", [True, False])
 @pytest.mark.parametrize("metric", ["cosine", "dot"])

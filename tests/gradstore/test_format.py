@@ -20,7 +20,7 @@ TYPES = {
     "n_rollouts": "<i4",
     "reason": "<u2",
 }
-CODES = {"int8": "i1", "int4": "u1", "fp16": "<f2", "fp32": "<f4"}
+CODES = {"int8": "i1", "int4": "u1", "1bit": "u1", "fp16": "<f2", "fp32": "<f4"}
 
 
 def read_newest(store: Path, name: str, at: int) -> dict[str, tuple[int, float, str, np.ndarray]]:
@@ -33,7 +33,7 @@ def read_newest(store: Path, name: str, at: int) -> dict[str, tuple[int, float, 
     manifest = json.loads(body)
     generation = store / "collections" / name / manifest["generation"]
     n, chunk_rows = manifest["rows"], root["chunk_rows"]
-    width = math.ceil(root["dim"] / 2) if root["dtype"] == "int4" else root["dim"]
+    width = math.ceil(root["dim"] / {"int4": 2, "1bit": 8}.get(root["dtype"], 1))
 
     def array(array_name: str, kind: str, *row: int) -> np.ndarray:
         parts = []
@@ -51,6 +51,9 @@ def read_newest(store: Path, name: str, at: int) -> dict[str, tuple[int, float, 
     if root["dtype"] == "int4":
         pairs = np.stack([codes & 15, codes >> 4], axis=2).reshape(n, -1).astype(int)[:, : root["dim"]]
         codes = np.where(pairs > 7, pairs - 16, pairs)
+    if root["dtype"] == "1bit":
+        bits = (codes[:, :, None] >> np.arange(8)) & 1
+        codes = 2 * bits.reshape(n, -1)[:, : root["dim"]].astype(int) - 1
     rows = codes.astype(np.float32) * column["scale"][:, None]
     ids = []
     for file, part_rows, size, crc in manifest["problems"]:

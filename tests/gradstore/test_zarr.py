@@ -27,7 +27,7 @@ def by_tensorstore(path: Path) -> np.ndarray:
 
 
 @pytest.mark.parametrize("read", [by_zarr, by_tensorstore])
-@pytest.mark.parametrize("dtype", ["int8", "int4", "fp16", "fp32"])
+@pytest.mark.parametrize("dtype", ["int8", "int4", "1bit", "fp16", "fp32"])
 def test_other_readers_open_every_array(new_store: Callable, tools: dict, dtype: str, read: Callable) -> None:
     """Metadata outside the core of Zarr v3 would be refused by one of them, or a chunk's bytes read another way."""
     store = new_store(n=30, dtype=dtype, dim=23)
@@ -45,12 +45,16 @@ def test_other_readers_open_every_array(new_store: Callable, tools: dict, dtype:
         assert got[name].dtype == snapshot.column(name).dtype.newbyteorder("=")
     chunks = np.concatenate([snapshot.codes.chunk(chunk) for chunk in range(4)])
     assert np.array_equal(got["codes"], chunks)
-    codes = got["codes"].astype(np.float32) if dtype != "int4" else _unpacked(got["codes"])[:, :23]
+    codes = _unpacked(got["codes"], dtype)[:, :23]
     assert np.allclose(codes * got["scale"][:, None], snapshot.unit_rows(np.arange(32)), atol=1e-6)
 
 
-def _unpacked(codes: np.ndarray) -> np.ndarray:
-    """int4 by the words of the format: low four bits first, two's complement."""
+def _unpacked(codes: np.ndarray, dtype: str) -> np.ndarray:
+    """By the words of the format: int4 low four bits first, in two's complement; 1bit lowest bit first."""
+    if dtype == "1bit":
+        return 2.0 * ((codes[:, :, None] >> np.arange(8)) & 1).reshape(len(codes), -1) - 1
+    if dtype != "int4":
+        return codes.astype(np.float32)
     pairs = np.stack([codes & 15, codes >> 4], axis=2).reshape(len(codes), -1).astype(np.int16)
     return np.where(pairs > 7, pairs - 16, pairs)
 
