@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from engine.diversity import Diversity
 from engine.query import direction
 from engine.ranking import best
 from engine.selectors import SELECTORS, Candidates, Selector
@@ -34,6 +35,8 @@ class Selection:
     """Commit of the collection that was ranked."""
     target: dict | None
     """`Target.describe()` of the target used."""
+    diversity: dict | None = None
+    """`Diversity.describe()` if the best candidates were re-ranked."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -50,6 +53,7 @@ class Selection:
             "seed": self.seed,
             "commit": self.commit,
             "target": self.target,
+            "diversity": self.diversity,
             "problems": [
                 {"id": problem_id, "score": float(score), "weight": float(weight)}
                 for problem_id, score, weight in zip(self.ids, self.scores, self.weights, strict=True)
@@ -69,10 +73,13 @@ def select(
     candidates: Sequence[str] | None = None,
     seed: int = 0,
     allow_fewer: bool = False,
+    diversity: Diversity | None = None,
 ) -> Selection:
     """The n best problems of a collection for a selector, seen as of step `at`.
 
     candidates: choose among these ids only (a round's chunk). seed: drives the selectors that draw at random.
+    diversity: pick n among the best few times n so that they differ (engine.Diversity has the formulas and the cost);
+    problems without a gradient are left out then.
     RequestError when fewer than n can be chosen, unless allow_fewer; when the selector needs a target and none is
     given; for an unknown selector or candidate.
     """
@@ -85,7 +92,14 @@ def select(
     target_D = None if target is None else direction(target, view.dim, "dot")
     ids, positions = _candidates(store, view, chosen, where, candidates)
     scores_P = chosen.score(Candidates(view, ids, positions, target_D, np.random.default_rng(seed)))
-    picked = best(scores_P, n, lambda rows: ids[rows])
+    if diversity is None:
+        picked = best(scores_P, n, lambda rows: ids[rows])
+    else:
+        has_gradient_P = (positions >= 0) & np.append(view.live, False)[positions]
+        scores_P = np.where(has_gradient_P, scores_P, np.nan)
+        leading = best(scores_P, diversity.candidates * n, lambda rows: ids[rows])
+        units_KD = view.rows(positions[leading])
+        picked = leading[diversity.pick(units_KD, scores_P[leading], n, seed)] if len(leading) else leading
     if len(picked) < n and not allow_fewer:
         raise RequestError(
             f"selector {chosen.name!r} can choose {len(picked)} of {n} problems asked from {collection!r} "
@@ -103,6 +117,7 @@ def select(
         seed,
         view.commit,
         None if target is None or not chosen.needs_target else target.describe(),
+        None if diversity is None else diversity.describe(),
     )
 
 

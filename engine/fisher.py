@@ -1,0 +1,198 @@
+"""Preconditioning a query by the second moment of a view: score_i = g_i^T (M/n + lambda I)^-1 q (docs/methods.md).
+
+Only the query changes, so every scan and index serves. M = sum of g g^T over the view's n live rows is summed block by
+block, products in float32, the sum in float64. How the damped system is solved depends on the smaller side:
+
+    D <= 8192            M [D, D] and a direct solve
+    n <= 8192, n < D     Woodbury through the Gram matrix [n, n]
+    else                 conjugate gradients, a pass over the rows for each step, nothing larger than a row kept
+
+M and the Gram matrix are kept for the rows they were made of, in memory and beside the collection.
+
+P rows of a block, N live rows, D sketch dimensions.
+"""
+
+import os
+import secrets
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from weakref import WeakKeyDictionary
+
+import numpy as np
+
+from gradstore import Store, View
+from gradstore.durable import crc32c, fsync_folder
+from gradstore.errors import GradstoreError, RequestError
+from gradstore.layout import COLLECTIONS, INDEXES
+
+DAMPING = 0.1
+"""Lambda in units of the mean eigenvalue of M/n."""
+_LARGEST_MATRIX = 8192
+_BLOCK_BYTES = 64 << 20
+_TOLERANCE = 1e-7
+_MOST_STEPS = 2000
+_KEPT = 2
+"""Matrices kept in memory for each open store."""
+
+_matrices: WeakKeyDictionary[Store, OrderedDict[str, np.ndarray]] = WeakKeyDictionary()
+
+
+def preconditioned(view: View, query: np.ndarray, damping: float = DAMPING) -> np.ndarray:
+    """(M/n + lambda I)^-1 q for a query [D] or queries [Q, D]: float32 of the same shape.
+
+    damping: lambda over the mean eigenvalue of M/n, which is mean |g|^2 / D; above 0. The same view, query and damping
+    give the same bytes. RequestError for a damping that is not positive and finite, or a view without live rows.
+    """
+    if not (np.isfinite(damping) and damping > 0):
+        raise RequestError(f"damping is {damping}, expected a finite number above 0")
+    live = np.flatnonzero(view.live)
+    if not len(live):
+        raise RequestError(f"collection {view.collection!r} has no live row in this view: fisher needs some")
+    query_QD = np.atleast_2d(np.asarray(query, np.float64))
+    # Lengths in units of their root mean square: squares of tiny norms would vanish in float32.
+    scale = float(np.sqrt(np.mean(view.norms[live].astype(np.float64) ** 2)))
+    ridge = damping / view.dim
+    if view.dim <= _LARGEST_MATRIX and (len(live) >= view.dim or len(live) > _LARGEST_MATRIX):
+        solved_QD = _by_moment(view, live, scale, query_QD, ridge)
+    elif len(live) <= _LARGEST_MATRIX:
+        solved_QD = _by_gram(view, live, scale, query_QD, ridge)
+    else:
+        solved_QD = np.stack([_by_conjugate_gradients(view, live, scale, query_D, ridge) for query_D in query_QD])
+    result = (solved_QD / scale**2).astype(np.float32)
+    return result if np.ndim(query) == 2 else result[0]
+
+
+def second_moment(view: View) -> np.ndarray:
+    """M/n over the view's live rows, float64 [D, D]: mean of g g^T."""
+    live = np.flatnonzero(view.live)
+    scale = float(np.sqrt(np.mean(view.norms[live].astype(np.float64) ** 2)))
+    moment_DD: np.ndarray = _moment(view, live, scale) * scale**2
+    return moment_DD
+
+
+def _by_moment(view: View, live: np.ndarray, scale: float, query_QD: np.ndarray, ridge: float) -> np.ndarray:
+    damped_DD = _kept(view, live, "moment", (view.dim, view.dim), lambda: _moment(view, live, scale)).copy()
+    damped_DD.flat[:: view.dim + 1] += ridge
+    return _solve(damped_DD, query_QD.T).T
+
+
+def _by_gram(view: View, live: np.ndarray, scale: float, query_QD: np.ndarray, ridge: float) -> np.ndarray:
+    """(G^T G/n + r I)^-1 q = (q - G^T (G G^T + n r I)^-1 G q) / r, G [N, D]."""
+    n = len(live)
+    damped_NN = _kept(view, live, "gram", (n, n), lambda: _gram(view, live, scale)).copy()
+    damped_NN.flat[:: n + 1] += n * ridge
+    products_NQ = np.concatenate([rows_PD @ query_QD.T for rows_PD in _blocks(view, live, scale, np.float64)])
+    weights_NQ = _solve(damped_NN, products_NQ)
+    back_DQ, done = np.zeros(query_QD.T.shape), 0
+    for rows_PD in _blocks(view, live, scale, np.float64):
+        back_DQ += rows_PD.T @ weights_NQ[done : done + len(rows_PD)]
+        done += len(rows_PD)
+    return (query_QD - back_DQ.T) / ridge
+
+
+def _by_conjugate_gradients(
+    view: View, live: np.ndarray, scale: float, query_D: np.ndarray, ridge: float
+) -> np.ndarray:
+    def times(vector_D: np.ndarray) -> np.ndarray:
+        total_D = np.zeros(view.dim)
+        for rows_PD in _blocks(view, live, scale, np.float32):
+            total_D += (rows_PD @ vector_D.astype(np.float32)).astype(np.float64) @ rows_PD
+        return total_D / len(live) + ridge * vector_D
+
+    solution_D, rest_D = np.zeros(view.dim), query_D.copy()
+    step_D, energy = rest_D.copy(), float(rest_D @ rest_D)
+    enough = _TOLERANCE**2 * energy
+    for _ in range(_MOST_STEPS):
+        if energy <= enough:
+            return solution_D
+        image_D = times(step_D)
+        length = energy / float(step_D @ image_D)
+        solution_D += length * step_D
+        rest_D -= length * image_D
+        energy, before = float(rest_D @ rest_D), energy
+        step_D = rest_D + (energy / before) * step_D
+    raise GradstoreError(
+        f"fisher: {_MOST_STEPS} steps of conjugate gradients did not solve the damped system; use a larger damping"
+    )
+
+
+def _blocks(view: View, live: np.ndarray, scale: float, dtype: type) -> Iterator[np.ndarray]:
+    for positions, units_PD in view.scan(live, max(1, _BLOCK_BYTES // (4 * view.dim))):
+        yield (units_PD * (view.norms[positions] / np.float32(scale))[:, None]).astype(dtype, copy=False)
+
+
+def _moment(view: View, live: np.ndarray, scale: float) -> np.ndarray:
+    total_DD = np.zeros((view.dim, view.dim))
+    for rows_PD in _blocks(view, live, scale, np.float32):
+        total_DD += rows_PD.T @ rows_PD
+    return total_DD / len(live)
+
+
+def _gram(view: View, live: np.ndarray, scale: float) -> np.ndarray:
+    gram_NN, top = np.empty((len(live), len(live))), 0
+    for rows_PD in _blocks(view, live, scale, np.float32):
+        left = 0
+        for others_PD in _blocks(view, live[: top + len(rows_PD)], scale, np.float32):
+            products = rows_PD @ others_PD.T
+            gram_NN[top : top + len(rows_PD), left : left + len(others_PD)] = products
+            gram_NN[left : left + len(others_PD), top : top + len(rows_PD)] = products.T
+            left += len(others_PD)
+        top += len(rows_PD)
+    return gram_NN
+
+
+def _solve(matrix: np.ndarray, right: np.ndarray) -> np.ndarray:
+    return np.linalg.solve(matrix, right)
+
+
+def _kept(
+    view: View, live: np.ndarray, name: str, shape: tuple[int, int], make: Callable[[], np.ndarray]
+) -> np.ndarray:
+    """The matrix of exactly these rows: from memory, from beside the collection, or made and kept."""
+    rows = crc32c(np.ascontiguousarray(view.row_numbers[live]))
+    key = f"{name}-g{view.generation}-{len(live)}-{rows:08x}-{crc32c(view.norms[live]):08x}"
+    collection = view.store.path.resolve() / COLLECTIONS / view.collection
+    in_memory = _matrices.setdefault(view.store, OrderedDict())
+    place = f"{collection}/{key}"
+    if place not in in_memory:
+        folder = collection / INDEXES / "fisher"
+        matrix = _read(folder, key, shape)
+        if matrix is None:
+            matrix = make()
+            _write(folder, name, key, matrix)
+        in_memory[place] = matrix
+        while len(in_memory) > _KEPT:
+            in_memory.popitem(last=False)
+    in_memory.move_to_end(place)
+    return in_memory[place]
+
+
+def _read(folder: Path, key: str, shape: tuple[int, int]) -> np.ndarray | None:
+    """A kept matrix if its bytes are those its name tells."""
+    for path in folder.glob(f"{key}-*.f64"):
+        matrix = np.fromfile(path, "<f8")
+        if matrix.size == shape[0] * shape[1] and path.stem.endswith(f"-{crc32c(matrix):08x}"):
+            return matrix.reshape(shape)
+    return None
+
+
+def _write(folder: Path, name: str, key: str, matrix: np.ndarray) -> None:
+    """Keep a matrix, in place of the one of other rows. It is only a saving of time: no place for it is no error."""
+    temporary = folder / f"writing-{secrets.token_hex(8)}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            matrix.astype("<f8", copy=False).tofile(file)
+            file.flush()
+            os.fsync(file.fileno())
+        path = folder / f"{key}-{crc32c(np.ascontiguousarray(matrix)):08x}.f64"
+        temporary.rename(path)
+        fsync_folder(folder)
+        for other in folder.glob(f"{name}-*.f64"):
+            if other != path:
+                other.unlink(missing_ok=True)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        warnings.warn(f"{folder}: the {name} matrix is not kept ({error.strerror})", stacklevel=2)
