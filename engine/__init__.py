@@ -11,7 +11,15 @@ if TYPE_CHECKING:
     from engine.collector import collect as collect
     from engine.directions import Direction as Direction
     from engine.directions import validation_gradient as validation_gradient
-    from engine.index import FlatIndex as FlatIndex
+    from engine.diversity import Diversity as Diversity
+    from engine.fitting import fit_projection as fit_projection
+    from engine.fusion import FusedHits as FusedHits
+    from engine.fusion import fuse_scores as fuse_scores
+    from engine.fusion import search_each as search_each
+    from engine.fusion import search_fused as search_fused
+    from engine.indexes import Index as Index
+    from engine.indexes import IndexWarning as IndexWarning
+    from engine.indexes import index_for as index_for
     from engine.objectives import PRESETS as PRESETS
     from engine.objectives import Objective as Objective
     from engine.objectives import objective as objective
@@ -36,7 +44,10 @@ _MODULE_OF = {
     "Candidates": "selectors",
     "CollectReport": "collector",
     "Direction": "directions",
-    "FlatIndex": "index",
+    "Index": "indexes",
+    "IndexWarning": "indexes",
+    "Diversity": "diversity",
+    "FusedHits": "fusion",
     "Hits": "query",
     "Objective": "objectives",
     "PRESETS": "objectives",
@@ -51,9 +62,14 @@ _MODULE_OF = {
     "Target": "targets",
     "Where": "where",
     "collect": "collector",
+    "fit_projection": "fitting",
+    "index_for": "indexes",
     "layer_contributions": "shares",
     "objective": "objectives",
+    "fuse_scores": "fusion",
     "search": "query",
+    "search_each": "fusion",
+    "search_fused": "fusion",
     "select": "selection",
     "target": "targets",
     "validation_gradient": "directions",

@@ -1,20 +1,38 @@
-"""Two-sided projections of a layer's gradient: G [O, I] becomes left^T G right, [R, R].
+"""From a layer's gradient to sketch dimensions: two sides, then a fold.
 
-A random basis has entries +-1/sqrt(R), so that inner products are kept in expectation: E<Pa, Pb> = <a, b>. A side no
-wider than the rank is kept as it is (the narrow side of a LoRA matrix, a small head). The signs are bits of a Philox
-counter keyed by seed, layer and side: the same on every machine, device and version.
+A layer's gradient G [O, I] becomes a core left^T G right, [R, R]; the cores of all layers, one after another, are
+folded to the sketch. Three kinds:
+
+- `random`: sides of signs +-1/sqrt(R), no fold. Inner products are kept in expectation: E<Pa, Pb> = <a, b>.
+- `dense`: wider random sides, each core then folded by a count sketch (every entry goes to one dimension with a sign).
+  Unbiased too, and close to a dense projection where hidden states share a mean direction.
+- `fitted`: orthonormal sides spanning the directions in which a sample's gradients have their energy, folded by keeping
+  the core entries of the highest energy over all layers: one budget, spent where the gradients are (engine/fitting.py).
+
+A side no wider than the rank is kept as it is. Signs are bits of a Philox counter keyed by seed, layer and side: the
+same on every machine, device and version.
+
+Dimension letters: P problems, C core entries of all layers, D sketch dimensions, M entries of a fold, R rank, O and I
+a layer's outputs and inputs.
 """
 
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
+from gradstore.errors import RequestError
 
-@dataclass(frozen=True, slots=True)
+Kind = Literal["random", "dense", "fitted"]
+Shape = tuple[str, int, int]
+"""A layer as (name, outputs, inputs)."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class LayerBasis:
-    """The two sides of one layer's projection and the sketch dimensions they fill."""
+    """The two sides of one layer's projection and the core entries they fill."""
 
     name: str
     left_OR: np.ndarray | None
@@ -25,8 +43,90 @@ class LayerBasis:
     stop: int
 
 
-def random_bases(layers: Sequence[tuple[str, int, int]], rank: int, seed: int) -> list[LayerBasis]:
-    """Seeded sign bases for layers given as (name, outputs, inputs)."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Fold:
+    """A sparse linear map of core entries to sketch dimensions: dimension `to` gets sign x core entry `of`."""
+
+    of_M: np.ndarray
+    to_M: np.ndarray
+    sign_M: np.ndarray
+    """float32."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Projection:
+    """How the gradients of a model's layers become a sketch."""
+
+    kind: Kind
+    layers: list[LayerBasis]
+    fold: Fold | None
+    layout: list[tuple[str, int, int]]
+    """(layer, start, stop) of the sketch dimensions each layer fills."""
+    captured: float | None = None
+    """Share of a sample's energy that the sketch held when it was fitted."""
+
+    @property
+    def dim(self) -> int:
+        return self.layout[-1][2]
+
+    @property
+    def core_dim(self) -> int:
+        return self.layers[-1].stop
+
+    def digest(self) -> str:
+        """SHA-256 over names, ranges and entries: projections of equal digests sketch alike."""
+        digest = hashlib.sha256(repr(self.layout).encode())
+        for basis in self.layers:
+            digest.update(f"{basis.name}:{basis.start}:{basis.stop}".encode())
+            for side in (basis.left_OR, basis.right_IR):
+                digest.update(b"identity" if side is None else np.ascontiguousarray(side, "<f4").tobytes())
+        if self.fold is not None:
+            digest.update(self.fold.of_M.astype("<i8").tobytes() + self.fold.to_M.astype("<i8").tobytes())
+            digest.update(self.fold.sign_M.astype("<f4").tobytes())
+        return digest.hexdigest()[:16]
+
+
+def random_projection(layers: Sequence[Shape], rank: int, seed: int) -> Projection:
+    """Sign bases, at most rank x rank dimensions a layer."""
+    bases = random_bases(layers, rank, seed)
+    return Projection("random", bases, None, [(basis.name, basis.start, basis.stop) for basis in bases])
+
+
+def dense_projection(layers: Sequence[Shape], rank: int, dim: int, seed: int) -> Projection:
+    """Sign bases of a high rank, each core folded by a count sketch to an equal share of `dim` dimensions."""
+    bases = random_bases(layers, rank, seed)
+    if dim < len(bases):
+        raise RequestError(f"dim is {dim}, expected at least one dimension for each of {len(bases)} layers")
+    bounds = np.arange(len(bases) + 1) * dim // len(bases)
+    to_parts, sign_parts, layout = [], [], []
+    for basis, start, stop in zip(bases, bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
+        size = basis.stop - basis.start
+        width = min(size, stop - start)
+        words = _words(size, seed, basis.name, "fold")
+        to_parts.append(start + ((words >> np.uint64(1)) % np.uint64(width)).astype(np.int64))
+        sign_parts.append((words & np.uint64(1)).astype(np.float32) * 2 - 1)
+        layout.append((basis.name, start, stop))
+    fold = Fold(np.arange(bases[-1].stop), np.concatenate(to_parts), np.concatenate(sign_parts))
+    return Projection("dense", bases, fold, layout)
+
+
+def fitted_projection(
+    bases: Sequence[LayerBasis], energy_C: np.ndarray, dim: int, total_energy: float | None = None
+) -> Projection:
+    """The `dim` core entries of the highest energy, in the order of the layers; layers without any are left out."""
+    of_M = np.sort(np.argsort(-energy_C, kind="stable")[:dim])
+    layout = []
+    for basis in bases:
+        start, stop = np.searchsorted(of_M, [basis.start, basis.stop]).tolist()
+        if stop > start:
+            layout.append((basis.name, start, stop))
+    fold = Fold(of_M, np.arange(len(of_M)), np.ones(len(of_M), np.float32))
+    captured = None if not total_energy else float(energy_C[of_M].sum() / total_energy)
+    return Projection("fitted", list(bases), fold, layout, captured)
+
+
+def random_bases(layers: Sequence[Shape], rank: int, seed: int) -> list[LayerBasis]:
+    """Seeded sign bases."""
     bases: list[LayerBasis] = []
     start = 0
     for name, n_outputs, n_inputs in layers:
@@ -38,19 +138,13 @@ def random_bases(layers: Sequence[tuple[str, int, int]], rank: int, seed: int) -
     return bases
 
 
-def basis_hash(bases: Sequence[LayerBasis]) -> str:
-    """SHA-256 over names, ranges and entries: two sketchers with the same hash project alike."""
-    digest = hashlib.sha256()
-    for basis in bases:
-        digest.update(f"{basis.name}:{basis.start}:{basis.stop}".encode())
-        for side in (basis.left_OR, basis.right_IR):
-            digest.update(b"identity" if side is None else np.ascontiguousarray(side, "<f4").tobytes())
-    return digest.hexdigest()[:16]
-
-
 def _signs(width: int, rank: int, seed: int, name: str, side: str) -> np.ndarray:
-    key = hashlib.sha256(f"{seed}/{name}/{side}".encode()).digest()[:16]
-    stream = np.random.Philox(key=np.frombuffer(key, dtype="<u8"))
-    words = stream.random_raw(-(-width * rank // 64)).astype("<u8")
+    words = _words(-(-width * rank // 64), seed, name, side).astype("<u8")
     bits = np.unpackbits(words.view(np.uint8), count=width * rank)
     return ((bits.astype(np.float32) * 2 - 1) / np.float32(np.sqrt(rank))).reshape(width, rank)
+
+
+def _words(n: int, seed: int, name: str, side: str) -> np.ndarray:
+    """n words of 64 random bits that depend on the seed, the layer and the side alone."""
+    key = hashlib.sha256(f"{seed}/{name}/{side}".encode()).digest()[:16]
+    return np.random.Philox(key=np.frombuffer(key, dtype="<u8")).random_raw(n)

@@ -4,21 +4,22 @@ What enters a linear layer is projected (x R) during the forward and what comes 
 sum_t (g_t L)^T (x_t R) is added to the sketch of the problem each sequence belongs to; no weight gradient is ever
 formed. Cost per token of a layer I -> O: 4 I O FLOPs plus 2 R (I + O + R), against 6 I O for training.
 
-Dimension letters: P problems, B sequences, T tokens, N response tokens, D sketch dimensions, R rank, I and O a
-layer's inputs and outputs.
+Dimension letters: P problems, B sequences, T tokens, C core entries, D sketch dimensions, M entries of the fold,
+R rank, I and O a layer's inputs and outputs.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import get_args
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from engine.gradient_pass import GradientPass
-from engine.layers import adapter_identity, model_identity
+from engine.layers import Layer, adapter_identity, model_identity
 from engine.objectives import Objective, objective
-from engine.projection import LayerBasis, basis_hash, random_bases
+from engine.projection import Kind, LayerBasis, Projection, dense_projection, random_projection
 from engine.rollouts.group import Group
 from gradstore.errors import RequestError
 from gradstore.state import State
@@ -29,9 +30,13 @@ class SketchSpec:
     """How gradients become sketches: everything of it that changes a sketch enters the store's fingerprint."""
 
     rank: int = 16
-    """Width of each side of a layer's projection; a layer fills at most rank x rank dimensions."""
+    """Width of each side of a layer's projection; a layer's core has at most rank x rank entries."""
     seed: int = 0
     """Seed of the random bases."""
+    basis: Kind = "random"
+    """`random`, `dense` or `fitted` (engine/projection.py); a fitted projection is made by `fit_projection`."""
+    dim: int = 1024
+    """Dimensions of a sketch, for dense and fitted bases; a random one has those of its cores."""
     objective: Objective = field(default_factory=lambda: objective("gradalign"))
     modules: tuple[str, ...] | None = None
     """Regular expressions choosing the linear layers; None: LoRA matrices if there are any, else all."""
@@ -46,7 +51,14 @@ class SketchSpec:
         try:
             projection, modules = fingerprint["projection"], fingerprint["modules"]
             settings = Objective(**fingerprint["objective"])
-            return cls(projection["rank"], projection["seed"], settings, tuple(modules) if modules else None)
+            return cls(
+                rank=projection["rank"],
+                seed=projection["seed"],
+                basis=projection["kind"],
+                dim=projection["dim"],
+                objective=settings,
+                modules=tuple(modules) if modules else None,
+            )
         except (KeyError, TypeError):
             raise RequestError(
                 "the store's rows were not made by this sketcher: its fingerprint has no settings"
@@ -55,6 +67,10 @@ class SketchSpec:
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise RequestError(f"rank is {self.rank}, expected at least 1")
+        if self.basis not in get_args(Kind):
+            raise RequestError(f"basis {self.basis!r} is not one of {', '.join(get_args(Kind))}")
+        if self.dim < 1:
+            raise RequestError(f"dim is {self.dim}, expected at least 1")
         if self.token_budget < 1:
             raise RequestError(f"token budget is {self.token_budget}, expected at least 1")
 
@@ -80,20 +96,25 @@ class SketchBatch:
 class Sketcher:
     """Sketches groups of rollouts with the model as it is now; the model is left as it was found."""
 
-    def __init__(self, model: nn.Module, spec: SketchSpec | None = None) -> None:
+    def __init__(self, model: nn.Module, spec: SketchSpec | None = None, projection: Projection | None = None) -> None:
+        """projection: one that was fitted or loaded; without it the spec's random or dense one is made.
+
+        RequestError when the spec asks for a fitted projection and none is given, or when the projection given is of
+        other layers than the spec chooses.
+        """
         self.model = model
         self.spec = spec or SketchSpec()
         self.gradients = GradientPass(model, self.spec)
         self.policy, self.device = self.gradients.policy, self.gradients.device
-        self._layers = self.gradients.layers
-        shapes = [(layer.name, layer.n_outputs, layer.n_inputs) for layer in self._layers]
-        self.bases = random_bases(shapes, self.spec.rank, self.spec.seed)
-        self._sides = [_sides_on(self.device, basis) for basis in self.bases]
+        self.projection = projection or _make(self.gradients.layers, self.spec)
+        if [basis.name for basis in self.projection.layers] != [layer.name for layer in self.gradients.layers]:
+            raise RequestError("the projection is of other layers than the model has or `modules` chooses")
+        self._sides = [_sides_on(self.device, basis) for basis in self.projection.layers]
 
     @property
     def dim(self) -> int:
         """Dimensions of a sketch."""
-        return self.bases[-1].stop
+        return self.projection.dim
 
     @property
     def fingerprint(self) -> dict:
@@ -102,16 +123,16 @@ class Sketcher:
             "model": model_identity(self.model),
             "adapters": adapter_identity(self.model),
             "projection": {
-                "kind": "random",
+                "kind": self.projection.kind,
                 "rank": self.spec.rank,
+                "dim": self.dim,
                 "seed": self.spec.seed,
-                "scaling": "signs / sqrt(rank)",
-                "basis": basis_hash(self.bases),
+                "basis": self.projection.digest(),
             },
             "modules": list(self.spec.modules) if self.spec.modules else None,
             "objective": self.spec.objective.as_dict(),
             "dtype": str(next(self.model.parameters()).dtype).removeprefix("torch."),
-            "layout": [[basis.name, basis.start, basis.stop] for basis in self.bases],
+            "layout": [list(segment) for segment in self.projection.layout],
         }
 
     def sketch(self, groups: Sequence[Group]) -> SketchBatch:
@@ -122,9 +143,16 @@ class Sketcher:
         context, a token id outside the vocabulary, or missing log-probabilities under an importance-weighted
         objective.
         """
-        sums_PD = torch.zeros(len(groups), self.dim, dtype=torch.float32, device=self.device)
-        n_tokens = self.gradients.run(groups, _Projector(self._sides, sums_PD))
-        return _label(groups, sums_PD.cpu().numpy(), n_tokens)
+        sums_PC = torch.zeros(len(groups), self.projection.core_dim, dtype=torch.float32, device=self.device)
+        n_tokens = self.gradients.run(groups, _Projector(self._sides, sums_PC))
+        return _label(groups, self._folded(sums_PC).cpu().numpy(), n_tokens)
+
+    def _folded(self, sums_PC: Tensor) -> Tensor:
+        fold = self.projection.fold
+        if fold is None:
+            return sums_PC
+        of_M, to_M, sign_M = (torch.from_numpy(x).to(self.device) for x in (fold.of_M, fold.to_M, fold.sign_M))
+        return sums_PC.new_zeros(len(sums_PC), self.dim).index_add_(1, to_M, sums_PC[:, of_M] * sign_M)
 
     def check(self, group: Group) -> None:
         """RequestError where the model cannot run the group: see `sketch`."""
@@ -143,21 +171,30 @@ class _Sides:
 class _Projector:
     """Adds each layer's projected gradient to the sums of the problems."""
 
-    def __init__(self, sides: Sequence[_Sides], sums_PD: Tensor) -> None:
-        self._sides, self._sums_PD = sides, sums_PD
+    def __init__(self, sides: Sequence[_Sides], sums_PC: Tensor) -> None:
+        self._sides, self._sums_PC = sides, sums_PC
 
     def on_input(self, layer: int, x_BTI: Tensor) -> Tensor:
-        return _project(x_BTI, self._sides[layer].right_IR)
+        return project(x_BTI, self._sides[layer].right_IR)
 
     def on_gradient(self, layer: int, kept: Tensor, grad_BTO: Tensor, problem_B: Tensor) -> None:
         side = self._sides[layer]
-        products_BRR = torch.bmm(_project(grad_BTO, side.left_OR).transpose(1, 2), kept)
-        self._sums_PD[:, side.basis.start : side.basis.stop].index_add_(0, problem_B, products_BRR.flatten(1))
+        products_BRR = torch.bmm(project(grad_BTO, side.left_OR).transpose(1, 2), kept)
+        self._sums_PC[:, side.basis.start : side.basis.stop].index_add_(0, problem_B, products_BRR.flatten(1))
 
 
-def _project(x_BTW: Tensor, side_WR: Tensor | None) -> Tensor:
+def project(x_BTW: Tensor, side_WR: Tensor | None) -> Tensor:
     """The tokens' vectors on one side of the basis, float32 [B, T, R]."""
     return x_BTW.float() if side_WR is None else x_BTW.float() @ side_WR
+
+
+def _make(layers: Sequence[Layer], spec: SketchSpec) -> Projection:
+    shapes = [(layer.name, layer.n_outputs, layer.n_inputs) for layer in layers]
+    if spec.basis == "fitted":
+        raise RequestError("a fitted projection must be fitted first (engine.fit_projection) or loaded from the store")
+    if spec.basis == "dense":
+        return dense_projection(shapes, spec.rank, spec.dim, spec.seed)
+    return random_projection(shapes, spec.rank, spec.seed)
 
 
 def _sides_on(device: torch.device, basis: LayerBasis) -> _Sides:

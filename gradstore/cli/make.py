@@ -117,12 +117,13 @@ def collect(
         spec.objective if objective is None else preset(objective),
         **{name: value for name, value in changes.items() if value is not None},  # type: ignore[arg-type]
     )
-    spec = SketchSpec(
-        spec.rank if rank is None else rank,
-        spec.seed if seed is None else seed,
-        settings,
-        tuple(modules) if modules else spec.modules,
-        token_budget,
+    spec = replace(
+        spec,
+        rank=spec.rank if rank is None else rank,
+        seed=spec.seed if seed is None else seed,
+        objective=settings,
+        modules=tuple(modules) if modules else spec.modules,
+        token_budget=token_budget,
     )
     source = read_rollouts(rollouts, tokenizer=load_tokenizer(model), format=format)
     sketcher = Sketcher(load_model(model, adapter, device), spec)

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from engine.projection import basis_hash, random_bases
+from engine.projection import random_bases, random_projection
 
 SHAPES = [("attention", 24, 40), ("narrow", 5, 40), ("head", 40, 24)]
 
@@ -30,16 +30,16 @@ def test_inner_products_are_kept_in_expectation_for_every_shape() -> None:
 
 def test_bases_depend_on_seed_and_name_alone() -> None:
     """A basis that changes between runs or with the layer list makes stored rows incomparable."""
-    one, again = random_bases(SHAPES, 8, 0), random_bases(SHAPES, 8, 0)
-    assert basis_hash(one) == basis_hash(again) != basis_hash(random_bases(SHAPES, 8, 1))
+    one, again = random_projection(SHAPES, 8, 0), random_projection(SHAPES, 8, 0)
+    assert one.digest() == again.digest() != random_projection(SHAPES, 8, 1).digest()
     alone = random_bases(SHAPES[2:], 8, 0)[0]
-    assert np.array_equal(alone.left_OR, one[2].left_OR)
-    assert not np.array_equal(one[0].right_IR, one[1].right_IR)
+    assert np.array_equal(alone.left_OR, one.layers[2].left_OR)
+    assert not np.array_equal(one.layers[0].right_IR, one.layers[1].right_IR)
 
 
 def test_the_signs_are_frozen() -> None:
     """A store outlives the libraries it was written with: the same seed must give the same basis for ever."""
-    assert basis_hash(random_bases(SHAPES, 8, 0)) == "3b1d5f47f128e247"
+    assert random_projection(SHAPES, 8, 0).digest() == "e4adaf64998a4ac3"
 
 
 def test_a_narrow_side_is_kept() -> None:

@@ -66,7 +66,7 @@ def slow_sketch(model: nn.Module, sketcher: Sketcher, group: Group, settings: Ob
     slow_objective(model, group, settings).backward()
     modules = dict(model.named_modules())
     parts = []
-    for basis in sketcher.bases:
+    for basis in sketcher.projection.layers:
         module = modules[basis.name]
         gradient_OI = module.weight.grad.numpy()
         if isinstance(module, Conv1D):

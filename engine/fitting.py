@@ -1,0 +1,165 @@
+"""Fit a projection to a sample of problems: sides that span the gradients, entries that hold their energy.
+
+For each layer, left and right are found by alternation, as in a Tucker decomposition of the stacked gradients
+(higher-order orthogonal iteration, De Lathauwer et al. 2000): the right side spans the rows of L^T G_i over the sample,
+then the left the columns of G_i R, and the right again. No gradient is ever formed: each pass accumulates the one-sided
+products alone, a window of problems at a time, and keeps a running set of leading directions for each layer. Problems
+weigh alike, whatever their norm: a first pass estimates the norms with a random sketch, and each problem's weights are
+divided by its norm, a gradient being linear in them.
+
+Cost: five passes over the sample. Memory: for each layer and problem of a window R x (O or I) floats.
+
+Dimension letters: P problems of a window, R rank, O and I a layer's outputs and inputs, W either, K directions kept.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from engine.projection import LayerBasis, Projection, Shape, fitted_projection, random_bases
+from engine.rollouts.group import Group
+from engine.sketcher import Sketcher, SketchSpec, project
+from gradstore.errors import RequestError
+
+T = TypeVar("T")
+_Sides = tuple[np.ndarray | None, np.ndarray | None]
+_LEFT, _RIGHT = 0, 1
+
+_WINDOW = 8
+"""Problems whose one-sided products are held at once."""
+
+
+def fit_projection(
+    model: nn.Module,
+    groups: Sequence[Group],
+    spec: SketchSpec,
+    progress: Callable[[int], None] | None = None,
+) -> Projection:
+    """A projection to spec.dim dimensions fitted to the groups, at most spec.rank directions on each side of a layer.
+
+    groups: a sample of the problems to be ranked, of the benchmark's, or of both; those without signal are left out.
+    progress: called with the number of problems just gone through; five times the groups with signal in all.
+    RequestError when fewer than two groups have a signal.
+    """
+    live = [group for group in groups if group.has_signal]
+    if len(live) < 2:
+        raise RequestError(f"fitting a projection needs problems with a signal, {len(live)} of {len(groups)} have one")
+    random = Sketcher(model, replace(spec, basis="random"))
+    norms: list[float] = []
+    for window in _windows(live):
+        norms += np.linalg.norm(random.sketch(window).sketches, axis=1).tolist()
+        _tell(progress, window)
+    sample = [(group, 1 / norm) for group, norm in zip(live, norms, strict=True) if 0 < norm < float("inf")]
+    shapes = [(layer.name, layer.n_outputs, layer.n_inputs) for layer in random.gradients.layers]
+    sides = [(basis.left_OR, basis.right_IR) for basis in random_bases(shapes, 2 * spec.rank, spec.seed)]
+    for fitted in (_RIGHT, _LEFT, _RIGHT):
+        sides = _refined(random, sides, fitted, sample, spec.rank, progress)
+    bases = _bases(shapes, sides)
+    plain = Projection("random", bases, None, [(basis.name, basis.start, basis.stop) for basis in bases])
+    sketcher = Sketcher(model, replace(spec, basis="random"), plain)
+    energy_C = np.zeros(plain.core_dim)
+    for pairs in _windows(sample):
+        cores_PC = sketcher.sketch([group for group, _ in pairs]).sketches
+        energy_C += np.square(cores_PC * np.array([[scale] for _, scale in pairs])).sum(axis=0)
+        _tell(progress, pairs)
+    return fitted_projection(bases, energy_C, spec.dim, float(len(sample)))
+
+
+def _refined(
+    sketcher: Sketcher,
+    sides: Sequence[_Sides],
+    fitted: int,
+    sample: Sequence[tuple[Group, float]],
+    rank: int,
+    progress: Callable[[int], None] | None,
+) -> list[_Sides]:
+    """The sides of every layer, the left or the right one fitted to the sample given the other."""
+    directions = [_Directions(4 * rank) for _ in sides]
+    for window in _windows(sample):
+        products = _OneSided(sides, fitted, len(window), sketcher.device)
+        sketcher.gradients.run([group for group, _ in window], products)
+        scales_P = torch.tensor([scale for _, scale in window], dtype=torch.float32, device=sketcher.device)
+        for layer, total_PRW in products.totals.items():
+            directions[layer].add((total_PRW * scales_P[:, None, None]).flatten(0, 1))
+        _tell(progress, window)
+    refined = []
+    for (left_OR, right_IR), kept in zip(sides, directions, strict=True):
+        if fitted == _LEFT and left_OR is not None:
+            left_OR = kept.leading(rank)
+        if fitted == _RIGHT and right_IR is not None:
+            right_IR = kept.leading(rank)
+        refined.append((left_OR, right_IR))
+    return refined
+
+
+class _OneSided:
+    """Observer: each problem's gradient times the side that is given, summed over tokens.
+
+    totals: layer -> float32 [P, R, W], W being the side that is fitted; none for a side that is kept as it is.
+    """
+
+    def __init__(self, sides: Sequence[_Sides], fitted: int, n_problems: int, device: torch.device) -> None:
+        self._given = [
+            None if (side := pair[1 - fitted]) is None else torch.from_numpy(side).to(device) for pair in sides
+        ]
+        self._wanted = [pair[fitted] is not None for pair in sides]
+        self._fitted, self._n_problems = fitted, n_problems
+        self.totals: dict[int, Tensor] = {}
+
+    def on_input(self, layer: int, x_BTI: Tensor) -> Tensor:
+        return x_BTI if self._fitted == _RIGHT else project(x_BTI, self._given[layer])
+
+    def on_gradient(self, layer: int, kept: Tensor, grad_BTO: Tensor, problem_B: Tensor) -> None:
+        if not self._wanted[layer]:
+            return
+        given, wide = (project(grad_BTO, self._given[layer]), kept) if self._fitted == _RIGHT else (kept, grad_BTO)
+        products_BRW = torch.bmm(given.transpose(1, 2), wide.float())
+        if layer not in self.totals:
+            self.totals[layer] = products_BRW.new_zeros(self._n_problems, *products_BRW.shape[1:])
+        self.totals[layer].index_add_(0, problem_B, products_BRW)
+
+
+class _Directions:
+    """The leading right singular directions of rows that come a batch at a time (incremental truncated SVD)."""
+
+    def __init__(self, n_kept: int) -> None:
+        self._n_kept = n_kept
+        self._kept_KW: Tensor | None = None
+        """Orthogonal directions, each as long as its singular value."""
+
+    def add(self, rows_NW: Tensor) -> None:
+        stacked_NW = rows_NW if self._kept_KW is None else torch.cat([self._kept_KW, rows_NW])
+        _, vectors_NN = torch.linalg.eigh((stacked_NW @ stacked_NW.T).double())  # ascending
+        self._kept_KW = vectors_NN[:, -self._n_kept :].flip(1).T.float() @ stacked_NW
+
+    def leading(self, rank: int) -> np.ndarray:
+        """Orthonormal directions of the most energy, float32 [W, rank or fewer]."""
+        if self._kept_KW is None:
+            raise RequestError("a layer saw no gradient while fitting: leave it out with `modules`")
+        lengths_K = self._kept_KW.norm(dim=1)
+        kept_KW = self._kept_KW[lengths_K > 1e-6 * lengths_K.max()][:rank]
+        return torch.linalg.qr(kept_KW.T)[0].cpu().numpy()
+
+
+def _bases(shapes: Sequence[Shape], sides: Sequence[_Sides]) -> list[LayerBasis]:
+    bases, start = [], 0
+    for (name, n_outputs, n_inputs), (left_OR, right_IR) in zip(shapes, sides, strict=True):
+        n_left = n_outputs if left_OR is None else left_OR.shape[1]
+        n_right = n_inputs if right_IR is None else right_IR.shape[1]
+        bases.append(LayerBasis(name, left_OR, right_IR, start, start + n_left * n_right))
+        start += n_left * n_right
+    return bases
+
+
+def _windows(items: Sequence[T]) -> Iterator[Sequence[T]]:
+    for start in range(0, len(items), _WINDOW):
+        yield items[start : start + _WINDOW]
+
+
+def _tell(progress: Callable[[int], None] | None, window: Sequence[object]) -> None:
+    if progress:
+        progress(len(window))
