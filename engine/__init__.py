@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from engine.directions import Direction as Direction
     from engine.directions import validation_gradient as validation_gradient
     from engine.diversity import Diversity as Diversity
+    from engine.exact import ExactBatch as ExactBatch
+    from engine.exact import LayerGradients as LayerGradients
+    from engine.exact import exact_dots as exact_dots
+    from engine.exact import layer_gradients as layer_gradients
     from engine.fitting import fit_projection as fit_projection
     from engine.fusion import FusedHits as FusedHits
     from engine.fusion import fuse_scores as fuse_scores
@@ -44,11 +48,13 @@ _MODULE_OF = {
     "Candidates": "selectors",
     "CollectReport": "collector",
     "Direction": "directions",
+    "ExactBatch": "exact",
     "Index": "indexes",
     "IndexWarning": "indexes",
     "Diversity": "diversity",
     "FusedHits": "fusion",
     "Hits": "query",
+    "LayerGradients": "exact",
     "Objective": "objectives",
     "PRESETS": "objectives",
     "Probe": "probe",
@@ -62,9 +68,11 @@ _MODULE_OF = {
     "Target": "targets",
     "Where": "where",
     "collect": "collector",
+    "exact_dots": "exact",
     "fit_projection": "fitting",
     "index_for": "indexes",
     "layer_contributions": "shares",
+    "layer_gradients": "exact",
     "objective": "objectives",
     "fuse_scores": "fusion",
     "search": "query",

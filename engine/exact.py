@@ -1,0 +1,243 @@
+"""Exact gradients of the sketched layers, and exact dot products with known targets without forming them.
+
+For a layer with output gradients g_t and inputs x_t, <G, V> = sum_t g_t^T V x_t: one more product of the layer's size
+per token and target, 2 I O FLOPs, so that forward + input gradient + dots cost what a plain backward costs, in any
+micro-batch and with prompts shared. The norm of a problem's gradient needs the gradient itself: it is then formed, one
+problem at a time (2 I O FLOPs per token, one buffer of the size of the layers), and every dot comes from it for next
+to nothing.
+
+Dimension letters: P problems, K targets, L layers, B sequences, T tokens, I and O a layer's inputs and outputs.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from engine.gradient_pass import GradientPass
+from engine.layers import Layer
+from engine.rollouts.group import Group
+from engine.sketcher import SketchSpec
+from gradstore.errors import RequestError
+from gradstore.state import State
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerGradients:
+    """One gradient over the sketched layers: of a problem, or the mean of a benchmark's problems."""
+
+    names: list[str]
+    """Layers, in the model's order."""
+    matrices: list[Tensor]
+    """float32 [O, I] each, in the ascent direction, on the model's device."""
+
+    @property
+    def norm(self) -> float:
+        """Euclidean length over all layers."""
+        return float(sum(float(matrix.double().square().sum()) for matrix in self.matrices) ** 0.5)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ExactBatch:
+    """Exact scores of some problems."""
+
+    ids: list[str]
+    layers: list[str]
+    terms: np.ndarray
+    """Dot product of each problem's gradient with each target, layer by layer, float64 [P, K, L]; zero where not live."""
+    norms: np.ndarray | None
+    """Length of each gradient over the layers, float64 [P]; None when not asked for."""
+    target_norms: np.ndarray
+    """float64 [K]."""
+    states: list[State]
+    reasons: list[str]
+    """Why a problem failed; empty for the others."""
+    n_tokens: int
+    """Tokens that went through the model, padding and responses sampled before not counted."""
+
+    @property
+    def dots(self) -> np.ndarray:
+        """<g_i, V_k>, float64 [P, K]."""
+        return self.terms.sum(2)
+
+    @property
+    def cosines(self) -> np.ndarray:
+        """Cosines, float64 [P, K], NaN for problems that are not live; RequestError when norms were not asked for."""
+        if self.norms is None:
+            raise RequestError("exact cosines need norms: exact_dots(..., norms=True)")
+        live_P = np.array([state is State.LIVE for state in self.states], bool)
+        lengths_PK = self.norms[:, None] * self.target_norms
+        return np.divide(self.dots, lengths_PK, out=np.full_like(lengths_PK, np.nan), where=live_P[:, None])
+
+
+def layer_gradients(model: nn.Module, groups: Sequence[Group], spec: SketchSpec | None = None) -> LayerGradients:
+    """The exact mean gradient of the groups over the sketched layers, those without signal counting as zero.
+
+    Memory: one float32 matrix per layer, whatever the number of groups. The same mean as `engine.target` takes of
+    sketches. RequestError for no groups or groups the model cannot run, or when the gradient is zero or not finite.
+    """
+    if not groups:
+        raise RequestError("the mean gradient of no groups is not defined")
+    gradients = GradientPass(model, spec or SketchSpec())
+    matrices = [matrix.div_(len(groups)) for matrix in _formed(gradients, groups)[0]]
+    found = LayerGradients([layer.name for layer in gradients.layers], matrices)
+    if not np.isfinite(found.norm) or found.norm == 0.0:
+        raise RequestError(f"the mean gradient of the {len(groups)} groups has length {found.norm}")
+    return found
+
+
+def problem_gradients(gradients: GradientPass, groups: Sequence[Group]) -> Iterator[tuple[list[Tensor], int]]:
+    """Each group's exact gradient, float32 [O, I] per layer, and its tokens; the matrices hold until the next."""
+    buffers = None
+    for group in groups:
+        buffers, n_tokens = _formed(gradients, [group], buffers)
+        yield buffers, n_tokens
+
+
+def exact_dots(
+    model: nn.Module,
+    groups: Sequence[Group],
+    targets: LayerGradients | Sequence[LayerGradients],
+    spec: SketchSpec | None = None,
+    *,
+    norms: bool = False,
+) -> ExactBatch:
+    """Exact dot products of each group's gradient with known targets, over the layers the spec sketches.
+
+    Without norms, in the pass of a sketch with nothing formed per problem: 2 I O FLOPs per token, layer and target on
+    top of 4 I O. With norms, each problem's gradient is formed in turn: 6 I O for any number of targets.
+    RequestError when a target is not over the same layers.
+    """
+    gradients = GradientPass(model, spec or SketchSpec())
+    wanted = [targets] if isinstance(targets, LayerGradients) else list(targets)
+    for target in wanted:
+        _check_target(target, gradients.layers)
+    if norms:
+        terms_PKL, norms_P, n_tokens = _with_norms(gradients, groups, wanted)
+    else:
+        dots = _Dots([target.matrices for target in wanted], len(groups), gradients.device)
+        n_tokens = gradients.run(groups, dots)
+        terms_PKL, norms_P = dots.terms_LKP.permute(2, 1, 0).double().cpu().numpy(), None
+    states, reasons = _states(groups, terms_PKL, norms_P)
+    return ExactBatch(
+        [group.problem_id for group in groups],
+        [layer.name for layer in gradients.layers],
+        terms_PKL,
+        norms_P,
+        np.array([target.norm for target in wanted]),
+        states,
+        reasons,
+        n_tokens,
+    )
+
+
+class _Dots:
+    """Adds g^T V x over a sequence's tokens to the dots of its problem."""
+
+    def __init__(self, targets: Sequence[Sequence[Tensor]], n_problems: int, device: torch.device) -> None:
+        self._targets = [
+            [matrices[layer].to(device) for matrices in targets] for layer in range(len(targets[0]) if targets else 0)
+        ]
+        self.terms_LKP = torch.zeros(len(self._targets), len(targets), n_problems, device=device)
+
+    def on_input(self, layer: int, x_BTI: Tensor) -> Tensor:
+        return x_BTI
+
+    def on_gradient(self, layer: int, kept: Tensor, grad_BTO: Tensor, problem_B: Tensor) -> None:
+        for row_P, target_OI in zip(self.terms_LKP[layer], self._targets[layer], strict=True):
+            matrix_OI = target_OI.to(grad_BTO.dtype)
+            if matrix_OI.shape[0] <= matrix_OI.shape[1]:  # the elementwise product runs over the narrower side
+                dots_B = _rowwise_dot(grad_BTO, kept @ matrix_OI.T)
+            else:
+                dots_B = _rowwise_dot(grad_BTO @ matrix_OI, kept)
+            row_P.index_add_(0, problem_B, dots_B)
+
+
+class _Sum:
+    """Adds every token's g x^T to one matrix per layer."""
+
+    def __init__(self, matrices: Sequence[Tensor]) -> None:
+        self._matrices = matrices
+
+    def on_input(self, layer: int, x_BTI: Tensor) -> Tensor:
+        return x_BTI
+
+    def on_gradient(self, layer: int, kept: Tensor, grad_BTO: Tensor, problem_B: Tensor) -> None:
+        grads_NO, inputs_NI = grad_BTO.flatten(0, 1), kept.flatten(0, 1)
+        if grads_NO.dtype == torch.float32:
+            self._matrices[layer].addmm_(grads_NO.T, inputs_NI)
+        else:  # a float32 sum of products that the hardware accumulates in float32 and rounds once
+            self._matrices[layer].add_(grads_NO.T @ inputs_NI)
+
+
+def _formed(
+    gradients: GradientPass, groups: Sequence[Group], buffers: list[Tensor] | None = None
+) -> tuple[list[Tensor], int]:
+    """The groups' summed gradient per layer, in the buffers where given, and the tokens run."""
+    if buffers is None:
+        buffers = [torch.empty(layer.n_outputs, layer.n_inputs, device=gradients.device) for layer in gradients.layers]
+    for buffer in buffers:
+        buffer.zero_()
+    return buffers, gradients.run(groups, _Sum(buffers))
+
+
+def _with_norms(
+    gradients: GradientPass, groups: Sequence[Group], targets: Sequence[LayerGradients]
+) -> tuple[np.ndarray, np.ndarray, int]:
+    terms_PKL = np.zeros((len(groups), len(targets), len(gradients.layers)))
+    norms_P, total = np.zeros(len(groups)), 0
+    for row, (matrices, n_tokens) in enumerate(problem_gradients(gradients, groups)):
+        total += n_tokens
+        if not n_tokens:
+            continue
+        terms_KL = [
+            torch.stack([(matrix * target).sum() for matrix, target in zip(matrices, wanted.matrices, strict=True)])
+            for wanted in targets
+        ]
+        if terms_KL:
+            terms_PKL[row] = torch.stack(terms_KL).double().cpu().numpy()
+        norms_P[row] = torch.stack([matrix.square().sum() for matrix in matrices]).double().sum().sqrt().item()
+    return terms_PKL, norms_P, total
+
+
+def _states(
+    groups: Sequence[Group], terms_PKL: np.ndarray, norms_P: np.ndarray | None
+) -> tuple[list[State], list[str]]:
+    """A problem's state from its rewards and numbers; what is not live is set to zero."""
+    states, reasons = [], []
+    for row, group in enumerate(groups):
+        state, reason = State.LIVE, ""
+        if not (np.isfinite(terms_PKL[row]).all() and (norms_P is None or np.isfinite(norms_P[row]))):
+            state, reason = State.FAILED, "the gradient is not finite"
+        elif not group.has_signal or (norms_P is not None and norms_P[row] == 0.0):
+            state = State.NO_SIGNAL
+        if state is not State.LIVE:
+            terms_PKL[row] = 0.0
+            if norms_P is not None:
+                norms_P[row] = 0.0
+        states.append(state)
+        reasons.append(reason)
+    return states, reasons
+
+
+def _check_target(target: LayerGradients, layers: Sequence[Layer]) -> None:
+    names = [layer.name for layer in layers]
+    if target.names != names:
+        odd = next(iter(set(target.names) ^ set(names)), "the same names in another order")
+        raise RequestError(
+            f"the target is over {len(target.names)} layers, the spec sketches {len(names)} (first difference: {odd}): "
+            "make the target with the same model and spec"
+        )
+    for layer, matrix in zip(layers, target.matrices, strict=True):
+        if tuple(matrix.shape) != (layer.n_outputs, layer.n_inputs):
+            raise RequestError(
+                f"the target's layer {layer.name} has shape {tuple(matrix.shape)}, "
+                f"expected {(layer.n_outputs, layer.n_inputs)}"
+            )
+
+
+def _rowwise_dot(a_BTW: Tensor, b_BTW: Tensor) -> Tensor:
+    """Inner product of each sequence's entries, accumulated in float32; [B]."""
+    return torch.linalg.vecdot(a_BTW.flatten(1).float(), b_BTW.flatten(1).float())
