@@ -2,15 +2,18 @@
 
 The rows of a view are unit vectors with their norms beside them: cosine is a matrix product with the unit target,
 dot the same times the norm. The exact scan (engine/scan.py) reads every live row once, as it is stored, in bounded
-memory; the FAISS flat index holds the rows in float32 and pays off when the same view is asked many times.
+memory. An index (engine/indexes) looks at fewer bytes and pays off when the same collection is asked many times; the
+scores it returns are the scan's. fisher is dot with a query preconditioned by the view's second moment.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
-from engine.index import FlatIndex
+from engine.fisher import DAMPING, preconditioned
+from engine.indexes import Index, index_for
 from engine.ranking import best
 from engine.scan import scan_rows
 from engine.targets import Target
@@ -18,7 +21,7 @@ from engine.where import Where
 from gradstore import View
 from gradstore.errors import RequestError
 
-Metric = Literal["cosine", "dot"]
+Metric = Literal["cosine", "dot", "fisher"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -46,47 +49,67 @@ def search(
     metric: Metric = "cosine",
     largest: bool = True,
     where: Where | np.ndarray | None = None,
-    index: FlatIndex | None = None,
+    index: Index | str | None = None,
+    damping: float = DAMPING,
 ) -> Hits:
     """The k live problems of the view with the largest (or smallest) score, ties by id.
 
-    query: a target or a float vector [D]. metric: `cosine` of gradient and query; `dot`, gradient times query.
-    where: a filter, or a bool mask [P] over the view. index: a FlatIndex of this view and metric, to search instead
-    of scanning; its scores agree with the scan's to float32 rounding.
+    query: a target or a float vector [D]. metric: `cosine` of gradient and query; `dot`, gradient times query;
+    `fisher`, g^T (M/n + lambda I)^-1 q with the second moment M of the view's n live rows. damping: lambda over the
+    mean eigenvalue of M/n. where: a filter, or a bool mask [P] over the view.
+    index: None scans every row and is exact; a kind of index or `auto` opens or builds one beside the collection
+    (`index_for` has the terms); an Index searches that one. Whatever an index finds has the score of the scan. Where it
+    does not serve (a larger k than it was tested for, a filter that leaves few) the scan does.
     Only live problems are ranked. RequestError for k below 1, a wrong dimension, a zero or non-finite query.
     """
     if k < 1:
         raise RequestError(f"k is {k}, expected at least 1")
-    query_D = direction(query, view.dim, metric)
-    mask_P = view.live
-    if where is not None:
-        mask_P = mask_P & (where.mask(view.problems, view.pass_rates) if isinstance(where, Where) else where)
-    eligible = np.flatnonzero(mask_P)
-    if index is not None:
-        positions, scores = index.search(view, query_D, k, metric, largest, eligible)
+    queries_QD = query_vectors(view, [query], metric, damping)
+    eligible = eligible_positions(view, where)
+    if isinstance(index, str):
+        index = index_for(view, k, metric=metric, kind=index)
+    if index is not None and index.serves(view, k, metric, len(eligible)):
+        positions, scores = index.search(view, queries_QD[0], k, metric, largest, eligible)
     else:
-        scores_P = score_rows(view, query_D, metric, eligible)
+        scores_P = score_rows(view, queries_QD[0], metric, eligible)
         positions = best(scores_P, k, view.ids_at, largest)
         scores = scores_P[positions]
     return Hits(view.ids_at(positions), scores.astype(np.float32), positions, len(eligible))
 
 
+def eligible_positions(view: View, where: Where | np.ndarray | None) -> np.ndarray:
+    """Places in the view of the live problems that pass the filter, int64, ascending."""
+    if where is None:
+        return np.flatnonzero(view.live)
+    return np.flatnonzero(
+        view.live & (where.mask(view.problems, view.pass_rates) if isinstance(where, Where) else where)
+    )
+
+
+def query_vectors(
+    view: View, queries: Sequence[Target | np.ndarray], metric: Metric, damping: float = DAMPING
+) -> np.ndarray:
+    """What the rows are multiplied with, float32 [Q, D]: unit queries for cosine, preconditioned ones for fisher."""
+    queries_QD = np.stack([direction(query, view.dim, metric) for query in queries])
+    return preconditioned(view, queries_QD, damping) if metric == "fisher" else queries_QD
+
+
 def direction(query: Target | np.ndarray, dim: int, metric: Metric) -> np.ndarray:
-    """The query as float32 [D], of unit length for cosine."""
-    if metric not in ("cosine", "dot"):
-        raise RequestError(f"metric {metric!r} is not one of cosine, dot")
+    """The query as float32 [D], of unit length for cosine, checked."""
+    if metric not in ("cosine", "dot", "fisher"):
+        raise RequestError(f"metric {metric!r} is not one of cosine, dot, fisher")
     query_D = np.asarray(query.vector if isinstance(query, Target) else query, np.float32)
     if query_D.shape != (dim,):
         raise RequestError(f"the query has shape {query_D.shape}, the store holds rows of {dim} dimensions")
     length = float(np.linalg.norm(query_D.astype(np.float64)))
     if not np.isfinite(length) or length == 0.0:
         raise RequestError(f"the query's length is {length}, expected a finite number above 0")
-    return query_D if metric == "dot" else (query_D / length).astype(np.float32)
+    return (query_D / length).astype(np.float32) if metric == "cosine" else query_D
 
 
 def score_rows(view: View, query: np.ndarray, metric: Metric, positions: np.ndarray) -> np.ndarray:
     """Scores of the rows at the positions, NaN elsewhere: float32 [P] for a query [D], [Q, P] for queries [Q, D]."""
     scores_QP = scan_rows(view, np.atleast_2d(query), positions)
-    if metric == "dot":
+    if metric != "cosine":
         scores_QP *= view.norms
     return scores_QP[0] if np.ndim(query) == 1 else scores_QP

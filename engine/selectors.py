@@ -88,6 +88,15 @@ def _dot(candidates: Candidates) -> np.ndarray:
     return candidates.norms * candidates.cosines(candidates.target_D) * length
 
 
+def _fisher(candidates: Candidates) -> np.ndarray:
+    from engine.fisher import preconditioned
+
+    assert candidates.target_D is not None
+    query_D = preconditioned(candidates.view, candidates.target_D)
+    length = float(np.linalg.norm(query_D.astype(np.float64)))
+    return candidates.norms * candidates.cosines(query_D) * length
+
+
 def _simacc(candidates: Candidates) -> np.ndarray:
     p = candidates.pass_rates
     return _cosine(candidates) * 4 * p * (1 - p)
@@ -111,6 +120,7 @@ def _learnalign(candidates: Candidates) -> np.ndarray:
 _BUILT_IN = [
     Selector("cosine", _cosine, "cos(g, t)", needs_target=True),
     Selector("dot", _dot, "<g, t>", needs_target=True),
+    Selector("fisher", _fisher, "<g, (M/n + lambda I)^-1 t>", needs_target=True),
     Selector("norm", lambda c: c.norms, "|g|"),
     Selector("negsim", lambda c: -_cosine(c), "-cos(g, t)", needs_target=True),
     Selector("simacc", _simacc, "cos(g, t) 4 p (1 - p)", needs_target=True),

@@ -2,22 +2,23 @@
 
 import numpy as np
 
-from engine.query import Metric, direction
+from engine.fisher import DAMPING
+from engine.query import Metric, query_vectors
 from engine.targets import Target
 from gradstore import View
 
 
 def layer_contributions(
-    view: View, positions: np.ndarray, query: Target | np.ndarray, metric: Metric = "cosine"
+    view: View, positions: np.ndarray, query: Target | np.ndarray, metric: Metric = "cosine", damping: float = DAMPING
 ) -> np.ndarray:
     """Each layer's term of the scores at the given positions; float32 [K, layers], rows summing to the score.
 
     A layer fills a range of sketch dimensions (`view.layers`); its term is the inner product over that range. The
     layers with the largest terms are what GradAlign records as `h_sorted`.
     """
-    query_D = direction(query, view.dim, metric)
+    query_D = query_vectors(view, [query], metric, damping)[0]
     products_KD = view.rows(positions) * query_D
-    if metric == "dot":
+    if metric != "cosine":
         products_KD *= view.norms[positions, None]
     starts = [start for _, start, _ in view.layers]
     return np.add.reduceat(products_KD, starts, axis=1)

@@ -45,15 +45,12 @@ def query(
 ) -> None:
     """Which problems align with a benchmark, best first."""
     import gradstore
-    from engine.index import FlatIndex
     from engine.query import search
     from engine.targets import target
     from engine.where import Where
 
     if against is None:
         raise RequestError("query needs a benchmark: --against NAME")
-    if index not in ("scan", "flat"):
-        raise RequestError(f"index {index!r} is not one of scan, flat")
     opened = gradstore.open(store)
     view = opened.view(_pool(opened, pool, against), at)
     wanted = target(opened, against, at, cast("Aggregate", aggregate))
@@ -65,7 +62,7 @@ def query(
         metric=score,
         largest=not smallest,
         where=Where.parse(where) if where else None,
-        index=FlatIndex.build(view, metric) if index == "flat" else None,
+        index=None if index == "scan" else index,
     )
     newest = max(int(view.steps.max()), wanted.steps[1]) if at is None else at
     problems = view.problems.take(hits.positions).to_pylist()

@@ -1,0 +1,137 @@
+"""One ranking from many benchmarks: scores against each target in one pass, then combined.
+
+    mean      sum_q w_q s_qi / sum_q w_q               large scores of one benchmark can carry a problem
+    minimum   min_q s_qi                               a problem counts by the benchmark it helps least
+    rrf       sum_q w_q / (c + rank_q(i))              only the order within each benchmark counts
+
+RRF: Cormack, Clarke, Buettcher, SIGIR 2009, with their c = 60; c = 0 is CROPI's sum of 1/rank (arXiv 2510.26491).
+
+Q targets, P problems, K hits.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from engine.fisher import DAMPING
+from engine.query import Hits, Metric, eligible_positions, query_vectors, score_rows
+from engine.ranking import best
+from engine.targets import Target
+from engine.where import Where
+from gradstore import View
+from gradstore.errors import RequestError
+
+Fusion = Literal["mean", "minimum", "rrf"]
+FUSIONS = ("mean", "minimum", "rrf")
+RRF_CONSTANT = 60.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FusedHits(Hits):
+    """Hits of a combined ranking; `scores` are the combined ones."""
+
+    scores_QK: np.ndarray
+    """Score of each hit against each target, float32 [Q, K]."""
+
+
+def fuse_scores(
+    scores_QP: np.ndarray,
+    how: Fusion = "mean",
+    weights: Sequence[float] | None = None,
+    constant: float = RRF_CONSTANT,
+) -> np.ndarray:
+    """Combined score, higher is better, float64 [P]; NaN where any score is.
+
+    scores_QP: float [Q, P], higher is better. weights: one a target, not negative; `minimum` takes none. Equal scores
+    have equal ranks (the best of the places they share), counted from 1. RequestError for other methods or weights.
+    """
+    if how not in FUSIONS:
+        raise RequestError(f"fusion {how!r} is not one of {', '.join(FUSIONS)}")
+    if weights is not None and how == "minimum":
+        raise RequestError("the minimum takes no weights: use mean or rrf")
+    weight_Q = np.ones(len(scores_QP)) if weights is None else np.asarray(weights, np.float64)
+    if weight_Q.shape != (len(scores_QP),):
+        raise RequestError(f"{weight_Q.size} weights for {len(scores_QP)} targets: give one for each")
+    if not np.isfinite(weight_Q).all() or weight_Q.min() < 0 or weight_Q.sum() == 0:
+        raise RequestError(f"weights {weight_Q.tolist()}: expected finite numbers, none negative, not all zero")
+    scores_QP = np.asarray(scores_QP, np.float64)
+    if how == "minimum":
+        return scores_QP.min(axis=0)
+    weight_Q = weight_Q / weight_Q.sum()
+    if how == "mean":
+        return weight_Q @ scores_QP
+    ranked = ~np.isnan(scores_QP).any(axis=0)
+    fused_P = np.full(scores_QP.shape[1], np.nan)
+    fused_P[ranked] = weight_Q @ (1 / (constant + _ranks(scores_QP[:, ranked])))
+    return fused_P
+
+
+def search_each(
+    view: View,
+    queries: Sequence[Target | np.ndarray] | np.ndarray,
+    k: int,
+    *,
+    metric: Metric = "cosine",
+    largest: bool = True,
+    where: Where | np.ndarray | None = None,
+    damping: float = DAMPING,
+) -> list[Hits]:
+    """The k best problems for each target, all found in one pass over the rows; arguments as in `search`."""
+    scores_QP, eligible = _scores(view, queries, k, metric, where, damping)
+    found = []
+    for scores_P in scores_QP:
+        positions = best(scores_P, k, view.ids_at, largest)
+        found.append(Hits(view.ids_at(positions), scores_P[positions], positions, len(eligible)))
+    return found
+
+
+def search_fused(
+    view: View,
+    queries: Sequence[Target | np.ndarray] | np.ndarray,
+    k: int,
+    *,
+    how: Fusion = "mean",
+    weights: Sequence[float] | None = None,
+    constant: float = RRF_CONSTANT,
+    metric: Metric = "cosine",
+    largest: bool = True,
+    where: Where | np.ndarray | None = None,
+    damping: float = DAMPING,
+) -> FusedHits:
+    """The k problems with the best combined score over all targets, ties by id; other arguments as in `search`.
+
+    largest False turns every score around before they are combined: the problems that all benchmarks rank low.
+    Exact, in one pass over the rows. Memory: two floats a problem and target.
+    """
+    scores_QP, eligible = _scores(view, queries, k, metric, where, damping)
+    sign = 1 if largest else -1
+    fused_P = fuse_scores(sign * scores_QP, how, weights, constant)
+    positions = best(fused_P, k, view.ids_at)
+    shown = fused_P[positions] * (1 if how == "rrf" else sign)
+    return FusedHits(
+        view.ids_at(positions), shown.astype(np.float32), positions, len(eligible), scores_QP[:, positions]
+    )
+
+
+def _scores(
+    view: View,
+    queries: Sequence[Target | np.ndarray] | np.ndarray,
+    k: int,
+    metric: Metric,
+    where: Where | np.ndarray | None,
+    damping: float,
+) -> tuple[np.ndarray, np.ndarray]:
+    if k < 1:
+        raise RequestError(f"k is {k}, expected at least 1")
+    if not len(queries):
+        raise RequestError("no target given: name at least one benchmark")
+    queries_QD = query_vectors(view, list(queries), metric, damping)
+    eligible = eligible_positions(view, where)
+    return score_rows(view, queries_QD, metric, eligible), eligible
+
+
+def _ranks(scores_QP: np.ndarray) -> np.ndarray:
+    """Place of each score in its row, 1 the largest, equal scores the same: float64."""
+    return np.stack([np.searchsorted(np.sort(-scores_P), -scores_P) + 1.0 for scores_P in scores_QP])

@@ -1,0 +1,70 @@
+"""The self-test a build ends in: what share of the exact best does the index find, and with how little effort?
+
+Asked are the kinds of query that occur: means of sixteen problems' gradients (targets), single rows, and directions
+without any structure (preconditioned targets), for the largest and for the smallest scores, against an exact scan
+of the same view. The cheapest effort with mean recall at least the one asked is used from then on.
+
+Q queries, P problems, D sketch dimensions.
+"""
+
+import numpy as np
+
+from engine.indexes.kinds import Effort
+from engine.indexes.rows import Index, Tested, fetch
+from engine.scan import scan_rows
+from gradstore import View
+
+_QUERIES = 8
+"""Of each of the three sorts."""
+
+
+def rung(k: int, n_live: int) -> int:
+    """The k that is tested when k is asked: the next of 100, 300, 1000, 3000, ..., at most all rows."""
+    for power in range(2, 12):
+        for tested in (10**power, 3 * 10**power):
+            if tested >= k:
+                return min(tested, n_live)
+    return n_live
+
+
+def self_test(index: Index, view: View, recall: float, k: int, queries_QD: np.ndarray | None = None) -> Tested:
+    """The cheapest effort whose mean recall at k is at least the one asked, or the best there is.
+
+    queries_QD: ask these, unit length, instead of sampled ones.
+    """
+    live = np.flatnonzero(view.live)
+    queries_QD = sample_queries(view, live) if queries_QD is None else queries_QD
+    scores_QP = _exact(index, view, queries_QD, live)
+    wanted = {sign: [live[np.argpartition(-sign * scores_P, k - 1)[:k]] for scores_P in scores_QP] for sign in (1, -1)}
+    best = Tested(k, -1.0, -1.0, Effort())
+    for effort in index.kind.efforts():
+        m = min(fetch(effort, k), len(live))
+        shares = [
+            np.isin(expected, found).mean()
+            for sign, expected_Q in wanted.items()
+            for expected, found in zip(
+                expected_Q, index.candidates(view, queries_QD, m, effort, sign > 0, live), strict=True
+            )
+        ]
+        result = Tested(k, float(np.mean(shares)), float(np.min(shares)), effort)
+        if result.recall > best.recall:
+            best = result
+        if best.recall >= recall or effort.factor * k > 2 * len(live):
+            break
+    return best
+
+
+def sample_queries(view: View, live: np.ndarray, seed: int = 0) -> np.ndarray:
+    """float32 [Q, D], unit length: means of sixteen gradients, single rows, random directions."""
+    random = np.random.default_rng(seed)
+    picked = [random.choice(live, size=min(16, len(live)), replace=False) for _ in range(_QUERIES)]
+    means = [view.norms[np.sort(chosen)] @ view.rows(np.sort(chosen)) for chosen in picked]
+    singles = view.rows(np.sort(random.choice(live, size=min(_QUERIES, len(live)), replace=False)))
+    queries_QD = np.concatenate([np.stack(means), singles, random.normal(size=(_QUERIES, view.dim))])
+    lengths = np.linalg.norm(queries_QD, axis=1, keepdims=True)
+    return (queries_QD / np.where(lengths > 0, lengths, 1)).astype(np.float32)
+
+
+def _exact(index: Index, view: View, queries_QD: np.ndarray, live: np.ndarray) -> np.ndarray:
+    scores_QP = scan_rows(view, queries_QD, live)[:, live]
+    return scores_QP if index.metric == "cosine" else scores_QP * view.norms[live]
