@@ -6,7 +6,9 @@ is what must happen before that.
 """
 
 import os
+from collections import deque
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +25,19 @@ from gradstore.durable import (
 )
 from gradstore.layout import IN_USE, PROBLEMS, ZARR, RowArray, group_json
 
+_WRITES_WAITING = 2
+"""Calls of `write` whose rows may be on their way: more would only hold memory."""
+_SYNCS_AT_ONCE = 9
+_SYNCS_WAITING = 90
+"""Files that may wait to be synced; each holds a descriptor."""
+
 
 class Appender:
-    """Appends rows to all arrays of one generation; checksums grow with the bytes."""
+    """Appends rows to all arrays of one generation; checksums grow with the bytes.
+
+    One thread of its own writes, in order, while the caller makes the next rows; others sync the files of finished
+    chunks. What goes wrong there is raised by the next `write` or by `sync`, which must not be skipped.
+    """
 
     def __init__(
         self, generation: Path, arrays: tuple[RowArray, ...], chunk_rows: int, rows: int, chunks: Mapping
@@ -35,46 +47,84 @@ class Appender:
         self._generation = generation
         self._arrays = arrays
         self._crcs: dict[str, list[int]] = {array.name: list(chunks.get(array.name, ())) for array in arrays}
+        self._written = rows
         self._open: dict[str, tuple[Path, int]] = {}
         self._dirty = False
         self._new_files = False
+        self._broken = False
+        self._writer = ThreadPoolExecutor(1)
+        self._writes: deque[Future] = deque()
+        self._syncer = ThreadPoolExecutor(_SYNCS_AT_ONCE)
+        self._syncs: deque[Future] = deque()
 
     @property
     def chunks(self) -> dict[str, tuple[int, ...]]:
-        """Checksums of all rows so far, as a manifest keeps them."""
+        """Checksums of all rows up to the last `sync`, as a manifest keeps them."""
         return {name: tuple(crcs) for name, crcs in self._crcs.items()}
 
     def write(self, columns: Mapping[str, np.ndarray]) -> None:
-        """Append rows: one entry of every array for each, not yet durable and not yet visible."""
+        """Append rows: one entry of every array for each, not yet durable and not yet visible.
+
+        The arrays are this object's from now on.
+        """
+        self._wait(_WRITES_WAITING - 1)
+        self.rows += len(columns["problem"])
+        self._writes.append(self._writer.submit(self._write, columns))
+
+    def sync(self) -> None:
+        """Make every row so far durable."""
+        self._wait(0)
+        if not self._dirty:
+            return
+        self._syncs.extend(self._syncer.submit(_sync_file, opened) for opened in self._open.values())
+        if self._new_files:
+            folders = (self._generation / array.name for array in self._arrays)
+            self._syncs.extend(self._syncer.submit(_sync_folder, folder) for folder in folders)
+        self._wait_for_syncs(0)
+        self._dirty = self._new_files = False
+
+    def close(self) -> None:
+        """Let go of the files; what has not been synced may or may not be on the disk."""
+        self._writer.shutdown(cancel_futures=True)
+        self._syncer.shutdown()
+        for _, descriptor in self._open.values():
+            os.close(descriptor)
+        self._open.clear()
+
+    def _wait(self, most: int) -> None:
+        """Until at most so many writes are on their way; raises the first error."""
+        while len(self._writes) > most:
+            self._writes[0].result()
+            self._writes.popleft()
+
+    def _wait_for_syncs(self, most: int) -> None:
+        while len(self._syncs) > most:
+            self._syncs[0].result()
+            self._syncs.popleft()
+
+    def _write(self, columns: Mapping[str, np.ndarray]) -> None:
+        if self._broken:
+            return  # Nothing is written behind what could not be written.
+        self._broken = True
         total = len(columns["problem"])
+        self._dirty = self._dirty or total > 0
         done = 0
         while done < total:
-            chunk, within = divmod(self.rows, self.chunk_rows)
+            chunk, within = divmod(self._written, self.chunk_rows)
             take = min(total - done, self.chunk_rows - within)
             if not self._open:
-                at_once(lambda array, chunk=chunk: self._open_chunk(array, chunk), self._arrays)  # type: ignore[misc]
+                for array in self._arrays:
+                    self._open_chunk(array, chunk)
             for array in self._arrays:
                 part = np.ascontiguousarray(columns[array.name][done : done + take], dtype=array.dtype)
                 self._put(array, chunk, within, part)
             done += take
-            self.rows += take
+            self._written += take
             if within + take == self.chunk_rows:
-                self._finish_chunk()
-        self._dirty = self._dirty or total > 0
-
-    def sync(self) -> None:
-        """Make every row so far durable."""
-        if not self._dirty:
-            return
-        at_once(_sync_file, self._open.values())
-        if self._new_files:
-            at_once(_sync_folder, (self._generation / array.name for array in self._arrays))
-        self._dirty = self._new_files = False
-
-    def close(self) -> None:
-        for _, descriptor in self._open.values():
-            os.close(descriptor)
-        self._open.clear()
+                self._wait_for_syncs(_SYNCS_WAITING)
+                self._syncs.extend(self._syncer.submit(_sync_and_close, opened) for opened in self._open.values())
+                self._open = {}
+        self._broken = False
 
     def _put(self, array: RowArray, chunk: int, within: int, part: np.ndarray) -> None:
         crcs = self._crcs[array.name]
@@ -92,13 +142,8 @@ class Appender:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
             self._open[array.name] = path, descriptor
             if not existed:
-                preallocate(descriptor, self.chunk_rows * array.row_bytes)
-                os.fsync(descriptor)
                 self._new_files = True
-
-    def _finish_chunk(self) -> None:
-        at_once(_sync_file, self._open.values())
-        self.close()
+                preallocate(descriptor, self.chunk_rows * array.row_bytes)
 
 
 def create_generation(generation: Path, arrays: tuple[RowArray, ...], chunk_rows: int) -> None:
@@ -162,6 +207,13 @@ def _sync_file(opened: tuple[Path, int]) -> None:
     path, descriptor = opened
     with writing(path):
         os.fdatasync(descriptor)
+
+
+def _sync_and_close(opened: tuple[Path, int]) -> None:
+    try:
+        _sync_file(opened)
+    finally:
+        os.close(opened[1])
 
 
 def _sync_folder(folder: Path) -> None:

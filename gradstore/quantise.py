@@ -12,6 +12,9 @@ not biased by the quantisation of its length. A row of zeros has codes, scale an
 D sketch dimensions, P rows (problems), W bytes or elements of codes a row.
 """
 
+import os
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 
 from gradstore.layout import row_arrays
@@ -27,45 +30,57 @@ gradients have heavier tails than a Gaussian, and how much heavier differs from 
 _BLOCK_BYTES = 1 << 19
 """Rows are encoded in blocks that stay in the processor's cache through all passes."""
 
+_TASK_BLOCKS = 8
+"""Blocks that one thread takes at a time."""
+
 _NIBBLES = np.array([value - 16 if value > 7 else value for value in range(16)], dtype=np.float32)
 _PAIRS = np.stack([np.tile(_NIBBLES, 16), np.repeat(_NIBBLES, 16)], axis=1).copy().view(np.uint64).ravel()
 """For each byte the two float32 values it holds, as one 8-byte entry."""
 
 
-def peaks(rows_P_D: np.ndarray) -> np.ndarray:
-    """Largest absolute value of each float32 row, float32 [P]; not finite exactly where the row is not."""
-    if not rows_P_D.shape[0]:
-        return np.zeros(0, np.float32)
-    return np.maximum(rows_P_D.max(axis=1), np.abs(rows_P_D.min(axis=1)))
+def encode(rows_P_D: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Codes [P, W], scale float32 [P], L2 norm float64 [P] and peak float32 [P] of float32 rows.
 
-
-def encode(
-    rows_P_D: np.ndarray, dtype: str, peaks_P: np.ndarray | None = None
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Codes [P, W], scale float32 [P] and L2 norm float64 [P] of finite float32 rows.
-
-    The arithmetic is on rows divided by their peak, so neither huge nor tiny rows overflow or vanish.
+    The peak is a row's largest absolute value, not finite exactly where the row is not; such a row has codes and scale
+    0, as a row of zeros has. The arithmetic is on rows divided by their peak, so neither huge nor tiny rows overflow or
+    vanish. Many rows are encoded by all cores.
     """
     n_rows, dim = rows_P_D.shape
     array = row_arrays(dim, dtype)[0]
     codes = np.zeros(array.shape(n_rows), dtype=array.dtype)
     scale = np.zeros(n_rows, dtype=np.float32)
     norm = np.zeros(n_rows, dtype=np.float64)
-    peaks_P = peaks(rows_P_D) if peaks_P is None else peaks_P
-    step = max(1, min(n_rows, _BLOCK_BYTES // (4 * dim)))
-    scratch = np.empty((step, dim), dtype=np.float32)
+    peaks_P = np.zeros(n_rows, dtype=np.float32)
     encode_block = {"int8": _int8, "int4": _int4, "1bit": _sign, "fp16": _unit, "fp32": _unit}[dtype]
-    for start in range(0, n_rows, step):
-        block = slice(start, start + step)
-        peak = peaks_P[block]
-        some = peak > 0
-        scaled = scratch[: len(peak)]
-        np.divide(rows_P_D[block], np.where(some, peak, 1)[:, None], out=scaled)
-        length = _lengths(scaled)
-        norm[block] = peak.astype(np.float64) * length
-        code_length = encode_block(scaled, np.where(some, length, 1), codes[block])
-        scale[block] = np.where(some, 1 / np.where(some, code_length, 1), 0)
-    return codes, scale, norm
+    block_rows = max(1, _BLOCK_BYTES // (4 * dim))
+
+    def encode_rows(start: int, stop: int) -> None:
+        scratch = np.empty((min(block_rows, stop - start), dim), dtype=np.float32)
+        for first in range(start, stop, block_rows):
+            block = slice(first, min(first + block_rows, stop))
+            rows = rows_P_D[block]
+            peak = peaks_P[block] = np.maximum(rows.max(axis=1), np.abs(rows.min(axis=1)))
+            some = np.isfinite(peak) & (peak > 0)
+            scaled = scratch[: len(peak)]
+            if some.all():
+                np.divide(rows, peak[:, None], out=scaled)
+            else:
+                scaled[...] = 0
+                scaled[some] = rows[some] / peak[some, None]
+            length = _lengths(scaled)
+            norm[block] = np.where(some, peak, 0).astype(np.float64) * length
+            code_length = encode_block(scaled, np.where(some, length, 1), codes[block])
+            scale[block] = np.where(some, 1 / np.where(some, code_length, 1), 0)
+
+    task_rows = _TASK_BLOCKS * block_rows
+    starts = range(0, n_rows, task_rows)
+    stops = [min(start + task_rows, n_rows) for start in starts]
+    if len(starts) < 2:
+        list(map(encode_rows, starts, stops))
+    else:
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+            list(pool.map(encode_rows, starts, stops))
+    return codes, scale, norm, peaks_P
 
 
 def decode(codes: np.ndarray, scale: np.ndarray, dtype: str, out: np.ndarray) -> None:

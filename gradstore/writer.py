@@ -16,7 +16,7 @@ from gradstore.appender import Appender
 from gradstore.errors import RequestError
 from gradstore.header import Header
 from gradstore.problem_table import ProblemTable
-from gradstore.quantise import encode, peaks
+from gradstore.quantise import encode
 from gradstore.session import Session
 from gradstore.state import State
 
@@ -37,8 +37,9 @@ class _Rows:
 class Writer:
     """Appends rows of one step to one collection; use it as a context manager.
 
-    Rows become visible together when the context closes, or earlier by `publish`. An exception inside the
-    context publishes nothing more, and what was appended since the last publication is cleared.
+    Rows are written to the disk in the background; the append or publication after one that could not be written
+    raises its error. Rows become visible together when the context closes, or earlier by `publish`. An exception
+    inside the context publishes nothing more, and what was appended since the last publication is cleared.
     """
 
     def __init__(self, header: Header, collection: Path, where: str, step: int) -> None:
@@ -104,7 +105,7 @@ class Writer:
         self._refuse_failed()
         rows = self._check(list(ids), sketches, norms, state, pass_rate, n_rollouts, reason)
         session.unpublished = True
-        self._failed = True  # Until the bytes are down: half an append must not be published.
+        self._failed = True  # If this raises, an earlier append did not reach the disk, and nothing more may.
         self._appender.write(rows.columns)
         self._reasons = rows.reasons
         self._failed = False
@@ -156,15 +157,13 @@ class Writer:
             raise RequestError(f"{self._where}: sketches have dtype {rows_P_D.dtype}, expected real numbers")
         with np.errstate(over="ignore"):
             rows_P_D = np.ascontiguousarray(rows_P_D, dtype=np.float32)
-        peaks_P = peaks(rows_P_D)
+            codes, scale, lengths_P, peaks_P = encode(rows_P_D, self._header.dtype)
         norms_P = None if norms is None else self._numbers(norms, "norms", ids)
         states_P = self._states(state, ids, peaks_P if norms_P is None else norms_P)
         live = states_P == State.LIVE
         self._check_live(ids, rows_P_D, peaks_P, norms_P, live)
-        if not live.all():
-            peaks_P = np.where(live, peaks_P, 0)
-            rows_P_D = np.where(live[:, None], rows_P_D, 0)
-        codes, scale, lengths_P = encode(rows_P_D, self._header.dtype, peaks_P)
+        codes[~live] = 0
+        scale[~live] = 0
         norm = np.where(live, lengths_P if norms_P is None else norms_P, 0)
         with np.errstate(over="ignore"):
             norm = norm.astype(np.float32)

@@ -36,7 +36,7 @@ def test_the_error_is_the_one_measured(dtype: str) -> None:
     rows = random.standard_normal((2000, dim)).astype(np.float32)
     query = random.standard_normal(dim)
     query /= np.linalg.norm(query)
-    codes, scale, _ = encode(rows, dtype)
+    codes, scale, *_ = encode(rows, dtype)
     units = np.empty_like(rows)
     decode(codes, scale, dtype, units)
     # A decoded row, scaled to be unbiased, is the row and an error across it.
