@@ -6,7 +6,7 @@ they are. It costs one ordinary backward over the benchmark's rollouts.
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,7 @@ from engine.hooks import Observation
 from engine.microbatch import MicroBatch, Rollout, pack, pays_to_share, rollouts_of
 from engine.objectives import Objective, objective, rollout_weights
 from engine.rollouts.group import Group
-from engine.sharding import inner, largest, n_shards, reshard, total
+from engine.sharding import inner, is_sharded, largest, n_shards, reshard, total
 from gradstore.errors import RequestError
 
 if TYPE_CHECKING:
@@ -85,12 +85,12 @@ def summed_gradient(runner: "GradientPass", groups: Sequence[Group]) -> dict[str
         runner.check(group)
     weights = [rollout_weights(g.rewards, np.array([len(r) for r in g.responses]), spec.objective) for g in groups]
     rollouts = rollouts_of(groups, weights, merge=not spec.objective.importance)
-    shared = policy.shares_prompts and spec.share_prompts and pays_to_share(rollouts)
-    batches = list(pack(rollouts, spec.token_budget, shared))
-    batches += [idle_batch()] * (largest(model, len(batches)) - len(batches))
     scale = n_shards(model)
+    plain = policy.plain() if is_sharded(model) else nullcontext()
     sums: dict[str, Tensor] = {}
-    with _own_gradients(model) as trained, torch.enable_grad():
+    with plain, _own_gradients(model) as trained, torch.enable_grad():
+        shared = policy.shares_prompts and spec.share_prompts and pays_to_share(rollouts)
+        batches = in_step(model, list(pack(rollouts, spec.token_budget, shared)), shared)
         unseen = Observation([], _Nothing())
         for batch in batches:
             policy.backward(batch.to(runner.device), spec.objective, unseen)
@@ -104,10 +104,12 @@ def summed_gradient(runner: "GradientPass", groups: Sequence[Group]) -> dict[str
     return {name: tensor.mul_(scale) if scale > 1 else tensor for name, tensor in sums.items()}
 
 
-def idle_batch() -> MicroBatch:
-    """A micro-batch that changes nothing: one token with weight zero, for a rank that waits for others."""
+def in_step(model: nn.Module, batches: list[MicroBatch], shared: bool) -> list[MicroBatch]:
+    """As many micro-batches on every rank: the shorter ones end in batches of one token with weight zero."""
     token = np.zeros(1, np.int64)
-    return next(iter(pack([Rollout(0, 0, token, token, 0.0, None)], 1, shared=False)))
+    idle = Rollout(0, 0, np.zeros(2, np.int64), token, 0.0, None)
+    missing = largest(model, len(batches)) - len(batches)
+    return batches + [batch for _ in range(missing) for batch in pack([idle], 1, shared)]
 
 
 @contextmanager

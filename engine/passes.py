@@ -13,7 +13,8 @@ V vocabulary.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -49,6 +50,16 @@ class Policy:
         """Shortcuts that are not exact for this model, and why."""
         self._split = self._is_exact("the output layer on response positions alone", self._hidden_then_head)
         self.shares_prompts = self._split and self._attends_fully(base) and self._is_exact(_SHARING, self._cached)
+
+    @contextmanager
+    def plain(self) -> Iterator[None]:
+        """No shortcuts for the duration: FSDP2 reduces the gradients of forwards through the whole model alone."""
+        shortcuts = self._split, self.shares_prompts
+        self._split = self.shares_prompts = False
+        try:
+            yield
+        finally:
+            self._split, self.shares_prompts = shortcuts
 
     def logprobs(self, batch: MicroBatch, temperature: float = 1.0) -> Tensor:
         """Log-probability of each response token, float32 [B, N], zero where padded; nothing is back-propagated."""

@@ -21,14 +21,14 @@ from torch import nn
 
 from engine import probe_statistics
 from engine.calibration import Calibration, best_step
-from engine.directions import Direction, evaluating, idle_batch, summed_gradient
+from engine.directions import Direction, evaluating, in_step, summed_gradient
 from engine.displacement import LowRankBranch, Move, displaced
 from engine.gradient_pass import GradientPass
 from engine.microbatch import Rollout, pack, pays_to_share
 from engine.objectives import Objective, importance_weights, objective, rollout_weights
 from engine.probe_batch import ProbeBatch
 from engine.rollouts.group import Group
-from engine.sharding import largest, n_shards, reshard, total
+from engine.sharding import gather, largest, n_shards, reshard, total
 from engine.sketcher import SketchSpec
 from gradstore.errors import RequestError
 
@@ -306,14 +306,18 @@ class Probe:
                 if place == len(rollouts):
                     rollouts.append(Rollout(problem, j, group.prompt_ids, response, 1.0, None))
         spec, policy = self._pass.spec, self._pass.policy
-        shared = policy.shares_prompts and spec.share_prompts and pays_to_share(rollouts)
+        shares = policy.shares_prompts and spec.share_prompts
+        # Every rank or none: a prompt run by itself is one more forward.
+        shared = shares and not largest(self.model, len(rollouts) > 0 and not pays_to_share(rollouts))
         batches = list(pack(rollouts, spec.token_budget, shared))
+        gather(self.model)
         # Fetched after the last batch, so that a GPU is never waited for in between.
-        grids = [(b, policy.logprobs(b.to(self._pass.device), self.settings.temperature)) for b in batches]
-        for _ in range(largest(self.model, len(batches)) - len(batches)):
-            policy.logprobs(idle_batch().to(self._pass.device), self.settings.temperature)
+        grids = [
+            policy.logprobs(batch.to(self._pass.device), self.settings.temperature)
+            for batch in in_step(self.model, batches, shared)
+        ]
         found: list[np.ndarray] = [np.zeros(0, np.float32)] * len(rollouts)
-        for batch, grid_BN in grids:
+        for batch, grid_BN in zip(batches, grids, strict=False):
             rows = grid_BN.float().cpu().numpy()
             for row, number in zip(rows, batch.rollout_B.tolist(), strict=True):
                 found[number] = row[: len(rollouts[number].response_ids)]

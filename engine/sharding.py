@@ -25,6 +25,13 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
+def gather(model: nn.Module) -> None:
+    """Gather what the outermost module holds itself (embedding, output layer), so that the modules inside it can be
+    called without it; they gather their own. Nothing for a plain model."""
+    if isinstance(model, FSDPModule):
+        model.unshard()
+
+
 def n_shards(model: nn.Module) -> int:
     """Ranks that FSDP2 averages gradients over; 1 for a plain model."""
     if not is_sharded(model):

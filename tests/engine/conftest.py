@@ -73,45 +73,49 @@ ARCHITECTURES: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+def random_model(name: str) -> nn.Module:
+    """A seeded random fp32 model of an architecture."""
+    torch.manual_seed(3)
+    model = ARCHITECTURES[name]().float().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3.0) if parameter.ndim == 2 else None
+    return model
+
+
+def random_groups(n: int, *, n_rollouts: int = 4, seed: int = 0, logprobs: bool = False) -> list[Group]:
+    """Groups of random rollouts of random lengths with 0/1 rewards, at least one of each."""
+    random = np.random.default_rng(seed)
+    groups = []
+    for i in range(n):
+        responses = [random.integers(0, N_VOCABULARY, random.integers(1, 12)) for _ in range(n_rollouts)]
+        rewards = np.zeros(n_rollouts)
+        rewards[: random.integers(1, n_rollouts)] = 1.0
+        behaviour = [-random.exponential(3.0, len(r)).astype(np.float32) for r in responses] if logprobs else None
+        groups.append(
+            Group(
+                f"problem-{i}",
+                random.integers(0, N_VOCABULARY, random.integers(2, 10)),
+                responses,
+                random.permutation(rewards),
+                behaviour,
+            )
+        )
+    return groups
+
+
 @pytest.fixture
 def make_model() -> Callable[[str], nn.Module]:
     """An architecture's name -> a seeded random fp32 model of it, with weights large enough to matter."""
 
-    def make(name: str) -> nn.Module:
-        torch.manual_seed(3)
-        model = ARCHITECTURES[name]().float().eval()
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.mul_(3.0) if parameter.ndim == 2 else None
-        return model
-
-    return make
+    return random_model
 
 
 @pytest.fixture
 def make_groups() -> Callable[..., list[Group]]:
     """Groups of random rollouts of random lengths with 0/1 rewards, at least one of each."""
 
-    def make(n: int, *, n_rollouts: int = 4, seed: int = 0, logprobs: bool = False) -> list[Group]:
-        random = np.random.default_rng(seed)
-        groups = []
-        for i in range(n):
-            responses = [random.integers(0, N_VOCABULARY, random.integers(1, 12)) for _ in range(n_rollouts)]
-            rewards = np.zeros(n_rollouts)
-            rewards[: random.integers(1, n_rollouts)] = 1.0
-            behaviour = [-random.exponential(3.0, len(r)).astype(np.float32) for r in responses] if logprobs else None
-            groups.append(
-                Group(
-                    f"problem-{i}",
-                    random.integers(0, N_VOCABULARY, random.integers(2, 10)),
-                    responses,
-                    random.permutation(rewards),
-                    behaviour,
-                )
-            )
-        return groups
-
-    return make
+    return random_groups
 
 
 @pytest.fixture
