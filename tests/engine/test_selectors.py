@@ -25,6 +25,10 @@ def slow_scores(store, name: str) -> dict[str, float]:
         return {i: cosine(gradients[i], query) for i in live}
     if name == "dot":
         return {i: float(gradients[i] @ query) for i in live}
+    if name == "fisher":
+        moment = sum(np.outer(gradients[i], gradients[i]) for i in live) / len(live)
+        ridge = 0.1 * np.trace(moment) / len(query) * np.eye(len(query))
+        return {i: float(gradients[i] @ np.linalg.inv(moment + ridge) @ query) for i in live}
     if name == "norm":
         return {i: float(np.linalg.norm(gradients[i])) for i in live}
     if name == "negsim":
