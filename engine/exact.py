@@ -46,7 +46,7 @@ class ExactBatch:
     ids: list[str]
     layers: list[str]
     terms: np.ndarray
-    """Dot product of each problem's gradient with each target, layer by layer, float64 [P, K, L]; zero where not live."""
+    """Dot product of each gradient with each target, layer by layer, float64 [P, K, L]; zero where not live."""
     norms: np.ndarray | None
     """Length of each gradient over the layers, float64 [P]; None when not asked for."""
     target_norms: np.ndarray

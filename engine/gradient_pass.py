@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from engine.hooks import Observer, observed
-from engine.layers import find_layers
+from engine.layers import find_layers, output_layer
 from engine.microbatch import pack, pays_to_share, rollouts_of
 from engine.objectives import rollout_weights
 from engine.passes import Policy
@@ -29,7 +30,7 @@ class GradientPass:
         self.model = model
         self.spec = spec
         self.policy = Policy(model)
-        self.layers = find_layers(model, spec.modules)
+        self.layers = [output_layer(model)] if spec.head_only else find_layers(model, spec.modules)
         self.device = next(model.parameters()).device
 
     @property
@@ -54,7 +55,7 @@ class GradientPass:
         if self.spec.objective.importance and group.logprobs is None:
             raise RequestError(f"{name}: has no log-probabilities, which an importance-weighted objective needs")
 
-    def run(self, groups: Sequence[Group], observer: Observer) -> int:
+    def run(self, groups: Sequence[Group], observer: Observer, on_weights: "EffectiveSampleSize | None" = None) -> int:
         """Back-propagate each group's objective; the observer's problems are positions in `groups`.
 
         Returns the tokens that went through the model, padding and responses sampled before not counted. Groups whose
@@ -72,5 +73,31 @@ class GradientPass:
         shared = self.policy.shares_prompts and self.spec.share_prompts and pays_to_share(rollouts)
         with observed(self.model, self.layers, observer) as observation:
             for batch in pack(rollouts, self.spec.token_budget, shared):
-                self.policy.backward(batch.to(self.device), self.spec.objective, observation)
+                self.policy.backward(batch.to(self.device), self.spec.objective, observation, on_weights)
         return sum(len(rollout.prompt_ids) + len(rollout.response_ids) for rollout in rollouts)
+
+
+class EffectiveSampleSize:
+    """How many fresh rollouts a group's importance-weighted ones are worth (Kish): G (sum rho)^2 / (n sum rho^2).
+
+    rho: the importance ratio of each of the n response tokens that carry weight, 0 where clipped. On-policy rollouts
+    are worth G; rollouts whose ratios are carried by a few tokens, or clipped, are worth less.
+    """
+
+    def __init__(self, groups: Sequence[Group], device: torch.device) -> None:
+        self._n_rollouts_P = np.array([len(group.responses) for group in groups])
+        self._sums_P3 = torch.zeros(len(groups), 3, dtype=torch.float64, device=device)
+
+    def __call__(self, problem_B: Tensor, before_BN: Tensor, after_BN: Tensor) -> None:
+        """Adds one micro-batch: token weights before and after importance ratios."""
+        weighted_BN = before_BN != 0
+        ratio_BN = torch.where(weighted_BN, after_BN.double() / torch.where(weighted_BN, before_BN, 1.0), 0.0)
+        sums_B3 = torch.stack([weighted_BN.sum(1).double(), ratio_BN.sum(1), ratio_BN.square().sum(1)], 1)
+        self._sums_P3.index_add_(0, problem_B, sums_B3)
+
+    def of_groups(self) -> np.ndarray:
+        """float32 [P]; 0 for a group that carries no weight or is clipped throughout."""
+        n_P, sum_P, squares_P = self._sums_P3.cpu().numpy().T
+        lengths_P = n_P * squares_P
+        ess_P = np.divide(sum_P**2, lengths_P, out=np.zeros_like(sum_P), where=lengths_P > 0)
+        return (self._n_rollouts_P * ess_P).astype(np.float32)

@@ -44,6 +44,16 @@ def find_layers(model: nn.Module, patterns: Sequence[str] | None = None) -> list
     return adapters or layers
 
 
+def output_layer(model: nn.Module) -> Layer:
+    """The layer that gives the logits; RequestError when it is not a linear layer of its own."""
+    base = cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
+    head = cast(Any, base).get_output_embeddings()
+    for name, module in model.named_modules():
+        if module is head and (layer := _as_layer(name, module)):
+            return layer
+    raise RequestError(f"the output layer of {type(base).__name__} is a {type(head).__name__}, not a linear layer")
+
+
 def model_identity(model: nn.Module) -> dict:
     """What stays the same over training: architecture, and names and shapes of every parameter (hashed)."""
     base = cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model

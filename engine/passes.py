@@ -70,20 +70,35 @@ class Policy:
                 found_BN[rows] = self._logprobs(batch, rows, self._grid(batch, hidden_BTH, rows), temperature)
         return torch.where(batch.filled_BN, found_BN, 0.0)
 
-    def backward(self, batch: MicroBatch, objective: Objective, observation: Observation) -> None:
-        """Back-propagate the weighted log-probabilities of the responses to the observed layers."""
+    def backward(
+        self,
+        batch: MicroBatch,
+        objective: Objective,
+        observation: Observation,
+        on_weights: Callable[[Tensor, Tensor, Tensor], None] | None = None,
+    ) -> None:
+        """Back-propagate the weighted log-probabilities of the responses to the observed layers.
+
+        Where only the output layer is observed, nothing is back-propagated below its logits. on_weights is called with
+        problem_B and the token weights [B, N] before and after importance ratios.
+        """
+        tell = on_weights or (lambda problem_B, before_BN, after_BN: None)
         if not self._split:
             observation.of(batch.problem_B)
             logits_BTV = self.model(input_ids=batch.token_ids_BT, use_cache=False).logits
             logprobs_BN = _gather(_at_responses(batch, logits_BTV), batch.targets_BN, objective.temperature)
-            (logprobs_BN * _weights(batch, slice(None), logprobs_BN, objective)).sum().backward()
+            weights_BN = _weights(batch, slice(None), logprobs_BN, objective)
+            tell(batch.problem_B, batch.weights_BN, weights_BN)
+            (logprobs_BN * weights_BN).sum().backward()
             return
         grid_BNH = _at_responses(batch, self._hidden(batch, observation))
-        leaf_BNH = grid_BNH.detach().requires_grad_()
+        leaf_BNH = grid_BNH.detach().requires_grad_(grid_BNH.requires_grad)
         for rows in self._chunks(batch):
             observation.of(batch.problem_B[rows])
             logprobs_BN = self._logprobs(batch, rows, leaf_BNH[rows], objective.temperature)
-            (logprobs_BN * _weights(batch, rows, logprobs_BN, objective)).sum().backward()
+            weights_BN = _weights(batch, rows, logprobs_BN, objective)
+            tell(batch.problem_B[rows], batch.weights_BN[rows], weights_BN)
+            (logprobs_BN * weights_BN).sum().backward()
         if grid_BNH.requires_grad:
             grid_BNH.backward(leaf_BNH.grad)
 

@@ -86,9 +86,9 @@ class Projection:
         return digest.hexdigest()[:16]
 
 
-def random_projection(layers: Sequence[Shape], rank: int, seed: int) -> Projection:
-    """Sign bases, at most rank x rank dimensions a layer."""
-    bases = random_bases(layers, rank, seed)
+def random_projection(layers: Sequence[Shape], rank: int, seed: int, right_rank: int | None = None) -> Projection:
+    """Sign bases, at most rank x rank dimensions a layer (rank x right_rank where given)."""
+    bases = random_bases(layers, rank, seed, right_rank)
     return Projection("random", bases, None, [(basis.name, basis.start, basis.stop) for basis in bases])
 
 
@@ -125,14 +125,15 @@ def fitted_projection(
     return Projection("fitted", list(bases), fold, layout, captured)
 
 
-def random_bases(layers: Sequence[Shape], rank: int, seed: int) -> list[LayerBasis]:
-    """Seeded sign bases."""
+def random_bases(layers: Sequence[Shape], rank: int, seed: int, right_rank: int | None = None) -> list[LayerBasis]:
+    """Seeded sign bases; right_rank: width of the input side where it is not that of the output side."""
+    right_rank = right_rank or rank
     bases: list[LayerBasis] = []
     start = 0
     for name, n_outputs, n_inputs in layers:
         left_OR = None if n_outputs <= rank else _signs(n_outputs, rank, seed, name, "left")
-        right_IR = None if n_inputs <= rank else _signs(n_inputs, rank, seed, name, "right")
-        stop = start + min(n_outputs, rank) * min(n_inputs, rank)
+        right_IR = None if n_inputs <= right_rank else _signs(n_inputs, right_rank, seed, name, "right")
+        stop = start + min(n_outputs, rank) * min(n_inputs, right_rank)
         bases.append(LayerBasis(name, left_OR, right_IR, start, stop))
         start = stop
     return bases

@@ -9,20 +9,23 @@ R rank, I and O a layer's inputs and outputs.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import get_args
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from engine.gradient_pass import GradientPass
+from engine.gradient_pass import EffectiveSampleSize, GradientPass
 from engine.layers import Layer, adapter_identity, model_identity
 from engine.objectives import Objective, objective
 from engine.projection import Kind, LayerBasis, Projection, dense_projection, random_projection
 from engine.rollouts.group import Group
 from gradstore.errors import RequestError
 from gradstore.state import State
+
+HEAD_ONLY = "output layer, from the forward pass"
+"""What the fingerprint calls head mode."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +34,8 @@ class SketchSpec:
 
     rank: int = 16
     """Width of each side of a layer's projection; a layer's core has at most rank x rank entries."""
+    right_rank: int | None = None
+    """Width of the input side where it is not `rank` too; random bases only."""
     seed: int = 0
     """Seed of the random bases."""
     basis: Kind = "random"
@@ -40,6 +45,8 @@ class SketchSpec:
     objective: Objective = field(default_factory=lambda: objective("gradalign"))
     modules: tuple[str, ...] | None = None
     """Regular expressions choosing the linear layers; None: LoRA matrices if there are any, else all."""
+    head_only: bool = False
+    """Head mode: the output layer's gradient alone, from the forward pass (LESSER's feature)."""
     token_budget: int = 4096
     """Tokens of one micro-batch, padding included."""
     share_prompts: bool = True
@@ -53,11 +60,13 @@ class SketchSpec:
             settings = Objective(**fingerprint["objective"])
             return cls(
                 rank=projection["rank"],
+                right_rank=projection.get("right_rank"),
                 seed=projection["seed"],
                 basis=projection["kind"],
                 dim=projection["dim"],
                 objective=settings,
                 modules=tuple(modules) if modules else None,
+                head_only=fingerprint.get("gradient") == HEAD_ONLY,
             )
         except (KeyError, TypeError):
             raise RequestError(
@@ -71,6 +80,12 @@ class SketchSpec:
             raise RequestError(f"basis {self.basis!r} is not one of {', '.join(get_args(Kind))}")
         if self.dim < 1:
             raise RequestError(f"dim is {self.dim}, expected at least 1")
+        if self.right_rank is not None and (self.right_rank < 1 or self.basis != "random"):
+            raise RequestError(
+                f"right_rank is {self.right_rank} with {self.basis} bases, expected 1 or more, with random"
+            )
+        if self.head_only and self.modules:
+            raise RequestError("head_only sketches the output layer alone: leave `modules` out")
         if self.token_budget < 1:
             raise RequestError(f"token budget is {self.token_budget}, expected at least 1")
 
@@ -91,6 +106,8 @@ class SketchBatch:
     """int32 [P]."""
     n_tokens: int
     """Tokens that went through the model, padding and responses sampled before not counted."""
+    ess: np.ndarray | None = None
+    """Effective sample size in rollouts, float32 [P] (docs/methods.md, off-policy); None without importance."""
 
 
 class Sketcher:
@@ -125,10 +142,12 @@ class Sketcher:
             "projection": {
                 "kind": self.projection.kind,
                 "rank": self.spec.rank,
+                **({} if self.spec.right_rank is None else {"right_rank": self.spec.right_rank}),
                 "dim": self.dim,
                 "seed": self.spec.seed,
                 "basis": self.projection.digest(),
             },
+            **({"gradient": HEAD_ONLY} if self.spec.head_only else {}),
             "modules": list(self.spec.modules) if self.spec.modules else None,
             "objective": self.spec.objective.as_dict(),
             "dtype": str(next(self.model.parameters()).dtype).removeprefix("torch."),
@@ -144,8 +163,10 @@ class Sketcher:
         objective.
         """
         sums_PC = torch.zeros(len(groups), self.projection.core_dim, dtype=torch.float32, device=self.device)
-        n_tokens = self.gradients.run(groups, _Projector(self._sides, sums_PC))
-        return _label(groups, self._folded(sums_PC).cpu().numpy(), n_tokens)
+        ess = EffectiveSampleSize(groups, self.device) if self.spec.objective.importance else None
+        n_tokens = self.gradients.run(groups, _Projector(self._sides, sums_PC), ess)
+        batch = _label(groups, self._folded(sums_PC).cpu().numpy(), n_tokens)
+        return batch if ess is None else replace(batch, ess=ess.of_groups())
 
     def _folded(self, sums_PC: Tensor) -> Tensor:
         fold = self.projection.fold
@@ -194,7 +215,7 @@ def _make(layers: Sequence[Layer], spec: SketchSpec) -> Projection:
         raise RequestError("a fitted projection must be fitted first (engine.fit_projection) or loaded from the store")
     if spec.basis == "dense":
         return dense_projection(shapes, spec.rank, spec.dim, spec.seed)
-    return random_projection(shapes, spec.rank, spec.seed)
+    return random_projection(shapes, spec.rank, spec.seed, spec.right_rank)
 
 
 def _sides_on(device: torch.device, basis: LayerBasis) -> _Sides:
