@@ -80,6 +80,7 @@ class ProblemTable:
     def __init__(self, collection: Path, manifest: Manifest) -> None:
         self._collection = collection
         self._manifest = manifest
+        self._part_ids: dict[int, pa.Array] = {}
 
     def __len__(self) -> int:
         return self._manifest.n_problems
@@ -87,15 +88,29 @@ class ProblemTable:
     @cached_property
     def ids(self) -> np.ndarray:
         """Object array of str, in order of addition."""
-        return self._ids.to_numpy(zero_copy_only=False).astype(object)
+        return self._load(["id"])["id"].to_numpy().astype(object)
 
     def ids_at(self, rows: np.ndarray) -> np.ndarray:
-        """Ids of some problems, object array of str; makes strings of these alone."""
-        return self._ids.take(rows).to_numpy(zero_copy_only=False).astype(object)
+        """Ids of some problems, object array of str; reads the parts these are in and makes strings of them alone."""
+        ids = np.empty(len(rows), dtype=object)
+        starts = np.cumsum([0, *(part.rows for part in self._manifest.parts)])
+        part_of = np.searchsorted(starts, rows, side="right") - 1
+        for number in np.unique(part_of).tolist():
+            here = np.flatnonzero(part_of == number)
+            ids[here] = self._ids_of_part(number).take(rows[here] - starts[number]).to_numpy(zero_copy_only=False)
+        return ids
 
-    @cached_property
-    def _ids(self) -> "pa.Array":
-        return self._load(["id"])["id"].combine_chunks()
+    def _ids_of_part(self, number: int) -> "pa.Array":
+        if number not in self._part_ids:
+            part = self._manifest.parts[number]
+            try:
+                table = _read_part(self._collection, self._manifest, part, ["id"])
+            except DamagedError:
+                # Merged with others since, perhaps: then the whole column is read where it is now.
+                start = sum(earlier.rows for earlier in self._manifest.parts[:number])
+                table = self._load(["id"]).slice(start, part.rows)
+            self._part_ids[number] = table["id"].combine_chunks()
+        return self._part_ids[number]
 
     @cached_property
     def index(self) -> dict[str, int]:

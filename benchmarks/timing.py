@@ -1,0 +1,39 @@
+"""Several ways of doing one thing, timed in turn: a machine that others use is slow for all of them alike."""
+
+import time
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from gradstore.cli.show import print_table
+
+
+def interleaved(jobs: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, np.ndarray]:
+    """Seconds of each job, [repeats], after one run of each that is not counted. A job that returns a float has timed
+    itself."""
+    seconds: dict[str, list[float]] = {name: [] for name in jobs}
+    for repeat in range(repeats + 1):
+        for name, job in jobs.items():
+            started = time.perf_counter()
+            told = job()
+            took = time.perf_counter() - started
+            if repeat:
+                seconds[name].append(told if isinstance(told, float) else took)
+    return {name: np.array(values) for name, values in seconds.items()}
+
+
+def print_times(title: str, seconds: Mapping[str, np.ndarray], base: str) -> None:
+    """Medians with their range, and each repeat's ratio to the same repeat of `base`: median and range."""
+    rows = []
+    for name, values in seconds.items():
+        ratio = values / seconds[base]
+        rows.append(
+            [
+                name,
+                f"{np.median(values) * 1e3:.1f}",
+                f"{values.min() * 1e3:.1f}-{values.max() * 1e3:.1f}",
+                f"{np.median(ratio):.2f}",
+                f"{ratio.min():.2f}-{ratio.max():.2f}",
+            ]
+        )
+    print_table(title, ["what", "median ms", "range", f"x {base}", "range"], rows, right=["median ms"])

@@ -1,0 +1,37 @@
+"""Ids at some positions equal the ids of all, without all of them being read."""
+
+from collections.abc import Callable
+
+import numpy as np
+
+import gradstore
+from gradstore import problem_table
+
+
+def test_ids_at_positions(new_store: Callable, tools: dict, monkeypatch) -> None:
+    """A position looked up in the wrong part names another problem."""
+    monkeypatch.setattr(problem_table, "PART_ROWS", 7)
+    store = new_store(n=40)
+    store.add_problems("pool", tools["records"](5, first=40))
+    tools["append"](store, 0, [i for i in range(45) if i % 4])
+    view = gradstore.open(store.path).view("pool")
+    positions = np.random.default_rng(0).permutation(len(view))
+    assert view.ids_at(positions).tolist() == view.ids[positions].tolist()
+    assert view.ids_at([]).tolist() == []
+    read: list[str] = []
+    real = problem_table._read_part
+    monkeypatch.setattr(
+        problem_table, "_read_part", lambda c, m, part, n: (read.append(part.file), real(c, m, part, n))[1]
+    )
+    fresh = gradstore.open(store.path).view("pool")
+    assert fresh.ids_at([0, 1]).tolist() == view.ids[:2].tolist()
+    assert len(read) == 1
+
+
+def test_ids_of_a_view_from_before_a_merge(new_store: Callable, tools: dict) -> None:
+    """Small parts are merged by later additions; an older view still names its problems."""
+    store = new_store(n=3)
+    tools["append"](store, 0, [0, 1, 2])
+    view = gradstore.open(store.path).view("pool")
+    store.add_problems("pool", tools["records"](4, first=3))
+    assert view.ids_at([2, 0]).tolist() == ["p2", "p0"]
