@@ -83,8 +83,8 @@ class IndexFolder:
                 return self._read()
             except FileNotFoundError:
                 continue  # Never built, or replaced between the two reads.
-            except (ValueError, KeyError, TypeError):
-                return None
+            except (OSError, ValueError, KeyError, TypeError):
+                return None  # Nowhere to keep one, or damaged: it is built anew.
         return None
 
     def exists(self) -> bool:

@@ -2,7 +2,8 @@
 
 Asked are the kinds of query that occur: means of sixteen problems' gradients (targets), single rows, and directions
 without any structure (preconditioned targets), for the largest and for the smallest scores, against an exact scan
-of the same view. The cheapest effort with mean recall at least the one asked is used from then on.
+of the same view. The cheapest effort whose mean recall is at least the one asked, for each sort of query and each
+direction by itself, is used from then on.
 
 Q queries, P problems, D sketch dimensions.
 """
@@ -28,25 +29,31 @@ def rung(k: int, n_live: int) -> int:
 
 
 def self_test(index: Index, view: View, recall: float, k: int, queries_QD: np.ndarray | None = None) -> Tested:
-    """The cheapest effort whose mean recall at k is at least the one asked, or the best there is.
+    """The cheapest effort whose mean recall at k is at least the one asked for every sort, or the best there is.
 
     queries_QD: ask these, unit length, instead of sampled ones.
     """
     live = np.flatnonzero(view.live)
+    sampled = queries_QD is None
     queries_QD = sample_queries(view, live) if queries_QD is None else queries_QD
     scores_QP = _exact(index, view, queries_QD, live)
     wanted = {sign: [live[np.argpartition(-sign * scores_P, k - 1)[:k]] for scores_P in scores_QP] for sign in (1, -1)}
     best = Tested(k, -1.0, -1.0, Effort())
     for effort in index.kind.efforts():
         m = min(fetch(effort, k), len(live))
-        shares = [
-            np.isin(expected, found).mean()
-            for sign, expected_Q in wanted.items()
-            for expected, found in zip(
-                expected_Q, index.candidates(view, queries_QD, m, effort, sign > 0, live), strict=True
-            )
-        ]
-        result = Tested(k, float(np.mean(shares)), float(np.min(shares)), effort)
+        shares = np.array(
+            [
+                [
+                    np.isin(expected, found).mean()
+                    for expected, found in zip(
+                        expected_Q, index.candidates(view, queries_QD, m, effort, sign > 0, live), strict=True
+                    )
+                ]
+                for sign, expected_Q in wanted.items()
+            ]
+        )
+        means = shares.reshape(2, -1, _QUERIES if sampled else len(queries_QD)).mean(axis=2)
+        result = Tested(k, float(means.min()), float(shares.min()), effort)
         if result.recall > best.recall:
             best = result
         if best.recall >= recall or effort.factor * k > 2 * len(live):
@@ -59,7 +66,7 @@ def sample_queries(view: View, live: np.ndarray, seed: int = 0) -> np.ndarray:
     random = np.random.default_rng(seed)
     picked = [random.choice(live, size=min(16, len(live)), replace=False) for _ in range(_QUERIES)]
     means = [view.norms[np.sort(chosen)] @ view.rows(np.sort(chosen)) for chosen in picked]
-    singles = view.rows(np.sort(random.choice(live, size=min(_QUERIES, len(live)), replace=False)))
+    singles = view.rows(np.sort(random.choice(live, size=_QUERIES)))
     queries_QD = np.concatenate([np.stack(means), singles, random.normal(size=(_QUERIES, view.dim))])
     lengths = np.linalg.norm(queries_QD, axis=1, keepdims=True)
     return (queries_QD / np.where(lengths > 0, lengths, 1)).astype(np.float32)

@@ -31,7 +31,7 @@ class Tested:
 
     k: int
     recall: float
-    """Mean share of the exact k best that the search found."""
+    """Mean share of the exact k best that the search found, over the sort of query where it is least."""
     worst: float
     """That of the worst query."""
     effort: Effort
@@ -192,9 +192,11 @@ class Index:
             return [positions_N[entries[entries >= 0]] for entries in entries_QM]
         found = []
         for query_D in queries_QD:
+            length = float(np.linalg.norm(query_D))
             cosines, entries = self.kind.search(sign * query_D[None], len(self), effort, mask_N)
             entry = entries[0][entries[0] >= 0]
-            products = cosines[0][: len(entry)] * self.entry_norms[entry]
+            hoped = cosines[0][: len(entry)] + np.float32(self.kind.spread * length / np.sqrt(view.dim))
+            products = hoped * self.entry_norms[entry]
             top = np.argpartition(-products, min(m, len(entry)) - 1)[:m] if len(entry) else entry
             found.append(positions_N[entry[top]])
         return found

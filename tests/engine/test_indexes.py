@@ -1,0 +1,297 @@
+"""Indexes against the exact scan: the answer, the recall they vouch for, and that they are never stale."""
+
+import json
+import subprocess
+import sys
+import warnings
+
+import numpy as np
+import pytest
+
+import gradstore
+from engine import Index, IndexWarning, Where, index_for, search
+from engine.indexes import KINDS, auto, recall, rows, serve
+from engine.indexes.kinds import installed
+from gradstore.errors import RequestError
+
+GOOD = ["flat", "sq", "rabitq", "ivf", "turbovec"]
+
+
+def need(kind: str) -> None:
+    if not installed(kind):
+        pytest.skip(f"the library of {kind} is not installed")
+
+
+def heavy_tailed(n: int, dim: int, seed: int = 0) -> np.ndarray:
+    """Low rank plus noise, log-normal norms: what sketches look like."""
+    random = np.random.default_rng(seed)
+    base = random.normal(size=(8, dim)) / np.sqrt(dim)
+    body = random.normal(size=(n, 8)) * np.linspace(1, 0.2, 8) @ base + random.normal(size=(n, dim)) / np.sqrt(dim)
+    return (body * random.lognormal(sigma=1.5, size=(n, 1))).astype(np.float32)
+
+
+@pytest.fixture
+def store(tmp_path):
+    return fill(tmp_path / "store", heavy_tailed(2000, 64))
+
+
+def fill(path, gradients: np.ndarray, dtype: str = "int8"):
+    made = gradstore.create(path, dim=gradients.shape[1], fingerprint={}, dtype=dtype)
+    ids = [f"p{i:05d}" for i in range(len(gradients))]
+    made.add_problems("pool", [{"id": name, "prompt": "?", "source": f"s{i % 2}"} for i, name in enumerate(ids)])
+    with made.writer("pool", step=0) as writer:
+        writer.append(ids, gradients)
+    return made
+
+
+def shared(found, expected) -> float:
+    return len(set(found.ids.tolist()) & set(expected.ids.tolist())) / len(expected)
+
+
+@pytest.mark.parametrize("largest", [True, False])
+@pytest.mark.parametrize("metric", ["cosine", "dot", "fisher"])
+@pytest.mark.parametrize("kind", GOOD)
+def test_recall_and_scores(store, kind: str, metric: str, largest: bool) -> None:
+    """What is found is nearly all of the exact best, with exactly the scan's scores: also by inner product, where a
+    few rows of enormous norm are the answer, and for the smallest."""
+    need(kind)
+    view = store.view("pool")
+    index = index_for(view, 100, metric=metric, kind=kind)
+    assert index is not None
+    random = np.random.default_rng(4)
+    shares = []
+    for query in [*random.normal(size=(4, 64)), *view.rows(np.arange(64)).reshape(4, 16, 64).mean(axis=1)]:
+        exact = search(view, query, 100, metric=metric, largest=largest)
+        found = search(view, query, 100, metric=metric, largest=largest, index=index)
+        shares.append(shared(found, exact))
+        of = dict(zip(exact.ids.tolist(), exact.scores.tolist(), strict=True))
+        assert all(
+            of[name] == score for name, score in zip(found.ids, found.scores.tolist(), strict=True) if name in of
+        )
+        order = np.lexsort((found.ids.astype(str), -found.scores if largest else found.scores))
+        assert order.tolist() == list(range(100))
+    assert np.mean(shares) >= 0.97
+
+
+@pytest.mark.parametrize("kind", GOOD)
+def test_an_index_is_never_stale(store, kind: str) -> None:
+    """New problems, refreshed ones, deleted ones and compacted files: each changes the next answer, in this process and
+    in one that opens what was kept."""
+    need(kind)
+    query = np.random.default_rng(1).normal(size=64).astype(np.float32)
+
+    def check(view) -> None:
+        exact = search(view, query, 50)
+        for opened in (view, gradstore.open(store.path).view("pool", view.at)):
+            assert shared(search(opened, query, 50, index=kind), exact) >= 0.96
+
+    check(store.view("pool"))
+    best = search(store.view("pool"), query, 1).ids[0]
+    store.add_problems("pool", [{"id": "new", "prompt": "?"}])
+    with store.writer("pool", step=1) as writer:
+        writer.append(["new", best], np.stack([query, -query]))
+    view = store.view("pool")
+    hits = search(view, query, 50, index=kind)
+    assert hits.ids[0] == "new"
+    assert best not in hits.ids
+    assert search(view, query, 1, largest=False, index=kind).ids[0] == best
+    check(view)
+    check(store.view("pool", at=0))
+    store.delete("pool", ["new"])
+    assert "new" not in search(store.view("pool"), query, 50, index=kind).ids
+    store.compact("pool", keep="newest")
+    check(store.view("pool"))
+    with store.writer("pool", step=2) as writer:  # Most entries superseded: built anew.
+        writer.append([f"p{i:05d}" for i in range(1500)], heavy_tailed(1500, 64, seed=7))
+    check(store.view("pool"))
+
+
+@pytest.mark.parametrize("kind", GOOD)
+def test_filters(store, kind: str) -> None:
+    """A filter holds for an index too, whether or not its library can search among some entries only."""
+    need(kind)
+    view = store.view("pool")
+    query = np.random.default_rng(1).normal(size=64)
+    where = Where(sources=("s1",))
+    exact = search(view, query, 20, where=where)
+    found = search(view, query, 20, where=where, index=kind)
+    assert {int(name[1:]) % 2 for name in found.ids} == {1}
+    assert shared(found, exact) >= 0.95
+    few = np.zeros(len(view), bool)
+    few[:30] = True
+    assert (
+        search(view, query, 20, where=few, index=kind).ids.tolist() == search(view, query, 20, where=few).ids.tolist()
+    )
+
+
+def test_the_fast_scan_trap(tmp_path, monkeypatch) -> None:
+    """FAISS's fast-scan RaBitQ loses most of its recall at thousands of dimensions and says nothing. The self-test must
+    refuse it loudly, remember that, and the exact scan must answer."""
+    need("rabitq_fastscan")
+    opened = fill(tmp_path / "store", heavy_tailed(3000, 4096))
+    view = opened.view("pool")
+    query = np.random.default_rng(1).normal(size=4096)
+    with pytest.warns(IndexWarning, match=r"rabitq_fastscan index is refused: recall 0\.\d+ at k 100"):
+        found = search(view, query, 100, index="rabitq_fastscan")
+    assert found.ids.tolist() == search(view, query, 100).ids.tolist()
+    record = json.loads((opened.path / "collections/pool/indexes/rabitq_fastscan-cosine/index.json").read_text())
+    assert record["index"]["refusals"][0]["recall"] < 0.99
+    again = gradstore.open(opened.path).view("pool")
+    monkeypatch.setattr(Index, "build", None)
+    with pytest.warns(IndexWarning, match="refused"):
+        assert index_for(again, 100, kind="rabitq_fastscan") is None
+
+
+def test_below_the_asked_recall(store, monkeypatch) -> None:
+    """An index that finds the wrong rows is refused, whatever its kind; asked for less it serves."""
+    need("sq")
+    kind = rows.kind_class("sq")
+    real = kind.search
+
+    def half(self, queries, m, effort, mask):
+        scores, entries = real(self, queries, m, effort, mask)
+        return scores, np.where(entries % 2 == 0, entries, -1)
+
+    monkeypatch.setattr(kind, "search", half)
+    view = store.view("pool")
+    with pytest.warns(IndexWarning, match="exact scan serves"):
+        assert index_for(view, 100, kind="sq") is None
+    assert index_for(view, 100, kind="sq", recall=0.3, keep=False) is not None
+
+
+def test_larger_k_is_tested_before_it_is_served(store) -> None:
+    """Recall at 100 says nothing about recall at 1000."""
+    need("rabitq")
+    view = store.view("pool")
+    index = index_for(view, 100, kind="rabitq")
+    assert index is not None
+    assert [tested.k for tested in index.tested] == [100]
+    assert not index.serves(view, 200, "cosine", len(view))
+    index = index_for(view, 200, kind="rabitq")
+    assert index is not None
+    assert [tested.k for tested in index.tested] == [100, 300]
+    assert all(tested.recall >= 0.99 for tested in index.tested)
+    untested = Index.build(view, "rabitq")
+    query = np.random.default_rng(1).normal(size=64)
+    assert search(view, query, 50, index=untested).ids.tolist() == search(view, query, 50).ids.tolist()
+
+
+@pytest.mark.parametrize("kind", GOOD)
+def test_damage_and_interrupted_builds(store, kind: str) -> None:
+    """Half a build opens nowhere, a flipped byte is noticed, and neither troubles the store."""
+    need(kind)
+    view = store.view("pool")
+    index_for(view, 100, kind=kind)
+    folder = store.path / f"collections/pool/indexes/{kind}-cosine"
+    (folder / "entries-0000").write_bytes(b"half")
+    assert store.verify().ok
+    assert store.verify().notes == []
+    (entries,) = (path for path in folder.glob("entries-*") if path.name != "entries-0000")
+    query = np.random.default_rng(1).normal(size=64)
+    expected = search(view, query, 50)
+    for file in (entries, folder / "index.json"):
+        data = bytearray(file.read_bytes())
+        data[len(data) // 2] ^= 0x10
+        file.write_bytes(data)
+        found = search(gradstore.open(store.path).view("pool"), query, 50, index=kind)
+        assert shared(found, expected) >= 0.96
+        (entries,) = folder.glob("entries-*")  # What was damaged or half there is gone.
+    assert store.verify().ok
+
+
+def test_a_killed_build_leaves_nothing_that_opens(store) -> None:
+    """Killed at each step of keeping it, the next process builds anew and answers."""
+    need("sq")
+    program = """
+import os, sys
+import gradstore
+from engine.indexes import folder, index_for
+step = int(sys.argv[2])
+seen = [0]
+def counted(real):
+    def call(*arguments):
+        seen[0] += 1
+        if seen[0] == step:
+            os.kill(os.getpid(), 9)
+        return real(*arguments)
+    return call
+folder.crc32c, folder.fsync_folder = counted(folder.crc32c), counted(folder.fsync_folder)
+folder.replace_file, folder.os.fsync = counted(folder.replace_file), counted(os.fsync)
+index_for(gradstore.open(sys.argv[1]).view("pool"), 100, kind="sq")
+"""
+    for step in (1, 3, 5, 7, 9):
+        killed = subprocess.run([sys.executable, "-c", program, str(store.path), str(step)], capture_output=True)
+        assert killed.returncode == -9, killed.stderr
+        assert not (store.path / "collections/pool/indexes/sq-cosine/index.json").exists()
+    assert store.verify().ok
+    with store.writer("pool", step=5) as writer:
+        writer.append(["p00000"], np.ones((1, 64), np.float32))
+    hits = search(store.view("pool"), np.ones(64), 3, index="sq")
+    assert hits.ids[0] == "p00000"
+    assert len(list((store.path / "collections/pool/indexes/sq-cosine").glob("entries-*"))) == 1
+
+
+def test_a_folder_that_cannot_be_written(store) -> None:
+    """A store on a read-only medium is searched all the same."""
+    need("sq")
+    (store.path / "collections/pool/indexes").write_text("in the way")
+    view = store.view("pool")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        index = index_for(view, 100, kind="sq")
+    assert index is not None
+    assert len(search(view, np.ones(64), 10, index=index)) == 10
+
+
+def test_an_index_of_other_rows_is_refused(store, tmp_path) -> None:
+    """Row numbers of another collection, or of files before a compaction, mean other problems."""
+    need("flat")
+    index = Index.build(store.view("pool"), "flat")
+    other = fill(tmp_path / "other", heavy_tailed(100, 64, seed=3))
+    with pytest.raises(RequestError, match="index was built for"):
+        search(other.view("pool"), np.ones(64), 3, index=index)
+    with pytest.raises(RequestError, match="index was built for cosine"):
+        search(store.view("pool"), np.ones(64), 3, metric="dot", index=index)
+    with pytest.raises(RequestError, match="is not one of"):
+        search(store.view("pool"), np.ones(64), 3, index="annoy")
+
+
+def test_a_kept_index_is_opened_not_built(store, monkeypatch) -> None:
+    """Building takes seconds to minutes; the second process must not do it again, nor for a few new rows."""
+    for kind in GOOD:
+        if installed(kind):
+            index_for(store.view("pool"), 100, kind=kind)
+    with store.writer("pool", step=1) as writer:
+        writer.append(["p00003"], np.ones((1, 64), np.float32))
+    monkeypatch.setattr(Index, "build", None)
+    monkeypatch.setattr(serve, "self_test", None)
+    view = gradstore.open(store.path).view("pool")
+    for kind in GOOD:
+        if installed(kind):
+            assert search(view, np.ones(64), 5, index=kind).ids[0] == "p00003"
+
+
+def test_widths_that_are_not_a_multiple_of_eight(tmp_path) -> None:
+    """turbovec wants them; a sketch has whatever its layers give."""
+    need("turbovec")
+    view = fill(tmp_path / "store", heavy_tailed(800, 29)).view("pool")
+    assert shared(search(view, np.ones(29), 20, index="turbovec"), search(view, np.ones(29), 20)) >= 0.95
+
+
+def test_the_self_test_asks_what_is_asked() -> None:
+    """Rungs above k, never more than there are rows."""
+    assert [recall.rung(k, 10**6) for k in (1, 100, 101, 300, 5000, 50_000)] == [100, 100, 300, 300, 10_000, 100_000]
+    assert recall.rung(200, 250) == 250
+
+
+def test_auto_rule() -> None:
+    """One query of a pool that was never indexed is scanned; many are worth an index; a large k is not."""
+    both = {"turbovec", "flat"}
+    once = auto.Situation(200_000, 4096, 100)
+    assert auto.choose(once, both) == "scan"
+    assert auto.choose(auto.Situation(200_000, 4096, 100, built=frozenset({"turbovec"})), both) == "turbovec"
+    assert auto.choose(auto.Situation(200_000, 4096, 100, built=frozenset({"turbovec"})), {"flat"}) == "scan"
+    assert auto.choose(auto.Situation(200_000, 4096, 10_001, built=frozenset({"turbovec"})), both) == "scan"
+    assert auto.choose(auto.Situation(1000, 1024, 10, built=frozenset({"turbovec"})), both) == "scan"
+    assert auto.choose(auto.Situation(200_000, 4096, 100, built=frozenset({"flat"}), gpu_bytes=10**11), both) == "flat"
+    assert set(KINDS) >= both
