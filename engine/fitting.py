@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from engine.projection import LayerBasis, Projection, Shape, fitted_projection, random_bases
 from engine.rollouts.group import Group
+from engine.rollouts.source import RolloutSource
 from engine.sketcher import Sketcher, SketchSpec, project
 from gradstore.errors import RequestError
 
@@ -67,6 +68,19 @@ def fit_projection(
         energy_C += np.square(cores_PC * np.array([[scale] for _, scale in pairs])).sum(axis=0)
         _tell(progress, pairs)
     return fitted_projection(bases, energy_C, spec.dim, float(len(sample)))
+
+
+def sample_groups(source: RolloutSource, n: int, seed: int) -> list[Group]:
+    """About n groups with a signal, drawn at random from a source, in its order; fewer where it has fewer."""
+    order = np.random.default_rng(seed).permutation(len(source))
+    chosen: list[int] = []
+    for start in range(0, len(order), n):
+        part = sorted(order[start : start + n].tolist())
+        groups = source.groups([source.problem_ids[i] for i in part])
+        chosen += [i for i, group in zip(part, groups, strict=True) if group.has_signal]
+        if len(chosen) >= n:
+            break
+    return list(source.groups([source.problem_ids[i] for i in sorted(chosen[:n])]))
 
 
 def _refined(
@@ -142,7 +156,7 @@ class _Directions:
             raise RequestError("a layer saw no gradient while fitting: leave it out with `modules`")
         lengths_K = self._kept_KW.norm(dim=1)
         kept_KW = self._kept_KW[lengths_K > 1e-6 * lengths_K.max()][:rank]
-        return torch.linalg.qr(kept_KW.T)[0].cpu().numpy()
+        return torch.linalg.qr(kept_KW.T)[0].contiguous().cpu().numpy()
 
 
 def _bases(shapes: Sequence[Shape], sides: Sequence[_Sides]) -> list[LayerBasis]:

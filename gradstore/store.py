@@ -1,12 +1,13 @@
 """A store: collections of problems, and the history of their sketches, under one fingerprint."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from gradstore.attachments import ATTACHMENTS, write_attachment
 from gradstore.durable import TEMPORARY, make_folder, replace_file, writing
 from gradstore.errors import FingerprintError, RequestError
 from gradstore.header import Header, check_fingerprint, check_shape, read_header
@@ -37,13 +38,20 @@ Mode = Literal["r", "a"]
 
 
 def create(
-    path: str | Path, *, dim: int, fingerprint: dict, dtype: str = "int8", chunk_rows: int | None = None
+    path: str | Path,
+    *,
+    dim: int,
+    fingerprint: dict,
+    dtype: str = "int8",
+    chunk_rows: int | None = None,
+    attachments: Mapping[str, bytes] | None = None,
 ) -> "Store":
     """Make an empty store for sketches of `dim` dimensions and open it for writing.
 
     fingerprint: every setting that a row depends on; must be what JSON can keep.
     dtype: how rows are stored: int8, int4, 1bit, fp16 or fp32.
     chunk_rows: rows a chunk file; None: as many as fit in 8 MiB of codes.
+    attachments: files that the store keeps for good, by name, such as a fitted projection.
     Raises RequestError if something is already at `path`.
     """
     path = Path(path)
@@ -57,6 +65,8 @@ def create(
     make_folder(path)
     make_folder(path / COLLECTIONS)
     replace_file(path / COLLECTIONS / ZARR, group_json({}))
+    for name, data in (attachments or {}).items():
+        write_attachment(path, name, data)
     replace_file(path / ZARR, header.to_bytes())  # Last: with it the folder becomes a store.
     return Store(path, header, "a")
 
@@ -283,9 +293,9 @@ def _is_blank(path: Path) -> bool:
     """An empty folder, or what an interrupted `create` left."""
     if not path.is_dir():
         return False
-    ours = {COLLECTIONS, f"{COLLECTIONS}/{ZARR}"}
+    ours = {COLLECTIONS, f"{COLLECTIONS}/{ZARR}", ATTACHMENTS}
     names = (entry.relative_to(path) for entry in path.glob("**/*"))
-    return all(str(name) in ours or name.name.startswith(TEMPORARY) for name in names)
+    return all(str(name) in ours or name.parts[0] == ATTACHMENTS or name.name.startswith(TEMPORARY) for name in names)
 
 
 def _new_rows(known: ProblemTable, table: "pa.Table", collection: str) -> np.ndarray:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from gradstore.attachments import damaged_attachments
 from gradstore.durable import TEMPORARY, crc32c
 from gradstore.errors import GradstoreError
 from gradstore.header import Header, read_header
@@ -75,6 +76,8 @@ class _Checker:
     def check(self) -> None:
         self._text(self.root / ZARR, self.header.to_bytes())
         self._text(self.root / COLLECTIONS / ZARR, group_json({}))
+        for path, message in damaged_attachments(self.root):
+            self._find(path, None, message)
         if not (self.root / COLLECTIONS).is_dir():
             return
         for folder in sorted((self.root / COLLECTIONS).iterdir()):

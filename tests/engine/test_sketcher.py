@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from engine import PRESETS, Objective, Sketcher, SketchSpec, objective
+from engine import PRESETS, Objective, Sketcher, SketchSpec, fit_projection, objective
 from engine.rollouts import Group
 from gradstore.errors import RequestError
 from gradstore.state import State
@@ -74,7 +74,13 @@ def slow_sketch(model: nn.Module, sketcher: Sketcher, group: Group, settings: Ob
         left = np.eye(len(gradient_OI)) if basis.left_OR is None else basis.left_OR
         right = np.eye(gradient_OI.shape[1]) if basis.right_IR is None else basis.right_IR
         parts.append((left.T @ gradient_OI @ right).ravel())
-    return np.concatenate(parts)
+    core, fold = np.concatenate(parts), sketcher.projection.fold
+    if fold is None:
+        return core
+    folded = np.zeros(sketcher.dim)
+    for of, to, sign in zip(fold.of_M, fold.to_M, fold.sign_M, strict=True):
+        folded[to] += sign * core[of]
+    return folded
 
 
 def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
@@ -92,6 +98,20 @@ def test_sketch_is_the_projected_gradient(make_model, make_groups, architecture:
     assert batch.states == [State.LIVE] * 5
     for group, found in zip(groups, batch.sketches, strict=True):
         assert relative_error(found, slow_sketch(model, sketcher, group, objective(preset))) < 1e-5
+
+
+@pytest.mark.parametrize("basis", ["dense", "fitted"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_other_bases(make_model, make_groups, architecture: str, basis: str) -> None:
+    """A folded sketch is the fold of the projected gradient."""
+    model, groups = make_model(architecture), make_groups(5)
+    spec = SketchSpec(rank=6, basis=basis, dim=100)
+    projection = fit_projection(model, make_groups(12, seed=1), spec) if basis == "fitted" else None
+    sketcher = Sketcher(model, spec, projection)
+    batch = sketcher.sketch(groups)
+    assert batch.sketches.shape == (5, 100)
+    for group, found in zip(groups, batch.sketches, strict=True):
+        assert relative_error(found, slow_sketch(model, sketcher, group, objective("gradalign"))) < 1e-5
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,9 @@ import torch
 
 import gradstore
 from analysis.composition import source_shares, tag_shares
+from engine.bases import create_store, sketcher_of
 from engine.collector import collect
+from engine.fitting import fit_projection, sample_groups
 from engine.models import load_model, load_tokenizer
 from engine.query import search
 from engine.rollouts import read_rollouts
@@ -41,7 +43,8 @@ class DemoSettings:
     n_selected: int = 200
     n_rollouts: int = 16
     max_new_tokens: int = 8
-    rank: int = 16
+    dim: int = 1024
+    n_fitted: int = 200
     batch_tokens: int = 16_384
 
 
@@ -93,12 +96,16 @@ def run_demo(folder: Path, seed: int, settings: DemoSettings, tell: Callable[[st
                 chunk=256,
                 step=0,
             )
-    sketcher = Sketcher(model, SketchSpec(rank=settings.rank))
     path = folder / "store"
     if path.exists():
-        store = gradstore.open(path, mode="a", fingerprint=sketcher.fingerprint)
+        store = gradstore.open(path, mode="a")
     else:
-        store = gradstore.create(path, dim=sketcher.dim, fingerprint=sketcher.fingerprint)
+        with result.stage("fitting the projection", tell):
+            spec = SketchSpec(basis="fitted", dim=settings.dim, seed=seed)
+            sample = sample_groups(read_rollouts(folder / "pool.jsonl"), settings.n_fitted, seed)
+            projection = fit_projection(model, sample, spec)
+            store = create_store(path, Sketcher(model, spec, projection))
+    sketcher = sketcher_of(store, model)
     for name in problems:
         with result.stage(f"sketches of the {name}", tell):
             collect(store, name, read_rollouts(folder / f"{name}.jsonl"), sketcher=sketcher, step=0)

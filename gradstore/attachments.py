@@ -1,0 +1,53 @@
+"""Files a store keeps whole and never changes, such as fitted bases: `attachments/<name>.<crc32c>`.
+
+The checksum of the bytes is in the file's name, so that a reader and `verify` can tell damage without an index.
+"""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from gradstore.durable import TEMPORARY, crc32c, make_folder, reading, replace_file
+from gradstore.errors import DamagedError, RequestError
+
+ATTACHMENTS = "attachments"
+_FILE = re.compile(r"(.+)\.([0-9a-f]{8})")
+
+
+def write_attachment(store: Path, name: str, data: bytes) -> None:
+    """Keep the bytes under a name, durably. Only while a store is made: an attachment never changes."""
+    make_folder(store / ATTACHMENTS)
+    replace_file(store / ATTACHMENTS / f"{name}.{crc32c(data):08x}", data)
+
+
+def read_attachment(store: Path, name: str) -> bytes:
+    """The bytes kept under a name; RequestError where there are none, DamagedError where they changed."""
+    path = _find(store, name)
+    if path is None:
+        raise RequestError(f"{store}: keeps no attachment {name!r}")
+    with reading(path):
+        data = path.read_bytes()
+    if not _is_whole(path, data):
+        raise DamagedError(f"{path}: damaged: bytes do not match the checksum in its name")
+    return data
+
+
+def damaged_attachments(store: Path) -> Iterator[tuple[Path, str]]:
+    """Each attachment whose bytes are not those its name promises, with what is wrong."""
+    for path in sorted((store / ATTACHMENTS).glob("*")):
+        if path.name.startswith(TEMPORARY):
+            continue
+        if not _FILE.fullmatch(path.name):
+            yield path, "not a file of this store"
+        elif not _is_whole(path, path.read_bytes()):
+            yield path, "bytes do not match the checksum in its name"
+
+
+def _find(store: Path, name: str) -> Path | None:
+    found = [path for path in (store / ATTACHMENTS).glob(f"{name}.*") if _FILE.fullmatch(path.name)]
+    return found[0] if found else None
+
+
+def _is_whole(path: Path, data: bytes) -> bool:
+    match = _FILE.fullmatch(path.name)
+    return match is not None and match[2] == f"{crc32c(data):08x}"

@@ -1,0 +1,60 @@
+"""`fidelity`: how well a store's sketches reproduce the exact ranking, beside how well that repeats itself."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gradstore.cli import app
+from gradstore.cli.make import Device, Model
+from gradstore.cli.rank import Json, StorePath
+from gradstore.cli.show import print_json, print_table
+
+
+@app.command()
+def fidelity(
+    store: StorePath,
+    pool: Annotated[str, typer.Option("--pool", help="Collection whose ranking is measured.")],
+    against: Annotated[str, typer.Option("--against", help="Benchmark whose gradient is the target.")],
+    model: Model,
+    rollouts: Annotated[Path, typer.Option(help="Rollouts the pool's rows were made from.")],
+    benchmark_rollouts: Annotated[Path, typer.Option(help="Rollouts the benchmark's rows were made from.")],
+    sample: Annotated[int, typer.Option(min=3, help="Live problems measured exactly, drawn at random.")] = 200,
+    top: Annotated[int | None, typer.Option("--top", "-k", min=1, help="Overlap of the best k too (a tenth).")] = None,
+    adapter: Annotated[str | None, typer.Option(help="PEFT adapter to load on the model.")] = None,
+    at: Annotated[int | None, typer.Option("--at", help="Look at the store as of this step.")] = None,
+    seed: Annotated[int, typer.Option(help="Draws the sample.")] = 0,
+    device: Device = None,
+    json: Json = False,
+) -> None:
+    """Compare stored cosine scores with exact ones on a sample, beside the exact scores' own reliability."""
+    import gradstore
+    from engine.faithfulness import fidelity as measure
+    from engine.models import load_model, load_tokenizer
+    from engine.rollouts import read_rollouts
+
+    opened = gradstore.open(store)
+    tokenizer = load_tokenizer(model)
+    sources = [read_rollouts(path, tokenizer=tokenizer) for path in (rollouts, benchmark_rollouts)]
+    policy = load_model(model, adapter, device)
+    found = measure(opened, pool, against, policy, *sources, at=at, sample=sample, k=top, seed=seed)
+    facts = found.describe()
+    if json:
+        print_json(facts)
+        return
+    halves = facts["reliability"]
+    print_table(
+        f"{pool} against {against}: {facts['n_problems']} live problems measured exactly",
+        ["what", "Spearman", "top 5 %", f"top {facts['k']}"],
+        [
+            [
+                f"stored sketches, {facts['row_bytes']:.0f} bytes a row",
+                f"{facts['spearman']:.3f}",
+                f"{facts['top_5_percent']:.2f}",
+                f"{facts['top_k']:.2f}",
+            ],
+            ["exact, even against odd rollouts", f"{halves['spearman']:.3f}", "", ""],
+            ["exact, as many new rollouts (Spearman-Brown)", f"{halves['rank_reliability']:.3f}", "", ""],
+        ],
+        right=["Spearman", "top 5 %", f"top {facts['k']}"],
+    )

@@ -1,0 +1,151 @@
+"""Fitted projections hold the gradients' energy in few dimensions, and stay with the store they made."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+import gradstore
+from engine import Sketcher, SketchSpec, collect, fit_projection
+from engine.bases import create_store, sketcher_of
+from engine.fitting import sample_groups
+from engine.rollouts import Group
+from gradstore.errors import DamagedError, FingerprintError, RequestError
+
+SPEC = SketchSpec(rank=6, basis="fitted", dim=60)
+WHOLE = SketchSpec(rank=10_000)
+"""A rank no side reaches: the sketch is the gradient."""
+
+
+@pytest.fixture
+def fitted(make_model, make_groups):
+    model = make_model("qwen2")
+    return model, fit_projection(model, make_groups(40, seed=1), SPEC)
+
+
+def captured(model, sketcher: Sketcher, groups: list[Group]) -> float:
+    """Share of the unit gradients' energy in the sketch, from the gradients themselves."""
+    whole = Sketcher(model, WHOLE).sketch(groups).sketches
+    energies = np.square(sketcher.sketch(groups).sketches).sum(axis=1) / np.square(whole).sum(axis=1)
+    return float(energies.mean())
+
+
+def test_sides_are_orthonormal_and_dimensions_as_asked(fitted) -> None:
+    """Sides that are not orthonormal would count some directions twice."""
+    _, projection = fitted
+    for basis in projection.layers:
+        for side in (basis.left_OR, basis.right_IR):
+            if side is not None:
+                np.testing.assert_allclose(side.T @ side, np.eye(side.shape[1]), atol=1e-5)
+    assert projection.dim == 60
+    assert projection.layout[0][1] == 0
+    assert all(a[2] == b[1] for a, b in zip(projection.layout, projection.layout[1:], strict=False))
+
+
+def test_captured_energy_is_what_it_says(fitted, make_groups) -> None:
+    """`captured` decides when to fit anew; it must be the share measured with the gradients themselves."""
+    model, projection = fitted
+    exact = captured(model, Sketcher(model, SPEC, projection), make_groups(40, seed=1))
+    assert projection.captured == pytest.approx(exact, abs=0.12)  # norms are estimated with a random sketch
+
+
+def test_fitted_beats_random_on_problems_not_seen(fitted, make_groups) -> None:
+    """The point of fitting: cosines of unseen problems nearer the exact ones, in as many dimensions."""
+    model, projection = fitted
+    groups = make_groups(30, seed=2)
+
+    def cosines(sketcher: Sketcher) -> np.ndarray:
+        rows = sketcher.sketch(groups).sketches.astype(np.float64)
+        rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+        return (rows @ rows.T)[np.triu_indices(len(rows), 1)]
+
+    exact = cosines(Sketcher(model, WHOLE))
+    random = cosines(Sketcher(model, SketchSpec(rank=6, basis="dense", dim=60)))
+    found = cosines(Sketcher(model, SPEC, projection))
+    assert np.abs(found - exact).mean() < 0.75 * np.abs(random - exact).mean()
+    assert np.corrcoef(found, exact)[0, 1] > np.corrcoef(random, exact)[0, 1] + 0.1
+
+
+def test_the_second_side_captures_more_than_the_first_alone(make_model, make_groups) -> None:
+    """More dimensions from the same sides never hold less."""
+    model, groups = make_model("llama"), make_groups(30, seed=1)
+    shares = [fit_projection(model, groups, replace(SPEC, dim=dim)).captured for dim in (20, 60, 200)]
+    assert shares == sorted(shares)
+
+
+def test_fitting_is_reproducible_and_order_free_in_what_it_spans(make_model, make_groups) -> None:
+    """The same sample and seed give the same projection."""
+    model, groups = make_model("qwen2"), make_groups(20, seed=1)
+    one, two = (fit_projection(model, groups, SPEC) for _ in range(2))
+    assert one.digest() == two.digest()
+
+
+def test_a_store_keeps_its_projection(tmp_path, fitted, make_groups) -> None:
+    """Rows collected by another process, from the store alone, are the same rows."""
+    model, projection = fitted
+    store = create_store(tmp_path / "store", Sketcher(model, SPEC, projection), "fp32")
+    groups = make_groups(6)
+    store.add_problems("pool", [{"id": group.problem_id, "prompt": "?"} for group in groups])
+    again = sketcher_of(gradstore.open(tmp_path / "store"), model)
+    assert again.fingerprint == store.fingerprint
+    collect(store, "pool", groups, sketcher=again, step=0)
+    expected = Sketcher(model, SPEC, projection).sketch(groups).sketches
+    view = store.view("pool")
+    np.testing.assert_allclose(view.rows(np.arange(6)) * view.norms[:, None], expected, rtol=1e-5, atol=1e-7)
+    assert store.verify().ok
+
+
+def test_a_damaged_projection_is_found(tmp_path, fitted) -> None:
+    """Rows made with a basis that changed would be compared with those made before."""
+    model, projection = fitted
+    store = create_store(tmp_path / "store", Sketcher(model, SPEC, projection))
+    (file,) = (tmp_path / "store" / "attachments").iterdir()
+    raw = bytearray(file.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    file.write_bytes(raw)
+    report = store.verify()
+    assert [finding.file for finding in report.findings] == [f"attachments/{file.name}"]
+    with pytest.raises(DamagedError, match=file.name):
+        sketcher_of(store, model)
+
+
+def test_another_kind_of_basis_is_refused(tmp_path, fitted) -> None:
+    """A random sketch does not belong among fitted ones."""
+    model, projection = fitted
+    store = create_store(tmp_path / "store", Sketcher(model, SPEC, projection))
+    with pytest.raises(FingerprintError, match=r"projection\.kind: the store has 'fitted', this run has 'random'"):
+        sketcher_of(store, model, replace(SPEC, basis="random"))
+
+
+def test_bad_fits_are_refused(make_model, make_groups, fitted) -> None:
+    """Without a signal there is nothing to fit to; a projection of other layers does not fit the model."""
+    model, projection = fitted
+    flat = [Group(g.problem_id, g.prompt_ids, g.responses, np.zeros(4)) for g in make_groups(5)]
+    with pytest.raises(RequestError, match="0 of 5 have one"):
+        fit_projection(model, flat, SPEC)
+    with pytest.raises(RequestError, match="must be fitted first"):
+        Sketcher(model, SPEC)
+    with pytest.raises(RequestError, match="of other layers"):
+        Sketcher(make_model("gpt2"), SPEC, projection)
+
+
+def test_a_sample_has_a_signal(make_groups) -> None:
+    """Problems without signal teach a fit nothing; the sample is drawn past them."""
+
+    class Source:
+        def __init__(self, groups: list[Group]) -> None:
+            self._groups = {group.problem_id: group for group in groups}
+            self.problem_ids = list(self._groups)
+
+        def __len__(self) -> int:
+            return len(self._groups)
+
+        def groups(self, ids: list[str]) -> list[Group]:
+            return [self._groups[i] for i in self.problem_ids if i in set(ids)]
+
+    groups = make_groups(60)
+    flat = [Group(f"flat{i}", g.prompt_ids, g.responses, np.ones(4)) for i, g in enumerate(groups)]
+    chosen = sample_groups(Source(groups + flat), 25, seed=0)  # type: ignore[arg-type]
+    assert len(chosen) == 25
+    assert all(group.has_signal for group in chosen)
+    assert len(sample_groups(Source(groups[:5] + flat), 25, seed=0)) == 5  # type: ignore[arg-type]
