@@ -31,8 +31,9 @@ class Calibration:
     @property
     def relative_error(self) -> float:
         """|found - exact| / |exact|; nan when nothing was checked."""
-        norm = np.linalg.norm(self.exact)
-        return float(np.linalg.norm(self.found - self.exact) / norm) if norm > 0 else float("nan")
+        usable = np.isfinite(self.exact) & np.isfinite(self.found)
+        norm = np.linalg.norm(self.exact[usable])
+        return float(np.linalg.norm((self.found - self.exact)[usable]) / norm) if norm > 0 else float("nan")
 
     def describe(self) -> dict:
         """As JSON can hold it."""

@@ -58,7 +58,7 @@ class Probe:
         *,
         eps: float | None = None,
         rank: int | None = None,
-        n_check: int = 4,
+        n_check: int = 8,
         token_budget: int = 4096,
         share_prompts: bool = True,
     ) -> None:
@@ -143,36 +143,42 @@ class Probe:
         return found
 
     def calibrate(self, groups: Sequence[Group], base_logprobs: TokenLogprobs | None = None) -> Calibration:
-        """Choose the steps on the first few groups with signal, and check the probe against exact dots there.
+        """Choose the steps on a few groups with signal, evenly spread, and check the probe against exact dots there.
 
         Starting from a step that moves a token's log-probability by FIRST_STEP nats, measure the truncation error of
         a derivative there (Richardson: the central difference at twice the step is off by four times as much) and the
         rounding noise (the second difference at a tiny step, where nothing else is left). A difference of order p
         with truncation e_t and rounding e_r at step h is best at h (e_r / (p e_t))^(1 / (p + 1)); no step exceeds
-        LARGEST_STEP nats. The outcome is kept as `calibration`; a relative error above CHECK_TOLERANCE is logged.
+        LARGEST_STEP nats. If that is far below, the errors are measured again nearer to it. The outcome is kept as
+        `calibration`; a relative error above CHECK_TOLERANCE is logged.
         """
         self._check(groups, base_logprobs)
-        pilot = [i for i, group in enumerate(groups) if group.has_signal][: self.n_check]
+        live = [i for i, group in enumerate(groups) if group.has_signal]
+        if not total(self.model, [len(live)])[0]:
+            live = list(range(len(groups)))  # derivatives can be measured, though every dot is zero
+        pilot = [live[i] for i in np.unique(np.linspace(0, len(live) - 1, min(self.n_check, len(live))).astype(int))]
         chosen = [groups[i] for i in pilot]
-        if not total(self.model, [len(chosen)])[0]:
-            # Nothing to measure on, and nothing that will be run unless asked: the first step serves, unchecked.
-            chosen = list(groups[: self.n_check])
         with self._moving() as move:
             base = self._logprobs(chosen)
             at = self._at(move, chosen, base)
-            first, nats = self._first_step(move, chosen)
+            first, nats = self._first_step(move, chosen, base)
             offset = 0.0
             if base_logprobs is not None:
-                offset = self._base_noise(chosen[: len(pilot)], [base_logprobs[i] for i in pilot], base[: len(pilot)])
+                offset = self._base_noise(chosen, [base_logprobs[i] for i in pilot], base)
                 self._knows_base = True
-            up, down = at(first), at(-first)
-            up_2, down_2, up_0, down_0 = at(2 * first), at(-2 * first), at(first / 200), at(-first / 200)
-            slope = self._rms((up - down) / (2 * first)) or 1.0
-            truncation = self._rms((up_2 - down_2) / (4 * first) - (up - down) / (2 * first)) / 3
-            curvature = self._rms(up + down) / (2 * first)
-            noise = self._rms(up_0 + down_0) / np.sqrt(6)
-            scale, error = best_step(truncation, noise / (np.sqrt(2) * first), 2, LARGEST_STEP / nats)
-            scale_1, error_1 = best_step(curvature, np.sqrt(2 * noise**2 + offset**2) / first, 1, LARGEST_STEP / nats)
+            noise = self._rms(at(first / 200) + at(-first / 200)) / np.sqrt(6)
+            for _ in range(3):
+                up, down, up_2, down_2 = at(first), at(-first), at(2 * first), at(-2 * first)
+                slope = self._rms((up - down) / (2 * first)) or 1.0
+                truncation = self._rms((up_2 - down_2) / (4 * first) - (up - down) / (2 * first)) / 3
+                curvature = self._rms(up + down) / (2 * first)
+                most = LARGEST_STEP / nats
+                scale, error = best_step(truncation, noise / (np.sqrt(2) * first), 2, most)
+                scale_1, error_1 = best_step(curvature, np.sqrt(2 * noise**2 + offset**2) / first, 1, most)
+                if scale > 1 / 10:
+                    break
+                first, nats = first * 4 * scale, nats * 4 * scale
+                scale, scale_1 = 1 / 4, scale_1 / (4 * scale)
             if self._eps is not None:
                 scale = scale_1 = self._eps / first
             eps = first * scale
@@ -199,28 +205,37 @@ class Probe:
             )
         return self.calibration
 
-    def _first_step(self, move: Move, groups: Sequence[Group]) -> tuple[float, float]:
+    def _first_step(self, move: Move, groups: Sequence[Group], base: TokenLogprobs) -> tuple[float, float]:
         """A step that moves tokens by about FIRST_STEP nats, and by how many it does."""
-        eps = 1e-3 / self.direction.norm
+        usable_N = np.concatenate([np.zeros(0, bool), *(np.isfinite(tokens) for own in base for tokens in own)])
+        eps, low, high = 1e-3 / self.direction.norm, 0.0, np.inf
         nats = 0.0
-        for _ in range(12):
+        for _ in range(16):
             move(eps)
             above = self._logprobs(groups)
             move(-eps)
             below = self._logprobs(groups)
-            moves = [
-                (a - b) / 2 for pair in zip(above, below, strict=True) for a, b in zip(*pair, strict=True) if len(a)
-            ]
-            squares, n = total(self.model, [float(sum((m**2).sum() for m in moves)), float(sum(map(len, moves)))])
-            nats = float(np.sqrt(squares / n)) if n else 0.0
-            if not np.isfinite(nats):
-                eps /= 100
-            elif n == 0 or FIRST_STEP / 1.5 < nats < FIRST_STEP * 1.5:
+            moves_N = np.concatenate(
+                [np.zeros(0)]
+                + [
+                    (a - b).astype(np.float64) / 2
+                    for pair in zip(above, below, strict=True)
+                    for a, b in zip(*pair, strict=True)
+                ]
+            )
+            # A token that is not finite even here belongs to a problem that will fail; beyond, the step is too large.
+            moves_N = moves_N[usable_N]
+            squares, n = total(self.model, [float(moves_N @ moves_N), float(len(moves_N))])
+            nats = float(np.sqrt(squares / n)) if n else FIRST_STEP
+            if FIRST_STEP / 1.5 < nats < FIRST_STEP * 1.5:
                 break
+            low, high = (eps, high) if nats < FIRST_STEP else (low, eps)
+            if low and high < np.inf:
+                eps = float(np.sqrt(low * high))
             else:
-                eps *= min(max(FIRST_STEP / nats, 1e-3), 1e3) if nats > 0 else 1e3
-        else:
-            log.warning("no step moves a token's log-probability by %g nats; taking %.2e", FIRST_STEP, eps)
+                eps *= (
+                    min(max(FIRST_STEP / nats, 1e-3), 1e3) if nats > 0 and np.isfinite(nats) else 1e-3 if nats else 1e3
+                )
         return eps, nats if np.isfinite(nats) and nats > 0 else FIRST_STEP
 
     def _at(self, move: Move, groups: Sequence[Group], base: list[list[np.ndarray]]) -> Callable[[float], np.ndarray]:
@@ -266,6 +281,8 @@ class Probe:
         return self._rms(np.concatenate(changes) if changes else np.zeros(0))
 
     def _rms(self, values: np.ndarray) -> float:
+        """Root mean square over the finite values of all ranks."""
+        values = values[np.isfinite(values)]
         squares, n = total(self.model, [float(values @ values), float(len(values))])
         return float(np.sqrt(squares / n)) if n else 0.0
 
