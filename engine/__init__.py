@@ -16,11 +16,17 @@ if TYPE_CHECKING:
     from engine.exact import LayerGradients as LayerGradients
     from engine.exact import exact_dots as exact_dots
     from engine.exact import layer_gradients as layer_gradients
+    from engine.faithfulness import Fidelity as Fidelity
+    from engine.faithfulness import fidelity as fidelity
     from engine.fitting import fit_projection as fit_projection
     from engine.fusion import FusedHits as FusedHits
     from engine.fusion import fuse_scores as fuse_scores
     from engine.fusion import search_each as search_each
     from engine.fusion import search_fused as search_fused
+    from engine.halves import Reliability as Reliability
+    from engine.halves import exact_scores as exact_scores
+    from engine.halves import reliability as reliability
+    from engine.halves import sketch_scores as sketch_scores
     from engine.indexes import Index as Index
     from engine.indexes import IndexWarning as IndexWarning
     from engine.indexes import index_for as index_for
@@ -49,6 +55,7 @@ _MODULE_OF = {
     "CollectReport": "collector",
     "Direction": "directions",
     "ExactBatch": "exact",
+    "Fidelity": "faithfulness",
     "Index": "indexes",
     "IndexWarning": "indexes",
     "Diversity": "diversity",
@@ -59,6 +66,7 @@ _MODULE_OF = {
     "PRESETS": "objectives",
     "Probe": "probe",
     "ProbeBatch": "probe_batch",
+    "Reliability": "halves",
     "SELECTORS": "selectors",
     "Selection": "selection",
     "Selector": "selectors",
@@ -69,16 +77,20 @@ _MODULE_OF = {
     "Where": "where",
     "collect": "collector",
     "exact_dots": "exact",
+    "exact_scores": "halves",
+    "fidelity": "faithfulness",
     "fit_projection": "fitting",
     "index_for": "indexes",
     "layer_contributions": "shares",
     "layer_gradients": "exact",
     "objective": "objectives",
     "fuse_scores": "fusion",
+    "reliability": "halves",
     "search": "query",
     "search_each": "fusion",
     "search_fused": "fusion",
     "select": "selection",
+    "sketch_scores": "halves",
     "target": "targets",
     "validation_gradient": "directions",
 }

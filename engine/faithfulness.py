@@ -1,0 +1,118 @@
+"""How faithful stored sketches are: their ranking against the exact one over the same layers, on a sample.
+
+Beside it stands the reliability of the exact ranking itself, between halves of the rollouts: where that is lower, a
+finer sketch would rank no better.
+
+Dimension letters: P problems.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+
+import numpy as np
+from scipy.stats import spearmanr  # type: ignore[import-untyped]
+from torch import nn
+
+from engine.exact import layer_gradients
+from engine.query import search
+from engine.ranking import best
+from engine.halves import SplitHalf, exact_scores, split, split_half
+from engine.rollouts.source import RolloutSource
+from engine.sketcher import SketchSpec
+from engine.targets import target
+from gradstore import Store
+from gradstore.errors import RequestError
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """How well one set of scores reproduces another's ranking."""
+
+    n_problems: int
+    spearman: float
+    top_5_percent: float
+    """Share of the exact scores' best 5 % that are among the best 5 % found."""
+    k: int
+    top_k: float
+    """The same for the best k."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fidelity:
+    """Stored sketches against exact scores, and the exact scores' own reliability."""
+
+    agreement: Agreement
+    halves: SplitHalf | None
+    """Exact scores of even against odd rollouts; None when not asked for."""
+    row_bytes: int
+    """Bytes a row takes in the store."""
+
+    def describe(self) -> dict:
+        """JSON-ready."""
+        halves = None if self.halves is None else self.halves.describe()
+        return {**asdict(self.agreement), "row_bytes": self.row_bytes, "reliability": halves}
+
+
+def agreement(found_P: np.ndarray, exact_P: np.ndarray, ids: Sequence[str], k: int | None = None) -> Agreement:
+    """Spearman and overlaps of two sets of scores of the same problems, float [P] without NaN, ties by id.
+
+    k: default a tenth of the problems. RequestError for fewer than three problems.
+    """
+    if len(found_P) < 3:
+        raise RequestError(f"agreement of rankings needs at least 3 live problems, got {len(found_P)}")
+    n_best = max(1, round(len(found_P) / 20))
+    k = max(1, len(found_P) // 10) if k is None else min(k, len(found_P))
+    names = np.asarray(ids, object)
+
+    def overlap(n: int) -> float:
+        tops = [set(best(scores, n, lambda chosen: names[chosen]).tolist()) for scores in (found_P, exact_P)]
+        return len(tops[0] & tops[1]) / n
+
+    return Agreement(len(found_P), float(spearmanr(found_P, exact_P)[0]), overlap(n_best), k, overlap(k))
+
+
+def fidelity(
+    store: Store,
+    pool: str,
+    against: str,
+    model: nn.Module,
+    rollouts: RolloutSource,
+    benchmark_rollouts: RolloutSource,
+    *,
+    at: int | None = None,
+    sample: int | None = 200,
+    k: int | None = None,
+    seed: int = 0,
+    halves: bool = True,
+) -> Fidelity:
+    """Cosine scores of a pool's stored rows against exact cosines over the layers the store's settings choose.
+
+    model, rollouts, benchmark_rollouts: what the rows of pool and benchmark were made from. sample: live problems
+    measured exactly, drawn with the seed; None: all. Cost: a backward with weight gradients over the sample's rollouts,
+    twice that with halves, and over the benchmark's. Of rows in head mode the exact scores are over every layer: that
+    is what they stand for. RequestError when fewer than three live problems have rollouts.
+    """
+    view = store.view(pool, at)
+    known = set(rollouts.problem_ids)
+    ids = [problem_id for problem_id in view.ids[view.live].tolist() if problem_id in known]
+    if sample is not None and sample < len(ids):
+        picked = np.sort(np.random.default_rng(seed).choice(len(ids), sample, replace=False))
+        ids = [ids[i] for i in picked]
+    if len(ids) < 3:
+        raise RequestError(f"{pool!r}: {len(ids)} live problems have rollouts in the file, expected at least 3")
+    spec = replace(SketchSpec.of(store.fingerprint), head_only=False)
+    groups = list(rollouts.groups(ids))
+    score = exact_scores(model, layer_gradients(model, list(benchmark_rollouts.groups()), spec), spec)
+    exact_P = score(groups)
+    live_P = ~np.isnan(exact_P)
+    live = [group for group, kept in zip(groups, live_P, strict=True) if kept]
+    hits = search(view, target(store, against, at), len(view))
+    stored = dict(zip(hits.ids.tolist(), hits.scores.tolist(), strict=True))
+    names = [group.problem_id for group in live]
+    found_P = np.array([stored[name] for name in names])
+    parts = [np.nan_to_num(score(half)) for half in split(live)] if halves else None
+    return Fidelity(
+        agreement(found_P, exact_P[live_P], names, k),
+        None if parts is None else split_half(*parts),
+        store.row_bytes,
+    )
