@@ -108,7 +108,6 @@ class RaBitQ(FaissKind):
     """1 bit a dimension, queries in 8 bits (arXiv 2405.12497)."""
 
     name = "rabitq"
-    spread = 1.0
 
     def make(self) -> Any:
         return faiss.IndexRaBitQ(self.dim, faiss.METRIC_INNER_PRODUCT)
@@ -126,7 +125,6 @@ class RaBitQFastScan(FaissKind):
     it is here because the self-test that refuses it must be seen to."""
 
     name = "rabitq_fastscan"
-    spread = 1.0
     masks = False
 
     def make(self) -> Any:

@@ -56,7 +56,7 @@ class IndexFolder:
 
     def __init__(self, view: View, kind: str, metric: str) -> None:
         self.kind = kind
-        self.metric = "cosine" if metric == "cosine" else "dot"
+        self.metric = metric
         self.path = collection_folder(view) / INDEXES / f"{kind}-{self.metric}"
         self._collection = collection_folder(view)
         self._generation = view.generation

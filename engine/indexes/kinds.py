@@ -40,10 +40,6 @@ class Kind(ABC):
     """Keeps its accuracy on gradients of heavy-tailed norms. Else a search by inner product asks for the cosine of
     every entry, and the norms come in afterwards."""
 
-    spread: ClassVar[float] = 0.0
-    """Error of its cosines in units of 1/sqrt(D), where that matters: a row of enormous norm can be among the best by
-    inner product although its cosine was estimated on the wrong side of zero."""
-
     def __init__(self, dim: int, n_expected: int) -> None:
         self.dim = dim
         self.n_expected = n_expected

@@ -10,6 +10,7 @@ Q queries, P problems, D sketch dimensions.
 
 import numpy as np
 
+from engine.fisher import preconditioned
 from engine.indexes.kinds import Effort
 from engine.indexes.rows import Index, Tested, fetch
 from engine.scan import scan_rows
@@ -36,6 +37,10 @@ def self_test(index: Index, view: View, recall: float, k: int, queries_QD: np.nd
     live = np.flatnonzero(view.live)
     sampled = queries_QD is None
     queries_QD = sample_queries(view, live) if queries_QD is None else queries_QD
+    if sampled and index.metric == "fisher":
+        # Preconditioned queries keep away from the rows of the largest norms: the hardest by inner product.
+        queries_QD = preconditioned(view, queries_QD)
+        queries_QD = queries_QD / np.linalg.norm(queries_QD, axis=1, keepdims=True)
     scores_QP = _exact(index, view, queries_QD, live)
     wanted = {sign: [live[np.argpartition(-sign * scores_P, k - 1)[:k]] for scores_P in scores_QP] for sign in (1, -1)}
     best = Tested(k, -1.0, -1.0, Effort())

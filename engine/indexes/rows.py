@@ -61,7 +61,7 @@ class Index:
     def build(cls, view: View, kind: str = "flat", metric: str = "cosine") -> "Index":
         """Index every live row of the view, in bounded memory beyond the index itself; not tested yet.
 
-        metric: `cosine`, or `dot` (which serves fisher too). RequestError for an unknown kind, or where its library
+        metric: `cosine`, `dot` or `fisher`. RequestError for an unknown kind, or where its library
         is missing or cannot take rows of this width.
         """
         chosen = kind_class(kind)
@@ -140,7 +140,7 @@ class Index:
         Rows published since are added first. RequestError for a view of another collection or generation, or another
         metric.
         """
-        if (metric == "cosine") != (self.metric == "cosine"):
+        if metric != self.metric:
             raise RequestError(f"the index was built for {self.metric}, asked for {metric}")
         self.extend(view)
         if n_eligible == 0:
@@ -186,20 +186,33 @@ class Index:
             chosen[eligible] = True  # The last entry stays False: it is what -1 points at.
             mask_N = chosen[positions_N]
         sign = np.float32(1 if largest else -1)
-        banded = self.metric != "cosine" and self.rows == "unit"
-        if not banded:
+        if self.metric == "cosine":
             _, entries_QM = self.kind.search(sign * queries_QD, m, effort, mask_N)
             return [positions_N[entries[entries >= 0]] for entries in entries_QM]
+        # The error of an inner product grows with the norm, so the rows of the largest norms are always looked at.
+        heaviest = self._heaviest(view, eligible, m)
         found = []
-        for query_D in queries_QD:
-            length = float(np.linalg.norm(query_D))
-            cosines, entries = self.kind.search(sign * query_D[None], len(self), effort, mask_N)
-            entry = entries[0][entries[0] >= 0]
-            hoped = cosines[0][: len(entry)] + np.float32(self.kind.spread * length / np.sqrt(view.dim))
-            products = hoped * self.entry_norms[entry]
-            top = np.argpartition(-products, min(m, len(entry)) - 1)[:m] if len(entry) else entry
-            found.append(positions_N[entry[top]])
-        return found
+        if self.rows == "gradient":
+            _, entries_QM = self.kind.search(sign * queries_QD, m, effort, mask_N)
+            found = [entries[entries >= 0] for entries in entries_QM]
+        else:
+            for query_D in queries_QD:
+                cosines, entries = self.kind.search(sign * query_D[None], len(self), effort, mask_N)
+                entry = entries[0][entries[0] >= 0]
+                products = cosines[0][: len(entry)] * self.entry_norms[entry]
+                found.append(entry[np.argpartition(-products, min(m, len(entry)) - 1)[:m]] if len(entry) else entry)
+        return [np.union1d(positions_N[entries], heaviest) for entries in found]
+
+    def _heaviest(self, view: View, eligible: np.ndarray, m: int) -> np.ndarray:
+        key = ("heaviest", m)
+        if len(eligible) == len(self) and key in self._seen:
+            known: np.ndarray = self._seen[key]
+            return known
+        norms = view.norms[eligible]
+        heaviest = eligible[np.argpartition(-norms, min(m, len(norms)) - 1)[:m]]
+        if len(eligible) == len(self):
+            self._seen[key] = heaviest
+        return heaviest
 
     def _content(self, view: View, positions: np.ndarray) -> np.ndarray:
         units_PD = view.rows(positions)
