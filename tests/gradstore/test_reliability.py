@@ -1,0 +1,38 @@
+"""The trials of `python -m benchmarks.reliability`, fewer of each."""
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.reliability import clock, cuts, live
+from gradstore import appender, durable
+
+
+def test_power_cuts_lose_nothing(fast_path: Path) -> None:
+    """What was acknowledged is on the disk whatever else is not: the order of writes and fsyncs, folders included."""
+    assert "cuts" in cuts(fast_path, n_changes=12, every=15, seed=3)
+
+
+@pytest.mark.parametrize("forgotten", ["_sync_file", "_sync_folder"])
+def test_the_power_cut_model_notices_a_forgotten_fsync(fast_path: Path, monkeypatch, forgotten: str) -> None:
+    """A model that never finds anything proves nothing."""
+    monkeypatch.setattr(appender, forgotten, lambda where: None)
+    with pytest.raises(ValueError, match="cut after event"):
+        cuts(fast_path, n_changes=12, every=5)
+
+
+def test_the_power_cut_model_notices_a_manifest_without_fsync(fast_path: Path, monkeypatch) -> None:
+    """The rename alone makes a publication visible, not durable."""
+    monkeypatch.setattr(durable, "fsync_folder", lambda folder: None)
+    with pytest.raises(ValueError, match="cut after event"):
+        cuts(fast_path, n_changes=12, every=5)
+
+
+def test_readers_beside_a_writer(fast_path: Path) -> None:
+    """Every answer is the answer of one publication, while rows are published ten times a second and compacted."""
+    assert "publications" in live(fast_path, seconds=4, readers=2)
+
+
+def test_times_of_files_mean_nothing(fast_path: Path) -> None:
+    """A clock that jumps must not make a reader keep an old moment, or a writer believe a new one."""
+    clock(fast_path, 15)
