@@ -58,7 +58,7 @@ class Probe:
         *,
         eps: float | None = None,
         rank: int | None = None,
-        n_check: int = 8,
+        n_check: int = 4,
         token_budget: int = 4096,
         share_prompts: bool = True,
     ) -> None:
@@ -212,16 +212,9 @@ class Probe:
         nats = 0.0
         for _ in range(16):
             move(eps)
-            above = self._logprobs(groups)
-            move(-eps)
-            below = self._logprobs(groups)
+            pairs = zip(self._logprobs(groups), base, strict=True)
             moves_N = np.concatenate(
-                [np.zeros(0)]
-                + [
-                    (a - b).astype(np.float64) / 2
-                    for pair in zip(above, below, strict=True)
-                    for a, b in zip(*pair, strict=True)
-                ]
+                [np.zeros(0)] + [np.asarray(a, np.float64) - b for pair in pairs for a, b in zip(*pair, strict=True)]
             )
             # A token that is not finite even here belongs to a problem that will fail; beyond, the step is too large.
             moves_N = moves_N[usable_N]
