@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from engine.objectives import PRESETS as PRESETS
     from engine.objectives import Objective as Objective
     from engine.objectives import objective as objective
+    from engine.optimizer_direction import AdamState as AdamState
+    from engine.optimizer_direction import OptimizerDirection as OptimizerDirection
     from engine.probe import Probe as Probe
     from engine.probe_batch import ProbeBatch as ProbeBatch
     from engine.query import Hits as Hits
@@ -51,6 +53,7 @@ if TYPE_CHECKING:
     from engine.where import Where as Where
 
 _MODULE_OF = {
+    "AdamState": "optimizer_direction",
     "Candidates": "selectors",
     "CollectReport": "collector",
     "Direction": "directions",
@@ -63,6 +66,7 @@ _MODULE_OF = {
     "Hits": "query",
     "LayerGradients": "exact",
     "Objective": "objectives",
+    "OptimizerDirection": "optimizer_direction",
     "PRESETS": "objectives",
     "Probe": "probe",
     "ProbeBatch": "probe_batch",

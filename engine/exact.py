@@ -9,13 +9,14 @@ to nothing.
 Dimension letters: P problems, K targets, L layers, B sequences, T tokens, I and O a layer's inputs and outputs.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from engine.formed import formed, problem_gradients
 from engine.gradient_pass import GradientPass
 from engine.layers import Layer
 from engine.rollouts.group import Group
@@ -81,19 +82,11 @@ def layer_gradients(model: nn.Module, groups: Sequence[Group], spec: SketchSpec 
     if not groups:
         raise RequestError("the mean gradient of no groups is not defined")
     gradients = GradientPass(model, spec or SketchSpec())
-    matrices = [matrix.div_(len(groups)) for matrix in _formed(gradients, groups)[0]]
+    matrices = [matrix.div_(len(groups)) for matrix in formed(gradients, groups)[0]]
     found = LayerGradients([layer.name for layer in gradients.layers], matrices)
     if not np.isfinite(found.norm) or found.norm == 0.0:
         raise RequestError(f"the mean gradient of the {len(groups)} groups has length {found.norm}")
     return found
-
-
-def problem_gradients(gradients: GradientPass, groups: Sequence[Group]) -> Iterator[tuple[list[Tensor], int]]:
-    """Each group's exact gradient, float32 [O, I] per layer, and its tokens; the matrices hold until the next."""
-    buffers = None
-    for group in groups:
-        buffers, n_tokens = _formed(gradients, [group], buffers)
-        yield buffers, n_tokens
 
 
 def exact_dots(
@@ -153,34 +146,6 @@ class _Dots:
             else:
                 dots_B = _rowwise_dot(grad_BTO @ matrix_OI, kept)
             row_P.index_add_(0, problem_B, dots_B)
-
-
-class _Sum:
-    """Adds every token's g x^T to one matrix per layer."""
-
-    def __init__(self, matrices: Sequence[Tensor]) -> None:
-        self._matrices = matrices
-
-    def on_input(self, layer: int, x_BTI: Tensor) -> Tensor:
-        return x_BTI
-
-    def on_gradient(self, layer: int, kept: Tensor, grad_BTO: Tensor, problem_B: Tensor) -> None:
-        grads_NO, inputs_NI = grad_BTO.flatten(0, 1), kept.flatten(0, 1)
-        if grads_NO.dtype == torch.float32:
-            self._matrices[layer].addmm_(grads_NO.T, inputs_NI)
-        else:  # a float32 sum of products that the hardware accumulates in float32 and rounds once
-            self._matrices[layer].add_(grads_NO.T @ inputs_NI)
-
-
-def _formed(
-    gradients: GradientPass, groups: Sequence[Group], buffers: list[Tensor] | None = None
-) -> tuple[list[Tensor], int]:
-    """The groups' summed gradient per layer, in the buffers where given, and the tokens run."""
-    if buffers is None:
-        buffers = [torch.empty(layer.n_outputs, layer.n_inputs, device=gradients.device) for layer in gradients.layers]
-    for buffer in buffers:
-        buffer.zero_()
-    return buffers, gradients.run(groups, _Sum(buffers))
 
 
 def _with_norms(

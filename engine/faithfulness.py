@@ -14,9 +14,9 @@ from scipy.stats import spearmanr  # type: ignore[import-untyped]
 from torch import nn
 
 from engine.exact import layer_gradients
+from engine.halves import SplitHalf, exact_scores, split, split_half
 from engine.query import search
 from engine.ranking import best
-from engine.halves import SplitHalf, exact_scores, split, split_half
 from engine.rollouts.source import RolloutSource
 from engine.sketcher import SketchSpec
 from engine.targets import target

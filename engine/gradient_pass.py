@@ -15,7 +15,7 @@ from engine.hooks import Observer, observed
 from engine.layers import find_layers, output_layer
 from engine.microbatch import pack, pays_to_share, rollouts_of
 from engine.objectives import rollout_weights
-from engine.passes import Policy
+from engine.passes import OnWeights, Policy
 from engine.rollouts.group import Group
 from gradstore.errors import RequestError
 
@@ -55,7 +55,7 @@ class GradientPass:
         if self.spec.objective.importance and group.logprobs is None:
             raise RequestError(f"{name}: has no log-probabilities, which an importance-weighted objective needs")
 
-    def run(self, groups: Sequence[Group], observer: Observer, on_weights: "EffectiveSampleSize | None" = None) -> int:
+    def run(self, groups: Sequence[Group], observer: Observer, on_weights: OnWeights | None = None) -> int:
         """Back-propagate each group's objective; the observer's problems are positions in `groups`.
 
         Returns the tokens that went through the model, padding and responses sampled before not counted. Groups whose

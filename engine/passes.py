@@ -34,6 +34,9 @@ _TOLERANCE = 1e-3
 """Largest difference of a log-probability, relative to 1 + its size, at which a shortcut counts as exact."""
 
 
+OnWeights = Callable[[Tensor, Tensor, Tensor], None]
+"""Told problem_B and the token weights [B, N] before and after importance ratios."""
+
 _SHARING = "prompts computed once"
 
 
@@ -75,12 +78,12 @@ class Policy:
         batch: MicroBatch,
         objective: Objective,
         observation: Observation,
-        on_weights: Callable[[Tensor, Tensor, Tensor], None] | None = None,
+        on_weights: OnWeights | None = None,
     ) -> None:
         """Back-propagate the weighted log-probabilities of the responses to the observed layers.
 
-        Where only the output layer is observed, nothing is back-propagated below its logits. on_weights is called with
-        problem_B and the token weights [B, N] before and after importance ratios.
+        Where only the output layer is observed, nothing is back-propagated below its logits. on_weights is called for
+        each chunk of sequences.
         """
         tell = on_weights or (lambda problem_B, before_BN, after_BN: None)
         if not self._split:

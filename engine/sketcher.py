@@ -16,9 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from engine.formed import problem_gradients
 from engine.gradient_pass import EffectiveSampleSize, GradientPass
 from engine.layers import Layer, adapter_identity, model_identity
 from engine.objectives import Objective, objective
+from engine.optimizer_direction import OptimizerDirection
 from engine.projection import Kind, LayerBasis, Projection, dense_projection, random_projection
 from engine.rollouts.group import Group
 from gradstore.errors import RequestError
@@ -113,8 +115,16 @@ class SketchBatch:
 class Sketcher:
     """Sketches groups of rollouts with the model as it is now; the model is left as it was found."""
 
-    def __init__(self, model: nn.Module, spec: SketchSpec | None = None, projection: Projection | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        spec: SketchSpec | None = None,
+        projection: Projection | None = None,
+        optimizer: OptimizerDirection | None = None,
+    ) -> None:
         """projection: one that was fitted or loaded; without it the spec's random or dense one is made.
+        optimizer: sketch the direction Adam would take for each problem instead of its gradient; a problem's gradient
+        is then formed in full, one at a time.
 
         RequestError when the spec asks for a fitted projection and none is given, or when the projection given is of
         other layers than the spec chooses.
@@ -127,6 +137,8 @@ class Sketcher:
         if [basis.name for basis in self.projection.layers] != [layer.name for layer in self.gradients.layers]:
             raise RequestError("the projection is of other layers than the model has or `modules` chooses")
         self._sides = [_sides_on(self.device, basis) for basis in self.projection.layers]
+        self.optimizer = optimizer
+        self._moments = optimizer.moments_of(self.gradients.layers, model, self.device) if optimizer else []
 
     @property
     def dim(self) -> int:
@@ -148,6 +160,7 @@ class Sketcher:
                 "basis": self.projection.digest(),
             },
             **({"gradient": HEAD_ONLY} if self.spec.head_only else {}),
+            **({"optimizer": self.optimizer.describe()} if self.optimizer else {}),
             "modules": list(self.spec.modules) if self.spec.modules else None,
             "objective": self.spec.objective.as_dict(),
             "dtype": str(next(self.model.parameters()).dtype).removeprefix("torch."),
@@ -164,9 +177,30 @@ class Sketcher:
         """
         sums_PC = torch.zeros(len(groups), self.projection.core_dim, dtype=torch.float32, device=self.device)
         ess = EffectiveSampleSize(groups, self.device) if self.spec.objective.importance else None
-        n_tokens = self.gradients.run(groups, _Projector(self._sides, sums_PC), ess)
+        projector = _Projector(self._sides, sums_PC)
+        if self.optimizer is None:
+            n_tokens = self.gradients.run(groups, projector, ess)
+        else:
+            n_tokens = self._directions(groups, self.optimizer, projector, ess)
         batch = _label(groups, self._folded(sums_PC).cpu().numpy(), n_tokens)
         return batch if ess is None else replace(batch, ess=ess.of_groups())
+
+    def _directions(
+        self,
+        groups: Sequence[Group],
+        optimizer: OptimizerDirection,
+        projector: "_Projector",
+        ess: EffectiveSampleSize | None,
+    ) -> int:
+        """Projects each problem's optimizer direction; tokens run. Problems without signal are left at zero: the
+        optimizer's momentum is no signal of theirs."""
+        total = 0
+        for row, (matrices, n_tokens) in enumerate(problem_gradients(self.gradients, groups, ess)):
+            total += n_tokens
+            if n_tokens and any(bool(gradient_OI.any()) for gradient_OI in matrices):
+                for layer, (gradient_OI, moments) in enumerate(zip(matrices, self._moments, strict=True)):
+                    projector.add(layer, row, optimizer.apply(gradient_OI, moments))
+        return total
 
     def _folded(self, sums_PC: Tensor) -> Tensor:
         fold = self.projection.fold
@@ -202,6 +236,13 @@ class _Projector:
         side = self._sides[layer]
         products_BRR = torch.bmm(project(grad_BTO, side.left_OR).transpose(1, 2), kept)
         self._sums_PC[:, side.basis.start : side.basis.stop].index_add_(0, problem_B, products_BRR.flatten(1))
+
+    def add(self, layer: int, problem: int, matrix_OI: Tensor) -> None:
+        """Adds the projection of a whole matrix to one problem's."""
+        side = self._sides[layer]
+        matrix_OI = matrix_OI if side.left_OR is None else side.left_OR.T @ matrix_OI
+        core_RR = matrix_OI if side.right_IR is None else matrix_OI @ side.right_IR
+        self._sums_PC[problem, side.basis.start : side.basis.stop] += core_RR.flatten()
 
 
 def project(x_BTW: Tensor, side_WR: Tensor | None) -> Tensor:

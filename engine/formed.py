@@ -1,0 +1,63 @@
+"""Gradients of the observed layers formed in full, for what needs every entry: norms, elementwise transforms.
+
+Cost: a plain backward with weight gradients, 6 I O FLOPs per token of a layer I -> O; one float32 matrix per layer is
+held, whatever the number of groups.
+
+Dimension letters: B sequences, T tokens, N tokens of all sequences, I and O a layer's inputs and outputs.
+"""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from engine.gradient_pass import GradientPass
+from engine.passes import OnWeights
+from engine.rollouts.group import Group
+
+
+def formed(
+    gradients: GradientPass,
+    groups: Sequence[Group],
+    buffers: list[Tensor] | None = None,
+    on_weights: OnWeights | None = None,
+) -> tuple[list[Tensor], int]:
+    """The groups' summed gradient, float32 [O, I] per layer, in the buffers where given, and the tokens run."""
+    if buffers is None:
+        buffers = [torch.empty(layer.n_outputs, layer.n_inputs, device=gradients.device) for layer in gradients.layers]
+    for buffer in buffers:
+        buffer.zero_()
+    return buffers, gradients.run(groups, _Sum(buffers), on_weights)
+
+
+def problem_gradients(
+    gradients: GradientPass, groups: Sequence[Group], on_weights: OnWeights | None = None
+) -> Iterator[tuple[list[Tensor], int]]:
+    """Each group's own gradient and its tokens, one group at a time; the matrices hold until the next."""
+    buffers = None
+    for row, group in enumerate(groups):
+        told = None if on_weights is None else partial(_of_row, on_weights, row)
+        buffers, n_tokens = formed(gradients, [group], buffers, told)
+        yield buffers, n_tokens
+
+
+def _of_row(on_weights: OnWeights, row: int, problem_B: Tensor, before_BN: Tensor, after_BN: Tensor) -> None:
+    on_weights(problem_B + row, before_BN, after_BN)
+
+
+class _Sum:
+    """Adds every token's g x^T to one matrix per layer."""
+
+    def __init__(self, matrices: Sequence[Tensor]) -> None:
+        self._matrices = matrices
+
+    def on_input(self, layer: int, x_BTI: Tensor) -> Tensor:
+        return x_BTI
+
+    def on_gradient(self, layer: int, kept: Tensor, grad_BTO: Tensor, problem_B: Tensor) -> None:
+        grads_NO, inputs_NI = grad_BTO.flatten(0, 1), kept.flatten(0, 1)
+        if grads_NO.dtype == torch.float32:
+            self._matrices[layer].addmm_(grads_NO.T, inputs_NI)
+        else:  # each micro-batch's product is accumulated in float32, rounded once, and summed in float32
+            self._matrices[layer].add_(grads_NO.T @ inputs_NI)
