@@ -30,6 +30,8 @@ gradients have heavier tails than a Gaussian, and how much heavier differs from 
 _BLOCK_BYTES = 1 << 19
 """Rows are encoded in blocks that stay in the processor's cache through all passes."""
 
+_TINY = np.float32(1e-30)
+"""127 over a peak above this is finite."""
 _TASK_BLOCKS = 8
 """Blocks that one thread takes at a time."""
 
@@ -41,17 +43,18 @@ _PAIRS = np.stack([np.tile(_NIBBLES, 16), np.repeat(_NIBBLES, 16)], axis=1).copy
 def encode(rows_P_D: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Codes [P, W], scale float32 [P], L2 norm float64 [P] and peak float32 [P] of float32 rows.
 
-    The peak is a row's largest absolute value, not finite exactly where the row is not; such a row has codes and scale
-    0, as a row of zeros has. The arithmetic is on rows divided by their peak, so neither huge nor tiny rows overflow or
-    vanish. Many rows are encoded by all cores.
+    The peak is a row's largest absolute value, not finite exactly where the row is not; such a row has codes and
+    scale 0, as a row of zeros has. The arithmetic is on rows scaled to a common peak, so neither huge nor tiny rows
+    overflow or vanish. Many rows are encoded by all cores.
     """
     n_rows, dim = rows_P_D.shape
     array = row_arrays(dim, dtype)[0]
-    codes = np.zeros(array.shape(n_rows), dtype=array.dtype)
+    codes = np.empty(array.shape(n_rows), dtype=array.dtype)
     scale = np.zeros(n_rows, dtype=np.float32)
     norm = np.zeros(n_rows, dtype=np.float64)
     peaks_P = np.zeros(n_rows, dtype=np.float32)
     encode_block = {"int8": _int8, "int4": _int4, "1bit": _sign, "fp16": _unit, "fp32": _unit}[dtype]
+    largest = np.float32(127 if dtype == "int8" else 1)
     block_rows = max(1, _BLOCK_BYTES // (4 * dim))
 
     def encode_rows(start: int, stop: int) -> None:
@@ -62,13 +65,13 @@ def encode(rows_P_D: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray, np
             peak = peaks_P[block] = np.maximum(rows.max(axis=1), np.abs(rows.min(axis=1)))
             some = np.isfinite(peak) & (peak > 0)
             scaled = scratch[: len(peak)]
-            if some.all():
-                np.divide(rows, peak[:, None], out=scaled)
+            if np.all(some & (peak > _TINY)):
+                np.multiply(rows, (largest / peak)[:, None], out=scaled)
             else:
                 scaled[...] = 0
-                scaled[some] = rows[some] / peak[some, None]
+                scaled[some] = rows[some] / peak[some, None] * largest
             length = _lengths(scaled)
-            norm[block] = np.where(some, peak, 0).astype(np.float64) * length
+            norm[block] = np.where(some, peak, 0) / np.float64(largest) * length
             code_length = encode_block(scaled, np.where(some, length, 1), codes[block])
             scale[block] = np.where(some, 1 / np.where(some, code_length, 1), 0)
 
@@ -102,7 +105,6 @@ def _lengths(rows: np.ndarray) -> np.ndarray:
 
 
 def _int8(scaled: np.ndarray, _length: np.ndarray, codes: np.ndarray) -> np.ndarray:
-    scaled *= np.float32(127)
     np.rint(scaled, out=scaled)
     codes[...] = scaled
     return _lengths(scaled)
