@@ -1,5 +1,8 @@
 """`query` and `select`: ask a store which problems align with a benchmark."""
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
@@ -12,12 +15,17 @@ from gradstore.errors import RequestError
 if TYPE_CHECKING:
     import numpy as np
 
-    from engine.query import Metric
+    from engine.fusion import Fusion
+    from engine.query import Hits, Metric
     from engine.targets import Aggregate, Target
     from gradstore import Store, View
 
 StorePath = Annotated[Path, typer.Argument(metavar="STORE", help="Folder of the store.")]
 Against = Annotated[str | None, typer.Option("--against", help="Benchmark whose gradient is the target.")]
+AgainstAny = Annotated[
+    list[str] | None,
+    typer.Option("--against", help="Benchmark whose gradient is the target; may be repeated."),
+]
 Pool = Annotated[str | None, typer.Option("--pool", help="Collection to rank; default: the only other one.")]
 At = Annotated[int | None, typer.Option("--at", help="Look at the store as of this step.")]
 HowAggregated = Annotated[str, typer.Option(help="How the target is made: mean or unit_mean.")]
@@ -31,42 +39,81 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 @app.command()
 def query(
     store: StorePath,
-    against: Against = None,
+    against: AgainstAny = None,
     top: Annotated[int, typer.Option("--top", "-k", help="How many problems.")] = 20,
     pool: Pool = None,
     at: At = None,
-    metric: Annotated[str, typer.Option(help="cosine or dot.")] = "cosine",
+    metric: Annotated[str, typer.Option(help="cosine, dot or fisher.")] = "cosine",
+    damping: Annotated[
+        float | None, typer.Option(help="fisher: lambda over the mean eigenvalue of the second moment [default: 0.1].")
+    ] = None,
+    fuse: Annotated[
+        str | None, typer.Option(help="Several benchmarks: mean of the scores (default), minimum, or rrf (ranks).")
+    ] = None,
+    weight: Annotated[
+        list[float] | None, typer.Option("--weight", help="One for each --against, in their order (mean, rrf).")
+    ] = None,
     smallest: Annotated[bool, typer.Option("--smallest", help="The least aligned first.")] = False,
     aggregate: HowAggregated = "mean",
     where: Filter = None,
-    index: Annotated[str, typer.Option(help="scan (exact, nothing built) or flat (FAISS).")] = "scan",
+    index: Annotated[
+        str,
+        typer.Option(
+            help="scan (exact, nothing built), auto (the fastest for one query), or flat, sq, rabitq, ivf, turbovec: "
+            "opened or built beside the collection."
+        ),
+    ] = "scan",
     layers: Annotated[int, typer.Option(help="Show the N layers with the largest terms of each score.")] = 0,
     json: Json = False,
 ) -> None:
-    """Which problems align with a benchmark, best first."""
+    """Which problems align with a benchmark, or with several, best first."""
     import gradstore
+    from engine.fisher import DAMPING
+    from engine.fusion import FusedHits, search_fused
     from engine.query import search
     from engine.targets import target
     from engine.where import Where
 
-    if against is None:
+    if not against:
         raise RequestError("query needs a benchmark: --against NAME")
+    several = len(against) > 1
+    if not several and (fuse or weight):
+        raise RequestError("--fuse and --weight combine several benchmarks: give --against more than once")
+    if several and (layers or index != "scan"):
+        raise RequestError("--layers and --index are for one benchmark: give --against once")
     opened = gradstore.open(store)
     view = opened.view(_pool(opened, pool, against), at)
-    wanted = target(opened, against, at, cast("Aggregate", aggregate))
+    wanted = [target(opened, name, at, cast("Aggregate", aggregate)) for name in against]
     score = cast("Metric", metric)
-    hits = search(
-        view,
-        wanted,
-        top,
-        metric=score,
-        largest=not smallest,
-        where=Where.parse(where) if where else None,
-        index=None if index == "scan" else index,
-    )
-    newest = max(int(view.steps.max()), wanted.steps[1]) if at is None else at
+    kept = Where.parse(where) if where else None
+    strength = DAMPING if damping is None else damping
+    with _warnings_said():
+        if several:
+            hits: Hits = search_fused(
+                view,
+                wanted,
+                top,
+                how=cast("Fusion", fuse or "mean"),
+                weights=weight or None,
+                metric=score,
+                largest=not smallest,
+                where=kept,
+                damping=strength,
+            )
+        else:
+            hits = search(
+                view,
+                wanted[0],
+                top,
+                metric=score,
+                largest=not smallest,
+                where=kept,
+                index=None if index == "scan" else index,
+                damping=strength,
+            )
+    newest = max(int(view.steps.max()), *(goal.steps[1] for goal in wanted)) if at is None else at
     problems = view.problems.take(hits.positions).to_pylist()
-    shares = _largest_layers(view, hits.positions, wanted, score, layers) if layers else [{}] * len(hits)
+    shares = _largest_layers(view, hits.positions, wanted[0], score, layers, strength) if layers else [{}] * len(hits)
     rows = [
         {
             "rank": rank + 1,
@@ -77,6 +124,11 @@ def query(
             "source": problems[rank]["source"],
             "problem": problems[rank]["prompt"],
             **({"layers": shares[rank]} if layers else {}),
+            **(
+                {"scores": dict(zip(against, hits.scores_QK[:, rank].tolist(), strict=True))}
+                if isinstance(hits, FusedHits)
+                else {}
+            ),
         }
         for rank, position in enumerate(hits.positions)
     ]
@@ -87,23 +139,29 @@ def query(
                 "commit": view.commit,
                 "at": at,
                 "metric": metric,
-                "target": wanted.describe(),
+                **({"damping": strength} if metric == "fisher" else {}),
+                **(
+                    {"fuse": fuse or "mean", "weights": weight or None, "targets": [goal.describe() for goal in wanted]}
+                    if several
+                    else {"target": wanted[0].describe()}
+                ),
                 "n_problems": len(view),
                 "n_eligible": hits.n_eligible,
                 "hits": rows,
             }
         )
         return
+    against_what = " and ".join(against) + (f" ({fuse or 'mean'})" if several else "")
     extra = ["layers"] if layers else []
     print_table(
-        f"{view.collection} against {against}, {metric}, step {newest}: "
+        f"{view.collection} against {against_what}, {metric}, step {newest}: "
         f"{len(hits)} of {hits.n_eligible} eligible, {len(view)} measured",
         ["rank", "id", "score", "pass rate", "age", "source", *extra, "problem"],
         [
             [
                 str(row["rank"]),
                 row["id"],
-                f"{row['score']:+.4f}",
+                f"{row['score']:+.4f}" if 1e-3 <= abs(row["score"]) < 1e5 else f"{row['score']:+.3e}",
                 f"{row['pass_rate']:.2f}",
                 str(row["age"]),
                 row["source"],
@@ -131,12 +189,18 @@ def select(
     selector: Annotated[str, typer.Option(help="Name of a selector, or GradAlign's name of it.")] = "cosine",
     aggregate: HowAggregated = "mean",
     where: Filter = None,
-    seed: Annotated[int, typer.Option(help="Drives the selectors that draw at random.")] = 0,
+    diversity: Annotated[
+        str | None,
+        typer.Option(help="Pick among the best 4 n so that they differ: mmr (marginal relevance) or kmeans (strata)."),
+    ] = None,
+    relevance: Annotated[float, typer.Option(help="mmr: weight of the score against being different, 0 to 1.")] = 0.5,
+    seed: Annotated[int, typer.Option(help="Drives the selectors that draw at random, and k-means.")] = 0,
     allow_fewer: Annotated[bool, typer.Option("--allow-fewer", help="Go on with fewer than asked.")] = False,
     json: Json = False,
 ) -> None:
     """Choose n problems and write them ready for verl."""
     import gradstore
+    from engine.diversity import Diversity, Method
     from engine.export import write_selection
     from engine.selection import select as choose
     from engine.targets import target
@@ -146,7 +210,7 @@ def select(
     wanted = None if against is None else target(opened, against, at, cast("Aggregate", aggregate))
     selection = choose(
         opened,
-        _pool(opened, pool, against),
+        _pool(opened, pool, [against] if against else []),
         wanted,
         n,
         selector,
@@ -154,6 +218,7 @@ def select(
         where=Where.parse(where) if where else None,
         seed=seed,
         allow_fewer=allow_fewer,
+        diversity=Diversity(cast("Method", diversity), relevance) if diversity else None,
     )
     written = write_selection(opened, selection, out)
     if json:
@@ -164,10 +229,20 @@ def select(
         say(f"{len(selection)} of {selection.n_candidates} candidates by {selection.selector}: {', '.join(written)}")
 
 
-def _pool(store: "Store", pool: str | None, against: str | None) -> str:
+@contextmanager
+def _warnings_said() -> Iterator[None]:
+    """Warnings of the block, such as an index that is refused, as lines for a person."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        yield
+    for warning in caught:
+        say(f"warning: {warning.message}")
+
+
+def _pool(store: "Store", pool: str | None, against: list[str]) -> str:
     if pool is not None:
         return pool
-    others = [name for name in store.collections if name != against]
+    others = [name for name in store.collections if name not in against]
     if len(others) == 1:
         return others[0]
     raise RequestError(
@@ -176,10 +251,10 @@ def _pool(store: "Store", pool: str | None, against: str | None) -> str:
 
 
 def _largest_layers(
-    view: "View", positions: "np.ndarray", wanted: "Target", metric: "Metric", n: int
+    view: "View", positions: "np.ndarray", wanted: "Target", metric: "Metric", n: int, damping: float
 ) -> list[dict[str, float]]:
     from engine.shares import layer_contributions
 
     names = [name for name, _, _ in view.layers]
-    terms_KL = layer_contributions(view, positions, wanted, metric)
+    terms_KL = layer_contributions(view, positions, wanted, metric, damping)
     return [{names[i]: float(row[i]) for i in (-row).argsort()[:n]} for row in terms_KL]
