@@ -3,6 +3,7 @@
 Dimension letters: P problems, G rollouts of one problem.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from engine import probe_statistics
 from engine.calibration import Calibration
 from engine.objectives import Objective
 from engine.rollouts.group import Group
+from gradstore import Store
 from gradstore.errors import RequestError
 from gradstore.state import State
 
@@ -85,6 +87,41 @@ class ProbeBatch:
             t[i], p_values[i] = probe_statistics.t_test(r_G, d_G)
         return cls(
             ids, derivatives, rewards, lengths, dots, errors, t, p_values, states, reasons, settings, calibration
+        )
+
+    @classmethod
+    def load(cls, store: Store, collection: str, *, step: int, target: str) -> "ProbeBatch":
+        """What `save` kept of a step along a target; of a problem probed more than once the newest.
+
+        RequestError when there is nothing, or when it was measured under different objectives.
+        """
+        rows = {row["id"]: row for row in store.probes(collection, step=step, target=target).to_pylist()}
+        if not rows:
+            raise RequestError(f"collection {collection!r} has no probes at step {step} along {target!r}")
+        objectives = {row["objective"] for row in rows.values()}
+        if len(objectives) > 1:
+            raise RequestError(f"collection {collection!r}: probes at step {step} along {target!r} differ in objective")
+        return cls._of(
+            list(rows),
+            [np.array(row["derivatives"], np.float64) for row in rows.values()],
+            [np.array(row["rewards"], np.float64) for row in rows.values()],
+            [np.array(row["lengths"], np.int64) for row in rows.values()],
+            Objective(**json.loads(objectives.pop())),
+            None,
+        )
+
+    def save(self, store: Store, collection: str, *, step: int, target: str, target_commit: int = 0) -> None:
+        """Keep derivatives, rewards and lengths beside the collection's rows; see `Store.add_probes`."""
+        store.add_probes(
+            collection,
+            self.ids,
+            self.derivatives,
+            self.rewards,
+            self.lengths,
+            step=step,
+            target=target,
+            target_commit=target_commit,
+            objective=self.settings.as_dict(),
         )
 
     @property

@@ -184,9 +184,66 @@ class Store:
         Entering it raises LockedError, naming the holder, while another writer is open.
         """
         self._refuse_read_only()
-        if isinstance(step, bool) or not hasattr(step, "__index__") or not 0 <= step.__index__() < 2**63:
-            raise RequestError(f"step must be a whole number of at least 0 (0 = the base model), not {step!r}")
-        return Writer(self._header, self._folder(collection), f"collection {collection!r}", step.__index__())
+        return Writer(self._header, self._folder(collection), f"collection {collection!r}", _check_step(step))
+
+    def add_probes(
+        self,
+        collection: str,
+        ids: Sequence[str],
+        derivatives: Sequence[np.ndarray],
+        rewards: Sequence[np.ndarray],
+        lengths: Sequence[np.ndarray],
+        *,
+        step: int,
+        target: str,
+        target_commit: int = 0,
+        objective: dict[str, Any] | None = None,
+    ) -> None:
+        """Keep each rollout's derivative along a target, with its reward and its length in tokens, beside the rows.
+
+        derivatives, rewards, lengths: one array a problem, one number a rollout; a derivative may be nan (not run).
+        step: of the policy. target, target_commit: the benchmark and its commit. objective: what the derivatives are
+        of. RequestError for an unknown id, one given twice, counts that disagree or a reward that is not finite.
+        """
+        from gradstore import probes
+
+        self._refuse_read_only()
+        where = f"collection {collection!r}"
+        table = probes.to_table(
+            ids,
+            derivatives,
+            rewards,
+            lengths,
+            step=_check_step(step),
+            target=target,
+            target_commit=target_commit,
+            objective=objective or {},
+            where=where,
+        )
+        with Session(self._header, self._folder(collection)) as session:
+            ProblemTable(session.collection, session.manifest).rows_of(list(ids), where)
+            session.unpublished = True
+            probes.add_part(session.collection, table)
+            session.unpublished = False
+
+    def probes(self, collection: str, *, step: int | None = None, target: str | None = None) -> "pa.Table":
+        """Probes in order of addition, of problems that are not deleted; None: of every step, along every target.
+
+        Columns: id, step, target, target_commit, objective (JSON), derivatives, rewards, lengths (lists, one number a
+        rollout). DamagedError where a part is damaged or missing.
+        """
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        from gradstore import probes
+
+        deleted = set(self.deleted(collection))
+        table = probes.read_parts(self._folder(collection))
+        if step is not None:
+            table = table.filter(pc.equal(table["step"], step))
+        if target is not None:
+            table = table.filter(pc.equal(table["target"], target))
+        return table.filter(pa.array([name not in deleted for name in table["id"].to_pylist()], pa.bool_()))
 
     def delete(self, collection: str, ids: Sequence[str]) -> None:
         """Hide every row so far of some problems from all later views; they may be appended again."""
@@ -287,6 +344,12 @@ class Store:
     def _refuse_read_only(self) -> None:
         if self.mode != "a":
             raise RequestError(f"{self.path}: opened for reading; open it with mode 'a' to write")
+
+
+def _check_step(step: Any) -> int:
+    if isinstance(step, bool) or not hasattr(step, "__index__") or not 0 <= step.__index__() < 2**63:
+        raise RequestError(f"step must be a whole number of at least 0 (0 = the base model), not {step!r}")
+    return int(step.__index__())
 
 
 def _is_blank(path: Path) -> bool:

@@ -550,3 +550,20 @@ def test_a_batch_can_be_made_from_derivatives_alone(make_groups) -> None:
     for i, (group, d_G) in enumerate(zip(groups, derivatives, strict=True)):
         assert batch.dots[i] == pytest.approx(np.mean(slow_advantages(group.rewards, "mean_std") * d_G))
         assert batch.scores("corr")[i] == pytest.approx(correlation(group.rewards, d_G))
+
+
+def test_a_batch_is_kept_beside_the_rows(make_store, make_groups) -> None:
+    """Rescoring months later needs what was measured, not what was made of it."""
+    store, groups = make_store(), make_groups(3, n_rollouts=6)
+    groups = [Group(f"p{i:03d}", g.prompt_ids, g.responses, g.rewards) for i, g in enumerate(groups)]
+    random = np.random.default_rng(0)
+    settings = Objective("mean_std", "token-mean")
+    batch = ProbeBatch.of(groups, [random.normal(size=6).astype(np.float32) for _ in groups], settings)
+    batch.save(store, "pool", step=3, target="bench", target_commit=store.commit("bench"))
+    again = ProbeBatch.load(store, "pool", step=3, target="bench")
+    assert again.ids == batch.ids
+    assert again.settings == settings
+    np.testing.assert_allclose(again.dots, batch.dots)
+    np.testing.assert_allclose(again.standard_errors, batch.standard_errors)
+    with pytest.raises(RequestError, match="no probes at step 4"):
+        ProbeBatch.load(store, "pool", step=4, target="bench")
