@@ -38,6 +38,8 @@ COUNTS = (16, 64)
 """Rollouts of a problem that a score is made from."""
 TRUE_POOL, TRUE_BENCHMARK = 256, 96
 """Rollouts of a problem that its true utility is made from."""
+LEVELS = (0.01, 0.05, 0.2)
+"""Levels at which p-values of coin-flip problems are counted."""
 RULES = ("random", "accgreedy", "cosine", "dot", "corr", "snr", "lcb", "shrunk", "fdr")
 NAMES = {
     "corr": "correlation of r and d",
@@ -102,6 +104,9 @@ def run(seed: int, n_problems: int, n_benchmark: int, take: int) -> dict[str, An
         for name, dots_P in (("central", batch.dots), ("one-sided", known.dots)):
             found["exact"].setdefault(name, {})[k] = float(np.corrcoef(dots_P[live], exact_P[live])[0, 1])
         found["calibration"][k] = probe.calibration.describe() if probe.calibration else None
+        # Coin-flip problems are the null hypothesis itself: p must be below a level in that share of them.
+        p_P = batch.p_values[live & coin_P]
+        found.setdefault("false_positives", {})[k] = [float(np.mean(p_P < level)) for level in LEVELS]
         found.setdefault("live", {})[k] = [int((live & coin_P).sum()), int((live & ~coin_P).sum())]
         found["shares"].setdefault("random", {})[k] = [float(coin_P.mean()), float(utility_P.mean()) / oracle]
         for rule, order in orders(batch, groups, norms_P, seed).items():
@@ -189,6 +194,11 @@ def orders(batch: ProbeBatch, groups: list[Group], norms_P: np.ndarray, seed: in
     }
 
 
+def at(by_count: dict, k: int) -> Any:
+    """The entry for k rollouts; JSON makes text of the key."""
+    return by_count[k] if k in by_count else by_count[str(k)]
+
+
 def show(results: list[dict[str, Any]]) -> None:
     """The table: mean and standard deviation over seeds."""
     table = []
@@ -196,13 +206,15 @@ def show(results: list[dict[str, Any]]) -> None:
         row = [NAMES.get(rule, rule)]
         for place in (0, 1):
             for k in COUNTS:
-                values = [
-                    record["shares"][rule].get(k, record["shares"][rule].get(str(k)))[place] for record in results
-                ]
+                values = [at(record["shares"][rule], k)[place] for record in results]
                 row.append(f"{np.mean(values):.2f} ± {np.std(values, ddof=1) if len(values) > 1 else 0:.2f}")
         table.append(row)
     columns = ["rule", *(f"coin flips, {k}" for k in COUNTS), *(f"utility, {k}" for k in COUNTS)]
     print_table(f"{len(results)} seeds", columns, table, right=columns[1:])
+    for k in COUNTS:
+        shares = np.mean([at(record["false_positives"], k) for record in results], 0)
+        told = ", ".join(f"{share:.3f} below {level}" for share, level in zip(shares, LEVELS, strict=True))
+        print(f"p-values of coin-flip problems, {k} rollouts: {told}")
     for name in ("central", "one-sided"):
         worst = min(value for record in results for value in record["exact"][name].values())
         print(f"correlation of probe with exact dots, {name}: at least {worst:.6f}")
