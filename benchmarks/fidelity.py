@@ -1,0 +1,163 @@
+"""How faithful sketches are, by kind and bytes: stored rows against exact cosine scores over the same layers.
+
+The demo's trained model, problems of its pool with a signal, 16 rollouts each, the target from its benchmark. Every row
+goes through a store, so that quantisation and the bytes of a row are those in use. Beside it: how well the exact scores
+repeat themselves with other rollouts of the same problems, which is what any ranking can hope for.
+
+    python -m benchmarks.fidelity [--pool 600] [--seed 0] [--out FILE.json]
+"""
+
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+
+import gradstore
+from benchmarks.probe_table import Sampler
+from engine.exact import exact_dots, layer_gradients
+from engine.faithfulness import agreement
+from engine.fitting import fit_projection
+from engine.halves import split, split_half
+from engine.models import load_model
+from engine.objectives import objective
+from engine.query import search
+from engine.rollouts.group import Group
+from engine.sketcher import Sketcher, SketchSpec
+from engine.targets import target
+from gradstore.cli.show import print_table, say
+from trainer.demo import tasks
+from trainer.demo.run import MODEL
+
+SPEC = SketchSpec(objective=objective("gradalign"), token_budget=16_384)
+
+
+def main(
+    pool: Annotated[int, typer.Option(help="Problems drawn; those with a signal are ranked.")] = 600,
+    benchmark: Annotated[int, typer.Option(help="Problems of the benchmark.")] = tasks.BENCHMARK_SIZE,
+    rollouts: Annotated[int, typer.Option(help="Rollouts of each problem.")] = 16,
+    seed: Annotated[int, typer.Option(help="Draws problems and rollouts.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="JSON file for the numbers.")] = None,
+) -> None:
+    """Print the table."""
+    torch.set_num_threads(1)  # layers this small lose more in waiting for a second thread than it brings
+    model = load_model(MODEL, device="cpu")
+    sample = Sampler(model, seed)
+    problems = tasks.pool(seed, pool)
+    groups = [group for group in sample(problems, rollouts) if group.has_signal]
+    wanted = sample(tasks.benchmark(seed, benchmark), rollouts)
+    say(f"{len(groups)} of {pool} problems have a signal")
+    gradient = layer_gradients(model, wanted, SPEC)
+    exact_P = exact_dots(model, groups, gradient, SPEC, norms=True).cosines[:, 0]
+    ids = [group.problem_id for group in groups]
+    rows = []
+    for name, sketcher, dtype in sketchers(model, groups, wanted, seed):
+        found_P, row_bytes = stored_scores(sketcher, groups, wanted, dtype)
+        rows.append({"sketch": name, "dtype": dtype, "dim": sketcher.dim, "bytes": row_bytes})
+        rows[-1] |= asdict(agreement(found_P, exact_P, ids))
+        say(f"{name} {dtype}: {rows[-1]['spearman']:.4f}")
+    repeats = repeated(model, problems, sample, groups, exact_P, gradient, rollouts)
+    show(rows, repeats)
+    if out is not None:
+        out.write_text(json.dumps({"n_live": len(groups), "seed": seed, "sketches": rows, "exact": repeats}, indent=2))
+
+
+def sketchers(
+    model: torch.nn.Module, groups: Sequence[Group], wanted: Sequence[Group], seed: int
+) -> list[tuple[str, Sketcher, str]]:
+    """Name, sketcher and row type of each kind compared."""
+    found = []
+    samples = {
+        "100 of the candidates": groups[:100],
+        "the benchmark": wanted,
+        "both": [*groups[:100], *wanted],
+    }
+    for name, sample in samples.items():
+        for dim, dtype in ((480, "int8"), (960, "int4"), (240, "int8")):
+            spec = replace(SPEC, basis="fitted", dim=dim)
+            projection = fit_projection(model, list(sample), spec)
+            found.append((f"fitted to {name}", Sketcher(model, spec, projection), dtype))
+    for rank in (4, 8, 16, 32):
+        spec = replace(SPEC, rank=rank, seed=seed)
+        found.append((f"random two-sided, rank {rank}", Sketcher(model, spec), "int8"))
+    for dim in (480, 3584):
+        spec = replace(SPEC, basis="dense", rank=64, dim=dim, seed=seed)
+        found.append(("dense random", Sketcher(model, spec), "int8"))
+    head = replace(SPEC, head_only=True, rank=64, right_rank=128, seed=seed)
+    found.append(("head mode 64 x 128 (LESSER)", Sketcher(model, head), "fp32"))
+    found.append(("two-sided p = 16 (bergson-like)", Sketcher(model, replace(SPEC, rank=16, seed=seed)), "fp32"))
+    return found
+
+
+def stored_scores(
+    sketcher: Sketcher, groups: Sequence[Group], wanted: Sequence[Group], dtype: str
+) -> tuple[np.ndarray, int]:
+    """Cosine scores of the groups as a search of their store gives them, float64 [P], and the bytes of a row."""
+    with tempfile.TemporaryDirectory() as folder:
+        store = gradstore.create(
+            Path(folder) / "store", dim=sketcher.dim, fingerprint=sketcher.fingerprint, dtype=dtype
+        )
+        for name, members in (("pool", groups), ("benchmark", wanted)):
+            batch = sketcher.sketch(members)
+            store.add_problems(name, [{"id": problem_id, "prompt": "?"} for problem_id in batch.ids])
+            with store.writer(name, step=0) as writer:
+                writer.append(batch.ids, batch.sketches, state=batch.states, reason=batch.reasons)
+        hits = search(store.view("pool"), target(store, "benchmark"), len(groups))
+        score_of = dict(zip(hits.ids.tolist(), hits.scores.tolist(), strict=True))
+        return np.array([score_of.get(group.problem_id, np.nan) for group in groups]), store.row_bytes
+
+
+def repeated(
+    model: torch.nn.Module,
+    problems: list[dict],
+    sample: Sampler,
+    groups: Sequence[Group],
+    exact_P: np.ndarray,
+    gradient: object,
+    n: int,
+) -> dict:
+    """The exact scores against those of other rollouts of the same problems, and between halves."""
+
+    def exactly(members: Sequence[Group]) -> np.ndarray:
+        return exact_dots(model, members, gradient, SPEC, norms=True).cosines[:, 0]  # type: ignore[arg-type]
+
+    live = {group.problem_id for group in groups}
+    again_P = exactly(sample([record for record in problems if record["id"] in live], n, first=n))
+    both = ~np.isnan(again_P)
+    halves = split_half(*(np.nan_to_num(exactly(half)) for half in split(groups)))
+    ids = [group.problem_id for group, kept in zip(groups, both, strict=True) if kept]
+    return {
+        "other rollouts": asdict(agreement(again_P[both], exact_P[both], ids)),
+        "halves": halves.describe(),
+    }
+
+
+def show(rows: Sequence[dict], repeats: dict) -> None:
+    table = [
+        [
+            row["sketch"],
+            row["dtype"],
+            str(row["dim"]),
+            str(row["bytes"]),
+            f"{row['spearman']:.3f}",
+            f"{row['top_5_percent']:.2f}",
+            f"{row['top_k']:.2f}",
+        ]
+        for row in rows
+    ]
+    other, halves = repeats["other rollouts"], repeats["halves"]
+    overlaps = [f"{other['top_5_percent']:.2f}", f"{other['top_k']:.2f}"]
+    table.append(["exact, other rollouts", "", "", "", f"{other['spearman']:.3f}", *overlaps])
+    table.append(["exact, even against odd rollouts", "", "", "", f"{halves['spearman']:.3f}", "", ""])
+    table.append(["the same carried to all rollouts", "", "", "", f"{halves['rank_reliability']:.3f}", "", ""])
+    columns = ["sketch", "as", "dims", "bytes a row", "Spearman", "top 5 %", "top 10 %"]
+    print_table(f"{rows[0]['n_problems']} live problems", columns, table, right=columns[2:])
+
+
+if __name__ == "__main__":
+    typer.run(main)
