@@ -217,7 +217,7 @@ def show(results: list[dict[str, Any]]) -> None:
         print(f"p-values of coin-flip problems, {k} rollouts: {told}")
     for name in ("central", "one-sided"):
         worst = min(value for record in results for value in record["exact"][name].values())
-        print(f"correlation of probe with exact dots, {name}: at least {worst:.6f}")
+        print(f"correlation of probe with exact dots, {name}: at least {worst:.8f}")
 
 
 if __name__ == "__main__":
