@@ -12,12 +12,10 @@ def best(scores_P: np.ndarray, k: int, id_of: Callable[[np.ndarray], np.ndarray]
     few that can be among the k.
     """
     keys_P = -scores_P if largest else scores_P
-    eligible = np.flatnonzero(~np.isnan(keys_P))
-    k = min(k, len(eligible))
+    k = min(k, len(keys_P) - int(np.count_nonzero(np.isnan(keys_P))))
     if k == 0:
         return np.empty(0, np.int64)
-    keys = keys_P[eligible]
-    bound = np.partition(keys, k - 1)[k - 1]
-    contenders = eligible[keys <= bound]
+    bound = np.partition(keys_P, k - 1)[k - 1]  # NaN comes last.
+    contenders = np.flatnonzero(keys_P <= bound)
     ids = np.asarray(id_of(contenders)).astype(str)
     return contenders[np.lexsort((ids, keys_P[contenders]))[:k]]

@@ -155,10 +155,12 @@ def _weighed(digits: np.ndarray, weights_GQ: np.ndarray, kind: Kind, safe_column
 
     def product(codes: np.ndarray) -> np.ndarray:
         total_NQ = np.zeros((len(codes), n_queries))
+        term_NQ = np.empty_like(total_NQ)
         for columns, matrix in packed:
             part = np.asarray(numkong.dots_packed(_tensor(codes[:, columns], kind), matrix))
             for digit in range(n_digits):
-                total_NQ += part[:, digit * n_queries : (digit + 1) * n_queries] * weights_GQ[digit]
+                np.multiply(part[:, digit * n_queries : (digit + 1) * n_queries], weights_GQ[digit], out=term_NQ)
+                total_NQ += term_NQ
         return total_NQ
 
     return product

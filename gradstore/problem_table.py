@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gradstore.durable import crc32c, reading, replace_file
+from gradstore.durable import at_once, crc32c, reading, replace_file
 from gradstore.errors import DamagedError, RequestError
 from gradstore.layout import PROBLEMS
 from gradstore.manifest import Manifest, Part, read_manifest
@@ -95,7 +95,9 @@ class ProblemTable:
         ids = np.empty(len(rows), dtype=object)
         starts = np.cumsum([0, *(part.rows for part in self._manifest.parts)])
         part_of = np.searchsorted(starts, rows, side="right") - 1
-        for number in np.unique(part_of).tolist():
+        numbers = np.unique(part_of).tolist()
+        at_once(self._ids_of_part, [number for number in numbers if number not in self._part_ids])
+        for number in numbers:
             here = np.flatnonzero(part_of == number)
             ids[here] = self._ids_of_part(number).take(rows[here] - starts[number]).to_numpy(zero_copy_only=False)
         return ids

@@ -39,7 +39,9 @@ class Piece:
     @property
     def scale(self) -> np.ndarray:
         """Decoded row = codes * scale, float32 [n]."""
-        return self._snapshot.column("scale")[self.rows]
+        first, last = int(self.rows[0]), int(self.rows[-1])
+        column = self._snapshot.column("scale")
+        return column[first : last + 1] if last - first + 1 == len(self.rows) else column[self.rows]
 
     def span(self) -> tuple[np.ndarray, np.ndarray]:
         """Mapped codes of all rows from the first to the last [m, W], read-only; which of them are meant [n]."""
@@ -145,13 +147,16 @@ class View:
     def pieces(self, positions: Any = None) -> list[Piece]:
         """The stored rows at some distinct positions (None: all), chunk file by chunk file, not decoded."""
         row_order = self._row_order
-        if positions is None:
-            places = np.arange(len(self)) if row_order is None else row_order
-        else:
+        every = positions is None
+        if not every:
             wanted = np.zeros(len(self), dtype=bool)
             wanted[self._checked(positions)] = True
+            every = bool(wanted.all())
+        if every:
+            places = np.arange(len(self)) if row_order is None else row_order
+        else:
             places = np.flatnonzero(wanted) if row_order is None else row_order[wanted[row_order]]
-        rows = self._row_N[places]
+        rows = self._row_N if every and row_order is None else self._row_N[places]
         chunk_rows = self._snapshot.header.chunk_rows
         self._snapshot.column("scale")  # Read once, before several threads ask for it.
         cuts = np.searchsorted(rows, np.arange(0, self._snapshot.manifest.rows + chunk_rows, chunk_rows))
