@@ -80,7 +80,7 @@ def demo(
         print_json(facts)
         return
     store = out / "seed-0" / "store"
-    query(store, against="benchmark", top=5)
+    query(store, against=["benchmark"], top=5)
     columns = ["target family", "broken rewards", "wrong truth", "coin flip"]
     print_table(
         f"\nWhat each selector chose: {settings.n_selected} of {settings.n_pool} problems, "

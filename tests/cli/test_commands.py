@@ -370,3 +370,18 @@ def test_unknown_options_are_usage_errors(cli, store) -> None:
     status, _, err = cli("query", store, "--agianst", "bench")
     assert status == 2
     assert "--agianst" in err
+
+
+def test_demo(cli, tmp_path, monkeypatch) -> None:
+    """The command a newcomer runs first, at a size a test can afford: tables for people, JSON for scripts."""
+    from trainer.demo import run
+
+    small = run.DemoSettings(n_pool=100, n_benchmark=20, n_selected=10, n_rollouts=6, dim=200, n_fitted=30)
+    monkeypatch.setattr(run, "DemoSettings", lambda: small)
+    status, out, err = cli("demo", "--out", tmp_path / "demo", "--seeds", 1)
+    assert status == 0, err
+    for text in ("pool against benchmark", "cosine", "accgreedy", "target family", "bytes per problem"):
+        assert text in out
+    status, out, err = cli("demo", "--out", tmp_path / "demo", "--seeds", 1, "--json")
+    assert status == 0, err
+    assert json.loads(out)["shares"]["rand"]["family"][1] == 0.0
