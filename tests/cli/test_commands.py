@@ -1,6 +1,8 @@
 """The command line as a person or a script meets it: real files, a real model, exit statuses, one line an error."""
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -385,3 +387,33 @@ def test_demo(cli, tmp_path, monkeypatch) -> None:
     status, out, err = cli("demo", "--out", tmp_path / "demo", "--seeds", 1, "--json")
     assert status == 0, err
     assert json.loads(out)["shares"]["rand"]["family"][1] == 0.0
+
+
+@pytest.mark.parametrize(("code", "status"), [(errno.EROFS, 2), (errno.ENOSPC, 1)], ids=["read-only", "full"])
+def test_a_disk_that_cannot_be_written(cli, store, tmp_path, model_folder, monkeypatch, code, status) -> None:
+    """A read-only disk is a wrong request, a full one is work that failed; both are one line and lose nothing."""
+    before = snapshot(store)
+    real_open, real_mkdir = os.open, os.mkdir
+
+    def refuse(path: object) -> None:
+        if str(store) in str(path):
+            raise OSError(code, os.strerror(code), str(path))
+
+    def open_(path, flags, *rest, **named):
+        if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+            refuse(path)
+        return real_open(path, flags, *rest, **named)
+
+    def mkdir(path, *rest, **named):
+        refuse(path)
+        return real_mkdir(path, *rest, **named)
+
+    monkeypatch.setattr(os, "open", open_)
+    monkeypatch.setattr(os, "mkdir", mkdir)
+    found, out, err = cli("collect", store, "pool", tmp_path / "pool.jsonl", "--model", model_folder, "--step", 1)
+    monkeypatch.undo()
+    assert found == status, err
+    assert out == ""
+    assert err.count("\n") == 1, err
+    assert str(store) in err
+    assert snapshot(store) == before
