@@ -5,18 +5,21 @@ the gradients (a projection, dot products, the gradients themselves) is the obse
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from engine.directions import in_step
 from engine.hooks import Observer, observed
 from engine.layers import find_layers, output_layer
 from engine.microbatch import pack, pays_to_share, rollouts_of
 from engine.objectives import rollout_weights
 from engine.passes import OnWeights, Policy
 from engine.rollouts.group import Group
+from engine.sharding import is_sharded, reshard
 from gradstore.errors import RequestError
 
 if TYPE_CHECKING:
@@ -59,7 +62,8 @@ class GradientPass:
         """Back-propagate each group's objective; the observer's problems are positions in `groups`.
 
         Returns the tokens that went through the model, padding and responses sampled before not counted. Groups whose
-        rewards are all equal are not run. RequestError as in `check`.
+        rewards are all equal are not run. Under FSDP2 each rank runs its own groups through the whole model, all ranks
+        must call this together, and no gradient is reduced. RequestError as in `check`.
         """
         for group in groups:
             self.check(group)
@@ -70,11 +74,33 @@ class GradientPass:
             for group in groups
         ]
         rollouts = rollouts_of(groups, weights, merge=not self.spec.objective.importance)
-        shared = self.policy.shares_prompts and self.spec.share_prompts and pays_to_share(rollouts)
-        with observed(self.model, self.layers, observer) as observation:
-            for batch in pack(rollouts, self.spec.token_budget, shared):
-                self.policy.backward(batch.to(self.device), self.spec.objective, observation, on_weights)
+        whole = self.policy.plain() if is_sharded(self.model) else nullcontext()
+        muted = _Mutable(observer)
+        reshard(self.model)
+        with whole, observed(self.model, self.layers, muted) as observation:
+            shared = self.policy.shares_prompts and self.spec.share_prompts and pays_to_share(rollouts)
+            batches = list(pack(rollouts, self.spec.token_budget, shared))
+            for number, batch in enumerate(in_step(self.model, batches, shared)):
+                muted.on = number < len(batches)
+                told = on_weights if muted.on else None
+                self.policy.backward(batch.to(self.device), self.spec.objective, observation, told)
+        reshard(self.model)
         return sum(len(rollout.prompt_ids) + len(rollout.response_ids) for rollout in rollouts)
+
+
+class _Mutable:
+    """An observer that can be told not to look: a rank that has run its groups keeps step with the others."""
+
+    def __init__(self, observer: Observer) -> None:
+        self._observer = observer
+        self.on = True
+
+    def on_input(self, layer: int, x_BTI: Tensor) -> Any:
+        return self._observer.on_input(layer, x_BTI) if self.on else None
+
+    def on_gradient(self, layer: int, kept: Any, grad_BTO: Tensor, problem_B: Tensor) -> None:
+        if self.on:
+            self._observer.on_gradient(layer, kept, grad_BTO, problem_B)
 
 
 class EffectiveSampleSize:

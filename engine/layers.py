@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from transformers.pytorch_utils import Conv1D
 
 from gradstore.errors import RequestError
@@ -59,7 +60,7 @@ def model_identity(model: nn.Module) -> dict:
     base = cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
     shapes = ";".join(f"{name}:{tuple(parameter.shape)}" for name, parameter in model.named_parameters())
     return {
-        "architecture": type(base).__name__,
+        "architecture": (type(base).__bases__[-1] if isinstance(base, FSDPModule) else type(base)).__name__,
         "parameters": hashlib.sha256(shapes.encode()).hexdigest()[:16],
     }
 
