@@ -7,13 +7,15 @@ the stored rows and are chosen by name alone (docs/benchmarks.md).
 from collections.abc import Collection
 from dataclasses import dataclass
 
-_SCAN_PASS, _SCAN_QUERY = 4e-11, 1e-11
-"""Seconds for each stored number: reading it once, and for each query."""
-_TURBOVEC_PASS, _TURBOVEC_QUERY, _TURBOVEC_CANDIDATE = 0.8e-11, 0.2e-11, 1.2e-5
-"""Seconds for each stored number, for each query, and for each candidate kept for each query."""
+_SCAN_CALL, _SCAN = 2e-3, 5e-11
+"""Seconds for each query, and for each stored number of it."""
+_TURBOVEC_CALL, _TURBOVEC, _TURBOVEC_CANDIDATE = 2e-3, 1e-11, 1e-5
+"""The same, and seconds for each candidate fetched."""
 _TURBOVEC_BUILD = 12e-9
 """Seconds for each number of a row: quantising, and the self-test."""
 _TURBOVEC_FACTOR = 2.0
+_TURBOVEC_K = 300
+"""Beyond so many, what is fetched to rescore leaves turbovec's fast path (about 1,000 results)."""
 _GPU_PASS = 1e-12
 _GPU_BUILD = 1e-9
 _SMALL = 4_000_000
@@ -35,13 +37,13 @@ class Situation:
 
 
 def seconds(situation: Situation, kind: str) -> float:
-    """Expected time for all the queries one after the other in one batch, building included where it is not built."""
+    """Expected time for all the queries, one after the other, building included where it is not built."""
     numbers, queries = situation.n_rows * situation.dim, situation.n_queries
     if kind == "scan":
-        return numbers * (_SCAN_PASS + _SCAN_QUERY * queries)
+        return queries * (_SCAN_CALL + numbers * _SCAN)
     if kind == "turbovec":
-        candidates = _TURBOVEC_FACTOR * situation.k * queries
-        searching = numbers * (_TURBOVEC_PASS + _TURBOVEC_QUERY * queries) + _TURBOVEC_CANDIDATE * candidates
+        candidates = _TURBOVEC_FACTOR * situation.k
+        searching = queries * (_TURBOVEC_CALL + numbers * _TURBOVEC + candidates * _TURBOVEC_CANDIDATE)
         return searching + (0 if "turbovec" in situation.built else _TURBOVEC_BUILD * numbers)
     return numbers * _GPU_PASS * queries + (0 if "flat" in situation.built else _GPU_BUILD * numbers)
 
@@ -51,7 +53,11 @@ def choose(situation: Situation, available: Collection[str]) -> str:
     ways = ["scan"]
     numbers = situation.n_rows * situation.dim
     if numbers > _SMALL:
-        if "turbovec" in available and 20 * situation.k <= situation.n_rows and situation.dim <= 16384:
+        if (
+            "turbovec" in available
+            and situation.k <= min(_TURBOVEC_K, situation.n_rows // 20)
+            and situation.dim <= 16384
+        ):
             ways.append("turbovec")
         if "flat" in available and situation.k <= 2048 and 5 * numbers < situation.gpu_bytes:
             ways.append("flat")

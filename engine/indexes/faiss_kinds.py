@@ -142,7 +142,9 @@ class InvertedLists(FaissKind):
 
     def make(self) -> Any:
         n_lists = int(max(1, min(4 * np.sqrt(self.n_expected), self.n_expected / 39)))
-        return faiss.index_factory(self.dim, f"IVF{n_lists},SQ8", faiss.METRIC_INNER_PRODUCT)
+        made = faiss.index_factory(self.dim, f"IVF{n_lists},SQ8", faiss.METRIC_INNER_PRODUCT)
+        made.cp.min_points_per_centroid = 1  # Fewer than it likes cost recall, which the self-test sees to.
+        return made
 
     def parameters(self, effort: Effort, selector: Any) -> Any:
         return faiss.SearchParametersIVF(nprobe=effort.probes, sel=selector)

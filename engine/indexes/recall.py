@@ -1,8 +1,8 @@
 """The self-test a build ends in: what share of the exact best does the index find, and with how little effort?
 
-Asked are the kinds of query that occur: means of sixteen problems' gradients (targets), single rows, and directions
-without any structure (preconditioned targets), for the largest and for the smallest scores, against an exact scan
-of the same view. The cheapest effort whose mean recall is at least the one asked, for each sort of query and each
+Asked are the kinds of query that occur: means of sixteen problems' gradients (targets), single rows, and targets half
+of which lies outside of what the collection has in common (another benchmark's), each preconditioned where the metric
+is fisher, for the largest and for the smallest scores, against an exact scan of the same view. The cheapest effort whose mean recall is at least the one asked, for each sort of query and each
 direction by itself, is used from then on.
 
 Q queries, P problems, D sketch dimensions.
@@ -39,8 +39,7 @@ def self_test(index: Index, view: View, recall: float, k: int, queries_QD: np.nd
     queries_QD = sample_queries(view, live) if queries_QD is None else queries_QD
     if sampled and index.metric == "fisher":
         # Preconditioned queries keep away from the rows of the largest norms: the hardest by inner product.
-        queries_QD = preconditioned(view, queries_QD)
-        queries_QD = queries_QD / np.linalg.norm(queries_QD, axis=1, keepdims=True)
+        queries_QD = _unit(preconditioned(view, queries_QD))
     scores_QP = _exact(index, view, queries_QD, live)
     wanted = {sign: [live[np.argpartition(-sign * scores_P, k - 1)[:k]] for scores_P in scores_QP] for sign in (1, -1)}
     best = Tested(k, -1.0, -1.0, Effort())
@@ -67,14 +66,19 @@ def self_test(index: Index, view: View, recall: float, k: int, queries_QD: np.nd
 
 
 def sample_queries(view: View, live: np.ndarray, seed: int = 0) -> np.ndarray:
-    """float32 [Q, D], unit length: means of sixteen gradients, single rows, random directions."""
+    """float32 [Q, D], unit length: means of sixteen gradients, single rows, means blended with random directions."""
     random = np.random.default_rng(seed)
     picked = [random.choice(live, size=min(16, len(live)), replace=False) for _ in range(_QUERIES)]
-    means = [view.norms[np.sort(chosen)] @ view.rows(np.sort(chosen)) for chosen in picked]
-    singles = view.rows(np.sort(random.choice(live, size=_QUERIES)))
-    queries_QD = np.concatenate([np.stack(means), singles, random.normal(size=(_QUERIES, view.dim))])
-    lengths = np.linalg.norm(queries_QD, axis=1, keepdims=True)
-    return (queries_QD / np.where(lengths > 0, lengths, 1)).astype(np.float32)
+    means_QD = _unit(np.stack([view.norms[np.sort(chosen)] @ view.rows(np.sort(chosen)) for chosen in picked]))
+    singles_QD = view.rows(np.sort(random.choice(live, size=_QUERIES)))
+    blends_QD = _unit(means_QD[::-1] + _unit(random.normal(size=means_QD.shape)))
+    return np.concatenate([means_QD, singles_QD, blends_QD]).astype(np.float32)
+
+
+def _unit(rows_QD: np.ndarray) -> np.ndarray:
+    lengths = np.linalg.norm(rows_QD, axis=1, keepdims=True)
+    unit_QD: np.ndarray = rows_QD / np.where(lengths > 0, lengths, 1)
+    return unit_QD
 
 
 def _exact(index: Index, view: View, queries_QD: np.ndarray, live: np.ndarray) -> np.ndarray:

@@ -94,9 +94,12 @@ class Index:
                 f"the index was built for {self.collection} g{self.generation}, asked for {collection_folder(view)} "
                 f"g{view.generation}: build one for this view"
             )
+        if self._seen.get("complete") == (view.commit, view.at, len(self)):
+            return 0
         known = np.isin(view.row_numbers, self.entry_rows)
         missing = np.flatnonzero(view.live & ~known)
         self._add(view, missing)
+        self._seen["complete"] = (view.commit, view.at, len(self))
         return len(missing)
 
     def positions(self, view: View) -> np.ndarray:
@@ -109,7 +112,8 @@ class Index:
             inside = found >= 0
             if not np.array_equal(view.norms[found[inside]], self.entry_norms[inside]):
                 raise RequestError(f"the index of {self.collection} is of other rows than are stored: build it anew")
-            self._seen = {"key": key, "positions": found, "all": bool(inside.all()), "share": inside.mean()}
+            complete = self._seen.get("complete")
+            self._seen = {"key": key, "positions": found, "share": inside.mean(), "complete": complete}
         positions: np.ndarray = self._seen["positions"]
         return positions
 

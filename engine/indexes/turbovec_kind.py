@@ -41,6 +41,9 @@ class Turbovec(Kind):
         scores, entries = self._built.search(self._pad(queries_QD), m, mask=mask_N)
         return np.asarray(scores), np.asarray(entries, np.int64)
 
+    def efforts(self) -> list[Effort]:
+        return [Effort(factor) for factor in (1.2, 1.5, 2, 3, 4, 6, 8)]
+
     def save(self, path: Path) -> None:
         self._built.write(str(path), durable=False)
 

@@ -60,7 +60,9 @@ def test_recall_and_scores(store, kind: str, metric: str, largest: bool) -> None
     assert index is not None
     random = np.random.default_rng(4)
     shares = []
-    for query in [*random.normal(size=(4, 64)), *view.rows(np.arange(64)).reshape(4, 16, 64).mean(axis=1)]:
+    targets = view.rows(np.arange(128)).reshape(8, 16, 64).mean(axis=1)
+    targets[::2] += random.normal(size=(4, 64)) * np.linalg.norm(targets[::2], axis=1, keepdims=True) / 8
+    for query in targets:
         exact = search(view, query, 100, metric=metric, largest=largest)
         found = search(view, query, 100, metric=metric, largest=largest, index=index)
         shares.append(shared(found, exact))
