@@ -2,8 +2,8 @@
 
 Asked are the kinds of query that occur: means of sixteen problems' gradients (targets), single rows, and targets half
 of which lies outside of what the collection has in common (another benchmark's), each preconditioned where the metric
-is fisher, for the largest and for the smallest scores, against an exact scan of the same view. The cheapest effort whose mean recall is at least the one asked, for each sort of query and each
-direction by itself, is used from then on.
+is fisher, for the largest and for the smallest scores, against an exact scan of the same view. The cheapest effort
+whose mean recall is at least the one asked, for each sort of query and each direction by itself, is used from then on.
 
 Q queries, P problems, D sketch dimensions.
 """
