@@ -11,6 +11,7 @@ from importlib.metadata import entry_points
 
 import numpy as np
 
+from engine.scan import scan_rows
 from gradstore import View
 from gradstore.errors import RequestError
 
@@ -47,8 +48,7 @@ class Candidates:
             raise RequestError("this selector needs a target")
         length = np.linalg.norm(query_D.astype(np.float64))
         query_D = (query_D / (length or 1.0)).astype(np.float32)
-        blocks = [units_PD @ query_D for _, units_PD in self.view.scan(self.positions)]
-        return np.concatenate(blocks).astype(np.float64) if blocks else np.empty(0)
+        return scan_rows(self.view, query_D[None], self.positions)[0, self.positions].astype(np.float64)
 
     def weighted_sum(self, weights_P: np.ndarray) -> np.ndarray:
         """Sum of the candidates' unit gradients times their weights, float64 [D]."""
