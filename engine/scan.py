@@ -28,6 +28,8 @@ from gradstore.view import Piece
 
 QUERIES_AT_ONCE = 16
 """More queries are answered in several passes: beyond this the arithmetic, not the reading, is what takes time."""
+_FEW = 4096
+"""Rows that one core scores sooner than threads begin."""
 _SPARSE = 0.25
 """Below this share of wanted rows between the first and the last wanted one of a chunk, they are copied together."""
 _UNPACKED_BYTES = 1 << 20
@@ -50,6 +52,7 @@ def scan_rows(view: View, queries_QD: np.ndarray, positions: np.ndarray | None =
     queries_QD = np.asarray(queries_QD, np.float32)
     scores_QP = np.full((len(queries_QD), len(view)), np.nan, np.float32)
     pieces = view.pieces(positions)
+    few = positions is not None and len(positions) < _FEW
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         for start in range(0, len(queries_QD), QUERIES_AT_ONCE):
             some_QP = scores_QP[start : start + QUERIES_AT_ONCE]
@@ -58,7 +61,8 @@ def scan_rows(view: View, queries_QD: np.ndarray, positions: np.ndarray | None =
             def score(piece: Piece, some_QP: np.ndarray = some_QP, product: Product = product) -> None:
                 some_QP[:, _as_slice(piece.positions)] = _score(piece, product).T
 
-            for _ in pool.map(score, pieces):
+            # Starting threads takes longer than scoring a few rows: an unused pool starts none.
+            for _ in map(score, pieces) if few else pool.map(score, pieces):
                 pass
     return scores_QP
 
