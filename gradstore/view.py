@@ -230,4 +230,4 @@ class View:
             raise RequestError(f"positions must be whole numbers, one dimension, not {order.dtype} {order.shape}")
         if order.min() < 0 or order.max() >= len(self):
             raise RequestError(f"positions must be in [0, {len(self)}), not {order.min()} to {order.max()}")
-        return order.astype(np.int64)
+        return order.astype(np.int64, copy=False)
