@@ -285,3 +285,27 @@ def test_a_copy_without_its_lock_files_reads_the_same(new_store: Callable, tools
     store.compact()
     assert len(store.view("pool")) == 19
     assert store.verify().ok
+
+
+def test_an_error_behind_the_writer_surfaces(new_store: Callable, tools: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows are written while the caller goes on: a failure must reach it at the latest with the publication."""
+    store = new_store(n=20)
+    tools["append"](store, 0, list(range(20)))
+    for call in ("pwrite", "posix_fallocate", "fdatasync"):
+        with (
+            monkeypatch.context() as patch,
+            pytest.raises(GradstoreError, match="the disk is full"),
+            store.writer("pool", step=1) as writer,
+        ):
+            patch.setattr(os, call, functools.partial(_refuse, os.strerror(errno.ENOSPC)))
+            for i in range(20):
+                writer.append([f"p{i}"], np.ones((1, 24)))
+        view = gradstore.open(store.path).view("pool")
+        assert set(view.steps) == {0}, call
+        tools["check_rows"](view)
+        tools["append"](store, 0, [1])
+        assert store.verify().ok
+
+
+def _refuse(reason: str, *arguments: object) -> None:
+    raise OSError(errno.ENOSPC, reason)
