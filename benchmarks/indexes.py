@@ -121,7 +121,7 @@ def one_dim(view: View, kinds: list[str], repeats: int) -> None:
     choices = []
     for k in (100, len(view) // 20):
         for n_queries in (1, 1000):
-            for metric in ("cosine", "dot", "fisher") if view.dim <= 4096 else ("cosine", "dot"):
+            for metric in ("cosine", "dot", "fisher") if view.dim <= 1024 else ("cosine", "dot"):
                 way = _chosen(view, len(view), k, metric, n_queries)
                 index = index_for(view, k, metric=metric, n_queries=n_queries)
                 mean, least = recalls(view, index, queries[::4], k, metric) if index is not None else (1.0, 1.0)
