@@ -51,9 +51,11 @@ def main(
     problems = tasks.pool(seed, pool)
     groups = [group for group in sample(problems, rollouts) if group.has_signal]
     wanted = sample(tasks.benchmark(seed, benchmark), rollouts)
-    say(f"{len(groups)} of {pool} problems have a signal")
     gradient = layer_gradients(model, wanted, SPEC)
     exact_P = exact_dots(model, groups, gradient, SPEC, norms=True).cosines[:, 0]
+    live_P = ~np.isnan(exact_P)  # rewards that differ over one and the same response push nowhere
+    groups, exact_P = [group for group, live in zip(groups, live_P, strict=True) if live], exact_P[live_P]
+    say(f"{len(groups)} of {pool} problems have a gradient")
     ids = [group.problem_id for group in groups]
     rows = []
     for name, sketcher, dtype in sketchers(model, groups, wanted, seed):
