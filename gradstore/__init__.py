@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from gradstore.errors import RequestError as RequestError
     from gradstore.problems import read_problems as read_problems
     from gradstore.problems import to_verl as to_verl
+    from gradstore.remote import mirror as mirror
     from gradstore.state import State as State
     from gradstore.store import Store as Store
     from gradstore.store import create as create
@@ -50,6 +51,7 @@ _MODULE_OF = {
     "View": "view",
     "Writer": "writer",
     "create": "store",
+    "mirror": "remote",
     "open": "store",
     "read_problems": "problems",
     "row_format": "budget",

@@ -1,0 +1,149 @@
+"""A store on an object store, read through a local copy that is brought up to date.
+
+Rows below the published count never change, and every chunk's checksum is in the manifest: so a copy takes the
+manifest, fetches the chunks and problem parts whose checksums it does not have yet, checks them, and publishes the same
+manifest locally. What is then searched are mapped local files, as fast as ever, and a refresh costs what was added.
+
+Any of zarr's stores serves as the source: `zarr.storage.ObjectStore` (obstore: S3, Google Cloud, Azure, HTTP),
+`zarr.storage.FsspecStore`, `LocalStore`. To put a store there, upload its folder, manifests last.
+"""
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gradstore.appender import create_generation
+from gradstore.attachments import ATTACHMENTS, write_attachment
+from gradstore.durable import crc32c, make_folder, replace_file, writing
+from gradstore.errors import DamagedError, NotAStoreError, RequestError
+from gradstore.header import Header, read_header
+from gradstore.layout import COLLECTIONS, MANIFEST, PROBLEMS, ZARR, check_name, group_json
+from gradstore.manifest import Manifest, publish_manifest, read_manifest
+from gradstore.session import Session
+from gradstore.store import Store
+
+if TYPE_CHECKING:
+    from zarr.abc.store import Store as ZarrStore
+
+_AT_ONCE = 16
+_ATTEMPTS = 5
+
+
+def mirror(source: "ZarrStore", path: str | Path, collections: list[str] | None = None) -> Store:
+    """Bring a local copy of a store at `path` up to date with `source`, and open it for reading.
+
+    source: the store's root as a zarr store. collections: names; None: all there are. Views that are open stay as they
+    are. Raises NotAStoreError if the source holds no store, RequestError if another one is at `path`, DamagedError for
+    bytes that do not match their checksums.
+    """
+    path = Path(path)
+    root = _get(source, [ZARR])[0]
+    if root is None:
+        raise NotAStoreError(f"{source}: there is no gradstore store here (no {ZARR})")
+    if (path / ZARR).exists() and (path / ZARR).read_bytes() != root:
+        raise RequestError(f"{path}: holds another store than {source}; choose another path")
+    with writing(path):
+        path.mkdir(parents=True, exist_ok=True)
+    make_folder(path / COLLECTIONS)
+    replace_file(path / COLLECTIONS / ZARR, group_json({}))
+    _copy_attachments(source, path)
+    replace_file(path / ZARR, root)
+    header = read_header(path)
+    for name in _collections(source) if collections is None else collections:
+        _bring_up_to_date(source, header, path, check_name(name))
+    return Store(path, header, "r")
+
+
+def _copy_attachments(source: "ZarrStore", path: Path) -> None:
+    """Those that are not there yet; their names say what their bytes must be."""
+    for file in _listed(source, ATTACHMENTS):
+        if (path / ATTACHMENTS / file).exists():
+            continue
+        name, _, crc = file.rpartition(".")
+        data = _get(source, [f"{ATTACHMENTS}/{file}"])[0]
+        if data is None or f"{crc32c(data):08x}" != crc:
+            raise DamagedError(f"{ATTACHMENTS}/{file}: its bytes at {source} do not match the checksum in its name")
+        write_attachment(path, name, data)
+
+
+def _bring_up_to_date(source: "ZarrStore", header: Header, path: Path, name: str) -> None:
+    """One collection; while it is read the source may publish, and even compact: then the newer manifest is taken."""
+    where = f"{COLLECTIONS}/{name}"
+    for attempt in range(_ATTEMPTS):
+        raw = _get(source, [f"{where}/{MANIFEST}"])[0]
+        if raw is None:
+            raise RequestError(f"{source}: there is no collection {name!r}")
+        manifest = Manifest.from_bytes(raw, Path(f"{where}/{MANIFEST}"))
+        try:
+            _copy(source, header, path / where, where, manifest)
+            return
+        except DamagedError:
+            if attempt == _ATTEMPTS - 1 or _get(source, [f"{where}/{MANIFEST}"])[0] == raw:
+                raise
+
+
+def _copy(source: "ZarrStore", header: Header, folder: Path, where: str, manifest: Manifest) -> None:
+    known = read_manifest(folder) if (folder / MANIFEST).exists() else Manifest()
+    if known == manifest:
+        return
+    make_folder(folder)
+    replace_file(folder / ZARR, group_json({}))
+    generation = folder / manifest.folder
+    create_generation(generation, header.arrays, header.chunk_rows)
+    wanted = list(_missing(header, generation, manifest, known))
+    for start in range(0, len(wanted), _AT_ONCE):
+        part = wanted[start : start + _AT_ONCE]
+        for (file, used, size, crc), data in zip(part, _get(source, [f"{where}/{w[0]}" for w in part]), strict=True):
+            if data is None or len(data) < used or crc32c(data[:used]) != crc:
+                raise DamagedError(f"{where}/{file}: its bytes at {source} do not match their checksum")
+            replace_file(folder / file, data[:used] + bytes(size - used))
+    publish_manifest(folder, manifest)
+    with Session(header, folder):
+        pass  # Shows the rows to other Zarr readers, and removes a generation that a compaction replaced.
+
+
+def _missing(
+    header: Header, generation: Path, manifest: Manifest, known: Manifest
+) -> Iterator[tuple[str, int, int, int]]:
+    """(file, published bytes, size of the file, checksum) of what a manifest names and the copy does not have."""
+    same = known.generation == manifest.generation
+    for array in header.arrays:
+        before = known.chunks.get(array.name, ()) if same else ()
+        for chunk, crc in enumerate(manifest.chunks[array.name]):
+            rows = min(header.chunk_rows, manifest.rows - chunk * header.chunk_rows)
+            had = min(header.chunk_rows, known.rows - chunk * header.chunk_rows)
+            if chunk < len(before) and before[chunk] == crc and had == rows:
+                continue
+            file = f"{manifest.folder}/{array.name}/{array.chunk_file(chunk)}"
+            yield file, rows * array.row_bytes, header.chunk_rows * array.row_bytes, crc
+    for part in manifest.parts:
+        if not (same and part in known.parts):
+            yield f"{manifest.folder}/{PROBLEMS}/{part.file}", part.bytes, part.bytes, part.crc32c
+
+
+def _get(source: "ZarrStore", keys: list[str]) -> list[bytes | None]:
+    """The content of some keys, fetched together; None where there is none."""
+    from zarr.core.buffer import default_buffer_prototype
+    from zarr.core.sync import sync
+
+    async def fetch() -> list[bytes | None]:
+        found = await asyncio.gather(*(source.get(key, default_buffer_prototype()) for key in keys))
+        return [None if buffer is None else buffer.to_bytes() for buffer in found]
+
+    return sync(fetch())
+
+
+def _collections(source: "ZarrStore") -> list[str]:
+    names = [name for name in _listed(source, COLLECTIONS) if name != ZARR]
+    return [name for name in names if _get(source, [f"{COLLECTIONS}/{name}/{MANIFEST}"])[0] is not None]
+
+
+def _listed(source: "ZarrStore", folder: str) -> list[str]:
+    """Names in a folder, sorted, without those that begin with a dot."""
+    from zarr.core.sync import sync
+
+    async def names() -> list[str]:
+        return [key.rstrip("/").split("/")[-1] async for key in source.list_dir(folder)]
+
+    return sorted(name for name in sync(names()) if name and not name.startswith("."))

@@ -1,0 +1,149 @@
+"""A copy of a remote store equals it after every change of it, fetches only what is new, and believes no wrong byte."""
+
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from zarr.storage import LocalStore
+
+import gradstore
+from gradstore import DamagedError, NotAStoreError, RequestError, mirror
+from gradstore.attachments import read_attachment, write_attachment
+
+
+class Counting(LocalStore):
+    """Counts the keys that are fetched."""
+
+    fetched: list[str]
+
+    async def get(self, key, *arguments, **options):
+        self.__dict__.setdefault("fetched", []).append(key)
+        return await super().get(key, *arguments, **options)
+
+
+def same(copy: gradstore.Store, store: gradstore.Store) -> None:
+    """Views equal in every row, and nothing wrong in any byte."""
+    assert copy.collections == store.collections
+    for name in store.collections:
+        ours, theirs = copy.view(name), store.view(name)
+        assert ours.ids.tolist() == theirs.ids.tolist()
+        assert ours.commit == theirs.commit
+        assert np.array_equal(ours.rows(np.arange(len(ours))), theirs.rows(np.arange(len(theirs))))
+        assert np.array_equal(ours.norms, theirs.norms)
+        assert copy.records(name) == store.records(name)
+    report = copy.verify()
+    assert report.ok, report.findings
+    assert not report.notes
+
+
+def test_a_copy_follows(new_store: Callable, tools: dict, tmp_path: Path) -> None:
+    """Rows added to a chunk that was copied half full, new problems, deletions and compactions all arrive."""
+    store = new_store(n=20)
+    source, path = Counting(store.path), tmp_path / "copy"
+    write_attachment(store.path, "bases", b"kept as they are")
+    tools["append"](store, 0, list(range(12)))
+    same(mirror(source, path), store)
+    assert read_attachment(path, "bases") == b"kept as they are"
+    held = gradstore.open(path).view("pool")
+    before = held.rows(np.arange(12))
+    source.fetched.clear()
+    mirror(source, path)
+    assert len([key for key in source.fetched if "/c." in key]) == 0
+    tools["append"](store, 1, list(range(5, 10)))
+    store.add_problems("pool", tools["records"](3, first=20))
+    store.add_problems("bench", tools["records"](2))
+    tools["append"](store, 0, [0, 1], collection="bench")
+    source.fetched.clear()
+    same(mirror(source, path), store)
+    assert not any(key.endswith("g0/codes/c.0.0") and "pool" in key for key in source.fetched)
+    store.delete("pool", ["p3"])
+    same(mirror(source, path), store)
+    store.compact("pool", keep="newest")
+    same(mirror(source, path), store)
+    assert np.array_equal(held.rows(np.arange(12)), before)
+
+
+def test_wrong_bytes_are_refused(new_store: Callable, tools: dict, tmp_path: Path) -> None:
+    """A flipped bit on the way must not get a place in the copy, and what was there stays."""
+    store = new_store(n=20)
+    tools["append"](store, 0, list(range(20)))
+    mirror(LocalStore(store.path), tmp_path / "copy")
+    tools["append"](store, 1, list(range(20)))
+    file = store.path / "collections/pool/g0/codes/c.3.0"
+    data = bytearray(file.read_bytes())
+    data[5] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(DamagedError, match=r"c\.3\.0.*do not match their checksum"):
+        mirror(LocalStore(store.path), tmp_path / "copy")
+    copy = gradstore.open(tmp_path / "copy")
+    assert set(copy.view("pool").steps) == {0}
+    tools["check_rows"](copy.view("pool"))
+
+
+def test_what_is_no_store_is_refused(new_store: Callable, tmp_path: Path) -> None:
+    """Two stores must not become one, and nothing must not become an empty one."""
+    with pytest.raises(NotAStoreError, match="no gradstore store"):
+        mirror(LocalStore(tmp_path), tmp_path / "copy")
+    mirror(LocalStore(new_store(name="a").path), tmp_path / "copy")
+    other = new_store(name="b", dim=7)
+    with pytest.raises(RequestError, match="another store"):
+        mirror(LocalStore(other.path), tmp_path / "copy")
+    with pytest.raises(RequestError, match="no collection 'nowhere'"):
+        mirror(LocalStore(other.path), tmp_path / "other", ["nowhere"])
+
+
+@pytest.fixture
+def bucket() -> Iterator[tuple[str, int]]:
+    """An S3 server on the loopback interface with one bucket."""
+    pytest.importorskip("obstore")
+    server_module = pytest.importorskip("moto.server")
+    boto3 = pytest.importorskip("boto3")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=port)
+    server.start()
+    client = boto3.client(
+        "s3",
+        endpoint_url=f"http://127.0.0.1:{port}",
+        aws_access_key_id="test",
+        aws_secret_access_key="test",
+        region_name="us-east-1",
+    )
+    client.create_bucket(Bucket="stores")
+    yield client, port
+    server.stop()
+
+
+def test_from_an_s3_server(bucket, new_store: Callable, tools: dict, tmp_path: Path) -> None:
+    """What a local folder stands in for above: keys, listings and missing objects of a real object store."""
+    from obstore.store import S3Store
+    from zarr.storage import ObjectStore
+
+    client, port = bucket
+    store = new_store(n=20)
+
+    def upload() -> None:
+        files = [file for file in store.path.glob("**/*") if file.is_file()]
+        for file in sorted(files, key=lambda file: file.name == "manifest.json"):
+            client.put_object(Bucket="stores", Key=f"pool.gs/{file.relative_to(store.path)}", Body=file.read_bytes())
+
+    remote = S3Store(
+        "stores",
+        prefix="pool.gs",
+        endpoint=f"http://127.0.0.1:{port}",
+        access_key_id="test",
+        secret_access_key="test",
+        region="us-east-1",
+        client_options={"allow_http": True},
+    )
+    source = ObjectStore(remote, read_only=True)
+    tools["append"](store, 0, list(range(20)))
+    upload()
+    same(mirror(source, tmp_path / "copy"), store)
+    tools["append"](store, 1, [3, 4])
+    store.compact("pool", keep="newest")
+    upload()
+    same(mirror(source, tmp_path / "copy"), store)
