@@ -61,8 +61,10 @@ def scan_rows(view: View, queries_QD: np.ndarray, positions: np.ndarray | None =
             def score(piece: Piece, some_QP: np.ndarray = some_QP, product: Product = product) -> None:
                 some_QP[:, _as_slice(piece.positions)] = _score(piece, product).T
 
-            # Starting threads takes longer than scoring a few rows: an unused pool starts none.
-            for _ in map(score, pieces) if few else pool.map(score, pieces):
+            if few:  # Starting threads takes longer than scoring a few rows: an unused pool starts none.
+                _score_few(pieces, some_QP, product)
+                continue
+            for _ in pool.map(score, pieces):
                 pass
     return scores_QP
 
@@ -78,6 +80,15 @@ def _score(piece: Piece, product: Product) -> np.ndarray:
         products_NQ = product(codes)[within]
     products_NQ *= piece.scale[:, None]
     return products_NQ
+
+
+def _score_few(pieces: list[Piece], some_QP: np.ndarray, product: Product) -> None:
+    """Scores of a few rows that are spread over many chunks, copied together."""
+    if not pieces:
+        return
+    codes = np.concatenate([span[within] for span, within in (piece.span() for piece in pieces)])
+    products_NQ = product(codes) * np.concatenate([piece.scale for piece in pieces])[:, None]
+    some_QP[:, np.concatenate([piece.positions for piece in pieces])] = products_NQ.T
 
 
 def _as_slice(places: np.ndarray) -> slice | np.ndarray:

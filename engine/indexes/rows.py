@@ -9,6 +9,7 @@ P problems of the view, N entries, M candidates, Q queries, D sketch dimensions.
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from weakref import ref
 
 import numpy as np
 
@@ -89,17 +90,17 @@ class Index:
 
         RequestError if the view is of another collection or generation, or if the stored rows are not those indexed.
         """
+        if self._seen.get("view", _no_view)() is view and self._seen.get("complete") == len(self):
+            return 0
         if not self.holds(view):
             raise RequestError(
                 f"the index was built for {self.collection} g{self.generation}, asked for {collection_folder(view)} "
                 f"g{view.generation}: build one for this view"
             )
-        if self._seen.get("complete") == (view.commit, view.at, len(self)):
-            return 0
         known = np.isin(view.row_numbers, self.entry_rows)
         missing = np.flatnonzero(view.live & ~known)
         self._add(view, missing)
-        self._seen["complete"] = (view.commit, view.at, len(self))
+        self._seen |= {"view": ref(view), "complete": len(self)}
         return len(missing)
 
     def positions(self, view: View) -> np.ndarray:
@@ -112,8 +113,8 @@ class Index:
             inside = found >= 0
             if not np.array_equal(view.norms[found[inside]], self.entry_norms[inside]):
                 raise RequestError(f"the index of {self.collection} is of other rows than are stored: build it anew")
-            complete = self._seen.get("complete")
-            self._seen = {"key": key, "positions": found, "share": inside.mean(), "complete": complete}
+            last = {name: self._seen[name] for name in ("view", "complete") if name in self._seen}
+            self._seen = last | {"key": key, "positions": found, "share": inside.mean()}
         positions: np.ndarray = self._seen["positions"]
         return positions
 
@@ -231,6 +232,10 @@ class Index:
             self._seen = {}
 
 
+def _no_view() -> None:
+    return None
+
+
 def fetch(effort: Effort, k: int) -> int:
     """Candidates to look at for the k best."""
     return int(np.ceil(k * effort.factor)) + 8
@@ -244,6 +249,9 @@ def _rescored(
     scores = scan_rows(view, query_D[None], candidates)[0][candidates]
     if metric != "cosine":
         scores = scores * view.norms[candidates]
+    order = np.argsort(-scores if largest else scores)[: k + 1]
+    if (np.diff(scores[order]) != 0).all():
+        return candidates[order[:k]], scores[order[:k]]  # Without ties no ids have to be read.
     top = best(scores, k, lambda chosen: view.ids_at(candidates[chosen]), largest)
     return candidates[top], scores[top]
 
