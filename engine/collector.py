@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 
 from torch import nn
 
+from engine.faithfulness import rank_fidelity
 from engine.rollouts.group import Group
 from engine.rollouts.source import RolloutSource
 from engine.sketcher import Sketcher, SketchSpec
@@ -19,6 +20,9 @@ from gradstore.errors import FingerprintError, RequestError
 
 _PUBLISH_SECONDS = 5.0
 """Work an interruption can cost, beside the window under way."""
+
+REFIT_BELOW = 0.9
+"""Fidelity below which a projection should be fitted anew."""
 
 
 @dataclass(slots=True)
@@ -32,6 +36,8 @@ class CollectReport:
     """Problems that already had a row at the step."""
     n_tokens: int = 0
     seconds: float = 0.0
+    fidelity: float | None = None
+    """Rank correlation of sketched with exact cosines on the first problems of this run, for a fitted projection."""
     failures: list[tuple[str, str]] = field(default_factory=list)
     """Id of each failed problem and why."""
 
@@ -40,9 +46,14 @@ class CollectReport:
         """Rows appended."""
         return self.live + self.no_signal + self.failed
 
+    @property
+    def needs_refit(self) -> bool:
+        """Whether the projection no longer ranks as the gradients themselves do: the policy has moved from it."""
+        return self.fidelity is not None and self.fidelity < REFIT_BELOW
+
     def describe(self) -> dict:
         """JSON-ready."""
-        return {"collected": self.collected, **asdict(self)}
+        return {"collected": self.collected, "needs_refit": self.needs_refit, **asdict(self)}
 
 
 def collect(
@@ -88,6 +99,8 @@ def collect(
             report.skipped += len(window) - len(todo)
             if todo:
                 batch = sketcher.sketch(todo)
+                if report.fidelity is None and sketcher.projection.kind == "fitted":
+                    report.fidelity = rank_fidelity(sketcher, todo)
                 writer.append(
                     batch.ids,
                     batch.sketches,

@@ -13,12 +13,13 @@ import numpy as np
 from scipy.stats import spearmanr  # type: ignore[import-untyped]
 from torch import nn
 
-from engine.exact import layer_gradients
+from engine.exact import exact_dots, layer_gradients
 from engine.halves import SplitHalf, exact_scores, split, split_half
 from engine.query import search
 from engine.ranking import best
+from engine.rollouts.group import Group
 from engine.rollouts.source import RolloutSource
-from engine.sketcher import SketchSpec
+from engine.sketcher import Sketcher, SketchSpec
 from engine.targets import target
 from gradstore import Store
 from gradstore.errors import RequestError
@@ -69,6 +70,25 @@ def agreement(found_P: np.ndarray, exact_P: np.ndarray, ids: Sequence[str], k: i
         return len(tops[0] & tops[1]) / n
 
     return Agreement(len(found_P), float(spearmanr(found_P, exact_P)[0]), overlap(n_best), k, overlap(k))
+
+
+def rank_fidelity(sketcher: Sketcher, groups: Sequence[Group], n: int = 64) -> float | None:
+    """Spearman of sketched with exact cosines, on at most n of the groups; None with fewer than 16 that have a signal.
+
+    The target is the mean gradient of every other group, so no benchmark is needed. Costs a plain forward and backward
+    for each group used.
+    """
+    live = [group for group in groups if group.has_signal][:n]
+    if len(live) < 16:
+        return None
+    scored, others = live[::2], live[1::2]
+    gradient = layer_gradients(sketcher.model, others, sketcher.spec)
+    exact_P = exact_dots(sketcher.model, scored, gradient, sketcher.spec, norms=True).cosines[:, 0]
+    rows_PD = sketcher.sketch(scored).sketches.astype(np.float64)
+    lengths_P = np.linalg.norm(rows_PD, axis=1)
+    found_P = rows_PD @ sketcher.sketch(others).sketches.sum(axis=0) / np.where(lengths_P > 0, lengths_P, np.nan)
+    kept = np.isfinite(exact_P) & np.isfinite(found_P)
+    return float(spearmanr(found_P[kept], exact_P[kept])[0]) if kept.sum() >= 8 else None
 
 
 def fidelity(

@@ -107,6 +107,11 @@ def collect(
     version = (source.step or 0) if step is None else step
     with progress(f"{collection} step {version}", len(source)) as advance:
         report = run(opened, collection, source, sketcher=sketcher, step=version, progress=advance)
+    if report.needs_refit:
+        say(
+            f"warning: the store's projection ranks these gradients with a correlation of {report.fidelity:.2f} to the "
+            "exact ranking: the policy has moved from what it was fitted to; collect into a new store to fit anew"
+        )
     if json:
         print_json(report.describe())
         return

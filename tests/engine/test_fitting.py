@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 import gradstore
 from engine import Sketcher, SketchSpec, collect, fit_projection
@@ -149,3 +150,23 @@ def test_a_sample_has_a_signal(make_groups) -> None:
     assert len(chosen) == 25
     assert all(group.has_signal for group in chosen)
     assert len(sample_groups(Source(groups[:5] + flat), 25, seed=0)) == 5  # type: ignore[arg-type]
+
+
+def test_a_policy_that_moved_asks_for_a_new_fit(tmp_path, make_model, make_groups) -> None:
+    """Old bases lose the gradients of a new policy silently; collecting measures it and says so."""
+    model, spec = make_model("qwen2"), replace(SPEC, rank=14, dim=2000)
+    groups = make_groups(80, seed=1)
+    store = create_store(tmp_path / "store", Sketcher(model, spec, fit_projection(model, groups, spec)))
+    store.add_problems("pool", [{"id": group.problem_id, "prompt": "?"} for group in groups])
+    report = collect(store, "pool", groups, sketcher=sketcher_of(store, model), step=0)
+    assert report.fidelity > 0.9
+    assert not report.needs_refit
+    with torch.no_grad():
+        torch.manual_seed(9)
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.copy_(torch.randn_like(parameter) * parameter.std())
+    moved = collect(store, "pool", groups, sketcher=sketcher_of(store, model), step=1)
+    assert moved.fidelity < 0.8
+    assert moved.needs_refit
+    assert moved.describe()["needs_refit"]
