@@ -77,7 +77,8 @@ def layer_gradients(model: nn.Module, groups: Sequence[Group], spec: SketchSpec 
     """The exact mean gradient of the groups over the sketched layers, those without signal counting as zero.
 
     Memory: one float32 matrix per layer, whatever the number of groups. The same mean as `engine.target` takes of
-    sketches. RequestError for no groups or groups the model cannot run, or when the gradient is zero or not finite.
+    sketches. Under FSDP2 the mean is over this rank's groups alone: give every rank all of them.
+    RequestError for no groups or groups the model cannot run, or when the gradient is zero or not finite.
     """
     if not groups:
         raise RequestError("the mean gradient of no groups is not defined")

@@ -15,6 +15,7 @@ from torch import Tensor
 from engine.gradient_pass import GradientPass
 from engine.passes import OnWeights
 from engine.rollouts.group import Group
+from engine.sharding import largest
 
 
 def formed(
@@ -34,12 +35,18 @@ def formed(
 def problem_gradients(
     gradients: GradientPass, groups: Sequence[Group], on_weights: OnWeights | None = None
 ) -> Iterator[tuple[list[Tensor], int]]:
-    """Each group's own gradient and its tokens, one group at a time; the matrices hold until the next."""
+    """Each group's own gradient and its tokens, one group at a time; the matrices hold until the next.
+
+    Under FSDP2 a rank with fewer groups keeps step with the others.
+    """
     buffers = None
+    n_idle = largest(gradients.model, len(groups)) - len(groups)
     for row, group in enumerate(groups):
         told = None if on_weights is None else partial(_of_row, on_weights, row)
         buffers, n_tokens = formed(gradients, [group], buffers, told)
         yield buffers, n_tokens
+    for _ in range(n_idle):
+        formed(gradients, [], buffers)
 
 
 def _of_row(on_weights: OnWeights, row: int, problem_B: Tensor, before_BN: Tensor, after_BN: Tensor) -> None:

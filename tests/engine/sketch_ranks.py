@@ -34,6 +34,7 @@ def main(rank: int, world: int, folder: Path) -> None:
     head = Sketcher(model, SketchSpec(rank=6, head_only=True)).sketch(groups)
     target = layer_gradients(model, random_groups(2, seed=9), spec)
     exact = exact_dots(model, groups, target, spec)
+    formed = exact_dots(model, groups, target, spec, norms=True)
     same = {name: parameter.requires_grad for name, parameter in model.named_parameters()} == flags
     clean = model.training and same and all(parameter.grad is None for parameter in model.parameters())
     np.savez(
@@ -42,6 +43,7 @@ def main(rank: int, world: int, folder: Path) -> None:
         alone=none.sketches,
         head=head.sketches,
         exact=exact.dots,
+        formed=formed.dots,
         clean=clean,
         n_reduced=len(reduced),
         fingerprint=repr(sketcher.fingerprint),
