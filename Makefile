@@ -26,8 +26,10 @@ types: install
 test: lint types
 	$(PY) -m pytest -n 2 --dist worksteal
 
+BENCHMARKS ?= query sketch fidelity drift store search indexes probe_table
+
 bench: install
-	$(PY) -m benchmarks.query
+	for name in $(BENCHMARKS); do $(PY) -m benchmarks.$$name || exit 1; done
 
 clean:
 	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -3,10 +3,13 @@
 Names are loaded when first used, so that searching a store does not wait for torch.
 """
 
-from importlib import import_module
 from typing import TYPE_CHECKING
 
+from gradstore.lazy import names_of
+
 if TYPE_CHECKING:
+    from engine.bases import create_store as create_store
+    from engine.bases import sketcher_of as sketcher_of
     from engine.collector import CollectReport as CollectReport
     from engine.collector import collect as collect
     from engine.directions import Direction as Direction
@@ -53,6 +56,8 @@ if TYPE_CHECKING:
     from engine.where import Where as Where
 
 _MODULE_OF = {
+    "create_store": "bases",
+    "sketcher_of": "bases",
     "AdamState": "optimizer_direction",
     "Candidates": "selectors",
     "CollectReport": "collector",
@@ -100,11 +105,4 @@ _MODULE_OF = {
 }
 
 __all__ = sorted(_MODULE_OF)
-
-
-def __getattr__(name: str) -> object:
-    if name not in _MODULE_OF:
-        raise AttributeError(f"module 'engine' has no attribute {name!r}")
-    value = getattr(import_module(f"engine.{_MODULE_OF[name]}"), name)
-    globals()[name] = value
-    return value
+__getattr__ = names_of(__name__, _MODULE_OF)

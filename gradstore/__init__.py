@@ -10,8 +10,9 @@ The public names load on first use, so that `import gradstore` costs nothing and
 pyarrow. docs/format.md describes the files.
 """
 
-from importlib import import_module
 from typing import TYPE_CHECKING
+
+from gradstore.lazy import names_of
 
 if TYPE_CHECKING:
     from gradstore.budget import RowFormat as RowFormat
@@ -59,14 +60,7 @@ _MODULE_OF = {
 }
 
 __all__ = sorted(_MODULE_OF)
-
-
-def __getattr__(name: str) -> object:
-    if name not in _MODULE_OF:
-        raise AttributeError(f"module 'gradstore' has no attribute {name!r}")
-    value = getattr(import_module(f"gradstore.{_MODULE_OF[name]}"), name)
-    globals()[name] = value
-    return value
+__getattr__ = names_of(__name__, _MODULE_OF)
 
 
 def __dir__() -> list[str]:

@@ -7,7 +7,6 @@ import pytest
 
 import gradstore
 from engine import fuse_scores, search, target
-from gradstore.cli import main
 
 DIM = 16
 
@@ -23,21 +22,6 @@ def store(tmp_path):
         with made.writer(name, step=0) as writer:
             writer.append(ids, random.normal(size=(n, DIM)).astype(np.float32), pass_rate=np.full(n, 0.5, np.float32))
     return made
-
-
-@pytest.fixture
-def cli(capsys, monkeypatch):
-    """gradstore ARGUMENTS -> (exit status, standard output, standard error)."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["gradstore", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            main()
-            raise SystemExit(0)
-        captured = capsys.readouterr()
-        return int(stop.value.code or 0), captured.out, captured.err
-
-    return run
 
 
 @pytest.mark.parametrize("how", ["mean", "minimum", "rrf"])
