@@ -124,7 +124,7 @@ def pack(rollouts: Sequence[Rollout], token_budget: int, shared: bool) -> Iterat
     """Micro-batches of like lengths, at most token_budget tokens each with padding (or one rollout).
 
     Unshared, rollouts are sorted by length. Shared, problems are sorted by the lengths of prompt and longest response,
-    and a problem's rollouts stay together where they fit.
+    and a problem's rollouts stand together; one that does not fit whole is run in two micro-batches, its prompt twice.
     """
     longest: dict[int, int] = {}
     for rollout in rollouts:
