@@ -64,14 +64,6 @@ def preconditioned(view: View, query: np.ndarray, damping: float = DAMPING) -> n
     return result if np.ndim(query) == 2 else result[0]
 
 
-def second_moment(view: View) -> np.ndarray:
-    """M/n over the view's live rows, float64 [D, D]: mean of g g^T."""
-    live = np.flatnonzero(view.live)
-    scale = float(np.sqrt(np.mean(view.norms[live].astype(np.float64) ** 2)))
-    moment_DD: np.ndarray = _moment(view, live, scale) * scale**2
-    return moment_DD
-
-
 def _by_moment(view: View, live: np.ndarray, scale: float, query_QD: np.ndarray, ridge: float) -> np.ndarray:
     damped_DD = _kept(view, live, "moment", (view.dim, view.dim), lambda: _moment(view, live, scale)).copy()
     damped_DD.flat[:: view.dim + 1] += ridge

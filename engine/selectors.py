@@ -34,26 +34,34 @@ class Candidates:
 
     @cached_property
     def norms(self) -> np.ndarray:
-        """Length of each gradient, float64 [P]."""
-        return self.view.norms[self.positions].astype(np.float64)
+        """Length of each gradient, float64 [P]; NaN where never measured."""
+        return self._at(self.view.norms)
 
     @cached_property
     def pass_rates(self) -> np.ndarray:
-        """float64 [P]; NaN where unknown."""
-        return self.view.pass_rates[self.positions].astype(np.float64)
+        """float64 [P]; NaN where unknown or never measured."""
+        return self._at(self.view.pass_rates)
 
     def cosines(self, query_D: np.ndarray | None) -> np.ndarray:
-        """Cosine of every candidate with a direction, float64 [P]; all zero for a direction of length zero."""
+        """Cosine of every candidate with a direction, float64 [P]; all zero for a direction of length zero, NaN where
+        never measured."""
         if query_D is None:
             raise RequestError("this selector needs a target")
         length = np.linalg.norm(query_D.astype(np.float64))
         query_D = (query_D / (length or 1.0)).astype(np.float32)
-        return scan_rows(self.view, query_D[None], self.positions)[0, self.positions].astype(np.float64)
+        measured = self.positions[self.positions >= 0]
+        return self._at(scan_rows(self.view, query_D[None], measured)[0])
+
+    def _at(self, column: np.ndarray) -> np.ndarray:
+        """The view's column at the candidates, float64 [P]; NaN at position -1."""
+        return np.append(column, np.float32(np.nan))[self.positions].astype(np.float64)
 
     def weighted_sum(self, weights_P: np.ndarray) -> np.ndarray:
-        """Sum of the candidates' unit gradients times their weights, float64 [D]."""
+        """Sum of the candidates' unit gradients times their weights, float64 [D]; those never measured add nothing."""
+        measured_P = self.positions >= 0
+        weights_P = weights_P[measured_P]
         total_D, done = np.zeros(self.view.dim), 0
-        for _, units_PD in self.view.scan(self.positions):
+        for _, units_PD in self.view.scan(self.positions[measured_P]):
             total_D += weights_P[done : done + len(units_PD)] @ units_PD
             done += len(units_PD)
         return total_D

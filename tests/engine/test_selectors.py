@@ -92,6 +92,16 @@ def test_gradalign_names(alias: str, name: str) -> None:
     assert SELECTORS[alias] is SELECTORS[name]
 
 
+def test_problems_never_measured_have_no_gradient(make_store) -> None:
+    """A whole-pool selector must not be shown another problem's row for one that has none."""
+    store = make_store()
+    store.add_problems("pool", [{"id": f"new{i}", "prompt": "?"} for i in range(5)])
+    view, wanted = store.view("pool"), target(store, "bench")
+    for score in (lambda c: c.norms, lambda c: c.pass_rates, lambda c: c.cosines(c.target_D)):
+        chosen = select(store, "pool", wanted, 65, Selector("mine", score, "any", whole_pool=True), allow_fewer=True)
+        assert sorted(chosen.ids) == sorted(view.ids)
+
+
 def test_never_silently_fewer(make_store) -> None:
     """A trainer that asked for 64 and got 50 trains another schedule than it logs."""
     store = make_store()
