@@ -17,13 +17,13 @@ from torch import nn
 
 from benchmarks.probe_table import Sampler
 from engine import Sketcher, SketchSpec, exact_dots, fit_projection, layer_gradients
-from engine.collector import REFIT_BELOW
-from engine.directions import validation_gradient
-from engine.faithfulness import agreement, rank_fidelity
-from engine.models import load_model
-from engine.objectives import objective
-from engine.projection import Projection
+from engine.gradients.directions import validation_gradient
+from engine.gradients.models import load_model
+from engine.gradients.objectives import objective
 from engine.rollouts import Group
+from engine.sketches.collector import REFIT_BELOW
+from engine.sketches.faithfulness import agreement, rank_fidelity
+from engine.sketches.projection import Projection
 from gradstore.cli.show import print_table, say
 from trainer.demo import tasks
 from trainer.demo.run import MODEL

@@ -20,16 +20,16 @@ import typer
 
 import gradstore
 from benchmarks.probe_table import Sampler
-from engine.exact import exact_dots, layer_gradients
-from engine.faithfulness import agreement
-from engine.fitting import fit_projection
-from engine.halves import split, split_half
-from engine.models import load_model
-from engine.objectives import objective
-from engine.query import search
+from engine.gradients.exact import exact_dots, layer_gradients
+from engine.gradients.models import load_model
+from engine.gradients.objectives import objective
 from engine.rollouts.group import Group
-from engine.sketcher import Sketcher, SketchSpec
-from engine.targets import target
+from engine.searching.query import search
+from engine.searching.targets import target
+from engine.sketches.faithfulness import agreement
+from engine.sketches.fitting import fit_projection
+from engine.sketches.halves import split, split_half
+from engine.sketches.sketcher import Sketcher, SketchSpec
 from gradstore.cli.show import print_table, say
 from trainer.demo import tasks
 from trainer.demo.run import MODEL

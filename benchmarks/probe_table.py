@@ -23,12 +23,12 @@ import torch
 import typer
 
 from engine import Probe, ProbeBatch, objective, validation_gradient
-from engine.directions import summed_gradient
-from engine.gradient_pass import GradientPass
-from engine.models import load_model, load_tokenizer
+from engine.gradients.directions import summed_gradient
+from engine.gradients.gradient_pass import GradientPass
+from engine.gradients.models import load_model, load_tokenizer
 from engine.rollouts import Group
 from engine.rollouts.tokens import prompt_ids
-from engine.sketcher import SketchSpec
+from engine.sketches.sketcher import SketchSpec
 from gradstore.cli.show import print_table
 from trainer.backends.hugging_face import TransformersBackend
 from trainer.demo import tasks

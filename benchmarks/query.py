@@ -18,7 +18,7 @@ import numpy as np
 import typer
 
 import gradstore
-from engine.query import search
+from engine.searching.query import search
 from gradstore.cli.show import print_table
 
 

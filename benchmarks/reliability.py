@@ -103,7 +103,7 @@ def kills(folder: Path, trials: int, compactions: float = 0.15) -> str:
 def index_kills(folder: Path, trials: int) -> str:
     """Killed while an index is built or written, the rows stay and the next search answers as the exact scan does."""
     from engine.indexes import index_for
-    from engine.query import search
+    from engine.searching.query import search
 
     path, log = folder / "store", folder / "log"
     store = create(path)
@@ -265,7 +265,7 @@ def publish_until(path: str, log: str, stop: float) -> None:
 
 def query_until(path: str, log: str, stop: float, seed: int) -> None:
     """Each answer must be the answer for one step, with every problem at that step."""
-    from engine.query import search
+    from engine.searching.query import search
 
     query = np.random.default_rng(seed).standard_normal(DIM)
     query /= np.linalg.norm(query)

@@ -28,9 +28,9 @@ import typer
 import gradstore
 from benchmarks.stores import make_store
 from benchmarks.timing import interleaved, print_times
-from engine.query import search
-from engine.ranking import best
-from engine.scan import scan_rows
+from engine.searching.query import search
+from engine.searching.ranking import best
+from engine.searching.scan import scan_rows
 
 K = 1000
 MODULE_DIM = 256
@@ -160,7 +160,7 @@ def watch():
         most[0] = max(most[0], anonymous())
 threading.Thread(target=watch, daemon=True).start()
 import gradstore
-from engine.query import search
+from engine.searching.query import search
 times = [time.perf_counter()]
 store = gradstore.open({str(path)!r}); times.append(time.perf_counter())
 view = store.view("pool"); times.append(time.perf_counter())

@@ -27,7 +27,7 @@ from engine import (
     layer_gradients,
     validation_gradient,
 )
-from engine.objectives import advantages
+from engine.gradients.objectives import advantages
 from engine.rollouts import Group
 from gradstore.cli.show import print_table
 

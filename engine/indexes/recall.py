@@ -10,10 +10,10 @@ Q queries, P problems, D sketch dimensions.
 
 import numpy as np
 
-from engine.fisher import preconditioned
 from engine.indexes.kinds import Effort
 from engine.indexes.rows import Index, Tested, fetch
-from engine.scan import scan_rows
+from engine.searching.fisher import preconditioned
+from engine.searching.scan import scan_rows
 from gradstore import View
 
 _QUERIES = 8

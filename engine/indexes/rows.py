@@ -14,8 +14,8 @@ from weakref import ref
 import numpy as np
 
 from engine.indexes.kinds import Effort, Kind, Rows, kind_class
-from engine.ranking import best
-from engine.scan import scan_rows
+from engine.searching.ranking import best
+from engine.searching.scan import scan_rows
 from gradstore import View
 from gradstore.errors import RequestError
 from gradstore.layout import COLLECTIONS

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from engine.rollouts import RolloutSource
-    from engine.sketcher import Sketcher, SketchSpec
+    from engine.sketches.sketcher import Sketcher, SketchSpec
 
 
 @app.command()
@@ -68,12 +68,12 @@ def collect(
     Into a store that is there, settings not given are the store's own.
     """
     import gradstore
-    from engine.bases import create_store, sketcher_of
-    from engine.collector import collect as run
-    from engine.models import load_model, load_tokenizer
-    from engine.objectives import objective as preset
+    from engine.gradients.models import load_model, load_tokenizer
+    from engine.gradients.objectives import objective as preset
     from engine.rollouts import read_rollouts
-    from engine.sketcher import SketchSpec
+    from engine.sketches.bases import create_store, sketcher_of
+    from engine.sketches.collector import collect as run
+    from engine.sketches.sketcher import SketchSpec
 
     if step is not None and step < 0:
         raise RequestError(f"step is {step}, expected 0 (the base model) or more")
@@ -126,8 +126,8 @@ def collect(
 
 def _new_sketcher(policy: "nn.Module", spec: "SketchSpec", source: "RolloutSource", n_fitted: int) -> "Sketcher":
     """A sketcher for a new store; a fitted projection is fitted to a sample of the rollouts."""
-    from engine.fitting import fit_projection, sample_groups
-    from engine.sketcher import Sketcher
+    from engine.sketches.fitting import fit_projection, sample_groups
+    from engine.sketches.sketcher import Sketcher
 
     if spec.basis != "fitted":
         return Sketcher(policy, spec)

@@ -29,9 +29,9 @@ def fidelity(
 ) -> None:
     """Compare stored cosine scores with exact ones on a sample, beside the exact scores' own reliability."""
     import gradstore
-    from engine.faithfulness import fidelity as measure
-    from engine.models import load_model, load_tokenizer
+    from engine.gradients.models import load_model, load_tokenizer
     from engine.rollouts import read_rollouts
+    from engine.sketches.faithfulness import fidelity as measure
 
     opened = gradstore.open(store)
     tokenizer = load_tokenizer(model)

@@ -15,9 +15,9 @@ from gradstore.errors import RequestError
 if TYPE_CHECKING:
     import numpy as np
 
-    from engine.fusion import Fusion
-    from engine.query import Hits, Metric
-    from engine.targets import Aggregate, Target
+    from engine.searching.fusion import Fusion
+    from engine.searching.query import Hits, Metric
+    from engine.searching.targets import Aggregate, Target
     from gradstore import Store, View
 
 StorePath = Annotated[Path, typer.Argument(metavar="STORE", help="Folder of the store.")]
@@ -68,11 +68,11 @@ def query(
 ) -> None:
     """Which problems align with a benchmark, or with several, best first."""
     import gradstore
-    from engine.fisher import DAMPING
-    from engine.fusion import FusedHits, search_fused
-    from engine.query import search
-    from engine.targets import target
-    from engine.where import Where
+    from engine.searching.fisher import DAMPING
+    from engine.searching.fusion import FusedHits, search_fused
+    from engine.searching.query import search
+    from engine.searching.targets import target
+    from engine.searching.where import Where
 
     if not against:
         raise RequestError("query needs a benchmark: --against NAME")
@@ -200,11 +200,11 @@ def select(
 ) -> None:
     """Choose n problems and write them ready for verl."""
     import gradstore
-    from engine.diversity import Diversity, Method
-    from engine.export import write_selection
-    from engine.selection import select as choose
-    from engine.targets import target
-    from engine.where import Where
+    from engine.searching.targets import target
+    from engine.searching.where import Where
+    from engine.selecting.diversity import Diversity, Method
+    from engine.selecting.export import write_selection
+    from engine.selecting.selection import select as choose
 
     opened = gradstore.open(store)
     wanted = None if against is None else target(opened, against, at, cast("Aggregate", aggregate))
@@ -253,7 +253,7 @@ def _pool(store: "Store", pool: str | None, against: list[str]) -> str:
 def _largest_layers(
     view: "View", positions: "np.ndarray", wanted: "Target", metric: "Metric", n: int, damping: float
 ) -> list[dict[str, float]]:
-    from engine.shares import layer_contributions
+    from engine.searching.shares import layer_contributions
 
     names = [name for name, _, _ in view.layers]
     terms_KL = layer_contributions(view, positions, wanted, metric, damping)

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from conftest import random_groups, random_model
 
 from engine import Probe, validation_gradient
-from engine.sharding import own_part, reshard
+from engine.gradients.sharding import own_part, reshard
 
 EPS = 5e-3
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import engine.collector
+import engine.sketches.collector
 import gradstore
 from engine import Sketcher, SketchSpec, collect
-from engine.collector import windows
 from engine.rollouts import Group, read_rollouts
+from engine.sketches.collector import windows
 from gradstore import State
 from gradstore.errors import FingerprintError, RequestError
 
@@ -100,7 +100,7 @@ def test_another_fingerprint_is_refused_with_both_values(store, model, make_grou
 
 def test_bad_rollouts_lose_nothing(store, model, make_groups, monkeypatch) -> None:
     """An error in the middle of a stream keeps every row published before it."""
-    monkeypatch.setattr(engine.collector, "_PUBLISH_SECONDS", 0.0)
+    monkeypatch.setattr(engine.sketches.collector, "_PUBLISH_SECONDS", 0.0)
     groups = make_groups(24)
     add(store, groups)
     long = Group("problem-20", groups[20].prompt_ids, [np.ones(90, np.int64)] * 2, np.array([0.0, 1.0]))
@@ -136,7 +136,8 @@ def test_killed_collect_resumes_to_the_same_store(tmp_path, model, make_groups, 
     rollouts = tmp_path / "rollouts.jsonl"
     write_rows(rollouts, make_groups(400))
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "transformers.models.qwen2", "engine.collector", "gradstore.cli.make"])
+    preloaded = ["torch", "transformers.models.qwen2", "engine.sketches.collector", "gradstore.cli.make"]
+    context.set_forkserver_preload(preloaded)
 
     def start(store: Path) -> multiprocessing.Process:
         process = context.Process(target=_run_collect, args=(str(store), str(rollouts), str(tmp_path / "model")))
@@ -190,7 +191,7 @@ def _run_collect(store: str, rollouts: str, model: str) -> None:
     from gradstore.cli import main
 
     torch.set_num_threads(1)
-    engine.collector._PUBLISH_SECONDS = 0.0
+    engine.sketches.collector._PUBLISH_SECONDS = 0.0
     sys.argv = [
         "gradstore",
         "collect",

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from engine import select, target
-from engine.diversity import Diversity, in_turn, kmeans_strata, mmr
+from engine.selecting.diversity import Diversity, in_turn, kmeans_strata, mmr
 from gradstore.errors import RequestError
 
 

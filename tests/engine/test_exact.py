@@ -9,9 +9,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from engine import Sketcher, SketchSpec
-from engine.exact import LayerGradients, exact_dots, layer_gradients
-from engine.layers import find_layers
-from engine.objectives import PRESETS, Objective
+from engine.gradients.exact import LayerGradients, exact_dots, layer_gradients
+from engine.gradients.layers import find_layers
+from engine.gradients.objectives import PRESETS, Objective
 from engine.rollouts import Group
 from gradstore.errors import RequestError
 from gradstore.state import State

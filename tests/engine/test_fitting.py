@@ -8,9 +8,9 @@ import torch
 
 import gradstore
 from engine import Sketcher, SketchSpec, collect, fit_projection
-from engine.bases import create_store, sketcher_of
-from engine.fitting import sample_groups
 from engine.rollouts import Group
+from engine.sketches.bases import create_store, sketcher_of
+from engine.sketches.fitting import sample_groups
 from gradstore.errors import DamagedError, FingerprintError, RequestError
 
 SPEC = SketchSpec(rank=6, basis="fitted", dim=60)

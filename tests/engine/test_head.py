@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from engine import Sketcher, SketchSpec, objective
-from engine.projection import random_bases
 from engine.rollouts import Group
+from engine.sketches.projection import random_bases
 from gradstore.errors import RequestError
 
 LESSER = {"head_only": True, "rank": 10, "right_rank": 20}

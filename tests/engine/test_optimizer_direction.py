@@ -10,9 +10,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from engine import Sketcher, SketchSpec
-from engine.exact import layer_gradients
-from engine.layers import find_layers
-from engine.optimizer_direction import AdamState, OptimizerDirection, trainer_order
+from engine.gradients.exact import layer_gradients
+from engine.gradients.layers import find_layers
+from engine.gradients.optimizer_direction import AdamState, OptimizerDirection, trainer_order
 from engine.rollouts import Group
 from gradstore.errors import RequestError
 from gradstore.state import State
@@ -171,7 +171,7 @@ def test_a_verl_checkpoint(make_model, tmp_path) -> None:
         (tmp_path / f"optim_world_size_2_rank_{rank}.pt").touch()
         SHARDS[f"optim_world_size_2_rank_{rank}.pt"] = part
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("engine.optimizer_direction._load", lambda path: SHARDS[path.name])
+        patch.setattr("engine.gradients.optimizer_direction._load", lambda path: SHARDS[path.name])
         assert same(AdamState.of_file(tmp_path, model), live)
         assert same(AdamState.of_file(tmp_path, model, names), live)
         (tmp_path / "optim_world_size_2_rank_1.pt").unlink()

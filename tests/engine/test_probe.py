@@ -15,7 +15,7 @@ from scipy import stats
 from torch import nn
 
 from engine import PRESETS, Direction, Objective, Probe, ProbeBatch, objective, validation_gradient
-from engine.probe_statistics import (
+from engine.probing.statistics import (
     correlation,
     dot_and_error,
     false_discovery_cut,

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from engine.projection import random_bases, random_projection
+from engine.sketches.projection import random_bases, random_projection
 
 SHAPES = [("attention", 24, 40), ("narrow", 5, 40), ("head", 40, 24)]
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from engine import Index, Where, layer_contributions, search, target
-from engine.ranking import best
+from engine.searching.ranking import best
 from gradstore import State
 from gradstore.errors import RequestError
 

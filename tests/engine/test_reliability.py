@@ -10,10 +10,10 @@ from scipy.stats import spearmanr
 
 import gradstore
 from engine import Sketcher, SketchSpec, collect
-from engine.exact import exact_dots, layer_gradients
-from engine.faithfulness import agreement, fidelity
-from engine.halves import exact_scores, permuted, reliability, sketch_scores, spearman_brown, split, split_half
+from engine.gradients.exact import exact_dots, layer_gradients
 from engine.rollouts import Group, read_rollouts
+from engine.sketches.faithfulness import agreement, fidelity
+from engine.sketches.halves import exact_scores, permuted, reliability, sketch_scores, spearman_brown, split, split_half
 from gradstore.errors import RequestError
 
 

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-import engine.scan
 import gradstore
-from engine.query import score_rows
-from engine.scan import scan_rows
+from engine.searching import scan
+from engine.searching.query import score_rows
+from engine.searching.scan import scan_rows
 from gradstore.layout import DTYPES
 
 N, CHUNK = 130, 16
@@ -77,7 +77,7 @@ def test_the_largest_products_do_not_wrap_around(make_view, monkeypatch) -> None
     view = make_view("int8", 64)
     query = np.linspace(-1, 2, 64, dtype=np.float32)
     whole = scan_rows(view, query[None])
-    monkeypatch.setattr(engine.scan, "_SAFE_COLUMNS", 10)
+    monkeypatch.setattr(scan, "_SAFE_COLUMNS", 10)
     assert np.array_equal(scan_rows(view, query[None]), whole)
     assert 131072 <= (2**31 - 1) // 127**2
 
@@ -85,7 +85,7 @@ def test_the_largest_products_do_not_wrap_around(make_view, monkeypatch) -> None
 def test_more_queries_than_fit_in_a_pass(make_view) -> None:
     """The second pass must not overwrite the first."""
     view = make_view("int8", 24)
-    queries = np.random.default_rng(0).standard_normal((2 * engine.scan.QUERIES_AT_ONCE + 3, 24)).astype(np.float32)
+    queries = np.random.default_rng(0).standard_normal((2 * scan.QUERIES_AT_ONCE + 3, 24)).astype(np.float32)
     together = scan_rows(view, queries)
     for query, scores in zip(queries, together, strict=True):
         assert np.array_equal(scan_rows(view, query[None])[0], scores)

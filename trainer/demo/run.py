@@ -16,16 +16,16 @@ import torch
 
 import gradstore
 from analysis.composition import source_shares, tag_shares
-from engine.bases import create_store, sketcher_of
-from engine.collector import collect
-from engine.fitting import fit_projection, sample_groups
-from engine.models import load_model, load_tokenizer
-from engine.query import search
+from engine.gradients.models import load_model, load_tokenizer
 from engine.rollouts import read_rollouts
-from engine.selection import select
-from engine.selectors import SELECTORS
-from engine.sketcher import Sketcher, SketchSpec
-from engine.targets import target
+from engine.searching.query import search
+from engine.searching.targets import target
+from engine.selecting.selection import select
+from engine.selecting.selectors import SELECTORS
+from engine.sketches.bases import create_store, sketcher_of
+from engine.sketches.collector import collect
+from engine.sketches.fitting import fit_projection, sample_groups
+from engine.sketches.sketcher import Sketcher, SketchSpec
 from trainer.backends.hugging_face import TransformersBackend
 from trainer.demo import tasks
 from trainer.rewards import Reward

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from engine.diversity import Diversity
-from engine.query import direction
-from engine.ranking import best
-from engine.selectors import SELECTORS, Candidates, Selector
-from engine.targets import Target
-from engine.where import Where
+from engine.searching.query import direction
+from engine.searching.ranking import best
+from engine.searching.targets import Target
+from engine.searching.where import Where
+from engine.selecting.diversity import Diversity
+from engine.selecting.selectors import SELECTORS, Candidates, Selector
 from gradstore import State, Store, View
 from gradstore.errors import RequestError
 

@@ -12,10 +12,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from engine.gradient_pass import GradientPass
-from engine.passes import OnWeights
+from engine.gradients.gradient_pass import GradientPass
+from engine.gradients.passes import OnWeights
+from engine.gradients.sharding import largest
 from engine.rollouts.group import Group
-from engine.sharding import largest
 
 
 def formed(

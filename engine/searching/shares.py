@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from engine.fisher import DAMPING
-from engine.query import Metric, query_vectors
-from engine.targets import Target
+from engine.searching.fisher import DAMPING
+from engine.searching.query import Metric, query_vectors
+from engine.searching.targets import Target
 from gradstore import View
 
 

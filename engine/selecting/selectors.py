@@ -11,7 +11,7 @@ from importlib.metadata import entry_points
 
 import numpy as np
 
-from engine.scan import scan_rows
+from engine.searching.scan import scan_rows
 from gradstore import View
 from gradstore.errors import RequestError
 
@@ -97,7 +97,7 @@ def _dot(candidates: Candidates) -> np.ndarray:
 
 
 def _fisher(candidates: Candidates) -> np.ndarray:
-    from engine.fisher import preconditioned
+    from engine.searching.fisher import preconditioned
 
     assert candidates.target_D is not None
     query_D = preconditioned(candidates.view, candidates.target_D)

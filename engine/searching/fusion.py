@@ -15,11 +15,11 @@ from typing import Literal
 
 import numpy as np
 
-from engine.fisher import DAMPING
-from engine.query import Hits, Metric, eligible_positions, query_vectors, score_rows
-from engine.ranking import best
-from engine.targets import Target
-from engine.where import Where
+from engine.searching.fisher import DAMPING
+from engine.searching.query import Hits, Metric, eligible_positions, query_vectors, score_rows
+from engine.searching.ranking import best
+from engine.searching.targets import Target
+from engine.searching.where import Where
 from gradstore import View
 from gradstore.errors import RequestError
 

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from engine.hooks import Observation
-from engine.microbatch import MicroBatch, Prompts
-from engine.objectives import Objective, importance_weights
+from engine.gradients.hooks import Observation
+from engine.gradients.microbatch import MicroBatch, Prompts
+from engine.gradients.objectives import Objective, importance_weights
 
 log = logging.getLogger(__name__)
 

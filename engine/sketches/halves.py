@@ -15,11 +15,11 @@ import numpy as np
 from scipy.stats import pearsonr, spearmanr  # type: ignore[import-untyped]
 from torch import nn
 
-from engine.exact import LayerGradients, exact_dots
-from engine.query import Metric, direction
+from engine.gradients.exact import LayerGradients, exact_dots
 from engine.rollouts.group import Group
-from engine.sketcher import Sketcher, SketchSpec
-from engine.targets import Target
+from engine.searching.query import Metric, direction
+from engine.searching.targets import Target
+from engine.sketches.sketcher import Sketcher, SketchSpec
 from gradstore.errors import RequestError
 from gradstore.state import State
 

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from engine.layers import Layer
+from engine.gradients.layers import Layer
 from gradstore.errors import RequestError
 
 

@@ -20,10 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from engine.projection import LayerBasis, Projection, Shape, fitted_projection, random_bases
 from engine.rollouts.group import Group
 from engine.rollouts.source import RolloutSource
-from engine.sketcher import Sketcher, SketchSpec, project
+from engine.sketches.projection import LayerBasis, Projection, Shape, fitted_projection, random_bases
+from engine.sketches.sketcher import Sketcher, SketchSpec, project
 from gradstore.errors import RequestError
 
 T = TypeVar("T")

@@ -7,8 +7,8 @@ import numpy as np
 from safetensors.numpy import load, save
 from torch import nn
 
-from engine.projection import Fold, LayerBasis, Projection
-from engine.sketcher import Sketcher, SketchSpec
+from engine.sketches.projection import Fold, LayerBasis, Projection
+from engine.sketches.sketcher import Sketcher, SketchSpec
 from gradstore import Store, create
 from gradstore.attachments import read_attachment
 from gradstore.errors import DamagedError, FingerprintError

@@ -12,18 +12,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from engine.directions import in_step
-from engine.hooks import Observer, observed
-from engine.layers import find_layers, output_layer
-from engine.microbatch import pack, pays_to_share, rollouts_of
-from engine.objectives import rollout_weights
-from engine.passes import OnWeights, Policy
+from engine.gradients.directions import in_step
+from engine.gradients.hooks import Observer, observed
+from engine.gradients.layers import find_layers, output_layer
+from engine.gradients.microbatch import pack, pays_to_share, rollouts_of
+from engine.gradients.objectives import rollout_weights
+from engine.gradients.passes import OnWeights, Policy
+from engine.gradients.sharding import is_sharded, reshard
 from engine.rollouts.group import Group
-from engine.sharding import is_sharded, reshard
 from gradstore.errors import RequestError
 
 if TYPE_CHECKING:
-    from engine.sketcher import SketchSpec
+    from engine.sketches.sketcher import SketchSpec
 
 
 class GradientPass:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from engine.layers import Layer
+from engine.gradients.layers import Layer
 from gradstore.errors import RequestError
 
 Formula = Literal["less", "precondition"]

@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from engine.formed import problem_gradients
-from engine.gradient_pass import EffectiveSampleSize, GradientPass
-from engine.layers import Layer, adapter_identity, model_identity
-from engine.objectives import Objective, objective
-from engine.optimizer_direction import OptimizerDirection
-from engine.projection import Kind, LayerBasis, Projection, dense_projection, random_projection
+from engine.gradients.formed import problem_gradients
+from engine.gradients.gradient_pass import EffectiveSampleSize, GradientPass
+from engine.gradients.layers import Layer, adapter_identity, model_identity
+from engine.gradients.objectives import Objective, objective
+from engine.gradients.optimizer_direction import OptimizerDirection
 from engine.rollouts.group import Group
+from engine.sketches.projection import Kind, LayerBasis, Projection, dense_projection, random_projection
 from gradstore.errors import RequestError
 from gradstore.state import State
 
@@ -41,7 +41,7 @@ class SketchSpec:
     seed: int = 0
     """Seed of the random bases."""
     basis: Kind = "random"
-    """`random`, `dense` or `fitted` (engine/projection.py); a fitted projection is made by `fit_projection`."""
+    """`random`, `dense` or `fitted` (projection.py); a fitted projection is made by `fit_projection`."""
     dim: int = 1024
     """Dimensions of a sketch, for dense and fitted bases; a random one has those of its cores."""
     objective: Objective = field(default_factory=lambda: objective("gradalign"))

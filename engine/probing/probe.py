@@ -19,17 +19,17 @@ import numpy as np
 import torch
 from torch import nn
 
-from engine import probe_statistics
-from engine.calibration import Calibration, best_step
-from engine.directions import Direction, evaluating, in_step, summed_gradient
-from engine.displacement import LowRankBranch, Move, displaced
-from engine.gradient_pass import GradientPass
-from engine.microbatch import Rollout, pack, pays_to_share
-from engine.objectives import Objective, importance_weights, objective, rollout_weights
-from engine.probe_batch import ProbeBatch
+from engine.gradients.directions import Direction, evaluating, in_step, summed_gradient
+from engine.gradients.gradient_pass import GradientPass
+from engine.gradients.microbatch import Rollout, pack, pays_to_share
+from engine.gradients.objectives import Objective, importance_weights, objective, rollout_weights
+from engine.gradients.sharding import gather, largest, n_shards, reshard, total
+from engine.probing import statistics as probe_statistics
+from engine.probing.batch import ProbeBatch
+from engine.probing.calibration import Calibration, best_step
+from engine.probing.displacement import LowRankBranch, Move, displaced
 from engine.rollouts.group import Group
-from engine.sharding import gather, largest, n_shards, reshard, total
-from engine.sketcher import SketchSpec
+from engine.sketches.sketcher import SketchSpec
 from gradstore.errors import RequestError
 
 log = logging.getLogger(__name__)

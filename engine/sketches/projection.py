@@ -7,7 +7,7 @@ folded to the sketch. Three kinds:
 - `dense`: wider random sides, each core then folded by a count sketch (every entry goes to one dimension with a sign).
   Unbiased too, and close to a dense projection where hidden states share a mean direction.
 - `fitted`: orthonormal sides spanning the directions in which a sample's gradients have their energy, folded by keeping
-  the core entries of the highest energy over all layers: one budget, spent where the gradients are (engine/fitting.py).
+  the core entries of the highest energy over all layers: one budget, spent where the gradients are (fitting.py).
 
 A side no wider than the rank is kept as it is. Signs are bits of a Philox counter keyed by seed, layer and side: the
 same on every machine, device and version.

@@ -13,14 +13,14 @@ import numpy as np
 from scipy.stats import spearmanr  # type: ignore[import-untyped]
 from torch import nn
 
-from engine.exact import exact_dots, layer_gradients
-from engine.halves import SplitHalf, exact_scores, split, split_half
-from engine.query import search
-from engine.ranking import best
+from engine.gradients.exact import exact_dots, layer_gradients
 from engine.rollouts.group import Group
 from engine.rollouts.source import RolloutSource
-from engine.sketcher import Sketcher, SketchSpec
-from engine.targets import target
+from engine.searching.query import search
+from engine.searching.ranking import best
+from engine.searching.targets import target
+from engine.sketches.halves import SplitHalf, exact_scores, split, split_half
+from engine.sketches.sketcher import Sketcher, SketchSpec
 from gradstore import Store
 from gradstore.errors import RequestError
 

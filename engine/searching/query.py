@@ -1,9 +1,9 @@
 """Which problems of a view align most, or least, with a direction.
 
 The rows of a view are unit vectors with their norms beside them: cosine is a matrix product with the unit target,
-dot the same times the norm. The exact scan (engine/scan.py) reads every live row once, as it is stored, in bounded
-memory. An index (engine/indexes) looks at fewer bytes and pays off when the same collection is asked many times; the
-scores it returns are the scan's. fisher is dot with a query preconditioned by the view's second moment.
+dot the same times the norm. The exact scan (scan.py) reads every live row once, as it is stored, in bounded memory. An
+index (engine/indexes) looks at fewer bytes and pays off when the same collection is asked many times; the scores it
+returns are the scan's. fisher is dot with a query preconditioned by the view's second moment.
 """
 
 from collections.abc import Sequence
@@ -12,12 +12,12 @@ from typing import Literal
 
 import numpy as np
 
-from engine.fisher import DAMPING, preconditioned
 from engine.indexes import Index, index_for
-from engine.ranking import best
-from engine.scan import scan_rows
-from engine.targets import Target
-from engine.where import Where
+from engine.searching.fisher import DAMPING, preconditioned
+from engine.searching.ranking import best
+from engine.searching.scan import scan_rows
+from engine.searching.targets import Target
+from engine.searching.where import Where
 from gradstore import View
 from gradstore.errors import RequestError
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from engine.selection import Selection
+from engine.selecting.selection import Selection
 from gradstore import Store, to_verl
 from gradstore.errors import RequestError
 

@@ -14,17 +14,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from engine.hooks import Observation
-from engine.microbatch import MicroBatch, Rollout, pack, pays_to_share, rollouts_of
-from engine.objectives import Objective, objective, rollout_weights
+from engine.gradients.hooks import Observation
+from engine.gradients.microbatch import MicroBatch, Rollout, pack, pays_to_share, rollouts_of
+from engine.gradients.objectives import Objective, objective, rollout_weights
+from engine.gradients.sharding import inner, is_sharded, largest, n_shards, reshard, total
 from engine.rollouts.group import Group
-from engine.sharding import inner, is_sharded, largest, n_shards, reshard, total
 from gradstore.errors import RequestError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from engine.gradient_pass import GradientPass
+    from engine.gradients.gradient_pass import GradientPass
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -68,8 +68,8 @@ def validation_gradient(
     of all ranks and the tensors stay sharded. RequestError when nothing trains, when no group has signal, or for a
     group that the model cannot run.
     """
-    from engine.gradient_pass import GradientPass
-    from engine.sketcher import SketchSpec
+    from engine.gradients.gradient_pass import GradientPass
+    from engine.sketches.sketcher import SketchSpec
 
     spec = SketchSpec(objective=settings or objective("gradalign"), token_budget=token_budget)
     runner = GradientPass(model, spec)

@@ -11,10 +11,10 @@ from dataclasses import asdict, dataclass, field
 
 from torch import nn
 
-from engine.faithfulness import rank_fidelity
 from engine.rollouts.group import Group
 from engine.rollouts.source import RolloutSource
-from engine.sketcher import Sketcher, SketchSpec
+from engine.sketches.faithfulness import rank_fidelity
+from engine.sketches.sketcher import Sketcher, SketchSpec
 from gradstore import State, Store
 from gradstore.errors import FingerprintError, RequestError
 

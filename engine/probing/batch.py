@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from engine import probe_statistics
-from engine.calibration import Calibration
-from engine.objectives import Objective
+from engine.gradients.objectives import Objective
+from engine.probing import statistics as probe_statistics
+from engine.probing.calibration import Calibration
 from engine.rollouts.group import Group
 from gradstore import Store
 from gradstore.errors import RequestError

@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from engine.formed import formed, problem_gradients
-from engine.gradient_pass import GradientPass
-from engine.layers import Layer
+from engine.gradients.formed import formed, problem_gradients
+from engine.gradients.gradient_pass import GradientPass
+from engine.gradients.layers import Layer
 from engine.rollouts.group import Group
-from engine.sketcher import SketchSpec
+from engine.sketches.sketcher import SketchSpec
 from gradstore.errors import RequestError
 from gradstore.state import State
 

@@ -1,0 +1,1 @@
+"""Probe mode: alignments from forward passes alone, with a standard error for each."""

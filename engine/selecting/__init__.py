@@ -1,0 +1,1 @@
+"""Selectors, selections and their export."""
