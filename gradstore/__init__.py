@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from gradstore.problems import read_problems as read_problems
     from gradstore.problems import to_verl as to_verl
     from gradstore.remote import mirror as mirror
+    from gradstore.rounds import Round as Round
     from gradstore.state import State as State
     from gradstore.store import Store as Store
     from gradstore.store import create as create
@@ -46,6 +47,7 @@ _MODULE_OF = {
     "NotAStoreError": "errors",
     "Report": "verify",
     "RequestError": "errors",
+    "Round": "rounds",
     "RowFormat": "budget",
     "State": "state",
     "Store": "store",

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from gradstore.compact import CompactReport
+    from gradstore.rounds import Round
     from gradstore.verify import Report
 
 Mode = Literal["r", "a"]
@@ -244,6 +245,39 @@ class Store:
         if target is not None:
             table = table.filter(pc.equal(table["target"], target))
         return table.filter(pa.array([name not in deleted for name in table["id"].to_pylist()], pa.bool_()))
+
+    def add_round(self, collection: str, about: Mapping[str, Any], table: "pa.Table") -> int:
+        """Record a selection round of a pool and return its number, counted from 0.
+
+        about: what the round was, as JSON can hold it. table: one row a candidate, columns as in docs/format.md.
+        RequestError for other columns, an unknown id or one given twice.
+        """
+        from gradstore import rounds
+
+        self._refuse_read_only()
+        where = f"collection {collection!r}"
+        data = rounds.to_bytes(about, table, where)
+        with Session(self._header, self._folder(collection)) as session:
+            ProblemTable(session.collection, session.manifest).rows_of(table["id"].to_pylist(), where)
+            session.unpublished = True
+            number = rounds.add_round(session.collection, data)
+            session.unpublished = False
+        return number
+
+    def rounds(self, collection: str) -> "list[Round]":
+        """Every recorded round of a pool, oldest first; DamagedError where one is damaged or missing."""
+        from gradstore import rounds
+
+        return rounds.read_rounds(self._folder(collection))
+
+    def round(self, collection: str, number: int) -> "Round":
+        """One recorded round; negative numbers count from the newest. RequestError where there is none."""
+        from gradstore import rounds
+
+        count = rounds.count_rounds(self._folder(collection))
+        if not -count <= number < count:
+            raise RequestError(f"collection {collection!r} has {count} rounds, there is no round {number}")
+        return rounds.read_rounds(self._folder(collection), number % count, number % count + 1)[0]
 
     def delete(self, collection: str, ids: Sequence[str]) -> None:
         """Hide every row so far of some problems from all later views; they may be appended again."""

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from gradstore import probes
+from gradstore import additions
 from gradstore.attachments import damaged_attachments
 from gradstore.durable import TEMPORARY, crc32c
 from gradstore.errors import GradstoreError
@@ -22,6 +22,7 @@ from gradstore.layout import (
     MANIFEST,
     PROBES,
     PROBLEMS,
+    ROUNDS,
     ZARR,
     RowArray,
     generation_name,
@@ -107,7 +108,7 @@ class _Checker:
             for chunk in range(-(-snapshot.manifest.rows // self.header.chunk_rows)):
                 self._chunk(generation, snapshot.manifest, array, chunk)
         self._parts(folder, snapshot.manifest)
-        self._probes(folder)
+        self._additions(folder)
         self._beyond(folder)
 
     def _chunk(self, generation: Path, manifest: Manifest, array: RowArray, chunk: int) -> None:
@@ -160,14 +161,15 @@ class _Checker:
                     f"bytes do not match their checksum ({part.rows} problems, {part.bytes} bytes)",
                 )
 
-    def _probes(self, folder: Path) -> None:
-        try:
-            for path, data, fault in probes.check_parts(folder):
-                self.report.bytes_checked += len(data)
-                if fault:
-                    self._find(path, None, fault)
-        except GradstoreError as error:
-            self._find(folder / PROBES, None, str(error))
+    def _additions(self, folder: Path) -> None:
+        for name in (PROBES, ROUNDS):
+            try:
+                for path, data, fault in additions.check_parts(folder / name):
+                    self.report.bytes_checked += len(data)
+                    if fault:
+                        self._find(path, None, fault)
+            except GradstoreError as error:
+                self._find(folder / name, None, str(error))
 
     def _beyond(self, folder: Path) -> None:
         """What lies beyond the published rows, looked at while no writer comes or goes."""
@@ -218,13 +220,13 @@ class _Checker:
 
     def _strangers(self, folder: Path, manifest: Manifest) -> None:
         """Files that the store does not know, for a person to look at."""
-        known = {MANIFEST, LOCK, ZARR, INDEXES, PROBES, *map(generation_name, generations(folder))}
+        known = {MANIFEST, LOCK, ZARR, INDEXES, PROBES, ROUNDS, *map(generation_name, generations(folder))}
         strange = [path for path in sorted(folder.iterdir()) if path.name not in known]
         parts = {part.file for part in manifest.parts}
         problems = folder / manifest.folder / PROBLEMS
         if problems.is_dir():
             strange += [path for path in sorted(problems.iterdir()) if path.name not in parts]
-        strange += probes.strangers(folder)
+        strange += additions.strangers(folder / PROBES) + additions.strangers(folder / ROUNDS)
         for path in strange:
             what = "an unfinished file" if path.name.startswith(TEMPORARY) else "not a file of the store"
             self.report.notes.append(f"{path.relative_to(self.root)}: {what}")

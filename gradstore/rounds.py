@@ -1,0 +1,118 @@
+"""Selection rounds kept with the pool they chose from: what was asked, what every candidate scored, what was picked.
+
+Parquet parts in the collection's folder `rounds/` (gradstore/additions.py has the naming and the durability); a round's
+number is its part's. The table has one row a candidate; what the round was is JSON in the file's metadata.
+"""
+
+import io
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from gradstore import additions
+from gradstore.durable import canonical_json
+from gradstore.errors import DamagedError, RequestError
+from gradstore.layout import ROUNDS
+
+STATES = ("live", "no_signal", "failed", "unmeasured")
+
+SCHEMA = pa.schema(
+    [
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("score", pa.float64(), nullable=False),
+        pa.field("low", pa.float64(), nullable=False),
+        pa.field("high", pa.float64(), nullable=False),
+        pa.field("state", pa.string(), nullable=False),
+        pa.field("step", pa.int64(), nullable=False),
+        pa.field("pass_rate", pa.float64(), nullable=False),
+        pa.field("rolled_out", pa.bool_(), nullable=False),
+        pa.field("picked", pa.int64(), nullable=False),
+        pa.field("weight", pa.float64(), nullable=False),
+        pa.field("rollouts", pa.int64(), nullable=False),
+    ]
+)
+"""One row a candidate; docs/format.md says what each column means."""
+
+_ABOUT = b"gradstore.round"
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """One selection round as it was recorded."""
+
+    number: int
+    """Counted from 0 within the collection."""
+    about: dict[str, Any]
+    """Step, selector, seed, target, commit, settings, counts, costs, warnings: docs/rounds.md lists the members."""
+    table: pa.Table
+    """One row a candidate (SCHEMA)."""
+
+    @property
+    def picks(self) -> list[str]:
+        """Ids of the problems picked, best first."""
+        ranks = self.table["picked"].to_numpy()
+        ids = self.table["id"].to_pylist()
+        chosen = np.flatnonzero(ranks >= 0)
+        return [ids[place] for place in chosen[np.argsort(ranks[chosen], kind="stable")]]
+
+
+def to_bytes(about: Mapping[str, Any], table: pa.Table, where: str) -> bytes:
+    """The Parquet file of a round; RequestError where the table or `about` is not what a round has."""
+    if set(table.column_names) != set(SCHEMA.names):
+        missing = sorted(set(SCHEMA.names) - set(table.column_names))
+        extra = sorted(set(table.column_names) - set(SCHEMA.names))
+        raise RequestError(
+            f"{where}: a round's table lacks {missing or 'nothing'} and has {extra or 'nothing'} besides"
+        )
+    try:
+        table = table.select(SCHEMA.names).cast(SCHEMA)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, ValueError) as error:
+        raise RequestError(f"{where}: a round's table has columns of other types: {error}") from None
+    ids = table["id"].to_pylist()
+    if len(set(ids)) < len(ids):
+        twice = next(name for name in ids if ids.count(name) > 1)
+        raise RequestError(f"{where}: problem id {twice!r} occurs more than once in the round; keep one")
+    strange = set(table["state"].to_pylist()) - set(STATES)
+    if strange:
+        raise RequestError(f"{where}: state {sorted(strange)[0]!r} is not one of {', '.join(STATES)}")
+    ranks = np.sort(table["picked"].to_numpy())
+    ranks = ranks[ranks != -1]
+    if not np.array_equal(ranks, np.arange(len(ranks))):
+        raise RequestError(f"{where}: `picked` must count the picks 0, 1, ... and be -1 elsewhere")
+    try:
+        text = canonical_json(dict(about))
+    except (TypeError, ValueError) as error:
+        raise RequestError(f"{where}: what the round was is not JSON: {error}") from None
+    buffer = io.BytesIO()
+    pq.write_table(table.replace_schema_metadata({_ABOUT: text}), buffer, compression="zstd")
+    return buffer.getvalue()
+
+
+def add_round(collection: Path, data: bytes) -> int:
+    """Write the next round, durably, and return its number; the caller holds the collection's lock."""
+    return additions.add_part(collection / ROUNDS, data)
+
+
+def read_rounds(collection: Path, first: int = 0, stop: int | None = None) -> list[Round]:
+    """Rounds from `first` up to `stop`, oldest first; DamagedError for one that changed or is missing."""
+    parts = additions.read_parts(collection / ROUNDS, first, stop)
+    return [_from_bytes(data, number, collection) for number, data in enumerate(parts, first)]
+
+
+def count_rounds(collection: Path) -> int:
+    """How many rounds were recorded; nothing is read."""
+    return additions.count_parts(collection / ROUNDS)
+
+
+def _from_bytes(data: bytes, number: int, collection: Path) -> Round:
+    table = pq.read_table(io.BytesIO(data))
+    text = (table.schema.metadata or {}).get(_ABOUT)
+    if text is None:
+        raise DamagedError(f"{collection / ROUNDS}: part {number} is no round: it does not say what the round was")
+    return Round(number, json.loads(text), table.replace_schema_metadata(None))
