@@ -3,15 +3,22 @@ PYTHON ?= python3
 PY := .venv/bin/python
 READY := .venv/.installed
 
-.PHONY: install demo test lint types bench clean
+.PHONY: install browser demo test lint types bench clean
 
 install: $(READY)
 
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml constraints.txt gradstore/_encode.c
 	test -x $(PY) || $(PYTHON) -m venv .venv
 	$(PY) -m pip install --quiet -c constraints.txt torch==2.13.0
 	$(PY) -m pip install --quiet -c constraints.txt -e ".[cpu,dev]"
 	touch $(READY)
+
+# The report's and the explorer's tests open them in a browser.
+browser:
+	command -v chromium > /dev/null || { \
+	  sudo=$$(test "$$(id -u)" = 0 || echo sudo -n); \
+	  $$sudo apt-get update -qq && DEBIAN_FRONTEND=noninteractive $$sudo apt-get install -y -qq --no-install-recommends chromium; \
+	} || echo "no chromium and none could be installed: the tests that need it will fail" >&2
 
 demo: install
 	.venv/bin/gradstore demo
@@ -23,7 +30,7 @@ lint: install
 types: install
 	.venv/bin/mypy
 
-test: lint types
+test: lint types browser
 	$(PY) -m pytest -n 2 --dist worksteal
 
 BENCHMARKS ?= query sketch fidelity drift store search indexes probe_table
