@@ -17,7 +17,7 @@ $(READY): pyproject.toml constraints.txt gradstore/_encode.c
 browser:
 	command -v chromium > /dev/null || { \
 	  sudo=$$(test "$$(id -u)" = 0 || echo sudo -n); \
-	  $$sudo apt-get update -qq && DEBIAN_FRONTEND=noninteractive $$sudo apt-get install -y -qq --no-install-recommends chromium; \
+	  $$sudo apt-get update -qq && DEBIAN_FRONTEND=noninteractive $$sudo apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core; \
 	} || echo "no chromium and none could be installed: the tests that need it will fail" >&2
 
 demo: install

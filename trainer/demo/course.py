@@ -1,8 +1,8 @@
 """A short training run of the demo's model that leaves a store with history: rounds of measure, select, train.
 
 Each round rolls out the pool and two benchmarks with the policy as it is, collects their sketches at its step, selects,
-records the round, and takes a few plain policy-gradient updates on what was selected. It takes seconds at the sizes of a
-test: the report, the explorer and the tutorial are shown on it.
+records the round, and takes a few plain policy-gradient updates on what was selected. It takes seconds at the sizes of
+a test: the report, the explorer and the tutorial are shown on it.
 
 Dimension letters: B sequences, T tokens.
 """
