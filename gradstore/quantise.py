@@ -12,12 +12,17 @@ not biased by the quantisation of its length. A row of zeros has codes, scale an
 D sketch dimensions, P rows (problems), W bytes or elements of codes a row.
 """
 
+import logging
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 
 import numpy as np
 
 from gradstore.layout import row_arrays
+
+log = logging.getLogger(__name__)
 
 GAUSS_STEP = 0.3534
 """Step of the uniform quantiser with 15 levels that is optimal for a Gaussian, in units of its standard
@@ -43,9 +48,9 @@ _PAIRS = np.stack([np.tile(_NIBBLES, 16), np.repeat(_NIBBLES, 16)], axis=1).copy
 def encode(rows_P_D: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Codes [P, W], scale float32 [P], L2 norm float64 [P] and peak float32 [P] of float32 rows.
 
-    The peak is a row's largest absolute value, not finite exactly where the row is not; such a row has codes and
-    scale 0, as a row of zeros has. The arithmetic is on rows scaled to a common peak, so neither huge nor tiny rows
-    overflow or vanish. Many rows are encoded by all cores.
+    rows_P_D is contiguous. The peak is a row's largest absolute value, not finite exactly where the row is not; such a
+    row has codes and scale 0, as a row of zeros has. The arithmetic is on rows scaled to a common peak, so neither huge
+    nor tiny rows overflow or vanish. Many rows are encoded by all cores.
     """
     n_rows, dim = rows_P_D.shape
     array = row_arrays(dim, dtype)[0]
@@ -53,11 +58,16 @@ def encode(rows_P_D: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray, np
     scale = np.zeros(n_rows, dtype=np.float32)
     norm = np.zeros(n_rows, dtype=np.float64)
     peaks_P = np.zeros(n_rows, dtype=np.float32)
+    compiled = _compiled() if dtype == "int8" else None
     encode_block = {"int8": _int8, "int4": _int4, "1bit": _sign, "fp16": _unit, "fp32": _unit}[dtype]
     largest = np.float32(127 if dtype == "int8" else 1)
     block_rows = max(1, _BLOCK_BYTES // (4 * dim))
 
     def encode_rows(start: int, stop: int) -> None:
+        if compiled is not None:
+            part = slice(start, stop)
+            compiled(rows_P_D[part], codes[part], scale[part], norm[part], peaks_P[part], dim)
+            return
         scratch = np.empty((min(block_rows, stop - start), dim), dtype=np.float32)
         for first in range(start, stop, block_rows):
             block = slice(first, min(first + block_rows, stop))
@@ -84,6 +94,17 @@ def encode(rows_P_D: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray, np
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
             list(pool.map(encode_rows, starts, stops))
     return codes, scale, norm, peaks_P
+
+
+@cache
+def _compiled() -> Callable[..., None] | None:
+    """The encoder of `_encode.c`; None where it was not built, and then numpy does the same work."""
+    try:
+        from gradstore._encode import encode_int8
+    except ImportError:
+        log.warning("gradstore was installed without a C compiler: rows are encoded by numpy, three times slower")
+        return None
+    return encode_int8
 
 
 def decode(codes: np.ndarray, scale: np.ndarray, dtype: str, out: np.ndarray) -> None:

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from gradstore import quantise
 from gradstore.layout import DTYPES
 from gradstore.quantise import GAUSS_STEP, decode, encode
 
@@ -81,3 +82,39 @@ def test_any_finite_row_decodes_to_unit_length(rows: np.ndarray, dtype: str) -> 
     unit = wide[some] / lengths[some, None]
     bound = {"int8": 0.01, "int4": 0.25, "1bit": 0.65, "fp16": 1e-3, "fp32": 1e-5}[dtype]
     assert np.all(np.linalg.norm(got[some] - unit, axis=1) < bound * 3)
+
+
+@pytest.mark.parametrize("dim", [1, 7, 63, 64, 1024, 1100, 4097])
+def test_the_compiled_encoder_equals_numpy(dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A store written on a machine with a C compiler must hold the same rows as one written without."""
+    assert quantise._compiled() is not None, "the C encoder was not built: a C compiler is needed at installation"
+    rows = np.random.default_rng(dim).standard_normal((40, dim)).astype(np.float32)
+    rows[0], rows[1, 0], rows[2, -1], rows[3, dim // 2] = 0, np.nan, np.inf, -np.inf
+    rows[4] *= np.float32(1e-38)
+    rows[5] *= np.float32(1e-44)
+    rows[6] *= np.float32(1e37)
+    rows[7] = 2.5  # halves round to even
+    rows[7, 0] = 127
+    compiled = encode(rows, "int8")
+    monkeypatch.setattr(quantise, "_compiled", lambda: None)
+    for ours, plain in zip(compiled, encode(rows, "int8"), strict=True):
+        np.testing.assert_allclose(ours, plain, rtol=1e-6)
+    np.testing.assert_array_equal(compiled[0], encode(rows, "int8")[0])
+
+
+def test_the_compiled_encoder_refuses_buffers_that_disagree() -> None:
+    """Writing past a buffer's end would corrupt memory in silence."""
+    from gradstore._encode import encode_int8
+
+    rows, codes = np.ones((3, 8), np.float32), np.zeros((3, 8), np.int8)
+    scale, norm, peak = np.zeros(3, np.float32), np.zeros(3), np.zeros(3, np.float32)
+    for wrong in [
+        (rows[:2], codes, scale, norm, peak, 8),
+        (rows, codes[:2], scale, norm, peak, 8),
+        (rows, codes, scale, norm[:2], peak, 8),
+        (rows, codes, scale, norm, peak[:2], 8),
+        (rows, codes, scale, norm, peak, 7),
+        (rows, codes, scale, norm, peak, 0),
+    ]:
+        with pytest.raises(ValueError, match="do not agree"):
+            encode_int8(*wrong)

@@ -1,0 +1,3 @@
+from typing_extensions import Buffer
+
+def encode_int8(rows: Buffer, codes: Buffer, scale: Buffer, norm: Buffer, peak: Buffer, dim: int, /) -> None: ...
