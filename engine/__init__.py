@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from engine.searching.targets import target as target
     from engine.searching.where import Where as Where
     from engine.selecting.diversity import Diversity as Diversity
+    from engine.selecting.history import History as History
     from engine.selecting.selection import Selection as Selection
     from engine.selecting.selection import select as select
     from engine.selecting.selectors import SELECTORS as SELECTORS
@@ -68,6 +69,7 @@ _MODULE_OF = {
     "IndexWarning": "indexes",
     "Diversity": "selecting.diversity",
     "FusedHits": "searching.fusion",
+    "History": "selecting.history",
     "Hits": "searching.query",
     "LayerGradients": "gradients.exact",
     "Objective": "gradients.objectives",

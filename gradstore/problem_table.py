@@ -86,9 +86,14 @@ class ProblemTable:
         return self._manifest.n_problems
 
     @cached_property
+    def id_column(self) -> "pa.Array":
+        """Every id, in order of addition."""
+        return self._load(["id"])["id"].combine_chunks()
+
+    @cached_property
     def ids(self) -> np.ndarray:
         """Object array of str, in order of addition."""
-        return self._load(["id"])["id"].to_numpy().astype(object)
+        return self.id_column.to_numpy(zero_copy_only=False).astype(object)
 
     def ids_at(self, rows: np.ndarray) -> np.ndarray:
         """Ids of some problems, object array of str; reads the parts these are in and makes strings of them alone."""

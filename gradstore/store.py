@@ -301,6 +301,16 @@ class Store:
         steps, counts = np.unique(snapshot.column("step")[snapshot.alive()], return_counts=True)
         return dict(zip(steps.tolist(), counts.tolist(), strict=True))
 
+    def history(self, collection: str, at: int | None = None) -> "pa.Table":
+        """Every row ever at or before step `at` (None: all), oldest first, of problems that are not deleted.
+
+        Columns: id, step, state (live, no_signal, failed), norm, pass_rate (nan: unknown), n_rollouts. Rows of a step
+        stand in the order they were appended. `compact(keep="newest")` drops superseded rows here too.
+        """
+        from gradstore.history import history_table
+
+        return history_table(self._snapshot(collection), at)
+
     def commit(self, collection: str) -> int:
         """Number of the collection's newest publication."""
         return self._snapshot(collection).manifest.commit

@@ -1,0 +1,94 @@
+"""What was measured of each candidate before: a Beta posterior of its pass rate, how often, and when last.
+
+    a = prior + sum_m w_m n_m p_m        b = prior + sum_m w_m n_m (1 - p_m)        w_m = forgetting^(now - step_m)
+
+over the measurements m of a problem, n rollouts with pass rate p each. MoPPS (arXiv 2507.04632) forgets with every
+update of a problem; here it is with every step of the policy, so that the rows of one step count alike and a problem
+that was not looked at for long is open again. Formulas: docs/methods.md.
+
+P candidates, M measurements.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from scipy.special import betaln  # type: ignore[import-untyped]
+
+from gradstore.errors import RequestError
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class History:
+    """One entry a candidate, in their order; those never measured have the prior."""
+
+    a: np.ndarray
+    """Prior and weighted rollouts that were right, float64 [P]."""
+    b: np.ndarray
+    """Prior and weighted rollouts that were wrong, float64 [P]."""
+    last_step: np.ndarray
+    """Step of the newest row, int64 [P]; -1: never measured."""
+    n_measurements: np.ndarray
+    """Rows, of any state, int64 [P]."""
+
+    @classmethod
+    def of(
+        cls,
+        table: pa.Table,
+        ids: Sequence[str] | np.ndarray,
+        *,
+        now: int | None = None,
+        forgetting: float = 1.0,
+        prior: float = 1.0,
+    ) -> "History":
+        """From `Store.history`, for some problems.
+
+        now: the policy's step; None: the newest in the table. forgetting: what a rollout counts for less with each step
+        since, in (0, 1]; 1 forgets nothing. prior: a and b before the first rollout; 1 is uniform. Rows without a pass
+        rate or a number of rollouts count as measurements, but leave the posterior alone. RequestError for settings
+        outside their range.
+        """
+        if not 0 < forgetting <= 1:
+            raise RequestError(f"forgetting is {forgetting}, expected a number above 0 and at most 1")
+        if not 0 < prior < np.inf:
+            raise RequestError(f"prior is {prior}, expected a finite number above 0")
+        place_M = pc.index_in(table["id"], value_set=pa.array(np.asarray(ids, object), pa.large_string()))
+        place_M = place_M.combine_chunks().fill_null(-1).to_numpy(zero_copy_only=False)
+        wanted_M = place_M >= 0
+        place_M = place_M[wanted_M].astype(np.int64)
+        step_M, rate_M, count_M = (table[name].to_numpy()[wanted_M] for name in ("step", "pass_rate", "n_rollouts"))
+        if now is None:
+            now = int(table["step"].to_numpy().max()) if table.num_rows else 0
+        weight_M = count_M * forgetting ** np.maximum(now - step_M, 0).astype(np.float64)
+        weight_M[np.isnan(rate_M)] = 0.0
+        right_M = weight_M * np.nan_to_num(rate_M.astype(np.float64))
+        last_P = np.full(len(ids), -1, np.int64)
+        np.maximum.at(last_P, place_M, step_M)
+        return cls(
+            prior + np.bincount(place_M, right_M, len(ids)),
+            prior + np.bincount(place_M, weight_M - right_M, len(ids)),
+            last_P,
+            np.bincount(place_M, minlength=len(ids)).astype(np.int64),
+        )
+
+    def __len__(self) -> int:
+        return len(self.a)
+
+    @property
+    def pass_rates(self) -> np.ndarray:
+        """Posterior means, float64 [P]; the prior's where never measured."""
+        return self.a / (self.a + self.b)
+
+    def signal_probability(self, n_rollouts: int) -> np.ndarray:
+        """Probability that n new rollouts are neither all right nor all wrong, float64 [P].
+
+        1 - E[p^n] - E[(1 - p)^n], with E[p^n] = B(a + n, b) / B(a, b) under the posterior (beta-binomial).
+        """
+        if n_rollouts < 1:
+            raise RequestError(f"n_rollouts is {n_rollouts}, expected at least 1")
+        whole = betaln(self.a, self.b)
+        all_right = np.exp(betaln(self.a + n_rollouts, self.b) - whole)
+        all_wrong = np.exp(betaln(self.a, self.b + n_rollouts) - whole)
+        return np.clip(1 - all_right - all_wrong, 0.0, 1.0)

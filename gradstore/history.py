@@ -1,0 +1,41 @@
+"""The history of a collection: one line for every row ever written, without the sketches.
+
+How often a problem was measured, when, and how it went: what pass-rate predictors, staleness models and reports go by.
+All columns are arrays; a million rows take a fraction of a second.
+"""
+
+import numpy as np
+import pyarrow as pa
+
+from gradstore.snapshot import Snapshot
+from gradstore.state import State
+
+SCHEMA = pa.schema(
+    [
+        pa.field("id", pa.large_string(), nullable=False),
+        pa.field("step", pa.int64(), nullable=False),
+        pa.field("state", pa.string(), nullable=False),
+        pa.field("norm", pa.float32(), nullable=False),
+        pa.field("pass_rate", pa.float32(), nullable=False),
+        pa.field("n_rollouts", pa.int32(), nullable=False),
+    ]
+)
+
+
+def history_table(snapshot: Snapshot, at: int | None = None) -> pa.Table:
+    """Rows at or before step `at` (None: all) that are not deleted, by step, then in order of appending."""
+    steps = snapshot.column("step")
+    kept = snapshot.alive()
+    if at is not None:
+        kept &= steps <= at
+    rows = np.flatnonzero(kept)
+    if np.any(np.diff(steps[rows]) < 0):
+        rows = rows[np.argsort(steps[rows], kind="stable")]
+    names = pa.array([state.name.lower() for state in State])
+    columns = [
+        snapshot.problems.id_column.take(pa.array(snapshot.column("problem")[rows])),
+        pa.array(steps[rows]),
+        names.take(pa.array(snapshot.column("state")[rows])),
+        *(pa.array(snapshot.column(name)[rows]) for name in ("norm", "pass_rate", "n_rollouts")),
+    ]
+    return pa.table(columns, schema=SCHEMA)
