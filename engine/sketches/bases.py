@@ -1,6 +1,12 @@
-"""Fitted projections kept with the store they made, frozen under their digest."""
+"""Fitted projections kept with the store they made, frozen under their digest.
+
+What a store needs of a sketcher, and a sketcher of a store, is a `SketcherFiles`: a value that can travel to where the
+model is, which need not be where the store is.
+"""
 
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +17,52 @@ from engine.sketches.projection import Fold, LayerBasis, Projection
 from engine.sketches.sketcher import Sketcher, SketchSpec
 from gradstore import Store, create
 from gradstore.attachments import read_attachment
-from gradstore.errors import DamagedError, FingerprintError
+from gradstore.errors import DamagedError, FingerprintError, RequestError
+
+
+@dataclass(frozen=True, slots=True)
+class SketcherFiles:
+    """What makes a sketcher again, given the model: what `gradstore.create` needs besides a path."""
+
+    dim: int
+    """Dimensions of a sketch."""
+    fingerprint: dict
+    """Settings that a row depends on."""
+    attachments: dict[str, bytes] = field(default_factory=dict)
+    """Files by name: the projection, where that was fitted."""
+
+
+def files_of(sketcher: Sketcher) -> SketcherFiles:
+    """What a store of this sketcher's rows is made from."""
+    attachments = {}
+    if sketcher.projection.kind == "fitted":
+        attachments[_name(sketcher.projection.digest())] = _to_bytes(sketcher.projection)
+    return SketcherFiles(sketcher.dim, sketcher.fingerprint, attachments)
+
+
+def files_in(store: Store) -> SketcherFiles:
+    """What made the store's rows; DamagedError when its projection changed."""
+    attachments = {}
+    if store.fingerprint.get("projection", {}).get("kind") == "fitted":
+        name = _name(store.fingerprint["projection"]["basis"])
+        attachments[name] = read_attachment(store.path, name)
+    return SketcherFiles(store.dim, store.fingerprint, attachments)
+
+
+def sketcher_from(
+    model: nn.Module, fingerprint: dict, attachments: Mapping[str, bytes], spec: SketchSpec | None = None
+) -> Sketcher:
+    """The sketcher whose rows have this fingerprint.
+
+    spec: its settings with changes that do not alter a sketch, such as the token budget. FingerprintError, naming each
+    field that differs, for a model or settings that make other rows.
+    """
+    spec = spec or SketchSpec.of(fingerprint)
+    projection = _projection(fingerprint, attachments) if spec.basis == "fitted" else None
+    sketcher = Sketcher(model, spec, projection)
+    if sketcher.fingerprint != fingerprint:
+        raise FingerprintError(fingerprint, sketcher.fingerprint, "the sketcher")
+    return sketcher
 
 
 def sketcher_of(store: Store, model: nn.Module, spec: SketchSpec | None = None) -> Sketcher:
@@ -29,10 +80,8 @@ def sketcher_of(store: Store, model: nn.Module, spec: SketchSpec | None = None) 
 
 def create_store(path: Path, sketcher: Sketcher, dtype: str = "int8") -> Store:
     """A new store for a sketcher's rows, keeping its projection where that was fitted."""
-    attachments = {}
-    if sketcher.projection.kind == "fitted":
-        attachments[_name(sketcher.projection.digest())] = _to_bytes(sketcher.projection)
-    return create(path, dim=sketcher.dim, fingerprint=sketcher.fingerprint, dtype=dtype, attachments=attachments)
+    files = files_of(sketcher)
+    return create(path, dim=files.dim, fingerprint=files.fingerprint, dtype=dtype, attachments=files.attachments)
 
 
 def _to_bytes(projection: Projection) -> bytes:
@@ -57,8 +106,14 @@ def _to_bytes(projection: Projection) -> bytes:
 
 def load_projection(store: Store) -> Projection:
     """The fitted projection of the store's rows; DamagedError when it is not the one the fingerprint names."""
-    digest = store.fingerprint["projection"]["basis"]
-    data = read_attachment(store.path, _name(digest))
+    return _projection(store.fingerprint, files_in(store).attachments, f"{store.path}: ")
+
+
+def _projection(fingerprint: dict, attachments: Mapping[str, bytes], where: str = "") -> Projection:
+    digest = fingerprint["projection"]["basis"]
+    if _name(digest) not in attachments:
+        raise RequestError(f"{where}the fitted projection {digest} of these rows is not among the files given")
+    data = attachments[_name(digest)]
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     about, arrays = json.loads(header["__metadata__"]["projection"]), load(data)
     layers = [
@@ -69,7 +124,7 @@ def load_projection(store: Store) -> Projection:
     layout = [(name, start, stop) for name, start, stop in about["layout"]]
     projection = Projection(about["kind"], layers, fold, layout, about["captured"])
     if projection.digest() != digest:
-        raise DamagedError(f"{store.path}: the projection kept is not the one its rows were made with ({digest})")
+        raise DamagedError(f"{where}the projection kept is not the one its rows were made with ({digest})")
     return projection
 
 

@@ -1,0 +1,58 @@
+"""What a trainer lends the round: its live policy, asked to roll out, to sketch and to probe.
+
+One implementation stands beside each trainer. Everything that crosses this line is a plain value, so that the policy
+may live in another process, or be sharded over several. Calls that take a seed give the same answer again for the same
+policy and arguments; a resumed run depends on it.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from engine.probing.batch import ProbeBatch
+from engine.rollouts.group import Group
+from engine.sketches.bases import SketcherFiles as SketcherFiles
+from engine.sketches.sketcher import SketchBatch, SketchSpec
+
+
+class Policy(Protocol):
+    """The policy being trained, as it is now."""
+
+    @property
+    def step(self) -> int:
+        """Training steps done; 0 for the base model."""
+        ...
+
+    def roll_out(self, problems: Sequence[Mapping[str, Any]], n: int, *, seed: int) -> list[Group]:
+        """n scored rollouts of each problem, in the problems' order.
+
+        problems: canonical records (docs/format.md, Problems). A group's problem_id is its record's id. A problem's
+        rollouts may depend on the others of the call.
+        """
+        ...
+
+    def fit(self, spec: SketchSpec, groups: Sequence[Group]) -> SketcherFiles:
+        """Make the run's sketcher and use it from now on.
+
+        A fitted basis is fitted to the groups that have a signal; other bases need none. Returns what a store of its
+        rows is made from: `engine.sketches.bases.files_of(sketcher)`.
+        """
+        ...
+
+    def use(self, fingerprint: dict, attachments: Mapping[str, bytes]) -> None:
+        """Use the sketcher of a store that is there: `engine.sketches.bases.sketcher_from`.
+
+        FingerprintError where this policy's rows would not be comparable with the store's.
+        """
+        ...
+
+    def sketch(self, groups: Sequence[Group]) -> SketchBatch:
+        """Sketches of the groups, in their order, by the sketcher of `fit` or `use`."""
+        ...
+
+    def probe(self, groups: Sequence[Group], validation: Sequence[Group]) -> ProbeBatch:
+        """Each rollout's derivative along the validation groups' mean gradient, in the order of the groups.
+
+        The objective is the sketcher's. Called once a batch, several times a round with the same validation groups
+        (the same objects): the direction may be kept between calls at one step.
+        """
+        ...
