@@ -67,9 +67,7 @@ def to_bytes(about: Mapping[str, Any], table: pa.Table, where: str) -> bytes:
     if set(table.column_names) != set(SCHEMA.names):
         missing = sorted(set(SCHEMA.names) - set(table.column_names))
         extra = sorted(set(table.column_names) - set(SCHEMA.names))
-        raise RequestError(
-            f"{where}: a round's table lacks {missing or 'nothing'} and has {extra or 'nothing'} besides"
-        )
+        raise RequestError(f"{where}: the round's table lacks {missing or 'nothing'}, has {extra or 'nothing'} more")
     try:
         table = table.select(SCHEMA.names).cast(SCHEMA)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, ValueError) as error:

@@ -151,9 +151,8 @@ class RoundSettings:
         trained = self.train_batch * self.steps
         if trained % n:
             raise RequestError(
-                f"train_batch {self.train_batch} (train_batch_size) x steps {self.steps} (iters_per_select) = {trained}, "
-                f"not a multiple of the {n} problems selected: change one so that every pick is trained on "
-                "equally often"
+                f"train_batch {self.train_batch} (train_batch_size) x steps {self.steps} (iters_per_select) is {trained}, "
+                f"not a multiple of the {n} problems selected: change one so that every pick is trained on equally often"
             )
         return n
 
