@@ -2,7 +2,7 @@
 rows.
 
 Nothing here is visible to a reader until a manifest with the new row count and checksums is published; `sync`
-is what must happen before that.
+is what must happen before that; in two parts, so that the manifest's own way to the disk can begin meanwhile.
 """
 
 import os
@@ -59,7 +59,7 @@ class Appender:
 
     @property
     def chunks(self) -> dict[str, tuple[int, ...]]:
-        """Checksums of all rows up to the last `sync`, as a manifest keeps them."""
+        """Checksums of all rows up to the last `begin_sync`, as a manifest keeps them."""
         return {name: tuple(crcs) for name, crcs in self._crcs.items()}
 
     def write(self, columns: Mapping[str, np.ndarray]) -> None:
@@ -73,6 +73,11 @@ class Appender:
 
     def sync(self) -> None:
         """Make every row so far durable."""
+        self.begin_sync()
+        self.finish_sync()
+
+    def begin_sync(self) -> None:
+        """Hand every row so far to the disk; `chunks` is up to date from here on."""
         self._wait(0)
         if not self._dirty:
             return
@@ -80,6 +85,9 @@ class Appender:
         if self._new_files:
             folders = (self._generation / array.name for array in self._arrays)
             self._syncs.extend(self._syncer.submit(_sync_folder, folder) for folder in folders)
+
+    def finish_sync(self) -> None:
+        """Wait until the disk has them."""
         self._wait_for_syncs(0)
         self._dirty = self._new_files = False
 

@@ -86,8 +86,11 @@ def write_all(descriptor: int, data: Any, offset: int) -> None:
         offset += written
 
 
-def replace_file(path: Path, data: bytes) -> None:
-    """Give a file new content so that a crash at any moment leaves the old content or the new."""
+def replace_file(path: Path, data: bytes, before: Callable[[], None] | None = None) -> None:
+    """Give a file new content so that a crash at any moment leaves the old content or the new.
+
+    before: called when the new content is on the disk and before it shows; if it raises, the old content stays.
+    """
     temporary = path.with_name(f"{TEMPORARY}{path.name}")
     with writing(path):
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
@@ -96,6 +99,8 @@ def replace_file(path: Path, data: bytes) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+        if before is not None:
+            before()
         os.rename(temporary, path)
         fsync_folder(path.parent)
 

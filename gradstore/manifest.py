@@ -5,6 +5,7 @@ the canonical JSON the checksum is taken over, so a change of any byte of the fi
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -99,6 +100,9 @@ def read_manifest(collection: Path) -> Manifest:
     return Manifest.from_bytes(raw, file)
 
 
-def publish_manifest(collection: Path, manifest: Manifest) -> None:
-    """Make a manifest, and with it everything it names, the collection's content."""
-    replace_file(collection / MANIFEST, manifest.to_bytes())
+def publish_manifest(collection: Path, manifest: Manifest, before: Callable[[], None] | None = None) -> None:
+    """Make a manifest, and with it everything it names, the collection's content.
+
+    before: returns when everything it names is on the disk.
+    """
+    replace_file(collection / MANIFEST, manifest.to_bytes(), before)

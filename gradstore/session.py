@@ -8,6 +8,7 @@ one.
 import contextlib
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -65,11 +66,19 @@ class Session:
     def generation(self) -> Path:
         return self.collection / self.manifest.folder
 
-    def publish(self, **changes: Any) -> Manifest:
-        """Make changed fields of the manifest the collection's content, under the next commit number."""
+    def publish(self, *, synced: Callable[[], None] | None = None, **changes: Any) -> Manifest:
+        """Make changed fields of the manifest the collection's content, under the next commit number.
+
+        synced: returns when what the manifest names is on the disk; called when the manifest itself is.
+        """
         manifest = replace(self.manifest, commit=self.manifest.commit + 1, **changes)
-        self._in_doubt = True
-        publish_manifest(self.collection, manifest)
+
+        def before() -> None:
+            if synced is not None:
+                synced()
+            self._in_doubt = True
+
+        publish_manifest(self.collection, manifest, before)
         self._in_doubt = False
         self.manifest = manifest
         self.unpublished = False

@@ -116,8 +116,13 @@ class Writer:
         self._refuse_failed()
         if self._appender.rows > session.manifest.rows:
             self._failed = True
-            self._appender.sync()
-            session.publish(rows=self._appender.rows, chunks=self._appender.chunks, reasons=self._reasons)
+            self._appender.begin_sync()
+            session.publish(
+                rows=self._appender.rows,
+                chunks=self._appender.chunks,
+                reasons=self._reasons,
+                synced=self._appender.finish_sync,
+            )
             self._failed = False
         return session.manifest.commit
 
