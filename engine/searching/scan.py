@@ -165,7 +165,7 @@ def _weighed(digits: np.ndarray, weights_GQ: np.ndarray, kind: Kind, safe_column
     """Products with digits [G, Q, W] of numkong's type `kind`, weighed and added over the digits."""
     n_digits, n_queries, width = digits.shape
     flat = digits.reshape(n_digits * n_queries, width)
-    flat = np.pad(flat, ((0, -len(flat) % _COLUMNS_AT_ONCE), (0, 0)))
+    flat = np.ascontiguousarray(np.pad(flat, ((0, -len(flat) % _COLUMNS_AT_ONCE), (0, 0))))
     stops = range(0, width, safe_columns or width)
     packed = [
         (columns, _pack(flat[:, columns], kind)) for columns in (slice(s, s + (safe_columns or width)) for s in stops)
