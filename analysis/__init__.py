@@ -1,1 +1,6 @@
-"""What a store says about a curriculum. Functions on a store alone; this release: what a selection is made of."""
+"""What a store says about a curriculum: functions on a store alone that return tidy pandas frames (docs/analysis.md).
+
+from analysis.alignment import alignment
+frame = alignment(store, "pool", "benchmark")      # one row a problem and step
+plots.alignment(frame).show()                      # analysis.plots has a figure for each frame
+"""

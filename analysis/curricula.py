@@ -1,0 +1,157 @@
+"""What other selectors would have picked at each step, and what would have been gained, judged by what came later."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from analysis.trajectory import steps_of, target_at
+from engine.searching.query import Metric, query_vectors, score_rows
+from engine.searching.targets import Target
+from engine.selecting.selection import select
+from engine.selecting.selectors import SELECTORS
+from gradstore import Store, View
+from gradstore.errors import RequestError
+from gradstore.rounds import Round
+
+SELECTED = ("cosine", "dot", "fisher", "norm", "accgreedy", "rand")
+"""Selectors compared unless others are asked for."""
+TRAINED = "(trained on)"
+BEST = "(best in hindsight)"
+COLUMNS = ["step", "selector", "n", "overlap", "alignment", "gained", "best", "regret", "judged_later", "note"]
+
+
+def counterfactual(
+    store: Store,
+    pool: str,
+    benchmark: str,
+    n: int | None = None,
+    selectors: Sequence[str] = SELECTED,
+    steps: Sequence[int] | None = None,
+    *,
+    metric: Metric = "cosine",
+    among: str = "candidates",
+    seed: int = 0,
+) -> pd.DataFrame:
+    """One row a step and selector, and one for what was trained on and for the best in hindsight.
+
+    n: problems picked (None: as many as the step's round picked). steps: None: those of the pool's recorded rounds, or
+    where there are none every step of the benchmark. among: `candidates` of the step's round, or the whole `pool`.
+    A pick's alignment in hindsight is its score against the step's target from its first row *after* the step, other
+    rollouts than those it was picked by; where there is none, from the newest row at the step.
+
+    Columns: step int64, selector, n int64 (picked), overlap float64 (share of the picks that were trained on in that
+    round; nan without a round), alignment float64 (mean score of the picks as seen at the step), gained float64 (mean
+    score in hindsight), best float64 (of the best n in hindsight), regret float64 (best - gained), judged_later
+    float64 (share of the picks judged by a later row), note (why a selector could not pick, else empty).
+    Picks without a gradient gain 0. RequestError for an unknown selector, or where n is neither given nor recorded.
+    """
+    for name in selectors:
+        if ":" not in name:
+            SELECTORS[name]
+    if among not in ("candidates", "pool"):
+        raise RequestError(f"among is {among!r}, expected 'candidates' or 'pool'")
+    recorded = {int(one.about["step"]): one for one in store.rounds(pool)}
+    chosen = sorted(recorded) if steps is None and recorded else steps_of(store, benchmark, steps).tolist()
+    later = _LaterRows(store, pool)
+    rows: list[dict] = []
+    for step in chosen:
+        wanted = target_at(store, benchmark, step)
+        view = store.view(pool, step)
+        if wanted is not None and len(view):
+            rows += _at_step(store, view, step, wanted, n, selectors, recorded.get(step), metric, among, seed, later)
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def picks(store: Store, pool: str, benchmark: str, selector: str, n: int, step: int, *, seed: int = 0) -> list[str]:
+    """Ids that a selector would have picked from the whole pool at a step, best first; fewer where fewer can be."""
+    wanted = target_at(store, benchmark, step)
+    return select(store, pool, wanted, n, selector, step, seed=seed, allow_fewer=True).ids
+
+
+def _at_step(
+    store: Store,
+    view: View,
+    step: int,
+    wanted: Target,
+    n: int | None,
+    selectors: Sequence[str],
+    recorded: Round | None,
+    metric: Metric,
+    among: str,
+    seed: int,
+    later: "_LaterRows",
+) -> list[dict]:
+    trained = recorded.picks if recorded is not None else []
+    n_picked = n or len(trained)
+    if not n_picked:
+        raise RequestError(f"step {step}: no round is recorded there, so say how many problems to pick (n)")
+    candidates = None
+    if recorded is not None and among == "candidates":
+        candidates = [name for name in recorded.table["id"].to_pylist() if view.find([name])[0] >= 0]
+    positions = np.arange(len(view)) if candidates is None else view.positions(candidates)
+    live = positions[view.live[positions]]
+    query_D = query_vectors(view, [wanted], metric)[0]
+    now_P = score_rows(view, query_D, metric, live)
+    hindsight_P, judged_P = later.scores(view, step, query_D, metric, now_P)
+    best_rows = live[np.argsort(-hindsight_P[live], kind="stable")[:n_picked]]
+    best = float(hindsight_P[best_rows].mean()) if len(best_rows) else float("nan")
+
+    def row(selector: str, ids: Sequence[str], note: str = "") -> dict:
+        at = view.find(list(ids))
+        at = at[at >= 0]
+        known = len(at) > 0
+        gained = float(np.nan_to_num(hindsight_P[at]).mean()) if known else float("nan")
+        return {
+            "step": step,
+            "selector": selector,
+            "n": len(ids),
+            "overlap": len(set(ids) & set(trained)) / len(ids) if trained and len(ids) else float("nan"),
+            "alignment": float(np.nan_to_num(now_P[at]).mean()) if known else float("nan"),
+            "gained": gained,
+            "best": best,
+            "regret": best - gained,
+            "judged_later": float(judged_P[at].mean()) if known else float("nan"),
+            "note": note,
+        }
+
+    found = [row(TRAINED, trained)] if trained else []
+    for name in selectors:
+        try:
+            chosen = select(
+                store, view.collection, wanted, n_picked, name, step, candidates=candidates, seed=seed, allow_fewer=True
+            )
+        except RequestError as error:  # what it needs is not in the store at this step: told, not hidden
+            found.append(row(name, [], str(error)))
+            continue
+        found.append(row(name, chosen.ids))
+    return [*found, row(BEST, view.ids_at(best_rows).tolist())]
+
+
+class _LaterRows:
+    """Each problem's first row after a step, found from the collection's later steps."""
+
+    def __init__(self, store: Store, pool: str) -> None:
+        self._store, self._pool = store, pool
+        self._steps = sorted(store.steps(pool))
+
+    def scores(
+        self, view: View, step: int, query_D: np.ndarray, metric: Metric, now_P: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Scores from the first live row after the step, else those of now; and which are from later: [P] each."""
+        found_P, later_P = now_P.copy(), np.zeros(len(view), bool)
+        open_P = np.ones(len(view), bool)
+        for after in (each for each in self._steps if each > step):
+            if not open_P.any():
+                break
+            newer = self._store.view(self._pool, after)
+            at = newer.find(view.ids.tolist())
+            fresh_P = open_P & (at >= 0)
+            fresh_P[fresh_P] = newer.steps[at[fresh_P]] == after
+            live_P = fresh_P.copy()
+            live_P[fresh_P] = newer.live[at[fresh_P]]
+            if live_P.any():
+                found_P[live_P] = score_rows(newer, query_D, metric, at[live_P])[at[live_P]]
+                later_P |= live_P
+                open_P &= ~live_P
+        return found_P, later_P

@@ -1,0 +1,161 @@
+"""How targets and rankings move over steps, how much of it is noise, and how long a sketch stays good.
+
+Dimension letters: S steps, P problems, D sketch dimensions.
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy as np
+import pandas as pd
+
+from analysis.agreement import chance, jaccard, rank_biased_overlap, spearman
+from analysis.noise import RankReliability, rank_reliability
+from analysis.staleness import fit_decay, rank_agreement
+from analysis.trajectory import steps_of, target_at, trajectory
+from engine.searching.query import Metric
+from gradstore import State, Store
+
+
+def target_drift(store: Store, benchmark: str, steps: Sequence[int] | None = None) -> pd.DataFrame:
+    """Cosine between the benchmark's targets at every pair of steps, with the cosine that noise alone would leave.
+
+    Columns: step, other int64 (step <= other), cosine float64, noise float64 (the cosine expected between two targets
+    of an unchanged policy, each from other problems of the same kind: an upper bound on the noise of other rollouts of
+    the same problems), length float64 (|t| at `other`), n_live int64 (at `other`), consecutive bool.
+    Steps without a live problem are left out. Formula of `noise`: docs/analysis.md.
+    """
+    found = []
+    for step in steps_of(store, benchmark, steps).tolist():
+        wanted = target_at(store, benchmark, step)
+        if wanted is not None:
+            vector_D = wanted.vector.astype(np.float64)
+            found.append((step, vector_D, _target_reliability(store, benchmark, step), wanted.n_live))
+    rows = []
+    for j, (other, other_D, other_reliability, n_live) in enumerate(found):
+        for i, (step, vector_D, reliability, _) in enumerate(found[: j + 1]):
+            length = float(np.linalg.norm(other_D))
+            rows.append(
+                {
+                    "step": step,
+                    "other": other,
+                    "cosine": float(vector_D @ other_D / (np.linalg.norm(vector_D) * length)),
+                    "noise": float(np.sqrt(reliability * other_reliability)) if i < j else 1.0,
+                    "length": length,
+                    "n_live": n_live,
+                    "consecutive": i == j - 1,
+                }
+            )
+    return pd.DataFrame(rows, columns=["step", "other", "cosine", "noise", "length", "n_live", "consecutive"])
+
+
+def ranking_drift(
+    store: Store,
+    pool: str,
+    benchmark: str,
+    k: int | None = None,
+    metric: Metric = "cosine",
+    steps: Sequence[int] | None = None,
+    *,
+    reliability: float | None = None,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Agreement of the pool's ranking with that of the step before, and with that of the first step.
+
+    k: the best k that are compared (None: a tenth of the problems in common). reliability: the rank reliability of a
+    score; None: what the store tells (`noise.rank_reliability`). Over the problems live at both steps.
+
+    Columns: step, other int64 (other < step), against (`previous` or `first`), n int64 (problems in common), k int64,
+    spearman, jaccard, rbo float64, refreshed float64 (share measured anew in between), noise_spearman, noise_jaccard,
+    noise_rbo float64 (what noise alone would leave of the three: nan where the store cannot tell), reliability float64,
+    noise_from (`probes`, `repeats`, `given`, `none`).
+    """
+    seen = trajectory(store, pool, benchmark, metric, steps)
+    ranked = np.flatnonzero(np.isfinite(seen.scores_SP).any(axis=1)).tolist()
+    if reliability is None:
+        trust = rank_reliability(store, pool, benchmark)
+    else:
+        trust = RankReliability(reliability, "given", 0)
+    pairs = [(a, b, "previous") for a, b in pairwise(ranked)] + [(ranked[0], b, "first") for b in ranked[1:]]
+    rows = []
+    for a, b, against in pairs:
+        both_P = np.isfinite(seen.scores_SP[a]) & np.isfinite(seen.scores_SP[b])
+        x_P, y_P, n = seen.scores_SP[a, both_P], seen.scores_SP[b, both_P], int(both_P.sum())
+        best = min(n, k or max(1, n // 10))
+        refreshed = float(np.mean(seen.row_steps_SP[a, both_P] != seen.row_steps_SP[b, both_P])) if n else 0.0
+        floor = chance(n, best, trust.value, refreshed, seed=seed)
+        rows.append(
+            {
+                "step": int(seen.steps[b]),
+                "other": int(seen.steps[a]),
+                "against": against,
+                "n": n,
+                "k": best,
+                "spearman": spearman(x_P, y_P),
+                "jaccard": jaccard(x_P, y_P, best),
+                "rbo": rank_biased_overlap(x_P, y_P, best),
+                "refreshed": refreshed,
+                "noise_spearman": floor[0],
+                "noise_jaccard": floor[1],
+                "noise_rbo": floor[2],
+                "reliability": trust.value,
+                "noise_from": trust.source,
+            }
+        )
+    columns = ["step", "other", "against", "n", "k", "spearman", "jaccard", "rbo", "refreshed"]
+    columns += ["noise_spearman", "noise_jaccard", "noise_rbo", "reliability", "noise_from"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def staleness(
+    store: Store,
+    pool: str,
+    benchmark: str,
+    by: str | None = None,
+    metric: Metric = "cosine",
+    steps: Sequence[int] | None = None,
+) -> pd.DataFrame:
+    """Rank agreement of stale rows with fresh ones, for every pair of steps at which problems were measured anew.
+
+    Rows computed at `stale_step` and rows of the same problems computed at `step` are both scored against the target at
+    `step`: what is lost by not rolling out anew. by: None, or `source`.
+    Columns: group (`all`, or the source), stale_step, step, age int64, n int64 (problems), spearman float64.
+    """
+    return rank_agreement(store, pool, benchmark, by, metric, steps)
+
+
+def half_life(
+    store: Store,
+    pool: str,
+    benchmark: str,
+    by: str | None = None,
+    metric: Metric = "cosine",
+    steps: Sequence[int] | None = None,
+) -> pd.DataFrame:
+    """After how many steps a stale row has lost half of its rank agreement with a fresh one: the fit of
+    spearman = reliability 2^(-age / half_life) to the frame of `staleness`.
+
+    Columns: group (`all`, or the source), half_life float64 (steps; inf: no loss seen), low, high float64 (90 %
+    interval over ten blocks of problems; nan where there are too few), reliability float64 (agreement at age 0: the
+    noise of two measurements), n_problems, n_pairs int64, longest int64 (the longest age seen; a half-life beyond it is an
+    extrapolation). Groups seen at fewer than two ages are left out.
+    """
+    return fit_decay(store, pool, benchmark, by, metric, steps)
+
+
+def _target_reliability(store: Store, benchmark: str, step: int) -> float:
+    """Expected cosine of two targets from separate draws of problems: |true mean|^2 / E|mean|^2, unbiased above.
+
+    |true mean|^2 is estimated by the mean of <g_v, g_w> over pairs v != w = (|sum|^2 - sum |g|^2) / (n (n - 1)).
+    """
+    view = store.view(benchmark, step)
+    n = int((view.states != State.FAILED).sum())
+    total_D, squares = np.zeros(view.dim), 0.0
+    for positions, units_PD in view.scan(np.flatnonzero(view.live)):
+        norms_P = view.norms[positions].astype(np.float64)
+        total_D += norms_P @ units_PD
+        squares += float(norms_P @ norms_P)
+    whole = float(total_D @ total_D)
+    if n < 2 or whole == 0:
+        return float("nan")
+    return float(np.clip((whole - squares) / (n * (n - 1)) / (whole / n**2), 0, 1))

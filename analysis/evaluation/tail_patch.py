@@ -1,0 +1,36 @@
+"""One step on the best problems: does the query gain more than from as many at random?
+
+The tail-patch check of Chang et al., "Scalable Influence and Fact Tracing" (arXiv 2410.17413), for any score.
+Dimension letters: Q queries, P problems.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import pandas as pd
+
+from gradstore.errors import RequestError
+
+Patch = Callable[[np.ndarray], np.ndarray]
+"""Places of problems, int64 [k] -> change of every query's output, float [Q], after one step on them from the trained
+model; the model is put back."""
+
+
+def tail_patch(scores_QP: np.ndarray, patch: Patch, k: int = 10, *, repeats: int = 5, seed: int = 0) -> pd.DataFrame:
+    """For each query the gain of one step on its k best problems, its k worst, and k at random (mean over draws).
+
+    Columns: query int64, best, worst, random float64 (change of the query's output), effect float64 (best - random).
+    RequestError for k outside 1 to P.
+    """
+    n_queries, n_problems = scores_QP.shape
+    if not 1 <= k <= n_problems:
+        raise RequestError(f"k is {k}, expected 1 to {n_problems}")
+    order_QP = np.argsort(-np.nan_to_num(scores_QP, nan=-np.inf), axis=1, kind="stable")
+    draws = [np.random.default_rng([seed, r]).choice(n_problems, k, replace=False) for r in range(repeats)]
+    random_Q = np.mean([patch(draw) for draw in draws], axis=0)
+    rows = []
+    for q in range(n_queries):
+        worst_P = np.argsort(np.nan_to_num(scores_QP[q], nan=np.inf), kind="stable")[:k]
+        best, worst = float(patch(order_QP[q, :k])[q]), float(patch(worst_P)[q])
+        rows.append((q, best, worst, float(random_Q[q]), best - float(random_Q[q])))
+    return pd.DataFrame(rows, columns=["query", "best", "worst", "random", "effect"])

@@ -1,0 +1,164 @@
+"""Stale rows against fresh ones: rank agreement by age, and the half-life fitted to it (docs/analysis.md).
+
+Only problems measured at both steps count, so that a difference is drift or noise and never the same row twice.
+
+Dimension letters: S steps, P problems.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+from scipy.optimize import minimize_scalar  # type: ignore[import-untyped]
+from scipy.stats import t as student  # type: ignore[import-untyped]
+
+from analysis.agreement import spearman
+from analysis.trajectory import steps_of, target_at
+from engine.searching.query import Metric, query_vectors, score_rows
+from gradstore import Store
+from gradstore.errors import RequestError
+
+LEAST_PROBLEMS = 10
+_BLOCKS = 10
+"""Blocks of problems from which a half-life's interval is taken."""
+
+
+def rank_agreement(
+    store: Store,
+    pool: str,
+    benchmark: str,
+    by: str | None = None,
+    metric: Metric = "cosine",
+    steps: Sequence[int] | None = None,
+) -> pd.DataFrame:
+    """The frame of `drift.staleness`."""
+    pairs = _pairs(store, pool, benchmark, metric, steps)
+    names = _groups(store, pool, by)
+    rows = []
+    for stale_step, step, places_P, stale_P, fresh_P in pairs:
+        for group, of_P in _split(names, places_P):
+            if of_P.sum() >= LEAST_PROBLEMS:
+                rho = spearman(stale_P[of_P], fresh_P[of_P])
+                rows.append((group, stale_step, step, step - stale_step, int(of_P.sum()), rho))
+    return pd.DataFrame(rows, columns=["group", "stale_step", "step", "age", "n", "spearman"])
+
+
+def fit_decay(
+    store: Store,
+    pool: str,
+    benchmark: str,
+    by: str | None = None,
+    metric: Metric = "cosine",
+    steps: Sequence[int] | None = None,
+) -> pd.DataFrame:
+    """The frame of `drift.half_life`."""
+    pairs = _pairs(store, pool, benchmark, metric, steps)
+    names = _groups(store, pool, by)
+    groups = sorted({group for pair in pairs for group, _ in _split(names, pair[2])})
+    rows = []
+    for group in groups:
+        ages, rhos, weights, members = [], [], [], set()
+        blocks: list[list[tuple[int, float, int]]] = [[] for _ in range(_BLOCKS)]
+        for stale_step, step, places_P, stale_P, fresh_P in pairs:
+            of_P = dict(_split(names, places_P)).get(group)
+            if of_P is None or of_P.sum() < LEAST_PROBLEMS:
+                continue
+            x_P, y_P, block_P = stale_P[of_P], fresh_P[of_P], places_P[of_P] % _BLOCKS
+            ages.append(step - stale_step)
+            rhos.append(spearman(x_P, y_P))
+            weights.append(len(x_P))
+            members.update(places_P[of_P].tolist())
+            for number, block in enumerate(blocks):
+                inside_P = block_P == number
+                if inside_P.sum() >= LEAST_PROBLEMS:
+                    rho = spearman(x_P[inside_P], y_P[inside_P])
+                    block.append((step - stale_step, rho, int(inside_P.sum())))
+        if len(set(ages)) < 2:
+            continue
+        rate, start = decay(np.array(ages), np.array(rhos), np.array(weights))
+        low, high = _interval(rate, [np.array(block) for block in blocks if len({age for age, _, _ in block}) > 1])
+        rows.append((group, _life(rate), low, high, start, len(members), len(ages), max(ages)))
+    columns = ["group", "half_life", "low", "high", "reliability", "n_problems", "n_pairs", "longest"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def decay(ages: np.ndarray, rhos: np.ndarray, weights: np.ndarray) -> tuple[float, float]:
+    """(rate, start) of rho = start 2^(-rate age) by weighted least squares, rate >= 0 and start in [0, 1].
+
+    For a rate the best start is linear; the rate is found on a grid over six decades, then refined.
+    """
+    kept = np.isfinite(rhos)
+    ages, rhos, weights = ages[kept].astype(float), rhos[kept], weights[kept].astype(float)
+    if not len(ages):
+        return float("nan"), float("nan")
+
+    def start_of(rate: float) -> float:
+        curve = np.exp2(-rate * ages)
+        return float(np.clip((weights * curve) @ rhos / ((weights * curve) @ curve), 0, 1))
+
+    def loss(rate: float) -> float:
+        return float(weights @ (rhos - start_of(rate) * np.exp2(-rate * ages)) ** 2)
+
+    grid = np.concatenate([[0.0], np.geomspace(1e-4, 1e2, 121) / max(ages.max(), 1)])
+    best = int(np.argmin([loss(rate) for rate in grid]))
+    low, high = grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)]
+    refined = minimize_scalar(loss, bounds=(low, high), method="bounded", options={"xatol": 1e-6 * high}).x
+    rate = min((0.0 if best == 0 else float(grid[best]), float(refined)), key=loss)
+    return rate, start_of(rate)
+
+
+def _pairs(
+    store: Store, pool: str, benchmark: str, metric: Metric, steps: Sequence[int] | None
+) -> list[tuple[int, int, np.ndarray, np.ndarray, np.ndarray]]:
+    """(stale step, step, problems, stale scores, fresh scores) of every pair of steps with problems of both."""
+    places = {name: number for number, name in enumerate(store.problems(pool)["id"].to_pylist())}
+    chosen = steps_of(store, pool, steps).tolist()
+    found = {step: target_at(store, benchmark, step) for step in chosen}
+    targets = {step: one for step, one in found.items() if one is not None}
+    fresh: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+    pairs = []
+    for step in reversed(targets):  # from the newest, so that the fresh scores of all later steps are there
+        view = store.view(pool, step)
+        positions = np.flatnonzero(view.live & (view.steps == step))
+        if not len(positions):
+            continue
+        wanted = [step, *(later for later in fresh)]
+        queries_QD = np.concatenate([query_vectors(view, [targets[later]], metric) for later in wanted])
+        scores_QP = score_rows(view, queries_QD, metric, positions)[:, positions]
+        rows_P = np.array([places[name] for name in view.ids_at(positions)], np.int64)
+        for later, stale_P in zip(wanted[1:], scores_QP[1:], strict=True):
+            common, at_stale, at_fresh = np.intersect1d(rows_P, fresh[later][0], return_indices=True)
+            if len(common):
+                pairs.append((step, later, common, stale_P[at_stale], fresh[later][1][at_fresh]))
+        fresh[step] = (rows_P, scores_QP[0])
+    return sorted(pairs, key=lambda pair: pair[:2])
+
+
+def _groups(store: Store, pool: str, by: str | None) -> np.ndarray | None:
+    """The group of every problem of the pool's table; None: all in one."""
+    if by is None:
+        return None
+    if by != "source":
+        raise RequestError(f"half-lives by {by!r}: expected None or 'source'")
+    names: np.ndarray = store.problems(pool)["source"].to_numpy().astype(str)
+    return names
+
+
+def _split(names: np.ndarray | None, places_P: np.ndarray) -> list[tuple[str, np.ndarray]]:
+    if names is None:
+        return [("all", np.ones(len(places_P), bool))]
+    here_P = names[places_P]
+    return [(str(name), here_P == name) for name in np.unique(here_P)]
+
+
+def _life(rate: float) -> float:
+    return float("inf") if rate <= 0 else 1 / rate
+
+
+def _interval(rate: float, blocks: list[np.ndarray]) -> tuple[float, float]:
+    """90 % interval of the half-life: the blocks' rates give the standard error of the rate."""
+    rates = np.array([decay(*block.T)[0] for block in blocks])
+    if len(rates) < 3:
+        return float("nan"), float("nan")
+    error = float(student.ppf(0.95, len(rates) - 1) * rates.std(ddof=1) / np.sqrt(len(rates)))
+    return _life(rate + error), _life(rate - error)

@@ -1,0 +1,164 @@
+"""Rewards that look broken: wrong ground truths pull against the rest, coin flips pull nowhere and pay half the time.
+
+Evidence, each scaled over the pool to a percentile, and combined by their weighted mean (docs/analysis.md):
+
+    harm          low alignment with the benchmark, over the steps measured
+    estrangement  low alignment with the other problems of the same source (their mean, the problem itself left out)
+    coin          pass rate close to one half
+    halves        even and odd rollouts that disagree about the direction (where probes are stored)
+    p_value       rewards unrelated to the direction (where probes are stored)
+
+Dimension letters: P problems, D sketch dimensions.
+"""
+
+from collections.abc import Collection, Mapping
+
+import numpy as np
+import pandas as pd
+from scipy.stats import rankdata  # type: ignore[import-untyped]
+
+from analysis.noise import half_dots
+from analysis.trajectory import needed_target
+from engine.searching.query import eligible_positions, query_vectors, score_rows
+from gradstore import Store, View
+from gradstore.errors import RequestError
+
+WEIGHTS: Mapping[str, float] = {"harm": 1.0, "estrangement": 1.0, "coin": 0.5, "halves": 0.5, "p_value": 0.5}
+"""How much each piece of evidence counts."""
+COLUMNS = [
+    "rank", "id", "source", "suspicion", "score", "own", "pass_rate", "disagreement", "p_value", "why", "step",
+]  # fmt: skip
+
+
+def suspicious(
+    store: Store,
+    pool: str,
+    benchmark: str | None = None,
+    at: int | None = None,
+    *,
+    weights: Mapping[str, float] = WEIGHTS,
+) -> pd.DataFrame:
+    """Live problems of the pool's view at a step, the most suspicious first.
+
+    benchmark: None: without harm, halves and p_value. weights: evidence -> weight; what the store lacks is left out.
+    Columns: rank int64 (from 1), id, source, suspicion float64 (0 to 1: weighted mean of the evidence's percentiles),
+    score float64 (cosine with the benchmark; nan without), own float64 (cosine with the mean gradient of the other
+    problems of its source), pass_rate float64, disagreement float64 (|even - odd| / their standard error; nan without
+    probes), p_value float64 (nan without probes), why str (the evidence beyond the 90th percentile, in words), step
+    int64 (of the row). RequestError where nothing is live, for unknown evidence, or a benchmark without a target.
+    """
+    unknown = set(weights) - set(WEIGHTS)
+    if unknown:
+        raise RequestError(f"evidence {sorted(unknown)[0]!r} is not one of {', '.join(WEIGHTS)}")
+    view = store.view(pool, at)
+    live = eligible_positions(view, None)
+    if not len(live):
+        raise RequestError(f"collection {pool!r} has no live problem in this view: there is nothing to judge")
+    ids = view.ids_at(live)
+    frame = pd.DataFrame(
+        {
+            "id": ids,
+            "source": view.problems["source"].to_numpy(zero_copy_only=False)[live],
+            "score": np.nan,
+            "own": own_alignment(view, live),
+            "pass_rate": view.pass_rates[live].astype(np.float64),
+            "disagreement": np.nan,
+            "p_value": np.nan,
+            "step": view.steps[live],
+        }
+    )
+    if benchmark is not None:
+        query_D = query_vectors(view, [needed_target(store, benchmark, at)], "cosine")[0]
+        frame["score"] = score_rows(view, query_D, "cosine", live)[live].astype(np.float64)
+        probed = half_dots(store, pool, benchmark, at).set_index("id").reindex(ids)
+        error = probed["standard_error"].to_numpy(float)
+        gap = np.abs(probed["even"].to_numpy(float) - probed["odd"].to_numpy(float))
+        frame["disagreement"] = np.divide(gap, 2 * error, out=np.full(len(ids), np.nan), where=error > 0)
+        frame["p_value"] = probed["p_value"].to_numpy(float)
+    evidence = {
+        "harm": -frame["score"],
+        "estrangement": -frame["own"],
+        "coin": -(frame["pass_rate"] - 0.5).abs(),
+        "halves": frame["disagreement"],
+        "p_value": frame["p_value"],
+    }
+    percentiles = {name: _percentile(evidence[name].to_numpy(float)) for name in weights}
+    used = [name for name in weights if weights[name] > 0 and np.isfinite(percentiles[name]).any()]
+    if not used:
+        raise RequestError("no evidence is left: give a weight to some that the store has")
+    table_PE = np.stack([percentiles[name] for name in used], axis=1)
+    weight_PE = np.array([weights[name] for name in used]) * np.isfinite(table_PE)
+    frame["suspicion"] = np.nansum(table_PE * weight_PE, axis=1) / np.maximum(weight_PE.sum(axis=1), 1e-12)
+    frame["why"] = [_why(row, used) for row in table_PE]
+    frame = frame.sort_values(["suspicion", "id"], ascending=[False, True], ignore_index=True)
+    frame["rank"] = np.arange(1, len(frame) + 1)
+    return frame[COLUMNS]
+
+
+def own_alignment(view: View, live: np.ndarray) -> np.ndarray:
+    """Cosine of each problem's gradient with the mean unit gradient of the other live problems of its source, float64;
+    nan for the only one of its source."""
+    sources, group_P = np.unique(view.problems["source"].to_numpy(zero_copy_only=False)[live], return_inverse=True)
+    sums_SD = np.zeros((len(sources), view.dim))
+    done = 0
+    for _, rows_ND in view.scan(live):
+        np.add.at(sums_SD, group_P[done : done + len(rows_ND)], rows_ND)
+        done += len(rows_ND)
+    own_P, done = np.full(len(live), np.nan), 0
+    for _, rows_ND in view.scan(live):
+        others_ND = sums_SD[group_P[done : done + len(rows_ND)]] - rows_ND
+        lengths_N = np.linalg.norm(others_ND, axis=1)
+        dots_N = (others_ND * rows_ND).sum(axis=1)
+        np.divide(dots_N, lengths_N, out=own_P[done : done + len(rows_ND)], where=lengths_N > 1e-6)
+        done += len(rows_ND)
+    return own_P
+
+
+def detection(frame: pd.DataFrame, bad: Collection[str], by: str = "suspicion") -> dict[str, float]:
+    """How well a column of the frame of `suspicious` finds problems known to be bad: AUC, precision, base rate.
+
+    `auc`: chance that a bad problem ranks above a good one, ties counting half. `precision`: share of bad ones among
+    the first n, n the number of bad ones. `precision_10`: among the first tenth. `base`: share of bad ones.
+    nan where all or none are bad.
+    """
+    bad_P = frame["id"].astype(str).isin(set(bad)).to_numpy()
+    return {"auc": auc(frame[by].to_numpy(float), bad_P), **_precisions(frame[by].to_numpy(float), bad_P)}
+
+
+def auc(scores_P: np.ndarray, bad_P: np.ndarray) -> float:
+    """Area under the ROC curve: chance that a bad one scores above a good one, ties counting half (Mann-Whitney)."""
+    known = np.isfinite(scores_P)
+    scores_P, bad_P = scores_P[known], bad_P[known]
+    n_bad, n_good = int(bad_P.sum()), int((~bad_P).sum())
+    if not n_bad or not n_good:
+        return float("nan")
+    return float((rankdata(scores_P)[bad_P].sum() - n_bad * (n_bad + 1) / 2) / (n_bad * n_good))
+
+
+def _precisions(scores_P: np.ndarray, bad_P: np.ndarray) -> dict[str, float]:
+    ranked = bad_P[np.argsort(-np.nan_to_num(scores_P, nan=-np.inf), kind="stable")]
+    first = {"precision": int(bad_P.sum()), "precision_10": max(1, len(bad_P) // 10)}
+    found = {name: float(ranked[:n].mean()) if n else float("nan") for name, n in first.items()}
+    return {**found, "base": float(bad_P.mean()) if len(bad_P) else float("nan")}
+
+
+def _percentile(values_P: np.ndarray) -> np.ndarray:
+    """Place of each value among the known ones, 0 to 1; nan where unknown."""
+    known = np.isfinite(values_P)
+    found = np.full(len(values_P), np.nan)
+    if known.any():
+        found[known] = (rankdata(values_P[known]) - 0.5) / known.sum()
+    return found
+
+
+_WORDS = {
+    "harm": "pulls against the benchmark",
+    "estrangement": "pulls against its own source",
+    "coin": "pays about half the time",
+    "halves": "halves of the rollouts disagree",
+    "p_value": "rewards unrelated to the direction",
+}
+
+
+def _why(percentiles: np.ndarray, names: list[str]) -> str:
+    return "; ".join(_WORDS[name] for name, value in zip(names, percentiles, strict=True) if value > 0.9)
