@@ -137,8 +137,8 @@ def half_life(
 
     Columns: group (`all`, or the source), half_life float64 (steps; inf: no loss seen), low, high float64 (90 %
     interval over ten blocks of problems; nan where there are too few), reliability float64 (agreement at age 0: the
-    noise of two measurements), n_problems, n_pairs int64, longest int64 (the longest age seen; a half-life beyond it is an
-    extrapolation). Groups seen at fewer than two ages are left out.
+    noise of two measurements), n_problems, n_pairs int64, longest int64 (the longest age seen; beyond
+    it a half-life is an extrapolation). Groups seen at fewer than two ages are left out.
     """
     return fit_decay(store, pool, benchmark, by, metric, steps)
 

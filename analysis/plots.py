@@ -1,4 +1,4 @@
-"""A plotly figure for each frame of the analysis; needs the extra `report`. Frames in, figures out: nothing is computed.
+"""A plotly figure for each frame of the analysis; needs the extra `report`. Frames in, figures out.
 
 Figures carry titles, axis titles with units, and hover texts; colours are those of the template in use.
 """
