@@ -8,7 +8,7 @@ record back.
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -110,13 +110,17 @@ def from_verl(record: dict, where: str) -> dict:
     if isinstance(truth, str):
         rest["reward_model"] = {name: part for name, part in reward.items() if name != "ground_truth"}
     ability = rest.get("ability")
+    tags = [ability] if isinstance(ability, str) and ability else []
+    others = info.get("tags")
+    if isinstance(others, list | tuple):
+        tags += [tag for tag in others if isinstance(tag, str) and tag not in tags]
     return canonical(
         {
             "id": _id_text(value, field, where),
             "source": record.get("data_source"),
             "prompt": record.get("prompt"),
             "ground_truth": _text(truth, "reward_model.ground_truth", where),
-            "tags": [ability] if isinstance(ability, str) and ability else [],
+            "tags": tags,
             "extra": {"verl": rest},
         },
         where,
@@ -127,7 +131,7 @@ def to_verl(record: dict) -> dict:
     """verl's form of a canonical record: data_source, prompt messages, ability, reward_model, extra_info.
 
     A record that was read from a verl file comes back as it was; extra_info gets the id as `index` if it had
-    none.
+    none, and `tags` where there are more than the one that is the ability.
     """
     record = canonical(record, "to_verl")
     rest = dict(record["extra"].get("verl", {}))
@@ -136,6 +140,8 @@ def to_verl(record: dict) -> dict:
     info = {**(rest.pop("extra_info", None) or {}), **others}
     if info.get("index") is None:
         info["index"] = record["id"]
+    if len(record["tags"]) > 1:
+        info.setdefault("tags", record["tags"])
     reward = rest.pop("reward_model", None) or {"style": "rule"}
     return {
         "data_source": record["source"],
@@ -145,6 +151,15 @@ def to_verl(record: dict) -> dict:
         "extra_info": info,
         **rest,
     }
+
+
+def detail(record: Mapping[str, Any], name: str) -> Any:
+    """A problem's own field: from `extra`, or from the extra_info of the verl record it was read from; else None."""
+    extra = record.get("extra") or {}
+    if extra.get(name) is not None:
+        return extra[name]
+    info = (extra.get("verl") or {}).get("extra_info") or {}
+    return info.get(name)
 
 
 def _from_flat(record: dict, where: str) -> dict:

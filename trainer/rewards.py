@@ -2,10 +2,16 @@
 
 - `math`: math-verify compares the response's boxed answer, or its last expression, with the ground truth.
 - `reasoning-gym`: the data set's own verifier, on the entry kept in the problem's `extra["reasoning_gym"]`.
+- `judge`: a model behind an OpenAI-compatible endpoint compares with the ground truth (trainer.judge).
+- `auto`: for each problem the one of these that its `extra["reward"]` names, for pools of mixed sources.
 - `module:function` or `file.py:function`: a function with verl's `compute_score` signature.
+
+A problem with a seed in `extra["coin"]` is paid by a coin flip, whatever the response, by all but the last: a defect
+that studies of unreliable rewards put there on purpose (trainer.data).
 """
 
 import functools
+import hashlib
 import importlib
 import importlib.util
 import json
@@ -16,7 +22,7 @@ import select
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
@@ -24,6 +30,10 @@ from typing import Any
 
 from gradstore import to_verl
 from gradstore.errors import RequestError
+from gradstore.problems import detail
+
+Item = tuple[Mapping[str, Any], str, int]
+"""A response to be paid: the problem's record, the response's text, the number of the rollout in its group."""
 
 HARD_LIMIT_S = 60
 """After this long a verification outside the main thread is given up: the answer counts as not equal."""
@@ -41,9 +51,22 @@ class Reward:
 
     name: str
     score: Callable[[Mapping[str, Any], str, int], Any]
+    score_many: Callable[[Sequence[Item]], Sequence[Any]] | None = None
+    """Scores many responses at once, in order, where that is faster than one at a time (a judge's requests)."""
 
     def __call__(self, record: Mapping[str, Any], response: str, rollout_index: int) -> float:
-        value = self.score(record, response, rollout_index)
+        return self._checked(record, rollout_index, self.score(record, response, rollout_index))
+
+    def many(self, items: Sequence[Item]) -> list[float]:
+        """The rewards of many responses, in their order."""
+        if self.score_many is None:
+            return [self(*item) for item in items]
+        values = self.score_many(items)
+        if len(values) != len(items):
+            raise RequestError(f"reward {self.name!r} gave {len(values)} values for {len(items)} responses")
+        return [self._checked(record, j, value) for (record, _, j), value in zip(items, values, strict=True)]
+
+    def _checked(self, record: Mapping[str, Any], rollout_index: int, value: Any) -> float:
         name = f"problem {record['id']!r}: reward {self.name!r}"
         if isinstance(value, Mapping):
             if "score" not in value:
@@ -57,20 +80,87 @@ class Reward:
 
 
 def load_reward(spec: str) -> Reward:
-    """The reward of this name: "math", "reasoning-gym", "module:function" or "file.py:function".
+    """The reward of this name: "math", "reasoning-gym", "judge", "auto", "module:function" or "file.py:function".
 
-    Raises RequestError for a name that is none of these and for a function that cannot be imported.
+    "judge" may carry settings, as in "judge:model=NAME,concurrency=8" (see trainer.judge).
+    Raises RequestError for a name that is none of these, a function that cannot be imported, a judge without a model.
     """
-    if spec == "math":
-        return Reward(spec, _math)
-    if spec == "reasoning-gym":
-        return Reward(spec, _reasoning_gym)
+    if spec in BUILT_IN:
+        return Reward(spec, _or_coin(BUILT_IN[spec]))
+    if spec == "auto":
+        return _by_problem()
     module, colon, function = spec.partition(":")
+    if module in ("judge", "model-judge"):
+        from trainer.judge import load_judge
+
+        return with_coins(load_judge(function).reward())
     if not colon or not module or not function:
         raise RequestError(
-            f"unknown reward {spec!r}, expected 'math', 'reasoning-gym', 'module:function' or 'file.py:function'"
+            f"unknown reward {spec!r}, expected 'math', 'reasoning-gym', 'judge', 'auto', 'module:function' or "
+            "'file.py:function'"
         )
     return Reward(spec, functools.partial(_user, _imported(spec, module, function), spec))
+
+
+def coin_flip(record: Mapping[str, Any], response: str, rollout_index: int) -> float | None:
+    """The reward of a problem that pays by coin flip: 0 or 1 with equal chances; None for any other problem.
+
+    A hash of the seed in the problem's `extra["coin"]`, its id, the rollout's number and the response: the same
+    rollout is always paid the same.
+    """
+    seed = detail(record, "coin")
+    if seed is None:
+        return None
+    text = json.dumps([seed, record["id"], rollout_index, response])
+    return float(hashlib.blake2b(text.encode(), digest_size=1).digest()[0] % 2)
+
+
+def with_coins(reward: Reward) -> Reward:
+    """The same reward, but coin-flip problems pay by their coin and are not shown to it."""
+    inner = reward.many
+
+    def many(items: Sequence[Item]) -> list[float]:
+        values = [coin_flip(*item) for item in items]
+        others = iter(inner([item for item, value in zip(items, values, strict=True) if value is None]))
+        return [next(others) if value is None else value for value in values]
+
+    return Reward(reward.name, _or_coin(reward.score), None if reward.score_many is None else many)
+
+
+def _or_coin(score: Callable[[Mapping[str, Any], str, int], Any]) -> Callable[[Mapping[str, Any], str, int], Any]:
+    def scored(record: Mapping[str, Any], response: str, rollout_index: int) -> Any:
+        flip = coin_flip(record, response, rollout_index)
+        return score(record, response, rollout_index) if flip is None else flip
+
+    return scored
+
+
+def _by_problem() -> Reward:
+    """For each problem the reward that its `extra["reward"]` names.
+
+    Only rewards that come with this package: a data file must not choose code to import or an endpoint to call.
+    """
+    load = functools.cache(load_reward)
+
+    def of(record: Mapping[str, Any]) -> Reward:
+        name = detail(record, "reward")
+        if name not in (*BUILT_IN, "judge"):
+            raise RequestError(
+                f"problem {record['id']!r}: reward 'auto' needs extra.reward to be 'math', 'reasoning-gym' or 'judge', "
+                f"not {name!r}"
+            )
+        return load(name)
+
+    def many(items: Sequence[Item]) -> list[float]:
+        rewards = [of(record) for record, _, _ in items]
+        values = [math.nan] * len(items)
+        for reward in dict.fromkeys(rewards):
+            places = [i for i, other in enumerate(rewards) if other is reward]
+            for i, value in zip(places, reward.many([items[i] for i in places]), strict=True):
+                values[i] = value
+        return values
+
+    return Reward("auto", lambda record, response, j: of(record)(record, response, j), many)
 
 
 def _math(record: Mapping[str, Any], response: str, rollout_index: int) -> float:
@@ -156,10 +246,15 @@ def _reasoning_gym(record: Mapping[str, Any], response: str, rollout_index: int)
     """The score of the data set's own verifier.
 
     The problem's extra["reasoning_gym"] holds {"dataset": name, "entry": {"question", "answer", "metadata"}} and,
-    for data sets whose verifier depends on their settings, "config": {...}.
+    for data sets whose verifier depends on their settings, "config": {...}; or the same as JSON text.
     """
     name = f"problem {record['id']!r}"
-    kept = record.get("extra", {}).get("reasoning_gym")
+    kept = detail(record, "reasoning_gym")
+    if isinstance(kept, str):  # as JSON text where a file's column holds entries of several shapes
+        try:
+            kept = json.loads(kept)
+        except ValueError as error:
+            raise RequestError(f"{name}: extra.reasoning_gym is text that is not JSON: {error}") from error
     if not isinstance(kept, Mapping) or not isinstance(kept.get("entry"), Mapping) or "dataset" not in kept:
         raise RequestError(f"{name}: reward 'reasoning-gym' needs extra.reasoning_gym with 'dataset' and 'entry'")
     try:
@@ -200,6 +295,12 @@ def answer_of(response: str) -> str:
     """The answer in a response: what its last <answer> tags hold, or without tags all of it, stripped."""
     answers = re.findall(r"<answer>(.*?)</answer>", response, flags=re.DOTALL)
     return (answers[-1] if answers else response).strip()
+
+
+BUILT_IN: Mapping[str, Callable[[Mapping[str, Any], str, int], Any]] = {
+    "math": _math,
+    "reasoning-gym": _reasoning_gym,
+}
 
 
 def _user(function: Callable[..., Any], spec: str, record: Mapping[str, Any], response: str, rollout_index: int) -> Any:

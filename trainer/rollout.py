@@ -10,21 +10,18 @@ import fcntl
 import hashlib
 import json
 import os
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from engine.rollouts import Rollout, read_rollouts, write_rollouts
 from engine.rollouts.tokens import prompt_ids
 from gradstore.errors import LockedError, RequestError
-from trainer.backends import Backend, derived_seed
+from trainer.backends import Backend, Response, derived_seed
 from trainer.rewards import Reward
 
 CHUNK = 64
@@ -59,14 +56,14 @@ def rollout(
     seed: int = 0,
     chunk: int = CHUNK,
     step: int | None = None,
-    progress: bool | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> RolloutReport:
     """Writes n scored rollouts of every problem to `out` (.jsonl or .parquet), going on where an earlier run stopped.
 
     problems: canonical problem records, as gradstore.read_problems gives them.
     chunk: problems sampled at once; what a kill can cost, and part of what decides the responses.
     step: the policy version, written in every row.
-    progress: a progress bar on standard error; None shows it when that is a terminal.
+    progress: called with how many more problems are done; at first with those that were in the file already.
 
     Raises RequestError for settings that cannot be, a prompt that leaves no room for its response in the model's
     context, a file that is there and is not this run's, a reward that is not a finite number; LockedError when another
@@ -100,25 +97,22 @@ def rollout(
             return _report(out, kept=len(problems))
         with _locked(growing):
             kept = _drop_torn(growing, [problem["id"] for problem in problems], n, chunk)
-            with _progress_bar(progress, len(problems), kept) as advance:
-                for first in range(kept, len(problems), chunk):
-                    of_chunk = slice(first, first + chunk)
-                    responses = backend.generate(
-                        prompts[of_chunk],
-                        n,
-                        max_new_tokens=max_new_tokens,
-                        temperature=temperature,
-                        top_p=top_p,
-                        seed=derived_seed(seed, first // chunk),
-                    )
-                    rows = [
-                        _scored(problem, ids, response, j, backend.tokenizer, reward, step)
-                        for problem, ids, group in zip(problems[of_chunk], prompts[of_chunk], responses, strict=True)
-                        for j, response in enumerate(group)
-                    ]
-                    with write_rollouts(growing, append=True) as writer:
-                        writer.append(rows)
-                    advance(len(responses))
+            advance = progress or (lambda n: None)
+            advance(kept)
+            for first in range(kept, len(problems), chunk):
+                of_chunk = slice(first, first + chunk)
+                responses = backend.generate(
+                    prompts[of_chunk],
+                    n,
+                    max_new_tokens=max_new_tokens,
+                    temperature=temperature,
+                    top_p=top_p,
+                    seed=derived_seed(seed, first // chunk),
+                )
+                rows = _scored(problems[of_chunk], prompts[of_chunk], responses, backend.tokenizer, reward, step)
+                with write_rollouts(growing, append=True) as writer:
+                    writer.append(rows)
+                advance(len(responses))
             if growing is not out:
                 with write_rollouts(out) as writer:
                     for group in read_rollouts(growing).rollouts():
@@ -135,24 +129,38 @@ def settings_path(out: str | Path) -> Path:
 
 
 def _scored(
-    problem: dict[str, Any], ids: list[int], response: Any, j: int, tokenizer: Any, reward: Reward, step: int | None
-) -> Rollout:
-    text = tokenizer.decode(response.token_ids.tolist(), skip_special_tokens=True)
-    return Rollout(
-        problem_id=problem["id"],
-        prompt=problem["prompt"],
-        prompt_ids=np.asarray(ids, dtype=np.int64),
-        response=text,
-        response_ids=response.token_ids,
-        reward=reward(problem, text, j),
-        logprobs=response.logprobs,
-        source=problem.get("source", ""),
-        ground_truth=problem.get("ground_truth", ""),
-        tags=list(problem.get("tags", ())),
-        finish_reason=response.finish_reason,
-        extra=dict(problem.get("extra", {})),
-        step=step,
-    )
+    problems: Sequence[dict[str, Any]],
+    prompts: list[list[int]],
+    responses: list[list[Response]],
+    tokenizer: Any,
+    reward: Reward,
+    step: int | None,
+) -> list[Rollout]:
+    """The rows of a chunk: its responses decoded, then scored all at once."""
+    sampled = [
+        (problem, ids, response, j, tokenizer.decode(response.token_ids.tolist(), skip_special_tokens=True))
+        for problem, ids, group in zip(problems, prompts, responses, strict=True)
+        for j, response in enumerate(group)
+    ]
+    scores = reward.many([(problem, text, j) for problem, _, _, j, text in sampled])
+    return [
+        Rollout(
+            problem_id=problem["id"],
+            prompt=problem["prompt"],
+            prompt_ids=np.asarray(ids, dtype=np.int64),
+            response=text,
+            response_ids=response.token_ids,
+            reward=score,
+            logprobs=response.logprobs,
+            source=problem.get("source", ""),
+            ground_truth=problem.get("ground_truth", ""),
+            tags=list(problem.get("tags", ())),
+            finish_reason=response.finish_reason,
+            extra=dict(problem.get("extra", {})),
+            step=step,
+        )
+        for (problem, ids, response, _, text), score in zip(sampled, scores, strict=True)
+    ]
 
 
 def _prompts(problems: Sequence[dict[str, Any]], backend: Backend, max_new_tokens: int) -> list[list[int]]:
@@ -266,16 +274,6 @@ def _locked(path: Path) -> Iterator[None]:
         except BlockingIOError:
             raise LockedError(f"{path}: another run is writing it; wait for it, or choose another path") from None
         yield
-
-
-@contextmanager
-def _progress_bar(wanted: bool | None, total: int, done: int) -> Iterator[Any]:
-    """Gives a function that is told how many more problems are done."""
-    wanted = sys.stderr.isatty() if wanted is None else wanted
-    columns = (TextColumn("rollouts"), BarColumn(), MofNCompleteColumn(), TextColumn("problems"), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not wanted) as bar:
-        task = bar.add_task("rollouts", total=total, completed=done)
-        yield lambda count: bar.advance(task, count)
 
 
 def _report(path: Path, kept: int) -> RolloutReport:

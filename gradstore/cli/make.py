@@ -7,7 +7,7 @@ import typer
 
 from gradstore.cli import app
 from gradstore.cli.rank import Json
-from gradstore.cli.show import print_json, print_table, say
+from gradstore.cli.show import print_json, print_table, progress, say
 from gradstore.errors import RequestError
 
 Model = Annotated[str, typer.Option(help="Folder or name of a transformers causal LM.")]
@@ -19,7 +19,9 @@ def rollout(
     problems: Annotated[Path, typer.Argument(help="Problem records, JSONL or Parquet, flat or verl's.")],
     model: Model,
     out: Annotated[Path, typer.Option(help="Rollout file to write, .jsonl or .parquet.")],
-    reward: Annotated[str, typer.Option(help="math, reasoning-gym, or module:function as verl's compute_score.")],
+    reward: Annotated[
+        str, typer.Option(help="math, reasoning-gym, judge, auto, or module:function as verl's compute_score.")
+    ],
     n: Annotated[int, typer.Option("-n", help="Rollouts per problem.")] = 16,
     backend: Annotated[str, typer.Option(help="transformers or vllm.")] = "transformers",
     max_new_tokens: Annotated[int, typer.Option(help="Longest response.")] = 1024,
@@ -41,18 +43,21 @@ def rollout(
     records = gradstore.read_problems(problems)
     scored_by = load_reward(reward)
     options = {"device": device} if backend == "transformers" else {}
-    report = run(
-        records,
-        load_backend(backend, model, **options),
-        scored_by,
-        out,
-        n=n,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        seed=seed,
-        step=step,
-    )
+    sampled_by = load_backend(backend, model, **options)
+    with progress("rollouts", len(records)) as advance:
+        report = run(
+            records,
+            sampled_by,
+            scored_by,
+            out,
+            n=n,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            step=step,
+            progress=advance,
+        )
     if json:
         print_json({**asdict(report), "path": str(report.path)})
         return

@@ -186,7 +186,7 @@ def test_numbers_of_any_kind(user_module: str, given: str, value: float) -> None
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("maths", "unknown reward 'maths', expected 'math', 'reasoning-gym', 'module:function' or 'file.py:function'"),
+        ("maths", "unknown reward 'maths', expected 'math', 'reasoning-gym', 'judge', 'auto', 'module:function' or"),
         ("my_rewards:", "unknown reward"),
         (":f", "unknown reward"),
         ("no_such_module:f", "cannot import no_such_module: ModuleNotFoundError: No module named 'no_such_module'"),
