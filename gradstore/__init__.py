@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from gradstore.problems import read_problems as read_problems
     from gradstore.problems import to_verl as to_verl
     from gradstore.remote import mirror as mirror
+    from gradstore.remote import open_remote as open_remote
     from gradstore.rounds import Round as Round
     from gradstore.state import State as State
     from gradstore.store import Store as Store
@@ -56,6 +57,7 @@ _MODULE_OF = {
     "create": "store",
     "mirror": "remote",
     "open": "store",
+    "open_remote": "remote",
     "read_problems": "problems",
     "row_format": "budget",
     "to_verl": "problems",

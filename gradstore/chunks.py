@@ -10,6 +10,7 @@ import resource
 import threading
 from collections import OrderedDict
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -48,6 +49,14 @@ def map_chunk(generation: Path, array: RowArray, chunk: int, rows: int) -> np.nd
         finally:
             os.close(descriptor)
     return np.frombuffer(mapped, dtype=array.dtype).reshape(array.shape(rows))
+
+
+class CodeRows(Protocol):
+    """The published codes of a collection, chunk by chunk."""
+
+    def chunk(self, chunk: int) -> np.ndarray:
+        """The published rows of one chunk, shape [rows in it, width], read-only."""
+        ...
 
 
 class MappedRows:

@@ -1,24 +1,42 @@
-"""A store on an object store, read through a local copy that is brought up to date.
+"""A store on an object store, read through a local copy that is brought up to date, or in place.
 
 Rows below the published count never change, and every chunk's checksum is in the manifest: so a copy takes the
 manifest, fetches the chunks and problem parts whose checksums it does not have yet, checks them, and publishes the same
 manifest locally. What is then searched are mapped local files, as fast as ever, and a refresh costs what was added.
+
+In place (`open_remote`) everything but the rows' codes is copied: steps, norms, problems, a few dozen bytes a row. A
+chunk of codes is fetched and checked whenever a scan comes to it, and memory holds a few at a time.
 
 Any of zarr's stores serves as the source: `zarr.storage.ObjectStore` (obstore: S3, Google Cloud, Azure, HTTP),
 `zarr.storage.FsspecStore`, `LocalStore`. To put a store there, upload its folder, manifests last.
 """
 
 import asyncio
+import threading
+from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from gradstore.appender import create_generation
 from gradstore.attachments import ATTACHMENTS, write_attachment
 from gradstore.durable import crc32c, make_folder, replace_file, writing
 from gradstore.errors import DamagedError, NotAStoreError, RequestError
 from gradstore.header import Header, read_header
-from gradstore.layout import COLLECTIONS, MANIFEST, PROBLEMS, ZARR, check_name, group_json
+from gradstore.layout import (
+    COLLECTIONS,
+    MANIFEST,
+    PROBES,
+    PROBLEMS,
+    ROUNDS,
+    WITHOUT_CODES,
+    ZARR,
+    RowArray,
+    check_name,
+    group_json,
+)
 from gradstore.manifest import Manifest, publish_manifest, read_manifest
 from gradstore.session import Session
 from gradstore.store import Store
@@ -27,6 +45,7 @@ if TYPE_CHECKING:
     from zarr.abc.store import Store as ZarrStore
 
 _AT_ONCE = 16
+_CHUNKS_KEPT = 8
 _ATTEMPTS = 5
 
 
@@ -38,6 +57,73 @@ def mirror(source: "ZarrStore", path: str | Path, collections: list[str] | None 
     bytes that do not match their checksums.
     """
     path = Path(path)
+    if (path / WITHOUT_CODES).exists():
+        raise RequestError(f"{path}: holds what open_remote keeps, no whole copy; choose another path")
+    header = _prepare(source, path)
+    for name in _collections(source) if collections is None else collections:
+        _bring_up_to_date(source, header, path, check_name(name), header.arrays)
+    return Store(path, header, "r")
+
+
+def open_remote(source: "ZarrStore", path: str | Path, collections: list[str] | None = None) -> Store:
+    """Open a store where it is, for reading, as it is now; `path` keeps what is small of it.
+
+    Arguments and errors as of `mirror`. Every scan fetches the chunks of codes that it reads: for a few questions to a
+    store too large to copy. DamagedError when a chunk's bytes do not match their checksum or a compaction removed it.
+    """
+    path = Path(path)
+    if (path / ZARR).exists() and not (path / WITHOUT_CODES).exists():
+        raise RequestError(f"{path}: holds a store; choose another path for what open_remote keeps")
+    with writing(path):
+        path.mkdir(parents=True, exist_ok=True)
+    replace_file(path / WITHOUT_CODES, b"")
+    header = _prepare(source, path)
+    codes, *columns = header.arrays
+    for name in _collections(source) if collections is None else collections:
+        _bring_up_to_date(source, header, path, check_name(name), tuple(columns))
+
+    def codes_of(collection: Path, manifest: Manifest) -> "FetchedRows":
+        return FetchedRows(source, f"{COLLECTIONS}/{collection.name}", codes, manifest, header.chunk_rows)
+
+    return Store(path, header, "r", codes_of)
+
+
+class FetchedRows:
+    """The published rows of one array by chunk, fetched when they are asked for; the last few are kept."""
+
+    def __init__(
+        self, source: "ZarrStore", collection: str, array: RowArray, manifest: Manifest, chunk_rows: int
+    ) -> None:
+        self.chunk_rows = chunk_rows
+        self._source, self._collection, self._array, self._manifest = source, collection, array, manifest
+        self._kept: OrderedDict[int, np.ndarray] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def chunk(self, chunk: int) -> np.ndarray:
+        """The published rows of one chunk, shape [rows in it, width], read-only."""
+        with self._lock:
+            if chunk in self._kept:
+                self._kept.move_to_end(chunk)
+                return self._kept[chunk]
+        array, manifest = self._array, self._manifest
+        rows = min(self.chunk_rows, manifest.rows - chunk * self.chunk_rows)
+        file = f"{self._collection}/{manifest.folder}/{array.name}/{array.chunk_file(chunk)}"
+        data = _get(self._source, [file])[0]
+        used = rows * array.row_bytes
+        if data is None or len(data) < used or crc32c(data[:used]) != manifest.chunks[array.name][chunk]:
+            raise DamagedError(
+                f"{file}: its bytes at {self._source} are not those of commit {manifest.commit}; open the store again"
+            )
+        fetched = np.frombuffer(data, array.dtype, count=used // array.dtype.itemsize).reshape(array.shape(rows))
+        with self._lock:
+            self._kept[chunk] = fetched
+            while len(self._kept) > _CHUNKS_KEPT:
+                self._kept.popitem(last=False)
+        return fetched
+
+
+def _prepare(source: "ZarrStore", path: Path) -> Header:
+    """The folder of a copy, with everything that is not of a collection."""
     root = _get(source, [ZARR])[0]
     if root is None:
         raise NotAStoreError(f"{source}: there is no gradstore store here (no {ZARR})")
@@ -49,10 +135,7 @@ def mirror(source: "ZarrStore", path: str | Path, collections: list[str] | None 
     replace_file(path / COLLECTIONS / ZARR, group_json({}))
     _copy_attachments(source, path)
     replace_file(path / ZARR, root)
-    header = read_header(path)
-    for name in _collections(source) if collections is None else collections:
-        _bring_up_to_date(source, header, path, check_name(name))
-    return Store(path, header, "r")
+    return read_header(path)
 
 
 def _copy_attachments(source: "ZarrStore", path: Path) -> None:
@@ -67,7 +150,22 @@ def _copy_attachments(source: "ZarrStore", path: Path) -> None:
         write_attachment(path, name, data)
 
 
-def _bring_up_to_date(source: "ZarrStore", header: Header, path: Path, name: str) -> None:
+def _copy_additions(source: "ZarrStore", folder: Path, where: str) -> None:
+    """Probes and rounds that are not there yet; their names, too, say what their bytes must be."""
+    for kind in (PROBES, ROUNDS):
+        missing = [file for file in _listed(source, f"{where}/{kind}") if not (folder / kind / file).exists()]
+        if missing:
+            make_folder(folder)
+            make_folder(folder / kind)
+        for file, data in zip(missing, _get(source, [f"{where}/{kind}/{file}" for file in missing]), strict=True):
+            if data is None or f"{crc32c(data):08x}" not in file:
+                raise DamagedError(
+                    f"{where}/{kind}/{file}: its bytes at {source} do not match the checksum in its name"
+                )
+            replace_file(folder / kind / file, data)
+
+
+def _bring_up_to_date(source: "ZarrStore", header: Header, path: Path, name: str, arrays: tuple[RowArray, ...]) -> None:
     """One collection; while it is read the source may publish, and even compact: then the newer manifest is taken."""
     where = f"{COLLECTIONS}/{name}"
     for attempt in range(_ATTEMPTS):
@@ -76,14 +174,17 @@ def _bring_up_to_date(source: "ZarrStore", header: Header, path: Path, name: str
             raise RequestError(f"{source}: there is no collection {name!r}")
         manifest = Manifest.from_bytes(raw, Path(f"{where}/{MANIFEST}"))
         try:
-            _copy(source, header, path / where, where, manifest)
+            _copy_additions(source, path / where, where)
+            _copy(source, header, path / where, where, manifest, arrays)
             return
         except DamagedError:
             if attempt == _ATTEMPTS - 1 or _get(source, [f"{where}/{MANIFEST}"])[0] == raw:
                 raise
 
 
-def _copy(source: "ZarrStore", header: Header, folder: Path, where: str, manifest: Manifest) -> None:
+def _copy(
+    source: "ZarrStore", header: Header, folder: Path, where: str, manifest: Manifest, arrays: tuple[RowArray, ...]
+) -> None:
     known = read_manifest(folder) if (folder / MANIFEST).exists() else Manifest()
     if known == manifest:
         return
@@ -91,7 +192,7 @@ def _copy(source: "ZarrStore", header: Header, folder: Path, where: str, manifes
     replace_file(folder / ZARR, group_json({}))
     generation = folder / manifest.folder
     create_generation(generation, header.arrays, header.chunk_rows)
-    wanted = list(_missing(header, generation, manifest, known))
+    wanted = list(_missing(header, manifest, known, arrays))
     for start in range(0, len(wanted), _AT_ONCE):
         part = wanted[start : start + _AT_ONCE]
         for (file, used, size, crc), data in zip(part, _get(source, [f"{where}/{w[0]}" for w in part]), strict=True):
@@ -104,11 +205,11 @@ def _copy(source: "ZarrStore", header: Header, folder: Path, where: str, manifes
 
 
 def _missing(
-    header: Header, generation: Path, manifest: Manifest, known: Manifest
+    header: Header, manifest: Manifest, known: Manifest, arrays: tuple[RowArray, ...]
 ) -> Iterator[tuple[str, int, int, int]]:
     """(file, published bytes, size of the file, checksum) of what a manifest names and the copy does not have."""
     same = known.generation == manifest.generation
-    for array in header.arrays:
+    for array in arrays:
         before = known.chunks.get(array.name, ()) if same else ()
         for chunk, crc in enumerate(manifest.chunks[array.name]):
             rows = min(header.chunk_rows, manifest.rows - chunk * header.chunk_rows)

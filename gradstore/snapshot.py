@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gradstore.chunks import MappedRows, read_column
+from gradstore.chunks import CodeRows, MappedRows, read_column
 from gradstore.errors import DamagedError
 from gradstore.header import Header
 from gradstore.layout import IN_USE
@@ -29,7 +29,7 @@ class Snapshot:
         self._generation = collection / manifest.folder
         self._arrays = {array.name: array for array in header.arrays}
         self._columns: dict[str, np.ndarray] = {}
-        self.codes = MappedRows(self._generation, self._arrays["codes"], manifest.rows, header.chunk_rows)
+        self.codes: CodeRows = MappedRows(self._generation, self._arrays["codes"], manifest.rows, header.chunk_rows)
 
     def column(self, name: str) -> np.ndarray:
         """Every published entry of a one-dimensional array, read and checked once."""

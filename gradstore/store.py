@@ -1,13 +1,14 @@
 """A store: collections of problems, and the history of their sketches, under one fingerprint."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from gradstore.attachments import ATTACHMENTS, write_attachment
+from gradstore.chunks import CodeRows
 from gradstore.durable import TEMPORARY, make_folder, replace_file, writing
 from gradstore.errors import FingerprintError, RequestError
 from gradstore.header import Header, check_fingerprint, check_shape, read_header
@@ -15,11 +16,13 @@ from gradstore.layout import (
     COLLECTIONS,
     FORMAT,
     MANIFEST,
+    WITHOUT_CODES,
     ZARR,
     check_name,
     group_json,
 )
 from gradstore.lock import describe_holder, is_running, read_holder
+from gradstore.manifest import Manifest
 from gradstore.problem_table import ProblemTable, add_to_parts, to_records, to_table
 from gradstore.problems import canonical
 from gradstore.session import Session
@@ -36,6 +39,7 @@ if TYPE_CHECKING:
     from gradstore.verify import Report
 
 Mode = Literal["r", "a"]
+CodesOf = Callable[[Path, Manifest], CodeRows]
 
 
 def create(
@@ -82,6 +86,8 @@ def open(path: str | Path, mode: Mode = "r", fingerprint: dict | None = None) ->
         raise RequestError(f"mode {mode!r} is not known; use 'r' to read or 'a' to read and write")
     path = Path(path)
     header = read_header(path)
+    if (path / WITHOUT_CODES).exists():
+        raise RequestError(f"{path}: holds what open_remote keeps, no whole store; use open_remote or mirror")
     if fingerprint is not None:
         offered = check_fingerprint(fingerprint)
         if offered != header.fingerprint:
@@ -92,10 +98,12 @@ def open(path: str | Path, mode: Mode = "r", fingerprint: dict | None = None) ->
 class Store:
     """Made by `gradstore.create` and `gradstore.open`."""
 
-    def __init__(self, path: Path, header: Header, mode: Mode) -> None:
+    def __init__(self, path: Path, header: Header, mode: Mode, codes_of: CodesOf | None = None) -> None:
+        """codes_of: (folder of a collection, manifest) -> its codes, where they are not files in the folder."""
         self.path = path
         self.mode = mode
         self._header = header
+        self._codes_of = codes_of
         self._snapshots: dict[str, Snapshot] = {}
 
     def __repr__(self) -> str:
@@ -382,6 +390,8 @@ class Store:
         cached = self._snapshots.get(collection)
         if cached is not None and cached.manifest == snapshot.manifest:
             return cached
+        if self._codes_of is not None:
+            snapshot.codes = self._codes_of(folder, snapshot.manifest)
         self._snapshots[collection] = snapshot
         return snapshot
 

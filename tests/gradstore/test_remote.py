@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from zarr.storage import LocalStore
 
+import engine
 import gradstore
-from gradstore import DamagedError, NotAStoreError, RequestError, mirror
+from gradstore import DamagedError, NotAStoreError, RequestError, mirror, open_remote
 from gradstore.attachments import read_attachment, write_attachment
 
 
@@ -94,6 +95,55 @@ def test_what_is_no_store_is_refused(new_store: Callable, tmp_path: Path) -> Non
         mirror(LocalStore(other.path), tmp_path / "other", ["nowhere"])
 
 
+def test_read_in_place(new_store: Callable, tools: dict, tmp_path: Path) -> None:
+    """A store too large to copy is searched where it is: codes are fetched when read, never kept on the disk."""
+    store = new_store(n=20)
+    tools["append"](store, 0, list(range(20)))
+    source, path = Counting(store.path), tmp_path / "kept"
+    remote = open_remote(source, path)
+    assert not any("/codes/c" in key for key in source.fetched)
+    view, own = remote.view("pool"), store.view("pool")
+    assert np.array_equal(view.rows(np.arange(20)), own.rows(np.arange(20)))
+    query = np.random.default_rng(0).standard_normal(view.dim).astype(np.float32)
+    assert engine.search(view, query, 5).ids.tolist() == engine.search(own, query, 5).ids.tolist()
+    assert any("/codes/c" in key for key in source.fetched)
+    assert not list(path.glob("**/codes/c.*"))
+    for wrong in (lambda: gradstore.open(path), lambda: mirror(source, path), lambda: open_remote(source, store.path)):
+        with pytest.raises(RequestError, match="open_remote"):
+            wrong()
+    tools["append"](store, 1, [3])
+    assert np.array_equal(open_remote(source, path).view("pool").steps, store.view("pool").steps)
+
+
+def test_a_chunk_changed_in_place_is_refused(new_store: Callable, tools: dict, tmp_path: Path) -> None:
+    """Rows of another moment or a flipped bit must not be scored as if they were those the manifest names."""
+    store = new_store(n=20)
+    tools["append"](store, 0, list(range(20)))
+    view = open_remote(LocalStore(store.path), tmp_path / "kept").view("pool")
+    file = store.path / "collections/pool/g0/codes/c.1.0"
+    data = bytearray(file.read_bytes())
+    data[0] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(DamagedError, match=r"c\.1\.0.*not those of commit"):
+        view.rows(np.arange(20))
+
+
+def test_probes_and_rounds_are_copied(new_store: Callable, tools: dict, tmp_path: Path) -> None:
+    """What was measured and picked belongs to the history that a copy is made for."""
+    import pyarrow as pa
+
+    store = new_store(n=20)
+    tools["append"](store, 0, list(range(20)))
+    ones = np.ones(4)
+    store.add_probes("pool", ["p1"], [ones], [ones], [ones.astype(int)], step=0, target="bench")
+    one = {"id": ["p1"], "state": ["live"], "rolled_out": [True], "picked": [0]}
+    numbers = {key: [1] for key in ("score", "low", "high", "step", "pass_rate", "weight", "rollouts")}
+    number = store.add_round("pool", {"step": 0}, pa.table(one | numbers))
+    copy = mirror(LocalStore(store.path), tmp_path / "copy")
+    assert copy.probes("pool").equals(store.probes("pool"))
+    assert copy.round("pool", number).about == store.round("pool", number).about
+
+
 @pytest.fixture
 def bucket() -> Iterator[tuple[str, int]]:
     """An S3 server on the loopback interface with one bucket."""
@@ -147,3 +197,5 @@ def test_from_an_s3_server(bucket, new_store: Callable, tools: dict, tmp_path: P
     store.compact("pool", keep="newest")
     upload()
     same(mirror(source, tmp_path / "copy"), store)
+    remote_view, own = open_remote(source, tmp_path / "kept").view("pool"), store.view("pool")
+    assert np.array_equal(remote_view.rows(np.arange(20)), own.rows(np.arange(20)))
