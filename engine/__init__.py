@@ -34,13 +34,14 @@ if TYPE_CHECKING:
     from engine.searching.targets import Target as Target
     from engine.searching.targets import target as target
     from engine.searching.where import Where as Where
+    from engine.selecting.candidates import Candidates as Candidates
+    from engine.selecting.candidates import Scored as Scored
+    from engine.selecting.candidates import Selector as Selector
     from engine.selecting.diversity import Diversity as Diversity
     from engine.selecting.history import History as History
     from engine.selecting.selection import Selection as Selection
     from engine.selecting.selection import select as select
     from engine.selecting.selectors import SELECTORS as SELECTORS
-    from engine.selecting.selectors import Candidates as Candidates
-    from engine.selecting.selectors import Selector as Selector
     from engine.sketches.bases import create_store as create_store
     from engine.sketches.bases import sketcher_of as sketcher_of
     from engine.sketches.collector import CollectReport as CollectReport
@@ -60,7 +61,7 @@ _MODULE_OF = {
     "create_store": "sketches.bases",
     "sketcher_of": "sketches.bases",
     "AdamState": "gradients.optimizer_direction",
-    "Candidates": "selecting.selectors",
+    "Candidates": "selecting.candidates",
     "CollectReport": "sketches.collector",
     "Direction": "gradients.directions",
     "ExactBatch": "gradients.exact",
@@ -80,7 +81,8 @@ _MODULE_OF = {
     "Reliability": "sketches.halves",
     "SELECTORS": "selecting.selectors",
     "Selection": "selecting.selection",
-    "Selector": "selecting.selectors",
+    "Scored": "selecting.candidates",
+    "Selector": "selecting.candidates",
     "SketchBatch": "sketches.sketcher",
     "SketchSpec": "sketches.sketcher",
     "Sketcher": "sketches.sketcher",

@@ -7,13 +7,14 @@ problem does not depend on the batch, the rank or the file it came in. Formulas 
 """
 
 from dataclasses import asdict, dataclass, replace
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from gradstore.errors import RequestError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Advantage = Literal["mean", "mean_std", "rloo"]
 Aggregation = Literal["seq-mean-token-sum", "seq-mean-token-mean", "token-mean"]
@@ -99,14 +100,16 @@ def rollout_weights(rewards_G: np.ndarray, lengths_G: np.ndarray, objective: Obj
 
 
 def importance_weights(
-    logprobs_N: Tensor, behaviour_N: Tensor, weights_N: Tensor, clip_low: float | None, clip_high: float | None
-) -> Tensor:
+    logprobs_N: "Tensor", behaviour_N: "Tensor", weights_N: "Tensor", clip_low: float | None, clip_high: float | None
+) -> "Tensor":
     """Token weights times the importance ratio, zero where PPO's clipped surrogate has no gradient.
 
     logprobs_N, behaviour_N: log-probabilities of the same tokens under the current and the behaviour policy.
     The gradient of min(ratio A, clip(ratio) A) is ratio x A x grad log pi where the first term is the smaller one,
     and zero elsewhere (PPO, arXiv 1707.06347, equation 7).
     """
+    import torch  # Here, so that statistics of stored probes do not wait for it.
+
     ratio_N = torch.exp(logprobs_N - behaviour_N)
     clipped_N = torch.zeros_like(weights_N, dtype=torch.bool)
     if clip_high is not None:

@@ -77,7 +77,20 @@ def lower_bound(dots_P: np.ndarray, errors_P: np.ndarray, n_errors: float = 1.0)
 
 
 def shrunk(dots_P: np.ndarray, errors_P: np.ndarray) -> np.ndarray:
-    """Empirical Bayes: each dot's posterior mean under a normal prior fitted to the pool, float64 [P].
+    """Empirical Bayes: each dot's posterior mean under a normal prior fitted to the pool, float64 [P]."""
+    mean, variance = normal_prior(dots_P, errors_P)
+    return mean + variance / (variance + _floored(errors_P) ** 2) * (dots_P - mean)
+
+
+def shrunk_error(dots_P: np.ndarray, errors_P: np.ndarray) -> np.ndarray:
+    """Standard deviation of the same posterior, s SE / sqrt(s^2 + SE^2), float64 [P]."""
+    _, variance = normal_prior(dots_P, errors_P)
+    variances_P = _floored(errors_P) ** 2
+    return np.sqrt(variance * variances_P / (variance + variances_P))
+
+
+def normal_prior(dots_P: np.ndarray, errors_P: np.ndarray) -> tuple[float, float]:
+    """Mean m and variance s^2 of the pool's true dots.
 
     dot_i ~ N(true_i, SE_i^2) and true_i ~ N(m, s^2), with m and s^2 by iterated moments (DerSimonian and Laird 1986;
     Paule and Mandel 1982): m the mean weighted by 1 / (s^2 + SE_i^2), s^2 where the weighted squares sum to P - 1.
@@ -92,7 +105,7 @@ def shrunk(dots_P: np.ndarray, errors_P: np.ndarray) -> np.ndarray:
             low = s2
         else:
             high = s2
-    return m + s2 / (s2 + variances_P) * (dots_P - m)
+    return m, s2
 
 
 def false_discovery_cut(p_values_P: np.ndarray, level: float = 0.1) -> np.ndarray:
@@ -119,3 +132,25 @@ def scores(
         "fdr": lambda: np.where(false_discovery_cut(p_values_P), dots_P, -np.inf),
     }
     return np.asarray(table[kind](), dtype=np.float64)
+
+
+def intervals(
+    kind: str, dots_P: np.ndarray, errors_P: np.ndarray, t_P: np.ndarray, n_P: np.ndarray, confidence: float = 0.95
+) -> tuple[np.ndarray, np.ndarray]:
+    """Both ends of each score's interval over draws of the rollouts, float64 [P]; nan where there are too few.
+
+    dot, fdr: dot -+ q SE, with q Student's quantile at n - 1 degrees of freedom; lcb: the same about dot - SE; snr:
+    dot / SE -+ q. shrunk: the normal posterior's. corr: Fisher's, tanh(atanh r -+ z / sqrt(n - 3)).
+    """
+    if kind == "shrunk":
+        middle_P = shrunk(dots_P, errors_P)
+        half_P = stats.norm.ppf((1 + confidence) / 2) * shrunk_error(dots_P, errors_P)
+    elif kind == "corr":
+        bounded_P = np.clip(correlation_of_t(t_P, n_P), -1 + 1e-12, 1 - 1e-12)
+        spread_P = stats.norm.ppf((1 + confidence) / 2) / np.sqrt(np.where(n_P > 3, n_P - 3, np.nan))
+        return np.tanh(np.arctanh(bounded_P) - spread_P), np.tanh(np.arctanh(bounded_P) + spread_P)
+    else:
+        quantile_P = stats.t.ppf((1 + confidence) / 2, np.maximum(n_P - 1, 1))
+        middle_P = {"snr": signal_to_noise, "lcb": lower_bound}.get(kind, lambda dots, _: dots)(dots_P, errors_P)
+        half_P = quantile_P * (errors_P / _floored(errors_P) if kind == "snr" else errors_P)
+    return middle_P - half_P, middle_P + half_P

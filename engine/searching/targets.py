@@ -27,6 +27,8 @@ class Target:
     """Those of them with a gradient."""
     commit: int
     """Commit of the benchmark's collection."""
+    learning_rate: float | None = None
+    """Of the training at its step: how much the step counts for the selector `less`; None: as much as every other."""
 
     def describe(self) -> dict:
         """Everything but the vector, for records and `--json`."""
@@ -37,6 +39,7 @@ class Target:
             "n_problems": self.n_problems,
             "n_live": self.n_live,
             "commit": self.commit,
+            **({} if self.learning_rate is None else {"learning_rate": self.learning_rate}),
         }
 
 

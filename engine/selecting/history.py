@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from scipy.special import betaln  # type: ignore[import-untyped]
 
+from engine.selecting.membership import places
 from gradstore.errors import RequestError
 
 
@@ -54,10 +54,9 @@ class History:
             raise RequestError(f"forgetting is {forgetting}, expected a number above 0 and at most 1")
         if not 0 < prior < np.inf:
             raise RequestError(f"prior is {prior}, expected a finite number above 0")
-        place_M = pc.index_in(table["id"], value_set=pa.array(np.asarray(ids, object), pa.large_string()))
-        place_M = place_M.combine_chunks().fill_null(-1).to_numpy(zero_copy_only=False)
+        place_M = places(table["id"], ids)
         wanted_M = place_M >= 0
-        place_M = place_M[wanted_M].astype(np.int64)
+        place_M = place_M[wanted_M]
         step_M, rate_M, count_M = (table[name].to_numpy()[wanted_M] for name in ("step", "pass_rate", "n_rollouts"))
         if now is None:
             now = int(table["step"].to_numpy().max()) if table.num_rows else 0

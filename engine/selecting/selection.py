@@ -1,31 +1,52 @@
-"""Choose n problems of a collection: filter, score with a selector, rank with ties by id."""
+"""Choose n problems of a collection: filter, score with a selector or a mixture, rank with ties by id.
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+The picks form a table of parts of the mixture by sources with a quota; a plain selection has one cell. Each cell takes
+its number of best candidates among those that no earlier cell took.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from engine.searching.query import direction
-from engine.searching.ranking import best
 from engine.searching.targets import Target
 from engine.searching.where import Where
+from engine.selecting.candidates import Candidates, Selector
 from engine.selecting.diversity import Diversity
-from engine.selecting.selectors import SELECTORS, Candidates, Selector
+from engine.selecting.membership import places
+from engine.selecting.mixture import Part, mixture_name, parts_of
+from engine.selecting.picking import Picks, answer, numbers_of_picks, pick_from_groups, refuse_shortage, taker
+from engine.selecting.quotas import check_quotas, groups_of
+from engine.selecting.sampling import softened
+from engine.selecting.scores_by_probe import stored_probes
 from gradstore import State, Store, View
 from gradstore.errors import RequestError
 
+if TYPE_CHECKING:
+    from engine.probing.batch import ProbeBatch
 
-@dataclass(frozen=True, slots=True, eq=False)
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Selection:
-    """The problems chosen, best first, and everything needed to choose them again."""
+    """The problems chosen, and everything needed to choose them again. Best first; of a mixture part after part."""
 
     collection: str
     selector: str
+    """Its name; of a mixture the parts with their shares."""
     ids: list[str]
     scores: np.ndarray
     """float64 [n]."""
+    low: np.ndarray
+    """Interval of each score at `confidence`, float64 [n]; NaN where the selector knows none."""
+    high: np.ndarray
     weights: np.ndarray
-    """How much each should count in training, float64 [n]; all 1 for the selectors of this release."""
+    """How much each should count in training, float64 [n]; 1 unless the selector says otherwise."""
+    rollouts: np.ndarray
+    """Rollouts each should get in training, int64 [n]; 0: as many as the trainer is set to."""
+    picked_by: list[str]
+    """Selector that chose each; all the same but for a mixture."""
     n_candidates: int
     """Problems the selector could choose among."""
     n_asked: int
@@ -33,16 +54,26 @@ class Selection:
     seed: int
     commit: int
     """Commit of the collection that was ranked."""
-    target: dict | None
-    """`Target.describe()` of the target used."""
+    targets: list[dict] = field(default_factory=list)
+    """`Target.describe()` of the targets used."""
     diversity: dict | None = None
     """`Diversity.describe()` if the best candidates were re-ranked."""
+    temperature: float | None = None
+    quotas: dict[str, float] | None = None
+    confidence: float = 0.95
+    probe_step: int | None = None
+    """Step of the stored probes that were used; None: none were, or the caller gave them."""
 
     def __len__(self) -> int:
         return len(self.ids)
 
+    @property
+    def target(self) -> dict | None:
+        """The target, if there was one and no more."""
+        return self.targets[0] if len(self.targets) == 1 else None
+
     def describe(self) -> dict:
-        """JSON-ready: settings, store commit, and id and score of every problem chosen."""
+        """JSON-ready: settings, store commit, and what is known of every problem chosen."""
         return {
             "collection": self.collection,
             "selector": self.selector,
@@ -53,10 +84,23 @@ class Selection:
             "seed": self.seed,
             "commit": self.commit,
             "target": self.target,
+            "targets": self.targets,
             "diversity": self.diversity,
+            "temperature": self.temperature,
+            "quotas": self.quotas,
+            "confidence": self.confidence,
+            "probe_step": self.probe_step,
             "problems": [
-                {"id": problem_id, "score": float(score), "weight": float(weight)}
-                for problem_id, score, weight in zip(self.ids, self.scores, self.weights, strict=True)
+                {
+                    "id": self.ids[i],
+                    "score": float(self.scores[i]),
+                    "low": None if np.isnan(self.low[i]) else float(self.low[i]),
+                    "high": None if np.isnan(self.high[i]) else float(self.high[i]),
+                    "weight": float(self.weights[i]),
+                    "rollouts": int(self.rollouts[i]),
+                    "picked_by": self.picked_by[i],
+                }
+                for i in range(len(self.ids))
             ],
         }
 
@@ -64,7 +108,7 @@ class Selection:
 def select(
     store: Store,
     collection: str,
-    target: Target | None,
+    target: Target | Sequence[Target] | None,
     n: int,
     selector: str | Selector = "cosine",
     at: int | None = None,
@@ -74,72 +118,138 @@ def select(
     seed: int = 0,
     allow_fewer: bool = False,
     diversity: Diversity | None = None,
+    probes: "ProbeBatch | None" = None,
+    temperature: float | None = None,
+    quotas: Mapping[str, float] | None = None,
+    confidence: float = 0.95,
+    forgetting: float = 1.0,
 ) -> Selection:
     """The n best problems of a collection for a selector, seen as of step `at`.
 
-    candidates: choose among these ids only (a round's chunk). seed: drives the selectors that draw at random.
+    target: one, or several, which count alike unless the selector combines them in its own way (`less`, `cropi`).
+    selector: a name, a mixture such as `cosine:0.7+rand:0.3`, or a Selector.
+    candidates: choose among these ids only (a round's chunk). seed: drives everything that is drawn at random.
     diversity: pick n among the best few times n so that they differ (engine.Diversity has the formulas and the cost);
     problems without a gradient are left out then.
-    RequestError when fewer than n can be chosen, unless allow_fewer; when the selector needs a target and none is
-    given; for an unknown selector or candidate.
+    probes: for the selectors that go by them; None: those stored at the newest step along the target's benchmark.
+    temperature: draw the picks, the better the likelier, in units of the scores' standard deviation; None or 0: take
+    the best. quotas: share of the picks of each source named, the rest being the other sources'. confidence: of
+    intervals. forgetting: for selectors that go by history, what a rollout counts for less with each step since.
+    RequestError when fewer than n can be chosen, unless allow_fewer; when the quotas cannot be met; when the selector
+    needs a target or probes and there are none; for an unknown selector or candidate.
     """
-    chosen = SELECTORS[selector] if isinstance(selector, str) else selector
-    if n < 1:
-        raise RequestError(f"n is {n}, expected at least 1")
-    if chosen.needs_target and target is None:
-        raise RequestError(f"selector {chosen.name!r} needs a target: name a benchmark")
+    parts = parts_of(selector)
+    targets = [] if target is None else [target] if isinstance(target, Target) else list(target)
+    _check(parts, targets, n, seed, confidence)
+    if quotas is not None:
+        check_quotas(quotas, store.problems(collection)["source"].to_numpy())
     view = store.view(collection, at)
-    target_D = None if target is None else direction(target, view.dim, "dot")
-    ids, positions = _candidates(store, view, chosen, where, candidates)
-    scores_P = chosen.score(Candidates(view, ids, positions, target_D, np.random.default_rng(seed)))
-    if diversity is None:
-        picked = best(scores_P, n, lambda rows: ids[rows])
-    else:
-        has_gradient_P = (positions >= 0) & np.append(view.live, False)[positions]
-        scores_P = np.where(has_gradient_P, scores_P, np.nan)
-        leading = best(scores_P, diversity.candidates * n, lambda rows: ids[rows])
-        units_KD = view.rows(positions[leading])
-        picked = leading[diversity.pick(units_KD, scores_P[leading], n, seed)] if len(leading) else leading
-    if len(picked) < n and not allow_fewer:
-        raise RequestError(
-            f"selector {chosen.name!r} can choose {len(picked)} of {n} problems asked from {collection!r} "
-            f"({_census(view)}): ask for fewer, or allow fewer"
-        )
+    probe_step = None
+    if probes is None and any(part.selector.needs_probes for part in parts):
+        probes, probe_step = stored_probes(view, _one_benchmark(parts, targets))
+    target_D = _direction(targets, view.dim)
+    picks = Picks()
+    for i, (part, n_S) in enumerate(zip(parts, numbers_of_picks(n, parts, quotas), strict=True)):
+        ids, positions, group_P = _candidates(store, view, part.selector, where, candidates, quotas)
+        of_scores, of_sampling = (np.random.default_rng([seed, i, purpose]) for purpose in range(2))
+        seen = Candidates(view, ids, positions, target_D, of_scores, tuple(targets), probes, confidence, forgetting)
+        scored = answer(part.selector, seen)
+        keys_P = softened(scored.scores, temperature or 0.0, of_sampling)
+        if diversity is not None:
+            keys_P = np.where((positions >= 0) & np.append(view.live, False)[positions], keys_P, np.nan)
+        keys_P = picks.free(seen, keys_P)
+        take = taker(seen, diversity, seed)
+        picked, found_S = pick_from_groups(keys_P, n_S, group_P, take, ids, in_order=diversity is None)
+        if quotas is not None or not allow_fewer:
+            refuse_shortage(part, n_S, found_S, collection, quotas, _census(view))
+        picks.add(part.selector, seen, scored, picked)
+    uses_targets = probe_step is not None or any(part.selector.needs_target for part in parts)
     return Selection(
-        collection,
-        chosen.name,
-        [str(problem_id) for problem_id in ids[picked]],
-        scores_P[picked].astype(np.float64),
-        np.ones(len(picked)),
-        int((~np.isnan(scores_P)).sum()),
-        n,
-        at,
-        seed,
-        view.commit,
-        None if target is None or not chosen.needs_target else target.describe(),
-        None if diversity is None else diversity.describe(),
+        collection=collection,
+        selector=mixture_name(parts),
+        **picks.columns(),
+        n_asked=n,
+        at=at,
+        seed=seed,
+        commit=view.commit,
+        targets=[goal.describe() for goal in targets] if uses_targets else [],
+        diversity=None if diversity is None else diversity.describe(),
+        temperature=temperature,
+        quotas=None if quotas is None else dict(quotas),
+        confidence=confidence,
+        probe_step=probe_step,
     )
 
 
+def _check(parts: list[Part], targets: list[Target], n: int, seed: int, confidence: float) -> None:
+    if n < 1:
+        raise RequestError(f"n is {n}, expected at least 1")
+    if seed < 0:
+        raise RequestError(f"seed is {seed}, expected at least 0")
+    if not 0 < confidence < 1:
+        raise RequestError(f"confidence is {confidence}, expected a number between 0 and 1")
+    for part in parts:
+        if part.selector.needs_target and not targets:
+            raise RequestError(f"selector {part.selector.name!r} needs a target: name a benchmark")
+
+
+def _one_benchmark(parts: list[Part], targets: list[Target]) -> str:
+    """The benchmark whose stored probes are meant."""
+    name = next(part.selector.name for part in parts if part.selector.needs_probes)
+    benchmarks = {goal.benchmark for goal in targets}
+    if len(benchmarks) != 1:
+        raise RequestError(
+            f"selector {name!r} goes by probes along one benchmark, not {len(benchmarks)}: name one, or give probes"
+        )
+    return benchmarks.pop()
+
+
+def _direction(targets: list[Target], dim: int) -> np.ndarray | None:
+    """What `Candidates.target_D` says."""
+    if len(targets) < 2:
+        return direction(targets[0], dim, "dot") if targets else None
+    return np.stack([direction(goal, dim, "cosine") for goal in targets]).sum(axis=0)
+
+
 def _candidates(
-    store: Store, view: View, selector: Selector, where: Where | None, among: Sequence[str] | None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Ids of the problems the selector may choose among, and their places in the view (-1: never measured)."""
+    store: Store,
+    view: View,
+    selector: Selector,
+    where: Where | None,
+    among: Sequence[str] | None,
+    quotas: Mapping[str, float] | None,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Ids of the problems the selector may choose among, places in the view (-1: never measured), groups of sources."""
+    problems = None
     if selector.whole_pool:
         problems = store.problems(view.collection)
-        ids = problems.column("id").to_numpy()
-        positions = view.find(ids)
-        mask_P = ~np.isin(ids, store.deleted(view.collection))
+        ids = problems["id"].to_numpy().astype(object)
+        positions = places(ids, view.ids)
+        mask_P = places(ids, store.deleted(view.collection)) < 0
     else:
-        problems, ids, positions = view.problems, view.ids, np.arange(len(view))
+        ids, positions = view.ids, np.arange(len(view))
         mask_P = view.live if selector.live_only else view.states != State.FAILED
+        if where is not None or quotas is not None:
+            problems = view.problems
     if where is not None:
         rates = np.append(view.pass_rates, np.float32(np.nan))[positions]
         mask_P = mask_P & where.mask(problems, rates)
     if among is not None:
-        view.positions(among)
-        mask_P = mask_P & np.isin(ids, np.asarray(among, object))
-    return ids[mask_P], positions[mask_P]
+        _check_known(store, view, among)
+        mask_P = mask_P & (places(ids, among) >= 0)
+    if quotas is None or problems is None:
+        return ids[mask_P], positions[mask_P], None
+    return ids[mask_P], positions[mask_P], groups_of(quotas, problems["source"].to_numpy()[mask_P])
+
+
+def _check_known(store: Store, view: View, ids: Sequence[str]) -> None:
+    """RequestError for a candidate that the collection does not have; one never measured is no mistake."""
+    missing = [problem_id for problem_id, place in zip(ids, places(ids, view.ids), strict=True) if place < 0]
+    if missing:
+        known = places(missing, store.problems(view.collection)["id"])
+        if (known < 0).any():
+            unknown = missing[int(np.argmax(known < 0))]
+            raise RequestError(f"candidate {unknown!r} is not in collection {view.collection!r}")
 
 
 def _census(view: View) -> str:

@@ -1,9 +1,12 @@
 """Every selector against its formula written as a loop."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+from scipy import stats
 
-from engine import SELECTORS, Selector, Where, select, target
+from engine import SELECTORS, Selector, Target, Where, select, target
 from gradstore import State
 from gradstore.errors import RequestError
 
@@ -45,10 +48,20 @@ def slow_scores(store, name: str) -> dict[str, float]:
         return {
             i: sum(value[i] * value[j] * cosine(gradients[i], gradients[j]) for j in live) / len(live) for i in live
         }
+    if name == "less":  # of one step
+        rows = store.view("bench").take([f"v{i}" for i in range(8)])
+        return {i: float(np.mean([cosine(gradients[i], row) for row in rows])) for i in live}
+    if name == "cropi":  # of one benchmark
+        ranked = sorted(live, key=lambda i: -cosine(gradients[i], query))
+        return {i: 1 / (ranked.index(i) + 1) for i in live}
     raise AssertionError(name)
 
 
-@pytest.mark.parametrize("name", sorted(set(SELECTORS) - {"rand", "acc"}))
+DRAWN = {"rand", "acc", "dynamic", "thompson"}
+"""Have tests of their own, like the selectors that go by probes (test_selectors_probe.py)."""
+
+
+@pytest.mark.parametrize("name", sorted(n for n in SELECTORS if n not in DRAWN and not SELECTORS[n].needs_probes))
 def test_selector_is_its_formula(make_store, name: str) -> None:
     """A selector that is not what its name says makes every comparison with the papers void."""
     store = make_store()
@@ -82,6 +95,132 @@ def test_rand_draws_from_the_whole_pool(make_store) -> None:
     assert len(counts) == 80
     assert min(counts.values()) > 60
     assert max(counts.values()) < 145
+
+
+def test_dynamic_draws_evenly_from_problems_with_signal(make_store) -> None:
+    """DAPO's filter drops what has no gradient and prefers nothing among the rest."""
+    store = make_store()
+    view = store.view("pool")
+    counts = dict.fromkeys(view.ids[view.live], 0)
+    for seed in range(400):
+        for problem_id in select(store, "pool", None, 20, "dynamic", seed=seed).ids:
+            counts[problem_id] += 1
+    mean = 400 * 20 / len(counts)
+    assert min(counts.values()) > 0.75 * mean
+    assert max(counts.values()) < 1.25 * mean
+
+
+def test_thompson_draws_from_the_posterior(make_store) -> None:
+    """The score is -|q - 1/2|, q from Beta(1 + right, 1 + wrong) over every row ever, also for what has none."""
+    store = make_store()
+    store.add_problems("pool", [{"id": "never", "prompt": "?"}])
+    with store.writer("pool", step=5) as writer:
+        writer.append(["p000", "p001"], np.ones((2, store.dim)), pass_rate=[0.25, 0.5], n_rollouts=[4, 40])
+    names = ["p000", "p001", "p007", "never"]
+    drawn: dict[str, list[float]] = {name: [] for name in names}
+    for seed in range(400):
+        chosen = select(store, "pool", None, 4, "thompson", seed=seed, candidates=names)
+        for name, score in zip(chosen.ids, chosen.scores, strict=True):
+            drawn[name].append(score)
+    for name in names:
+        a = b = 1.0
+        for row in store.history("pool").to_pylist():
+            if row["id"] == name:
+                a += row["pass_rate"] * row["n_rollouts"]
+                b += (1 - row["pass_rate"]) * row["n_rollouts"]
+        posterior = stats.beta(a, b)
+        distance = stats.kstest(-np.array(drawn[name]), lambda x, q=posterior: q.cdf(0.5 + x) - q.cdf(0.5 - x))
+        assert distance.pvalue > 1e-3, (name, a, b)
+
+
+def test_less_over_steps_and_benchmarks(make_store) -> None:
+    """The sum over steps weighted by learning rates, the largest over benchmarks, as a loop over rows."""
+    store, random = make_store(), np.random.default_rng(5)
+    ids = [f"p{i:03d}" for i in range(60)]
+    store.add_problems("other", [{"id": f"o{i}", "prompt": "?"} for i in range(5)])
+    for step in (10, 20):
+        for name, members in (("pool", ids[step : step + 25]), ("bench", ["v0", "v3"]), ("other", ["o1", "o2", "o4"])):
+            with store.writer(name, step=step) as writer:
+                states = [State.NO_SIGNAL if name == "pool" and i % 9 == 4 else State.LIVE for i in range(len(members))]
+                rows = random.normal(size=(len(members), store.dim))
+                writer.append(members, rows, state=states)
+
+    def slow(rates: dict[str, dict[int, float]]) -> dict[str, float]:
+        scores = {}
+        for problem_id in ids:
+            best = -np.inf
+            for benchmark, of_step in rates.items():
+                total = weight = 0.0
+                for step, rate in of_step.items():
+                    past, goal = store.view("pool", step), store.view(benchmark, step)
+                    state = past.states[past.positions([problem_id])[0]]
+                    if state == State.FAILED:
+                        continue
+                    weight += rate
+                    if state == State.LIVE:
+                        mine = past.take([problem_id])[0].astype(np.float64)
+                        total += rate * np.mean([cosine(mine, row) for row in goal.take(goal.ids[goal.live])])
+                if weight:
+                    best = max(best, total / weight)
+            scores[problem_id] = best
+        live = store.view("pool")
+        return {i: scores[i] for i in live.ids[live.live]}
+
+    def check(targets: list[Target], rates: dict[str, dict[int, float]]) -> None:
+        expected = slow(rates)
+        chosen = select(store, "pool", targets, 12, "less")
+        assert chosen.ids == sorted(expected, key=lambda i: (-round(expected[i], 9), i))[:12]
+        np.testing.assert_allclose(chosen.scores, [expected[i] for i in chosen.ids], rtol=1e-5, atol=1e-6)
+
+    goals = [target(store, "bench"), target(store, "other")]
+    alike = {0: 1.0, 10: 1.0, 20: 1.0}
+    check(goals[:1], {"bench": alike})
+    check(goals, {"bench": alike, "other": {10: 1.0, 20: 1.0}})
+    rated = [replace(target(store, "bench", step), learning_rate=rate) for step, rate in ((0, 3e-6), (20, 1e-6))]
+    check([*rated, goals[1]], {"bench": {0: 3e-6, 20: 1e-6}, "other": {10: 1.0, 20: 1.0}})
+    with pytest.raises(RequestError, match="some targets of 'bench' have a learning rate and some have none"):
+        select(store, "pool", [*rated, target(store, "bench", 10)], 12, "less")
+
+
+def test_cropi_fuses_ranks(make_store) -> None:
+    """The mean of 1/rank over benchmarks, as a loop."""
+    store, random = make_store(), np.random.default_rng(5)
+    for name in ("two", "three"):
+        store.add_problems(name, [{"id": f"{name}{i}", "prompt": "?"} for i in range(3)])
+        with store.writer(name, step=0) as writer:
+            writer.append([f"{name}{i}" for i in range(3)], random.normal(size=(3, store.dim)))
+    goals = [target(store, name) for name in ("bench", "two", "three")]
+    view = store.view("pool")
+    live = view.ids[view.live]
+    fused = dict.fromkeys(live, 0.0)
+    for goal in goals:
+        cosines = {i: cosine(view.take([i])[0].astype(np.float64), goal.vector.astype(np.float64)) for i in live}
+        for i in live:
+            fused[i] += 1 / 3 / (1 + sum(cosines[j] > cosines[i] for j in live))
+    chosen = select(store, "pool", goals, 10, "cropi")
+    assert chosen.ids == sorted(live, key=lambda i: (-round(fused[i], 12), i))[:10]
+    np.testing.assert_allclose(chosen.scores, [fused[i] for i in chosen.ids])
+    assert [goal["benchmark"] for goal in chosen.targets] == ["bench", "two", "three"]
+
+
+def test_several_targets_count_alike(make_store) -> None:
+    """With cosine, the mean of the cosines, however long the targets are."""
+    store = make_store()
+    goals = [target(store, "bench"), replace(target(store, "bench"), vector=np.eye(store.dim, dtype=np.float32)[3] * 9)]
+    view = store.view("pool")
+    mean = {i: np.mean([cosine(view.take([i])[0], goal.vector) for goal in goals]) for i in view.ids[view.live]}
+    assert select(store, "pool", goals, 10).ids == sorted(mean, key=lambda i: -mean[i])[:10]
+
+
+def test_learnalign_leaves_out_unknown_pass_rates(make_store) -> None:
+    """One problem without a pass rate must not turn every score to nan."""
+    store = make_store()
+    with store.writer("pool", step=1) as writer:
+        writer.append(["p000"], np.ones((1, store.dim)))
+    n_known = int((store.view("pool").live & ~np.isnan(store.view("pool").pass_rates)).sum())
+    chosen = select(store, "pool", None, 60, "learnalign", allow_fewer=True)
+    assert chosen.n_candidates == len(chosen) == n_known
+    assert "p000" not in chosen.ids
 
 
 @pytest.mark.parametrize(
@@ -118,7 +257,8 @@ def test_candidates_and_filters(make_store) -> None:
     store = make_store()
     wanted, chunk = target(store, "bench"), [f"p{i:03d}" for i in range(20)]
     whole = select(store, "pool", wanted, 45, allow_fewer=True)
-    assert select(store, "pool", wanted, 5, candidates=chunk).ids == [i for i in whole.ids if i in chunk][:5]
+    ranked = [i for i in whole.ids if i in chunk]
+    assert select(store, "pool", wanted, 5, candidates=chunk).ids == ranked[:5]
     sourced = select(store, "pool", wanted, 5, where=Where(sources=("s1",)))
     assert sourced.ids == [i for i in whole.ids if int(i[1:]) % 3 == 1][:5]
     assert set(select(store, "pool", None, 5, "rand", where=Where(sources=("s1",))).ids) <= {
@@ -126,13 +266,17 @@ def test_candidates_and_filters(make_store) -> None:
     }
     with pytest.raises(RequestError, match="nobody"):
         select(store, "pool", wanted, 5, candidates=["p000", "nobody"])
+    store.add_problems("pool", [{"id": "new", "prompt": "?"}])
+    assert select(store, "pool", wanted, 5, candidates=[*reversed(chunk), "new"]).ids == ranked[:5]
+    assert set(select(store, "pool", None, 21, "rand", candidates=[*chunk, "new"]).ids) == {*chunk, "new"}
 
 
 def test_scale_of_the_target_does_not_change_a_ranking(make_store) -> None:
     """Scores may grow with the target, picks may not."""
     store = make_store()
     wanted = target(store, "bench")
-    ids = {name: select(store, "pool", wanted, 9, name).ids for name in ("cosine", "dot", "simacc", "negsim")}
+    names = [name for name in SELECTORS if SELECTORS[name].needs_target]
+    ids = {name: select(store, "pool", wanted, 9, name).ids for name in names}
     wanted.vector[:] *= 1000
     assert ids == {name: select(store, "pool", wanted, 9, name).ids for name in ids}
 

@@ -113,8 +113,9 @@ def run_demo(folder: Path, seed: int, settings: DemoSettings, tell: Callable[[st
         wanted = target(store, "benchmark")
     with result.stage("query, top 20", tell):
         search(store.view("pool"), wanted, 20)
-    with result.stage(f"{len(SELECTORS)} selectors", tell):
-        for name, selector in SELECTORS.items():
+    without_probes = {name: selector for name, selector in SELECTORS.items() if not selector.needs_probes}
+    with result.stage(f"{len(without_probes)} selectors", tell):
+        for name, selector in without_probes.items():
             chosen = select(
                 store, "pool", wanted if selector.needs_target else None, settings.n_selected, name, seed=seed
             )

@@ -1,0 +1,56 @@
+"""Mixtures of selectors: `cosine:0.7+rand:0.3` has seven tenths of the picks from one and the rest from the other.
+
+The parts pick in the order they are named, each its best among what those before it left, so that no problem is picked
+twice and each part gets its number.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from engine.selecting.candidates import Selector
+from engine.selecting.selectors import SELECTORS
+from gradstore.errors import RequestError
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A selector and its share of the picks."""
+
+    selector: Selector
+    share: float
+
+
+def parts_of(selector: str | Selector) -> list[Part]:
+    """The parts of a mixture, shares summing to 1; one part for a plain name or a Selector.
+
+    A text is `NAME` or `NAME:WEIGHT+NAME:WEIGHT+...`; a weight left out is 1. RequestError for an unknown name, one
+    given twice, or a weight that is not a number above 0.
+    """
+    if isinstance(selector, Selector):
+        return [Part(selector, 1.0)]
+    terms = [term.partition(":") for term in selector.split("+")]
+    weights = [_weight(selector, weight) if colon else 1.0 for _, colon, weight in terms]
+    selectors = [SELECTORS[name.strip()] for name, _, _ in terms]
+    names = [found.name for found in selectors]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise RequestError(f"mixture {selector!r} names {twice!r} twice: give it once, with the sum of the weights")
+    return [Part(found, weight / float(np.sum(weights))) for found, weight in zip(selectors, weights, strict=True)]
+
+
+def mixture_name(parts: list[Part]) -> str:
+    """The mixture as text, with names instead of aliases and shares that sum to 1."""
+    if len(parts) == 1:
+        return parts[0].selector.name
+    return "+".join(f"{part.selector.name}:{part.share:g}" for part in parts)
+
+
+def _weight(mixture: str, text: str) -> float:
+    try:
+        weight = float(text)
+    except ValueError:
+        weight = float("nan")
+    if not 0 < weight < np.inf:
+        raise RequestError(f"mixture {mixture!r}: weight {text!r}, expected NAME:WEIGHT+... with numbers above 0")
+    return weight

@@ -1,0 +1,71 @@
+"""Selectors that go by probes: each rollout's derivative along the target, so that a score comes with its interval.
+
+Statistics that look at the whole pool (shrinkage, the false-discovery cut, the floor of a standard error) look at the
+candidates that were probed and are live. A candidate without a probe is not ranked.
+
+P candidates, K of them with a live probe.
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from engine.selecting.candidates import Candidates, Scored, Selector
+from engine.selecting.membership import places
+from gradstore import View
+from gradstore.errors import RequestError
+
+if TYPE_CHECKING:
+    from engine.probing.batch import ProbeBatch
+
+
+def stored_probes(view: View, benchmark: str) -> tuple["ProbeBatch", int]:
+    """The probes stored along a benchmark at the newest step of the view, and that step; RequestError without any."""
+    from engine.probing.batch import ProbeBatch
+
+    steps = view.store.probes(view.collection, target=benchmark)["step"].to_numpy()
+    steps = steps if view.at is None else steps[steps <= view.at]
+    if not len(steps):
+        moment = "" if view.at is None else f" at or before step {view.at}"
+        raise RequestError(
+            f"collection {view.collection!r} has no probes along {benchmark!r}{moment}: probe it first, or give probes"
+        )
+    step = int(steps.max())
+    return ProbeBatch.load(view.store, view.collection, step=step, target=benchmark), step
+
+
+def _by(kind: str) -> Callable[[Candidates], Scored]:
+    def score(candidates: Candidates) -> Scored:
+        from engine.probing import statistics
+
+        probes = candidates.probes
+        if probes is None:
+            raise RequestError("this selector needs probes")
+        place_P = places(candidates.ids, probes.ids)
+        live_P = (place_P >= 0) & np.append(probes.live, False)[place_P]
+        place_K = place_P[live_P]
+        dots_K, errors_K, t_K = probes.dots[place_K], probes.standard_errors[place_K], probes.t[place_K]
+        n_K = np.array([len(probes.rewards[place]) for place in place_K])
+        found = np.full((3, len(candidates)), np.nan)
+        if len(place_K):
+            scores_K = statistics.scores(kind, dots_K, errors_K, t_K, probes.p_values[place_K], n_K)
+            found[0, live_P] = np.where(np.isfinite(scores_K), scores_K, np.nan)
+            found[1:, live_P] = statistics.intervals(kind, dots_K, errors_K, t_K, n_K, candidates.confidence)
+        return Scored(*found)
+
+    return score
+
+
+def _selector(name: str, kind: str, formula: str) -> Selector:
+    return Selector(name, _by(kind), formula, live_only=False, whole_pool=True, needs_probes=True)
+
+
+BY_PROBE = [
+    _selector("exact", "dot", "<g, V> over every parameter"),
+    _selector("corr", "corr", "correlation of reward and derivative"),
+    _selector("snr", "snr", "<g, V> / SE"),
+    _selector("lcb", "lcb", "<g, V> - SE"),
+    _selector("shrunk", "shrunk", "posterior mean of <g, V>"),
+    _selector("fdr", "fdr", "<g, V> past a false-discovery cut at 0.1"),
+]
