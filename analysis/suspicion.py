@@ -1,12 +1,15 @@
 """Rewards that look broken: wrong ground truths pull against the rest, coin flips pull nowhere and pay half the time.
 
-Evidence, each scaled over the pool to a percentile, and combined by their weighted mean (docs/analysis.md):
+Evidence, each scaled to a percentile within the problem's source, and combined by a weighted mean (docs/analysis.md):
 
-    harm          low alignment with the benchmark, over the steps measured
-    estrangement  low alignment with the other problems of the same source (their mean, the problem itself left out)
+    estrangement  little pull along the mean gradient of the other problems of the same source
+    harm          little pull along the benchmark, in sources that as a whole pull along it
     coin          pass rate close to one half
-    halves        even and odd rollouts that disagree about the direction (where probes are stored)
-    p_value       rewards unrelated to the direction (where probes are stored)
+    halves        even and odd rollouts that disagree about the pull along the benchmark (where probes are stored)
+    p_value       rewards unrelated to that pull (where probes are stored; sources that pull along the benchmark)
+
+A pull is a dot product, not a cosine: rewards that do not depend on the response leave a short gradient whose direction
+is chance, and a cosine would hide how short it is.
 
 Dimension letters: P problems, D sketch dimensions.
 """
@@ -23,8 +26,10 @@ from engine.searching.query import eligible_positions, query_vectors, score_rows
 from gradstore import Store, View
 from gradstore.errors import RequestError
 
-WEIGHTS: Mapping[str, float] = {"harm": 1.0, "estrangement": 1.0, "coin": 0.5, "halves": 0.5, "p_value": 0.5}
+WEIGHTS: Mapping[str, float] = {"estrangement": 1.0, "harm": 0.25, "coin": 0.25, "halves": 0.25, "p_value": 0.25}
 """How much each piece of evidence counts."""
+LEAST_OF_SOURCE = 20
+"""Sources with fewer live problems are put together when percentiles are taken."""
 COLUMNS = [
     "rank", "id", "source", "suspicion", "score", "own", "pass_rate", "disagreement", "p_value", "why", "step",
 ]  # fmt: skip
@@ -42,8 +47,8 @@ def suspicious(
 
     benchmark: None: without harm, halves and p_value. weights: evidence -> weight; what the store lacks is left out.
     Columns: rank int64 (from 1), id, source, suspicion float64 (0 to 1: weighted mean of the evidence's percentiles),
-    score float64 (cosine with the benchmark; nan without), own float64 (cosine with the mean gradient of the other
-    problems of its source), pass_rate float64, disagreement float64 (|even - odd| / their standard error; nan without
+    score float64 (cosine with the benchmark; nan without), own float64 (pull along its source: `own_pull`),
+    pass_rate float64, disagreement float64 (|even - odd| / their standard error; nan without
     probes), p_value float64 (nan without probes), why str (the evidence beyond the 90th percentile, in words), step
     int64 (of the row). RequestError where nothing is live, for unknown evidence, or a benchmark without a target.
     """
@@ -55,12 +60,13 @@ def suspicious(
     if not len(live):
         raise RequestError(f"collection {pool!r} has no live problem in this view: there is nothing to judge")
     ids = view.ids_at(live)
+    sources = view.problems["source"].to_numpy(zero_copy_only=False)[live]
     frame = pd.DataFrame(
         {
             "id": ids,
-            "source": view.problems["source"].to_numpy(zero_copy_only=False)[live],
+            "source": sources,
             "score": np.nan,
-            "own": own_alignment(view, live),
+            "own": own_pull(view, live),
             "pass_rate": view.pass_rates[live].astype(np.float64),
             "disagreement": np.nan,
             "p_value": np.nan,
@@ -75,14 +81,17 @@ def suspicious(
         gap = np.abs(probed["even"].to_numpy(float) - probed["odd"].to_numpy(float))
         frame["disagreement"] = np.divide(gap, 2 * error, out=np.full(len(ids), np.nan), where=error > 0)
         frame["p_value"] = probed["p_value"].to_numpy(float)
+    pull = frame["score"] * view.norms[live]
+    towards = pull.groupby(frame["source"]).transform("sum") > 0
     evidence = {
-        "harm": -frame["score"],
+        "harm": -pull.where(towards),
         "estrangement": -frame["own"],
         "coin": -(frame["pass_rate"] - 0.5).abs(),
         "halves": frame["disagreement"],
-        "p_value": frame["p_value"],
+        "p_value": frame["p_value"].where(towards),
     }
-    percentiles = {name: _percentile(evidence[name].to_numpy(float)) for name in weights}
+    groups = _groups(sources)
+    percentiles = {name: _percentile(evidence[name].to_numpy(float), groups) for name in weights}
     used = [name for name in weights if weights[name] > 0 and np.isfinite(percentiles[name]).any()]
     if not used:
         raise RequestError("no evidence is left: give a weight to some that the store has")
@@ -95,22 +104,29 @@ def suspicious(
     return frame[COLUMNS]
 
 
-def own_alignment(view: View, live: np.ndarray) -> np.ndarray:
-    """Cosine of each problem's gradient with the mean unit gradient of the other live problems of its source, float64;
-    nan for the only one of its source."""
+def own_pull(view: View, live: np.ndarray) -> np.ndarray:
+    """<g_i, m> / |m| over the median |g| of the source, m the mean gradient of its source's other problems: float64.
+
+    nan for the only one of its source. Two passes over the rows, in bounded memory.
+    """
     sources, group_P = np.unique(view.problems["source"].to_numpy(zero_copy_only=False)[live], return_inverse=True)
-    sums_SD = np.zeros((len(sources), view.dim))
-    done = 0
-    for _, rows_ND in view.scan(live):
-        np.add.at(sums_SD, group_P[done : done + len(rows_ND)], rows_ND)
-        done += len(rows_ND)
+    norms_P = view.norms[live].astype(np.float64)
+    medians = np.array([np.median(norms_P[group_P == s]) for s in range(len(sources))])
+    sums_SD, done = np.zeros((len(sources), view.dim)), 0
+    for _, units_ND in view.scan(live):
+        some = slice(done, done + len(units_ND))
+        np.add.at(sums_SD, group_P[some], units_ND * norms_P[some, None])
+        done += len(units_ND)
     own_P, done = np.full(len(live), np.nan), 0
-    for _, rows_ND in view.scan(live):
-        others_ND = sums_SD[group_P[done : done + len(rows_ND)]] - rows_ND
+    for _, units_ND in view.scan(live):
+        some = slice(done, done + len(units_ND))
+        rows_ND = units_ND * norms_P[some, None]
+        others_ND = sums_SD[group_P[some]] - rows_ND
         lengths_N = np.linalg.norm(others_ND, axis=1)
-        dots_N = (others_ND * rows_ND).sum(axis=1)
-        np.divide(dots_N, lengths_N, out=own_P[done : done + len(rows_ND)], where=lengths_N > 1e-6)
-        done += len(rows_ND)
+        known_N = lengths_N > 1e-6 * norms_P[some]
+        pulls_N = np.einsum("nd,nd->n", others_ND, rows_ND) / medians[group_P[some]]
+        np.divide(pulls_N, lengths_N, out=own_P[some], where=known_N)
+        done += len(units_ND)
     return own_P
 
 
@@ -142,21 +158,28 @@ def _precisions(scores_P: np.ndarray, bad_P: np.ndarray) -> dict[str, float]:
     return {**found, "base": float(bad_P.mean()) if len(bad_P) else float("nan")}
 
 
-def _percentile(values_P: np.ndarray) -> np.ndarray:
-    """Place of each value among the known ones, 0 to 1; nan where unknown."""
-    known = np.isfinite(values_P)
+def _groups(sources: np.ndarray) -> np.ndarray:
+    """Number of each problem's group: its source, the small sources together."""
+    _, group_P, counts = np.unique(sources, return_inverse=True, return_counts=True)
+    return np.where(counts[group_P] < LEAST_OF_SOURCE, -1, group_P)
+
+
+def _percentile(values_P: np.ndarray, group_P: np.ndarray) -> np.ndarray:
+    """Place of each value among the known ones of its group, 0 to 1; nan where unknown."""
     found = np.full(len(values_P), np.nan)
-    if known.any():
-        found[known] = (rankdata(values_P[known]) - 0.5) / known.sum()
+    for group in np.unique(group_P):
+        known = np.isfinite(values_P) & (group_P == group)
+        if known.any():
+            found[known] = (rankdata(values_P[known]) - 0.5) / known.sum()
     return found
 
 
 _WORDS = {
-    "harm": "pulls against the benchmark",
-    "estrangement": "pulls against its own source",
+    "harm": "pulls little along the benchmark, or against it",
+    "estrangement": "pulls little along its own source, or against it",
     "coin": "pays about half the time",
     "halves": "halves of the rollouts disagree",
-    "p_value": "rewards unrelated to the direction",
+    "p_value": "rewards unrelated to the direction of the benchmark",
 }
 
 

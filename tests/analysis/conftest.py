@@ -155,7 +155,7 @@ def make_history(tmp_path: Path) -> Callable[..., History]:
 
 @pytest.fixture
 def history(make_history: Callable[..., History]) -> History:
-    """Four steps of 60 problems, some refreshed only at some steps, some without signal, one failed; two rounds each."""
+    """Four steps of 60 problems, refreshed at some of them, some without signal, one failed; a round at each step."""
     random = np.random.default_rng(3)
     measured_SP = random.random((4, 60)) < 0.6
     measured_SP[0] = True

@@ -81,5 +81,5 @@ def test_measured_keeps_scores_of_fresh_rows_alone(history) -> None:
 
 @pytest.mark.parametrize("arguments", [("nothing", "bench"), ("pool", "nothing"), ("pool", "bench", "manhattan")])
 def test_wrong_requests_are_named(history, arguments) -> None:
-    with pytest.raises(RequestError, match="nothing|manhattan"):
+    with pytest.raises(RequestError, match=r"nothing|manhattan"):
         alignment(history.store, *arguments)
