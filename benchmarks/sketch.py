@@ -1,6 +1,6 @@
 """What a sketch costs next to a plain forward and backward over the same rollouts.
 
-    python -m benchmarks.sketch [--repeats 7] [--threads 2] [--token-budget 4096]
+    python -m benchmarks.sketch [--repeats 7] [--threads 2] [--token-budget 2048]
 
 One process, every method once a round, ratios to the plain pass of the same round, median with the spread. Model: Qwen2
 architecture, 13.8M parameters (hidden 384, 6 layers, intermediate 1536, vocabulary 2000), random weights, float32;
@@ -118,7 +118,7 @@ def jobs(model: nn.Module, groups: list[Group], budget: int) -> dict[str, Callab
 def main(
     repeats: Annotated[int, typer.Option(help="Rounds.")] = 7,
     threads: Annotated[int, typer.Option(help="Threads of torch.")] = 2,
-    token_budget: Annotated[int, typer.Option(help="Tokens of a micro-batch, for all but the plain pass.")] = 4096,
+    token_budget: Annotated[int, typer.Option(help="Tokens of a micro-batch, for all but the plain pass.")] = 2048,
 ) -> None:
     """Time every method against the plain pass."""
     torch.set_num_threads(threads)

@@ -124,11 +124,14 @@ def pack(rollouts: Sequence[Rollout], token_budget: int, shared: bool) -> Iterat
     """Micro-batches of like lengths, at most token_budget tokens each with padding (or one rollout).
 
     Unshared, rollouts are sorted by length. Shared, problems are sorted by the lengths of prompt and longest response,
-    and a problem's rollouts stand together; one that does not fit whole is run in two micro-batches, its prompt twice.
+    and a problem's rollouts stand together; one whose rollouts exceed the budget is run in several micro-batches, its
+    prompt in each.
     """
     longest: dict[int, int] = {}
+    count: dict[int, int] = {}
     for rollout in rollouts:
         longest[rollout.problem] = max(longest.get(rollout.problem, 0), len(rollout.response_ids))
+        count[rollout.problem] = count.get(rollout.problem, 0) + 1
 
     def order(item: tuple[int, Rollout]) -> tuple:
         number, rollout = item
@@ -144,7 +147,12 @@ def pack(rollouts: Sequence[Rollout], token_budget: int, shared: bool) -> Iterat
         wider = max(width, rollout.n_tokens(shared))
         prompt_wider = max(prompt_width, len(rollout.prompt_ids) - 1) if shared else 0
         n_prompts = len(prompts | {rollout.problem})
-        if batch and wider * (len(batch) + 1) + prompt_wider * n_prompts > token_budget:
+        n_coming = 1
+        if shared and rollout.problem not in prompts:
+            n_all = count[rollout.problem]
+            fits_alone = rollout.n_tokens(shared) * n_all + len(rollout.prompt_ids) - 1 <= token_budget
+            n_coming = n_all if fits_alone else 1  # kept whole where that is possible: its prompt is run once
+        if batch and wider * (len(batch) + n_coming) + prompt_wider * n_prompts > token_budget:
             yield _collate(batch, shared)
             batch, prompts = [], set()
             wider, prompt_wider = rollout.n_tokens(shared), len(rollout.prompt_ids) - 1 if shared else 0
