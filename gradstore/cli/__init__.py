@@ -22,7 +22,7 @@ app = typer.Typer(
 
 def main() -> None:
     """Run the command line."""
-    from gradstore.cli import collect, fidelity, inspect, make, rank  # noqa: F401  (they register their commands)
+    from gradstore.cli import collect, fidelity, inspect, make, rank, report  # noqa: F401  (they register their commands)
 
     try:
         app()

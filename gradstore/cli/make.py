@@ -117,5 +117,4 @@ def _later(name: str, release: str, brings: str) -> None:
 
 
 _later("train", "0.4", "Train with a selection each round, embedded or with verl")
-_later("report", "0.5", "A page of what a store holds and how alignment drifted")
 _later("serve", "0.5", "A local explorer of a store in the browser")

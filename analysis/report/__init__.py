@@ -1,0 +1,66 @@
+"""A page of what a store holds and how it came to be: `write_report(store, "report.html")`.
+
+findings.py gathers the frames of `analysis`; holdings, movement, listing, makeup, concerns and choices turn them into
+the sections of a page, as the plain values of pieces.py; rendering.py, interactive.py and printed.py write those out.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gradstore.errors import RequestError
+
+if TYPE_CHECKING:
+    from analysis.report.pieces import Page
+    from gradstore import Store
+
+FORMATS = ("html", "md")
+
+
+def write_report(
+    store: "Store",
+    out: str | Path,
+    *,
+    pool: str | None = None,
+    benchmarks: Sequence[str] = (),
+    metric: str = "cosine",
+    format: str = "html",
+    figures: str | Path | None = None,
+    rollouts: Sequence[str | Path] = (),
+    tokenizer: Any = None,
+    n_listed: int = 50,
+    tell: Callable[[str], None] = lambda line: None,
+) -> "Page":
+    """Write the report of a store to `out` and return the page as values.
+
+    pool, benchmarks: None and empty take the collection with rounds (else the largest) and all others. format: html or
+    md. figures: a folder for every figure as SVG and PNG. rollouts: rollout files whose responses are shown with the
+    problems; tokenizer: where they are token ids alone. n_listed: problems from each end of a ranking.
+    RequestError for what is not there, and where what the report needs is not installed.
+    """
+    if format not in FORMATS:
+        raise RequestError(f"report format {format!r} is not one of {', '.join(FORMATS)}")
+    if n_listed < 1:
+        raise RequestError(f"{n_listed} problems to list, expected at least 1")
+    try:
+        import jinja2  # noqa: F401
+        import plotly  # noqa: F401
+    except ImportError as error:
+        raise RequestError(f"the report needs {error.name}: pip install 'gradstore[report]'") from None
+    from analysis.report.assembly import assemble
+    from analysis.report.findings import find
+    from analysis.report.rendering import to_html, to_markdown
+    from analysis.report.transcripts import Transcripts
+
+    out, folder = Path(out), None if figures is None else Path(figures)
+    found = find(store, pool, benchmarks, metric, n_listed)
+    page = assemble(found, Transcripts(rollouts, tokenizer) if rollouts else None, tell)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if folder is not None:
+        tell("figures")
+        from analysis.report.printed import print_figures
+
+        print_figures(page.figures, folder)
+    text = to_html(page) if format == "html" else to_markdown(page, folder, out.parent)
+    out.write_text(text, encoding="utf-8")
+    return page

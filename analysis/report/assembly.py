@@ -1,0 +1,67 @@
+"""The page, section by section, from what was found in the store."""
+
+from collections.abc import Callable
+from datetime import UTC, datetime
+from importlib.metadata import version
+
+from analysis.report import choices, concerns, holdings, listing, makeup, movement
+from analysis.report.caveats import caveats
+from analysis.report.findings import Findings
+from analysis.report.pieces import Page, Section, written
+from analysis.report.transcripts import Transcripts
+
+
+def assemble(
+    found: Findings, transcripts: Transcripts | None = None, tell: Callable[[str], None] = lambda line: None
+) -> Page:
+    """Every section of the report; `tell` gets the title of each as it is begun."""
+    makers: list[tuple[str, Callable[[], Section]]] = [
+        ("holdings", lambda: holdings.holdings(found)),
+        ("timeline", lambda: holdings.timeline(found)),
+        ("drift", lambda: movement.drifting(found)),
+        ("problems", lambda: listing.extremes(found, transcripts)),
+        ("sources", lambda: makeup.sources(found)),
+        ("clusters", lambda: makeup.clustered(found)),
+        ("layers", lambda: concerns.through_layers(found)),
+        ("selections", lambda: choices.selections(found)),
+        ("conflicts", lambda: concerns.disagreeing(found)),
+        ("turned problems", lambda: concerns.turned(found)),
+        ("suspicious rewards", lambda: concerns.suspects(found)),
+        ("costs", lambda: choices.costs(found)),
+    ]
+    sections = []
+    for name, make in makers:
+        tell(name)
+        sections.append(make())
+    path = found.store.path.resolve()
+    model = found.store.fingerprint.get("model")
+    named = (model.get("name") or model.get("architecture")) if isinstance(model, dict) else model
+    against = ", ".join(found.benchmarks) or "no benchmark"
+    subtitle = f"{path.name} · {found.pool} against {against} · {found.metric}" + (f" · {named}" if named else "")
+    made = (
+        f"Made by gradstore {version('gradstore')} on {datetime.now(UTC):%Y-%m-%d %H:%M} UTC from {path.name}, commits "
+    )
+    made += ", ".join(f"{name} {found.store.commit(name)}" for name in (found.pool, *found.benchmarks)) + "."
+    return Page(_title(found), subtitle, _tiles(found), caveats(found), sections, made)
+
+
+def _title(found: Findings) -> str:
+    steps = found.steps
+    span = f"step {steps[0]}" if len(steps) == 1 else f"steps {steps[0]} to {steps[-1]}"
+    return f"Curriculum report, {span}"
+
+
+def _tiles(found: Findings) -> list[tuple[str, str]]:
+    about = found.about["collections"]
+    states = about[found.pool]["states"]
+    measured = max(1, sum(states.values()))
+    size = sum(collection["bytes"] for collection in about.values())
+    return [
+        ("Problems in the pool", written(about[found.pool]["problems"], "integer")),
+        ("With a gradient", written(states["live"] / measured, "percent")),
+        ("Benchmarks", written(len(found.benchmarks), "integer")),
+        ("Steps measured", written(len(found.steps), "integer")),
+        ("Rounds", written(len(found.rounds), "integer")),
+        ("Rows", written(sum(collection["rows"] for collection in about.values()), "integer")),
+        ("On disk", written(size, "bytes")),
+    ]

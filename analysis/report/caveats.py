@@ -1,0 +1,112 @@
+"""What a reader should know before believing the page, each as one plain sentence."""
+
+import math
+
+import numpy as np
+
+from analysis import alignment, drift
+from analysis.report.findings import Findings
+
+MUCH = 0.25
+"""Share of the pool from which something is worth a sentence."""
+UNRELIABLE = 0.7
+FEW_LIVE = 20
+ENOUGH_STEPS = 5
+"""Steps from which a noise floor that is extrapolated to age 0 is worth a warning."""
+
+
+def caveats(found: Findings) -> list[str]:
+    """Warnings in the order of their weight; empty when there is nothing to say."""
+    lines = _states(found)
+    lines += _benchmarks(found)
+    lines += _noise(found)
+    lines += _age(found)
+    lines += _rounds(found)
+    for name, about in found.about["collections"].items():
+        if about["interrupted_writer"]:
+            lines.append(f"Writing to {name} was interrupted; the same command goes on from there.")
+    return lines
+
+
+def percent(share: float) -> str:
+    """`42 %`, with a decimal where it is small."""
+    return f"{100 * share:.0f}\u202f%" if share >= 0.0995 or share == 0 else f"{100 * share:.1f}\u202f%"
+
+
+def _states(found: Findings) -> list[str]:
+    if not found.benchmarks:
+        return ["No benchmark in this store has a target, so nothing is ranked: collect rollouts of one."]
+    table = alignment.states(found.alignments[found.main])
+    lines = []
+    silent = table[(table["state"] == "no_signal") & (table["share"] >= MUCH)]
+    if len(silent):
+        worst = silent.loc[silent["share"].idxmax()]
+        more = (
+            f" (and at least {percent(MUCH)} at {len(silent)} of {len(found.steps)} steps)" if len(silent) > 1 else ""
+        )
+        lines.append(
+            f"{percent(worst['share'])} of the problems had no signal at step {worst['step']}{more}: "
+            "their rollouts were all rewarded alike."
+        )
+    last = table[table["step"] == found.steps[-1]].set_index("state")
+    if last.loc["failed", "n"]:
+        lines.append(
+            f"{int(last.loc['failed', 'n'])} problems failed at step {found.steps[-1]}: their gradient is not a number."
+        )
+    if last.loc["unmeasured", "share"] >= MUCH:
+        lines.append(f"{percent(last.loc['unmeasured', 'share'])} of the problems were not measured yet.")
+    never = len(found.store.problems(found.pool)) - len(found.store.deleted(found.pool))
+    never -= len(found.store.view(found.pool))
+    if never > 0:
+        lines.append(f"{never} problems of {found.pool} have never been measured and appear nowhere on this page.")
+    return lines
+
+
+def _benchmarks(found: Findings) -> list[str]:
+    lines = []
+    for name in found.benchmarks:
+        live = int(found.store.view(name).live.sum())
+        if live < FEW_LIVE:
+            lines.append(f"The target of {name} rests on {live} problems with a gradient; more would make it steadier.")
+    return lines
+
+
+def _noise(found: Findings) -> list[str]:
+    lines = []
+    for name in found.benchmarks:
+        frame = drift.ranking_drift(found.store, found.pool, name, metric=found.metric)
+        if frame.empty:
+            continue
+        trust = float(frame["reliability"].iloc[-1])
+        if not math.isfinite(trust):
+            lines.append(f"How reliable the ranking against {name} is cannot be told from this store.")
+        elif trust < UNRELIABLE:
+            lines.append(
+                f"The ranking against {name} has a reliability of {trust:.2f}: that is how well it would agree with "
+                "one from new rollouts. Single ranks mean little."
+            )
+        last = frame[frame["against"] == "previous"].iloc[-1]
+        sure = last["noise_from"] == "probes" or len(found.steps) >= ENOUGH_STEPS
+        if sure and last["spearman"] < last["noise_spearman"] - 0.1:
+            lines.append(
+                f"Between steps {last['other']} and {last['step']} the ranking against {name} moved more than noise "
+                f"explains (Spearman {last['spearman']:.2f}, noise alone {last['noise_spearman']:.2f})."
+            )
+    return lines
+
+
+def _age(found: Findings) -> list[str]:
+    if not found.benchmarks or len(found.steps) < 2:
+        return []
+    ages = found.newest[found.main]["age"].to_numpy()
+    old = float(np.mean(ages[np.isfinite(ages)] > 0)) if np.isfinite(ages).any() else 0.0
+    if old < MUCH:
+        return []
+    return [
+        f"{percent(old)} of the problems were last measured before step {found.steps[-1]}, {np.nanmax(ages):.0f} "
+        "steps ago at most."
+    ]
+
+
+def _rounds(found: Findings) -> list[str]:
+    return [f"Round {one.number}: {text}" for one in found.rounds for text in one.about.get("warnings") or []]

@@ -1,0 +1,170 @@
+"""Selections round by round: what was taken, what other selectors would have taken, and what it cost."""
+
+import numpy as np
+import pandas as pd
+
+from analysis import curricula
+from analysis.report.findings import Findings, mean_or_nan
+from analysis.report.pieces import Column, Figure, Kind, Section, Series, Table
+
+_SHOWN = ("cosine", "accgreedy", "rand", curricula.TRAINED, curricula.BEST)
+_WORDS = {curricula.TRAINED: "trained on", curricula.BEST: "best in hindsight"}
+
+
+def selections(found: Findings) -> Section:
+    """Every recorded round, and the counterfactual curricula."""
+    if not found.rounds:
+        missing = "No selection round is recorded in this store; `gradstore train` and the round driver record them."
+        return Section("selections", "Selections", missing=missing)
+    blocks: list[Figure | Table] = [_rounds(found)]
+    if found.benchmarks:
+        frame = curricula.counterfactual(found.store, found.pool, found.main, metric=found.metric, seed=found.seed)
+        if not frame.empty:
+            blocks += [_gained(found, frame), _compared(found, frame)]
+    lead = (
+        "What each round took from its candidates, and what other selectors would have taken at the same moment. In "
+        "hindsight a pick is judged by the first measurement after its round, from other rollouts than it was picked "
+        "by."
+    )
+    return Section("selections", "Selections", lead, blocks)
+
+
+def _rounds(found: Findings) -> Table:
+    rows = []
+    before: set[str] = set()
+    for one in found.rounds:
+        picked = found.picked[one.number]
+        table = one.table
+        chosen = table["picked"].to_numpy() >= 0
+        scores, rates = table["score"].to_numpy(), table["pass_rate"].to_numpy()
+        no_signal = sum(state == "no_signal" for state in table["state"].to_pylist())
+        rows.append(
+            [
+                one.number,
+                one.about["step"],
+                str(one.about.get("selector", "–")),
+                len(table),
+                int(np.sum(table["rolled_out"].to_numpy(zero_copy_only=False))),
+                len(picked),
+                no_signal / max(1, len(table)),
+                mean_or_nan(scores[chosen]),
+                mean_or_nan(scores[~chosen]),
+                mean_or_nan(rates[chosen]),
+                len(picked & before) / max(1, len(picked)) if before else float("nan"),
+            ]
+        )
+        before = picked
+    names: list[tuple[str, Kind]] = [
+        ("Round", "integer"),
+        ("Step", "integer"),
+        ("Selector", "text"),
+        ("Candidates", "integer"),
+        ("Rolled out", "integer"),
+        ("Picked", "integer"),
+        ("No signal", "percent"),
+        ("Score, picked", "signed"),
+        ("Score, left", "signed"),
+        ("Pass rate, picked", "percent"),
+        ("Picked before", "percent"),
+    ]
+    says = "Picked before: share of the picks that the round before had taken too."
+    return Table("rounds", "Rounds", [Column(*name) for name in names], rows, says=says)
+
+
+def _gained(found: Findings, frame: pd.DataFrame) -> Figure:
+    series = []
+    for name in _SHOWN:
+        rows = frame[frame["selector"] == name]
+        if rows["gained"].notna().any():
+            series.append(
+                Series(
+                    _WORDS.get(name, name),
+                    rows["step"].tolist(),
+                    rows["gained"].tolist(),
+                    dashed=name == curricula.BEST,
+                )
+            )
+    return Figure(
+        "gained",
+        "Alignment gained by each selector",
+        f"Mean {found.metric} of the picks with {found.main}, judged in hindsight. The dashed line is the most that "
+        "any choice of as many problems could have had.",
+        "lines",
+        series,
+        "Step",
+        "Mean alignment of the picks",
+        y_kind="signed",
+    )
+
+
+def _compared(found: Findings, frame: pd.DataFrame) -> Table:
+    rows = []
+    for name in dict.fromkeys(frame["selector"]):
+        mine = frame[frame["selector"] == name]
+        rows.append(
+            [
+                _WORDS.get(name, name),
+                float(mine["n"].mean()),
+                mean_or_nan(mine["overlap"]),
+                mean_or_nan(mine["alignment"]),
+                mean_or_nan(mine["gained"]),
+                mean_or_nan(mine["regret"]),
+                mean_or_nan(mine["judged_later"]),
+                next((note for note in mine["note"] if note), ""),
+            ]
+        )
+    columns = [
+        Column("Selector"),
+        Column("Picks", "integer"),
+        Column("Overlap with trained on", "percent"),
+        Column("Alignment when picked", "signed"),
+        Column("Alignment in hindsight", "signed"),
+        Column("Regret", "number"),
+        Column("Judged later", "percent"),
+        Column("Note"),
+    ]
+    if not any(row[-1] for row in rows):
+        columns, rows = columns[:-1], [row[:-1] for row in rows]
+    says = (
+        "Means over the rounds. Regret: what the best choice in hindsight would have gained more. Judged later: share "
+        "of the picks that were measured again afterwards; the others are judged by the measurement they were picked "
+        "by."
+    )
+    return Table("selectors", f"Selectors against {found.main}", columns, rows, says=says)
+
+
+def costs(found: Findings) -> Section:
+    """Seconds of each stage, round by round."""
+    timed = [one for one in found.rounds if one.about.get("costs")]
+    if not timed:
+        return Section("costs", "Costs", missing="No round recorded what its stages cost.")
+    stages: dict[str, float] = {}
+    for one in timed:
+        for stage, seconds in one.about["costs"].items():
+            stages[stage] = stages.get(stage, 0.0) + float(seconds)
+    order = sorted(stages, key=lambda stage: -stages[stage])
+    x = [str(one.about["step"]) for one in timed]
+    series = [Series(stage, x, [float(one.about["costs"].get(stage, 0.0)) for one in timed]) for stage in order]
+    total = sum(stages.values())
+    says = (
+        f"Wall time of each stage of each round. {order[0].capitalize()} took "
+        f"{100 * stages[order[0]] / max(total, 1e-12):.0f} % of the time."
+    )
+    figure = Figure(
+        "costs-by-round",
+        "Where the time went",
+        says,
+        "stacked bars",
+        series,
+        "Step",
+        "Seconds",
+        y_kind="seconds",
+        categories=True,
+    )
+    rollouts = [one.about.get("rollouts") for one in timed]
+    rows = [[stage, stages[stage], stages[stage] / max(total, 1e-12)] for stage in order]
+    rows.append(["all stages", total, 1.0])
+    columns = [Column("Stage"), Column("Time", "seconds"), Column("Share", "percent")]
+    known = [int(count) for count in rollouts if count is not None]
+    lead = f"{len(timed)} rounds" + (f" with {sum(known)} rollouts in all." if known else ".")
+    return Section("costs", "Costs", lead, [figure, Table("stages", "Stages", columns, rows)])

@@ -1,0 +1,200 @@
+"""What a researcher would want to look into: layers, benchmarks that disagree, turned problems, suspicious rewards."""
+
+from collections.abc import Callable
+
+import pandas as pd
+
+from analysis import conflict, layers, suspicion, turning
+from analysis.report.findings import Findings
+from analysis.report.pieces import Column, Figure, Section, Series, Table
+from gradstore.errors import RequestError
+
+MOST_LAYERS = 40
+_LISTED = 100
+
+
+def through_layers(found: Findings) -> Section:
+    """Share of the score that goes through each layer, over steps."""
+    if not found.benchmarks:
+        return Section("layers", "Layers", missing="No benchmark has a target, so no layer has a share.")
+    if len(found.store.layers) < 2:
+        return Section("layers", "Layers", missing="The store does not say which dimensions belong to which layer.")
+    frame = layers.layers(found.store, found.pool, found.main, found.metric, most=1000, seed=found.seed)
+    newest = frame[frame["step"] == frame["step"].max()]
+    most = set(newest.nlargest(MOST_LAYERS, "share")["layer"])
+    names = [name for name, _, _ in found.store.layers if name in most]
+    steps = sorted(set(frame["step"]))
+    series = []
+    for name in names:
+        share = frame[frame["layer"] == name].set_index("step")["share"]
+        series.append(Series(short(name), [str(step) for step in steps], [float(share[step]) for step in steps]))
+    top = newest.nlargest(1, "share").iloc[0]
+    left = f" The {MOST_LAYERS} largest of {len(newest)} layers." if len(newest) > MOST_LAYERS else ""
+    figure = Figure(
+        "layer-shares",
+        f"Through which layers the pool aligns with {found.main}",
+        f"Mean absolute term of the score in each layer, as a share of all layers. At step {newest['step'].iloc[0]} "
+        f"{short(top['layer'])} carries most, {100 * top['share']:.0f} %.{left}",
+        "heatmap",
+        series,
+        "Step",
+        "Layer",
+        y_kind="percent",
+        y_range=(0.0, float(frame["share"].max())),
+        categories=True,
+    )
+    rows = [
+        [short(line["layer"]), line["dims"], line["share"], line["term"], line["energy"]]
+        for line in newest.sort_values("share", ascending=False).to_dict("records")
+    ]
+    columns = [
+        Column("Layer", "id"),
+        Column("Sketch dimensions", "integer"),
+        Column("Share of the score", "percent"),
+        Column("Mean term", "signed"),
+        Column("Share of the gradient", "percent"),
+    ]
+    says = (
+        "Mean term: what the layer adds to the mean score, with its sign. Share of the gradient: of its squared length."
+    )
+    table = Table("layers-table", f"Layers at step {newest['step'].iloc[0]}", columns, rows, says=says)
+    return Section("layers", "Layers", blocks=[figure, table])
+
+
+def short(layer: str) -> str:
+    """A layer's number and last name: `model.layers.3.self_attn.q_proj` is 3.q_proj."""
+    parts = [part for part in layer.split(".") if part != "default"]
+    numbers = [part for part in parts if part.isdigit()]
+    return ".".join([*numbers[:1], parts[-1]])
+
+
+def disagreeing(found: Findings) -> Section:
+    """Cosines between the benchmarks' targets, and the problems that help one and harm another."""
+    if len(found.benchmarks) < 2:
+        return Section("conflicts", "Conflicts", missing="Conflicts need two benchmarks; the store has fewer.")
+    frame = conflict.conflict(found.store, found.benchmarks, found.pool, metric=found.metric)
+    columns = [
+        Column("Benchmark", "id"),
+        Column("and", "id"),
+        Column("Cosine of targets", "signed"),
+        Column("Rank correlation", "signed"),
+        Column("Help both", "percent"),
+        Column("Help the first only", "percent"),
+        Column("Help the second only", "percent"),
+        Column("Harm both", "percent"),
+    ]
+    keys = ["a", "b", "cosine", "rank_correlation", "both_help", "a_only", "b_only", "both_harm"]
+    rows = frame[keys].to_numpy(object).tolist()
+    blocks: list[Figure | Table] = []
+    if len(found.benchmarks) > 2:
+        blocks.append(_cosines(found, frame))
+    says = "Over the problems with a gradient. Rank correlation: Spearman of the two rankings of the pool."
+    blocks.append(Table("conflicts-table", "Pairs of benchmarks", columns, rows, says=says))
+    worst = frame.loc[frame["cosine"].idxmin()]
+    contested = conflict.contested(found.store, worst["a"], worst["b"], found.pool, metric=found.metric, k=_LISTED)
+    if len(contested):
+        blocks.append(_contested(found, contested, worst["a"], worst["b"]))
+    lead = "Where what helps one benchmark harms another."
+    return Section("conflicts", "Conflicts", lead, blocks)
+
+
+def _cosines(found: Findings, frame: pd.DataFrame) -> Figure:
+    cosine = {(line["a"], line["b"]): line["cosine"] for line in frame.to_dict("records")}
+    names = list(found.benchmarks)
+    series = [
+        Series(a, names, [1.0 if a == b else cosine.get((a, b), cosine.get((b, a), float("nan"))) for b in names])
+        for a in names
+    ]
+    return Figure(
+        "conflict-cosines",
+        "Cosine between the targets",
+        "Blue: the benchmarks want the same; red: what helps one harms the other.",
+        "heatmap",
+        series,
+        "Benchmark",
+        "Benchmark",
+        y_range=(-1.0, 1.0),
+        categories=True,
+        y_kind="signed",
+    )
+
+
+def _contested(found: Findings, frame: pd.DataFrame, a: str, b: str) -> Table:
+    columns = [
+        Column("Problem", "id"),
+        Column("Source"),
+        Column(f"Score, {a}", "signed"),
+        Column(f"Score, {b}", "signed"),
+        Column("Text"),
+    ]
+    rows = _with_texts(found, frame, ["source", "score_helped", "score_harmed"])
+    return Table("contested", f"Help {a} and harm {b}", columns, rows)
+
+
+def turned(found: Findings) -> Section:
+    """Problems whose alignment changed its sign during training."""
+    missing = "Nothing can have turned: the pool was measured at one step."
+    if not found.benchmarks or len(found.store.steps(found.pool)) < 2:
+        return Section("turned", "Turned problems", missing=missing)
+    try:
+        frame = turning.turning(found.store, found.pool, found.main, found.metric)
+    except RequestError as error:
+        return Section("turned", "Turned problems", missing=f"Nothing to show: {error}")
+    if frame.empty:
+        return Section("turned", "Turned problems", missing="No problem changed the sign of its alignment.")
+    split, sure = int(frame["split"].iloc[0]), int(frame["significant"].sum())
+    columns = [
+        Column("Problem", "id"),
+        Column("Source"),
+        Column("Turned"),
+        Column(f"Mean before step {split}", "signed"),
+        Column(f"Mean from step {split}", "signed"),
+        Column("q-value", "number"),
+        Column("Text"),
+    ]
+    rows = _with_texts(found, frame.head(_LISTED), ["source", "turned", "before", "after", "q_value"])
+    says = (
+        f"{sure} of the {len(frame)} that changed sign did so beyond the noise of their rollouts (q-value of at most "
+        "0.1: of those listed below it about one in ten is there by chance)."
+    )
+    table = Table("turned-table", f"Changed sign against {found.main}", columns, rows, says=says)
+    lead = "Problems that helped the benchmark early in training and harm it later, or the other way. The surest first."
+    return Section("turned", "Turned problems", lead, [table])
+
+
+def suspects(found: Findings) -> Section:
+    """Problems whose rewards look broken."""
+    try:
+        frame = suspicion.suspicious(found.store, found.pool, found.main if found.benchmarks else None)
+    except RequestError as error:
+        return Section("suspects", "Suspicious rewards", missing=f"Nothing to judge: {error}")
+    columns = [
+        Column("Rank", "integer"),
+        Column("Problem", "id"),
+        Column("Source"),
+        Column("Suspicion", "number"),
+        Column("Cosine, benchmark", "signed"),
+        Column("Cosine, own source", "signed"),
+        Column("Pass rate", "percent"),
+        Column("Why"),
+        Column("Text"),
+    ]
+    keys = ["source", "suspicion", "score", "own", "pass_rate", "why"]
+    rows = _with_texts(found, frame.head(_LISTED), keys)
+    ranked = [[rank, *row] for rank, row in enumerate(rows, 1)]
+    says = (
+        "Suspicion, from 0 to 1, is the mean percentile of the evidence: pulling against the benchmark and against "
+        "the own source, a pass rate near one half, and, where probes are stored, halves of the rollouts that disagree."
+    )
+    table = Table("suspects-table", "Most suspicious", columns, ranked, says=says)
+    lead = "Problems whose ground truth may be wrong or whose reward may be noise: read these before training on them."
+    return Section("suspects", "Suspicious rewards", lead, [table])
+
+
+def _with_texts(found: Findings, frame: pd.DataFrame, keys: list[str]) -> list[list]:
+    shorten: Callable[[str], str] = lambda text: " ".join(text.split())[:160]  # noqa: E731
+    records = found.problems(frame["id"].astype(str).tolist())
+    return [
+        [record["id"], *(line[key] for key in keys), shorten(record["prompt"])]
+        for record, line in zip(records, frame.to_dict("records"), strict=True)
+    ]

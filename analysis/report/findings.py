@@ -1,0 +1,119 @@
+"""Everything a report says, computed once from the store: which collections, at which steps, and the frames about them.
+
+Frames are computed when first asked for, so that a section that is left out costs nothing.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, cast
+
+import numpy as np
+import pandas as pd
+
+from analysis import alignment
+from engine.searching.query import Metric
+from gradstore import Store
+from gradstore.errors import RequestError
+from gradstore.rounds import Round
+
+
+@dataclass(frozen=True)
+class Findings:
+    """A store seen as one pool, some benchmarks and a metric."""
+
+    store: Store
+    pool: str
+    benchmarks: tuple[str, ...]
+    """Those with at least one live problem, the most important first."""
+    metric: Metric
+    n_listed: int = 50
+    """Problems shown from each end of a ranking."""
+    seed: int = 0
+
+    @property
+    def main(self) -> str:
+        """The benchmark that one-benchmark sections are about."""
+        return self.benchmarks[0]
+
+    @cached_property
+    def about(self) -> dict[str, Any]:
+        return self.store.info()
+
+    @cached_property
+    def rounds(self) -> list[Round]:
+        return self.store.rounds(self.pool)
+
+    @cached_property
+    def picked(self) -> dict[int, set[str]]:
+        """Ids that each round picked, by the round's number."""
+        return {one.number: set(one.picks) for one in self.rounds}
+
+    @cached_property
+    def steps(self) -> list[int]:
+        """Steps at which the pool or a benchmark was measured."""
+        return sorted({step for name in (self.pool, *self.benchmarks) for step in self.store.steps(name)})
+
+    @cached_property
+    def alignments(self) -> dict[str, pd.DataFrame]:
+        """`alignment.alignment` for each benchmark."""
+        return {
+            name: alignment.alignment(self.store, self.pool, name, self.metric, self.steps) for name in self.benchmarks
+        }
+
+    @cached_property
+    def newest(self) -> dict[str, pd.DataFrame]:
+        """For each benchmark the newest step's rows, in the order of the view."""
+        return {name: frame[frame["step"] == self.steps[-1]] for name, frame in self.alignments.items()}
+
+    @cached_property
+    def n_picked(self) -> int:
+        """Problems a round picked, or a tenth of the pool where no round is recorded."""
+        if self.rounds:
+            return max(1, len(self.rounds[-1].picks))
+        return max(1, len(self.store.view(self.pool)) // 10)
+
+    def problems(self, ids: Sequence[str]) -> list[dict[str, Any]]:
+        """Records of some problems, with `prompt` as text to show."""
+        return self.store.view(self.pool).problems_of(list(ids)).to_pylist()
+
+
+def find(
+    store: Store, pool: str | None = None, benchmarks: Sequence[str] = (), metric: str = "cosine", n_listed: int = 50
+) -> Findings:
+    """What the report is about; pool: None takes the collection with rounds, else the largest one.
+
+    RequestError for a collection or metric that is not there, and for a store without rows.
+    """
+    if metric not in ("cosine", "dot", "fisher"):
+        raise RequestError(f"metric {metric!r} is not one of cosine, dot, fisher")
+    sizes = {name: len(store.view(name)) for name in store.collections}
+    if not any(sizes.values()):
+        raise RequestError(f"{store.path}: the store has no rows yet; run `gradstore collect` first")
+    for name in [*benchmarks, *([pool] if pool is not None else [])]:
+        store.view(name)
+    if pool is None:
+        others = {name: size for name, size in sizes.items() if name not in benchmarks}
+        if not others:
+            raise RequestError("every collection was named as a benchmark; name the pool with --pool")
+        pool = max(others, key=lambda name: (bool(store.rounds(name)), others[name]))
+    named = [name for name in benchmarks or _benchmarks(store, pool) if name != pool]
+    with_target = [name for name in named if bool(store.view(name).live.any())]
+    if benchmarks and len(with_target) < len(named):
+        absent = next(name for name in named if name not in with_target)
+        raise RequestError(f"benchmark {absent!r} has no live problem: collect rollouts for it first")
+    return Findings(store, pool, tuple(with_target), cast("Metric", metric), n_listed)
+
+
+def _benchmarks(store: Store, pool: str) -> list[str]:
+    """All other collections, those that rounds selected for first."""
+    rounds = store.rounds(pool)
+    used = [name for name in (rounds[-1].about.get("benchmarks") or []) if name in store.collections] if rounds else []
+    return [*used, *(name for name in store.collections if name != pool and name not in used)]
+
+
+def mean_or_nan(values: Any) -> float:
+    """Mean of the finite values; nan where there are none."""
+    found = np.asarray(values, float)
+    found = found[np.isfinite(found)]
+    return float(found.mean()) if len(found) else float("nan")

@@ -1,0 +1,171 @@
+"""What the store holds, and how it came to be over the steps."""
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from analysis import alignment
+from analysis.report.findings import Findings
+from analysis.report.pieces import Column, Figure, Kind, Section, Series, Table
+from gradstore import State
+
+STATE_WORDS = {
+    "live": "has a gradient",
+    "no_signal": "no signal",
+    "failed": "failed",
+    "unmeasured": "not measured",
+}
+"""How the state of a problem is called on the page."""
+
+
+def holdings(found: Findings) -> Section:
+    """Collections and how the sketches were made."""
+    rows = []
+    for name, about in found.about["collections"].items():
+        steps = about["steps"]
+        role = "pool" if name == found.pool else "benchmark" if name in found.benchmarks else ""
+        rows.append(
+            [
+                name,
+                role,
+                about["problems"],
+                sum(about["states"].values()),
+                about["states"]["live"],
+                about["states"]["no_signal"],
+                about["states"]["failed"],
+                about["rows"],
+                f"{min(steps)} to {max(steps)}" if len(steps) > 1 else ", ".join(map(str, steps)),
+                len(found.store.rounds(name)),
+                about["bytes"],
+            ]
+        )
+    names: list[tuple[str, Kind]] = [
+        ("Collection", "id"),
+        ("Used as", "text"),
+        ("Problems", "integer"),
+        ("Measured", "integer"),
+        ("With a gradient", "integer"),
+        ("No signal", "integer"),
+        ("Failed", "integer"),
+        ("Rows", "integer"),
+        ("Steps", "text"),
+        ("Rounds", "integer"),
+        ("On disk", "bytes"),
+    ]
+    collections = Table(
+        "collections",
+        "Collections",
+        [Column(*name) for name in names],
+        rows,
+        says="States are those of each problem's newest row. A row is one sketch of one problem at one step.",
+    )
+    made = Table("settings", "How the sketches were made", [Column("Setting"), Column("Value")], _settings(found))
+    return Section("holdings", "What the store holds", blocks=[collections, made])
+
+
+def timeline(found: Findings) -> Section:
+    """States, alignment and pass rates over steps."""
+    blocks: list[Figure | Table] = []
+    if found.benchmarks:
+        frame = alignment.states(found.alignments[found.main])
+        steps = [str(step) for step in found.steps]
+        series = [
+            Series(words, steps, [_share(frame, step, state) for step in found.steps])
+            for state, words in STATE_WORDS.items()
+            if frame.loc[frame["state"] == state, "n"].sum()
+        ]
+        blocks.append(
+            Figure(
+                "states",
+                f"State of the problems of {found.pool}",
+                "Share of the pool in each state, seen as of each step. A problem has no signal when all its rollouts "
+                "were rewarded alike: its gradient is zero and it is not ranked.",
+                "stacked bars",
+                series,
+                "Step",
+                "Share of problems",
+                y_kind="percent",
+                y_range=(0, 1),
+                categories=True,
+            )
+        )
+        blocks.append(_alignment_figure(found))
+    blocks.append(_pass_rates(found))
+    lead = "Steps count updates of the policy; step 0 is the model before training."
+    if len(found.steps) < 2:
+        lead += " The store has one step so far: lines appear when later ones are collected."
+    return Section("timeline", "Timeline", lead, blocks)
+
+
+def _share(frame: pd.DataFrame, step: int, state: str) -> float:
+    return float(frame.loc[(frame["step"] == step) & (frame["state"] == state), "share"].sum())
+
+
+def _alignment_figure(found: Findings) -> Figure:
+    series = []
+    for name in found.benchmarks:
+        table = alignment.summary(found.alignments[name])
+        x = table["step"].tolist()
+        series.append(Series(name, x, table["median"].tolist(), table["low"].tolist(), table["high"].tolist()))
+    return Figure(
+        "alignment",
+        "Alignment of the pool with each benchmark",
+        f"Median {found.metric} of the problems with a gradient against the benchmark's target of the same step; "
+        "the band spans the 5th to the 95th percentile of the problems.",
+        "lines",
+        series,
+        "Step",
+        axis_of(found),
+        y_kind="signed",
+    )
+
+
+def _pass_rates(found: Findings) -> Figure:
+    series = []
+    for name in (found.pool, *found.benchmarks):
+        steps = sorted(found.store.steps(name))
+        series.append(Series(name, steps, [_mean_rate(found, name, step) for step in steps]))
+    return Figure(
+        "pass-rates",
+        "Pass rate",
+        "Mean share of right rollouts, over the problems measured at or before each step.",
+        "lines",
+        series,
+        "Step",
+        "Pass rate",
+        y_kind="percent",
+        y_range=(0, 1),
+    )
+
+
+def _mean_rate(found: Findings, name: str, step: int) -> float:
+    view = found.store.view(name, step)
+    rates = view.pass_rates[(view.states != State.FAILED) & np.isfinite(view.pass_rates)]
+    return float(rates.mean()) if len(rates) else float("nan")
+
+
+def axis_of(found: Findings) -> str:
+    """What the scores of the chosen metric are, for an axis."""
+    return {
+        "cosine": "Cosine with the target",
+        "dot": "Inner product with the target",
+        "fisher": "Fisher score against the target",
+    }[found.metric]
+
+
+def _settings(found: Findings) -> list[list[Any]]:
+    about = found.about
+    rows: list[list[Any]] = [["sketch dimensions", f"{about['dim']}, stored as {about['dtype']}"]]
+    rows.append(["bytes per row", str(about["bytes_per_row"])])
+    for name, value in sorted(about["fingerprint"].items()):
+        rows += [[path, text] for path, text in _flat(name, value)]
+    return rows
+
+
+def _flat(name: str, value: Any) -> list[tuple[str, str]]:
+    if isinstance(value, dict):
+        return [pair for key, part in sorted(value.items()) for pair in _flat(f"{name}.{key}", part)]
+    if isinstance(value, list):
+        return [(name, f"{len(value)} entries" if len(value) > 6 else ", ".join(map(str, value)))]
+    return [(name, "–" if value is None else str(value))]

@@ -1,0 +1,99 @@
+"""The problems at both ends of the ranking, with their text, history and rollouts."""
+
+from typing import Any
+
+import numpy as np
+
+from analysis.report.findings import Findings
+from analysis.report.pieces import Column, Kind, Section, Table, written
+from analysis.report.transcripts import Transcripts, chosen
+
+_ROLLOUTS_SHOWN = 4
+_LONGEST_ROLLOUT = 3000
+_LONGEST_PROMPT = 20_000
+
+
+def extremes(found: Findings, transcripts: Transcripts | None) -> Section:
+    """The best and worst aligned problems of each benchmark."""
+    if not found.benchmarks:
+        return Section("problems", "Problems", missing="No benchmark has a target, so problems cannot be ranked.")
+    blocks = []
+    for name in found.benchmarks:
+        live = found.newest[name].dropna(subset="score")
+        ranked = live.assign(text_id=live["id"].astype(str)).sort_values(["score", "text_id"], ascending=[False, True])
+        n = min(found.n_listed, (len(ranked) + 1) // 2)
+        best, worst = ranked.head(n), ranked.tail(n).iloc[::-1]
+        for key, part, words in (("top", best, "most aligned"), ("bottom", worst, "least aligned")):
+            first = 1 if key == "top" else len(ranked)
+            ranks = [first + place if key == "top" else first - place for place in range(len(part))]
+            table = _table(found, f"{key}-{name}", f"The {len(part)} {words} with {name}", part, ranks, transcripts)
+            blocks.append(table)
+    lead = f"Ranked by {found.metric} at step {found.steps[-1]}. Open a row for the whole text, its history"
+    lead += " and rollouts." if transcripts is not None else "; give a rollout file with --rollouts to see responses."
+    return Section("problems", "Problems", lead, blocks)
+
+
+def _table(
+    found: Findings, key: str, title: str, part: Any, ranks: list[int], transcripts: Transcripts | None
+) -> Table:
+    ids = part["text_id"].tolist()
+    records = found.problems(ids)
+    histories = history_lines(found, ids)
+    names: list[tuple[str, Kind]] = [
+        ("Rank", "integer"),
+        ("Problem", "id"),
+        ("Source", "text"),
+        ("Score", "signed"),
+        ("Pass rate", "percent"),
+        ("Age (steps)", "integer"),
+        ("Text", "text"),
+    ]
+    rows, details = [], []
+    for rank, line, record in zip(ranks, part.to_dict("records"), records, strict=True):
+        text = " ".join(record["prompt"].split())
+        rows.append(
+            [
+                rank,
+                record["id"],
+                record["source"],
+                line["score"],
+                line["pass_rate"],
+                line["age"],
+                text if len(text) <= 160 else text[:159] + "…",
+            ]
+        )
+        details.append(
+            {
+                "text": record["prompt"][:_LONGEST_PROMPT],
+                "facts": _facts(record, line, histories[record["id"]]),
+                "rollouts": []
+                if transcripts is None
+                else chosen(transcripts.of(record["id"]), _ROLLOUTS_SHOWN, _LONGEST_ROLLOUT),
+            }
+        )
+    return Table(key, title, [Column(*name) for name in names], rows, details)
+
+
+def _facts(record: dict[str, Any], line: dict[str, Any], history: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    facts = [("Ground truth", record["ground_truth"] or "–"), ("Tags", ", ".join(record["tags"]) or "–")]
+    facts.append(("Gradient norm", written(line["norm"], "number")))
+    return [*facts, *history]
+
+
+def history_lines(found: Findings, ids: list[str]) -> dict[str, list[tuple[str, str]]]:
+    """For each problem (name, text) of its scores over steps, one line a benchmark, and of the rounds that took it."""
+    lines: dict[str, list[tuple[str, str]]] = {name: [] for name in ids}
+    for benchmark, frame in found.alignments.items():
+        mine = frame[frame["id"].isin(ids)]
+        for name, rows in mine.groupby(mine["id"].astype(str)):
+            parts = [
+                f"step {step}: {written(float(score), 'signed') if np.isfinite(score) else state.replace('_', ' ')}"
+                for step, score, state in zip(rows["step"], rows["score"], rows["state"].astype(str), strict=True)
+            ]
+            shown = parts if len(parts) <= 12 else [*parts[:3], "…", *parts[-8:]]
+            lines[name].append((f"Score against {benchmark}", ", ".join(shown)))
+    for name in ids:
+        taken = [str(one.about["step"]) for one in found.rounds if name in found.picked[one.number]]
+        if taken:
+            lines[name].append(("Trained on", "in the round of step " + ", ".join(taken)))
+    return lines

@@ -1,0 +1,199 @@
+// Draws the page's figures when they come into sight and its tables a page at a time, from the JSON in #data.
+"use strict";
+(() => {
+  const data = JSON.parse(document.getElementById("data").textContent);
+  const NONE = "–", THIN = "\u202f", PAGE = 10;
+  const RIGHT = new Set(["integer", "number", "signed", "percent", "seconds", "bytes"]);
+  const make = (tag, attributes = {}, ...children) => {
+    const element = document.createElement(tag);
+    for (const [name, value] of Object.entries(attributes)) {
+      if (name === "class") element.className = value; else element.setAttribute(name, value);
+    }
+    element.append(...children);
+    return element;
+  };
+
+  // The same forms as pieces.written in Python.
+  const number = (value) => {
+    if (value === 0) return "0";
+    const size = Math.abs(value);
+    const text = size >= 1e-3 && size < 1e4 ? value.toFixed(3)
+      : size >= 1e-5 && size < 1e-3 ? value.toFixed(5)
+      : value.toExponential(1).replace(/e([+-])(\d)$/, "e$10$2");
+    return text.replaceAll("-", "−");
+  };
+  const forms = {
+    integer: (value) => String(Math.trunc(value)).replace(/\B(?=(\d{3})+(?!\d))/g, THIN),
+    number,
+    signed: (value) => (value > 0 ? "+" : "") + number(value),
+    percent: (value) => (100 * value >= 9.95 || value === 0 ? (100 * value).toFixed(0) : (100 * value).toFixed(1)) + THIN + "%",
+    seconds: (value) => value < 0.1 ? (1000 * value).toFixed(0) + THIN + "ms"
+      : value < 120 ? value.toFixed(1) + THIN + "s"
+      : value < 7200 ? (value / 60).toFixed(0) + THIN + "min" : (value / 3600).toFixed(1) + THIN + "h",
+    bytes: (value) => {
+      for (const unit of ["B", "kB", "MB", "GB"]) {
+        if (value < 1000) return value.toFixed(unit === "B" ? 0 : 1) + THIN + unit;
+        value /= 1000;
+      }
+      return value.toFixed(1) + THIN + "TB";
+    },
+  };
+  const written = (value, kind) => value === null || value === undefined ? NONE : kind in forms ? forms[kind](value) : String(value);
+
+  // Tables -----------------------------------------------------------------------------------------------------------
+  const compare = (a, b) => typeof a === "number" && typeof b === "number" ? a - b : String(a).localeCompare(String(b), "en", { numeric: true });
+
+  function table(host) {
+    const { title, columns, rows, details } = data.tables[host.dataset.table];
+    const state = { first: 0, column: -1, down: false, words: "" };
+    const body = make("tbody"), where = make("span", { class: "where", "aria-live": "polite" });
+    const back = make("button", { type: "button", "aria-label": `Previous rows of ${title}` }, "Previous");
+    const on = make("button", { type: "button", "aria-label": `Next rows of ${title}` }, "Next");
+    const heads = columns.map((column, j) => {
+      const button = make("button", { type: "button" }, column.name);
+      const head = make("th", { scope: "col", class: RIGHT.has(column.kind) ? "right" : "" }, button);
+      button.addEventListener("click", () => {
+        state.down = state.column === j ? !state.down : RIGHT.has(column.kind);
+        state.column = j; state.first = 0; draw();
+      });
+      return head;
+    });
+    const chosen = () => {
+      let order = rows.map((_, i) => i);
+      if (state.words) {
+        order = order.filter((i) => (rows[i].join(" ") + " " + (details ? details[i].text : "")).toLowerCase().includes(state.words));
+      }
+      if (state.column >= 0) {
+        const j = state.column, sign = state.down ? -1 : 1;
+        order.sort((a, b) => {
+          const x = rows[a][j], y = rows[b][j];
+          if (x === null || y === null) return (x === null) - (y === null); // what is not known stands last
+          return sign * compare(x, y);
+        });
+      }
+      return order;
+    };
+    function draw() {
+      const order = chosen();
+      heads.forEach((head, j) => {
+        if (j === state.column) head.setAttribute("aria-sort", state.down ? "descending" : "ascending");
+        else head.removeAttribute("aria-sort");
+      });
+      body.replaceChildren(...order.slice(state.first, state.first + PAGE).flatMap((i) => line(i)));
+      if (!order.length) body.append(make("tr", {}, make("td", { colspan: String(columns.length + (details ? 1 : 0)) }, "Nothing matches.")));
+      const last = Math.min(state.first + PAGE, order.length);
+      where.textContent = order.length ? `${forms.integer(state.first + 1)}–${forms.integer(last)} of ${forms.integer(order.length)}` : "0";
+      back.disabled = state.first === 0; on.disabled = last >= order.length;
+    }
+    function line(i) {
+      const cells = columns.map((column, j) => cell(rows[i][j], column.kind, j === 0));
+      const row = make("tr", { class: "data" }, ...cells);
+      if (!details) return [row];
+      const button = make("button", { type: "button", "aria-expanded": "false", "aria-label": `Open ${rows[i][1] ?? rows[i][0]}` }, "+");
+      const under = make("tr", { class: "detail", hidden: "" }, make("td", { colspan: String(columns.length + 1) }));
+      button.addEventListener("click", () => {
+        const open = under.hidden;
+        under.hidden = !open; button.textContent = open ? "−" : "+"; button.setAttribute("aria-expanded", String(open));
+        if (open && !under.firstChild.hasChildNodes()) under.firstChild.append(...detail(details[i]));
+      });
+      row.prepend(make("td", { class: "open" }, button));
+      return [row, under];
+    }
+    back.addEventListener("click", () => { state.first -= PAGE; draw(); });
+    on.addEventListener("click", () => { state.first += PAGE; draw(); });
+    const tools = make("div", { class: "tools" });
+    if (rows.length > PAGE) {
+      const search = make("input", { type: "search", placeholder: "Search these rows", "aria-label": `Search in ${title}` });
+      search.addEventListener("input", () => { state.words = search.value.toLowerCase(); state.first = 0; draw(); });
+      tools.append(search, back, on, where);
+    }
+    const opener = details ? [make("td", { class: "open" }, make("span", { class: "aside" }, "Open"))] : [];
+    const whole = make("table", {}, make("caption", { class: "aside" }, title), make("thead", {}, make("tr", {}, ...opener, ...heads)), body);
+    draw();
+    host.replaceChildren(...(rows.length > PAGE ? [tools] : []), make("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": title }, whole));
+  }
+
+  function cell(value, kind, first) {
+    const right = RIGHT.has(kind);
+    const classes = [right ? "right" : "", kind === "id" ? "id" : "", kind === "signed" && value > 0 ? "up" : kind === "signed" && value < 0 ? "down" : ""];
+    const text = written(value, kind);
+    if (kind === "text" && text.length > 40) classes.push("long");
+    const content = !right && text.length > 60 ? make("span", { class: "clip", title: text.slice(0, 400) }, text) : text;
+    return make(first && !right ? "th" : "td", first && !right ? { class: classes.join(" ").trim(), scope: "row" } : { class: classes.join(" ").trim() }, content);
+  }
+
+  function detail(found) {
+    const parts = [make("h4", { class: "aside" }, "Problem"), make("pre", { tabindex: "0" }, found.text)];
+    if (found.facts && found.facts.length) {
+      parts.push(make("dl", { class: "facts" }, ...found.facts.flatMap(([name, value]) => [make("dt", {}, name), make("dd", {}, value)])));
+    }
+    for (const rollout of found.rollouts || []) {
+      parts.push(make("div", { class: "rollout" + (rollout.reward > 0 ? " paid" : "") },
+        make("p", {}, `Rollout ${rollout.number}, reward ${rollout.reward}`), make("pre", { tabindex: "0" }, rollout.text)));
+    }
+    return parts;
+  }
+
+  // Figures ----------------------------------------------------------------------------------------------------------
+  const dark = () => {
+    const set = document.documentElement.dataset.theme;
+    return set ? set === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
+  };
+  const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+  const themed = (layout) => {
+    const axis = (own) => ({ ...own, gridcolor: colour("--grid"), zerolinecolor: colour("--soft"), linecolor: colour("--line"), tickcolor: colour("--line") });
+    return {
+      ...layout, xaxis: axis(layout.xaxis), yaxis: axis(layout.yaxis),
+      font: { ...layout.font, color: colour("--ink") },
+      hoverlabel: { bgcolor: colour("--card"), bordercolor: colour("--line"), font: { color: colour("--ink") }, align: "left" },
+    };
+  };
+  const options = { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["lasso2d", "select2d", "autoScale2d"] };
+  const drawn = new Set();
+  function plot(host) {
+    const { data: traces, layout } = data.figures[host.dataset.figure];
+    drawn.add(host);
+    Plotly.newPlot(host, traces, themed(layout), options).then(() => { host.dataset.drawn = "yes"; });
+  }
+
+  const hosts = [...document.querySelectorAll("[data-figure]")];
+  for (const host of hosts) host.classList.add(data.figures[host.dataset.figure].size);
+  const sight = new IntersectionObserver((entries) => {
+    for (const entry of entries) if (entry.isIntersecting) { sight.unobserve(entry.target); plot(entry.target); }
+  }, { rootMargin: "300px" });
+  for (const host of hosts) sight.observe(host);
+  addEventListener("beforeprint", () => { for (const host of hosts) if (!drawn.has(host)) { sight.unobserve(host); plot(host); } });
+
+  for (const host of document.querySelectorAll("[data-table]")) {
+    const around = host.closest("details");
+    if (around) around.addEventListener("toggle", () => { if (!host.hasChildNodes()) table(host); });
+    else table(host);
+  }
+
+  // Theme and navigation ---------------------------------------------------------------------------------------------
+  const toggle = document.getElementById("theme");
+  const retheme = () => {
+    toggle.textContent = dark() ? "Light" : "Dark";
+    toggle.setAttribute("aria-label", `Change to the ${dark() ? "light" : "dark"} theme`);
+    toggle.setAttribute("aria-pressed", String(dark()));
+    for (const host of drawn) Plotly.react(host, host.data, themed(data.figures[host.dataset.figure].layout), options);
+  };
+  toggle.addEventListener("click", () => {
+    const next = dark() ? "light" : "dark";
+    document.documentElement.dataset.theme = next;
+    try { localStorage.setItem("theme", next); } catch (e) { /* a page from a file may keep nothing */ }
+    retheme();
+  });
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", retheme);
+  retheme();
+
+  const links = new Map([...document.querySelectorAll("nav a")].map((link) => [link.hash.slice(1), link]));
+  const near = new IntersectionObserver((entries) => {
+    for (const entry of entries) if (entry.isIntersecting) {
+      for (const link of links.values()) link.removeAttribute("aria-current");
+      links.get(entry.target.id)?.setAttribute("aria-current", "true");
+    }
+  }, { rootMargin: "-10% 0px -80% 0px" });
+  for (const section of document.querySelectorAll("main > section")) near.observe(section);
+  document.documentElement.dataset.ready = "yes";
+})();

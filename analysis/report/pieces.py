@@ -1,0 +1,174 @@
+"""What a page is made of, as plain values: figures, tables and sections, apart from any way of drawing them.
+
+A figure is described once, with its axes, its series and what it says in words. The page draws it with plotly, papers
+get it from matplotlib, and Markdown and screen readers get its numbers as a table; all of them from the same values.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Kind = Literal["text", "id", "integer", "number", "signed", "percent", "seconds", "bytes"]
+"""How a column's or an axis's values are written (`written`)."""
+
+Drawing = Literal["lines", "bars", "stacked bars", "points", "heatmap"]
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """One line, one colour of bars, one group of points, or one row of a heatmap."""
+
+    name: str
+    x: Sequence[Any]
+    y: Sequence[Any]
+    low: Sequence[float] | None = None
+    """Lower edge of a band around the line, as long as y."""
+    high: Sequence[float] | None = None
+    hover: Sequence[str] | None = None
+    """A text for each point, instead of its coordinates."""
+    dashed: bool = False
+    """A reference, such as a noise floor, rather than a measurement."""
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """A figure. In a heatmap each series is a row: `y` holds its values and `name` labels it."""
+
+    key: str
+    """Names the figure's element and its file."""
+    title: str
+    says: str
+    """What it shows, in words: the caption, and what is read aloud."""
+    drawing: Drawing
+    series: Sequence[Series]
+    x_label: str
+    y_label: str
+    y_kind: Kind = "number"
+    y_range: tuple[float, float] | None = None
+    categories: bool = False
+    """Whether x holds names, or steps that stand at equal distances, rather than numbers."""
+    horizontal: bool = False
+    """Bars that lie: for names too long to stand under a bar."""
+    with_table: bool = True
+    """Whether the numbers are given as a table behind the figure; not for thousands of points."""
+
+    @property
+    def n_points(self) -> int:
+        return sum(len(series.x) for series in self.series)
+
+    def table(self) -> "Table":
+        """The figure's numbers, one row an x, one column a series."""
+        xs: dict[Any, None] = {}
+        for series in self.series:
+            xs.update(dict.fromkeys(series.x))
+        order = list(xs) if self.categories else sorted(xs)
+        lookup = [dict(zip(series.x, series.y, strict=True)) for series in self.series]
+        x_kind: Kind = "text" if any(isinstance(x, str) for x in order) else "integer" if _whole(order) else "number"
+        columns = [Column(self.x_label, x_kind), *(Column(series.name, self.y_kind) for series in self.series)]
+        rows = [[x, *(values.get(x) for values in lookup)] for x in order]
+        return Table(f"{self.key}-numbers", f"{self.title}: the numbers", columns, rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """A column of a table."""
+
+    name: str
+    kind: Kind = "text"
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A table; long ones are shown a page at a time."""
+
+    key: str
+    title: str
+    columns: Sequence[Column]
+    rows: Sequence[Sequence[Any]]
+    details: Sequence[dict[str, Any]] | None = None
+    """For each row what opens under it: {"text": ..., "facts": [[name, value], ...], "rollouts": [...]}."""
+    says: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A part of the page under one heading."""
+
+    key: str
+    title: str
+    lead: str = ""
+    """One or two sentences on how to read it."""
+    blocks: Sequence[Figure | Table] = ()
+    missing: str = ""
+    """Why there is nothing to show, in one line."""
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """The whole report."""
+
+    title: str
+    subtitle: str
+    tiles: Sequence[tuple[str, str]]
+    """(name, value) of the numbers at the top."""
+    warnings: Sequence[str]
+    sections: Sequence[Section] = field(default_factory=list)
+    made: str = ""
+    """When and by what version the page was made."""
+
+    @property
+    def figures(self) -> list[Figure]:
+        return [block for section in self.sections for block in section.blocks if isinstance(block, Figure)]
+
+
+def written(value: Any, kind: Kind) -> str:
+    """A value as a person reads it; an en dash for what is not there. page.js writes numbers the same way."""
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return "–"
+    match kind:
+        case "integer":
+            return f"{int(value):,}".replace(",", "\u202f")
+        case "percent":
+            return f"{100 * value:.0f}\u202f%" if 100 * value >= 9.95 or value == 0 else f"{100 * value:.1f}\u202f%"
+        case "number":
+            return _number(value)
+        case "signed":
+            return _signed(value)
+        case "seconds":
+            return _seconds(value)
+        case "bytes":
+            return _bytes(value)
+    return str(value)
+
+
+def _number(value: float) -> str:
+    if value == 0:
+        return "0"
+    size = abs(value)
+    digits = ".3f" if 1e-3 <= size < 1e4 else ".5f" if 1e-5 <= size < 1e-3 else ".1e"
+    return f"{value:{digits}}".replace("-", "\u2212")
+
+
+def _signed(value: float) -> str:
+    return ("+" if value > 0 else "") + _number(value)
+
+
+def _seconds(value: float) -> str:
+    if value < 120:
+        return f"{value:.1f}\u202fs" if value >= 0.1 else f"{1000 * value:.0f}\u202fms"
+    if value < 7200:
+        return f"{value / 60:.0f}\u202fmin"
+    return f"{value / 3600:.1f}\u202fh"
+
+
+def _bytes(value: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.0f}\u202f{unit}" if unit == "B" else f"{value:.1f}\u202f{unit}"
+        value /= 1000
+    return f"{value:.1f}\u202fTB"
+
+
+def _whole(values: Sequence[Any]) -> bool:
+    return all(float(value).is_integer() for value in values)

@@ -1,0 +1,137 @@
+"""Rollouts as texts to read: the rows of rollout files, of several steps together, found by problem.
+
+Files are gone through once to note where each problem's rows stand; texts are read when asked for. Nothing is
+tokenised: a response that is known as token ids alone is shown through a tokenizer, where one is given, else as its
+ids.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from engine.rollouts.files import RowFile, open_rows
+from engine.rollouts.rollout import FORMATS, Rollout, detect_format, read_row
+from gradstore.errors import RequestError
+
+TOKEN_SHARES = "token_shares"
+"""Field of a rollout's `extra`: for each response id its share of the rollout's alignment, as numbers."""
+
+_COLUMNS = sorted({name.split(".")[0] for names in FORMATS.values() for alias in names.values() for name in alias})
+
+
+@dataclass(frozen=True, slots=True)
+class Transcript:
+    """One rollout to read."""
+
+    number: int
+    """Its place among the problem's rollouts in the files, from 0."""
+    text: str
+    reward: float
+    step: int | None
+    logprobs: tuple[float, ...] | None
+    """One a response token."""
+    shares: tuple[float, ...] | None
+    """One a response token: its share of the rollout's alignment."""
+    tokens: tuple[str, ...] | None
+    """The response token by token; None without token ids or a tokenizer."""
+
+
+class Transcripts:
+    """Rollout files opened for reading by problem."""
+
+    def __init__(self, paths: Sequence[str | Path], tokenizer: Any = None) -> None:
+        """paths: files in any format of docs/rollouts.md, or folders of them. RequestError for what cannot be read."""
+        self._tokenizer = tokenizer
+        self._places: dict[str, list[tuple[int, int, int]]] = defaultdict(list)
+        self._files: list[tuple[RowFile, str]] = []
+        for path in paths:
+            for file in _files(Path(path)):
+                self._index(file)
+
+    def __len__(self) -> int:
+        return sum(map(len, self._places.values()))
+
+    def of(self, problem_id: str) -> list[Transcript]:
+        """The rollouts of a problem in the order of the files; empty where there are none."""
+        found = []
+        for number, (file, place, size) in enumerate(self._places.get(problem_id, [])):
+            rows, format = self._files[file]
+            rows.check_unchanged()
+            value = rows.fetch([place], [size])[0]
+            found.append(self._transcript(read_row(value, format, f"{rows.path}"), number))
+        return found
+
+    def _index(self, path: Path) -> None:
+        try:
+            rows = open_rows(path, _COLUMNS)
+        except OSError as error:
+            raise RequestError(f"{path}: cannot be read: {error.strerror or error}") from None
+        format = ""
+        for row in rows.scan():
+            format = format or detect_format(row.value)
+            rollout = read_row(row.value, format, row.where)
+            self._places[rollout.problem_id].append((len(self._files), row.place, row.size))
+        self._files.append((rows, format))
+
+    def _transcript(self, rollout: Rollout, number: int) -> Transcript:
+        ids = rollout.response_ids
+        tokens = None
+        if ids is not None and self._tokenizer is not None:
+            tokens = tuple(self._tokenizer.decode([token]) for token in ids.tolist())
+        text = rollout.response
+        if text is None:
+            text = (
+                "".join(tokens) if tokens else "[token ids] " + " ".join(map(str, [] if ids is None else ids.tolist()))
+            )
+        return Transcript(
+            number,
+            text,
+            float(rollout.reward),
+            rollout.step,
+            None if rollout.logprobs is None else tuple(rollout.logprobs.tolist()),
+            _shares(rollout),
+            tokens,
+        )
+
+
+def chosen(transcripts: Iterable[Transcript], n: int, longest: int) -> list[dict[str, Any]]:
+    """At most n rollouts of the newest step, rewarded and unrewarded ones in turn, their texts cut at `longest`
+    characters; JSON-ready."""
+    found = list(transcripts)
+    steps = [one.step for one in found if one.step is not None]
+    if steps:
+        found = [one for one in found if one.step == max(steps)]
+    found.sort(key=lambda one: -one.reward)
+    order = [one for pair in zip(found, reversed(found), strict=True) for one in pair]
+    kept = list({one.number: one for one in order}.values())[:n]
+    return [
+        {
+            "number": one.number + 1,
+            "reward": one.reward,
+            "step": one.step,
+            "text": one.text
+            if len(one.text) <= longest
+            else f"{one.text[:longest]} … (cut, {len(one.text)} characters)",
+        }
+        for one in kept
+    ]
+
+
+def _shares(rollout: Rollout) -> tuple[float, ...] | None:
+    shares = rollout.extra.get(TOKEN_SHARES)
+    if not isinstance(shares, list) or rollout.response_ids is None or len(shares) != len(rollout.response_ids):
+        return None
+    return tuple(float(share) for share in shares) if all(isinstance(s, int | float) for s in shares) else None
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_dir():
+        found = sorted(file for suffix in ("jsonl", "parquet") for file in path.glob(f"*.{suffix}"))
+        if found:
+            return found
+        raise RequestError(f"{path}: no .jsonl or .parquet file in this folder, expected rollouts")
+    if not path.exists():
+        raise RequestError(f"{path}: no such file or folder, expected rollouts in JSON Lines, JSON or Parquet")
+    return [path]
