@@ -109,18 +109,13 @@ def from_verl(record: dict, where: str) -> dict:
     truth = reward.get("ground_truth")
     if isinstance(truth, str):
         rest["reward_model"] = {name: part for name, part in reward.items() if name != "ground_truth"}
-    ability = rest.get("ability")
-    tags = [ability] if isinstance(ability, str) and ability else []
-    others = info.get("tags")
-    if isinstance(others, list | tuple):
-        tags += [tag for tag in others if isinstance(tag, str) and tag not in tags]
     return canonical(
         {
             "id": _id_text(value, field, where),
             "source": record.get("data_source"),
             "prompt": record.get("prompt"),
             "ground_truth": _text(truth, "reward_model.ground_truth", where),
-            "tags": tags,
+            "tags": _verl_tags(rest.get("ability"), info),
             "extra": {"verl": rest},
         },
         where,
@@ -131,7 +126,7 @@ def to_verl(record: dict) -> dict:
     """verl's form of a canonical record: data_source, prompt messages, ability, reward_model, extra_info.
 
     A record that was read from a verl file comes back as it was; extra_info gets the id as `index` if it had
-    none, and `tags` where there are more than the one that is the ability.
+    none, and `tags` where they are more than the one that is the ability.
     """
     record = canonical(record, "to_verl")
     rest = dict(record["extra"].get("verl", {}))
@@ -140,17 +135,25 @@ def to_verl(record: dict) -> dict:
     info = {**(rest.pop("extra_info", None) or {}), **others}
     if info.get("index") is None:
         info["index"] = record["id"]
-    if len(record["tags"]) > 1:
-        info.setdefault("tags", record["tags"])
     reward = rest.pop("reward_model", None) or {"style": "rule"}
+    ability = rest.pop("ability", record["tags"][0] if record["tags"] else "")
+    if record["tags"] != _verl_tags(ability, info):
+        info["tags"] = record["tags"]
     return {
         "data_source": record["source"],
         "prompt": [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt,
-        "ability": rest.pop("ability", record["tags"][0] if record["tags"] else ""),
+        "ability": ability,
         "reward_model": {"ground_truth": record["ground_truth"], **reward},
         "extra_info": info,
         **rest,
     }
+
+
+def _verl_tags(ability: Any, info: Mapping[str, Any]) -> list[str]:
+    """A verl record's tags: its ability, and what its extra_info calls tags."""
+    others = info.get("tags")
+    named = [ability, *(others if isinstance(others, list | tuple) else [])]
+    return list(dict.fromkeys(tag for tag in named if isinstance(tag, str) and tag))
 
 
 def detail(record: Mapping[str, Any], name: str) -> Any:

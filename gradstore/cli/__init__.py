@@ -22,7 +22,8 @@ app = typer.Typer(
 
 def main() -> None:
     """Run the command line."""
-    from gradstore.cli import collect, fidelity, inspect, make, rank, report  # noqa: F401  (they register their commands)
+    # each registers its commands
+    from gradstore.cli import collect, data, fidelity, inspect, make, rank, report  # noqa: F401
 
     try:
         app()

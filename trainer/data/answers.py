@@ -1,0 +1,68 @@
+"""A data set's answer column to the ground truth a reward compares with, each form by one small function.
+
+Every function raises ValueError, saying what was expected, when the answer is not of its form.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+
+def plain(value: Any) -> str:
+    """Text, a number or a truth value as it is; 142.0, as a table of floats has it, is 142."""
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise ValueError(f"answer {value} is not finite")
+        value = int(value) if value == int(value) else value
+    if not isinstance(value, str | int | float):
+        raise ValueError(f"an answer must be text, a number or a truth value, not {type(value).__name__}")
+    text = str(value).strip()
+    if not text:
+        raise ValueError("the answer is empty")
+    return text
+
+
+def boxed(solution: Any) -> str:
+    r"""What the last \boxed{...} or \fbox{...} of a solution holds, its braces balanced; `\boxed 7` is 7."""
+    text = plain(solution)
+    place, mark = max((text.rfind(mark), mark) for mark in ("\\boxed", "\\fbox"))
+    if place < 0:
+        raise ValueError("the solution has no \\boxed answer")
+    rest = text[place + len(mark) :].lstrip()
+    if not rest.startswith("{"):
+        return plain(rest.split("$")[0].split()[0] if rest.split("$")[0].split() else "")
+    depth = 0
+    for i, character in enumerate(rest):
+        depth += (character == "{") - (character == "}")
+        if depth == 0:
+            return plain(rest[1:i])
+    raise ValueError("the \\boxed answer of the solution is not closed")
+
+
+def boxed_or_plain(value: Any) -> str:
+    """The boxed answer where there is one, else the text."""
+    text = plain(value)
+    return boxed(text) if "\\boxed" in text or "\\fbox" in text else text
+
+
+def after_hashes(solution: Any) -> str:
+    """GSM8K's form: the number after the last ####, without the commas between thousands."""
+    _, hashes, answer = plain(solution).rpartition("####")
+    if not hashes:
+        raise ValueError("the solution has no #### before its answer")
+    return plain(answer.replace(",", ""))
+
+
+def after_phrase(response: Any) -> str:
+    """MetaMathQA's form: what follows the last `The answer is:`."""
+    _, phrase, answer = plain(response).rpartition("The answer is:")
+    if not phrase:
+        raise ValueError("the response has no 'The answer is:'")
+    return plain(answer)
+
+
+def ground_truth(reward_model: Any) -> str:
+    """verl's form: the ground_truth of a reward_model."""
+    if not isinstance(reward_model, Mapping) or "ground_truth" not in reward_model:
+        raise ValueError("the reward_model has no ground_truth")
+    return plain(reward_model["ground_truth"])

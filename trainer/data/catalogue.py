@@ -1,0 +1,128 @@
+"""The public data sets that are known by name: where each lies on the hub, its columns, and what its answers look like.
+
+One entry a data set; docs/data.md says against what each schema was checked. Adding one is adding an entry.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from trainer.data import answers
+
+BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
+TRUE_FALSE = "Please reason step by step, and put your final answer, True or False, within \\boxed{}."
+LETTER = "Please reason step by step, and put the letter of the right option within \\boxed{}."
+
+DAPO_BEFORE = "is the answer to the problem.\n\n"
+DAPO_AFTER = "\n\nRemember to put your answer on its own line"
+"""DAPO's prompts are wrapped in an instruction of its own: what stands between these is the problem."""
+
+
+@dataclass(frozen=True, slots=True)
+class DataSet:
+    """One data set: where it is, and how its rows become problems."""
+
+    name: str
+    """The name it is asked for by, and its problems' source."""
+    hub: str
+    """Repository on the hub."""
+    split: str
+    """The split that is meant when none is asked for."""
+    question: str
+    """Column of the question."""
+    answer: str
+    """Column of the answer."""
+    configs: tuple[str, ...] = ()
+    """Configurations on the hub, one after the other; none: its default."""
+    id: str | None = None
+    """Column of a stable id; None: a hash of the question."""
+    topic: str | None = None
+    """Column that becomes a tag."""
+    options: str | None = None
+    """Column with the list of options of a multiple choice."""
+    read_question: Callable[[Any], str] | None = None
+    """From the question's column to its text, where it is not text."""
+    read_answer: Callable[[Any], str] = answers.plain
+    """From the answer's column to the ground truth."""
+    keep: Callable[[Mapping[str, Any]], bool] | None = None
+    """Whether a row belongs to the data set; what does not is counted as left out."""
+    needs: tuple[str, ...] = ()
+    """Further columns that `keep` reads."""
+    instruction: str = BOXED
+    """What follows the question in the prompt."""
+    ability: str = "math"
+    """verl's ability; the problems' first tag."""
+    reward: str = "math"
+    """The reward that can judge its answers: what `--reward auto` uses."""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns a row must have."""
+        return tuple(
+            dict.fromkeys(
+                name for name in (self.question, self.answer, self.id, self.topic, self.options, *self.needs) if name
+            )
+        )
+
+
+def _dapo_question(messages: Any) -> str:
+    """The problem within DAPO's own instruction, in the first message with the user's role."""
+    content = next((m["content"] for m in messages if m.get("role") == "user"), "") if messages else ""
+    return str(content).split(DAPO_BEFORE, 1)[-1].rsplit(DAPO_AFTER, 1)[0].strip()
+
+
+def _amc_of(year: int) -> Callable[[Mapping[str, Any]], bool]:
+    return lambda row: f"{year}_AMC" in str(row["url"])
+
+
+def _amc(name: str, keep: Callable[[Mapping[str, Any]], bool] | None) -> DataSet:
+    return DataSet(name, "AI-MO/aimo-validation-amc", "train", "problem", "answer", id="id", keep=keep, needs=("url",))
+
+
+def _without_picture(row: Mapping[str, Any]) -> bool:
+    return row["Picture"] is None
+
+
+def _choice(name: str, hub: str, split: str, answer: str, id: str, topic: str) -> DataSet:
+    return DataSet(
+        name, hub, split, "question", answer,
+        id=id, topic=topic, options="options", instruction=LETTER, ability="knowledge",
+    )  # fmt: skip
+
+
+DATA_SETS: dict[str, DataSet] = {
+    entry.name: entry
+    for entry in (
+        DataSet("aime24", "math-ai/aime24", "test", "problem", "solution",
+                id="id", read_answer=answers.boxed_or_plain),
+        DataSet("aime25", "math-ai/aime25", "test", "problem", "answer", id="id"),
+        _amc("amc", None),
+        _amc("amc22", _amc_of(2022)),
+        _amc("amc23", _amc_of(2023)),
+        DataSet("dapo", "BytedTsinghua-SIA/DAPO-Math-17k", "train", "prompt", "reward_model",
+                read_question=_dapo_question, read_answer=answers.ground_truth),
+        DataSet("deepscaler", "agentica-org/DeepScaleR-Preview-Dataset", "train", "problem", "answer"),
+        DataSet("gsm8k", "openai/gsm8k", "train", "question", "answer",
+                configs=("main",), read_answer=answers.after_hashes),
+        DataSet("math", "EleutherAI/hendrycks_math", "train", "problem", "solution",
+                configs=("algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory",
+                         "prealgebra", "precalculus"),
+                topic="type", read_answer=answers.boxed),
+        DataSet("math500", "HuggingFaceH4/MATH-500", "test", "problem", "answer", id="unique_id", topic="subject"),
+        DataSet("metamath", "meta-math/MetaMathQA", "train", "query", "response",
+                topic="type", read_answer=answers.after_phrase),
+        _choice("mmlupro", "TIGER-Lab/MMLU-Pro", "test", "answer", "question_id", "category"),
+        DataSet("strategyqa", "tasksource/strategy-qa", "train", "question", "answer",
+                id="qid", instruction=TRUE_FALSE, ability="knowledge"),
+        _choice("supergpqa", "m-a-p/SuperGPQA", "train", "answer_letter", "uuid", "discipline"),
+        DataSet("theoremqa", "TIGER-Lab/TheoremQA", "test", "Question", "Answer",
+                topic="Answer_type", keep=_without_picture, needs=("Picture",)),
+        DataSet("webinstruct", "TIGER-Lab/WebInstruct-verified-unfiltered", "train", "original_question",
+                "short_answer", ability="knowledge", reward="judge"),
+    )
+}  # fmt: skip
+
+TOGETHER: dict[str, tuple[str, ...]] = {"aime": ("aime24", "aime25")}
+"""Names that stand for several data sets, one after the other."""
+
+NAMES = sorted((*DATA_SETS, *TOGETHER))

@@ -1,0 +1,60 @@
+"""Problem records to a file that trainers read, with a note of how it was made beside it."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from gradstore import to_verl
+from gradstore.errors import RequestError
+
+FORMS = ("verl", "flat")
+
+
+def about_path(path: Path) -> Path:
+    """Where the note of how a file was made stands."""
+    return path.with_name(path.name + ".about.json")
+
+
+def check_out(path: Path, form: str) -> None:
+    """RequestError for a form or a suffix that is none, a folder that is not there, a file that is."""
+    if form not in FORMS:
+        raise RequestError(f"unknown form {form!r}, expected {' or '.join(FORMS)}")
+    if path.suffix not in (".jsonl", ".parquet"):
+        raise RequestError(f"{path}: problems are written as .jsonl or .parquet, not as {path.suffix or 'this'!r}")
+    if not path.parent.is_dir():
+        raise RequestError(f"{path}: the folder {path.parent} does not exist")
+    for file in (path, about_path(path)):
+        if file.exists():
+            raise RequestError(f"{file}: already there; choose another path or remove it")
+
+
+def write_problems(path: Path, records: Sequence[Mapping[str, Any]], about: Mapping[str, Any], form: str) -> None:
+    """Writes the records, whole or not at all, and `about` as JSON beside them.
+
+    form: "verl" (data_source, prompt, ability, reward_model, extra_info) or "flat" (the canonical fields). Both are
+    read by `gradstore.read_problems`. Raises RequestError as `check_out`.
+    """
+    check_out(path, form)
+    rows = [to_verl(dict(record)) if form == "verl" else dict(record) for record in records]
+    unfinished = path.with_name(path.name + ".unfinished")
+    try:
+        if path.suffix == ".jsonl":
+            with unfinished.open("w") as file:
+                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        else:
+            try:
+                pq.write_table(pa.Table.from_pylist(rows), unfinished)
+            except pa.ArrowException as error:
+                reason = str(error).splitlines()[0]
+                raise RequestError(f"{path}: these problems fit no table ({reason}): write .jsonl") from None
+        with unfinished.open("rb") as file:
+            os.fsync(file.fileno())
+        about_path(path).write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n")
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)

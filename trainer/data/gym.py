@@ -1,0 +1,65 @@
+"""Problems of reasoning-gym's tasks: drawn from a seed, no network, each with the entry its verifier needs."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from typing import Any
+
+from gradstore.errors import RequestError
+from trainer.data.prompts import GYM
+
+PREFIX = "reasoning-gym"
+
+
+def check(task: str, config: Mapping[str, Any]) -> None:
+    """RequestError for a task or a setting that reasoning-gym does not have."""
+    _created(task, 0, 1, config)
+
+
+def draw(
+    task: str, count: int, seed: int, config: Mapping[str, Any], instruction: str | None = None
+) -> Iterator[dict[str, Any]]:
+    """Problems of a task, enough for `count` different ones where the task has them; questions may repeat.
+
+    config: the task's own settings. instruction: what follows the question, instead of `prompts.GYM`.
+    The same task, seed and settings give the same problems again, whatever the count; neighbouring seeds have nothing
+    in common.
+    """
+    instruction = GYM if instruction is None else instruction
+    # reasoning-gym draws entry i with seed + i, so seeds close together would give the same entries
+    first = int.from_bytes(hashlib.blake2b(f"{task} {seed}".encode(), digest_size=6).digest(), "big")
+    size = 20 * count + 1000
+    for entry in islice(_created(task, first, size, config), size):
+        yield _record(task, entry, config, instruction)
+
+
+def _created(task: str, seed: int, size: int, config: Mapping[str, Any]) -> Any:
+    import reasoning_gym
+    from reasoning_gym.factory import DATASETS
+
+    name = f"{PREFIX}:{task}"
+    if task == "composite":
+        raise RequestError(f"{name} mixes other tasks: name those, each with its count")
+    if task not in DATASETS:
+        raise RequestError(f"{name}: no such task; reasoning-gym has {', '.join(sorted(DATASETS))}")
+    try:
+        return reasoning_gym.create_dataset(task, seed=seed, size=size, **config)
+    except (TypeError, ValueError, AssertionError) as error:
+        given = ", ".join(f"{key}={value!r}" for key, value in config.items())
+        raise RequestError(f"{name}: not with {given or 'these settings'}: {error}") from None
+
+
+def _record(task: str, entry: Mapping[str, Any], config: Mapping[str, Any], instruction: str) -> dict[str, Any]:
+    question = str(entry["question"]).strip()
+    kept = {"dataset": task, "entry": entry} | ({"config": config} if config else {})
+    digest = hashlib.blake2b(question.encode(), digest_size=6).hexdigest()
+    return {
+        "id": f"{task}-{digest}",
+        "source": f"{PREFIX}/{task}",
+        "prompt": [{"role": "user", "content": "\n\n".join(filter(None, (question, instruction)))}],
+        "ground_truth": "" if entry["answer"] is None else str(entry["answer"]),
+        "tags": ["reasoning", task],
+        # as text: entries of different tasks have nothing in common that a table's column could hold
+        "extra": {"reward": PREFIX, "reasoning_gym": json.dumps(kept)},
+    }

@@ -1,0 +1,136 @@
+"""Rows of a data set, from the hub or from local files of the same schema, to problem records.
+
+A row that has no usable question or answer is left out and counted; a row without a column that the schema has is
+another schema, and an error.
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gradstore.errors import GradstoreError, RequestError
+from gradstore.problems import read_records
+from trainer.data.catalogue import DataSet
+
+SUFFIXES = (".parquet", ".jsonl")
+
+
+@dataclass
+class Loaded:
+    """What a data set gave."""
+
+    records: list[dict[str, Any]]
+    """Canonical problem records, in the data set's order; several may have the same prompt, then the same id."""
+    rows: int = 0
+    not_kept: int = 0
+    """Rows that are not part of the data set as it is meant (another year, a question about a picture)."""
+    unusable: Counter[str] = field(default_factory=Counter)
+    """Rows without a usable question or answer, by reason."""
+
+
+def load(
+    source: DataSet, *, split: str | None = None, local: Path | None = None, instruction: str | None = None
+) -> Loaded:
+    """A data set's problems.
+
+    split: instead of the usual one. local: a file or a folder of files with the data set's columns, instead of the hub.
+    instruction: what follows the question in the prompt, instead of the usual text; "" for nothing.
+    Raises RequestError for a split or a file that is not there or has other columns; GradstoreError when the hub cannot
+    be reached.
+    """
+    split = split or source.split
+    rows = _hub_rows(source, split) if local is None else _local_rows(source, local)
+    loaded = Loaded([])
+    read: list[tuple[str, dict[str, Any]]] = []
+    for where, row in rows:
+        loaded.rows += 1
+        missing = [name for name in source.columns if name not in row]
+        if missing:
+            raise RequestError(
+                f"{where}: no column {missing[0]!r}; {source.name} has {', '.join(source.columns)}, this has "
+                f"{', '.join(map(str, row))}"
+            )
+        if source.keep is not None and not source.keep(row):
+            loaded.not_kept += 1
+            continue
+        try:
+            read.append(_record(source, row, split, source.instruction if instruction is None else instruction))
+        except ValueError as error:
+            loaded.unusable[str(error)] += 1
+    # ids of the data set's own where they tell problems apart; a hash where they do not
+    prompts: dict[str, set[str]] = {}
+    for digest, record in read:
+        prompts.setdefault(record["id"], set()).add(digest)
+    for digest, record in read:
+        if len(prompts[record["id"]]) > 1:
+            record["id"] = f"{record['id']}-{digest}"
+        loaded.records.append(record)
+    return loaded
+
+
+def _record(source: DataSet, row: Mapping[str, Any], split: str, instruction: str) -> tuple[str, dict[str, Any]]:
+    value = row[source.question]
+    question = source.read_question(value) if source.read_question else value
+    if not isinstance(question, str) or not question.strip():
+        raise ValueError("the question is empty")
+    question = question.strip()
+    if source.options:
+        question += "\n" + "\n".join(_options(row[source.options]))
+    truth = source.read_answer(row[source.answer])
+    digest = hashlib.blake2b(question.encode(), digest_size=6).hexdigest()
+    own = None if source.id is None else row[source.id]
+    topic = "" if source.topic is None or row[source.topic] is None else str(row[source.topic])
+    return digest, {
+        "id": f"{source.name}-{digest if own is None or own == '' else own}",
+        "source": source.name,
+        "prompt": [{"role": "user", "content": "\n\n".join(filter(None, (question, instruction)))}],
+        "ground_truth": truth,
+        "tags": [source.ability, *([topic] if topic and topic != source.ability else [])],
+        "extra": {"reward": source.reward, "split": split},
+    }
+
+
+def _options(options: Any) -> Iterator[str]:
+    if not isinstance(options, list | tuple) or not 2 <= len(options) <= 26:
+        raise ValueError("the options are not a list of 2 to 26")
+    for letter, option in zip("ABCDEFGHIJKLMNOPQRSTUVWXYZ", options, strict=False):
+        yield f"{letter}. {str(option).strip()}"
+
+
+def _local_rows(source: DataSet, path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    files = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES) if path.is_dir() else [path]
+    if not files:
+        raise RequestError(f"{path}: no {' or '.join(SUFFIXES)} file for {source.name} in this folder")
+    for file in files:
+        for place, row in read_records(file):
+            yield f"{file}, {place}", row
+
+
+def _hub_rows(source: DataSet, split: str) -> Iterable[tuple[str, Mapping[str, Any]]]:
+    try:
+        import datasets
+    except ImportError:
+        raise RequestError(
+            f"{source.name}: the hub is read with the package datasets: pip install 'gradstore[data]', or give a local "
+            f"copy: --from {source.name}=PATH"
+        ) from None
+    for config in source.configs or (None,):
+        name = f"{source.hub}{f' ({config})' if config else ''}"
+        try:
+            table = datasets.load_dataset(source.hub, config, split=split)
+        except OSError as error:
+            raise GradstoreError(
+                f"{source.name}: {name} cannot be had from the hub: {_first_line(error)}. Without one, give a local "
+                f"copy with the columns {', '.join(source.columns)}: --from {source.name}=PATH (parquet or jsonl)"
+            ) from None
+        except ValueError as error:
+            raise RequestError(f"{source.name}: {name} has no such data: {_first_line(error)}") from None
+        for number, row in enumerate(table, 1):
+            yield f"{name}, row {number}", row
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]

@@ -1,0 +1,216 @@
+"""A pool of problems from several sources: whole or by count, without duplicates, without a benchmark's problems.
+
+Each source is drawn with a seed of its own (the seed and its name), so that adding a source or changing another one's
+count changes none of its draws, except for problems that two sources share.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from gradstore import read_problems
+from gradstore.errors import RequestError
+from trainer.data import gym
+from trainer.data.catalogue import DATA_SETS, NAMES, TOGETHER, DataSet
+from trainer.data.corruption import Corruption, corrupted
+from trainer.data.loading import load
+from trainer.data.prompts import prompt_key
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One source and how much of it."""
+
+    name: str
+    """A data set's name, `reasoning-gym:TASK`, or the path of a problem file."""
+    count: int | None = None
+    """Problems to draw; None: all, in their own order. reasoning-gym has no end and needs a count."""
+    split: str | None = None
+    """Split of a data set, instead of its usual one."""
+
+    @property
+    def label(self) -> str:
+        """The part as it is asked for, without the count."""
+        return self.name if self.split is None else f"{self.name}@{self.split}"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What applies to the whole pool."""
+
+    seed: int = 0
+    local: Mapping[str, Path] = field(default_factory=dict)
+    """Files or folders to read instead of the hub, by data set."""
+    config: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Settings of reasoning-gym tasks, by task."""
+    exclude: Sequence[Path] = ()
+    """Problem files whose prompts must not be in the pool: held-out benchmarks."""
+    corruptions: Sequence[Corruption] = ()
+    instruction: str | None = None
+    """What follows every question, instead of the data sets' own texts; "" for nothing."""
+
+
+@dataclass
+class PartReport:
+    """What became of one source's rows."""
+
+    name: str
+    rows: int = 0
+    not_kept: int = 0
+    """Rows of another year, about pictures, ...: not part of the data set as meant."""
+    unusable: dict[str, int] = field(default_factory=dict)
+    """Rows without a usable question or answer, by reason."""
+    duplicates: int = 0
+    """Problems asked before, in this source or an earlier one."""
+    excluded: int = 0
+    """Problems that a held-out file has."""
+    taken: int = 0
+
+
+@dataclass
+class Pool:
+    """The problems and where they came from."""
+
+    records: list[dict[str, Any]]
+    """Canonical problem records."""
+    parts: list[PartReport]
+
+    def describe(self) -> dict[str, Any]:
+        """The report as JSON: problems by source and by tag, and what became of each part's rows."""
+        return {
+            "problems": len(self.records),
+            "sources": dict(sorted(Counter(record["source"] for record in self.records).items())),
+            "tags": dict(sorted(Counter(tag for record in self.records for tag in record["tags"]).items())),
+            "parts": [asdict(part) for part in self.parts],
+        }
+
+
+def build(parts: Sequence[Part], options: Options) -> Pool:
+    """The pool of these parts. A single part keeps its order when it is taken whole; several are shuffled together.
+
+    Raises RequestError for a name that is not known, a count that a source does not have, and whatever is wrong with
+    a file; GradstoreError when the hub cannot be reached.
+    """
+    if not parts:
+        raise RequestError(f"no data set named, expected some of {', '.join(NAMES)}, reasoning-gym:TASK or a file")
+    _check(parts, options)
+    instructions = [options.instruction] if options.instruction else []
+    held_out = {
+        prompt_key(record["prompt"], instructions) for path in options.exclude for record in read_problems(path)
+    }
+    seen: set[str] = set()
+    records: list[dict[str, Any]] = []
+    reports = []
+    for part in parts:
+        report = PartReport(part.label)
+        reports.append(report)
+        candidates = _candidates(part, options, report)
+        if part.count is not None and not _is_gym(part.name):
+            candidates = list(candidates)
+            Random(f"{options.seed} {part.label}").shuffle(candidates)
+        for record in candidates:
+            key = prompt_key(record["prompt"], instructions)
+            if key in held_out:
+                report.excluded += 1
+            elif key in seen:
+                report.duplicates += 1
+            else:
+                seen.add(key)
+                records.append(record)
+                report.taken += 1
+            if report.taken == part.count:
+                break
+        if part.count is not None and report.taken < part.count:
+            raise RequestError(
+                f"{part.label}: {part.count} problems asked for, {report.taken} there are ({report.rows} rows, "
+                f"{report.duplicates} duplicates, {report.excluded} excluded, {sum(report.unusable.values())} without "
+                "a usable question or answer)"
+            )
+        if not report.taken:
+            raise RequestError(f"{part.label}: no problem is left of {report.rows} rows ({asdict(report)})")
+    _check_ids(records)
+    if len(parts) > 1:
+        Random(f"{options.seed} order").shuffle(records)
+    if options.corruptions:
+        records = corrupted(records, options.corruptions, options.seed)
+    return Pool(records, reports)
+
+
+def _check(parts: Sequence[Part], options: Options) -> None:
+    """What can be refused before anything is loaded."""
+    known = set()
+    for part in parts:
+        known |= {part.name, *(source.name for source in _data_sets(part))}
+        if part.count is not None and part.count < 1:
+            raise RequestError(f"{part.label}: a count of {part.count}, expected 1 or more")
+        if _is_gym(part.name):
+            task = part.name.partition(":")[2]
+            known.add(task)
+            if part.count is None:
+                raise RequestError(f"{part.name} has no end: say how many, as in {part.name}:1000")
+            gym.check(task, options.config.get(task, {}))
+    labels = [part.label for part in parts]
+    for label in labels:
+        if labels.count(label) > 1:
+            raise RequestError(f"{label} is named twice: name it once, with one count")
+    for name in (*options.local, *options.config):
+        if name not in known:
+            raise RequestError(f"settings for {name!r}, which is none of the data sets asked for")
+    for path in options.local.values():
+        if not path.exists():
+            raise RequestError(f"{path}: the file or folder does not exist")
+
+
+def _data_sets(part: Part) -> list[DataSet]:
+    """The catalogue's entries that a part means; none for reasoning-gym and files."""
+    if _is_gym(part.name) or _is_file(part.name):
+        return []
+    if part.name not in (*DATA_SETS, *TOGETHER):
+        raise RequestError(
+            f"unknown data set {part.name!r}, expected one of {', '.join(NAMES)}, reasoning-gym:TASK, or a .jsonl or "
+            ".parquet file of problems"
+        )
+    return [DATA_SETS[name] for name in TOGETHER.get(part.name, (part.name,))]
+
+
+def _is_gym(name: str) -> bool:
+    return name.startswith(f"{gym.PREFIX}:")
+
+
+def _is_file(name: str) -> bool:
+    return name.endswith((".jsonl", ".parquet"))
+
+
+def _candidates(part: Part, options: Options, report: PartReport) -> Iterable[dict[str, Any]]:
+    """A part's problems, counted in its report."""
+    if _is_gym(part.name):
+        task, count = part.name.partition(":")[2], part.count or 0
+        for record in gym.draw(task, count, options.seed, options.config.get(task, {}), options.instruction):
+            report.rows += 1
+            yield record
+    elif _is_file(part.name):
+        records = read_problems(part.name)
+        report.rows = len(records)
+        yield from records
+    for source in _data_sets(part):
+        local = options.local.get(source.name, options.local.get(part.name))
+        loaded = load(source, split=part.split, local=local, instruction=options.instruction)
+        report.rows += loaded.rows
+        report.not_kept += loaded.not_kept
+        for reason, n in loaded.unusable.items():
+            report.unusable[reason] = report.unusable.get(reason, 0) + n
+        yield from loaded.records
+
+
+def _check_ids(records: Sequence[Mapping[str, Any]]) -> None:
+    seen: dict[str, str] = {}
+    for record in records:
+        if record["id"] in seen:
+            raise RequestError(
+                f"problem id {record['id']!r} occurs in {seen[record['id']]!r} and {record['source']!r} with different "
+                "prompts: give the files ids that differ"
+            )
+        seen[record["id"]] = record["source"]
