@@ -24,6 +24,7 @@ from transformers import DynamicCache
 from engine.gradients.hooks import Observation
 from engine.gradients.microbatch import MicroBatch, Prompts
 from engine.gradients.objectives import Objective, importance_weights
+from engine.gradients.sharding import gather, reshard
 
 log = logging.getLogger(__name__)
 
@@ -171,6 +172,7 @@ class Policy:
         try:
             with torch.no_grad():
                 plain = self.model(input_ids=token_ids_BT, use_cache=False).logits[:, 6:].float().log_softmax(-1)
+                gather(self.model)  # a shortcut goes round the outermost module, which would gather its own
                 found = shortcut(token_ids_BT).float().log_softmax(-1)
             error = ((found - plain).abs() / (1 + plain.abs())).max().item()
             reason = f"log-probabilities differ by {error:.1e}"
@@ -178,6 +180,7 @@ class Policy:
         except (TypeError, ValueError, RuntimeError, AttributeError, NotImplementedError, IndexError) as problem:
             exact, reason = False, f"{type(problem).__name__}: {problem}"
         finally:
+            reshard(self.model)
             for module in training:
                 module.training = True
         if not exact:
