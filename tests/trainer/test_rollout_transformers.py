@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from gradstore import RequestError
-from trainer.backends import Response, load_backend
+from trainer.backends import Response, hugging_face, load_backend
 from trainer.backends.hugging_face import TransformersBackend, weights_digest
 from trainer.rewards import Reward
 from trainer.rollout import rollout
@@ -121,18 +121,75 @@ def test_every_end_token_of_the_model_ends_a_response(backend: TransformersBacke
 
 def test_batches_keep_to_the_token_budget(backend: TransformersBackend, monkeypatch: pytest.MonkeyPatch) -> None:
     """A batch over the budget is what runs out of memory, after the short ones went well."""
-    widths = []
-    generate = type(backend.model).generate
+    batches = []
+    sample = hugging_face.sample
 
-    def watching(model: Any, ids: torch.Tensor, **options: Any) -> Any:
-        widths.append((len(ids), ids.shape[1] + SAMPLING["max_new_tokens"]))
-        return generate(model, ids, **options)
+    def watching(model: Any, prompts: Any, draws_RT: torch.Tensor, *rest: Any, **options: Any) -> Any:
+        batches.append((len(draws_RT), max(map(len, prompts)) + SAMPLING["max_new_tokens"]))
+        return sample(model, prompts, draws_RT, *rest, **options)
 
-    monkeypatch.setattr(type(backend.model), "generate", watching)
+    monkeypatch.setattr(hugging_face, "sample", watching)
     backend.generate(PROMPTS, 7, **SAMPLING)
-    assert sum(rows for rows, _ in widths) == 35
-    assert all(rows * tokens <= 400 or rows == 1 for rows, tokens in widths)
-    assert len(widths) <= 6
+    assert sum(rollouts for rollouts, _ in batches) == 35
+    assert all(rollouts * tokens <= 400 or rollouts == 1 for rollouts, tokens in batches)
+    assert len(batches) <= 6
+
+
+def test_responses_do_not_depend_on_the_batch(backend: TransformersBackend) -> None:
+    """A budget chosen for another machine's memory must not change which problems a run picks."""
+    whole = TransformersBackend(backend.model, backend.tokenizer).generate(PROMPTS, 5, **SAMPLING)
+    for one, other in zip(backend.generate(PROMPTS, 5, **SAMPLING), whole, strict=True):
+        for x, y in zip(one, other, strict=True):
+            assert np.array_equal(x.token_ids, y.token_ids)
+            np.testing.assert_allclose(x.logprobs, y.logprobs, atol=1e-4)
+
+
+def test_shared_beginnings_leave_the_distribution_as_it_is(backend: TransformersBackend, tiny_model: Any) -> None:
+    """Rollouts that begin alike are computed once; each must still be a draw of its own from the policy."""
+    model = copy.deepcopy(tiny_model)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(30)  # so sure of itself that most beginnings are shared
+    n = 4000
+    (group,) = TransformersBackend(model, backend.tokenizer).generate(
+        [[9, 40]], n, max_new_tokens=2, temperature=1.0, top_p=1.0, seed=1
+    )
+    found: dict[tuple[int, ...], int] = {}
+    for response in group:
+        found[tuple(response.token_ids.tolist())] = found.get(tuple(response.token_ids.tolist()), 0) + 1
+    assert len(found) < n / 4
+    for ids, count in sorted(found.items(), key=lambda item: -item[1])[:10]:
+        expected = float(np.exp(_slow_logprobs(model, [9, 40], np.array(ids)).sum()))
+        assert abs(count / n - expected) < 5 * np.sqrt(expected * (1 - expected) / n)
+
+
+def test_temperature_and_top_p_are_followed(backend: TransformersBackend, tiny_model: Any) -> None:
+    """Sampled from the wrong set of tokens, rollouts are those of another policy than the settings say."""
+    with torch.no_grad():
+        logits_V = tiny_model(torch.tensor([[9, 40]])).logits[0, -1].double()
+    probs_V = (logits_V / 0.3).softmax(-1)
+    order = probs_V.argsort(descending=True)
+    n_kept = int((probs_V[order].cumsum(0) < 0.6).sum()) + 1
+    kept = order[:n_kept].tolist()
+    assert n_kept > 1
+    (group,) = backend.generate([[9, 40]], 4000, max_new_tokens=1, temperature=0.3, top_p=0.6, seed=1)
+    counts = np.bincount([int(r.token_ids[0]) for r in group], minlength=len(probs_V))
+    assert set(np.flatnonzero(counts).tolist()) <= set(kept)
+    for token in kept[:5]:
+        expected = float(probs_V[token] / probs_V[kept].sum())
+        assert abs(counts[token] / 4000 - expected) < 5 * np.sqrt(expected * (1 - expected) / 4000)
+
+
+def test_models_with_other_state_go_through_generate(
+    backend: TransformersBackend, tiny_model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A recurrent state cannot be split by row; such models are served by transformers' own loop, to the same rules."""
+    monkeypatch.setattr(hugging_face, "decodes", lambda model: False)
+    groups = backend.generate(PROMPTS, 3, **SAMPLING)
+    assert _equal(groups, backend.generate(PROMPTS, 3, **SAMPLING))
+    for prompt, group in zip(PROMPTS, groups, strict=True):
+        for response in group:
+            slow = _slow_logprobs(tiny_model, prompt, response.token_ids)
+            np.testing.assert_allclose(response.logprobs, slow, atol=1e-4)
 
 
 def test_training_mode_is_left_as_it_was(backend: TransformersBackend) -> None:

@@ -1,19 +1,22 @@
-"""Rollouts by transformers' own `generate`: any causal LM, on CPU or one GPU, nothing else to install.
+"""Rollouts by transformers: any causal LM, on CPU or one GPU, nothing else to install.
 
 Rollouts are sorted by prompt length, cut into batches of at most `batch_tokens` tokens, padded on the left and sampled
-with the key-value cache. The log-probabilities are taken at each step from the logits that the token was sampled from,
-before temperature and top-p; only one step's logits are held at a time, as all steps' would be steps x batch x
-vocabulary. The model's own sampling defaults (repetition penalty, top-k and so on) are set aside: they would sample
-from another distribution than the policy's.
+with the key-value cache, each prompt and each beginning that rollouts share computed once (decoding.py). Models whose
+state is more than a cache go through transformers' own `generate`.
 
-Dimension suffixes: B sequences, T tokens, V vocabulary.
+The log-probabilities are taken at each step from the logits that the token was sampled from, before temperature and
+top-p; only one step's logits are held at a time, as all steps' would be steps x batch x vocabulary. The model's own
+sampling defaults (repetition penalty, top-k and so on) are set aside: they would sample from another distribution than
+the policy's.
+
+Dimension suffixes: B sequences, R rollouts, T tokens, V vocabulary.
 """
 
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -21,6 +24,7 @@ import transformers
 
 from gradstore.errors import RequestError
 from trainer.backends import Response, derived_seed, end_tokens
+from trainer.backends.decoding import decodes, sample
 
 
 class TransformersBackend:
@@ -38,6 +42,8 @@ class TransformersBackend:
         text_config = model.config.get_text_config()
         self.context: int | None = getattr(text_config, "max_position_embeddings", None)
         self._end_ids = end_tokens(model.generation_config, tokenizer)
+        pad = tokenizer.pad_token_id
+        self._pad_id = pad if pad is not None else self._end_ids[0] if self._end_ids else 0
 
     @classmethod
     def load(
@@ -79,16 +85,22 @@ class TransformersBackend:
         top_p: float,
         seed: int,
     ) -> list[list[Response]]:
-        config = self._generation_config(max_new_tokens, temperature, top_p)
         rollouts = sorted(((len(ids), p, j) for p, ids in enumerate(prompts) for j in range(n)), key=lambda r: r[0])
         responses: list[list[Any]] = [[None] * n for _ in prompts]
-        with _eval(self.model), _own_sampling(self.model, config), _own_randomness(self.model.device):
-            for number, batch in enumerate(self._batches(rollouts, max_new_tokens)):
-                torch.manual_seed(derived_seed(seed, number))
-                for (_, p, j), response in zip(
-                    batch, self._sample([prompts[p] for _, p, _ in batch], config), strict=True
-                ):
-                    responses[p][j] = response
+        with _eval(self.model):
+            if decodes(self.model):
+                for batch in self._batches(rollouts, max_new_tokens):
+                    found = self._decode(batch, prompts, max_new_tokens, temperature, top_p, seed)
+                    for (_, p, j), response in zip(batch, found, strict=True):
+                        responses[p][j] = response
+                return responses
+            config = self._generation_config(max_new_tokens, temperature, top_p)
+            with _own_sampling(self.model, config), _own_randomness(self.model.device):
+                for number, batch in enumerate(self._batches(rollouts, max_new_tokens)):
+                    torch.manual_seed(derived_seed(seed, number))
+                    found = self._generate([prompts[p] for _, p, _ in batch], config)
+                    for (_, p, j), response in zip(batch, found, strict=True):
+                        responses[p][j] = response
         return responses
 
     def _batches(
@@ -104,8 +116,40 @@ class TransformersBackend:
         if batch:
             yield batch
 
-    def _sample(self, prompts: list[list[int]], config: Any) -> list[Response]:
-        """One response to each prompt of a batch."""
+    def _decode(
+        self,
+        batch: list[tuple[int, int, int]],
+        prompts: list[list[int]],
+        max_new_tokens: int,
+        temperature: float,
+        top_p: float,
+        seed: int,
+    ) -> list[Response]:
+        """A response for each rollout (prompt tokens, problem, number) of a batch."""
+        places = {p: u for u, p in enumerate(dict.fromkeys(p for _, p, _ in batch))}
+        draws_RT = torch.empty(len(batch), max_new_tokens, dtype=torch.float64)
+        generator = torch.Generator()
+        for r, (_, p, j) in enumerate(batch):
+            draws_RT[r].uniform_(generator=generator.manual_seed(derived_seed(seed, p, j)))
+        ids_RT, logprobs_RT, length_R = sample(
+            self.model,
+            [prompts[p] for p in places],
+            draws_RT,
+            torch.tensor([places[p] for _, p, _ in batch]),
+            temperature=temperature,
+            top_p=top_p,
+            pad_id=self._pad_id,
+            end_ids=self._end_ids,
+        )
+        return [self._response(*rollout) for rollout in zip(ids_RT, logprobs_RT, length_R.tolist(), strict=True)]
+
+    def _response(self, ids_T: np.ndarray, logprobs_T: np.ndarray, length: int) -> Response:
+        ids_T = ids_T[:length].astype(np.int64)
+        reason: Literal["stop", "length"] = "stop" if int(ids_T[-1]) in self._end_ids else "length"
+        return Response(ids_T, logprobs_T[:length].astype(np.float32), reason)
+
+    def _generate(self, prompts: list[list[int]], config: Any) -> list[Response]:
+        """One response to each prompt of a batch, by the model's own loop."""
         width = max(map(len, prompts))
         ids_BT = torch.full((len(prompts), width), config.pad_token_id)
         mask_BT = torch.zeros_like(ids_BT)
@@ -123,23 +167,15 @@ class TransformersBackend:
         new_BT = output_BT[:, width:].cpu().numpy().astype(np.int64)
         logprobs_BT = recorder.logprobs()
         ends_BT = np.isin(new_BT, self._end_ids)
-        responses = []
-        for b, ends_T in enumerate(ends_BT):
-            length = int(ends_T.argmax()) + 1 if ends_T.any() else len(ends_T)
-            responses.append(
-                Response(new_BT[b, :length], logprobs_BT[b, :length], "stop" if ends_T.any() else "length")
-            )
-        return responses
+        lengths = [int(ends_T.argmax()) + 1 if ends_T.any() else len(ends_T) for ends_T in ends_BT]
+        return [self._response(*rollout) for rollout in zip(new_BT, logprobs_BT, lengths, strict=True)]
 
     def _generation_config(self, max_new_tokens: int, temperature: float, top_p: float) -> Any:
-        pad = self.tokenizer.pad_token_id
-        if pad is None:
-            pad = self._end_ids[0] if self._end_ids else 0
         sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {}
         return transformers.GenerationConfig(
             max_new_tokens=max_new_tokens,
             eos_token_id=self._end_ids or None,
-            pad_token_id=pad,
+            pad_token_id=self._pad_id,
             use_cache=True,
             **({"do_sample": False} | sampling),
         )

@@ -1,0 +1,143 @@
+"""Sampling many responses to each prompt without computing anything twice.
+
+Rollouts of a problem that are equal so far are one row: a prompt is prefilled once, and a row is split only where its
+rollouts sample different tokens. After a few tokens of free text every rollout is a row of its own and this is plain
+batched decoding; short answers of a policy that has made up its mind cost a fraction. Rows whose rollouts have all
+ended are dropped.
+
+The tokens come from uniform numbers drawn beforehand for each rollout, by inversion of the cumulative distribution: a
+rollout does not depend on which others are sampled beside it, save by rounding.
+
+Dimension suffixes: R rollouts, U rows (different beginnings), S tokens of prompts and responses, T response tokens,
+V vocabulary.
+"""
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+DEAD_SHARE = 0.125
+"""Rows that have ended are dropped from the cache when they are this share of it; dropping copies the cache."""
+
+
+def decodes(model: Any) -> bool:
+    """Whether the model's cache can be indexed by row; models with a recurrent state cannot be split."""
+    stateful = getattr(model, "_is_stateful", False) or model.config.is_encoder_decoder
+    return not stateful and model._supports_default_dynamic_cache()
+
+
+def sample(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    draws_RT: Tensor,
+    prompt_R: Tensor,
+    *,
+    temperature: float,
+    top_p: float,
+    pad_id: int,
+    end_ids: Sequence[int],
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Token ids int64 [R, T], their log-probabilities at temperature 1 float32 [R, T], and lengths int64 [R].
+
+    draws_RT: uniform numbers in [0, 1), float64; T is the most tokens of a response. prompt_R: the prompt of each
+    rollout, ascending. temperature 0 takes the most probable token. What follows a rollout's end is not meaningful.
+    """
+    device = model.device
+    logits_of = _step(model)
+    ids_US, mask_US = _padded_left(prompts, pad_id, device)
+    end_V = torch.zeros(model.config.get_text_config().vocab_size, dtype=torch.bool, device=device)
+    end_V[list(end_ids)] = True
+    n_rollouts, n_tokens = draws_RT.shape
+    draws_RT, row_R = draws_RT.to(device), prompt_R.to(device)
+    ids_RT = torch.full((n_rollouts, n_tokens), pad_id, device=device)
+    logprobs_RT = torch.zeros(n_rollouts, n_tokens, device=device)
+    length_R = torch.full((n_rollouts,), n_tokens, device=device)
+    alive_R = torch.arange(n_rollouts, device=device)  # rollouts that go on; row_R is the row of each
+    cache = DynamicCache(config=model.config)
+    for t in range(n_tokens):
+        logits_UV = logits_of(ids_US, mask_US, cache).float()
+        logprobs_UV = logits_UV.log_softmax(-1)
+        token_R = _chosen(logits_UV, row_R, draws_RT[alive_R, t], temperature, top_p)
+        ids_RT[alive_R, t] = token_R
+        logprobs_RT[alive_R, t] = logprobs_UV[row_R, token_R]
+        ended_R = end_V[token_R]
+        length_R[alive_R[ended_R]] = t + 1
+        if t + 1 == n_tokens or bool(ended_R.all()):
+            break
+        alive_R, row_R, token_R = alive_R[~ended_R], row_R[~ended_R], token_R[~ended_R]
+        rows_U, row_R, next_U = _split(row_R, token_R, len(logits_UV), len(end_V), pad_id)
+        if rows_U is not None:
+            cache.batch_select_indices(rows_U)
+            mask_US = mask_US[rows_U]
+        ids_US = next_U[:, None]
+        mask_US = torch.cat([mask_US, mask_US.new_ones(len(mask_US), 1)], 1)
+    return ids_RT.cpu().numpy(), logprobs_RT.cpu().numpy(), length_R.cpu().numpy()
+
+
+def _split(
+    row_R: Tensor, token_R: Tensor, n_rows: int, n_vocabulary: int, pad_id: int
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """The row that each new row continues (None: as they stand), the new row of each rollout, and each row's token."""
+    keys_U, new_R = torch.unique(row_R * n_vocabulary + token_R, return_inverse=True)
+    parents_U, tokens_U = keys_U // n_vocabulary, keys_U % n_vocabulary
+    distinct = len(torch.unique_consecutive(parents_U)) == len(parents_U)
+    if distinct and len(parents_U) > (1 - DEAD_SHARE) * n_rows:
+        next_U = torch.full((n_rows,), pad_id, device=row_R.device)
+        next_U[parents_U] = tokens_U
+        return None, row_R, next_U
+    return parents_U, new_R, tokens_U
+
+
+def _chosen(logits_UV: Tensor, row_R: Tensor, draw_R: Tensor, temperature: float, top_p: float) -> Tensor:
+    """One token for each rollout from its row's distribution."""
+    if not temperature:
+        return logits_UV.argmax(-1)[row_R]
+    probs_UV = (logits_UV.double() / temperature).softmax(-1)
+    if top_p < 1:
+        sorted_UV, order_UV = probs_UV.sort(-1, descending=True)
+        # the smallest set of tokens that reaches top_p: a token stays while those before it do not
+        sorted_UV[sorted_UV.cumsum(-1) - sorted_UV >= top_p] = 0.0
+        probs_UV = torch.zeros_like(probs_UV).scatter_(-1, order_UV, sorted_UV)
+    reached_UV = probs_UV.cumsum(-1)
+    total_U = reached_UV[:, -1]
+    # Row after row as one ascending sequence, row u from u to u + 1: one binary search for each rollout.
+    n_rows, n_vocabulary = reached_UV.shape
+    offset_U = torch.arange(n_rows, device=logits_UV.device, dtype=torch.float64)
+    ascending = (reached_UV / total_U[:, None] + offset_U[:, None]).flatten()
+    place_R = torch.searchsorted(ascending, row_R + draw_R, right=True) - row_R * n_vocabulary
+    last_U = n_vocabulary - 1 - (probs_UV > 0).flip(-1).int().argmax(-1)
+    return torch.minimum(place_R.clamp(min=0), last_U[row_R])
+
+
+def _padded_left(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    width = max(map(len, prompts))
+    ids_US = torch.full((len(prompts), width), pad_id)
+    mask_US = torch.zeros_like(ids_US)
+    for u, ids in enumerate(prompts):
+        ids_US[u, width - len(ids) :] = torch.as_tensor(ids)
+        mask_US[u, width - len(ids) :] = 1
+    return ids_US.to(device), mask_US.to(device)
+
+
+def _step(model: Any) -> Callable[[Tensor, Tensor, DynamicCache], Tensor]:
+    """The forward of new tokens: (ids [U, new], mask [U, S], cache) to the last position's logits [U, V]."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    takes = inspect.signature(base.forward).parameters
+    only_last = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
+
+    def step(ids_US: Tensor, mask_US: Tensor, cache: DynamicCache) -> Tensor:
+        positions = {}
+        if "position_ids" in takes:
+            positions_US = (mask_US.cumsum(-1) - 1).clamp(min=0)
+            positions["position_ids"] = positions_US[:, -ids_US.shape[1] :]
+        output = model(
+            input_ids=ids_US, attention_mask=mask_US, past_key_values=cache, use_cache=True, **positions, **only_last
+        )
+        return output.logits[:, -1]
+
+    return step
