@@ -4,6 +4,7 @@ The parts pick in the order they are named, each its best among what those befor
 twice and each part gets its number.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,14 +22,16 @@ class Part:
     share: float
 
 
-def parts_of(selector: str | Selector) -> list[Part]:
-    """The parts of a mixture, shares summing to 1; one part for a plain name or a Selector.
+def parts_of(selector: str | Selector | Sequence[Part]) -> list[Part]:
+    """The parts of a mixture, shares summing to 1; one part for a plain name or a Selector; parts as they are.
 
     A text is `NAME` or `NAME:WEIGHT+NAME:WEIGHT+...`; a weight left out is 1. RequestError for an unknown name, one
     given twice, or a weight that is not a number above 0.
     """
     if isinstance(selector, Selector):
         return [Part(selector, 1.0)]
+    if not isinstance(selector, str):
+        return list(selector)
     terms = [term.partition(":") for term in selector.split("+")]
     weights = [_weight(selector, weight) if colon else 1.0 for _, colon, weight in terms]
     selectors = [SELECTORS[name.strip()] for name, _, _ in terms]

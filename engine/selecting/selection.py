@@ -110,7 +110,7 @@ def select(
     collection: str,
     target: Target | Sequence[Target] | None,
     n: int,
-    selector: str | Selector = "cosine",
+    selector: str | Selector | Sequence[Part] = "cosine",
     at: int | None = None,
     *,
     where: Where | None = None,
