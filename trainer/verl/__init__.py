@@ -1,0 +1,26 @@
+"""Rounds of selection inside verl 0.9.x, verl itself unmodified.
+
+    entry.py              the command, and the task runner for an entry module of one's own
+    selecting_trainer.py  verl's synchronous trainer: rounds between steps, observed steps, exact resume
+    sampler.py            what the data loader draws next, kept in verl's checkpoints
+    live_policy.py        the policy as the round sees it: rollouts by verl, sketches in the workers
+    worker.py             verl's actor worker with sketches and probes
+    agent_loop.py         a seed for every rollout
+    transfer.py, ranks.py verl's queue of rollouts; groups dealt to ranks
+    sampler_07.py         verl 0.7.x, through data.sampler.class_path
+
+docs/verl.md has the settings and whole commands. verl is imported only when something of it is used.
+"""
+
+from typing import TYPE_CHECKING
+
+from gradstore.lazy import names_of
+
+if TYPE_CHECKING:
+    from trainer.verl.entry import main as main
+    from trainer.verl.entry import task_runner as task_runner
+
+_MODULE_OF = {"main": "entry", "task_runner": "entry"}
+
+__all__ = sorted(_MODULE_OF)
+__getattr__ = names_of(__name__, _MODULE_OF)

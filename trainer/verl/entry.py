@@ -1,0 +1,112 @@
+"""How a verl run comes to use gradstore: a task runner of verl with another trainer class, and a command for it.
+
+In an entry module of one's own two lines do:
+
+    from trainer.verl import task_runner
+    run_ppo(config, task_runner_class=task_runner())
+
+verl itself is left as it is: its task runner looks trainers up in a registry, and gets ours under the name it asks for.
+"""
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from gradstore.errors import GradstoreError, RequestError
+from trainer.verl.settings import NODE, VerlSettings
+
+log = logging.getLogger(__name__)
+
+AGENT_LOOP_MANAGER = "trainer.verl.agent_loop.SeededAgentLoopManager"
+
+
+def main(overrides: Sequence[str]) -> None:
+    """Train with verl, each round's problems picked by gradstore: `gradstore train --backend verl OVERRIDE...`.
+
+    overrides: as verl's own command takes them, and `gradstore.NAME=VALUE` (settings.py). Ray is started where none
+    runs and stopped again; a Ray that was there is used and left alone. RequestError for settings that cannot be and for
+    verl missing; the error of a run that failed.
+    """
+    try:
+        import ray
+        import verl
+        from hydra import compose, initialize_config_module
+        from hydra.errors import HydraException
+        from omegaconf.errors import OmegaConfBaseException
+    except ImportError as error:
+        raise RequestError(f"training with verl needs verl 0.9 (pip install 'gradstore[verl]'): {error}") from None
+    if not verl.__version__.startswith("0.9."):
+        raise RequestError(
+            f"verl {verl.__version__} is installed, this integration is for 0.9.x; "
+            "verl 0.7.x takes trainer.verl.sampler_07 (docs/verl.md)"
+        )
+    from verl.trainer.main_ppo import auto_set_device, need_critic, need_reference_policy, run_ppo, validate_config
+
+    try:
+        with initialize_config_module("verl.trainer.config", version_base=None):
+            config = compose("ppo_trainer", overrides=[_ours(override) for override in overrides])
+    except (HydraException, OmegaConfBaseException) as error:
+        raise RequestError(f"verl's configuration: {' '.join(str(error).split())}") from None
+    VerlSettings.of(config)  # so that a mistake is told before anything starts
+    auto_set_device(config)
+    validate_config(config=config, use_reference_policy=need_reference_policy(config), use_critic=need_critic(config))
+    was_running = ray.is_initialized()
+    try:
+        run_ppo(config, task_runner_class=task_runner())
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, GradstoreError):
+            raise error.cause from None
+        raise
+    finally:
+        if not was_running:
+            ray.shutdown()
+
+
+def task_runner(base: Any = None) -> Any:
+    """A Ray actor class to give to `run_ppo`: verl's task runner, training with rounds.
+
+    base: a task runner of the user's, as a Ray actor class or a plain one; default verl's.
+    """
+    import ray
+    from verl.trainer.main_ppo import TaskRunnerV1
+
+    given: Any = base or TaskRunnerV1
+    plain: Any = given.__ray_metadata__.modified_class if hasattr(given, "__ray_metadata__") else given
+
+    class SelectingTaskRunner(plain):
+        """verl's task runner; the synchronous trainer it asks for is ours."""
+
+        def run(self, config: Any) -> None:
+            from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY
+
+            from trainer.verl.selecting_trainer import SelectingTrainer
+
+            _seed_rollouts(config)
+            TRAINER_REGISTRY["sync"] = SelectingTrainer
+            super().run(config)
+
+    return ray.remote(SelectingTaskRunner)
+
+
+def _ours(override: str) -> str:
+    """`gradstore.x=1` as an addition: verl's configuration has no such node."""
+    return f"++{override}" if override.startswith(f"{NODE}.") else override
+
+
+def _seed_rollouts(config: Any) -> None:
+    """Names our agent loop manager in verl's configuration, unless the user named one."""
+    from omegaconf import open_dict
+
+    if not VerlSettings.of(config).seeded:
+        return
+    agent = config.actor_rollout_ref.rollout.agent
+    named = agent.get("agent_loop_manager_class")
+    if named:
+        log.warning(
+            "%s makes the rollouts: they are seeded only if it does what trainer.verl.agent_loop does; "
+            "without seeds a resumed run may pick other problems",
+            named,
+        )
+        return
+    with open_dict(config):
+        agent.agent_loop_manager_class = AGENT_LOOP_MANAGER

@@ -1,0 +1,154 @@
+"""verl's live policy as the selection round sees it (`trainer.round.policy.Policy`).
+
+Rollouts go where the training rollouts go: through verl's agent loop to its rollout engine, rewards through verl's
+reward path, so that no second model is loaded and no second reward is written. Sketches and probes run in the actor's
+ranks (worker.py). Rollout engine and actor share the device; whichever is not at work is asleep, as in a training step.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+import transfer_queue as tq
+from verl.utils import tensordict_utils
+
+from engine.probing.batch import ProbeBatch
+from engine.rollouts.group import Group
+from engine.sketches.bases import SketcherFiles
+from engine.sketches.sketcher import SketchBatch, SketchSpec
+from gradstore.errors import GradstoreError
+from trainer.verl.ranks import deal, gather
+from trainer.verl.settings import VerlSettings
+from trainer.verl.transfer import PARTITION, Rows, groups_of, rows_of, wait_for
+
+
+class LivePolicy:
+    """The policy of a trainer that runs; made once its workers and agent loops are up."""
+
+    def __init__(self, trainer: Any, settings: VerlSettings) -> None:
+        self._trainer, self._settings = trainer, settings
+        self._calls = 0
+        self._validation: list[Group] = []
+        self._validation_number = 0
+        self.awake = True
+        """Whether the rollout engine holds the current weights and can generate; the trainer keeps it true."""
+
+    @property
+    def step(self) -> int:
+        """Training steps done; verl counts the one it is about to do."""
+        return max(self._trainer.global_steps - 1, 0)
+
+    def roll_out(self, problems: Sequence[Mapping[str, Any]], n: int, *, seed: int) -> list[Group]:
+        """n scored rollouts of each problem, through verl's agent loop and reward path.
+
+        GradstoreError when the rollout engine failed on a problem; RequestError for rollouts that the engine cannot
+        sketch (more than one turn).
+        """
+        self._wake()
+        groups: list[Group] = []
+        for start in range(0, len(problems), self._settings.rollout_batch):
+            part = problems[start : start + self._settings.rollout_batch]
+            self._calls += 1
+            uids = [f"select-{self._calls:06d}-{i:06d}" for i in range(len(part))]
+            rows = rows_of(self._trainer.train_dataset, part, uids, n, (seed, start) if self._settings.seeded else None)
+            groups += self._generated(rows, [record["id"] for record in part])
+        return groups
+
+    def fit(self, spec: SketchSpec, groups: Sequence[Group]) -> SketcherFiles:
+        """Makes the sketcher on every rank, fitted to the groups where the spec wants that."""
+        self._rest()
+        with _plain_errors():
+            files: list[SketcherFiles] = self._workers.fit_sketcher(spec, list(groups))
+        return files[0]
+
+    def use(self, fingerprint: dict, attachments: Mapping[str, bytes]) -> None:
+        """Makes the sketcher of a store on every rank; RequestError naming what makes this policy's rows others."""
+        self._rest()
+        with _plain_errors():
+            self._workers.use_sketcher(fingerprint, dict(attachments), self._settings.rounds.spec.token_budget)
+
+    def sketch(self, groups: Sequence[Group]) -> SketchBatch:
+        """Sketches of the groups, each computed by one rank."""
+        self._rest()
+        shares = deal(groups, self._workers.world_size)
+        with _plain_errors():
+            batches = self._workers.sketch_groups([[groups[i] for i in share] for share in shares])
+        return gather(batches, shares)
+
+    def probe(self, groups: Sequence[Group], validation: Sequence[Group]) -> ProbeBatch:
+        """Probes of the groups along the validation groups' gradient, which the ranks keep between calls."""
+        self._rest()
+        n_ranks = self._workers.world_size
+        known = len(validation) == len(self._validation) and all(
+            one is other for one, other in zip(validation, self._validation, strict=True)
+        )
+        key = f"{self.step}/{self._validation_number + (not known)}"
+        if not known:
+            self._validation, self._validation_number = list(validation), self._validation_number + 1
+        shares = deal(groups, n_ranks)
+        bench = deal(validation, n_ranks)
+        with _plain_errors():
+            batches = self._workers.probe_groups(
+                [[groups[i] for i in share] for share in shares],
+                [[validation[i] for i in share] for share in bench],
+                [key] * n_ranks,
+                [self._settings.probe_rank] * n_ranks,
+            )
+        return gather(batches, shares)
+
+    def end_round(self) -> None:
+        """Frees what was kept for the round and wakes the rollout engine for training."""
+        if self._validation:
+            self._validation = []
+            self._workers.forget_direction()
+        self._wake()
+
+    @property
+    def _workers(self) -> Any:
+        return self._trainer.actor_rollout_wg
+
+    def _generated(self, rows: Rows, ids: Sequence[str]) -> list[Group]:
+        trainer = self._trainer
+        tensordict_utils.assign_non_tensor_data(rows.batch, "global_steps", trainer.global_steps)
+        trainer._submit_batch_to_rollout(rows.batch)
+        keys, failed = wait_for(rows.uids)
+        try:
+            if failed:
+                names = ", ".join(repr(ids[rows.uids.index(uid)]) for uid in sorted(failed)[:5])
+                raise GradstoreError(
+                    f"verl's rollout engine failed on {len(failed)} of {len(ids)} problems ({names}); "
+                    "the agent loop workers' log says why"
+                )
+            if trainer.reward_loop_manager.reward_loop_worker_handles is None:
+                # A reward model that shares the device scores after generation, as in verl's own step.
+                self._rest()
+                trainer._compute_reward_colocate(
+                    tq.KVBatchMeta(partition_id=PARTITION, keys=keys, tags=[{}] * len(keys))
+                )
+                self._wake()
+            found = groups_of(keys, dict(zip(rows.uids, ids, strict=True)))
+        finally:
+            tq.kv_clear(keys=[*rows.uids, *keys], partition_id=PARTITION)
+        return [found[uid] for uid in rows.uids]
+
+    def _wake(self) -> None:
+        if not self.awake:
+            self._trainer.checkpoint_manager.update_weights(self.step)
+            self.awake = True
+
+    def _rest(self) -> None:
+        if self.awake:
+            self._trainer.checkpoint_manager.sleep_replicas()
+            self.awake = False
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """An error of this project raised in a worker, as it was raised there."""
+    try:
+        yield
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, GradstoreError):
+            raise type(error.cause)(str(error.cause)) from None
+        raise

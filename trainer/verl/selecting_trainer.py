@@ -1,0 +1,169 @@
+"""verl's synchronous trainer with a round of selection whenever the picks of the last one are used up.
+
+A round comes before the step that needs it, with the rollout engine awake and the newest weights in it, so that it is
+decided by the state of the sampler alone: a run resumed anywhere does the rounds an undisturbed one would. The rollouts
+of every training step are sketched before the update, by the policy that made them.
+"""
+
+import logging
+import math
+from typing import Any
+
+import numpy as np
+import ray
+from omegaconf import open_dict
+from torchdata.stateful_dataloader import StatefulDataLoader
+from verl.trainer.ppo.utils import Role, create_rl_dataset
+from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
+from verl.utils.dataset.rl_dataset import collate_fn
+from verl.utils.debug import marked_timer
+
+from gradstore.errors import RequestError
+from trainer.backends import derived_seed
+from trainer.round.driver import Rounds
+from trainer.verl.agent_loop import SEED_FIELD
+from trainer.verl.live_policy import LivePolicy
+from trainer.verl.sampler import RoundSampler, drawing_order
+from trainer.verl.settings import VerlSettings
+from trainer.verl.transfer import groups_of, place_of, records_of, row_seeds
+from trainer.verl.worker import SketchingWorker
+
+log = logging.getLogger(__name__)
+
+_ACTORS = (Role.Actor, Role.ActorRollout, Role.ActorRolloutRef)
+_TRAINING = 1
+"""Tells the seeds of training rollouts from those of a round's."""
+
+
+class SelectingTrainer(PPOTrainerSync):
+    """Trains on what the rounds pick."""
+
+    def __init__(self, config: Any) -> None:
+        self.settings = VerlSettings.of(config)
+        super().__init__(config)
+        self._problem_of: dict[str, str] = {}
+        """Problem id of each row of the step under way, by uid."""
+        self._policy: LivePolicy | None = None
+
+    # What verl sets up, with our sampler and our workers
+
+    def _init_dataloader(self) -> None:
+        rounds = self.settings.rounds
+        with open_dict(self.config):
+            if self.config.trainer.total_training_steps is None:
+                self.config.trainer.total_training_steps = rounds.rounds * rounds.steps
+        super()._init_dataloader()
+        if self.steps_per_epoch == 0:
+            raise RequestError(
+                f"data.train_files has {len(self.train_dataset)} problems, fewer than one batch of "
+                f"{self.config.data.train_batch_size}"
+            )
+        with open_dict(self.config):
+            # Rounds count, not passes through the pool: verl must not stop at the end of one.
+            enough = math.ceil(self.total_training_steps / self.steps_per_epoch) + 1
+            self.config.trainer.total_epochs = max(self.config.trainer.total_epochs, enough)
+        records = records_of(self.train_dataset, "data.train_files")
+        benchmarks = {name: self._benchmark(name, files) for name, files in self.settings.benchmarks.items()}
+        self.sampler = RoundSampler([record["id"] for record in records])
+        self.train_dataloader = StatefulDataLoader(
+            dataset=self.train_dataset,
+            batch_size=self.config.data.get("gen_batch_size", None) or self.config.data.train_batch_size,
+            num_workers=0,
+            drop_last=True,
+            collate_fn=collate_fn,
+            sampler=self.sampler,
+        )
+        self.rounds = Rounds(self.settings.store, records, benchmarks, rounds)
+
+    def _benchmark(self, name: str, files: list[str]) -> list[dict[str, Any]]:
+        dataset = create_rl_dataset(files, self.config.data, self.tokenizer, self.processor, is_train=False)
+        return records_of(dataset, f"benchmark {name!r}")
+
+    def _init_resource_pool_mgr(self) -> None:
+        super()._init_resource_pool_mgr()
+        for role in self.role_worker_mapping.keys() & set(_ACTORS):
+            self.role_worker_mapping[role] = ray.remote(SketchingWorker)
+
+    def _load_checkpoint(self) -> None:
+        super()._load_checkpoint()
+        if self.global_steps == 0:
+            return
+        # The loader restores its sampler when it is first iterated; the next round is decided by the sampler.
+        self.train_dataloader_it = iter(self.train_dataloader)
+        if not self.sampler.rounds:
+            raise RequestError(
+                f"the checkpoint of step {self.global_steps} has no state of the rounds: it was not made with gradstore; "
+                "use another trainer.default_local_dir, or trainer.resume_mode=disable"
+            )
+        self.rounds.load_state_dict(self.sampler.rounds)
+
+    # Rounds
+
+    @property
+    def policy(self) -> LivePolicy:
+        """The live policy, as rounds see it."""
+        if self._policy is None:
+            self._policy = LivePolicy(self, self.settings)
+        return self._policy
+
+    def prepare_step(self) -> dict[str, Any]:
+        metrics = self._round() if self.sampler.left < self.config.data.train_batch_size else {}
+        return {**metrics, **super().prepare_step()}
+
+    def _round(self) -> dict[str, Any]:
+        settings = self.settings.rounds
+        with marked_timer("selection", self.timing_raw, color="blue"):
+            selection = self.rounds.next(self.policy)
+            self.policy.end_round()
+        order = drawing_order(
+            selection.ids, settings.train_batch * settings.steps, derived_seed(settings.seed, self.policy.step)
+        )
+        self.sampler.feed(order)
+        self.sampler.keep(self.rounds.state_dict())
+        self.train_dataloader_it = iter(self.train_dataloader)
+        log.info("round at step %d picked %s", self.policy.step, ", ".join(map(str, selection.ids)))
+        return {"gradstore/picked": float(len(selection.ids))}
+
+    def _fetch_one_gen_batch(self) -> Any:
+        batch = super()._fetch_one_gen_batch()
+        n = len(batch)
+        ids = self.sampler.order[-self.sampler.left - n :][:n]
+        first = len(self._problem_of)
+        uids = [f"train-{self.global_steps:08d}-{first + i:06d}" for i in range(n)]
+        self._problem_of |= dict(zip(uids, ids, strict=True))
+        seed = (self.settings.rounds.seed, _TRAINING, self.global_steps, first) if self.settings.seeded else None
+        from verl.utils import tensordict_utils
+
+        columns = tensordict_utils.get_tensordict({"uid": np.array(uids, dtype=object), SEED_FIELD: row_seeds(seed, n)})
+        return batch.update(columns)
+
+    # Steps
+
+    def on_step_begin(self) -> None:
+        super().on_step_begin()
+        self._problem_of.clear()
+
+    def on_sample_end(self) -> None:
+        super().on_sample_end()
+        self.policy.awake = False
+
+    def on_step_end(self) -> None:
+        super().on_step_end()
+        self.policy.awake = True
+
+    def _balance_batch(self, batch: Any, metrics: dict[str, Any], *args: Any, **options: Any) -> Any:
+        # Rollouts arrive in any order; sums over a batch would differ in their last digits from run to run.
+        batch.reorder(sorted(range(len(batch.keys)), key=lambda i: place_of(batch.keys[i])))
+        return super()._balance_batch(batch, metrics, *args, **options)
+
+    def _compute_advantage(self, batch: Any, metrics: dict[str, Any]) -> Any:
+        batch = super()._compute_advantage(batch, metrics)
+        if self.settings.observe:
+            with marked_timer("observe", self.timing_raw, color="blue"):
+                keys = [
+                    key for key, tag in zip(batch.keys, batch.tags, strict=True) if not tag.get("is_padding", False)
+                ]
+                groups = groups_of(keys, self._problem_of)
+                self.rounds.observe(self.policy, [groups[uid] for uid in sorted(groups)])
+                self.sampler.keep(self.rounds.state_dict())
+        return batch

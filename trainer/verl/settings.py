@@ -1,0 +1,152 @@
+"""gradstore's settings of a verl run: the `gradstore` node of verl's configuration.
+
+They are given like verl's own, as overrides (`gradstore.store=...`, or `+gradstore.store=...` where the entry module is
+the user's). Settings of the rounds stand beside those of the integration; GradAlign's names are understood. What verl's
+configuration says already (batch, rollouts) is taken from there.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from engine.gradients.objectives import Objective, objective
+from engine.selecting.diversity import Diversity
+from engine.sketches.sketcher import SketchSpec
+from gradstore.errors import RequestError
+from trainer.round.settings import GRADALIGN_NAMES, RoundSettings
+
+NODE = "gradstore"
+_COARSE_PROBE_RANK = 64
+
+
+@dataclass(frozen=True, slots=True)
+class VerlSettings:
+    """What the integration needs to know; the rest is verl's."""
+
+    store: Path
+    """Folder of the store: made in the first round, gone on with after that."""
+    rounds: RoundSettings
+    """How each round chooses."""
+    benchmarks: Mapping[str, list[str]]
+    """Name -> files in verl's form; without any, data.val_files as `validation`."""
+    pool: str = "pool"
+    """Name of data.train_files' collection in the store."""
+    rollout_batch: int = 512
+    """Problems handed to the rollout engine at once in a round."""
+    seeded: bool = True
+    """Every rollout asks for a seed of its own, which an exact resume depends on."""
+    observe: bool = True
+    """Sketch the rollouts of training steps too."""
+    probe_rank: int | None = None
+    """Rank of the branch that probes move along; None: the weights themselves are moved (float32 only)."""
+
+    @classmethod
+    def of(cls, config: Any) -> "VerlSettings":
+        """Read and checked from verl's configuration (an OmegaConf node or a dict of dicts).
+
+        RequestError for a setting that is missing, unknown, or at odds with verl's.
+        """
+        given = {name: value for name, value in _plain(config).get(NODE, {}).items() if value is not None}
+        if "store" not in given:
+            raise RequestError(f"{NODE}.store is missing: the folder that keeps sketches and rounds")
+        verl = _plain(config)
+        _check_verl(verl)
+        own = {field.name for field in fields(cls)} - {"rounds"}
+        spec = _spec(given.pop("spec", {}))
+        options: dict[str, Any] = {name: given.pop(name) for name in list(given) if name in own}
+        if "diversity" in given:
+            given["diversity"] = Diversity(**given["diversity"])
+        _take_over(given, "train_batch", verl["data"]["train_batch_size"], "data.train_batch_size")
+        rollout = verl["actor_rollout_ref"]["rollout"]
+        if not {"rollouts", "n_samples_train"} & given.keys():
+            given["rollouts"] = rollout["n"]
+        rounds = RoundSettings.from_names({**given, "spec": spec})
+        options["store"] = Path(options["store"]).expanduser().absolute()
+        options["benchmarks"] = {
+            name: [files] if isinstance(files, str) else list(files)
+            for name, files in (options.get("benchmarks") or {"validation": verl["data"]["val_files"]}).items()
+        }
+        if "probe_rank" not in options and _coarse(verl["actor_rollout_ref"]["actor"]["fsdp_config"]):
+            options["probe_rank"] = _COARSE_PROBE_RANK
+        return cls(rounds=rounds, **options)
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    """The configuration as dicts, interpolations resolved."""
+    if isinstance(config, dict):
+        return config
+    from omegaconf import OmegaConf
+
+    found: Any = OmegaConf.to_container(config, resolve=True)
+    return found
+
+
+def _spec(given: Mapping[str, Any]) -> SketchSpec:
+    """`gradstore.spec`: fields of SketchSpec, its objective a preset's name or fields of Objective."""
+    known = {field.name for field in fields(SketchSpec)}
+    unknown = sorted(given.keys() - known)
+    if unknown:
+        raise RequestError(f"{NODE}.spec.{unknown[0]} is not known, expected one of {', '.join(sorted(known))}")
+    options: dict[str, Any] = {"basis": "fitted", **{name: value for name, value in given.items() if value is not None}}
+    chosen = options.pop("objective", "gradalign")
+    try:
+        options["objective"] = objective(chosen) if isinstance(chosen, str) else Objective(**chosen)
+    except TypeError as error:
+        raise RequestError(f"{NODE}.spec.objective: {error}") from None
+    if options.get("modules"):
+        options["modules"] = tuple(options["modules"])
+    return SketchSpec(**options)
+
+
+def _take_over(given: dict[str, Any], name: str, value: Any, where: str) -> None:
+    """verl's value for a setting both have; RequestError where the round was given another."""
+    spelled = [key for key in (name, *(k for k, ours in GRADALIGN_NAMES.items() if ours == name)) if key in given]
+    for key in spelled:
+        if int(given[key]) != int(value):
+            raise RequestError(
+                f"{NODE}.{key} is {given[key]}, {where} is {value}: leave the former out, or make them equal"
+            )
+    if not spelled:
+        given[name] = int(value)
+
+
+def _check_verl(verl: Mapping[str, Any]) -> None:
+    """RequestError for a configuration of verl under which rounds or sketches cannot work."""
+    actor, data, trainer = verl["actor_rollout_ref"]["actor"], verl["data"], verl["trainer"]
+    mode = trainer.get("v1", {}).get("trainer_mode", "sync")
+    if not trainer.get("use_v1", True) or mode != "sync":
+        raise RequestError(
+            f"trainer.v1.trainer_mode is {mode!r} (use_v1 {trainer.get('use_v1')}): rounds need the synchronous trainer, "
+            "trainer.use_v1=True trainer.v1.trainer_mode=sync"
+        )
+    if data["dataloader_num_workers"] != 0:
+        raise RequestError(
+            f"data.dataloader_num_workers is {data['dataloader_num_workers']}: workers draw problems before a round has "
+            "picked them; set data.dataloader_num_workers=0"
+        )
+    if (verl["algorithm"].get("filter_groups") or {}).get("enable"):
+        raise RequestError(
+            "algorithm.filter_groups draws more problems than a round picked: leave it off, "
+            f"and use {NODE}.selector=dynamic for DAPO's filtering"
+        )
+    if (trainer.get("v1", {}).get("sampler") or {}).get("sync_refill_failed_groups"):
+        raise RequestError(
+            "trainer.v1.sampler.sync_refill_failed_groups draws more problems than a round picked: leave it off"
+        )
+    if actor["strategy"] != "fsdp2":
+        raise RequestError(
+            f"actor_rollout_ref.actor.strategy is {actor['strategy']!r}: sketches read a policy sharded by FSDP2; "
+            "set actor_rollout_ref.actor.strategy=fsdp2"
+        )
+    if actor["fsdp_config"].get("offload_policy"):
+        raise RequestError(
+            "actor.fsdp_config.offload_policy keeps the weights off the device that computes: "
+            "use actor_rollout_ref.actor.fsdp_config.param_offload=True instead"
+        )
+
+
+def _coarse(fsdp: Mapping[str, Any]) -> bool:
+    """Whether the actor computes in less than float32; verl's default is bfloat16."""
+    mixed = fsdp.get("mixed_precision") or {}
+    return str(mixed.get("param_dtype") or "bf16").removeprefix("torch.") not in ("fp32", "float32", "float")

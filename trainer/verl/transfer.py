@@ -1,0 +1,140 @@
+"""Between records, verl's TransferQueue and groups: how a problem becomes rows for verl, and its rollouts a group.
+
+A rollout's key is UID_SESSION_OUTPUT: the row it was sampled for, the number of the rollout, the turn's output. Uids
+are ours and sort as the rows do, so that a batch can be put in the same order in every run.
+"""
+
+import copy
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import transfer_queue as tq
+from tensordict import TensorDict
+from verl.utils import tensordict_utils
+from verl.utils.dataset.rl_dataset import collate_fn
+
+from engine.rollouts.group import Group
+from gradstore.errors import RequestError
+from gradstore.problems import from_verl, to_verl
+from trainer.backends import derived_seed
+from trainer.verl.agent_loop import SEED_FIELD
+
+PARTITION = "train"
+FIELDS = ["prompts", "responses", "response_mask", "rm_scores", "rollout_log_probs"]
+_LONGEST_WAIT = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Prompts ready for verl's agent loop."""
+
+    batch: TensorDict
+    uids: list[str]
+
+
+def records_of(dataset: Any, where: str) -> list[dict[str, Any]]:
+    """Canonical records of verl's dataset, in its order; RequestError for rows without an id or of another kind."""
+    if not hasattr(dataset, "dataframe"):
+        raise RequestError(f"{where}: dataset class {type(dataset).__name__} has no `dataframe` to read problems from")
+    records = []
+    for row, given in enumerate(dataset.dataframe):
+        fields = dict(given)
+        if dataset.prompt_key != "prompt":
+            fields["prompt"] = fields.pop(dataset.prompt_key)
+        records.append(from_verl(fields, f"{where}, row {row + 1}"))
+    return records
+
+
+def rows_of(
+    dataset: Any,
+    problems: Sequence[Mapping[str, Any]],
+    uids: Sequence[str],
+    n: int,
+    seed: tuple[int, ...] | None,
+) -> Rows:
+    """The problems as the trainer's dataset would give them, to be rolled out n times each.
+
+    dataset: lends its class's way from a record to a row. seed: what each row's seed follows from; None: unseeded.
+    """
+    view = copy.copy(dataset)
+    view.dataframe = [_fields(record, dataset.prompt_key) for record in problems]
+    columns = collate_fn([view[i] for i in range(len(problems))])
+    columns["uid"] = np.array(list(uids), dtype=object)
+    columns["__rollout_n__"] = np.array([n] * len(problems), dtype=object)
+    columns[SEED_FIELD] = row_seeds(seed, len(problems))
+    batch = tensordict_utils.get_tensordict(columns)
+    return Rows(batch, list(uids))
+
+
+def row_seeds(seed: tuple[int, ...] | None, n: int) -> np.ndarray:
+    """A seed for each of n rows, object [n]; -1 where nothing is to be seeded."""
+    return np.array([-1 if seed is None else derived_seed(*seed, i) for i in range(n)], dtype=object)
+
+
+def wait_for(uids: Sequence[str]) -> tuple[list[str], set[str]]:
+    """Waits until every prompt has been rolled out; (keys of the rollouts, in order, and uids that failed)."""
+    wanted, pause = set(uids), 0.05
+    while True:
+        tags = tq.kv_list(PARTITION).get(PARTITION, {})
+        states = {uid: tags.get(uid, {}).get("status", "pending") for uid in uids}
+        if all(state in ("finished", "failure") for state in states.values()):
+            break
+        time.sleep(pause)
+        pause = min(2 * pause, _LONGEST_WAIT)
+    keys = [key for key in tags if uid_of(key) in wanted and key not in wanted]
+    return sorted(keys, key=place_of), {uid for uid, state in states.items() if state == "failure"}
+
+
+def groups_of(keys: Sequence[str], id_of: Mapping[str, str]) -> dict[str, Group]:
+    """The groups of rollouts in the queue, by uid.
+
+    id_of: uid -> problem id. RequestError for a rollout with more than one output, or with tokens in its response that
+    the policy did not write (a tool's): the gradient of such a group is not this engine's.
+    """
+    keys = sorted(keys, key=place_of)
+    data = tq.kv_batch_get(keys=keys, partition_id=PARTITION, select_fields=FIELDS)
+    columns = {name: list(data[name].unbind(0)) for name in FIELDS if name in data.keys()}  # noqa: SIM118 (a TensorDict)
+    members: dict[str, list[int]] = {}
+    for place, key in enumerate(keys):
+        members.setdefault(uid_of(key), []).append(place)
+    groups = {}
+    for uid, places in members.items():
+        name = id_of[uid]
+        sessions = [place_of(keys[place])[1] for place in places]
+        if len(set(sessions)) < len(sessions):
+            raise RequestError(f"problem {name!r}: an agent loop gave several outputs for one rollout, expected one")
+        if not all(bool((columns["response_mask"][place] > 0).all()) for place in places):
+            raise RequestError(
+                f"problem {name!r}: a response has tokens that the policy did not write (tools, more turns); "
+                "sketches are of single-turn rollouts"
+            )
+        given = columns.get("rollout_log_probs")
+        groups[uid] = Group(
+            name,
+            columns["prompts"][places[0]].numpy().astype(np.int64),
+            [columns["responses"][place].numpy().astype(np.int64) for place in places],
+            np.array([float(columns["rm_scores"][place].sum()) for place in places]),
+            None if given is None else [given[place].numpy().astype(np.float32) for place in places],
+        )
+    return groups
+
+
+def uid_of(key: str) -> str:
+    """The row a rollout was sampled for."""
+    return key.split("_", 1)[0]
+
+
+def place_of(key: str) -> tuple[str, int, int]:
+    """Where a rollout stands among all: by row, by rollout, by output."""
+    uid, session, output = key.rsplit("_", 2)
+    return uid, int(session), int(output)
+
+
+def _fields(record: Mapping[str, Any], prompt_key: str) -> dict[str, Any]:
+    fields = to_verl(dict(record))
+    if prompt_key != "prompt":
+        fields[prompt_key] = fields.pop("prompt")
+    return fields

@@ -1,0 +1,98 @@
+"""verl's actor worker with sketches and probes: they run where the policy lives, on the weights as they are sharded.
+
+Nothing is merged, copied or saved for it, and no gradient is reduced among the ranks: each rank runs the problems it
+is handed, in step with the others. The driver calls these methods with one list of groups for each rank
+(`trainer.verl.ranks`); what comes back are plain values.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+from verl.single_controller.base.decorator import Dispatch, register
+from verl.workers.engine_workers import ActorRolloutRefWorker
+
+from engine.gradients.directions import Direction, validation_gradient
+from engine.gradients.sharding import reshard
+from engine.probing.batch import ProbeBatch
+from engine.probing.probe import Probe
+from engine.rollouts.group import Group
+from engine.sketches.bases import SketcherFiles, files_of, sketcher_from
+from engine.sketches.fitting import fit_projection
+from engine.sketches.sketcher import SketchBatch, Sketcher, SketchSpec
+from gradstore.errors import GradstoreError, RequestError
+
+
+class SketchingWorker(ActorRolloutRefWorker):
+    """One rank of the actor. Every method is called on all ranks together."""
+
+    _sketcher: Sketcher | None = None
+    _validation: tuple[str, Direction] | None = None
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def fit_sketcher(self, spec: SketchSpec, groups: Sequence[Group]) -> SketcherFiles:
+        """Makes the sketcher, fitting a projection to the groups where the spec wants one; the same on every rank."""
+        with self._live_policy() as model:
+            projection = fit_projection(model, groups, spec) if spec.basis == "fitted" else None
+            reshard(model)
+            self._sketcher = Sketcher(model, spec, projection)
+            return files_of(self._sketcher)
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def use_sketcher(self, fingerprint: dict, attachments: Mapping[str, bytes], token_budget: int) -> None:
+        """Makes the sketcher of a store; RequestError where its rows would not be comparable with this model's."""
+        from dataclasses import replace
+
+        with self._live_policy() as model:
+            spec = replace(SketchSpec.of(fingerprint), token_budget=token_budget)
+            self._sketcher = sketcher_from(model, fingerprint, attachments, spec)
+
+    @register(dispatch_mode=Dispatch.DP_COMPUTE)
+    def sketch_groups(self, groups: Sequence[Group]) -> SketchBatch:
+        """Sketches of this rank's groups."""
+        with self._live_policy():
+            return self._made().sketch(groups)
+
+    @register(dispatch_mode=Dispatch.DP_COMPUTE)
+    def probe_groups(
+        self, groups: Sequence[Group], validation: Sequence[Group], key: str, rank: int | None
+    ) -> ProbeBatch:
+        """Probes this rank's groups along the gradient of all ranks' validation groups.
+
+        key: names the validation groups at this policy; the direction is kept until another key comes.
+        rank: move along the direction cut to this rank, for weights coarser than float32 (`engine.Probe`).
+        """
+        spec = self._made().spec
+        with self._live_policy() as model:
+            if self._validation is None or self._validation[0] != key:
+                self._validation = None
+                direction = validation_gradient(model, validation, spec.objective, token_budget=spec.token_budget)
+                self._validation = (key, direction)
+            probe = Probe(model, self._validation[1], spec.objective, rank=rank, token_budget=spec.token_budget)
+            return probe.probe(groups)
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def forget_direction(self) -> None:
+        """Frees the direction kept for probing: as large as this rank's part of the weights."""
+        self._validation = None
+
+    def _made(self) -> Sketcher:
+        if self._sketcher is None:
+            raise RequestError("the worker has no sketcher yet: the round calls fit or use first")
+        return self._sketcher
+
+    @contextmanager
+    def _live_policy(self) -> Iterator[nn.Module]:
+        """The actor's model, on its device and in its shards; offloaded again afterwards where verl had it so."""
+        if self.actor is None:
+            raise RequestError(f"worker of role {self.role!r} has no actor to sketch with")
+        engine: Any = self.actor.engine
+        try:
+            with engine.eval_mode():
+                reshard(engine.module)
+                yield engine.module
+                reshard(engine.module)
+        except GradstoreError as error:
+            # Errors with constructors of their own do not survive the way back to the driver.
+            raise (RequestError if isinstance(error, RequestError) else GradstoreError)(str(error)) from None
