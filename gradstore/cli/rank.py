@@ -1,4 +1,4 @@
-"""`query` and `select`: ask a store which problems align with a benchmark."""
+"""`query`, `select` and `selectors`: ask a store which problems align with a benchmark."""
 
 import warnings
 from collections.abc import Iterator
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from engine.searching.fusion import Fusion
     from engine.searching.query import Hits, Metric
     from engine.searching.targets import Aggregate, Target
+    from engine.selecting.candidates import Selector
     from gradstore import Store, View
 
 StorePath = Annotated[Path, typer.Argument(metavar="STORE", help="Folder of the store.")]
-Against = Annotated[str | None, typer.Option("--against", help="Benchmark whose gradient is the target.")]
 AgainstAny = Annotated[
     list[str] | None,
     typer.Option("--against", help="Benchmark whose gradient is the target; may be repeated."),
@@ -183,18 +183,33 @@ def select(
     store: StorePath,
     n: Annotated[int, typer.Option("-n", help="How many problems.")],
     out: Annotated[Path, typer.Option(help="Folder for train.parquet, train.jsonl and selection.json.")],
-    against: Against = None,
+    against: AgainstAny = None,
     pool: Pool = None,
     at: At = None,
-    selector: Annotated[str, typer.Option(help="Name of a selector, or GradAlign's name of it.")] = "cosine",
+    selector: Annotated[
+        str,
+        typer.Option(
+            help="Name of a selector (`gradstore selectors`), or GradAlign's name of it, or a mixture such as "
+            "cosine:0.7+rand:0.3."
+        ),
+    ] = "cosine",
     aggregate: HowAggregated = "mean",
     where: Filter = None,
+    temperature: Annotated[
+        float | None,
+        typer.Option(help="Draw the picks, the better the likelier, in units of the scores' standard deviation."),
+    ] = None,
+    quota: Annotated[
+        list[str] | None,
+        typer.Option("--quota", help="SOURCE=SHARE of the picks; may be repeated. What is left of 1 is the others'."),
+    ] = None,
+    confidence: Annotated[float, typer.Option(help="Of the scores' intervals, where there are any.")] = 0.95,
     diversity: Annotated[
         str | None,
         typer.Option(help="Pick among the best 4 n so that they differ: mmr (marginal relevance) or kmeans (strata)."),
     ] = None,
     relevance: Annotated[float, typer.Option(help="mmr: weight of the score against being different, 0 to 1.")] = 0.5,
-    seed: Annotated[int, typer.Option(help="Drives the selectors that draw at random, and k-means.")] = 0,
+    seed: Annotated[int, typer.Option(help="Drives whatever is drawn at random, and k-means.")] = 0,
     allow_fewer: Annotated[bool, typer.Option("--allow-fewer", help="Go on with fewer than asked.")] = False,
     json: Json = False,
 ) -> None:
@@ -204,14 +219,15 @@ def select(
     from engine.searching.where import Where
     from engine.selecting.diversity import Diversity, Method
     from engine.selecting.export import write_selection
+    from engine.selecting.quotas import parse_quotas
     from engine.selecting.selection import select as choose
 
     opened = gradstore.open(store)
-    wanted = None if against is None else target(opened, against, at, cast("Aggregate", aggregate))
+    names = against or []
     selection = choose(
         opened,
-        _pool(opened, pool, [against] if against else []),
-        wanted,
+        _pool(opened, pool, names),
+        [target(opened, name, at, cast("Aggregate", aggregate)) for name in names],
         n,
         selector,
         at,
@@ -219,6 +235,9 @@ def select(
         seed=seed,
         allow_fewer=allow_fewer,
         diversity=Diversity(cast("Method", diversity), relevance) if diversity else None,
+        temperature=temperature,
+        quotas=parse_quotas(quota) if quota else None,
+        confidence=confidence,
     )
     written = write_selection(opened, selection, out)
     if json:
@@ -227,6 +246,38 @@ def select(
         if len(selection) < n:
             say(f"only {len(selection)} of {n} problems could be chosen")
         say(f"{len(selection)} of {selection.n_candidates} candidates by {selection.selector}: {', '.join(written)}")
+
+
+@app.command()
+def selectors(json: Json = False) -> None:
+    """The selectors there are, those of other packages too."""
+    from engine.selecting.selectors import ALIASES, SELECTORS
+
+    rows = [
+        {
+            "name": name,
+            "aliases": " ".join(alias for alias, meant in ALIASES.items() if meant == name),
+            "needs": " ".join(["target"] * selector.needs_target + ["probes"] * selector.needs_probes),
+            "chooses_among": _chooses_among(selector),
+            "score": selector.formula,
+        }
+        for name, selector in SELECTORS.items()
+    ]
+    if json:
+        print_json(rows)
+        return
+    columns = ["name", "aliases", "needs", "chooses_among", "score"]
+    print_table(
+        f"{len(rows)} selectors",
+        [name.replace("_", " ") for name in columns],
+        [[row[name] for name in columns] for row in rows],
+    )
+
+
+def _chooses_among(selector: "Selector") -> str:
+    if selector.needs_probes:
+        return "probed"
+    return "all" if selector.whole_pool else "live" if selector.live_only else "measured"
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from transformers import (
 )
 
 import gradstore
+from engine import PRESETS, ProbeBatch
 from engine.rollouts import Group
 from gradstore import State, Store
 
@@ -152,3 +153,26 @@ def make_store(tmp_path) -> Callable[..., Store]:
         return store
 
     return make
+
+
+def random_probes(ids: list[str], n_rollouts: int = 12, seed: int = 0) -> ProbeBatch:
+    """Probes whose rewards and derivatives are related, each problem in its own degree; every fifth without signal."""
+    random = np.random.default_rng(seed)
+    groups, derivatives = [], []
+    for i, name in enumerate(ids):
+        d_G = random.normal(size=n_rollouts)
+        rewards_G = (random.normal(size=n_rollouts) + (i % 7 - 2) / 2 * d_G > 0).astype(float)
+        rewards_G[:2] = 0, 1
+        if i % 5 == 4:
+            rewards_G[:] = 1.0
+        responses = [np.arange(3)] * n_rollouts
+        groups.append(Group(name, np.arange(2), responses, rewards_G))
+        derivatives.append(d_G * (1 + i % 3))
+    return ProbeBatch.of(groups, derivatives, PRESETS["gradalign"])
+
+
+@pytest.fixture
+def make_probes() -> Callable[..., ProbeBatch]:
+    """Ids -> probes of random derivatives and rewards; every fifth without signal."""
+
+    return random_probes
