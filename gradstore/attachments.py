@@ -15,7 +15,7 @@ _FILE = re.compile(r"(.+)\.([0-9a-f]{8})")
 
 
 def write_attachment(store: Path, name: str, data: bytes) -> None:
-    """Keep the bytes under a name, durably. Only while a store is made: an attachment never changes."""
+    """Keep the bytes under a name, durably; an attachment never changes."""
     make_folder(store / ATTACHMENTS)
     replace_file(store / ATTACHMENTS / f"{name}.{crc32c(data):08x}", data)
 

@@ -66,9 +66,7 @@ def _compact(header: Header, folder: Path, keep: str) -> CompactedCollection:
         snapshot = Snapshot(header, folder, old)
         kept_rows = snapshot.alive()
         if keep == "newest":
-            newest = snapshot.newest(None)
-            kept_rows = np.zeros(old.rows, dtype=bool)
-            kept_rows[newest[newest >= 0]] = True
+            kept_rows = _current(snapshot)
         kept_problems = np.ones(old.n_problems, dtype=bool)
         kept_problems[snapshot.deleted()] = False
         if old.tombstones or not kept_rows.all():
@@ -86,6 +84,18 @@ def _compact(header: Header, folder: Path, keep: str) -> CompactedCollection:
         )
 
 
+def _current(snapshot: Snapshot) -> np.ndarray:
+    """Which rows are a problem's newest, bool [rows]; in every basis that it was measured in at that step."""
+    newest = snapshot.newest(None)
+    step = snapshot.column("step")
+    kept = np.zeros(snapshot.manifest.rows, dtype=bool)
+    for basis in np.unique(snapshot.bases()).tolist():
+        found = snapshot.newest(None, basis)
+        at_newest = (found >= 0) & (step[found] == step[newest])
+        kept[found[at_newest]] = True
+    return kept
+
+
 def _rewrite(session: Session, snapshot: Snapshot, kept_rows: np.ndarray, kept_problems: np.ndarray) -> None:
     header, folder = session.header, session.collection
     number = generations(folder)[-1] + 1
@@ -99,7 +109,20 @@ def _rewrite(session: Session, snapshot: Snapshot, kept_rows: np.ndarray, kept_p
     finally:
         appender.close()
     show_rows(generation, header.arrays, appender.rows, header.chunk_rows)
-    session.publish(generation=number, rows=appender.rows, chunks=appender.chunks, parts=parts, tombstones={})
+    session.publish(
+        generation=number,
+        rows=appender.rows,
+        chunks=appender.chunks,
+        parts=parts,
+        tombstones={},
+        bases=_runs(snapshot.bases()[kept_rows]),
+    )
+
+
+def _runs(basis_of_rows: np.ndarray) -> tuple[tuple[int, int], ...]:
+    """Bases as a manifest keeps them: where they change."""
+    starts = np.flatnonzero(np.diff(basis_of_rows, prepend=0))
+    return tuple((int(row), int(basis_of_rows[row])) for row in starts)
 
 
 def _copy_rows(appender: Appender, snapshot: Snapshot, kept_rows: np.ndarray, new_problem: np.ndarray) -> None:

@@ -16,6 +16,8 @@ from gradstore.errors import RequestError
 
 FORMAT = 1
 """Version of the on-disk format; a reader refuses a newer one."""
+FORMAT_OF_BASES = 2
+"""Version that the manifest states of a collection with rows of more than the first basis."""
 
 MANIFEST = "manifest.json"
 LOCK = "LOCK"

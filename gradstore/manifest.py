@@ -11,7 +11,7 @@ from pathlib import Path
 
 from gradstore.durable import canonical_json, crc32c, reading, replace_file
 from gradstore.errors import DamagedError, NotAStoreError
-from gradstore.layout import FORMAT, MANIFEST, generation_name
+from gradstore.layout import FORMAT, FORMAT_OF_BASES, MANIFEST, generation_name
 
 _HEAD = b'{"crc32c":"%08x","manifest":'
 _HEAD_BYTES = len(_HEAD % 0)
@@ -45,6 +45,8 @@ class Manifest:
     """problem -> row before which all its rows are deleted."""
     reasons: tuple[str, ...] = ("",)
     """Texts that the array `reason` points at."""
+    bases: tuple[tuple[int, int], ...] = ()
+    """(row, basis): the rows from there on are in that basis, up to the next entry; before the first they are in 0."""
 
     @property
     def folder(self) -> str:
@@ -57,7 +59,8 @@ class Manifest:
     def to_bytes(self) -> bytes:
         body = canonical_json(
             {
-                "format": FORMAT,
+                "format": FORMAT_OF_BASES if self.bases else FORMAT,
+                **({"bases": self.bases} if self.bases else {}),
                 "commit": self.commit,
                 "generation": self.folder,
                 "rows": self.rows,
@@ -76,9 +79,9 @@ class Manifest:
         if raw[:_HEAD_BYTES] != _HEAD % crc32c(body) or raw[-len(_TAIL) :] != _TAIL:
             raise DamagedError(f"{file}: damaged: the manifest does not match its checksum")
         value = json.loads(body)
-        if value["format"] != FORMAT:
+        if value["format"] != (FORMAT_OF_BASES if "bases" in value else FORMAT):
             raise NotAStoreError(
-                f"{file}: written in store format {value['format']}, this version reads format {FORMAT}: "
+                f"{file}: written in store format {value['format']}, this version reads up to {FORMAT_OF_BASES}: "
                 "upgrade gradstore"
             )
         return cls(
@@ -89,6 +92,7 @@ class Manifest:
             parts=tuple(Part(name, rows, size, int(crc, 16)) for name, rows, size, crc in value["problems"]),
             tombstones=dict(value["tombstones"]),
             reasons=tuple(value["reasons"]),
+            bases=tuple((row, basis) for row, basis in value.get("bases", ())),
         )
 
 

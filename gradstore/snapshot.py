@@ -53,10 +53,17 @@ class Snapshot:
         alive: np.ndarray = np.arange(self.manifest.rows) >= dead_before[self.column("problem")]
         return alive
 
-    def newest(self, at: int | None) -> np.ndarray:
+    def bases(self) -> np.ndarray:
+        """Number of the basis that each row is in, uint16 [rows]."""
+        if not self.manifest.bases:
+            return np.zeros(self.manifest.rows, dtype=np.uint16)
+        starts, numbers = np.array(((0, 0), *self.manifest.bases), dtype=np.int64).T
+        return np.repeat(numbers.astype(np.uint16), np.diff(np.append(starts, self.manifest.rows)))
+
+    def newest(self, at: int | None, basis: int | None = None) -> np.ndarray:
         """For each problem its newest row at or before step `at` (None: any), -1 where there is none; int64.
 
-        Newest is the largest step, and among rows of that step the last one appended.
+        Newest is the largest step, and among rows of that step the last one appended. basis: of its rows alone.
         """
         newest = np.full(self.manifest.n_problems, -1, dtype=np.int64)
         step = self.column("step")
@@ -66,6 +73,9 @@ class Snapshot:
         if self.manifest.tombstones:
             alive = self.alive()
             rows = np.flatnonzero(alive) if rows is None else rows[alive[rows]]
+        if basis is not None and (basis or self.manifest.bases):
+            of_basis = self.bases() == basis
+            rows = np.flatnonzero(of_basis) if rows is None else rows[of_basis[rows]]
         if rows is None:
             rows = np.arange(len(step))
         steps = step[rows]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from gradstore.attachments import ATTACHMENTS, write_attachment
+from gradstore.bases import Basis, add_basis, added_bases, first_basis
 from gradstore.chunks import CodeRows
 from gradstore.durable import TEMPORARY, make_folder, replace_file, writing
 from gradstore.errors import FingerprintError, RequestError
@@ -129,9 +130,34 @@ class Store:
 
     @property
     def layers(self) -> list[tuple[str, int, int]]:
-        """(name, start, stop) of the dimensions of each layer, from the fingerprint's "layout"."""
-        layout = self.fingerprint.get("layout", [["all", 0, self.dim]])
-        return [(name, start, stop) for name, start, stop in layout]
+        """(name, start, stop) of the dimensions of each layer, in the newest basis."""
+        return self.bases[-1].layout
+
+    @property
+    def bases(self) -> list[Basis]:
+        """The projections that rows are made with, oldest first; new rows are in the last."""
+        return [first_basis(self.fingerprint, self.dim), *added_bases(self.path)]
+
+    def add_basis(
+        self,
+        digest: str,
+        layout: Sequence[tuple[str, int, int]],
+        about: Mapping[str, Any] | None = None,
+        attachments: Mapping[str, bytes] | None = None,
+    ) -> int:
+        """Keep a further projection of the same dimensions, for the rows to come; returns its number.
+
+        digest: of the projection; one that the store has is not added again. layout: (layer, start, stop) of the
+        dimensions each layer fills. attachments: the files it needs, by name. RequestError for a layout that does not
+        fit the store's dimensions.
+        """
+        self._refuse_read_only()
+        if not layout or layout[-1][2] != self.dim:
+            raise RequestError(f"{self.path}: the basis does not have the store's {self.dim} dimensions")
+        if digest == self.bases[0].digest:
+            return 0
+        about = check_fingerprint(dict(about or {}))
+        return add_basis(self.path, digest, list(layout), about, attachments or {})
 
     @property
     def collections(self) -> list[str]:
@@ -193,7 +219,8 @@ class Store:
         Entering it raises LockedError, naming the holder, while another writer is open.
         """
         self._refuse_read_only()
-        return Writer(self._header, self._folder(collection), f"collection {collection!r}", _check_step(step))
+        n_bases = len(self.bases)
+        return Writer(self._header, self._folder(collection), f"collection {collection!r}", _check_step(step), n_bases)
 
     def add_probes(
         self,
@@ -297,11 +324,14 @@ class Store:
                 tombstones = session.manifest.tombstones | dict.fromkeys(doomed, session.manifest.rows)
                 session.publish(tombstones=tombstones)
 
-    def view(self, collection: str, at: int | None = None) -> View:
-        """For each problem its newest row at or before step `at` (None: the newest of all)."""
+    def view(self, collection: str, at: int | None = None, *, basis: int | None = None) -> View:
+        """For each problem its newest row at or before step `at` (None: the newest of all).
+
+        basis: of the rows in that basis alone; None: of all.
+        """
         if at is not None and (isinstance(at, bool) or not hasattr(at, "__index__")):
             raise RequestError(f"at must be a step (a whole number) or None, not {at!r}")
-        return View(self, self._snapshot(collection), collection, None if at is None else at.__index__())
+        return View(self, self._snapshot(collection), collection, None if at is None else at.__index__(), basis)
 
     def steps(self, collection: str) -> dict[int, int]:
         """Rows at each step, ascending, without deleted ones."""
@@ -355,6 +385,7 @@ class Store:
             "chunk_rows": self._header.chunk_rows,
             "bytes_per_row": self.row_bytes,
             "fingerprint": self.fingerprint,
+            "bases": [{"digest": basis.digest, **basis.about} for basis in self.bases],
             "collections": {name: self._describe(name) for name in self.collections},
         }
 

@@ -53,12 +53,14 @@ class Piece:
 class View:
     """The problems with a row at or before `at`, whatever its state, in order of addition."""
 
-    def __init__(self, store: "Store", snapshot: Snapshot, collection: str, at: int | None) -> None:
+    def __init__(
+        self, store: "Store", snapshot: Snapshot, collection: str, at: int | None, basis: int | None = None
+    ) -> None:
         self.store = store
         self.collection = collection
         self.at = at
         self._snapshot = snapshot
-        newest = snapshot.newest(at)
+        newest = snapshot.newest(at, basis)
         self._problem_N = np.flatnonzero(newest >= 0)
         self._row_N = newest[self._problem_N]
 
@@ -92,6 +94,21 @@ class View:
     def layers(self) -> list[tuple[str, int, int]]:
         """(name, start, stop) of each layer's dimensions."""
         return self.store.layers
+
+    @cached_property
+    def bases(self) -> np.ndarray:
+        """Number of the basis that each row is in, uint16 [N]."""
+        return self._snapshot.bases()[self._row_N]
+
+    @cached_property
+    def n_bases(self) -> int:
+        """Bases of the store: a query of several has a block of dimensions for each."""
+        return len(self.store.bases)
+
+    @cached_property
+    def live_bases(self) -> list[int]:
+        """Numbers of the bases that live rows of this view are in, ascending."""
+        return [0] if not self._snapshot.manifest.bases else np.unique(self.bases[self.live]).tolist()
 
     @cached_property
     def ids(self) -> np.ndarray:
@@ -163,8 +180,14 @@ class View:
         return [Piece(places[a:b], rows[a:b], self._snapshot) for a, b in pairwise(cuts.tolist()) if b > a]
 
     def rows(self, positions: Any) -> np.ndarray:
-        """Unit rows at some positions, float32 [len(positions), D]; zeros where not live."""
-        return self._snapshot.unit_rows(self._row_N[self._checked(positions)])
+        """Unit rows at some positions, float32 [len(positions), D]; zeros where not live.
+
+        RequestError, as of everything that decodes rows, where live ones are in several bases: they have no common
+        dimensions. `store.view(..., basis=...)` has those of one.
+        """
+        order = self._checked(positions)
+        self._refuse_several_bases(order)
+        return self._snapshot.unit_rows(self._row_N[order])
 
     def scan(self, positions: Any = None, block_rows: int | None = None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Blocks of (positions int64 [n], unit rows float32 [n, D]) in the order given, in bounded memory."""
@@ -173,6 +196,7 @@ class View:
             block_rows = max(1, _BLOCK_BYTES // (4 * self.dim))
         if block_rows < 1:
             raise RequestError(f"block_rows must be at least 1, not {block_rows}")
+        self._refuse_several_bases(order)
         for start in range(0, len(order), block_rows):
             block = order[start : start + block_rows]
             yield block, self._snapshot.unit_rows(self._row_N[block])
@@ -216,6 +240,16 @@ class View:
         if bool(np.all(self._row_N[1:] > self._row_N[:-1])):
             return None
         return np.argsort(self._row_N)
+
+    def _refuse_several_bases(self, positions: np.ndarray) -> None:
+        if not self._snapshot.manifest.bases:
+            return
+        found = np.unique(self.bases[positions][self.live[positions]])
+        if len(found) > 1:
+            raise RequestError(
+                f"collection {self.collection!r}: these rows are in bases {', '.join(map(str, found))} and cannot be "
+                "compared with each other: collect the older ones anew, or ask for a view of one basis"
+            )
 
     def _column(self, name: str) -> np.ndarray:
         return self._snapshot.column(name)[self._row_N]

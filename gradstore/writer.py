@@ -42,11 +42,12 @@ class Writer:
     inside the context publishes nothing more, and what was appended since the last publication is cleared.
     """
 
-    def __init__(self, header: Header, collection: Path, where: str, step: int) -> None:
+    def __init__(self, header: Header, collection: Path, where: str, step: int, n_bases: int = 1) -> None:
         self._header = header
         self._collection = collection
         self._where = where
         self._step = step
+        self._n_bases = n_bases
         self._session: Session | None = None
         self._failed = False
 
@@ -57,6 +58,7 @@ class Writer:
         manifest = self._session.manifest
         self._problems = ProblemTable(self._collection, manifest)
         self._reasons = manifest.reasons
+        self._bases = manifest.bases
         self._appender = Appender(
             self._session.generation,
             self._header.arrays,
@@ -91,6 +93,7 @@ class Writer:
         pass_rate: Any = None,
         n_rollouts: Any = None,
         reason: str | Sequence[str | None] | None = None,
+        basis: int | None = None,
     ) -> None:
         """Append one row for each of P problems.
 
@@ -99,12 +102,16 @@ class Writer:
         state: one for all or [P]; None: live where the norm is positive, no_signal where it is zero.
             Rows that are not live are stored as zeros.
         pass_rate: [P] in [0, 1] or nan (unknown).  n_rollouts: [P] counts.  reason: why a row failed.
+        basis: number of the store's basis that the rows are in; to be said where the store has several.
         Raises RequestError naming the id and the field; then nothing of this call is appended.
         """
         session = self._open()
         self._refuse_failed()
+        basis = self._basis(basis)
         rows = self._check(list(ids), sketches, norms, state, pass_rate, n_rollouts, reason)
         session.unpublished = True
+        if basis != (self._bases[-1][1] if self._bases else 0):
+            self._bases = (*self._bases, (self._appender.rows, basis))
         self._failed = True  # If this raises, an earlier append did not reach the disk, and nothing more may.
         self._appender.write(rows.columns)
         self._reasons = rows.reasons
@@ -121,6 +128,7 @@ class Writer:
                 rows=self._appender.rows,
                 chunks=self._appender.chunks,
                 reasons=self._reasons,
+                bases=self._bases,
                 synced=self._appender.finish_sync,
             )
             self._failed = False
@@ -130,6 +138,15 @@ class Writer:
         if self._session is None:
             raise RequestError(f"{self._where}: open the writer first: `with store.writer(...) as writer:`")
         return self._session
+
+    def _basis(self, basis: int | None) -> int:
+        if basis is None and self._n_bases == 1:
+            return 0
+        if basis is None or not 0 <= basis < self._n_bases:
+            raise RequestError(
+                f"{self._where}: basis is {basis}, the store has 0 to {self._n_bases - 1}: say which the rows are in"
+            )
+        return int(basis)
 
     def _refuse_failed(self) -> None:
         if self._failed:

@@ -50,8 +50,8 @@ class SketchSpec:
     head_only: bool = False
     """Head mode: the output layer's gradient alone, from the forward pass (LESSER's feature)."""
     token_budget: int = 2048
-    """Tokens of one micro-batch, padding included. The activations of many more leave a CPU's caches; a GPU takes 16,384
-    and up."""
+    """Tokens of one micro-batch, padding included. The activations of many more leave a CPU's caches; a GPU takes
+    16,384 and up."""
     share_prompts: bool = True
     """Compute a prompt once for its rollouts where the model allows it exactly and it spares work."""
 
