@@ -44,7 +44,8 @@ def counterfactual(
     round; nan without a round), alignment float64 (mean score of the picks as seen at the step), gained float64 (mean
     score in hindsight), best float64 (of the best n in hindsight), regret float64 (best - gained), judged_later
     float64 (share of the picks judged by a later row), note (why a selector could not pick, else empty).
-    Picks without a gradient gain 0. RequestError for an unknown selector, or where n is neither given nor recorded.
+    Picks without a gradient gain 0; picks never measured are left out of the means.
+    RequestError for an unknown selector, or where n is neither given nor recorded.
     """
     for name in selectors:
         if ":" not in name:
@@ -88,7 +89,8 @@ def _at_step(
         raise RequestError(f"step {step}: no round is recorded there, so say how many problems to pick (n)")
     candidates = None
     if recorded is not None and among == "candidates":
-        candidates = [name for name in recorded.table["id"].to_pylist() if view.find([name])[0] >= 0]
+        ids = recorded.table["id"].to_pylist()
+        candidates = [name for name, at in zip(ids, view.find(ids).tolist(), strict=True) if at >= 0]
     positions = np.arange(len(view)) if candidates is None else view.positions(candidates)
     live = positions[view.live[positions]]
     query_D = query_vectors(view, [wanted], metric)[0]
@@ -129,29 +131,33 @@ def _at_step(
 
 
 class _LaterRows:
-    """Each problem's first row after a step, found from the collection's later steps."""
+    """Each problem's first live row after a step, found among the rows that every step of the pool brought."""
 
     def __init__(self, store: Store, pool: str) -> None:
-        self._store, self._pool = store, pool
-        self._steps = sorted(store.steps(pool))
+        self._place = {name: number for number, name in enumerate(store.problems(pool)["id"].to_pylist())}
+        self._fresh: list[tuple[View, np.ndarray, np.ndarray]] = []
+        for step in sorted(store.steps(pool)):
+            view = store.view(pool, step)
+            positions = np.flatnonzero(view.live & (view.steps == step))
+            self._fresh.append((view, positions, self._places(view.ids_at(positions))))
 
     def scores(
         self, view: View, step: int, query_D: np.ndarray, metric: Metric, now_P: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
         """Scores from the first live row after the step, else those of now; and which are from later: [P] each."""
+        wanted = np.full(len(self._place), -1, np.int64)
+        wanted[self._places(view.ids)] = np.arange(len(view))
         found_P, later_P = now_P.copy(), np.zeros(len(view), bool)
-        open_P = np.ones(len(view), bool)
-        for after in (each for each in self._steps if each > step):
-            if not open_P.any():
-                break
-            newer = self._store.view(self._pool, after)
-            at = newer.find(view.ids.tolist())
-            fresh_P = open_P & (at >= 0)
-            fresh_P[fresh_P] = newer.steps[at[fresh_P]] == after
-            live_P = fresh_P.copy()
-            live_P[fresh_P] = newer.live[at[fresh_P]]
-            if live_P.any():
-                found_P[live_P] = score_rows(newer, query_D, metric, at[live_P])[at[live_P]]
-                later_P |= live_P
-                open_P &= ~live_P
+        for newer, positions, places in self._fresh:
+            if newer.at is None or newer.at <= step:
+                continue
+            here = wanted[places] >= 0
+            at = wanted[places[here]]
+            if len(at):
+                found_P[at] = score_rows(newer, query_D, metric, positions[here])[positions[here]]
+                later_P[at] = True
+                wanted[places[here]] = -1  # the first row after the step counts
         return found_P, later_P
+
+    def _places(self, ids: np.ndarray) -> np.ndarray:
+        return np.fromiter((self._place[name] for name in ids.tolist()), np.int64, len(ids))

@@ -1,0 +1,186 @@
+"""Drift of targets and rankings, noise floors and half-lives: against loops, and planted ones found again."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy.stats import spearmanr
+
+from analysis.agreement import chance, jaccard, rank_biased_overlap, spearman
+from analysis.drift import half_life, ranking_drift, staleness, target_drift
+from analysis.noise import half_dots, rank_reliability
+from gradstore.errors import RequestError
+
+
+def slow_overlap(a: list[int], b: list[int], p: float, depth: int) -> float:
+    """Webber's RBO_ext, prefix by prefix."""
+    total = 0.0
+    for d in range(1, depth + 1):
+        shared = len(set(a[:d]) & set(b[:d]))
+        total += shared / d * p**d
+    return shared / depth * p**depth + (1 - p) / p * total
+
+
+def test_agreement_is_that_of_slow_definitions() -> None:
+    random = np.random.default_rng(0)
+    for n, k in ((3, 1), (17, 5), (120, 12)):
+        a, b = random.normal(size=n), random.normal(size=n)
+        b = 0.6 * a + b
+        first, second = np.argsort(-a).tolist(), np.argsort(-b).tolist()
+        assert spearman(a, b) == pytest.approx(spearmanr(a, b)[0])
+        common = set(first[:k]) & set(second[:k])
+        assert jaccard(a, b, k) == pytest.approx(len(common) / len(set(first[:k]) | set(second[:k])))
+        expected = slow_overlap(first, second, 1 - 1 / max(k, 2), min(n, 20 * max(k, 2)))
+        assert rank_biased_overlap(a, b, k) == pytest.approx(expected)
+        assert rank_biased_overlap(a, a, k) == pytest.approx(1)
+
+
+def test_chance_leaves_the_reliability_it_is_given() -> None:
+    """Two measurements of reliability r agree by r; what is not measured again agrees wholly."""
+    assert chance(5000, 100, 0.7)[0] == pytest.approx(0.7, abs=0.02)
+    assert chance(5000, 100, 0.7, refreshed=0.0) == pytest.approx((1, 1, 1))
+    assert chance(5000, 100, 0.7, refreshed=0.3)[0] > chance(5000, 100, 0.7, refreshed=0.9)[0]
+    assert np.isnan(chance(100, 10, float("nan"))).all()
+
+
+def test_target_drift_is_the_cosine_and_finds_the_planted_angle(make_history) -> None:
+    """A target that turns by 0.02 radians a step has turned by 0.2 after ten."""
+    history = make_history(np.zeros((4, 20)), rotation=0.02, noise=0.05)
+    frame = target_drift(history.store, "bench").set_index(["step", "other"])
+    assert len(frame) == 10
+    for (step, other), row in frame.iterrows():
+        a, b = (history.target(history.steps.index(each)) for each in (step, other))
+        assert row["cosine"] == pytest.approx(a @ b / np.linalg.norm(a) / np.linalg.norm(b), abs=1e-5)
+        assert row["cosine"] == pytest.approx(np.cos(0.02 * (other - step)), abs=0.02)
+        assert row["length"] == pytest.approx(np.linalg.norm(b), rel=1e-5)
+        assert row["consecutive"] == (other == step + 10)
+
+
+def test_target_noise_is_what_an_unchanged_target_shows(make_history) -> None:
+    """Without drift the cosine between two measurements is the noise floor; with drift it falls below."""
+    history = make_history(np.zeros((6, 5)), noise=1.5)
+    still = target_drift(history.store, "bench")
+    still = still[still["step"] < still["other"]]
+    assert still["cosine"].mean() == pytest.approx(still["noise"].mean(), abs=0.1)
+    assert 0.3 < still["noise"].mean() < 0.9
+
+
+def test_turning_targets_fall_below_their_noise(make_history) -> None:
+    history = make_history(np.zeros((4, 5)), rotation=0.03, noise=0.3)
+    far = target_drift(history.store, "bench").set_index(["step", "other"]).loc[(0, 30)]
+    assert far["cosine"] < far["noise"] - 0.2
+
+
+def test_ranking_drift_is_that_of_a_loop(history) -> None:
+    frame = ranking_drift(history.store, "pool", "bench", k=5, reliability=0.8)
+    assert frame["against"].tolist() == ["previous"] * 3 + ["first"] * 3
+    for row in frame.itertuples():
+        a, b = history.steps.index(row.other), history.steps.index(row.step)
+        both = [p for p in range(60) if np.isfinite(history.rows_SPD[[a, b], p]).all()]
+        x, y = (np.array([history.cosine(s, p) for p in both]) for s in (a, b))
+        assert row.n == len(both)
+        assert row.spearman == pytest.approx(spearmanr(x, y)[0], abs=1e-4)
+        assert row.jaccard == pytest.approx(jaccard(x, y, 5))
+        assert row.rbo == pytest.approx(rank_biased_overlap(x, y, 5), abs=1e-4)
+        anew = np.mean([history.measured_SP[a + 1 : b + 1, p].any() for p in both])
+        assert row.refreshed == pytest.approx(anew)
+        assert row.noise_from == "given"
+
+
+def test_without_drift_the_ranking_agrees_as_well_as_noise_lets_it(make_history) -> None:
+    """The floor is estimated from the store alone, from how rows of several steps agree."""
+    along = np.tile(np.random.default_rng(1).normal(size=400), (5, 1))
+    history = make_history(along, noise=0.6, source_strength=0.0)
+    frame = ranking_drift(history.store, "pool", "bench")
+    assert set(frame["noise_from"]) == {"repeats"}
+    np.testing.assert_allclose(frame["spearman"], frame["noise_spearman"], atol=0.08)
+    np.testing.assert_allclose(frame["jaccard"], frame["noise_jaccard"], atol=0.2)
+    assert half_life(history.store, "pool", "bench")["half_life"].iloc[0] > 100
+
+
+def decaying(n_steps: int, n: int, lives: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """Values that keep their variance and whose correlation halves every `lives` tens of steps."""
+    keep = 0.5 ** (1 / lives)
+    values = [random.normal(size=n)]
+    for _ in range(n_steps - 1):
+        values.append(keep * values[-1] + np.sqrt(1 - keep**2) * random.normal(size=n))
+    return np.array(values)
+
+
+def test_planted_half_life_and_reliability_are_found(make_history) -> None:
+    """Half of the agreement is gone after 30 steps; what remains at age 0 is the noise of two measurements."""
+    random = np.random.default_rng(2)
+    along = decaying(10, 900, np.full(900, 3.0), random)
+    history = make_history(along, noise=0.5, source_strength=0.0)
+    row = half_life(history.store, "pool", "bench", metric="dot").iloc[0]
+    assert row["half_life"] == pytest.approx(30, rel=0.2)
+    assert row["low"] < 30 < row["high"]
+    pearson = 1 / (1 + 0.25)  # variance of the truth over that of a measurement; the target is nearly exact
+    assert row["reliability"] == pytest.approx(6 / np.pi * np.arcsin(pearson / 2), abs=0.07)
+    assert (row["n_problems"], row["n_pairs"], row["longest"]) == (900, 45, 90)
+
+
+def test_half_lives_of_sources_differ_where_they_were_planted_to(make_history) -> None:
+    lives = np.array([2.0, 8.0])[np.arange(800) % 2]
+    along = decaying(8, 800, lives, np.random.default_rng(4))
+    history = make_history(along, noise=0.3, source_strength=0.0, n_sources=2)
+    found = half_life(history.store, "pool", "bench", by="source", metric="dot").set_index("group")["half_life"]
+    assert found["s0"] == pytest.approx(20, rel=0.35)
+    assert found["s1"] == pytest.approx(80, rel=0.5)
+
+
+def test_staleness_scores_old_rows_with_the_new_target(history) -> None:
+    frame = staleness(history.store, "pool", "bench")
+    for row in frame.itertuples():
+        a, b = history.steps.index(row.stale_step), history.steps.index(row.step)
+        both = [
+            p
+            for p in range(60)
+            if history.measured_SP[[a, b], p].all() and np.isfinite(history.rows_SPD[[a, b], p]).all()
+        ]
+        stale, fresh = [history.cosine(a, p, at=b) for p in both], [history.cosine(b, p) for p in both]
+        assert row.n == len(both)
+        assert row.spearman == pytest.approx(spearmanr(stale, fresh)[0], abs=1e-4)
+        assert row.age == row.step - row.stale_step
+    by_source = staleness(history.store, "pool", "bench", by="source")
+    assert set(by_source["group"]) <= {"s0", "s1", "s2"}
+    with pytest.raises(RequestError, match="tag"):
+        half_life(history.store, "pool", "bench", by="tag")
+
+
+def test_probes_tell_the_reliability_by_halves(make_history) -> None:
+    """The Spearman of halves, carried to all rollouts, is that of two separate sets of rollouts."""
+    random = np.random.default_rng(5)
+    n, G = 1500, 16
+    history = make_history(np.zeros((1, n)))
+    slopes = random.normal(size=n)
+
+    def measured() -> tuple[list, list]:
+        rewards = [np.float32(random.permutation(np.arange(G) % 2)) for _ in range(n)]
+        noise = [random.normal(size=G) * 2 for _ in range(n)]
+        return rewards, [slope * r + e for slope, r, e in zip(slopes, rewards, noise, strict=True)]
+
+    dots = []
+    for _ in range(2):
+        rewards, derivatives = measured()
+        dots.append([np.mean((r - r.mean()) * d) for r, d in zip(rewards, derivatives, strict=True)])
+    objective = {"advantage": "mean", "aggregation": "seq-mean-token-mean"}
+    history.store.add_probes(
+        "pool", history.ids, derivatives, rewards, [np.full(G, 5)] * n, step=0, target="bench", objective=objective
+    )
+    table = half_dots(history.store, "pool", "bench")
+    r, d = rewards[7], np.float32(derivatives[7])
+    expected = np.mean((r[::2] - r[::2].mean()) * d[::2])
+    assert table["even"][7] == pytest.approx(expected, abs=1e-6)
+    assert table["dot"].to_numpy() == pytest.approx(np.array(dots[1]), abs=1e-5)
+    trust = rank_reliability(history.store, "pool", "bench")
+    assert trust.source == "probes"
+    assert trust.value == pytest.approx(spearmanr(*dots)[0], abs=0.08)
+
+
+def test_a_store_that_cannot_tell_says_so(make_history) -> None:
+    """One step has no pair, so no half-life and no floor: nan, never a made-up number."""
+    history = make_history(np.random.default_rng(0).normal(size=(1, 30)))
+    assert half_life(history.store, "pool", "bench").empty
+    assert ranking_drift(history.store, "pool", "bench").empty
+    assert rank_reliability(history.store, "pool", "bench").source == "none"
+    assert isinstance(target_drift(history.store, "bench"), pd.DataFrame)
