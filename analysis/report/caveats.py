@@ -46,7 +46,7 @@ def _states(found: Findings) -> list[str]:
         )
         lines.append(
             f"{percent(worst['share'])} of the problems had no signal at step {worst['step']}{more}: "
-            "their rollouts were all rewarded alike."
+            "their rollouts were all rewarded alike, or their gradients cancel."
         )
     last = table[table["step"] == found.steps[-1]].set_index("state")
     if last.loc["failed", "n"]:

@@ -79,8 +79,8 @@ def timeline(found: Findings) -> Section:
             Figure(
                 "states",
                 f"State of the problems of {found.pool}",
-                "Share of the pool in each state, seen as of each step. A problem has no signal when all its rollouts "
-                "were rewarded alike: its gradient is zero and it is not ranked.",
+                "Share of the pool in each state, seen as of each step. A problem has no signal when its gradient is "
+                "zero, mostly because all its rollouts were rewarded alike; it is not ranked.",
                 "stacked bars",
                 series,
                 "Step",

@@ -128,7 +128,7 @@ def written(value: Any, kind: Kind) -> str:
         return "–"
     match kind:
         case "integer":
-            return f"{int(value):,}".replace(",", "\u202f")
+            return f"{int(value):,}".replace(",", "\u202f").replace("-", "\u2212")
         case "percent":
             return f"{100 * value:.0f}\u202f%" if 100 * value >= 9.95 or value == 0 else f"{100 * value:.1f}\u202f%"
         case "number":

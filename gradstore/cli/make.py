@@ -117,4 +117,3 @@ def _later(name: str, release: str, brings: str) -> None:
 
 
 _later("train", "0.4", "Train with a selection each round, embedded or with verl")
-_later("serve", "0.5", "A local explorer of a store in the browser")

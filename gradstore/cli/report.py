@@ -73,3 +73,31 @@ def _tokenizer(name: str | None) -> object:
     from engine.gradients.models import load_tokenizer
 
     return load_tokenizer(name)
+
+
+@app.command()
+def serve(
+    store: StorePath,
+    against: AgainstAny = None,
+    pool: Pool = None,
+    rollouts: RolloutFiles = None,
+    tokenizer: Tokenizer = None,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; beyond this machine every request needs the token printed.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port; 0 takes a free one.")] = 8050,
+) -> None:
+    """Explore a store in the browser: rank and search, open a problem, compare steps and benchmarks."""
+    import gradstore
+    from analysis.explorer import serve as run
+
+    run(
+        gradstore.open(store),
+        pool=pool,
+        benchmarks=against or (),
+        rollouts=rollouts or (),
+        tokenizer=_tokenizer(tokenizer),
+        host=host,
+        port=port,
+        tell=lambda address: say(f"exploring {store} at {address}  (Ctrl-C ends it)"),
+    )

@@ -23,7 +23,7 @@
     return text.replaceAll("-", "−");
   };
   const forms = {
-    integer: (value) => String(Math.trunc(value)).replace(/\B(?=(\d{3})+(?!\d))/g, THIN),
+    integer: (value) => String(Math.trunc(value)).replace("-", "−").replace(/\B(?=(\d{3})+(?!\d))/g, THIN),
     number,
     signed: (value) => (value > 0 ? "+" : "") + number(value),
     percent: (value) => (100 * value >= 9.95 || value === 0 ? (100 * value).toFixed(0) : (100 * value).toFixed(1)) + THIN + "%",
@@ -117,7 +117,7 @@
     const right = RIGHT.has(kind);
     const classes = [right ? "right" : "", kind === "id" ? "id" : "", kind === "signed" && value > 0 ? "up" : kind === "signed" && value < 0 ? "down" : ""];
     const text = written(value, kind);
-    if (kind === "text" && text.length > 40) classes.push("long");
+    if (kind === "text") classes.push(text.length > 40 ? "long" : text.length <= 20 ? "short" : "");
     const content = !right && text.length > 60 ? make("span", { class: "clip", title: text.slice(0, 400) }, text) : text;
     return make(first && !right ? "th" : "td", first && !right ? { class: classes.join(" ").trim(), scope: "row" } : { class: classes.join(" ").trim() }, content);
   }

@@ -1,0 +1,65 @@
+"""A local explorer of a store in the browser: `serve(store)`, on Dash.
+
+catalogue.py answers the questions as plain values; ranking, problem and comparison show them; access.py decides who
+may ask.
+"""
+
+import errno
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gradstore.errors import RequestError
+
+if TYPE_CHECKING:
+    from gradstore import Store
+
+HOST, PORT = "127.0.0.1", 8050
+
+
+def serve(
+    store: "Store",
+    *,
+    pool: str | None = None,
+    benchmarks: Sequence[str] = (),
+    rollouts: Sequence[str | Path] = (),
+    tokenizer: Any = None,
+    host: str = HOST,
+    port: int = PORT,
+    tell: Callable[[str], None] = print,
+) -> None:
+    """Answer in the browser until interrupted; `tell` gets the address once.
+
+    pool, benchmarks, rollouts, tokenizer: as for the report. host: loopback, or another address, for which a token is
+    made and must come with every request. port: 0 takes a free one. RequestError where the port is taken or what the
+    explorer needs is not installed.
+    """
+    if not 0 <= port < 65536:
+        raise RequestError(f"port is {port}, expected 0 to 65535")
+    try:
+        import dash  # noqa: F401
+        from waitress.server import create_server
+    except ImportError as error:
+        raise RequestError(f"the explorer needs {error.name}: pip install 'gradstore[serve]'") from None
+    from analysis.explorer.access import is_loopback, new_token
+    from analysis.explorer.app import make_app
+    from analysis.explorer.catalogue import Catalogue
+    from analysis.report.findings import find
+    from analysis.report.transcripts import Transcripts
+
+    found = find(store, pool, benchmarks)
+    shown = Transcripts(rollouts, tokenizer) if rollouts else None
+    token = None if is_loopback(host) else new_token()
+    app = make_app(Catalogue(store, found.pool, found.benchmarks, shown), token)
+    try:
+        server = create_server(app.server, host=host, port=port, threads=4, ident=None)
+    except OSError as error:
+        taken = error.errno == errno.EADDRINUSE
+        reason = "is taken; choose another with --port" if taken else f"cannot be opened: {error.strerror}"
+        raise RequestError(f"{host}:{port} {reason}") from None
+    name = f"[{host}]" if ":" in host else host
+    tell(f"http://{name}:{server.effective_port}/" + ("" if token is None else f"?token={token}"))
+    try:
+        server.run()
+    finally:
+        server.close()

@@ -1,0 +1,81 @@
+"""The explorer as a Dash app: an address for each of three views, one theme for all."""
+
+from typing import Any
+
+from dash import ClientsideFunction, Dash, Input, Output, dcc, html
+
+from analysis.explorer import comparison, problem, ranking
+from analysis.explorer.access import guard
+from analysis.explorer.catalogue import Catalogue
+
+_VIEWS = (("/", "Rank"), ("/problem", "Problem"), ("/compare", "Compare"))
+
+
+def make_app(catalogue: Catalogue, token: str | None = None) -> Dash:
+    """The app over a catalogue; token: what every request must bring, None on loopback. Nothing is fetched from "
+    "afar."""
+    app = Dash(
+        "gradstore-explorer",
+        title="gradstore",
+        update_title="",
+        serve_locally=True,
+        suppress_callback_exceptions=True,
+        assets_folder=_assets(),
+    )
+    app.index_string = app.index_string.replace("<html>", '<html lang="en">')
+    guard(app.server, token)
+    app.layout = html.Div(
+        [
+            dcc.Location(id="address"),
+            dcc.Store(id="theme", data="light"),
+            html.A("Skip to the content", href="#main", className="skip"),
+            html.Header(
+                [
+                    html.Div(
+                        [
+                            html.H1("gradstore"),
+                            html.P(f"{catalogue.store.path.resolve().name} · {catalogue.pool}", className="subtitle"),
+                        ]
+                    ),
+                    html.Nav(
+                        [dcc.Link(name, href=path, id=f"to-{name.lower()}") for path, name in _VIEWS],
+                        **{"aria-label": "Views"},
+                    ),
+                    html.Button("Dark", id="toggle", type="button"),
+                ],
+                className="top",
+            ),
+            html.Main(id="main", tabIndex=-1),
+        ]
+    )
+
+    @app.callback(
+        Output("main", "children"),
+        *(Output(f"to-{name.lower()}", "className") for _, name in _VIEWS),
+        Input("address", "pathname"),
+        Input("address", "search"),
+    )
+    def route(path: str | None, search: str | None) -> tuple[Any, ...]:
+        here = path if path in dict(_VIEWS) else "/"
+        if here == "/problem":
+            view = problem.layout(catalogue, search or "")
+        else:
+            view = ranking.layout(catalogue) if here == "/" else comparison.layout(catalogue)
+        return view, *("here" if path == here else "" for path, _ in _VIEWS)
+
+    app.clientside_callback(
+        ClientsideFunction("explorer", "theme"),
+        Output("theme", "data"),
+        Output("toggle", "children"),
+        Input("toggle", "n_clicks"),
+    )
+    ranking.register(app, catalogue)
+    problem.register(app, catalogue)
+    comparison.register(app, catalogue)
+    return app
+
+
+def _assets() -> str:
+    from pathlib import Path
+
+    return str(Path(__file__).parent / "assets")

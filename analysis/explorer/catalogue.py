@@ -1,0 +1,238 @@
+"""What the explorer asks of a store: rankings with filters and text search, one problem, two rankings side by side.
+
+Plain functions over plain values, so that they are tested without a browser. Scores of a (benchmark, step, metric) are
+kept until something new is published.
+
+Dimension letters: P problems of the pool.
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import numpy as np
+import pandas as pd
+import pyarrow.compute as pc
+
+from analysis.agreement import jaccard, spearman
+from analysis.report.transcripts import Transcript, Transcripts
+from analysis.trajectory import STATE_NAMES, UNMEASURED, target_at
+from engine.searching.query import Metric, eligible_positions, query_vectors, score_rows, search
+from engine.searching.where import Where
+from gradstore import Store
+from gradstore.errors import RequestError
+
+METRICS = ("cosine", "dot", "fisher")
+_KEPT = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Filter:
+    """Which problems to show."""
+
+    sources: tuple[str, ...] = ()
+    tags: tuple[str, ...] = ()
+    pass_rate: tuple[float, float] = (0.0, 1.0)
+    states: tuple[str, ...] = ()
+    """Any of these; empty: all."""
+    text: str = ""
+    """In the problem's text or id, in any case."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Comparison:
+    """Two rankings of the problems that are live in both."""
+
+    frame: pd.DataFrame
+    """id, source, left, right (scores), left_rank, right_rank (from 1), moved (places won)."""
+    spearman: float
+    jaccard: float
+    k: int
+    only_left: int
+    """Problems that have a score on the left alone."""
+    only_right: int
+
+
+@dataclass(eq=False)
+class Catalogue:
+    """A store opened for looking at: one pool, its benchmarks, and rollout files."""
+
+    store: Store
+    pool: str
+    benchmarks: tuple[str, ...]
+    transcripts: Transcripts | None = None
+    _seen: OrderedDict[tuple, pd.DataFrame] = field(default_factory=OrderedDict)
+
+    @property
+    def steps(self) -> list[int]:
+        """Steps at which the pool or a benchmark was measured, ascending."""
+        return sorted({step for name in (self.pool, *self.benchmarks) for step in self.store.steps(name)})
+
+    def sources(self) -> list[str]:
+        """Every source of the pool, sorted."""
+        return sorted(set(self.store.problems(self.pool)["source"].to_pylist()))
+
+    def tags(self) -> list[str]:
+        """Every tag of the pool, sorted."""
+        flat = pc.list_flatten(self.store.problems(self.pool)["tags"])
+        return sorted(set(flat.to_pylist()))
+
+    def scored(self, benchmark: str, step: int | None, metric: str) -> pd.DataFrame:
+        """Every problem of the pool: id, source, score (nan: not ranked), state, pass_rate, age, in order of addition.
+
+        RequestError for an unknown benchmark or metric.
+        """
+        if metric not in METRICS:
+            raise RequestError(f"metric {metric!r} is not one of {', '.join(METRICS)}")
+        key = (benchmark, step, metric, self.store.commit(self.pool), self.store.commit(benchmark))
+        if key not in self._seen:
+            self._seen[key] = self._scored(benchmark, step, cast("Metric", metric))
+            while len(self._seen) > _KEPT:
+                self._seen.popitem(last=False)
+        return self._seen[key]
+
+    def ranked(
+        self, benchmark: str, step: int | None, metric: str, wanted: Filter, *, largest: bool = True
+    ) -> pd.DataFrame:
+        """The problems that pass the filter, best first, those without a score last; ties by id."""
+        frame = self.scored(benchmark, step, metric)
+        frame = frame[self._mask(frame, wanted)]
+        return frame.sort_values(["score", "id"], ascending=[not largest, True], na_position="last", kind="stable")
+
+    def texts(self, ids: Sequence[str]) -> dict[str, str]:
+        """Text of some problems."""
+        return {record["id"]: text_of(record) for record in self.store.records(self.pool, list(ids))}
+
+    def record(self, problem_id: str) -> dict[str, Any]:
+        """The problem's record; RequestError for an unknown id."""
+        return self.store.records(self.pool, [problem_id])[0]
+
+    def history(self, problem_id: str, metric: str) -> pd.DataFrame:
+        """step, benchmark, score, state, pass_rate, norm, n_rollouts, age of one problem at every step."""
+        self.record(problem_id)
+        rows = []
+        for step in self.steps:
+            view = self.store.view(self.pool, step)
+            place = int(view.find([problem_id])[0])
+            for name in self.benchmarks:
+                line = self.scored(name, step, metric).set_index("id").loc[problem_id]
+                rows.append(
+                    {
+                        "step": step,
+                        "benchmark": name,
+                        "score": float(line["score"]),
+                        "state": line["state"],
+                        "pass_rate": float(line["pass_rate"]),
+                        "norm": float(view.norms[place]) if place >= 0 else float("nan"),
+                        "n_rollouts": int(view.n_rollouts[place]) if place >= 0 else 0,
+                        "age": float(line["age"]),
+                    }
+                )
+        columns = ["step", "benchmark", "score", "state", "pass_rate", "norm", "n_rollouts", "age"]
+        return pd.DataFrame(rows, columns=columns)
+
+    def nearest(self, problem_id: str, step: int | None, k: int = 10) -> pd.DataFrame:
+        """The problems whose gradients are most like this one's: id, source, cosine, pass_rate; empty without a "
+        "gradient."""
+        view = self.store.view(self.pool, step)
+        place = int(view.find([problem_id])[0])
+        columns = ["id", "source", "cosine", "pass_rate"]
+        if place < 0 or not view.live[place]:
+            return pd.DataFrame(columns=columns)
+        hits = search(view, view.rows(np.array([place]))[0], k + 1, metric="cosine")
+        others = hits.ids != problem_id
+        positions = hits.positions[others][:k]
+        return pd.DataFrame(
+            {
+                "id": view.ids_at(positions),
+                "source": view.problems["source"].take(positions).to_pylist(),
+                "cosine": hits.scores[others][:k].astype(float),
+                "pass_rate": view.pass_rates[positions].astype(float),
+            },
+            columns=columns,
+        )
+
+    def rollouts(self, problem_id: str) -> list[Transcript]:
+        """The problem's rollouts in the files given; empty without files."""
+        return [] if self.transcripts is None else self.transcripts.of(problem_id)
+
+    def probes(self, problem_id: str) -> list[dict[str, Any]]:
+        """Stored probes of a problem: step, target, derivatives, rewards, lengths."""
+        table = self.store.probes(self.pool)
+        rows: list[dict[str, Any]] = table.filter(pc.equal(table["id"], problem_id)).to_pylist()
+        return rows
+
+    def compare(self, left: tuple[str, int | None], right: tuple[str, int | None], metric: str) -> Comparison:
+        """Two rankings, each of a (benchmark, step)."""
+        a, b = self.scored(*left, metric), self.scored(*right, metric)
+        both = a["score"].notna() & b["score"].notna()
+        frame = pd.DataFrame({"id": a["id"], "source": a["source"], "left": a["score"], "right": b["score"]})[
+            both
+        ].reset_index(drop=True)
+        for side in ("left", "right"):
+            order = frame.sort_values([side, "id"], ascending=[False, True]).index
+            frame.loc[order, f"{side}_rank"] = np.arange(1, len(frame) + 1)
+        frame["moved"] = frame["left_rank"] - frame["right_rank"] if len(frame) else []
+        k = max(1, len(frame) // 10)
+        x, y = frame["left"].to_numpy(float), frame["right"].to_numpy(float)
+        return Comparison(
+            frame,
+            spearman(x, y),
+            jaccard(x, y, k),
+            k,
+            int((a["score"].notna() & b["score"].isna()).sum()),
+            int((a["score"].isna() & b["score"].notna()).sum()),
+        )
+
+    def _scored(self, benchmark: str, step: int | None, metric: Metric) -> pd.DataFrame:
+        problems = self.store.problems(self.pool)
+        ids, gone = problems["id"].to_numpy(), self.store.deleted(self.pool)
+        view = self.store.view(self.pool, step)
+        place_P = view.find(ids)
+        wanted = target_at(self.store, benchmark, step)
+        scores = np.full(len(view), np.nan, np.float32)
+        if wanted is not None and view.live.any():
+            scores = score_rows(view, query_vectors(view, [wanted], metric)[0], metric, eligible_positions(view, None))
+        newest = step if step is not None else max(self.steps, default=0)
+        states = np.append(view.states, np.uint8(UNMEASURED))[place_P]
+        names = np.array([*STATE_NAMES[:3], STATE_NAMES[3]], object)
+        frame = pd.DataFrame(
+            {
+                "id": ids,
+                "source": problems["source"].to_numpy(),
+                "score": np.append(scores, np.nan)[place_P].astype(float),
+                "state": names[np.where(states == UNMEASURED, 3, states)],
+                "pass_rate": np.append(view.pass_rates, np.nan)[place_P].astype(float),
+                "age": newest - np.append(view.steps.astype(float), np.nan)[place_P],
+            }
+        )
+        return frame if not gone else frame[~frame["id"].isin(gone)]
+
+    def _mask(self, frame: pd.DataFrame, wanted: Filter) -> np.ndarray:
+        problems = self.store.problems(self.pool)
+        rates = frame["pass_rate"].reindex(range(len(problems))).to_numpy(float)
+        whole = wanted.pass_rate == (0.0, 1.0)
+        where = Where(wanted.sources, wanted.tags, None if whole else wanted.pass_rate)
+        mask = where.mask(problems, rates)
+        words = wanted.text.strip()
+        if words:
+            found = pc.or_(
+                pc.match_substring(problems["prompt"], words, ignore_case=True),
+                pc.match_substring(problems["id"], words, ignore_case=True),
+            )
+            mask &= found.to_numpy()
+        kept: np.ndarray = mask[frame.index.to_numpy()]
+        if wanted.states:
+            kept = kept & frame["state"].isin(wanted.states).to_numpy()
+        return kept
+
+
+def text_of(record: dict[str, Any]) -> str:
+    """A problem's text to read: its prompt, or its messages one under the other."""
+    prompt = record["prompt"]
+    if isinstance(prompt, str):
+        return prompt
+    if len(prompt) == 1:
+        return str(prompt[0]["content"])
+    return "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt)

@@ -1,0 +1,183 @@
+"""Two rankings side by side: two steps, or two benchmarks."""
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from dash import Dash, Input, Output, html
+
+from analysis.explorer.catalogue import METRICS, Catalogue, Comparison
+from analysis.explorer.elements import NEWEST, choice, figure, labelled, note, problem_link, step_choice, step_of, table
+from analysis.report.pieces import Column, Figure, Series, written
+from gradstore.errors import GradstoreError
+
+_LISTED = 20
+_MOST_POINTS = 4000
+
+
+def layout(catalogue: Catalogue) -> Any:
+    """Two choices above, what they agree on below."""
+    if not catalogue.benchmarks:
+        return note("No benchmark in this store has a target, so there is nothing to compare.")
+    first, steps = catalogue.benchmarks[0], catalogue.steps
+    second = catalogue.benchmarks[1] if len(steps) < 2 and len(catalogue.benchmarks) > 1 else first
+    start = str(steps[0]) if len(steps) > 1 else NEWEST
+    return html.Div(
+        [
+            html.H2("Compare two rankings"),
+            html.Div(
+                [
+                    html.Fieldset(
+                        [
+                            html.Legend("Left"),
+                            labelled("Benchmark", choice("left-benchmark", catalogue.benchmarks, first)),
+                            labelled("As of", step_choice("left-step", steps, start)),
+                        ]
+                    ),
+                    html.Fieldset(
+                        [
+                            html.Legend("Right"),
+                            labelled("Benchmark", choice("right-benchmark", catalogue.benchmarks, second)),
+                            labelled("As of", step_choice("right-step", steps)),
+                        ]
+                    ),
+                    html.Fieldset(
+                        [html.Legend("Both"), labelled("Metric", choice("compare-metric", METRICS, "cosine"))]
+                    ),
+                ],
+                className="controls",
+            ),
+            html.Div(id="comparison"),
+        ]
+    )
+
+
+def register(app: Dash, catalogue: Catalogue) -> None:
+    """The view's callback."""
+
+    @app.callback(
+        Output("comparison", "children"),
+        Input("left-benchmark", "value"),
+        Input("left-step", "value"),
+        Input("right-benchmark", "value"),
+        Input("right-step", "value"),
+        Input("compare-metric", "value"),
+        Input("theme", "data"),
+    )
+    def compare(left: str, left_step: str, right: str, right_step: str, metric: str, theme: str) -> Any:
+        try:
+            found = catalogue.compare((left, step_of(left_step)), (right, step_of(right_step)), metric)
+        except GradstoreError as error:
+            return note(str(error))
+        names = (_name(left, left_step), _name(right, right_step))
+        if len(found.frame) < 2:
+            return note(f"{names[0]} and {names[1]} have fewer than two ranked problems in common.")
+        return _view(catalogue, found, names, metric, theme)
+
+
+def _name(benchmark: str, step: str) -> str:
+    return f"{benchmark}, newest" if step_of(step) is None else f"{benchmark}, step {step}"
+
+
+def _view(catalogue: Catalogue, found: Comparison, names: tuple[str, str], metric: str, theme: str) -> list:
+    facts = [
+        ("Ranked in both", written(len(found.frame), "integer")),
+        ("Spearman of the rankings", written(found.spearman, "signed")),
+        (f"Jaccard of the best {found.k}", written(found.jaccard, "number")),
+        ("Ranked on the left only", written(found.only_left, "integer")),
+        ("Ranked on the right only", written(found.only_right, "integer")),
+    ]
+    tiles = html.Dl([html.Div([html.Dt(name), html.Dd(value)]) for name, value in facts], className="tiles")
+    best = [
+        html.Div(
+            [
+                html.H3(name),
+                _best(catalogue, found.frame, side),
+            ]
+        )
+        for name, side in zip(names, ("left", "right"), strict=True)
+    ]
+    moved = found.frame.reindex(found.frame["moved"].abs().sort_values(ascending=False, kind="stable").index)
+    return [
+        tiles,
+        _scatter(found.frame, names, metric, theme),
+        html.Div(best, className="sides"),
+        html.H3("Moved the most"),
+        _movers(catalogue, moved.head(_LISTED), names),
+    ]
+
+
+def _scatter(frame: pd.DataFrame, names: tuple[str, str], metric: str, theme: str) -> Any:
+    shown = frame
+    if len(frame) > _MOST_POINTS:
+        shown = frame.iloc[np.sort(np.random.default_rng(0).choice(len(frame), _MOST_POINTS, replace=False))]
+    series = []
+    for source, rows in shown.groupby("source"):
+        hover = [
+            f"{line.id} · {written(line.left, 'signed')} and {written(line.right, 'signed')}"
+            for line in rows.itertuples()
+        ]
+        series.append(Series(str(source) or "(none)", rows["left"].tolist(), rows["right"].tolist(), hover=hover))
+    few = series if len(series) <= 9 else [_together(series)]
+    drawn = "" if len(shown) == len(frame) else f" {len(shown)} of {len(frame)} are drawn."
+    return figure(
+        Figure(
+            "scatter",
+            "Score against score",
+            f"Each point is a problem that is ranked in both.{drawn}",
+            "points",
+            few,
+            f"{metric}: {names[0]}",
+            f"{metric}: {names[1]}",
+        ),
+        theme,
+    )
+
+
+def _together(series: list[Series]) -> Series:
+    return Series(
+        "problems",
+        [x for one in series for x in one.x],
+        [y for one in series for y in one.y],
+        hover=[text for one in series for text in one.hover or ()],
+    )
+
+
+def _best(catalogue: Catalogue, frame: pd.DataFrame, side: str) -> Any:
+    other = "right" if side == "left" else "left"
+    best = frame.sort_values(f"{side}_rank").head(_LISTED)
+    columns = [
+        Column("Rank", "integer"),
+        Column("Problem", "id"),
+        Column("Score", "signed"),
+        Column("Rank there", "integer"),
+    ]
+    rows = [
+        [int(line[f"{side}_rank"]), problem_link(line["id"]), line[side], int(line[f"{other}_rank"])]
+        for line in best.to_dict("records")
+    ]
+    return table(f"The best on the {side}, with their rank on the {other}", columns, rows, shown="")
+
+
+def _movers(catalogue: Catalogue, frame: pd.DataFrame, names: tuple[str, str]) -> Any:
+    texts = catalogue.texts(frame["id"].tolist())
+    columns = [
+        Column("Problem", "id"),
+        Column("Source"),
+        Column(f"Score, {names[0]}", "signed"),
+        Column(f"Score, {names[1]}", "signed"),
+        Column("Places won", "integer"),
+        Column("Text"),
+    ]
+    rows = [
+        [
+            problem_link(line.id),
+            line.source,
+            line.left,
+            line.right,
+            int(line.moved),
+            " ".join(texts[line.id].split())[:160],
+        ]
+        for line in frame.itertuples()
+    ]
+    return table("Problems whose rank changed most", columns, rows)

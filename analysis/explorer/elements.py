@@ -1,0 +1,118 @@
+"""The explorer's building blocks: tables, figures and controls that read well and can be reached by keyboard."""
+
+from collections.abc import Sequence
+from typing import Any
+from urllib.parse import quote
+
+from dash import dcc, html
+
+from analysis.report.interactive import drawn
+from analysis.report.pieces import Column, Figure, written
+
+RIGHT = {"integer", "number", "signed", "percent", "seconds", "bytes"}
+NEWEST = "newest"
+"""Value of the step control that means the newest rows of all."""
+_INK = {"light": ("#1b1f27", "#e4e7ed", "#ffffff"), "dark": ("#e8ebf1", "#2c3340", "#1a1e26")}
+
+
+def table(title: str, columns: Sequence[Column], rows: Sequence[Sequence[Any]], shown: str = "aside") -> Any:
+    """An HTML table; a cell may be a component instead of a value."""
+    heads = [html.Th(column.name, scope="col", className="right" if column.kind in RIGHT else "") for column in columns]
+    lines = [html.Tr([_cell(value, column) for value, column in zip(row, columns, strict=True)]) for row in rows] or [
+        html.Tr([html.Td("Nothing to show.", colSpan=len(columns))])
+    ]
+    whole = html.Table([html.Caption(title, className=shown), html.Thead(html.Tr(heads)), html.Tbody(lines)])
+    return html.Div(whole, className="scroll", tabIndex=0, role="region", **{"aria-label": title})
+
+
+def _cell(value: Any, column: Column) -> Any:
+    if hasattr(value, "to_plotly_json"):
+        return html.Td(value, className="id" if column.kind == "id" else "")
+    names = ["right"] if column.kind in RIGHT else ["id"] if column.kind == "id" else []
+    if column.kind == "signed" and isinstance(value, int | float):
+        names.append("up" if value > 0 else "down" if value < 0 else "")
+    text = written(value, column.kind)
+    if not names and len(text) > 60:
+        return html.Td(html.Span(text, className="clip", title=text[:400]), className="long")
+    if not names and len(text) <= 20:
+        names.append("short")
+    return html.Td(text, className=" ".join(names).strip())
+
+
+def problem_link(problem_id: str) -> Any:
+    """A link to the view of one problem."""
+    return dcc.Link(problem_id, href=f"/problem?id={quote(problem_id, safe='')}")
+
+
+def figure(described: Figure, theme: str) -> Any:
+    """A figure with its caption, in the colours of the theme."""
+    parts = drawn(described)
+    ink, grid, card = _INK["dark" if theme == "dark" else "light"]
+    layout = parts["layout"]
+    layout["font"] = {**layout["font"], "color": ink}
+    layout["hoverlabel"] = {"bgcolor": card, "font": {"color": ink}, "align": "left"}
+    for axis in ("xaxis", "yaxis"):
+        layout[axis] = {**layout[axis], "gridcolor": grid, "zerolinecolor": ink, "linecolor": grid}
+    heights = {"low": 260, "usual": 320, "tall": 460}
+    graph = dcc.Graph(
+        figure={"data": parts["data"], "layout": {**layout, "height": heights[parts["size"]]}},
+        config={"displaylogo": False, "responsive": True, "modeBarButtonsToRemove": ["lasso2d", "select2d"]},
+        id={"figure": described.key},
+    )
+    return html.Figure(
+        [
+            html.H3(described.title),
+            html.Div(graph, role="img", **{"aria-label": f"{described.title}. {described.says}"}),
+            html.Figcaption(described.says),
+        ]
+    )
+
+
+def labelled(label: str, control: Any, wide: bool = False) -> Any:
+    """A control under its label."""
+    name = f"{control.id}-label"
+    return html.Div([html.Label(label, id=name, htmlFor=control.id), control], className="wide" if wide else "")
+
+
+def choice(name: str, values: Sequence[str], chosen: Any, **more: Any) -> Any:
+    """A list to choose one or several from; what was chosen stays when the view is left."""
+    return dcc.Dropdown(
+        id=name,
+        options=[{"label": value or "(none)", "value": value} for value in values],
+        value=chosen,
+        clearable=bool(more.get("multi")),
+        persistence=True,
+        persistence_type="session",
+        **more,
+    )
+
+
+def step_choice(name: str, steps: Sequence[int], chosen: str = NEWEST) -> Any:
+    """A list of steps, the newest first."""
+    options = [{"label": "newest", "value": NEWEST}]
+    options += [{"label": f"step {step}", "value": str(step)} for step in reversed(steps)]
+    return dcc.Dropdown(
+        id=name, options=options, value=chosen, clearable=False, persistence=True, persistence_type="session"
+    )
+
+
+def step_of(value: str | None) -> int | None:
+    """The step a control's value means; None: the newest rows."""
+    return None if value in (None, NEWEST) else int(str(value))
+
+
+def note(text: str) -> Any:
+    """One line in place of what cannot be shown."""
+    return html.P(text, className="missing")
+
+
+def pages(n_rows: int, page: int, size: int) -> tuple[int, str, bool, bool]:
+    """The page that there is, the line that tells, and whether there is none before and none after."""
+    last = max(0, (n_rows - 1) // size)
+    page = min(max(page, 0), last)
+    first = page * size
+    end = min(first + size, n_rows)
+    line = (
+        f"{written(first + 1, 'integer')}–{written(end, 'integer')} of {written(n_rows, 'integer')}" if n_rows else "0"
+    )
+    return page, line, page == 0, page == last

@@ -1,0 +1,227 @@
+"""One problem: its text, its history, the problems most like it, its probes and its rollouts."""
+
+from typing import Any
+from urllib.parse import parse_qs
+
+import numpy as np
+from dash import Dash, Input, Output, State, dcc, html
+
+from analysis.explorer.catalogue import METRICS, Catalogue, text_of
+from analysis.explorer.elements import choice, figure, labelled, note, problem_link, step_choice, step_of, table
+from analysis.report.holdings import STATE_WORDS
+from analysis.report.pieces import Column, Figure, Series, written
+from analysis.report.transcripts import Transcript
+from gradstore.errors import GradstoreError
+
+MOST_ROLLOUTS = 64
+_NEAREST = 10
+
+
+def layout(catalogue: Catalogue, search: str) -> Any:
+    """The problem whose id the address names, or a place to give one."""
+    problem_id = parse_qs(search.lstrip("?")).get("id", [""])[0]
+    keep: dict[str, Any] = {"persistence": True, "persistence_type": "session"}
+    return html.Div(
+        [
+            html.H2("One problem"),
+            html.Div(
+                [
+                    labelled(
+                        "Problem id", dcc.Input(id="problem-id", type="text", debounce=True, value=problem_id), True
+                    ),
+                    labelled("Metric", choice("problem-metric", METRICS, "cosine")),
+                    labelled("Nearest as of", step_choice("problem-step", catalogue.steps)),
+                    labelled(
+                        "Rollouts of",
+                        dcc.Dropdown(
+                            id="problem-rollouts",
+                            options=[
+                                {"label": "newest step", "value": "newest"},
+                                {"label": "all steps", "value": "all"},
+                            ],
+                            value="newest",
+                            clearable=False,
+                            **keep,
+                        ),
+                    ),
+                ],
+                className="controls",
+            ),
+            html.Div(id="problem-view"),
+        ]
+    )
+
+
+def register(app: Dash, catalogue: Catalogue) -> None:
+    """The view's callback."""
+
+    @app.callback(
+        Output("problem-view", "children"),
+        Input("problem-id", "value"),
+        Input("problem-metric", "value"),
+        Input("problem-step", "value"),
+        Input("problem-rollouts", "value"),
+        Input("theme", "data"),
+        State("address", "pathname"),
+    )
+    def show(problem_id: str | None, metric: str, step: str, which: str, theme: str, path: str) -> Any:
+        if not problem_id:
+            return note("Give a problem's id, or choose one in the ranking.")
+        try:
+            return _view(catalogue, problem_id.strip(), metric, step_of(step), which, theme)
+        except GradstoreError as error:
+            return note(str(error))
+
+
+def _view(catalogue: Catalogue, problem_id: str, metric: str, step: int | None, which: str, theme: str) -> list:
+    record = catalogue.record(problem_id)
+    facts = [("Source", record["source"] or "–"), ("Tags", ", ".join(record["tags"]) or "–")]
+    facts.append(("Ground truth", record["ground_truth"] or "–"))
+    parts: list[Any] = [
+        html.H3(problem_id, className="name"),
+        html.Pre(text_of(record), tabIndex=0),
+        html.Dl([part for name, value in facts for part in (html.Dt(name), html.Dd(value))], className="facts"),
+        *_history(catalogue, problem_id, metric, theme),
+        html.H3("Nearest problems by gradient"),
+        _nearest(catalogue, problem_id, step),
+    ]
+    probes = catalogue.probes(problem_id)
+    if probes:
+        parts += [html.H3("Probes"), _probes(probes)]
+    return [*parts, html.H3("Rollouts"), *_rollouts(catalogue, problem_id, which)]
+
+
+def _history(catalogue: Catalogue, problem_id: str, metric: str, theme: str) -> list:
+    frame = catalogue.history(problem_id, metric)
+    if frame.empty:
+        return [note("There is no benchmark to score it against.")]
+    series = [
+        Series(str(name), rows["step"].tolist(), rows["score"].tolist())
+        for name, rows in frame.groupby("benchmark", sort=False)
+    ]
+    rates = frame.drop_duplicates("step")
+    described = Figure(
+        "history",
+        "Alignment over steps",
+        f"{metric.capitalize()} of the problem's newest row at or before each step; a gap means it had no gradient.",
+        "lines",
+        series,
+        "Step",
+        f"{metric.capitalize()} with the target",
+        y_kind="signed",
+    )
+    columns = [
+        Column("Step", "integer"),
+        Column("State"),
+        *(Column(f"Score, {name}", "signed") for name in catalogue.benchmarks),
+        Column("Pass rate", "percent"),
+        Column("Rollouts", "integer"),
+        Column("Gradient norm", "number"),
+        Column("Age (steps)", "integer"),
+    ]
+    by_step = frame.pivot(index="step", columns="benchmark", values="score")
+    rows = [
+        [
+            line.step,
+            STATE_WORDS[line.state],
+            *(float(by_step.loc[line.step, name]) for name in catalogue.benchmarks),
+            line.pass_rate,
+            line.n_rollouts,
+            line.norm,
+            line.age,
+        ]
+        for line in rates.itertuples()
+    ]
+    return [figure(described, theme), table(f"History of {problem_id}", columns, rows)]
+
+
+def _nearest(catalogue: Catalogue, problem_id: str, step: int | None) -> Any:
+    frame = catalogue.nearest(problem_id, step, _NEAREST)
+    if frame.empty:
+        return note("It has no gradient at that step, so nothing is near it.")
+    texts = catalogue.texts(frame["id"].tolist())
+    columns = [
+        Column("Problem", "id"),
+        Column("Source"),
+        Column("Cosine", "signed"),
+        Column("Pass rate", "percent"),
+        Column("Text"),
+    ]
+    rows = [
+        [problem_link(line.id), line.source, line.cosine, line.pass_rate, " ".join(texts[line.id].split())[:200]]
+        for line in frame.itertuples()
+    ]
+    return table(f"Problems nearest to {problem_id}", columns, rows)
+
+
+def _probes(probes: list[dict[str, Any]]) -> Any:
+    columns = [
+        Column("Step", "integer"),
+        Column("Target", "id"),
+        Column("Rollout", "integer"),
+        Column("Reward", "number"),
+        Column("Derivative along the target", "signed"),
+        Column("Tokens", "integer"),
+    ]
+    rows = [
+        [probe["step"], probe["target"], place + 1, reward, derivative, int(length)]
+        for probe in probes
+        for place, (reward, derivative, length) in enumerate(
+            zip(probe["rewards"], probe["derivatives"], probe["lengths"], strict=True)
+        )
+    ]
+    return table("Derivative of each rollout's log-probability along the target", columns, rows, shown="")
+
+
+def _rollouts(catalogue: Catalogue, problem_id: str, which: str) -> list:
+    if catalogue.transcripts is None:
+        return [note("No rollout file was given: start `gradstore serve` with --rollouts to read responses.")]
+    found = catalogue.rollouts(problem_id)
+    steps = [one.step for one in found if one.step is not None]
+    if which == "newest" and steps:
+        found = [one for one in found if one.step == max(steps)]
+    if not found:
+        return [note("The rollout files have none of this problem.")]
+    parts: list[Any] = [_rollout(one) for one in found[:MOST_ROLLOUTS]]
+    if len(found) > MOST_ROLLOUTS:
+        parts.append(note(f"The first {MOST_ROLLOUTS} of {len(found)}."))
+    mean = float(np.mean([one.reward for one in found]))
+    told = f"{len(found)} rollouts, mean reward {written(mean, 'number')}. {_legend(found)}"
+    return [html.P(told.strip(), className="lead"), *parts]
+
+
+def _legend(found: list[Transcript]) -> str:
+    if any(one.shares is not None and one.tokens is not None for one in found):
+        return "Blue tokens push with the target, red ones against it; the stronger, the more."
+    if any(one.logprobs is not None and one.tokens is not None for one in found):
+        return "The darker a token, the less likely the policy found it; its probability shows when pointed at."
+    return ""
+
+
+def _rollout(one: Transcript) -> Any:
+    head = f"Rollout {one.number + 1}" + ("" if one.step is None else f", step {one.step}")
+    head += f", reward {one.reward:g}"
+    body: Any = one.text
+    if one.tokens is not None and one.shares is not None:
+        body = _shaded(one.tokens, _share_colours(one.shares), [written(share, "signed") for share in one.shares])
+    elif one.tokens is not None and one.logprobs is not None:
+        chances = np.exp(np.minimum(np.array(one.logprobs), 0))
+        colours = [f"rgba(217,130,43,{0.75 * (1 - chance):.2f})" for chance in chances]
+        body = _shaded(one.tokens, colours, [f"probability {chance:.3f}" for chance in chances])
+    return html.Div(
+        [html.P(head), html.Pre(body, tabIndex=0)], className="rollout paid" if one.reward > 0 else "rollout"
+    )
+
+
+def _share_colours(shares: tuple[float, ...]) -> list[str]:
+    largest = max((abs(share) for share in shares), default=0.0) or 1.0
+    return [
+        f"rgba({'43,116,201' if share > 0 else '179,68,108'},{0.75 * abs(share) / largest:.2f})" for share in shares
+    ]
+
+
+def _shaded(tokens: tuple[str, ...], colours: list[str], titles: list[str]) -> list:
+    return [
+        html.Span(token, title=title, style={"backgroundColor": colour})
+        for token, colour, title in zip(tokens, colours, titles, strict=True)
+    ]

@@ -1,0 +1,186 @@
+"""The first view: the pool ranked against a benchmark, filtered and searched."""
+
+from typing import Any
+
+import numpy as np
+from dash import Dash, Input, Output, State, ctx, dcc, html
+
+from analysis.explorer.catalogue import METRICS, Catalogue, Filter
+from analysis.explorer.elements import (
+    choice,
+    figure,
+    labelled,
+    note,
+    pages,
+    problem_link,
+    step_choice,
+    step_of,
+    table,
+)
+from analysis.report.holdings import STATE_WORDS
+from analysis.report.pieces import Column, Figure, Series, written
+from gradstore.errors import GradstoreError
+
+PAGE = 20
+_CONTROLS = ("benchmark", "step", "metric", "order", "text", "sources", "tags", "rates", "states")
+
+
+def layout(catalogue: Catalogue) -> Any:
+    """Controls above, results below."""
+    if not catalogue.benchmarks:
+        return note("No benchmark in this store has a target, so nothing can be ranked: collect rollouts of one.")
+    orders = [
+        {"label": "most aligned first", "value": "largest"},
+        {"label": "least aligned first", "value": "smallest"},
+    ]
+    keep: dict[str, Any] = {"persistence": True, "persistence_type": "session"}
+    return html.Div(
+        [
+            html.H2("Rank the pool"),
+            html.Div(
+                [
+                    labelled("Benchmark", choice("benchmark", catalogue.benchmarks, catalogue.benchmarks[0])),
+                    labelled("As of", step_choice("step", catalogue.steps)),
+                    labelled("Metric", choice("metric", METRICS, "cosine")),
+                    labelled(
+                        "Order", dcc.Dropdown(id="order", options=orders, value="largest", clearable=False, **keep)
+                    ),
+                    labelled(
+                        "Search in texts and ids",
+                        dcc.Input(id="text", type="search", debounce=0.4, value="", **keep),
+                        wide=True,
+                    ),
+                    labelled("Sources", choice("sources", catalogue.sources(), [], multi=True), wide=True),
+                    labelled("Tags", choice("tags", catalogue.tags(), [], multi=True), wide=True),
+                    labelled(
+                        "States",
+                        dcc.Dropdown(
+                            id="states",
+                            options=[{"label": words, "value": state} for state, words in STATE_WORDS.items()],
+                            value=[],
+                            multi=True,
+                            **keep,
+                        ),
+                        wide=True,
+                    ),
+                    labelled(
+                        "Pass rate",
+                        dcc.RangeSlider(
+                            0, 1, 0.05, id="rates", value=[0, 1], marks={0: "0", 0.5: "0.5", 1: "1"}, **keep
+                        ),
+                        wide=True,
+                    ),
+                ],
+                className="controls",
+                role="search",
+            ),
+            html.Div(id="ranking-figure"),
+            html.Div(
+                [
+                    html.Button("Previous", id="ranking-back", type="button"),
+                    html.Button("Next", id="ranking-on", type="button"),
+                    html.Span(id="ranking-where", className="where", **{"aria-live": "polite"}),
+                ],
+                className="tools",
+            ),
+            html.Div(id="ranking-table"),
+            dcc.Store(id="ranking-page", data=0),
+        ]
+    )
+
+
+def register(app: Dash, catalogue: Catalogue) -> None:
+    """The view's callback."""
+
+    @app.callback(
+        Output("ranking-figure", "children"),
+        Output("ranking-table", "children"),
+        Output("ranking-where", "children"),
+        Output("ranking-back", "disabled"),
+        Output("ranking-on", "disabled"),
+        Output("ranking-page", "data"),
+        *(Input(name, "value") for name in _CONTROLS),
+        Input("ranking-back", "n_clicks"),
+        Input("ranking-on", "n_clicks"),
+        Input("theme", "data"),
+        State("ranking-page", "data"),
+    )
+    def rank(
+        benchmark: str,
+        step: str,
+        metric: str,
+        order: str,
+        text: str | None,
+        sources: list[str] | None,
+        tags: list[str] | None,
+        rates: list[float],
+        states: list[str] | None,
+        back: int | None,
+        on: int | None,
+        theme: str,
+        page: int,
+    ) -> tuple:
+        page = page - 1 if ctx.triggered_id == "ranking-back" else page + 1 if ctx.triggered_id == "ranking-on" else 0
+        wanted = Filter(
+            tuple(sources or ()), tuple(tags or ()), (float(rates[0]), float(rates[1])), tuple(states or ()), text or ""
+        )
+        try:
+            frame = catalogue.ranked(benchmark, step_of(step), metric, wanted, largest=order == "largest")
+        except GradstoreError as error:
+            return note(str(error)), "", "", True, True, 0
+        page, line, first, last = pages(len(frame), page, PAGE)
+        shown = frame.iloc[page * PAGE : (page + 1) * PAGE]
+        texts = catalogue.texts(shown["id"].tolist())
+        rows = [
+            [
+                page * PAGE + place + 1 if np.isfinite(score) else None,
+                problem_link(problem_id),
+                source,
+                score,
+                STATE_WORDS[state],
+                rate,
+                age,
+                " ".join(texts[problem_id].split())[:200],
+            ]
+            for place, (problem_id, source, score, state, rate, age) in enumerate(
+                shown[["id", "source", "score", "state", "pass_rate", "age"]].itertuples(index=False, name=None)
+            )
+        ]
+        columns = [
+            Column("Rank", "integer"),
+            Column("Problem", "id"),
+            Column("Source"),
+            Column("Score", "signed"),
+            Column("State"),
+            Column("Pass rate", "percent"),
+            Column("Age (steps)", "integer"),
+            Column("Text"),
+        ]
+        title = f"Problems of {catalogue.pool} against {benchmark}, {metric}"
+        scored = int(frame["score"].notna().sum())
+        line = f"{line} problems, {written(scored, 'integer')} of them ranked"
+        return _histogram(frame, benchmark, metric, theme), table(title, columns, rows), line, first, last, page
+
+
+def _histogram(frame: Any, benchmark: str, metric: str, theme: str) -> Any:
+    scores = frame["score"].dropna().to_numpy(float)
+    if len(scores) < 2:
+        return note("Fewer than two of these problems have a gradient.")
+    counts, edges = np.histogram(scores, bins=min(40, max(8, round(np.sqrt(len(scores))))))
+    middles = np.round((edges[1:] + edges[:-1]) / 2, 6).tolist()
+    hover = [
+        f"{count} problems from {written(low, 'signed')} to {written(high, 'signed')}"
+        for count, low, high in zip(counts.tolist(), edges[:-1].tolist(), edges[1:].tolist(), strict=True)
+    ]
+    described = Figure(
+        "scores",
+        "Scores",
+        f"How the scores of the ranked problems spread: median {written(float(np.median(scores)), 'signed')}, "
+        f"{100 * float((scores > 0).mean()):.0f} % above 0.",
+        "bars",
+        [Series("problems", middles, counts.tolist(), hover=hover)],
+        f"{metric} against {benchmark}",
+        "Problems",
+        y_kind="integer",
+    )
+    return figure(described, theme)
