@@ -305,6 +305,12 @@ class Store:
 
         return rounds.read_rounds(self._folder(collection))
 
+    def count_rounds(self, collection: str) -> int:
+        """How many rounds of a pool are recorded; reads none."""
+        from gradstore import rounds
+
+        return rounds.count_rounds(self._folder(collection))
+
     def round(self, collection: str, number: int) -> "Round":
         """One recorded round; negative numbers count from the newest. RequestError where there is none."""
         from gradstore import rounds

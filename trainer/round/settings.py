@@ -59,7 +59,9 @@ class RoundSettings:
     """Choose in the first round after the warm-up and keep that choice (LearnAlign's static use)."""
     confidence: float = 0.9
     """Of the intervals, and at which the top n counts as settled."""
-    max_no_signal: float = 0.95
+    forgetting: float = 0.98
+    """What a rollout counts for less in the history of pass rates with each training step since."""
+    max_no_signal: float = 0.9
     """With a budget, a problem this likely to have no signal is not rolled out."""
     explore: float = 0.1
     """With a budget, share of it kept for problems that were never measured."""
@@ -73,10 +75,14 @@ class RoundSettings:
     """Share of the picks by source."""
     diversity: Diversity | None = None
     """Spread of the picks."""
+    by_source: bool = True
+    """With a budget, expect of a problem what its source's problems show, until it is measured itself."""
     seed: int = 0
     """Everything drawn at random follows from it and the round's number."""
     spec: SketchSpec = field(default_factory=lambda: SketchSpec(basis="fitted"))
     """How gradients become sketches, for a store that is new."""
+    window: int = 256
+    """Problems rolled out and sketched at once: what an interruption can cost."""
     fit_problems: int = 200
     """Candidates of the first round that a fitted projection is fitted to, beside the benchmarks' problems."""
 
@@ -85,7 +91,7 @@ class RoundSettings:
             raise RequestError(
                 "give either `selected` (problems picked in a round) or `ratio` (share of the candidates)"
             )
-        counts = ("candidates", "selected", "train_batch", "steps", "rounds", "rollouts", "target_rollouts")
+        counts = ("candidates", "selected", "train_batch", "steps", "rounds", "rollouts", "target_rollouts", "window")
         for name in counts:
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
@@ -100,6 +106,8 @@ class RoundSettings:
         for name in ("confidence", "max_no_signal"):
             if not 0 < getattr(self, name) < 1:
                 raise RequestError(f"{name} is {getattr(self, name)}, expected a number between 0 and 1")
+        if not 0 < self.forgetting <= 1:
+            raise RequestError(f"forgetting is {self.forgetting}, expected a number above 0 and at most 1")
         if self.explore < 0 or self.boundary < 0 or self.explore + self.boundary > 1:
             raise RequestError(
                 f"explore is {self.explore} and boundary {self.boundary}, expected shares, together at most 1"
@@ -148,11 +156,11 @@ class RoundSettings:
                 )
         if not 1 <= n <= n_candidates:
             raise RequestError(f"{n} problems selected of {n_candidates} candidates, expected 1 to {n_candidates}")
-        trained = self.train_batch * self.steps
-        if trained % n:
+        batch, steps = self.train_batch, self.steps
+        if batch * steps % n:
             raise RequestError(
-                f"train_batch {self.train_batch} (train_batch_size) x steps {self.steps} (iters_per_select) is {trained}, "
-                f"not a multiple of the {n} problems selected: change one so that every pick is trained on equally often"
+                f"train_batch {batch} (train_batch_size) x steps {steps} (iters_per_select) is {batch * steps}, "
+                f"not a multiple of the {n} selected: change one so that all picks are trained on equally often"
             )
         return n
 
@@ -176,11 +184,11 @@ def _read(given: str, name: str, value: Any) -> Any:
         return value
     if name == "refresh" and value == "all":
         return value
-    if name in ("ratio", "confidence", "max_no_signal", "explore", "boundary", "temperature"):
+    if name in ("ratio", "confidence", "forgetting", "max_no_signal", "explore", "boundary", "temperature"):
         kind, expected = float, "a number"
     elif name in ("quotas", "diversity", "spec"):
         raise RequestError(f"round setting {given!r} is {value!r}, expected an object, not a text")
-    elif name == "once":
+    elif name in ("once", "by_source"):
         if value.lower() in ("true", "false"):
             return value.lower() == "true"
         raise RequestError(f"round setting {given!r} is {value!r}, expected true or false")

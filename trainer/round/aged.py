@@ -1,0 +1,94 @@
+"""Selectors over rows of every age: what the budgeted refresh ranks by, where GradAlign ranks fresh rows alone.
+
+`cosine` and `dot` become the expected score now, times the probability of a signal for a problem not measured at this
+step. The selectors that go by probes see, beside the probes of this step, what the other problems' old sketches are
+worth as one, with the larger standard error. Every other selector takes the stored rows as they are.
+
+Dimension letters: P candidates, K of them with a probe of this step.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+from scipy import stats  # type: ignore[import-untyped]
+
+from engine.probing.batch import ProbeBatch
+from engine.selecting.candidates import Candidates, Scored, Selector
+from engine.selecting.membership import places
+from engine.selecting.mixture import Part
+from gradstore import State
+from trainer.round.refresh import quantile
+from trainer.round.standing import Standing
+
+AGED = ("cosine", "dot")
+"""Selectors whose scores are aged."""
+
+
+def aged_parts(parts: Sequence[Part], now: Standing, length: float, confidence: float) -> list[Part]:
+    """The parts of a mixture with the scores of AGED taken from the standing; length: of the target."""
+    return [
+        replace(part, selector=_aged(part.selector, now, length, confidence)) if part.selector.name in AGED else part
+        for part in parts
+    ]
+
+
+def aged_scores(kind: str, now: Standing, length: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
+    """Expected score and its standard deviation, float64 [P]; NaN where the problem cannot be picked as it is."""
+    scales_P = now.scales(kind) * (1.0 if kind == "cosine" else length)
+    chance_P = np.where(now.fresh, 1.0, now.signal)
+    mean_P = now.mean * scales_P
+    mean_P = np.where(mean_P > 0, chance_P, 1.0) * mean_P
+    return np.where(now.live, mean_P, np.nan), now.sd * scales_P
+
+
+def _aged(selector: Selector, now: Standing, length: float, confidence: float) -> Selector:
+    def score(candidates: Candidates) -> Scored:
+        mean_P, sd_P = aged_scores(selector.name, now, length)
+        half_P = quantile(confidence) * sd_P
+        place_P = places(candidates.ids, now.ids)
+        return Scored(*(np.append(column, np.nan)[place_P] for column in (mean_P, mean_P - half_P, mean_P + half_P)))
+
+    return replace(selector, score=score)
+
+
+def with_old_sketches(probes: ProbeBatch, now: Standing) -> ProbeBatch:
+    """The probes, and for other live candidates what their sketches are worth as one.
+
+    A sketch's dot, norm x cosine, is brought to the probes' scale by least squares through the origin over the problems
+    that have both; what is left beyond the probes' own errors is the sketch's, and adds to the standard error.
+    Candidates of which nothing is known beyond the prior get none, and so do all where fewer than three have both.
+    """
+    if now.model is None:
+        return probes
+    place_P = places(now.ids, probes.ids)
+    both_P = (place_P >= 0) & np.append(probes.live, False)[place_P] & now.live & now.fresh
+    if both_P.sum() < 3:
+        return probes
+    dots_K, errors_K = probes.dots[place_P[both_P]], probes.standard_errors[place_P[both_P]]
+    sketched_K = (now.cosines * now.norms)[both_P]
+    slope = max(float(dots_K @ sketched_K) / (float(sketched_K @ sketched_K) or 1.0), 0.0)
+    left = max(float(np.mean((dots_K - slope * sketched_K) ** 2)) - float(np.mean(errors_K**2)), 0.0)
+    value_P, error_P = now.model.equivalent(now.mean - now.offsets, now.sd)
+    value_P = value_P + now.offsets
+    old = np.flatnonzero((place_P < 0) & now.live & np.isfinite(value_P) & (slope > 0))
+    scales = slope * now.norms[old]
+    dots = value_P[old] * scales
+    dots = np.where(dots > 0, now.signal[old], 1.0) * dots
+    errors = np.sqrt((error_P[old] * scales) ** 2 + left)
+    t = dots / np.where(errors > 0, errors, 1.0)
+    counts = np.maximum(now.n_rollouts[old], 3)
+    nothing = [np.full(count, np.nan) for count in counts]
+    return replace(
+        probes,
+        ids=[*probes.ids, *(now.ids[place] for place in old)],
+        derivatives=[*probes.derivatives, *nothing],
+        rewards=[*probes.rewards, *nothing],
+        lengths=[*probes.lengths, *(np.zeros(count, np.int64) for count in counts)],
+        dots=np.concatenate([probes.dots, dots]),
+        standard_errors=np.concatenate([probes.standard_errors, errors]),
+        t=np.concatenate([probes.t, t]),
+        p_values=np.concatenate([probes.p_values, stats.norm.sf(t)]),
+        states=[*probes.states, *([State.LIVE] * len(old))],
+        reasons=[*probes.reasons, *([""] * len(old))],
+    )

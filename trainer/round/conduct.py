@@ -1,0 +1,348 @@
+"""One round from its candidates to its record, stage by stage, each of which finds what an interruption left.
+
+    target    the benchmarks' problems rolled out with the policy as it is, sketched, aggregated
+    refresh   candidates rolled out anew, sketched, probed: all of them, or the most worth within a budget
+    select    picks by the selector, over this step's rows or, within a budget, over rows of every age
+
+Dimension letters: P candidates, D sketch dimensions.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import gradstore
+from engine.probing.batch import ProbeBatch
+from engine.rollouts.group import Group
+from engine.searching.targets import Target, target
+from engine.selecting.mixture import Part, parts_of
+from engine.selecting.selection import Selection, select
+from engine.sketches.bases import files_in
+from gradstore import Store
+from trainer.backends import derived_seed
+from trainer.round.aged import aged_parts, aged_scores, with_old_sketches
+from trainer.round.journal import Journal, Plan
+from trainer.round.measuring import Costs, Measured, Windows, sketch_collection
+from trainer.round.policy import Policy
+from trainer.round.recording import about_round, round_table
+from trainer.round.refresh import Outlook, choose, straddling
+from trainer.round.settings import RoundSettings
+from trainer.round.standing import Standing, standing
+
+log = logging.getLogger(__name__)
+
+_DRAW, _BENCHMARK, _POOL, _PLAN, _SELECT, _FILL = range(6)
+"""What a derived seed is for."""
+_BATCHES = 4
+"""Into how many the rollouts kept for the cut are divided."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What all rounds of a run share."""
+
+    path: Path
+    pool: str
+    records: Mapping[str, Mapping[str, Any]]
+    """The pool's canonical records by id."""
+    benchmarks: Mapping[str, Sequence[Mapping[str, Any]]]
+    settings: RoundSettings
+    dtype: str
+    export: Path | None
+
+    @property
+    def parts(self) -> list[Part]:
+        return parts_of(self.settings.selector)
+
+    @property
+    def needs_rows(self) -> bool:
+        """Whether the selector looks at gradients, probes or pass rates of this step at all."""
+        return any(not part.selector.whole_pool or part.selector.needs_probes for part in self.parts)
+
+    @property
+    def needs_probes(self) -> bool:
+        return any(part.selector.needs_probes for part in self.parts)
+
+    @property
+    def needs_target(self) -> bool:
+        return self.needs_probes or any(part.selector.needs_target for part in self.parts)
+
+    def open(self, policy: Policy) -> Store | None:
+        """The run's store if it is there, with the policy sketching as its rows were made."""
+        if not (self.path / "zarr.json").exists():
+            return None
+        store = gradstore.open(self.path, "a")
+        files = files_in(store)
+        policy.use(files.fingerprint, files.attachments)
+        self.add_problems(store)
+        return store
+
+    def add_problems(self, store: Store) -> None:
+        store.add_problems(self.pool, map(dict, self.records.values()))
+        for name, records in self.benchmarks.items():
+            store.add_problems(name, map(dict, records))
+
+
+class Conduct:
+    """One round of a run."""
+
+    def __init__(self, run: Run, policy: Policy, number: int) -> None:
+        settings = run.settings
+        assert settings.candidates is not None
+        assert settings.selected is not None
+        self.run, self.policy, self.number, self.settings = run, policy, number, settings
+        self.step, self.n = policy.step, settings.selected
+        self.costs, self.warnings = Costs(), []  # type: Costs, list[str]
+        self.warm_up = number < settings.warm_up
+        self.fits = number == 0 and run.needs_rows and settings.spec.basis == "fitted"
+        self.budget = None if settings.refresh == "all" else settings.refresh
+        ids = np.array(list(run.records), dtype=object)
+        self.candidates: list[str] = ids[self._random(_DRAW).permutation(len(ids))[: settings.candidates]].tolist()
+        self.measures = run.needs_rows and not self.warm_up
+        aims = self.measures and (run.needs_target or (self.budget is not None and bool(run.benchmarks)))
+        self.windows_of = {
+            name: self._windows(records, settings.target_rollouts, (_BENCHMARK, i), name)
+            for i, (name, records) in enumerate(run.benchmarks.items() if aims else ())
+        }
+        self.target_key = "+".join(self.windows_of)
+        self.plans: list[Plan] = []
+        self.targets: list[Target] = []
+        self.refreshed: dict[str, Any] = {}
+
+    def make_store(self) -> tuple[Store, Windows | None]:
+        """A new store for the policy's sketches, and the first candidates' rollouts if the basis was fitted to them."""
+        run, settings = self.run, self.settings
+        if self.fits:
+            windows = self._plan_windows(self._first_plan(None), 0)
+            groups = [
+                group for own in self.windows_of.values() for w in range(len(own)) for group in own.groups(w, keep=True)
+            ]
+            window, n_fitted = 0, 0
+            while window < len(windows) and n_fitted < settings.fit_problems:
+                found = windows.groups(window, keep=True)
+                window, n_fitted, groups = window + 1, n_fitted + len(found), groups + found
+            with self.costs.stage("fit"):
+                files = self.policy.fit(settings.spec, groups)
+            first: Windows | None = windows
+        else:
+            # Without rollouts there is nothing to fit to: a seeded basis of the same size keeps what is observed.
+            spec = settings.spec if settings.spec.basis != "fitted" else replace(settings.spec, basis="dense")
+            files, first = self.policy.fit(spec, []), None
+        store = gradstore.create(
+            run.path, dim=files.dim, fingerprint=files.fingerprint, dtype=run.dtype, attachments=files.attachments
+        )
+        run.add_problems(store)
+        return store, first
+
+    def conduct(self, store: Store, first: Windows | None = None) -> None:
+        """Do the round, or what is left of it, and record it in the store."""
+        run = self.run
+        journal = Journal(store, run.pool, self.number, self.step, self.target_key)
+        validation: list[Group] = []
+        for name, windows in self.windows_of.items():
+            validation += sketch_collection(store, name, windows, self.policy, self.costs, keep=run.needs_probes)
+        with self.costs.stage("target"):
+            self._aim(store)
+        parts, probes = run.parts, None
+        if run.needs_target and not self.warm_up and not self.targets:
+            self._warn("no problem of any benchmark has a signal: this round picks at random")
+            parts = parts_of("rand")
+        elif self.warm_up:
+            parts = parts_of("rand")
+        if self.measures or self.fits:
+            self._refresh(store, journal, first, validation if run.needs_probes and self.targets else None)
+        with self.costs.stage("select"):
+            now = self._standing(store)
+            if run.needs_probes and self.targets and not self.warm_up:
+                probes = ProbeBatch.load(store, run.pool, step=self.step, target=self.target_key)
+            if self.budget is not None and self.measures and now.model is not None:
+                parts = aged_parts(parts, now, self._length(), self.settings.confidence)
+                probes = None if probes is None else with_old_sketches(probes, now)
+            scored, chosen = self._select(store, parts, probes)
+            filled = self._fill(now, chosen)
+        self._record(store, now, scored, chosen, filled)
+        journal.close()
+
+    def _aim(self, store: Store) -> None:
+        for name in self.windows_of:
+            view = store.view(name, self.step)
+            if not view.live.any():
+                self._warn(f"no problem of benchmark {name!r} has a signal: it is left out of this round")
+                continue
+            self.targets.append(target(store, name, self.step, self.settings.aggregate))
+
+    def _refresh(
+        self, store: Store, journal: Journal, first: Windows | None, validation: Sequence[Group] | None
+    ) -> None:
+        """Measure what is planned: the candidates chosen, then, within a budget, those that straddle the cut."""
+        measured = Measured(store, self.run.pool, self.policy, journal, self.costs, validation)
+        joins = self.budget is not None and self.settings.boundary > 0
+        plan = journal.plan(0, lambda: self._first_plan(store))
+        self.plans = [plan]
+        measured.run(plan, first or self._plan_windows(plan.ids, 0), self.target_key, keep=joins)
+        if self.budget is None or not self.measures or not self.targets:
+            return
+        settled = False
+        while self.settings.boundary > 0 and not settled:
+            left = self.budget - sum(len(plan.ids) for plan in self.plans)
+            number = len(self.plans)
+            if left <= 0:
+                break
+            plan = journal.plan(number, lambda left=left: self._at_the_cut(store, left))  # type: ignore[misc]
+            settled = not plan.ids
+            if not settled:
+                self.plans.append(plan)
+                measured.run(plan, self._plan_windows(plan.ids, number), self.target_key, keep=True)
+        self.refreshed["settled"] = settled
+
+    def _first_plan(self, store: Store | None) -> list[str]:
+        """The candidates to roll out before anything is known of this step; store: None while there is none."""
+        settings = self.settings
+        if not self.measures:
+            return self.candidates[: settings.fit_problems]
+        if self.budget is None:
+            return self.candidates
+        with self.costs.stage("plan"):
+            n, budget = len(self.candidates), self.budget
+            if store is None:
+                zeros, never = np.zeros(n), np.zeros(n, bool)
+                outlook = Outlook(zeros, np.ones(n), zeros, np.ones(n), never, never)
+            else:
+                now = self._standing(store)
+                self.refreshed["before"] = None if now.model is None else now.model.describe()
+                outlook = now.outlook(self._kind(), settings.rollouts)
+            at_once = budget - round(settings.boundary * budget) if outlook.pickable.any() else budget
+            places = choose(outlook, self.n, at_once, settings.explore, settings.max_no_signal, self._random(_PLAN))
+            return [self.candidates[place] for place in places]
+
+    def _at_the_cut(self, store: Store, left: int) -> list[str]:
+        """The next candidates to roll out (again) because it is open whether they are picked; none when settled."""
+        assert self.budget is not None
+        with self.costs.stage("plan"):
+            now = self._standing(store)
+            mean_P, sd_P = aged_scores(self._kind(), now)
+            unsure = straddling(
+                mean_P, sd_P, now.outlook(self._kind(), self.settings.rollouts).noise, self.n, self.settings.confidence
+            )
+            open_P = now.fresh | (1 - now.signal <= self.settings.max_no_signal)
+            unsure = unsure[open_P[unsure]]
+            batch = max(1, round(self.settings.boundary * self.budget / _BATCHES))
+            return [self.candidates[place] for place in unsure[: min(left, batch)]]
+
+    def _kind(self) -> str:
+        """On which scale a refresh is worth something: the cosine's where the selector ranks by that."""
+        return "cosine" if all(part.selector.name == "cosine" for part in self.run.parts) else "dot"
+
+    def _standing(self, store: Store) -> Standing:
+        settings = self.settings
+        direction_D = None
+        if self.budget is not None and self.targets:
+            vectors = [goal.vector.astype(np.float64) for goal in self.targets]
+            direction_D = np.sum([vector / (np.linalg.norm(vector) or 1.0) for vector in vectors], axis=0)
+        return standing(
+            store,
+            self.run.pool,
+            self.candidates,
+            direction_D,
+            list(self.windows_of),
+            self.step,
+            n_rollouts=settings.rollouts,
+            forgetting=settings.forgetting,
+            by_source=settings.by_source,
+        )
+
+    def _length(self) -> float:
+        """Of the target as the selectors see it."""
+        vectors = [goal.vector.astype(np.float64) for goal in self.targets]
+        if len(vectors) > 1:
+            vectors = [np.sum([vector / (np.linalg.norm(vector) or 1.0) for vector in vectors], axis=0)]
+        return float(np.linalg.norm(vectors[0]))
+
+    def _select(self, store: Store, parts: list[Part], probes: ProbeBatch | None) -> tuple[Selection, Selection]:
+        """Every candidate ranked by the selector alone, and the picks."""
+        settings = self.settings
+        common: dict[str, Any] = {
+            "at": self.step,
+            "candidates": self.candidates,
+            "seed": self._seed(_SELECT),
+            "allow_fewer": True,
+            "probes": probes,
+            "confidence": settings.confidence,
+            "forgetting": settings.forgetting,
+        }
+        scored = select(store, self.run.pool, self.targets or None, len(self.candidates), parts, **common)
+        chosen = select(
+            store,
+            self.run.pool,
+            self.targets or None,
+            self.n,
+            parts,
+            **common,
+            diversity=settings.diversity,
+            temperature=settings.temperature,
+            quotas=settings.quotas,
+        )
+        return scored, chosen
+
+    def _fill(self, now: Standing, chosen: Selection) -> list[str]:
+        """Candidates drawn at random where too few can be ranked: those never measured first, then any not picked."""
+        missing = self.n - len(chosen)
+        if missing <= 0:
+            return []
+        self._warn(
+            f"only {len(chosen)} candidates could be ranked: {missing} of the {self.n} picks were drawn at random"
+        )
+        taken = set(chosen.ids)
+        order = self._random(_FILL).permutation(len(self.candidates)).tolist()
+        order.sort(key=lambda place: now.states[place] >= 0)  # stable: those never measured stay shuffled
+        return [self.candidates[place] for place in order if self.candidates[place] not in taken][:missing]
+
+    def _record(self, store: Store, now: Standing, scored: Selection, chosen: Selection, filled: list[str]) -> None:
+        rolled_out = {name for plan in self.plans for name in plan.ids}
+        table = round_table(now, scored, chosen, filled, rolled_out)
+        about = about_round(
+            run_settings=self.settings,
+            number=self.number,
+            step=self.step,
+            warm_up=self.warm_up,
+            benchmarks=list(self.run.benchmarks),
+            targets=[goal.describe() for goal in self.targets],
+            now=now,
+            chosen=chosen,
+            filled=filled,
+            n_rolled_out=len(rolled_out),
+            rollouts=self.settings.rollouts * sum(len(plan.ids) for plan in self.plans),
+            target_rollouts=self.settings.target_rollouts
+            * sum(len(self.run.benchmarks[name]) for name in self.windows_of),
+            seconds=self.costs.seconds,
+            tokens=self.costs.tokens,
+            refreshed=self.refreshed,
+            warnings=self.warnings,
+        )
+        for line in about["warnings"]:
+            log.warning("round %d: %s", self.number, line)
+        store.add_round(self.run.pool, about, table)
+
+    def _plan_windows(self, ids: Sequence[str], number: int) -> Windows:
+        records = [self.run.records[name] for name in ids]
+        return self._windows(records, self.settings.rollouts, (_POOL, number), f"{self.run.pool}-{number}")
+
+    def _windows(self, records: Sequence[Mapping[str, Any]], n: int, seed: tuple[int, ...], name: str) -> Windows:
+        export = None if self.run.export is None else self.run.export / f"round-{self.number:04d}-{name}"
+        settings = self.settings
+        return Windows(
+            self.policy, records, n, settings.window, (settings.seed, self.number, *seed), self.costs, export
+        )
+
+    def _seed(self, purpose: int) -> int:
+        return derived_seed(self.settings.seed, self.number, purpose)
+
+    def _random(self, purpose: int) -> np.random.Generator:
+        return np.random.default_rng(self._seed(purpose))
+
+    def _warn(self, line: str) -> None:
+        self.warnings.append(line)

@@ -1,0 +1,228 @@
+"""Rounds of selection during training, the same for every trainer.
+
+    rounds = Rounds("run/store", pool, {"amc": problems}, settings)
+    while training:
+        picks = rounds.next(policy)             # before the first step of each round
+        ...                                     # settings.steps training steps on the picks
+        rounds.observe(policy, groups)          # after a step's rollouts, before its update: kept for free
+
+What a round decided is in the store when `next` returns, and the store is all there is to go on from: a process that
+was killed at any moment, started again from the trainer's own saved state, picks what an undisturbed one would. A round
+that is recorded is read back; one that was interrupted is completed. docs/rounds.md has the whole of it.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import gradstore
+from engine.rollouts.group import Group
+from engine.selecting.selection import Selection
+from gradstore import Round, Store
+from gradstore.errors import RequestError
+from gradstore.layout import check_name
+from gradstore.problems import canonical
+from trainer.round.conduct import Conduct, Run
+from trainer.round.measuring import Costs, append
+from trainer.round.policy import Policy
+from trainer.round.progress import Logger
+from trainer.round.recording import scalars, selection_of
+from trainer.round.settings import RoundSettings
+
+_FREE = ("rounds", "window")
+"""Settings that a run may go on with changed."""
+
+
+class Rounds:
+    """The rounds of one training run and the store they live in."""
+
+    def __init__(
+        self,
+        store: str | Path,
+        pool: Sequence[Mapping[str, Any]],
+        benchmarks: Mapping[str, Sequence[Mapping[str, Any]]],
+        settings: RoundSettings,
+        *,
+        name: str = "pool",
+        logger: Logger | None = None,
+        export: str | Path | None = None,
+        dtype: str = "int8",
+    ) -> None:
+        """store: path of the run's store, made in the first round if it is not there; one a run, but rows that were
+        collected at step 0 before are welcome. pool, benchmarks: problem records. name: of the pool's collection.
+        logger: receives each round in numbers. export: a folder for the rollouts made for selection, as rollout files.
+        dtype: of a new store's rows.
+
+        RequestError for settings that do not fit the pool, records that are wrong, a selector that needs a target
+        where there is no benchmark.
+        """
+        names = [check_name(name), *map(check_name, benchmarks)]
+        if len(set(names)) < len(names):
+            raise RequestError(f"collection {name!r} is the pool's: give the benchmark another name")
+        settings = settings.for_pool(len(pool))
+        self._run = Run(
+            Path(store),
+            name,
+            _by_id(pool, name),
+            {own: list(_by_id(records, own).values()) for own, records in benchmarks.items()},
+            settings,
+            dtype,
+            None if export is None else Path(export),
+        )
+        if self._run.needs_target and not any(self._run.benchmarks.values()):
+            raise RequestError(f"selector {settings.selector!r} needs a target: give a benchmark with problems")
+        self._logger = logger
+        self._done = 0
+        self._store: Store | None = None
+        self._policy: Policy | None = None
+
+    @property
+    def settings(self) -> RoundSettings:
+        """With every count filled in."""
+        return self._run.settings
+
+    @property
+    def done(self) -> int:
+        """Rounds done."""
+        return self._done
+
+    @property
+    def current(self) -> Selection | None:
+        """The picks of the last round; None before the first."""
+        if not self._done:
+            return None
+        if self._store is None:
+            return selection_of(gradstore.open(self._run.path).round(self._run.pool, self._done - 1))
+        return selection_of(self._store.round(self._run.pool, self._done - 1))
+
+    def next(self, policy: Policy) -> Selection:
+        """Do the next round with the policy as it is, record it, and return its picks, best first.
+
+        A round that the store has already is returned as recorded. RequestError when all rounds are done, or when the
+        store's round is of another step or other settings.
+        """
+        number = self._done
+        if number >= self.settings.rounds:
+            raise RequestError(f"all {self.settings.rounds} rounds (num_selections) are done")
+        store = self._open(policy)
+        found = self._recorded(store, number, policy) if store else None
+        if found is None:
+            kept = self._kept_choice(store, number)
+            if kept is not None and store is not None:
+                store.add_round(
+                    self._run.pool, {**kept.about, "number": number, "step": policy.step, **_NOTHING}, kept.table
+                )
+            else:
+                conduct, first = Conduct(self._run, policy, number), None
+                if store is None:
+                    store, first = conduct.make_store()
+                    self._store = store
+                conduct.conduct(store, first)
+            assert store is not None
+            found = store.round(self._run.pool, number)
+        self._done = number + 1
+        if self._logger is not None:
+            assert store is not None
+            before = store.round(self._run.pool, number - 1) if number else None
+            self._logger(scalars(found, before), policy.step)
+        return selection_of(found)
+
+    def observe(self, policy: Policy, groups: Sequence[Group]) -> int:
+        """Keep sketches of the trainer's own rollouts as rows at the policy's step; returns how many were new.
+
+        Call it before the update, while the policy is the one that made them. A problem that has a row at this step
+        already is left as it is, so that steps done again after an interruption change nothing. RequestError before the
+        first round, and for a problem that is not in the pool.
+        """
+        store = self._open(policy)
+        if store is None:
+            raise RequestError("no round was done yet: call next before observe")
+        unknown = [group.problem_id for group in groups if group.problem_id not in self._run.records]
+        if unknown:
+            raise RequestError(f"problem {unknown[0]!r} is not in the pool {self._run.pool!r}")
+        history = store.history(self._run.pool, policy.step)
+        known = set(history["id"].to_numpy()[np.asarray(history["step"]) == policy.step].tolist())
+        new = [group for group in groups if group.problem_id not in known]
+        counts = Counter(group.problem_id for group in new)
+        if counts and max(counts.values()) > 1:
+            raise RequestError(f"problem {counts.most_common(1)[0][0]!r} has several groups of one step: join them")
+        append(store, self._run.pool, new, policy, Costs())
+        return len(new)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a trainer keeps with its weights to go on from them: plain values."""
+        return {"rounds": self._done, "settings": _plain(self.settings)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was taken; RequestError for the state of other settings."""
+        if not {"rounds", "settings"} <= state.keys():
+            raise RequestError("this is not a state of selection rounds: it has no member `rounds` or `settings`")
+        _check_same(dict(state["settings"]), _plain(self.settings), "the saved state")
+        self._done = int(state["rounds"])
+
+    def _open(self, policy: Policy) -> Store | None:
+        if self._store is None or self._policy is not policy:
+            self._store = self._run.open(policy)
+            self._policy = policy
+        return self._store
+
+    def _recorded(self, store: Store, number: int, policy: Policy) -> Round | None:
+        """The round, if an earlier process recorded it."""
+        pool = self._run.pool
+        recorded = store.count_rounds(pool)
+        if number > recorded:
+            raise RequestError(
+                f"{store.path}: has {recorded} rounds, the saved state is after round {number - 1}: use its own store"
+            )
+        if number == recorded:
+            return None
+        found = store.round(pool, number)
+        where = f"{store.path}: round {number}"
+        if found.about.get("step") != policy.step:
+            raise RequestError(
+                f"{where} was done at step {found.about.get('step')}, this run comes to it at step {policy.step}: "
+                "a store holds one run; use another path"
+            )
+        _check_same(found.about["settings"], _plain(self.settings), where)
+        return found
+
+    def _kept_choice(self, store: Store | None, number: int) -> Round | None:
+        """The round whose choice stays, for a run that chooses once."""
+        chosen_in = self.settings.warm_up
+        if store is None or not self.settings.once or number <= chosen_in:
+            return None
+        return store.round(self._run.pool, chosen_in)
+
+
+_NOTHING = {"n_rolled_out": 0, "rollouts": 0, "target_rollouts": 0, "costs": {}, "tokens": 0, "warnings": []}
+"""What a round costs that keeps an earlier choice."""
+
+
+def _by_id(records: Sequence[Mapping[str, Any]], where: str) -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+    for n, record in enumerate(records):
+        checked = canonical(dict(record), f"collection {where!r}, record {n}")
+        if checked["id"] in found:
+            raise RequestError(f"collection {where!r}: problem id {checked['id']!r} occurs more than once; keep one")
+        found[checked["id"]] = checked
+    return found
+
+
+def _plain(settings: RoundSettings) -> dict[str, Any]:
+    """As it reads back from JSON."""
+    plain: dict[str, Any] = json.loads(json.dumps(settings.describe()))
+    return plain
+
+
+def _check_same(stored: Mapping[str, Any], offered: Mapping[str, Any], where: str) -> None:
+    differing = [
+        f"{name} was {stored.get(name)!r}, now {offered.get(name)!r}"
+        for name in sorted(stored.keys() | offered.keys())
+        if name not in _FREE and stored.get(name) != offered.get(name)
+    ]
+    if differing:
+        raise RequestError(f"{where} is of other settings: {'; '.join(differing)}. Use those, or another store")

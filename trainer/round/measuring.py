@@ -1,0 +1,209 @@
+"""Rolling out, sketching and probing the problems of a round, window by window, each kept as soon as it is done.
+
+A window's rollouts depend on the policy, the seed and the window's problems alone. A window whose rows are there
+already is not done again; where its rollouts are needed once more (to probe along, to add to) they are made anew, the
+same.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from engine.rollouts.group import Group
+from engine.rollouts.rollout import Rollout
+from engine.rollouts.write import write_rollouts
+from gradstore import Store
+from gradstore.errors import GradstoreError
+from trainer.backends import derived_seed
+from trainer.round.journal import Journal, Plan
+from trainer.round.policy import Policy
+
+
+@dataclass(slots=True)
+class Costs:
+    """What a round took."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Wall time by stage."""
+    tokens: int = 0
+    """That went through the model for sketches."""
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - started
+
+
+class Windows:
+    """The rollouts of some problems in windows of fixed size, made when asked for and kept while wanted."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        records: Sequence[Mapping[str, Any]],
+        n: int,
+        size: int,
+        seed: tuple[int, ...],
+        costs: Costs,
+        export: Path | None,
+    ) -> None:
+        """seed: what the seeds of the windows derive from. export: beginning of the paths rollouts are written to."""
+        self._policy, self._records, self._n, self._size = policy, records, n, size
+        self._seed, self._costs, self._export = seed, costs, export
+        self._kept: dict[int, list[Group]] = {}
+        self._place_of = {record["id"]: place for place, record in enumerate(records)}
+
+    def __len__(self) -> int:
+        return -(-len(self._records) // self._size)
+
+    def ids(self, window: int) -> list[str]:
+        return [record["id"] for record in self._records[window * self._size : (window + 1) * self._size]]
+
+    def groups(self, window: int, *, keep: bool) -> list[Group]:
+        """The window's rollouts, in its order."""
+        if window in self._kept:
+            return self._kept[window] if keep else self._kept.pop(window)
+        records = self._records[window * self._size : (window + 1) * self._size]
+        with self._costs.stage("rollouts"):
+            groups = self._policy.roll_out(records, self._n, seed=derived_seed(*self._seed, window))
+        if [group.problem_id for group in groups] != [record["id"] for record in records]:
+            raise GradstoreError(
+                f"the policy rolled out {len(groups)} problems, not the {len(records)} asked for in their order"
+            )
+        if self._export is not None:
+            path = self._export.with_name(f"{self._export.name}-{window:04d}.jsonl")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with write_rollouts(path) as writer:
+                writer.append(_rows(records, groups, self._policy.step))
+        if keep:
+            self._kept[window] = groups
+        return groups
+
+    def group(self, problem_id: str) -> Group:
+        """One problem's rollouts; its window is kept."""
+        place = self._place_of[problem_id]
+        return self.groups(place // self._size, keep=True)[place % self._size]
+
+    def holds(self, problem_id: str) -> bool:
+        return problem_id in self._place_of
+
+
+def sketch_collection(
+    store: Store, collection: str, windows: Windows, policy: Policy, costs: Costs, *, keep: bool
+) -> list[Group]:
+    """Rows of a benchmark at the policy's step, for the problems that have none; its groups if they are to be kept."""
+    view = store.view(collection, policy.step)
+    done = set(view.ids[view.steps == policy.step])
+    found: list[Group] = []
+    for window in range(len(windows)):
+        todo = [name not in done for name in windows.ids(window)]
+        if not (keep or any(todo)):
+            continue
+        groups = windows.groups(window, keep=keep)
+        found += groups
+        append(store, collection, [group for group, new in zip(groups, todo, strict=True) if new], policy, costs)
+    return found
+
+
+class Measured:
+    """The candidates of a round measured plan by plan; more rollouts of a problem join those it had in this round."""
+
+    def __init__(
+        self,
+        store: Store,
+        pool: str,
+        policy: Policy,
+        journal: Journal,
+        costs: Costs,
+        validation: Sequence[Group] | None,
+    ) -> None:
+        """validation: probe along these groups' gradient too; None: no probes."""
+        self._store, self._pool, self._policy, self._journal = store, pool, policy, journal
+        self._costs, self._validation = costs, validation
+        self._before: list[Windows] = []
+
+    def run(self, plan: Plan, windows: Windows, target: str, *, keep: bool) -> None:
+        """Measure the plan's problems; target: what probes are kept under. keep: rollouts may be joined later."""
+        rows, probes = self._journal.rows(), self._journal.probes()
+        planned_rows, planned_probes = (dict(zip(plan.ids, counts, strict=True)) for counts in (plan.rows, plan.probes))
+        for window in range(len(windows)):
+            ids = windows.ids(window)
+            needs_rows = _lacks(ids, rows, planned_rows)
+            needs_probes = self._validation is not None and _lacks(ids, probes, planned_probes)
+            if not (needs_rows or needs_probes):
+                continue
+            groups = [self._joined(group) for group in windows.groups(window, keep=keep)]
+            if needs_rows:
+                append(self._store, self._pool, groups, self._policy, self._costs)
+            if needs_probes and self._validation is not None:
+                with self._costs.stage("probe"):
+                    batch = self._policy.probe(groups, self._validation)
+                    batch.save(self._store, self._pool, step=self._policy.step, target=target)
+        self._before.append(windows)
+
+    def _joined(self, group: Group) -> Group:
+        """The problem's rollouts of this round up to here."""
+        earlier = [windows.group(group.problem_id) for windows in self._before if windows.holds(group.problem_id)]
+        return joined([*earlier, group])
+
+
+def append(store: Store, collection: str, groups: Sequence[Group], policy: Policy, costs: Costs) -> None:
+    """Sketch groups and publish their rows at the policy's step, all or none."""
+    if not groups:
+        return
+    with costs.stage("sketch"):
+        batch = policy.sketch(groups)
+    costs.tokens += batch.n_tokens
+    with costs.stage("store"), store.writer(collection, step=policy.step) as writer:
+        writer.append(
+            batch.ids,
+            batch.sketches,
+            state=batch.states,
+            pass_rate=batch.pass_rates,
+            n_rollouts=batch.n_rollouts,
+            reason=batch.reasons,
+        )
+
+
+def joined(groups: Sequence[Group]) -> Group:
+    """Several groups of one problem as one."""
+    if len(groups) == 1:
+        return groups[0]
+    known = [group.logprobs for group in groups]
+    return Group(
+        groups[0].problem_id,
+        groups[0].prompt_ids,
+        [response for group in groups for response in group.responses],
+        np.concatenate([group.rewards for group in groups]),
+        None if any(own is None for own in known) else [tokens for own in known for tokens in own or ()],
+    )
+
+
+def _lacks(ids: Sequence[str], now: Counter[str], planned: Mapping[str, int]) -> bool:
+    return any(now[name] <= planned[name] for name in ids)
+
+
+def _rows(records: Sequence[Mapping[str, Any]], groups: Sequence[Group], step: int) -> Iterator[Rollout]:
+    for record, group in zip(records, groups, strict=True):
+        for j, response_ids in enumerate(group.responses):
+            yield Rollout(
+                problem_id=group.problem_id,
+                reward=float(group.rewards[j]),
+                prompt=record["prompt"],
+                prompt_ids=group.prompt_ids,
+                response_ids=response_ids,
+                logprobs=None if group.logprobs is None else group.logprobs[j],
+                source=record.get("source", ""),
+                ground_truth=record.get("ground_truth", ""),
+                tags=list(record.get("tags", ())),
+                step=step,
+            )

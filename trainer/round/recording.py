@@ -1,0 +1,163 @@
+"""A round as it is recorded (docs/format.md, docs/rounds.md), read back as a Selection, and summed up in scalars."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from engine.selecting.selection import Selection
+from gradstore import Round, State
+from trainer.round.settings import RoundSettings
+from trainer.round.standing import Standing
+
+FILLED = "(random)"
+"""What picked a problem that was drawn because too few could be ranked."""
+_MUCH_WITHOUT_SIGNAL = 0.3
+
+
+def round_table(
+    now: Standing, scored: Selection, chosen: Selection, filled: Sequence[str], rolled_out: set[str]
+) -> pa.Table:
+    """One row a candidate, in the order drawn."""
+    score_of = dict(zip(scored.ids, zip(scored.scores, scored.low, scored.high, strict=True), strict=True))
+    score_of |= dict(zip(chosen.ids, zip(chosen.scores, chosen.low, chosen.high, strict=True), strict=True))
+    pick_of = {name: (place, chosen.weights[place], chosen.rollouts[place]) for place, name in enumerate(chosen.ids)}
+    pick_of |= {name: (len(chosen) + place, 1.0, 0) for place, name in enumerate(filled)}
+    unknown, unpicked = (float("nan"),) * 3, (-1, 0.0, 0)
+    scores, picks = (
+        [of.get(name, none) for name in now.ids] for of, none in ((score_of, unknown), (pick_of, unpicked))
+    )
+    names = {int(state): state.name.lower() for state in State} | {-1: "unmeasured"}
+    return pa.table(
+        {
+            "id": now.ids,
+            "score": [float(score) for score, _, _ in scores],
+            "low": [float(low) for _, low, _ in scores],
+            "high": [float(high) for _, _, high in scores],
+            "state": [names[state] for state in now.states.tolist()],
+            "step": now.steps,
+            "pass_rate": now.pass_rates,
+            "rolled_out": [name in rolled_out for name in now.ids],
+            "picked": [int(place) for place, _, _ in picks],
+            "weight": [float(weight) for _, weight, _ in picks],
+            "rollouts": [int(count) for _, _, count in picks],
+        }
+    )
+
+
+def about_round(
+    *,
+    run_settings: RoundSettings,
+    number: int,
+    step: int,
+    warm_up: bool,
+    benchmarks: list[str],
+    targets: list[dict[str, Any]],
+    now: Standing,
+    chosen: Selection,
+    filled: Sequence[str],
+    n_rolled_out: int,
+    rollouts: int,
+    target_rollouts: int,
+    seconds: Mapping[str, float],
+    tokens: int,
+    refreshed: Mapping[str, Any],
+    warnings: Sequence[str],
+) -> dict[str, Any]:
+    """What the round was; docs/rounds.md lists the members."""
+    names = {int(state): state.name.lower() for state in State} | {-1: "unmeasured"}
+    counted = Counter(names[state] for state in now.states.tolist())
+    counts = {name: counted.get(name, 0) for name in names.values()}
+    measured = sum(count for name, count in counts.items() if name != "unmeasured")
+    lines = list(warnings)
+    if measured and counts["no_signal"] > _MUCH_WITHOUT_SIGNAL * measured:
+        lines.append(f"{100 * counts['no_signal'] / measured:.0f} % of {measured} problems had no signal")
+    if counts["failed"]:
+        lines.append(f"{counts['failed']} problems failed; the store has the reasons")
+    about = chosen.describe()
+    del about["problems"]
+    return {
+        "number": number,
+        "step": step,
+        "warm_up": warm_up,
+        "selector": chosen.selector,
+        "seed": run_settings.seed,
+        "target": targets[0] if len(targets) == 1 else None,
+        "targets": targets,
+        "benchmarks": benchmarks,
+        "commit": chosen.commit,
+        "settings": run_settings.describe(),
+        "n_candidates": len(now),
+        "n_rolled_out": n_rolled_out,
+        "rollouts": rollouts,
+        "target_rollouts": target_rollouts,
+        "costs": dict(seconds),
+        "tokens": tokens,
+        "counts": counts,
+        "refresh": {**refreshed, "model": None if now.model is None else now.model.describe()},
+        "selection": about,
+        "picked_by": [*chosen.picked_by, *([FILLED] * len(filled))],
+        "warnings": lines,
+    }
+
+
+def selection_of(found: Round) -> Selection:
+    """The picks of a recorded round, the same whether it was done just now or read back."""
+    ranks = found.table["picked"].to_numpy()
+    rows = np.flatnonzero(ranks >= 0)
+    rows = rows[np.argsort(ranks[rows], kind="stable")]
+    columns = {name: found.table[name].to_numpy()[rows] for name in ("score", "low", "high", "weight", "rollouts")}
+    kept = found.about["selection"]
+    known = {field.name for field in fields(Selection)}
+    return Selection(
+        ids=found.picks,
+        scores=columns["score"],
+        low=columns["low"],
+        high=columns["high"],
+        weights=columns["weight"],
+        rollouts=columns["rollouts"],
+        picked_by=list(found.about["picked_by"]),
+        **{name: value for name, value in kept.items() if name in known},
+    )
+
+
+def scalars(found: Round, before: Round | None) -> dict[str, float]:
+    """A round in numbers, for a logger. before: the round before it, for the share of picks kept."""
+    about, table = found.about, found.table
+    picked = table["picked"].to_numpy() >= 0
+    scores, steps = table["score"].to_numpy(), table["step"].to_numpy()
+    measured = steps >= 0
+    values = {
+        "round/number": float(found.number),
+        "round/candidates": float(about["n_candidates"]),
+        "round/rolled_out": float(about["n_rolled_out"]),
+        "round/rollouts": float(about["rollouts"]),
+        "round/target_rollouts": float(about["target_rollouts"]),
+        "round/picked": float(picked.sum()),
+        **{f"round/{name}": float(count) for name, count in about["counts"].items()},
+        "round/seconds": float(sum(about["costs"].values())),
+        "round/seconds_without_rollouts": float(sum(about["costs"].values()) - about["costs"].get("rollouts", 0.0)),
+        **{f"round/seconds/{stage}": float(took) for stage, took in about["costs"].items()},
+    }
+    if np.isfinite(scores[picked]).any():
+        values["round/score_picked"] = float(np.nanmean(scores[picked]))
+    if np.isfinite(scores).any():
+        values["round/score_all"] = float(np.nanmean(scores))
+    if (picked & measured).any():
+        values["round/age_picked"] = float((about["step"] - steps[picked & measured]).mean())
+        rates = table["pass_rate"].to_numpy()[picked]
+        if np.isfinite(rates).any():
+            values["round/pass_rate_picked"] = float(np.nanmean(rates))
+    if before is not None:
+        values["round/kept"] = len(set(found.picks) & set(before.picks)) / max(len(found.picks), 1)
+    model = about["refresh"].get("model")
+    if model is not None:
+        values["round/staleness/life"] = float(model["life"])
+        usual = about["settings"]["rollouts"]
+        values["round/staleness/reliability"] = float(model["signal"] / (model["signal"] + model["noise"] / usual))
+    if "settled" in about["refresh"]:
+        values["round/settled"] = float(about["refresh"]["settled"])
+    return values
