@@ -26,7 +26,7 @@ def check_quotas(quotas: Mapping[str, float], sources: np.ndarray) -> None:
     known = set(sources.tolist())
     for source in quotas:
         if source not in known:
-            raise RequestError(f"quota of source {source!r}: the collection has {', '.join(sorted(known))}")
+            raise RequestError(f"quota of source {source!r}: the collection has {', '.join(map(repr, sorted(known)))}")
 
 
 def group_sizes(quotas: Mapping[str, float], n: int) -> dict[str, int]:

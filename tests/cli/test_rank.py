@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 import gradstore
-from engine import fuse_scores, search, target
+from engine import PRESETS, SELECTORS, ProbeBatch, fuse_scores, search, select, target
+from engine.rollouts import Group
 
 DIM = 16
 
@@ -18,7 +19,8 @@ def store(tmp_path):
     made = gradstore.create(tmp_path / "store", dim=DIM, fingerprint={})
     for name, n in (("pool", 300), ("algebra", 6), ("logic", 6)):
         ids = [f"{name}{i}" for i in range(n)]
-        made.add_problems(name, [{"id": i, "prompt": f"What is {i}?"} for i in ids])
+        records = [{"id": i, "prompt": f"What is {i}?", "source": f"s{len(i) % 2}"} for i in ids]
+        made.add_problems(name, records)
         with made.writer(name, step=0) as writer:
             writer.append(ids, random.normal(size=(n, DIM)).astype(np.float32), pass_rate=np.full(n, 0.5, np.float32))
     return made
@@ -124,3 +126,82 @@ def test_wrong_requests(cli, store, options: list, message: str) -> None:
     assert message in err
     assert len(err.strip().splitlines()) == 1
     assert not out
+
+
+def select_record(cli, store, out, *options: object) -> dict:
+    status, printed, err = cli("select", store.path, "--pool", "pool", "--out", out, *options, "--json")
+    assert status == 0, err
+    record = json.loads(printed)
+    assert record == json.loads((out / "selection.json").read_text())
+    return record
+
+
+def test_select_with_everything(cli, store, tmp_path) -> None:
+    """Several benchmarks, a mixture, quotas and a temperature: the record says it all and Python picks the same."""
+    options = ("--against", "algebra", "--against", "logic", "-n", 12, "--selector", "cropi:3+random:1", "--seed", 7)
+    record = select_record(cli, store, tmp_path / "a", *options, "--temperature", 0.5, "--quota", "s1=0.25")
+    goals = [target(store, name) for name in ("algebra", "logic")]
+    quotas = {"s1": 0.25}
+    same = select(store, "pool", goals, 12, "cropi:0.75+rand:0.25", seed=7, temperature=0.5, quotas=quotas)
+    assert [problem["id"] for problem in record["problems"]] == same.ids
+    assert [problem["picked_by"] for problem in record["problems"]] == ["cropi"] * 9 + ["rand"] * 3
+    assert record["selector"] == "cropi:0.75+rand:0.25"
+    assert [goal["benchmark"] for goal in record["targets"]] == ["algebra", "logic"]
+    assert record["target"] is None
+    assert (record["temperature"], record["quotas"], record["seed"]) == (0.5, quotas, 7)
+
+
+def test_select_by_stored_probes(cli, store, tmp_path) -> None:
+    """The benchmark's name leads to its probes; intervals are in the record, at the confidence asked for."""
+    random = np.random.default_rng(0)
+    ids = [f"pool{i}" for i in range(40)]
+    rewards = [np.array([0.0, 1, *random.integers(0, 2, 6)]) for _ in ids]
+    some = [random.normal(size=8) for _ in ids]
+    ProbeBatch.of(
+        [Group(i, np.arange(2), [np.arange(3)] * 8, r) for i, r in zip(ids, rewards, strict=True)],
+        some,
+        PRESETS["grpo"],
+    ).save(store, "pool", step=4, target="logic")
+    options = ("--against", "logic", "-n", 5, "--selector", "lcb")
+    record = select_record(cli, store, tmp_path / "a", *options, "--confidence", 0.5)
+    wide = select_record(cli, store, tmp_path / "b", *options)
+    assert (record["probe_step"], record["confidence"], wide["confidence"]) == (4, 0.5, 0.95)
+    for narrow, wider in zip(record["problems"], wide["problems"], strict=True):
+        assert wider["low"] < narrow["low"] < narrow["score"] < narrow["high"] < wider["high"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--selector", "lcb"], "goes by probes along one benchmark, not 0"),
+        (["--selector", "lcb", "--against", "logic"], "has no probes along 'logic'"),
+        (["--selector", "less"], "'less' needs a target"),
+        (["--selector", "norm:x"], "weight 'x'"),
+        (["--selector", "norm", "--quota", "half"], "expected SOURCE=SHARE"),
+        (["--selector", "norm", "--quota", "s=0.5"], "quota of source 's'"),
+        (["--selector", "norm", "--temperature", "-1"], "temperature is -1"),
+        (["--selector", "norm", "--confidence", "95"], "confidence is 95"),
+        (["--selector", "norm", "--seed", "-1"], "seed is -1"),
+    ],
+)
+def test_wrong_selections(cli, store, tmp_path, options: list, message: str) -> None:
+    """One line, exit status 2, nothing written."""
+    out = tmp_path / "out"
+    status, printed, err = cli("select", store.path, "--pool", "pool", "-n", 5, "--out", out, *options)
+    assert status == 2
+    assert message in err
+    assert len(err.strip().splitlines()) == 1
+    assert not printed
+    assert not out.exists()
+
+
+def test_selectors_are_listed(cli) -> None:
+    """Every name with what it needs."""
+    status, printed, _ = cli("selectors", "--json")
+    assert status == 0
+    rows = {row["name"]: row for row in json.loads(printed)}
+    assert set(rows) == set(SELECTORS)
+    assert (rows["cosine"]["aliases"], rows["cosine"]["needs"]) == ("sim", "target")
+    assert (rows["snr"]["needs"], rows["rand"]["chooses_among"]) == ("probes", "all")
+    status, printed, _ = cli("selectors")
+    assert all(name in printed for name in rows)

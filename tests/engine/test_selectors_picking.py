@@ -155,7 +155,7 @@ def test_quotas_and_parts_hold_together(make_store) -> None:
     ("quotas", "message"),
     [
         ({"s0": 0.9, "s1": 0.2}, "quotas sum to 1.1"),
-        ({"s9": 0.5}, "quota of source 's9': the collection has s0, s1, s2"),
+        ({"s9": 0.5}, "quota of source 's9': the collection has 's0', 's1', 's2'"),
         ({"s0": -0.1}, "quota of source 's0' is -0.1"),
         ({}, "no quota given"),
         ({"s0": 1.0}, r"can choose \d+ of 30 problems asked from source 's0' of 'pool' .* change the quotas"),
