@@ -27,8 +27,9 @@ def draw(
     in common.
     """
     instruction = GYM if instruction is None else instruction
-    # reasoning-gym draws entry i with seed + i, so seeds close together would give the same entries
-    first = int.from_bytes(hashlib.blake2b(f"{task} {seed}".encode(), digest_size=6).digest(), "big")
+    # reasoning-gym draws entry i with seed + i, so seeds close together would give the same entries; some tasks
+    # refuse seeds of 2**32 and more
+    first = int.from_bytes(hashlib.blake2b(f"{task} {seed}".encode(), digest_size=4).digest(), "big") // 2
     size = 20 * count + 1000
     for entry in islice(_created(task, first, size, config), size):
         yield _record(task, entry, config, instruction)

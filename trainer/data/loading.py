@@ -15,6 +15,7 @@ from gradstore.errors import GradstoreError, RequestError
 from gradstore.problems import read_records
 from trainer.data.catalogue import DataSet
 
+BATCH = 1000
 SUFFIXES = (".parquet", ".jsonl")
 
 
@@ -128,8 +129,13 @@ def _hub_rows(source: DataSet, split: str) -> Iterable[tuple[str, Mapping[str, A
             ) from None
         except ValueError as error:
             raise RequestError(f"{source.name}: {name} has no such data: {_first_line(error)}") from None
-        for number, row in enumerate(table, 1):
-            yield f"{name}, row {number}", row
+        present = [column for column in source.columns if column in table.column_names]
+        number = 0
+        # as Arrow has it: nothing is decoded (pictures), and columns that are not needed are not read
+        for batch in table.select_columns(present).with_format("arrow").iter(BATCH):
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{name}, row {number}", row
 
 
 def _first_line(error: Exception) -> str:
