@@ -141,7 +141,7 @@ def _spectral(rows_ND: np.ndarray, n_clusters: int, seed: int) -> np.ndarray:
     similar_NN = rows_ND @ rows_ND.T
     np.fill_diagonal(similar_NN, -np.inf)
     kept_NN = similar_NN >= np.partition(similar_NN, -neighbours, axis=1)[:, [-neighbours]]
-    affinity_NN = np.where(kept_NN | kept_NN.T, np.maximum(similar_NN, 0) + 1e-6, 0)
+    affinity_NN = np.where(kept_NN | kept_NN.T, np.maximum(similar_NN, 0), 0) + 1e-6  # the floor connects islands
     model = SpectralClustering(n_clusters, affinity="precomputed", random_state=seed, assign_labels="kmeans")
     labels: np.ndarray = model.fit_predict(affinity_NN)
     return labels
