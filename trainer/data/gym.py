@@ -54,7 +54,7 @@ def _created(task: str, seed: int, size: int, config: Mapping[str, Any]) -> Any:
 def _record(task: str, entry: Mapping[str, Any], config: Mapping[str, Any], instruction: str) -> dict[str, Any]:
     question = str(entry["question"]).strip()
     kept = {"dataset": task, "entry": entry} | ({"config": config} if config else {})
-    digest = hashlib.blake2b(question.encode(), digest_size=6).hexdigest()
+    digest = hashlib.blake2b(question.encode(), digest_size=8).hexdigest()
     return {
         "id": f"{task}-{digest}",
         "source": f"{PREFIX}/{task}",

@@ -24,8 +24,10 @@ class Loaded:
     """What a data set gave."""
 
     records: list[dict[str, Any]]
-    """Canonical problem records, in the data set's order; several may have the same prompt, then the same id."""
+    """Canonical problem records, in the data set's order, each question once."""
     rows: int = 0
+    duplicates: int = 0
+    """Rows with a question that an earlier one has, to the letter; some data sets repeat theirs a hundred times."""
     not_kept: int = 0
     """Rows that are not part of the data set as it is meant (another year, a question about a picture)."""
     unusable: Counter[str] = field(default_factory=Counter)
@@ -45,7 +47,7 @@ def load(
     split = split or source.split
     rows = _hub_rows(source, split) if local is None else _local_rows(source, local)
     loaded = Loaded([])
-    read: list[tuple[str, dict[str, Any]]] = []
+    read: dict[str, dict[str, Any]] = {}
     for where, row in rows:
         loaded.rows += 1
         missing = [name for name in source.columns if name not in row]
@@ -58,15 +60,16 @@ def load(
             loaded.not_kept += 1
             continue
         try:
-            read.append(_record(source, row, split, source.instruction if instruction is None else instruction))
+            digest, record = _record(source, row, split, source.instruction if instruction is None else instruction)
         except ValueError as error:
             loaded.unusable[str(error)] += 1
+            continue
+        loaded.duplicates += digest in read
+        read.setdefault(digest, record)
     # ids of the data set's own where they tell problems apart; a hash where they do not
-    prompts: dict[str, set[str]] = {}
-    for digest, record in read:
-        prompts.setdefault(record["id"], set()).add(digest)
-    for digest, record in read:
-        if len(prompts[record["id"]]) > 1:
+    uses = Counter(record["id"] for record in read.values())
+    for digest, record in read.items():
+        if uses[record["id"]] > 1:
             record["id"] = f"{record['id']}-{digest}"
         loaded.records.append(record)
     return loaded
@@ -81,7 +84,7 @@ def _record(source: DataSet, row: Mapping[str, Any], split: str, instruction: st
     if source.options:
         question += "\n" + "\n".join(_options(row[source.options]))
     truth = source.read_answer(row[source.answer])
-    digest = hashlib.blake2b(question.encode(), digest_size=6).hexdigest()
+    digest = hashlib.blake2b(question.encode(), digest_size=8).hexdigest()
     own = None if source.id is None else row[source.id]
     topic = "" if source.topic is None or row[source.topic] is None else str(row[source.topic])
     return digest, {

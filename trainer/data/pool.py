@@ -200,6 +200,7 @@ def _candidates(part: Part, options: Options, report: PartReport) -> Iterable[di
         loaded = load(source, split=part.split, local=local, instruction=options.instruction)
         report.rows += loaded.rows
         report.not_kept += loaded.not_kept
+        report.duplicates += loaded.duplicates
         for reason, n in loaded.unusable.items():
             report.unusable[reason] = report.unusable.get(reason, 0) + n
         yield from loaded.records
