@@ -133,6 +133,31 @@ def test_thompson_draws_from_the_posterior(make_store) -> None:
         assert distance.pvalue > 1e-3, (name, a, b)
 
 
+def test_history_ends_at_the_view(make_store) -> None:
+    """Asked about step 0, a selector must not know what step 5 measured; what is old can be made to count less."""
+    store = make_store()
+    with store.writer("pool", step=5) as writer:
+        writer.append(["p000"], np.ones((1, store.dim)), pass_rate=[1.0], n_rollouts=[100])
+    seen = {}
+
+    def score(candidates) -> np.ndarray:
+        place = list(candidates.ids).index("p000")
+        seen["a"], seen["b"], seen["last"] = (
+            float(column[place])
+            for column in (candidates.history.a, candidates.history.b, candidates.history.last_step)
+        )
+        return np.ones(len(candidates))
+
+    mine = Selector("mine", score, "1")
+    right = float(store.view("pool", 0).pass_rates[0] * 8)
+    select(store, "pool", None, 1, mine)
+    assert seen == {"a": 101 + right, "b": 9 - right, "last": 5}
+    select(store, "pool", None, 1, mine, at=0)
+    assert seen == {"a": 1 + right, "b": 9 - right, "last": 0}
+    select(store, "pool", None, 1, mine, at=7, forgetting=0.5)
+    assert seen == pytest.approx({"a": 1 + 100 * 0.5**2 + right * 0.5**7, "b": 1 + (8 - right) * 0.5**7, "last": 5})
+
+
 def test_less_over_steps_and_benchmarks(make_store) -> None:
     """The sum over steps weighted by learning rates, the largest over benchmarks, as a loop over rows."""
     store, random = make_store(), np.random.default_rng(5)
