@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gradstore.errors import GradstoreError, RequestError
+from gradstore.problems import detail
 from trainer.rewards import Item, Reward
 
 if TYPE_CHECKING:
@@ -178,7 +179,10 @@ class Judge:
         reference = record.get("ground_truth") or ""
         if not reference.strip():
             raise RequestError(f"problem {record['id']!r}: no ground truth for the judge to compare with")
-        texts = {"problem": _text(record["prompt"]), "reference": reference, "response": response}
+        problem = _text(record["prompt"]) or detail(record, "question")
+        if not problem:
+            raise RequestError(f"problem {record['id']!r}: neither a prompt nor extra.question to show the judge")
+        texts = {"problem": problem, "reference": reference, "response": response}
         # in one pass, and without the tags that would end a part early
         clean = {name: re.sub(rf"</?(?:{'|'.join(PLACES)})>", "", text) for name, text in texts.items()}
         return re.sub(rf"\{{({'|'.join(PLACES)})\}}", lambda place: clean[place[1]], self.template)

@@ -86,6 +86,25 @@ def test_one_source_whole(cli, files) -> None:
     assert [record["tags"][-1] for record in read_problems("c.jsonl")] == ["coin_flip"] * 5
 
 
+def test_from_data_to_rollouts(cli, files, tiny_model, tiny_tokenizer) -> None:
+    """What `data` writes, `rollout` pays: each problem by its own reward, spoiled ones by their coin."""
+    tiny_model.save_pretrained("model")
+    tiny_tokenizer.save_pretrained("model")
+    status, _, err = cli(
+        "data", "gsm8k:4", "reasoning-gym:chain_sum:4", "--from", "gsm8k=gsm8k.parquet", "--instruction", "",
+        "--config", "max_terms=2", "--corrupt", "coin_flip=0.5", "--out", "pool.parquet",
+    )  # fmt: skip
+    assert status == 0, err
+    settings = ("--model", "model", "--out", "r.jsonl", "-n", 8, "--max-new-tokens", 4, "--reward", "auto", "--json")
+    status, out, err = cli("rollout", "pool.parquet", *settings)
+    assert status == 0, err
+    assert (json.loads(out)["problems"], json.loads(out)["rollouts"]) == (8, 64)
+    rows = [json.loads(line) for line in Path("r.jsonl").read_text().splitlines()]
+    flips = [row["reward"] for row in rows if "coin_flip" in row["tags"]]
+    assert len(flips) == 32
+    assert set(flips) == {0.0, 1.0}
+
+
 def test_known_data_sets(cli) -> None:
     status, out, _ = cli("data", "--list")
     assert status == 0

@@ -52,6 +52,19 @@ def test_verl_records_come_back(tmp_path: Path, write: Callable) -> None:
     assert store.add_problems("pool", read_problems(tmp_path / "train")) == 0
 
 
+def test_verl_tags(tmp_path: Path) -> None:
+    """verl has one ability; further tags stand in extra_info, and neither is lost on the way there and back."""
+    record = {"id": "a", "prompt": "?", "source": "s", "ground_truth": "1", "tags": ["math", "hard"], "extra": {}}
+    verl = to_verl(record)
+    assert (verl["ability"], verl["extra_info"]["tags"]) == ("math", ["math", "hard"])
+    again = read_problems(write_jsonl(tmp_path / "x.jsonl", [verl, *VERL]))
+    assert again[0]["tags"] == ["math", "hard"]
+    assert again[1]["tags"] == ["math"]
+    assert to_verl(again[0]) == verl
+    more = to_verl(again[0] | {"tags": [*again[0]["tags"], "coin_flip"]})
+    assert more["extra_info"]["tags"] == ["math", "hard", "coin_flip"]
+
+
 def test_verl_ids(tmp_path: Path) -> None:
     """The index, else an id; as text, also where pandas made whole numbers floats."""
     base = {

@@ -17,6 +17,7 @@ from trainer.data.corruption import CLEAN, COIN_FLIP, WRONG_TRUTH, Corruption, c
 from trainer.data.files import write_problems
 from trainer.data.pool import Options, Part, Pool, build
 from trainer.rewards import load_reward
+from trainer.verl_reward import compute_score
 
 SUMS = Part("reasoning-gym:chain_sum", 40)
 
@@ -163,6 +164,27 @@ def test_files_read_back(tmp_path: Path, local: dict[str, Path], form: str, suff
     assert json.loads((tmp_path / f"pool.{suffix}.about.json").read_text()) == {"seed": 0}
     with pytest.raises(RequestError, match="already there; choose another path"):
         write_problems(path, pool.records, {}, form)
+
+
+def test_verl_pays_the_same(tmp_path: Path, local: dict[str, Path]) -> None:
+    """verl gives a reward function these four fields of a row, and the rewards must be those of the rollouts."""
+    kinds = [Corruption(WRONG_TRUTH, 0.25), Corruption(COIN_FLIP, 0.25)]
+    pool = build([Part("gsm8k", 20), SUMS], Options(local=just(local, "gsm8k"), corruptions=kinds))
+    write_problems(tmp_path / "pool.parquet", pool.records, {}, "verl")
+    reward = load_reward("auto")
+    for record, row in zip(pool.records, pq.read_table(tmp_path / "pool.parquet").to_pylist(), strict=True):
+        for answer in (record["ground_truth"], record["extra"].get("true_ground_truth", "7")):
+            text = f"\\boxed{{{answer}}}" if record["source"] == "gsm8k" else answer
+            score = compute_score(
+                data_source=row["data_source"],
+                solution_str=text,
+                ground_truth=row["reward_model"]["ground_truth"],
+                extra_info=row["extra_info"] | {"num_turns": 2},
+            )
+            assert score == reward(record, text, 0)
+    with pytest.raises(RequestError, match="problem '3': reward 'auto' needs extra"):
+        compute_score("x", "1", "1", {"index": 3})
+    assert compute_score("x", "1", "1", {"index": 3}, reward="math") == 1.0
 
 
 @pytest.mark.parametrize("task", sorted(DATASETS.keys() - {"composite"}))

@@ -330,6 +330,15 @@ def test_other_refusals(judge: Callable[..., Judge], tmp_path: Path) -> None:
         judge().reward()(problem(0, " "), "x", 0)
 
 
+def test_the_question_may_stand_in_extra(judge: Callable[..., Judge], endpoint: Endpoint) -> None:
+    """verl gives a reward function no prompt."""
+    record = problem() | {"prompt": "", "extra": {"question": "Why tides?"}}
+    judge().reward()(record, "x", 0)
+    assert "<problem>\nWhy tides?\n</problem>" in endpoint.requests[0]["messages"][0]["content"]
+    with pytest.raises(RequestError, match=r"problem 'p0': neither a prompt nor extra\.question"):
+        judge().reward()(record | {"extra": {}}, "x", 0)
+
+
 def test_unreachable(judge: Callable[..., Judge], endpoint: Endpoint) -> None:
     with pytest.raises(GradstoreError, match=r"problem 'p0': judge:m at http://127\.0\.0\.1:1/.*cannot be reached"):
         judge(base_url="http://127.0.0.1:1/v1", retries=0).reward()(problem(), "x", 0)

@@ -263,6 +263,34 @@ def test_other_refusals(tmp_path: Path, tiny_tokenizer: Any) -> None:
         load_backend("sglang", "model")
 
 
+def test_a_chunk_is_scored_at_once(tmp_path: Path, tiny_tokenizer: Any) -> None:
+    """A judge asks for a chunk's verdicts side by side; the file is that of one response at a time."""
+    batches: list[int] = []
+
+    def many(items: Any) -> list[float]:
+        batches.append(len(items))
+        return [LENGTH.score(*item) for item in items]
+
+    options: dict[str, Any] = {"n": N, "chunk": CHUNK, "max_new_tokens": 8, "step": 2}
+    reward = Reward("length", LENGTH.score, many)
+    rollout(PROBLEMS, RandomBackend(tiny_tokenizer), reward, tmp_path / "r.jsonl", **options)
+    assert batches == [CHUNK * N, CHUNK * N, 2 * N]
+    _run(tiny_tokenizer, tmp_path / "single.jsonl")
+    assert (tmp_path / "r.jsonl").read_bytes() == (tmp_path / "single.jsonl").read_bytes()
+
+
+def test_progress(tmp_path: Path, tiny_tokenizer: Any) -> None:
+    """A run that goes on tells at once what was there, so that a bar does not start at nothing."""
+    told: list[int] = []
+    _run(tiny_tokenizer, tmp_path / "r.jsonl", progress=told.append)
+    assert told == [0, 4, 4, 2]
+    lines = (tmp_path / "r.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "r.jsonl").write_bytes(b"".join(lines[: CHUNK * N + 1]))
+    told.clear()
+    _run(tiny_tokenizer, tmp_path / "r.jsonl", progress=told.append)
+    assert told == [4, 4, 2]
+
+
 def test_seeds_of_neighbouring_chunks_are_unrelated() -> None:
     """With seed + chunk, run 0's second chunk would be run 1's first."""
     seeds = {derived_seed(seed, chunk) for seed in range(50) for chunk in range(50)}

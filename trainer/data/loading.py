@@ -86,6 +86,9 @@ def _record(source: DataSet, row: Mapping[str, Any], split: str, instruction: st
     truth = source.read_answer(row[source.answer])
     digest = hashlib.blake2b(question.encode(), digest_size=8).hexdigest()
     own = None if source.id is None else row[source.id]
+    extra = {"reward": source.reward, "split": split}
+    if source.reward == "judge":  # verl shows a reward function everything but the prompt, which a judge must know
+        extra["question"] = question
     topic = "" if source.topic is None or row[source.topic] is None else str(row[source.topic])
     return digest, {
         "id": f"{source.name}-{digest if own is None or own == '' else own}",
@@ -93,7 +96,7 @@ def _record(source: DataSet, row: Mapping[str, Any], split: str, instruction: st
         "prompt": [{"role": "user", "content": "\n\n".join(filter(None, (question, instruction)))}],
         "ground_truth": truth,
         "tags": [source.ability, *([topic] if topic and topic != source.ability else [])],
-        "extra": {"reward": source.reward, "split": split},
+        "extra": extra,
     }
 
 
