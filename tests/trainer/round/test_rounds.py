@@ -1,0 +1,301 @@
+"""The round against a slow loop, its record, and runs that are killed and go on."""
+
+import json
+
+import numpy as np
+import pytest
+
+import gradstore
+from engine.searching.targets import target
+from gradstore.errors import RequestError
+from trainer.round.driver import Rounds
+from trainer.round.settings import RoundSettings
+
+
+def settings(**changes) -> RoundSettings:
+    usual = {
+        "candidates": 24,
+        "selected": 8,
+        "train_batch": 4,
+        "steps": 4,
+        "rounds": 3,
+        "rollouts": 8,
+        "target_rollouts": 6,
+        "window": 7,
+        "fit_problems": 5,
+        "seed": 3,
+    }
+    return RoundSettings(**{**usual, **changes})
+
+
+def test_a_gradalign_round_is_the_slow_loop(world, training, tmp_path) -> None:
+    """Everything refreshed, cosine with the mean validation gradient, the best candidates: written out."""
+    run = training(tmp_path / "store", world(), settings(), seeded=False)
+    picks = run.run()
+    store = gradstore.open(tmp_path / "store")
+    assert len(store.rounds("pool")) == 3
+    drawn = []
+    for number, found in enumerate(store.rounds("pool")):
+        step = 4 * number
+        policy = training(tmp_path / "other", world(), settings(), seeded=False, step=step).policy
+        validation = [policy._group(record["id"], 6, 0) for record in run.world.benchmark]
+        own_VD = [policy.gradient(group) if group.has_signal else np.zeros(12) for group in validation]
+        target_D = np.mean(own_VD, axis=0)
+        scores = {}
+        for name in found.table["id"].to_pylist():
+            group = policy._group(name, 8, 0)
+            if group.has_signal:
+                own_D = policy.gradient(group)
+                scores[name] = float(own_D @ target_D / np.linalg.norm(own_D) / np.linalg.norm(target_D))
+        best = sorted(scores, key=lambda name: -scores[name])[:8]
+        assert set(picks[number]) == set(best)
+        assert found.picks == picks[number]
+        recorded = dict(zip(found.table["id"].to_pylist(), found.table["score"].to_pylist(), strict=True))
+        for name, score in scores.items():
+            assert recorded[name] == pytest.approx(score, abs=0.02)  # rows are int8
+        drawn.append(set(found.table["id"].to_pylist()))
+        assert len(drawn[-1]) == 24
+    assert drawn[0] != drawn[1]
+    assert len(run.policy.rolled) == 3 * (24 + 6)
+
+
+def test_the_record_tells_the_round(world, training, tmp_path) -> None:
+    """What was asked, what everything scored and cost: readable without this program's help."""
+    run = training(tmp_path / "store", world(), settings())
+    run.world.rate_of |= {f"p{i:03d}": 0.0 for i in range(0, 60, 2)}
+    run.run()
+    store = gradstore.open(tmp_path / "store")
+    found = store.round("pool", 2)
+    about = found.about
+    assert about["step"] == 8
+    assert about["selector"] == "cosine"
+    assert about["seed"] == 3
+    assert about["benchmarks"] == ["bench"]
+    wanted = target(store, "bench", 8)
+    assert about["target"] == wanted.describe()
+    assert about["settings"]["train_batch"] == 4
+    assert about["settings"]["spec"]["objective"]["advantage"] == "mean"
+    assert about["n_candidates"] == about["n_rolled_out"] == 24
+    assert about["rollouts"] == 24 * 8
+    assert about["target_rollouts"] == 6 * 6
+    assert {"rollouts", "sketch", "store", "target", "select"} <= about["costs"].keys()
+    counts = about["counts"]
+    assert counts["live"] + counts["no_signal"] == 24
+    assert any("had no signal" in line for line in about["warnings"])
+    assert found.table["rolled_out"].to_pylist() == [True] * 24
+    assert set(found.table["step"].to_pylist()) == {8}
+    silent = np.array(found.table["state"].to_pylist()) == "no_signal"
+    assert np.isnan(np.array(found.table["score"].to_pylist())[silent]).all()
+    assert store.verify().ok
+    assert not store.verify().notes
+    values = run.logged[2]
+    assert values["round/rollouts"] == 24 * 8
+    assert values["round/no_signal"] == counts["no_signal"]
+    assert values["round/seconds_without_rollouts"] <= values["round/seconds"]
+    assert 0 <= values["round/kept"] <= 1
+    assert all(isinstance(value, float) for value in values.values())
+
+
+def test_the_projection_is_fitted_to_rollouts_that_are_kept(world, training, tmp_path) -> None:
+    """Rolling out for the fit alone would be selection rollouts for nothing."""
+    run = training(tmp_path / "store", world(), settings(rounds=1))
+    run.run()
+    assert len(run.policy.fitted) == 6 + 7  # the benchmark, and the first window with at least fit_problems
+    assert len(run.policy.rolled) == 24 + 6
+
+
+VARIANTS = {
+    "gradalign": {},
+    "probes": {"selector": "shrunk"},
+    "budget": {"candidates": None, "refresh": 12},
+    "budget with probes": {"candidates": 30, "refresh": 12, "selector": "snr:0.7+rand:0.3"},
+    "budget on dots": {"candidates": 40, "refresh": 12, "selector": "dot", "explore": 0.3},
+    "warm-up": {"warm_up": 1, "selector": "learnalign"},
+    "random": {"selector": "rand"},
+    "once": {"once": True, "warm_up": 1, "selector": "learnalign", "rounds": 4},
+}
+
+
+@pytest.mark.parametrize("name", list(VARIANTS))
+def test_killed_anywhere_the_picks_are_the_same(world, training, killed, fast_path, name: str) -> None:
+    """A resume that picks otherwise is another run; rows appended twice would count twice in every later round."""
+    made, observe, tmp_path = settings(**VARIANTS[name]), name != "gradalign", fast_path
+    whole = training(tmp_path / "whole", world(), made, observe=observe)
+    picks = whole.run()
+    reference = gradstore.open(tmp_path / "whole")
+    n_calls = whole.policy.calls
+    for kill_at in range(1, n_calls + 1, max(1, n_calls // 5)):
+        path = tmp_path / f"killed-{kill_at}"
+        run = training(path, world(), made, observe=observe, kill_at=kill_at)
+        with pytest.raises(killed):
+            run.run()
+        assert run.resume() == picks, kill_at
+        store = gradstore.open(path)
+        assert store.history("pool").equals(reference.history("pool")), kill_at
+        assert store.history("bench").equals(reference.history("bench")), kill_at
+        for ours, theirs in zip(store.rounds("pool"), reference.rounds("pool"), strict=True):
+            assert ours.table.equals(theirs.table) or _same(ours.table, theirs.table), kill_at
+            assert _told(ours.about) == _told(theirs.about)
+        assert store.verify().ok
+
+
+def _same(one, other) -> bool:
+    return all(np.array_equal(one[name], other[name]) or _close(one[name], other[name]) for name in one.column_names)
+
+
+def _close(one, other) -> bool:
+    return np.array_equal(np.asarray(one), np.asarray(other), equal_nan=True)
+
+
+def _told(about: dict) -> dict:
+    """Without what an interruption may change: times, tokens, and publications."""
+    about = {**about, "costs": {}, "tokens": 0, "commit": 0, "selection": {**about["selection"], "commit": 0}}
+    refresh = {name: value for name, value in about["refresh"].items() if name != "before"}
+    return json.loads(json.dumps({**about, "refresh": refresh}))
+
+
+def test_killed_between_rows_and_record(world, training, killed, tmp_path, monkeypatch) -> None:
+    """All rows there, the record not: nothing is rolled out again."""
+    whole = training(tmp_path / "whole", world(), settings()).run()
+    run = training(tmp_path / "store", world(), settings())
+
+    def die(*_: object, **__: object) -> int:
+        raise killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(gradstore.Store, "add_round", die)
+        with pytest.raises(killed):
+            run.run()
+    assert gradstore.open(tmp_path / "store").rounds("pool") == []
+    assert run.resume() == whole
+    assert len(run.policy.rolled) == 2 * (24 + 6)
+
+
+def test_a_round_that_is_recorded_is_read_back(world, training, tmp_path) -> None:
+    """A trainer that lost its state comes to the same rounds again; the store answers, nothing is rolled out."""
+    run = training(tmp_path / "store", world(), settings())
+    picks = run.run()
+    again = training(tmp_path / "store", world(), settings())
+    assert again.run() == picks
+    assert again.policy.rolled == []
+    driver = again.rounds()
+    assert driver.current is None
+    driver.load_state_dict(again.saved)
+    assert driver.current.ids == picks[-1]
+    with pytest.raises(RequestError, match="all 3 rounds"):
+        driver.next(again.policy)
+
+
+def test_another_run_is_refused(world, training, tmp_path) -> None:
+    """A store holds one run: rounds of other settings or steps are no rounds of this one."""
+    run = training(tmp_path / "store", world(), settings())
+    run.run()
+    with pytest.raises(RequestError, match="round 0 is of other settings: rollouts was 8, now 9"):
+        training(tmp_path / "store", world(), settings(rollouts=9)).run()
+    with pytest.raises(RequestError, match="round 0 was done at step 0, this run comes to it at step 2"):
+        training(tmp_path / "store", world(), settings(), step=2).run()
+    driver = Rounds(tmp_path / "store", run.world.pool, {"bench": run.world.benchmark}, settings(seed=4))
+    with pytest.raises(RequestError, match="the saved state is of other settings: seed was 3, now 4"):
+        driver.load_state_dict(run.saved)
+    longer = training(tmp_path / "store", world(), settings(rounds=5))
+    assert len(longer.run()) == 5
+
+
+def test_learnaligns_static_use(world, training, tmp_path) -> None:
+    """Warm-up at random without a rollout, one choice without a benchmark, kept for the rest of the run."""
+    made = settings(selector="learnalign", warm_up=1, once=True, rounds=4, fit_problems=0)
+    run = training(tmp_path / "store", world(), made)
+    picks = run.run()
+    assert picks[1] == picks[2] == picks[3]
+    assert {step for step, _, _ in run.policy.rolled} == {4}
+    rounds = gradstore.open(tmp_path / "store").rounds("pool")
+    assert [found.about["rollouts"] for found in rounds] == [0, 24 * 8, 0, 0]
+    assert rounds[0].about["warm_up"]
+    assert rounds[0].about["selector"] == "rand"
+
+
+def test_too_few_with_a_signal_are_filled_up(world, training, tmp_path) -> None:
+    """The trainer's arithmetic counts on `selected` problems; what is missing is drawn, recorded and warned about."""
+    run = training(tmp_path / "store", world(), settings(rounds=1))
+    run.world.rate_of |= {f"p{i:03d}": 1.0 for i in range(60) if i % 10}
+    picks = run.run()[0]
+    assert len(set(picks)) == 8
+    found = gradstore.open(tmp_path / "store").round("pool", 0)
+    drawn = found.about["picked_by"].count("(random)")
+    assert drawn > 0
+    assert any("were drawn at random" in line for line in found.about["warnings"])
+
+
+def test_a_benchmark_without_signal(world, training, tmp_path) -> None:
+    """There is no direction to choose by: the round says so and picks at random instead of ending the run."""
+    run = training(tmp_path / "store", world(), settings(rounds=2))
+    run.world.rate_of |= {record["id"]: 0.0 for record in run.world.benchmark}
+    assert len(run.run()[1]) == 8
+    found = gradstore.open(tmp_path / "store").round("pool", 0)
+    assert any("picks at random" in line for line in found.about["warnings"])
+    assert found.about["selector"] == "rand"
+
+
+def test_rollouts_are_exported(world, fake_policy, tmp_path) -> None:
+    """What selection rolled out can be read as rollout files."""
+    from engine.rollouts import read_rollouts
+
+    made = world()
+    rounds = Rounds(tmp_path / "store", made.pool, {"bench": made.benchmark}, settings(), export=tmp_path / "rollouts")
+    rounds.next(fake_policy(made))
+    names = sorted(path.name for path in (tmp_path / "rollouts").iterdir())
+    assert names == ["round-0000-bench-0000.jsonl", *(f"round-0000-pool-0-{i:04d}.jsonl" for i in range(4))]
+    source = read_rollouts(tmp_path / "rollouts" / names[1])
+    assert len(source) == 7
+    assert all(len(group.responses) == 8 for group in source.groups())
+
+
+def test_observed_rollouts_are_kept_once(world, fake_policy, tmp_path) -> None:
+    """The trainer's own rollouts are measurements for free, at the step of the policy that made them."""
+    made = world()
+    rounds = Rounds(tmp_path / "store", made.pool, {"bench": made.benchmark}, settings())
+    policy = fake_policy(made)
+    groups = [policy._group(f"p{i:03d}", 4, 7) for i in range(5)]
+    with pytest.raises(RequestError, match="call next before observe"):
+        rounds.observe(policy, groups)
+    rounds.next(policy)
+    policy.train()
+    assert rounds.observe(policy, groups) == 5
+    assert rounds.observe(policy, groups) == 0
+    assert gradstore.open(tmp_path / "store").steps("pool") == {0: 24, 1: 5}
+    with pytest.raises(RequestError, match="problem 'v0' is not in the pool"):
+        rounds.observe(policy, [policy._group("v0", 4, 7)])
+    policy.train()
+    with pytest.raises(RequestError, match="several groups"):
+        rounds.observe(policy, [*groups, groups[0]])
+
+
+def test_wrong_requests(world, tmp_path) -> None:
+    """Refused before anything is rolled out."""
+    made = world()
+    with pytest.raises(RequestError, match="selector 'cosine' needs a target"):
+        Rounds(tmp_path / "store", made.pool, {}, settings())
+    with pytest.raises(RequestError, match="give the benchmark another name"):
+        Rounds(tmp_path / "store", made.pool, {"pool": made.benchmark}, settings())
+    with pytest.raises(RequestError, match="'p000' occurs more than once"):
+        Rounds(tmp_path / "store", [*made.pool, made.pool[0]], {"bench": made.benchmark}, settings())
+    with pytest.raises(RequestError, match="'nonesuch' is not one of"):
+        Rounds(tmp_path / "store", made.pool, {"bench": made.benchmark}, settings(selector="nonesuch"))
+    with pytest.raises(RequestError, match="not a state of selection rounds"):
+        Rounds(tmp_path / "store", made.pool, {"bench": made.benchmark}, settings()).load_state_dict({})
+
+
+def test_tensorboard_gets_the_numbers(tmp_path) -> None:
+    """One implementation of the logger that a trainer passes in."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from trainer.round.progress import tensorboard, to_each
+
+    seen = []
+    log = to_each(tensorboard(tmp_path), lambda values, step: seen.append((dict(values), step)))
+    log({"round/rollouts": 192.0}, 4)
+    log({"round/rollouts": 96.0}, 8)
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("round/rollouts")] == [(4, 192.0), (8, 96.0)]
+    assert seen[1] == ({"round/rollouts": 96.0}, 8)

@@ -1,0 +1,87 @@
+"""Settings of rounds: GradAlign's names mean what they mean there, and what cannot be is refused up front."""
+
+import pytest
+
+from gradstore.errors import RequestError
+from trainer.round.settings import GRADALIGN_NAMES, RoundSettings
+
+PUBLISHED = {
+    "chunk_size": 5120,
+    "k": 20,
+    "n_samples_train": 128,
+    "n_samples_val": 16,
+    "train_batch_size": 128,
+    "iters_per_select": 10,
+    "num_selections": 100,
+    "mode": "sim",
+}
+
+
+def test_gradaligns_names_are_aliases() -> None:
+    """Its published command line is understood as it stands, numbers as texts too."""
+    settings = RoundSettings.from_names(PUBLISHED)
+    assert settings == RoundSettings.from_names({name: str(value) for name, value in PUBLISHED.items()})
+    assert settings == RoundSettings(
+        candidates=5120,
+        ratio=1 / 20,
+        rollouts=128,
+        target_rollouts=16,
+        train_batch=128,
+        steps=10,
+        rounds=100,
+        selector="sim",
+    )
+    assert settings.for_pool(9000).selected == 256
+    assert set(GRADALIGN_NAMES) == {*PUBLISHED}
+
+
+@pytest.mark.parametrize("chunk", [40, 60, 120])
+@pytest.mark.parametrize("k", [2, 3, 4, 5, 8])
+@pytest.mark.parametrize("batch", [4, 10])
+@pytest.mark.parametrize("steps", [1, 3, 6])
+def test_the_constraint_is_gradaligns(chunk: int, k: int, batch: int, steps: int) -> None:
+    """(k * train_batch_size * iters_per_select) % chunk_size == 0, wherever chunk_size / k is a whole number."""
+    values = {"chunk_size": chunk, "k": k, "train_batch_size": batch, "iters_per_select": steps}
+    if chunk % k == 0 and (k * batch * steps) % chunk == 0:
+        assert RoundSettings.from_names(values).for_pool(chunk).selected == chunk // k
+    else:
+        with pytest.raises(RequestError, match=r"expected a whole number|not a multiple of the \d+ selected"):
+            RoundSettings.from_names(values)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({}, "either `selected`"),
+        ({"selected": 4, "ratio": 0.5}, "either `selected`"),
+        ({"selected": 4, "chunk_sise": 8}, "'chunk_sise' is not known; did you mean 'chunk_size'"),
+        ({"selected": 4, "chunk_size": 8, "candidates": 8}, "'chunk_size' and 'candidates' are the same"),
+        ({"k": 0}, "ratio is 0"),
+        ({"selected": "four"}, "'selected' is 'four', expected a whole number"),
+        ({"selected": 4, "n_samples_train": 0}, r"rollouts \(n_samples_train\) is 0"),
+        ({"selected": 8, "candidates": 4}, "8 problems selected of 4 candidates"),
+        ({"selected": 4, "refresh": "some"}, "'refresh' is 'some', expected a whole number"),
+        ({"selected": 4, "refresh": -1}, "refresh is -1"),
+        ({"selected": 4, "confidence": 1}, "confidence is 1"),
+        ({"selected": 4, "explore": 0.6, "boundary": 0.6}, "together at most 1"),
+        ({"selected": 4, "forgetting": 0}, "forgetting is 0"),
+        ({"selected": 4, "once": "perhaps"}, "expected true or false"),
+        ({"selected": 4, "warm_up": -1}, "warm_up is -1"),
+    ],
+)
+def test_wrong_settings(values: dict, message: str) -> None:
+    """Each is refused with one line that names it."""
+    with pytest.raises(RequestError, match=message) as caught:
+        RoundSettings.from_names({"train_batch": 8, "steps": 1, **values})
+    assert "\n" not in str(caught.value)
+
+
+def test_the_pool_must_be_large_enough() -> None:
+    """Counts that depend on the pool are checked against it."""
+    settings = RoundSettings(candidates=20, selected=4, train_batch=4, steps=1)
+    with pytest.raises(RequestError, match="candidates \\(chunk_size\\) is 20, the pool has 12 problems"):
+        settings.for_pool(12)
+    whole = RoundSettings(selected=4, train_batch=4, steps=1, refresh=30)
+    with pytest.raises(RequestError, match="refresh is 30 problems, a round has 20 candidates"):
+        whole.for_pool(20)
+    assert whole.for_pool(40).candidates == 40
