@@ -39,7 +39,7 @@ def conflict(
     names = list(dict.fromkeys(benchmarks))
     if len(names) < 2:
         raise RequestError(f"a conflict needs at least two benchmarks, got {', '.join(names) or 'none'}")
-    moments = [at] if at is None or not isinstance(at, Sequence) else list(at)
+    moments = [None] if at is None else np.atleast_1d(at).tolist()
     rows = []
     for moment in moments:
         scores, vectors = _scores(store, names, pool, moment, metric)

@@ -21,6 +21,9 @@ LEAST_PROBLEMS = 10
 """Fewer problems in common say nothing about reliability."""
 
 
+_HALVES = ("id", "step", "even", "odd", "dot", "standard_error", "p_value", "t", "n")
+
+
 @dataclass(frozen=True, slots=True)
 class RankReliability:
     """Spearman of two separate measurements, and where the figure is from."""
@@ -60,7 +63,7 @@ def half_dots(store: Store, pool: str, benchmark: str, step: int | None = None) 
     """
     batch, at = stored_probes(store, pool, benchmark, step)
     if batch is None:
-        return pd.DataFrame({name: [] for name in ("id", "step", "even", "odd", "dot", "standard_error", "p_value")})
+        return pd.DataFrame({name: [] for name in _HALVES})
     live = np.flatnonzero(batch.live)
     halves = [
         (

@@ -54,6 +54,7 @@ def fit_decay(
     """The frame of `drift.half_life`."""
     pairs = _pairs(store, pool, benchmark, metric, steps)
     names = _groups(store, pool, by)
+    block_of = np.random.default_rng(0).permutation(len(store.problems(pool))) % _BLOCKS
     groups = sorted({group for pair in pairs for group, _ in _split(names, pair[2])})
     rows = []
     for group in groups:
@@ -63,7 +64,7 @@ def fit_decay(
             of_P = dict(_split(names, places_P)).get(group)
             if of_P is None or of_P.sum() < LEAST_PROBLEMS:
                 continue
-            x_P, y_P, block_P = stale_P[of_P], fresh_P[of_P], places_P[of_P] % _BLOCKS
+            x_P, y_P, block_P = stale_P[of_P], fresh_P[of_P], block_of[places_P[of_P]]
             ages.append(step - stale_step)
             rhos.append(spearman(x_P, y_P))
             weights.append(len(x_P))

@@ -31,7 +31,7 @@ from engine.searching.query import Metric
 from gradstore.cli.show import print_table, say
 
 METRICS: dict[str, Metric] = {"dot": "dot", "cosine": "cosine", "fisher": "fisher"}
-N_QUERIES, REMOVED, STEP = 10, (20, 100), 10
+N_QUERIES, REMOVED, STEP = 10, (50,), 10
 """Test images of the removal, images removed, images of a step."""
 WRONG_LABELS = 0.1
 
@@ -47,7 +47,7 @@ def main(
     runs = []
     for seed in range(seeds):
         runs.append(measure(seed, models, dim))
-        say(f"seed {seed}: LDS " + ", ".join(f"{name} {row['LDS']:.3f}" for name, row in runs[-1].items()))
+        say(f"seed {seed}: LDS " + ", ".join(f"{name} {runs[-1][name]['LDS']:.3f}" for name in METRICS))
     columns = list(dict.fromkeys(key for run in runs for row in run.values() for key in row))
     rows = [
         [name, *(_spread([run[name][key] for run in runs if key in run[name]]) for key in columns)] for name in runs[0]
