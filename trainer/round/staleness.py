@@ -131,23 +131,25 @@ def fit(pairs: Pairs, scores_P: np.ndarray, rollouts_P: np.ndarray) -> Staleness
     if not len(pairs):
         signal = PRIOR_RELIABILITY * spread
         return Staleness(prior_mean, signal, (spread - signal) * n_usual, PRIOR_LIFE)
+    lives_L = np.geomspace(0.5, 5000, 47)
+    kept_LN = np.exp(-pairs.ages / lives_L[:, None])
+    on_life_L = -0.5 * (np.log(lives_L / PRIOR_LIFE) / _LIFE_SPREAD) ** 2
+    n = len(pairs) + _PRIOR_PAIRS
     best, found = -np.inf, (PRIOR_RELIABILITY, PRIOR_LIFE, prior_mean, spread)
-    for reliability in np.linspace(0.04, 0.98, 48):
+    for reliability in np.linspace(0.04, 0.98, 48).tolist():
         ratio = (1 - reliability) / reliability * n_usual
-        of_old_N, of_new_N = 1 + ratio / np.maximum(pairs.n_old, 1), ratio / np.maximum(pairs.n_new, 1)
-        for life in np.geomspace(0.5, 5000, 47):
-            kept_N = np.exp(-pairs.ages / life)
-            c_N = kept_N / of_old_N
-            variance_N = 1 + of_new_N - kept_N * c_N
-            rest_N, lever_N = pairs.new - c_N * pairs.old, 1 - c_N
-            mean = float((lever_N / variance_N) @ rest_N + prior_mean) / float((lever_N**2 / variance_N).sum() + 1)
-            squares = float(((rest_N - mean * lever_N) ** 2 / variance_N).sum())
-            n = len(pairs) + _PRIOR_PAIRS
-            signal = (squares + _PRIOR_PAIRS * reliability * spread) / n
-            fits = -0.5 * (n * np.log(signal) + float(np.log(variance_N).sum()) - _PRIOR_PAIRS * np.log(reliability))
-            prior = -0.5 * (np.log(life / PRIOR_LIFE) / _LIFE_SPREAD) ** 2 + np.log(reliability * (1 - reliability))
-            if fits + prior > best:
-                best, found = fits + prior, (float(reliability), float(life), mean, signal)
+        c_LN = kept_LN / (1 + ratio / np.maximum(pairs.n_old, 1))
+        variance_LN = 1 + ratio / np.maximum(pairs.n_new, 1) - kept_LN * c_LN
+        rest_LN, lever_LN = pairs.new - c_LN * pairs.old, 1 - c_LN
+        mean_L = ((lever_LN * rest_LN / variance_LN).sum(1) + prior_mean) / ((lever_LN**2 / variance_LN).sum(1) + 1)
+        squares_L = ((rest_LN - mean_L[:, None] * lever_LN) ** 2 / variance_LN).sum(1)
+        signal_L = (squares_L + _PRIOR_PAIRS * reliability * spread) / n
+        fits_L = -0.5 * (n * np.log(signal_L) + np.log(variance_LN).sum(1) - _PRIOR_PAIRS * np.log(reliability))
+        fits_L += on_life_L + np.log(reliability * (1 - reliability))
+        place = int(np.argmax(fits_L))
+        if fits_L[place] > best:
+            best = float(fits_L[place])
+            found = (reliability, float(lives_L[place]), float(mean_L[place]), float(signal_L[place]))
     reliability, life, mean, signal = found
     return Staleness(mean, signal, (1 - reliability) / reliability * n_usual * signal, life, len(pairs))
 
