@@ -22,6 +22,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
+from engine.searching.blocks import blocks_of, only_basis
 from gradstore import Store, View
 from gradstore.durable import crc32c, fsync_folder
 from gradstore.errors import GradstoreError, RequestError
@@ -50,6 +51,25 @@ def preconditioned(view: View, query: np.ndarray, damping: float = DAMPING) -> n
     live = np.flatnonzero(view.live)
     if not len(live):
         raise RequestError(f"collection {view.collection!r} has no live row in this view: fisher needs some")
+    if view.n_bases > 1:
+        return _in_its_basis(view, np.atleast_2d(np.asarray(query, np.float32)), damping).reshape(np.shape(query))
+    return _solved(view, live, query, damping)
+
+
+def _in_its_basis(view: View, queries_QW: np.ndarray, damping: float) -> np.ndarray:
+    """Queries of several blocks, that of the rows' basis preconditioned and the others not known."""
+    basis = only_basis(view, "fisher")
+    block_QD = blocks_of(queries_QW, view.dim, view.n_bases)[basis]
+    solved_QBD = np.full((len(queries_QW), view.n_bases, view.dim), np.nan, np.float32)
+    if queries_QW.shape[1] == view.dim:
+        if basis != view.n_bases - 1:
+            raise RequestError(f"the query is in basis {view.n_bases - 1}, the rows of this view in basis {basis}")
+        return _solved(view, np.flatnonzero(view.live), queries_QW, damping)
+    solved_QBD[:, basis] = _solved(view, np.flatnonzero(view.live), block_QD, damping)
+    return solved_QBD.reshape(queries_QW.shape)
+
+
+def _solved(view: View, live: np.ndarray, query: np.ndarray, damping: float) -> np.ndarray:
     query_QD = np.atleast_2d(np.asarray(query, np.float64))
     # Lengths in units of their root mean square: squares of tiny norms would vanish in float32.
     scale = float(np.sqrt(np.mean(view.norms[live].astype(np.float64) ** 2)))

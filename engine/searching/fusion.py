@@ -83,7 +83,8 @@ def search_each(
     found = []
     for scores_P in scores_QP:
         positions = best(scores_P, k, view.ids_at, largest)
-        found.append(Hits(view.ids_at(positions), scores_P[positions], positions, len(eligible)))
+        unknown = int(np.isnan(scores_P[eligible]).sum())
+        found.append(Hits(view.ids_at(positions), scores_P[positions], positions, len(eligible), n_unknown=unknown))
     return found
 
 
@@ -111,7 +112,12 @@ def search_fused(
     positions = best(fused_P, k, view.ids_at)
     shown = fused_P[positions] * (1 if how == "rrf" else sign)
     return FusedHits(
-        view.ids_at(positions), shown.astype(np.float32), positions, len(eligible), scores_QP[:, positions]
+        view.ids_at(positions),
+        shown.astype(np.float32),
+        positions,
+        len(eligible),
+        scores_QP[:, positions],
+        n_unknown=int(np.isnan(fused_P[eligible]).sum()),
     )
 
 

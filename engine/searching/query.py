@@ -7,12 +7,13 @@ returns are the scan's. fisher is dot with a query preconditioned by the view's 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 
 from engine.indexes import Index, index_for
+from engine.searching.blocks import laid_out, lengths_of, only_basis, scaled
 from engine.searching.fisher import DAMPING, preconditioned
 from engine.searching.ranking import best
 from engine.searching.scan import scan_rows
@@ -36,6 +37,8 @@ class Hits:
     """Their places in the view, int64 [K]."""
     n_eligible: int
     """Live problems that passed the filter: fewer than asked when smaller than k."""
+    n_unknown: int = field(default=0, kw_only=True)
+    """Eligible problems without a score: their rows are in a basis that the target was not measured in."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -54,9 +57,9 @@ def search(
 ) -> Hits:
     """The k live problems of the view with the largest (or smallest) score, ties by id.
 
-    query: a target or a float vector [D]. metric: `cosine` of gradient and query; `dot`, gradient times query;
-    `fisher`, g^T (M/n + lambda I)^-1 q with the second moment M of the view's n live rows. damping: lambda over the
-    mean eigenvalue of M/n. where: a filter, or a bool mask [P] over the view.
+    query: a target or a float vector [D] (of a store with several bases: in the newest). metric: `cosine` of gradient
+    and query; `dot`, gradient times query; `fisher`, g^T (M/n + lambda I)^-1 q with the second moment M of the view's n
+    live rows. damping: lambda over the mean eigenvalue of M/n. where: a filter, or a bool mask [P] over the view.
     index: None scans every row and is exact; a kind of index or `auto` opens or builds one beside the collection
     (`index_for` has the terms); an Index searches that one. Whatever an index finds has the score of the scan. Where it
     does not serve (a larger k than it was tested for, a filter that leaves few) the scan does.
@@ -66,15 +69,20 @@ def search(
         raise RequestError(f"k is {k}, expected at least 1")
     queries_QD = query_vectors(view, [query], metric, damping)
     eligible = eligible_positions(view, where)
+    if index is not None and len(view.live_bases) > 1:
+        index = None  # an index has entries of one basis
     if isinstance(index, str):
         index = index_for(view, k, metric=metric, kind=index)
     if index is not None and index.serves(view, k, metric, len(eligible)):
-        positions, scores = index.search(view, queries_QD[0], k, metric, largest, eligible)
+        block_D = queries_QD[0].reshape(-1, view.dim)[only_basis(view, "an index")]
+        positions, scores = index.search(view, block_D, k, metric, largest, eligible)
+        unknown = 0
     else:
         scores_P = score_rows(view, queries_QD[0], metric, eligible)
         positions = best(scores_P, k, view.ids_at, largest)
         scores = scores_P[positions]
-    return Hits(view.ids_at(positions), scores.astype(np.float32), positions, len(eligible))
+        unknown = int(np.isnan(scores_P[eligible]).sum())
+    return Hits(view.ids_at(positions), scores.astype(np.float32), positions, len(eligible), n_unknown=unknown)
 
 
 def eligible_positions(view: View, where: Where | np.ndarray | None) -> np.ndarray:
@@ -89,22 +97,37 @@ def eligible_positions(view: View, where: Where | np.ndarray | None) -> np.ndarr
 def query_vectors(
     view: View, queries: Sequence[Target | np.ndarray], metric: Metric, damping: float = DAMPING
 ) -> np.ndarray:
-    """What the rows are multiplied with, float32 [Q, D]: unit queries for cosine, preconditioned ones for fisher."""
-    queries_QD = np.stack([direction(query, view.dim, metric) for query in queries])
+    """What the rows are multiplied with, float32 [Q, D]: unit queries for cosine, preconditioned ones for fisher.
+
+    Of a store with several bases [Q, bases * D], a block for each (blocks.py).
+    """
+    wide = [query.query(view) if isinstance(query, Target) else _newest(query, view) for query in queries]
+    queries_QD = np.stack([direction(query, view.dim, metric) for query in wide])
     return preconditioned(view, queries_QD, damping) if metric == "fisher" else queries_QD
 
 
 def direction(query: Target | np.ndarray, dim: int, metric: Metric) -> np.ndarray:
-    """The query as float32 [D], of unit length for cosine, checked."""
+    """The query as float32 [D], of unit length for cosine, checked. One of several blocks: each by itself, those of
+    NaN left as they are."""
     if metric not in ("cosine", "dot", "fisher"):
         raise RequestError(f"metric {metric!r} is not one of cosine, dot, fisher")
     query_D = np.asarray(query.vector if isinstance(query, Target) else query, np.float32)
-    if query_D.shape != (dim,):
+    if query_D.ndim != 1 or not len(query_D) or len(query_D) % dim:
         raise RequestError(f"the query has shape {query_D.shape}, the store holds rows of {dim} dimensions")
-    length = float(np.linalg.norm(query_D.astype(np.float64)))
-    if not np.isfinite(length) or length == 0.0:
-        raise RequestError(f"the query's length is {length}, expected a finite number above 0")
-    return (query_D / length).astype(np.float32) if metric == "cosine" else query_D
+    lengths_1B = lengths_of(query_D[None], dim)
+    known = lengths_1B[~np.isnan(lengths_1B)] if lengths_1B.size > 1 else lengths_1B
+    if not known.size or not np.isfinite(known).all() or (known == 0.0).any():
+        shown = lengths_1B.ravel().tolist() if lengths_1B.size > 1 else float(lengths_1B.item())
+        raise RequestError(f"the query's length is {shown}, expected a finite number above 0")
+    return scaled(query_D[None], lengths_1B)[0] if metric == "cosine" else query_D
+
+
+def _newest(query: np.ndarray, view: View) -> np.ndarray:
+    """A vector as it stands, or, in a store with several bases, as the block of the newest."""
+    query_D = np.asarray(query, np.float32)
+    if view.n_bases == 1 or query_D.shape != (view.dim,):
+        return query_D
+    return laid_out({view.n_bases - 1: query_D}, view.n_bases)
 
 
 def score_rows(view: View, query: np.ndarray, metric: Metric, positions: np.ndarray) -> np.ndarray:

@@ -23,6 +23,7 @@ from typing import Literal
 import numkong
 import numpy as np
 
+from engine.searching.blocks import blocks_of
 from gradstore import View
 from gradstore.view import Piece
 
@@ -47,11 +48,31 @@ Product = Callable[[np.ndarray], np.ndarray]
 def scan_rows(view: View, queries_QD: np.ndarray, positions: np.ndarray | None = None) -> np.ndarray:
     """Products of unit rows with queries: float32 [Q, P], NaN for problems that are not at the positions.
 
-    queries_QD: float [Q, D], finite. positions: int64, distinct, in any order; None: all.
-    Every core takes chunk files in turn. Memory beyond the result: one block of products a core, and two whole
-    numbers a position.
+    queries_QD: float [Q, D], finite; of a store with several bases also [Q, bases * D] (blocks.py), each row being
+    multiplied with the block of its own basis, NaN where that is not known. positions: int64, distinct, in any order;
+    None: all. Every core takes chunk files in turn. Memory beyond the result: one block of products a core, and two
+    whole numbers a position.
     """
     queries_QD = np.asarray(queries_QD, np.float32)
+    if view.n_bases > 1:
+        return _in_each_basis(view, queries_QD, positions)
+    return _in_one_basis(view, queries_QD, positions)
+
+
+def _in_each_basis(view: View, queries_QW: np.ndarray, positions: np.ndarray | None) -> np.ndarray:
+    scores_QP = np.full((len(queries_QW), len(view)), np.nan, np.float32)
+    places = np.arange(len(view)) if positions is None else np.asarray(positions)
+    basis_P = view.bases[places]
+    for basis, block_QD in enumerate(blocks_of(queries_QW, view.dim, view.n_bases)):
+        here = places[basis_P == basis]
+        known_Q = ~np.isnan(block_QD).any(axis=1)
+        if len(here) and known_Q.any():
+            found_QP = _in_one_basis(view, block_QD[known_Q], here)
+            scores_QP[np.ix_(known_Q, here)] = found_QP[:, here]
+    return scores_QP
+
+
+def _in_one_basis(view: View, queries_QD: np.ndarray, positions: np.ndarray | None) -> np.ndarray:
     scores_QP = np.full((len(queries_QD), len(view)), np.nan, np.float32)
     pieces = view.pieces(positions)
     few = positions is not None and len(positions) < _FEW

@@ -6,6 +6,7 @@ from engine.searching.fisher import DAMPING
 from engine.searching.query import Metric, query_vectors
 from engine.searching.targets import Target
 from gradstore import View
+from gradstore.errors import RequestError
 
 
 def layer_contributions(
@@ -17,6 +18,14 @@ def layer_contributions(
     layers with the largest terms are what GradAlign records as `h_sorted`.
     """
     query_D = query_vectors(view, [query], metric, damping)[0]
+    if view.n_bases > 1:
+        newest = view.n_bases - 1
+        if (view.bases[positions] != newest).any():
+            raise RequestError(
+                f"{view.collection!r}: terms of layers are those of the newest basis, and some of these rows are in "
+                "older ones: collect them anew"
+            )
+        query_D = query_D[newest * view.dim :]
     products_KD = view.rows(positions) * query_D
     if metric != "cosine":
         products_KD *= view.norms[positions, None]

@@ -1,11 +1,12 @@
 """The direction a benchmark wants the policy to go: the aggregated gradient of its problems, in sketch space."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 
-from gradstore import State, Store
+from engine.searching.blocks import laid_out
+from gradstore import State, Store, View
 from gradstore.errors import RequestError
 
 Aggregate = Literal["mean", "unit_mean"]
@@ -16,7 +17,7 @@ class Target:
     """A query vector and where it came from."""
 
     vector: np.ndarray
-    """float32 [D]."""
+    """float32 [D], in the newest basis that the benchmark was measured in."""
     benchmark: str
     steps: tuple[int, int]
     """Oldest and newest step among the rows used; equal when the benchmark was measured in one go."""
@@ -30,6 +31,15 @@ class Target:
     learning_rate: float | None = None
     """Of the training at its step: how much the step counts for the selector `less`; None: as much as every other."""
 
+    vectors: dict[int, np.ndarray] = field(default_factory=dict)
+    """The vector in each basis that every problem's newest measurement is in; empty: `vector` alone."""
+
+    def query(self, view: View) -> np.ndarray:
+        """What rows of the view are multiplied with: `vector`, or a block for each basis of the store (blocks.py)."""
+        if view.n_bases == 1:
+            return self.vector
+        return laid_out(self.vectors or {view.n_bases - 1: self.vector}, view.n_bases)
+
     def describe(self) -> dict:
         """Everything but the vector, for records and `--json`."""
         return {
@@ -40,6 +50,7 @@ class Target:
             "n_live": self.n_live,
             "commit": self.commit,
             **({} if self.learning_rate is None else {"learning_rate": self.learning_rate}),
+            **({"bases": sorted(self.vectors)} if len(self.vectors) > 1 else {}),
         }
 
 
@@ -48,6 +59,7 @@ def target(store: Store, benchmark: str, at: int | None = None, aggregate: Aggre
 
     mean: mean gradient, problems without signal counting as zero (GradAlign, arXiv 2602.21492). unit_mean: mean of
     the live problems' unit gradients, so that no problem weighs more than another. Failed problems are left out.
+    In a store with several bases there is a vector for each that all of these measurements are in.
     RequestError when no problem of the benchmark is live.
     """
     if aggregate not in ("mean", "unit_mean"):
@@ -59,19 +71,48 @@ def target(store: Store, benchmark: str, at: int | None = None, aggregate: Aggre
         raise RequestError(
             f"benchmark {benchmark!r} has no live problem{moment} ({len(view)} measured): collect rollouts for it first"
         )
-    total_D = np.zeros(view.dim)
-    for positions, units_PD in view.scan(np.flatnonzero(live)):
-        weights_P = view.norms[positions] if aggregate == "mean" else np.ones(len(positions), np.float32)
-        total_D += weights_P.astype(np.float64) @ units_PD
     n_live = int(live.sum())
     n_problems = n_live if aggregate == "unit_mean" else int((view.states != State.FAILED).sum())
     steps = view.steps[live]
+    if view.n_bases == 1:
+        vectors = {0: _mean(view, np.flatnonzero(live), aggregate, n_problems)}
+    else:
+        vectors = _in_each_basis(store, view, at, aggregate, n_problems)
     return Target(
-        (total_D / n_problems).astype(np.float32),
+        vectors[max(vectors)],
         benchmark,
         (int(steps.min()), int(steps.max())),
         aggregate,
         n_problems,
         n_live,
         view.commit,
+        vectors=vectors,
     )
+
+
+def _in_each_basis(
+    store: Store, newest: View, at: int | None, aggregate: Aggregate, n_problems: int
+) -> dict[int, np.ndarray]:
+    """Basis -> vector, for the bases in which every live problem has a row of the step of its newest."""
+    names, steps = newest.ids[newest.live].tolist(), newest.steps[newest.live]
+    vectors = {}
+    for basis in range(newest.n_bases):
+        view = store.view(newest.collection, at, basis=basis)
+        places = view.find(names)
+        if (places >= 0).all() and (view.steps[places] == steps).all() and view.live[places].all():
+            vectors[basis] = _mean(view, places, aggregate, n_problems)
+    if not vectors:
+        raise RequestError(
+            f"benchmark {newest.collection!r}: its problems' newest rows are in several bases and none has them all: "
+            "collect all of them anew, in one step"
+        )
+    return vectors
+
+
+def _mean(view: View, positions: np.ndarray, aggregate: Aggregate, n_problems: int) -> np.ndarray:
+    """Sum of the gradients (or unit gradients) at the positions over n_problems, float32 [D]."""
+    total_D = np.zeros(view.dim)
+    for block, units_PD in view.scan(positions):
+        weights_P = view.norms[block] if aggregate == "mean" else np.ones(len(block), np.float32)
+        total_D += weights_P.astype(np.float64) @ units_PD
+    return (total_D / n_problems).astype(np.float32)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from engine.searching.blocks import lengths_at, lengths_of, scaled
 from engine.searching.scan import scan_rows
 from engine.searching.targets import Target
 from gradstore import View
@@ -34,7 +35,8 @@ class Candidates:
     positions: np.ndarray
     """Places of the candidates in the view, int64 [P]; -1 for a problem never measured (whole-pool selectors)."""
     target_D: np.ndarray | None
-    """float32 [D]: the target; of several the sum of their unit vectors; None where none was given."""
+    """float32 [D]: the target; of several the sum of their unit vectors; None where none was given. In a store with
+    several bases it has a block of dimensions for each, as every query may (engine/searching/blocks.py)."""
     random: np.random.Generator
     targets: tuple[Target, ...] = ()
     probes: "ProbeBatch | None" = None
@@ -75,11 +77,14 @@ class Candidates:
 
     def cosines_with(self, queries_QD: np.ndarray) -> np.ndarray:
         """Cosines with several directions in one pass over the rows, float64 [Q, P]."""
-        lengths_Q = np.linalg.norm(queries_QD.astype(np.float64), axis=1)
-        units_QD = (queries_QD / np.where(lengths_Q > 0, lengths_Q, 1.0)[:, None]).astype(np.float32)
+        units_QD = scaled(queries_QD, lengths_of(queries_QD, self.view.dim))
         measured = self.positions[self.positions >= 0]
         scores_QP = scan_rows(self.view, units_QD, measured)
         return np.stack([self._at(scores_P) for scores_P in scores_QP])
+
+    def lengths(self, query_D: np.ndarray) -> np.ndarray:
+        """Length of a direction in the basis of each candidate's row, float64 [P]; NaN where never measured."""
+        return self._at(lengths_at(self.view, query_D[None])[0])
 
     def weighted_sum(self, weights_P: np.ndarray) -> np.ndarray:
         """Sum of the candidates' unit gradients times their weights, float64 [D]; those never measured add nothing."""

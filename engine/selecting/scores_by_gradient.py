@@ -32,8 +32,9 @@ def _fisher(candidates: Candidates) -> np.ndarray:
 
 
 def _dot_with(candidates: Candidates, query_D: np.ndarray | None) -> np.ndarray:
-    cosines_P = candidates.cosines(query_D)
-    return candidates.norms * cosines_P * float(np.linalg.norm(np.asarray(query_D, np.float64)))
+    if query_D is None:
+        raise RequestError("this selector needs a target")
+    return candidates.norms * candidates.cosines(query_D) * candidates.lengths(query_D)
 
 
 def _simacc(candidates: Candidates) -> np.ndarray:
@@ -54,7 +55,7 @@ def _learnalign(candidates: Candidates) -> np.ndarray:
 
 
 def _cropi(candidates: Candidates) -> np.ndarray:
-    cosines_QP = candidates.cosines_with(np.stack([goal.vector for goal in candidates.targets]))
+    cosines_QP = candidates.cosines_with(np.stack([goal.query(candidates.view) for goal in candidates.targets]))
     return fuse_scores(cosines_QP, "rrf", constant=0.0)
 
 
@@ -77,10 +78,11 @@ def _over_steps(candidates: Candidates, goals: list[Target]) -> np.ndarray:
         past = store.view(view.collection, step)
         place_P = places(candidates.ids, past.ids)
         state_P = np.append(past.states, np.uint8(State.FAILED))[place_P]
-        direction_D = target(store, name, step, "unit_mean").vector
+        direction_D = target(store, name, step, "unit_mean").query(past)
         score_P = np.append(scan_rows(past, direction_D[None], place_P[state_P == State.LIVE])[0], np.float32(0))
-        total_P += rate * np.where(state_P == State.LIVE, score_P[place_P], 0.0)
-        measured_P += rate * (state_P != State.FAILED)
+        total_P += rate * np.where(state_P == State.LIVE, np.nan_to_num(score_P[place_P]), 0.0)
+        unknown_P = (state_P == State.LIVE) & np.isnan(score_P[place_P])
+        measured_P += rate * ((state_P != State.FAILED) & ~unknown_P)
     return np.divide(total_P, measured_P, out=np.full(len(candidates), np.nan), where=measured_P > 0)
 
 

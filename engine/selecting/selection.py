@@ -147,7 +147,7 @@ def select(
     probe_step = None
     if probes is None and any(part.selector.needs_probes for part in parts):
         probes, probe_step = stored_probes(view, _one_benchmark(parts, targets))
-    target_D = _direction(targets, view.dim)
+    target_D = _direction(targets, view)
     picks = Picks()
     for i, (part, n_S) in enumerate(zip(parts, numbers_of_picks(n, parts, quotas), strict=True)):
         ids, positions, group_P = _candidates(store, view, part.selector, where, candidates, quotas)
@@ -161,7 +161,7 @@ def select(
         take = taker(seen, diversity, seed)
         picked, found_S = pick_from_groups(keys_P, n_S, group_P, take, ids, in_order=diversity is None)
         if quotas is not None or not allow_fewer:
-            refuse_shortage(part, n_S, found_S, collection, quotas, _census(view))
+            refuse_shortage(part, n_S, found_S, collection, quotas, _census(view, part.selector, probes))
         picks.add(part.selector, seen, scored, picked)
     uses_targets = probe_step is not None or any(part.selector.needs_target for part in parts)
     return Selection(
@@ -204,11 +204,11 @@ def _one_benchmark(parts: list[Part], targets: list[Target]) -> str:
     return benchmarks.pop()
 
 
-def _direction(targets: list[Target], dim: int) -> np.ndarray | None:
+def _direction(targets: list[Target], view: View) -> np.ndarray | None:
     """What `Candidates.target_D` says."""
     if len(targets) < 2:
-        return direction(targets[0], dim, "dot") if targets else None
-    return np.stack([direction(goal, dim, "cosine") for goal in targets]).sum(axis=0)
+        return direction(targets[0].query(view), view.dim, "dot") if targets else None
+    return np.stack([direction(goal.query(view), view.dim, "cosine") for goal in targets]).sum(axis=0)
 
 
 def _candidates(
@@ -252,5 +252,7 @@ def _check_known(store: Store, view: View, ids: Sequence[str]) -> None:
             raise RequestError(f"candidate {unknown!r} is not in collection {view.collection!r}")
 
 
-def _census(view: View) -> str:
+def _census(view: View, selector: Selector, probes: "ProbeBatch | None") -> str:
+    if selector.needs_probes and probes is not None:
+        return f"{int(probes.live.sum())} of {len(probes.ids)} probes live"
     return ", ".join(f"{int((view.states == state).sum())} {state.name.lower()}" for state in State)

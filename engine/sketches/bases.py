@@ -13,6 +13,7 @@ import numpy as np
 from safetensors.numpy import load, save
 from torch import nn
 
+from engine.gradients.optimizer_direction import OptimizerDirection
 from engine.sketches.projection import Fold, LayerBasis, Projection
 from engine.sketches.sketcher import Sketcher, SketchSpec
 from gradstore import Store, create
@@ -40,13 +41,59 @@ def files_of(sketcher: Sketcher) -> SketcherFiles:
     return SketcherFiles(sketcher.dim, sketcher.fingerprint, attachments)
 
 
-def files_in(store: Store) -> SketcherFiles:
-    """What made the store's rows; DamagedError when its projection changed."""
+def files_in(store: Store, basis: int | None = None) -> SketcherFiles:
+    """What makes the store's rows in a basis (None: the newest); DamagedError when its projection changed."""
+    fingerprint = fingerprint_in(store, basis)
     attachments = {}
-    if store.fingerprint.get("projection", {}).get("kind") == "fitted":
-        name = _name(store.fingerprint["projection"]["basis"])
+    if fingerprint.get("projection", {}).get("kind") == "fitted":
+        name = _name(fingerprint["projection"]["basis"])
         attachments[name] = read_attachment(store.path, name)
-    return SketcherFiles(store.dim, store.fingerprint, attachments)
+    return SketcherFiles(store.dim, fingerprint, attachments)
+
+
+def fingerprint_in(store: Store, basis: int | None = None) -> dict:
+    """The fingerprint of a sketcher whose rows are in a basis of the store (None: the newest)."""
+    chosen = store.bases[-1 if basis is None else basis]
+    if chosen.number == 0:
+        return store.fingerprint
+    projection = {**store.fingerprint["projection"], "basis": chosen.digest}
+    return {**store.fingerprint, "projection": projection, "layout": [list(segment) for segment in chosen.layout]}
+
+
+def basis_of(store: Store, fingerprint: dict) -> int:
+    """Number of the basis that rows of a sketcher with this fingerprint are in.
+
+    FingerprintError, naming each field with both values, when they do not belong in the store.
+    """
+    for basis in reversed(store.bases):
+        if fingerprint_in(store, basis.number) == fingerprint:
+            return basis.number
+    raise FingerprintError(fingerprint_in(store), fingerprint, str(store.path))
+
+
+def add_basis(store: Store, sketcher: Sketcher, about: Mapping[str, object] | None = None) -> int:
+    """Keep a sketcher's fitted projection as a further basis of the store; returns its number.
+
+    FingerprintError when anything but the projection differs from the store's settings.
+    """
+    files = files_of(sketcher)
+    theirs, ours = dict(files.fingerprint), dict(store.fingerprint)
+    layout = theirs.pop("layout")
+    ours.pop("layout", None)
+    projection = theirs["projection"]
+    ours["projection"] = {**ours.get("projection", {}), "basis": projection["basis"]}
+    if theirs != ours or projection["kind"] != "fitted":
+        raise FingerprintError(store.fingerprint, files.fingerprint, str(store.path))
+    segments = [(name, start, stop) for name, start, stop in layout]
+    return store.add_basis(projection["basis"], segments, dict(about or {}), files.attachments)
+
+
+def bases_in_use(store: Store, besides: str | None = None) -> list[int]:
+    """Bases of the newest live rows of every collection but one, ascending: those that targets are needed in."""
+    if len(store.bases) == 1:
+        return [0]
+    names = [name for name in store.collections if name != besides]
+    return sorted({basis for name in names for basis in store.view(name).live_bases})
 
 
 def sketcher_from(
@@ -65,17 +112,24 @@ def sketcher_from(
     return sketcher
 
 
-def sketcher_of(store: Store, model: nn.Module, spec: SketchSpec | None = None) -> Sketcher:
+def sketcher_of(
+    store: Store,
+    model: nn.Module,
+    spec: SketchSpec | None = None,
+    basis: int | None = None,
+    optimizer: OptimizerDirection | None = None,
+) -> Sketcher:
     """A sketcher whose rows belong in the store: its settings, and its own fitted projection where it has one.
 
-    spec: settings of the store with changes that do not alter a sketch, such as the token budget.
+    spec: settings of the store with changes that do not alter a sketch, such as the token budget. basis: number of the
+    store's projection; None: the newest. optimizer: the direction of the store's rows, where they are not gradients.
     """
     spec = spec or SketchSpec.of(store.fingerprint)
     kind = store.fingerprint.get("projection", {}).get("kind")
     if kind is not None and spec.basis != kind:
         offered = {"projection": {"kind": spec.basis}}
         raise FingerprintError({"projection": {"kind": kind}}, offered, str(store.path))
-    return Sketcher(model, spec, load_projection(store) if spec.basis == "fitted" else None)
+    return Sketcher(model, spec, load_projection(store, basis) if spec.basis == "fitted" else None, optimizer)
 
 
 def create_store(path: Path, sketcher: Sketcher, dtype: str = "int8") -> Store:
@@ -96,6 +150,7 @@ def _to_bytes(projection: Projection) -> bytes:
     about = {
         "kind": projection.kind,
         "captured": projection.captured,
+        "fidelity": projection.fidelity,
         "layout": projection.layout,
         "layers": [[basis.name, basis.start, basis.stop] for basis in projection.layers],
     }
@@ -104,9 +159,10 @@ def _to_bytes(projection: Projection) -> bytes:
     return save(contiguous, {"projection": json.dumps(about)})
 
 
-def load_projection(store: Store) -> Projection:
-    """The fitted projection of the store's rows; DamagedError when it is not the one the fingerprint names."""
-    return _projection(store.fingerprint, files_in(store).attachments, f"{store.path}: ")
+def load_projection(store: Store, basis: int | None = None) -> Projection:
+    """A fitted projection of the store's rows (None: the newest); DamagedError when it is not the one it was."""
+    files = files_in(store, basis)
+    return _projection(files.fingerprint, files.attachments, f"{store.path}: ")
 
 
 def _projection(fingerprint: dict, attachments: Mapping[str, bytes], where: str = "") -> Projection:
@@ -122,7 +178,7 @@ def _projection(fingerprint: dict, attachments: Mapping[str, bytes], where: str 
     ]
     fold = Fold(arrays["of"], arrays["to"], arrays["sign"]) if "of" in arrays else None
     layout = [(name, start, stop) for name, start, stop in about["layout"]]
-    projection = Projection(about["kind"], layers, fold, layout, about["captured"])
+    projection = Projection(about["kind"], layers, fold, layout, about["captured"], about.get("fidelity"))
     if projection.digest() != digest:
         raise DamagedError(f"{where}the projection kept is not the one its rows were made with ({digest})")
     return projection

@@ -6,23 +6,26 @@ the step are skipped.
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 
 from torch import nn
 
 from engine.rollouts.group import Group
 from engine.rollouts.source import RolloutSource
+from engine.sketches.bases import basis_of, load_projection
 from engine.sketches.faithfulness import rank_fidelity
 from engine.sketches.sketcher import Sketcher, SketchSpec
 from gradstore import State, Store
-from gradstore.errors import FingerprintError, RequestError
+from gradstore.errors import RequestError
 
 _PUBLISH_SECONDS = 5.0
 """Work an interruption can cost, beside the window under way."""
 
 REFIT_BELOW = 0.9
-"""Fidelity below which a projection should be fitted anew."""
+"""Fidelity below which a projection should be fitted anew, whatever it was when it was fitted."""
+REFIT_LOSS = 0.01
+"""Loss of fidelity since it was fitted from which a projection should be fitted anew."""
 
 
 @dataclass(slots=True)
@@ -38,6 +41,10 @@ class CollectReport:
     seconds: float = 0.0
     fidelity: float | None = None
     """Rank correlation of sketched with exact cosines on the first problems of this run, for a fitted projection."""
+    fidelity_when_fitted: float | None = None
+    """The same on problems left out when the projection was fitted, where that is known."""
+    bases: list[int] = field(default_factory=list)
+    """Bases of the store that the rows are in."""
     failures: list[tuple[str, str]] = field(default_factory=list)
     """Id of each failed problem and why."""
 
@@ -49,11 +56,17 @@ class CollectReport:
     @property
     def needs_refit(self) -> bool:
         """Whether the projection no longer ranks as the gradients themselves do: the policy has moved from it."""
-        return self.fidelity is not None and self.fidelity < REFIT_BELOW
+        return needs_refit(self.fidelity, self.fidelity_when_fitted)
 
     def describe(self) -> dict:
         """JSON-ready."""
         return {"collected": self.collected, "needs_refit": self.needs_refit, **asdict(self)}
+
+
+def needs_refit(fidelity: float | None, when_fitted: float | None) -> bool:
+    """Whether a projection of this fidelity should be fitted anew; no for one that was not measured."""
+    least = REFIT_BELOW if when_fitted is None else max(REFIT_BELOW, when_fitted - REFIT_LOSS)
+    return fidelity is not None and fidelity < least
 
 
 def collect(
@@ -65,6 +78,9 @@ def collect(
     step: int,
     spec: SketchSpec | None = None,
     sketcher: Sketcher | None = None,
+    benchmark: Sequence[Group] = (),
+    measure: bool = True,
+    also: Sequence[int] = (),
     progress: Callable[[int], None] | None = None,
 ) -> CollectReport:
     """Sketch every group with the model and append the rows at `step`.
@@ -72,6 +88,9 @@ def collect(
     groups: a rollout source, whose problems are added to the collection, or groups of problems it already has, in
     the same order in every run that is to be resumed. A source is checked to its end before its first group is
     computed; other groups are checked window by window. progress: called with the number of problems just done.
+    benchmark: groups against whose gradient the fidelity of a fitted projection is measured; without them it is that
+    of other groups. measure False: it is not measured. also: further bases of the store to sketch in, from the same
+    pass: what a benchmark needs for rows of older bases to be ranked by it (`bases_in_use`).
     FingerprintError when the store holds rows made another way; RequestError for bad rollouts, after which
     everything published so far is kept.
     """
@@ -81,34 +100,39 @@ def collect(
         if model is None:
             raise RequestError("collect needs a model or a sketcher")
         sketcher = Sketcher(model, spec)
-    check_fingerprint(store, sketcher)
-    done = _rows_at(store, collection, step)
+    basis = check_fingerprint(store, sketcher)
+    numbers = [*sorted(set(also) - {basis}), basis]  # the sketcher's own last: it is the newest row of its step
+    projections = [sketcher.projection if b == basis else load_projection(store, b) for b in numbers]
+    done = set.intersection(*(_rows_at(store, collection, step, b) for b in numbers))
     if isinstance(groups, RolloutSource):
         missing = [problem_id for problem_id in groups.problem_ids if problem_id not in done]
         for group in groups.groups(missing):  # a fault in the last group is found before anything is computed or stored
             sketcher.check(group)
         store.add_problems(collection, groups.records())
         if not missing:
-            return CollectReport(skipped=len(groups))
+            return CollectReport(skipped=len(groups), bases=numbers)
         groups = groups.groups()
-    report, started = CollectReport(), time.monotonic()
+    report, started = CollectReport(bases=numbers), time.monotonic()
+    report.fidelity_when_fitted = sketcher.projection.fidelity
     published = started
     with store.writer(collection, step=step) as writer:
         for window in windows(groups, 16 * sketcher.spec.token_budget):
             todo = [group for group in window if group.problem_id not in done]
             report.skipped += len(window) - len(todo)
             if todo:
-                batch = sketcher.sketch(todo)
-                if report.fidelity is None and sketcher.projection.kind == "fitted":
-                    report.fidelity = rank_fidelity(sketcher, todo)
-                writer.append(
-                    batch.ids,
-                    batch.sketches,
-                    state=batch.states,
-                    pass_rate=batch.pass_rates,
-                    n_rollouts=batch.n_rollouts,
-                    reason=batch.reasons,
-                )
+                batches = sketcher.sketch_in(projections, todo)
+                if measure and report.fidelity is None and sketcher.projection.kind == "fitted":
+                    report.fidelity = rank_fidelity(sketcher, todo, benchmark=benchmark)
+                for number, batch in zip(numbers, batches, strict=True):
+                    writer.append(
+                        batch.ids,
+                        batch.sketches,
+                        state=batch.states,
+                        pass_rate=batch.pass_rates,
+                        n_rollouts=batch.n_rollouts,
+                        reason=batch.reasons,
+                        basis=number,
+                    )
                 report.live += batch.states.count(State.LIVE)
                 report.no_signal += batch.states.count(State.NO_SIGNAL)
                 report.failed += batch.states.count(State.FAILED)
@@ -123,10 +147,10 @@ def collect(
     return report
 
 
-def check_fingerprint(store: Store, sketcher: Sketcher) -> None:
-    """FingerprintError, naming each field with both values, unless the sketcher makes rows like the store's."""
-    if store.fingerprint != sketcher.fingerprint:
-        raise FingerprintError(store.fingerprint, sketcher.fingerprint, str(store.path))
+def check_fingerprint(store: Store, sketcher: Sketcher) -> int:
+    """Basis of the store that the sketcher's rows are in; FingerprintError, naming each field with both values, where
+    it does not make rows like the store's."""
+    return basis_of(store, sketcher.fingerprint)
 
 
 def windows(groups: Iterable[Group], n_tokens: int, n_problems: int = 256) -> Iterator[list[Group]]:
@@ -143,9 +167,9 @@ def windows(groups: Iterable[Group], n_tokens: int, n_problems: int = 256) -> It
         yield window
 
 
-def _rows_at(store: Store, collection: str, step: int) -> set[str]:
-    """Ids of the problems with a row at exactly this step."""
+def _rows_at(store: Store, collection: str, step: int, basis: int) -> set[str]:
+    """Ids of the problems with a row in a basis at exactly this step."""
     if collection not in store.collections:
         return set()
-    view = store.view(collection, step)
+    view = store.view(collection, step, basis=basis)
     return set(view.ids[view.steps == step])

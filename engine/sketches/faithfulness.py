@@ -20,7 +20,8 @@ from engine.searching.query import search
 from engine.searching.ranking import best
 from engine.searching.targets import target
 from engine.sketches.halves import SplitHalf, exact_scores, split, split_half
-from engine.sketches.sketcher import Sketcher, SketchSpec
+from engine.sketches.projection import Projection
+from engine.sketches.sketcher import SketchBatch, Sketcher, SketchSpec
 from gradstore import Store
 from gradstore.errors import RequestError
 
@@ -72,21 +73,40 @@ def agreement(found_P: np.ndarray, exact_P: np.ndarray, ids: Sequence[str], k: i
     return Agreement(len(found_P), float(spearmanr(found_P, exact_P)[0]), overlap(n_best), k, overlap(k))
 
 
-def rank_fidelity(sketcher: Sketcher, groups: Sequence[Group], n: int = 64) -> float | None:
+def rank_fidelity(
+    sketcher: Sketcher, groups: Sequence[Group], n: int = 64, benchmark: Sequence[Group] = ()
+) -> float | None:
     """Spearman of sketched with exact cosines, on at most n of the groups; None with fewer than 16 that have a signal.
 
-    The target is the mean gradient of every other group, so no benchmark is needed. Costs a plain forward and backward
-    for each group used.
+    benchmark: groups whose mean gradient is the target, which is the ranking that a search makes; without them it is
+    that of every other group. Costs a plain forward and backward for each group used.
     """
+    return rank_fidelities(sketcher, [sketcher.projection], groups, n, benchmark)[0]
+
+
+def rank_fidelities(
+    sketcher: Sketcher,
+    projections: Sequence[Projection],
+    groups: Sequence[Group],
+    n: int = 64,
+    benchmark: Sequence[Group] = (),
+) -> list[float | None]:
+    """`rank_fidelity` of several projections of the sketcher's layers, on the same groups."""
     live = [group for group in groups if group.has_signal][:n]
     if len(live) < 16:
-        return None
-    scored, others = live[::2], live[1::2]
+        return [None] * len(projections)
+    known = [group for group in benchmark if group.has_signal]
+    scored, others = (live, known) if known else (live[::2], live[1::2])
     gradient = layer_gradients(sketcher.model, others, sketcher.spec)
     exact_P = exact_dots(sketcher.model, scored, gradient, sketcher.spec, norms=True).cosines[:, 0]
-    rows_PD = sketcher.sketch(scored).sketches.astype(np.float64)
+    rows, targets = sketcher.sketch_in(projections, scored), sketcher.sketch_in(projections, others)
+    return [_spearman(*pair, exact_P) for pair in zip(rows, targets, strict=True)]
+
+
+def _spearman(rows: SketchBatch, wanted: SketchBatch, exact_P: np.ndarray) -> float | None:
+    rows_PD = rows.sketches.astype(np.float64)
     lengths_P = np.linalg.norm(rows_PD, axis=1)
-    found_P = rows_PD @ sketcher.sketch(others).sketches.sum(axis=0) / np.where(lengths_P > 0, lengths_P, np.nan)
+    found_P = rows_PD @ wanted.sketches.sum(axis=0) / np.where(lengths_P > 0, lengths_P, np.nan)
     kept = np.isfinite(exact_P) & np.isfinite(found_P)
     return float(spearmanr(found_P[kept], exact_P[kept])[0]) if kept.sum() >= 8 else None
 

@@ -64,6 +64,8 @@ class Projection:
     """(layer, start, stop) of the sketch dimensions each layer fills."""
     captured: float | None = None
     """Share of a sample's energy that the sketch held when it was fitted."""
+    fidelity: float | None = None
+    """Rank correlation of its cosines with exact ones, on problems it was not fitted to, when it was fitted."""
 
     @property
     def dim(self) -> int:

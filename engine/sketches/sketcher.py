@@ -135,9 +135,8 @@ class Sketcher:
         self.gradients = GradientPass(model, self.spec)
         self.policy, self.device = self.gradients.policy, self.gradients.device
         self.projection = projection or _make(self.gradients.layers, self.spec)
-        if [basis.name for basis in self.projection.layers] != [layer.name for layer in self.gradients.layers]:
-            raise RequestError("the projection is of other layers than the model has or `modules` chooses")
-        self._sides = [_sides_on(self.device, basis) for basis in self.projection.layers]
+        self._check(self.projection)
+        self._sides: dict[int, tuple[Projection, list[_Sides]]] = {}
         self.optimizer = optimizer
         self._moments = optimizer.moments_of(self.gradients.layers, model, self.device) if optimizer else []
 
@@ -176,15 +175,39 @@ class Sketcher:
         context, a token id outside the vocabulary, or missing log-probabilities under an importance-weighted
         objective.
         """
-        sums_PC = torch.zeros(len(groups), self.projection.core_dim, dtype=torch.float32, device=self.device)
+        return self.sketch_in([self.projection], groups)[0]
+
+    def sketch_in(self, projections: Sequence[Projection], groups: Sequence[Group]) -> list[SketchBatch]:
+        """Sketches of the groups in several projections of the same layers, from one forward and backward."""
+        for projection in projections:
+            self._check(projection)
+        sums = [
+            torch.zeros(len(groups), projection.core_dim, dtype=torch.float32, device=self.device)
+            for projection in projections
+        ]
         ess = EffectiveSampleSize(groups, self.device) if self.spec.objective.importance else None
-        projector = _Projector(self._sides, sums_PC)
+        sides = [self._sides_of(projection) for projection in projections]
+        projector = _Projector(list(zip(sides, sums, strict=True)))
         if self.optimizer is None:
             n_tokens = self.gradients.run(groups, projector, ess)
         else:
             n_tokens = self._directions(groups, self.optimizer, projector, ess)
-        batch = _label(groups, self._folded(sums_PC).cpu().numpy(), n_tokens)
-        return batch if ess is None else replace(batch, ess=ess.of_groups())
+        batches = []
+        for projection, sums_PC in zip(projections, sums, strict=True):
+            batch = _label(groups, _folded(projection, sums_PC).cpu().numpy(), n_tokens)
+            batches.append(batch if ess is None else replace(batch, ess=ess.of_groups()))
+        return batches
+
+    def _check(self, projection: Projection) -> None:
+        if [basis.name for basis in projection.layers] != [layer.name for layer in self.gradients.layers]:
+            raise RequestError("the projection is of other layers than the model has or `modules` chooses")
+
+    def _sides_of(self, projection: Projection) -> "list[_Sides]":
+        """The projection's sides on the model's device, moved there once."""
+        if id(projection) not in self._sides:
+            sides = [_sides_on(self.device, basis) for basis in projection.layers]
+            self._sides[id(projection)] = (projection, sides)  # kept, so that its id stays its own
+        return self._sides[id(projection)][1]
 
     def _directions(
         self,
@@ -203,13 +226,6 @@ class Sketcher:
                     projector.add(layer, row, optimizer.apply(gradient_OI, moments))
         return total
 
-    def _folded(self, sums_PC: Tensor) -> Tensor:
-        fold = self.projection.fold
-        if fold is None:
-            return sums_PC
-        of_M, to_M, sign_M = (torch.from_numpy(x).to(self.device) for x in (fold.of_M, fold.to_M, fold.sign_M))
-        return sums_PC.new_zeros(len(sums_PC), self.dim).index_add_(1, to_M, sums_PC[:, of_M] * sign_M)
-
     def check(self, group: Group) -> None:
         """RequestError where the model cannot run the group: see `sketch`."""
         self.gradients.check(group)
@@ -225,30 +241,41 @@ class _Sides:
 
 
 class _Projector:
-    """Adds each layer's projected gradient to the sums of the problems."""
+    """Adds each layer's projected gradient to the sums of the problems, for one projection or several."""
 
-    def __init__(self, sides: Sequence[_Sides], sums_PC: Tensor) -> None:
-        self._sides, self._sums_PC = sides, sums_PC
+    def __init__(self, projections: Sequence[tuple[Sequence[_Sides], Tensor]]) -> None:
+        """projections: the sides of every layer, and the sums [P, C] that they are added to."""
+        self._projections = projections
 
-    def on_input(self, layer: int, x_BTI: Tensor) -> Tensor:
-        return project(x_BTI, self._sides[layer].right_IR)
+    def on_input(self, layer: int, x_BTI: Tensor) -> list[Tensor]:
+        return [project(x_BTI, sides[layer].right_IR) for sides, _ in self._projections]
 
-    def on_gradient(self, layer: int, kept: Tensor, grad_BTO: Tensor, problem_B: Tensor) -> None:
-        side = self._sides[layer]
-        products_BRR = torch.bmm(project(grad_BTO, side.left_OR).transpose(1, 2), kept)
-        self._sums_PC[:, side.basis.start : side.basis.stop].index_add_(0, problem_B, products_BRR.flatten(1))
+    def on_gradient(self, layer: int, kept: list[Tensor], grad_BTO: Tensor, problem_B: Tensor) -> None:
+        for (sides, sums_PC), x_BTR in zip(self._projections, kept, strict=True):
+            side = sides[layer]
+            products_BRR = torch.bmm(project(grad_BTO, side.left_OR).transpose(1, 2), x_BTR)
+            sums_PC[:, side.basis.start : side.basis.stop].index_add_(0, problem_B, products_BRR.flatten(1))
 
     def add(self, layer: int, problem: int, matrix_OI: Tensor) -> None:
         """Adds the projection of a whole matrix to one problem's."""
-        side = self._sides[layer]
-        matrix_OI = matrix_OI if side.left_OR is None else side.left_OR.T @ matrix_OI
-        core_RR = matrix_OI if side.right_IR is None else matrix_OI @ side.right_IR
-        self._sums_PC[problem, side.basis.start : side.basis.stop] += core_RR.flatten()
+        for sides, sums_PC in self._projections:
+            side = sides[layer]
+            partial_RI = matrix_OI if side.left_OR is None else side.left_OR.T @ matrix_OI
+            core_RR = partial_RI if side.right_IR is None else partial_RI @ side.right_IR
+            sums_PC[problem, side.basis.start : side.basis.stop] += core_RR.flatten()
 
 
 def project(x_BTW: Tensor, side_WR: Tensor | None) -> Tensor:
     """The tokens' vectors on one side of the basis, float32 [B, T, R]."""
     return x_BTW.float() if side_WR is None else x_BTW.float() @ side_WR
+
+
+def _folded(projection: Projection, sums_PC: Tensor) -> Tensor:
+    fold, device = projection.fold, sums_PC.device
+    if fold is None:
+        return sums_PC
+    of_M, to_M, sign_M = (torch.from_numpy(x).to(device) for x in (fold.of_M, fold.to_M, fold.sign_M))
+    return sums_PC.new_zeros(len(sums_PC), projection.dim).index_add_(1, to_M, sums_PC[:, of_M] * sign_M)
 
 
 def _make(layers: Sequence[Layer], spec: SketchSpec) -> Projection:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -16,8 +16,14 @@ from gradstore.errors import RequestError
 if TYPE_CHECKING:
     from torch import nn
 
-    from engine.rollouts import RolloutSource
+    from engine.gradients.optimizer_direction import OptimizerDirection
+    from engine.rollouts import Group, RolloutSource
+    from engine.sketches.refit import Refit
     from engine.sketches.sketcher import Sketcher, SketchSpec
+    from gradstore import Store
+
+_ENOUGH = 128
+"""Problems with a signal from which a quarter can be spared for measuring."""
 
 
 @app.command()
@@ -59,7 +65,34 @@ def collect(
     seed: Annotated[int | None, typer.Option(help="Seed of the projection (new store: 0).")] = None,
     modules: Annotated[list[str] | None, typer.Option(help="Regular expression of layers; may be repeated.")] = None,
     dtype: Annotated[str, typer.Option(help="Row type of a new store: int8, int4, 1bit, fp16 or fp32.")] = "int8",
-    token_budget: Annotated[int, typer.Option(help="Tokens of one micro-batch.")] = 4096,
+    head: Annotated[
+        bool,
+        typer.Option("--head", help="The output layer's gradient alone, from the forward pass (new store: 64 x 128)."),
+    ] = False,
+    right_rank: Annotated[
+        int | None, typer.Option(help="Width of the input side where it is not --rank; random bases only.")
+    ] = None,
+    optimizer: Annotated[
+        Path | None,
+        typer.Option(help="Sketch Adam's step: optimizer.pt, a Trainer checkpoint, or a verl checkpoint's folder."),
+    ] = None,
+    formula: Annotated[str, typer.Option(help="--optimizer: less (both moments) or precondition (second).")] = "less",
+    bias_correction: Annotated[bool, typer.Option("--bias-correction", help="--optimizer: correct its bias.")] = False,
+    benchmark_rollouts: Annotated[
+        Path | None,
+        typer.Option(help="Rollouts of the benchmark: bases are fitted to it too, and measured against it."),
+    ] = None,
+    refit: Annotated[
+        str,
+        typer.Option(help="warn: say when the projection no longer ranks well; auto: fit a new basis for these rows."),
+    ] = "warn",
+    every_basis: Annotated[
+        bool,
+        typer.Option("--every-basis", help="Sketch in every basis that rows are in: what a benchmark needs."),
+    ] = False,
+    token_budget: Annotated[
+        int | None, typer.Option(help="Tokens of one micro-batch [default: 2048, on a GPU 16384].")
+    ] = None,
     device: Device = None,
     json: Json = False,
 ) -> None:
@@ -71,15 +104,27 @@ def collect(
     from engine.gradients.models import load_model, load_tokenizer
     from engine.gradients.objectives import objective as preset
     from engine.rollouts import read_rollouts
-    from engine.sketches.bases import create_store, sketcher_of
+    from engine.sketches.bases import bases_in_use, basis_of, create_store, sketcher_of
     from engine.sketches.collector import collect as run
     from engine.sketches.sketcher import SketchSpec
 
     if step is not None and step < 0:
         raise RequestError(f"step is {step}, expected 0 (the base model) or more")
+    if refit not in ("warn", "auto"):
+        raise RequestError(f"--refit is {refit!r}, expected warn or auto")
+    if refit == "auto" and benchmark_rollouts is None:
+        raise RequestError("--refit auto measures against the benchmark: give --benchmark-rollouts")
     opened = gradstore.open(store, mode="a") if store.exists() else None
-    spec = SketchSpec(basis="fitted") if opened is None else SketchSpec.of(opened.fingerprint)
-    given = {"rank": rank, "dim": dim, "seed": seed, "basis": basis, "modules": tuple(modules) if modules else None}
+    spec = _new_spec(head, optimizer is not None) if opened is None else SketchSpec.of(opened.fingerprint)
+    given = {
+        "rank": rank,
+        "right_rank": right_rank,
+        "dim": dim,
+        "seed": seed,
+        "basis": basis,
+        "modules": tuple(modules) if modules else None,
+        "head_only": head or None,
+    }
     changed = {
         "advantage": advantage,
         "aggregation": aggregation,
@@ -88,7 +133,7 @@ def collect(
         "clip_high": clip,
     }
     settings = replace(spec.objective if objective is None else preset(objective), **_given(changed))
-    spec = replace(spec, objective=settings, token_budget=token_budget, **_given(given))
+    spec = replace(spec, objective=settings, **_given(given))
     records = None if problems is None else gradstore.read_problems(problems)
     source = read_rollouts(
         rollouts,
@@ -99,22 +144,47 @@ def collect(
         problems=records,
     )
     policy = load_model(model, adapter, device)
+    on_gpu = next(policy.parameters()).device.type != "cpu"
+    spec = replace(spec, token_budget=token_budget or (16_384 if on_gpu else spec.token_budget))
+    wanted: list[Group] = []
+    if benchmark_rollouts is not None:
+        wanted = list(
+            read_rollouts(benchmark_rollouts, tokenizer=load_tokenizer(model), append_eos=append_eos).groups()
+        )
+    adam = _direction(policy, optimizer, formula, bias_correction)
+    version = (source.step or 0) if step is None else step
+    outcome = None
     if opened is None:
-        sketcher = _new_sketcher(policy, spec, source, fit_problems)
+        sketcher = _new_sketcher(policy, spec, source, fit_problems, wanted, adam)
         opened = create_store(store, sketcher, dtype)
     else:
-        sketcher = sketcher_of(opened, policy, spec)
-    version = (source.step or 0) if step is None else step
+        sketcher = sketcher_of(opened, policy, spec, optimizer=adam)
+        basis_of(opened, sketcher.fingerprint)
+        if wanted and spec.basis == "fitted":
+            sketcher, outcome = _checked(opened, sketcher, source, fit_problems, wanted, version, refit == "auto")
+    also = bases_in_use(opened, besides=collection) if every_basis else []
     with progress(f"{collection} step {version}", len(source)) as advance:
-        report = run(opened, collection, source, sketcher=sketcher, step=version, progress=advance)
+        report = run(
+            opened,
+            collection,
+            source,
+            sketcher=sketcher,
+            step=version,
+            measure=not wanted,
+            also=also,
+            progress=advance,
+        )
     if report.needs_refit:
         say(
             f"warning: the store's projection ranks these gradients with a correlation of {report.fidelity:.2f} to the "
-            "exact ranking: the policy has moved from what it was fitted to; collect into a new store to fit anew"
+            "exact ranking: the policy has moved from what it was fitted to; collect with --refit auto and "
+            "--benchmark-rollouts for a new basis"
         )
     if json:
-        print_json(report.describe())
+        print_json({**report.describe(), "refit": None if outcome is None else outcome.describe()})
         return
+    if len(report.bases) > 1:
+        say(f"in bases {', '.join(map(str, report.bases))}")
     say(
         f"{report.collected} problems collected at step {version}: {report.live} live, {report.no_signal} without "
         f"signal, {report.failed} failed; {report.skipped} were there already; "
@@ -124,24 +194,97 @@ def collect(
         say(f"problem {problem_id!r} failed: {reason}")
 
 
-def _new_sketcher(policy: "nn.Module", spec: "SketchSpec", source: "RolloutSource", n_fitted: int) -> "Sketcher":
-    """A sketcher for a new store; a fitted projection is fitted to a sample of the rollouts."""
+def _new_spec(head: bool, directions: bool) -> "SketchSpec":
+    """Settings of a new store. Bases are fitted to gradients, so that what is no gradient has random ones."""
+    from engine.sketches.sketcher import SketchSpec
+
+    if head:
+        return SketchSpec(rank=64, right_rank=128, head_only=True)
+    return SketchSpec(basis="dense", rank=64) if directions else SketchSpec(basis="fitted")
+
+
+def _direction(
+    policy: "nn.Module", path: Path | None, formula: str, bias_correction: bool
+) -> "OptimizerDirection | None":
+    from engine.gradients.optimizer_direction import AdamState, Formula, OptimizerDirection
+
+    if path is None:
+        return None
+    state = AdamState.of_file(path, policy)
+    return OptimizerDirection(state, cast("Formula", formula), bias_correction=bias_correction)
+
+
+def _checked(
+    store: "Store",
+    sketcher: "Sketcher",
+    source: "RolloutSource",
+    n_sampled: int,
+    wanted: "list[Group]",
+    step: int,
+    fit: bool,
+) -> "tuple[Sketcher, Refit]":
+    """The sketcher that is to make the rows, after measuring the one that the store has, said aloud."""
+    from engine.sketches.fitting import sample_groups
+    from engine.sketches.refit import refit
+
+    sample = sample_groups(source, n_sampled, sketcher.spec.seed)
+    for group in (*sample, *wanted):
+        sketcher.check(group)
+    sketcher, found = refit(store, sketcher, sample, wanted, step=step, fit=fit)
+    was = "" if found.when_fitted is None else f", {found.when_fitted:.3f} when it was fitted"
+    if found.fidelity is None:
+        say("too few problems with a signal to measure how well the store's projection ranks them")
+    elif not found.needed:
+        say(f"the store's projection ranks with a correlation of {found.fidelity:.3f} to the exact ranking{was}")
+    elif found.basis is not None:
+        say(
+            f"basis {found.basis} fitted: it ranks with {found.anew:.3f}, the one before with {found.fidelity:.3f}{was}"
+        )
+    elif found.anew is not None:
+        say(f"warning: the store's projection ranks with {found.fidelity:.3f}{was}, one fitted now no better: kept")
+    else:
+        say(f"warning: the store's projection ranks with {found.fidelity:.3f}{was}: --refit auto fits a new basis")
+    return sketcher, found
+
+
+def _new_sketcher(
+    policy: "nn.Module",
+    spec: "SketchSpec",
+    source: "RolloutSource",
+    n_fitted: int,
+    wanted: "list[Group]",
+    adam: "OptimizerDirection | None",
+) -> "Sketcher":
+    """A sketcher for a new store; a fitted projection is fitted to a sample of the rollouts, and to the benchmark's.
+
+    A quarter of the sample is left out, to measure how well the projection ranks.
+    """
     from engine.sketches.fitting import fit_projection, sample_groups
+    from engine.sketches.refit import measured_projection
     from engine.sketches.sketcher import Sketcher
 
+    if spec.basis == "fitted" and adam is not None:
+        raise RequestError(
+            "a projection is fitted to gradients, not to an optimizer's steps: use --basis dense or random"
+        )
     if spec.basis != "fitted":
-        return Sketcher(policy, spec)
+        return Sketcher(policy, spec, optimizer=adam)
     checker = Sketcher(policy, replace(spec, basis="random"))
-    groups = sample_groups(source, n_fitted, spec.seed)
-    for group in groups:
+    sample = sample_groups(source, n_fitted, spec.seed)
+    for group in (*sample, *wanted):
         checker.check(group)
-    with progress("fitting the projection", 5 * len(groups)) as advance:
-        projection = fit_projection(policy, groups, spec, advance)
+    held_out = sample[::4] if len(sample) >= _ENOUGH else []
+    fitted_to = [group for i, group in enumerate(sample) if not held_out or i % 4] + wanted
+    with progress("fitting the projection", 5 * len(fitted_to)) as advance:
+        projection = fit_projection(policy, fitted_to, spec, advance)
+    sketcher = measured_projection(Sketcher(policy, spec, projection), held_out, wanted)
+    fidelity = sketcher.projection.fidelity
+    ranks = "" if fidelity is None else f", and rank others with a correlation of {fidelity:.3f} to the exact ranking"
     say(
-        f"projection fitted to {len(groups)} problems: {projection.dim} dimensions hold "
-        f"{projection.captured:.0%} of their gradients' energy"
+        f"projection fitted to {len(fitted_to)} problems: {projection.dim} dimensions hold "
+        f"{projection.captured:.0%} of their gradients' energy{ranks}"
     )
-    return Sketcher(policy, spec, projection)
+    return sketcher
 
 
 def _given(settings: Mapping[str, object]) -> dict:

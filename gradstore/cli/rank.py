@@ -147,15 +147,17 @@ def query(
                 ),
                 "n_problems": len(view),
                 "n_eligible": hits.n_eligible,
+                "n_unknown": hits.n_unknown,
                 "hits": rows,
             }
         )
         return
     against_what = " and ".join(against) + (f" ({fuse or 'mean'})" if several else "")
     extra = ["layers"] if layers else []
+    unknown = f", {hits.n_unknown} in a basis without target left out" if hits.n_unknown else ""
     print_table(
         f"{view.collection} against {against_what}, {metric}, step {newest}: "
-        f"{len(hits)} of {hits.n_eligible} eligible, {len(view)} measured",
+        f"{len(hits)} of {hits.n_eligible} eligible, {len(view)} measured{unknown}",
         ["rank", "id", "score", "pass rate", "age", "source", *extra, "problem"],
         [
             [
