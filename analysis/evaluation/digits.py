@@ -35,7 +35,7 @@ class DigitsTask:
     steps: int = 120
     learning_rate: float = 0.5
     momentum: float = 0.9
-    weight_decay: float = 2e-3
+    weight_decay: float = 1.5e-3
     """Times half the squared weights, added to the mean loss."""
     wrong_labels: float = 0.0
     """Share of the training images that get another label."""

@@ -1,0 +1,108 @@
+"""One step on the problems a selector picks: does the demo's policy get better at the benchmark?
+
+The demo's model, problems of its pool with 16 rollouts each. Every selector picks 64 from a store; the policy takes one
+step of a fixed length along the picked problems' mean gradient, and the mean log-likelihood of the right answers to
+the benchmark's problems is measured before and after: no rollouts, so no noise of judging. The benchmark's own gradient
+and that of all clean problems of its family are the reference; the weights are put back after each step.
+
+    python -m benchmarks.tail_patch [--seeds 3] [--pool 600] [--picked 64] [--out FILE.json]
+"""
+
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+
+from benchmarks.probe_table import Sampler
+from benchmarks.suspicion import N_ROLLOUTS, collected
+from engine.gradients.directions import validation_gradient
+from engine.gradients.models import load_model, load_tokenizer
+from engine.probing.displacement import displaced
+from engine.rollouts.group import Group
+from engine.searching.targets import target
+from engine.selecting.selection import select
+from gradstore.cli.show import print_table, say
+from trainer.demo import tasks
+from trainer.demo.run import MODEL
+
+SELECTORS = ("cosine", "dot", "fisher", "norm", "simacc", "accgreedy", "rand", "negsim")
+LENGTH = 0.03
+"""Of the step, in parameter space."""
+
+
+def main(
+    seeds: Annotated[int, typer.Option(help="Repeats.")] = 3,
+    pool: Annotated[int, typer.Option(help="Problems of the pool.")] = 600,
+    picked: Annotated[int, typer.Option(help="Problems a selector picks.")] = 64,
+    out: Annotated[Path | None, typer.Option(help="JSON file for the numbers.")] = None,
+) -> None:
+    """Print the gain of one step on each selector's picks, mean and range over seeds."""
+    torch.set_num_threads(1)
+    runs = []
+    for seed in range(seeds):
+        runs.append(measure(seed, pool, picked))
+        say(f"seed {seed}: " + ", ".join(f"{name} {gain:+.4f}" for name, gain in runs[-1].items()))
+    rows = []
+    for name in runs[0]:
+        gains = np.array([run[name] for run in runs])
+        rows.append([name, f"{gains.mean():+.4f}", f"{gains.min():+.4f} to {gains.max():+.4f}"])
+    print_table(f"nats an answer, one step of length {LENGTH}, {seeds} seeds", ["step on", "gain", "range"], rows)
+    if out is not None:
+        out.write_text(json.dumps({"length": LENGTH, "picked": picked, "runs": runs}, indent=2))
+
+
+def measure(seed: int, n_pool: int, n_picked: int) -> dict[str, float]:
+    """Change of the benchmark's mean log-likelihood of right answers, in nats, by what the step was made on."""
+    problems, wanted = tasks.pool(seed, n_pool), tasks.benchmark(seed)
+    model, tokenizer = load_model(MODEL, device="cpu"), load_tokenizer(MODEL)
+    sample = Sampler(model, seed)
+    groups = {group.problem_id: group for group in sample([*problems, *wanted], N_ROLLOUTS)}
+    answers = right_answers(tokenizer, wanted, groups)
+    clean = [r["id"] for r in problems if r["source"] == tasks.TARGET_FAMILY and r["tags"] == [tasks.CLEAN]]
+    picks = {"the benchmark itself": [record["id"] for record in wanted], "clean problems of its family": clean}
+    with tempfile.TemporaryDirectory() as folder:
+        store = collected(Path(folder), seed, problems)
+        goal = target(store, "benchmark")
+        for name in SELECTORS:
+            picks[name] = select(store, "pool", goal, n_picked, name, seed=seed).ids
+    before = log_likelihood(model, answers)
+    found = {}
+    for name, ids in picks.items():
+        along = validation_gradient(model, [groups[one] for one in ids], token_budget=16_384)
+        with displaced(model, along) as move:
+            move(LENGTH / along.norm)
+            found[name] = log_likelihood(model, answers) - before
+    return found
+
+
+def right_answers(tokenizer: Any, records: Sequence[dict], groups: dict[str, Group]) -> list[tuple[list[int], int]]:
+    """(token ids of prompt and right answer, length of the prompt) of each problem."""
+    found = []
+    for record in records:
+        prompt = groups[record["id"]].prompt_ids.tolist()
+        answer = tokenizer(record["ground_truth"] + tokenizer.eos_token).input_ids
+        found.append((prompt + answer, len(prompt)))
+    return found
+
+
+@torch.no_grad()
+def log_likelihood(model: torch.nn.Module, answers: Sequence[tuple[list[int], int]]) -> float:
+    """Mean over the problems of the answer's log-likelihood, its tokens summed."""
+    longest = max(len(ids) for ids, _ in answers)
+    ids_PT = torch.zeros(len(answers), longest, dtype=torch.long)
+    counted_PT = torch.zeros(len(answers), longest, dtype=torch.bool)
+    for p, (ids, start) in enumerate(answers):
+        ids_PT[p, : len(ids)] = torch.tensor(ids)
+        counted_PT[p, start : len(ids)] = True
+    logits_PTV = model(ids_PT).logits[:, :-1].double()
+    tokens_PT = torch.log_softmax(logits_PTV, dim=2).gather(2, ids_PT[:, 1:, None])[:, :, 0]
+    return float((tokens_PT * counted_PT[:, 1:]).sum() / len(answers))
+
+
+if __name__ == "__main__":
+    typer.run(main)
