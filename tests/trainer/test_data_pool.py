@@ -1,6 +1,9 @@
 """Pools: the counts asked for, the same draw again, nothing twice, nothing held out, and rewards spoiled as stated."""
 
 import json
+import os
+import subprocess
+import sys
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -18,6 +21,13 @@ from trainer.data.files import write_problems
 from trainer.data.pool import Options, Part, Pool, build
 from trainer.rewards import load_reward
 from trainer.verl_reward import compute_score
+
+
+@pytest.fixture(autouse=True)
+def drawn_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tasks of reasoning-gym are drawn in this process, which is faster, but where a test is about that."""
+    monkeypatch.setenv("PYTHONHASHSEED", "0")
+
 
 SUMS = Part("reasoning-gym:chain_sum", 40)
 
@@ -197,6 +207,26 @@ def test_every_task_of_reasoning_gym(task: str) -> None:
         assert entry["question"].strip() in record["prompt"][0]["content"]
         if entry["answer"] is not None:
             assert reward(record, f"<answer>{entry['answer']}</answer>", 0) >= reward(record, "<answer></answer>", 0)
+
+
+def test_tasks_are_the_same_in_every_process() -> None:
+    """isomorphic_strings goes through sets of text, whose order changes from one process to the next."""
+    code = (
+        "import json; from trainer.data.pool import *; "
+        "print(json.dumps(build([Part('reasoning-gym:isomorphic_strings', 3)], Options()).records))"
+    )
+    drawn = [
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env=os.environ | {"PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("0", "1", "2")
+    ]
+    assert len(json.loads(drawn[0])) == 3
+    assert drawn[0] == drawn[1] == drawn[2]
 
 
 def test_task_settings(local: dict[str, Path]) -> None:

@@ -2,11 +2,14 @@
 
 import hashlib
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import Any
 
-from gradstore.errors import RequestError
+from gradstore.errors import GradstoreError, RequestError
 from trainer.data.prompts import GYM
 
 PREFIX = "reasoning-gym"
@@ -31,8 +34,46 @@ def draw(
     # refuse seeds of 2**32 and more
     first = int.from_bytes(hashlib.blake2b(f"{task} {seed}".encode(), digest_size=4).digest(), "big") // 2
     size = 20 * count + 1000
-    for entry in islice(_created(task, first, size, config), size):
+    for entry in _entries(task, first, size, config):
         yield _record(task, entry, config, instruction)
+
+
+def _entries(task: str, seed: int, size: int, config: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """A task's entries as JSON has them, the same in every process.
+
+    A few tasks go through sets of text, whose order is another in each process: they are drawn in one with a fixed
+    hash seed.
+    """
+    if os.environ.get("PYTHONHASHSEED") == "0":
+        yield from islice(_created(task, seed, size, config), size)
+        return
+    command = [sys.executable, "-c", "from trainer.data.gym import serve; serve()"]
+    environment = os.environ | {"PYTHONHASHSEED": "0"}
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True
+    ) as process:
+        if process.stdin is None or process.stdout is None:
+            raise RuntimeError("the drawing process has no pipes")
+        process.stdin.write(json.dumps([task, seed, size, config]))
+        process.stdin.close()
+        try:
+            yield from map(json.loads, process.stdout)
+        except GeneratorExit:  # enough were drawn
+            process.kill()
+            raise
+    if process.returncode:
+        raise GradstoreError(
+            f"{PREFIX}:{task}: drawing ended with exit status {process.returncode}; see the lines above"
+        )
+
+
+def serve() -> None:
+    """Draws what standard input asks for, [task, seed, size, config], as lines of JSON on standard output."""
+    out, sys.stdout = sys.stdout, sys.stderr  # some tasks print
+    task, seed, size, config = json.load(sys.stdin)
+    for entry in islice(_created(task, seed, size, config), size):
+        out.write(json.dumps(entry) + "\n")
+        out.flush()
 
 
 def _created(task: str, seed: int, size: int, config: Mapping[str, Any]) -> Any:
