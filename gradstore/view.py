@@ -71,6 +71,23 @@ class View:
         at = "newest" if self.at is None else f"step {self.at}"
         return f"View({self.collection!r} at {at}, {len(self)} problems, commit {self.commit})"
 
+    def _repr_html_(self) -> str:
+        from gradstore.notebook import SHOWN, html_table
+
+        states = {state: int((self.states == state).sum()) for state in State}
+        facts = ", ".join(f"{count:,} {state.name.lower().replace('_', ' ')}" for state, count in states.items())
+        rows = [
+            (
+                str(self.ids_at(np.array([place]))[0]),
+                State(self.states[place]).name.lower().replace("_", " "),
+                int(self.steps[place]),
+                float(self.pass_rates[place]),
+                float(self.norms[place]),
+            )
+            for place in range(min(SHOWN, len(self)))
+        ]
+        return html_table(repr(self), facts, ["problem", "state", "step", "pass rate", "norm"], rows, len(self))
+
     @property
     def commit(self) -> int:
         """The publication this view was made from."""

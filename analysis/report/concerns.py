@@ -174,7 +174,7 @@ def suspects(found: Findings) -> Section:
         Column("Source"),
         Column("Suspicion", "number"),
         Column("Cosine, benchmark", "signed"),
-        Column("Cosine, own source", "signed"),
+        Column("Pull, own source", "signed"),
         Column("Pass rate", "percent"),
         Column("Why"),
         Column("Text"),

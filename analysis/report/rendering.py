@@ -39,8 +39,8 @@ def to_markdown(page: Page, figures: Path | None = None, base: Path | None = Non
 
     base: the folder the Markdown file will stand in, from which links are made.
     """
-    lines = [f"# {page.title}", "", page.subtitle, ""]
-    lines += [f"- **{name}**: {value}" for name, value in page.tiles]
+    lines = [f"# {_inline(page.title)}", "", _inline(page.subtitle), ""]
+    lines += [f"- **{name}**: {_inline(value)}" for name, value in page.tiles]
     if page.warnings:
         lines += ["", "**Worth knowing**", "", *(f"- {_inline(warning)}" for warning in page.warnings)]
     for section in page.sections:
@@ -48,7 +48,7 @@ def to_markdown(page: Page, figures: Path | None = None, base: Path | None = Non
         lines += ["", _inline(section.lead)] if section.lead else []
         lines += ["", f"*{_inline(section.missing)}*"] if section.missing else []
         for block in section.blocks:
-            lines += ["", f"### {block.title}"]
+            lines += ["", f"### {_inline(block.title)}"]
             if isinstance(block, Table):
                 lines += ["", _inline(block.says)] if block.says else []
                 lines += ["", *_markdown_table(block)]
@@ -60,7 +60,7 @@ def to_markdown(page: Page, figures: Path | None = None, base: Path | None = Non
                 lines += ["", f"![{_inline(block.title)}]({link.as_posix()})"]
             if block.with_table:
                 lines += ["", *_markdown_table(block.table())]
-    return "\n".join([*lines, "", page.made, ""])
+    return "\n".join([*lines, "", _inline(page.made), ""])
 
 
 def _embedded(page: Page) -> str:

@@ -43,6 +43,14 @@ class Hits:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def _repr_html_(self) -> str:
+        from gradstore.notebook import SHOWN, html_table
+
+        pairs = zip(self.ids[:SHOWN], self.scores[:SHOWN].tolist(), strict=True)
+        rows = [(rank, str(problem_id), score) for rank, (problem_id, score) in enumerate(pairs, 1)]
+        facts = f"of {self.n_eligible:,} eligible problems"
+        return html_table(f"{len(self):,} hits", facts, ["rank", "problem", "score"], rows, len(self))
+
 
 def search(
     view: View,

@@ -67,6 +67,16 @@ class Selection:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def _repr_html_(self) -> str:
+        from gradstore.notebook import SHOWN, html_table
+
+        best = zip(self.ids[:SHOWN], self.scores[:SHOWN].tolist(), self.weights[:SHOWN].tolist(), strict=True)
+        rows = [(rank, *line) for rank, line in enumerate(best, 1)]
+        against = " and ".join(str(target["benchmark"]) for target in self.targets)
+        facts = f"of {self.n_candidates:,} candidates of {self.collection}" + (f" against {against}" if against else "")
+        title = f"{len(self):,} chosen by {self.selector}"
+        return html_table(title, facts, ["rank", "problem", "score", "weight"], rows, len(self))
+
     @property
     def target(self) -> dict | None:
         """The target, if there was one and no more."""

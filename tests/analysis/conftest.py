@@ -3,7 +3,8 @@
 Dimension letters: S steps, P problems, V problems of a benchmark, D sketch dimensions.
 """
 
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -173,3 +174,67 @@ def history(make_history: Callable[..., History]) -> History:
         picks=[random.choice(np.flatnonzero(measured_SP[:1].any(0)), 12, replace=False).tolist() for _ in range(4)],
         rotation=0.02,
     )
+
+
+ARTEFACTS = Path(__file__).parents[2] / "artefacts"
+"""Screenshots of the last test run, for people to look at."""
+
+
+@pytest.fixture(scope="session")
+def course(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a short training run of the demo's model: `store`, with three rounds, and its rollout files."""
+    from trainer.demo.course import CourseSettings, run_course
+
+    folder = tmp_path_factory.mktemp("course")
+    run_course(folder, CourseSettings())
+    return folder
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """Headless Chromium; the tests fail, rather than skip, where there is none."""
+    from playwright.sync_api import sync_playwright
+
+    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if program is None:
+        pytest.fail("no Chromium on this machine: `make browser`, or install the package chromium")
+    quiet = ["quic", "first-run", "background-networking", "component-update", "sync", "gpu"]
+    flags = ["--no-first-run" if name == "first-run" else f"--disable-{name}" for name in quiet]
+    with sync_playwright() as playwright:
+        running = playwright.chromium.launch(executable_path=program, args=["--no-sandbox", *flags])
+        yield running
+        running.close()
+
+
+@pytest.fixture
+def visit(browser: Any) -> Iterator[Callable[..., Any]]:
+    """visit(address, scheme="light") -> a page; the test fails on any error it logs and any request that leaves it."""
+    contexts, faults = [], []
+
+    def told(kind: str, text: str) -> None:
+        faults.append(f"{kind}: {text}")
+
+    def go(address: str, scheme: str = "light", width: int = 1360) -> Any:
+        context = browser.new_context(color_scheme=scheme, viewport={"width": width, "height": 900})
+        contexts.append(context)
+        page = context.new_page()
+        page.on("console", lambda said: said.type in ("error", "warning") and told(said.type, said.text))
+        page.on("pageerror", lambda error: told("exception", str(error)))
+        page.on("requestfailed", lambda request: told("failed", request.url))
+        home = address.split("/")[2] if address.startswith("http") else None
+        local = ("data:", "blob:", "file:" if home is None else f"http://{home}/")
+        page.on("request", lambda request: None if request.url.startswith(local) else told("left", request.url))
+        page.goto(address)
+        return page
+
+    yield go
+    for context in contexts:
+        context.close()
+    assert not faults, faults
+
+
+@pytest.fixture
+def keep_picture() -> Callable[[Any, str], None]:
+    """keep_picture(page, name): a screenshot of the whole page among the artefacts."""
+    ARTEFACTS.mkdir(exist_ok=True)
+    return lambda page, name: page.screenshot(path=ARTEFACTS / f"{name}.png", full_page=True)

@@ -40,6 +40,8 @@
   };
   const written = (value, kind) => value === null || value === undefined ? NONE : kind in forms ? forms[kind](value) : String(value);
 
+  window.written = written; // for whoever checks that both languages write numbers alike
+
   // Tables -----------------------------------------------------------------------------------------------------------
   const compare = (a, b) => typeof a === "number" && typeof b === "number" ? a - b : String(a).localeCompare(String(b), "en", { numeric: true });
 

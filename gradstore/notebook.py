@@ -1,0 +1,26 @@
+"""How views, hits and selections look in a notebook: a line of facts and a small table, everything escaped."""
+
+from collections.abc import Sequence
+from html import escape
+
+SHOWN = 10
+"""Rows of a table; the rest is counted."""
+
+_CELL = "padding: 2px 10px; text-align: {side};"
+
+
+def html_table(title: str, facts: str, columns: Sequence[str], rows: Sequence[Sequence[object]], n_rows: int) -> str:
+    """HTML for `_repr_html_`: title and facts above, at most SHOWN of n_rows rows; numbers stand on the right."""
+    heads = "".join(f'<th scope="col" style="{_CELL.format(side="left")}">{escape(name)}</th>' for name in columns)
+    lines = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows[:SHOWN])
+    more = f"<div>… {n_rows - SHOWN:,} more</div>" if n_rows > SHOWN else ""
+    return (
+        f"<div><strong>{escape(title)}</strong> <span>{escape(facts)}</span>"
+        f"<table><thead><tr>{heads}</tr></thead><tbody>{lines}</tbody></table>{more}</div>"
+    )
+
+
+def _cell(value: object) -> str:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    text = ("–" if value != value else f"{value:,.4g}") if isinstance(value, float) else str(value)
+    return f'<td style="{_CELL.format(side="right" if number else "left")}">{escape(text)}</td>'

@@ -1,0 +1,380 @@
+"""The explorer: what it answers is what the store holds, who may ask, and every view in a browser.
+
+Dimension letters: P problems, D sketch dimensions.
+"""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import gradstore
+from analysis.explorer.access import COOKIE, is_loopback, new_token
+from analysis.explorer.app import make_app
+from analysis.explorer.catalogue import Catalogue, Filter
+from analysis.report.transcripts import Transcripts
+from gradstore import State, Store
+from gradstore.errors import RequestError
+
+
+@pytest.fixture
+def catalogue(history: Any) -> Catalogue:
+    """Over the planted history: four steps, some rows stale, some without signal, one failed, one never measured."""
+    return Catalogue(gradstore.open(history.store.path), "pool", ("bench",))
+
+
+@pytest.fixture(scope="module")
+def trained(course: Path) -> Catalogue:
+    """Over the demo's short run, with its rollout files."""
+    store = gradstore.open(course / "store")
+    return Catalogue(store, "pool", ("sums", "spelling"), Transcripts(sorted(course.glob("pool-*.jsonl"))))
+
+
+# What it answers -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step", [None, 0, 10, 25, 30])
+def test_scores_are_those_of_each_problem(catalogue: Catalogue, history: Any, step: int | None) -> None:
+    """One problem at a time against the planted gradients; whatever has no gradient has no score."""
+    frame = catalogue.scored("bench", step, "cosine").set_index("id")
+    s = 3 if step is None else int(np.searchsorted(history.steps, step, side="right")) - 1
+    assert len(frame) == len(history.ids)
+    for p, name in enumerate(history.ids):
+        rows = [t for t in range(s + 1) if history.measured_SP[t, p]]
+        line = frame.loc[name]
+        if not rows:
+            assert line["state"] == "unmeasured"
+            assert np.isnan(line["score"])
+            continue
+        state = State(int(history.states_SP[rows[-1], p])).name.lower()
+        assert line["state"] == state
+        assert line["age"] == (history.steps[3] if step is None else step) - history.steps[rows[-1]]
+        assert line["pass_rate"] == pytest.approx(history.rates_SP[rows[-1], p])
+        if state == "live":
+            assert line["score"] == pytest.approx(history.cosine(s, p), abs=1e-4)
+        else:
+            assert np.isnan(line["score"])
+
+
+def test_filters_and_search_are_a_loop(trained: Catalogue) -> None:
+    """Every filter at once against the records, one by one; the rest is ranked, what has no score last."""
+    records = {record["id"]: record for record in trained.store.records("pool")}
+    view = trained.store.view("pool")
+    rates = dict(zip(view.ids, view.pass_rates.tolist(), strict=True))
+    wanted = Filter(sources=("products", "chain_sum"), tags=("clean",), pass_rate=(0.2, 0.9), text="FINAL")
+    frame = trained.ranked("sums", None, "cosine", wanted)
+    expected = {
+        name
+        for name, record in records.items()
+        if record["source"] in wanted.sources
+        and "clean" in record["tags"]
+        and 0.2 <= rates[name] <= 0.9
+        and "final" in record["prompt"][0]["content"].lower()
+    }
+    assert set(frame["id"]) == expected
+    assert expected
+    scores = frame["score"].to_numpy()
+    known = scores[np.isfinite(scores)]
+    assert (np.diff(known) <= 0).all()
+    assert np.isfinite(scores[: len(known)]).all()
+    worst = trained.ranked("sums", None, "cosine", wanted, largest=False)["score"].to_numpy()
+    assert worst[: len(known)].tolist() == sorted(known)
+    assert set(trained.ranked("sums", None, "cosine", Filter(states=("no_signal",)))["state"]) == {"no_signal"}
+    assert len(trained.ranked("sums", None, "cosine", Filter(text="no such text"))) == 0
+    assert trained.ranked("sums", None, "cosine", Filter(text="chain_sum-0003"))["id"].tolist() == ["chain_sum-0003"]
+
+
+def test_nearest_are_those_with_the_largest_cosine(trained: Catalogue) -> None:
+    view = trained.store.view("pool", 0)
+    live = np.flatnonzero(view.live)
+    rows = view.rows(live).astype(float)
+    name = str(view.ids[live[0]])
+    cosines = {str(view.ids[place]): float(row @ rows[0]) for place, row in zip(live[1:], rows[1:], strict=True)}
+    best = sorted(cosines, key=lambda other: -cosines[other])[:5]
+    frame = trained.nearest(name, 0, 5)
+    assert name not in set(frame["id"])
+    assert frame["cosine"].tolist() == pytest.approx([cosines[other] for other in best], abs=5e-3)
+    silent = str(view.ids[view.states == State.NO_SIGNAL][0])
+    assert trained.nearest(silent, 0).empty
+
+
+def test_two_rankings_side_by_side(trained: Catalogue) -> None:
+    """Against ranks counted by hand and scipy's Spearman."""
+    from scipy.stats import spearmanr
+
+    found = trained.compare(("sums", 0), ("sums", 8), "cosine")
+    a, b = (trained.scored("sums", step, "cosine").set_index("id")["score"] for step in (0, 8))
+    both = [name for name in a.index if np.isfinite(a[name]) and np.isfinite(b[name])]
+    assert set(found.frame["id"]) == set(both)
+    assert found.spearman == pytest.approx(spearmanr(a[both], b[both])[0], abs=1e-3)
+    for line in found.frame.itertuples():
+        assert line.left_rank == 1 + sum(
+            a[name] > a[line.id] or (a[name] == a[line.id] and name < line.id) for name in both
+        )
+        assert line.moved == line.left_rank - line.right_rank
+    assert found.only_left == sum(np.isfinite(a[name]) and not np.isfinite(b[name]) for name in a.index)
+    best = [set(pd.Series({name: one[name] for name in both}).nlargest(found.k).index) for one in (a, b)]
+    assert found.jaccard == pytest.approx(len(best[0] & best[1]) / len(best[0] | best[1]))
+
+
+def test_history_has_every_step_and_benchmark(trained: Catalogue) -> None:
+    frame = trained.history("chain_sum-0003", "cosine")
+    assert list(zip(frame["step"], frame["benchmark"], strict=True)) == [
+        (step, name) for step in (0, 4, 8) for name in ("sums", "spelling")
+    ]
+    for line in frame.itertuples():
+        expected = trained.scored(line.benchmark, line.step, "cosine").set_index("id").loc["chain_sum-0003"]
+        assert line.score == pytest.approx(expected["score"], nan_ok=True)
+        assert line.n_rollouts == 8
+
+
+def test_what_is_published_is_seen(trained: Catalogue, tmp_path: Path) -> None:
+    """The explorer stays open while a trainer writes: nothing old is shown for new."""
+    store = gradstore.create(tmp_path / "store", dim=4, fingerprint={"a": 1})
+    for name in ("pool", "bench"):
+        store.add_problems(name, [{"id": f"{name}{p}", "prompt": "p"} for p in range(4)])
+    append(store, "bench", 0, np.eye(4))
+    append(store, "pool", 0, np.eye(4))
+    looked = Catalogue(gradstore.open(tmp_path / "store"), "pool", ("bench",))
+    before = looked.scored("bench", None, "cosine")["score"].tolist()
+    append(store, "pool", 1, -np.eye(4))
+    assert looked.scored("bench", None, "cosine")["score"].tolist() == pytest.approx([-one for one in before])
+
+
+def append(store: Store, name: str, step: int, rows: np.ndarray) -> None:
+    with store.writer(name, step=step) as writer:
+        writer.append([f"{name}{p}" for p in range(len(rows))], rows.astype(np.float32))
+
+
+@pytest.mark.parametrize(
+    ("ask", "words"),
+    [
+        (lambda one: one.scored("nobody", None, "cosine"), "nobody"),
+        (lambda one: one.scored("bench", None, "best"), "best"),
+        (lambda one: one.record("nobody"), "nobody"),
+        (lambda one: one.history("nobody", "cosine"), "nobody"),
+    ],
+)
+def test_wrong_questions_are_refused(catalogue: Catalogue, ask: Callable, words: str) -> None:
+    with pytest.raises(RequestError, match=words):
+        ask(catalogue)
+
+
+# Who may ask ---------------------------------------------------------------------------------------------------------
+
+
+def test_loopback_is_told_from_the_rest() -> None:
+    assert all(map(is_loopback, ("127.0.0.1", "127.3.2.1", "::1", "localhost")))
+    assert not any(map(is_loopback, ("0.0.0.0", "::", "10.0.0.1", "example.org", "localhost.example.org", "")))
+
+
+PATHS = ["/", "/compare", "/_dash-layout", "/_dash-dependencies", "/assets/explorer.css", "/nothing"]
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_on_loopback_only_its_own_names_are_answered(catalogue: Catalogue, path: str) -> None:
+    """A page from elsewhere that points a name of its own at 127.0.0.1 gets nothing."""
+    client = make_app(catalogue).server.test_client()
+    for host in ("localhost", "localhost:8050", "127.0.0.1:8050", "[::1]:8050", "[::1]"):
+        assert client.get(path, headers={"Host": host}).status_code == 200
+    for host in ("evil.example", "evil.example:8050", "127.0.0.1.evil.example", "10.0.0.1"):
+        assert client.get(path, headers={"Host": host}).status_code == 403
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_elsewhere_every_request_needs_the_token(catalogue: Catalogue, path: str) -> None:
+    """In a header, in a cookie, or once in the address, which is then rid of it; a wrong one is as good as none."""
+    token = new_token()
+    server = make_app(catalogue, token).server
+    for wrong in ("", "x", token[:-1], token + "x", "é"):
+        assert server.test_client().get(path, headers={"Authorization": f"Bearer {wrong}".encode()}).status_code == 401
+        assert server.test_client().get(path, query_string={"token": wrong}).status_code == 401
+        client = server.test_client()
+        client.set_cookie(COOKIE, wrong)
+        assert client.get(path).status_code == 401
+    assert server.test_client().post("/_dash-update-component", json={}).status_code == 401
+    assert server.test_client().get(path, headers={"Authorization": f"Bearer {token}"}).status_code == 200
+    client = server.test_client()
+    moved = client.get(path, query_string={"token": token, "id": "a b"})
+    assert moved.status_code == 302
+    assert token not in moved.headers["Location"]
+    assert moved.headers["Location"].endswith("?id=a+b")
+    cookie = moved.headers["Set-Cookie"]
+    assert "HttpOnly" in cookie
+    assert "SameSite=Strict" in cookie
+    assert client.get(path).status_code == 200
+
+
+def test_tokens_are_compared_in_constant_time(catalogue: Catalogue, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A comparison that stops at the first difference tells a token letter by letter."""
+    import hmac
+
+    compared: list[tuple[bytes, bytes]] = []
+    real = hmac.compare_digest
+    monkeypatch.setattr(hmac, "compare_digest", lambda a, b: compared.append((a, b)) or real(a, b))
+    client = make_app(catalogue, "secret").server.test_client()
+    client.get("/", headers={"Authorization": "Bearer guess"})
+    assert (b"guess", b"secret") in compared
+    assert new_token() != new_token()
+    assert len(new_token()) >= 40
+
+
+def test_answers_forbid_everything_foreign(catalogue: Catalogue) -> None:
+    answer = make_app(catalogue).server.test_client().get("/")
+    assert "default-src 'self'" in answer.headers["Content-Security-Policy"]
+    assert b'lang="en"' in answer.data
+
+
+# In a browser --------------------------------------------------------------------------------------------------------
+
+
+def started(course: Path, *more: str) -> tuple[subprocess.Popen, str]:
+    """`gradstore serve` as a person starts it, and the address it prints."""
+    command = [sys.executable, "-m", "gradstore", "serve", str(course / "store"), "--port", "0", *more]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    assert process.stderr is not None
+    for line in process.stderr:
+        found = re.search(r"http://\S+", line)
+        if found:
+            return process, found.group()
+    raise AssertionError(f"no address was printed; exit status {process.wait()}")
+
+
+@pytest.fixture(scope="module")
+def address(course: Path) -> Iterator[str]:
+    model = Path(gradstore.__file__).parents[1] / "trainer/demo/model"
+    files = [part for path in sorted(course.glob("pool-*.jsonl")) for part in ("--rollouts", str(path))]
+    against = ["--against", "sums", "--against", "spelling"]
+    process, found = started(course, *files, *against, "--tokenizer", str(model))
+    yield found
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=20) in (0, 130)
+
+
+def choose(page: Any, control: str, words: str) -> None:
+    """Choose from a list as a person does."""
+    page.locator(f"#{control}").click()
+    page.get_by_role("option", name=words, exact=True).click()
+
+
+def test_ranking_in_a_browser(address: str, trained: Catalogue, visit: Callable, keep_picture: Callable) -> None:
+    """Choose, filter, search, turn pages: the table shows what the catalogue answers."""
+    page = visit(address)
+    page.wait_for_selector("#ranking-table tbody tr")
+    page.wait_for_selector("#ranking-figure .main-svg")
+    expected = trained.ranked("sums", None, "cosine", Filter())
+    links = page.locator("#ranking-table tbody a")
+    assert links.all_inner_texts() == expected["id"].tolist()[:20]
+    keep_picture(page, "explorer-rank")
+    page.locator("#ranking-on").click()
+    page.wait_for_function("document.getElementById('ranking-where').innerText.startsWith('21')")
+    assert links.all_inner_texts() == expected["id"].tolist()[20:40]
+    choose(page, "order", "least aligned first")
+    page.wait_for_function("document.getElementById('ranking-where').innerText.startsWith('1–')")
+    page.locator("#text").fill("multiplication")
+    expected = trained.ranked("sums", None, "cosine", Filter(text="multiplication"), largest=False)
+    page.wait_for_function(f"document.getElementById('ranking-where').innerText.includes('of {len(expected)} ')")
+    assert links.all_inner_texts() == expected["id"].tolist()
+    choose(page, "step", "step 0")
+    choose(page, "metric", "dot")
+    choose(page, "benchmark", "spelling")
+    expected = trained.ranked("spelling", 0, "dot", Filter(text="multiplication"), largest=False)
+    page.wait_for_function(
+        "(first) => document.querySelector('#ranking-table tbody a').innerText === first", arg=expected["id"].iloc[0]
+    )
+    choose(page, "metric", "fisher")
+    page.wait_for_selector("caption:has-text('fisher')", state="attached")
+    page.locator("#text").fill("no such text")
+    page.wait_for_selector("text=Nothing to show.")
+
+
+def test_a_problem_in_a_browser(address: str, trained: Catalogue, visit: Callable, keep_picture: Callable) -> None:
+    """From the ranking to a problem, and on to the one nearest to it; token by token."""
+    page = visit(address)
+    page.locator("#ranking-table tbody a").first.click()
+    name = trained.ranked("sums", None, "cosine", Filter())["id"].iloc[0]
+    page.wait_for_selector(f"h3.name:has-text('{name}')")
+    page.wait_for_selector("#problem-view .main-svg")
+    assert page.locator("#problem-view pre").first.inner_text() == trained.texts([name])[name]
+    assert page.locator(".rollout").count() == 8
+    assert page.locator(".rollout pre span[title^=probability]").count() > 8
+    keep_picture(page, "explorer-problem")
+    nearest = trained.nearest(name, None)["id"].iloc[0]
+    page.locator("#problem-view table a").first.click()
+    page.wait_for_selector(f"h3.name:has-text('{nearest}')")
+    choose(page, "problem-rollouts", "all steps")
+    page.wait_for_function("document.querySelectorAll('.rollout').length === 24")
+    page.locator("#problem-id").fill("nobody <b>")
+    page.locator("#problem-id").press("Enter")
+    page.wait_for_selector(".missing:has-text('nobody <b>')")
+    page.locator("#problem-id").fill("")
+    page.locator("#problem-id").press("Enter")
+    page.wait_for_selector(".missing:has-text('Give a problem')")
+
+
+def test_comparing_in_a_browser(address: str, trained: Catalogue, visit: Callable, keep_picture: Callable) -> None:
+    """Two steps, then two benchmarks; the theme changes and stays."""
+    page = visit(address)
+    page.locator("#to-compare").click()
+    page.wait_for_selector("#comparison .main-svg")
+    found = trained.compare(("sums", 0), ("sums", None), "cosine")
+    assert page.locator(".tiles dd").first.inner_text() == str(len(found.frame))
+    keep_picture(page, "explorer-compare")
+    choose(page, "right-benchmark", "spelling")
+    page.wait_for_selector("h3:has-text('spelling, newest')")
+    page.locator("#toggle").click()
+    page.wait_for_function("document.documentElement.dataset.theme === 'dark'")
+    page.wait_for_timeout(300)
+    keep_picture(page, "explorer-compare-dark")
+    page.reload()
+    page.wait_for_function("document.documentElement.dataset.theme === 'dark'")
+    page.wait_for_selector("h3:has-text('spelling, newest')")
+
+
+def test_keyboard_and_names(address: str, visit: Callable) -> None:
+    """Skip link first, a name on every control, one first heading."""
+    page = visit(address)
+    page.wait_for_selector("#ranking-table tbody tr")
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.className") == "skip"
+    assert page.locator("h1").count() == 1
+    for name in ("benchmark", "step", "metric", "order", "text", "sources", "tags", "states"):
+        assert page.locator(f"label[for={name}]").inner_text().strip()
+    assert page.locator("nav a.here").inner_text() == "Rank"
+    assert page.locator("main, nav, header").count() == 3
+
+
+def test_beyond_this_machine_a_token_is_printed(course: Path) -> None:
+    """Without it nothing is told, with it the page is."""
+    process, address = started(course, "--host", "0.0.0.0")
+    try:
+        token = address.partition("?token=")[2]
+        assert len(token) >= 40
+        local = address.replace("0.0.0.0", "127.0.0.1")
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            urllib.request.urlopen(local.partition("?")[0])
+        asked = urllib.request.Request(local.partition("?")[0], headers={"Authorization": f"Bearer {token}"})
+        assert b"<html" in urllib.request.urlopen(asked).read()
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(timeout=20)
+
+
+def test_a_taken_port_is_one_line(course: Path, address: str) -> None:
+    port = address.rstrip("/").rpartition(":")[2]
+    command = [sys.executable, "-m", "gradstore", "serve", str(course / "store"), "--port", port]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 2
+    assert ended.stderr.count("\n") == 1
+    assert "is taken" in ended.stderr
