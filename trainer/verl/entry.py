@@ -24,8 +24,8 @@ def main(overrides: Sequence[str]) -> None:
     """Train with verl, each round's problems picked by gradstore: `gradstore train --backend verl OVERRIDE...`.
 
     overrides: as verl's own command takes them, and `gradstore.NAME=VALUE` (settings.py). Ray is started where none
-    runs and stopped again; a Ray that was there is used and left alone. RequestError for settings that cannot be and for
-    verl missing; the error of a run that failed.
+    runs and stopped again; a Ray that was there is used and left alone. RequestError for settings that cannot be and
+    where verl is missing; the error of a run that failed.
     """
     try:
         import ray

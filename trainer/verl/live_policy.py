@@ -46,14 +46,12 @@ class LivePolicy:
         sketch (more than one turn).
         """
         self._wake()
-        groups: list[Group] = []
-        for start in range(0, len(problems), self._settings.rollout_batch):
-            part = problems[start : start + self._settings.rollout_batch]
-            self._calls += 1
-            uids = [f"select-{self._calls:06d}-{i:06d}" for i in range(len(part))]
-            rows = rows_of(self._trainer.train_dataset, part, uids, n, (seed, start) if self._settings.seeded else None)
-            groups += self._generated(rows, [record["id"] for record in part])
-        return groups
+        if not problems:
+            return []
+        self._calls += 1
+        uids = [f"select-{self._calls:06d}-{i:06d}" for i in range(len(problems))]
+        rows = rows_of(self._trainer.train_dataset, problems, uids, n, (seed,) if self._settings.seeded else None)
+        return self._generated(rows, [record["id"] for record in problems])
 
     def fit(self, spec: SketchSpec, groups: Sequence[Group]) -> SketcherFiles:
         """Makes the sketcher on every rank, fitted to the groups where the spec wants that."""
@@ -127,7 +125,7 @@ class LivePolicy:
                     tq.KVBatchMeta(partition_id=PARTITION, keys=keys, tags=[{}] * len(keys))
                 )
                 self._wake()
-            found = groups_of(keys, dict(zip(rows.uids, ids, strict=True)))
+            found = groups_of(keys, dict(zip(rows.uids, ids, strict=True)), self._settings.logprobs)
         finally:
             tq.kv_clear(keys=[*rows.uids, *keys], partition_id=PARTITION)
         return [found[uid] for uid in rows.uids]

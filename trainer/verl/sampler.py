@@ -51,7 +51,7 @@ class RoundSampler(Sampler[int]):
         return list(self._order)
 
     def feed(self, order: Sequence[str]) -> None:
-        """Draw these next, after the old ones are used up; RequestError for an id outside the pool, or when too early."""
+        """Draw these next, the old ones being used up; RequestError for an id outside the pool, or when it is early."""
         if self.left:
             raise RequestError(f"the sampler was fed with {self.left} problems still to draw")
         unknown = next((name for name in order if name not in self._row_of), None)

@@ -7,6 +7,7 @@ of every training step are sketched before the update, by the policy that made t
 
 import logging
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from omegaconf import open_dict
 from torchdata.stateful_dataloader import StatefulDataLoader
 from verl.trainer.ppo.utils import Role, create_rl_dataset
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
+from verl.utils import tensordict_utils
 from verl.utils.dataset.rl_dataset import collate_fn
 from verl.utils.debug import marked_timer
 
@@ -25,7 +27,7 @@ from trainer.verl.agent_loop import SEED_FIELD
 from trainer.verl.live_policy import LivePolicy
 from trainer.verl.sampler import RoundSampler, drawing_order
 from trainer.verl.settings import VerlSettings
-from trainer.verl.transfer import groups_of, place_of, records_of, row_seeds
+from trainer.verl.transfer import groups_of, joined, place_of, records_of, row_seeds
 from trainer.verl.worker import SketchingWorker
 
 log = logging.getLogger(__name__)
@@ -44,6 +46,8 @@ class SelectingTrainer(PPOTrainerSync):
         self._problem_of: dict[str, str] = {}
         """Problem id of each row of the step under way, by uid."""
         self._policy: LivePolicy | None = None
+        self._of_round: dict[str, float] = {}
+        """The last round in numbers, until verl's logger has them."""
 
     # What verl sets up, with our sampler and our workers
 
@@ -73,7 +77,9 @@ class SelectingTrainer(PPOTrainerSync):
             collate_fn=collate_fn,
             sampler=self.sampler,
         )
-        self.rounds = Rounds(self.settings.store, records, benchmarks, rounds)
+        self.rounds = Rounds(
+            self.settings.store, records, benchmarks, rounds, name=self.settings.pool, logger=self._keep_numbers
+        )
 
     def _benchmark(self, name: str, files: list[str]) -> list[dict[str, Any]]:
         dataset = create_rl_dataset(files, self.config.data, self.tokenizer, self.processor, is_train=False)
@@ -92,8 +98,8 @@ class SelectingTrainer(PPOTrainerSync):
         self.train_dataloader_it = iter(self.train_dataloader)
         if not self.sampler.rounds:
             raise RequestError(
-                f"the checkpoint of step {self.global_steps} has no state of the rounds: it was not made with gradstore; "
-                "use another trainer.default_local_dir, or trainer.resume_mode=disable"
+                f"the checkpoint of step {self.global_steps} has no state of rounds: gradstore did not make it; use "
+                "another trainer.default_local_dir, or trainer.resume_mode=disable"
             )
         self.rounds.load_state_dict(self.sampler.rounds)
 
@@ -107,10 +113,15 @@ class SelectingTrainer(PPOTrainerSync):
         return self._policy
 
     def prepare_step(self) -> dict[str, Any]:
-        metrics = self._round() if self.sampler.left < self.config.data.train_batch_size else {}
+        if self.sampler.left < self.config.data.train_batch_size:
+            self._round()
+        metrics, self._of_round = self._of_round, {}
         return {**metrics, **super().prepare_step()}
 
-    def _round(self) -> dict[str, Any]:
+    def _keep_numbers(self, values: Mapping[str, float], step: int) -> None:
+        self._of_round = {f"gradstore/{name}": value for name, value in values.items()}
+
+    def _round(self) -> None:
         settings = self.settings.rounds
         with marked_timer("selection", self.timing_raw, color="blue"):
             selection = self.rounds.next(self.policy)
@@ -121,8 +132,7 @@ class SelectingTrainer(PPOTrainerSync):
         self.sampler.feed(order)
         self.sampler.keep(self.rounds.state_dict())
         self.train_dataloader_it = iter(self.train_dataloader)
-        log.info("round at step %d picked %s", self.policy.step, ", ".join(map(str, selection.ids)))
-        return {"gradstore/picked": float(len(selection.ids))}
+        log.info("round %d at step %d picked %s", self.rounds.done, self.policy.step, ", ".join(selection.ids))
 
     def _fetch_one_gen_batch(self) -> Any:
         batch = super()._fetch_one_gen_batch()
@@ -132,8 +142,6 @@ class SelectingTrainer(PPOTrainerSync):
         uids = [f"train-{self.global_steps:08d}-{first + i:06d}" for i in range(n)]
         self._problem_of |= dict(zip(uids, ids, strict=True))
         seed = (self.settings.rounds.seed, _TRAINING, self.global_steps, first) if self.settings.seeded else None
-        from verl.utils import tensordict_utils
-
         columns = tensordict_utils.get_tensordict({"uid": np.array(uids, dtype=object), SEED_FIELD: row_seeds(seed, n)})
         return batch.update(columns)
 
@@ -160,10 +168,8 @@ class SelectingTrainer(PPOTrainerSync):
         batch = super()._compute_advantage(batch, metrics)
         if self.settings.observe:
             with marked_timer("observe", self.timing_raw, color="blue"):
-                keys = [
-                    key for key, tag in zip(batch.keys, batch.tags, strict=True) if not tag.get("is_padding", False)
-                ]
-                groups = groups_of(keys, self._problem_of)
-                self.rounds.observe(self.policy, [groups[uid] for uid in sorted(groups)])
-                self.sampler.keep(self.rounds.state_dict())
+                rows = zip(batch.keys, batch.tags, strict=True)
+                own = [key for key, tag in rows if not tag.get("is_padding", False)]
+                groups = groups_of(own, self._problem_of, self.settings.logprobs)
+                self.rounds.observe(self.policy, joined([groups[uid] for uid in sorted(groups)]))
         return batch

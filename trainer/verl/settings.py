@@ -32,12 +32,12 @@ class VerlSettings:
     """Name -> files in verl's form; without any, data.val_files as `validation`."""
     pool: str = "pool"
     """Name of data.train_files' collection in the store."""
-    rollout_batch: int = 512
-    """Problems handed to the rollout engine at once in a round."""
     seeded: bool = True
     """Every rollout asks for a seed of its own, which an exact resume depends on."""
     observe: bool = True
     """Sketch the rollouts of training steps too."""
+    logprobs: bool = False
+    """Whether the rollout engine's log-probabilities are those of the policy at temperature 1; verl's settings say."""
     probe_rank: int | None = None
     """Rank of the branch that probes move along; None: the weights themselves are moved (float32 only)."""
 
@@ -52,7 +52,7 @@ class VerlSettings:
             raise RequestError(f"{NODE}.store is missing: the folder that keeps sketches and rounds")
         verl = _plain(config)
         _check_verl(verl)
-        own = {field.name for field in fields(cls)} - {"rounds"}
+        own = {field.name for field in fields(cls)} - {"rounds", "logprobs"}
         spec = _spec(given.pop("spec", {}))
         options: dict[str, Any] = {name: given.pop(name) for name in list(given) if name in own}
         if "diversity" in given:
@@ -62,6 +62,13 @@ class VerlSettings:
         if not {"rollouts", "n_samples_train"} & given.keys():
             given["rollouts"] = rollout["n"]
         rounds = RoundSettings.from_names({**given, "spec": spec})
+        _check_queue(verl, rounds)
+        options["logprobs"] = _exact_logprobs(rollout)
+        if spec.objective.importance and not options["logprobs"]:
+            raise RequestError(
+                f"{NODE}.spec.objective.importance needs the rollouts' log-probabilities at temperature 1: set "
+                "actor_rollout_ref.rollout.temperature=1, top_p=1, top_k=-1 and calculate_log_probs=True"
+            )
         options["store"] = Path(options["store"]).expanduser().absolute()
         options["benchmarks"] = {
             name: [files] if isinstance(files, str) else list(files)
@@ -117,13 +124,13 @@ def _check_verl(verl: Mapping[str, Any]) -> None:
     mode = trainer.get("v1", {}).get("trainer_mode", "sync")
     if not trainer.get("use_v1", True) or mode != "sync":
         raise RequestError(
-            f"trainer.v1.trainer_mode is {mode!r} (use_v1 {trainer.get('use_v1')}): rounds need the synchronous trainer, "
-            "trainer.use_v1=True trainer.v1.trainer_mode=sync"
+            f"trainer.v1.trainer_mode is {mode!r} (use_v1 {trainer.get('use_v1')}): rounds need the synchronous "
+            "trainer, trainer.use_v1=True trainer.v1.trainer_mode=sync"
         )
     if data["dataloader_num_workers"] != 0:
         raise RequestError(
-            f"data.dataloader_num_workers is {data['dataloader_num_workers']}: workers draw problems before a round has "
-            "picked them; set data.dataloader_num_workers=0"
+            f"data.dataloader_num_workers is {data['dataloader_num_workers']}: workers draw problems before a round "
+            "has picked them; set data.dataloader_num_workers=0"
         )
     if (verl["algorithm"].get("filter_groups") or {}).get("enable"):
         raise RequestError(
@@ -144,6 +151,30 @@ def _check_verl(verl: Mapping[str, Any]) -> None:
             "actor.fsdp_config.offload_policy keeps the weights off the device that computes: "
             "use actor_rollout_ref.actor.fsdp_config.param_offload=True instead"
         )
+
+
+def _check_queue(verl: Mapping[str, Any], rounds: RoundSettings) -> None:
+    """RequestError where the rollouts of one window do not fit in verl's queue."""
+    backend = verl.get("transfer_queue", {}).get("backend", {})
+    if backend.get("storage_backend") != "SimpleStorage":
+        return
+    room = int(backend["SimpleStorage"]["total_storage_size"])
+    wanted = rounds.window * max(rounds.rollouts, rounds.target_rollouts)
+    if wanted > room:
+        raise RequestError(
+            f"{NODE}.window is {rounds.window} problems, {wanted} rollouts at once; verl's queue holds {room} "
+            f"(transfer_queue.backend.SimpleStorage.total_storage_size): lower the one or raise the other"
+        )
+
+
+def _exact_logprobs(rollout: Mapping[str, Any]) -> bool:
+    """Whether recorded log-probabilities are the policy's own: nothing scaled, nothing cut off."""
+    return bool(
+        rollout.get("calculate_log_probs")
+        and rollout.get("temperature") == 1
+        and rollout.get("top_p", 1) == 1
+        and rollout.get("top_k", -1) in (-1, 0)
+    )
 
 
 def _coarse(fsdp: Mapping[str, Any]) -> bool:

@@ -23,7 +23,8 @@ from trainer.backends import derived_seed
 from trainer.verl.agent_loop import SEED_FIELD
 
 PARTITION = "train"
-FIELDS = ["prompts", "responses", "response_mask", "rm_scores", "rollout_log_probs"]
+FIELDS = ["prompts", "responses", "response_mask", "rm_scores"]
+LOGPROBS = "rollout_log_probs"
 _LONGEST_WAIT = 1.0
 
 
@@ -88,15 +89,17 @@ def wait_for(uids: Sequence[str]) -> tuple[list[str], set[str]]:
     return sorted(keys, key=place_of), {uid for uid, state in states.items() if state == "failure"}
 
 
-def groups_of(keys: Sequence[str], id_of: Mapping[str, str]) -> dict[str, Group]:
+def groups_of(keys: Sequence[str], id_of: Mapping[str, str], logprobs: bool) -> dict[str, Group]:
     """The groups of rollouts in the queue, by uid.
 
-    id_of: uid -> problem id. RequestError for a rollout with more than one output, or with tokens in its response that
-    the policy did not write (a tool's): the gradient of such a group is not this engine's.
+    id_of: uid -> problem id. logprobs: take over those of the rollout engine. RequestError for a rollout with more than
+    one output, or with tokens in its response that the policy did not write (a tool's): the gradient of such a group is
+    not this engine's.
     """
     keys = sorted(keys, key=place_of)
-    data = tq.kv_batch_get(keys=keys, partition_id=PARTITION, select_fields=FIELDS)
-    columns = {name: list(data[name].unbind(0)) for name in FIELDS if name in data.keys()}  # noqa: SIM118 (a TensorDict)
+    wanted = [*FIELDS, LOGPROBS] if logprobs else FIELDS
+    data = tq.kv_batch_get(keys=keys, partition_id=PARTITION, select_fields=wanted)
+    columns = {name: list(data[name].unbind(0)) for name in wanted}
     members: dict[str, list[int]] = {}
     for place, key in enumerate(keys):
         members.setdefault(uid_of(key), []).append(place)
@@ -111,7 +114,7 @@ def groups_of(keys: Sequence[str], id_of: Mapping[str, str]) -> dict[str, Group]
                 f"problem {name!r}: a response has tokens that the policy did not write (tools, more turns); "
                 "sketches are of single-turn rollouts"
             )
-        given = columns.get("rollout_log_probs")
+        given = columns.get(LOGPROBS)
         groups[uid] = Group(
             name,
             columns["prompts"][places[0]].numpy().astype(np.int64),
@@ -120,6 +123,14 @@ def groups_of(keys: Sequence[str], id_of: Mapping[str, str]) -> dict[str, Group]
             None if given is None else [given[place].numpy().astype(np.float32) for place in places],
         )
     return groups
+
+
+def joined(groups: Sequence[Group]) -> list[Group]:
+    """One group a problem, where a step had one several times; in the order of their first."""
+    parts: dict[str, list[Group]] = {}
+    for group in groups:
+        parts.setdefault(group.problem_id, []).append(group)
+    return [same[0] if len(same) == 1 else _together(same) for same in parts.values()]
 
 
 def uid_of(key: str) -> str:
@@ -131,6 +142,17 @@ def place_of(key: str) -> tuple[str, int, int]:
     """Where a rollout stands among all: by row, by rollout, by output."""
     uid, session, output = key.rsplit("_", 2)
     return uid, int(session), int(output)
+
+
+def _together(groups: Sequence[Group]) -> Group:
+    given = [group.logprobs for group in groups if group.logprobs is not None]
+    return Group(
+        groups[0].problem_id,
+        groups[0].prompt_ids,
+        [response for group in groups for response in group.responses],
+        np.concatenate([group.rewards for group in groups]),
+        [logprobs for each in given for logprobs in each] if len(given) == len(groups) else None,
+    )
 
 
 def _fields(record: Mapping[str, Any], prompt_key: str) -> dict[str, Any]:

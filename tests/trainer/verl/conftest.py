@@ -72,6 +72,11 @@ def task(tiny_model: Any, tiny_tokenizer: Any, tmp_path_factory: pytest.TempPath
     return folder
 
 
+@pytest.fixture(scope="session")
+def verl_overrides(task: Path) -> list[str]:
+    return overrides(task)
+
+
 def overrides(task: Path, rollout: str = "transformers", n_ranks: int = 1) -> list[str]:
     """verl's settings for the task: float32 on the processor, 4 problems a step, 4 rollouts each."""
     model, actor, engine = "actor_rollout_ref.model", "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
@@ -119,6 +124,7 @@ def overrides(task: Path, rollout: str = "transformers", n_ranks: int = 1) -> li
         "trainer.logger=[console]",
         "trainer.val_before_train=False",
         "trainer.test_freq=-1",
+        "transfer_queue.backend.SimpleStorage.num_data_storage_units=1",
         "ray_kwargs.ray_init.num_cpus=16",
         f"+ray_kwargs.ray_init.num_gpus={n_ranks}",
         "+ray_kwargs.ray_init.include_dashboard=False",

@@ -1,0 +1,171 @@
+"""verl trains with rounds of selection on the processor, is killed, goes on, and ends where it would have ended.
+
+Each run starts Ray and imports verl in a dozen processes: most of its minute.
+"""
+
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+
+import gradstore
+
+pytestmark = [pytest.mark.verl, pytest.mark.timeout(900)]
+
+LIMIT = 420
+"""Seconds after which a run counts as hung and is ended."""
+ROUND_SETTINGS = [
+    "gradstore.candidates=8",
+    "gradstore.selected=4",
+    "gradstore.steps=2",
+    "gradstore.rounds=3",
+    "gradstore.target_rollouts=4",
+    "gradstore.spec.rank=4",
+    "gradstore.spec.dim=256",
+    "trainer.save_freq=3",
+]
+
+
+@dataclass
+class Run:
+    """A run of the command, and the folder it works in."""
+
+    folder: Path
+    process: subprocess.Popen[bytes]
+    ray: Path
+
+    @property
+    def log(self) -> str:
+        return (self.folder / "log").read_text(errors="replace")
+
+    @property
+    def rounds(self) -> list[gradstore.Round]:
+        store = self.folder / "store"
+        return gradstore.open(store).rounds("pool") if (store / "zarr.json").exists() else []
+
+    def wait(self) -> None:
+        """Until it ends by itself; fails with the end of its log where it does not, or not well."""
+        try:
+            status = self.process.wait(LIMIT)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            pytest.fail(f"the run did not end within {LIMIT} s:\n{self.log[-4000:]}")
+        assert status == 0, self.log[-6000:]
+
+    def kill(self) -> None:
+        """kill -9 of the process and of all it started, and of nothing else."""
+        try:
+            own = psutil.Process(self.process.pid)
+            started = [own, *own.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            return
+        for process in started:
+            try:
+                process.send_signal(signal.SIGKILL)
+            except psutil.NoSuchProcess:
+                continue
+        self.process.wait()
+
+
+@pytest.fixture
+def start(task: Path, verl_environment: dict[str, str], verl_overrides: list[str], tmp_path: Path) -> Iterator:
+    """Starts a run in a folder below tmp_path; what is left of it at the end is ended."""
+    runs: list[Run] = []
+
+    def begin(name: str, *more: str) -> Run:
+        folder = tmp_path / name
+        folder.mkdir(exist_ok=True)
+        # Ray's sockets need a short path.
+        ray = Path(tempfile.mkdtemp(prefix="ray", dir="/tmp"))
+        settings = [
+            *verl_overrides,
+            *ROUND_SETTINGS,
+            f"gradstore.store={folder}/store",
+            f"trainer.default_local_dir={folder}/checkpoints",
+            f"+ray_kwargs.ray_init._temp_dir={ray}",
+            *more,
+        ]
+        command = [sys.executable, "-c", "import sys; from trainer.verl import main; main(sys.argv[1:])", *settings]
+        with open(folder / "log", "ab") as log:
+            process = subprocess.Popen(command, env=verl_environment, stdout=log, stderr=log, cwd=folder)
+        runs.append(Run(folder, process, ray))
+        return runs[-1]
+
+    yield begin
+    for run in runs:
+        run.kill()
+        shutil.rmtree(run.ray, ignore_errors=True)
+
+
+def test_killed_and_resumed(start) -> None:
+    """A cluster job is killed at any moment. What it picks after that, and what it trains on, must not depend on it:
+    here it dies in a step after its third round, its checkpoint is of the middle of its second, and the store knows
+    more than the checkpoint."""
+    undisturbed = start("undisturbed")
+    undisturbed.wait()
+    expected = undisturbed.rounds
+    assert [found.about["step"] for found in expected] == [0, 2, 4]
+    assert len({tuple(sorted(found.picks)) for found in expected}) > 1, "the target moves, and the picks with it"
+    for found in expected:
+        assert found.about["n_rolled_out"] == 8
+    differences = [float(text) for text in re.findall(r"training/rollout_probs_diff_max:([0-9.e+-]+)", undisturbed.log)]
+    assert len(differences) == 6
+    assert max(differences) < 1e-6, "the rollouts are made by the weights that train"
+
+    killed = start("killed")
+    deadline = time.monotonic() + LIMIT
+    while len(killed.rounds) < 3:
+        assert killed.process.poll() is None, killed.log[-6000:]
+        assert time.monotonic() < deadline, killed.log[-4000:]
+        time.sleep(0.2)
+    killed.kill()
+    assert checkpoints(killed.folder) == [3], "killed before its last checkpoint"
+    position = sampler_state(killed.folder, 3)
+    assert (len(position["order"]), position["drawn"]) == (8, 4), "in the middle of the second round"
+
+    resumed = start("killed")
+    resumed.wait()
+    assert "Resuming from" in resumed.log
+    assert [found.picks for found in resumed.rounds] == [found.picks for found in expected]
+    for found, other in zip(resumed.rounds, expected, strict=True):
+        np.testing.assert_allclose(found.table["score"].to_numpy(), other.table["score"].to_numpy(), rtol=1e-5)
+    assert checkpoints(resumed.folder) == checkpoints(undisturbed.folder) == [3, 6]
+    for step in (3, 6):
+        assert sampler_state(resumed.folder, step) == sampler_state(undisturbed.folder, step)
+    for folder in (undisturbed.folder, resumed.folder):
+        observed = gradstore.open(folder / "store").history("pool")
+        assert set(observed["step"].to_pylist()) == {0, 1, 2, 3, 4, 5}, "every step's rollouts are kept"
+
+
+def checkpoints(folder: Path) -> list[int]:
+    """Steps of verl's checkpoints."""
+    return sorted(
+        int(path.name.removeprefix("global_step_")) for path in (folder / "checkpoints").glob("global_step_*")
+    )
+
+
+def sampler_state(folder: Path, step: int) -> dict:
+    """The sampler's part of verl's checkpoint of the data loader."""
+    state = torch.load(folder / f"checkpoints/global_step_{step}/data.pt", weights_only=False)
+    found = [part for part in walk(state) if {"order", "drawn"} <= part.keys()]
+    assert found, "the checkpoint has the sampler's state"
+    return found[0]
+
+
+def walk(tree: object) -> Iterator[dict]:
+    """Every dict in nested dicts."""
+    if isinstance(tree, dict):
+        yield tree
+        for value in tree.values():
+            yield from walk(value)
