@@ -1,7 +1,7 @@
 """What a set of problems is made of: the share of each source and tag, and of difficulty bands, round by round."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -14,6 +14,8 @@ from gradstore.errors import RequestError
 BANDS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 """Edges of the difficulty bands, in pass rates; 0 and 1 exactly are bands of their own."""
 UNKNOWN = "unknown"
+Groups = Callable[[Sequence[str], np.ndarray], list[list[str]]]
+"""(ids, pass rates) -> for each problem the groups it counts under."""
 
 
 def source_shares(problems: pa.Table) -> dict[str, float]:
@@ -38,28 +40,22 @@ def picks_over_time(
     Every group has a row in every round. RequestError for another `by`, or `cluster` without clusters.
     """
     groups_of = _grouping(store, pool, by, clusters)
-    rows = []
+    rows: list[tuple[int, str, int, int]] = []
+    steps, totals = {}, {}
     for one in store.rounds(pool):
         table = one.table
-        ids, rates = table["id"].to_pylist(), table["pass_rate"].to_numpy()
+        groups = groups_of(table["id"].to_pylist(), table["pass_rate"].to_numpy())
         picked = table["picked"].to_numpy() >= 0
-        groups = groups_of(ids, rates)
         among = Counter(group for each in groups for group in each)
         of_picks = Counter(group for each, chosen in zip(groups, picked, strict=True) if chosen for group in each)
-        for group in among:
-            rows.append((one.number, int(one.about["step"]), group, of_picks[group], among[group]))
-        totals = (int(picked.sum()), len(ids))
-        rows.append((one.number, int(one.about["step"]), None, *totals))
-    counts = pd.DataFrame(rows, columns=["round", "step", "group", "n", "n_candidates"])
-    totals = counts[counts["group"].isna()].set_index("round")
-    counts = counts[counts["group"].notna()]
-    every = pd.MultiIndex.from_product([totals.index, sorted(set(counts["group"]))], names=["round", "group"])
-    whole = counts.set_index(["round", "group"]).reindex(every).reset_index()
-    whole["step"] = whole["round"].map(totals["step"])
-    for name in ("n", "n_candidates"):
-        whole[name] = whole[name].fillna(0).astype(np.int64)
-    whole["share"] = whole["n"] / whole["round"].map(totals["n"]).clip(lower=1)
-    whole["candidate_share"] = whole["n_candidates"] / whole["round"].map(totals["n_candidates"]).clip(lower=1)
+        rows += [(one.number, group, of_picks[group], among[group]) for group in among]
+        steps[one.number], totals[one.number] = int(one.about["step"]), (int(picked.sum()), len(table))
+    counts = pd.DataFrame(rows, columns=["round", "group", "n", "n_candidates"])
+    every = pd.MultiIndex.from_product([list(totals), sorted(set(counts["group"]))], names=["round", "group"])
+    whole = counts.set_index(["round", "group"]).reindex(every, fill_value=0).reset_index()
+    whole["step"] = whole["round"].map(steps)
+    whole["share"] = whole["n"] / whole["round"].map(lambda number: max(1, totals[number][0]))
+    whole["candidate_share"] = whole["n_candidates"] / whole["round"].map(lambda number: max(1, totals[number][1]))
     whole["lift"] = whole["share"] / whole["candidate_share"].where(whole["candidate_share"] > 0)
     columns = ["round", "step", "group", "n", "share", "n_candidates", "candidate_share", "lift"]
     return whole[columns].sort_values(["round", "group"], ignore_index=True)
@@ -79,7 +75,7 @@ def difficulty(pass_rates: Iterable[float]) -> list[str]:
     return found
 
 
-def _grouping(store: Store, pool: str, by: str, clusters: Mapping[str, int] | pd.DataFrame | None):  # type: ignore[no-untyped-def]
+def _grouping(store: Store, pool: str, by: str, clusters: Mapping[str, int] | pd.DataFrame | None) -> Groups:
     """(ids, pass rates) -> for each problem the groups it counts under."""
     problems = store.problems(pool)
     if by == "source":

@@ -11,8 +11,9 @@ import numpy as np
 import pandas as pd
 
 from analysis.agreement import spearman
-from analysis.trajectory import needed_target, target_at
+from analysis.trajectory import target_at
 from engine.searching.query import Metric, eligible_positions, query_vectors, score_rows
+from engine.searching.targets import target
 from gradstore import Store
 from gradstore.errors import RequestError
 
@@ -73,7 +74,7 @@ def contested(
     fewer do both. RequestError where a benchmark has no live problem.
     """
     for name in (helped, harmed):
-        needed_target(store, name, at)
+        target(store, name, at)  # says which has none
     view = store.view(pool, at)
     positions = eligible_positions(view, None)
     scores, _ = _scores(store, [helped, harmed], pool, at, metric)

@@ -8,8 +8,8 @@ import pandas as pd
 from analysis.trajectory import steps_of, target_at
 from engine.searching.query import Metric, query_vectors, score_rows
 from engine.searching.targets import Target
+from engine.selecting.mixture import parts_of
 from engine.selecting.selection import select
-from engine.selecting.selectors import SELECTORS
 from gradstore import Store, View
 from gradstore.errors import RequestError
 from gradstore.rounds import Round
@@ -48,8 +48,7 @@ def counterfactual(
     RequestError for an unknown selector, or where n is neither given nor recorded.
     """
     for name in selectors:
-        if ":" not in name:
-            SELECTORS[name]
+        parts_of(name)  # refuses an unknown one
     if among not in ("candidates", "pool"):
         raise RequestError(f"among is {among!r}, expected 'candidates' or 'pool'")
     recorded = {int(one.about["step"]): one for one in store.rounds(pool)}
@@ -62,12 +61,6 @@ def counterfactual(
         if wanted is not None and len(view):
             rows += _at_step(store, view, step, wanted, n, selectors, recorded.get(step), metric, among, seed, later)
     return pd.DataFrame(rows, columns=COLUMNS)
-
-
-def picks(store: Store, pool: str, benchmark: str, selector: str, n: int, step: int, *, seed: int = 0) -> list[str]:
-    """Ids that a selector would have picked from the whole pool at a step, best first; fewer where fewer can be."""
-    wanted = target_at(store, benchmark, step)
-    return select(store, pool, wanted, n, selector, step, seed=seed, allow_fewer=True).ids
 
 
 def _at_step(

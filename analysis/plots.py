@@ -10,9 +10,6 @@ import pandas as pd
 
 from gradstore.errors import RequestError
 
-MOST_LINES = 12
-"""Lines a figure shows before it shows quantiles instead."""
-
 
 def alignment(frame: pd.DataFrame, ids: list[str] | None = None) -> Any:
     """The frame of `alignment.alignment`: lines of some problems, or the pool's median and 5th to 95th percentile."""

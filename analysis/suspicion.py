@@ -21,8 +21,8 @@ import pandas as pd
 from scipy.stats import rankdata  # type: ignore[import-untyped]
 
 from analysis.noise import half_dots
-from analysis.trajectory import needed_target
 from engine.searching.query import eligible_positions, query_vectors, score_rows
+from engine.searching.targets import target
 from gradstore import Store, View
 from gradstore.errors import RequestError
 
@@ -74,7 +74,7 @@ def suspicious(
         }
     )
     if benchmark is not None:
-        query_D = query_vectors(view, [needed_target(store, benchmark, at)], "cosine")[0]
+        query_D = query_vectors(view, [target(store, benchmark, at)], "cosine")[0]
         frame["score"] = score_rows(view, query_D, "cosine", live)[live].astype(np.float64)
         probed = half_dots(store, pool, benchmark, at).set_index("id").reindex(ids)
         error = probed["standard_error"].to_numpy(float)

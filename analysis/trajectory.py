@@ -13,7 +13,7 @@ import numpy as np
 
 from engine.searching.query import Metric, eligible_positions, query_vectors, score_rows
 from engine.searching.targets import Target, target
-from gradstore import State, Store
+from gradstore import Store
 from gradstore.errors import RequestError
 
 UNMEASURED = 255
@@ -98,13 +98,3 @@ def target_at(store: Store, benchmark: str, step: int | None) -> Target | None:
     RequestError for a benchmark that is not in the store.
     """
     return target(store, benchmark, step) if store.view(benchmark, step).live.any() else None
-
-
-def needed_target(store: Store, benchmark: str, at: int | None) -> Target:
-    """The benchmark's target; RequestError where it has none."""
-    return target(store, benchmark, at)
-
-
-def state_name(state: int) -> str:
-    """`live`, `no_signal`, `failed` or `unmeasured`."""
-    return STATE_NAMES[3] if state == UNMEASURED else State(state).name.lower()
