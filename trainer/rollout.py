@@ -10,7 +10,7 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,26 +163,35 @@ def _scored(
     ]
 
 
+def checked_prompts(
+    problems: Sequence[Mapping[str, Any]], tokenizer: Any, context: int | None, max_new_tokens: int
+) -> list[list[int]]:
+    """The problems' prompts as token ids; RequestError for one that is empty or leaves no room in the context."""
+    prompts = []
+    for problem in problems:
+        name = f"problem {problem['id']!r}"
+        ids = prompt_ids(tokenizer, problem["prompt"], name).tolist()
+        if not ids:
+            raise RequestError(f"{name}: the prompt has no tokens")
+        if context is not None and len(ids) + max_new_tokens > context:
+            raise RequestError(
+                f"{name}: a prompt of {len(ids)} tokens and {max_new_tokens} new tokens do not fit in the model's "
+                f"context of {context}; leave the problem out, or lower max_new_tokens"
+            )
+        prompts.append(ids)
+    return prompts
+
+
 def _prompts(problems: Sequence[dict[str, Any]], backend: Backend, max_new_tokens: int) -> list[list[int]]:
     """The problems' prompts as token ids, all checked before the first is used."""
     if not problems:
         raise RequestError("no problems to roll out, expected at least one")
-    prompts, seen = [], set()
+    seen = set()
     for problem in problems:
-        name = f"problem {problem['id']!r}"
         if problem["id"] in seen:
-            raise RequestError(f"{name} is listed twice; each problem needs an id of its own")
+            raise RequestError(f"problem {problem['id']!r} is listed twice; each problem needs an id of its own")
         seen.add(problem["id"])
-        ids = prompt_ids(backend.tokenizer, problem["prompt"], name).tolist()
-        if not ids:
-            raise RequestError(f"{name}: the prompt has no tokens")
-        if backend.context is not None and len(ids) + max_new_tokens > backend.context:
-            raise RequestError(
-                f"{name}: a prompt of {len(ids)} tokens and {max_new_tokens} new tokens do not fit in the model's "
-                f"context of {backend.context}; leave the problem out, or lower max_new_tokens"
-            )
-        prompts.append(ids)
-    return prompts
+    return checked_prompts(problems, backend.tokenizer, backend.context, max_new_tokens)
 
 
 def _check_settings(*, n: int, max_new_tokens: int, temperature: float, top_p: float, chunk: int) -> None:

@@ -155,9 +155,9 @@ def pool(seed: int = 0, size: int = POOL_SIZE) -> list[dict[str, Any]]:
         wrong, coins = round(count * SHARES[WRONG_TRUTH]), round(count * SHARES[COIN_FLIP])
         kinds = [WRONG_TRUTH] * wrong + [COIN_FLIP] * coins + [CLEAN] * (count - wrong - coins)
         Random(f"kinds {name} {seed}").shuffle(kinds)
-        drawn = _distinct(name, f"pool {seed}", count, kept=False)
+        drawn = distinct(name, f"pool {seed}", count, kept=False)
         records += [
-            _record(f"{name}-{i:04d}", entry, kind, seed)
+            record(f"{name}-{i:04d}", entry, kind, seed)
             for i, (entry, kind) in enumerate(zip(drawn, kinds, strict=True))
         ]
     Random(f"order {seed}").shuffle(records)
@@ -166,8 +166,8 @@ def pool(seed: int = 0, size: int = POOL_SIZE) -> list[dict[str, Any]]:
 
 def benchmark(seed: int = 0, size: int = BENCHMARK_SIZE) -> list[dict[str, Any]]:
     """The held-out benchmark: clean problems of the target family, canonical records, all held out."""
-    drawn = _distinct(TARGET_FAMILY, f"benchmark {seed}", size, kept=True)
-    return [_record(f"benchmark-{i:04d}", entry, CLEAN, seed) for i, entry in enumerate(drawn)]
+    drawn = distinct(TARGET_FAMILY, f"benchmark {seed}", size, kept=True)
+    return [record(f"benchmark-{i:04d}", entry, CLEAN, seed) for i, entry in enumerate(drawn)]
 
 
 def reward(record: Mapping[str, Any], response_text: str, rollout_index: int) -> float:
@@ -196,7 +196,7 @@ def _verifier(dataset: str) -> Callable[[str, dict[str, Any]], float]:
     return reasoning_gym.get_score_answer_fn(dataset)
 
 
-def _distinct(family: str, draw: str, count: int, *, kept: bool) -> list[dict[str, Any]]:
+def distinct(family: str, draw: str, count: int, *, kept: bool) -> list[dict[str, Any]]:
     """The first `count` entries with questions that are different and held out, or not."""
     found: dict[str, dict[str, Any]] = {}
     for entry in islice(entries(family, draw), 100 * count + 1000):
@@ -207,7 +207,8 @@ def _distinct(family: str, draw: str, count: int, *, kept: bool) -> list[dict[st
     raise RequestError(f"{family} has fewer than {count} different questions: ask for a smaller pool or benchmark")
 
 
-def _record(problem_id: str, entry: dict[str, Any], kind: str, seed: int) -> dict[str, Any]:
+def record(problem_id: str, entry: dict[str, Any], kind: str, seed: int) -> dict[str, Any]:
+    """The canonical problem record of a reasoning-gym entry, with the defect that `kind` names; seed: of its coin."""
     family = entry["metadata"]["source_dataset"]
     slip = FAMILIES[family].slip(entry["answer"])
     # Through JSON, so that a record is the same before and after a store or a file held it (tuples become lists).

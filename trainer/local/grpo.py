@@ -84,11 +84,9 @@ class Learner:
         The rollouts are of the policy as it is. Nothing moves on a minibatch without any signal. RequestError for a
         group that the model cannot run, or when the gradient is not finite: the weights are then as before it.
         """
-        parts = [np.arange(len(groups))]
-        if self.settings.minibatches > 1:
-            dealt = np.random.default_rng(seed).permutation(len(groups))
-            parts = np.array_split(dealt, min(self.settings.minibatches, len(groups)))
-        norms = [self._update([groups[i] for i in part]) for part in parts]
+        dealt = np.random.default_rng(seed).permutation(len(groups))
+        parts = np.array_split(dealt, min(self.settings.minibatches, len(groups)))
+        norms = [self._update([groups[i] for i in part.tolist()]) for part in parts]
         lengths = [len(response) for group in groups for response in group.responses]
         return {
             "reward": float(np.mean([group.rewards.mean() for group in groups])),

@@ -1,0 +1,266 @@
+"""The embedded trainer: its update is the engine's objective, its policy keeps the protocol, a killed run resumes."""
+
+import copy
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from engine import SketchSpec, objective, validation_gradient
+from engine.gradients.objectives import rollout_weights
+from engine.rollouts.group import Group
+from gradstore import RequestError, State
+from trainer.local.checkpoint import load_checkpoint, save_checkpoint
+from trainer.local.grpo import Learner, UpdateSettings
+from trainer.local.policy import LocalPolicy, Sampling
+from trainer.rewards import Reward
+
+VOWELS = Reward("vowels", lambda record, response, rollout_index: float(sum(c in "aeiou" for c in response) > 1))
+PROBLEMS = [{"id": f"p{j}", "prompt": f"{j} plus {j + 1} =" * (1 + j % 2)} for j in range(6)]
+
+
+@pytest.fixture
+def model(tiny_model: Any) -> Any:
+    return copy.deepcopy(tiny_model)
+
+
+@pytest.fixture
+def policy(model: Any, tiny_tokenizer: Any) -> LocalPolicy:
+    return LocalPolicy(model, tiny_tokenizer, VOWELS, Sampling(max_new_tokens=24))
+
+
+@pytest.fixture
+def groups(policy: LocalPolicy) -> list[Group]:
+    return policy.roll_out(PROBLEMS, 8, seed=3)
+
+
+def _objective_of(model: Any, group: Group, settings: Any) -> torch.Tensor:
+    """sum_j w_j sum_t log pi(y_jt), one plain forward a response."""
+    lengths = np.array([len(response) for response in group.responses])
+    total = torch.zeros(())
+    for response, weight in zip(group.responses, rollout_weights(group.rewards, lengths, settings), strict=True):
+        ids = torch.from_numpy(np.concatenate([group.prompt_ids, response]))
+        logprobs = model(ids[None], use_cache=False).logits[0].log_softmax(-1)[len(group.prompt_ids) - 1 : -1]
+        total = total + weight * logprobs.gather(1, torch.from_numpy(response)[:, None]).sum()
+    return total
+
+
+def _flat(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+    return torch.cat([tensor.flatten() for tensor in tensors.values()])
+
+
+@pytest.mark.parametrize("preset", ["grpo", "gradalign", "dr_grpo"])
+def test_a_step_follows_the_mean_of_the_engines_gradients(model: Any, groups: list[Group], preset: str) -> None:
+    """Alignment predicts what training does only if both see one gradient: SGD moves the weights along it exactly."""
+    rule = objective(preset)
+    expected = copy.deepcopy(model)
+    objectives = [_objective_of(expected, group, rule) for group in groups]
+    (torch.stack(objectives).mean()).backward()
+    slow = {name: weight.grad for name, weight in expected.named_parameters() if weight.grad is not None}
+    direction = validation_gradient(model, groups, rule)
+    torch.testing.assert_close(_flat({n: direction.tensors[n] for n in slow}), _flat(slow), atol=1e-6, rtol=1e-3)
+
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    learner = Learner(model, UpdateSettings(lr=0.5, objective=rule, clip_grad=None))
+    learner.optimizer = torch.optim.SGD(learner.parameters.values(), lr=0.5)
+    metrics = learner.step(groups)
+    moved = {name: (weight.detach() - before[name]) / 0.5 for name, weight in model.named_parameters() if name in slow}
+    torch.testing.assert_close(_flat(moved), _flat(slow), atol=1e-5, rtol=1e-3)
+    assert metrics["grad_norm"] == pytest.approx(float(_flat(slow).norm()), rel=1e-3)
+
+
+def test_clipping_scales_the_gradient_and_keeps_its_direction(model: Any, groups: list[Group]) -> None:
+    """Unclipped, one lucky batch can throw the policy away."""
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    learner = Learner(model, UpdateSettings(clip_grad=1e-3))
+    learner.optimizer = torch.optim.SGD(learner.parameters.values(), lr=1e-6)  # the settings' own learning rate
+    learner.step(groups)
+    moved = _flat({name: weight.detach() - before[name] for name, weight in model.named_parameters()})
+    assert float(moved.norm()) < 2e-9
+    direction = validation_gradient(model, groups, objective("grpo"))
+    assert direction.norm > 1e-3
+
+
+def test_training_raises_the_reward(policy: LocalPolicy) -> None:
+    """The sign: descent on the objective would also run without an error."""
+    learner = Learner(policy.model, UpdateSettings(lr=3e-3))
+    first = np.mean([g.rewards.mean() for g in policy.roll_out(PROBLEMS, 32, seed=99)])
+    for step in range(12):
+        learner.step(policy.roll_out(PROBLEMS, 16, seed=step))
+    last = np.mean([g.rewards.mean() for g in policy.roll_out(PROBLEMS, 32, seed=99)])
+    assert last > first + 0.2
+
+
+def test_later_minibatches_follow_the_clipped_surrogate(model: Any, groups: list[Group]) -> None:
+    """They are off-policy: without ratio and clipping they would push again what was pushed enough (PPO, eq. 7)."""
+    random, rate, settings = np.random.default_rng(0), 0.5, UpdateSettings(minibatches=2, clip_low=0.01, clip_high=0.02)
+    paid = [Group(g.problem_id, g.prompt_ids, g.responses, random.random(len(g.responses)), g.logprobs) for g in groups]
+    slow, n_clipped = copy.deepcopy(model), 0
+    for part in np.array_split(np.random.default_rng(7).permutation(len(paid)), 2):
+        slow.zero_grad()
+        for group in (paid[i] for i in part):
+            lengths = np.array([len(response) for response in group.responses])
+            weights = rollout_weights(group.rewards, lengths, settings.objective)
+            assert group.logprobs is not None
+            for response, weight, old in zip(group.responses, weights, group.logprobs, strict=True):
+                ids = torch.from_numpy(np.concatenate([group.prompt_ids, response]))
+                logprobs = slow(ids[None], use_cache=False).logits[0].log_softmax(-1)[len(group.prompt_ids) - 1 : -1]
+                ratio = (logprobs.gather(1, torch.from_numpy(response)[:, None])[:, 0] - torch.from_numpy(old)).exp()
+                surrogate = torch.minimum(ratio * weight, ratio.clamp(1 - 0.01, 1 + 0.02) * weight)
+                n_clipped += int((surrogate != ratio * weight).sum())
+                (-surrogate.sum() / len(part)).backward()
+        with torch.no_grad():
+            for weight in slow.parameters():
+                weight -= rate * weight.grad
+    learner = Learner(model, replace(settings, lr=rate, clip_grad=None))
+    learner.optimizer = torch.optim.SGD(learner.parameters.values(), lr=rate)
+    learner.step(paid, seed=7)
+    assert learner.updates == 2
+    assert n_clipped > 100
+    torch.testing.assert_close(
+        _flat(dict(model.named_parameters())), _flat(dict(slow.named_parameters())), atol=2e-5, rtol=1e-3
+    )
+    bare = [Group(g.problem_id, g.prompt_ids, g.responses, g.rewards) for g in paid]
+    with pytest.raises(RequestError, match="log-probabilities"):
+        learner.step(bare)
+
+
+def test_only_adapters_train_with_lora(tiny_model: Any, groups: list[Group]) -> None:
+    """A base that moved under its adapter would be lost when the adapter alone is saved."""
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(
+        copy.deepcopy(tiny_model), peft.LoraConfig(r=4, target_modules="all-linear", lora_alpha=8)
+    )
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    learner = Learner(model, UpdateSettings(lr=1e-2))
+    learner.step(groups)
+    changed = {name for name, weight in model.named_parameters() if not torch.equal(weight, before[name])}
+    assert changed
+    assert all("lora_" in name for name in changed)
+
+
+def test_no_signal_moves_nothing(model: Any, groups: list[Group]) -> None:
+    """Adam's momentum would go on by itself; equal rewards say nothing."""
+    flat = [Group(g.problem_id, g.prompt_ids, g.responses, np.ones(len(g.responses)), g.logprobs) for g in groups]
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    assert Learner(model, UpdateSettings(lr=1.0)).step(flat)["grad_norm"] == 0
+    assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())
+
+
+def test_the_policy_keeps_the_protocol(policy: LocalPolicy) -> None:
+    """What rounds rely on: order, ids, the same answer again, sketches of a store's own basis, probes along a target."""
+    groups = policy.roll_out(PROBLEMS, 8, seed=3)
+    again = policy.roll_out(PROBLEMS, 8, seed=3)
+    assert [group.problem_id for group in groups] == [problem["id"] for problem in PROBLEMS]
+    for one, other in zip(groups, again, strict=True):
+        assert all(np.array_equal(a, b) for a, b in zip(one.responses, other.responses, strict=True))
+        assert np.array_equal(one.rewards, other.rewards)
+    with pytest.raises(RequestError, match="no sketcher yet"):
+        policy.sketch(groups)
+    files = policy.fit(SketchSpec(basis="fitted", rank=4, dim=64), groups)
+    sketches = policy.sketch(groups)
+    assert sketches.sketches.shape == (len(PROBLEMS), files.dim)
+    policy.use(files.fingerprint, files.attachments)
+    np.testing.assert_allclose(policy.sketch(groups).sketches, sketches.sketches, rtol=1e-4, atol=1e-7)
+    probes = policy.probe(groups, groups)
+    assert sketches.states == probes.states
+    live = [i for i, state in enumerate(probes.states) if state is State.LIVE]
+    exact = validation_gradient(policy.model, groups, policy.objective)
+    for i in live:
+        own = validation_gradient(policy.model, [groups[i]], policy.objective)
+        assert probes.dots[i] == pytest.approx(exact.dot(own.tensors), rel=0.02, abs=1e-4 * exact.norm * own.norm)
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path, model: Any) -> None:
+    """Copied in part, it would train a mixture."""
+    learner = Learner(model, UpdateSettings())
+    save_checkpoint(tmp_path / "c.pt", learner, {"step": 1})
+    assert load_checkpoint(tmp_path / "c.pt", learner) == {"step": 1}
+    model.model.layers[0].requires_grad_(False)
+    with pytest.raises(RequestError, match="other parameters than this run"):
+        load_checkpoint(tmp_path / "c.pt", Learner(model, UpdateSettings()))
+    (tmp_path / "c.pt").write_bytes(b"not one")
+    with pytest.raises(RequestError, match="not a checkpoint"):
+        load_checkpoint(tmp_path / "c.pt", learner)
+
+
+RUN = """
+import sys
+from pathlib import Path
+from engine.gradients.models import load_model, load_tokenizer
+from engine.sketches.sketcher import SketchSpec
+from trainer.demo import tasks
+from trainer.demo.run import MODEL
+from trainer.local.grpo import Learner, UpdateSettings
+from trainer.local.policy import LocalPolicy, Sampling
+from trainer.local.training import LoopSettings, Training
+from trainer.rewards import Reward
+from trainer.round.driver import Rounds
+from trainer.round.settings import RoundSettings
+
+folder = Path(sys.argv[1])
+pool = tasks.pool(0, 60)
+settings = RoundSettings(
+    candidates=40, selected=8, train_batch=8, steps=2, rounds=3, rollouts=8, target_rollouts=8, selector="lcb",
+    refresh=12, spec=SketchSpec(basis="fitted", rank=4, dim=64), fit_problems=20, window=20,
+)
+model = load_model(MODEL, device="cpu")
+policy = LocalPolicy(model, load_tokenizer(MODEL), Reward("demo", tasks.reward), Sampling(max_new_tokens=8))
+rounds = Rounds(folder / "store", pool, {"benchmark": tasks.benchmark(0, 12)}, settings)
+loop = LoopSettings(rounds=3, steps=2, train_batch=8, rollouts=8, save_every=1)
+training = Training(policy, Learner(model, UpdateSettings(lr=1e-3)), rounds, pool, loop, folder / "run", resume=True)
+training.run(lambda step: print(step, flush=True))
+print("done", flush=True)
+"""
+
+
+def _start(folder: Path) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-c", RUN, str(folder)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def test_a_killed_run_resumes_to_the_same_bits(tmp_path: Path) -> None:
+    """Killed with SIGKILL at several moments, a run ends with the weights and the picks of an undisturbed one."""
+    whole = _start(tmp_path / "whole")
+    output, _ = whole.communicate(timeout=200)
+    assert whole.returncode == 0
+    assert output.split() == ["1", "2", "3", "4", "5", "6", "done"]
+    for step, delay in ((1, 0.0), (4, 0.15), (5, 0.05)):
+        process = _start(tmp_path / "killed")
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.strip() == str(step):
+                time.sleep(delay)
+                break
+        process.send_signal(signal.SIGKILL)
+        process.wait(timeout=60)
+    last = _start(tmp_path / "killed")
+    last.communicate(timeout=200)
+    assert last.returncode == 0
+
+    one, other = (
+        torch.load(tmp_path / name / "run" / "checkpoint.pt", weights_only=True) for name in ("whole", "killed")
+    )
+    assert one["progress"] == other["progress"]
+    assert all(torch.equal(one["weights"][name], other["weights"][name]) for name in one["weights"])
+    moments = one["learner"]["optimizer"]["state"], other["learner"]["optimizer"]["state"]
+    assert all(torch.equal(moments[0][k]["exp_avg_sq"], moments[1][k]["exp_avg_sq"]) for k in moments[0])
+    rows = [
+        [json.loads(line) for line in (tmp_path / name / "run" / "metrics.jsonl").read_text().splitlines()]
+        for name in ("whole", "killed")
+    ]
+    plain = [[{k: v for k, v in row.items() if "seconds" not in k} for row in own] for own in rows]
+    assert [row for row in plain[0] if row["kind"] == "step"] == [row for row in plain[1] if row["kind"] == "step"]

@@ -1,0 +1,51 @@
+"""What a run measured, one JSON object a line, and the same in TensorBoard where that is installed."""
+
+import importlib.util
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gradstore.durable import replace_file, writing
+
+log = logging.getLogger(__name__)
+
+
+class Metrics:
+    """Appends to `metrics.jsonl` in a folder and to TensorBoard's event files in its `tensorboard`."""
+
+    def __init__(self, folder: Path, step: int = 0) -> None:
+        """step: the step a resumed run goes on from; rows of later steps, of an interrupted run, are dropped."""
+        self._path = folder / "metrics.jsonl"
+        if self._path.exists():
+            kept = [line for line in self._path.read_bytes().splitlines(keepends=True) if _step_of(line) <= step]
+            replace_file(self._path, b"".join(kept))
+        self._board: Any = None
+        if importlib.util.find_spec("tensorboard") is None:
+            log.info("TensorBoard is not installed: metrics go to %s alone", self._path)
+        else:
+            from torch.utils.tensorboard.writer import SummaryWriter
+
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+    def add(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        """A row: `kind` says of what, `step` the training steps done."""
+        with writing(self._path), self._path.open("a") as file:
+            file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        if self._board is not None:
+            for name, value in values.items():
+                if isinstance(value, int | float):
+                    self._board.add_scalar(f"{kind}/{name}", value, step)
+            self._board.flush()
+
+    def close(self) -> None:
+        if self._board is not None:
+            self._board.close()
+
+
+def _step_of(line: bytes) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")  # torn by a kill

@@ -1,0 +1,122 @@
+"""The policy of the embedded trainer as a selection round sees it: one model in memory, asked to roll out and measure.
+
+Every call is a function of the weights as they are and its arguments; nothing is drawn from a global generator, so a
+resumed run needs no random state.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from engine.gradients.directions import validation_gradient
+from engine.gradients.objectives import Objective
+from engine.probing.batch import ProbeBatch
+from engine.probing.probe import Probe
+from engine.rollouts.group import Group
+from engine.sketches.bases import SketcherFiles, files_of, sketcher_from
+from engine.sketches.fitting import fit_projection
+from engine.sketches.sketcher import SketchBatch, Sketcher, SketchSpec
+from gradstore.errors import RequestError
+from trainer.backends.hugging_face import TransformersBackend
+from trainer.rewards import Reward
+from trainer.rollout import checked_prompts
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How responses are sampled."""
+
+    max_new_tokens: int = 1024
+    temperature: float = 1.0
+    top_p: float = 1.0
+    batch_tokens: int = 32_768
+    """Tokens, prompts and responses together, that are sampled at once."""
+
+
+class LocalPolicy:
+    """A transformers model, its tokenizer and a reward; implements `trainer.round.policy.Policy`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        reward: Reward,
+        sampling: Sampling | None = None,
+        *,
+        token_budget: int = 16_384,
+    ) -> None:
+        """token_budget: tokens of a micro-batch when gradients are measured, with padding."""
+        self.model, self.tokenizer, self.reward = model, tokenizer, reward
+        self.sampling, self.token_budget = sampling or Sampling(), token_budget
+        self.backend = TransformersBackend(model, tokenizer, batch_tokens=self.sampling.batch_tokens)
+        self.step = 0
+        """Training steps done; whoever trains the model counts."""
+        self._sketcher: Sketcher | None = None
+        self._probe: tuple[int, list[Group], Probe] | None = None
+
+    def roll_out(self, problems: Sequence[Mapping[str, Any]], n: int, *, seed: int) -> list[Group]:
+        sampling = self.sampling
+        prompts = checked_prompts(problems, self.tokenizer, self.backend.context, sampling.max_new_tokens)
+        found = self.backend.generate(
+            prompts,
+            n,
+            max_new_tokens=sampling.max_new_tokens,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            seed=seed,
+        )
+        ids = [response.token_ids for responses in found for response in responses]
+        texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        rewards = self.reward.many([(problems[k // n], text, k % n) for k, text in enumerate(texts)])
+        return [
+            Group(
+                problem["id"],
+                np.array(prompts[i], np.int64),
+                [response.token_ids for response in found[i]],
+                np.array(rewards[i * n : (i + 1) * n]),
+                [response.logprobs for response in found[i]],
+            )
+            for i, problem in enumerate(problems)
+        ]
+
+    def fit(self, spec: SketchSpec, groups: Sequence[Group]) -> SketcherFiles:
+        spec = replace(spec, token_budget=self.token_budget)
+        projection = fit_projection(self.model, groups, spec) if spec.basis == "fitted" else None
+        self._sketcher = Sketcher(self.model, spec, projection)
+        return files_of(self._sketcher)
+
+    def use(self, fingerprint: dict, attachments: Mapping[str, bytes]) -> None:
+        spec = replace(SketchSpec.of(fingerprint), token_budget=self.token_budget)
+        self._sketcher = sketcher_from(self.model, fingerprint, attachments, spec)
+
+    def sketch(self, groups: Sequence[Group]) -> SketchBatch:
+        return self._made().sketch(groups)
+
+    def probe(self, groups: Sequence[Group], validation: Sequence[Group]) -> ProbeBatch:
+        """Groups are rollouts of the policy as it is, so their log-probabilities are known and one forward serves.
+
+        The direction and its calibration are kept as long as the validation groups and the step stay the same.
+        """
+        known = self._probe
+        same = known is not None and known[0] == self.step and len(known[1]) == len(validation)
+        if known is None or not same or any(a is not b for a, b in zip(known[1], validation, strict=True)):
+            settings = self.objective
+            direction = validation_gradient(self.model, validation, settings, token_budget=self.token_budget)
+            probe = Probe(self.model, direction, settings, token_budget=self.token_budget)
+            known = self._probe = (self.step, list(validation), probe)
+        at_one = self.objective.temperature == 1.0
+        base = [group.logprobs for group in groups if group.logprobs is not None]
+        return known[2].probe(groups, base if at_one and len(base) == len(groups) else None)
+
+    @property
+    def objective(self) -> Objective:
+        """The sketcher's, under which probes measure too."""
+        return self._made().spec.objective
+
+    def _made(self) -> Sketcher:
+        if self._sketcher is None:
+            raise RequestError("the policy has no sketcher yet: call `fit`, or `use` with a store's, first")
+        return self._sketcher

@@ -1,0 +1,181 @@
+"""The loop: each round picks problems, then GRPO steps on them; checkpoints on the way, so that a kill costs little.
+
+A run is a function of its settings: every draw is seeded by the run's seed and the number of the step or round, so a
+run that was killed and resumed ends with the weights of an undisturbed one, bit for bit (on the same machine).
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from engine.rollouts.group import Group
+from gradstore.durable import writing
+from gradstore.errors import RequestError
+from trainer.backends import derived_seed
+from trainer.local.checkpoint import load_checkpoint, save_checkpoint
+from trainer.local.grpo import Learner
+from trainer.local.metrics import Metrics
+from trainer.local.policy import LocalPolicy
+from trainer.round.measuring import joined
+
+ORDER, ROLLOUTS, MINIBATCHES = range(3)
+"""What a seed is drawn for."""
+
+
+class Picks(Protocol):
+    """What a round chose; `engine.Selection` is one."""
+
+    @property
+    def ids(self) -> list[str]: ...
+
+    @property
+    def rollouts(self) -> np.ndarray: ...
+
+
+class Chooser(Protocol):
+    """Picks the problems of each round; `trainer.round.driver.Rounds` is one."""
+
+    def next(self, policy: Any) -> Picks: ...
+
+    def observe(self, policy: Any, groups: Sequence[Group]) -> Any: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class LoopSettings:
+    """How long, and how much of each problem."""
+
+    rounds: int
+    steps: int
+    """Training steps of a round."""
+    train_batch: int
+    """Problems of a step; train_batch x steps is a multiple of what a round picks."""
+    rollouts: int = 16
+    """Responses to each problem of a step, where the selection does not say."""
+    seed: int = 0
+    save_every: int = 0
+    """Steps between checkpoints; 0: at the end of each round."""
+    observe: bool = True
+    """Keep sketches of the training rollouts in the store; a budgeted refresh learns from them."""
+
+
+class Training:
+    """One run in its folder: `checkpoint.pt`, `metrics.jsonl`, `tensorboard/`."""
+
+    def __init__(
+        self,
+        policy: LocalPolicy,
+        learner: Learner,
+        chooser: Chooser,
+        records: Sequence[Mapping[str, Any]],
+        settings: LoopSettings,
+        folder: Path,
+        *,
+        resume: bool = False,
+    ) -> None:
+        """RequestError when the folder holds a run and `resume` is not asked for."""
+        self.policy, self.learner, self.chooser, self.settings = policy, learner, chooser, settings
+        self._records = {record["id"]: record for record in records}
+        self._path = folder / "checkpoint.pt"
+        self._round, self._done = 0, 0  # round under way, steps of it that are done
+        self._picks: list[tuple[str, int]] = []
+        self.seconds = 0.0
+        """Of training steps in this process: rollouts and updates, without selection."""
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        if self._path.exists() and not resume:
+            raise RequestError(f"{folder}: holds a run already; go on with it (--resume), or choose another folder")
+        if self._path.exists():
+            self._restore()
+        self.metrics = Metrics(folder, policy.step)
+
+    def run(self, after_step: Callable[[int], None] | None = None) -> None:
+        """Train until the last round; after_step is told the number of steps done."""
+        while self._round < self.settings.rounds:
+            if not self._done:
+                started = time.monotonic()
+                chosen = self.chooser.next(self.policy)
+                self._picks = list(zip(chosen.ids, chosen.rollouts.tolist(), strict=True))
+                about = {"round": self._round, "picked": len(self._picks), "seconds": time.monotonic() - started}
+                self.metrics.add("round", self.policy.step, about)
+            batches = self._batches()
+            for batch in batches[self._done :]:
+                self._step(batch)
+                every = self.settings.save_every
+                if self._done == len(batches):
+                    self._round, self._done = self._round + 1, 0
+                if self._done == 0 or (every and self.policy.step % every == 0):
+                    self._save()
+                if after_step:
+                    after_step(self.policy.step)
+        self.metrics.close()
+
+    def _step(self, batch: Sequence[tuple[str, int]]) -> None:
+        step, seed = self.policy.step, self.settings.seed
+        started = time.monotonic()
+        groups: list[Group] = []
+        for n in sorted({n for _, n in batch}):
+            records = [self._records[name] for name, own in batch if own == n]
+            rollout_seed = derived_seed(seed, ROLLOUTS, step, n)
+            groups += self.policy.roll_out(records, n or self.settings.rollouts, seed=rollout_seed)
+        sampled = time.monotonic()
+        if self.settings.observe:
+            self.chooser.observe(self.policy, _by_problem(groups))
+        observed = time.monotonic()
+        values = self.learner.step(groups, derived_seed(seed, MINIBATCHES, step))
+        self.policy.step += 1
+        self._done += 1
+        self.seconds += time.monotonic() - observed + sampled - started
+        seconds = {
+            "seconds_rollouts": sampled - started,
+            "seconds_observe": observed - sampled,
+            "seconds_update": time.monotonic() - observed,
+        }
+        self.metrics.add("step", self.policy.step, {"round": self._round, **values, **seconds})
+
+    def _batches(self) -> list[list[tuple[str, int]]]:
+        """The picks of this round in passes, each in an order of its own, cut into steps."""
+        needed = self.settings.train_batch * self.settings.steps
+        if not self._picks or needed % len(self._picks):
+            raise RequestError(
+                f"a round of {self.settings.steps} steps of {self.settings.train_batch} problems cannot go through "
+                f"{len(self._picks)} picks a whole number of times: change steps, train_batch or the picks"
+            )
+        order: list[int] = []
+        while len(order) < needed:
+            seed = derived_seed(self.settings.seed, ORDER, self._round, len(order))
+            order += np.random.default_rng(seed).permutation(len(self._picks)).tolist()
+        size = self.settings.train_batch
+        return [[self._picks[i] for i in order[start : start + size]] for start in range(0, needed, size)]
+
+    def _save(self) -> None:
+        progress = {
+            "step": self.policy.step,
+            "round": self._round,
+            "done": self._done,
+            "picks": self._picks,
+            "chooser": self.chooser.state_dict(),
+        }
+        save_checkpoint(self._path, self.learner, progress)
+
+    def _restore(self) -> None:
+        progress = load_checkpoint(self._path, self.learner)
+        self.policy.step = progress["step"]
+        self._round, self._done = progress["round"], progress["done"]
+        self._picks = [(name, n) for name, n in progress["picks"]]
+        self.chooser.load_state_dict(progress["chooser"])
+
+
+def _by_problem(groups: Sequence[Group]) -> list[Group]:
+    """One group a problem: a step may have a problem several times."""
+    of: dict[str, list[Group]] = {}
+    for group in groups:
+        of.setdefault(group.problem_id, []).append(group)
+    return [joined(own) for own in of.values()]
