@@ -10,6 +10,13 @@ from analysis.report.interactive import drawn
 from analysis.report.pieces import Column, Figure, written
 
 RIGHT = {"integer", "number", "signed", "percent", "seconds", "bytes"}
+_CONFIG = {
+    "displaylogo": False,
+    "responsive": True,
+    "showSendToCloud": False,
+    "modeBarButtonsToRemove": ["sendChartToCloud", "sendDataToCloud", "lasso2d", "select2d", "autoScale2d"],
+}
+"""Nothing that sends a figure elsewhere."""
 NEWEST = "newest"
 """Value of the step control that means the newest rows of all."""
 _INK = {"light": ("#1b1f27", "#e4e7ed", "#ffffff"), "dark": ("#e8ebf1", "#2c3340", "#1a1e26")}
@@ -56,7 +63,7 @@ def figure(described: Figure, theme: str) -> Any:
     heights = {"low": 260, "usual": 320, "tall": 460}
     graph = dcc.Graph(
         figure={"data": parts["data"], "layout": {**layout, "height": heights[parts["size"]]}},
-        config={"displaylogo": False, "responsive": True, "modeBarButtonsToRemove": ["lasso2d", "select2d"]},
+        config=_CONFIG,
         id={"figure": described.key},
     )
     return html.Figure(

@@ -32,6 +32,7 @@ def drawn(figure: Figure) -> dict[str, Any]:
             "bgcolor": "rgba(0,0,0,0)",
             "traceorder": "normal",
         },
+        "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": "#8a909c", "activecolor": "#3b78d8"},
         "colorway": list(PALETTE),
         "hovermode": "closest",
         "barmode": "stack" if figure.drawing == "stacked bars" else "group",

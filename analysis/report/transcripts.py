@@ -5,7 +5,7 @@ tokenised: a response that is known as token ids alone is shown through a tokeni
 ids.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,7 @@ class Transcript:
     """One rollout to read."""
 
     number: int
-    """Its place among the problem's rollouts in the files, from 0."""
+    """Its place among the problem's rollouts of the step, from 0."""
     text: str
     reward: float
     step: int | None
@@ -55,12 +55,14 @@ class Transcripts:
 
     def of(self, problem_id: str) -> list[Transcript]:
         """The rollouts of a problem in the order of the files; empty where there are none."""
-        found = []
-        for number, (file, place, size) in enumerate(self._places.get(problem_id, [])):
+        found: list[Transcript] = []
+        counts: Counter[int | None] = Counter()
+        for file, place, size in self._places.get(problem_id, []):
             rows, format = self._files[file]
             rows.check_unchanged()
-            value = rows.fetch([place], [size])[0]
-            found.append(self._transcript(read_row(value, format, f"{rows.path}"), number))
+            rollout = read_row(rows.fetch([place], [size])[0], format, f"{rows.path}")
+            found.append(self._transcript(rollout, counts[rollout.step]))
+            counts[rollout.step] += 1
         return found
 
     def _index(self, path: Path) -> None:

@@ -74,15 +74,16 @@ def demo(
     seeds: Annotated[int, typer.Option(min=1, help="Seeds to repeat the comparison over.")] = 3,
     json: Json = False,
 ) -> None:
-    """The main job on a small model and 2,000 problems: roll out, collect, query, select."""
+    """The main job on a small model and 2,000 problems: roll out, collect, query, select, report."""
     from gradstore.cli.rank import query
     from trainer.demo.run import DemoSettings, run_demo, summary
 
     settings = DemoSettings()
     results = [run_demo(out / f"seed-{seed}", seed, settings, say) for seed in range(seeds)]
     facts = summary(results)
+    page = _shown(out)
     if json:
-        print_json(facts)
+        print_json({**facts, "report": str(page)})
         return
     store = out / "seed-0" / "store"
     query(store, against=["benchmark"], top=5)
@@ -106,6 +107,20 @@ def demo(
     states = ", ".join(f"{count} {state.replace('_', ' ')}" for state, count in facts["states"].items())
     print(f"\n{facts['bytes_per_problem']:.0f} bytes per problem ({facts['dim']} dimensions as int8); pool: {states}")
     print(f"ask again: gradstore query {store} --against benchmark --top 20 --layers 3")
+    print(f"look around: gradstore serve {out / 'run' / 'store'}")
+    print(f"the report of a short training run: {page}")
+
+
+def _shown(out: Path) -> Path:
+    """Train the demo's model for a few rounds and write the report of it."""
+    import gradstore
+    from analysis.report import write_report
+    from trainer.demo.course import SHOWN, run_course
+
+    folder, page = out / "run", out / "report.html"
+    run_course(folder, SHOWN, lambda line: say(f"training run: {line}"))
+    write_report(gradstore.open(folder / "store"), page, rollouts=sorted(folder.glob("*.jsonl")))
+    return page
 
 
 def _later(name: str, release: str, brings: str) -> None:

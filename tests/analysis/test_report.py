@@ -416,6 +416,9 @@ def test_every_view_works(made: Made, visit: Callable, keep_picture: Callable) -
     assert page.locator("[data-figure] .main-svg").count() >= len(made.page.figures)
     assert page.locator("main > section").count() == len(made.page.sections) + 1
     keep_picture(page, "report-light")
+    titles = page.eval_on_selector_all(".modebar-btn", "all => all.map((one) => one.getAttribute('data-title') || '')")
+    assert titles
+    assert not [title for title in titles if "cloud" in title.lower() or "share" in title.lower()]
     page.evaluate("document.querySelectorAll('main details').forEach((one) => { one.open = false; })")
 
     top = page.locator("[data-table=top-sums]")

@@ -18,6 +18,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
+import gradstore
 from engine.gradients.models import load_model, load_tokenizer
 from engine.rollouts import Group, read_rollouts
 from engine.searching.query import score_rows
@@ -54,9 +55,20 @@ class CourseSettings:
     seed: int = 0
 
 
+SHOWN = CourseSettings(n_pool=240, n_benchmark=40, n_rounds=4, n_selected=48, n_rollouts=16, dim=512)
+"""The run that `gradstore demo` shows."""
+
+
 def run_course(folder: Path, settings: CourseSettings, tell: Callable[[str], None] = lambda line: None) -> Store:
-    """Train for some rounds in an empty folder; `folder/store` and one rollout file a collection and step are left."""
+    """Train for some rounds; `folder/store` and one rollout file a collection and step are left.
+
+    Called again after an interruption it trains again, without sampling or sketching anew what is there.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "store"
+    store = gradstore.open(path, "a") if path.exists() else None
+    if store is not None and _recorded(store) >= settings.n_rounds:
+        return store
     torch.set_num_threads(1)
     model, tokenizer = load_model(MODEL, device="cpu"), load_tokenizer(MODEL)
     backend, reward = TransformersBackend(model, tokenizer), Reward("demo", tasks.reward)
@@ -66,38 +78,42 @@ def run_course(folder: Path, settings: CourseSettings, tell: Callable[[str], Non
         "spelling": _clean_of(SECOND_FAMILY, settings),
     }
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate)
-    store: Store | None = None
     for number in range(settings.n_rounds):
         step, costs = number * settings.n_updates, dict[str, float]()
         started = time.monotonic()
         sources = {}
         for name, records in problems.items():
-            path = folder / f"{name}-{step}.jsonl"
+            file = folder / f"{name}-{step}.jsonl"
             n, seed = settings.n_rollouts, settings.seed + number
-            rollout(records, backend, reward, path, n=n, max_new_tokens=8, seed=seed, chunk=256, step=step)
-            sources[name] = read_rollouts(path)
+            rollout(records, backend, reward, file, n=n, max_new_tokens=8, seed=seed, chunk=256, step=step)
+            sources[name] = read_rollouts(file)
         costs["rollouts"] = -started + (started := time.monotonic())
         if store is None:
             spec = SketchSpec(basis="fitted", dim=settings.dim, seed=settings.seed)
             projection = fit_projection(model, sample_groups(sources["pool"], 100, settings.seed), spec)
-            store = create_store(folder / "store", Sketcher(model, spec, projection))
+            store = create_store(path, Sketcher(model, spec, projection))
             costs["fitting the projection"] = -started + (started := time.monotonic())
         sketcher = sketcher_of(store, model)
         for name, source in sources.items():
             collect(store, name, source, sketcher=sketcher, step=step)
         costs["sketches"] = -started + (started := time.monotonic())
-        wanted = target(store, "sums")
-        chosen = select(store, "pool", wanted, settings.n_selected, "cosine", seed=settings.seed + number)
+        wanted = target(store, "sums", step)
+        chosen = select(store, "pool", wanted, settings.n_selected, "cosine", step, seed=settings.seed + number)
         costs["selection"] = -started + (started := time.monotonic())
         if number + 1 < settings.n_rounds:
             groups = list(sources["pool"].groups(chosen.ids))
             for _ in range(settings.n_updates):
                 update(model, optimizer, groups)
             costs["training"] = time.monotonic() - started
-        _record(store, step, chosen, settings, costs)
+        if number >= _recorded(store):
+            _record(store, step, chosen, settings, costs)
         tell(f"step {step}: {sum(costs.values()):.1f} s")
     assert store is not None  # n_rounds is at least 1 wherever settings are made
     return store
+
+
+def _recorded(store: Store) -> int:
+    return len(store.rounds("pool")) if "pool" in store.collections else 0
 
 
 def update(model: nn.Module, optimizer: torch.optim.Optimizer, groups: Sequence[Group]) -> float:
@@ -134,8 +150,8 @@ def _clean_of(family: str, settings: CourseSettings) -> list[dict[str, Any]]:
 
 def _record(store: Store, step: int, chosen: Selection, settings: CourseSettings, costs: dict[str, float]) -> None:
     """Keep the round: the score of every candidate against the target, and what was picked."""
-    view = store.view("pool")
-    scores = score_rows(view, _unit(target(store, "sums").vector), "cosine", np.flatnonzero(view.live))
+    view = store.view("pool", step)
+    scores = score_rows(view, _unit(target(store, "sums", step).vector), "cosine", np.flatnonzero(view.live))
     rank = {problem_id: place for place, problem_id in enumerate(chosen.ids)}
     unknown = np.full(len(view), np.nan)
     counts = {state.name.lower(): int((view.states == state).sum()) for state in State}
