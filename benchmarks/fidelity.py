@@ -58,7 +58,8 @@ def main(
     say(f"{len(groups)} of {pool} problems have a gradient")
     ids = [group.problem_id for group in groups]
     rows = []
-    for name, sketcher, dtype in sketchers(model, groups, wanted, seed):
+    other = sample(tasks.benchmark(seed, benchmark), rollouts, first=rollouts)
+    for name, sketcher, dtype in sketchers(model, groups, wanted, other, seed):
         found_P, row_bytes = stored_scores(sketcher, groups, wanted, dtype)
         rows.append({"sketch": name, "dtype": dtype, "dim": sketcher.dim, "bytes": row_bytes})
         rows[-1] |= asdict(agreement(found_P, exact_P, ids))
@@ -70,19 +71,20 @@ def main(
 
 
 def sketchers(
-    model: torch.nn.Module, groups: Sequence[Group], wanted: Sequence[Group], seed: int
+    model: torch.nn.Module, groups: Sequence[Group], wanted: Sequence[Group], other: Sequence[Group], seed: int
 ) -> list[tuple[str, Sketcher, str]]:
-    """Name, sketcher and row type of each kind compared."""
+    """Name, sketcher and row type of each kind compared. other: other rollouts of the benchmark."""
     found = []
-    samples = {
-        "100 of the candidates": groups[:100],
-        "the benchmark": wanted,
-        "both": [*groups[:100], *wanted],
+    samples: dict[str, tuple[Sequence[Group], Sequence[Group]]] = {
+        "100 of the candidates": (groups[:100], ()),
+        "the benchmark": ((), wanted),
+        "both": (groups[:100], wanted),
+        "both, other rollouts of the benchmark": (groups[:100], other),
     }
-    for name, sample in samples.items():
+    for name, (pool, bench) in samples.items():
         for dim, dtype in ((480, "int8"), (960, "int4"), (240, "int8")):
             spec = replace(SPEC, basis="fitted", dim=dim)
-            projection = fit_projection(model, list(sample), spec)
+            projection = fit_projection(model, pool, spec, benchmark=bench)
             found.append((f"fitted to {name}", Sketcher(model, spec, projection), dtype))
     for rank in (4, 8, 16, 32):
         spec = replace(SPEC, rank=rank, seed=seed)
@@ -108,7 +110,9 @@ def stored_scores(
             batch = sketcher.sketch(members)
             store.add_problems(name, [{"id": problem_id, "prompt": "?"} for problem_id in batch.ids])
             with store.writer(name, step=0) as writer:
-                writer.append(batch.ids, batch.sketches, state=batch.states, reason=batch.reasons)
+                writer.append(
+                    batch.ids, batch.sketches, whole_norms=batch.norms, state=batch.states, reason=batch.reasons
+                )
         hits = search(store.view("pool"), target(store, "benchmark"), len(groups))
         score_of = dict(zip(hits.ids.tolist(), hits.scores.tolist(), strict=True))
         return np.array([score_of.get(group.problem_id, np.nan) for group in groups]), store.row_bytes

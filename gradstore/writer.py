@@ -89,6 +89,7 @@ class Writer:
         sketches: Any,
         *,
         norms: Any = None,
+        whole_norms: Any = None,
         state: State | int | Sequence[State | int] | None = None,
         pass_rate: Any = None,
         n_rollouts: Any = None,
@@ -99,6 +100,9 @@ class Writer:
 
         sketches: [P, D], any real dtype; the raw projected gradients.
         norms: [P], the gradients' norms; None: the L2 norms of the sketches.
+        whole_norms: [P], instead of norms: of the gradients that the sketches hold a part of, no less than their own.
+            Such rows decode to sketch / whole norm, shorter than 1 by what the sketch left out, so that cosines are
+            those of the gradients, and dots those of the sketches.
         state: one for all or [P]; None: live where the norm is positive, no_signal where it is zero.
             Rows that are not live are stored as zeros.
         pass_rate: [P] in [0, 1] or nan (unknown).  n_rollouts: [P] counts.  reason: why a row failed.
@@ -108,7 +112,7 @@ class Writer:
         session = self._open()
         self._refuse_failed()
         basis = self._basis(basis)
-        rows = self._check(list(ids), sketches, norms, state, pass_rate, n_rollouts, reason)
+        rows = self._check(list(ids), sketches, norms, whole_norms, state, pass_rate, n_rollouts, reason)
         session.unpublished = True
         if basis != (self._bases[-1][1] if self._bases else 0):
             self._bases = (*self._bases, (self._appender.rows, basis))
@@ -157,6 +161,7 @@ class Writer:
         ids: list[str],
         sketches: Any,
         norms: Any,
+        whole_norms: Any,
         state: Any,
         pass_rate: Any,
         n_rollouts: Any,
@@ -180,10 +185,18 @@ class Writer:
         with np.errstate(over="ignore"):
             rows_P_D = np.ascontiguousarray(rows_P_D, dtype=np.float32)
             codes, scale, lengths_P, peaks_P = encode(rows_P_D, self._header.dtype)
-        norms_P = None if norms is None else self._numbers(norms, "norms", ids)
+        if norms is not None and whole_norms is not None:
+            raise RequestError(f"{self._where}: norms and whole_norms were given; give one")
+        given, field = (norms, "norms") if whole_norms is None else (whole_norms, "whole_norms")
+        norms_P = None if given is None else self._numbers(given, field, ids)
         states_P = self._states(state, ids, peaks_P if norms_P is None else norms_P)
         live = states_P == State.LIVE
         self._check_live(ids, rows_P_D, peaks_P, norms_P, live)
+        if whole_norms is not None and norms_P is not None:
+            with np.errstate(divide="ignore", invalid="ignore"):
+                share_P = np.where(live, lengths_P / norms_P, 1.0)
+            self._first_wrong(share_P > 1 + 1e-4, ids, field, norms_P, "a norm no less than that of the sketch")
+            scale = (scale * np.minimum(share_P, 1.0)).astype(np.float32)
         codes[~live] = 0
         scale[~live] = 0
         norm = np.where(live, lengths_P if norms_P is None else norms_P, 0)

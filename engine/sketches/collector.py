@@ -127,6 +127,7 @@ def collect(
                     writer.append(
                         batch.ids,
                         batch.sketches,
+                        whole_norms=batch.norms,
                         state=batch.states,
                         pass_rate=batch.pass_rates,
                         n_rollouts=batch.n_rollouts,

@@ -105,7 +105,7 @@ def rank_fidelities(
 
 def _spearman(rows: SketchBatch, wanted: SketchBatch, exact_P: np.ndarray) -> float | None:
     rows_PD = rows.sketches.astype(np.float64)
-    lengths_P = np.linalg.norm(rows_PD, axis=1)
+    lengths_P = np.linalg.norm(rows_PD, axis=1) if rows.norms is None else rows.norms
     found_P = rows_PD @ wanted.sketches.sum(axis=0) / np.where(lengths_P > 0, lengths_P, np.nan)
     kept = np.isfinite(exact_P) & np.isfinite(found_P)
     return float(spearmanr(found_P[kept], exact_P[kept])[0]) if kept.sum() >= 8 else None

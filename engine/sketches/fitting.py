@@ -39,22 +39,28 @@ def fit_projection(
     groups: Sequence[Group],
     spec: SketchSpec,
     progress: Callable[[int], None] | None = None,
+    benchmark: Sequence[Group] = (),
 ) -> Projection:
     """A projection to spec.dim dimensions fitted to the groups, at most spec.rank directions on each side of a layer.
 
-    groups: a sample of the problems to be ranked, of the benchmark's, or of both; those without signal are left out.
-    progress: called with the number of problems just gone through; five times the groups with signal in all.
-    RequestError when fewer than two groups have a signal.
+    groups: a sample of the problems to be ranked. benchmark: groups that they will be ranked against: fitted to like
+    the others, and their mean gradient has a dimension of its own. Those without signal are left out. progress: called
+    with the number of problems just gone through; five times those with signal in all. RequestError when fewer than two
+    have a signal.
     """
-    live = [group for group in groups if group.has_signal]
+    live = [group for group in (*groups, *benchmark) if group.has_signal]
     if len(live) < 2:
-        raise RequestError(f"fitting a projection needs problems with a signal, {len(live)} of {len(groups)} have one")
+        n_all = len(groups) + len(benchmark)
+        raise RequestError(f"fitting a projection needs problems with a signal, {len(live)} of {n_all} have one")
+    n_pool = sum(group.has_signal for group in groups)
     random = Sketcher(model, replace(spec, basis="random"))
     norms: list[float] = []
     for window in _windows(live):
         norms += np.linalg.norm(random.sketch(window).sketches, axis=1).tolist()
         _tell(progress, window)
-    sample = [(group, 1 / norm) for group, norm in zip(live, norms, strict=True) if 0 < norm < float("inf")]
+    sound = [i for i, norm in enumerate(norms) if 0 < norm < float("inf")]
+    sample = [(live[i], 1 / norms[i]) for i in sound]
+    n_pool = sum(i < n_pool for i in sound)
     shapes = [(layer.name, layer.n_outputs, layer.n_inputs) for layer in random.gradients.layers]
     sides = [(basis.left_OR, basis.right_IR) for basis in random_bases(shapes, 2 * spec.rank, spec.seed)]
     for fitted in (_RIGHT, _LEFT, _RIGHT):
@@ -62,12 +68,15 @@ def fit_projection(
     bases = _bases(shapes, sides)
     plain = Projection("random", bases, None, [(basis.name, basis.start, basis.stop) for basis in bases])
     sketcher = Sketcher(model, replace(spec, basis="random"), plain)
-    energy_C = np.zeros(plain.core_dim)
+    energy_C, toward_C = np.zeros(plain.core_dim), np.zeros(plain.core_dim)
+    done = 0
     for pairs in _windows(sample):
         cores_PC = sketcher.sketch([group for group, _ in pairs]).sketches
+        toward_C += cores_PC[max(0, n_pool - done) :].sum(axis=0, dtype=np.float64)
+        done += len(pairs)
         energy_C += np.square(cores_PC * np.array([[scale] for _, scale in pairs])).sum(axis=0)
         _tell(progress, pairs)
-    return fitted_projection(bases, energy_C, spec.dim, float(len(sample)))
+    return fitted_projection(bases, energy_C, spec.dim, float(len(sample)), toward_C if benchmark else None)
 
 
 def sample_groups(source: RolloutSource, n: int, seed: int) -> list[Group]:

@@ -140,7 +140,8 @@ def sketch_scores(sketcher: Sketcher, target: Target | np.ndarray, metric: Metri
 
     def score(groups: Sequence[Group]) -> np.ndarray:
         batch = sketcher.sketch(groups)
-        lengths_P = np.linalg.norm(batch.sketches, axis=1) if metric == "cosine" else np.ones(len(groups))
+        lengths_P = np.linalg.norm(batch.sketches, axis=1) if batch.norms is None else batch.norms
+        lengths_P = lengths_P if metric == "cosine" else np.ones(len(groups))
         live_P = np.array([state is State.LIVE for state in batch.states], bool)
         dots_P = (batch.sketches @ target_D).astype(np.float64)
         return np.divide(dots_P, lengths_P, out=np.full(len(groups), np.nan), where=live_P)

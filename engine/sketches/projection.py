@@ -7,7 +7,8 @@ folded to the sketch. Three kinds:
 - `dense`: wider random sides, each core then folded by a count sketch (every entry goes to one dimension with a sign).
   Unbiased too, and close to a dense projection where hidden states share a mean direction.
 - `fitted`: orthonormal sides spanning the directions in which a sample's gradients have their energy, folded by keeping
-  the core entries of the highest energy over all layers: one budget, spent where the gradients are (fitting.py).
+  the core entries of the highest energy over all layers: one budget, spent where the gradients are (fitting.py). One
+  dimension more is what a benchmark's mean gradient has in all other entries, so that dots with it lose nothing there.
 
 A side no wider than the rank is kept as it is. Signs are bits of a Philox counter keyed by seed, layer and side: the
 same on every machine, device and version.
@@ -26,6 +27,8 @@ import numpy as np
 from gradstore.errors import RequestError
 
 Kind = Literal["random", "dense", "fitted"]
+REST = "rest of all layers"
+"""Stands for a layer in the layout: the dimension along a benchmark in the entries that have none of their own."""
 Shape = tuple[str, int, int]
 """A layer as (name, outputs, inputs)."""
 
@@ -45,7 +48,10 @@ class LayerBasis:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Fold:
-    """A sparse linear map of core entries to sketch dimensions: dimension `to` gets sign x core entry `of`."""
+    """A sparse linear map of core entries to sketch dimensions: dimension `to` gets sign x core entry `of`.
+
+    Signs are +-1, or the coefficients of a direction in many entries.
+    """
 
     of_M: np.ndarray
     to_M: np.ndarray
@@ -113,10 +119,17 @@ def dense_projection(layers: Sequence[Shape], rank: int, dim: int, seed: int) ->
 
 
 def fitted_projection(
-    bases: Sequence[LayerBasis], energy_C: np.ndarray, dim: int, total_energy: float | None = None
+    bases: Sequence[LayerBasis],
+    energy_C: np.ndarray,
+    dim: int,
+    total_energy: float | None = None,
+    toward_C: np.ndarray | None = None,
 ) -> Projection:
-    """The `dim` core entries of the highest energy, in the order of the layers; layers without any are left out."""
-    of_M = np.sort(np.argsort(-energy_C, kind="stable")[:dim])
+    """The `dim` core entries of the highest energy, in the order of the layers; layers without any are left out.
+
+    toward_C: a benchmark's mean core. The last dimension is then its unit direction in the entries not kept.
+    """
+    of_M = np.sort(np.argsort(-energy_C, kind="stable")[: dim if toward_C is None else dim - 1])
     layout = []
     for basis in bases:
         start, stop = np.searchsorted(of_M, [basis.start, basis.stop]).tolist()
@@ -124,6 +137,18 @@ def fitted_projection(
             layout.append((basis.name, start, stop))
     fold = Fold(of_M, np.arange(len(of_M)), np.ones(len(of_M), np.float32))
     captured = None if not total_energy else float(energy_C[of_M].sum() / total_energy)
+    if toward_C is not None and len(of_M):
+        rest_C = toward_C.astype(np.float64)
+        rest_C[of_M] = 0.0
+        length, n_kept = float(np.linalg.norm(rest_C)), len(of_M)
+        if length > 0:
+            more_M = np.flatnonzero(rest_C)
+            fold = Fold(
+                np.concatenate([of_M, more_M]),
+                np.concatenate([np.arange(n_kept), np.full(len(more_M), n_kept)]),
+                np.concatenate([np.ones(n_kept), rest_C[more_M] / length]).astype(np.float32),
+            )
+            layout.append((REST, n_kept, n_kept + 1))
     return Projection("fitted", list(bases), fold, layout, captured)
 
 

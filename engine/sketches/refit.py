@@ -71,7 +71,7 @@ def refit(
     needed = needs_refit(before, when_fitted)
     if not (needed and fit) or before is None:
         return sketcher, Refit(before, when_fitted, needed)
-    projection = fit_projection(sketcher.model, [*to_fit, *benchmark], sketcher.spec, progress)
+    projection = fit_projection(sketcher.model, to_fit, sketcher.spec, progress, benchmark)
     (after,) = rank_fidelities(sketcher, [projection], held_out, len(held_out), benchmark)
     if after is None or after < before + REFIT_LOSS:
         return sketcher, Refit(before, when_fitted, needed, after)

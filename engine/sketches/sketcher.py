@@ -109,6 +109,9 @@ class SketchBatch:
     """int32 [P]."""
     n_tokens: int
     """Tokens that went through the model, padding and responses sampled before not counted."""
+    norms: np.ndarray | None = None
+    """Length of each gradient in the whole cores, of which a fitted sketch keeps some entries, float32 [P]; None for
+    other projections: `Writer.append(whole_norms=...)`."""
     ess: np.ndarray | None = None
     """Effective sample size in rollouts, float32 [P] (docs/methods.md, off-policy); None without importance."""
 
@@ -195,6 +198,10 @@ class Sketcher:
         batches = []
         for projection, sums_PC in zip(projections, sums, strict=True):
             batch = _label(groups, _folded(projection, sums_PC).cpu().numpy(), n_tokens)
+            if projection.kind == "fitted":
+                lengths_P = sums_PC.double().norm(dim=1).float().cpu().numpy()
+                live_P = [state is State.LIVE for state in batch.states]
+                batch = replace(batch, norms=np.where(live_P, lengths_P, np.float32(0)))
             batches.append(batch if ess is None else replace(batch, ess=ess.of_groups()))
         return batches
 

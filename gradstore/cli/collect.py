@@ -274,14 +274,15 @@ def _new_sketcher(
     for group in (*sample, *wanted):
         checker.check(group)
     held_out = sample[::4] if len(sample) >= _ENOUGH else []
-    fitted_to = [group for i, group in enumerate(sample) if not held_out or i % 4] + wanted
-    with progress("fitting the projection", 5 * len(fitted_to)) as advance:
-        projection = fit_projection(policy, fitted_to, spec, advance)
+    fitted_to = [group for i, group in enumerate(sample) if not held_out or i % 4]
+    n_fitted = len(fitted_to) + sum(group.has_signal for group in wanted)
+    with progress("fitting the projection", 5 * n_fitted) as advance:
+        projection = fit_projection(policy, fitted_to, spec, advance, wanted)
     sketcher = measured_projection(Sketcher(policy, spec, projection), held_out, wanted)
     fidelity = sketcher.projection.fidelity
     ranks = "" if fidelity is None else f", and rank others with a correlation of {fidelity:.3f} to the exact ranking"
     say(
-        f"projection fitted to {len(fitted_to)} problems: {projection.dim} dimensions hold "
+        f"projection fitted to {n_fitted} problems: {projection.dim} dimensions hold "
         f"{projection.captured:.0%} of their gradients' energy{ranks}"
     )
     return sketcher

@@ -9,8 +9,9 @@ import torch
 import gradstore
 from engine import Sketcher, SketchSpec, collect, fit_projection
 from engine.rollouts import Group
-from engine.sketches.bases import create_store, sketcher_of
+from engine.sketches.bases import _projection, _to_bytes, create_store, sketcher_of
 from engine.sketches.fitting import sample_groups
+from engine.sketches.projection import REST, Projection
 from gradstore.errors import DamagedError, FingerprintError, RequestError
 
 SPEC = SketchSpec(rank=6, basis="fitted", dim=60)
@@ -170,3 +171,30 @@ def test_a_policy_that_moved_asks_for_a_new_fit(tmp_path, make_model, make_group
     assert moved.fidelity < 0.8
     assert moved.needs_refit
     assert moved.describe()["needs_refit"]
+
+
+def test_a_benchmark_has_a_dimension_of_its_own(make_model, make_groups) -> None:
+    """A budget of dimensions keeps a few core entries; dots with the benchmark must not lose what the others hold."""
+    model, pool, bench = make_model("qwen2"), make_groups(20, seed=1), make_groups(8, seed=2)
+    spec = replace(SPEC, rank=8, dim=60)
+    projection = fit_projection(model, pool, spec, benchmark=bench)
+    assert projection.dim == 60
+    assert projection.layout[-1] == (REST, 59, 60)
+    cores = Sketcher(model, replace(spec, basis="random"), replace(projection, kind="random", fold=None))
+    new = make_groups(10, seed=3)
+    found, whole = Sketcher(model, spec, projection).sketch(new), cores.sketch(new)
+    target_D = Sketcher(model, spec, projection).sketch(bench).sketches.mean(0)
+    target_C = cores.sketch(bench).sketches.mean(0)
+    dots_P, expected_P = found.sketches @ target_D, whole.sketches @ target_C
+    assert np.allclose(dots_P, expected_P, rtol=1e-3, atol=1e-4 * np.abs(expected_P).max())
+    assert np.allclose(found.norms, np.linalg.norm(whole.sketches, axis=1), rtol=1e-5)
+    assert (np.linalg.norm(found.sketches, axis=1) < 0.99 * found.norms).all(), "60 of many entries hold a part"
+    without = fit_projection(model, [*pool, *bench], spec)
+    plain_D = Sketcher(model, spec, without).sketch(bench).sketches.mean(0)
+    plain_P = Sketcher(model, spec, without).sketch(new).sketches @ plain_D
+    assert np.abs(plain_P - expected_P).max() > 10 * np.abs(dots_P - expected_P).max()
+    assert _read_back(_to_bytes(projection), projection.digest()).digest() == projection.digest()
+
+
+def _read_back(data: bytes, digest: str) -> Projection:
+    return _projection({"projection": {"basis": digest}}, {f"projection-{digest}.safetensors": data})

@@ -167,6 +167,7 @@ def append(store: Store, collection: str, groups: Sequence[Group], policy: Polic
         writer.append(
             batch.ids,
             batch.sketches,
+            whole_norms=batch.norms,
             state=batch.states,
             pass_rate=batch.pass_rates,
             n_rollouts=batch.n_rollouts,
