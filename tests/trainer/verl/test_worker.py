@@ -80,6 +80,8 @@ def test_sketches_are_the_engines(ranks: dict[str, Any], tiny_model: Any, basis:
         scale = np.linalg.norm(expected.sketches, axis=1).max()
         assert np.abs(batch.sketches - expected.sketches).max() < 1e-4 * scale
         np.testing.assert_allclose(batch.pass_rates, expected.pass_rates)
+    few = gather([part["few"] for part in found], [[0], *([] for _ in found[1:])])
+    assert few.ids == expected.ids[:1]
     if basis == "random":
         spec = SketchSpec(rank=4, dim=64, basis="random")
         assert Sketcher(tiny_model, spec).fingerprint == files.fingerprint

@@ -51,6 +51,7 @@ def main(rank: int, world: int, folder: Path) -> None:
         fitted = worker.sketch_groups(own)
         worker.use_sketcher(files.fingerprint, files.attachments, 64)
         found[basis] = {"files": files, "fitted": fitted, "used": worker.sketch_groups(own)}
+    found["few"] = worker.sketch_groups(groups[:1] if rank == 0 else [])
     found["n_reduced"] = len(reduced)
     bench = [validation[i] for i in deal(validation, world)[rank]]
     found["probe"] = worker.probe_groups(own, bench, "first", None)
