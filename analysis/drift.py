@@ -16,31 +16,35 @@ from analysis.trajectory import steps_of, target_at, trajectory
 from engine.searching.query import Metric
 from gradstore import State, Store
 
+_BLOCK = 512
+"""Problems whose gradients are held at once."""
+
 
 def target_drift(store: Store, benchmark: str, steps: Sequence[int] | None = None) -> pd.DataFrame:
     """Cosine between the benchmark's targets at every pair of steps, with the cosine that noise alone would leave.
 
-    Columns: step, other int64 (step <= other), cosine float64, noise float64 (the cosine expected between two targets
-    of an unchanged policy, each from other problems of the same kind: an upper bound on the noise of other rollouts of
-    the same problems), length float64 (|t| at `other`), n_live int64 (at `other`), consecutive bool.
-    Steps without a live problem are left out. Formula of `noise`: docs/analysis.md.
+    Columns: step, other int64 (step <= other), cosine float64, noise float64 (the cosine expected between the two had
+    the benchmark's problems other rollouts and the policy not changed; nan where fewer than three problems were
+    measured at both of two successive steps), length float64 (|t| at `other`), n_live int64 (at `other`), consecutive
+    bool. Steps without a live problem are left out. Formula of `noise`: docs/analysis.md.
     """
     found = []
     for step in steps_of(store, benchmark, steps).tolist():
         wanted = target_at(store, benchmark, step)
         if wanted is not None:
-            vector_D = wanted.vector.astype(np.float64)
-            found.append((step, vector_D, _target_reliability(store, benchmark, step), wanted.n_live))
+            found.append((step, wanted.vector.astype(np.float64), wanted.n_live))
+    energies = _noise_energies(store, benchmark, [step for step, _, _ in found])
     rows = []
-    for j, (other, other_D, other_reliability, n_live) in enumerate(found):
-        for i, (step, vector_D, reliability, _) in enumerate(found[: j + 1]):
-            length = float(np.linalg.norm(other_D))
+    for j, (other, other_D, n_live) in enumerate(found):
+        for i, (step, vector_D, _) in enumerate(found[: j + 1]):
+            length, length_before = float(np.linalg.norm(other_D)), float(np.linalg.norm(vector_D))
+            unchanged = (length**2 + length_before**2 - energies[i] - energies[j]) / (2 * length * length_before)
             rows.append(
                 {
                     "step": step,
                     "other": other,
-                    "cosine": float(vector_D @ other_D / (np.linalg.norm(vector_D) * length)),
-                    "noise": float(np.sqrt(reliability * other_reliability)) if i < j else 1.0,
+                    "cosine": float(vector_D @ other_D / (length_before * length)),
+                    "noise": float(np.clip(unchanged, 0, 1)) if i < j else 1.0,
                     "length": length,
                     "n_live": n_live,
                     "consecutive": i == j - 1,
@@ -143,19 +147,37 @@ def half_life(
     return fit_decay(store, pool, benchmark, by, metric, steps)
 
 
-def _target_reliability(store: Store, benchmark: str, step: int) -> float:
-    """Expected cosine of two targets from separate draws of problems: |true mean|^2 / E|mean|^2, unbiased above.
+def _noise_energies(store: Store, benchmark: str, steps: Sequence[int]) -> np.ndarray:
+    """E|t - its expectation|^2 of the target at each step, over draws of the rollouts: float64 [steps].
 
-    |true mean|^2 is estimated by the mean of <g_v, g_w> over pairs v != w = (|sum|^2 - sum |g|^2) / (n (n - 1)).
+    From successive steps: with e_v the change of problem v's gradient, sum |e_v - mean e|^2 / (n (m - 1)) over the m
+    problems measured anew is the noise of both targets together (what moves all problems alike is drift); a step's is
+    half the mean of its one or two differences.
     """
-    view = store.view(benchmark, step)
-    n = int((view.states != State.FAILED).sum())
-    total_D, squares = np.zeros(view.dim), 0.0
-    for positions, units_PD in view.scan(np.flatnonzero(view.live)):
-        norms_P = view.norms[positions].astype(np.float64)
-        total_D += norms_P @ units_PD
-        squares += float(norms_P @ norms_P)
-    whole = float(total_D @ total_D)
-    if n < 2 or whole == 0:
-        return float("nan")
-    return float(np.clip((whole - squares) / (n * (n - 1)) / (whole / n**2), 0, 1))
+    differences = np.full(len(steps) + 1, np.nan)  # [i + 1]: between steps i and i + 1
+    for i, (step, other) in enumerate(pairwise(steps)):
+        before, after = store.view(benchmark, step), store.view(benchmark, other)
+        at = after.find(before.ids.tolist())
+        here = np.flatnonzero((at >= 0) & (before.states != State.FAILED))
+        there = at[here]
+        anew = (after.steps[there] != before.steps[here]) & (after.states[there] != State.FAILED)
+        here, there = here[anew], there[anew]
+        m, n = len(here), int((after.states != State.FAILED).sum())
+        if m < 3:
+            continue
+        total_D, squares = np.zeros(after.dim), 0.0
+        for start in range(0, m, _BLOCK):
+            old, new = here[start : start + _BLOCK], there[start : start + _BLOCK]
+            change_PD = after.rows(new) * after.norms[new, None].astype(np.float64)
+            change_PD -= before.rows(old) * before.norms[old, None].astype(np.float64)
+            total_D += change_PD.sum(axis=0)
+            squares += float((change_PD**2).sum())
+        differences[i + 1] = (squares - float(total_D @ total_D) / m) / ((m - 1) * n)
+    sides = np.stack([differences[:-1], differences[1:]])
+    known = np.isfinite(sides)
+    return np.divide(
+        np.where(known, sides, 0).sum(axis=0),
+        2 * known.sum(axis=0),
+        where=known.any(axis=0),
+        out=np.full(len(steps), np.nan),
+    )

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
-from scipy import stats  # type: ignore[import-untyped]
+from scipy import optimize, special, stats  # type: ignore[import-untyped]
 
 from analysis.trajectory import steps_of, trajectory
 from engine.searching.query import Metric
@@ -35,14 +35,14 @@ def turning(
 
     Only scores of rows computed at their very step count: each from rollouts of its own. split: the first step of
     "after" (None: the middle one of the steps at which the pool was measured). noise: standard deviation of one
-    measured score (None: estimated, `measurement_noise`). With n measurements a mean has z = mean sqrt(n) / noise; both
-    means have to differ from 0 on their side, so that p = max(p_before, p_after), each one-sided (an
-    intersection-union test, Berger 1982); q_value: Benjamini and Hochberg (1995) over the problems measured on both
-    sides, in both directions. significant: q_value <= level.
+    measured score, the same for all (None: each problem's own, `moderated`). Both means have to differ from 0 on their
+    side: p = max(p_before, p_after), each one-sided (an intersection-union test, Berger 1982); q_value: Benjamini and
+    Hochberg (1995) over the problems measured on both sides, in both directions. significant: q_value <= level.
 
     Columns: id, source, turned (`harmful`, `helpful`), before, after float64 (mean scores), n_before, n_after int64,
-    z_before, z_after, p_value, q_value float64, significant bool, split int64, noise float64.
-    Only problems that change sign have a row. RequestError where the pool was measured at fewer than two steps.
+    z_before, z_after float64 (the means as normal deviates), p_value, q_value float64, significant bool, split int64,
+    noise float64 (standard deviation of one measurement, as used). Only problems that change sign have a row.
+    RequestError where the pool was measured at fewer than two steps.
     """
     seen = trajectory(store, pool, benchmark, metric, steps_of(store, pool, steps).tolist())
     measured_SP = seen.measured.astype(np.float64)
@@ -51,63 +51,89 @@ def turning(
         raise RequestError(f"collection {pool!r} was scored at {len(used)} steps: a change needs at least two")
     middle = int(seen.steps[used[len(used) // 2]]) if split is None else split
     early = seen.steps < middle
-    sigma = measurement_noise(measured_SP) if noise is None else noise
-    before_P, n_before_P = _means(measured_SP[early])
-    after_P, n_after_P = _means(measured_SP[~early])
-    both_P = (n_before_P > 0) & (n_after_P > 0)
-    z_before_P = before_P * np.sqrt(n_before_P) / sigma
-    z_after_P = after_P * np.sqrt(n_after_P) / sigma
+    before_P, n_before_P, squares_before_P = _halves(measured_SP[early])
+    after_P, n_after_P, squares_after_P = _halves(measured_SP[~early])
+    both = np.flatnonzero((n_before_P > 0) & (n_after_P > 0))
+    freedom_P = np.maximum(n_before_P - 1, 0) + np.maximum(n_after_P - 1, 0)
+    if noise is None:
+        sigma_P, freedom_P = moderated((squares_before_P + squares_after_P)[both], freedom_P[both])
+    else:
+        sigma_P, freedom_P = np.full(len(both), noise), np.full(len(both), np.inf)
+    z_before_P = _deviates(before_P[both], n_before_P[both], sigma_P, freedom_P)
+    z_after_P = _deviates(after_P[both], n_after_P[both], sigma_P, freedom_P)
     # Each direction is a hypothesis of its own: two for every problem measured on both sides.
-    harmful_P = np.maximum(stats.norm.sf(z_before_P), stats.norm.cdf(z_after_P))
-    helpful_P = np.maximum(stats.norm.cdf(z_before_P), stats.norm.sf(z_after_P))
-    places = np.flatnonzero(both_P)
-    q_values = np.ones(2 * len(places))
-    if len(places):
-        q_values = stats.false_discovery_control(np.concatenate([harmful_P[places], helpful_P[places]]), method="bh")
-    frames = []
-    for name, p_P, q in (
-        ("harmful", harmful_P, q_values[: len(places)]),
-        ("helpful", helpful_P, q_values[len(places) :]),
-    ):
-        sign = 1 if name == "harmful" else -1
-        turned = (sign * before_P[places] > 0) & (sign * after_P[places] < 0)
-        at = places[turned]
-        frames.append(
-            pd.DataFrame(
-                {
-                    "id": seen.ids[at],
-                    "source": seen.sources[at],
-                    "turned": name,
-                    "before": before_P[at],
-                    "after": after_P[at],
-                    "n_before": n_before_P[at],
-                    "n_after": n_after_P[at],
-                    "z_before": z_before_P[at],
-                    "z_after": z_after_P[at],
-                    "p_value": p_P[at],
-                    "q_value": q[turned],
-                    "significant": q[turned] <= level,
-                    "split": middle,
-                    "noise": sigma,
-                }
-            )
-        )
-    whole = pd.concat(frames, ignore_index=True)
-    return whole.sort_values(["p_value", "id"], ignore_index=True)[COLUMNS]
+    p_values = {
+        "harmful": np.maximum(stats.norm.sf(z_before_P), stats.norm.cdf(z_after_P)),
+        "helpful": np.maximum(stats.norm.cdf(z_before_P), stats.norm.sf(z_after_P)),
+    }
+    known = np.isfinite(z_before_P) & np.isfinite(z_after_P)
+    corrected = np.full(2 * len(both), np.nan)
+    if known.any():
+        twice = np.tile(known, 2)
+        corrected[twice] = stats.false_discovery_control(np.concatenate(list(p_values.values()))[twice], method="bh")
+    whole = pd.DataFrame(
+        {
+            "id": np.tile(seen.ids[both], 2),
+            "source": np.tile(seen.sources[both], 2),
+            "turned": np.repeat(list(p_values), len(both)),
+            "before": np.tile(before_P[both], 2),
+            "after": np.tile(after_P[both], 2),
+            "n_before": np.tile(n_before_P[both], 2),
+            "n_after": np.tile(n_after_P[both], 2),
+            "z_before": np.tile(z_before_P, 2),
+            "z_after": np.tile(z_after_P, 2),
+            "p_value": np.concatenate(list(p_values.values())),
+            "q_value": corrected,
+            "significant": corrected <= level,
+            "split": middle,
+            "noise": np.tile(sigma_P, 2),
+        },
+        columns=COLUMNS,
+    )
+    sign = np.where(whole["turned"] == "harmful", 1, -1)
+    turned = whole[(sign * whole["before"] > 0) & (sign * whole["after"] < 0)]
+    return turned.sort_values(["p_value", "id"], ignore_index=True)
 
 
-def measurement_noise(measured_SP: np.ndarray) -> float:
-    """Standard deviation of one measured score, from differences of successive measurements of the same problem:
-    1.4826 median |difference| / sqrt(2). Robust against the few that really change; drift makes it too large, which
-    errs on the safe side. measured_SP: nan where not measured. nan where no problem was measured twice.
+def moderated(squares_P: np.ndarray, freedom_P: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(standard deviation of one measurement of each problem, its degrees of freedom): float64 [P] each.
+
+    squares_P: sum of squared deviations from the problem's means, with freedom_P degrees of freedom (0: none). Noise
+    differs between problems, and few measurements of one say little of it: variances are taken to be drawn from a
+    scaled inverse chi-square distribution with d0 degrees of freedom around s0^2, both fitted to the pool by the
+    moments of log variances, and are shrunk to it: s^2 = (d0 s0^2 + squares) / (d0 + freedom) (Smyth 2004, sections
+    3 and 6.2). nan where no problem was measured twice on a side.
     """
-    differences = [column[np.isfinite(column)] for column in measured_SP.T]
-    steps = np.concatenate([np.abs(np.diff(values)) for values in differences] or [np.empty(0)])
-    return float(1.4826 * np.median(steps) / np.sqrt(2)) if len(steps) else float("nan")
+    repeated = freedom_P > 0
+    if not repeated.any():
+        return np.full(len(squares_P), np.nan), np.zeros(len(squares_P))
+    d = freedom_P[repeated].astype(np.float64)
+    variances = squares_P[repeated] / d
+    variances = np.maximum(variances, 1e-5 * np.median(variances))
+    if not variances.all():
+        return np.zeros(len(squares_P)), np.full(len(squares_P), np.inf)
+    e = np.log(variances) - special.digamma(d / 2) + np.log(d / 2)
+    spread = float(e.var(ddof=1) - special.polygamma(1, d / 2).mean()) if len(e) > 1 else 0.0
+    if spread > 1e-6:
+        d0 = 2 * optimize.brentq(lambda x: special.polygamma(1, x) - spread, 1e-6, 1e7)
+        s0 = float(np.exp(e.mean() + special.digamma(d0 / 2) - np.log(d0 / 2)))
+        shrunk_P = (d0 * s0 + squares_P) / (d0 + freedom_P)
+        return np.sqrt(shrunk_P), d0 + freedom_P
+    # The variances differ by no more than chance: one for all.
+    return np.full(len(squares_P), np.sqrt(squares_P.sum() / freedom_P.sum())), np.full(len(squares_P), np.inf)
 
 
-def _means(measured_SP: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean of the measurements of each problem (nan without any), and how many."""
+def _halves(measured_SP: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mean of each problem's measurements (nan without any), how many, sum of squared deviations from the mean."""
     n_P = np.isfinite(measured_SP).sum(axis=0)
-    sums_P = np.nansum(measured_SP, axis=0)
-    return np.divide(sums_P, n_P, out=np.full(len(n_P), np.nan), where=n_P > 0), n_P
+    means_P = np.divide(np.nansum(measured_SP, axis=0), n_P, out=np.full(len(n_P), np.nan), where=n_P > 0)
+    return means_P, n_P, np.nansum((measured_SP - means_P) ** 2, axis=0)
+
+
+def _deviates(means_P: np.ndarray, n_P: np.ndarray, sigma_P: np.ndarray, freedom_P: np.ndarray) -> np.ndarray:
+    """Normal deviates with the tail probabilities of t = mean sqrt(n) / sigma."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        t_P = means_P * np.sqrt(n_P) / sigma_P
+    tails_P = np.where(np.isfinite(freedom_P), stats.t.logsf(np.abs(t_P), np.maximum(freedom_P, 1e-9)), np.nan)
+    normal_P = np.where(np.isfinite(freedom_P), -special.ndtri_exp(tails_P), np.abs(t_P))
+    return np.sign(t_P) * normal_P

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from analysis.turning import COLUMNS, measurement_noise, turning
+from analysis.turning import COLUMNS, moderated, turning
 from gradstore.errors import RequestError
 
 
@@ -59,11 +59,35 @@ def test_numbers_are_those_of_a_loop(history) -> None:
         assert row["q_value"] == pytest.approx(q_values[number], rel=1e-2, abs=1e-9)
 
 
-def test_noise_is_estimated_from_repeats() -> None:
-    measured_SP = np.random.default_rng(0).normal(scale=0.2, size=(5, 2000))
-    measured_SP[::2, ::3] = np.nan
-    assert measurement_noise(measured_SP) == pytest.approx(0.2, rel=0.05)
-    assert np.isnan(measurement_noise(measured_SP[:1]))
+def test_noise_is_each_problems_own() -> None:
+    """Half of the problems are ten times as noisy: their deviations are found, shrunk to what the pool shows."""
+    random = np.random.default_rng(0)
+    true = np.repeat([0.02, 0.2], 1000)
+    freedom = np.tile([1, 4], 1000)
+    squares = true**2 * random.chisquare(freedom)
+    sigma, df = moderated(squares, freedom)
+    for scale in (0.02, 0.2):
+        assert np.median(sigma[(true == scale) & (freedom == 4)]) == pytest.approx(scale, rel=0.35)
+    assert (df > freedom).all()
+    assert (df < freedom + 5).all()
+    alike, many = moderated(0.09 * random.chisquare(freedom), freedom)
+    np.testing.assert_allclose(alike, 0.3, rtol=0.06)
+    assert many.min() > 20
+    unknown, none = moderated(np.zeros(3), np.zeros(3, int))
+    assert np.isnan(unknown).all()
+    assert not none.any()
+
+
+def test_noisy_problems_are_not_taken_for_turned(make_history) -> None:
+    """Signs that come and go by noise, among problems that are measured far better: few are called turned."""
+    random = np.random.default_rng(1)
+    along = np.zeros((6, 400))
+    along[:, :200] = random.normal(size=(6, 200))
+    along[:, 200:] = 0.5
+    history = make_history(along, noise=0.05)
+    frame = turning(history.store, "pool", "bench")
+    assert len(frame) > 50
+    assert frame["significant"].mean() < 0.05
 
 
 def test_one_step_cannot_show_a_change(make_history) -> None:
