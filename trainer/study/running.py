@@ -28,7 +28,6 @@ from trainer.study.accuracy import expected_accuracy
 from trainer.study.arms import is_bad, is_useful, problems
 from trainer.study.methods import ORACLE, Oracle, method
 
-
 FIRST_LOOK = 1_000_000
 """What the seed of the first look derives from, beyond any round's number."""
 
@@ -43,17 +42,18 @@ class StudySettings:
     """Problems of the benchmark that rounds aim at."""
     test: int = 400
     """Held-out problems that accuracy is measured on."""
-    selected: int = 32
+    selected: int = 16
+    """Problems picked in a round: a twentieth of the pool, as in the published runs of GradAlign."""
     rounds: int = 8
     steps: int = 4
     """GRPO steps of a round."""
-    train_batch: int = 32
+    train_batch: int = 16
     """Problems of a step."""
     rollouts: int = 16
     """Responses to each problem, in selection, on the benchmark and in training."""
     first_look: int = 4
     """Rollouts of every problem of the pool that a budgeted refresh begins with."""
-    budget: int = 32
+    budget: int = 28
     """Problems that a budgeted refresh rolls out anew in a round."""
     lr: float = 3e-5
     objective: str = "grpo"

@@ -1,0 +1,80 @@
+"""What the rows of a study say: means over seeds with 95 % intervals, and whether two methods are apart."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy import stats  # type: ignore[import-untyped]
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A mean over seeds."""
+
+    mean: float
+    half: float
+    """Half the 95 % t interval; nan for fewer than two seeds."""
+    n: int
+
+    @property
+    def low(self) -> float:
+        return self.mean - self.half
+
+    @property
+    def high(self) -> float:
+        return self.mean + self.half
+
+    def above(self, other: "Estimate") -> bool:
+        """Whether the intervals are apart, this one the higher; never with an unknown interval."""
+        return self.low > other.high
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    """Mean and 95 % t interval of values from different seeds."""
+    n = len(values)
+    if n < 2:
+        return Estimate(float(np.mean(values)), float("nan"), n)
+    half = float(stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / np.sqrt(n))
+    return Estimate(float(np.mean(values)), half, n)
+
+
+def of(rows: Sequence[dict[str, Any]], arm: str, method: str) -> list[dict[str, Any]]:
+    """The rows of a method in an arm, by seed."""
+    found = [row for row in rows if row["arm"] == arm and row["method"] == method]
+    return sorted(found, key=lambda row: row["seed"])
+
+
+def final_accuracy(rows: Sequence[dict[str, Any]]) -> Estimate:
+    return estimate([row["accuracy"][-1] for row in rows])
+
+
+def curve(rows: Sequence[dict[str, Any]]) -> list[Estimate]:
+    """Accuracy before the first round and after each."""
+    return [estimate(list(values)) for values in zip(*(row["accuracy"] for row in rows), strict=True)]
+
+
+def difference(rows: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]]) -> Estimate:
+    """Final accuracy less the other's, seed by seed: both had the same problems and the same seeds."""
+    of_other = {row["seed"]: row["accuracy"][-1] for row in others}
+    return estimate([row["accuracy"][-1] - of_other[row["seed"]] for row in rows if row["seed"] in of_other])
+
+
+def share(rows: Sequence[dict[str, Any]], what: str) -> Estimate:
+    """Share of the picks that are bad, or useful, over all rounds."""
+    return estimate([float(np.mean(row[what])) for row in rows])
+
+
+def selection_rollouts(row: dict[str, Any]) -> int:
+    """All rollouts of a run that were made to select: candidates, benchmark and first look."""
+    return int(sum(row["selection_rollouts"])) + row["first_look_rollouts"]
+
+
+def selection_seconds(row: dict[str, Any]) -> float:
+    """Seconds of a run's rounds, without rollouts: gradients, probes, store, choice, and sketches of training's own."""
+    return float(sum(row["selection_seconds"]) - sum(row["selection_rollout_seconds"]) + row["observe_seconds"])
+
+
+def overhead(row: dict[str, Any]) -> float:
+    """Selection seconds without rollouts as a share of the training seconds (rollouts and updates)."""
+    return selection_seconds(row) / row["training_seconds"]
