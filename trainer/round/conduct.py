@@ -158,7 +158,11 @@ class Conduct:
         with self.costs.stage("select"):
             now = self._standing(store)
             if run.needs_probes and self.targets and not self.warm_up:
-                probes = ProbeBatch.load(store, run.pool, step=self.step, target=self.target_key)
+                if journal.probes():
+                    probes = ProbeBatch.load(store, run.pool, step=self.step, target=self.target_key)
+                else:
+                    self._warn("no candidate is expected to have a signal, none was probed: this round picks at random")
+                    parts = parts_of("rand")
             if self.budget is not None and self.measures and now.model is not None:
                 parts = aged_parts(parts, now, self._length(), self.settings.confidence)
                 probes = None if probes is None else with_old_sketches(probes, now)

@@ -43,16 +43,18 @@ def quantile(confidence: float) -> float:
 def pass_rate_prior(history: pa.Table) -> float:
     """The symmetric Beta prior of a problem's pass rate, fitted to a collection's history; 1 (uniform) without any.
 
-    The a = b that makes the right answers of all rows most probable, each a beta-binomial draw, on a grid from 0.05 to
-    2. Where most problems are always solved or never it is small, and a few equal groups then say much.
+    The a = b that makes the right answers of all problems most probable, those of one problem together a beta-binomial
+    draw, on a grid from 0.05 to 2. Where most problems are always solved or never it is small, and a few equal groups
+    then say much.
     """
     rates, counts = history["pass_rate"].to_numpy().astype(float), history["n_rollouts"].to_numpy().astype(float)
     known = np.isfinite(rates) & (counts > 0)
     if not known.any():
         return 1.0
-    right, wrong = (rates * counts)[known], ((1 - rates) * counts)[known]
+    problem = history["id"].combine_chunks().dictionary_encode().indices.to_numpy()[known]
+    right, wrong = (np.bincount(problem, (share * counts)[known]) for share in (rates, 1 - rates))
     grid = np.geomspace(0.05, 2.0, 24)
-    fits = [float(betaln(right + a, wrong + a).sum() - known.sum() * betaln(a, a)) for a in grid]
+    fits = [float(betaln(right + a, wrong + a).sum() - len(right) * betaln(a, a)) for a in grid]
     return float(grid[int(np.argmax(fits))])
 
 

@@ -65,7 +65,7 @@ class RoundSettings:
     """With a budget, a problem this likely to have no signal is not rolled out."""
     explore: float = 0.1
     """With a budget, share of it kept for problems that were never measured."""
-    boundary: float = 0.25
+    boundary: float = 0.1
     """With a budget, share of it kept for more rollouts of problems whose interval straddles the cut."""
     aggregate: Aggregate = "mean"
     """How a benchmark's gradients become its target."""

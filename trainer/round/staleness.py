@@ -118,9 +118,10 @@ class Beliefs:
 def fit(pairs: Pairs, scores_P: np.ndarray, rollouts_P: np.ndarray) -> Staleness:
     """The most probable parameters given pairs; the prior where there are none.
 
-    scores_P, rollouts_P: stored scores of the pool against the target, and their rollouts: the prior of the mean and of
-    the spread. For each reliability and life of a grid, mean and signal have a closed form: weighted least squares of
-    new - c old on 1 - c, c = exp(-age / life) signal / (signal + noise / n_old).
+    scores_P, rollouts_P: the first score of each problem and its rollouts, NaN where there is none. What was measured
+    for the first time was not chosen for its score, so that these say what the pool's mean and spread are. For each
+    reliability and life of a grid, mean and signal have a closed form: weighted least squares of new - c old on 1 - c,
+    c = exp(-age / life) signal / (signal + noise / n_old), and of the first scores on 1.
     """
     known_P = np.isfinite(scores_P)
     prior_mean = float(scores_P[known_P].mean()) if known_P.any() else 0.0
@@ -141,7 +142,9 @@ def fit(pairs: Pairs, scores_P: np.ndarray, rollouts_P: np.ndarray) -> Staleness
         c_LN = kept_LN / (1 + ratio / np.maximum(pairs.n_old, 1))
         variance_LN = 1 + ratio / np.maximum(pairs.n_new, 1) - kept_LN * c_LN
         rest_LN, lever_LN = pairs.new - c_LN * pairs.old, 1 - c_LN
-        mean_L = ((lever_LN * rest_LN / variance_LN).sum(1) + prior_mean) / ((lever_LN**2 / variance_LN).sum(1) + 1)
+        firsts = max(float(known_P.sum()) * reliability, 1e-3)
+        mean_L = (lever_LN * rest_LN / variance_LN).sum(1) + firsts * prior_mean
+        mean_L /= (lever_LN**2 / variance_LN).sum(1) + firsts
         squares_L = ((rest_LN - mean_L[:, None] * lever_LN) ** 2 / variance_LN).sum(1)
         signal_L = (squares_L + _PRIOR_PAIRS * reliability * spread) / n
         fits_L = -0.5 * (n * np.log(signal_L) + np.log(variance_LN).sum(1) - _PRIOR_PAIRS * np.log(reliability))

@@ -119,17 +119,22 @@ def standing(
         sd_P = np.sqrt(1 - kept_P**2)
     else:
         unit_D = (direction_D / (np.linalg.norm(direction_D) or 1.0)).astype(np.float32)
+        rows = _rows(store, pool, ids, unit_D, step)
+        first_P, first_rollouts_P = np.full(len(ids), np.nan), np.zeros(len(ids))
+        for row in reversed(rows):
+            first_P[row.places], first_rollouts_P[row.places] = row.cosines, row.rollouts
         cosines_P[live_P] = score_rows(view, unit_D, "cosine", place_P[live_P])[place_P[live_P]]
         offset_of: dict[str, float] = {}
         if by_source:
             table = store.problems(pool)
-            sources_P = table["source"].take(_rows(table, ids)).to_numpy().astype(str)
-            offsets_P = source_offsets(cosines_P, sources_P)
+            sources_P = table["source"].take(places(list(ids), table["id"])).to_numpy().astype(str)
+            offsets_P = source_offsets(first_P, sources_P)
             offset_of = dict(zip(ids, offsets_P.tolist(), strict=True))
         pairs = measured_pairs(store, pool, benchmarks, step, offset_of)
-        model = fit(pairs, cosines_P - offsets_P, rollouts_P.astype(np.float64))
+        model = fit(pairs, first_P - offsets_P, first_rollouts_P)
         beliefs = Beliefs(model, len(ids))
-        _take_in(store, pool, ids, unit_D, step, beliefs, offsets_P)
+        for row in rows:
+            beliefs.measure(row.places, row.step, row.cosines - offsets_P[row.places], row.rollouts)
         mean_P, sd_P = beliefs.at(step)
         mean_P = mean_P + offsets_P
     norms_P = np.where(live_P, column(view.norms, np.nan), np.nan)
@@ -173,13 +178,25 @@ def source_offsets(scores_P: np.ndarray, sources_P: np.ndarray) -> np.ndarray:
     return (differences_S * counts_S / (counts_S + within / between))[source_P]
 
 
-def _take_in(
-    store: Store, pool: str, ids: Sequence[str], unit_D: np.ndarray, now: int, beliefs: Beliefs, offsets_P: np.ndarray
-) -> None:
+@dataclass(frozen=True, slots=True, eq=False)
+class _Rows:
+    """Live rows of one step."""
+
+    step: int
+    places: np.ndarray
+    """Of their problems among the candidates, int64 [N]."""
+    cosines: np.ndarray
+    """With the target, float64 [N]."""
+    rollouts: np.ndarray
+    """float64 [N]."""
+
+
+def _rows(store: Store, pool: str, ids: Sequence[str], unit_D: np.ndarray, now: int) -> list[_Rows]:
     """Every live row of the newest steps, after each problem's newest one before them, oldest first."""
     steps = [step for step in store.steps(pool) if step <= now]
     recent = steps[-_STEPS_BACK:]
     moments = [] if len(steps) == len(recent) else [steps[-_STEPS_BACK - 1]]
+    found = []
     for step in [*moments, *recent]:
         view = store.view(pool, step)
         chosen = np.flatnonzero(view.live & ((view.steps == step) | (step in moments)))
@@ -187,11 +204,9 @@ def _take_in(
         chosen, place_N = chosen[place_N >= 0], place_N[place_N >= 0]
         if not len(chosen):
             continue
-        cosines_N = score_rows(view, unit_D, "cosine", chosen)[chosen].astype(np.float64) - offsets_P[place_N]
+        cosines_N = score_rows(view, unit_D, "cosine", chosen)[chosen].astype(np.float64)
+        rollouts_N = view.n_rollouts[chosen].astype(np.float64)
         for measured in np.unique(view.steps[chosen]).tolist():
             here = view.steps[chosen] == measured
-            beliefs.measure(place_N[here], measured, cosines_N[here], view.n_rollouts[chosen][here])
-
-
-def _rows(table: "object", ids: Sequence[str]) -> np.ndarray:
-    return places(list(ids), table["id"])  # type: ignore[index]
+            found.append(_Rows(measured, place_N[here], cosines_N[here], rollouts_N[here]))
+    return found

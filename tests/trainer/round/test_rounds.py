@@ -107,8 +107,8 @@ def test_the_projection_is_fitted_to_rollouts_that_are_kept(world, training, tmp
 VARIANTS = {
     "gradalign": {},
     "probes": {"selector": "shrunk"},
-    "budget": {"candidates": None, "refresh": 12},
-    "budget with probes": {"candidates": 30, "refresh": 12, "selector": "snr:0.7+rand:0.3"},
+    "budget": {"candidates": None, "refresh": 12, "boundary": 0.3},
+    "budget with probes": {"candidates": 30, "refresh": 12, "boundary": 0.3, "selector": "snr:0.7+rand:0.3"},
     "budget on dots": {"candidates": 40, "refresh": 12, "selector": "dot", "explore": 0.3},
     "warm-up": {"warm_up": 1, "selector": "learnalign"},
     "random": {"selector": "rand"},
@@ -281,6 +281,8 @@ def test_wrong_requests(world, tmp_path) -> None:
         Rounds(tmp_path / "store", [*made.pool, made.pool[0]], {"bench": made.benchmark}, settings())
     with pytest.raises(RequestError, match="'nonesuch' is not one of"):
         Rounds(tmp_path / "store", made.pool, {"bench": made.benchmark}, settings(selector="nonesuch"))
+    with pytest.raises(RequestError, match="selector 'shrunk' goes by probes of this step: refresh must be above 0"):
+        Rounds(tmp_path / "store", made.pool, {"bench": made.benchmark}, settings(selector="shrunk", refresh=0))
     with pytest.raises(RequestError, match="not a state of selection rounds"):
         Rounds(tmp_path / "store", made.pool, {"bench": made.benchmark}, settings()).load_state_dict({})
 
