@@ -49,7 +49,11 @@ def main(overrides: Sequence[str]) -> None:
         raise RequestError(f"verl's configuration: {' '.join(str(error).split())}") from None
     VerlSettings.of(config)  # so that a mistake is told before anything starts
     auto_set_device(config)
-    validate_config(config=config, use_reference_policy=need_reference_policy(config), use_critic=need_critic(config))
+    reference, critic = need_reference_policy(config), need_critic(config)
+    try:
+        validate_config(config=config, use_reference_policy=reference, use_critic=critic)
+    except (HydraException, AssertionError, ValueError, NotImplementedError) as error:
+        raise RequestError(f"verl's configuration: {_last_cause(error)}") from None
     was_running = ray.is_initialized()
     try:
         run_ppo(config, task_runner_class=task_runner())
@@ -86,6 +90,13 @@ def task_runner(base: Any = None) -> Any:
             super().run(config)
 
     return ray.remote(SelectingTaskRunner)
+
+
+def _last_cause(error: BaseException) -> str:
+    """What hydra wraps, on one line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _ours(override: str) -> str:

@@ -62,6 +62,8 @@ class VerlSettings:
         if not {"rollouts", "n_samples_train"} & given.keys():
             given["rollouts"] = rollout["n"]
         rounds = RoundSettings.from_names({**given, "spec": spec})
+        if rounds.selected is not None:
+            rounds.n_selected(rounds.candidates or rounds.selected)
         _check_queue(verl, rounds)
         options["logprobs"] = _exact_logprobs(rollout)
         if spec.objective.importance and not options["logprobs"]:
