@@ -1,10 +1,13 @@
 """How alike two rankings of the same problems are, and how alike chance alone lets them be: pure functions.
 
-Dimension letters: P problems, K the first few of them, B simulations.
+Dimension letters: P problems, D depth.
 """
 
 import numpy as np
 from scipy.stats import rankdata  # type: ignore[import-untyped]
+
+_CALIBRATION = 1 << 20
+"""Sets the draws of the calibration apart from those of the simulations."""
 
 
 def spearman(a_P: np.ndarray, b_P: np.ndarray) -> float:
@@ -44,27 +47,50 @@ def rank_biased_overlap(a_P: np.ndarray, b_P: np.ndarray, k: int) -> float:
     return float(overlap_D[-1] * weights_D[-1] + (1 - p) / p * (overlap_D @ weights_D))
 
 
-def chance(
-    n: int, k: int, reliability: float, refreshed: float = 1.0, *, seed: int = 0, repeats: int = 8
-) -> tuple[float, float, float]:
-    """(Spearman, Jaccard of the best k, rank-biased overlap) of two noisy rankings of problems that did not change.
+def calibrated(scores_P: np.ndarray, noise_P: np.ndarray, reliability: float, *, seed: int = 0) -> np.ndarray:
+    """Noise of the same proportions such that two measurements agree by the reliability (Spearman): float64 [P].
 
-    reliability: Spearman of two separate measurements of the same problems. refreshed: share of the problems measured
-    anew in between; the others keep their score. By simulation: score = truth + noise, both normal, their variances
-    such that the Pearson correlation is 2 sin(pi reliability / 6). At most 20,000 problems are simulated, k with them.
+    noise_P: standard deviations, up to a common factor, which is found by bisection. nan for a reliability of nan.
     """
-    if not n or not np.isfinite(reliability):
+    if not np.isfinite(reliability) or len(scores_P) < 3:
+        return np.full(len(scores_P), np.nan)
+    low, high = -12.0, 12.0
+    scale = float(scores_P.std() / np.sqrt(np.mean(noise_P**2)))
+    for _ in range(30):
+        middle = (low + high) / 2
+        again_P = _measured_again(
+            scores_P, noise_P * scale * np.exp(middle), np.random.default_rng([seed, _CALIBRATION])
+        )
+        low, high = (middle, high) if spearman(scores_P, again_P) > reliability else (low, middle)
+    return noise_P * scale * np.exp((low + high) / 2)
+
+
+def chance(
+    scores_P: np.ndarray, noise_P: np.ndarray, anew_P: np.ndarray, k: int, *, seed: int = 0
+) -> tuple[float, float, float]:
+    """(Spearman, Jaccard of the best k, rank-biased overlap) of scores with those of other rollouts, nothing having
+    changed: the mean of seeded simulations, eight or fewer for many problems; nan where the noise is not known.
+
+    noise_P: standard deviation of each score. anew_P: bool, which problems are measured again; the others keep theirs.
+    """
+    if not len(scores_P) or not np.isfinite(noise_P).all():
         return (float("nan"),) * 3
-    size = min(n, 20_000)
-    k = max(1, round(k * size / n))
-    correlation = float(np.clip(2 * np.sin(np.pi * reliability / 6), 0, 1))
     found = []
-    for repeat in range(repeats):
-        random = np.random.default_rng([seed, repeat])
-        truth_P, first_P, second_P = random.normal(size=(3, size))
-        again_P = random.random(size) < refreshed
-        a_P = np.sqrt(correlation) * truth_P + np.sqrt(1 - correlation) * first_P
-        b_P = np.sqrt(correlation) * truth_P + np.sqrt(1 - correlation) * np.where(again_P, second_P, first_P)
-        found.append((spearman(a_P, b_P), jaccard(a_P, b_P, k), rank_biased_overlap(a_P, b_P, k)))
+    for repeat in range(int(np.clip(40_000 // len(scores_P), 1, 8))):
+        again_P = _measured_again(scores_P, noise_P, np.random.default_rng([seed, repeat]))
+        other_P = np.where(anew_P, again_P, scores_P)
+        agreed = spearman(scores_P, other_P), jaccard(scores_P, other_P, k), rank_biased_overlap(scores_P, other_P, k)
+        found.append(agreed)
     means = np.mean(found, axis=0)
     return float(means[0]), float(means[1]), float(means[2])
+
+
+def _measured_again(scores_P: np.ndarray, noise_P: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """A second measurement given the first: the truth is normal around the pool's mean, with what variance the noise
+    leaves of the scores' (at least a hundredth)."""
+    mean, variance = scores_P.mean(), scores_P.var()
+    truth = max(float(variance - np.mean(noise_P**2)), 0.01 * float(variance))
+    kept_P = truth / (truth + noise_P**2)
+    spread_P = noise_P * np.sqrt(1 + kept_P)
+    again_P: np.ndarray = mean + kept_P * (scores_P - mean) + spread_P * random.normal(size=len(scores_P))
+    return again_P

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from analysis.trajectory import steps_of, target_at
+from analysis.trajectory import measured_steps, steps_of, target_at
 from engine.searching.query import Metric, query_vectors, score_rows
 from engine.searching.targets import Target
 from engine.selecting.mixture import parts_of
@@ -38,7 +38,8 @@ def counterfactual(
     n: problems picked (None: as many as the step's round picked). steps: None: those of the pool's recorded rounds, or
     where there are none every step of the benchmark. among: `candidates` of the step's round, or the whole `pool`.
     A pick's alignment in hindsight is its score against the step's target from its first row *after* the step, other
-    rollouts than those it was picked by; where there is none, from the newest row at the step.
+    rollouts than those it was picked by; where there is none, from the newest row at the step. (Of very many steps the
+    ones with most rows are searched, `measured_steps`.)
 
     Columns: step int64, selector, n int64 (picked), overlap float64 (share of the picks that were trained on in that
     round; nan without a round), alignment float64 (mean score of the picks as seen at the step), gained float64 (mean
@@ -124,12 +125,12 @@ def _at_step(
 
 
 class _LaterRows:
-    """Each problem's first live row after a step, found among the rows that every step of the pool brought."""
+    """Each problem's first live row after a step, found among the rows that each of the pool's steps brought."""
 
     def __init__(self, store: Store, pool: str) -> None:
         self._place = {name: number for number, name in enumerate(store.problems(pool)["id"].to_pylist())}
         self._fresh: list[tuple[View, np.ndarray, np.ndarray]] = []
-        for step in sorted(store.steps(pool)):
+        for step in measured_steps(store, pool):
             view = store.view(pool, step)
             positions = np.flatnonzero(view.live & (view.steps == step))
             self._fresh.append((view, positions, self._places(view.ids_at(positions))))

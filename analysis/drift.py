@@ -9,10 +9,10 @@ from itertools import pairwise
 import numpy as np
 import pandas as pd
 
-from analysis.agreement import chance, jaccard, rank_biased_overlap, spearman
-from analysis.noise import RankReliability, rank_reliability
+from analysis.agreement import calibrated, chance, jaccard, rank_biased_overlap, spearman
+from analysis.noise import RankReliability, measurement_noise, rank_reliability
 from analysis.staleness import fit_decay, rank_agreement
-from analysis.trajectory import steps_of, target_at, trajectory
+from analysis.trajectory import Trajectory, measured_steps, steps_of, target_at, trajectory
 from engine.searching.query import Metric
 from gradstore import State, Store
 
@@ -80,14 +80,15 @@ def ranking_drift(
         trust = rank_reliability(store, pool, benchmark)
     else:
         trust = RankReliability(reliability, "given", 0)
+    noise_P = _score_noise(store, pool, benchmark, metric, seen, trust.value, seed)
     pairs = [(a, b, "previous") for a, b in pairwise(ranked)] + [(ranked[0], b, "first") for b in ranked[1:]]
     rows = []
     for a, b, against in pairs:
         both_P = np.isfinite(seen.scores_SP[a]) & np.isfinite(seen.scores_SP[b])
         x_P, y_P, n = seen.scores_SP[a, both_P], seen.scores_SP[b, both_P], int(both_P.sum())
         best = min(n, k or max(1, n // 10))
-        refreshed = float(np.mean(seen.row_steps_SP[a, both_P] != seen.row_steps_SP[b, both_P])) if n else 0.0
-        floor = chance(n, best, trust.value, refreshed, seed=seed)
+        anew_P = seen.row_steps_SP[a, both_P] != seen.row_steps_SP[b, both_P]
+        floor = chance(x_P.astype(np.float64), noise_P[both_P], anew_P, best, seed=seed)
         rows.append(
             {
                 "step": int(seen.steps[b]),
@@ -98,7 +99,7 @@ def ranking_drift(
                 "spearman": spearman(x_P, y_P),
                 "jaccard": jaccard(x_P, y_P, best),
                 "rbo": rank_biased_overlap(x_P, y_P, best),
-                "refreshed": refreshed,
+                "refreshed": float(anew_P.mean()) if n else 0.0,
                 "noise_spearman": floor[0],
                 "noise_jaccard": floor[1],
                 "noise_rbo": floor[2],
@@ -122,7 +123,8 @@ def staleness(
     """Rank agreement of stale rows with fresh ones, for every pair of steps at which problems were measured anew.
 
     Rows computed at `stale_step` and rows of the same problems computed at `step` are both scored against the target at
-    `step`: what is lost by not rolling out anew. by: None, or `source`.
+    `step`: what is lost by not rolling out anew. by: None, or `source`. steps: None: those of the pool, at most 24
+    (`measured_steps`). Problems that were picked are measured more often than others, and count more often here.
     Columns: group (`all`, or the source), stale_step, step, age int64, n int64 (problems), spearman float64.
     """
     return rank_agreement(store, pool, benchmark, by, metric, steps)
@@ -145,6 +147,29 @@ def half_life(
     it a half-life is an extrapolation). Groups seen at fewer than two ages are left out.
     """
     return fit_decay(store, pool, benchmark, by, metric, steps)
+
+
+def _score_noise(
+    store: Store, pool: str, benchmark: str, metric: Metric, seen: Trajectory, reliability: float, seed: int
+) -> np.ndarray:
+    """Standard deviation of each problem's score over draws of its rollouts, float64 [P]; nan where unknown.
+
+    Which problems are noisier than others is known from those measured more than once; how noisy all of them are
+    together from the reliability, at the step with the most scores.
+    """
+    repeats = trajectory(store, pool, benchmark, metric, measured_steps(store, pool))
+    proportions_P = measurement_noise(repeats.measured.astype(np.float64))
+    if not (np.isfinite(proportions_P).all() and proportions_P.any()):
+        proportions_P = np.ones(len(seen.ids))
+    known_SP = np.isfinite(seen.scores_SP)
+    most = int(known_SP.sum(axis=1).argmax())
+    there_P = known_SP[most]
+    noise_P = proportions_P.copy()
+    found_P = calibrated(
+        seen.scores_SP[most, there_P].astype(np.float64), proportions_P[there_P], reliability, seed=seed
+    )
+    noise_P *= found_P[0] / proportions_P[there_P][0] if len(found_P) else np.nan
+    return noise_P
 
 
 def _noise_energies(store: Store, benchmark: str, steps: Sequence[int]) -> np.ndarray:

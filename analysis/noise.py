@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+from scipy import optimize, special  # type: ignore[import-untyped]
 
 from analysis.agreement import spearman
 from engine.gradients.objectives import Objective
@@ -52,6 +53,51 @@ def rank_reliability(store: Store, pool: str, benchmark: str, step: int | None =
         row = fitted.iloc[0]
         return RankReliability(float(row["reliability"]), "repeats", int(row["n_problems"]))
     return RankReliability(float("nan"), "none", 0)
+
+
+def measurement_noise(measured_SP: np.ndarray) -> np.ndarray:
+    """Standard deviation of one measured score of each problem, float64 [P], from successive measurements of it.
+
+    measured_SP: nan where not measured. Half the squared differences of successive measurements, moderated over the
+    pool; the drift in between is in it. nan where no problem was measured twice.
+    """
+    squares_P, freedom_P = np.zeros(measured_SP.shape[1]), np.zeros(measured_SP.shape[1], np.int64)
+    last_P = np.full(measured_SP.shape[1], np.nan)
+    for now_P in measured_SP:
+        change_P = now_P - last_P
+        twice = np.isfinite(change_P)
+        squares_P[twice] += change_P[twice] ** 2 / 2
+        freedom_P += twice
+        last_P = np.where(np.isfinite(now_P), now_P, last_P)
+    return moderated(squares_P, freedom_P)[0]
+
+
+def moderated(squares_P: np.ndarray, freedom_P: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(standard deviation of one measurement of each problem, its degrees of freedom): float64 [P] each.
+
+    squares_P: sum of squared deviations from the problem's means, with freedom_P degrees of freedom (0: none). Noise
+    differs between problems, and few measurements of one say little of it: variances are taken to be drawn from a
+    scaled inverse chi-square distribution with d0 degrees of freedom around s0^2, both fitted to the pool by the
+    moments of log variances, and are shrunk to it: s^2 = (d0 s0^2 + squares) / (d0 + freedom) (Smyth 2004, sections
+    3 and 6.2). nan where no problem was measured twice on a side.
+    """
+    repeated = freedom_P > 0
+    if not repeated.any():
+        return np.full(len(squares_P), np.nan), np.zeros(len(squares_P))
+    d = freedom_P[repeated].astype(np.float64)
+    variances = squares_P[repeated] / d
+    variances = np.maximum(variances, 1e-5 * np.median(variances))
+    if not variances.all():
+        return np.zeros(len(squares_P)), np.full(len(squares_P), np.inf)
+    e = np.log(variances) - special.digamma(d / 2) + np.log(d / 2)
+    spread = float(e.var(ddof=1) - special.polygamma(1, d / 2).mean()) if len(e) > 1 else 0.0
+    if spread > 1e-6:
+        d0 = 2 * optimize.brentq(lambda x: special.polygamma(1, x) - spread, 1e-6, 1e7)
+        s0 = float(np.exp(e.mean() + special.digamma(d0 / 2) - np.log(d0 / 2)))
+        shrunk_P = (d0 * s0 + squares_P) / (d0 + freedom_P)
+        return np.sqrt(shrunk_P), d0 + freedom_P
+    # The variances differ by no more than chance: one for all.
+    return np.full(len(squares_P), np.sqrt(squares_P.sum() / freedom_P.sum())), np.full(len(squares_P), np.inf)
 
 
 def half_dots(store: Store, pool: str, benchmark: str, step: int | None = None) -> pd.DataFrame:

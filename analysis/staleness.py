@@ -13,12 +13,14 @@ from scipy.optimize import minimize_scalar  # type: ignore[import-untyped]
 from scipy.stats import t as student  # type: ignore[import-untyped]
 
 from analysis.agreement import spearman
-from analysis.trajectory import steps_of, target_at
+from analysis.trajectory import measured_steps, target_at
 from engine.searching.query import Metric, query_vectors, score_rows
 from gradstore import Store
 from gradstore.errors import RequestError
 
 LEAST_PROBLEMS = 10
+MOST_PAIRED = 24
+"""Steps of the pool that are paired with each other unless steps are given."""
 _BLOCKS = 10
 """Blocks of problems from which a half-life's interval is taken."""
 
@@ -113,7 +115,7 @@ def _pairs(
 ) -> list[tuple[int, int, np.ndarray, np.ndarray, np.ndarray]]:
     """(stale step, step, problems, stale scores, fresh scores) of every pair of steps with problems of both."""
     places = {name: number for number, name in enumerate(store.problems(pool)["id"].to_pylist())}
-    chosen = steps_of(store, pool, steps).tolist()
+    chosen = measured_steps(store, pool, steps, MOST_PAIRED)
     found = {step: target_at(store, benchmark, step) for step in chosen}
     targets = {step: one for step, one in found.items() if one is not None}
     fresh: dict[int, tuple[np.ndarray, np.ndarray]] = {}

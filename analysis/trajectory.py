@@ -21,6 +21,10 @@ UNMEASURED = 255
 STATE_NAMES = ("live", "no_signal", "failed", "unmeasured")
 
 
+MOST_STEPS = 64
+"""Steps of a pool that are looked at unless steps are given."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Trajectory:
     """Scores of a pool's problems over steps."""
@@ -90,6 +94,21 @@ def steps_of(store: Store, collection: str, steps: Sequence[int] | None = None) 
     if not len(found):
         raise RequestError(f"collection {collection!r} has no rows yet, so no step: collect rollouts for it first")
     return found
+
+
+def measured_steps(
+    store: Store, collection: str, steps: Sequence[int] | None = None, most: int = MOST_STEPS
+) -> list[int]:
+    """The steps asked for; or those at which the collection has rows, of more than `most` the ones with the most rows,
+    evenly among equals: a run that keeps every training step's rollouts has a thousand of them."""
+    found = steps_of(store, collection, steps)
+    if steps is not None or len(found) <= most:
+        return [int(step) for step in found]
+    rows = np.array(list(store.steps(collection).values()))
+    least = np.sort(rows)[-most]
+    above, equal = found[rows > least], found[rows == least]
+    evenly = equal[np.linspace(0, len(equal) - 1, most - len(above)).round().astype(int)]
+    return sorted(int(step) for step in np.concatenate([above, evenly]))
 
 
 def target_at(store: Store, benchmark: str, step: int | None) -> Target | None:

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
-from scipy import optimize, special, stats  # type: ignore[import-untyped]
+from scipy import special, stats  # type: ignore[import-untyped]
 
-from analysis.trajectory import steps_of, trajectory
+from analysis.noise import moderated
+from analysis.trajectory import measured_steps, trajectory
 from engine.searching.query import Metric
 from gradstore import Store
 from gradstore.errors import RequestError
@@ -33,18 +34,19 @@ def turning(
 ) -> pd.DataFrame:
     """Problems whose mean alignment has one sign before a step and the other after it, the surest first.
 
-    Only scores of rows computed at their very step count: each from rollouts of its own. split: the first step of
-    "after" (None: the middle one of the steps at which the pool was measured). noise: standard deviation of one
-    measured score, the same for all (None: each problem's own, `moderated`). Both means have to differ from 0 on their
-    side: p = max(p_before, p_after), each one-sided (an intersection-union test, Berger 1982); q_value: Benjamini and
-    Hochberg (1995) over the problems measured on both sides, in both directions. significant: q_value <= level.
+    Only scores of rows computed at their very step count: each from rollouts of its own. steps: None: those of the pool
+    (of very many the ones with most rows, `measured_steps`). split: the first step of "after" (None: the middle one of
+    the steps at which the pool was measured). noise: standard deviation of one measured score, the same for all (None:
+    each problem's own, `noise.moderated`). Both means have to differ from 0 on their side: p = max(p_before, p_after),
+    each one-sided (an intersection-union test, Berger 1982); q_value: Benjamini and Hochberg (1995) over the problems
+    measured on both sides, in both directions. significant: q_value <= level.
 
     Columns: id, source, turned (`harmful`, `helpful`), before, after float64 (mean scores), n_before, n_after int64,
     z_before, z_after float64 (the means as normal deviates), p_value, q_value float64, significant bool, split int64,
     noise float64 (standard deviation of one measurement, as used). Only problems that change sign have a row.
     RequestError where the pool was measured at fewer than two steps.
     """
-    seen = trajectory(store, pool, benchmark, metric, steps_of(store, pool, steps).tolist())
+    seen = trajectory(store, pool, benchmark, metric, measured_steps(store, pool, steps))
     measured_SP = seen.measured.astype(np.float64)
     used = np.flatnonzero(np.isfinite(measured_SP).any(axis=1))
     if len(used) < 2:
@@ -93,34 +95,6 @@ def turning(
     sign = np.where(whole["turned"] == "harmful", 1, -1)
     turned = whole[(sign * whole["before"] > 0) & (sign * whole["after"] < 0)]
     return turned.sort_values(["p_value", "id"], ignore_index=True)
-
-
-def moderated(squares_P: np.ndarray, freedom_P: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(standard deviation of one measurement of each problem, its degrees of freedom): float64 [P] each.
-
-    squares_P: sum of squared deviations from the problem's means, with freedom_P degrees of freedom (0: none). Noise
-    differs between problems, and few measurements of one say little of it: variances are taken to be drawn from a
-    scaled inverse chi-square distribution with d0 degrees of freedom around s0^2, both fitted to the pool by the
-    moments of log variances, and are shrunk to it: s^2 = (d0 s0^2 + squares) / (d0 + freedom) (Smyth 2004, sections
-    3 and 6.2). nan where no problem was measured twice on a side.
-    """
-    repeated = freedom_P > 0
-    if not repeated.any():
-        return np.full(len(squares_P), np.nan), np.zeros(len(squares_P))
-    d = freedom_P[repeated].astype(np.float64)
-    variances = squares_P[repeated] / d
-    variances = np.maximum(variances, 1e-5 * np.median(variances))
-    if not variances.all():
-        return np.zeros(len(squares_P)), np.full(len(squares_P), np.inf)
-    e = np.log(variances) - special.digamma(d / 2) + np.log(d / 2)
-    spread = float(e.var(ddof=1) - special.polygamma(1, d / 2).mean()) if len(e) > 1 else 0.0
-    if spread > 1e-6:
-        d0 = 2 * optimize.brentq(lambda x: special.polygamma(1, x) - spread, 1e-6, 1e7)
-        s0 = float(np.exp(e.mean() + special.digamma(d0 / 2) - np.log(d0 / 2)))
-        shrunk_P = (d0 * s0 + squares_P) / (d0 + freedom_P)
-        return np.sqrt(shrunk_P), d0 + freedom_P
-    # The variances differ by no more than chance: one for all.
-    return np.full(len(squares_P), np.sqrt(squares_P.sum() / freedom_P.sum())), np.full(len(squares_P), np.inf)
 
 
 def _halves(measured_SP: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from analysis.alignment import COLUMNS, alignment, states, summary
-from analysis.trajectory import trajectory
+from analysis.trajectory import measured_steps, trajectory
 from gradstore.errors import RequestError
 
 
@@ -83,3 +83,16 @@ def test_measured_keeps_scores_of_fresh_rows_alone(history) -> None:
 def test_wrong_requests_are_named(history, arguments) -> None:
     with pytest.raises(RequestError, match=r"nothing|manhattan"):
         alignment(history.store, *arguments)
+
+
+def test_of_many_steps_those_with_most_rows_are_taken(make_history) -> None:
+    """Whole refreshes every third step, a few rows at the others."""
+    measured_SP = np.zeros((12, 9), bool)
+    measured_SP[:, :2] = True
+    measured_SP[::3] = True
+    history = make_history(np.zeros((12, 9)), measured_SP=measured_SP)
+    assert measured_steps(history.store, "pool", most=4) == [0, 30, 60, 90]
+    assert measured_steps(history.store, "pool", most=2) == [0, 90]
+    assert measured_steps(history.store, "pool", most=6) == [0, 10, 30, 60, 90, 110]
+    assert measured_steps(history.store, "pool") == history.steps
+    assert measured_steps(history.store, "pool", [50, 10]) == [10, 50]

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 from scipy.stats import spearmanr
 
-from analysis.agreement import chance, jaccard, rank_biased_overlap, spearman
+from analysis.agreement import calibrated, chance, jaccard, rank_biased_overlap, spearman
 from analysis.drift import half_life, ranking_drift, staleness, target_drift
 from analysis.noise import half_dots, rank_reliability
 from gradstore.errors import RequestError
@@ -36,10 +36,20 @@ def test_agreement_is_that_of_slow_definitions() -> None:
 
 def test_chance_leaves_the_reliability_it_is_given() -> None:
     """Two measurements of reliability r agree by r; what is not measured again agrees wholly."""
-    assert chance(5000, 100, 0.7)[0] == pytest.approx(0.7, abs=0.02)
-    assert chance(5000, 100, 0.7, refreshed=0.0) == pytest.approx((1, 1, 1))
-    assert chance(5000, 100, 0.7, refreshed=0.3)[0] > chance(5000, 100, 0.7, refreshed=0.9)[0]
-    assert np.isnan(chance(100, 10, float("nan"))).all()
+    random = np.random.default_rng(0)
+    truth, noise = random.normal(size=5000), random.choice([0.2, 1.0], 5000)
+    scores, again = (truth + noise * random.normal(size=5000) for _ in range(2))
+    reliability = spearman(scores, again)
+    found = calibrated(scores, 7 * noise, reliability)
+    np.testing.assert_allclose(found, noise, rtol=0.1)
+    everyone = np.ones(5000, bool)
+    left = chance(scores, found, everyone, 100)
+    assert left[0] == pytest.approx(reliability, abs=0.02)
+    assert left[1] == pytest.approx(jaccard(scores, again, 100), abs=0.07)
+    assert left[2] == pytest.approx(rank_biased_overlap(scores, again, 100), abs=0.07)
+    assert chance(scores, found, ~everyone, 100) == pytest.approx((1, 1, 1))
+    assert chance(scores, found, random.random(5000) < 0.3, 100)[0] > left[0] + 0.02
+    assert np.isnan(chance(scores, calibrated(scores, noise, float("nan")), everyone, 10)).all()
 
 
 def test_target_drift_is_the_cosine_and_finds_the_planted_angle(make_history) -> None:

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from analysis.turning import COLUMNS, moderated, turning
+from analysis.noise import moderated
+from analysis.turning import COLUMNS, turning
 from gradstore.errors import RequestError
 
 
