@@ -1,6 +1,7 @@
 """Figures show the numbers of their frames."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from analysis.drift import half_life, ranking_drift, staleness, target_drift
 from analysis.layers import layers
 from analysis.suspicion import suspicious
 from analysis.turning import turning
+from gradstore.errors import RequestError
 
 
 def lines(figure) -> dict[str, np.ndarray]:
@@ -47,6 +49,12 @@ def test_maps_carry_the_frames_numbers(history) -> None:
     assert z[1, 2] == pytest.approx(frame.set_index(["step", "layer"]).loc[(20, "b"), "energy"])
     frame = clusters(history.store, "pool", n_clusters=3)
     assert sum(len(trace.x) for trace in plots.clusters(frame).data) == len(frame)
+
+
+def test_without_plotly_the_request_says_what_to_install(history, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "plotly.graph_objects", None)
+    with pytest.raises(RequestError, match="pip install"):
+        plots.alignment(alignment(history.store, "pool", "bench"))
 
 
 def test_every_figure_is_titled_and_can_be_written(make_history) -> None:
