@@ -7,7 +7,7 @@ keeps in every checkpoint: a resumed run draws on at the very next problem. The 
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,7 @@ class RoundSampler(Sampler[int]):
         self._pool = hashlib.sha256("\n".join(ids).encode()).hexdigest()[:16]
         self._order: list[str] = []
         self._drawn = 0
+        self._rollouts: dict[str, int] = {}
         self._rounds: dict[str, Any] = {}
 
     def __len__(self) -> int:
@@ -50,14 +51,22 @@ class RoundSampler(Sampler[int]):
         """Ids of everything fed since the last round, in the order they are drawn."""
         return list(self._order)
 
-    def feed(self, order: Sequence[str]) -> None:
-        """Draw these next, the old ones being used up; RequestError for an id outside the pool, or when it is early."""
+    @property
+    def rollouts(self) -> dict[str, int]:
+        """Rollouts of the problems that should not get as many as verl is set to."""
+        return dict(self._rollouts)
+
+    def feed(self, order: Sequence[str], rollouts: Mapping[str, int] | None = None) -> None:
+        """Draw these next, the old ones being used up; RequestError for an id outside the pool, or when it is early.
+
+        rollouts: of the problems that should not get as many as verl is set to.
+        """
         if self.left:
             raise RequestError(f"the sampler was fed with {self.left} problems still to draw")
         unknown = next((name for name in order if name not in self._row_of), None)
         if unknown is not None:
             raise RequestError(f"the round picked problem {unknown!r}, which data.train_files does not have")
-        self._order, self._drawn = list(order), 0
+        self._order, self._drawn, self._rollouts = list(order), 0, dict(rollouts or {})
 
     def keep(self, rounds: dict[str, Any]) -> None:
         """What the rounds need to go on, kept in the sampler's state."""
@@ -69,12 +78,18 @@ class RoundSampler(Sampler[int]):
         return self._rounds
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values: what was fed, how far it is drawn, the state of the rounds, a digest of the pool."""
-        return {"pool": self._pool, "order": list(self._order), "drawn": self._drawn, "rounds": self._rounds}
+        """Plain values: what was fed, how far it is drawn, rollouts of each, the rounds' state, the pool's digest."""
+        return {
+            "pool": self._pool,
+            "order": list(self._order),
+            "drawn": self._drawn,
+            "rollouts": dict(self._rollouts),
+            "rounds": self._rounds,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on where `state_dict` was taken; RequestError for the state of another pool or of another sampler."""
-        if not {"pool", "order", "drawn", "rounds"} <= state.keys():
+        if not {"pool", "order", "drawn", "rollouts", "rounds"} <= state.keys():
             raise RequestError(
                 "the checkpoint's sampler was not made by gradstore: resume it without gradstore, "
                 "or start anew with trainer.resume_mode=disable"
@@ -84,7 +99,7 @@ class RoundSampler(Sampler[int]):
                 "the checkpoint was made with another pool: data.train_files has other problems, or in another order"
             )
         self._order, self._drawn = list(state["order"]), int(state["drawn"])
-        self._rounds = dict(state["rounds"])
+        self._rollouts, self._rounds = dict(state["rollouts"]), dict(state["rounds"])
 
 
 def drawing_order(picks: Sequence[str], n_draws: int, seed: int) -> list[str]:

@@ -112,7 +112,7 @@ class StoreSampler(RoundSampler, AbstractCurriculumSampler):
             return  # of this step before an interruption, sampled by the same policy
         unfinished = path.with_name(f"unfinished-{path.name}")
         with write_rollouts(unfinished) as writer:
-            writer.append(self._rollouts(batch, step))
+            writer.append(self._rows(batch, step))
         unfinished.replace(path)
 
     def state_dict(self) -> dict[str, Any]:
@@ -135,13 +135,13 @@ class StoreSampler(RoundSampler, AbstractCurriculumSampler):
         self.feed(drawing_order(picks.ids, self._batch * settings.steps, seed))
         self._choices += 1
 
-    def _rollouts(self, batch: Any, step: int) -> list[Rollout]:
+    def _rows(self, batch: Any, step: int) -> list[Rollout]:
         """The batch's rows as rollouts, a problem's together."""
         tensors, others = batch.batch, batch.non_tensor_batch
         names = [_id_of(info, i) for i, info in enumerate(others["extra_info"])]
         width = tensors["prompts"].shape[1]
         rows = []
-        for i in sorted(range(len(names)), key=lambda i: (str(others["uid"][i]), i)):
+        for i in sorted(range(len(names)), key=lambda i: (names[i], str(others["uid"][i]), i)):
             prompt_mask = tensors["attention_mask"][i, :width].bool()
             response_mask = tensors["attention_mask"][i, width:].bool()
             if not bool((tensors["response_mask"][i].bool() == response_mask).all()):

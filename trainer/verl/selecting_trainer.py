@@ -27,7 +27,7 @@ from trainer.verl.agent_loop import SEED_FIELD
 from trainer.verl.live_policy import LivePolicy
 from trainer.verl.sampler import RoundSampler, drawing_order
 from trainer.verl.settings import VerlSettings
-from trainer.verl.transfer import groups_of, joined, place_of, records_of, row_seeds
+from trainer.verl.transfer import ROLLOUTS_FIELD, groups_of, joined, place_of, records_of, row_seeds
 from trainer.verl.worker import SketchingWorker
 
 log = logging.getLogger(__name__)
@@ -129,7 +129,8 @@ class SelectingTrainer(PPOTrainerSync):
         order = drawing_order(
             selection.ids, settings.train_batch * settings.steps, derived_seed(settings.seed, self.policy.step)
         )
-        self.sampler.feed(order)
+        rollouts = {name: n for name, n in zip(selection.ids, selection.rollouts.tolist(), strict=True) if n}
+        self.sampler.feed(order, rollouts)
         self.sampler.keep(self.rounds.state_dict())
         self.train_dataloader_it = iter(self.train_dataloader)
         log.info("round %d at step %d picked %s", self.rounds.done, self.policy.step, ", ".join(selection.ids))
@@ -142,8 +143,12 @@ class SelectingTrainer(PPOTrainerSync):
         uids = [f"train-{self.global_steps:08d}-{first + i:06d}" for i in range(n)]
         self._problem_of |= dict(zip(uids, ids, strict=True))
         seed = (self.settings.rounds.seed, _TRAINING, self.global_steps, first) if self.settings.seeded else None
-        columns = tensordict_utils.get_tensordict({"uid": np.array(uids, dtype=object), SEED_FIELD: row_seeds(seed, n)})
-        return batch.update(columns)
+        columns = {"uid": np.array(uids, dtype=object), SEED_FIELD: row_seeds(seed, n)}
+        chosen = self.sampler.rollouts
+        if chosen:
+            usual = self.config.actor_rollout_ref.rollout.n
+            columns[ROLLOUTS_FIELD] = np.array([chosen.get(name, usual) for name in ids], dtype=object)
+        return batch.update(tensordict_utils.get_tensordict(columns))
 
     # Steps
 

@@ -23,6 +23,8 @@ from trainer.backends import derived_seed
 from trainer.verl.agent_loop import SEED_FIELD
 
 PARTITION = "train"
+ROLLOUTS_FIELD = "__rollout_n__"
+"""Field of a row: how often verl's agent loop rolls it out, where that is not rollout.n."""
 FIELDS = ["prompts", "responses", "response_mask", "rm_scores"]
 LOGPROBS = "rollout_log_probs"
 _LONGEST_WAIT = 1.0
@@ -64,7 +66,7 @@ def rows_of(
     view.dataframe = [_fields(record, dataset.prompt_key) for record in problems]
     columns = collate_fn([view[i] for i in range(len(problems))])
     columns["uid"] = np.array(list(uids), dtype=object)
-    columns["__rollout_n__"] = np.array([n] * len(problems), dtype=object)
+    columns[ROLLOUTS_FIELD] = np.array([n] * len(problems), dtype=object)
     columns[SEED_FIELD] = row_seeds(seed, len(problems))
     batch = tensordict_utils.get_tensordict(columns)
     return Rows(batch, list(uids))

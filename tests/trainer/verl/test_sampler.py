@@ -32,14 +32,14 @@ def test_goes_on_where_its_state_was_taken(stop: int) -> None:
     undisturbed.feed(order)
     expected = list(undisturbed)
     sampler = RoundSampler(POOL)
-    sampler.feed(order)
+    sampler.feed(order, {"problem 1": 12})
     sampler.keep({"rounds": 1})
     found = drawn(sampler, stop)
     for _ in range(2):
         other = RoundSampler(POOL)
         other.load_state_dict(sampler.state_dict())
         sampler = other
-    assert sampler.rounds == {"rounds": 1}
+    assert (sampler.rounds, sampler.rollouts) == ({"rounds": 1}, {"problem 1": 12})
     assert found + list(sampler) == expected
 
 
