@@ -76,6 +76,8 @@ class VerlSettings:
             name: [files] if isinstance(files, str) else list(files)
             for name, files in (options.get("benchmarks") or {"validation": verl["data"]["val_files"]}).items()
         }
+        if rollout["name"] == "sglang" and options.get("seeded", True):
+            raise RequestError(f"SGLang takes no seed for a request: set {NODE}.seeded=false (docs/verl.md, Resume)")
         if "probe_rank" not in options and _coarse(verl["actor_rollout_ref"]["actor"]["fsdp_config"]):
             options["probe_rank"] = _COARSE_PROBE_RANK
         return cls(rounds=rounds, **options)

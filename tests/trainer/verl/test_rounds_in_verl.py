@@ -34,6 +34,7 @@ ROUND_SETTINGS = [
     "gradstore.target_rollouts=4",
     "gradstore.spec.rank=4",
     "gradstore.spec.dim=256",
+    "gradstore.selector=cosine:0.5+snr:0.5",
     "trainer.save_freq=3",
 ]
 
@@ -105,7 +106,7 @@ def start(task: Path, engine: tuple[list, dict], verl_overrides: list[str], tmp_
     """Starts a run in a folder below tmp_path; what is left of it at the end is ended."""
     runs: list[Run] = []
 
-    def begin(name: str, *more: str) -> Run:
+    def begin(name: str, own_entry: bool = False) -> Run:
         folder = tmp_path / name
         folder.mkdir(exist_ok=True)
         # Ray's sockets need a short path.
@@ -117,9 +118,12 @@ def start(task: Path, engine: tuple[list, dict], verl_overrides: list[str], tmp_
             f"gradstore.store={folder}/store",
             f"trainer.default_local_dir={folder}/checkpoints",
             f"+ray_kwargs.ray_init._temp_dir={ray}",
-            *more,
         ]
-        command = [sys.executable, "-c", "import sys; from trainer.verl import main; main(sys.argv[1:])", *settings]
+        if own_entry:
+            settings = [f"+{text}" if text.startswith("gradstore.") else text for text in settings]
+            command = [sys.executable, "-m", "own_entry", *settings]
+        else:
+            command = [sys.executable, "-m", "gradstore", "train", "--backend", "verl", *settings]
         with open(folder / "log", "ab") as log:
             process = subprocess.Popen(command, env=engine[1], stdout=log, stderr=log, cwd=folder)
         runs.append(Run(folder, process, ray))
@@ -135,7 +139,7 @@ def test_killed_and_resumed(start) -> None:
     """A cluster job is killed at any moment. What it picks after that, and what it trains on, must not depend on it:
     here it dies in a step after its third round, its checkpoint is of the middle of its second, and the store knows
     more than the checkpoint."""
-    undisturbed = start("undisturbed")
+    undisturbed = start("undisturbed", own_entry=True)
     undisturbed.wait()
     expected = undisturbed.rounds
     assert [found.about["step"] for found in expected] == [0, 2, 4]
