@@ -153,7 +153,7 @@ class Conduct:
             parts = parts_of("rand")
         elif self.warm_up:
             parts = parts_of("rand")
-        if self.measures or self.fits:
+        if self.measures or (self.fits and (journal.plans or not store.steps(run.pool))):
             self._refresh(store, journal, first, validation if run.needs_probes and self.targets else None)
         with self.costs.stage("select"):
             now = self._standing(store)

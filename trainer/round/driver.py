@@ -111,6 +111,8 @@ class Rounds:
         if number >= self.settings.rounds:
             raise RequestError(f"all {self.settings.rounds} rounds (num_selections) are done")
         store = self._open(policy)
+        if store is None and number:
+            raise RequestError(f"{self._run.path}: there is no store, but the saved state is after round {number - 1}")
         found = self._recorded(store, number, policy) if store else None
         if found is None:
             kept = self._kept_choice(store, number)

@@ -201,6 +201,37 @@ def test_another_run_is_refused(world, training, tmp_path) -> None:
     assert len(longer.run()) == 5
 
 
+def test_a_store_that_is_gone_is_not_made_anew(world, training, tmp_path) -> None:
+    """A run in its middle must not go on as if nothing had been measured."""
+    run = training(tmp_path / "store", world(), settings())
+    run.run()
+    driver = Rounds(tmp_path / "other", run.world.pool, {"bench": run.world.benchmark}, settings())
+    driver.load_state_dict({**run.saved, "rounds": 2})
+    with pytest.raises(RequestError, match="there is no store, but the saved state is after round 1"):
+        driver.next(run.policy)
+
+
+def test_rows_collected_before_are_used(world, training, fake_policy, tmp_path) -> None:
+    """A base model's sketches from an earlier collection spare the first rounds of a budget their blind start."""
+    made = settings(candidates=None, refresh=10, rounds=1)
+    run = training(tmp_path / "store", world(), made)
+    early = fake_policy(run.world)
+    files = early.fit(made.spec, [])
+    store = gradstore.create(tmp_path / "store", dim=files.dim, fingerprint=files.fingerprint)
+    store.add_problems("pool", run.world.pool)
+    groups = [early._group(record["id"], 8, 5) for record in run.world.pool]
+    batch = early.sketch(groups)
+    with store.writer("pool", step=0) as writer:
+        writer.append(batch.ids, batch.sketches, state=batch.states, n_rollouts=batch.n_rollouts)
+    picks = run.run()[0]
+    found = gradstore.open(tmp_path / "store").round("pool", 0)
+    assert found.about["counts"]["unmeasured"] == 0
+    assert sum(found.table["rolled_out"].to_pylist()) <= 10
+    truth = run.world.alignment(0)
+    best = sorted(truth, key=lambda name: -truth[name])[:8]
+    assert len(set(picks) & set(best)) >= 5
+
+
 def test_learnaligns_static_use(world, training, tmp_path) -> None:
     """Warm-up at random without a rollout, one choice without a benchmark, kept for the rest of the run."""
     made = settings(selector="learnalign", warm_up=1, once=True, rounds=4, fit_problems=0)
