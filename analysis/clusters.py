@@ -181,7 +181,7 @@ def _map(rows_ND: np.ndarray, layout: str, seed: int) -> Callable[[np.ndarray], 
         import umap
     except ImportError:
         raise RequestError("the umap map needs umap-learn: pip install umap-learn, or take layout='pca'") from None
-    model: Any = umap.UMAP(n_components=2, metric="cosine", random_state=seed).fit(rows_ND)
+    model: Any = umap.UMAP(n_components=2, metric="cosine", random_state=seed, n_jobs=1).fit(rows_ND)
     found: Callable[[np.ndarray], np.ndarray] = model.transform
     return found
 

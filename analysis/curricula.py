@@ -24,7 +24,7 @@ COLUMNS = ["step", "selector", "n", "overlap", "alignment", "gained", "best", "r
 def counterfactual(
     store: Store,
     pool: str,
-    benchmark: str,
+    benchmark: str | Sequence[str],
     n: int | None = None,
     selectors: Sequence[str] = SELECTED,
     steps: Sequence[int] | None = None,
@@ -35,8 +35,9 @@ def counterfactual(
 ) -> pd.DataFrame:
     """One row a step and selector, and one for what was trained on and for the best in hindsight.
 
-    n: problems picked (None: as many as the step's round picked). steps: None: those of the pool's recorded rounds, or
-    where there are none every step of the benchmark. among: `candidates` of the step's round, or the whole `pool`.
+    benchmark: one, or several, which count alike: scores are means over them. n: problems picked (None: as many as the
+    step's round picked). steps: None: those of the pool's recorded rounds, or where there are none every step of the
+    (first) benchmark. among: `candidates` of the step's round, or the whole `pool`.
     A pick's alignment in hindsight is its score against the step's target from its first row *after* the step, other
     rollouts than those it was picked by; where there is none, from the newest row at the step. (Of very many steps the
     ones with most rows are searched, `measured_steps`.)
@@ -52,14 +53,18 @@ def counterfactual(
         parts_of(name)  # refuses an unknown one
     if among not in ("candidates", "pool"):
         raise RequestError(f"among is {among!r}, expected 'candidates' or 'pool'")
+    names = [benchmark] if isinstance(benchmark, str) else list(benchmark)
+    if not names:
+        raise RequestError("no benchmark given: name at least one")
     recorded = {int(one.about["step"]): one for one in store.rounds(pool)}
-    chosen = sorted(recorded) if steps is None and recorded else steps_of(store, benchmark, steps).tolist()
+    chosen = sorted(recorded) if steps is None and recorded else steps_of(store, names[0], steps).tolist()
     later = _LaterRows(store, pool)
     rows: list[dict] = []
     for step in chosen:
-        wanted = target_at(store, benchmark, step)
+        found = [target_at(store, name, step) for name in names]
+        wanted = [one for one in found if one is not None]
         view = store.view(pool, step)
-        if wanted is not None and len(view):
+        if len(wanted) == len(names) and len(view):
             rows += _at_step(store, view, step, wanted, n, selectors, recorded.get(step), metric, among, seed, later)
     return pd.DataFrame(rows, columns=COLUMNS)
 
@@ -68,7 +73,7 @@ def _at_step(
     store: Store,
     view: View,
     step: int,
-    wanted: Target,
+    wanted: list[Target],
     n: int | None,
     selectors: Sequence[str],
     recorded: Round | None,
@@ -87,9 +92,9 @@ def _at_step(
         candidates = [name for name, at in zip(ids, view.find(ids).tolist(), strict=True) if at >= 0]
     positions = np.arange(len(view)) if candidates is None else view.positions(candidates)
     live = positions[view.live[positions]]
-    query_D = query_vectors(view, [wanted], metric)[0]
-    now_P = score_rows(view, query_D, metric, live)
-    hindsight_P, judged_P = later.scores(view, step, query_D, metric, now_P)
+    queries_QD = query_vectors(view, wanted, metric)
+    now_P = score_rows(view, queries_QD, metric, live).mean(axis=0)
+    hindsight_P, judged_P = later.scores(view, step, queries_QD, metric, now_P)
     best_rows = live[np.argsort(-hindsight_P[live], kind="stable")[:n_picked]]
     best = float(hindsight_P[best_rows].mean()) if len(best_rows) else float("nan")
 
@@ -136,7 +141,7 @@ class _LaterRows:
             self._fresh.append((view, positions, self._places(view.ids_at(positions))))
 
     def scores(
-        self, view: View, step: int, query_D: np.ndarray, metric: Metric, now_P: np.ndarray
+        self, view: View, step: int, queries_QD: np.ndarray, metric: Metric, now_P: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
         """Scores from the first live row after the step, else those of now; and which are from later: [P] each."""
         wanted = np.full(len(self._place), -1, np.int64)
@@ -148,7 +153,8 @@ class _LaterRows:
             here = wanted[places] >= 0
             at = wanted[places[here]]
             if len(at):
-                found_P[at] = score_rows(newer, query_D, metric, positions[here])[positions[here]]
+                scores_QP = score_rows(newer, queries_QD, metric, positions[here])
+                found_P[at] = scores_QP.mean(axis=0)[positions[here]]
                 later_P[at] = True
                 wanted[places[here]] = -1  # the first row after the step counts
         return found_P, later_P

@@ -79,6 +79,20 @@ def test_candidates_of_the_round_or_the_whole_pool(history) -> None:
         counterfactual(history.store, "pool", "bench", 5, among="all")
 
 
+def test_several_benchmarks_count_alike(make_history) -> None:
+    """Scores are the mean of those with each, for what was picked and for what was best."""
+    along = np.random.default_rng(2).normal(size=(2, 40))
+    history = make_history(along, other_target=np.eye(24)[2], picks=[list(range(6))] * 2)
+    both = counterfactual(history.store, "pool", ["bench", "other"], selectors=["cosine"])
+    each = [counterfactual(history.store, "pool", name, selectors=["cosine"]) for name in ("bench", "other")]
+    trained = [frame[frame["selector"] == TRAINED].set_index("step") for frame in (both, *each)]
+    for column in ("alignment", "gained"):
+        expected = (trained[1][column] + trained[2][column]) / 2
+        np.testing.assert_allclose(trained[0][column], expected, atol=1e-6)
+    with pytest.raises(RequestError, match="at least one"):
+        counterfactual(history.store, "pool", [])
+
+
 def test_a_selector_that_cannot_pick_says_why(make_history) -> None:
     """Selectors that need probes have a row with a note where there are none."""
     history = make_history(np.zeros((1, 20)), picks=[[0, 1]])
