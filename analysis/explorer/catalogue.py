@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 from analysis.agreement import jaccard, spearman
 from analysis.report.transcripts import Transcript, Transcripts
 from analysis.trajectory import STATE_NAMES, UNMEASURED, target_at
+from engine.searching.blocks import laid_out
 from engine.searching.query import Metric, eligible_positions, query_vectors, score_rows, search
 from engine.searching.where import Where
 from gradstore import Store
@@ -140,7 +141,12 @@ class Catalogue:
         columns = ["id", "source", "cosine", "pass_rate"]
         if place < 0 or not view.live[place]:
             return pd.DataFrame(columns=columns)
-        hits = search(view, view.rows(np.array([place]))[0], k + 1, metric="cosine")
+        query = view.rows(np.array([place]))[0]
+        if view.n_bases > 1:  # rows of other bases have no dimensions in common with it
+            basis = int(view.bases[place])
+            view = self.store.view(self.pool, step, basis=basis)
+            query = laid_out({basis: query}, view.n_bases)
+        hits = search(view, query, k + 1, metric="cosine")
         others = hits.ids != problem_id
         positions = hits.positions[others][:k]
         return pd.DataFrame(

@@ -9,30 +9,34 @@ from analysis.report.caveats import caveats
 from analysis.report.findings import Findings
 from analysis.report.pieces import Page, Section, written
 from analysis.report.transcripts import Transcripts
+from gradstore.errors import RequestError
 
 
 def assemble(
     found: Findings, transcripts: Transcripts | None = None, tell: Callable[[str], None] = lambda line: None
 ) -> Page:
     """Every section of the report; `tell` gets the title of each as it is begun."""
-    makers: list[tuple[str, Callable[[], Section]]] = [
-        ("holdings", lambda: holdings.holdings(found)),
-        ("timeline", lambda: holdings.timeline(found)),
-        ("drift", lambda: movement.drifting(found)),
-        ("problems", lambda: listing.extremes(found, transcripts)),
-        ("sources", lambda: makeup.sources(found)),
-        ("clusters", lambda: makeup.clustered(found)),
-        ("layers", lambda: concerns.through_layers(found)),
-        ("selections", lambda: choices.selections(found)),
-        ("conflicts", lambda: concerns.disagreeing(found)),
-        ("turned problems", lambda: concerns.turned(found)),
-        ("suspicious rewards", lambda: concerns.suspects(found)),
-        ("costs", lambda: choices.costs(found)),
+    makers: list[tuple[str, str, Callable[[], Section]]] = [
+        ("holdings", "What the store holds", lambda: holdings.holdings(found)),
+        ("timeline", "Timeline", lambda: holdings.timeline(found)),
+        ("drift", "Drift", lambda: movement.drifting(found)),
+        ("problems", "Problems", lambda: listing.extremes(found, transcripts)),
+        ("sources", "Sources", lambda: makeup.sources(found)),
+        ("clusters", "Clusters", lambda: makeup.clustered(found)),
+        ("layers", "Layers", lambda: concerns.through_layers(found)),
+        ("selections", "Selections", lambda: choices.selections(found)),
+        ("conflicts", "Conflicts", lambda: concerns.disagreeing(found)),
+        ("turned", "Turned problems", lambda: concerns.turned(found)),
+        ("suspects", "Suspicious rewards", lambda: concerns.suspects(found)),
+        ("costs", "Costs", lambda: choices.costs(found)),
     ]
     sections = []
-    for name, make in makers:
-        tell(name)
-        sections.append(make())
+    for key, title, make in makers:
+        tell(title)
+        try:
+            sections.append(make())
+        except RequestError as error:  # such as rows of several bases: the page says so, and goes on
+            sections.append(Section(key, title, missing=f"This store cannot tell: {error}"))
     path = found.store.path.resolve()
     model = found.store.fingerprint.get("model")
     named = (model.get("name") or model.get("architecture")) if isinstance(model, dict) else model

@@ -1,11 +1,10 @@
 """What a reader should know before believing the page, each as one plain sentence."""
 
-import math
-
 import numpy as np
 
 from analysis import alignment, drift
 from analysis.report.findings import Findings
+from analysis.report.movement import tells_noise
 
 MUCH = 0.25
 """Share of the pool from which something is worth a sentence."""
@@ -78,15 +77,17 @@ def _noise(found: Findings) -> list[str]:
         if frame.empty:
             continue
         trust = float(frame["reliability"].iloc[-1])
-        if not math.isfinite(trust):
-            lines.append(f"How reliable the ranking against {name} is cannot be told from this store.")
+        if not tells_noise(frame):
+            lines.append(
+                f"How reliable the ranking against {name} is cannot be told here: probes, or more steps, would."
+            )
         elif trust < UNRELIABLE:
             lines.append(
                 f"The ranking against {name} has a reliability of {trust:.2f}: that is how well it would agree with "
                 "one from new rollouts. Single ranks mean little."
             )
         last = frame[frame["against"] == "previous"].iloc[-1]
-        sure = last["noise_from"] == "probes" or len(found.steps) >= ENOUGH_STEPS
+        sure = tells_noise(frame) and (last["noise_from"] == "probes" or len(found.steps) >= ENOUGH_STEPS)
         if sure and last["spearman"] < last["noise_spearman"] - 0.1:
             lines.append(
                 f"Between steps {last['other']} and {last['step']} the ranking against {name} moved more than noise "

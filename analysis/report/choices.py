@@ -73,12 +73,16 @@ def _rounds(found: Findings) -> Table:
 
 def _gained(found: Findings, frame: pd.DataFrame) -> Figure:
     series = []
+    used = {str(one.about.get("selector")) for one in found.rounds}
+    words = {**_WORDS, curricula.TRAINED: f"trained on ({', '.join(sorted(used))})"}
     for name in _SHOWN:
+        if used == {name}:
+            continue  # the same line as what was trained on
         rows = frame[frame["selector"] == name]
         if rows["gained"].notna().any():
             series.append(
                 Series(
-                    _WORDS.get(name, name),
+                    words.get(name, name),
                     rows["step"].tolist(),
                     rows["gained"].tolist(),
                     dashed=name == curricula.BEST,

@@ -33,7 +33,7 @@ def through_layers(found: Findings) -> Section:
     figure = Figure(
         "layer-shares",
         f"Through which layers the pool aligns with {found.main}",
-        f"Mean absolute term of the score in each layer, as a share of all layers. At step {newest['step'].iloc[0]} "
+        f"Mean absolute term of the score in each layer, as a share of all layers. At step {newest['step'].iloc[0]}, "
         f"{short(top['layer'])} carries most, {100 * top['share']:.0f} %.{left}",
         "heatmap",
         series,

@@ -22,8 +22,8 @@ def drawn(figure: Figure) -> dict[str, Any]:
         "paper_bgcolor": "rgba(0,0,0,0)",
         "plot_bgcolor": "rgba(0,0,0,0)",
         "margin": {"l": 70, "r": 20, "t": 20, "b": 55},
-        "xaxis": {"title": {"text": escape(figure.x_label)}, "automargin": True, "zeroline": False},
-        "yaxis": {"title": {"text": escape(figure.y_label)}, "automargin": True, "zeroline": True},
+        "xaxis": {"title": {"text": escape(figure.x_label), "standoff": 8}, "automargin": True, "zeroline": False},
+        "yaxis": {"title": {"text": escape(figure.y_label), "standoff": 8}, "automargin": True, "zeroline": True},
         "legend": {
             "orientation": "h",
             "y": 1.02,

@@ -101,7 +101,7 @@ def _picks(picked: pd.DataFrame, by: str, words: str) -> Figure:
     note = " A problem counts under each of its tags." if by == "tag" else ""
     first = picked.loc[picked["n"].idxmax()]
     says = (
-        f"Share of each round's picks.{note} At step {first['step']} {100 * first['share']:.0f} % of the picks were "
+        f"Share of each round's picks.{note} At step {first['step']}, {100 * first['share']:.0f} % of the picks were "
         f"{first['group'] or '(none)'}, which is {100 * first['candidate_share']:.0f} % of the candidates."
     )
     return Figure(

@@ -2,10 +2,13 @@
 
 import math
 
+import pandas as pd
+
 from analysis import drift
 from analysis.report.findings import Findings
 from analysis.report.pieces import Column, Figure, Section, Series, Table
 
+_TOO_GOOD = 0.995
 _NOISE_WORDS = {
     "probes": "from the two halves of stored probes",
     "repeats": "extrapolated from problems measured at several steps, a rough guess where those are few",
@@ -32,7 +35,7 @@ def drifting(found: Findings) -> Section:
         blocks.append(lives)
     if not blocks:
         return Section("drift", "Drift", missing="No benchmark was measured at two steps.")
-    return Section("drift", "Drift", lead, blocks)
+    return Section("drift", "Drift", lead, blocks, paired=True)
 
 
 def _target_figure(found: Findings, name: str) -> Figure | None:
@@ -74,15 +77,17 @@ def _ranking_figures(found: Findings, name: str) -> list[Figure]:
         ("jaccard", f"Jaccard of the best {k}", f"Share of the union of the two best {k} that is in both"),
         ("rbo", "Rank-biased overlap", f"Overlap of the two rankings from the top down, about {k} deep"),
     ):
+        if key != "spearman" and name != found.main:
+            continue
         series = [
             Series("to the step before", steps, before[key].tolist()),
             Series("to the first step", first["step"].tolist(), first[key].tolist()),
         ]
-        if before[f"noise_{key}"].notna().any():
+        if tells_noise(frame):
             series.append(Series("noise floor", steps, before[f"noise_{key}"].tolist(), dashed=True))
             floor = f" Noise floor {_NOISE_WORDS.get(source, '')}."
         else:
-            floor = " The store cannot tell the noise floor: no probes, and no problem measured at two steps."
+            floor = " The store cannot tell the noise floor: it has no probes, and too few steps."
         figures.append(
             Figure(
                 f"ranking-{key}-{name}",
@@ -99,6 +104,15 @@ def _ranking_figures(found: Findings, name: str) -> list[Figure]:
     return figures
 
 
+def tells_noise(frame: pd.DataFrame) -> bool:
+    """Whether the noise floor of a frame of `drift.ranking_drift` can be believed.
+
+    Extrapolated from few steps it may end above full agreement, where it is cut to 1: then it says nothing.
+    """
+    trust = float(frame["reliability"].iloc[-1])
+    return math.isfinite(trust) and (str(frame["noise_from"].iloc[-1]) != "repeats" or trust < _TOO_GOOD)
+
+
 def _agreement_range(series: list[Series]) -> tuple[float, float]:
     """From 0, or the lowest value, to full agreement: the same scale at every figure of agreement."""
     lowest = min((y for one in series for y in one.y if math.isfinite(y)), default=0.0)
@@ -112,7 +126,7 @@ def _half_lives(found: Findings) -> Table | None:
             for line in drift.half_life(found.store, found.pool, name, by, found.metric).to_dict("records"):
                 life = line["half_life"]
                 longest = int(line["longest"])
-                note = "no loss seen" if math.isinf(life) else "beyond what was seen" if life > longest else ""
+                note = "no loss seen" if math.isinf(life) else "extrapolated" if life > longest else ""
                 rows.append(
                     [
                         name,

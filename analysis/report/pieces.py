@@ -102,6 +102,8 @@ class Section:
     blocks: Sequence[Figure | Table] = ()
     missing: str = ""
     """Why there is nothing to show, in one line."""
+    paired: bool = False
+    """Whether its figures stand two beside each other where there is room."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -99,7 +99,8 @@ def test_nearest_are_those_with_the_largest_cosine(trained: Catalogue) -> None:
     live = np.flatnonzero(view.live)
     rows = view.rows(live).astype(float)
     name = str(view.ids[live[0]])
-    cosines = {str(view.ids[place]): float(row @ rows[0]) for place, row in zip(live[1:], rows[1:], strict=True)}
+    query = rows[0] / np.linalg.norm(rows[0])
+    cosines = {str(view.ids[place]): float(row @ query) for place, row in zip(live[1:], rows[1:], strict=True)}
     best = sorted(cosines, key=lambda other: -cosines[other])[:5]
     frame = trained.nearest(name, 0, 5)
     assert name not in set(frame["id"])

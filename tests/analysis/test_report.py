@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 
 import gradstore
@@ -61,10 +62,10 @@ def series(one: Figure, name: str) -> dict[Any, float]:
 
 
 def rows_of(store: Store, name: str, step: int) -> dict[str, np.ndarray]:
-    """Every live problem's gradient as of a step, decoded one by one."""
+    """Every live problem's row as of a step, decoded one by one: its gradient over the length of the whole gradient."""
     view = store.view(name, step)
     return {
-        problem_id: np.asarray(view.rows(np.array([place]))[0], float) * float(view.norms[place])
+        problem_id: np.asarray(view.rows(np.array([place]))[0], float)
         for place, problem_id in enumerate(view.ids)
         if view.states[place] == State.LIVE
     }
@@ -72,8 +73,10 @@ def rows_of(store: Store, name: str, step: int) -> dict[str, np.ndarray]:
 
 def target_of(store: Store, name: str, step: int) -> np.ndarray:
     """Mean gradient, problems without signal counting as zero."""
-    counted = int(sum(state != State.FAILED for state in store.view(name, step).states))
-    return sum(rows_of(store, name, step).values()) / counted
+    view = store.view(name, step)
+    norms = dict(zip(view.ids, view.norms.tolist(), strict=True))
+    gradients = [norms[problem_id] * row for problem_id, row in rows_of(store, name, step).items()]
+    return np.sum(gradients, axis=0) / int(sum(state != State.FAILED for state in view.states))
 
 
 def cosine(a_D: np.ndarray, b_D: np.ndarray) -> float:
@@ -110,7 +113,7 @@ def test_alignment_is_the_median_cosine(made: Made) -> None:
         one = next(each for each in shown.series if each.name == name)
         for place, step in enumerate(one.x):
             wanted = target_of(made.store, name, step)
-            scores = [cosine(row, wanted) for row in rows_of(made.store, "pool", step).values()]
+            scores = [row @ wanted / np.linalg.norm(wanted) for row in rows_of(made.store, "pool", step).values()]
             assert one.y[place] == pytest.approx(np.median(scores), abs=2e-3)
             assert one.low[place] == pytest.approx(np.quantile(scores, 0.05), abs=2e-3)
             assert one.high[place] == pytest.approx(np.quantile(scores, 0.95), abs=2e-3)
@@ -133,7 +136,8 @@ def test_target_drift_is_a_cosine(made: Made) -> None:
 def test_best_and_worst_are_the_ends_of_the_ranking(made: Made) -> None:
     """Both tables against a sort of scores computed one at a time, with the whole text under each row."""
     wanted = target_of(made.store, "sums", 8)
-    scores = {name: cosine(row, wanted) for name, row in rows_of(made.store, "pool", 8).items()}
+    rows = rows_of(made.store, "pool", 8)
+    scores = {name: float(row @ wanted / np.linalg.norm(wanted)) for name, row in rows.items()}
     order = sorted(scores, key=lambda name: -scores[name])
     top, bottom = table(made.page, "top-sums"), table(made.page, "bottom-sums")
     ids = column(top, "Problem")
@@ -163,7 +167,7 @@ def test_layer_shares_sum_to_one(made: Made) -> None:
     shown = table(made.page, "layers-table")
     assert sum(column(shown, "Share of the score")) == pytest.approx(1)
     wanted = target_of(made.store, "sums", 8)
-    rows = [row / np.linalg.norm(row) for row in rows_of(made.store, "pool", 8).values()]
+    rows = list(rows_of(made.store, "pool", 8).values())
     terms = {
         name: np.mean([abs(row[start:stop] @ wanted[start:stop]) for row in rows])
         for name, start, stop in made.store.layers
@@ -197,6 +201,17 @@ def test_warnings_are_plain_and_true(made: Made) -> None:
     worst = max(shares, key=lambda step: shares[step])
     expected = f"{100 * shares[worst]:.0f}\u202f% of the problems had no signal at step {worst}"
     assert any(line.startswith(expected) for line in made.page.warnings)
+
+
+def test_a_noise_floor_that_is_cut_off_is_not_drawn() -> None:
+    """Extrapolated to full agreement from a few steps it would make anything look like drift."""
+    from analysis.report.movement import tells_noise
+
+    frame = pd.DataFrame({"reliability": [0.7], "noise_from": ["repeats"]})
+    assert tells_noise(frame)
+    assert not tells_noise(frame.assign(reliability=1.0))
+    assert tells_noise(frame.assign(reliability=1.0, noise_from="probes"))
+    assert not tells_noise(frame.assign(reliability=np.nan, noise_from="none"))
 
 
 # What is not there, and what should not be ---------------------------------------------------------------------------

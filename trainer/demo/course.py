@@ -50,7 +50,7 @@ class CourseSettings:
     n_rollouts: int = 8
     n_updates: int = 4
     """Optimizer steps between two rounds; the step number counts them."""
-    learning_rate: float = 5e-4
+    learning_rate: float = 2e-4
     dim: int = 256
     seed: int = 0
 
