@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from engine.searching.targets import Aggregate
 from engine.selecting.diversity import Diversity
+from engine.selecting.quotas import parse_quotas
 from engine.sketches.sketcher import SketchSpec
 from gradstore.errors import RequestError
 
@@ -101,7 +102,7 @@ class RoundSettings:
                 raise RequestError(f"{name} is {getattr(self, name)!r}, expected a whole number of at least 0")
         if self.ratio is not None and not 0 < self.ratio <= 1:
             raise RequestError(f"ratio is {self.ratio}, expected a share above 0 and at most 1 (k of at least 1)")
-        if self.refresh != "all" and (isinstance(self.refresh, str | bool) or self.refresh < 0):
+        if self.refresh != "all" and (type(self.refresh) is not int or self.refresh < 0):
             raise RequestError(f"refresh is {self.refresh!r}, expected `all` or a number of problems of at least 0")
         for name in ("confidence", "max_no_signal"):
             if not 0 < getattr(self, name) < 1:
@@ -179,15 +180,19 @@ class RoundSettings:
 
 
 def _read(given: str, name: str, value: Any) -> Any:
-    """A text as the setting's type; other values as they are."""
+    """A text as the setting's type (`mmr`, `math=0.5,code=0.2`); other values as they are."""
     if not isinstance(value, str) or name in ("selector", "aggregate"):
         return value
     if name == "refresh" and value == "all":
         return value
     if name in ("ratio", "confidence", "forgetting", "max_no_signal", "explore", "boundary", "temperature"):
         kind, expected = float, "a number"
-    elif name in ("quotas", "diversity", "spec"):
-        raise RequestError(f"round setting {given!r} is {value!r}, expected an object, not a text")
+    elif name == "diversity":
+        return Diversity(value)  # type: ignore[arg-type]
+    elif name == "quotas":
+        return parse_quotas(value.split(","))
+    elif name == "spec":
+        raise RequestError(f"round setting {given!r} is {value!r}, expected a SketchSpec")
     elif name in ("once", "by_source"):
         if value.lower() in ("true", "false"):
             return value.lower() == "true"

@@ -2,6 +2,7 @@
 
 import pytest
 
+from engine.selecting.diversity import Diversity
 from gradstore.errors import RequestError
 from trainer.round.settings import GRADALIGN_NAMES, RoundSettings
 
@@ -62,6 +63,7 @@ def test_the_constraint_is_gradaligns(chunk: int, k: int, batch: int, steps: int
         ({"selected": 8, "candidates": 4}, "8 problems selected of 4 candidates"),
         ({"selected": 4, "refresh": "some"}, "'refresh' is 'some', expected a whole number"),
         ({"selected": 4, "refresh": -1}, "refresh is -1"),
+        ({"selected": 4, "refresh": 2.5}, "refresh is 2.5"),
         ({"selected": 4, "confidence": 1}, "confidence is 1"),
         ({"selected": 4, "explore": 0.6, "boundary": 0.6}, "together at most 1"),
         ({"selected": 4, "forgetting": 0}, "forgetting is 0"),
@@ -74,6 +76,18 @@ def test_wrong_settings(values: dict, message: str) -> None:
     with pytest.raises(RequestError, match=message) as caught:
         RoundSettings.from_names({"train_batch": 8, "steps": 1, **values})
     assert "\n" not in str(caught.value)
+
+
+def test_texts_for_what_is_no_number() -> None:
+    """A command line gives texts."""
+    texts = {"diversity": "kmeans", "quotas": "math=0.5,code=0.2", "once": "true", "refresh": "all", "explore": "0.2"}
+    settings = RoundSettings.from_names({"selected": "4", "train_batch": "8", "steps": "1", **texts})
+    assert settings.diversity == Diversity("kmeans")
+    assert settings.quotas == {"math": 0.5, "code": 0.2}
+    assert settings.once
+    assert settings.explore == 0.2
+    with pytest.raises(RequestError, match="diversity 'much' is not one of"):
+        RoundSettings.from_names({"selected": 4, "diversity": "much"})
 
 
 def test_the_pool_must_be_large_enough() -> None:
