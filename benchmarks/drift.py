@@ -1,13 +1,16 @@
-"""Do bases fitted to the base policy still serve after training? Fidelity before and after GRPO, old bases and new.
+"""Do bases fitted to the base policy still serve after training, and does measuring them say so?
 
     python -m benchmarks.drift [--steps 40] [--seeds 3] [--dim 480]
 
-The demo's model is trained with GRPO on clean problems of the target family, 48 problems x 16 rollouts a step.
-Before and after, problems of the pool and the benchmark are rolled out anew, and the cosine scores of fitted sketches
-compared with exact ones over the same layers: bases fitted before training, and bases fitted at that moment. Beside
-them the fidelity that `gradstore collect` measures by itself, without a benchmark, and whether it asks for a new fit.
+The demo's model is trained with GRPO on clean problems of the target family, 48 problems x 16 rollouts a step. Bases
+are fitted to a sample of problems and the benchmark before. Before and after, another part of the pool and the
+benchmark are rolled out anew, and the cosine scores of sketches compared with exact ones over the same layers. After
+training `engine.sketches.refit` does what `gradstore collect --refit auto` does: it measures the old bases on a sample
+against the benchmark, fits new ones where they have lost more than 0.01, and keeps these if they rank better.
 """
 
+import tempfile
+from pathlib import Path
 from typing import Annotated
 
 import numpy as np
@@ -21,14 +24,14 @@ from engine.gradients.directions import validation_gradient
 from engine.gradients.models import load_model
 from engine.gradients.objectives import objective
 from engine.rollouts import Group
-from engine.sketches.collector import REFIT_BELOW
-from engine.sketches.faithfulness import agreement, rank_fidelity
-from engine.sketches.projection import Projection
+from engine.sketches.bases import create_store
+from engine.sketches.faithfulness import agreement
+from engine.sketches.refit import measured_projection, refit
 from gradstore.cli.show import print_table, say
 from trainer.demo import tasks
 from trainer.demo.run import MODEL
 
-N_POOL, N_FIT, N_TRAIN, N_ROLLOUTS, LEARNING_RATE = 400, 200, 48, 16, 5e-5
+N_POOL, N_FIT, N_TRAIN, N_ROLLOUTS, LEARNING_RATE = 400, 400, 48, 16, 5e-5
 
 
 def main(
@@ -36,31 +39,61 @@ def main(
     seeds: Annotated[int, typer.Option(help="Repeats.")] = 3,
     dim: Annotated[int, typer.Option(help="Dimensions of a sketch.")] = 480,
 ) -> None:
-    """Print fidelity and captured energy before and after training."""
+    """Print fidelity before and after training, and what was measured and done about it."""
     torch.set_num_threads(1)
-    rows = []
+    rows: list[list[str]] = []
     for seed in range(seeds):
         model = load_model(MODEL, device="cpu")
         spec = SketchSpec(basis="fitted", dim=dim, seed=seed, token_budget=16_384)
         problems, bench = tasks.pool(seed, N_POOL + N_FIT), tasks.benchmark(seed)
-        first = None
-        for moment in (0, steps):
-            if moment:
-                train(model, problems, seed, steps)
+
+        def drawn(
+            moment: int, model: nn.Module = model, seed: int = seed, problems: list = problems, bench: list = bench
+        ) -> tuple[list[Group], list[Group], list[Group]]:
+            """Groups of the problems to rank, of the sample to fit to, and of the benchmark."""
             sample = Sampler(model, seed + moment)
-            groups, wanted = sample(problems[:N_POOL], N_ROLLOUTS), sample(bench, N_ROLLOUTS)
-            fitted = fit_projection(model, sample(problems[N_POOL:], N_ROLLOUTS), spec)
-            first = first or fitted
-            solved = float(np.mean([group.pass_rate for group in wanted]))
-            for name, projection in {"step 0": first, f"step {moment}": fitted}.items():
-                spearman, top = fidelity(model, spec, projection, groups, wanted)
-                own = rank_fidelity(Sketcher(model, spec, projection), groups) or float("nan")
-                refit = "yes" if own < REFIT_BELOW else "no"
-                figures = [f"{solved:.2f}", f"{spearman:.4f}", f"{top:.2f}", f"{own:.3f}", refit]
-                rows.append([str(seed), str(moment), name, *figures])
-                say(" ".join(rows[-1]))
-    columns = ["seed", "policy at step", "bases fitted at", "solved", "Spearman", "top 5 %", "measured alone", "refit"]
+            return tuple(sample(some, N_ROLLOUTS) for some in (problems[:N_POOL], problems[N_POOL:], bench))  # type: ignore[return-value]
+
+        groups, to_fit, wanted = drawn(0)
+        live = [group for group in to_fit if group.has_signal]
+        projection = fit_projection(model, live[::2], spec, benchmark=wanted)
+        sketcher = measured_projection(Sketcher(model, spec, projection), live[1::2], wanted)
+        rows.append([str(seed), "0", "step 0", *figures(sketcher, groups, wanted), "", "", ""])
+        say(" ".join(rows[-1]))
+        with tempfile.TemporaryDirectory() as folder:
+            store = create_store(Path(folder) / "store", sketcher)
+            train(model, problems, seed, steps)
+            groups, to_fit, wanted = drawn(steps)
+            newer, found = refit(store, sketcher, to_fit, wanted, step=steps)
+        measured = ["-" if x is None else f"{x:.3f}" for x in (found.when_fitted, found.fidelity)]
+        asked = "yes" if found.needed else "no"
+        rows.append([str(seed), str(steps), "step 0", *figures(sketcher, groups, wanted), *measured, asked])
+        say(" ".join(rows[-1]))
+        if found.anew is not None:
+            kept = "kept" if found.basis is not None else "no better"
+            fresh = newer if found.basis is not None else None
+            shown = figures(fresh, groups, wanted) if fresh else ["", "", ""]
+            rows.append([str(seed), str(steps), f"step {steps}", *shown, "", f"{found.anew:.3f}", kept])
+            say(" ".join(rows[-1]))
+    columns = ["seed", "policy at step", "bases fitted at", "solved", "Spearman", "top 5 %"]
+    columns += ["measured when fitted", "measured now", "new fit"]
     print_table(f"Fitted bases, {dim} dimensions, against exact cosine scores", columns, rows, right=columns)
+
+
+def figures(sketcher: Sketcher, groups: list[Group], wanted: list[Group]) -> list[str]:
+    """Share of the benchmark solved, Spearman and top-5 % overlap of sketched with exact cosines."""
+    live = [group for group in groups if group.has_signal]
+    model, spec = sketcher.model, sketcher.spec
+    exact_P = exact_dots(model, live, layer_gradients(model, wanted, spec), spec, norms=True).cosines[:, 0]
+    rows, target = sketcher.sketch(live), sketcher.sketch(wanted).sketches.mean(axis=0)
+    kept = np.isfinite(exact_P)
+    norms_P = np.linalg.norm(rows.sketches, axis=1) if rows.norms is None else rows.norms
+    found_P = (rows.sketches.astype(np.float64) @ target)[kept] / norms_P[kept]
+    found = agreement(
+        found_P, exact_P[kept], [group.problem_id for group, keep in zip(live, kept, strict=True) if keep]
+    )
+    solved = float(np.mean([group.pass_rate for group in wanted]))
+    return [f"{solved:.2f}", f"{found.spearman:.4f}", f"{found.top_5_percent:.2f}"]
 
 
 def train(model: nn.Module, problems: list[dict], seed: int, steps: int) -> None:
@@ -79,21 +112,6 @@ def train(model: nn.Module, problems: list[dict], seed: int, steps: int) -> None
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-
-
-def fidelity(
-    model: nn.Module, spec: SketchSpec, projection: Projection, groups: list[Group], wanted: list[Group]
-) -> tuple[float, float]:
-    """Spearman and top-5 % overlap of sketched cosines with exact ones, over problems with a signal."""
-    live = [group for group in groups if group.has_signal]
-    exact_P = exact_dots(model, live, layer_gradients(model, wanted, spec), spec, norms=True).cosines[:, 0]
-    sketcher = Sketcher(model, spec, projection)
-    rows_PD = sketcher.sketch(live).sketches.astype(np.float64)
-    found_P = rows_PD @ sketcher.sketch(wanted).sketches.mean(axis=0) / np.linalg.norm(rows_PD, axis=1)
-    kept = np.isfinite(exact_P) & np.isfinite(found_P)
-    ids = [group.problem_id for group, keep in zip(live, kept, strict=True) if keep]
-    found = agreement(found_P[kept], exact_P[kept], ids)
-    return found.spearman, found.top_5_percent
 
 
 if __name__ == "__main__":

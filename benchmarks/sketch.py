@@ -1,150 +1,324 @@
-"""What a sketch costs next to a plain forward and backward over the same rollouts.
+"""What a sketch costs next to a plain forward and backward over the same rollouts, in time and in memory.
 
     python -m benchmarks.sketch [--repeats 7] [--threads 2] [--token-budget 2048]
+    python -m benchmarks.sketch --memory
+    python -m benchmarks.sketch --device cuda --shape qwen2.5-1.5b
 
-One process, every method once a round, ratios to the plain pass of the same round, median with the spread. Model: Qwen2
-architecture, 13.8M parameters (hidden 384, 6 layers, intermediate 1536, vocabulary 2000), random weights, float32;
-8 problems x 8 rollouts, prompt 96 and response 96 tokens. The plain pass runs one problem at a time, 1,536 tokens;
-larger micro-batches do not make it faster.
+One process, every method once a round, ratios to the plain pass of the same round, median with the spread. Models have
+the shape of Qwen2 and random weights; `13.8m` (hidden 384, 6 layers, intermediate 1536, vocabulary 2000, float32, 8
+problems x 8 rollouts, prompt 96 and response 96 tokens) is the default, `qwen2.5-1.5b` is for a GPU (bfloat16, 4
+problems x 16 rollouts of 200 + 800 tokens). The plain pass takes 8 rollouts at a time (on a GPU 4); more do not make it
+faster. Tokens a second count every rollout's prompt and response. Forward alone, and forward with an input-gradient
+backward, show which share of a sketch is which. Where bergson is installed, its gradient collection (p = 16) is timed
+beside it.
+
+--memory: the most that each method held at once beyond the model, each in a process of its own.
 """
 
+import importlib.util
+import os
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
-from typing import Annotated
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 import typer
-from torch import nn
+from torch import Tensor, nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from engine import (
-    Probe,
-    Sketcher,
-    SketchSpec,
-    exact_dots,
-    fit_projection,
-    layer_gradients,
-    validation_gradient,
-)
+from engine import Probe, Sketcher, SketchSpec, exact_dots, fit_projection, layer_gradients, validation_gradient
+from engine.gradients.gradient_pass import GradientPass
+from engine.gradients.microbatch import pack, rollouts_of
 from engine.gradients.objectives import advantages
 from engine.rollouts import Group
-from gradstore.cli.show import print_table
+from gradstore.cli.show import print_table, say
 
-N_PROBLEMS, N_ROLLOUTS, N_PROMPT, N_RESPONSE, N_VOCABULARY = 8, 8, 96, 96, 2000
-
-
-def make_model() -> nn.Module:
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=N_VOCABULARY,
-        hidden_size=384,
-        intermediate_size=1536,
-        num_hidden_layers=6,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-    )
-    return Qwen2ForCausalLM(config).float().eval()
+PLAIN = "plain forward + backward"
+IN_MEMORY = (PLAIN, "sketch, prompts apart", "sketch, prompts shared", "one backward a problem")
 
 
-def make_groups(n: int = N_PROBLEMS, seed: int = 0) -> list[Group]:
-    random = np.random.default_rng(seed)
-    return [
-        Group(
-            f"p{i}",
-            random.integers(0, N_VOCABULARY, N_PROMPT),
-            [random.integers(0, N_VOCABULARY, N_RESPONSE) for _ in range(N_ROLLOUTS)],
-            random.permutation(np.arange(N_ROLLOUTS) % 2).astype(float),
-        )
-        for i in range(n)
-    ]
+@dataclass(frozen=True)
+class Shape:
+    """A model and the rollouts it is timed on."""
+
+    model: dict[str, Any]
+    n_problems: int
+    n_rollouts: int
+    n_prompt: int
+    n_response: int
+    small: bool = True
+    """Whether every method is timed, the probe and exact dots in float32 too."""
+
+    @property
+    def n_tokens(self) -> int:
+        return self.n_problems * self.n_rollouts * (self.n_prompt + self.n_response)
 
 
-def plain(model: nn.Module, groups: list[Group]) -> None:
-    """Forward and backward with all weight gradients, one micro-batch a problem."""
-    for group in groups:
-        loss(model, group).backward()
-    model.zero_grad(set_to_none=True)
-
-
-def one_backward_a_problem(model: nn.Module, groups: list[Group]) -> None:
-    """GradAlign's scorer, from its description: the full gradient of each problem, its norm and its dot."""
-    target = [torch.ones_like(parameter) for parameter in model.parameters()]
-    for group in groups:
-        loss(model, group).backward()
-        gradients = [parameter.grad for parameter in model.parameters()]
-        sum(float((g * t).sum()) for g, t in zip(gradients, target, strict=True) if g is not None)
-        sum(float(g.square().sum()) for g in gradients if g is not None)
-        model.zero_grad(set_to_none=True)
-
-
-def loss(model: nn.Module, group: Group) -> torch.Tensor:
-    ids_GT = torch.from_numpy(np.stack([np.concatenate([group.prompt_ids, r]) for r in group.responses]))
-    logits_GTV = model(input_ids=ids_GT, use_cache=False).logits[:, N_PROMPT - 1 : -1]
-    logprobs_GT = -nn.functional.cross_entropy(
-        logits_GTV.transpose(1, 2).float(), ids_GT[:, N_PROMPT:], reduction="none"
-    )
-    weights_G = torch.from_numpy(advantages(group.rewards, "mean")).float()
-    return -(weights_G[:, None] * logprobs_GT).mean()
-
-
-def jobs(model: nn.Module, groups: list[Group], budget: int) -> dict[str, Callable[[], object]]:
-    """Method -> what is timed; whatever it needs beforehand is made here."""
-
-    def sketcher(**settings: object) -> Sketcher:
-        return Sketcher(model, SketchSpec(token_budget=budget, **settings))  # type: ignore[arg-type]
-
-    fitted = SketchSpec(token_budget=budget, basis="fitted", dim=1024)
-    with_fitted = Sketcher(model, fitted, fit_projection(model, make_groups(12, seed=1), fitted))
-    unshared = SketchSpec(token_budget=budget, share_prompts=False)
-    targets = [layer_gradients(model, make_groups(2, seed=2), unshared)]
-    probe = Probe(model, validation_gradient(model, make_groups(2, seed=2)), token_budget=budget)
-    base = probe.logprobs(groups)
-    apart, together = sketcher(share_prompts=False), sketcher()
+def _qwen2(hidden: int, intermediate: int, layers: int, heads: int, vocabulary: int) -> dict[str, Any]:
     return {
-        "plain forward + backward": lambda: plain(model, groups),
-        "sketch, prompts apart": lambda: apart.sketch(groups),
-        "sketch, prompts shared": lambda: together.sketch(groups),
-        "sketch, shared, fitted": lambda: with_fitted.sketch(groups),
-        "exact dots, prompts apart": lambda: exact_dots(model, groups, targets, unshared),
-        "probe, base known": lambda: probe.derivatives(groups, base_logprobs=base),
-        "probe, central": lambda: probe.derivatives(groups),
-        "one backward a problem": lambda: one_backward_a_problem(model, groups),
+        "vocab_size": vocabulary,
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 4096,
+        "tie_word_embeddings": True,
     }
 
 
+SHAPES = {
+    "tiny": Shape(_qwen2(64, 128, 2, 4, 500), 3, 4, 16, 24),
+    "13.8m": Shape(_qwen2(384, 1536, 6, 6, 2000), 8, 8, 96, 96),
+    "qwen2.5-1.5b": Shape(_qwen2(1536, 8960, 28, 12, 151_936), 4, 16, 200, 800, small=False),
+}
+
+
+class Bench:
+    """A model, its rollouts, and the methods, each made when it is asked for."""
+
+    def __init__(self, shape: Shape, device: str, budget: int, plain_rollouts: int) -> None:
+        self.shape, self.device, self.budget, self.plain_rollouts = shape, torch.device(device), budget, plain_rollouts
+        torch.manual_seed(0)
+        dtype = torch.float32 if device == "cpu" else torch.bfloat16
+        with torch.device(device):
+            self.model: nn.Module = Qwen2ForCausalLM(Qwen2Config(**shape.model)).to(dtype).eval()
+        self.groups = self.make_groups(shape.n_problems)
+
+    def make_groups(self, n: int, seed: int = 0) -> list[Group]:
+        random, shape = np.random.default_rng(seed), self.shape
+        vocabulary = shape.model["vocab_size"]
+        return [
+            Group(
+                f"p{i}",
+                random.integers(0, vocabulary, shape.n_prompt),
+                [random.integers(0, vocabulary, shape.n_response) for _ in range(shape.n_rollouts)],
+                random.permutation(np.arange(shape.n_rollouts) % 2).astype(float),
+            )
+            for i in range(n)
+        ]
+
+    def methods(self) -> dict[str, Callable[[], Callable[[], object]]]:
+        """Name -> what makes the method; what it needs beforehand is made then."""
+        found = {
+            PLAIN: lambda: self.plain,
+            "forward, prompts shared": self.forward,
+            "forward + input gradients, shared": self.unobserved,
+            "sketch, prompts apart": lambda: self.sketch(share_prompts=False),
+            "sketch, prompts shared": self.sketch,
+            "exact dots, prompts apart": self.exact,
+            "one backward a problem": lambda: self.one_backward_a_problem,
+        }
+        if self.shape.small:
+            found["sketch, shared, fitted"] = self.fitted
+        if self.shape.small and self.device.type == "cpu":
+            found["probe, base known"] = lambda: self.probe(known=True)
+            found["probe, central"] = lambda: self.probe(known=False)
+        if importlib.util.find_spec("bergson") is not None:
+            found["bergson, p = 16"] = self.bergson
+        return found
+
+    def plain(self) -> None:
+        """Forward and backward with all weight gradients."""
+        for group in self.groups:
+            for start in range(0, len(group.responses), self.plain_rollouts):
+                self.loss(group, slice(start, start + self.plain_rollouts)).backward()
+        self.model.zero_grad(set_to_none=True)
+
+    def one_backward_a_problem(self) -> None:
+        """GradAlign's scorer, from its description: the full gradient of each problem, its norm and its dot."""
+        target = [torch.ones_like(parameter) for parameter in self.model.parameters()]
+        for group in self.groups:
+            for start in range(0, len(group.responses), self.plain_rollouts):
+                self.loss(group, slice(start, start + self.plain_rollouts)).backward()
+            gradients = [parameter.grad for parameter in self.model.parameters()]
+            sum(float((g * t).sum()) for g, t in zip(gradients, target, strict=True) if g is not None)
+            sum(float(g.square().sum()) for g in gradients if g is not None)
+            self.model.zero_grad(set_to_none=True)
+
+    def loss(self, group: Group, rows: slice) -> Tensor:
+        ids = np.stack([np.concatenate([group.prompt_ids, response]) for response in group.responses[rows]])
+        ids_GT = torch.from_numpy(ids).to(self.device)
+        n_prompt = len(group.prompt_ids)
+        logits_GTV = self.model(input_ids=ids_GT, use_cache=False).logits[:, n_prompt - 1 : -1]
+        logprobs_GT = -nn.functional.cross_entropy(
+            logits_GTV.transpose(1, 2).float(), ids_GT[:, n_prompt:], reduction="none"
+        )
+        weights_G = torch.from_numpy(advantages(group.rewards, "mean")[rows]).float().to(self.device)
+        return -(weights_G[:, None] * logprobs_GT).mean()
+
+    def sketch(self, **settings: Any) -> Callable[[], object]:
+        sketcher = Sketcher(self.model, SketchSpec(token_budget=self.budget, **settings))
+        return lambda: sketcher.sketch(self.groups)
+
+    def fitted(self) -> Callable[[], object]:
+        spec = SketchSpec(token_budget=self.budget, basis="fitted", dim=1024)
+        sketcher = Sketcher(self.model, spec, fit_projection(self.model, self.make_groups(12, seed=1), spec))
+        return lambda: sketcher.sketch(self.groups)
+
+    def forward(self) -> Callable[[], object]:
+        policy = GradientPass(self.model, SketchSpec()).policy
+        weights = [advantages(group.rewards, "mean") for group in self.groups]
+        batches = list(pack(rollouts_of(self.groups, weights, merge=True), self.budget, policy.shares_prompts))
+        return lambda: [policy.logprobs(batch.to(self.device)) for batch in batches]
+
+    def unobserved(self) -> Callable[[], object]:
+        runner = GradientPass(self.model, SketchSpec(token_budget=self.budget))
+        return lambda: runner.run(self.groups, _Nothing())
+
+    def exact(self) -> Callable[[], object]:
+        spec = SketchSpec(token_budget=self.budget, share_prompts=False)
+        targets = [layer_gradients(self.model, self.make_groups(2, seed=2), spec)]
+        return lambda: exact_dots(self.model, self.groups, targets, spec)
+
+    def probe(self, known: bool) -> Callable[[], object]:
+        direction = validation_gradient(self.model, self.make_groups(2, seed=2))
+        probe = Probe(self.model, direction, token_budget=self.budget)
+        base = probe.logprobs(self.groups) if known else None
+        return lambda: probe.derivatives(self.groups, base_logprobs=base)
+
+    def bergson(self) -> Callable[[], object]:
+        """Its own collector and loop as installed: weights frozen, the embedding alone requiring a gradient."""
+        from bergson.collector.collector import CollectorComputer  # type: ignore[import-not-found]
+        from bergson.collector.in_memory_collector import InMemoryCollector  # type: ignore[import-not-found]
+        from bergson.config.config import IndexConfig  # type: ignore[import-not-found]
+        from bergson.gradients import GradientProcessor  # type: ignore[import-not-found]
+        from datasets import Dataset  # type: ignore[import-untyped]
+
+        rows: dict[str, list] = {"input_ids": [], "labels": [], "advantage": [], "length": []}
+        for group in self.groups:
+            for response, advantage in zip(group.responses, advantages(group.rewards, "mean"), strict=True):
+                rows["input_ids"].append([*group.prompt_ids.tolist(), *response.tolist()])
+                rows["labels"].append([-100] * len(group.prompt_ids) + response.tolist())
+                rows["advantage"].append(float(advantage))
+                rows["length"].append(len(group.prompt_ids) + len(response))
+        data = Dataset.from_dict(rows)
+        at_once = max(1, 2048 // rows["length"][0])  # its own default of tokens in a batch
+        batches = [list(range(i, min(i + at_once, len(data)))) for i in range(0, len(data), at_once)]
+        folder = tempfile.mkdtemp()
+
+        def run() -> None:
+            flags = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
+            self.model.requires_grad_(False)
+            self.model.get_input_embeddings().requires_grad_(True)  # type: ignore[operator]
+            config = IndexConfig(run_path=folder, projection_dim=16, overwrite=True)
+            Path(config.partial_run_path).mkdir(parents=True, exist_ok=True)
+            collector = InMemoryCollector(
+                model=self.model.base_model, data=data, cfg=config, processor=GradientProcessor(projection_dim=16)
+            )
+            computer = CollectorComputer(self.model, data, collector=collector, batches=batches, cfg=config)
+            computer.run_with_collector_hooks()
+            self.model.zero_grad(set_to_none=True)
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
+
+        return run
+
+
+class _Nothing:
+    """Observes no layer, so that only forward and input gradients are run."""
+
+    def on_input(self, layer: int, x_BTI: Tensor) -> None: ...
+
+    def on_gradient(self, layer: int, kept: object, grad_BTO: Tensor, problem_B: Tensor) -> None: ...
+
+
 def main(
+    shape: Annotated[str, typer.Option(help=f"One of {', '.join(SHAPES)}.")] = "13.8m",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     repeats: Annotated[int, typer.Option(help="Rounds.")] = 7,
     threads: Annotated[int, typer.Option(help="Threads of torch.")] = 2,
-    token_budget: Annotated[int, typer.Option(help="Tokens of a micro-batch, for all but the plain pass.")] = 2048,
+    token_budget: Annotated[
+        int | None, typer.Option(help="Tokens of a micro-batch, for all but the plain pass [2048; on a GPU 16384].")
+    ] = None,
+    processor_time: Annotated[bool, typer.Option("--processor-time", help="For a machine that others use.")] = False,
+    only: Annotated[str, typer.Option(help="Methods whose names contain this, beside the plain pass.")] = "",
+    memory: Annotated[bool, typer.Option("--memory", help="Measure memory instead of time.")] = False,
+    one: Annotated[str, typer.Option(hidden=True, help="Print the bytes that this method held at most.")] = "",
 ) -> None:
     """Time every method against the plain pass."""
     torch.set_num_threads(threads)
-    model, groups = make_model(), make_groups()
-    methods = jobs(model, groups, token_budget)
-    seconds: dict[str, list[float]] = {name: [] for name in methods}
-    for job in methods.values():
+    budget = token_budget or (2048 if device == "cpu" else 16_384)
+    if memory:
+        show_memory(["--shape", shape, "--device", device, "--threads", str(threads), "--token-budget", str(budget)])
+        return
+    bench = Bench(SHAPES[shape], device, budget, 8 if device == "cpu" else 4)
+    if one:
+        print(held(bench.methods()[one](), bench.device))
+        return
+    methods = {name: make() for name, make in bench.methods().items() if name == PLAIN or only in name}
+    clock = time.process_time if processor_time else time.perf_counter
+
+    def seconds_of(job: Callable[[], object]) -> float:
+        started = clock()
         job()
+        if device != "cpu":
+            torch.cuda.synchronize()
+        return clock() - started
+
+    for job in methods.values():
+        seconds_of(job)
+    seconds: dict[str, list[float]] = {name: [] for name in methods}
     for _ in range(repeats):
         for name, job in methods.items():
-            started = time.perf_counter()
-            job()
-            seconds[name].append(time.perf_counter() - started)
-    reference = np.array(seconds["plain forward + backward"])
-    rows = []
+            seconds[name].append(seconds_of(job))
+    show_times(bench, seconds, threads)
+
+
+def show_times(bench: Bench, seconds: dict[str, list[float]], threads: int) -> None:
+    shape, rows = bench.shape, []
     for name, taken in seconds.items():
-        ratio = np.array(taken) / reference
-        rows.append(
-            [name, f"{np.median(ratio):.2f}", f"{ratio.min():.2f} to {ratio.max():.2f}", f"{np.median(taken):.2f}"]
-        )
+        ratio = np.array(taken) / np.array(seconds[PLAIN])
+        spread = f"{ratio.min():.2f} to {ratio.max():.2f}"
+        middle = float(np.median(taken))
+        rows.append([name, f"{np.median(ratio):.3f}", spread, f"{middle:.2f}", f"{shape.n_tokens / middle:,.0f}"])
+    name = torch.cuda.get_device_name() if bench.device.type == "cuda" else f"CPU, {threads} threads"
     print_table(
-        f"{N_PROBLEMS} problems x {N_ROLLOUTS} rollouts x ({N_PROMPT} + {N_RESPONSE}) tokens, {threads} threads",
-        ["method", "x plain", "spread", "seconds"],
+        f"{shape.n_problems} problems x {shape.n_rollouts} rollouts x ({shape.n_prompt} + {shape.n_response}) tokens, "
+        f"micro-batches of {bench.budget}, {name}",
+        ["method", "x plain", "spread", "seconds", "tokens/s"],
         rows,
-        right=["x plain", "seconds"],
+        right=["x plain", "seconds", "tokens/s"],
     )
+    stages = ["forward, prompts shared", "forward + input gradients, shared", "sketch, prompts shared"]
+    if all(stage in seconds for stage in stages):
+        forward, both, whole = (float(np.median(seconds[stage])) for stage in stages)
+        parts = [forward / whole, (both - forward) / whole, (whole - both) / whole]
+        say("a sketch with prompts shared is {:.0%} forward, {:.0%} backward, {:.0%} projections".format(*parts))
+
+
+def show_memory(arguments: list[str]) -> None:
+    """Each method in a process of its own, against the plain pass."""
+    peaks = {}
+    for name in IN_MEMORY:
+        command = [sys.executable, "-m", "benchmarks.sketch", *arguments, "--one", name]
+        peaks[name] = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+    rows = [[name, f"{peak / 2**20:.0f}", f"{peak / peaks[PLAIN]:.2f}"] for name, peak in peaks.items()]
+    print_table("Memory beyond the model", ["method", "MiB", "x plain"], rows, right=["MiB", "x plain"])
+
+
+def held(job: Callable[[], object], device: torch.device) -> int:
+    """Most bytes held at once while the job ran, beyond those before it."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        job()
+        return torch.cuda.max_memory_allocated() - before
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = _kilobytes("VmRSS")
+    job()
+    return 1024 * (_kilobytes("VmHWM") - before)
+
+
+def _kilobytes(field: str) -> int:
+    lines = Path(f"/proc/{os.getpid()}/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@ For each layer, left and right are found by alternation, as in a Tucker decompos
 then the left the columns of G_i R, and the right again. No gradient is ever formed: each pass accumulates the one-sided
 products alone, a window of problems at a time, and keeps a running set of leading directions for each layer. Problems
 weigh alike, whatever their norm: a first pass estimates the norms with a random sketch, and each problem's weights are
-divided by its norm, a gradient being linear in them.
+divided by its norm, a gradient being linear in them. The mean gradient of a benchmark, where there is one, weighs as
+much as all problems together: what is ranked are dots with it.
 
 Cost: five passes over the sample. Memory: for each layer and problem of a window R x (O or I) floats.
 
@@ -54,17 +55,20 @@ def fit_projection(
         raise RequestError(f"fitting a projection needs problems with a signal, {len(live)} of {n_all} have one")
     n_pool = sum(group.has_signal for group in groups)
     random = Sketcher(model, replace(spec, basis="random"))
-    norms: list[float] = []
+    rows = []
     for window in _windows(live):
-        norms += np.linalg.norm(random.sketch(window).sketches, axis=1).tolist()
+        rows.append(random.sketch(window).sketches)
         _tell(progress, window)
+    norms = np.linalg.norm(np.concatenate(rows), axis=1).tolist()
+    toward_length = float(np.linalg.norm(np.concatenate(rows)[n_pool:].sum(axis=0, dtype=np.float64)))
     sound = [i for i, norm in enumerate(norms) if 0 < norm < float("inf")]
     sample = [(live[i], 1 / norms[i]) for i in sound]
     n_pool = sum(i < n_pool for i in sound)
+    toward = (n_pool, np.sqrt(len(sample)) / toward_length if toward_length > 0 else 0.0)
     shapes = [(layer.name, layer.n_outputs, layer.n_inputs) for layer in random.gradients.layers]
     sides = [(basis.left_OR, basis.right_IR) for basis in random_bases(shapes, 2 * spec.rank, spec.seed)]
     for fitted in (_RIGHT, _LEFT, _RIGHT):
-        sides = _refined(random, sides, fitted, sample, spec.rank, progress)
+        sides = _refined(random, sides, fitted, sample, toward, spec.rank, progress)
     bases = _bases(shapes, sides)
     plain = Projection("random", bases, None, [(basis.name, basis.start, basis.stop) for basis in bases])
     sketcher = Sketcher(model, replace(spec, basis="random"), plain)
@@ -97,18 +101,31 @@ def _refined(
     sides: Sequence[_Sides],
     fitted: int,
     sample: Sequence[tuple[Group, float]],
+    toward: tuple[int, float],
     rank: int,
     progress: Callable[[int], None] | None,
 ) -> list[_Sides]:
-    """The sides of every layer, the left or the right one fitted to the sample given the other."""
+    """The sides of every layer, the left or the right one fitted to the sample given the other.
+
+    toward: where the benchmark begins in the sample, and what the sum of its gradients is scaled by.
+    """
     directions = [_Directions(4 * rank) for _ in sides]
+    first, scale = toward
+    sums: dict[int, Tensor] = {}
+    done = 0
     for window in _windows(sample):
         products = _OneSided(sides, fitted, len(window), sketcher.device)
         sketcher.gradients.run([group for group, _ in window], products)
         scales_P = torch.tensor([scale for _, scale in window], dtype=torch.float32, device=sketcher.device)
         for layer, total_PRW in products.totals.items():
             directions[layer].add((total_PRW * scales_P[:, None, None]).flatten(0, 1))
+            if done + len(window) > first:
+                sum_RW = total_PRW[max(0, first - done) :].sum(0)
+                sums[layer] = sums[layer] + sum_RW if layer in sums else sum_RW
+        done += len(window)
         _tell(progress, window)
+    for layer, sum_RW in sums.items():
+        directions[layer].add(sum_RW * scale)
     refined = []
     for (left_OR, right_IR), kept in zip(sides, directions, strict=True):
         if fitted == _LEFT and left_OR is not None:
