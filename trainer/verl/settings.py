@@ -150,6 +150,11 @@ def _check_verl(verl: Mapping[str, Any]) -> None:
             f"actor_rollout_ref.actor.strategy is {actor['strategy']!r}: sketches read a policy sharded by FSDP2; "
             "set actor_rollout_ref.actor.strategy=fsdp2"
         )
+    if verl["actor_rollout_ref"]["model"].get("use_fused_kernels"):
+        raise RequestError(
+            "actor_rollout_ref.model.use_fused_kernels leaves the model without logits, which sketches need: "
+            "set actor_rollout_ref.model.use_fused_kernels=False"
+        )
     if actor["fsdp_config"].get("offload_policy"):
         raise RequestError(
             "actor.fsdp_config.offload_policy keeps the weights off the device that computes: "
