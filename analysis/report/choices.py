@@ -19,8 +19,11 @@ def selections(found: Findings) -> Section:
     blocks: list[Figure | Table] = [_rounds(found)]
     if found.benchmarks:
         frame = curricula.counterfactual(found.store, found.pool, found.main, metric=found.metric, seed=found.seed)
+        judged = frame[frame.groupby("step")["judged_later"].transform("max") > 0]
+        if not judged.empty:
+            blocks.append(_gained(found, judged))
         if not frame.empty:
-            blocks += [_gained(found, frame), _compared(found, frame)]
+            blocks.append(_compared(found, frame, judged))
     lead = (
         "What each round took from its candidates, and what other selectors would have taken at the same moment. In "
         "hindsight a pick is judged by the first measurement after its round, from other rollouts than it was picked "
@@ -92,7 +95,7 @@ def _gained(found: Findings, frame: pd.DataFrame) -> Figure:
         "gained",
         "Alignment gained by each selector",
         f"Mean {found.metric} of the picks with {found.main}, judged in hindsight. The dashed line is the most that "
-        "any choice of as many problems could have had.",
+        "any choice of as many problems could have had. Rounds after which nothing was measured again are left out.",
         "lines",
         series,
         "Step",
@@ -101,19 +104,19 @@ def _gained(found: Findings, frame: pd.DataFrame) -> Figure:
     )
 
 
-def _compared(found: Findings, frame: pd.DataFrame) -> Table:
+def _compared(found: Findings, frame: pd.DataFrame, judged: pd.DataFrame) -> Table:
     rows = []
     for name in dict.fromkeys(frame["selector"]):
-        mine = frame[frame["selector"] == name]
+        mine, later = frame[frame["selector"] == name], judged[judged["selector"] == name]
         rows.append(
             [
                 _WORDS.get(name, name),
                 float(mine["n"].mean()),
                 mean_or_nan(mine["overlap"]),
                 mean_or_nan(mine["alignment"]),
-                mean_or_nan(mine["gained"]),
-                mean_or_nan(mine["regret"]),
-                mean_or_nan(mine["judged_later"]),
+                mean_or_nan(later["gained"]),
+                mean_or_nan(later["regret"]),
+                mean_or_nan(later["judged_later"]),
                 next((note for note in mine["note"] if note), ""),
             ]
         )
@@ -130,9 +133,9 @@ def _compared(found: Findings, frame: pd.DataFrame) -> Table:
     if not any(row[-1] for row in rows):
         columns, rows = columns[:-1], [row[:-1] for row in rows]
     says = (
-        "Means over the rounds. Regret: what the best choice in hindsight would have gained more. Judged later: share "
-        "of the picks that were measured again afterwards; the others are judged by the measurement they were picked "
-        "by."
+        "Means over the rounds, of the last three over those after which something was measured again. Regret: what "
+        "the best choice in hindsight would have gained more. Judged later: share of the picks that were measured "
+        "again afterwards; the others are judged by the measurement they were picked by."
     )
     return Table("selectors", f"Selectors against {found.main}", columns, rows, says=says)
 
