@@ -99,7 +99,7 @@ class Conduct:
         self.costs, self.warnings = Costs(), []  # type: Costs, list[str]
         self.warm_up = number < settings.warm_up
         self.fits = number == 0 and run.needs_rows and settings.spec.basis == "fitted"
-        self.budget = None if settings.refresh == "all" else settings.refresh
+        self.budget = settings.budget(number)
         ids = np.array(list(run.records), dtype=object)
         self.candidates: list[str] = ids[self._random(_DRAW).permutation(len(ids))[: settings.candidates]].tolist()
         self.measures = run.needs_rows and not self.warm_up

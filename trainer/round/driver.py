@@ -75,7 +75,7 @@ class Rounds:
         )
         if self._run.needs_target and not any(self._run.benchmarks.values()):
             raise RequestError(f"selector {settings.selector!r} needs a target: give a benchmark with problems")
-        if self._run.needs_probes and settings.refresh == 0:
+        if self._run.needs_probes and 0 in (settings.refresh, settings.refresh_first):
             raise RequestError(f"selector {settings.selector!r} goes by probes of this step: refresh must be above 0")
         self._logger = logger
         self._done = 0

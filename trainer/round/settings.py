@@ -54,6 +54,8 @@ class RoundSettings:
     """Any of engine.SELECTORS, an alias of GradAlign's, or a mixture such as `cosine:0.7+rand:0.3`."""
     refresh: Literal["all"] | int = "all"
     """Candidates rolled out anew in a round: all of them (GradAlign), or a budget of so many problems."""
+    refresh_first: Literal["all"] | int | None = None
+    """Likewise in the first round that measures, when little is stored yet; None: as in the others."""
     warm_up: int = 0
     """Rounds at the start that pick at random and roll nothing out (LearnAlign's warm-up training)."""
     once: bool = False
@@ -102,8 +104,14 @@ class RoundSettings:
                 raise RequestError(f"{name} is {getattr(self, name)!r}, expected a whole number of at least 0")
         if self.ratio is not None and not 0 < self.ratio <= 1:
             raise RequestError(f"ratio is {self.ratio}, expected a share above 0 and at most 1 (k of at least 1)")
-        if self.refresh != "all" and (type(self.refresh) is not int or self.refresh < 0):
-            raise RequestError(f"refresh is {self.refresh!r}, expected `all` or a number of problems of at least 0")
+        for name in ("refresh", "refresh_first"):
+            budget = getattr(self, name)
+            if (
+                budget != "all"
+                and (type(budget) is not int or budget < 0)
+                and (name, budget) != ("refresh_first", None)
+            ):
+                raise RequestError(f"{name} is {budget!r}, expected `all` or a number of problems of at least 0")
         for name in ("confidence", "max_no_signal"):
             if not 0 < getattr(self, name) < 1:
                 raise RequestError(f"{name} is {getattr(self, name)}, expected a number between 0 and 1")
@@ -170,9 +178,17 @@ class RoundSettings:
         candidates = n_pool if self.candidates is None else self.candidates
         if candidates > n_pool:
             raise RequestError(f"candidates (chunk_size) is {candidates}, the pool has {n_pool} problems")
-        if isinstance(self.refresh, int) and self.refresh > candidates:
-            raise RequestError(f"refresh is {self.refresh} problems, a round has {candidates} candidates: use `all`")
+        for name in ("refresh", "refresh_first"):
+            budget = getattr(self, name)
+            if isinstance(budget, int) and budget > candidates:
+                raise RequestError(f"{name} is {budget} problems, a round has {candidates} candidates: use `all`")
         return replace(self, candidates=candidates, selected=self.n_selected(candidates), ratio=None)
+
+    def budget(self, number: int) -> int | None:
+        """Problems that round `number` may roll out; None: all candidates."""
+        first = number == self.warm_up and self.refresh_first is not None
+        refresh = self.refresh_first if first else self.refresh
+        return refresh if isinstance(refresh, int) else None
 
     def describe(self) -> dict[str, Any]:
         """As JSON can hold it."""
@@ -183,7 +199,7 @@ def _read(given: str, name: str, value: Any) -> Any:
     """A text as the setting's type (`mmr`, `math=0.5,code=0.2`); other values as they are."""
     if not isinstance(value, str) or name in ("selector", "aggregate"):
         return value
-    if name == "refresh" and value == "all":
+    if name in ("refresh", "refresh_first") and value == "all":
         return value
     if name in ("ratio", "confidence", "forgetting", "max_no_signal", "explore", "boundary", "temperature"):
         kind, expected = float, "a number"

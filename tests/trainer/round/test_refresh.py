@@ -128,6 +128,16 @@ def test_the_budget_is_never_exceeded(world, training, fast_path, selector: str,
         assert spent[0] == 25
 
 
+def test_a_first_round_of_its_own(world, training, fast_path) -> None:
+    """A start that is not blind, and the budget after it."""
+    run = training(fast_path / "store", world(60), settings(refresh=7, refresh_first="all", rounds=3))
+    run.run()
+    rounds = gradstore.open(fast_path / "store").rounds("pool")
+    assert rounds[0].about["n_rolled_out"] == 60
+    assert 0 < rounds[1].about["n_rolled_out"] <= 7
+    assert rounds[2].about["counts"]["unmeasured"] == 0
+
+
 def test_problems_without_signal_are_left_alone(world, training, fast_path) -> None:
     """A solved problem tells nothing: after a few silent groups it is not rolled out until the policy has moved on."""
     made = world(40)

@@ -64,6 +64,7 @@ def test_the_constraint_is_gradaligns(chunk: int, k: int, batch: int, steps: int
         ({"selected": 4, "refresh": "some"}, "'refresh' is 'some', expected a whole number"),
         ({"selected": 4, "refresh": -1}, "refresh is -1"),
         ({"selected": 4, "refresh": 2.5}, "refresh is 2.5"),
+        ({"selected": 4, "refresh_first": -2}, "refresh_first is -2"),
         ({"selected": 4, "confidence": 1}, "confidence is 1"),
         ({"selected": 4, "explore": 0.6, "boundary": 0.6}, "together at most 1"),
         ({"selected": 4, "forgetting": 0}, "forgetting is 0"),
