@@ -216,6 +216,7 @@ def visit(browser: Any) -> Iterator[Callable[..., Any]]:
 
     def go(address: str, scheme: str = "light", width: int = 1360) -> Any:
         context = browser.new_context(color_scheme=scheme, viewport={"width": width, "height": 900})
+        context.set_default_timeout(90_000)  # a machine that is busy is slow, not wrong
         contexts.append(context)
         page = context.new_page()
         page.on("console", lambda said: said.type in ("error", "warning") and told(said.type, said.text))

@@ -19,10 +19,11 @@ import pandas as pd
 import pytest
 
 import gradstore
+from analysis.explorer import problem
 from analysis.explorer.access import COOKIE, is_loopback, new_token
 from analysis.explorer.app import make_app
 from analysis.explorer.catalogue import Catalogue, Filter
-from analysis.report.transcripts import Transcripts
+from analysis.report.transcripts import Transcript, Transcripts
 from gradstore import State, Store
 from gradstore.errors import RequestError
 
@@ -157,6 +158,38 @@ def append(store: Store, name: str, step: int, rows: np.ndarray) -> None:
         writer.append([f"{name}{p}" for p in range(len(rows))], rows.astype(np.float32))
 
 
+def texts_in(part: Any) -> list[str]:
+    """Every text of a tree of components, in order."""
+    if isinstance(part, list | tuple):
+        return [text for one in part for text in texts_in(one)]
+    if hasattr(part, "children"):
+        return texts_in(part.children)
+    return [] if part is None else [str(part)]
+
+
+def test_probes_are_shown_rollout_by_rollout(history: Any) -> None:
+    """Each derivative beside its reward, for the problem asked and no other."""
+    store = gradstore.open(history.store.path, "a")
+    first, second = history.ids[4], history.ids[5]
+    lengths = [np.array([3, 4])] * 2
+    derivatives, rewards = [np.array([0.5, -0.25]), np.array([9.0, 9.0])], [np.array([1.0, 0.0])] * 2
+    store.add_probes("pool", [first, second], derivatives, rewards, lengths, step=10, target="bench")
+    texts = texts_in(problem._view(Catalogue(store, "pool", ("bench",)), first, "cosine", None, "all", "light"))
+    assert "+0.500" in texts
+    assert "\u22120.250" in texts
+    assert "+9.000" not in texts
+
+
+def test_tokens_are_coloured_by_their_share() -> None:
+    """Blue for what pushes with the target, red for what pushes against it, the strongest the most."""
+    one = Transcript(0, "ab", 1.0, 0, (-0.1, -0.2), (0.5, -1.0), ("a", "b"))
+    _, body = problem._rollout(one).children
+    colours = [span.style["backgroundColor"] for span in body.children]
+    assert colours == ["rgba(43,116,201,0.38)", "rgba(179,68,108,0.75)"]
+    assert [span.title for span in body.children] == ["+0.500", "\u22121.000"]
+    assert "Blue tokens" in problem._legend([one])
+
+
 @pytest.mark.parametrize(
     ("ask", "words"),
     [
@@ -260,7 +293,7 @@ def address(course: Path) -> Iterator[str]:
     process, found = started(course, *files, *against, "--tokenizer", str(model))
     yield found
     process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=20) in (0, 130)
+    assert process.wait(timeout=60) in (0, 130)
 
 
 def choose(page: Any, control: str, words: str) -> None:
@@ -369,7 +402,7 @@ def test_beyond_this_machine_a_token_is_printed(course: Path) -> None:
         assert b"<html" in urllib.request.urlopen(asked).read()
     finally:
         process.send_signal(signal.SIGINT)
-        process.wait(timeout=20)
+        process.wait(timeout=60)
 
 
 def test_a_taken_port_is_one_line(course: Path, address: str) -> None:
