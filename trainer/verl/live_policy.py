@@ -2,7 +2,8 @@
 
 Rollouts go where the training rollouts go: through verl's agent loop to its rollout engine, rewards through verl's
 reward path, so that no second model is loaded and no second reward is written. Sketches and probes run in the actor's
-ranks (worker.py). Rollout engine and actor share the device; whichever is not at work is asleep, as in a training step.
+ranks (worker.py). Rollout engine and actor share the device: the engine sleeps while the actor works, as in a training
+step, and wakes with the actor's weights.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,6 +32,8 @@ class LivePolicy:
         self._calls = 0
         self._validation: list[Group] = []
         self._validation_number = 0
+        self._takes_turns = bool(trainer.config.actor_rollout_ref.rollout.free_cache_engine)
+        """Whether the rollout engine gives its memory back while it sleeps; one that keeps it need not."""
         self.awake = True
         """Whether the rollout engine holds the current weights and can generate; the trainer keeps it true."""
 
@@ -45,9 +48,9 @@ class LivePolicy:
         GradstoreError when the rollout engine failed on a problem; RequestError for rollouts that the engine cannot
         sketch (more than one turn).
         """
-        self._wake()
         if not problems:
             return []
+        self._wake()
         self._calls += 1
         uids = [f"select-{self._calls:06d}-{i:06d}" for i in range(len(problems))]
         rows = rows_of(self._trainer.train_dataset, problems, uids, n, (seed,) if self._settings.seeded else None)
@@ -85,7 +88,7 @@ class LivePolicy:
         if not known:
             self._validation, self._validation_number = list(validation), self._validation_number + 1
         shares = deal(groups, n_ranks)
-        bench = deal(validation, n_ranks)
+        bench = deal([] if known else validation, n_ranks)
         with _plain_errors():
             batches = self._workers.probe_groups(
                 [[groups[i] for i in share] for share in shares],
@@ -136,7 +139,7 @@ class LivePolicy:
             self.awake = True
 
     def _rest(self) -> None:
-        if self.awake:
+        if self.awake and self._takes_turns:
             self._trainer.checkpoint_manager.sleep_replicas()
             self.awake = False
 

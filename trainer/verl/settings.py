@@ -64,6 +64,12 @@ class VerlSettings:
         rounds = RoundSettings.from_names({**given, "spec": spec})
         if rounds.selected is not None:
             rounds.n_selected(rounds.candidates or rounds.selected)
+        total, planned = verl["trainer"]["total_training_steps"], rounds.rounds * rounds.steps
+        if total is not None and total > planned:
+            raise RequestError(
+                f"trainer.total_training_steps is {total}, {NODE}.rounds {rounds.rounds} (num_selections) x steps "
+                f"{rounds.steps} (iters_per_select) are {planned}: leave the former out, or raise these"
+            )
         _check_queue(verl, rounds)
         options["logprobs"] = _exact_logprobs(rollout)
         if spec.objective.importance and not options["logprobs"]:

@@ -108,7 +108,7 @@ def overrides(task: Path, rollout: str = "transformers", n_ranks: int = 1) -> li
         f"{engine}.tensor_model_parallel_size=1",
         f"{engine}.dtype=float32",
         f"{engine}.enforce_eager=True",
-        f"{engine}.free_cache_engine=False",
+        f"{engine}.free_cache_engine=True",
         f"{engine}.log_prob_micro_batch_size_per_gpu=4",
         f"{engine}.max_model_len=128",
         f"{engine}.max_num_seqs=32",

@@ -82,6 +82,8 @@ class Run:
 
 VLLM = [
     "actor_rollout_ref.rollout.name=vllm",
+    # It cannot sleep on the processor.
+    "actor_rollout_ref.rollout.free_cache_engine=False",
     # One request after another: a response then does not depend on what shares its batch.
     "actor_rollout_ref.rollout.max_num_seqs=1",
     "+actor_rollout_ref.rollout.engine_kwargs.vllm.worker_extension_cls=vllm_on_cpu.CpuExtension",

@@ -82,6 +82,7 @@ def test_settings_of_its_own() -> None:
         ("gradstore.selected=5", "not a multiple of the 5 selected"),
         ("gradstore.store=null", "gradstore.store is missing"),
         ("gradstore.window=100000", "total_storage_size"),
+        ("trainer.total_training_steps=1000", "leave the former out"),
         ("actor_rollout_ref.model.use_fused_kernels=True", "model.use_fused_kernels=False"),
         ("actor_rollout_ref.rollout.name=sglang", "gradstore.seeded=false"),
         ("actor_rollout_ref.actor.use_dynamic_bsz=False", "verl's configuration: [actor] Please set at least one of"),
