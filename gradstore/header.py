@@ -8,8 +8,10 @@ from gradstore.durable import canonical_json, crc32c, reading
 from gradstore.errors import DamagedError, NotAStoreError, RequestError
 from gradstore.layout import (
     COLLECTIONS,
+    COLUMNS,
     DTYPES,
     FORMAT,
+    FORMAT_OF_COLUMNS,
     MANIFEST,
     ZARR,
     RowArray,
@@ -27,21 +29,24 @@ class Header:
     dtype: str
     chunk_rows: int
     fingerprint: dict
+    columns: tuple[str, ...] = ()
+    """Columns of the rows beyond those that all have."""
 
     def to_bytes(self) -> bytes:
         """The exact bytes of the root zarr.json."""
         body = {
-            "format": FORMAT,
+            "format": FORMAT_OF_COLUMNS if self.columns else FORMAT,
             "dim": self.dim,
             "dtype": self.dtype,
             "chunk_rows": self.chunk_rows,
             "fingerprint": self.fingerprint,
+            **({"columns": list(self.columns)} if self.columns else {}),
         }
         return group_json({"gradstore": {**body, "crc32c": f"{crc32c(canonical_json(body)):08x}"}})
 
     @property
     def arrays(self) -> tuple[RowArray, ...]:
-        return row_arrays(self.dim, self.dtype)
+        return row_arrays(self.dim, self.dtype, self.columns)
 
 
 def read_header(path: Path) -> Header:
@@ -69,11 +74,12 @@ def read_header(path: Path) -> Header:
         raise NotAStoreError(f"{path}: not a gradstore store ({ZARR} has no gradstore attributes)") from error
     if stored != f"{crc32c(canonical_json(body)):08x}":
         raise DamagedError(f"{file}: damaged: the attributes do not match their checksum")
-    if body["format"] != FORMAT:
+    columns = tuple(body.get("columns", ()))
+    if body["format"] != (FORMAT_OF_COLUMNS if columns else FORMAT) or not set(columns) <= set(COLUMNS):
         raise NotAStoreError(
             f"{path}: written in store format {body['format']}, this version reads format {FORMAT}: upgrade gradstore"
         )
-    return Header(body["dim"], body["dtype"], body["chunk_rows"], body["fingerprint"])
+    return Header(body["dim"], body["dtype"], body["chunk_rows"], body["fingerprint"], columns)
 
 
 def check_fingerprint(fingerprint: object) -> dict:

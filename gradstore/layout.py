@@ -18,6 +18,10 @@ FORMAT = 1
 """Version of the on-disk format; a reader refuses a newer one."""
 FORMAT_OF_BASES = 2
 """Version that the manifest states of a collection with rows of more than the first basis."""
+FORMAT_OF_COLUMNS = 2
+"""Version that the root states of a store whose rows have further columns."""
+COLUMNS = {"ess": "float32"}
+"""Columns that rows have only where the root names them."""
 
 MANIFEST = "manifest.json"
 LOCK = "LOCK"
@@ -90,8 +94,11 @@ class RowArray:
         )
 
 
-def row_arrays(dim: int, dtype: str) -> tuple[RowArray, ...]:
-    """The schema: every array of a collection for sketches of `dim` dimensions stored as `dtype`."""
+def row_arrays(dim: int, dtype: str, columns: tuple[str, ...] = ()) -> tuple[RowArray, ...]:
+    """The schema: every array of a collection for sketches of `dim` dimensions stored as `dtype`.
+
+    columns: names of COLUMNS that the rows have too.
+    """
     code_dtype, share = _CODES[dtype]
     table = (
         ("codes", code_dtype, int(np.ceil(dim * share))),
@@ -103,6 +110,7 @@ def row_arrays(dim: int, dtype: str) -> tuple[RowArray, ...]:
         ("pass_rate", "float32", None),
         ("n_rollouts", "int32", None),
         ("reason", "uint16", None),
+        *((name, COLUMNS[name], None) for name in columns),
     )
     return tuple(RowArray(name, np.dtype(kind).newbyteorder("<"), width) for name, kind, width in table)
 

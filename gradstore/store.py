@@ -54,7 +54,8 @@ def create(
 ) -> "Store":
     """Make an empty store for sketches of `dim` dimensions and open it for writing.
 
-    fingerprint: every setting that a row depends on; must be what JSON can keep.
+    fingerprint: every setting that a row depends on; must be what JSON can keep. Where its objective weighs by
+    importance, rows keep their effective sample size too.
     dtype: how rows are stored: int8, int4, 1bit, fp16 or fp32.
     chunk_rows: rows a chunk file; None: as many as fit in 8 MiB of codes.
     attachments: files that the store keeps for good, by name, such as a fitted projection.
@@ -65,7 +66,9 @@ def create(
     fingerprint = check_fingerprint(fingerprint)
     if path.exists() and not _is_blank(path):
         raise RequestError(f"{path}: there is something here already; open it, or choose another path")
-    header = Header(dim, dtype, chunk_rows, fingerprint)
+    settings = fingerprint.get("objective")
+    off_policy = isinstance(settings, dict) and bool(settings.get("importance"))
+    header = Header(dim, dtype, chunk_rows, fingerprint, ("ess",) if off_policy else ())
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     make_folder(path)

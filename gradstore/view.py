@@ -164,6 +164,13 @@ class View:
         return self._column("n_rollouts")
 
     @cached_property
+    def ess(self) -> np.ndarray:
+        """Effective sample size of off-policy rows in rollouts, float32 [N]; nan where unknown, or for other rows."""
+        if "ess" not in self._snapshot.header.columns:
+            return np.full(len(self), np.nan, dtype=np.float32)
+        return self._column("ess")
+
+    @cached_property
     def reasons(self) -> list[str]:
         """Why a row failed, empty where it did not; [N]."""
         texts = self._snapshot.manifest.reasons

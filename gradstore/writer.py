@@ -93,6 +93,7 @@ class Writer:
         state: State | int | Sequence[State | int] | None = None,
         pass_rate: Any = None,
         n_rollouts: Any = None,
+        ess: Any = None,
         reason: str | Sequence[str | None] | None = None,
         basis: int | None = None,
     ) -> None:
@@ -106,6 +107,7 @@ class Writer:
         state: one for all or [P]; None: live where the norm is positive, no_signal where it is zero.
             Rows that are not live are stored as zeros.
         pass_rate: [P] in [0, 1] or nan (unknown).  n_rollouts: [P] counts.  reason: why a row failed.
+        ess: [P], effective sample sizes in rollouts, nan (unknown); for stores of off-policy rows.
         basis: number of the store's basis that the rows are in; to be said where the store has several.
         Raises RequestError naming the id and the field; then nothing of this call is appended.
         """
@@ -113,6 +115,10 @@ class Writer:
         self._refuse_failed()
         basis = self._basis(basis)
         rows = self._check(list(ids), sketches, norms, whole_norms, state, pass_rate, n_rollouts, reason)
+        if "ess" in self._header.columns:
+            rows.columns["ess"] = self._ess(ess, list(ids))
+        elif ess is not None:
+            raise RequestError(f"{self._where}: the store's rows have no effective sample size; leave `ess` out")
         session.unpublished = True
         if basis != (self._bases[-1][1] if self._bases else 0):
             self._bases = (*self._bases, (self._appender.rows, basis))
@@ -274,6 +280,13 @@ class Writer:
         wrong = ~((counts >= 0) & (counts < 2**31) & (counts == np.floor(counts)))
         self._first_wrong(wrong, ids, "n_rollouts", counts, "a whole number of rollouts")
         return counts.astype(np.int32)
+
+    def _ess(self, ess: Any, ids: list[str]) -> np.ndarray:
+        if ess is None:
+            return np.full(len(ids), np.nan, dtype=np.float32)
+        sizes = self._numbers(ess, "ess", ids)
+        self._first_wrong(~(np.isnan(sizes) | (sizes >= 0)), ids, "ess", sizes, "at least 0, or nan for unknown")
+        return sizes.astype(np.float32)
 
     def _numbers(self, values: Any, field: str, ids: list[str]) -> np.ndarray:
         """One number a problem (a single one counts for all), float64 [P]."""

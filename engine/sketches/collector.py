@@ -131,6 +131,7 @@ def collect(
                         state=batch.states,
                         pass_rate=batch.pass_rates,
                         n_rollouts=batch.n_rollouts,
+                        ess=batch.ess,
                         reason=batch.reasons,
                         basis=number,
                     )

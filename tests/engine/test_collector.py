@@ -13,7 +13,7 @@ import pytest
 
 import engine.sketches.collector
 import gradstore
-from engine import Sketcher, SketchSpec, collect
+from engine import Sketcher, SketchSpec, collect, create_store, objective
 from engine.rollouts import Group, read_rollouts
 from engine.sketches.collector import windows
 from gradstore import State
@@ -215,3 +215,27 @@ def test_a_source_brings_its_problems(tmp_path, store, model, make_groups, tiny_
     collect(store, "pool", read_rollouts(path, tokenizer=tiny_tokenizer), model=model, step=0, spec=SPEC)
     assert store.problems("pool").to_pylist()[0]["source"] == "sums"
     assert store.view("pool").ids.tolist() == ["problem-0", "problem-1", "problem-2"]
+
+
+def test_off_policy_rows_keep_their_effective_sample_size(tmp_path, make_model, make_groups) -> None:
+    """A row made from a few rollouts that still count looks like any other unless it says so."""
+    model, groups = make_model("qwen2"), make_groups(8, logprobs=True)
+    spec = SketchSpec(rank=4, objective=objective("gradalign", importance=True, clip_high=0.2))
+    sketcher = Sketcher(model, spec)
+    store = create_store(tmp_path / "off", sketcher)
+    store.add_problems("pool", [{"id": group.problem_id, "prompt": "?"} for group in groups])
+    collect(store, "pool", groups, sketcher=sketcher, step=4)
+    view = gradstore.open(tmp_path / "off").view("pool")
+    expected = sketcher.sketch(groups).ess
+    assert np.allclose(view.ess, expected, rtol=1e-5)
+    assert (view.ess <= view.n_rollouts + 1e-4).all()
+    store.compact("pool", keep="newest")
+    assert store.verify().ok
+    assert np.allclose(store.view("pool").ess, expected, rtol=1e-5)
+    on = Sketcher(model, SketchSpec(rank=4))
+    plain = create_store(tmp_path / "on", on)
+    plain.add_problems("pool", [{"id": group.problem_id, "prompt": "?"} for group in groups])
+    collect(plain, "pool", groups, sketcher=on, step=4)
+    assert np.isnan(plain.view("pool").ess).all()
+    with plain.writer("pool", step=5) as writer, pytest.raises(RequestError, match="leave `ess` out"):
+        writer.append([groups[0].problem_id], np.ones((1, plain.dim)), ess=[3.0])

@@ -171,6 +171,7 @@ def append(store: Store, collection: str, groups: Sequence[Group], policy: Polic
             state=batch.states,
             pass_rate=batch.pass_rates,
             n_rollouts=batch.n_rollouts,
+            ess=batch.ess,
             reason=batch.reasons,
         )
 
