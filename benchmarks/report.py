@@ -87,7 +87,8 @@ def _round(store: Store, ids: list[str], step: int, random: np.random.Generator)
     order = random.permutation(n)[: n // 20]
     picked = np.full(n, -1)
     picked[order] = np.arange(len(order))
-    columns: dict[str, Any] = {name: np.zeros(n) for name in ("score", "low", "high", "pass_rate")}
+    columns: dict[str, Any] = {name: np.zeros(n) for name in ("score", "low", "high")}
+    columns["pass_rate"] = random.integers(0, 17, n) / 16
     columns |= {"id": ids, "state": ["live"] * n, "step": np.full(n, step), "rolled_out": np.ones(n, bool)}
     columns |= {"picked": picked, "weight": np.ones(n), "rollouts": np.full(n, 16)}
     costs = {"rollouts": 600.0, "sketches": 90.0, "selection": 1.0, "training": 1800.0}

@@ -5,7 +5,7 @@ from typing import Any
 
 from analysis.report.pieces import Figure, Series
 
-PALETTE = ("#3b78d8", "#d9822b", "#2c9f74", "#c2477f", "#8266cf", "#9c7a1f", "#2b97b0", "#8a909c", "#c75146", "#6b8f2a")
+PALETTE = ("#3b78d8", "#d9822b", "#2c9f74", "#c2477f", "#8266cf", "#9c7a1f", "#2b97b0", "#8c5a3c", "#c75146", "#6b8f2a")
 """Of middle lightness, so that they stand out on white and on black."""
 
 SEQUENTIAL = [[0.0, "#eaf1fb"], [0.5, "#7fa9e6"], [1.0, "#1d4f9f"]]

@@ -10,6 +10,7 @@ from analysis.report.pieces import Column, Figure, Section, Series, Table
 from gradstore.errors import RequestError
 
 MOST_SOURCES = 20
+MOST_LINES = 8
 MOST_POINTS = 4000
 """Points of the map: more would only lie on each other."""
 
@@ -20,14 +21,17 @@ def sources(found: Findings) -> Section:
     if found.benchmarks:
         frame = _with_few_sources(found.alignments[found.main])
         by_step = alignment.summary(frame, "source")
+        last = by_step[by_step["step"] == by_step["step"].max()].set_index("source")["median"].abs()
+        shown = set(last.nlargest(MOST_LINES).index)
+        left = f" The {MOST_LINES} of {len(last)} furthest from 0 at the newest step." if len(last) > MOST_LINES else ""
         series = []
-        for name, rows in by_step.groupby("source", observed=True):
+        for name, rows in by_step[by_step["source"].isin(shown)].groupby("source", observed=True):
             series.append(Series(str(name) or "(none)", rows["step"].tolist(), rows["median"].tolist()))
         blocks.append(
             Figure(
                 "sources-over-steps",
                 f"Alignment with {found.main} by source",
-                f"Median {found.metric} of each source's problems with a gradient.",
+                f"Median {found.metric} of each source's problems with a gradient.{left}",
                 "lines",
                 series,
                 "Step",
@@ -39,7 +43,7 @@ def sources(found: Findings) -> Section:
     if found.rounds:
         for by, words in (("source", "source"), ("tag", "tag"), ("difficulty", "pass rate")):
             picked = composition.picks_over_time(found.store, found.pool, by)
-            if picked.empty or (by != "difficulty" and picked["group"].nunique() < 2):
+            if picked["group"].nunique() < 2:
                 continue
             blocks.append(_picks(picked, by, words))
     if not blocks:
