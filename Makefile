@@ -3,7 +3,7 @@ PYTHON ?= python3
 PY := .venv/bin/python
 READY := .venv/.installed
 
-.PHONY: install browser demo test test-verl test-verl-vllm lint types bench clean
+.PHONY: install browser demo test test-verl test-verl-vllm lint types bench study clean
 
 install: $(READY)
 
@@ -66,5 +66,12 @@ BENCHMARKS ?= query sketch fidelity drift store search indexes probe_table suspi
 bench: install
 	for name in $(BENCHMARKS); do $(PY) -m benchmarks.$$name || exit 1; done
 
+# The study: runs that are missing in docs/study/results.jsonl, then docs/study.md. SHORT=1: a miniature, a minute long.
+study: install
+	.venv/bin/python -m trainer.study run $(if $(SHORT),--short --seeds 1 --out $(STUDY_SHORT)/results.jsonl)
+	.venv/bin/python -m trainer.study report $(if $(SHORT),--short --results $(STUDY_SHORT)/results.jsonl --page $(STUDY_SHORT)/study.md)
+
+STUDY_SHORT := .study-short
+
 clean:
-	rm -rf .venv .venv-verl .venv-verl-vllm build *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv .study-short .venv-verl .venv-verl-vllm build *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -1,4 +1,4 @@
-"""`rollout` and `demo`; and the commands a later release brings."""
+"""`rollout` and `demo`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -8,7 +8,6 @@ import typer
 from gradstore.cli import app
 from gradstore.cli.rank import Json
 from gradstore.cli.show import print_json, print_table, progress, say
-from gradstore.errors import RequestError
 
 Model = Annotated[str, typer.Option(help="Folder or name of a transformers causal LM.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...; default: a GPU where there is one.")]
@@ -121,14 +120,3 @@ def _shown(out: Path) -> Path:
     run_course(folder, SHOWN, lambda line: say(f"training run: {line}"))
     write_report(gradstore.open(folder / "store"), page, rollouts=sorted(folder.glob("*.jsonl")))
     return page
-
-
-def _later(name: str, release: str, brings: str) -> None:
-    @app.command(
-        name, help=f"{brings}. Comes with release {release}.", context_settings={"ignore_unknown_options": True}
-    )
-    def command(arguments: Annotated[list[str] | None, typer.Argument()] = None) -> None:
-        raise RequestError(f"`gradstore {name}` comes with release {release}: {brings.lower()}")
-
-
-_later("train", "0.4", "Train with a selection each round, embedded or with verl")

@@ -157,7 +157,7 @@ def test_no_signal_moves_nothing(model: Any, groups: list[Group]) -> None:
 
 
 def test_the_policy_keeps_the_protocol(policy: LocalPolicy) -> None:
-    """What rounds rely on: order, ids, the same answer again, sketches of a store's own basis, probes along a target."""
+    """What rounds rely on: order, ids, the same answer again, sketches of a store's basis, probes along a target."""
     groups = policy.roll_out(PROBLEMS, 8, seed=3)
     again = policy.roll_out(PROBLEMS, 8, seed=3)
     assert [group.problem_id for group in groups] == [problem["id"] for problem in PROBLEMS]

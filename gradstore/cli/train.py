@@ -1,0 +1,156 @@
+"""`train`: reinforcement learning with a selection each round, by the embedded trainer or by verl."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from gradstore.cli import app
+from gradstore.cli.make import Device
+from gradstore.cli.rank import Json
+from gradstore.cli.show import print_json, progress, say
+from gradstore.errors import RequestError
+
+LEARNING_RATE, LORA_LEARNING_RATE = 1e-6, 2e-5
+
+
+@app.command(context_settings={"ignore_unknown_options": True})
+def train(
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Settings of the rounds, NAME=VALUE, by our names or GradAlign's: candidates (chunk_size), selected "
+            "or ratio (1/k), train_batch (train_batch_size), steps (iters_per_select), rounds (num_selections), "
+            "rollouts (n_samples_train), target_rollouts (n_samples_val), selector (mode), refresh=all or a number of "
+            "problems. With --backend verl: overrides of verl's configuration and gradstore.NAME=VALUE."
+        ),
+    ] = None,
+    backend: Annotated[str, typer.Option(help="local: transformers on one machine; verl: see docs/verl.md.")] = "local",
+    model: Annotated[str | None, typer.Option(help="Folder or name of a transformers causal LM.")] = None,
+    pool: Annotated[Path | None, typer.Option(help="Problems to train on, JSONL or Parquet.")] = None,
+    benchmark: Annotated[
+        list[str] | None, typer.Option(help="[NAME=]PATH of the problems to aim at; may be repeated.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the run: store, checkpoint, metrics, model.")] = None,
+    reward: Annotated[str, typer.Option(help="math, reasoning-gym, auto, judge or module:function.")] = "math",
+    train_rollouts: Annotated[int, typer.Option(min=1, help="Responses to each problem of a training step.")] = 16,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest response.")] = 1024,
+    temperature: Annotated[float, typer.Option(help="Sampling temperature.")] = 1.0,
+    lr: Annotated[
+        float | None, typer.Option(help=f"Learning rate; default {LEARNING_RATE}, with LoRA {LORA_LEARNING_RATE}.")
+    ] = None,
+    weight_decay: Annotated[float, typer.Option(help="Decoupled weight decay; 0 is Adam.")] = 0.0,
+    clip_grad: Annotated[float, typer.Option(help="Largest norm of a step's gradient.")] = 1.0,
+    minibatches: Annotated[int, typer.Option(min=1, help="Updates a step is dealt to; above 1 with PPO's clip.")] = 1,
+    objective: Annotated[str, typer.Option(help="Preset of the update: grpo, dr_grpo, gradalign.")] = "grpo",
+    lora_rank: Annotated[int, typer.Option(min=0, help="Train adapters of this rank; 0: all weights.")] = 0,
+    observe: Annotated[bool, typer.Option(help="Sketch the training rollouts too.")] = True,
+    save_every: Annotated[int, typer.Option(min=0, help="Steps between checkpoints; 0: after each round.")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    seed: Annotated[int, typer.Option(help="Everything drawn at random follows from it.")] = 0,
+    device: Device = None,
+    json: Json = False,
+) -> None:
+    """Train by GRPO on problems picked anew each round; a killed run goes on with --resume, to the same weights."""
+    given = settings or []
+    if backend == "verl":
+        from trainer.verl import main
+
+        main(given)
+        return
+    if backend != "local":
+        raise RequestError(f"unknown back end {backend!r}, expected local or verl")
+    named = _named(given)
+    missing = [name for name, value in {"--model": model, "--pool": pool, "--out": out}.items() if value is None]
+    if missing:
+        raise RequestError(f"gradstore train needs {', '.join(missing)}")
+    assert model is not None
+    assert pool is not None
+    assert out is not None
+
+    import gradstore
+    from engine import objective as preset
+    from engine.gradients.models import load_model, load_tokenizer
+    from trainer.local.grpo import Learner, UpdateSettings
+    from trainer.local.lora import with_adapters
+    from trainer.local.policy import LocalPolicy, Sampling
+    from trainer.local.training import LoopSettings, Training
+    from trainer.rewards import load_reward
+    from trainer.round.driver import Rounds
+    from trainer.round.settings import RoundSettings
+
+    rounds = RoundSettings.from_names({"seed": seed, **named})
+    records = gradstore.read_problems(pool)
+    benchmarks = {name: gradstore.read_problems(path) for name, path in map(_benchmark, benchmark or [])}
+    rate = lr if lr is not None else LORA_LEARNING_RATE if lora_rank else LEARNING_RATE
+    update = UpdateSettings(
+        lr=rate,
+        weight_decay=weight_decay,
+        clip_grad=clip_grad,
+        objective=preset(objective),
+        minibatches=minibatches,
+    )
+    # Weights in float32: in half precision small updates are lost, and a probe would measure rounding.
+    network: Any = load_model(model, device=device).float()
+    network = with_adapters(network, lora_rank, seed) if lora_rank else network.requires_grad_(True)
+    sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature)
+    policy = LocalPolicy(network, load_tokenizer(model), load_reward(reward), sampling)
+    loop = LoopSettings(
+        rounds=rounds.rounds,
+        steps=rounds.steps,
+        train_batch=rounds.train_batch,
+        rollouts=train_rollouts,
+        seed=seed,
+        save_every=save_every,
+        observe=observe,
+    )
+
+    def tell(values: Any, step: int) -> None:
+        training.metrics.add("selection", step, values)
+
+    chooser = Rounds(out / "store", records, benchmarks, rounds, logger=tell)
+    training = Training(policy, Learner(network, update), chooser, records, loop, out, resume=resume)
+    if policy.step:
+        say(f"{out}: going on after step {policy.step}")
+    total = loop.rounds * loop.steps
+    with progress("training steps", total) as advance:
+        advance(policy.step)
+        training.run(lambda step: advance(1))
+    network.save_pretrained(out / "model")
+    policy.tokenizer.save_pretrained(out / "model")
+    facts = {"out": str(out), "steps": policy.step, "rounds": chooser.done, **_rewards(out / "metrics.jsonl")}
+    if json:
+        print_json(facts)
+        return
+    say(
+        f"{out}: {facts['steps']} steps in {facts['rounds']} rounds, mean reward of a step {facts['first_reward']:.3f} "
+        f"at first, {facts['last_reward']:.3f} at last; model in {out / 'model'}, every round in {out / 'store'}"
+    )
+
+
+def _named(settings: Sequence[str]) -> dict[str, str]:
+    """NAME=VALUE arguments; RequestError for anything else, or a name given twice."""
+    found: dict[str, str] = {}
+    for text in settings:
+        name, sign, value = text.partition("=")
+        if not sign or not name or name.startswith("-"):
+            raise RequestError(f"{text!r} is no option and no setting, expected NAME=VALUE (gradstore train --help)")
+        if name in found:
+            raise RequestError(f"setting {name!r} is given twice")
+        found[name] = value
+    return found
+
+
+def _benchmark(text: str) -> tuple[str, Path]:
+    """The name of a benchmark and its file: NAME=PATH, or a path whose stem is the name."""
+    name, sign, path = text.partition("=")
+    return (name, Path(path)) if sign else (Path(text).stem, Path(text))
+
+
+def _rewards(metrics: Path) -> dict[str, float]:
+    """Mean rewards of the first and the last step of a run."""
+    from json import loads
+
+    rows = [row for row in map(loads, metrics.read_text().splitlines()) if row["kind"] == "step"]
+    return {"first_reward": rows[0]["reward"], "last_reward": rows[-1]["reward"]}

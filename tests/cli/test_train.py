@@ -1,0 +1,74 @@
+"""`gradstore train --backend local` from problem files to a trained model."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+import gradstore
+from trainer.demo import tasks
+from trainer.demo.run import MODEL
+
+REWARD = """
+def compute_score(data_source, solution_str, ground_truth, extra_info=None):
+    return float(solution_str.strip() == ground_truth)
+"""
+
+SETTINGS = [
+    *("chunk_size=30", "k=5", "train_batch_size=6", "iters_per_select=2", "num_selections=2"),
+    *("n_samples_train=8", "n_samples_val=8", "mode=sim", "fit_problems=20"),
+]
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    for name, records in {"pool": tasks.pool(0, 40), "sums": tasks.benchmark(0, 8)}.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (tmp_path / "reward.py").write_text(REWARD)
+    return tmp_path
+
+
+def _arguments(files: Path, *more: str) -> list[str]:
+    options = {
+        "--model": MODEL,
+        "--pool": files / "pool.jsonl",
+        "--benchmark": files / "sums.jsonl",
+        "--out": files / "run",
+        "--reward": f"{files / 'reward.py'}:compute_score",
+        "--max-new-tokens": 8,
+        "--train-rollouts": 8,
+        "--lr": 1e-4,
+    }
+    return ["train", *(str(part) for pair in options.items() for part in pair), *more]
+
+
+def test_trains_and_goes_on(cli, files: Path) -> None:
+    """What a person types: GradAlign's names, a second call that refuses to overwrite, --resume that finds it done."""
+    first = cli(*_arguments(files, "--json"), *SETTINGS)
+    assert first.status == 0, first.err
+    facts = json.loads(first.out)
+    assert (facts["steps"], facts["rounds"]) == (4, 2)
+    store = gradstore.open(files / "run" / "store")
+    assert [len(found.picks) for found in store.rounds("pool")] == [6, 6]
+    assert {2, 3} <= set(store.history("pool")["step"].to_pylist())  # the training rollouts were sketched too
+    kinds = [json.loads(line)["kind"] for line in (files / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [kinds.count(kind) for kind in ("selection", "round", "step")] == [2, 2, 4]
+    assert (files / "run" / "model" / "model.safetensors").exists()
+
+    again = cli(*_arguments(files), *SETTINGS)
+    assert again.status == 2
+    assert "--resume" in again.err
+    assert len(again.err.splitlines()) == 1
+    done = cli(*_arguments(files, "--resume", "--json"), *SETTINGS)
+    assert done.status == 0, done.err
+    assert json.loads(done.out) == facts
+
+
+def test_adapters(cli, files: Path) -> None:
+    """With LoRA the base stays as it is on disk and only the adapter is written."""
+    found = cli(*_arguments(files, "--lora-rank", "2"), *SETTINGS)
+    assert found.status == 0, found.err
+    assert (files / "run" / "model" / "adapter_model.safetensors").exists()
+    assert not (files / "run" / "model" / "model.safetensors").exists()
+    assert "torch" in sys.modules

@@ -1,0 +1,173 @@
+"""The study in miniature, through its public entry points; and that its problems are what its page says they are."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from engine.gradients.models import load_model, load_tokenizer
+from gradstore import LockedError, RequestError
+from trainer.backends.hugging_face import TransformersBackend
+from trainer.demo import tasks
+from trainer.demo.run import MODEL
+from trainer.study.accuracy import expected_accuracy
+from trainer.study.arms import ARMS, EASY, UNSOLVABLE, is_bad, is_useful, problems
+from trainer.study.findings import findings
+from trainer.study.methods import DEFAULT_METHODS, method
+from trainer.study.report import write_page
+from trainer.study.results import alone, append_result, key, plan, read_results
+from trainer.study.running import SHORT, run_one
+from trainer.study.statistics import estimate, selection_rollouts
+
+
+def _kinds(records: list[dict[str, Any]], family: str | None = None) -> dict[str, int]:
+    tags = [record["tags"][0] for record in records if family in (None, record["source"])]
+    return {tag: tags.count(tag) for tag in set(tags)}
+
+
+def test_pools_are_made_as_the_page_says() -> None:
+    """A pool with another mixture answers another question."""
+    pools = {arm: problems(arm, 3, pool=320, validation=8, test=20).pool for arm in ARMS}
+    assert {len(pool) for pool in pools.values()} == {320}
+    assert _kinds(pools["wrong_truths"]) == {tasks.CLEAN: 160, tasks.WRONG_TRUTH: 160}
+    assert _kinds(pools["coin_flips"], tasks.TARGET_FAMILY) == {tasks.CLEAN: 32, tasks.COIN_FLIP: 128}
+    assert _kinds(pools["imbalance"]) == {tasks.CLEAN: 320}
+    assert sum(record["source"] == tasks.TARGET_FAMILY for record in pools["imbalance"]) == 32
+    assert _kinds(pools["low_utility"], tasks.TARGET_FAMILY) == {tasks.CLEAN: 40, EASY: 80, UNSOLVABLE: 80}
+    assert sum(map(is_useful, pools["low_utility"])) == 40
+    assert sum(is_bad("low_utility", record) for record in pools["low_utility"]) == 280
+    assert sum(is_bad("coin_flips", record) for record in pools["coin_flips"]) == 256
+    assert len({record["id"] for record in pools["low_utility"]}) == 320
+
+
+def test_methods_share_problems_and_none_is_tested_on_what_it_aims_at() -> None:
+    """Otherwise their difference is one of problems, or of memory."""
+    one, again = (problems("coin_flips", 1, pool=80, validation=10, test=30) for _ in range(2))
+    assert one == again
+    texts = [{record["prompt"][0]["content"] for record in own} for own in (one.pool, one.validation, one.test)]
+    assert not texts[0] & texts[1]
+    assert not texts[0] & texts[2]
+    assert not texts[1] & texts[2]
+
+
+def test_accuracy_is_what_sampling_would_find() -> None:
+    """Computed from one forward pass, it must be the share of right answers among many samples."""
+    model, tokenizer = load_model(MODEL, device="cpu"), load_tokenizer(MODEL)
+    records = tasks.benchmark(0, 30)
+    prompts = [
+        tokenizer(tokenizer.apply_chat_template(record["prompt"], tokenize=False)).input_ids for record in records
+    ]
+    found = TransformersBackend(model, tokenizer).generate(
+        prompts, 200, max_new_tokens=8, temperature=1.0, top_p=1.0, seed=0
+    )
+    right = [
+        tasks.is_right(record, tokenizer.decode(response.token_ids, skip_special_tokens=True))
+        for record, responses in zip(records, found, strict=True)
+        for response in responses
+    ]
+    assert expected_accuracy(model, tokenizer, records) == pytest.approx(float(np.mean(right)), abs=0.03)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every method once in one arm, the oracle and random picks in the others, and one method twice."""
+    path = tmp_path_factory.mktemp("study") / "results.jsonl"
+    wanted = plan(["wrong_truths"], DEFAULT_METHODS, [0]) + plan(list(ARMS)[1:], ["oracle", "random"], [0])
+    for arm, name, seed in [*wanted, ("wrong_truths", "gradalign", 1), ("wrong_truths", "random", 1)]:
+        append_result(path, run_one(arm, name, seed, SHORT))
+    return path
+
+
+def test_every_path_runs_and_is_counted(results: Path) -> None:
+    """One row a run with all that the page needs; rollouts are those the settings ask for."""
+    rows = {key(row): row for row in read_results(results, SHORT)}
+    assert len(rows) == len(DEFAULT_METHODS) + 6 + 2
+    full = SHORT.rounds * (SHORT.pool + SHORT.validation) * SHORT.rollouts
+    budgeted = SHORT.rounds * (SHORT.budget + SHORT.validation) * SHORT.rollouts + SHORT.pool * SHORT.first_look
+    for (_, name, _), row in rows.items():
+        assert len(row["accuracy"]) == SHORT.rounds + 1
+        assert len(row["bad"]) == SHORT.rounds
+        if name in ("oracle", "random"):
+            assert selection_rollouts(row) == 0
+        elif name.startswith("budgeted"):
+            assert 0 < selection_rollouts(row) <= budgeted
+        elif name in ("gradalign", "lcb"):
+            assert selection_rollouts(row) == full
+    oracle, random = (rows["wrong_truths", name, 0] for name in ("oracle", "random"))
+    assert oracle["accuracy"][0] == random["accuracy"][0]
+    assert oracle["accuracy"][-1] > random["accuracy"][-1]
+    assert oracle["bad"] == [0.0] * SHORT.rounds
+    assert np.mean(rows["wrong_truths", "gradalign", 0]["useful"]) > np.mean(random["useful"])
+
+
+def test_a_run_repeats(results: Path) -> None:
+    """A study that goes on after a kill must not differ from one that did not stop."""
+    row = next(row for row in read_results(results, SHORT) if key(row) == ("wrong_truths", "budgeted-lcb", 0))
+    again = json.loads(json.dumps(run_one("wrong_truths", "budgeted-lcb", 0, SHORT)))
+    assert {k: v for k, v in again.items() if "seconds" not in k} == {
+        k: v for k, v in row.items() if "seconds" not in k
+    }
+
+
+def test_a_torn_line_is_done_again(results: Path, tmp_path: Path) -> None:
+    """Killed while writing, the file must neither lose a whole row nor keep half of one."""
+    path = tmp_path / "torn.jsonl"
+    whole = results.read_bytes()
+    path.write_bytes(whole[:-20])
+    rows = read_results(path, SHORT)
+    assert len(rows) == len(read_results(results, SHORT)) - 1
+    append_result(path, read_results(results, SHORT)[-1])
+    assert path.read_bytes() == whole
+    assert read_results(path, replace(SHORT, lr=1.0)) == []
+    path.write_bytes(b"{}\n")
+    with pytest.raises(RequestError, match="line 1"):
+        read_results(path, SHORT)
+    with alone(path), pytest.raises(LockedError), alone(path):
+        pass
+
+
+def test_the_page_tells_what_the_rows_say(results: Path, tmp_path: Path) -> None:
+    """Every figure on it comes from the rows; the same rows give the same page."""
+    rows = read_results(results, SHORT)
+    page = tmp_path / "study.md"
+    (tmp_path / "study").mkdir()
+    (tmp_path / "study" / "notes.md").write_text("## Notes\n\nBy hand.\n")
+    write_page(rows, page, SHORT)
+    text = page.read_text()
+    assert all(
+        f"| `{name}` | {method(name, SHORT.budget, SHORT.first_look).title} |" in text for name in DEFAULT_METHODS
+    )
+    assert "By hand." in text
+    finals = [row["accuracy"][-1] for row in rows if row["arm"] == "wrong_truths" and row["method"] == "gradalign"]
+    value = estimate(finals)
+    assert f"| `gradalign` | {value.mean:.3f} [{value.low:.3f}, {value.high:.3f}]" in text
+    figures = {path.name: path.read_bytes() for path in (tmp_path / "study").glob("*.svg")}
+    assert set(figures) == {"accuracy.svg", "picks.svg"}
+    write_page(rows, page, SHORT)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "study").glob("*.svg")} == figures
+    with pytest.raises(RequestError, match="no results"):
+        write_page([], page, SHORT)
+
+
+def test_findings_say_when_intervals_are_apart() -> None:
+    """The one place where a claim is made: means with wide intervals are no finding."""
+
+    def row(name: str, seed: int, accuracy: float) -> dict[str, Any]:
+        return {"arm": "wrong_truths", "method": name, "seed": seed, "accuracy": [0.3, accuracy]}
+
+    near = [row("gradalign", s, 0.6 + 0.3 * (s % 2)) for s in range(4)] + [row("random", s, 0.5) for s in range(4)]
+    far = [row("gradalign", s, 0.6 + 0.001 * s) for s in range(4)] + [row("random", s, 0.5) for s in range(4)]
+    assert "above in 1 of 1 arms, intervals apart in 0" in findings(near, ["wrong_truths"])[0]
+    assert "above in 1 of 1 arms, intervals apart in 1" in findings(far, ["wrong_truths"])[0]
+    low = estimate([0.1, 0.2, 0.3])
+    assert low.half == pytest.approx(4.3027 * 0.1 / np.sqrt(3), rel=1e-4)  # Student's t, 2 degrees of freedom
+
+
+def test_unknown_names_are_refused() -> None:
+    with pytest.raises(RequestError, match="wrong_truths"):
+        problems("nothing", 0, pool=8, validation=1, test=1)
+    with pytest.raises(RequestError, match="oracle"):
+        method("best", 8, 4)

@@ -1,0 +1,23 @@
+"""Low-rank adapters to train instead of a model's weights, by PEFT."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from gradstore.errors import RequestError
+
+
+def with_adapters(model: nn.Module, rank: int, seed: int = 0) -> Any:
+    """The model with a LoRA adapter of this rank on every linear layer but the output's; only adapters train.
+
+    seed: of the adapters' first values. RequestError when PEFT is not installed.
+    """
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError:
+        raise RequestError("training adapters needs PEFT: pip install 'gradstore[lora]'") from None
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return get_peft_model(model, config)
