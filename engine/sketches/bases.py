@@ -92,7 +92,7 @@ def bases_in_use(store: Store, besides: str | None = None) -> list[int]:
     """Bases of the newest live rows of every collection but one, ascending: those that targets are needed in."""
     if len(store.bases) == 1:
         return [0]
-    names = [name for name in store.collections if name != besides]
+    names = [name for name in store.collections if name != besides]  # halves of a pool are in its bases
     return sorted({basis for name in names for basis in store.view(name).live_bases})
 
 

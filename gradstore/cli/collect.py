@@ -90,6 +90,10 @@ def collect(
         bool,
         typer.Option("--every-basis", help="Sketch in every basis that rows are in: what a benchmark needs."),
     ] = False,
+    halves: Annotated[
+        bool,
+        typer.Option("--halves", help="Keep even and odd rollouts too, for reliabilities (as much work again)."),
+    ] = False,
     token_budget: Annotated[
         int | None, typer.Option(help="Tokens of one micro-batch [default: 2048, on a GPU 16384].")
     ] = None,
@@ -174,6 +178,10 @@ def collect(
             also=also,
             progress=advance,
         )
+    if halves:
+        from engine.sketches.stored_halves import collect_halves
+
+        collect_halves(opened, collection, source, sketcher=sketcher, step=version)
     if report.needs_refit:
         say(
             f"warning: the store's projection ranks these gradients with a correlation of {report.fidelity:.2f} to the "

@@ -295,7 +295,7 @@ def _warnings_said() -> Iterator[None]:
 def _pool(store: "Store", pool: str | None, against: list[str]) -> str:
     if pool is not None:
         return pool
-    others = [name for name in store.collections if name not in against]
+    others = [name for name in store.collections if name not in against and not name.endswith((".even", ".odd"))]
     if len(others) == 1:
         return others[0]
     raise RequestError(
