@@ -238,7 +238,7 @@ def main(
         int | None, typer.Option(help="Tokens of a micro-batch, for all but the plain pass [2048; on a GPU 16384].")
     ] = None,
     processor_time: Annotated[bool, typer.Option("--processor-time", help="For a machine that others use.")] = False,
-    only: Annotated[str, typer.Option(help="Methods whose names contain this, beside the plain pass.")] = "",
+    only: Annotated[str, typer.Option(help="Methods whose names contain one of these, parted by commas.")] = "",
     memory: Annotated[bool, typer.Option("--memory", help="Measure memory instead of time.")] = False,
     one: Annotated[str, typer.Option(hidden=True, help="Print the bytes that this method held at most.")] = "",
 ) -> None:
@@ -252,7 +252,11 @@ def main(
     if one:
         print(held(bench.methods()[one](), bench.device))
         return
-    methods = {name: make() for name, make in bench.methods().items() if name == PLAIN or only in name}
+    methods = {
+        name: make()
+        for name, make in bench.methods().items()
+        if name == PLAIN or any(part in name for part in only.split(","))
+    }
     clock = time.process_time if processor_time else time.perf_counter
 
     def seconds_of(job: Callable[[], object]) -> float:

@@ -71,17 +71,16 @@ def stored_halves(
     """
     missing = [collection + suffix for suffix in HALVES if collection + suffix not in store.collections]
     if missing:
-        raise RequestError(
-            f"{store.path}: no halves of {collection!r} are kept ({missing[0]!r}): collect with --halves"
-        )
+        raise RequestError(f"{store.path}: there is no collection {missing[0]!r}: collect {collection!r} with --halves")
     whole = store.view(collection, at)
     even, odd = (store.view(collection + suffix, at) for suffix in HALVES)
     live = np.flatnonzero(whole.live)
     names = whole.ids[live]
-    places = [half.find(names) for half in (even, odd)]
+    places = [half.find(names.tolist()) for half in (even, odd)]
     kept = np.ones(len(live), bool)
     for half, place_P in zip((even, odd), places, strict=True):
-        kept &= (place_P >= 0) & (half.steps[place_P] == whole.steps[live]) & (half.bases[place_P] == whole.bases[live])
+        same_step = np.append(half.steps, -1)[place_P] == whole.steps[live]
+        kept &= (place_P >= 0) & same_step & (np.append(half.bases, 0)[place_P] == whole.bases[live])
     scores = [_scores(half, wanted, metric)[place_P[kept]] for half, place_P in zip((even, odd), places, strict=True)]
     places = [place_P[kept] for place_P in places]
     agreement_P = np.full(int(kept.sum()), np.nan)
