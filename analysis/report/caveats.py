@@ -5,6 +5,7 @@ import numpy as np
 from analysis import alignment, drift
 from analysis.report.findings import Findings
 from analysis.report.movement import tells_noise
+from analysis.report.pieces import written
 
 MUCH = 0.25
 """Share of the pool from which something is worth a sentence."""
@@ -27,11 +28,6 @@ def caveats(found: Findings) -> list[str]:
     return lines
 
 
-def percent(share: float) -> str:
-    """`42 %`, with a decimal where it is small."""
-    return f"{100 * share:.0f}\u202f%" if share >= 0.0995 or share == 0 else f"{100 * share:.1f}\u202f%"
-
-
 def _states(found: Findings) -> list[str]:
     if not found.benchmarks:
         return ["No benchmark in this store has a target, so nothing is ranked: collect rollouts of one."]
@@ -40,11 +36,10 @@ def _states(found: Findings) -> list[str]:
     silent = table[(table["state"] == "no_signal") & (table["share"] >= MUCH)]
     if len(silent):
         worst = silent.loc[silent["share"].idxmax()]
-        more = (
-            f" (and at least {percent(MUCH)} at {len(silent)} of {len(found.steps)} steps)" if len(silent) > 1 else ""
-        )
+        often = f" (and at least {written(MUCH, 'percent')} at {len(silent)} of {len(found.steps)} steps)"
+        more = often if len(silent) > 1 else ""
         lines.append(
-            f"{percent(worst['share'])} of the problems had no signal at step {worst['step']}{more}: "
+            f"{written(worst['share'], 'percent')} of the problems had no signal at step {worst['step']}{more}: "
             "their rollouts were all rewarded alike, or their gradients cancel."
         )
     last = table[table["step"] == found.steps[-1]].set_index("state")
@@ -53,7 +48,7 @@ def _states(found: Findings) -> list[str]:
             f"{int(last.loc['failed', 'n'])} problems failed at step {found.steps[-1]}: their gradient is not a number."
         )
     if last.loc["unmeasured", "share"] >= MUCH:
-        lines.append(f"{percent(last.loc['unmeasured', 'share'])} of the problems were not measured yet.")
+        lines.append(f"{written(last.loc['unmeasured', 'share'], 'percent')} of the problems were not measured yet.")
     never = len(found.store.problems(found.pool)) - len(found.store.deleted(found.pool))
     never -= len(found.store.view(found.pool))
     if never > 0:
@@ -104,8 +99,8 @@ def _age(found: Findings) -> list[str]:
     if old < MUCH:
         return []
     return [
-        f"{percent(old)} of the problems were last measured before step {found.steps[-1]}, {np.nanmax(ages):.0f} "
-        "steps ago at most."
+        f"{written(old, 'percent')} of the problems were last measured before step {found.steps[-1]}, "
+        f"{np.nanmax(ages):.0f} steps ago at most."
     ]
 
 

@@ -7,6 +7,7 @@ get it from matplotlib, and Markdown and screen readers get its numbers as a tab
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from decimal import ROUND_HALF_UP, Decimal
 from typing import Any, Literal
 
 Kind = Literal["text", "id", "integer", "number", "signed", "percent", "seconds", "bytes"]
@@ -132,11 +133,11 @@ def written(value: Any, kind: Kind) -> str:
         case "integer":
             return f"{int(value):,}".replace(",", "\u202f").replace("-", "\u2212")
         case "percent":
-            return f"{100 * value:.0f}\u202f%" if 100 * value >= 9.95 or value == 0 else f"{100 * value:.1f}\u202f%"
+            return f"{_fixed(100 * value, 0 if 100 * value >= 9.95 or value == 0 else 1)}\u202f%"
         case "number":
             return _number(value)
         case "signed":
-            return _signed(value)
+            return ("+" if value > 0 else "") + _number(value)
         case "seconds":
             return _seconds(value)
         case "bytes":
@@ -144,32 +145,32 @@ def written(value: Any, kind: Kind) -> str:
     return str(value)
 
 
+def _fixed(value: float, digits: int) -> str:
+    """With so many decimals, a half away from zero, as JavaScript's toFixed has it (and Python's formats have not)."""
+    return f"{Decimal(float(value)).quantize(Decimal(1).scaleb(-digits), ROUND_HALF_UP):f}"
+
+
 def _number(value: float) -> str:
-    if value == 0:
-        return "0"
     size = abs(value)
-    digits = ".3f" if 1e-3 <= size < 1e4 else ".5f" if 1e-5 <= size < 1e-3 else ".1e"
-    return f"{value:{digits}}".replace("-", "\u2212")
-
-
-def _signed(value: float) -> str:
-    return ("+" if value > 0 else "") + _number(value)
+    if size == 0:
+        return "0"
+    if size < 1e-5 or size >= 1e4:
+        return f"{value:.1e}".replace("-", "\u2212")
+    return _fixed(value, 3 if size >= 1e-3 else 5).replace("-", "\u2212")
 
 
 def _seconds(value: float) -> str:
     if value < 120:
-        return f"{value:.1f}\u202fs" if value >= 0.1 else f"{1000 * value:.0f}\u202fms"
-    if value < 7200:
-        return f"{value / 60:.0f}\u202fmin"
-    return f"{value / 3600:.1f}\u202fh"
+        return f"{_fixed(value, 1)}\u202fs" if value >= 0.1 else f"{_fixed(1000 * value, 0)}\u202fms"
+    return f"{_fixed(value / 60, 0)}\u202fmin" if value < 7200 else f"{_fixed(value / 3600, 1)}\u202fh"
 
 
 def _bytes(value: float) -> str:
     for unit in ("B", "kB", "MB", "GB"):
         if value < 1000:
-            return f"{value:.0f}\u202f{unit}" if unit == "B" else f"{value:.1f}\u202f{unit}"
+            return f"{_fixed(value, 0 if unit == 'B' else 1)}\u202f{unit}"
         value /= 1000
-    return f"{value:.1f}\u202fTB"
+    return f"{_fixed(value, 1)}\u202fTB"
 
 
 def _whole(values: Sequence[Any]) -> bool:
