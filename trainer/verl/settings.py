@@ -55,8 +55,11 @@ class VerlSettings:
         own = {field.name for field in fields(cls)} - {"rounds", "logprobs"}
         spec = _spec(given.pop("spec", {}))
         options: dict[str, Any] = {name: given.pop(name) for name in list(given) if name in own}
-        if "diversity" in given:
-            given["diversity"] = Diversity(**given["diversity"])
+        if isinstance(given.get("diversity"), Mapping):
+            try:
+                given["diversity"] = Diversity(**given["diversity"])
+            except TypeError as error:
+                raise RequestError(f"{NODE}.diversity: {error}") from None
         _take_over(given, "train_batch", verl["data"]["train_batch_size"], "data.train_batch_size")
         rollout = verl["actor_rollout_ref"]["rollout"]
         if not {"rollouts", "n_samples_train"} & given.keys():

@@ -79,6 +79,7 @@ def test_settings_of_its_own() -> None:
         ("gradstore.train_batch_size=16", "data.train_batch_size is 8"),
         ("gradstore.selectr=cosine", "did you mean 'selector'"),
         ("gradstore.spec.rnk=4", "gradstore.spec.rnk is not known"),
+        ("gradstore.diversity={metod: mmr}", "gradstore.diversity: "),
         ("gradstore.selected=5", "not a multiple of the 5 selected"),
         ("gradstore.store=null", "gradstore.store is missing"),
         ("gradstore.window=100000", "total_storage_size"),
