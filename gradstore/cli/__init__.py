@@ -23,7 +23,7 @@ app = typer.Typer(
 def main() -> None:
     """Run the command line."""
     # each registers its commands
-    from gradstore.cli import collect, data, fidelity, inspect, make, rank, report, train  # noqa: F401
+    from gradstore.cli import collect, data, fidelity, inspect, make, probe, rank, report, train  # noqa: F401
 
     try:
         app()

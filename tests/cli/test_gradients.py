@@ -1,0 +1,105 @@
+"""`collect` with its kinds of gradient, and `probe`, from the command line."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import gradstore
+from tests.cli.test_commands import rollout_rows, write_lines
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory, tiny_model, tiny_tokenizer) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    tiny_model.save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def files(tmp_path) -> dict[str, Path]:
+    return {
+        name: write_lines(tmp_path / f"{name}.jsonl", rollout_rows(name, n)) for name, n in (("pool", 12), ("b", 4))
+    }
+
+
+def test_head_mode(cli, tmp_path, model_folder, files) -> None:
+    """For those who cannot afford a backward: the store says what its rows are, and refuses others."""
+    arguments = ["collect", tmp_path / "s", "pool", files["pool"], "--model", model_folder]
+    status, _, err = cli(*arguments, "--head", "--rank", 4, "--right-rank", 8)
+    assert status == 0, err
+    store = gradstore.open(tmp_path / "s")
+    assert "forward" in store.fingerprint["gradient"]
+    assert store.dim == 32
+    assert cli("collect", tmp_path / "s", "b", files["b"], "--model", model_folder)[0] == 0
+
+
+def test_optimizer_direction(cli, tmp_path, model_folder, files, tiny_model) -> None:
+    """Adam's step instead of the gradient, from a checkpoint; rows of the plain gradient do not belong beside it."""
+    optimizer = torch.optim.Adam(tiny_model.parameters())
+    for parameter in tiny_model.parameters():
+        parameter.grad = torch.randn_like(parameter) * 1e-3
+    optimizer.step()
+    tiny_model.zero_grad(set_to_none=True)
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    arguments = ["collect", tmp_path / "s", "pool", files["pool"], "--model", model_folder]
+    adam = ["--optimizer", tmp_path / "optimizer.pt", "--formula", "precondition"]
+    status, _, err = cli(*arguments, *adam, "--rank", 4, "--basis", "fitted")
+    assert status == 2
+    assert "--basis dense" in err
+    status, _, err = cli(*arguments, *adam, "--rank", 8, "--dim", 64)
+    assert status == 0, err
+    store = gradstore.open(tmp_path / "s")
+    assert store.fingerprint["optimizer"]["formula"] == "precondition"
+    assert store.dim == 64
+    status, _, err = cli("collect", tmp_path / "s", "b", files["b"], "--model", model_folder)
+    assert status == 2
+    assert "optimizer" in err
+    assert cli("collect", tmp_path / "s", "b", files["b"], "--model", model_folder, *adam)[0] == 0
+
+
+def test_refit_and_every_basis(cli, tmp_path, model_folder, files) -> None:
+    """Wrong words are refused before the model is loaded; too few problems to measure are said."""
+    arguments = ["collect", tmp_path / "s", "pool", files["pool"], "--model", model_folder, "--rank", 4]
+    assert cli(*arguments)[0] == 0
+    status, _, err = cli(*arguments, "--refit", "auto", "--step", 1)
+    assert status == 2
+    assert "--benchmark-rollouts" in err
+    assert cli(*arguments, "--refit", "always")[0] == 2
+    status, _, err = cli(*arguments, "--refit", "auto", "--benchmark-rollouts", files["b"], "--step", 1, "--halves")
+    assert status == 0, err
+    assert "too few problems" in err
+    store = gradstore.open(tmp_path / "s")
+    assert len(store.bases) == 1
+    assert store.collections == ["pool", "pool.even", "pool.odd"]
+    status, out, err = cli(
+        "collect", tmp_path / "s", "b", files["b"], "--model", model_folder, "--every-basis", "--step", 1, "--json"
+    )
+    assert status == 0, err
+    assert json.loads(out)["bases"] == [0]
+    assert cli("query", tmp_path / "s", "--against", "b")[0] == 0, "halves are no pools of their own"
+
+
+def test_probe(cli, tmp_path, model_folder, files) -> None:
+    """Derivatives from the command line are in the store, and the selectors that go by them find them."""
+    for name in ("pool", "b"):
+        assert cli("collect", tmp_path / "s", name, files[name], "--model", model_folder, "--rank", 4)[0] == 0
+    arguments = ["probe", tmp_path / "s", "--pool", "pool", "--rollouts", files["pool"], "--against", "b"]
+    status, out, err = cli(*arguments, "--benchmark-rollouts", files["b"], "--model", model_folder, "--json")
+    assert status == 0, err
+    found = json.loads(out)
+    assert found["n_problems"] == 12
+    assert found["calibration"]["relative_error"] < 0.05
+    dots = [row["dot"] for row in found["best"]]
+    assert dots == sorted(dots, reverse=True)
+    table = gradstore.open(tmp_path / "s").probes("pool", step=0, target="b")
+    assert len(table) == 12
+    assert np.isfinite(np.concatenate(table["derivatives"].to_numpy())).any()
+    selected = ["select", tmp_path / "s", "-n", 2, "--against", "b", "--pool", "pool", "--out", tmp_path / "out"]
+    assert cli(*selected, "--selector", "lcb")[0] == 0
+    status, _, err = cli(*arguments, "--benchmark-rollouts", files["b"], "--model", model_folder, "--known")
+    assert status == 2
+    assert "--known" in err
