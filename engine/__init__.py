@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from engine.selecting.selection import Selection as Selection
     from engine.selecting.selection import select as select
     from engine.selecting.selectors import SELECTORS as SELECTORS
+    from engine.sketches.bases import add_basis as add_basis
+    from engine.sketches.bases import bases_in_use as bases_in_use
     from engine.sketches.bases import create_store as create_store
     from engine.sketches.bases import sketcher_of as sketcher_of
     from engine.sketches.collector import CollectReport as CollectReport
@@ -53,11 +55,18 @@ if TYPE_CHECKING:
     from engine.sketches.halves import exact_scores as exact_scores
     from engine.sketches.halves import reliability as reliability
     from engine.sketches.halves import sketch_scores as sketch_scores
+    from engine.sketches.kept_halves import StoredHalves as StoredHalves
+    from engine.sketches.kept_halves import collect_halves as collect_halves
+    from engine.sketches.kept_halves import stored_halves as stored_halves
+    from engine.sketches.refitting import Refit as Refit
+    from engine.sketches.refitting import refit as refit
     from engine.sketches.sketcher import SketchBatch as SketchBatch
     from engine.sketches.sketcher import Sketcher as Sketcher
     from engine.sketches.sketcher import SketchSpec as SketchSpec
 
 _MODULE_OF = {
+    "add_basis": "sketches.bases",
+    "bases_in_use": "sketches.bases",
     "create_store": "sketches.bases",
     "sketcher_of": "sketches.bases",
     "AdamState": "gradients.optimizer_direction",
@@ -78,7 +87,12 @@ _MODULE_OF = {
     "PRESETS": "gradients.objectives",
     "Probe": "probing.probe",
     "ProbeBatch": "probing.batch",
+    "Refit": "sketches.refitting",
     "Reliability": "sketches.halves",
+    "StoredHalves": "sketches.kept_halves",
+    "collect_halves": "sketches.kept_halves",
+    "refit": "sketches.refitting",
+    "stored_halves": "sketches.kept_halves",
     "SELECTORS": "selecting.selectors",
     "Selection": "selecting.selection",
     "Scored": "selecting.candidates",

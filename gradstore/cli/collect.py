@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from engine.gradients.optimizer_direction import OptimizerDirection
     from engine.rollouts import Group, RolloutSource
-    from engine.sketches.refit import Refit
+    from engine.sketches.refitting import Refit
     from engine.sketches.sketcher import Sketcher, SketchSpec
     from gradstore import Store
 
@@ -179,7 +179,7 @@ def collect(
             progress=advance,
         )
     if halves:
-        from engine.sketches.stored_halves import collect_halves
+        from engine.sketches.kept_halves import collect_halves
 
         collect_halves(opened, collection, source, sketcher=sketcher, step=version)
     if report.needs_refit:
@@ -233,7 +233,7 @@ def _checked(
 ) -> "tuple[Sketcher, Refit]":
     """The sketcher that is to make the rows, after measuring the one that the store has, said aloud."""
     from engine.sketches.fitting import sample_groups
-    from engine.sketches.refit import refit
+    from engine.sketches.refitting import refit
 
     sample = sample_groups(source, n_sampled, sketcher.spec.seed)
     for group in (*sample, *wanted):
@@ -268,7 +268,7 @@ def _new_sketcher(
     A quarter of the sample is left out, to measure how well the projection ranks.
     """
     from engine.sketches.fitting import fit_projection, sample_groups
-    from engine.sketches.refit import measured_projection
+    from engine.sketches.refitting import measured_projection
     from engine.sketches.sketcher import Sketcher
 
     if spec.basis == "fitted" and adam is not None:

@@ -11,7 +11,7 @@ from engine import Sketcher, SketchSpec, collect, exact_dots, fit_projection, la
 from engine.searching.fusion import search_fused
 from engine.searching.shares import layer_contributions
 from engine.sketches.bases import add_basis, bases_in_use, basis_of, create_store, load_projection, sketcher_of
-from engine.sketches.refit import refit
+from engine.sketches.refitting import refit
 from gradstore.errors import FingerprintError, RequestError
 
 SPEC = SketchSpec(basis="fitted", rank=12, dim=600)

@@ -5,7 +5,7 @@ import pytest
 
 from engine import Sketcher, SketchSpec, collect, create_store, reliability, sketch_scores, target
 from engine.sketches.halves import split
-from engine.sketches.stored_halves import collect_halves, stored_halves
+from engine.sketches.kept_halves import collect_halves, stored_halves
 from gradstore.errors import RequestError
 
 
