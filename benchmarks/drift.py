@@ -5,7 +5,7 @@
 The demo's model is trained with GRPO on clean problems of the target family, 48 problems x 16 rollouts a step. Bases
 are fitted to a sample of problems and the benchmark before. Before and after, another part of the pool and the
 benchmark are rolled out anew, and the cosine scores of sketches compared with exact ones over the same layers. After
-training `engine.sketches.refitting` does what `gradstore collect --refit auto` does: it measures the old bases on a sample
+training `engine.refit` does what `gradstore collect --refit auto` does: it measures the old bases on a sample
 against the benchmark, fits new ones where they have lost more than 0.01, and keeps these if they rank better.
 """
 
