@@ -52,23 +52,24 @@ def _aged(selector: Selector, now: Standing, length: float, confidence: float) -
     return replace(selector, score=score)
 
 
-def with_old_sketches(probes: ProbeBatch, now: Standing) -> ProbeBatch:
+def with_old_sketches(probes: ProbeBatch, now: Standing, length: float = 0.0) -> ProbeBatch:
     """The probes, and for other live candidates what their sketches are worth as one.
 
     A sketch's dot, norm x cosine, is brought to the probes' scale by least squares through the origin over the problems
     that have both; what is left beyond the probes' own errors is the sketch's, and adds to the standard error.
-    Candidates of which nothing is known beyond the prior get none, and so do all where fewer than three have both.
+    Where fewer than three have both, the scale is taken to be `length`, the target's: probe and sketch then measure the
+    same dot. Candidates of which nothing is known beyond the prior get none, and so do all where there is no scale.
     """
     if now.model is None:
         return probes
     place_P = places(now.ids, probes.ids)
     both_P = (place_P >= 0) & np.append(probes.live, False)[place_P] & now.live & now.fresh
-    if both_P.sum() < 3:
-        return probes
-    dots_K, errors_K = probes.dots[place_P[both_P]], probes.standard_errors[place_P[both_P]]
-    sketched_K = (now.cosines * now.norms)[both_P]
-    slope = max(float(dots_K @ sketched_K) / (float(sketched_K @ sketched_K) or 1.0), 0.0)
-    left = max(float(np.mean((dots_K - slope * sketched_K) ** 2)) - float(np.mean(errors_K**2)), 0.0)
+    slope, left = length, 0.0
+    if both_P.sum() >= 3:
+        dots_K, errors_K = probes.dots[place_P[both_P]], probes.standard_errors[place_P[both_P]]
+        sketched_K = (now.cosines * now.norms)[both_P]
+        slope = max(float(dots_K @ sketched_K) / (float(sketched_K @ sketched_K) or 1.0), 0.0)
+        left = max(float(np.mean((dots_K - slope * sketched_K) ** 2)) - float(np.mean(errors_K**2)), 0.0)
     value_P, error_P = now.model.equivalent(now.mean - now.offsets, now.sd)
     value_P = value_P + now.offsets
     old = np.flatnonzero((place_P < 0) & now.live & np.isfinite(value_P) & (slope > 0))

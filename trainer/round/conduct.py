@@ -165,7 +165,7 @@ class Conduct:
                     parts = parts_of("rand")
             if self.budget is not None and self.measures and now.model is not None:
                 parts = aged_parts(parts, now, self._length(), self.settings.confidence)
-                probes = None if probes is None else with_old_sketches(probes, now)
+                probes = None if probes is None else with_old_sketches(probes, now, self._scale())
             scored, chosen = self._select(store, parts, probes)
             filled = self._fill(now, chosen)
         self._record(store, now, scored, chosen, filled)
@@ -265,6 +265,10 @@ class Conduct:
         if len(vectors) > 1:
             vectors = [np.sum([vector / (np.linalg.norm(vector) or 1.0) for vector in vectors], axis=0)]
         return float(np.linalg.norm(vectors[0]))
+
+    def _scale(self) -> float:
+        """What turns a sketch's norm x cosine into a probe's dot: one mean gradient's length; 0 where it is another."""
+        return self._length() if len(self.targets) == 1 and self.settings.aggregate == "mean" else 0.0
 
     def _select(self, store: Store, parts: list[Part], probes: ProbeBatch | None) -> tuple[Selection, Selection]:
         """Every candidate ranked by the selector alone, and the picks."""

@@ -109,3 +109,15 @@ def test_what_is_not_known_is_no_probe() -> None:
     assert with_old_sketches(probes, now).ids == ["p0", "p1", "p2", "p3", "p4", "p5", "p8", "p9"]
     few = probed(now, truth, np.arange(2), slope=2.0)
     assert with_old_sketches(few, now).ids == ["p0", "p1"]
+
+
+def test_too_few_probes_for_a_scale_take_the_targets() -> None:
+    """A round whose budget met no signal still knows what earlier rounds measured; picks at random would forget it."""
+    now, truth = standing(np.zeros(N, np.int64))
+    object.__setattr__(now, "signal", np.ones(N))
+    few = probed(now, truth, np.arange(2), slope=3.0)
+    both = with_old_sketches(few, now, 3.0)
+    assert both.ids == now.ids
+    off = (both.dots[2:] - 3.0 * truth[2:] * now.norms[2:]) / both.standard_errors[2:]
+    assert abs(off.mean()) < 0.4
+    assert 0.6 < off.std() < 1.3
