@@ -41,10 +41,11 @@ def slow_scores(old: Sketcher, new: Sketcher, pool, bench, metric: str) -> dict[
     scores = {}
     for i, group in enumerate(pool):
         sketcher = new if i < 20 else old
-        row_D = sketcher.sketch([group]).sketches[0].astype(np.float64)
+        batch = sketcher.sketch([group])
+        row_D, length = batch.sketches[0].astype(np.float64), float(batch.norms[0])
         target_D = np.mean([sketcher.sketch([g]).sketches[0].astype(np.float64) for g in bench], axis=0)
         dot = float(row_D @ target_D)
-        cosine = dot / np.linalg.norm(row_D) / np.linalg.norm(target_D)
+        cosine = dot / length / np.linalg.norm(target_D)
         scores[group.problem_id] = cosine if metric == "cosine" else dot
     return scores
 
