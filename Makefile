@@ -1,4 +1,5 @@
-# make demo: install, then run the main job.  make test: install, then lint, types and tests.
+# make demo: install, then run the main job.
+# make test: install, then lint, types and tests, the last of them training with verl on the processor.
 PYTHON ?= python3
 PY := .venv/bin/python
 READY := .venv/.installed
@@ -31,7 +32,8 @@ types: install
 	.venv/bin/mypy
 
 test: lint types browser
-	$(PY) -m pytest -n 2 --dist worksteal
+	$(PY) -m pytest -n 2 --dist worksteal -m "not verl"
+	$(MAKE) test-verl
 
 # verl wants older releases of some packages than the rest needs: it has an environment of its own, and so has verl with
 # vLLM for processors. torch is pinned in every line, or pip would fetch its CUDA build.

@@ -17,6 +17,7 @@ LEARNING_RATE, LORA_LEARNING_RATE = 1e-6, 2e-5
 
 @app.command(context_settings={"ignore_unknown_options": True})
 def train(
+    context: typer.Context,
     settings: Annotated[
         list[str] | None,
         typer.Argument(
@@ -57,6 +58,7 @@ def train(
     if backend == "verl":
         from trainer.verl import main
 
+        _refuse_local_options(context)
         main(given)
         return
     if backend != "local":
@@ -127,6 +129,22 @@ def train(
         f"{out}: {facts['steps']} steps in {facts['rounds']} rounds, mean reward of a step {facts['first_reward']:.3f} "
         f"at first, {facts['last_reward']:.3f} at last; model in {out / 'model'}, every round in {out / 'store'}"
     )
+
+
+def _refuse_local_options(context: typer.Context) -> None:
+    """RequestError naming the options that verl would never see."""
+    given = [name for name in context.params if _is_given(context, name)]
+    ours = ["--" + name.replace("_", "-") for name in given if name not in ("settings", "backend")]
+    if ours:
+        raise RequestError(
+            f"{', '.join(ours)}: only for --backend local; with verl say it as an override of verl's configuration, or "
+            "as gradstore.NAME=VALUE (docs/verl.md)"
+        )
+
+
+def _is_given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def _named(settings: Sequence[str]) -> dict[str, str]:

@@ -70,3 +70,10 @@ def test_adapters(cli, files: Path) -> None:
     assert found[0] == 0, found[2]
     assert (files / "run" / "model" / "adapter_model.safetensors").exists()
     assert not (files / "run" / "model" / "model.safetensors").exists()
+
+
+def test_options_that_verl_would_not_see_are_refused(cli) -> None:
+    """A seed that goes nowhere is worse than an error."""
+    status, _, error = cli("train", "--backend", "verl", "--seed", "3", "--lr", "1e-5", "data.train_files=x")
+    assert status == 2
+    assert "--seed, --lr: only for --backend local" in error

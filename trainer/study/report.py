@@ -124,7 +124,8 @@ seeds.
 The embedded trainer (what `gradstore train --backend local` runs) trains the demo's model, a Qwen2 of 0.53 million
 parameters that knows how to be right and mostly is not, by GRPO on problems picked in rounds. Accuracy is the mean
 probability of the right answer at temperature 1 on held-out problems of the target family: computed, not sampled. All
-methods share every setting, the problems and the seeds of a run; none was tuned.
+methods share every setting, the problems and the seeds of a run. Settings were chosen on oracle and random picks; the
+size of the pool, the share picked and the budget on single runs of several selectors; nothing was set for one arm.
 
 | arm | pool |
 | --- | --- |
