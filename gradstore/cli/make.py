@@ -112,11 +112,12 @@ def demo(
 
 def _shown(out: Path) -> Path:
     """Train the demo's model for a few rounds and write the report of it."""
-    import gradstore
     from analysis.report import write_report
-    from trainer.demo.course import SHOWN, run_course
+    from engine.gradients.models import load_tokenizer
+    from trainer.demo.course import ROLLOUTS, SHOWN, run_course
+    from trainer.demo.run import MODEL
 
     folder, page = out / "run", out / "report.html"
-    run_course(folder, SHOWN, lambda line: say(f"training run: {line}"))
-    write_report(gradstore.open(folder / "store"), page, rollouts=sorted(folder.glob("*.jsonl")))
+    store = run_course(folder, SHOWN, lambda line: say(f"training run: {line}"))
+    write_report(store, page, rollouts=[folder / ROLLOUTS], tokenizer=load_tokenizer(MODEL))
     return page

@@ -182,7 +182,7 @@ ARTEFACTS = Path(__file__).parents[2] / "artefacts"
 
 @pytest.fixture(scope="session")
 def course(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a short training run of the demo's model: `store`, with three rounds, and its rollout files."""
+    """Folder of a short training run of the demo's model: `store`, with three rounds, and `rollouts/`."""
     from trainer.demo.course import CourseSettings, run_course
 
     folder = tmp_path_factory.mktemp("course")

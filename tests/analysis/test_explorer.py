@@ -24,8 +24,11 @@ from analysis.explorer.access import COOKIE, is_loopback, new_token
 from analysis.explorer.app import make_app
 from analysis.explorer.catalogue import Catalogue, Filter
 from analysis.report.transcripts import Transcript, Transcripts
+from engine.gradients.models import load_tokenizer
 from gradstore import State, Store
 from gradstore.errors import RequestError
+from trainer.demo.course import ROLLOUTS
+from trainer.demo.run import MODEL
 
 
 @pytest.fixture
@@ -38,7 +41,8 @@ def catalogue(history: Any) -> Catalogue:
 def trained(course: Path) -> Catalogue:
     """Over the demo's short run, with its rollout files."""
     store = gradstore.open(course / "store")
-    return Catalogue(store, "pool", ("sums", "spelling"), Transcripts(sorted(course.glob("pool-*.jsonl"))))
+    transcripts = Transcripts([course / ROLLOUTS], load_tokenizer(MODEL))
+    return Catalogue(store, "pool", ("sums", "spelling"), transcripts)
 
 
 # What it answers -----------------------------------------------------------------------------------------------------
@@ -287,10 +291,8 @@ def started(course: Path, *more: str) -> tuple[subprocess.Popen, str]:
 
 @pytest.fixture(scope="module")
 def address(course: Path) -> Iterator[str]:
-    model = Path(gradstore.__file__).parents[1] / "trainer/demo/model"
-    files = [part for path in sorted(course.glob("pool-*.jsonl")) for part in ("--rollouts", str(path))]
     against = ["--against", "sums", "--against", "spelling"]
-    process, found = started(course, *files, *against, "--tokenizer", str(model))
+    process, found = started(course, "--rollouts", str(course / ROLLOUTS), *against, "--tokenizer", str(MODEL))
     yield found
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=60) in (0, 130)

@@ -22,8 +22,11 @@ from analysis.report.findings import find
 from analysis.report.pieces import Figure, Page, Series, Table, written
 from analysis.report.rendering import to_html, to_markdown
 from analysis.report.transcripts import Transcripts, chosen
+from engine.gradients.models import load_tokenizer
 from gradstore import State, Store
 from gradstore.errors import RequestError
+from trainer.demo.course import ROLLOUTS
+from trainer.demo.run import MODEL
 
 
 @dataclass
@@ -39,7 +42,8 @@ class Made:
 def made(course: Path, tmp_path_factory: pytest.TempPathFactory) -> Made:
     store = gradstore.open(course / "store")
     path = tmp_path_factory.mktemp("report") / "report.html"
-    return Made(store, write_report(store, path, rollouts=sorted(course.glob("*.jsonl"))), path)
+    page = write_report(store, path, rollouts=[course / ROLLOUTS], tokenizer=load_tokenizer(MODEL))
+    return Made(store, page, path)
 
 
 def figure(page: Page, key: str) -> Figure:
@@ -195,12 +199,13 @@ def test_every_live_problem_is_on_the_map(made: Made) -> None:
     assert sum(column(table(made.page, "clusters-table"), "Problems")) == shown.n_points
 
 
-def test_warnings_are_plain_and_true(made: Made) -> None:
+def test_warnings_are_plain_and_true(make_history: Callable) -> None:
     """The share in the sentence is the share in the store."""
-    shares = {step: np.mean(made.store.view("pool", step).states == State.NO_SIGNAL) for step in (0, 4, 8)}
-    worst = max(shares, key=lambda step: shares[step])
-    expected = f"{written(float(shares[worst]), 'percent')} of the problems had no signal at step {worst}"
-    assert any(line.startswith(expected) for line in made.page.warnings)
+    states_SP = np.full((3, 40), State.LIVE)
+    states_SP[0, :11], states_SP[1, :12], states_SP[2, :3] = State.NO_SIGNAL, State.NO_SIGNAL, State.NO_SIGNAL
+    store = make_history(np.random.default_rng(0).normal(size=(3, 40)), states_SP=states_SP).store
+    expected = f"{written(0.3, 'percent')} of the problems had no signal at step 10 (and at least "
+    assert assemble(find(store)).warnings[0].startswith(expected)
 
 
 def test_a_noise_floor_that_is_cut_off_is_not_drawn() -> None:
@@ -386,13 +391,14 @@ def test_nothing_is_fetched_and_the_data_is_json(made: Made) -> None:
 
 def test_transcripts_are_read_by_problem(course: Path) -> None:
     """Several files together, against the lines of the files themselves."""
-    paths = sorted(course.glob("pool-*.jsonl"))
-    found = Transcripts(paths)
+    paths = sorted((course / ROLLOUTS).glob("*-pool-*.jsonl"))
+    tokenizer = load_tokenizer(MODEL)
+    found = Transcripts(paths, tokenizer)
     lines = [json.loads(line) for path in paths for line in path.read_text().splitlines()]
     name = lines[0]["problem_id"]
     mine = [line for line in lines if line["problem_id"] == name]
     assert [(one.text, one.reward, one.step) for one in found.of(name)] == [
-        (line["response"], line["reward"], line["step"]) for line in mine
+        (tokenizer.decode(line["response_ids"]), line["reward"], line["step"]) for line in mine
     ]
     assert len(found) == len(lines)
     assert found.of("nobody") == []

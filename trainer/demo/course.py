@@ -1,42 +1,36 @@
 """A short training run of the demo's model that leaves a store with history: rounds of measure, select, train.
 
-Each round rolls out the pool and two benchmarks with the policy as it is, collects their sketches at its step, selects,
-records the round, and takes a few plain policy-gradient updates on what was selected. It takes seconds at the sizes of
-a test: the report, the explorer and the tutorial are shown on it.
-
-Dimension letters: B sequences, T tokens.
+The embedded trainer and the rounds of selection, as `gradstore train` runs them, aim at one benchmark; a second one is
+measured before each round and only looked at. It takes seconds at the sizes of a test: the report, the explorer and
+the tutorial are shown on it.
 """
 
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
 import torch
-from torch import Tensor, nn
 
 import gradstore
 from engine.gradients.models import load_model, load_tokenizer
-from engine.rollouts import Group, read_rollouts
-from engine.searching.query import score_rows
-from engine.searching.targets import target
-from engine.selecting.selection import Selection, select
-from engine.sketches.bases import create_store, sketcher_of
-from engine.sketches.collector import collect
-from engine.sketches.fitting import fit_projection, sample_groups
-from engine.sketches.sketcher import Sketcher, SketchSpec
-from gradstore import State, Store
-from trainer.backends.hugging_face import TransformersBackend
+from engine.selecting.selection import Selection
+from engine.sketches.sketcher import SketchSpec
+from gradstore import Store
 from trainer.demo import tasks
 from trainer.demo.run import MODEL
+from trainer.local.grpo import Learner, UpdateSettings
+from trainer.local.policy import LocalPolicy, Sampling
+from trainer.local.training import LoopSettings, Training
 from trainer.rewards import Reward
-from trainer.rollout import rollout
+from trainer.round.driver import Rounds
+from trainer.round.measuring import Costs, Windows, sketch_collection
+from trainer.round.settings import RoundSettings
 
 SECOND_FAMILY = "spell_backward"
 """Family of the second benchmark."""
+ROLLOUTS = "rollouts"
+"""Folder of the rollouts made for selection, in the run's folder."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +43,7 @@ class CourseSettings:
     n_selected: int = 12
     n_rollouts: int = 8
     n_updates: int = 4
-    """Optimizer steps between two rounds; the step number counts them."""
+    """Training steps of a round, each on everything picked."""
     learning_rate: float = 2e-4
     dim: int = 256
     seed: int = 0
@@ -60,131 +54,70 @@ SHOWN = CourseSettings(n_pool=240, n_benchmark=40, n_rounds=4, n_selected=48, n_
 
 
 def run_course(folder: Path, settings: CourseSettings, tell: Callable[[str], None] = lambda line: None) -> Store:
-    """Train for some rounds; `folder/store` and one rollout file a collection and step are left.
+    """Train for some rounds; `folder` is a run of the embedded trainer, with `store` and `rollouts/` in it.
 
-    Called again after an interruption it trains again, without sampling or sketching anew what is there.
+    tell: gets a line at the end of each round. Called again after an interruption it goes on from there.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "store"
-    store = gradstore.open(path, "a") if path.exists() else None
-    if store is not None and _recorded(store) >= settings.n_rounds:
-        return store
-    torch.set_num_threads(1)
-    model, tokenizer = load_model(MODEL, device="cpu"), load_tokenizer(MODEL)
-    backend, reward = TransformersBackend(model, tokenizer), Reward("demo", tasks.reward)
-    problems = {
-        "pool": tasks.pool(settings.seed, settings.n_pool),
-        "sums": tasks.benchmark(settings.seed, settings.n_benchmark),
-        "spelling": _clean_of(SECOND_FAMILY, settings),
-    }
-    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate)
-    for number in range(settings.n_rounds):
-        step, costs = number * settings.n_updates, dict[str, float]()
-        started = time.monotonic()
-        sources = {}
-        for name, records in problems.items():
-            file = folder / f"{name}-{step}.jsonl"
-            n, seed = settings.n_rollouts, settings.seed + number
-            rollout(records, backend, reward, file, n=n, max_new_tokens=8, seed=seed, chunk=256, step=step)
-            sources[name] = read_rollouts(file)
-        costs["rollouts"] = -started + (started := time.monotonic())
-        if store is None:
-            spec = SketchSpec(basis="fitted", dim=settings.dim, seed=settings.seed)
-            projection = fit_projection(model, sample_groups(sources["pool"], 100, settings.seed), spec)
-            store = create_store(path, Sketcher(model, spec, projection))
-            costs["fitting the projection"] = -started + (started := time.monotonic())
-        sketcher = sketcher_of(store, model)
-        for name, source in sources.items():
-            collect(store, name, source, sketcher=sketcher, step=step)
-        costs["sketches"] = -started + (started := time.monotonic())
-        wanted = target(store, "sums", step)
-        chosen = select(store, "pool", wanted, settings.n_selected, "cosine", step, seed=settings.seed + number)
-        costs["selection"] = -started + (started := time.monotonic())
-        if number + 1 < settings.n_rounds:
-            groups = list(sources["pool"].groups(chosen.ids))
-            for _ in range(settings.n_updates):
-                update(model, optimizer, groups)
-            costs["training"] = time.monotonic() - started
-        if number >= _recorded(store):
-            _record(store, step, chosen, settings, costs)
-        tell(f"step {step}: {sum(costs.values()):.1f} s")
-    assert store is not None  # n_rounds is at least 1 wherever settings are made
-    return store
+    torch.set_num_threads(1)  # layers this small lose more in waiting for a second thread than it brings
+    model, pool = load_model(MODEL, device="cpu"), tasks.pool(settings.seed, settings.n_pool)
+    sampling = Sampling(max_new_tokens=8, batch_tokens=1 << 20)
+    policy = LocalPolicy(model, load_tokenizer(MODEL), Reward("demo", tasks.reward), sampling)
+    rounds = RoundSettings(
+        selected=settings.n_selected,
+        train_batch=settings.n_selected,
+        steps=settings.n_updates,
+        rounds=settings.n_rounds,
+        rollouts=settings.n_rollouts,
+        target_rollouts=settings.n_rollouts,
+        seed=settings.seed,
+        window=settings.n_pool,
+        fit_problems=min(100, settings.n_pool),
+        spec=SketchSpec(basis="fitted", dim=settings.dim, seed=settings.seed),
+    )
+    chooser = _Course(folder, pool, rounds, settings)
+    loop = LoopSettings(
+        rounds=settings.n_rounds,
+        steps=settings.n_updates,
+        train_batch=settings.n_selected,
+        rollouts=settings.n_rollouts,
+        seed=settings.seed,
+        observe=False,
+    )
+    learner = Learner(model, UpdateSettings(lr=settings.learning_rate))
+    training = Training(policy, learner, chooser, pool, loop, folder, resume=True)
+
+    def after_step(step: int) -> None:
+        if step % settings.n_updates == 0:
+            tell(f"{step} steps")
+
+    training.run(after_step)
+    return gradstore.open(folder / "store")
 
 
-def _recorded(store: Store) -> int:
-    return len(store.rounds("pool")) if "pool" in store.collections else 0
+class _Course(Rounds):
+    """Rounds that aim at sums, with spelling measured beside them."""
+
+    def __init__(
+        self, folder: Path, pool: Sequence[dict[str, Any]], rounds: RoundSettings, settings: CourseSettings
+    ) -> None:
+        benchmark = tasks.benchmark(settings.seed, settings.n_benchmark)
+        super().__init__(folder / "store", pool, {"sums": benchmark}, rounds, export=folder / ROLLOUTS)
+        self._folder, self._course = folder, settings
+        self._beside = _clean_of(SECOND_FAMILY, settings, pool)
+
+    def next(self, policy: Any) -> Selection:
+        picks = super().next(policy)
+        store = gradstore.open(self._folder / "store", "a")
+        store.add_problems("spelling", self._beside)
+        path, seed = self._folder / ROLLOUTS / f"round-{self.done - 1:04d}-spelling", (self._course.seed, self.done)
+        windows = Windows(policy, self._beside, self._course.n_rollouts, len(self._beside), seed, Costs(), path)
+        sketch_collection(store, "spelling", windows, policy, Costs(), keep=False)
+        return picks
 
 
-def update(model: nn.Module, optimizer: torch.optim.Optimizer, groups: Sequence[Group]) -> float:
-    """One policy-gradient step on the groups (advantage: reward less the group's mean); returns the loss."""
-    rows = [
-        (group.prompt_ids, response, float(reward - group.rewards.mean()))
-        for group in groups
-        for response, reward in zip(group.responses, group.rewards, strict=True)
-        if len(response)
-    ]
-    width = max(len(prompt) + len(response) for prompt, response, _ in rows)
-    ids_BT = torch.zeros(len(rows), width, dtype=torch.long)
-    weights_BT = torch.zeros(len(rows), width)
-    for i, (prompt, response, advantage) in enumerate(rows):
-        end = len(prompt) + len(response)
-        ids_BT[i, :end] = torch.from_numpy(np.concatenate([prompt, response]))
-        weights_BT[i, len(prompt) : end] = advantage / len(response)
-    logits: Tensor = model(ids_BT).logits[:, :-1]
-    logprobs_BT = torch.log_softmax(logits, -1).gather(-1, ids_BT[:, 1:, None])[..., 0]
-    loss = -(weights_BT[:, 1:] * logprobs_BT).sum() / len(rows)
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-    return float(loss.detach())
-
-
-def _clean_of(family: str, settings: CourseSettings) -> list[dict[str, Any]]:
+def _clean_of(family: str, settings: CourseSettings, pool: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Clean problems of one family that the pool does not have, as a benchmark."""
-    prompts = {str(record["prompt"]) for record in tasks.pool(settings.seed, settings.n_pool)}
+    prompts = {str(record["prompt"]) for record in pool}
     others = tasks.pool(settings.seed + 1, 20 * settings.n_benchmark)
     found = [r for r in others if r["source"] == family and r["tags"] == ["clean"] and str(r["prompt"]) not in prompts]
     return [{**record, "id": f"spelling-{i:04d}"} for i, record in enumerate(found[: settings.n_benchmark])]
-
-
-def _record(store: Store, step: int, chosen: Selection, settings: CourseSettings, costs: dict[str, float]) -> None:
-    """Keep the round: the score of every candidate against the target, and what was picked."""
-    view = store.view("pool", step)
-    scores = score_rows(view, _unit(target(store, "sums", step).vector), "cosine", np.flatnonzero(view.live))
-    rank = {problem_id: place for place, problem_id in enumerate(chosen.ids)}
-    unknown = np.full(len(view), np.nan)
-    counts = {state.name.lower(): int((view.states == state).sum()) for state in State}
-    about = {
-        "step": step,
-        "selector": chosen.selector,
-        "seed": chosen.seed,
-        "target": chosen.target,
-        "benchmarks": ["sums"],
-        "commit": chosen.commit,
-        "settings": asdict(settings),
-        "n_candidates": len(view),
-        "n_rolled_out": len(view),
-        "rollouts": len(view) * settings.n_rollouts,
-        "costs": costs,
-        "counts": counts,
-        "warnings": [],
-    }
-    columns = {
-        "id": view.ids.tolist(),
-        "score": scores.astype(np.float64),
-        "low": unknown,
-        "high": unknown,
-        "state": [State(state).name.lower() for state in view.states],
-        "step": view.steps,
-        "pass_rate": view.pass_rates.astype(np.float64),
-        "rolled_out": np.ones(len(view), bool),
-        "picked": np.array([rank.get(problem_id, -1) for problem_id in view.ids]),
-        "weight": np.ones(len(view)),
-        "rollouts": np.full(len(view), settings.n_rollouts),
-    }
-    store.add_round("pool", about, pa.table(columns))
-
-
-def _unit(vector_D: np.ndarray) -> np.ndarray:
-    return np.asarray(vector_D / np.linalg.norm(vector_D), np.float32)
