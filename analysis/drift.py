@@ -1,4 +1,4 @@
-"""How targets and rankings move over steps, how much of it is noise, and how long a sketch stays good.
+"""How targets and rankings move over steps, and how much of it is noise; staleness.py has how long a sketch stays good.
 
 Dimension letters: S steps, P problems, D sketch dimensions.
 """
@@ -11,10 +11,12 @@ import pandas as pd
 
 from analysis.agreement import calibrated, chance, jaccard, rank_biased_overlap, spearman
 from analysis.noise import RankReliability, measurement_noise, rank_reliability
-from analysis.staleness import fit_decay, rank_agreement
+from analysis.staleness import half_life, staleness
 from analysis.trajectory import Trajectory, measured_steps, steps_of, target_at, trajectory
 from engine.searching.query import Metric
 from gradstore import State, Store
+
+__all__ = ["half_life", "ranking_drift", "staleness", "target_drift"]
 
 _BLOCK = 512
 """Problems whose gradients are held at once."""
@@ -110,43 +112,6 @@ def ranking_drift(
     columns = ["step", "other", "against", "n", "k", "spearman", "jaccard", "rbo", "refreshed"]
     columns += ["noise_spearman", "noise_jaccard", "noise_rbo", "reliability", "noise_from"]
     return pd.DataFrame(rows, columns=columns)
-
-
-def staleness(
-    store: Store,
-    pool: str,
-    benchmark: str,
-    by: str | None = None,
-    metric: Metric = "cosine",
-    steps: Sequence[int] | None = None,
-) -> pd.DataFrame:
-    """Rank agreement of stale rows with fresh ones, for every pair of steps at which problems were measured anew.
-
-    Rows computed at `stale_step` and rows of the same problems computed at `step` are both scored against the target at
-    `step`: what is lost by not rolling out anew. by: None, or `source`. steps: None: those of the pool, at most 24
-    (`measured_steps`). Problems that were picked are measured more often than others, and count more often here.
-    Columns: group (`all`, or the source), stale_step, step, age int64, n int64 (problems), spearman float64.
-    """
-    return rank_agreement(store, pool, benchmark, by, metric, steps)
-
-
-def half_life(
-    store: Store,
-    pool: str,
-    benchmark: str,
-    by: str | None = None,
-    metric: Metric = "cosine",
-    steps: Sequence[int] | None = None,
-) -> pd.DataFrame:
-    """After how many steps a stale row has lost half of its rank agreement with a fresh one: the fit of
-    spearman = reliability 2^(-age / half_life) to the frame of `staleness`.
-
-    Columns: group (`all`, or the source), half_life float64 (steps; inf: no loss seen), low, high float64 (90 %
-    interval over ten blocks of problems; nan where there are too few), reliability float64 (agreement at age 0: the
-    noise of two measurements), n_problems, n_pairs int64, longest int64 (the longest age seen; beyond
-    it a half-life is an extrapolation). Groups seen at fewer than two ages are left out.
-    """
-    return fit_decay(store, pool, benchmark, by, metric, steps)
 
 
 def _score_noise(

@@ -13,14 +13,11 @@ import pandas as pd
 from scipy import optimize, special  # type: ignore[import-untyped]
 
 from analysis.agreement import spearman
+from analysis.staleness import LEAST_PROBLEMS, half_life
 from engine.gradients.objectives import Objective
 from engine.probing.batch import ProbeBatch
 from engine.probing.statistics import dot_and_error
 from gradstore import Store
-
-LEAST_PROBLEMS = 10
-"""Fewer problems in common say nothing about reliability."""
-
 
 _HALVES = ("id", "step", "even", "odd", "dot", "standard_error", "p_value", "t", "n")
 
@@ -40,14 +37,12 @@ def rank_reliability(store: Store, pool: str, benchmark: str, step: int | None =
     """From probes along the benchmark at the step (the nearest that has some), else from repeated rows.
 
     Probes: Spearman of the dots of even and odd rollouts, carried to all of them by Spearman-Brown. Repeats: the
-    intercept of rank agreement over age (`drift.half_life`), which needs problems measured at three steps or more.
+    intercept of rank agreement over age (`staleness.half_life`), which needs problems measured at three steps or more.
     """
     table = half_dots(store, pool, benchmark, step)
     if len(table) >= LEAST_PROBLEMS:
         r = spearman(table["even"].to_numpy(), table["odd"].to_numpy())
         return RankReliability(2 * r / (1 + r) if r > -1 else float("nan"), "probes", len(table))
-    from analysis.drift import half_life
-
     fitted = half_life(store, pool, benchmark)
     if len(fitted) and np.isfinite(fitted["reliability"].iloc[0]):
         row = fitted.iloc[0]

@@ -19,13 +19,14 @@ from gradstore import Store
 from gradstore.errors import RequestError
 
 LEAST_PROBLEMS = 10
+"""Fewer problems in common say nothing about rank agreement."""
 MOST_PAIRED = 24
 """Steps of the pool that are paired with each other unless steps are given."""
 _BLOCKS = 10
 """Blocks of problems from which a half-life's interval is taken."""
 
 
-def rank_agreement(
+def staleness(
     store: Store,
     pool: str,
     benchmark: str,
@@ -33,7 +34,13 @@ def rank_agreement(
     metric: Metric = "cosine",
     steps: Sequence[int] | None = None,
 ) -> pd.DataFrame:
-    """The frame of `drift.staleness`."""
+    """Rank agreement of stale rows with fresh ones, for every pair of steps at which problems were measured anew.
+
+    Rows computed at `stale_step` and rows of the same problems computed at `step` are both scored against the target at
+    `step`: what is lost by not rolling out anew. by: None, or `source`. steps: None: those of the pool, at most 24
+    (`measured_steps`). Problems that were picked are measured more often than others, and count more often here.
+    Columns: group (`all`, or the source), stale_step, step, age int64, n int64 (problems), spearman float64.
+    """
     pairs = _pairs(store, pool, benchmark, metric, steps)
     names = _groups(store, pool, by)
     rows = []
@@ -45,7 +52,7 @@ def rank_agreement(
     return pd.DataFrame(rows, columns=["group", "stale_step", "step", "age", "n", "spearman"])
 
 
-def fit_decay(
+def half_life(
     store: Store,
     pool: str,
     benchmark: str,
@@ -53,7 +60,14 @@ def fit_decay(
     metric: Metric = "cosine",
     steps: Sequence[int] | None = None,
 ) -> pd.DataFrame:
-    """The frame of `drift.half_life`."""
+    """After how many steps a stale row has lost half of its rank agreement with a fresh one: the fit of
+    spearman = reliability 2^(-age / half_life) to the frame of `staleness`, whose arguments it takes.
+
+    Columns: group (`all`, or the source), half_life float64 (steps; inf: no loss seen), low, high float64 (90 %
+    interval over ten blocks of problems; nan where there are too few), reliability float64 (agreement at age 0: the
+    noise of two measurements), n_problems, n_pairs int64, longest int64 (the longest age seen; beyond
+    it a half-life is an extrapolation). Groups seen at fewer than two ages are left out.
+    """
     pairs = _pairs(store, pool, benchmark, metric, steps)
     names = _groups(store, pool, by)
     block_of = np.random.default_rng(0).permutation(len(store.problems(pool))) % _BLOCKS
