@@ -10,10 +10,16 @@ from torch import nn
 from gradstore.errors import RequestError
 
 
-def load_model(path: str | Path, adapter: str | Path | None = None, device: str | None = None) -> nn.Module:
-    """A transformers causal LM in evaluation mode, float32 on CPU and bfloat16 on a GPU.
+def load_model(
+    path: str | Path,
+    adapter: str | Path | None = None,
+    device: str | None = None,
+    dtype: str | torch.dtype | None = None,
+) -> nn.Module:
+    """A transformers causal LM in evaluation mode.
 
     path: a folder or a hub name. adapter: a PEFT checkpoint to load on it. device: default a GPU where there is one.
+    dtype: "auto", the checkpoint's; default float32 on CPU and bfloat16 on a GPU.
     RequestError when there is no such model or adapter, or when a weight is not finite.
     """
     from transformers import AutoModelForCausalLM
@@ -22,7 +28,7 @@ def load_model(path: str | Path, adapter: str | Path | None = None, device: str 
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    dtype = dtype or (torch.float32 if device == "cpu" else torch.bfloat16)
     try:
         model = AutoModelForCausalLM.from_pretrained(str(path), dtype=dtype)
     except (OSError, ValueError) as error:

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 import transformers
 
+from engine.gradients.models import load_model, load_tokenizer
 from gradstore.errors import RequestError
 from trainer.backends import Response, derived_seed, end_tokens
 from trainer.backends.decoding import decodes, sample
@@ -55,14 +56,8 @@ class TransformersBackend:
         batch_tokens: int = 32_768,
     ) -> "TransformersBackend":
         """device: as torch names it; None takes the GPU where there is one. dtype: "auto" is the checkpoint's."""
-        try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(model)
-            policy = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
-        except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise RequestError(f"{model}: not a model that transformers can load: {reason}") from None
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        return cls(policy.to(device), tokenizer, batch_tokens=batch_tokens)
+        policy = load_model(model, device=device, dtype=dtype)
+        return cls(policy, load_tokenizer(model), batch_tokens=batch_tokens)
 
     def settings(self) -> dict[str, Any]:
         return {

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from engine.gradients.models import load_tokenizer
 from gradstore.errors import RequestError
 from trainer.backends import Response, derived_seed, end_tokens
 
@@ -43,15 +44,10 @@ class VllmBackend:
                 "the vllm back end needs vLLM, which is not installed: pip install 'gradstore[gpu]', "
                 "or use the transformers back end"
             )
-        import transformers
         import vllm
 
         settings = {"backend": "vllm", "model": str(model), "weights": folder_digest(Path(model)), "dtype": dtype}
-        try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(model)
-        except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise RequestError(f"{model}: not a model that transformers can load: {reason}") from None
+        tokenizer = load_tokenizer(model)
         try:
             engine = vllm.LLM(
                 model=str(model),
