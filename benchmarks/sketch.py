@@ -10,19 +10,24 @@ problems x 8 rollouts, prompt 96 and response 96 tokens) is the default, `qwen2.
 problems x 16 rollouts of 200 + 800 tokens). The plain pass takes 8 rollouts at a time (on a GPU 4); more do not make it
 faster. Tokens a second count every rollout's prompt and response. Forward alone, and forward with an input-gradient
 backward, show which share of a sketch is which. Where bergson is installed, its gradient collection (p = 16) is timed
-beside it.
+beside it; `--only bergson,sketch` asks for that, in an environment of its own:
+
+    python -m venv BENCH && BENCH/bin/pip install -c constraints.txt torch==2.13.0
+    BENCH/bin/pip install -c constraints.txt -e . bergson==2.5.1
+    BENCH/bin/python -m benchmarks.sketch --only bergson,sketch [--problems 2]
 
 --memory: the most that each method held at once beyond the model, each in a process of its own.
 """
 
 import importlib.util
+import logging
 import os
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,12 +40,13 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from engine import Probe, Sketcher, SketchSpec, exact_dots, fit_projection, layer_gradients, validation_gradient
 from engine.gradients.gradient_pass import GradientPass
 from engine.gradients.microbatch import pack, rollouts_of
-from engine.gradients.objectives import advantages
+from engine.gradients.objectives import advantages, objective
 from engine.rollouts import Group
 from gradstore.cli.show import print_table, say
 
-PLAIN = "plain forward + backward"
-IN_MEMORY = (PLAIN, "sketch, prompts apart", "sketch, prompts shared", "one backward a problem")
+PLAIN, APART, SHARED = "plain forward + backward", "sketch, prompts apart", "sketch, prompts shared"
+BERGSON = "bergson, p = 16"
+IN_MEMORY = (PLAIN, APART, SHARED, "one backward a problem")
 
 
 @dataclass(frozen=True)
@@ -110,8 +116,8 @@ class Bench:
             PLAIN: lambda: self.plain,
             "forward, prompts shared": self.forward,
             "forward + input gradients, shared": self.unobserved,
-            "sketch, prompts apart": lambda: self.sketch(share_prompts=False),
-            "sketch, prompts shared": self.sketch,
+            APART: lambda: self.sketch(share_prompts=False),
+            SHARED: self.sketch,
             "exact dots, prompts apart": self.exact,
             "one backward a problem": lambda: self.one_backward_a_problem,
         }
@@ -121,7 +127,7 @@ class Bench:
             found["probe, base known"] = lambda: self.probe(known=True)
             found["probe, central"] = lambda: self.probe(known=False)
         if importlib.util.find_spec("bergson") is not None:
-            found["bergson, p = 16"] = self.bergson
+            found[BERGSON] = self.bergson
         return found
 
     def plain(self) -> None:
@@ -164,8 +170,8 @@ class Bench:
 
     def forward(self) -> Callable[[], object]:
         policy = GradientPass(self.model, SketchSpec()).policy
-        weights = [advantages(group.rewards, "mean") for group in self.groups]
-        batches = list(pack(rollouts_of(self.groups, weights, merge=True), self.budget, policy.shares_prompts))
+        rollouts = rollouts_of(self.groups, objective("gradalign"))
+        batches = list(pack(rollouts, self.budget, policy.shares_prompts))
         return lambda: [policy.logprobs(batch.to(self.device)) for batch in batches]
 
     def unobserved(self) -> Callable[[], object]:
@@ -184,7 +190,8 @@ class Bench:
         return lambda: probe.derivatives(self.groups, base_logprobs=base)
 
     def bergson(self) -> Callable[[], object]:
-        """Its own collector and loop as installed: weights frozen, the embedding alone requiring a gradient."""
+        """Its collector and loop as installed, as `bergson build` sets them up but with rows kept in memory: weights
+        frozen, the embedding alone requiring a gradient, its default of tokens in a batch, projections made once."""
         from bergson.collector.collector import CollectorComputer  # type: ignore[import-not-found]
         from bergson.collector.in_memory_collector import InMemoryCollector  # type: ignore[import-not-found]
         from bergson.config.config import IndexConfig  # type: ignore[import-not-found]
@@ -201,7 +208,8 @@ class Bench:
         data = Dataset.from_dict(rows)
         at_once = max(1, 2048 // rows["length"][0])  # its own default of tokens in a batch
         batches = [list(range(i, min(i + at_once, len(data)))) for i in range(0, len(data), at_once)]
-        folder = tempfile.mkdtemp()
+        folder, processor = tempfile.mkdtemp(), GradientProcessor(projection_dim=16)
+        logging.disable(logging.INFO)  # it logs its layers, every time
 
         def run() -> None:
             flags = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
@@ -209,9 +217,7 @@ class Bench:
             self.model.get_input_embeddings().requires_grad_(True)  # type: ignore[operator]
             config = IndexConfig(run_path=folder, projection_dim=16, overwrite=True)
             Path(config.partial_run_path).mkdir(parents=True, exist_ok=True)
-            collector = InMemoryCollector(
-                model=self.model.base_model, data=data, cfg=config, processor=GradientProcessor(projection_dim=16)
-            )
+            collector = InMemoryCollector(model=self.model.base_model, data=data, cfg=config, processor=processor)
             computer = CollectorComputer(self.model, data, collector=collector, batches=batches, cfg=config)
             computer.run_with_collector_hooks()
             self.model.zero_grad(set_to_none=True)
@@ -239,16 +245,21 @@ def main(
     ] = None,
     processor_time: Annotated[bool, typer.Option("--processor-time", help="For a machine that others use.")] = False,
     only: Annotated[str, typer.Option(help="Methods whose names contain one of these, parted by commas.")] = "",
+    problems: Annotated[int | None, typer.Option(help="Problems, where not the shape's own.")] = None,
     memory: Annotated[bool, typer.Option("--memory", help="Measure memory instead of time.")] = False,
     one: Annotated[str, typer.Option(hidden=True, help="Print the bytes that this method held at most.")] = "",
 ) -> None:
     """Time every method against the plain pass."""
+    if any(part and part in BERGSON for part in only.split(",")) and importlib.util.find_spec("bergson") is None:
+        say(f"error: --only {only}: bergson is not installed here; the top of benchmarks/sketch.py says how")
+        raise typer.Exit(2)
     torch.set_num_threads(threads)
     budget = token_budget or (2048 if device == "cpu" else 16_384)
     if memory:
         show_memory(["--shape", shape, "--device", device, "--threads", str(threads), "--token-budget", str(budget)])
         return
-    bench = Bench(SHAPES[shape], device, budget, 8 if device == "cpu" else 4)
+    chosen = SHAPES[shape] if problems is None else replace(SHAPES[shape], n_problems=problems)
+    bench = Bench(chosen, device, budget, 8 if device == "cpu" else 4)
     if one:
         print(held(bench.methods()[one](), bench.device))
         return
@@ -290,7 +301,14 @@ def show_times(bench: Bench, seconds: dict[str, list[float]], threads: int) -> N
         rows,
         right=["x plain", "seconds", "tokens/s"],
     )
-    stages = ["forward, prompts shared", "forward + input gradients, shared", "sketch, prompts shared"]
+    for mine in (APART, SHARED):
+        if BERGSON in seconds and mine in seconds:
+            ratio = np.array(seconds[BERGSON]) / np.array(seconds[mine])
+            spread = f"{ratio.min():.2f} to {ratio.max():.2f}, quartiles {np.quantile(ratio, 0.25):.2f} and "
+            say(
+                f"bergson takes {np.median(ratio):.2f} times ({spread}{np.quantile(ratio, 0.75):.2f}) as long as {mine}"
+            )
+    stages = ["forward, prompts shared", "forward + input gradients, shared", SHARED]
     if all(stage in seconds for stage in stages):
         forward, both, whole = (float(np.median(seconds[stage])) for stage in stages)
         parts = [forward / whole, (both - forward) / whole, (whole - both) / whole]
