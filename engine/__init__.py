@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from engine.gradients.exact import LayerGradients as LayerGradients
     from engine.gradients.exact import exact_dots as exact_dots
     from engine.gradients.exact import layer_gradients as layer_gradients
+    from engine.gradients.logprobs import Reference as Reference
     from engine.gradients.objectives import PRESETS as PRESETS
     from engine.gradients.objectives import Objective as Objective
     from engine.gradients.objectives import objective as objective
@@ -83,6 +84,7 @@ _MODULE_OF = {
     "Hits": "searching.query",
     "LayerGradients": "gradients.exact",
     "Objective": "gradients.objectives",
+    "Reference": "gradients.logprobs",
     "OptimizerDirection": "gradients.optimizer_direction",
     "PRESETS": "gradients.objectives",
     "Probe": "probing.probe",

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from engine.gradients.hooks import Observation
 from engine.gradients.microbatch import MicroBatch, Rollout, pack, pays_to_share, rollouts_of
-from engine.gradients.objectives import Objective, objective, rollout_weights
+from engine.gradients.objectives import Objective, objective
 from engine.gradients.sharding import inner, is_sharded, largest, n_shards, reshard, total
 from engine.rollouts.group import Group
 from gradstore.errors import RequestError
@@ -83,8 +83,7 @@ def summed_gradient(runner: "GradientPass", groups: Sequence[Group]) -> dict[str
     model, policy, spec = runner.model, runner.policy, runner.spec
     for group in groups:
         runner.check(group)
-    weights = [rollout_weights(g.rewards, np.array([len(r) for r in g.responses]), spec.objective) for g in groups]
-    rollouts = rollouts_of(groups, weights, merge=not spec.objective.importance)
+    rollouts = rollouts_of(groups, spec.objective)
     scale = n_shards(model)
     plain = policy.plain() if is_sharded(model) else nullcontext()
     sums: dict[str, Tensor] = {}

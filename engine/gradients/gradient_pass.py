@@ -16,7 +16,6 @@ from engine.gradients.directions import in_step
 from engine.gradients.hooks import Observer, observed
 from engine.gradients.layers import find_layers, output_layer
 from engine.gradients.microbatch import pack, pays_to_share, rollouts_of
-from engine.gradients.objectives import rollout_weights
 from engine.gradients.passes import OnWeights, Policy
 from engine.gradients.sharding import is_sharded, reshard
 from engine.rollouts.group import Group
@@ -44,7 +43,7 @@ class GradientPass:
 
     def check(self, group: Group) -> None:
         """RequestError for a sequence longer than the model's context, a token id outside the vocabulary, or missing
-        log-probabilities under an importance-weighted objective."""
+        log-probabilities under an objective that needs the behaviour policy's or a reference's."""
         name = f"problem {group.problem_id!r}"
         if self.context and group.n_tokens > self.context:
             raise RequestError(
@@ -57,6 +56,12 @@ class GradientPass:
             raise RequestError(f"{name}: token id {largest} is outside the model's vocabulary of {n_vocabulary}")
         if self.spec.objective.importance and group.logprobs is None:
             raise RequestError(f"{name}: has no log-probabilities, which an importance-weighted objective needs")
+        beta = self.spec.objective.kl_beta
+        if beta and group.has_signal and group.reference_logprobs is None:
+            raise RequestError(
+                f"{name}: has no reference log-probabilities, which kl_beta = {beta:g} needs: give a reference policy "
+                "(`collect --reference`, engine.Reference), or rollouts with `reference_logprobs`"
+            )
 
     def run(self, groups: Sequence[Group], observer: Observer, on_weights: OnWeights | None = None) -> int:
         """Back-propagate each group's objective; the observer's problems are positions in `groups`.
@@ -67,13 +72,7 @@ class GradientPass:
         """
         for group in groups:
             self.check(group)
-        weights = [
-            rollout_weights(
-                group.rewards, np.array([len(response) for response in group.responses]), self.spec.objective
-            )
-            for group in groups
-        ]
-        rollouts = rollouts_of(groups, weights, merge=not self.spec.objective.importance)
+        rollouts = rollouts_of(groups, self.spec.objective)
         whole = self.policy.plain() if is_sharded(self.model) else nullcontext()
         muted = _Mutable(observer)
         reshard(self.model)

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.gradients.objectives import Objective, kl_scales, rollout_weights
 from engine.rollouts.group import Group
 
 
@@ -34,6 +35,10 @@ class Rollout:
     """Weight of each of its tokens in the objective."""
     behaviour: np.ndarray | None
     """The behaviour policy's log-probabilities, float32 [response tokens]."""
+    kl_scale: float = 0.0
+    """What the KL term of each of its tokens is multiplied by."""
+    reference: np.ndarray | None = None
+    """The reference policy's log-probabilities, float32 [response tokens]; needed where there is a KL term."""
 
     def n_tokens(self, shared: bool) -> int:
         """Width of its continuation."""
@@ -68,6 +73,9 @@ class MicroBatch:
     """False where padded, where the weights are zero."""
     behaviour_BN: Tensor | None
     prompts: Prompts | None
+    kl_scales_BN: Tensor | None = None
+    """None without a KL term."""
+    reference_BN: Tensor | None = None
 
     @property
     def n_tokens(self) -> int:
@@ -83,16 +91,19 @@ class MicroBatch:
         )
 
 
-def rollouts_of(groups: Sequence[Group], weights: Sequence[np.ndarray], merge: bool) -> list[Rollout]:
+def rollouts_of(groups: Sequence[Group], objective: Objective) -> list[Rollout]:
     """The sequences of the groups that carry weight; the others add nothing to any gradient.
 
-    merge: run a response sampled more than once only once, with the sum of its weights, since a gradient is linear in
-    them. Not for importance weights, which depend on what the behaviour policy gave each.
+    A response sampled more than once is run only once, with the sum of its weights, since a gradient is linear in
+    them; not where weights depend on what another policy gave each.
     """
+    merge = not (objective.importance or objective.kl_beta)
     rollouts = []
-    for problem, (group, weights_G) in enumerate(zip(groups, weights, strict=True)):
+    for problem, group in enumerate(groups):
         first: dict[bytes, int] = {}
-        total_G = weights_G.copy()
+        lengths_G = np.array([len(response) for response in group.responses])
+        total_G = rollout_weights(group.rewards, lengths_G, objective)
+        scales_G = kl_scales(group.rewards, lengths_G, objective)
         for j, response in enumerate(group.responses if merge else ()):
             original = first.setdefault(response.tobytes(), j)
             if original != j:
@@ -106,8 +117,10 @@ def rollouts_of(groups: Sequence[Group], weights: Sequence[np.ndarray], merge: b
                 group.responses[j],
                 float(total_G[j]),
                 None if group.logprobs is None else group.logprobs[j],
+                float(scales_G[j]),
+                None if group.reference_logprobs is None else group.reference_logprobs[j],
             )
-            for j in np.flatnonzero(total_G).tolist()
+            for j in np.flatnonzero((total_G != 0) | (scales_G != 0)).tolist()
         ]
     return rollouts
 
@@ -174,6 +187,8 @@ def _collate(batch: Sequence[tuple[int, Rollout]], shared: bool) -> MicroBatch:
     filled_BN = np.arange(lengths.max()) < lengths[:, None]
     weights_BN = filled_BN * np.array([rollout.weight for rollout in rollouts])[:, None]
     behaviours = [rollout.behaviour for rollout in rollouts if rollout.behaviour is not None]
+    scales_BN = filled_BN * np.array([rollout.kl_scale for rollout in rollouts])[:, None]
+    references = [rollout.reference for rollout in rollouts if rollout.kl_scale and rollout.reference is not None]
     return MicroBatch(
         torch.from_numpy(_padded(continuations)),
         torch.tensor([rollout.problem for rollout in rollouts]),
@@ -184,6 +199,8 @@ def _collate(batch: Sequence[tuple[int, Rollout]], shared: bool) -> MicroBatch:
         torch.from_numpy(filled_BN),
         torch.from_numpy(_padded(behaviours, np.float32)) if behaviours else None,
         _prompts(rollouts) if shared else None,
+        torch.from_numpy(scales_BN.astype(np.float32)) if references else None,
+        torch.from_numpy(_padded(references, np.float32)) if references else None,
     )
 
 

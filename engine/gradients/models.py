@@ -1,5 +1,6 @@
 """Load a model, its tokenizer and an adapter, with one clear line for what is missing or broken."""
 
+import hashlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,17 @@ def load_tokenizer(path: str | Path) -> Any:
         return AutoTokenizer.from_pretrained(str(path))
     except (OSError, ValueError, KeyError) as error:
         raise RequestError(f"{path}: no tokenizer that can be loaded: {_first_line(error)}") from error
+
+
+def weights_digest(model: nn.Module) -> str:
+    """16 hexadecimal digits over names, shapes and 64 evenly spaced values of every parameter of a model."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        flat = parameter.detach().reshape(-1)
+        places = torch.linspace(0, max(len(flat) - 1, 0), min(len(flat), 64)).long()
+        values = flat[places.to(flat.device)].float().cpu().numpy()
+        digest.update(f"{name}{tuple(parameter.shape)}".encode() + values.tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _with_adapter(model: nn.Module, adapter: str | Path) -> nn.Module:

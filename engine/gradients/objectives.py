@@ -2,8 +2,9 @@
 
 The objective of a problem with rollouts y_1..y_G is J = sum_j sum_t w_jt * log pi(y_jt | x, y_j<t), so that its
 gradient is the policy gradient in the ascent direction. The weight is advantage x aggregation, times the importance
-ratio when behaviour log-probabilities are used. Nothing outside the problem enters a weight, so the gradient of a
-problem does not depend on the batch, the rank or the file it came in. Formulas and sources: docs/methods.md.
+ratio when behaviour log-probabilities are used, and more with a KL term to a reference policy. Nothing outside the
+problem enters a weight, so the gradient of a problem does not depend on the batch, the rank or the file it came in.
+Formulas and sources: docs/methods.md.
 """
 
 from dataclasses import asdict, dataclass, replace
@@ -37,6 +38,11 @@ class Objective:
     """With importance: no gradient where the advantage is positive and the ratio above 1 + clip_high (PPO)."""
     temperature: float = 1.0
     """Logits are divided by it before log-probabilities are taken."""
+    kl_beta: float = 0.0
+    """Weight of GRPO's penalty for leaving a reference policy; above 0 it needs the rollouts' log-probabilities under
+    that (`engine.Reference`). Problems whose rewards are all equal stay without signal."""
+    reference: str | None = None
+    """Digest of the reference's weights; None: whatever the rollouts were recorded with."""
 
     def __post_init__(self) -> None:
         if self.advantage not in get_args(Advantage):
@@ -47,9 +53,15 @@ class Objective:
             raise RequestError(f"temperature is {self.temperature}, expected a number above 0")
         if not self.importance and (self.clip_low, self.clip_high) != (None, None):
             raise RequestError("clip_low and clip_high need importance=True")
+        if not 0 <= self.kl_beta < float("inf"):
+            raise RequestError(f"kl_beta is {self.kl_beta}, expected a finite number of 0 or more")
+        if self.reference is not None and not self.kl_beta:
+            raise RequestError("a reference policy needs kl_beta above 0")
 
     def as_dict(self) -> dict:
-        return asdict(self)
+        """JSON-ready; without a KL term its settings are left out, as in stores older than it."""
+        unused = () if self.kl_beta else ("kl_beta", "reference")
+        return {name: value for name, value in asdict(self).items() if name not in unused}
 
 
 PRESETS: dict[str, Objective] = {
@@ -83,20 +95,43 @@ def advantages(rewards_G: np.ndarray, kind: Advantage) -> np.ndarray:
 
 
 def rollout_weights(rewards_G: np.ndarray, lengths_G: np.ndarray, objective: Objective) -> np.ndarray:
-    """Weight of every token of each rollout before importance ratios, float64 [G].
+    """Weight of every token of each rollout before importance ratios and KL term, float64 [G].
 
     rewards_G: float64. lengths_G: response tokens; an empty response has weight 0 but counts in the baseline and in
     the number of sequences.
     """
-    advantages_G = advantages(rewards_G, objective.advantage)
-    n_rollouts = len(rewards_G)
-    if objective.aggregation == "seq-mean-token-sum":
-        weights_G = advantages_G / n_rollouts
-    elif objective.aggregation == "seq-mean-token-mean":
-        weights_G = advantages_G / (n_rollouts * np.maximum(lengths_G, 1))
+    return _shared_out(advantages(rewards_G, objective.advantage), lengths_G, objective.aggregation)
+
+
+def kl_scales(rewards_G: np.ndarray, lengths_G: np.ndarray, objective: Objective) -> np.ndarray:
+    """What the KL term of each rollout's tokens is multiplied by, float64 [G]: beta times the aggregation's weight.
+
+    Zero where all rewards are equal: LearnAlign weighs such problems by p (1 - p) = 0, and they are never run.
+    """
+    betas_G = np.full(len(rewards_G), objective.kl_beta if rewards_G.max() > rewards_G.min() else 0.0)
+    return _shared_out(betas_G, lengths_G, objective.aggregation)
+
+
+def _shared_out(values_G: np.ndarray, lengths_G: np.ndarray, aggregation: Aggregation) -> np.ndarray:
+    """A value of each rollout times the aggregation's weight of one of its tokens."""
+    if aggregation == "seq-mean-token-sum":
+        weights_G = values_G / len(values_G)
+    elif aggregation == "seq-mean-token-mean":
+        weights_G = values_G / (len(values_G) * np.maximum(lengths_G, 1))
     else:
-        weights_G = advantages_G / max(int(lengths_G.sum()), 1)
+        weights_G = values_G / max(int(lengths_G.sum()), 1)
     return np.where(lengths_G > 0, weights_G, 0.0)
+
+
+def kl_weights(logprobs_N: "Tensor", reference_N: "Tensor", scales_N: "Tensor") -> "Tensor":
+    """What the KL term adds to token weights: the gradient of -KL by the log-probability, times scales_N.
+
+    logprobs_N, reference_N: log-probabilities of the same tokens under the current and the reference policy.
+    KL = exp(ref - lp) - (ref - lp) - 1, of gradient 1 - exp(ref - lp) (GRPO, arXiv 2402.03300, equation 4).
+    """
+    import torch
+
+    return torch.where(scales_N == 0, 0.0, scales_N * torch.expm1(reference_N - logprobs_N))
 
 
 def importance_weights(

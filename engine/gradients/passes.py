@@ -23,7 +23,7 @@ from transformers import DynamicCache
 
 from engine.gradients.hooks import Observation
 from engine.gradients.microbatch import MicroBatch, Prompts
-from engine.gradients.objectives import Objective, importance_weights
+from engine.gradients.objectives import Objective, importance_weights, kl_weights
 from engine.gradients.sharding import gather, reshard
 
 log = logging.getLogger(__name__)
@@ -91,8 +91,7 @@ class Policy:
             observation.of(batch.problem_B)
             logits_BTV = self.model(input_ids=batch.token_ids_BT, use_cache=False).logits
             logprobs_BN = _gather(_at_responses(batch, logits_BTV), batch.targets_BN, objective.temperature)
-            weights_BN = _weights(batch, slice(None), logprobs_BN, objective)
-            tell(batch.problem_B, batch.weights_BN, weights_BN)
+            weights_BN = _weights(batch, slice(None), logprobs_BN, objective, tell)
             (logprobs_BN * weights_BN).sum().backward()
             return
         grid_BNH = _at_responses(batch, self._hidden(batch, observation))
@@ -100,8 +99,7 @@ class Policy:
         for rows in self._chunks(batch):
             observation.of(batch.problem_B[rows])
             logprobs_BN = self._logprobs(batch, rows, leaf_BNH[rows], objective.temperature)
-            weights_BN = _weights(batch, rows, logprobs_BN, objective)
-            tell(batch.problem_B[rows], batch.weights_BN[rows], weights_BN)
+            weights_BN = _weights(batch, rows, logprobs_BN, objective, tell)
             (logprobs_BN * weights_BN).sum().backward()
         if grid_BNH.requires_grad:
             grid_BNH.backward(leaf_BNH.grad)
@@ -253,13 +251,17 @@ class _ChosenLogprobs(torch.autograd.Function):
         return grad_BNV.scatter_add_(2, ctx.targets_BN[..., None], scale_BN[..., None]).to(ctx.dtype), None, None
 
 
-def _weights(batch: MicroBatch, rows: slice, logprobs_BN: Tensor, objective: Objective) -> Tensor:
-    weights_BN = batch.weights_BN[rows]
-    if not objective.importance or batch.behaviour_BN is None:
+def _weights(batch: MicroBatch, rows: slice, logprobs_BN: Tensor, objective: Objective, tell: OnWeights) -> Tensor:
+    """Token weights with importance ratios and the KL term, both of which follow the current log-probabilities."""
+    weights_BN, logprobs_BN = batch.weights_BN[rows], logprobs_BN.detach()
+    if objective.importance and batch.behaviour_BN is not None:
+        weights_BN = importance_weights(
+            logprobs_BN, batch.behaviour_BN[rows], weights_BN, objective.clip_low, objective.clip_high
+        )
+    tell(batch.problem_B[rows], batch.weights_BN[rows], weights_BN)
+    if batch.kl_scales_BN is None or batch.reference_BN is None:
         return weights_BN
-    return importance_weights(
-        logprobs_BN.detach(), batch.behaviour_BN[rows], weights_BN, objective.clip_low, objective.clip_high
-    )
+    return weights_BN + kl_weights(logprobs_BN, batch.reference_BN[rows], batch.kl_scales_BN[rows])
 
 
 def _is_fp32(model: nn.Module) -> bool:

@@ -19,11 +19,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from engine.gradients.directions import Direction, evaluating, in_step, summed_gradient
+from engine.gradients.directions import Direction, evaluating, summed_gradient
 from engine.gradients.gradient_pass import GradientPass
-from engine.gradients.microbatch import Rollout, pack, pays_to_share
+from engine.gradients.logprobs import TokenLogprobs, response_logprobs
 from engine.gradients.objectives import Objective, importance_weights, objective, rollout_weights
-from engine.gradients.sharding import gather, largest, n_shards, reshard, total
+from engine.gradients.sharding import n_shards, reshard, total
 from engine.probing import statistics as probe_statistics
 from engine.probing.batch import ProbeBatch
 from engine.probing.calibration import Calibration, best_step
@@ -42,9 +42,6 @@ BASE_TOLERANCE = 0.05
 """Nats a token by which given log-probabilities may differ from the model's own."""
 CHECK_TOLERANCE = 0.02
 """Relative error against exact dots above which a warning is logged."""
-
-TokenLogprobs = Sequence[Sequence[np.ndarray]]
-"""Log-probability of each response token, by group and rollout."""
 
 
 class Probe:
@@ -74,6 +71,11 @@ class Probe:
             raise RequestError(f"eps is {eps}, expected a finite number above 0")
         if n_check < 1:
             raise RequestError(f"n_check is {n_check}, expected at least 1")
+        if settings is not None and settings.kl_beta:
+            raise RequestError(
+                "a probe says how rewards go with a direction, which a KL term has no part in: use an objective with "
+                "kl_beta = 0, or sketches, or exact_dots"
+            )
         self.model, self.direction, self.n_check = model, direction, n_check
         self.settings = settings or objective("gradalign")
         spec = SketchSpec(objective=self.settings, token_budget=token_budget, share_prompts=share_prompts)
@@ -117,15 +119,15 @@ class Probe:
             if base_logprobs is None:
                 eps = calibration.central
                 move(eps)
-                above = self._logprobs(chosen)
+                above = response_logprobs(self._pass, chosen)
                 move(-eps)
-                below = self._logprobs(chosen)
+                below = response_logprobs(self._pass, chosen)
                 middle = [[(a + b) / 2 for a, b in zip(*pair, strict=True)] for pair in zip(above, below, strict=True)]
                 step = 2 * eps
             else:
                 step = calibration.one_sided
                 move(step)
-                above = self._logprobs(chosen)
+                above = response_logprobs(self._pass, chosen)
                 below = [list(base) for base, runs in zip(base_logprobs, run, strict=True) if runs]
                 middle = below
         found = iter(self._weigh(chosen, above, below, middle))
@@ -138,7 +140,7 @@ class Probe:
         """Log-probability of every response token under the model as it is, float32: `base_logprobs` for later."""
         self._check(groups, None)
         with evaluating(self.model):
-            found = self._logprobs(groups)
+            found = response_logprobs(self._pass, groups)
             reshard(self.model)
         return found
 
@@ -159,7 +161,7 @@ class Probe:
         pilot = [live[i] for i in np.unique(np.linspace(0, len(live) - 1, min(self.n_check, len(live))).astype(int))]
         chosen = [groups[i] for i in pilot]
         with self._moving() as move:
-            base = self._logprobs(chosen)
+            base = response_logprobs(self._pass, chosen)
             at = self._at(move, chosen, base)
             first, nats = self._first_step(move, chosen, base)
             offset = 0.0
@@ -212,7 +214,7 @@ class Probe:
         nats = 0.0
         for _ in range(16):
             move(eps)
-            pairs = zip(self._logprobs(groups), base, strict=True)
+            pairs = zip(response_logprobs(self._pass, groups), base, strict=True)
             moves_N = np.concatenate(
                 [np.zeros(0)] + [np.asarray(a, np.float64) - b for pair in pairs for a, b in zip(*pair, strict=True)]
             )
@@ -236,7 +238,7 @@ class Probe:
 
         def at(eps: float) -> np.ndarray:
             move(eps)
-            changes = self._weigh(groups, self._logprobs(groups), base, base)
+            changes = self._weigh(groups, response_logprobs(self._pass, groups), base, base)
             return np.concatenate(changes) if changes else np.zeros(0)
 
         return at
@@ -302,37 +304,6 @@ class Probe:
         )
         with evaluating(self.model), torch.no_grad(), way as move:
             yield move
-
-    def _logprobs(self, groups: Sequence[Group]) -> list[list[np.ndarray]]:
-        """Log-probability of every response token; a response sampled more than once is run once."""
-        first: list[list[int]] = []
-        rollouts: list[Rollout] = []
-        for problem, group in enumerate(groups):
-            seen: dict[bytes, int] = {}
-            first.append([])
-            for j, response in enumerate(group.responses):
-                place = seen.setdefault(response.tobytes(), len(rollouts) if len(response) else -1)
-                first[-1].append(place)
-                if place == len(rollouts):
-                    rollouts.append(Rollout(problem, j, group.prompt_ids, response, 1.0, None))
-        spec, policy = self._pass.spec, self._pass.policy
-        shares = policy.shares_prompts and spec.share_prompts
-        # Every rank or none: a prompt run by itself is one more forward.
-        shared = shares and not largest(self.model, len(rollouts) > 0 and not pays_to_share(rollouts))
-        batches = list(pack(rollouts, spec.token_budget, shared))
-        gather(self.model)
-        # Fetched after the last batch, so that a GPU is never waited for in between.
-        grids = [
-            policy.logprobs(batch.to(self._pass.device), self.settings.temperature)
-            for batch in in_step(self.model, batches, shared)
-        ]
-        found: list[np.ndarray] = [np.zeros(0, np.float32)] * len(rollouts)
-        for batch, grid_BN in zip(batches, grids, strict=False):
-            rows = grid_BN.float().cpu().numpy()
-            for row, number in zip(rows, batch.rollout_B.tolist(), strict=True):
-                found[number] = row[: len(rollouts[number].response_ids)]
-        empty = np.zeros(0, np.float32)
-        return [[found[place] if place >= 0 else empty for place in places] for places in first]
 
     def _weigh(
         self, groups: Sequence[Group], above: TokenLogprobs, below: TokenLogprobs, middle: TokenLogprobs

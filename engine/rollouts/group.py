@@ -24,6 +24,8 @@ class Group:
     """One finite reward per response, float64 [responses]."""
     logprobs: Sequence[np.ndarray] | None = None
     """Behaviour log-probability of each response token, float32 [response tokens] each; None when not recorded."""
+    reference_logprobs: Sequence[np.ndarray] | None = None
+    """The same under a reference policy, for objectives with a KL term; None when not known."""
 
     def __post_init__(self) -> None:
         name = f"problem {self.problem_id!r}"
@@ -36,17 +38,18 @@ class Group:
         if not np.isfinite(self.rewards).all():
             j = int(np.flatnonzero(~np.isfinite(self.rewards))[0])
             raise RequestError(f"{name}: reward of rollout {j} is {self.rewards[j]}, expected a finite number")
-        if self.logprobs is None:
-            return
-        if len(self.logprobs) != len(self.responses):
-            raise RequestError(
-                f"{name}: {len(self.responses)} responses but {len(self.logprobs)} lists of log-probabilities"
-            )
-        for j, (response, logprobs) in enumerate(zip(self.responses, self.logprobs, strict=True)):
-            if len(response) != len(logprobs):
+        for kind, given in (("", self.logprobs), ("reference ", self.reference_logprobs)):
+            if given is None:
+                continue
+            if len(given) != len(self.responses):
                 raise RequestError(
-                    f"{name}: rollout {j} has {len(response)} tokens but {len(logprobs)} log-probabilities"
+                    f"{name}: {len(self.responses)} responses but {len(given)} lists of {kind}log-probabilities"
                 )
+            for j, (response, logprobs) in enumerate(zip(self.responses, given, strict=True)):
+                if len(response) != len(logprobs):
+                    raise RequestError(
+                        f"{name}: rollout {j} has {len(response)} tokens but {len(logprobs)} {kind}log-probabilities"
+                    )
 
     @property
     def pass_rate(self) -> float:

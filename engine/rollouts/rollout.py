@@ -26,6 +26,7 @@ FORMATS: dict[str, dict[str, tuple[str, ...]]] = {
         "response_ids": ("response_ids",),
         "reward": ("reward",),
         "logprobs": ("logprobs",),
+        "reference_logprobs": ("reference_logprobs",),
         "source": ("source",),
         "ground_truth": ("ground_truth",),
         "tags": ("tags",),
@@ -72,6 +73,8 @@ class Rollout:
     """Token ids of the response with its end-of-sequence token, int64 [tokens]; they win over the text."""
     logprobs: np.ndarray | None = None
     """Log-probability of each response id under the policy that sampled it, at temperature 1, float32 [tokens]."""
+    reference_logprobs: np.ndarray | None = None
+    """The same under a reference policy, for objectives with a KL term."""
     source: str = ""
     ground_truth: str = ""
     tags: list[str] = field(default_factory=list)
@@ -91,6 +94,9 @@ class Rollout:
             "response_ids": None if self.response_ids is None else np.asarray(self.response_ids).tolist(),
             "reward": float(self.reward),
             "logprobs": None if self.logprobs is None else _shortest_floats(self.logprobs),
+            "reference_logprobs": (
+                None if self.reference_logprobs is None else _shortest_floats(self.reference_logprobs)
+            ),
             "source": self.source or None,
             "ground_truth": self.ground_truth or None,
             "tags": self.tags or None,
@@ -131,7 +137,8 @@ def read_row(row: Any, format: str, where: str, *, vocabulary: int | None = None
         response=response,
         response_ids=response_ids,
         reward=fields.reward(),
-        logprobs=fields.logprobs(response_ids),
+        logprobs=fields.logprobs("logprobs", response_ids),
+        reference_logprobs=fields.logprobs("reference_logprobs", response_ids),
         source=fields.text("source") or "",
         ground_truth=fields.ground_truth(),
         tags=fields.tags(),
@@ -253,22 +260,22 @@ class _Fields:
             raise self.error("reward", f"is {number}, expected a finite number")
         return number
 
-    def logprobs(self, response_ids: np.ndarray | None) -> np.ndarray | None:
-        _, value = self.get("logprobs")
+    def logprobs(self, part: str, response_ids: np.ndarray | None) -> np.ndarray | None:
+        _, value = self.get(part)
         if value is None:
             return None
         if not isinstance(value, list | np.ndarray):
-            raise self.error("logprobs", f"is {_kind(value)}, expected a list of numbers")
+            raise self.error(part, f"is {_kind(value)}, expected a list of numbers")
         if response_ids is None:
             raise self.error(
-                "logprobs",
+                part,
                 "needs 'response_ids' beside it: text tokenised again need not give the tokens that were sampled",
             )
         if len(value) != len(response_ids):
-            raise self.error("logprobs", f"has {len(value)} entries, but 'response_ids' has {len(response_ids)}")
+            raise self.error(part, f"has {len(value)} entries, but 'response_ids' has {len(response_ids)}")
         if isinstance(value, list) and not set(map(type, value)) <= {int, float}:
             j = next(j for j, item in enumerate(value) if type(item) not in (int, float))
-            raise self.error("logprobs", f"entry {j} is {_kind(value[j])}, expected a number")
+            raise self.error(part, f"entry {j} is {_kind(value[j])}, expected a number")
         try:
             numbers = np.asarray(value, dtype=np.float64)
         except OverflowError:  # an integer beyond any float
@@ -276,7 +283,7 @@ class _Fields:
         wrong = np.flatnonzero(~np.isfinite(numbers) | (numbers > LOGPROB_SLACK))
         if len(wrong):
             j = int(wrong[0])
-            raise self.error("logprobs", f"entry {j} is {numbers[j]}, expected a finite number of 0 or less")
+            raise self.error(part, f"entry {j} is {numbers[j]}, expected a finite number of 0 or less")
         return numbers.astype(np.float32)
 
     def ground_truth(self) -> str:

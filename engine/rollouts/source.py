@@ -6,7 +6,7 @@ come in any order, a fault in the last row is found before hours of work, and me
 """
 
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from engine.rollouts.files import RowFile, open_rows
 from engine.rollouts.group import Group
 from engine.rollouts.rollout import FORMATS, Rollout, detect_format, read_row
 from gradstore.errors import RequestError
+
+_LOGPROBS = ("logprobs", "reference_logprobs")
 
 
 class RolloutSource:
@@ -45,6 +47,7 @@ class RolloutSource:
         self.format = format
         self._files, self._tokenizer, self._append_eos = list(files), tokenizer, append_eos
         self._known = known
+        self._changed: Callable[[Group], Group] = lambda group: group
         self._known_by_id = None if known is None else {record["id"]: record for record in known.values()}
         self._vocabulary = None if tokenizer is None else len(tokenizer)
         self._index(step)
@@ -87,13 +90,18 @@ class RolloutSource:
         changed since it was checked.
         """
         chosen = self._chosen(ids)  # at the call, not at the first group
-        return (self._group(self._fetch(range(self._starts[p], self._starts[p + 1]))) for p in chosen)
+        return (self._changed(self._group(self._fetch(range(self._starts[p], self._starts[p + 1])))) for p in chosen)
+
+    def change(self, change: Callable[[Group], Group]) -> None:
+        """Give every group from here on as `change` makes it, such as an `engine.Reference`."""
+        self._changed = change
 
     def _index(self, step: int | None) -> None:
         """Checks every row and sorts their places by problem."""
         problem_of, file_of, places, sizes = array("q"), array("q"), array("q"), array("q")
         numbers: dict[str, int] = {}
-        first: list[tuple[bytes, bool, str]] = []  # of each problem: prompt digest, with logprobs, where
+        # of each problem: prompt digest, which log-probabilities it has, where
+        first: list[tuple[bytes, tuple[bool, bool], str]] = []
         steps: dict[int | None, str] = {}
         for j, file in enumerate(self._files):
             for row in file.scan():
@@ -102,7 +110,8 @@ class RolloutSource:
                     continue
                 steps.setdefault(rollout.step, row.where)
                 self._check_tokenizable(rollout, row.where)
-                traits = (rollout.prompt_digest(), rollout.logprobs is not None)
+                given = (rollout.logprobs is not None, rollout.reference_logprobs is not None)
+                traits = (rollout.prompt_digest(), given)
                 problem = numbers.setdefault(rollout.problem_id, len(numbers))
                 if problem == len(first):
                     first.append((*traits, row.where))
@@ -110,8 +119,9 @@ class RolloutSource:
                     name, other = f"{row.where}: problem {rollout.problem_id!r}", first[problem][2]
                     if traits[0] != first[problem][0]:
                         raise RequestError(f"{name} has another prompt than in {other}; one problem has one prompt")
+                    part = int(given[0] == first[problem][1][0])
                     raise RequestError(
-                        f"{name} has {'' if traits[1] else 'no '}'logprobs', unlike {other}; "
+                        f"{name} has {'' if given[part] else 'no '}'{_LOGPROBS[part]}', unlike {other}; "
                         "give them for all rollouts of a problem or for none"
                     )
                 problem_of.append(problem)
@@ -134,7 +144,7 @@ class RolloutSource:
         self.counts = np.bincount(np.frombuffer(problem_of, np.int64), minlength=len(numbers))
         self._starts = np.concatenate([[0], np.cumsum(self.counts)])
         self.n_rollouts = len(order)
-        self.has_logprobs = all(with_logprobs for _, with_logprobs, _ in first)
+        self.has_logprobs = all(given[0] for _, given, _ in first)
 
     def _policy_version(self, step: int | None) -> int | None:
         if self.format != "verl" or step is None:
@@ -204,6 +214,9 @@ class RolloutSource:
             responses=[self._response_ids(rollout) for rollout in rollouts],
             rewards=np.asarray([rollout.reward for rollout in rollouts], dtype=np.float64),
             logprobs=None if first.logprobs is None else [r.logprobs for r in rollouts if r.logprobs is not None],
+            reference_logprobs=None
+            if first.reference_logprobs is None
+            else [r.reference_logprobs for r in rollouts if r.reference_logprobs is not None],
         )
 
     def _response_ids(self, rollout: Rollout) -> np.ndarray:

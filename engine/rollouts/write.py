@@ -28,6 +28,7 @@ _COLUMNS: dict[str, pa.DataType] = {
     "response_ids": pa.list_(pa.int32()),
     "reward": pa.float64(),
     "logprobs": pa.list_(pa.float32()),
+    "reference_logprobs": pa.list_(pa.float32()),
     "source": pa.string(),
     "ground_truth": pa.string(),
     "tags": pa.list_(pa.string()),

@@ -165,5 +165,8 @@ def exact_scores(
 
 
 def _part(group: Group, first: int) -> Group:
-    logprobs = None if group.logprobs is None else group.logprobs[first::2]
-    return Group(group.problem_id, group.prompt_ids, group.responses[first::2], group.rewards[first::2], logprobs)
+    logprobs, reference = (
+        None if given is None else given[first::2] for given in (group.logprobs, group.reference_logprobs)
+    )
+    responses, rewards = group.responses[first::2], group.rewards[first::2]
+    return Group(group.problem_id, group.prompt_ids, responses, rewards, logprobs, reference)

@@ -1,6 +1,7 @@
 """Every sketch is the projection of the gradient autograd gives for that problem alone."""
 
 import copy
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -56,14 +57,17 @@ def slow_objective(model: nn.Module, group: Group, settings: Objective) -> torch
     return total
 
 
-def slow_sketch(model: nn.Module, sketcher: Sketcher, group: Group, settings: Objective) -> np.ndarray:
-    """Full weight gradients of the problem alone, then the projection."""
+def slow_sketch(
+    model: nn.Module, sketcher: Sketcher, group: Group, settings: Objective, penalty: Callable | None = None
+) -> np.ndarray:
+    """Full weight gradients of the problem alone, less a penalty's, then the projection."""
     model = copy.deepcopy(model)
     head = model.get_output_embeddings()
     head.weight = nn.Parameter(head.weight.detach().clone())  # untied: the output layer's own gradient
     for parameter in model.parameters():
         parameter.requires_grad_(True)
-    slow_objective(model, group, settings).backward()
+    value = slow_objective(model, group, settings)
+    (value if penalty is None else value - penalty(model, group, settings)).backward()
     modules = dict(model.named_modules())
     parts = []
     for basis in sketcher.projection.layers:

@@ -12,7 +12,6 @@ the policy's.
 Dimension suffixes: B sequences, R rollouts, T tokens, V vocabulary.
 """
 
-import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +21,7 @@ import numpy as np
 import torch
 import transformers
 
-from engine.gradients.models import load_model, load_tokenizer
+from engine.gradients.models import load_model, load_tokenizer, weights_digest
 from gradstore.errors import RequestError
 from trainer.backends import Response, derived_seed, end_tokens
 from trainer.backends.decoding import decodes, sample
@@ -241,14 +240,3 @@ def _own_randomness(device: torch.device) -> Iterator[None]:
     """Seeding inside leaves torch's generators outside as they were."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         yield
-
-
-def weights_digest(model: torch.nn.Module) -> str:
-    """16 hexadecimal digits over names, shapes and 64 evenly spaced values of every parameter of a model."""
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        flat = parameter.detach().reshape(-1)
-        places = torch.linspace(0, max(len(flat) - 1, 0), min(len(flat), 64)).long()
-        values = flat[places.to(flat.device)].float().cpu().numpy()
-        digest.update(f"{name}{tuple(parameter.shape)}".encode() + values.tobytes())
-    return digest.hexdigest()[:16]

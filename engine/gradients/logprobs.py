@@ -1,0 +1,84 @@
+"""Log-probabilities of responses from forward passes alone: a policy's own, or a reference's for a KL term."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+from torch import nn
+
+from engine.gradients.directions import evaluating, in_step
+from engine.gradients.gradient_pass import GradientPass
+from engine.gradients.microbatch import Rollout, pack, pays_to_share
+from engine.gradients.models import weights_digest
+from engine.gradients.objectives import Objective
+from engine.gradients.sharding import gather, largest, reshard
+from engine.rollouts.group import Group
+from engine.sketches.sketcher import SketchSpec
+
+TokenLogprobs = Sequence[Sequence[np.ndarray]]
+"""Log-probability of each response token, by group and rollout."""
+
+
+class Reference:
+    """Gives groups their log-probabilities under a reference policy: `[reference(group) for group in groups]`."""
+
+    def __init__(self, model: nn.Module, *, temperature: float = 1.0, token_budget: int = 2048) -> None:
+        """temperature: the objective's. token_budget: tokens of a micro-batch, with padding."""
+        self.model = model
+        self._pass = GradientPass(
+            model, SketchSpec(objective=Objective(temperature=temperature), token_budget=token_budget)
+        )
+
+    @property
+    def digest(self) -> str:
+        """Of the weights: what `Objective.reference` keeps."""
+        return weights_digest(self.model)
+
+    def __call__(self, group: Group) -> Group:
+        """The group with `reference_logprobs`; one without signal, which no gradient is taken of, as it is.
+
+        RequestError for a sequence that the reference cannot run (context, vocabulary).
+        """
+        if not group.has_signal:
+            return group
+        self._pass.check(group)
+        with evaluating(self.model):
+            found = response_logprobs(self._pass, [group])[0]
+            reshard(self.model)
+        return replace(group, reference_logprobs=found)
+
+
+def response_logprobs(runner: GradientPass, groups: Sequence[Group]) -> list[list[np.ndarray]]:
+    """Log-probability of every response token at the objective's temperature, float32 [response tokens] each.
+
+    A response sampled more than once is run once. The model is in evaluation mode already; under FSDP2 all ranks call
+    this together.
+    """
+    first: list[list[int]] = []
+    rollouts: list[Rollout] = []
+    for problem, group in enumerate(groups):
+        seen: dict[bytes, int] = {}
+        first.append([])
+        for j, response in enumerate(group.responses):
+            place = seen.setdefault(response.tobytes(), len(rollouts) if len(response) else -1)
+            first[-1].append(place)
+            if place == len(rollouts):
+                rollouts.append(Rollout(problem, j, group.prompt_ids, response, 1.0, None))
+    spec, policy = runner.spec, runner.policy
+    shares = policy.shares_prompts and spec.share_prompts
+    # Every rank or none: a prompt run by itself is one more forward.
+    shared = shares and not largest(runner.model, len(rollouts) > 0 and not pays_to_share(rollouts))
+    batches = list(pack(rollouts, spec.token_budget, shared))
+    gather(runner.model)
+    # Fetched after the last batch, so that a GPU is never waited for in between.
+    grids = [
+        policy.logprobs(batch.to(runner.device), spec.objective.temperature)
+        for batch in in_step(runner.model, batches, shared)
+    ]
+    found: list[np.ndarray] = [np.zeros(0, np.float32)] * len(rollouts)
+    for batch, grid_BN in zip(batches, grids, strict=False):
+        rows = grid_BN.float().cpu().numpy()
+        for row, number in zip(rows, batch.rollout_B.tolist(), strict=True):
+            found[number] = row[: len(rollouts[number].response_ids)]
+    empty = np.zeros(0, np.float32)
+    return [[found[place] if place >= 0 else empty for place in places] for places in first]
