@@ -10,7 +10,7 @@ Dimension letters: P problems, G rollouts of one problem.
 from collections.abc import Callable
 
 import numpy as np
-from scipy import stats  # type: ignore[import-untyped]
+from scipy import special, stats  # type: ignore[import-untyped]
 
 from engine.gradients.objectives import Objective, advantages
 
@@ -43,15 +43,19 @@ def dot_and_error(
 def t_test(rewards_G: np.ndarray, derivatives_G: np.ndarray) -> tuple[float, float]:
     """t statistic of the correlation of reward and derivative, and its p-value against "not positive".
 
-    t = r sqrt((G - 2) / (1 - r^2)) with G - 2 degrees of freedom (Student; exact when either side is normal). (0, 1)
-    for fewer than three rollouts, equal rewards or equal derivatives.
+    t = r sqrt((G - 2) / (1 - r^2)) with G - 2 degrees of freedom (Student; exact when either side is normal). The
+    p-value is no smaller than one over the distinct orders of the derivatives, the least that permuting them can give:
+    where few responses are distinct, rewards may fall along them by luck. (0, 1) for fewer than three rollouts, equal
+    rewards or equal derivatives.
     """
     n = len(rewards_G)
     r = correlation(rewards_G, derivatives_G)
     if n < 3 or r == 0.0:
         return 0.0, 1.0
     t = r * np.sqrt((n - 2) / max(1 - r * r, 1e-12))
-    return float(t), float(stats.t.sf(t, n - 2))
+    counts = np.unique(derivatives_G, return_counts=True)[1]
+    log_orders = special.gammaln(n + 1) - special.gammaln(counts + 1).sum()  # G! / prod c! over equal ones
+    return float(t), float(max(stats.t.sf(t, n - 2), np.exp(-log_orders)))
 
 
 def correlation(rewards_G: np.ndarray, derivatives_G: np.ndarray) -> float:
