@@ -15,6 +15,7 @@ import gradstore
 DIM = 24
 N_PROBLEMS = 40
 CHUNK_ROWS = 16
+COLUMN_ROWS = 24
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ def records(first: int, stop: int) -> list[dict]:
 
 def create(path: Path) -> gradstore.Store:
     """A store with the problems and no rows."""
-    store = gradstore.create(path, dim=DIM, fingerprint={"made": "up"}, chunk_rows=CHUNK_ROWS)
+    fingerprint = {"made": "up"}
+    store = gradstore.create(path, dim=DIM, fingerprint=fingerprint, chunk_rows=CHUNK_ROWS, column_rows=COLUMN_ROWS)
     store.add_problems("pool", records(0, N_PROBLEMS))
     return store
 

@@ -37,7 +37,7 @@ def make_store(
             write_part(folder, number, _problems(start, min(start + PART_ROWS, problems)))
             for number, start in enumerate(starts)
         )
-        appender = Appender(session.generation, header.arrays, header.chunk_rows, 0, {})
+        appender = Appender(session.generation, header.arrays, 0, {})
         try:
             for step, share in enumerate((1.0, *refreshes)):
                 chosen = np.flatnonzero(random.random(problems) < share)

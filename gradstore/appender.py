@@ -39,11 +39,8 @@ class Appender:
     chunks. What goes wrong there is raised by the next `write` or by `sync`, which must not be skipped.
     """
 
-    def __init__(
-        self, generation: Path, arrays: tuple[RowArray, ...], chunk_rows: int, rows: int, chunks: Mapping
-    ) -> None:
+    def __init__(self, generation: Path, arrays: tuple[RowArray, ...], rows: int, chunks: Mapping) -> None:
         self.rows = rows
-        self.chunk_rows = chunk_rows
         self._generation = generation
         self._arrays = arrays
         self._crcs: dict[str, list[int]] = {array.name: list(chunks.get(array.name, ())) for array in arrays}
@@ -114,34 +111,31 @@ class Appender:
         if self._broken:
             return  # Nothing is written behind what could not be written.
         self._broken = True
-        total = len(columns["problem"])
-        self._dirty = self._dirty or total > 0
-        done = 0
-        while done < total:
-            chunk, within = divmod(self._written, self.chunk_rows)
-            take = min(total - done, self.chunk_rows - within)
-            if not self._open:
-                for array in self._arrays:
-                    self._open_chunk(array, chunk)
-            for array in self._arrays:
-                part = np.ascontiguousarray(columns[array.name][done : done + take], dtype=array.dtype)
-                self._put(array, chunk, within, part)
-            done += take
-            self._written += take
-            if within + take == self.chunk_rows:
-                self._wait_for_syncs(_SYNCS_WAITING)
-                self._syncs.extend(self._syncer.submit(_sync_and_close, opened) for opened in self._open.values())
-                self._open = {}
+        for array in self._arrays:
+            self._put(array, np.ascontiguousarray(columns[array.name], dtype=array.dtype))
+        self._written += len(columns["problem"])
         self._broken = False
 
-    def _put(self, array: RowArray, chunk: int, within: int, part: np.ndarray) -> None:
+    def _put(self, array: RowArray, entries: np.ndarray) -> None:
+        """All entries of one array, chunk file by chunk file."""
         crcs = self._crcs[array.name]
-        if within == 0:
-            crcs.append(0)
-        path, descriptor = self._open[array.name]
-        with writing(path):
-            write_all(descriptor, part, within * array.row_bytes)
-        crcs[chunk] = crc32c(part, crcs[chunk])
+        done = 0
+        while done < len(entries):
+            self._dirty = True
+            chunk, within = divmod(self._written + done, array.chunk_rows)
+            part = entries[done : done + array.chunk_rows - within]
+            if within == 0:
+                crcs.append(0)
+            if array.name not in self._open:
+                self._open_chunk(array, chunk)
+            path, descriptor = self._open[array.name]
+            with writing(path):
+                write_all(descriptor, part, within * array.row_bytes)
+            crcs[chunk] = crc32c(part, crcs[chunk])
+            done += len(part)
+            if within + len(part) == array.chunk_rows:
+                self._wait_for_syncs(_SYNCS_WAITING)
+                self._syncs.append(self._syncer.submit(_sync_and_close, self._open.pop(array.name)))
 
     def _open_chunk(self, array: RowArray, chunk: int) -> None:
         path = self._generation / array.name / array.chunk_file(chunk)
@@ -151,15 +145,15 @@ class Appender:
             self._open[array.name] = path, descriptor
             if not existed:
                 self._new_files = True
-                preallocate(descriptor, self.chunk_rows * array.row_bytes)
+                preallocate(descriptor, array.chunk_bytes)
 
 
-def create_generation(generation: Path, arrays: tuple[RowArray, ...], chunk_rows: int) -> None:
+def create_generation(generation: Path, arrays: tuple[RowArray, ...]) -> None:
     """An empty generation folder: a Zarr group with every array at zero rows, and a folder for problems."""
 
     def create_array(array: RowArray) -> None:
         make_folder(generation / array.name)
-        replace_file(generation / array.name / ZARR, array.zarr_json(0, chunk_rows))
+        replace_file(generation / array.name / ZARR, array.zarr_json(0))
 
     make_folder(generation)
     at_once(create_array, arrays)
@@ -168,12 +162,12 @@ def create_generation(generation: Path, arrays: tuple[RowArray, ...], chunk_rows
     replace_file(generation / IN_USE, b"")
 
 
-def show_rows(generation: Path, arrays: tuple[RowArray, ...], rows: int, chunk_rows: int) -> None:
+def show_rows(generation: Path, arrays: tuple[RowArray, ...], rows: int) -> None:
     """Let the arrays' zarr.json show `rows` rows, for readers that know Zarr but not the manifest."""
 
     def show(array: RowArray) -> None:
         path = generation / array.name / ZARR
-        text = array.zarr_json(rows, chunk_rows)
+        text = array.zarr_json(rows)
         with writing(path):
             current = path.read_bytes() if path.exists() else b""
         if current != text:
@@ -182,19 +176,19 @@ def show_rows(generation: Path, arrays: tuple[RowArray, ...], rows: int, chunk_r
     at_once(show, arrays)
 
 
-def clear_beyond(generation: Path, arrays: tuple[RowArray, ...], rows: int, chunk_rows: int) -> None:
+def clear_beyond(generation: Path, arrays: tuple[RowArray, ...], rows: int) -> None:
     """Remove what lies beyond the published rows: later chunk files, and the last chunk's tail."""
-    full, within = divmod(rows, chunk_rows)
     for array in arrays:
+        full, within = divmod(rows, array.chunk_rows)
         folder = generation / array.name
-        keep = {array.chunk_file(chunk) for chunk in range(full + (within > 0))}
+        keep = {array.chunk_file(chunk) for chunk in range(array.chunks(rows))}
         with writing(folder):
             for path in folder.iterdir():
                 if path.name != ZARR and path.name not in keep:
                     path.unlink()
             fsync_folder(folder)
         if within:
-            _clear_tail(folder / array.chunk_file(full), within * array.row_bytes, chunk_rows * array.row_bytes)
+            _clear_tail(folder / array.chunk_file(full), within * array.row_bytes, array.chunk_bytes)
 
 
 def _clear_tail(path: Path, used: int, size: int) -> None:

@@ -19,14 +19,14 @@ from gradstore.errors import DamagedError
 from gradstore.layout import RowArray
 
 
-def read_column(generation: Path, array: RowArray, rows: int, chunk_rows: int, crcs: tuple[int, ...]) -> np.ndarray:
+def read_column(generation: Path, array: RowArray, rows: int, crcs: tuple[int, ...]) -> np.ndarray:
     """All published entries of a one-dimensional array, checked against their checksums.
 
     Raises DamagedError naming the chunk file whose bytes are not those that were published.
     """
     column = np.empty(rows, dtype=array.dtype)
-    for chunk, start in enumerate(range(0, rows, chunk_rows)):
-        part = column[start : start + chunk_rows]
+    for chunk, start in enumerate(range(0, rows, array.chunk_rows)):
+        part = column[start : start + array.chunk_rows]
         path = generation / array.name / array.chunk_file(chunk)
         with reading(path), open(path, "rb", buffering=0) as file:
             got = file.readinto(memoryview(part.view(np.uint8)))  # type: ignore[arg-type]
@@ -62,9 +62,8 @@ class CodeRows(Protocol):
 class MappedRows:
     """The published rows of one array by row number, over mapped chunk files."""
 
-    def __init__(self, generation: Path, array: RowArray, rows: int, chunk_rows: int) -> None:
+    def __init__(self, generation: Path, array: RowArray, rows: int) -> None:
         self.rows = rows
-        self.chunk_rows = chunk_rows
         self._generation = generation
         self._array = array
         self._mapped: OrderedDict[int, np.ndarray] = OrderedDict()
@@ -78,7 +77,7 @@ class MappedRows:
             if chunk in self._mapped:
                 self._mapped.move_to_end(chunk)
                 return self._mapped[chunk]
-            rows = min(self.chunk_rows, self.rows - chunk * self.chunk_rows)
+            rows = self._array.rows_in(chunk, self.rows)
             mapped = self._mapped[chunk] = map_chunk(self._generation, self._array, chunk, rows)
             if len(self._mapped) > self._capacity:
                 self._mapped.popitem(last=False)

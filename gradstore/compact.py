@@ -100,15 +100,15 @@ def _rewrite(session: Session, snapshot: Snapshot, kept_rows: np.ndarray, kept_p
     header, folder = session.header, session.collection
     number = generations(folder)[-1] + 1
     generation = folder / generation_name(number)
-    create_generation(generation, header.arrays, header.chunk_rows)
+    create_generation(generation, header.arrays)
     parts = _write_problems(generation / PROBLEMS, snapshot, kept_problems)
-    appender = Appender(generation, header.arrays, header.chunk_rows, 0, {})
+    appender = Appender(generation, header.arrays, 0, {})
     try:
         _copy_rows(appender, snapshot, kept_rows, np.cumsum(kept_problems) - 1)
         appender.sync()
     finally:
         appender.close()
-    show_rows(generation, header.arrays, appender.rows, header.chunk_rows)
+    show_rows(generation, header.arrays, appender.rows)
     session.publish(
         generation=number,
         rows=appender.rows,

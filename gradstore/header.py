@@ -8,9 +8,11 @@ from gradstore.durable import canonical_json, crc32c, reading
 from gradstore.errors import DamagedError, NotAStoreError, RequestError
 from gradstore.layout import (
     COLLECTIONS,
+    COLUMN_ROWS,
     COLUMNS,
     DTYPES,
     FORMAT,
+    FORMAT_OF_COLUMN_ROWS,
     FORMAT_OF_COLUMNS,
     MANIFEST,
     ZARR,
@@ -31,14 +33,22 @@ class Header:
     fingerprint: dict
     columns: tuple[str, ...] = ()
     """Columns of the rows beyond those that all have."""
+    column_rows: int | None = None
+    """Rows of a chunk of every array but codes; None: as many as of codes."""
+
+    @property
+    def format(self) -> int:
+        """Version of the on-disk format that the root states."""
+        return _format(self.columns, self.column_rows)
 
     def to_bytes(self) -> bytes:
         """The exact bytes of the root zarr.json."""
         body = {
-            "format": FORMAT_OF_COLUMNS if self.columns else FORMAT,
+            "format": self.format,
             "dim": self.dim,
             "dtype": self.dtype,
             "chunk_rows": self.chunk_rows,
+            **({"column_rows": self.column_rows} if self.column_rows else {}),
             "fingerprint": self.fingerprint,
             **({"columns": list(self.columns)} if self.columns else {}),
         }
@@ -46,7 +56,13 @@ class Header:
 
     @property
     def arrays(self) -> tuple[RowArray, ...]:
-        return row_arrays(self.dim, self.dtype, self.columns)
+        return row_arrays(self.dim, self.dtype, self.columns, self.chunk_rows, self.column_rows or self.chunk_rows)
+
+
+def _format(columns: tuple[str, ...], column_rows: int | None) -> int:
+    if column_rows is not None:
+        return FORMAT_OF_COLUMN_ROWS
+    return FORMAT_OF_COLUMNS if columns else FORMAT
 
 
 def read_header(path: Path) -> Header:
@@ -75,11 +91,13 @@ def read_header(path: Path) -> Header:
     if stored != f"{crc32c(canonical_json(body)):08x}":
         raise DamagedError(f"{file}: damaged: the attributes do not match their checksum")
     columns = tuple(body.get("columns", ()))
-    if body["format"] != (FORMAT_OF_COLUMNS if columns else FORMAT) or not set(columns) <= set(COLUMNS):
+    column_rows = body.get("column_rows")
+    if body["format"] != _format(columns, column_rows) or not set(columns) <= set(COLUMNS):
         raise NotAStoreError(
-            f"{path}: written in store format {body['format']}, this version reads format {FORMAT}: upgrade gradstore"
+            f"{path}: written in store format {body['format']}, this version reads up to {FORMAT_OF_COLUMN_ROWS}: "
+            "upgrade gradstore"
         )
-    return Header(body["dim"], body["dtype"], body["chunk_rows"], body["fingerprint"], columns)
+    return Header(body["dim"], body["dtype"], body["chunk_rows"], body["fingerprint"], columns, column_rows)
 
 
 def check_fingerprint(fingerprint: object) -> dict:
@@ -93,14 +111,21 @@ def check_fingerprint(fingerprint: object) -> dict:
     return restored
 
 
-def check_shape(dim: object, dtype: object, chunk_rows: object) -> tuple[int, str, int]:
-    """Dimensions, stored dtype and rows of a chunk (None: the default), or a RequestError."""
+def check_shape(
+    dim: object, dtype: object, chunk_rows: object, column_rows: object
+) -> tuple[int, str, int, int | None]:
+    """Dimensions, stored dtype and rows of a chunk of codes and of the other arrays, or a RequestError.
+
+    Without a number of its own every other array has chunks of as many rows as are asked for of codes.
+    """
     whole = _positive("dim", dim)
     if dtype not in DTYPES:
         raise RequestError(f"dtype {dtype!r} is not known; use one of {', '.join(DTYPES)}")
     kind = str(dtype)
+    if column_rows is None and chunk_rows is None:
+        column_rows = COLUMN_ROWS
     rows = default_chunk_rows(whole, kind) if chunk_rows is None else _positive("chunk_rows", chunk_rows)
-    return whole, kind, rows
+    return whole, kind, rows, None if column_rows is None else _positive("column_rows", column_rows)
 
 
 def _positive(name: str, value: object) -> int:

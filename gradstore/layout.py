@@ -20,6 +20,8 @@ FORMAT_OF_BASES = 2
 """Version that the manifest states of a collection with rows of more than the first basis."""
 FORMAT_OF_COLUMNS = 2
 """Version that the root states of a store whose rows have further columns."""
+FORMAT_OF_COLUMN_ROWS = 3
+"""Version that the root states of a store whose chunks of codes have other numbers of rows than the rest."""
 COLUMNS = {"ess": "float32"}
 """Columns that rows have only where the root names them."""
 
@@ -39,6 +41,9 @@ ZARR = "zarr.json"
 CHUNK_BYTES = 8 << 20
 """Aimed size of a chunk of codes: streams well, and is little to preallocate for a small collection."""
 MAX_CHUNK_ROWS = 16384
+COLUMN_ROWS = 1 << 16
+"""Rows of a chunk of the other arrays: 2 MB in all of them together. As few rows as codes have would make hundreds of
+files of a few kilobytes, each to be made and synced."""
 
 _CODES = {
     "int8": ("int8", 1.0),
@@ -62,6 +67,20 @@ class RowArray:
     """Little-endian element type."""
     width: int | None = None
     """Elements a row; None for a one-dimensional array."""
+    chunk_rows: int = 1
+    """Rows of a chunk file."""
+
+    @property
+    def chunk_bytes(self) -> int:
+        return self.chunk_rows * self.row_bytes
+
+    def chunks(self, rows: int) -> int:
+        """Chunk files that so many rows take."""
+        return -(-rows // self.chunk_rows)
+
+    def rows_in(self, chunk: int, rows: int) -> int:
+        """Of so many rows those that are in one chunk."""
+        return min(self.chunk_rows, rows - chunk * self.chunk_rows)
 
     @property
     def row_bytes(self) -> int:
@@ -73,7 +92,7 @@ class RowArray:
     def chunk_file(self, chunk: int) -> str:
         return f"c.{chunk}" if self.width is None else f"c.{chunk}.0"
 
-    def zarr_json(self, rows: int, chunk_rows: int) -> bytes:
+    def zarr_json(self, rows: int) -> bytes:
         """The exact bytes of the array's zarr.json when it shows `rows` rows."""
         return _text(
             {
@@ -83,7 +102,7 @@ class RowArray:
                 "data_type": self.dtype.name,
                 "chunk_grid": {
                     "name": "regular",
-                    "configuration": {"chunk_shape": list(self.shape(chunk_rows))},
+                    "configuration": {"chunk_shape": list(self.shape(self.chunk_rows))},
                 },
                 "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
                 "fill_value": 0 if self.dtype.kind in "iu" else 0.0,
@@ -94,10 +113,12 @@ class RowArray:
         )
 
 
-def row_arrays(dim: int, dtype: str, columns: tuple[str, ...] = ()) -> tuple[RowArray, ...]:
-    """The schema: every array of a collection for sketches of `dim` dimensions stored as `dtype`.
+def row_arrays(
+    dim: int, dtype: str, columns: tuple[str, ...] = (), chunk_rows: int = 1, column_rows: int = 1
+) -> tuple[RowArray, ...]:
+    """The schema: every array of a collection for sketches of `dim` dimensions stored as `dtype`, codes first.
 
-    columns: names of COLUMNS that the rows have too.
+    columns: names of COLUMNS that the rows have too. chunk_rows, column_rows: of codes, of the other arrays.
     """
     code_dtype, share = _CODES[dtype]
     table = (
@@ -112,7 +133,10 @@ def row_arrays(dim: int, dtype: str, columns: tuple[str, ...] = ()) -> tuple[Row
         ("reason", "uint16", None),
         *((name, COLUMNS[name], None) for name in columns),
     )
-    return tuple(RowArray(name, np.dtype(kind).newbyteorder("<"), width) for name, kind, width in table)
+    return tuple(
+        RowArray(name, np.dtype(kind).newbyteorder("<"), width, column_rows if width is None else chunk_rows)
+        for name, kind, width in table
+    )
 
 
 def default_chunk_rows(dim: int, dtype: str) -> int:

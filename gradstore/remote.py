@@ -83,7 +83,7 @@ def open_remote(source: "ZarrStore", path: str | Path, collections: list[str] | 
         _bring_up_to_date(source, header, path, check_name(name), tuple(columns))
 
     def codes_of(collection: Path, manifest: Manifest) -> "FetchedRows":
-        return FetchedRows(source, f"{COLLECTIONS}/{collection.name}", codes, manifest, header.chunk_rows)
+        return FetchedRows(source, f"{COLLECTIONS}/{collection.name}", codes, manifest)
 
     return Store(path, header, "r", codes_of)
 
@@ -91,10 +91,7 @@ def open_remote(source: "ZarrStore", path: str | Path, collections: list[str] | 
 class FetchedRows:
     """The published rows of one array by chunk, fetched when they are asked for; the last few are kept."""
 
-    def __init__(
-        self, source: "ZarrStore", collection: str, array: RowArray, manifest: Manifest, chunk_rows: int
-    ) -> None:
-        self.chunk_rows = chunk_rows
+    def __init__(self, source: "ZarrStore", collection: str, array: RowArray, manifest: Manifest) -> None:
         self._source, self._collection, self._array, self._manifest = source, collection, array, manifest
         self._kept: OrderedDict[int, np.ndarray] = OrderedDict()
         self._lock = threading.Lock()
@@ -106,7 +103,7 @@ class FetchedRows:
                 self._kept.move_to_end(chunk)
                 return self._kept[chunk]
         array, manifest = self._array, self._manifest
-        rows = min(self.chunk_rows, manifest.rows - chunk * self.chunk_rows)
+        rows = array.rows_in(chunk, manifest.rows)
         file = f"{self._collection}/{manifest.folder}/{array.name}/{array.chunk_file(chunk)}"
         data = _get(self._source, [file])[0]
         used = rows * array.row_bytes
@@ -191,8 +188,8 @@ def _copy(
     make_folder(folder)
     replace_file(folder / ZARR, group_json({}))
     generation = folder / manifest.folder
-    create_generation(generation, header.arrays, header.chunk_rows)
-    wanted = list(_missing(header, manifest, known, arrays))
+    create_generation(generation, header.arrays)
+    wanted = list(_missing(manifest, known, arrays))
     for start in range(0, len(wanted), _AT_ONCE):
         part = wanted[start : start + _AT_ONCE]
         for (file, used, size, crc), data in zip(part, _get(source, [f"{where}/{w[0]}" for w in part]), strict=True):
@@ -204,20 +201,17 @@ def _copy(
         pass  # Shows the rows to other Zarr readers, and removes a generation that a compaction replaced.
 
 
-def _missing(
-    header: Header, manifest: Manifest, known: Manifest, arrays: tuple[RowArray, ...]
-) -> Iterator[tuple[str, int, int, int]]:
+def _missing(manifest: Manifest, known: Manifest, arrays: tuple[RowArray, ...]) -> Iterator[tuple[str, int, int, int]]:
     """(file, published bytes, size of the file, checksum) of what a manifest names and the copy does not have."""
     same = known.generation == manifest.generation
     for array in arrays:
         before = known.chunks.get(array.name, ()) if same else ()
         for chunk, crc in enumerate(manifest.chunks[array.name]):
-            rows = min(header.chunk_rows, manifest.rows - chunk * header.chunk_rows)
-            had = min(header.chunk_rows, known.rows - chunk * header.chunk_rows)
+            rows, had = array.rows_in(chunk, manifest.rows), array.rows_in(chunk, known.rows)
             if chunk < len(before) and before[chunk] == crc and had == rows:
                 continue
             file = f"{manifest.folder}/{array.name}/{array.chunk_file(chunk)}"
-            yield file, rows * array.row_bytes, header.chunk_rows * array.row_bytes, crc
+            yield file, rows * array.row_bytes, array.chunk_bytes, crc
     for part in manifest.parts:
         if not (same and part in known.parts):
             yield f"{manifest.folder}/{PROBLEMS}/{part.file}", part.bytes, part.bytes, part.crc32c

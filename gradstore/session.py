@@ -112,7 +112,7 @@ class Session:
 
     def _first_manifest(self) -> Manifest:
         """A collection begins to exist with its first manifest; before that only folders lie here."""
-        create_generation(self.collection / generation_name(0), self.header.arrays, self.header.chunk_rows)
+        create_generation(self.collection / generation_name(0), self.header.arrays)
         replace_file(self.collection / ZARR, group_json({}))
         manifest = Manifest(commit=1, chunks={array.name: () for array in self.header.arrays})
         publish_manifest(self.collection, manifest)
@@ -127,11 +127,11 @@ class Session:
             for path in (self.generation / PROBLEMS).iterdir():
                 if path.name not in named:
                     path.unlink()
-        clear_beyond(self.generation, header.arrays, manifest.rows, header.chunk_rows)
+        clear_beyond(self.generation, header.arrays, manifest.rows)
         self._tidy()
 
     def _tidy(self) -> None:
-        show_rows(self.generation, self.header.arrays, self.manifest.rows, self.header.chunk_rows)
+        show_rows(self.generation, self.header.arrays, self.manifest.rows)
         self.remove_unused_generations()
 
     def remove_unused_generations(self) -> list[str]:

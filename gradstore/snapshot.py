@@ -29,7 +29,7 @@ class Snapshot:
         self._generation = collection / manifest.folder
         self._arrays = {array.name: array for array in header.arrays}
         self._columns: dict[str, np.ndarray] = {}
-        self.codes: CodeRows = MappedRows(self._generation, self._arrays["codes"], manifest.rows, header.chunk_rows)
+        self.codes: CodeRows = MappedRows(self._generation, self._arrays["codes"], manifest.rows)
 
     def column(self, name: str) -> np.ndarray:
         """Every published entry of a one-dimensional array, read and checked once."""
@@ -39,7 +39,6 @@ class Snapshot:
                 self._generation,
                 self._arrays[name],
                 manifest.rows,
-                self.header.chunk_rows,
                 manifest.chunks[name],
             )
         return self._columns[name]

@@ -15,7 +15,6 @@ from gradstore.errors import FingerprintError, RequestError
 from gradstore.header import Header, check_fingerprint, check_shape, read_header
 from gradstore.layout import (
     COLLECTIONS,
-    FORMAT,
     MANIFEST,
     WITHOUT_CODES,
     ZARR,
@@ -50,6 +49,7 @@ def create(
     fingerprint: dict,
     dtype: str = "int8",
     chunk_rows: int | None = None,
+    column_rows: int | None = None,
     attachments: Mapping[str, bytes] | None = None,
 ) -> "Store":
     """Make an empty store for sketches of `dim` dimensions and open it for writing.
@@ -57,18 +57,19 @@ def create(
     fingerprint: every setting that a row depends on; must be what JSON can keep. Where its objective weighs by
     importance, rows keep their effective sample size too.
     dtype: how rows are stored: int8, int4, 1bit, fp16 or fp32.
-    chunk_rows: rows a chunk file; None: as many as fit in 8 MiB of codes.
+    chunk_rows: rows a chunk file; None: as many as fit in 8 MiB of codes, 65,536 of everything else.
+    column_rows: rows a chunk file of everything but codes, where it is to be another number.
     attachments: files that the store keeps for good, by name, such as a fitted projection.
     Raises RequestError if something is already at `path`.
     """
     path = Path(path)
-    dim, dtype, chunk_rows = check_shape(dim, dtype, chunk_rows)
+    dim, dtype, chunk_rows, column_rows = check_shape(dim, dtype, chunk_rows, column_rows)
     fingerprint = check_fingerprint(fingerprint)
     if path.exists() and not _is_blank(path):
         raise RequestError(f"{path}: there is something here already; open it, or choose another path")
     settings = fingerprint.get("objective")
     off_policy = isinstance(settings, dict) and bool(settings.get("importance"))
-    header = Header(dim, dtype, chunk_rows, fingerprint, ("ess",) if off_policy else ())
+    header = Header(dim, dtype, chunk_rows, fingerprint, ("ess",) if off_policy else (), column_rows)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     make_folder(path)
@@ -388,7 +389,7 @@ class Store:
         """What is in the store, as JSON can hold it."""
         return {
             "path": str(self.path),
-            "format": FORMAT,
+            "format": self._header.format,
             "dim": self.dim,
             "dtype": self.dtype,
             "chunk_rows": self._header.chunk_rows,

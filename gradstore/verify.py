@@ -105,7 +105,7 @@ class _Checker:
         self._text(generation / ZARR, group_json({}))
         for array in self.header.arrays:
             self._zarr_json(folder, snapshot.manifest, array)
-            for chunk in range(-(-snapshot.manifest.rows // self.header.chunk_rows)):
+            for chunk in range(array.chunks(snapshot.manifest.rows)):
                 self._chunk(generation, snapshot.manifest, array, chunk)
         self._parts(folder, snapshot.manifest)
         self._additions(folder)
@@ -113,8 +113,8 @@ class _Checker:
 
     def _chunk(self, generation: Path, manifest: Manifest, array: RowArray, chunk: int) -> None:
         path = generation / array.name / array.chunk_file(chunk)
-        rows = min(self.header.chunk_rows, manifest.rows - chunk * self.header.chunk_rows)
-        used, full = rows * array.row_bytes, self.header.chunk_rows * array.row_bytes
+        rows = array.rows_in(chunk, manifest.rows)
+        used, full = rows * array.row_bytes, array.chunk_bytes
         data = self._bytes(path, chunk, limit=used)
         if data is None:
             return
@@ -131,11 +131,11 @@ class _Checker:
         """The text may show fewer rows while a writer is open: it is brought up to date when that closes."""
         path = folder / manifest.folder / array.name / ZARR
         text = self._bytes(path, None)
-        if text is None or text == array.zarr_json(manifest.rows, self.header.chunk_rows):
+        if text is None or text == array.zarr_json(manifest.rows):
             return
         newest = read_manifest(folder)
         unfinished = bool(read_holder(folder)) or newest.commit != manifest.commit
-        shown = next((n for n in _first_numbers(text) if text == array.zarr_json(n, self.header.chunk_rows)), None)
+        shown = next((n for n in _first_numbers(text) if text == array.zarr_json(n)), None)
         if shown is None:
             self._find(path, None, "not the text that was written")
         elif newest.generation != manifest.generation and shown >= manifest.rows:
@@ -194,10 +194,8 @@ class _Checker:
         self.report.notes.append(f"collection {folder.name}: busy; bytes beyond the published rows were not checked")
 
     def _unpublished(self, folder: Path, manifest: Manifest) -> Iterator[Finding]:
-        chunk_rows = self.header.chunk_rows
-        chunks = -(-manifest.rows // chunk_rows)
-        within = manifest.rows % chunk_rows
         for array in self.header.arrays:
+            chunks, within = array.chunks(manifest.rows), manifest.rows % array.chunk_rows
             place = folder / manifest.folder / array.name
             names = {array.chunk_file(chunk) for chunk in range(chunks)}
             if place.is_dir():
@@ -212,7 +210,7 @@ class _Checker:
                     file.seek(within * array.row_bytes)
                     tail = file.read()
                 self.report.bytes_checked += len(tail)
-                missing = (chunk_rows - within) * array.row_bytes - len(tail)
+                missing = (array.chunk_rows - within) * array.row_bytes - len(tail)
                 if missing > 0:
                     yield self._finding(path, chunks - 1, f"truncated: {missing} bytes short of a whole chunk")
                 if tail.count(0) != len(tail):

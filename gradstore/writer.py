@@ -62,7 +62,6 @@ class Writer:
         self._appender = Appender(
             self._session.generation,
             self._header.arrays,
-            self._header.chunk_rows,
             manifest.rows,
             manifest.chunks,
         )

@@ -70,7 +70,12 @@ def new_store(fast_path: Path) -> Callable[..., gradstore.Store]:
     """A store with a collection "pool" of `n` problems and no rows; chunks are tiny so that tests cross them."""
 
     def make(
-        n: int = 10, dim: int = DIM, dtype: str = "int8", chunk_rows: int = 8, name: str = "store"
+        n: int = 10,
+        dim: int = DIM,
+        dtype: str = "int8",
+        chunk_rows: int = 8,
+        column_rows: int | None = 12,
+        name: str = "store",
     ) -> gradstore.Store:
         store = gradstore.create(
             fast_path / name,
@@ -78,6 +83,7 @@ def new_store(fast_path: Path) -> Callable[..., gradstore.Store]:
             fingerprint={"model": "tiny", "seed": 1},
             dtype=dtype,
             chunk_rows=chunk_rows,
+            column_rows=column_rows,
         )
         if n:
             store.add_problems("pool", records(n))

@@ -61,7 +61,7 @@ def test_an_undamaged_store_is_whole(stored: gradstore.Store) -> None:
     report = stored.verify()
     assert report.ok, report.findings
     assert not report.notes
-    assert report.chunks_checked == 9 * (4 + 1)
+    assert report.chunks_checked == (4 + 1) + 8 * (3 + 1)
     assert report.bytes_checked == sum(path.stat().st_size for path in data_files(stored))
 
 
@@ -73,7 +73,7 @@ def test_every_kind_of_file_every_flip_is_found(stored: gradstore.Store) -> None
         "manifest.json",
         "zarr.json",
         "c.3.0",
-        "c.3",
+        "c.2",
         "part-000000.parquet",
     }
     for path in files:
@@ -119,7 +119,7 @@ def test_a_later_chunk_file_or_bytes_in_the_tail_are_found(stored: gradstore.Sto
     path.write_bytes(b"1234")
     assert_found(stored, path)
     path.unlink()
-    path = stored.path / "collections/pool/g1/norm/c.3"
+    path = stored.path / "collections/pool/g1/norm/c.2"
     path.write_bytes(path.read_bytes() + b"x")
     assert_found(stored, path)
 
@@ -227,10 +227,10 @@ def test_not_a_store(tmp_path: Path) -> None:
 
 def test_a_newer_format_is_refused(stored: gradstore.Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """Reading it as this format would give wrong rows."""
-    monkeypatch.setattr("gradstore.header.FORMAT", 2)
+    monkeypatch.setattr("gradstore.header.FORMAT_OF_COLUMN_ROWS", 4)
     newer = gradstore.create(stored.path.with_name("newer"), dim=3, fingerprint={})
     monkeypatch.undo()
-    with pytest.raises(NotAStoreError, match="written in store format 2, this version reads format 1"):
+    with pytest.raises(NotAStoreError, match="written in store format 4, this version reads up to 3"):
         gradstore.open(newer.path)
     manifest = read_manifest(stored.path / "collections/bench")
     monkeypatch.setattr("gradstore.manifest.FORMAT", 2)
