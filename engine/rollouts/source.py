@@ -34,6 +34,8 @@ class RolloutSource:
     """Rollouts of each problem, int64 [P], in the order of problem_ids."""
     has_logprobs: bool
     """Whether every rollout carries the behaviour policy's log-probabilities."""
+    has_reference: bool
+    """Whether any rollout carries a reference policy's; problems without signal need none."""
 
     def __init__(
         self,
@@ -145,6 +147,7 @@ class RolloutSource:
         self._starts = np.concatenate([[0], np.cumsum(self.counts)])
         self.n_rollouts = len(order)
         self.has_logprobs = all(given[0] for _, given, _ in first)
+        self.has_reference = any(given[1] for _, given, _ in first)
 
     def _policy_version(self, step: int | None) -> int | None:
         if self.format != "verl" or step is None:

@@ -54,6 +54,13 @@ def collect(
         bool | None, typer.Option("--importance/--on-policy", help="Weight tokens by pi / behaviour policy.")
     ] = None,
     clip: Annotated[float | None, typer.Option(help="PPO clipping of the importance ratio, both sides.")] = None,
+    kl_beta: Annotated[
+        float | None, typer.Option(min=0, help="Weight of GRPO's KL term to a reference policy (LearnAlign: 0.04).")
+    ] = None,
+    reference: Annotated[
+        str | None,
+        typer.Option(help="Model of the KL term; default: `reference_logprobs` as the rollouts have them."),
+    ] = None,
     basis: Annotated[
         str | None, typer.Option(help="fitted (default of a new store: to these rollouts), random or dense.")
     ] = None,
@@ -105,6 +112,7 @@ def collect(
     Into a store that is there, settings not given are the store's own.
     """
     import gradstore
+    from engine.gradients.logprobs import Reference
     from engine.gradients.models import load_model, load_tokenizer
     from engine.gradients.objectives import objective as preset
     from engine.rollouts import read_rollouts
@@ -135,9 +143,14 @@ def collect(
         "importance": importance,
         "clip_low": clip,
         "clip_high": clip,
+        "kl_beta": kl_beta,
     }
     settings = replace(spec.objective if objective is None else preset(objective), **_given(changed))
     spec = replace(spec, objective=settings, **_given(given))
+    if reference is not None and not settings.kl_beta:
+        raise RequestError("--reference is for a KL term: give its weight, --kl-beta 0.04")
+    if settings.reference is not None and reference is None:
+        raise RequestError(f"the rows of {store} have a KL term: give its model, --reference")
     records = None if problems is None else gradstore.read_problems(problems)
     source = read_rollouts(
         rollouts,
@@ -147,6 +160,8 @@ def collect(
         step=rollout_step,
         problems=records,
     )
+    if settings.kl_beta and reference is None and not source.has_reference:
+        raise RequestError(f"{rollouts}: has no `reference_logprobs` for the KL term: give its model, --reference")
     policy = load_model(model, adapter, device)
     on_gpu = next(policy.parameters()).device.type != "cpu"
     spec = replace(spec, token_budget=token_budget or (16_384 if on_gpu else spec.token_budget))
@@ -155,6 +170,13 @@ def collect(
         wanted = list(
             read_rollouts(benchmark_rollouts, tokenizer=load_tokenizer(model), append_eos=append_eos).groups()
         )
+    if reference is not None:
+        measure = Reference(
+            load_model(reference, device=device), temperature=settings.temperature, token_budget=spec.token_budget
+        )
+        spec = replace(spec, objective=replace(settings, reference=measure.digest))
+        source.change(measure)
+        wanted = [measure(group) for group in wanted]
     adam = _direction(policy, optimizer, formula, bias_correction)
     version = (source.step or 0) if step is None else step
     outcome = None

@@ -1,5 +1,6 @@
 """`collect` with its kinds of gradient, and `probe`, from the command line."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -35,6 +36,38 @@ def test_head_mode(cli, tmp_path, model_folder, files) -> None:
     assert "forward" in store.fingerprint["gradient"]
     assert store.dim == 32
     assert cli("collect", tmp_path / "s", "b", files["b"], "--model", model_folder)[0] == 0
+
+
+def test_kl_term(cli, tmp_path, model_folder, files, tiny_model) -> None:
+    """LearnAlign's gradients: the reference is named once, and rows of another one, or of none, are refused."""
+    other = copy.deepcopy(tiny_model)
+    with torch.no_grad():
+        other.lm_head.weight.mul_(1.5)
+    other.save_pretrained(tmp_path / "other")
+    pool = ["collect", tmp_path / "s", "pool", files["pool"], "--model", model_folder]
+    kind = ["--objective", "grpo", "--rank", 4, "--basis", "random", "--dtype", "fp32"]
+    status, _, err = cli(*pool, "--reference", tmp_path / "other")
+    assert (status, "--kl-beta" in err) == (2, True)
+    status, _, err = cli(*pool, *kind, "--kl-beta", 0.04)
+    assert (status, "has no `reference_logprobs`" in err, (tmp_path / "s").exists()) == (2, True, False)
+    status, _, err = cli(*pool, *kind, "--kl-beta", 0.04, "--reference", tmp_path / "other", "--halves")
+    assert status == 0, err
+    store = gradstore.open(tmp_path / "s")
+    assert store.fingerprint["objective"]["kl_beta"] == 0.04
+    benchmark = ["collect", tmp_path / "s", "b", files["b"], "--model", model_folder]
+    status, _, err = cli(*benchmark)
+    assert (status, "--reference" in err) == (2, True)
+    status, _, err = cli(*benchmark, "--reference", model_folder)
+    assert (status, "objective" in err) == (2, True)
+    assert cli(*benchmark, "--reference", tmp_path / "other")[0] == 0
+    plain = ["collect", tmp_path / "plain", *pool[2:], *kind]
+    assert cli(*plain)[0] == 0
+    same = ["collect", tmp_path / "same", *pool[2:], *kind, "--kl-beta", 0.04, "--reference", model_folder]
+    assert cli(*same)[0] == 0
+    rows = [gradstore.open(tmp_path / name).view("pool") for name in ("plain", "same", "s")]
+    plain_rows, same_rows, other_rows = (view.take(view.ids) for view in rows)
+    np.testing.assert_allclose(same_rows, plain_rows, atol=1e-5)
+    assert np.abs(other_rows - plain_rows).max() > 1e-3
 
 
 def test_optimizer_direction(cli, tmp_path, model_folder, files, tiny_model) -> None:

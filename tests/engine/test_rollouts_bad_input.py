@@ -165,6 +165,9 @@ def test_rows_of_a_problem_that_disagree(tmp_path: Path, suffix: str) -> None:
     path = write(GOOD | {"logprobs": None}, other | logprobs, GOOD | logprobs)
     assert _refused(path).startswith(f"{path}, {third}: problem 'p' has 'logprobs', unlike {path}, {first}")
     assert not read_rollouts(write(GOOD | logprobs, other | {"logprobs": None})).has_logprobs
+    reference: dict[str, Any] = {"reference_logprobs": [-1.0, -2.0]}
+    path = write(GOOD | reference, other | reference, GOOD | {"reference_logprobs": None})
+    assert _refused(path).startswith(f"{path}, {third}: problem 'p' has no 'reference_logprobs', unlike {path}")
 
 
 def test_torn_files(tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ def _rows(n_problems: int = 7, *, logprobs: bool = True, shuffle: bool = False) 
             )
             if logprobs:
                 rows[-1]["logprobs"] = (-generator.random(length)).tolist()
+                rows[-1]["reference_logprobs"] = (-generator.random(length)).tolist()
     if shuffle:
         generator.shuffle(rows)  # type: ignore[arg-type]
     return rows
@@ -60,7 +61,10 @@ def _slow_groups(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "prompt_ids": next(row["prompt_ids"] for row in rows if row["problem_id"] == problem),
             "responses": [row["response_ids"] for row in rows if row["problem_id"] == problem],
             "rewards": [row["reward"] for row in rows if row["problem_id"] == problem],
-            "logprobs": [row["logprobs"] for row in rows if row["problem_id"] == problem and "logprobs" in row],
+            **{
+                part: [row[part] for row in rows if row["problem_id"] == problem and part in row]
+                for part in ("logprobs", "reference_logprobs")
+            },
         }
         for problem in order
     ]
@@ -75,11 +79,12 @@ def _check_equal(groups: list[Group], expected: list[dict[str, Any]]) -> None:
         assert [ids.tolist() for ids in group.responses] == slow["responses"]
         assert group.rewards.dtype == np.float64
         assert group.rewards.tolist() == slow["rewards"]
-        if group.logprobs is None:
-            assert slow["logprobs"] == []
-        else:
-            expected_logprobs = [np.float32(values).tolist() for values in slow["logprobs"]]
-            assert [values.tolist() for values in group.logprobs] == expected_logprobs
+        for part in ("logprobs", "reference_logprobs"):
+            given = getattr(group, part)
+            if given is None:
+                assert slow[part] == []
+            else:
+                assert [values.tolist() for values in given] == [np.float32(values).tolist() for values in slow[part]]
 
 
 @pytest.mark.parametrize("container", CONTAINERS)
@@ -95,7 +100,7 @@ def test_groups_equal_a_slow_parse(tmp_path: Path, container: str, logprobs: boo
     assert len(source) == len(expected)
     assert source.n_rollouts == len(rows)
     assert source.counts.tolist() == [len(slow["rewards"]) for slow in expected]
-    assert source.has_logprobs == logprobs
+    assert (source.has_logprobs, source.has_reference) == (logprobs, logprobs)
 
 
 @pytest.mark.parametrize("container", CONTAINERS)
@@ -367,6 +372,7 @@ def test_what_is_written_is_read_back(tmp_path: Path, suffix: str, prompt: Any) 
             response_ids=generator.integers(0, 50, 20),
             reward=float(generator.random()),
             logprobs=-generator.random(20).astype(np.float32),
+            reference_logprobs=-generator.random(20).astype(np.float32),
             source="s",
             ground_truth="2",
             tags=["a"],
