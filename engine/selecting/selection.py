@@ -67,6 +67,18 @@ class Selection:
     def __len__(self) -> int:
         return len(self.ids)
 
+    @property
+    def relative_weights(self) -> np.ndarray:
+        """The weights scaled to a mean of 1, as trainers multiply each problem's part by them, float64 [n].
+
+        RequestError where all are zero.
+        """
+        if not self.weights.any():
+            raise RequestError(f"selector {self.selector!r} gave every problem it picked the weight 0")
+        if (self.weights == self.weights[0]).all():
+            return np.ones(len(self))
+        return self.weights / self.weights.mean()
+
     def _repr_html_(self) -> str:
         from gradstore.notebook import SHOWN, html_table
 

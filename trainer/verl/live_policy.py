@@ -56,11 +56,11 @@ class LivePolicy:
         rows = rows_of(self._trainer.train_dataset, problems, uids, n, (seed,) if self._settings.seeded else None)
         return self._generated(rows, [record["id"] for record in problems])
 
-    def fit(self, spec: SketchSpec, groups: Sequence[Group]) -> SketcherFiles:
-        """Makes the sketcher on every rank, fitted to the groups where the spec wants that."""
+    def fit(self, spec: SketchSpec, groups: Sequence[Group], benchmark: Sequence[Group] = ()) -> SketcherFiles:
+        """Makes the sketcher on every rank, fitted to the groups and the benchmark where the spec wants that."""
         self._rest()
         with _plain_errors():
-            files: list[SketcherFiles] = self._workers.fit_sketcher(spec, list(groups))
+            files: list[SketcherFiles] = self._workers.fit_sketcher(spec, list(groups), list(benchmark))
         return files[0]
 
     def use(self, fingerprint: dict, attachments: Mapping[str, bytes]) -> None:

@@ -29,6 +29,7 @@ class RoundSampler(Sampler[int]):
         self._order: list[str] = []
         self._drawn = 0
         self._rollouts: dict[str, int] = {}
+        self._weights: dict[str, float] = {}
         self._rounds: dict[str, Any] = {}
 
     def __len__(self) -> int:
@@ -56,17 +57,29 @@ class RoundSampler(Sampler[int]):
         """Rollouts of the problems that should not get as many as verl is set to."""
         return dict(self._rollouts)
 
-    def feed(self, order: Sequence[str], rollouts: Mapping[str, int] | None = None) -> None:
+    @property
+    def weights(self) -> dict[str, float]:
+        """Of the problems whose part in a step's loss is not the usual one."""
+        return dict(self._weights)
+
+    def feed(
+        self,
+        order: Sequence[str],
+        rollouts: Mapping[str, int] | None = None,
+        weights: Mapping[str, float] | None = None,
+    ) -> None:
         """Draw these next, the old ones being used up; RequestError for an id outside the pool, or when it is early.
 
-        rollouts: of the problems that should not get as many as verl is set to.
+        rollouts: of the problems that should not get as many as verl is set to. weights: of those that should not
+        count as 1.
         """
         if self.left:
             raise RequestError(f"the sampler was fed with {self.left} problems still to draw")
         unknown = next((name for name in order if name not in self._row_of), None)
         if unknown is not None:
             raise RequestError(f"the round picked problem {unknown!r}, which data.train_files does not have")
-        self._order, self._drawn, self._rollouts = list(order), 0, dict(rollouts or {})
+        self._order, self._drawn = list(order), 0
+        self._rollouts, self._weights = dict(rollouts or {}), dict(weights or {})
 
     def keep(self, rounds: dict[str, Any]) -> None:
         """What the rounds need to go on, kept in the sampler's state."""
@@ -78,12 +91,14 @@ class RoundSampler(Sampler[int]):
         return self._rounds
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values: what was fed, how far it is drawn, rollouts of each, the rounds' state, the pool's digest."""
+        """Plain values: what was fed, how far it is drawn, rollouts and weight of each, the rounds' state, the pool's
+        digest."""
         return {
             "pool": self._pool,
             "order": list(self._order),
             "drawn": self._drawn,
             "rollouts": dict(self._rollouts),
+            "weights": dict(self._weights),
             "rounds": self._rounds,
         }
 
@@ -100,6 +115,7 @@ class RoundSampler(Sampler[int]):
             )
         self._order, self._drawn = list(state["order"]), int(state["drawn"])
         self._rollouts, self._rounds = dict(state["rollouts"]), dict(state["rounds"])
+        self._weights = dict(state.get("weights", {}))  # checkpoints from before there were any have none
 
 
 def drawing_order(picks: Sequence[str], n_draws: int, seed: int) -> list[str]:

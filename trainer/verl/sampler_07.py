@@ -11,6 +11,7 @@ verl 0.7 writes its checkpoint before it tells the sampler of the step. Nothing 
 when the loader draws, and what was drawn is the state.
 """
 
+import logging
 from collections.abc import Iterator, Mapping, Sized
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -27,6 +28,8 @@ from gradstore.errors import RequestError
 from gradstore.problems import from_verl
 from trainer.backends import derived_seed
 from trainer.verl.sampler import RoundSampler, drawing_order
+
+log = logging.getLogger(__name__)
 
 NODE = "data.gradstore"
 
@@ -132,6 +135,8 @@ class StoreSampler(RoundSampler, AbstractCurriculumSampler):
         here = [name for name in view.ids.tolist() if name in self._records]
         targets = [target(store, name) for name in settings.benchmarks]
         picks = select(store, settings.pool, targets, settings.selected, settings.selector, candidates=here, seed=seed)
+        if (picks.relative_weights != 1).any():
+            log.warning("verl 0.7 tells a sampler of a step when it is done: the selector's weights are not used")
         self.feed(drawing_order(picks.ids, self._batch * settings.steps, seed))
         self._choices += 1
 
@@ -140,6 +145,7 @@ class StoreSampler(RoundSampler, AbstractCurriculumSampler):
         tensors, others = batch.batch, batch.non_tensor_batch
         names = [_id_of(info, i) for i, info in enumerate(others["extra_info"])]
         width = tensors["prompts"].shape[1]
+        reference = tensors["ref_log_prob"] if "ref_log_prob" in tensors.keys() else None  # noqa: SIM118 (TensorDict)
         rows = []
         for i in sorted(range(len(names)), key=lambda i: (names[i], str(others["uid"][i]), i)):
             prompt_mask = tensors["attention_mask"][i, :width].bool()
@@ -158,6 +164,7 @@ class StoreSampler(RoundSampler, AbstractCurriculumSampler):
                     prompt_ids=tensors["prompts"][i][prompt_mask].numpy().astype(np.int64),
                     response_ids=response_ids,
                     reward=float(tensors["token_level_scores"][i].sum()),
+                    reference_logprobs=None if reference is None else reference[i][response_mask].float().numpy(),
                     source=record["source"],
                     ground_truth=record["ground_truth"],
                     tags=list(record["tags"]),

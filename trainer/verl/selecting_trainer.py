@@ -27,7 +27,7 @@ from trainer.verl.agent_loop import SEED_FIELD
 from trainer.verl.live_policy import LivePolicy
 from trainer.verl.sampler import RoundSampler, drawing_order
 from trainer.verl.settings import VerlSettings
-from trainer.verl.transfer import ROLLOUTS_FIELD, groups_of, joined, place_of, records_of, row_seeds
+from trainer.verl.transfer import ROLLOUTS_FIELD, groups_of, joined, place_of, records_of, row_seeds, uid_of, weigh
 from trainer.verl.worker import SketchingWorker
 
 log = logging.getLogger(__name__)
@@ -45,6 +45,8 @@ class SelectingTrainer(PPOTrainerSync):
         super().__init__(config)
         self._problem_of: dict[str, str] = {}
         """Problem id of each row of the step under way, by uid."""
+        self._weight_of: dict[str, float] = {}
+        """Weights of those that do not count as 1."""
         self._policy: LivePolicy | None = None
         self._of_round: dict[str, float] = {}
         """The last round in numbers, until verl's logger has them."""
@@ -130,7 +132,8 @@ class SelectingTrainer(PPOTrainerSync):
             selection.ids, settings.train_batch * settings.steps, derived_seed(settings.seed, self.policy.step)
         )
         rollouts = {name: n for name, n in zip(selection.ids, selection.rollouts.tolist(), strict=True) if n}
-        self.sampler.feed(order, rollouts)
+        weights = dict(zip(selection.ids, selection.relative_weights.tolist(), strict=True))
+        self.sampler.feed(order, rollouts, {name: weight for name, weight in weights.items() if weight != 1})
         self.sampler.keep(self.rounds.state_dict())
         self.train_dataloader_it = iter(self.train_dataloader)
         log.info("round %d at step %d picked %s", self.rounds.done, self.policy.step, ", ".join(selection.ids))
@@ -142,6 +145,8 @@ class SelectingTrainer(PPOTrainerSync):
         first = len(self._problem_of)
         uids = [f"train-{self.global_steps:08d}-{first + i:06d}" for i in range(n)]
         self._problem_of |= dict(zip(uids, ids, strict=True))
+        weights = self.sampler.weights
+        self._weight_of |= {uid: weights[name] for uid, name in zip(uids, ids, strict=True) if name in weights}
         seed = (self.settings.rounds.seed, _TRAINING, self.global_steps, first) if self.settings.seeded else None
         columns = {"uid": np.array(uids, dtype=object), SEED_FIELD: row_seeds(seed, n)}
         chosen = self.sampler.rollouts
@@ -155,6 +160,7 @@ class SelectingTrainer(PPOTrainerSync):
     def on_step_begin(self) -> None:
         super().on_step_begin()
         self._problem_of.clear()
+        self._weight_of.clear()
 
     def on_sample_end(self) -> None:
         super().on_sample_end()
@@ -171,6 +177,8 @@ class SelectingTrainer(PPOTrainerSync):
 
     def _compute_advantage(self, batch: Any, metrics: dict[str, Any]) -> Any:
         batch = super()._compute_advantage(batch, metrics)
+        if self._weight_of:
+            weigh(batch.keys, [self._weight_of.get(uid_of(key), 1.0) for key in batch.keys])
         if self.settings.observe:
             with marked_timer("observe", self.timing_raw, color="blue"):
                 rows = zip(batch.keys, batch.tags, strict=True)

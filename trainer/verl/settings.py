@@ -80,6 +80,11 @@ class VerlSettings:
                 f"{NODE}.spec.objective.importance needs the rollouts' log-probabilities at temperature 1: set "
                 "actor_rollout_ref.rollout.temperature=1, top_p=1, top_k=-1 and calculate_log_probs=True"
             )
+        if spec.objective.kl_beta:
+            raise RequestError(
+                f"{NODE}.spec.objective.kl_beta: rounds have no reference policy's log-probabilities; leave it out, or "
+                "keep rollouts and sketch them with `gradstore collect --reference`"
+            )
         options["store"] = Path(options["store"]).expanduser().absolute()
         options["benchmarks"] = {
             name: [files] if isinstance(files, str) else list(files)

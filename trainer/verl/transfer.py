@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 import transfer_queue as tq
 from tensordict import TensorDict
 from verl.utils import tensordict_utils
@@ -125,6 +126,16 @@ def groups_of(keys: Sequence[str], id_of: Mapping[str, str], logprobs: bool) -> 
             None if given is None else [given[place].numpy().astype(np.float32) for place in places],
         )
     return groups
+
+
+def weigh(keys: Sequence[str], weights: Sequence[float]) -> None:
+    """Multiplies the advantages of each rollout in the queue by a weight of its own."""
+    given = tq.kv_batch_get(keys=list(keys), partition_id=PARTITION, select_fields=["advantages"])["advantages"]
+    rows = [row * weight for row, weight in zip(given.unbind(0), weights, strict=True)]
+    scaled = torch.nested.as_nested_tensor(rows, layout=torch.jagged)
+    tq.kv_batch_put(
+        keys=list(keys), partition_id=PARTITION, fields=TensorDict({"advantages": scaled}, batch_size=len(rows))
+    )
 
 
 def joined(groups: Sequence[Group]) -> list[Group]:

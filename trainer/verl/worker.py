@@ -32,10 +32,11 @@ class SketchingWorker(ActorRolloutRefWorker):
     _probe: tuple[str, Probe] | None = None
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
-    def fit_sketcher(self, spec: SketchSpec, groups: Sequence[Group]) -> SketcherFiles:
+    def fit_sketcher(self, spec: SketchSpec, groups: Sequence[Group], benchmark: Sequence[Group]) -> SketcherFiles:
         """Makes the sketcher, fitting a projection to the groups where the spec wants one; the same on every rank."""
         with self._live_policy() as model:
-            projection = fit_projection(model, groups, spec) if spec.basis == "fitted" else None
+            fitted = spec.basis == "fitted"
+            projection = fit_projection(model, groups, spec, benchmark=benchmark) if fitted else None
             reshard(model)
             self._sketcher = Sketcher(model, spec, projection)
             return files_of(self._sketcher)

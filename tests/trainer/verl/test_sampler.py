@@ -32,7 +32,7 @@ def test_goes_on_where_its_state_was_taken(stop: int) -> None:
     undisturbed.feed(order)
     expected = list(undisturbed)
     sampler = RoundSampler(POOL)
-    sampler.feed(order, {"problem 1": 12})
+    sampler.feed(order, {"problem 1": 12}, {"problem 2": 0.5})
     sampler.keep({"rounds": 1})
     found = drawn(sampler, stop)
     for _ in range(2):
@@ -40,6 +40,9 @@ def test_goes_on_where_its_state_was_taken(stop: int) -> None:
         other.load_state_dict(sampler.state_dict())
         sampler = other
     assert (sampler.rounds, sampler.rollouts) == ({"rounds": 1}, {"problem 1": 12})
+    assert sampler.weights == {"problem 2": 0.5}
+    sampler.load_state_dict({name: value for name, value in sampler.state_dict().items() if name != "weights"})
+    assert sampler.weights == {}, "a checkpoint of before there were weights"
     assert found + list(sampler) == expected
 
 

@@ -79,3 +79,5 @@ def test_picks_and_state(which: str, store: Path, tmp_path: Path) -> None:
     assert row.response_ids is not None
     assert (row.prompt_ids.tolist(), row.response_ids.tolist()) == ([5, 6 + int(row.problem_id)], [8, 9])
     assert ([row.reward for row in rollouts[0]], row.step) == ([0.0, 1.0], 2)
+    assert row.reference_logprobs is not None
+    assert row.reference_logprobs.tolist() == [-0.125, -0.25], "verl's own reference, where a KL term had it computed"

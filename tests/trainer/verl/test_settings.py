@@ -78,6 +78,7 @@ def test_settings_of_its_own() -> None:
         ("algorithm.filter_groups={enable: True}", "selector=dynamic"),
         ("gradstore.train_batch_size=16", "data.train_batch_size is 8"),
         ("gradstore.selectr=cosine", "did you mean 'selector'"),
+        ("gradstore.spec.objective={kl_beta: 0.04}", "gradstore collect --reference"),
         ("gradstore.spec.rnk=4", "gradstore.spec.rnk is not known"),
         ("gradstore.diversity={metod: mmr}", "gradstore.diversity: "),
         ("gradstore.selected=5", "not a multiple of the 5 selected"),

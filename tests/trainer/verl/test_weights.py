@@ -1,0 +1,67 @@
+"""A selection's weights scale the advantages of each problem's rollouts, and the default ones touch nothing."""
+
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.verl
+
+
+class Batch:
+    """verl's batch as far as the hook sees it: keys of rollouts, whose tensors are in the queue."""
+
+    def __init__(self, keys: list[str]) -> None:
+        self.keys, self.partition_id = keys, "train"
+        self.tags: list[dict] = [{} for _ in keys]
+
+
+class Queue:
+    """verl's queue with advantages of the rollouts; counts what is written."""
+
+    def __init__(self, rows: dict[str, list[float]]) -> None:
+        self.rows, self.n_written = rows, 0
+
+    def kv_batch_get(self, keys: list[str], partition_id: str, select_fields: list[str]) -> Any:
+        import torch
+        from tensordict import TensorDict
+
+        assert select_fields == ["advantages"]
+        rows = [torch.tensor(self.rows[key]) for key in keys]
+        nested = torch.nested.as_nested_tensor(rows, layout=torch.jagged)
+        return TensorDict({"advantages": nested}, batch_size=len(keys))
+
+    def kv_batch_put(self, keys: list[str], partition_id: str, fields: Any) -> None:
+        self.n_written += 1
+        for key, row in zip(keys, fields["advantages"].unbind(0), strict=True):
+            self.rows[key] = row.tolist()
+
+
+def computed(monkeypatch: pytest.MonkeyPatch, weight_of: dict[str, float]) -> Queue:
+    """The queue after our trainer's advantages, verl's own being there."""
+    from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
+
+    from trainer.verl import selecting_trainer, transfer
+
+    queue = Queue({"a_0_0": [0.1, 0.2, 0.3], "a_1_0": [-0.7], "b_0_0": [0.3, 0.3], "pad1_0_0": [0.0]})
+    monkeypatch.setattr(transfer, "tq", queue)
+    monkeypatch.setattr(PPOTrainerSync, "_compute_advantage", lambda self, batch, metrics: batch)
+    trainer = object.__new__(selecting_trainer.SelectingTrainer)
+    trainer.settings = type("Settings", (), {"observe": False})()
+    trainer._weight_of = weight_of
+    batch = Batch(list(queue.rows))
+    assert trainer._compute_advantage(batch, {}) is batch
+    return queue
+
+
+def test_rows_are_scaled_by_their_problems_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where rollouts differ in length, and never the rows that verl fills a batch up with."""
+    queue = computed(monkeypatch, {"a": 2.0, "b": 0.0})
+    assert queue.rows["a_0_0"] == pytest.approx([0.2, 0.4, 0.6])
+    assert queue.rows["a_1_0"] == pytest.approx([-1.4])
+    assert queue.rows["b_0_0"] == [0.0, 0.0]
+    assert queue.rows["pad1_0_0"] == [0.0]
+
+
+def test_usual_weights_write_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run without weights is verl's own, bit for bit."""
+    assert computed(monkeypatch, {}).n_written == 0
