@@ -9,22 +9,11 @@ import pytest
 import torch
 
 import gradstore
-from tests.cli.test_commands import rollout_rows, write_lines
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory, tiny_model, tiny_tokenizer) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    tiny_model.save_pretrained(folder)
-    tiny_tokenizer.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture
-def files(tmp_path) -> dict[str, Path]:
-    return {
-        name: write_lines(tmp_path / f"{name}.jsonl", rollout_rows(name, n)) for name, n in (("pool", 12), ("b", 4))
-    }
+def files(rollout_files) -> dict[str, Path]:
+    return {"pool": rollout_files["pool"], "b": rollout_files["bench"]}
 
 
 def test_head_mode(cli, tmp_path, model_folder, files) -> None:
