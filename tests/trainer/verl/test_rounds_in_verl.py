@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,6 +55,10 @@ class Run:
     def rounds(self) -> list[gradstore.Round]:
         store = self.folder / "store"
         return gradstore.open(store).rounds("pool") if (store / "zarr.json").exists() else []
+
+    def logged(self, name: str) -> list[float]:
+        """A metric of verl's at each step."""
+        return [float(text) for text in re.findall(rf"{name}:([0-9.e+-]+)", self.log)]
 
     def wait(self) -> None:
         """Until it ends by itself; fails with the end of its log where it does not, or not well."""
@@ -108,7 +112,7 @@ def start(task: Path, engine: tuple[list, dict], verl_overrides: list[str], tmp_
     """Starts a run in a folder below tmp_path; what is left of it at the end is ended."""
     runs: list[Run] = []
 
-    def begin(name: str, own_entry: bool = False) -> Run:
+    def begin(name: str, own_entry: bool = False, more: Sequence[str] = ()) -> Run:
         folder = tmp_path / name
         folder.mkdir(exist_ok=True)
         # Ray's sockets need a short path.
@@ -117,6 +121,7 @@ def start(task: Path, engine: tuple[list, dict], verl_overrides: list[str], tmp_
             *verl_overrides,
             *ROUND_SETTINGS,
             *engine[0],
+            *more,
             f"gradstore.store={folder}/store",
             f"trainer.default_local_dir={folder}/checkpoints",
             f"+ray_kwargs.ray_init._temp_dir={ray}",
@@ -148,7 +153,7 @@ def test_killed_and_resumed(start) -> None:
     assert len({tuple(sorted(found.picks)) for found in expected}) > 1, "the target moves, and the picks with it"
     for found in expected:
         assert found.about["n_rolled_out"] == 8
-    differences = [float(text) for text in re.findall(r"training/rollout_probs_diff_max:([0-9.e+-]+)", undisturbed.log)]
+    differences = undisturbed.logged("training/rollout_probs_diff_max")
     assert len(differences) == 6
     assert max(differences) < 1e-6, "the rollouts are made by the weights that train"
 
@@ -175,6 +180,63 @@ def test_killed_and_resumed(start) -> None:
     for folder in (undisturbed.folder, resumed.folder):
         observed = gradstore.open(folder / "store").history("pool")
         assert set(observed["step"].to_pylist()) == {0, 1, 2, 3, 4, 5}, "every step's rollouts are kept"
+
+
+UNEVEN = """
+import numpy as np
+from engine import Candidates, Scored, Selector
+
+def score(candidates: Candidates) -> Scored:
+    cosines = candidates.cosines(candidates.target_D)
+    return Scored(cosines, weights=np.where(cosines == cosines.max(), 9.0, 1.0))
+
+SELECTOR = Selector("uneven", score, "cosine, the best weighing 9 times as much", needs_target=True)
+"""
+
+
+@pytest.fixture
+def installed(engine: tuple[list, dict], tmp_path: Path) -> None:
+    """A package with the selector `uneven`, as `pip install` would leave it."""
+    folder = tmp_path / "packages"
+    about = folder / "uneven-1.0.dist-info"
+    about.mkdir(parents=True)
+    (folder / "uneven.py").write_text(UNEVEN)
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: uneven\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text("[gradstore.selectors]\nuneven = uneven:SELECTOR\n")
+    engine[1]["PYTHONPATH"] = os.pathsep.join([str(folder), engine[1]["PYTHONPATH"]])
+
+
+@pytest.mark.parametrize("engine", ["transformers"], indirect=True)
+@pytest.mark.usefixtures("installed")
+def test_two_ranks(start) -> None:
+    """Most runs have many ranks: the policy is in shards, each rank sketches some of the problems, and two rollout
+    engines are given the weights that train. And a selector's weights must reach the loss."""
+    run = start(
+        "two",
+        more=[
+            "trainer.n_gpus_per_node=2",
+            "ray_kwargs.ray_init.num_gpus=2",
+            "gradstore.rounds=2",
+            "gradstore.selector=uneven",
+        ],
+    )
+    run.wait()
+    assert [found.about["step"] for found in run.rounds] == [0, 2]
+    for found in run.rounds:
+        assert found.about["n_rolled_out"] == 8
+        assert found.about["counts"]["live"] >= 4
+        assert len(set(found.picks)) == 4
+        assert found.table["weight"].to_numpy().max() == 9.0
+    assert "gradstore/round/number:1.0" in run.log
+    differences = run.logged("training/rollout_probs_diff_max")
+    assert len(differences) == 4
+    assert max(differences) < 1e-6, "both engines have the weights that train"
+    assert min(run.logged("actor/grad_norm")) > 0
+    # The largest of GRPO's advantages of 4 rewards that differ lies between sqrt(3) / 2 and 3 / 2.
+    advantages = [*run.logged("critic/advantages/max"), *run.logged("critic/advantages/min")]
+    assert max(map(abs, advantages)) > 2.5, "those of the best problem count 9 / 3 times"
+    observed = gradstore.open(run.folder / "store").history("pool")
+    assert set(observed["step"].to_pylist()) == {0, 1, 2, 3}
 
 
 def checkpoints(folder: Path) -> list[int]:
