@@ -98,7 +98,7 @@ VLLM = [
 def engine(request: pytest.FixtureRequest, verl_environment: dict[str, str], tmp_path: Path) -> tuple[list, dict]:
     """Overrides and environment of a rollout engine."""
     if request.param == "transformers":
-        return [], verl_environment
+        return [], dict(verl_environment)
     # verl looks for a distribution of this name, and vLLM learns from "+cpu" that it is on the processor.
     about = tmp_path / "vllm-0.31.0+cpu.dist-info"
     about.mkdir()
