@@ -9,6 +9,7 @@ from gradstore.cli import app
 from gradstore.cli.make import Device, Model
 from gradstore.cli.rank import Json, StorePath
 from gradstore.cli.show import print_json, print_table
+from gradstore.errors import RequestError
 
 
 @app.command()
@@ -21,6 +22,9 @@ def fidelity(
     benchmark_rollouts: Annotated[Path, typer.Option(help="Rollouts the benchmark's rows were made from.")],
     sample: Annotated[int, typer.Option(min=3, help="Live problems measured exactly, drawn at random.")] = 200,
     top: Annotated[int | None, typer.Option("--top", "-k", min=1, help="Overlap of the best k too (a tenth).")] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="Model of the KL term, for rows that were collected with --reference.")
+    ] = None,
     adapter: Annotated[str | None, typer.Option(help="PEFT adapter to load on the model.")] = None,
     at: Annotated[int | None, typer.Option("--at", help="Look at the store as of this step.")] = None,
     seed: Annotated[int, typer.Option(help="Draws the sample.")] = 0,
@@ -29,14 +33,28 @@ def fidelity(
 ) -> None:
     """Compare stored cosine scores with exact ones on a sample, beside the exact scores' own reliability."""
     import gradstore
+    from engine.gradients.logprobs import Reference
     from engine.gradients.models import load_model, load_tokenizer
     from engine.rollouts import read_rollouts
     from engine.sketches.faithfulness import fidelity as measure
+    from engine.sketches.sketcher import SketchSpec
 
     opened = gradstore.open(store)
+    settings = SketchSpec.of(opened.fingerprint).objective
+    if (settings.reference is None) != (reference is None):
+        raise RequestError(
+            f"the rows of {store} have {'no' if settings.reference is None else 'a'} KL term to a model: "
+            f"{'leave --reference out' if settings.reference is None else 'give it, --reference'}"
+        )
     tokenizer = load_tokenizer(model)
     sources = [read_rollouts(path, tokenizer=tokenizer) for path in (rollouts, benchmark_rollouts)]
     policy = load_model(model, adapter, device)
+    if reference is not None:
+        compared = Reference(load_model(reference, device=device), temperature=settings.temperature)
+        if compared.digest != settings.reference:
+            raise RequestError(f"{reference}: other weights than those the KL term of the rows of {store} is to")
+        for source in sources:
+            source.change(compared)
     found = measure(opened, pool, against, policy, *sources, at=at, sample=sample, k=top, seed=seed)
     facts = found.describe()
     if json:

@@ -62,6 +62,8 @@ def probe(
     for name in (pool, against):
         opened.commit(name)
     settings = SketchSpec.of(opened.fingerprint).objective
+    if settings.kl_beta:
+        raise RequestError(f"the rows of {store} have a KL term, which probes do not measure (docs/methods.md)")
     tokenizer = load_tokenizer(model)
     source, wanted = (read_rollouts(path, tokenizer=tokenizer) for path in (rollouts, benchmark_rollouts))
     version = (source.step or 0) if step is None else step

@@ -49,6 +49,17 @@ def test_kl_term(cli, tmp_path, model_folder, files, tiny_model) -> None:
     status, _, err = cli(*benchmark, "--reference", model_folder)
     assert (status, "objective" in err) == (2, True)
     assert cli(*benchmark, "--reference", tmp_path / "other")[0] == 0
+    asked = ["--pool", "pool", "--against", "b", "--rollouts", files["pool"], "--benchmark-rollouts", files["b"]]
+    fidelity = ["fidelity", tmp_path / "s", *asked, "--model", model_folder, "--json"]
+    status, _, err = cli(*fidelity)
+    assert (status, "--reference" in err) == (2, True)
+    status, _, err = cli(*fidelity, "--reference", model_folder)
+    assert (status, "other weights" in err) == (2, True)
+    status, out, err = cli(*fidelity, "--reference", tmp_path / "other")
+    assert status == 0, err
+    assert json.loads(out)["n_problems"] > 2
+    status, _, err = cli("probe", tmp_path / "s", *asked, "--model", model_folder)
+    assert (status, "KL term" in err) == (2, True)
     plain = ["collect", tmp_path / "plain", *pool[2:], *kind]
     assert cli(*plain)[0] == 0
     same = ["collect", tmp_path / "same", *pool[2:], *kind, "--kl-beta", 0.04, "--reference", model_folder]
