@@ -3,6 +3,7 @@
 Dimension letters: S steps, P problems, D sketch dimensions.
 """
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -16,10 +17,12 @@ from analysis.trajectory import Trajectory, measured_steps, steps_of, target_at,
 from engine.searching.query import Metric
 from gradstore import State, Store
 
-__all__ = ["half_life", "ranking_drift", "staleness", "target_drift"]
+__all__ = ["half_life", "ranking_drift", "staleness", "target_drift", "tells_noise"]
 
 _BLOCK = 512
 """Problems whose gradients are held at once."""
+_TOO_GOOD = 0.995
+"""A reliability extrapolated to more than this may have been cut off."""
 
 
 def target_drift(store: Store, benchmark: str, steps: Sequence[int] | None = None) -> pd.DataFrame:
@@ -112,6 +115,15 @@ def ranking_drift(
     columns = ["step", "other", "against", "n", "k", "spearman", "jaccard", "rbo", "refreshed"]
     columns += ["noise_spearman", "noise_jaccard", "noise_rbo", "reliability", "noise_from"]
     return pd.DataFrame(rows, columns=columns)
+
+
+def tells_noise(frame: pd.DataFrame) -> bool:
+    """Whether the noise floor of a frame of `ranking_drift` can be believed.
+
+    Extrapolated from few steps it may end above full agreement, where it is cut to 1: then it says nothing.
+    """
+    trust = float(frame["reliability"].iloc[-1])
+    return math.isfinite(trust) and (str(frame["noise_from"].iloc[-1]) != "repeats" or trust < _TOO_GOOD)
 
 
 def _score_noise(

@@ -4,7 +4,6 @@ import numpy as np
 
 from analysis import alignment, drift
 from analysis.report.findings import Findings
-from analysis.report.movement import tells_noise
 from analysis.report.pieces import written
 
 MUCH = 0.25
@@ -72,7 +71,7 @@ def _noise(found: Findings) -> list[str]:
         if frame.empty:
             continue
         trust = float(frame["reliability"].iloc[-1])
-        if not tells_noise(frame):
+        if not drift.tells_noise(frame):
             lines.append(
                 f"How reliable the ranking against {name} is cannot be told here: probes, or more steps, would."
             )
@@ -82,7 +81,7 @@ def _noise(found: Findings) -> list[str]:
                 "one from new rollouts. Single ranks mean little."
             )
         last = frame[frame["against"] == "previous"].iloc[-1]
-        sure = tells_noise(frame) and (last["noise_from"] == "probes" or len(found.steps) >= ENOUGH_STEPS)
+        sure = drift.tells_noise(frame) and (last["noise_from"] == "probes" or len(found.steps) >= ENOUGH_STEPS)
         if sure and last["spearman"] < last["noise_spearman"] - 0.1:
             lines.append(
                 f"Between steps {last['other']} and {last['step']} the ranking against {name} moved more than noise "

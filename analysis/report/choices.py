@@ -1,14 +1,15 @@
 """Selections round by round: what was taken, what other selectors would have taken, and what it cost."""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 
-from analysis import curricula
+from analysis import curricula, figures
 from analysis.report.findings import Findings, mean_or_nan
 from analysis.report.pieces import Column, Figure, Kind, Section, Series, Table
 
 _SHOWN = ("cosine", "accgreedy", "rand", curricula.TRAINED, curricula.BEST)
-_WORDS = {curricula.TRAINED: "trained on", curricula.BEST: "best in hindsight"}
 
 
 def selections(found: Findings) -> Section:
@@ -75,33 +76,15 @@ def _rounds(found: Findings) -> Table:
 
 
 def _gained(found: Findings, frame: pd.DataFrame) -> Figure:
-    series = []
     used = {str(one.about.get("selector")) for one in found.rounds}
-    words = {**_WORDS, curricula.TRAINED: f"trained on ({', '.join(sorted(used))})"}
-    for name in _SHOWN:
-        if used == {name}:
-            continue  # the same line as what was trained on
-        rows = frame[frame["selector"] == name]
-        if rows["gained"].notna().any():
-            series.append(
-                Series(
-                    words.get(name, name),
-                    rows["step"].tolist(),
-                    rows["gained"].tolist(),
-                    dashed=name == curricula.BEST,
-                )
-            )
-    return Figure(
-        "gained",
-        "Alignment gained by each selector",
+    shown = [name for name in _SHOWN if used != {name}]  # its line would be that of what was trained on
+    frame = pd.concat([frame[frame["selector"] == name] for name in shown])
+    says = (
         f"Mean {found.metric} of the picks with {found.main}, judged in hindsight. The dashed line is the most that "
-        "any choice of as many problems could have had. Rounds after which nothing was measured again are left out.",
-        "lines",
-        series,
-        "Step",
-        "Mean alignment of the picks",
-        y_kind="signed",
+        "any choice of as many problems could have had. Rounds after which nothing was measured again are left out."
     )
+    described = figures.counterfactual(frame, words={curricula.TRAINED: f"trained on ({', '.join(sorted(used))})"})
+    return replace(described, says=says, y_label="Mean alignment of the picks")
 
 
 def _compared(found: Findings, frame: pd.DataFrame, judged: pd.DataFrame) -> Table:
@@ -110,7 +93,7 @@ def _compared(found: Findings, frame: pd.DataFrame, judged: pd.DataFrame) -> Tab
         mine, later = frame[frame["selector"] == name], judged[judged["selector"] == name]
         rows.append(
             [
-                _WORDS.get(name, name),
+                figures.SELECTORS.get(name, name),
                 float(mine["n"].mean()),
                 mean_or_nan(mine["overlap"]),
                 mean_or_nan(mine["alignment"]),

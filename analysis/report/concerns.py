@@ -1,12 +1,13 @@
 """What a researcher would want to look into: layers, benchmarks that disagree, turned problems, suspicious rewards."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pandas as pd
 
-from analysis import conflict, layers, suspicion, turning
+from analysis import conflict, figures, layers, suspicion, turning
 from analysis.report.findings import Findings
-from analysis.report.pieces import Column, Figure, Section, Series, Table
+from analysis.report.pieces import Column, Figure, Section, Table
 from gradstore.errors import RequestError
 
 MOST_LAYERS = 40
@@ -21,27 +22,16 @@ def through_layers(found: Findings) -> Section:
         return Section("layers", "Layers", missing="The store does not say which dimensions belong to which layer.")
     frame = layers.layers(found.store, found.pool, found.main, found.metric, most=1000, seed=found.seed)
     newest = frame[frame["step"] == frame["step"].max()]
-    most = set(newest.nlargest(MOST_LAYERS, "share")["layer"])
-    names = [name for name, _, _ in found.store.layers if name in most]
-    steps = sorted(set(frame["step"]))
-    series = []
-    for name in names:
-        share = frame[frame["layer"] == name].set_index("step")["share"]
-        series.append(Series(short(name), [str(step) for step in steps], [float(share[step]) for step in steps]))
+    most = frame["layer"].isin(set(newest.nlargest(MOST_LAYERS, "share")["layer"]))
     top = newest.nlargest(1, "share").iloc[0]
     left = f" The {MOST_LAYERS} largest of {len(newest)} layers." if len(newest) > MOST_LAYERS else ""
-    figure = Figure(
-        "layer-shares",
-        f"Through which layers the pool aligns with {found.main}",
-        f"Mean absolute term of the score in each layer, as a share of all layers. At step {newest['step'].iloc[0]}, "
-        f"{short(top['layer'])} carries most, {100 * top['share']:.0f} %.{left}",
-        "heatmap",
-        series,
-        "Step",
-        "Layer",
-        y_kind="percent",
-        y_range=(0.0, float(frame["share"].max())),
-        categories=True,
+    described = figures.layers(frame[most].assign(layer=frame["layer"].map(short)))
+    figure = replace(
+        described,
+        key="layer-shares",
+        title=f"Through which layers the pool aligns with {found.main}",
+        says=f"{described.says} At step {newest['step'].iloc[0]}, {short(top['layer'])} carries most, "
+        f"{100 * top['share']:.0f} %.{left}",
     )
     rows = [
         [short(line["layer"]), line["dims"], line["share"], line["term"], line["energy"]]
@@ -87,7 +77,7 @@ def disagreeing(found: Findings) -> Section:
     rows = frame[keys].to_numpy(object).tolist()
     blocks: list[Figure | Table] = []
     if len(found.benchmarks) > 2:
-        blocks.append(_cosines(found, frame))
+        blocks.append(figures.conflict(frame))
     says = "Over the problems with a gradient. Rank correlation: Spearman of the two rankings of the pool."
     blocks.append(Table("conflicts-table", "Pairs of benchmarks", columns, rows, says=says))
     worst = frame.loc[frame["cosine"].idxmin()]
@@ -96,27 +86,6 @@ def disagreeing(found: Findings) -> Section:
         blocks.append(_contested(found, contested, worst["a"], worst["b"]))
     lead = "Where what helps one benchmark harms another."
     return Section("conflicts", "Conflicts", lead, blocks)
-
-
-def _cosines(found: Findings, frame: pd.DataFrame) -> Figure:
-    cosine = {(line["a"], line["b"]): line["cosine"] for line in frame.to_dict("records")}
-    names = list(found.benchmarks)
-    series = [
-        Series(a, names, [1.0 if a == b else cosine.get((a, b), cosine.get((b, a), float("nan"))) for b in names])
-        for a in names
-    ]
-    return Figure(
-        "conflict-cosines",
-        "Cosine between the targets",
-        "Blue: the benchmarks want the same; red: what helps one harms the other.",
-        "heatmap",
-        series,
-        "Benchmark",
-        "Benchmark",
-        y_range=(-1.0, 1.0),
-        categories=True,
-        y_kind="signed",
-    )
 
 
 def _contested(found: Findings, frame: pd.DataFrame, a: str, b: str) -> Table:

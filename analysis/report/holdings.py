@@ -1,11 +1,12 @@
 """What the store holds, and how it came to be over the steps."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from analysis import alignment
+from analysis import alignment, figures
 from analysis.report.findings import Findings
 from analysis.report.pieces import Column, Figure, Kind, Section, Series, Table
 from gradstore import State
@@ -103,21 +104,12 @@ def _share(frame: pd.DataFrame, step: int, state: str) -> float:
 
 
 def _alignment_figure(found: Findings) -> Figure:
-    series = []
-    for name in found.benchmarks:
-        table = alignment.summary(found.alignments[name])
-        x = table["step"].tolist()
-        series.append(Series(name, x, table["median"].tolist(), table["low"].tolist(), table["high"].tolist()))
-    return Figure(
-        "alignment",
-        "Alignment of the pool with each benchmark",
-        f"Median {found.metric} of the problems with a gradient against the benchmark's target of the same step; "
+    return replace(
+        figures.alignment({name: found.alignments[name] for name in found.benchmarks}),
+        title="Alignment of the pool with each benchmark",
+        says=f"Median {found.metric} of the problems with a gradient against the benchmark's target of the same step; "
         "the band spans the 5th to the 95th percentile of the problems.",
-        "lines",
-        series,
-        "Step",
-        axis_of(found),
-        y_kind="signed",
+        y_label=axis_of(found),
     )
 
 

@@ -22,7 +22,7 @@ def drawn(figure: Figure) -> dict[str, Any]:
         "paper_bgcolor": "rgba(0,0,0,0)",
         "plot_bgcolor": "rgba(0,0,0,0)",
         "margin": {"l": 70, "r": 20, "t": 20, "b": 55},
-        "xaxis": {"title": {"text": escape(figure.x_label), "standoff": 8}, "automargin": True, "zeroline": False},
+        "xaxis": {"title": {"text": escape(figure.x_label), "standoff": 8}, "automargin": True},
         "yaxis": {"title": {"text": escape(figure.y_label), "standoff": 8}, "automargin": True, "zeroline": True},
         "legend": {
             "orientation": "h",
@@ -43,6 +43,7 @@ def drawn(figure: Figure) -> dict[str, Any]:
         layout["xaxis"] |= {"tickmode": "array", "tickvals": ticks}
     if figure.drawing in ("bars", "stacked bars") and len({x for s in figure.series for x in s.x}) <= 4:
         layout["bargap"] = 0.5
+    layout["xaxis"]["zeroline"] = figure.drawing == "points"
     value_axis = "xaxis" if figure.horizontal else "yaxis"
     if figure.y_kind == "percent":
         layout[value_axis]["tickformat"] = ".0%"
@@ -57,19 +58,30 @@ def drawn(figure: Figure) -> dict[str, Any]:
         layout["yaxis"] |= {"type": "category", "autorange": "reversed", "zeroline": False}
         return {"data": [_heatmap(figure)], "layout": layout, "size": _size(figure)}
     traces = [
-        trace for place, series in enumerate(figure.series) for trace in _traces(figure, series, _colour(series, place))
+        trace
+        for series, colour in zip(figure.series, colours(figure), strict=True)
+        for trace in _traces(figure, series, colour)
     ]
     return {"data": traces, "layout": layout, "size": _size(figure)}
 
 
-def _colour(series: Series, place: int) -> str:
-    return "#8a909c" if series.dashed or series.name == "other" else PALETTE[place % len(PALETTE)]
+def colours(figure: Figure) -> list[str]:
+    """The colour of each series; among points a dashed one has that of the series before, which it is fitted to."""
+    found, place = [], -1
+    for series in figure.series:
+        fitted = figure.drawing == "points" and series.dashed
+        place += not fitted
+        grey = (series.dashed and not fitted) or series.name == "other"
+        found.append("#8a909c" if grey else PALETTE[max(place, 0) % len(PALETTE)])
+    return found
 
 
 def _traces(figure: Figure, series: Series, colour: str) -> list[dict[str, Any]]:
     name, x, y = escape(series.name), list(series.x), [_finite(value) for value in series.y]
-    if figure.drawing == "points":
+    if figure.drawing == "points" and not series.dashed:
         many = figure.n_points >= _WEBGL_FROM
+        size = 5 if many else 8
+        sizes = [2 * size if large else size for large in series.large] if series.large else size
         return [
             {
                 "type": "scattergl" if many else "scatter",
@@ -79,7 +91,7 @@ def _traces(figure: Figure, series: Series, colour: str) -> list[dict[str, Any]]
                 "y": y,
                 "text": [escape(text) for text in series.hover or []],
                 "hovertemplate": "%{text}<extra>" + name + "</extra>",
-                "marker": {"color": colour, "size": 5 if many else 8, "opacity": 0.75},
+                "marker": {"color": colour, "size": sizes, "opacity": 0.75},
             }
         ]
     if figure.drawing in ("bars", "stacked bars"):

@@ -1,9 +1,11 @@
 """What the pool is made of: its sources, and groups of problems whose gradients point the same way."""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 
-from analysis import alignment, clusters, composition
+from analysis import alignment, clusters, composition, figures
 from analysis.report.findings import Findings, mean_or_nan
 from analysis.report.holdings import axis_of
 from analysis.report.pieces import Column, Figure, Section, Series, Table
@@ -41,11 +43,10 @@ def sources(found: Findings) -> Section:
         )
         blocks.append(_table(found))
     if found.rounds:
-        for by, words in (("source", "source"), ("tag", "tag"), ("difficulty", "pass rate")):
+        for by in ("source", "tag", "difficulty"):
             picked = composition.picks_over_time(found.store, found.pool, by)
-            if picked["group"].nunique() < 2:
-                continue
-            blocks.append(_picks(picked, by, words))
+            if picked["group"].nunique() > 1:
+                blocks.append(figures.picks_over_time(picked, by=by))
     if not blocks:
         return Section("sources", "Sources", missing="No benchmark has a target and no round was recorded.")
     return Section("sources", "Sources", "Which parts of the pool help, and which were taken.", blocks)
@@ -91,37 +92,6 @@ def _table(found: Findings) -> Table:
     )
 
 
-def _picks(picked: pd.DataFrame, by: str, words: str) -> Figure:
-    totals = picked.groupby("group")["n"].sum().sort_values(ascending=False)
-    kept = [str(name) for name in totals.index[:9]]
-    x = [str(step) for step in sorted(set(picked["step"]))]
-    series = []
-    for name in sorted(kept) if by == "difficulty" else kept:
-        share = picked[picked["group"] == name].groupby("step")["share"].mean()
-        series.append(Series("no gradient now" if name == "unknown" else name or "(none)", x, share.tolist()))
-    rest = picked[~picked["group"].isin(kept)]
-    if len(rest):
-        series.append(Series("other", x, rest.groupby("step")["share"].sum().tolist()))
-    note = " A problem counts under each of its tags." if by == "tag" else ""
-    first = picked.loc[picked["n"].idxmax()]
-    says = (
-        f"Share of each round's picks.{note} At step {first['step']}, {100 * first['share']:.0f} % of the picks were "
-        f"{first['group'] or '(none)'}, which is {100 * first['candidate_share']:.0f} % of the candidates."
-    )
-    return Figure(
-        f"picks-by-{by}",
-        f"What was picked, by {words}",
-        says,
-        "stacked bars",
-        series,
-        "Step",
-        "Share of the picks",
-        y_kind="percent",
-        y_range=(0, 1) if by != "tag" else None,
-        categories=True,
-    )
-
-
 def clustered(found: Findings) -> Section:
     """Clusters of gradients: a map and what each is made of."""
     try:
@@ -135,7 +105,7 @@ def clustered(found: Findings) -> Section:
         typical = [" ".join(texts[name].split())[:110] for name in line["representatives"][:3]]
         rows.append(
             [
-                _name(line["cluster"]),
+                figures.cluster_name(line["cluster"]),
                 line["n"],
                 line["similarity"],
                 line["pass_rate"],
@@ -157,7 +127,7 @@ def clustered(found: Findings) -> Section:
     ]
     if found.rounds:
         picked = composition.picks_over_time(found.store, found.pool, "cluster", frame)
-        blocks.append(_picks(picked, "cluster", "cluster"))
+        blocks.append(figures.picks_over_time(picked, by="cluster"))
     lead = "Problems whose gradients point the same way teach the policy the same thing (k-means on unit sketches)."
     return Section("clusters", "Clusters", lead, blocks)
 
@@ -168,32 +138,11 @@ def _map(found: Findings, frame: pd.DataFrame) -> Figure:
         keep = np.random.default_rng(found.seed).choice(len(frame), MOST_POINTS, replace=False)
         shown = frame.iloc[np.sort(keep)]
     texts = {record["id"]: record["prompt"] for record in found.problems(shown["id"].tolist())}
-    series = []
-    for number, members in shown.groupby("cluster"):
-        hover = [
-            f"{line.id} · {line.source} · pass rate {100 * line.pass_rate:.0f} % · "
-            f"{' '.join(texts[line.id].split())[:90]}"
-            for line in members.itertuples()
-        ]
-        x, y = (np.round(members[axis], 4).tolist() for axis in ("x", "y"))
-        series.append(Series(_name(number), x, y, hover=hover))
-    drawn = "" if len(shown) == len(frame) else f" {len(shown)} of {len(frame)} problems are drawn."
-    return Figure(
-        "map",
-        "Map of the gradients",
-        "Each point is a problem; near points have gradients that point the same way, as far as two principal "
-        f"components can show. Point at one to read it.{drawn}",
-        "points",
-        series,
-        "First principal component",
-        "Second principal component",
-        with_table=False,
-    )
+    described = figures.clusters(shown, texts)
+    if len(shown) == len(frame):
+        return described
+    return replace(described, says=f"{described.says} {len(shown)} of {len(frame)} problems are drawn.")
 
 
 def _named(sizes: pd.DataFrame) -> list[str]:
     return [name for names in sizes["representatives"] for name in names]
-
-
-def _name(cluster: int) -> str:
-    return "no cluster" if cluster == clusters.NOISE else f"cluster {cluster}"

@@ -29,7 +29,9 @@ class Series:
     hover: Sequence[str] | None = None
     """A text for each point, instead of its coordinates."""
     dashed: bool = False
-    """A reference, such as a noise floor, rather than a measurement."""
+    """A reference, such as a noise floor, rather than a measurement; among points the curve fitted to those before."""
+    large: Sequence[bool] | None = None
+    """Which points are drawn larger."""
 
 
 @dataclass(frozen=True, slots=True)

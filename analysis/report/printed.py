@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from analysis.report.interactive import PALETTE
+from analysis.report.interactive import colours
 from analysis.report.pieces import Figure
 
 if TYPE_CHECKING:
@@ -70,12 +70,12 @@ def _draw(canvas: Any, axes: "Axes", figure: Figure) -> None:
 
 
 def _lines_or_points(axes: "Axes", figure: Figure) -> None:
-    for place, series in enumerate(figure.series):
-        colour = "#8a909c" if series.dashed else PALETTE[place % len(PALETTE)]
+    for series, colour in zip(figure.series, colours(figure), strict=True):
         x = [str(value) for value in series.x] if figure.categories else series.x
         y = np.array(series.y, float)
-        if figure.drawing == "points":
-            axes.scatter(x, y, s=6, color=colour, alpha=0.7, label=series.name, rasterized=True, linewidths=0)
+        if figure.drawing == "points" and not series.dashed:
+            size = 6 if series.large is None else np.where(series.large, 24, 6)
+            axes.scatter(x, y, s=size, color=colour, alpha=0.7, label=series.name, rasterized=True, linewidths=0)
             continue
         style = "--" if series.dashed else "-"
         axes.plot(x, y, style, marker="" if series.dashed else "o", ms=3, color=colour, label=series.name)
@@ -88,10 +88,9 @@ def _bars(axes: "Axes", figure: Figure) -> None:
     names = list(dict.fromkeys(str(x) for series in figure.series for x in series.x))
     places, base = np.arange(len(names)), np.zeros(len(names))
     thick = 0.8 if figure.drawing == "stacked bars" else 0.8 / max(1, len(figure.series))
-    for number, series in enumerate(figure.series):
+    for number, (series, colour) in enumerate(zip(figure.series, colours(figure), strict=True)):
         values_of = {str(x): y for x, y in zip(series.x, series.y, strict=True)}
         values = np.nan_to_num(np.array([values_of.get(name) for name in names], float))
-        colour = PALETTE[number % len(PALETTE)]
         stacked = figure.drawing == "stacked bars"
         at = places if stacked else places - 0.4 + thick * (number + 0.5)
         draw, side = (axes.barh, "left") if figure.horizontal else (axes.bar, "bottom")

@@ -210,7 +210,7 @@ def test_warnings_are_plain_and_true(make_history: Callable) -> None:
 
 def test_a_noise_floor_that_is_cut_off_is_not_drawn() -> None:
     """Extrapolated to full agreement from a few steps it would make anything look like drift."""
-    from analysis.report.movement import tells_noise
+    from analysis.drift import tells_noise
 
     frame = pd.DataFrame({"reliability": [0.7], "noise_from": ["repeats"]})
     assert tells_noise(frame)
