@@ -1,5 +1,7 @@
 """Mixtures, quotas and soft sampling: whatever is asked for holds in the picks."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -308,6 +310,11 @@ def test_what_a_selector_knows_is_handed_on(make_store) -> None:
     np.testing.assert_array_equal(chosen.low, number - 1)
     assert np.isnan(chosen.high).all()
     np.testing.assert_allclose(chosen.weights, 1 / (1 + number))
+    np.testing.assert_allclose(chosen.relative_weights, chosen.weights * len(chosen) / chosen.weights.sum())
+    same = replace(chosen, weights=np.full(len(chosen), 0.1))
+    assert (same.relative_weights == 1).all(), "exactly: a trainer then leaves everything as it is"
+    with pytest.raises(RequestError, match="the weight 0"):
+        _ = replace(chosen, weights=np.zeros(len(chosen))).relative_weights
     np.testing.assert_array_equal(chosen.rollouts, number % 5)
     first = chosen.describe()["problems"][0]
     assert (first["low"], first["high"]) == (number[0] - 1, None)
