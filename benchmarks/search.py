@@ -29,8 +29,7 @@ import gradstore
 from benchmarks.stores import make_store
 from benchmarks.timing import interleaved, print_times
 from engine.searching.query import search
-from engine.searching.ranking import best
-from engine.searching.scan import scan_rows
+from engine.searching.scan import scan_best, scan_rows
 
 K = 1000
 MODULE_DIM = 256
@@ -71,10 +70,6 @@ def exact_section(folder: Path, scale: float, repeats: int) -> None:
         with ThreadPoolExecutor(threads) as pool:
             list(pool.map(read, chunks))
 
-    def sixteen() -> None:
-        for scores_P in scan_rows(view, queries):
-            best(scores_P, K, view.ids_at)
-
     modules = torch.split(mapped, MODULE_DIM, dim=1)
 
     def by_module() -> None:
@@ -85,7 +80,8 @@ def exact_section(folder: Path, scale: float, repeats: int) -> None:
     jobs: dict[str, Callable[[], object]] = {
         "C read": read_all,
         "1 query": lambda: search(view, query, K),
-        "16 queries": sixteen,
+        "16 queries": lambda: scan_best(view, queries, K),
+        "16 queries, every score": lambda: scan_rows(view, queries),
         "FAISS Flat fp32": lambda: flat.search(query[None], K),
         "mapped fp32, by module": by_module,
         "mapped fp32, one product": lambda: torch.topk(mapped @ torch.from_numpy(query), K),

@@ -1,29 +1,23 @@
 """The exact scan: products of stored rows with queries, straight from the mapped chunk files.
 
-Rows are never decoded. A query is written as a sum of a few vectors in the rows' own type (its digits), numkong
-multiplies codes with digits in whole numbers, and the digits' products are weighed and added:
-
-    q  =  w0 q0 + w1 q1 + ...          row . q  =  scale * (w0 (codes . q0) + w1 (codes . q1) + ...)
-
-int8 rows take three digits, int4 rows six, fp16 rows two and fp32 rows one: what is left of q after them is below
-1.3e-7 of its largest entry, less than float32 products lose. Rows of one bit are unpacked to bytes 0 and 1, a
-block that fits in the cache at a time. A digit more costs almost nothing: one query is bound by reading the rows.
+Rows are never decoded: codes are multiplied with the digits of queries (products.py). A digit more costs almost nothing
+where one query is bound by reading the rows; sixteen queries are bound by arithmetic.
 
 Rows that a query does not want (superseded, deleted, not live, filtered out) are skipped by whole chunks, scored
 and thrown away where they lie among wanted ones, and only where few of a chunk are wanted are those copied together.
 
-P problems of a view, Q queries, D sketch dimensions, W columns of codes, G digits of a query, N rows of a block.
+P problems of a view, Q queries, D sketch dimensions, W columns of codes, N rows of a block or pairs of row and query.
 """
 
 import os
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Literal
+from functools import partial
 
-import numkong
 import numpy as np
 
 from engine.searching.blocks import blocks_of
+from engine.searching.products import PRODUCTS, PairProduct, Product, ProductOf, int8_product, left_of, pair_product
+from engine.searching.ranking import best, kth_smallest
 from gradstore import View
 from gradstore.view import Piece
 
@@ -33,16 +27,6 @@ _FEW = 4096
 """Rows that one core scores sooner than threads begin."""
 _SPARSE = 0.25
 """Below this share of wanted rows between the first and the last wanted one of a chunk, they are copied together."""
-_UNPACKED_BYTES = 1 << 20
-"""Of a block of one-bit rows as bytes: fits in the cache."""
-_COLUMNS_AT_ONCE = 4
-"""numkong's kernels take four vectors at a time; three took an eighth longer than four."""
-_SAFE_COLUMNS = (2**31 - 1) // 127**2
-"""Columns over which products of int8 cannot leave int32."""
-
-Kind = Literal["int8", "int4", "float16", "float32"]
-Product = Callable[[np.ndarray], np.ndarray]
-"""codes [N, W] -> products of the codes, as numbers, with every query: float64 [N, Q]."""
 
 
 def scan_rows(view: View, queries_QD: np.ndarray, positions: np.ndarray | None = None) -> np.ndarray:
@@ -56,7 +40,67 @@ def scan_rows(view: View, queries_QD: np.ndarray, positions: np.ndarray | None =
     queries_QD = np.asarray(queries_QD, np.float32)
     if view.n_bases > 1:
         return _in_each_basis(view, queries_QD, positions)
-    return _in_one_basis(view, queries_QD, positions)
+    return _in_one_basis(view, queries_QD, positions, PRODUCTS[view.store.dtype])
+
+
+def scan_best(
+    view: View, queries_QD: np.ndarray, k: int, positions: np.ndarray | None = None
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Each query's k largest scores, as `best` of `scan_rows` has them: their positions, int64, and float32 scores.
+
+    Several queries multiply int8 rows with two digits first. Only rows within twice of what that may be wrong by of the
+    k-th score can be among the k, and those are scored anew with all digits.
+    """
+    queries_QD = np.asarray(queries_QD, np.float32)
+    exact = pair_product(queries_QD) if view.store.dtype == "int8" and view.n_bases == 1 else None
+    if exact is None:
+        scores_QP = scan_rows(view, queries_QD, positions)
+        best_Q = [best(scores_P, k, view.ids_at) for scores_P in scores_QP]
+        return [(places, scores_P[places]) for places, scores_P in zip(best_Q, scores_QP, strict=True)]
+    near_Q = _near(_in_one_basis(view, queries_QD, positions, partial(int8_product, n_digits=2)), queries_QD, k)
+    found = []
+    for places, scores in zip(near_Q, _score_near(view, near_Q, exact), strict=True):
+        chosen = best(scores, k, partial(_ids_among, view, places))
+        found.append((places[chosen], scores[chosen]))
+    return found
+
+
+def _near(scores_QP: np.ndarray, queries_QD: np.ndarray, k: int) -> list[np.ndarray]:
+    """For each query the positions, ascending, of all that can be among the k best by scores of two digits."""
+
+    def near(scores_P: np.ndarray, left: float) -> np.ndarray:
+        return np.flatnonzero(scores_P >= -kth_smallest(-scores_P, k) - 2 * left)
+
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        return list(pool.map(near, scores_QP, left_of(queries_QD, 2)))
+
+
+def _score_near(view: View, near_Q: list[np.ndarray], exact: PairProduct) -> list[np.ndarray]:
+    """Scores of each query's positions, float32, chunk file by chunk file: a row is read once for all queries."""
+    counts = [len(places) for places in near_Q]
+    places_N, query_N = np.concatenate(near_Q), np.repeat(np.arange(len(near_Q)), counts)
+    row_N = view.row_numbers[places_N]
+    order = np.argsort(row_N)
+    row_N, query_N = row_N[order], query_N[order]
+    pieces = view.pieces(np.unique(places_N))
+    starts = np.searchsorted(row_N, [piece.rows[0] for piece in pieces])
+    stops = np.append(starts[1:], len(row_N))
+    found_N = np.empty(len(row_N), np.float32)
+
+    def score(piece: Piece, start: int, stop: int) -> None:
+        rows = row_N[start:stop]
+        scale = piece.scale[np.searchsorted(piece.rows, rows)]
+        found_N[start:stop] = exact(piece.span()[0], rows - piece.rows[0], query_N[start:stop], scale)
+
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        list(pool.map(score, pieces, starts, stops))
+    scores_N = np.empty_like(found_N)
+    scores_N[order] = found_N
+    return np.split(scores_N, np.cumsum(counts)[:-1])
+
+
+def _ids_among(view: View, places: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    return view.ids_at(places[chosen])
 
 
 def _in_each_basis(view: View, queries_QW: np.ndarray, positions: np.ndarray | None) -> np.ndarray:
@@ -67,22 +111,24 @@ def _in_each_basis(view: View, queries_QW: np.ndarray, positions: np.ndarray | N
         here = places[basis_P == basis]
         known_Q = ~np.isnan(block_QD).any(axis=1)
         if len(here) and known_Q.any():
-            found_QP = _in_one_basis(view, block_QD[known_Q], here)
+            found_QP = _in_one_basis(view, block_QD[known_Q], here, PRODUCTS[view.store.dtype])
             scores_QP[np.ix_(known_Q, here)] = found_QP[:, here]
     return scores_QP
 
 
-def _in_one_basis(view: View, queries_QD: np.ndarray, positions: np.ndarray | None) -> np.ndarray:
+def _in_one_basis(
+    view: View, queries_QD: np.ndarray, positions: np.ndarray | None, product_of: ProductOf
+) -> np.ndarray:
     scores_QP = np.full((len(queries_QD), len(view)), np.nan, np.float32)
     pieces = view.pieces(positions)
     few = positions is not None and len(positions) < _FEW
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         for start in range(0, len(queries_QD), QUERIES_AT_ONCE):
             some_QP = scores_QP[start : start + QUERIES_AT_ONCE]
-            product = _PRODUCTS[view.store.dtype](queries_QD[start : start + QUERIES_AT_ONCE])
+            product = product_of(queries_QD[start : start + QUERIES_AT_ONCE])
 
             def score(piece: Piece, some_QP: np.ndarray = some_QP, product: Product = product) -> None:
-                some_QP[:, _as_slice(piece.positions)] = _score(piece, product).T
+                _score(piece, product, some_QP)
 
             if few:  # Starting threads takes longer than scoring a few rows: an unused pool starts none.
                 _score_few(pieces, some_QP, product)
@@ -92,17 +138,22 @@ def _in_one_basis(view: View, queries_QD: np.ndarray, positions: np.ndarray | No
     return scores_QP
 
 
-def _score(piece: Piece, product: Product) -> np.ndarray:
-    """Products of a piece's rows with the queries: float64 [N, Q]."""
+def _score(piece: Piece, product: Product, some_QP: np.ndarray) -> None:
+    """Products of a piece's rows with the queries, to their places."""
     codes, within = piece.span()
-    if len(within) == len(codes):
-        products_NQ = product(codes)
+    places, scale = _as_slice(piece.positions), piece.scale
+    if len(within) == len(codes) and isinstance(places, slice):
+        product(codes, scale, some_QP[:, places])
     elif len(within) < _SPARSE * len(codes):
-        products_NQ = product(codes[within])
+        scores_QN = np.empty((len(some_QP), len(within)), np.float32)
+        product(codes[within], scale, scores_QN)
+        some_QP[:, places] = scores_QN
     else:
-        products_NQ = product(codes)[within]
-    products_NQ *= piece.scale[:, None]
-    return products_NQ
+        scale_N = np.zeros(len(codes), np.float32)
+        scale_N[within] = scale
+        scores_QN = np.empty((len(some_QP), len(codes)), np.float32)
+        product(codes, scale_N, scores_QN)
+        some_QP[:, places] = scores_QN[:, within]
 
 
 def _score_few(pieces: list[Piece], some_QP: np.ndarray, product: Product) -> None:
@@ -110,8 +161,9 @@ def _score_few(pieces: list[Piece], some_QP: np.ndarray, product: Product) -> No
     if not pieces:
         return
     codes = np.concatenate([span[within] for span, within in (piece.span() for piece in pieces)])
-    products_NQ = product(codes) * np.concatenate([piece.scale for piece in pieces])[:, None]
-    some_QP[:, np.concatenate([piece.positions for piece in pieces])] = products_NQ.T
+    scores_QN = np.empty((len(some_QP), len(codes)), np.float32)
+    product(codes, np.concatenate([piece.scale for piece in pieces]), scores_QN)
+    some_QP[:, np.concatenate([piece.positions for piece in pieces])] = scores_QN
 
 
 def _as_slice(places: np.ndarray) -> slice | np.ndarray:
@@ -119,107 +171,3 @@ def _as_slice(places: np.ndarray) -> slice | np.ndarray:
     first, last = int(places[0]), int(places[-1])
     consecutive = last - first + 1 == len(places) and bool(np.all(places[1:] > places[:-1]))
     return slice(first, last + 1) if consecutive else places
-
-
-def _digits(queries_QD: np.ndarray, largest: int, n_digits: int) -> tuple[np.ndarray, np.ndarray]:
-    """Queries as sums of vectors of whole numbers: digits [G, Q, D] in [-largest, largest], weights float64 [G, Q].
-
-    A digit's step is the one before it over 2 * largest + 1, at most half of which was left over.
-    """
-    rest_QD = queries_QD.astype(np.float64)
-    step_Q = np.abs(rest_QD).max(axis=1) / largest
-    digits, weights = [], []
-    for _ in range(n_digits):
-        digit_QD = np.rint(rest_QD / np.where(step_Q > 0, step_Q, 1)[:, None])
-        digit_QD = np.clip(digit_QD, -largest, largest)
-        rest_QD -= digit_QD * step_Q[:, None]
-        digits.append(digit_QD)
-        weights.append(step_Q)
-        step_Q = step_Q / (2 * largest)
-    return np.stack(digits), np.stack(weights)
-
-
-def _int8_product(queries_QD: np.ndarray) -> Product:
-    digits, weights_GQ = _digits(queries_QD, 127, 3)
-    return _weighed(digits.astype(np.int8), weights_GQ, "int8", _SAFE_COLUMNS)
-
-
-def _int4_product(queries_QD: np.ndarray) -> Product:
-    digits, weights_GQ = _digits(queries_QD, 7, 6)
-    digits = np.pad(digits, ((0, 0), (0, 0), (0, digits.shape[2] % 2))).astype(np.int8).view(np.uint8)
-    return _weighed((digits[..., 0::2] & 15) | (digits[..., 1::2] << 4), weights_GQ, "int4")
-
-
-def _half_product(queries_QD: np.ndarray) -> Product:
-    peak_Q = np.abs(queries_QD).max(axis=1).astype(np.float64)
-    units_QD = queries_QD / np.where(peak_Q > 0, peak_Q, 1)[:, None]
-    high_QD = units_QD.astype(np.float16)
-    low_QD = ((units_QD - high_QD) * 2048).astype(np.float16)
-    return _weighed(np.stack([high_QD, low_QD]), np.stack([peak_Q, peak_Q / 2048]), "float16")
-
-
-def _float_product(queries_QD: np.ndarray) -> Product:
-    return _weighed(queries_QD[None], np.ones((1, len(queries_QD))), "float32")
-
-
-def _bit_product(queries_QD: np.ndarray) -> Product:
-    """A row's codes are 2 bits - 1: twice the product with the bits, less the sum of the query."""
-    of_bytes = _int8_product(queries_QD)
-    dim = queries_QD.shape[1]
-    digits, weights_GQ = _digits(queries_QD, 127, 3)
-    sums_Q = np.einsum("gqd,gq->q", digits, weights_GQ)
-    block = max(1, _UNPACKED_BYTES // dim)
-
-    def product(codes: np.ndarray) -> np.ndarray:
-        products_NQ = np.empty((len(codes), len(queries_QD)))
-        for start in range(0, len(codes), block):
-            bits = np.unpackbits(codes[start : start + block], axis=1, count=dim, bitorder="little")
-            products_NQ[start : start + block] = of_bytes(bits.view(np.int8))
-        products_NQ *= 2
-        products_NQ -= sums_Q
-        return products_NQ
-
-    return product
-
-
-def _weighed(digits: np.ndarray, weights_GQ: np.ndarray, kind: Kind, safe_columns: int | None = None) -> Product:
-    """Products with digits [G, Q, W] of numkong's type `kind`, weighed and added over the digits."""
-    n_digits, n_queries, width = digits.shape
-    flat = digits.reshape(n_digits * n_queries, width)
-    flat = np.ascontiguousarray(np.pad(flat, ((0, -len(flat) % _COLUMNS_AT_ONCE), (0, 0))))
-    stops = range(0, width, safe_columns or width)
-    packed = [
-        (columns, _pack(flat[:, columns], kind)) for columns in (slice(s, s + (safe_columns or width)) for s in stops)
-    ]
-
-    def product(codes: np.ndarray) -> np.ndarray:
-        total_NQ = np.zeros((len(codes), n_queries))
-        term_NQ = np.empty_like(total_NQ)
-        for columns, matrix in packed:
-            part = np.asarray(numkong.dots_packed(_tensor(codes[:, columns], kind), matrix))
-            for digit in range(n_digits):
-                np.multiply(part[:, digit * n_queries : (digit + 1) * n_queries], weights_GQ[digit], out=term_NQ)
-                total_NQ += term_NQ
-        return total_NQ
-
-    return product
-
-
-def _pack(rows: np.ndarray, kind: Kind) -> "numkong.PackedMatrix":
-    return numkong.dots_pack(_tensor(rows, kind), dtype=kind)
-
-
-def _tensor(rows: np.ndarray, kind: Kind) -> "numkong.Tensor | np.ndarray":
-    """Rows as numkong takes them: numpy has no type for two numbers a byte."""
-    if kind != "int4":
-        return rows
-    return numkong.from_pointer(rows.ctypes.data, rows.shape, kind, strides=rows.strides, owner=rows)
-
-
-_PRODUCTS: dict[str, Callable[[np.ndarray], Product]] = {
-    "int8": _int8_product,
-    "int4": _int4_product,
-    "1bit": _bit_product,
-    "fp16": _half_product,
-    "fp32": _float_product,
-}

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 import gradstore
-from engine.searching import scan
+from engine.searching import products, scan
 from engine.searching.query import score_rows
-from engine.searching.scan import scan_rows
+from engine.searching.ranking import best
+from engine.searching.scan import scan_best, scan_rows
 from gradstore.layout import DTYPES
 
 N, CHUNK = 130, 16
@@ -77,7 +78,7 @@ def test_the_largest_products_do_not_wrap_around(make_view, monkeypatch) -> None
     view = make_view("int8", 64)
     query = np.linspace(-1, 2, 64, dtype=np.float32)
     whole = scan_rows(view, query[None])
-    monkeypatch.setattr(scan, "_SAFE_COLUMNS", 10)
+    monkeypatch.setattr(products, "SAFE_COLUMNS", 10)
     assert np.array_equal(scan_rows(view, query[None]), whole)
     assert 131072 <= (2**31 - 1) // 127**2
 
@@ -89,6 +90,49 @@ def test_more_queries_than_fit_in_a_pass(make_view) -> None:
     together = scan_rows(view, queries)
     for query, scores in zip(queries, together, strict=True):
         assert np.array_equal(scan_rows(view, query[None])[0], scores)
+
+
+@pytest.mark.parametrize("n_queries", [1, 6, 19])
+@pytest.mark.parametrize("compiled", [True, False])
+def test_the_best_of_several_queries(make_view, n_queries: int, compiled: bool, monkeypatch) -> None:
+    """Rows whose order only the last digit tells must not be lost to those that two digits put before them."""
+    if compiled:
+        monkeypatch.setattr(products, "_has_tiles", lambda: False)
+    else:
+        monkeypatch.setattr(products, "_kernel", lambda: None)
+    view = make_view("int8", 48)
+    random = np.random.default_rng(3)
+    queries = random.standard_normal((n_queries, 48)).astype(np.float32)
+    queries[-1] *= 1e-6
+    queries[-1, 0] = 1e-30
+    queries[0] = view.rows(np.array([7]))[0]
+    for positions in (None, np.arange(3, 100, 2), random.permutation(len(view)), np.array([], np.int64)):
+        scores_QP = scan_rows(view, queries, positions)
+        for k in (1, 10, 200):
+            found = scan_best(view, queries, k, positions)
+            for (places, scores), scores_P in zip(found, scores_QP, strict=True):
+                expected = best(scores_P, k, view.ids_at)
+                assert np.array_equal(places, expected)
+                assert np.array_equal(scores, scores_P[expected])
+
+
+def test_the_best_where_two_digits_tell_nothing(tmp_path, monkeypatch) -> None:
+    """Rows without a share in a query's one large entry have the score 0 by two digits, all of them."""
+    monkeypatch.setattr(products, "_has_tiles", lambda: False)
+    random = np.random.default_rng(0)
+    store = gradstore.create(tmp_path / "store", dim=64, fingerprint={}, dtype="int8", chunk_rows=CHUNK)
+    store.add_problems("pool", [{"id": f"p{i}", "prompt": "?"} for i in range(N)])
+    rows = random.standard_normal((N, 64)).astype(np.float32)
+    rows[:, 0] = 0
+    with store.writer("pool", step=0) as writer:
+        writer.append([f"p{i}" for i in range(N)], rows)
+    view = store.view("pool")
+    queries = (1e-5 * random.standard_normal((8, 64))).astype(np.float32)
+    queries[:, 0] = 1
+    exact = view.rows(np.arange(N)).astype(np.float64) @ queries.T.astype(np.float64)
+    for q, (places, scores) in enumerate(scan_best(view, queries, 5)):
+        assert np.array_equal(places, np.argsort(-exact[:, q])[:5])
+        np.testing.assert_allclose(scores, exact[places, q], rtol=1e-2)
 
 
 @pytest.mark.parametrize("at", [0, 1, 2, None])

@@ -1,0 +1,218 @@
+"""Products of codes as they are stored with queries: what a scan (scan.py) does with a block of rows.
+
+    q  =  w0 q0 + w1 q1 + ...          row . q  =  scale * (w0 (codes . q0) + w1 (codes . q1) + ...)
+
+A query is written as a sum of a few vectors in the rows' own type (its digits), codes are multiplied with digits in
+whole numbers, and the digits' products are weighed and added. int8 rows take three digits, int4 rows six, fp16 rows two
+and fp32 rows one: what is left of q after them is below 1.3e-7 of its largest entry, less than float32 products lose.
+Rows of one bit are unpacked to bytes -1 and 1, a block that fits in the cache at a time.
+
+Products are numkong's; of bytes, where the processor has AVX512-VNNI and no AMX, those of _products.c, which are the
+same whole numbers sooner. An installation without a C compiler has the same scores.
+
+Q queries, D sketch dimensions, W columns of codes, G digits of a query, C digits of all queries, N rows of a block.
+"""
+
+import logging
+from collections.abc import Callable
+from functools import cache
+from types import ModuleType
+from typing import Literal
+
+import numkong
+import numpy as np
+
+log = logging.getLogger(__name__)
+
+SAFE_COLUMNS = (2**31 - 1) // 127**2
+"""Columns over which products of int8 cannot leave int32."""
+_UNPACKED_BYTES = 1 << 20
+"""Of a block of one-bit rows as bytes: fits in the cache."""
+_COLUMNS_AT_ONCE = 4
+"""numkong's kernels take four vectors at a time; three took an eighth longer than four."""
+_LANES = 16
+_LINE = 64
+_NARROW = (3, 6)
+"""Vectors that _products.c multiplies place by place; more are its lanes."""
+_FEW_QUERIES = 5
+"""Their three digits fit in the lanes of one register: two would save nothing."""
+_ROUNDED = 1e-6
+"""Of a query's length: more than the rounding of scores and of rows' lengths to float32."""
+
+Kind = Literal["int8", "int4", "float16", "float32"]
+Product = Callable[[np.ndarray, np.ndarray, np.ndarray], None]
+"""codes [N, W], scale float32 [N] -> products of codes * scale with every query, into float32 [Q, N]."""
+ProductOf = Callable[[np.ndarray], Product]
+"""float32 queries [Q, D] -> products with them."""
+PairProduct = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+"""codes [M, W], for each pair the row's place and the query's number, int64 [N], and the row's scale, float32 [N]
+-> float32 [N]."""
+
+
+def digits_of(queries_QD: np.ndarray, largest: int, n_digits: int) -> tuple[np.ndarray, np.ndarray]:
+    """Queries as sums of vectors of whole numbers: digits [G, Q, D] in [-largest, largest], weights float64 [G, Q].
+
+    A digit's step is the one before it over 2 * largest + 1, at most half of which was left over.
+    """
+    rest_QD = queries_QD.astype(np.float64)
+    step_Q = np.abs(rest_QD).max(axis=1) / largest
+    digits, weights = [], []
+    for _ in range(n_digits):
+        digit_QD = np.rint(rest_QD / np.where(step_Q > 0, step_Q, 1)[:, None])
+        digit_QD = np.clip(digit_QD, -largest, largest)
+        rest_QD -= digit_QD * step_Q[:, None]
+        digits.append(digit_QD)
+        weights.append(step_Q)
+        step_Q = step_Q / (2 * largest)
+    return np.stack(digits), np.stack(weights)
+
+
+def int8_product(queries_QD: np.ndarray, n_digits: int = 3) -> Product:
+    digits, weights_GQ = digits_of(queries_QD, 127, n_digits)
+    digits = digits.astype(np.int8)
+    return _compiled_product(digits, weights_GQ) or _weighed(digits, weights_GQ, "int8", SAFE_COLUMNS)
+
+
+def _int4_product(queries_QD: np.ndarray) -> Product:
+    digits, weights_GQ = digits_of(queries_QD, 7, 6)
+    digits = np.pad(digits, ((0, 0), (0, 0), (0, digits.shape[2] % 2))).astype(np.int8).view(np.uint8)
+    return _weighed((digits[..., 0::2] & 15) | (digits[..., 1::2] << 4), weights_GQ, "int4")
+
+
+def _half_product(queries_QD: np.ndarray) -> Product:
+    peak_Q = np.abs(queries_QD).max(axis=1).astype(np.float64)
+    units_QD = queries_QD / np.where(peak_Q > 0, peak_Q, 1)[:, None]
+    high_QD = units_QD.astype(np.float16)
+    low_QD = ((units_QD - high_QD) * 2048).astype(np.float16)
+    return _weighed(np.stack([high_QD, low_QD]), np.stack([peak_Q, peak_Q / 2048]), "float16")
+
+
+def _float_product(queries_QD: np.ndarray) -> Product:
+    return _weighed(queries_QD[None], np.ones((1, len(queries_QD))), "float32")
+
+
+def _bit_product(queries_QD: np.ndarray) -> Product:
+    of_bytes = int8_product(queries_QD)
+    dim = queries_QD.shape[1]
+    block = max(1, _UNPACKED_BYTES // dim)
+
+    def product(codes: np.ndarray, scale_N: np.ndarray, out_QN: np.ndarray) -> None:
+        for start in range(0, len(codes), block):
+            part = slice(start, start + block)
+            signs = np.unpackbits(codes[part], axis=1, count=dim, bitorder="little").view(np.int8)
+            signs += signs
+            signs -= 1
+            of_bytes(signs, scale_N[part], out_QN[:, part])
+
+    return product
+
+
+@cache
+def _kernel() -> ModuleType | None:
+    """`_products.c`, where it was built and this processor has what it needs."""
+    try:
+        from engine.searching import _products
+    except ImportError:
+        log.warning("gradstore was installed without a C compiler: scans for several queries take half as long again")
+        return None
+    return _products if _products.supported() else None
+
+
+def _compiled_product(digits_GQW: np.ndarray, weights_GQ: np.ndarray) -> Product | None:
+    """Products with int8 digits by `_products.c`; None where numkong does them, or does them sooner."""
+    kernel, width = _kernel(), digits_GQW.shape[2]
+    if kernel is None or width > SAFE_COLUMNS or (weights_GQ.size > _NARROW[-1] and _has_tiles()):
+        return None
+    ordered, score = _ordered(digits_GQW.reshape(-1, width)), kernel.score_int8
+    weights_GQ = np.ascontiguousarray(weights_GQ)
+
+    def product(codes: np.ndarray, scale_N: np.ndarray, out_QN: np.ndarray) -> None:
+        score(codes, width, ordered, weights_GQ, scale_N, out_QN)
+
+    return product
+
+
+def _has_tiles() -> bool:
+    """Whether numkong multiplies bytes with AMX, which is several times faster than AVX512-VNNI."""
+    return bool(numkong.get_capabilities().get("sapphireamx"))
+
+
+def pair_product(queries_QD: np.ndarray) -> PairProduct | None:
+    """Products of single rows of int8, each with one query, as scores are made of three digits; None without the
+    kernel, or where two digits would save nothing."""
+    kernel, width = _kernel(), queries_QD.shape[1]
+    if kernel is None or width > SAFE_COLUMNS or len(queries_QD) <= _FEW_QUERIES or _has_tiles():
+        return None
+    digits, weights_GQ = digits_of(queries_QD, 127, 3)
+    ordered = np.stack([_ordered(digits_GD) for digits_GD in digits.astype(np.int8).swapaxes(0, 1)])
+    weights_QG, score = np.ascontiguousarray(weights_GQ.T), kernel.score_pairs
+
+    def product(codes: np.ndarray, places_N: np.ndarray, queries_N: np.ndarray, scale_N: np.ndarray) -> np.ndarray:
+        scores_N = np.empty(len(places_N), np.float32)
+        score(codes, width, places_N, queries_N, ordered, weights_QG, scale_N, scores_N)
+        return scores_N
+
+    return product
+
+
+def left_of(queries_QD: np.ndarray, n_digits: int) -> np.ndarray:
+    """How far n digits of int8 may be from the score of a row of at most unit length, float64 [Q]: the length of what
+    they leave of the query (Cauchy-Schwarz), and rounding."""
+    digits_GQD, weights_GQ = digits_of(queries_QD, 127, n_digits)
+    rest_QD = queries_QD - np.einsum("gqd,gq->qd", digits_GQD, weights_GQ)
+    return np.linalg.norm(rest_QD, axis=1) + _ROUNDED * np.linalg.norm(queries_QD.astype(np.float64), axis=1)
+
+
+def _ordered(digits_CW: np.ndarray) -> np.ndarray:
+    """Digits from 0 on, in the order that `_products.c` reads them in, with columns and places of nothing beside."""
+    n, width = digits_CW.shape
+    narrow = next((most for most in _NARROW if n <= most), None)
+    columns = narrow or -(-n // _LANES) * _LANES
+    step = _LINE if narrow else 4
+    moved = np.zeros((columns, -(-width // step) * step), np.uint8)
+    moved[:n, :width] = digits_CW.view(np.uint8) ^ 128
+    return moved if narrow else np.ascontiguousarray(moved.reshape(columns, -1, 4).swapaxes(0, 1))
+
+
+def _weighed(digits: np.ndarray, weights_GQ: np.ndarray, kind: Kind, safe_columns: int | None = None) -> Product:
+    """Products with digits [G, Q, W] of numkong's type `kind`, weighed and added over the digits."""
+    n_digits, n_queries, width = digits.shape
+    flat = digits.reshape(n_digits * n_queries, width)
+    flat = np.ascontiguousarray(np.pad(flat, ((0, -len(flat) % _COLUMNS_AT_ONCE), (0, 0))))
+    stops = range(0, width, safe_columns or width)
+    packed = [
+        (columns, _pack(flat[:, columns], kind)) for columns in (slice(s, s + (safe_columns or width)) for s in stops)
+    ]
+
+    def product(codes: np.ndarray, scale_N: np.ndarray, out_QN: np.ndarray) -> None:
+        total_NQ = np.zeros((len(codes), n_queries))
+        term_NQ = np.empty_like(total_NQ)
+        for columns, matrix in packed:
+            part = np.asarray(numkong.dots_packed(_tensor(codes[:, columns], kind), matrix))
+            for digit in range(n_digits):
+                np.multiply(part[:, digit * n_queries : (digit + 1) * n_queries], weights_GQ[digit], out=term_NQ)
+                total_NQ += term_NQ
+        total_NQ *= scale_N[:, None]
+        out_QN[...] = total_NQ.T
+
+    return product
+
+
+def _pack(rows: np.ndarray, kind: Kind) -> "numkong.PackedMatrix":
+    return numkong.dots_pack(_tensor(rows, kind), dtype=kind)
+
+
+def _tensor(rows: np.ndarray, kind: Kind) -> "numkong.Tensor | np.ndarray":
+    """Rows as numkong takes them: numpy has no type for two numbers a byte."""
+    if kind != "int4":
+        return rows
+    return numkong.from_pointer(rows.ctypes.data, rows.shape, kind, strides=rows.strides, owner=rows)
+
+
+PRODUCTS: dict[str, ProductOf] = {
+    "int8": int8_product,
+    "int4": _int4_product,
+    "1bit": _bit_product,
+    "fp16": _half_product,
+    "fp32": _float_product,
+}
