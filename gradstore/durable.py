@@ -6,6 +6,7 @@ old content or the new, never a mixture.
 """
 
 import errno
+import fcntl
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -21,6 +22,7 @@ from gradstore.errors import DamagedError, GradstoreError, RequestError
 TEMPORARY = ".tmp-"
 """Prefix of files that were being written; the next writer removes what a crash left."""
 
+PAGE = 4096
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _REFUSED = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG}
 
@@ -84,6 +86,20 @@ def write_all(descriptor: int, data: Any, offset: int) -> None:
         written = os.pwrite(descriptor, view, offset)
         view = view[written:]
         offset += written
+
+
+@contextmanager
+def past_the_cache(descriptor: int) -> Iterator[None]:
+    """Let writes go to the disk without a copy in memory: of whole pages, from memory that begins at one.
+
+    OSError EINVAL, here or of a write, where a file system cannot do that or a disk asks for more.
+    """
+    flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
+    fcntl.fcntl(descriptor, fcntl.F_SETFL, flags | getattr(os, "O_DIRECT", 0))
+    try:
+        yield
+    finally:
+        fcntl.fcntl(descriptor, fcntl.F_SETFL, flags)
 
 
 def replace_file(path: Path, data: bytes, before: Callable[[], None] | None = None) -> None:

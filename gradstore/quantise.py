@@ -13,6 +13,7 @@ D sketch dimensions, P rows (problems), W bytes or elements of codes a row.
 """
 
 import logging
+import math
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,7 @@ from functools import cache
 
 import numpy as np
 
+from gradstore.durable import PAGE
 from gradstore.layout import row_arrays
 
 log = logging.getLogger(__name__)
@@ -54,7 +56,7 @@ def encode(rows_P_D: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray, np
     """
     n_rows, dim = rows_P_D.shape
     array = row_arrays(dim, dtype)[0]
-    codes = np.empty(array.shape(n_rows), dtype=array.dtype)
+    codes = _aligned_empty(array.shape(n_rows), array.dtype)
     scale = np.zeros(n_rows, dtype=np.float32)
     norm = np.zeros(n_rows, dtype=np.float64)
     peaks_P = np.zeros(n_rows, dtype=np.float32)
@@ -91,9 +93,22 @@ def encode(rows_P_D: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray, np
     if len(starts) < 2:
         list(map(encode_rows, starts, stops))
     else:
-        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-            list(pool.map(encode_rows, starts, stops))
+        list(_threads(os.getpid()).map(encode_rows, starts, stops))
     return codes, scale, norm, peaks_P
+
+
+def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Like np.empty, but beginning at a page, as writes past the page cache must."""
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.empty(size + PAGE, dtype=np.uint8)
+    start = -memory.ctypes.data % PAGE
+    return memory[start : start + size].view(dtype).reshape(shape)
+
+
+@cache
+def _threads(_process: int) -> ThreadPoolExecutor:
+    """One for each core, kept from call to call; a forked process has none of its parent's threads."""
+    return ThreadPoolExecutor(len(os.sched_getaffinity(0)), "encode")
 
 
 @cache
