@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from gradstore import additions
@@ -75,14 +76,22 @@ def to_table(
     return pa.table(columns, schema=SCHEMA)
 
 
-def add_part(collection: Path, table: pa.Table) -> None:
-    """Write the next part, durably; the caller holds the collection's lock."""
+def add_part(collection: Path, table: pa.Table) -> int:
+    """Write the next part, durably, and return its number; the caller holds the collection's lock."""
     buffer = io.BytesIO()
     pq.write_table(table, buffer, compression="zstd")
-    additions.add_part(collection / PROBES, buffer.getvalue())
+    return additions.add_part(collection / PROBES, buffer.getvalue())
 
 
-def read_parts(collection: Path) -> pa.Table:
-    """All rows, in order of addition; DamagedError for a part that is not as it was written or is missing."""
+def read_parts(collection: Path, step: int | None, target: str | None, without: Sequence[str]) -> pa.Table:
+    """Rows in order of addition, of a step and along a target (None: of all), without those of some problems.
+
+    DamagedError for a part that is not as it was written or is missing.
+    """
     tables = [pq.read_table(io.BytesIO(data)) for data in additions.read_parts(collection / PROBES)]
-    return pa.concat_tables(tables) if tables else SCHEMA.empty_table()
+    table = pa.concat_tables(tables) if tables else SCHEMA.empty_table()
+    if step is not None:
+        table = table.filter(pc.equal(table["step"], step))
+    if target is not None:
+        table = table.filter(pc.equal(table["target"], target))
+    return table.filter(pc.invert(pc.is_in(table["id"], value_set=pa.array(without, pa.string()))))

@@ -103,6 +103,14 @@ def read_rounds(collection: Path, first: int = 0, stop: int | None = None) -> li
     return [_from_bytes(data, number, collection) for number, data in enumerate(parts, first)]
 
 
+def read_round(collection: Path, number: int, where: str) -> Round:
+    """One round; negative numbers count from the newest. RequestError where there is none."""
+    count = count_rounds(collection)
+    if not -count <= number < count:
+        raise RequestError(f"{where} has {count} rounds, there is no round {number}")
+    return read_rounds(collection, number % count, number % count + 1)[0]
+
+
 def count_rounds(collection: Path) -> int:
     """How many rounds were recorded; nothing is read."""
     return additions.count_parts(collection / ROUNDS)

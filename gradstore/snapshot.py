@@ -52,6 +52,11 @@ class Snapshot:
         alive: np.ndarray = np.arange(self.manifest.rows) >= dead_before[self.column("problem")]
         return alive
 
+    def rows_by_step(self) -> dict[int, int]:
+        """Step -> rows, ascending, without deleted ones."""
+        steps, counts = np.unique(self.column("step")[self.alive()], return_counts=True)
+        return dict(zip(steps.tolist(), counts.tolist(), strict=True))
+
     def bases(self) -> np.ndarray:
         """Number of the basis that each row is in, uint16 [rows]."""
         if not self.manifest.bases:

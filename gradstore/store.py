@@ -1,6 +1,5 @@
 """A store: collections of problems, and the history of their sketches, under one fingerprint."""
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -10,24 +9,16 @@ import numpy as np
 from gradstore.attachments import ATTACHMENTS, write_attachment
 from gradstore.bases import Basis, add_basis, added_bases, first_basis
 from gradstore.chunks import CodeRows
+from gradstore.description import describe
 from gradstore.durable import TEMPORARY, make_folder, replace_file, writing
 from gradstore.errors import FingerprintError, RequestError
 from gradstore.header import Header, check_fingerprint, check_shape, read_header
-from gradstore.layout import (
-    COLLECTIONS,
-    MANIFEST,
-    WITHOUT_CODES,
-    ZARR,
-    check_name,
-    group_json,
-)
-from gradstore.lock import describe_holder, is_running, read_holder
+from gradstore.layout import COLLECTIONS, MANIFEST, WITHOUT_CODES, ZARR, check_name, group_json
 from gradstore.manifest import Manifest
-from gradstore.problem_table import ProblemTable, add_to_parts, to_records, to_table
-from gradstore.problems import canonical
+from gradstore.new_problems import add_problems
+from gradstore.problem_table import ProblemTable, to_records
 from gradstore.session import Session
 from gradstore.snapshot import Snapshot, open_snapshot
-from gradstore.state import State
 from gradstore.view import View
 from gradstore.writer import Writer
 
@@ -176,26 +167,8 @@ class Store:
         """
         self._refuse_read_only()
         folder = self._folder(collection)
-        checked = [canonical(record, f"collection {collection!r}, record {n}") for n, record in enumerate(records)]
-        seen = Counter(record["id"] for record in checked)
-        if len(seen) < len(checked):
-            twice = next(problem_id for problem_id, count in seen.items() if count > 1)
-            raise RequestError(f"collection {collection!r}: problem id {twice!r} occurs {seen[twice]} times; keep one")
-        table = to_table(checked)
-        if (folder / MANIFEST).exists():
-            known = self._snapshot(collection).problems
-            if not len(_new_rows(known, table, collection)):
-                return 0
-        with Session(self._header, folder, create=True) as session:
-            new = _new_rows(ProblemTable(folder, session.manifest), table, collection)
-            if len(new):
-                session.unpublished = True
-                parts, unneeded = add_to_parts(folder, session.manifest, table.take(new))
-                session.publish(parts=parts)
-                with writing(folder):
-                    for file in unneeded:
-                        file.unlink()
-        return len(new)
+        known = self._snapshot(collection).problems if (folder / MANIFEST).exists() else None
+        return add_problems(self._header, folder, records, known)
 
     def problems(self, collection: str) -> "pa.Table":
         """Every problem ever added (until a compaction drops the deleted ones), in order of addition.
@@ -260,11 +233,7 @@ class Store:
             objective=objective or {},
             where=where,
         )
-        with Session(self._header, self._folder(collection)) as session:
-            ProblemTable(session.collection, session.manifest).rows_of(list(ids), where)
-            session.unpublished = True
-            probes.add_part(session.collection, table)
-            session.unpublished = False
+        self._add(collection, list(ids), where, lambda folder: probes.add_part(folder, table))
 
     def probes(self, collection: str, *, step: int | None = None, target: str | None = None) -> "pa.Table":
         """Probes in order of addition, of problems that are not deleted; None: of every step, along every target.
@@ -272,18 +241,9 @@ class Store:
         Columns: id, step, target, target_commit, objective (JSON), derivatives, rewards, lengths (lists, one number a
         rollout). DamagedError where a part is damaged or missing.
         """
-        import pyarrow as pa
-        import pyarrow.compute as pc
-
         from gradstore import probes
 
-        deleted = set(self.deleted(collection))
-        table = probes.read_parts(self._folder(collection))
-        if step is not None:
-            table = table.filter(pc.equal(table["step"], step))
-        if target is not None:
-            table = table.filter(pc.equal(table["target"], target))
-        return table.filter(pa.array([name not in deleted for name in table["id"].to_pylist()], pa.bool_()))
+        return probes.read_parts(self._folder(collection), step, target, without=self.deleted(collection))
 
     def add_round(self, collection: str, about: Mapping[str, Any], table: "pa.Table") -> int:
         """Record a selection round of a pool and return its number, counted from 0.
@@ -296,12 +256,7 @@ class Store:
         self._refuse_read_only()
         where = f"collection {collection!r}"
         data = rounds.to_bytes(about, table, where)
-        with Session(self._header, self._folder(collection)) as session:
-            ProblemTable(session.collection, session.manifest).rows_of(table["id"].to_pylist(), where)
-            session.unpublished = True
-            number = rounds.add_round(session.collection, data)
-            session.unpublished = False
-        return number
+        return self._add(collection, table["id"].to_pylist(), where, lambda folder: rounds.add_round(folder, data))
 
     def rounds(self, collection: str) -> "list[Round]":
         """Every recorded round of a pool, oldest first; DamagedError where one is damaged or missing."""
@@ -319,10 +274,7 @@ class Store:
         """One recorded round; negative numbers count from the newest. RequestError where there is none."""
         from gradstore import rounds
 
-        count = rounds.count_rounds(self._folder(collection))
-        if not -count <= number < count:
-            raise RequestError(f"collection {collection!r} has {count} rounds, there is no round {number}")
-        return rounds.read_rounds(self._folder(collection), number % count, number % count + 1)[0]
+        return rounds.read_round(self._folder(collection), number, f"collection {collection!r}")
 
     def delete(self, collection: str, ids: Sequence[str]) -> None:
         """Hide every row so far of some problems from all later views; they may be appended again."""
@@ -345,9 +297,7 @@ class Store:
 
     def steps(self, collection: str) -> dict[int, int]:
         """Rows at each step, ascending, without deleted ones."""
-        snapshot = self._snapshot(collection)
-        steps, counts = np.unique(snapshot.column("step")[snapshot.alive()], return_counts=True)
-        return dict(zip(steps.tolist(), counts.tolist(), strict=True))
+        return self._snapshot(collection).rows_by_step()
 
     def history(self, collection: str, at: int | None = None) -> "pa.Table":
         """Every row ever at or before step `at` (None: all), oldest first, of problems that are not deleted.
@@ -396,26 +346,7 @@ class Store:
             "bytes_per_row": self.row_bytes,
             "fingerprint": self.fingerprint,
             "bases": [{"digest": basis.digest, **basis.about} for basis in self.bases],
-            "collections": {name: self._describe(name) for name in self.collections},
-        }
-
-    def _describe(self, collection: str) -> dict[str, Any]:
-        folder = self._folder(collection)
-        snapshot = self._snapshot(collection)
-        newest = snapshot.newest(None)
-        states = snapshot.column("state")[newest[newest >= 0]]
-        holder = read_holder(folder)
-        return {
-            "problems": len(snapshot.problems),
-            "deleted": len(snapshot.deleted()),
-            "rows": snapshot.manifest.rows,
-            "states": {state.name.lower(): int(np.sum(states == state)) for state in State},
-            "steps": self.steps(collection),
-            "commit": snapshot.manifest.commit,
-            "generation": snapshot.manifest.folder,
-            "bytes": sum(file.stat().st_size for file in folder.glob("**/*") if file.is_file()),
-            "writer": describe_holder(holder) if is_running(holder) else "",
-            "interrupted_writer": "" if is_running(holder) else describe_holder(holder),
+            "collections": {name: describe(self._folder(name), self._snapshot(name)) for name in self.collections},
         }
 
     def _folder(self, collection: str) -> Path:
@@ -436,6 +367,15 @@ class Store:
         self._snapshots[collection] = snapshot
         return snapshot
 
+    def _add(self, collection: str, ids: list[str], where: str, write: Callable[[Path], int]) -> int:
+        """Write what stands beside the rows of known problems; returns its number."""
+        with Session(self._header, self._folder(collection)) as session:
+            ProblemTable(session.collection, session.manifest).rows_of(ids, where)
+            session.unpublished = True
+            number = write(session.collection)
+            session.unpublished = False
+        return number
+
     def _refuse_read_only(self) -> None:
         if self.mode != "a":
             raise RequestError(f"{self.path}: opened for reading; open it with mode 'a' to write")
@@ -454,28 +394,3 @@ def _is_blank(path: Path) -> bool:
     ours = {COLLECTIONS, f"{COLLECTIONS}/{ZARR}", ATTACHMENTS}
     names = (entry.relative_to(path) for entry in path.glob("**/*"))
     return all(str(name) in ours or name.parts[0] == ATTACHMENTS or name.name.startswith(TEMPORARY) for name in names)
-
-
-def _new_rows(known: ProblemTable, table: "pa.Table", collection: str) -> np.ndarray:
-    """Rows of `table` whose ids are not known; RequestError if a known one has other content."""
-    import pyarrow as pa
-
-    places = np.array([known.index.get(name, -1) for name in table["id"].to_pylist()], dtype=np.int64)
-    again = np.flatnonzero(places >= 0)
-    offered, stored = table.take(again), known.table.take(places[again]) if len(again) else table.slice(0, 0)
-    for field in table.column_names:
-        if pa.chunked_array(offered[field]).equals(stored[field]):
-            continue
-        pairs = zip(offered["id"].to_pylist(), offered[field].to_pylist(), stored[field].to_pylist(), strict=True)
-        name, new, old = next(pair for pair in pairs if pair[1] != pair[2])
-        field = "prompt" if field == "messages" else field
-        raise RequestError(
-            f"collection {collection!r}: problem {name!r} is stored with another {field!r}: {_short(old)}, "
-            f"now {_short(new)}; give a changed problem a new id"
-        )
-    return np.flatnonzero(places < 0)
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,0 +1,29 @@
+"""What is in a collection, in numbers: what `Store.info` and `gradstore info` tell."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gradstore.lock import describe_holder, is_running, read_holder
+from gradstore.snapshot import Snapshot
+from gradstore.state import State
+
+
+def describe(folder: Path, snapshot: Snapshot) -> dict[str, Any]:
+    """The collection in a folder as JSON can hold it; states are those of each problem's newest row."""
+    newest = snapshot.newest(None)
+    states = snapshot.column("state")[newest[newest >= 0]]
+    holder = read_holder(folder)
+    return {
+        "problems": len(snapshot.problems),
+        "deleted": len(snapshot.deleted()),
+        "rows": snapshot.manifest.rows,
+        "states": {state.name.lower(): int(np.sum(states == state)) for state in State},
+        "steps": snapshot.rows_by_step(),
+        "commit": snapshot.manifest.commit,
+        "generation": snapshot.manifest.folder,
+        "bytes": sum(file.stat().st_size for file in folder.glob("**/*") if file.is_file()),
+        "writer": describe_holder(holder) if is_running(holder) else "",
+        "interrupted_writer": "" if is_running(holder) else describe_holder(holder),
+    }
