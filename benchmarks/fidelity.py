@@ -4,13 +4,14 @@ The demo's trained model, problems of its pool with a signal, 16 rollouts each, 
 goes through a store, so that quantisation and the bytes of a row are those in use. Beside it: how well the exact scores
 repeat themselves with other rollouts of the same problems, which is what any ranking can hope for.
 
-    python -m benchmarks.fidelity [--pool 600] [--seed 0] [--out FILE.json]
+    python -m benchmarks.fidelity [--pool 600] [--seed 0] [--seeds 3] [--only "both, int8, 480"] [--out FILE.json]
 """
 
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -42,10 +43,20 @@ def main(
     benchmark: Annotated[int, typer.Option(help="Problems of the benchmark.")] = tasks.BENCHMARK_SIZE,
     rollouts: Annotated[int, typer.Option(help="Rollouts of each problem.")] = 16,
     seed: Annotated[int, typer.Option(help="Draws problems and rollouts.")] = 0,
+    seeds: Annotated[int, typer.Option(help="Seeds, counted from --seed.")] = 1,
+    only: Annotated[str, typer.Option(help="Sketches whose name, type and dimensions contain this.")] = "",
     out: Annotated[Path | None, typer.Option(help="JSON file for the numbers.")] = None,
 ) -> None:
     """Print the table."""
     torch.set_num_threads(1)  # layers this small lose more in waiting for a second thread than it brings
+    found = [measured(one, pool, benchmark, rollouts, only) for one in range(seed, seed + seeds)]
+    if out is not None:
+        out.write_text(json.dumps(found, indent=2))
+    show(found)
+
+
+def measured(seed: int, pool: int, benchmark: int, rollouts: int, only: str) -> dict:
+    """One seed: how each sketch agrees with exact scores, and how these repeat themselves. JSON-ready."""
     model = load_model(MODEL, device="cpu")
     sample = Sampler(model, seed)
     problems = tasks.pool(seed, pool)
@@ -55,26 +66,29 @@ def main(
     exact_P = exact_dots(model, groups, gradient, SPEC, norms=True).cosines[:, 0]
     live_P = ~np.isnan(exact_P)  # rewards that differ over one and the same response push nowhere
     groups, exact_P = [group for group, live in zip(groups, live_P, strict=True) if live], exact_P[live_P]
-    say(f"{len(groups)} of {pool} problems have a gradient")
+    say(f"seed {seed}: {len(groups)} of {pool} problems have a gradient")
     ids = [group.problem_id for group in groups]
     rows = []
     other = sample(tasks.benchmark(seed, benchmark), rollouts, first=rollouts)
-    for name, sketcher, dtype in sketchers(model, groups, wanted, other, seed):
-        found_P, row_bytes = stored_scores(sketcher, groups, wanted, dtype)
-        rows.append({"sketch": name, "dtype": dtype, "dim": sketcher.dim, "bytes": row_bytes})
+    for name, dtype, dim, make in sketchers(model, groups, wanted, other, seed):
+        if only not in f"{name}, {dtype}, {dim}":
+            continue
+        found_P, row_bytes = stored_scores(make(), groups, wanted, dtype)
+        rows.append({"sketch": name, "dtype": dtype, "dim": dim, "bytes": row_bytes})
         rows[-1] |= asdict(agreement(found_P, exact_P, ids))
-        say(f"{name} {dtype}: {rows[-1]['spearman']:.4f}")
+        say(f"{name} {dtype} {dim}: {rows[-1]['spearman']:.4f}, top 5 % {rows[-1]['top_5_percent']:.3f}")
     repeats = repeated(model, problems, sample, groups, exact_P, gradient, rollouts)
-    show(rows, repeats)
-    if out is not None:
-        out.write_text(json.dumps({"n_live": len(groups), "seed": seed, "sketches": rows, "exact": repeats}, indent=2))
+    return {"n_live": len(groups), "seed": seed, "sketches": rows, "exact": repeats}
 
 
 def sketchers(
     model: torch.nn.Module, groups: Sequence[Group], wanted: Sequence[Group], other: Sequence[Group], seed: int
-) -> list[tuple[str, Sketcher, str]]:
-    """Name, sketcher and row type of each kind compared. other: other rollouts of the benchmark."""
-    found = []
+) -> Iterator[tuple[str, str, int, Callable[[], Sketcher]]]:
+    """Name, row type, dimensions and maker of each kind compared. other: other rollouts of the benchmark."""
+
+    def fitted(spec: SketchSpec, pool: Sequence[Group], bench: Sequence[Group]) -> Sketcher:
+        return Sketcher(model, spec, fit_projection(model, pool, spec, benchmark=bench))
+
     samples: dict[str, tuple[Sequence[Group], Sequence[Group]]] = {
         "100 of the candidates": (groups[:100], ()),
         "the benchmark": ((), wanted),
@@ -84,18 +98,16 @@ def sketchers(
     for name, (pool, bench) in samples.items():
         for dim, dtype in ((480, "int8"), (960, "int4"), (240, "int8")):
             spec = replace(SPEC, basis="fitted", dim=dim)
-            projection = fit_projection(model, pool, spec, benchmark=bench)
-            found.append((f"fitted to {name}", Sketcher(model, spec, projection), dtype))
-    for rank in (4, 8, 16, 32):
-        spec = replace(SPEC, rank=rank, seed=seed)
-        found.append((f"random two-sided, rank {rank}", Sketcher(model, spec), "int8"))
-    for dim in (480, 3584):
-        spec = replace(SPEC, basis="dense", rank=64, dim=dim, seed=seed)
-        found.append(("dense random", Sketcher(model, spec), "int8"))
-    head = replace(SPEC, head_only=True, rank=64, right_rank=128, seed=seed)
-    found.append(("head mode 64 x 128 (LESSER)", Sketcher(model, head), "fp32"))
-    found.append(("two-sided p = 16 (bergson-like)", Sketcher(model, replace(SPEC, rank=16, seed=seed)), "fp32"))
-    return found
+            yield f"fitted to {name}", dtype, dim, partial(fitted, spec, pool, bench)
+    others: list[tuple[str, str, SketchSpec]] = [
+        *((f"random two-sided, rank {rank}", "int8", replace(SPEC, rank=rank, seed=seed)) for rank in (4, 8, 16, 32)),
+        *(("dense random", "int8", replace(SPEC, basis="dense", rank=64, dim=dim, seed=seed)) for dim in (480, 3584)),
+        ("head mode 64 x 128 (LESSER)", "fp32", replace(SPEC, head_only=True, rank=64, right_rank=128, seed=seed)),
+        ("two-sided p = 16 (bergson-like)", "fp32", replace(SPEC, rank=16, seed=seed)),
+    ]
+    for name, dtype, spec in others:
+        sketcher = Sketcher(model, spec)
+        yield name, dtype, sketcher.dim, lambda sketcher=sketcher: sketcher  # type: ignore[misc]
 
 
 def stored_scores(
@@ -143,26 +155,26 @@ def repeated(
     }
 
 
-def show(rows: Sequence[dict], repeats: dict) -> None:
-    table = [
-        [
-            row["sketch"],
-            row["dtype"],
-            str(row["dim"]),
-            str(row["bytes"]),
-            f"{row['spearman']:.3f}",
-            f"{row['top_5_percent']:.2f}",
-            f"{row['top_k']:.2f}",
-        ]
-        for row in rows
-    ]
-    other, halves = repeats["other rollouts"], repeats["halves"]
-    overlaps = [f"{other['top_5_percent']:.2f}", f"{other['top_k']:.2f}"]
-    table.append(["exact, other rollouts", "", "", "", f"{other['spearman']:.3f}", *overlaps])
-    table.append(["exact, even against odd rollouts", "", "", "", f"{halves['spearman']:.3f}", "", ""])
-    table.append(["the same carried to all rollouts", "", "", "", f"{halves['rank_reliability']:.3f}", "", ""])
+def show(found: Sequence[dict]) -> None:
+    """A row for each sketch with every seed's figures, and the mean and spread of its top 5 % where seeds are many."""
+
+    def each(numbers: Sequence[float], digits: int = 2) -> str:
+        listed = ", ".join(f"{number:.{digits}f}" for number in numbers)
+        return listed if len(numbers) < 4 else f"{listed}; {np.mean(numbers):.3f} ± {np.std(numbers, ddof=1):.3f}"
+
+    table = []
+    for same in zip(*(one["sketches"] for one in found), strict=True):
+        numbers = [each([row[key] for row in same], 3) for key in ("spearman", "top_5_percent", "top_k")]
+        table.append([same[0]["sketch"], same[0]["dtype"], str(same[0]["dim"]), str(same[0]["bytes"]), *numbers])
+    other = [one["exact"]["other rollouts"] for one in found]
+    halves = [one["exact"]["halves"] for one in found]
+    overlaps = [each([one[key] for one in other]) for key in ("top_5_percent", "top_k")]
+    table.append(["exact, other rollouts", "", "", "", each([one["spearman"] for one in other], 3), *overlaps])
+    for name, key in (("even against odd rollouts", "spearman"), ("the same carried to all", "rank_reliability")):
+        table.append([f"exact, {name}", "", "", "", each([half[key] for half in halves], 3), "", ""])
     columns = ["sketch", "as", "dims", "bytes a row", "Spearman", "top 5 %", "top 10 %"]
-    print_table(f"{rows[0]['n_problems']} live problems", columns, table, right=columns[2:])
+    live = ", ".join(str(one["n_live"]) for one in found)
+    print_table(f"{live} live problems, seeds {found[0]['seed']} to {found[-1]['seed']}", columns, table)
 
 
 if __name__ == "__main__":

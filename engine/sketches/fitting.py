@@ -6,7 +6,9 @@ then the left the columns of G_i R, and the right again. No gradient is ever for
 products alone, a window of problems at a time, and keeps a running set of leading directions for each layer. Problems
 weigh alike, whatever their norm: a first pass estimates the norms with a random sketch, and each problem's weights are
 divided by its norm, a gradient being linear in them. The mean gradient of a benchmark, where there is one, weighs as
-much as all problems together: what is ranked are dots with it.
+much as all problems together: what is ranked are dots with it. Beside each side's fitted directions stand a quarter as
+many random ones of their complement: what a gradient has there is not kept, but its length is estimated, because a
+cosine divides by the whole.
 
 Cost: five passes over the sample. Memory: for each layer and problem of a window R x (O or I) floats.
 
@@ -23,7 +25,7 @@ from torch import Tensor, nn
 
 from engine.rollouts.group import Group
 from engine.rollouts.source import RolloutSource
-from engine.sketches.projection import LayerBasis, Projection, Shape, fitted_projection, random_bases
+from engine.sketches.projection import LayerBasis, Projection, Shape, beside, fitted_projection, random_bases
 from engine.sketches.sketcher import Sketcher, SketchSpec, project
 from gradstore.errors import RequestError
 
@@ -31,6 +33,8 @@ T = TypeVar("T")
 _Sides = tuple[np.ndarray | None, np.ndarray | None]
 _LEFT, _RIGHT = 0, 1
 
+_BESIDE = 4
+"""Fitted directions of a side for each random one."""
 _WINDOW = 8
 """Problems whose one-sided products are held at once."""
 
@@ -42,7 +46,8 @@ def fit_projection(
     progress: Callable[[int], None] | None = None,
     benchmark: Sequence[Group] = (),
 ) -> Projection:
-    """A projection to spec.dim dimensions fitted to the groups, at most spec.rank directions on each side of a layer.
+    """A projection to spec.dim dimensions fitted to the groups, at most spec.rank directions on each side of a layer,
+    and a quarter as many random ones beside them.
 
     groups: a sample of the problems to be ranked. benchmark: groups that they will be ranked against: fitted to like
     the others, and their mean gradient has a dimension of its own. Those without signal are left out. progress: called
@@ -69,7 +74,7 @@ def fit_projection(
     sides = [(basis.left_OR, basis.right_IR) for basis in random_bases(shapes, 2 * spec.rank, spec.seed)]
     for fitted in (_RIGHT, _LEFT, _RIGHT):
         sides = _refined(random, sides, fitted, sample, toward, spec.rank, progress)
-    bases = _bases(shapes, sides)
+    bases, fitted_C = _bases(shapes, sides, spec.rank // _BESIDE, spec.seed)
     plain = Projection("random", bases, None, [(basis.name, basis.start, basis.stop) for basis in bases])
     sketcher = Sketcher(model, replace(spec, basis="random"), plain)
     energy_C, toward_C = np.zeros(plain.core_dim), np.zeros(plain.core_dim)
@@ -80,7 +85,8 @@ def fit_projection(
         done += len(pairs)
         energy_C += np.square(cores_PC * np.array([[scale] for _, scale in pairs])).sum(axis=0)
         _tell(progress, pairs)
-    return fitted_projection(bases, energy_C, spec.dim, float(len(sample)), toward_C if benchmark else None)
+    total = float(len(sample))
+    return fitted_projection(bases, energy_C, spec.dim, total, toward_C if benchmark else None, fitted_C)
 
 
 def sample_groups(source: RolloutSource, n: int, seed: int) -> list[Group]:
@@ -185,14 +191,28 @@ class _Directions:
         return torch.linalg.qr(kept_KW.T)[0].contiguous().cpu().numpy()
 
 
-def _bases(shapes: Sequence[Shape], sides: Sequence[_Sides]) -> list[LayerBasis]:
-    bases, start = [], 0
+def _bases(
+    shapes: Sequence[Shape], sides: Sequence[_Sides], n_random: int, seed: int
+) -> tuple[list[LayerBasis], np.ndarray]:
+    """The sides with random directions beside them, and which core entries are of fitted directions alone, bool [C]."""
+    bases, fitted, start = [], [], 0
     for (name, n_outputs, n_inputs), (left_OR, right_IR) in zip(shapes, sides, strict=True):
-        n_left = n_outputs if left_OR is None else left_OR.shape[1]
-        n_right = n_inputs if right_IR is None else right_IR.shape[1]
-        bases.append(LayerBasis(name, left_OR, right_IR, start, start + n_left * n_right))
-        start += n_left * n_right
-    return bases
+        left_fitted_R, left_OR = _widened(n_outputs, left_OR, n_random, seed, name, "left")
+        right_fitted_R, right_IR = _widened(n_inputs, right_IR, n_random, seed, name, "right")
+        fitted.append(np.outer(left_fitted_R, right_fitted_R).ravel())
+        bases.append(LayerBasis(name, left_OR, right_IR, start, start + len(fitted[-1])))
+        start = bases[-1].stop
+    return bases, np.concatenate(fitted)
+
+
+def _widened(
+    width: int, side_WR: np.ndarray | None, n_random: int, seed: int, name: str, side: str
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Which columns of the wider side are fitted, and the side; None: it is kept as it is, and nothing is beside it."""
+    if side_WR is None:
+        return np.ones(width, bool), None
+    rank = side_WR.shape[1]
+    return np.arange(rank + n_random) < rank, beside(side_WR, n_random, seed, name, side)
 
 
 def _windows(items: Sequence[T]) -> Iterator[Sequence[T]]:

@@ -9,6 +9,7 @@ folded to the sketch. Three kinds:
 - `fitted`: orthonormal sides spanning the directions in which a sample's gradients have their energy, folded by keeping
   the core entries of the highest energy over all layers: one budget, spent where the gradients are (fitting.py). One
   dimension more is what a benchmark's mean gradient has in all other entries, so that dots with it lose nothing there.
+  Random directions beside the fitted ones let the whole core's length estimate the gradient's.
 
 A side no wider than the rank is kept as it is. Signs are bits of a Philox counter keyed by seed, layer and side: the
 same on every machine, device and version.
@@ -124,12 +125,17 @@ def fitted_projection(
     dim: int,
     total_energy: float | None = None,
     toward_C: np.ndarray | None = None,
+    fitted_C: np.ndarray | None = None,
 ) -> Projection:
     """The `dim` core entries of the highest energy, in the order of the layers; layers without any are left out.
 
     toward_C: a benchmark's mean core. The last dimension is then its unit direction in the entries not kept.
+    fitted_C: entries of fitted directions, None: all. The others are kept only where these do not fill `dim`: an
+    estimate of what they stand for would add more noise to dots than it adds of them.
     """
-    of_M = np.sort(np.argsort(-energy_C, kind="stable")[: dim if toward_C is None else dim - 1])
+    n_kept = dim if toward_C is None else dim - 1
+    fitted_C = np.ones(len(energy_C), bool) if fitted_C is None else fitted_C
+    of_M = np.sort(np.lexsort((-energy_C, ~fitted_C))[:n_kept])
     layout = []
     for basis in bases:
         start, stop = np.searchsorted(of_M, [basis.start, basis.stop]).tolist()
@@ -140,6 +146,8 @@ def fitted_projection(
     if toward_C is not None and len(of_M):
         rest_C = toward_C.astype(np.float64)
         rest_C[of_M] = 0.0
+        if n_kept < fitted_C.sum():
+            rest_C[~fitted_C] = 0.0
         length, n_kept = float(np.linalg.norm(rest_C)), len(of_M)
         if length > 0:
             more_M = np.flatnonzero(rest_C)
@@ -164,6 +172,16 @@ def random_bases(layers: Sequence[Shape], rank: int, seed: int, right_rank: int 
         bases.append(LayerBasis(name, left_OR, right_IR, start, stop))
         start = stop
     return bases
+
+
+def beside(fitted_WR: np.ndarray, n: int, seed: int, name: str, side: str) -> np.ndarray:
+    """An orthonormal side and n random directions of its complement, float32 [W, R + n].
+
+    Signs / sqrt(n) less their part in the side: norms and products over all columns are in expectation those over the
+    whole width.
+    """
+    signs_WN = _signs(len(fitted_WR), n, seed, name, f"{side} beside") if n else fitted_WR[:, :0]
+    return np.concatenate([fitted_WR, signs_WN - fitted_WR @ (fitted_WR.T @ signs_WN)], axis=1)
 
 
 def _signs(width: int, rank: int, seed: int, name: str, side: str) -> np.ndarray:

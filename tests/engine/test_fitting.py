@@ -33,12 +33,14 @@ def captured(model, sketcher: Sketcher, groups: list[Group]) -> float:
 
 
 def test_sides_are_orthonormal_and_dimensions_as_asked(fitted) -> None:
-    """Sides that are not orthonormal would count some directions twice."""
+    """Sides that are not orthonormal, or random directions that reach into them, would count some directions twice."""
     _, projection = fitted
     for basis in projection.layers:
         for side in (basis.left_OR, basis.right_IR):
             if side is not None:
-                np.testing.assert_allclose(side.T @ side, np.eye(side.shape[1]), atol=1e-5)
+                side_WR, beside_WR = side[:, :-1], side[:, -1:]
+                np.testing.assert_allclose(side_WR.T @ side_WR, np.eye(side_WR.shape[1]), atol=1e-5)
+                np.testing.assert_allclose(side_WR.T @ beside_WR, 0, atol=1e-5)
     assert projection.dim == 60
     assert projection.layout[0][1] == 0
     assert all(a[2] == b[1] for a, b in zip(projection.layout, projection.layout[1:], strict=False))
@@ -185,7 +187,7 @@ def test_a_benchmark_has_a_dimension_of_its_own(make_model, make_groups) -> None
     found, whole = Sketcher(model, spec, projection).sketch(new), cores.sketch(new)
     target_D = Sketcher(model, spec, projection).sketch(bench).sketches.mean(0)
     target_C = cores.sketch(bench).sketches.mean(0)
-    dots_P, expected_P = found.sketches @ target_D, whole.sketches @ target_C
+    dots_P, expected_P = found.sketches @ target_D, whole.sketches @ (target_C * of_fitted_directions(projection, 2))
     assert np.allclose(dots_P, expected_P, rtol=1e-3, atol=1e-4 * np.abs(expected_P).max())
     assert np.allclose(found.norms, np.linalg.norm(whole.sketches, axis=1), rtol=1e-5)
     assert (np.linalg.norm(found.sketches, axis=1) < 0.99 * found.norms).all(), "60 of many entries hold a part"
@@ -194,6 +196,34 @@ def test_a_benchmark_has_a_dimension_of_its_own(make_model, make_groups) -> None
     plain_P = Sketcher(model, spec, without).sketch(new).sketches @ plain_D
     assert np.abs(plain_P - expected_P).max() > 10 * np.abs(dots_P - expected_P).max()
     assert _read_back(_to_bytes(projection), projection.digest()).digest() == projection.digest()
+
+
+def of_fitted_directions(projection: Projection, n_beside: int) -> np.ndarray:
+    """Which core entries are of no random direction, bool [C]."""
+    fitted_C = np.zeros(projection.core_dim, bool)
+    for basis in projection.layers:
+        core_RR = fitted_C[basis.start : basis.stop].reshape(
+            -1 if basis.left_OR is None else basis.left_OR.shape[1],
+            -1 if basis.right_IR is None else basis.right_IR.shape[1],
+        )
+        n_left, n_right = core_RR.shape
+        core_RR[
+            : n_left - (basis.left_OR is not None) * n_beside, : n_right - (basis.right_IR is not None) * n_beside
+        ] = 1
+    return fitted_C
+
+
+def test_norms_are_those_of_the_gradients(make_model, make_groups) -> None:
+    """The fitted directions hold a part of a gradient; its length is that of the whole, estimated without bias."""
+    model, groups = make_model("qwen2"), make_groups(30, seed=2)
+    spec = replace(SPEC, rank=8, dim=60)
+    projection = fit_projection(model, make_groups(40, seed=1), spec)
+    cores = Sketcher(model, replace(spec, basis="random"), replace(projection, kind="random", fold=None))
+    exact_P = np.linalg.norm(Sketcher(model, WHOLE).sketch(groups).sketches, axis=1)
+    held_P = np.linalg.norm(cores.sketch(groups).sketches * of_fitted_directions(projection, 2), axis=1) / exact_P
+    found_P = Sketcher(model, spec, projection).sketch(groups).norms / exact_P
+    assert abs(found_P.mean() - 1) < 4 * found_P.std() / np.sqrt(len(found_P))
+    assert held_P.mean() < 0.8
 
 
 def _read_back(data: bytes, digest: str) -> Projection:
