@@ -3,7 +3,7 @@ from typing_extensions import Buffer
 
 def supported() -> bool: ...
 def score_int8(
-    rows: Buffer, width: int, digits: Buffer, weights: Buffer, scale: Buffer, out: np.ndarray, /
+    rows: Buffer, width: int, digits: Buffer, starts: Buffer, weights: Buffer, scale: Buffer, out: np.ndarray, /
 ) -> None: ...
 def score_pairs(
     rows: Buffer,
@@ -11,6 +11,7 @@ def score_pairs(
     places: Buffer,
     queries: Buffer,
     digits: Buffer,
+    starts: Buffer,
     weights: Buffer,
     scale: Buffer,
     out: Buffer,

@@ -123,11 +123,11 @@ def _compiled_product(digits_GQW: np.ndarray, weights_GQ: np.ndarray) -> Product
     kernel, width = _kernel(), digits_GQW.shape[2]
     if kernel is None or width > SAFE_COLUMNS or (weights_GQ.size > _NARROW[-1] and _has_tiles()):
         return None
-    ordered, score = _ordered(digits_GQW.reshape(-1, width)), kernel.score_int8
+    (ordered, starts), score = _ordered(digits_GQW.reshape(-1, width)), kernel.score_int8
     weights_GQ = np.ascontiguousarray(weights_GQ)
 
     def product(codes: np.ndarray, scale_N: np.ndarray, out_QN: np.ndarray) -> None:
-        score(codes, width, ordered, weights_GQ, scale_N, out_QN)
+        score(codes, width, ordered, starts, weights_GQ, scale_N, out_QN)
 
     return product
 
@@ -144,12 +144,13 @@ def pair_product(queries_QD: np.ndarray) -> PairProduct | None:
     if kernel is None or width > SAFE_COLUMNS or len(queries_QD) <= _FEW_QUERIES or _has_tiles():
         return None
     digits, weights_GQ = digits_of(queries_QD, 127, 3)
-    ordered = np.stack([_ordered(digits_GD) for digits_GD in digits.astype(np.int8).swapaxes(0, 1)])
+    each = [_ordered(digits_GD) for digits_GD in digits.astype(np.int8).swapaxes(0, 1)]
+    ordered, starts = (np.stack(parts) for parts in zip(*each, strict=True))
     weights_QG, score = np.ascontiguousarray(weights_GQ.T), kernel.score_pairs
 
     def product(codes: np.ndarray, places_N: np.ndarray, queries_N: np.ndarray, scale_N: np.ndarray) -> np.ndarray:
         scores_N = np.empty(len(places_N), np.float32)
-        score(codes, width, places_N, queries_N, ordered, weights_QG, scale_N, scores_N)
+        score(codes, width, places_N, queries_N, ordered, starts, weights_QG, scale_N, scores_N)
         return scores_N
 
     return product
@@ -163,15 +164,17 @@ def left_of(queries_QD: np.ndarray, n_digits: int) -> np.ndarray:
     return np.linalg.norm(rest_QD, axis=1) + _ROUNDED * np.linalg.norm(queries_QD.astype(np.float64), axis=1)
 
 
-def _ordered(digits_CW: np.ndarray) -> np.ndarray:
-    """Digits from 0 on, in the order that `_products.c` reads them in, with columns and places of nothing beside."""
+def _ordered(digits_CW: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """int8 digits in the order that `_products.c` reads them in, with columns and places of zeros beside them; and
+    where the sums of each column start, int32: lower by what rows moved up by 128 add to them."""
     n, width = digits_CW.shape
     narrow = next((most for most in _NARROW if n <= most), None)
     columns = narrow or -(-n // _LANES) * _LANES
     step = _LINE if narrow else 4
-    moved = np.zeros((columns, -(-width // step) * step), np.uint8)
-    moved[:n, :width] = digits_CW.view(np.uint8) ^ 128
-    return moved if narrow else np.ascontiguousarray(moved.reshape(columns, -1, 4).swapaxes(0, 1))
+    padded = np.zeros((columns, -(-width // step) * step), np.int8)
+    padded[:n, :width] = digits_CW
+    starts = (-128 * padded.sum(axis=1, dtype=np.int64)).astype(np.int32)
+    return padded if narrow else np.ascontiguousarray(padded.reshape(columns, -1, 4).swapaxes(0, 1)), starts
 
 
 def _weighed(digits: np.ndarray, weights_GQ: np.ndarray, kind: Kind, safe_columns: int | None = None) -> Product:

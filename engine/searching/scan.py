@@ -82,7 +82,9 @@ def _score_near(view: View, near_Q: list[np.ndarray], exact: PairProduct) -> lis
     row_N = view.row_numbers[places_N]
     order = np.argsort(row_N)
     row_N, query_N = row_N[order], query_N[order]
-    pieces = view.pieces(np.unique(places_N))
+    wanted = np.zeros(len(view), bool)
+    wanted[places_N] = True
+    pieces = view.pieces(wanted)
     starts = np.searchsorted(row_N, [piece.rows[0] for piece in pieces])
     stops = np.append(starts[1:], len(row_N))
     found_N = np.empty(len(row_N), np.float32)

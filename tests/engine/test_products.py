@@ -86,30 +86,32 @@ def test_buffers_that_disagree_are_refused() -> None:
     from engine.searching._products import score_int8, score_pairs
 
     codes, scale, out = np.zeros((5, 70), np.int8), np.ones(5, np.float32), np.zeros((1, 5), np.float32)
-    digits, weights = np.zeros((3, 128), np.uint8), np.ones((3, 1))
-    score_int8(codes, 70, digits, weights, scale, out)
+    digits, starts, weights = np.zeros((3, 128), np.int8), np.zeros(3, np.int32), np.ones((3, 1))
+    score_int8(codes, 70, digits, starts, weights, scale, out)
     for wrong in [
-        (codes[:4], 70, digits, weights, scale, out),
-        (codes, 71, digits, weights, scale, out),
-        (codes, 0, digits, weights, scale, out),
-        (codes, 70, digits[:, :64].copy(), weights, scale, out),
-        (codes, 70, digits, np.ones((4, 1)), scale, out),
-        (codes, 70, digits, weights, scale[:4], out),
-        (codes, 70, digits, weights, scale, out[:, :4]),
-        (codes, 70, digits, weights, scale, out.astype(np.float64)),
-        (codes, 70, digits, weights, scale, np.zeros((1, 10), np.float32)[:, ::2]),
+        (codes[:4], 70, digits, starts, weights, scale, out),
+        (codes, 71, digits, starts, weights, scale, out),
+        (codes, 0, digits, starts, weights, scale, out),
+        (codes, 70, digits[:, :64].copy(), starts, weights, scale, out),
+        (codes, 70, digits, starts[:2], weights, scale, out),
+        (codes, 70, digits, starts, np.ones((4, 1)), scale, out),
+        (codes, 70, digits, starts, weights, scale[:4], out),
+        (codes, 70, digits, starts, weights, scale, out[:, :4]),
+        (codes, 70, digits, starts, weights, scale, out.astype(np.float64)),
+        (codes, 70, digits, starts, weights, scale, np.zeros((1, 10), np.float32)[:, ::2]),
     ]:
         with pytest.raises(ValueError, match="do not agree"):
             score_int8(*wrong)
     places, asked, found = np.zeros(2, np.int64), np.zeros(2, np.int64), np.zeros(2, np.float32)
-    score_pairs(codes, 70, places, asked, digits, weights, scale[:2], found)
+    score_pairs(codes, 70, places, asked, digits, starts, weights, scale[:2], found)
     for wrong_pairs in [
-        (codes, 70, places + 5, asked, digits, weights, scale[:2], found),
-        (codes, 70, places - 1, asked, digits, weights, scale[:2], found),
-        (codes, 70, places, asked + 1, digits, weights, scale[:2], found),
-        (codes, 70, places[:1], asked, digits, weights, scale[:2], found),
-        (codes, 70, places, asked, digits[:2], weights, scale[:2], found),
-        (codes, 70, places, asked, digits, weights, scale[:1], found),
+        (codes, 70, places + 5, asked, digits, starts, weights, scale[:2], found),
+        (codes, 70, places - 1, asked, digits, starts, weights, scale[:2], found),
+        (codes, 70, places, asked + 1, digits, starts, weights, scale[:2], found),
+        (codes, 70, places[:1], asked, digits, starts, weights, scale[:2], found),
+        (codes, 70, places, asked, digits[:2], starts, weights, scale[:2], found),
+        (codes, 70, places, asked, digits, starts[:2], weights, scale[:2], found),
+        (codes, 70, places, asked, digits, starts, weights, scale[:1], found),
     ]:
         with pytest.raises(ValueError, match="do not agree"):
             score_pairs(*wrong_pairs)
