@@ -1,8 +1,13 @@
 """Small random models of each supported architecture, and groups of random rollouts for them."""
 
+import json
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -176,3 +181,25 @@ def make_probes() -> Callable[..., ProbeBatch]:
     """Ids -> probes of random derivatives and rewards; every fifth without signal."""
 
     return random_probes
+
+
+@pytest.fixture
+def weights_of() -> Callable[[nn.Module], dict[str, bytes]]:
+    """A model -> the bytes of every tensor it would save, by name."""
+    return lambda model: {name: tensor.detach().numpy().tobytes() for name, tensor in model.state_dict().items()}
+
+
+@pytest.fixture
+def write_rows() -> Callable[[Path, list[dict[str, Any]]], Path]:
+    """write_rows(path, rows) -> the path, a file of rollouts in the container that its name asks for."""
+
+    def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+        if path.suffix == ".jsonl":
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        elif path.suffix == ".json":
+            path.write_text(json.dumps(rows, indent=1))
+        else:
+            pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=4)
+        return path
+
+    return write

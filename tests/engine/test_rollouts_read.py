@@ -1,16 +1,14 @@
 """Rollout files become the groups that a slow, obvious parse of them gives, in whatever format, order or container."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
-from engine.rollouts import Group, Rollout, files, read_rollouts, text_id, write_rollouts
+from engine.rollouts import Group, Rollout, files, read_rollouts, write_rollouts
 from gradstore import RequestError
 
 CONTAINERS = ["jsonl", "parquet", "json"]
@@ -40,16 +38,6 @@ def _rows(n_problems: int = 7, *, logprobs: bool = True, shuffle: bool = False) 
     if shuffle:
         generator.shuffle(rows)  # type: ignore[arg-type]
     return rows
-
-
-def _write(path: Path, rows: list[dict[str, Any]]) -> Path:
-    if path.suffix == ".jsonl":
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    elif path.suffix == ".json":
-        path.write_text(json.dumps(rows, indent=1))
-    else:
-        pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=4)
-    return path
 
 
 def _slow_groups(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -90,10 +78,12 @@ def _check_equal(groups: list[Group], expected: list[dict[str, Any]]) -> None:
 @pytest.mark.parametrize("container", CONTAINERS)
 @pytest.mark.parametrize("logprobs", [True, False])
 @pytest.mark.parametrize("shuffle", [True, False])
-def test_groups_equal_a_slow_parse(tmp_path: Path, container: str, logprobs: bool, shuffle: bool) -> None:
+def test_groups_equal_a_slow_parse(
+    tmp_path: Path, container: str, logprobs: bool, shuffle: bool, write_rows: Callable
+) -> None:
     """Without it a row could land in another group, or a group lose its order, and every gradient after is wrong."""
     rows = _rows(logprobs=logprobs, shuffle=shuffle)
-    source = read_rollouts(_write(tmp_path / f"rollouts.{container}", rows))
+    source = read_rollouts(write_rows(tmp_path / f"rollouts.{container}", rows))
     expected = _slow_groups(rows)
     _check_equal(list(source.groups()), expected)
     assert source.problem_ids == [slow["problem_id"] for slow in expected]
@@ -104,11 +94,11 @@ def test_groups_equal_a_slow_parse(tmp_path: Path, container: str, logprobs: boo
 
 
 @pytest.mark.parametrize("container", CONTAINERS)
-def test_shuffled_rows_give_the_same_groups(tmp_path: Path, container: str) -> None:
+def test_shuffled_rows_give_the_same_groups(tmp_path: Path, container: str, write_rows: Callable) -> None:
     """Rows in order of completion, as a server writes them, must mean the same as rows in order of problems."""
 
     def contents(rows: list[dict[str, Any]], name: str) -> dict[str, list[Any]]:
-        groups = read_rollouts(_write(tmp_path / f"{name}.{container}", rows)).groups()
+        groups = read_rollouts(write_rows(tmp_path / f"{name}.{container}", rows)).groups()
         return {
             group.problem_id: sorted(
                 (ids.tolist(), reward) for ids, reward in zip(group.responses, group.rewards, strict=True)
@@ -120,10 +110,12 @@ def test_shuffled_rows_give_the_same_groups(tmp_path: Path, container: str) -> N
 
 
 @pytest.mark.parametrize("container", CONTAINERS)
-def test_chosen_problems_come_in_order_of_first_appearance(tmp_path: Path, container: str) -> None:
+def test_chosen_problems_come_in_order_of_first_appearance(
+    tmp_path: Path, container: str, write_rows: Callable
+) -> None:
     """A resumed collection asks for what is missing; another order would change what it writes."""
     rows = _rows(shuffle=True)
-    source = read_rollouts(_write(tmp_path / f"rollouts.{container}", rows))
+    source = read_rollouts(write_rows(tmp_path / f"rollouts.{container}", rows))
     wanted = ["p5", "p1", "p3"]
     expected = [slow for slow in _slow_groups(rows) if slow["problem_id"] in wanted]
     _check_equal(list(source.groups(wanted)), expected)
@@ -131,9 +123,9 @@ def test_chosen_problems_come_in_order_of_first_appearance(tmp_path: Path, conta
         source.groups(["p1", "nobody"])
 
 
-def test_groups_are_read_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_groups_are_read_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write_rows: Callable) -> None:
     """A pool's rollouts are larger than memory: asking for one group must not read the others."""
-    source = read_rollouts(_write(tmp_path / "rollouts.jsonl", _rows(40, shuffle=True)))
+    source = read_rollouts(write_rows(tmp_path / "rollouts.jsonl", _rows(40, shuffle=True)))
     fetched = []
     fetch = files.JsonLines.fetch
 
@@ -148,10 +140,12 @@ def test_groups_are_read_one_at_a_time(tmp_path: Path, monkeypatch: pytest.Monke
     assert fetched == [len(first.responses)]
 
 
-def test_parquet_keeps_a_bounded_number_of_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parquet_keeps_a_bounded_number_of_row_groups(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write_rows: Callable
+) -> None:
     """With rows in no order every group touches many row groups: keeping them all would be the whole file."""
     rows = _rows(30, shuffle=True)
-    path = _write(tmp_path / "rollouts.parquet", rows)
+    path = write_rows(tmp_path / "rollouts.parquet", rows)
     monkeypatch.setattr(files, "ROW_GROUP_CACHE_BYTES", 2000)
     source = read_rollouts(path)
     held = 0
@@ -175,11 +169,11 @@ def test_long_json_list_is_parsed_entry_by_entry(tmp_path: Path, monkeypatch: py
     _check_equal(list(read_rollouts(path).groups()), _slow_groups(rows))
 
 
-def test_records_are_those_of_the_first_rollout(tmp_path: Path) -> None:
+def test_records_are_those_of_the_first_rollout(tmp_path: Path, write_rows: Callable) -> None:
     """The store takes its problems from here when there is no other list of them."""
     rows = [*_rows(2), {"problem_id": 7, "prompt": "1+1=", "response_ids": [1], "prompt_ids": [9], "reward": 1}]
     rows[0]["extra"] = {"level": 3}
-    records = list(read_rollouts(_write(tmp_path / "rollouts.jsonl", rows)).records())
+    records = list(read_rollouts(write_rows(tmp_path / "rollouts.jsonl", rows)).records())
     assert records[0] == {
         "id": "p0",
         "source": "arithmetic",
@@ -191,7 +185,7 @@ def test_records_are_those_of_the_first_rollout(tmp_path: Path) -> None:
     assert records[2] == {"id": "7", "source": "", "prompt": "1+1=", "ground_truth": "", "tags": [], "extra": {}}
 
 
-def test_text_is_tokenised_as_documented(tmp_path: Path, tiny_tokenizer: Any) -> None:
+def test_text_is_tokenised_as_documented(tmp_path: Path, tiny_tokenizer: Any, write_rows: Callable) -> None:
     """Plain text as the tokenizer takes it, messages through the template, responses without special tokens."""
     messages = [{"role": "user", "content": "1+1="}]
     rows: list[dict[str, Any]] = [
@@ -202,7 +196,7 @@ def test_text_is_tokenised_as_documented(tmp_path: Path, tiny_tokenizer: Any) ->
         {"problem_id": "chat", "prompt": messages, "response": "2", "reward": 1},
         {"problem_id": "ids", "prompt": "1+1=", "prompt_ids": [5], "response": "2", "response_ids": [6], "reward": 1},
     ]
-    path = _write(tmp_path / "rollouts.jsonl", rows)
+    path = write_rows(tmp_path / "rollouts.jsonl", rows)
     one_plus_one = tiny_tokenizer("1+1=")["input_ids"]
     two, three = tiny_tokenizer("2")["input_ids"], tiny_tokenizer("3")["input_ids"]
     eos = [tiny_tokenizer.eos_token_id]
@@ -215,7 +209,9 @@ def test_text_is_tokenised_as_documented(tmp_path: Path, tiny_tokenizer: Any) ->
         assert (ids.prompt_ids.tolist(), ids.responses[0].tolist()) == ([5], [6])
 
 
-def test_tokenizers_own_special_tokens_begin_a_text_prompt(tmp_path: Path, tiny_tokenizer: Any) -> None:
+def test_tokenizers_own_special_tokens_begin_a_text_prompt(
+    tmp_path: Path, tiny_tokenizer: Any, write_rows: Callable
+) -> None:
     """A model trained with <s> before every text samples from prompts with it, so its gradients need it too."""
 
     class WithStart:
@@ -226,135 +222,25 @@ def test_tokenizers_own_special_tokens_begin_a_text_prompt(tmp_path: Path, tiny_
         def __len__(self) -> int:
             return len(tiny_tokenizer)
 
-    path = _write(tmp_path / "r.jsonl", [{"problem_id": "p", "prompt": "a", "response": "b", "reward": 1}])
+    path = write_rows(tmp_path / "r.jsonl", [{"problem_id": "p", "prompt": "a", "response": "b", "reward": 1}])
     (group,) = read_rollouts(path, tokenizer=WithStart()).groups()
     assert group.prompt_ids.tolist() == [77, *tiny_tokenizer("a")["input_ids"]]
     assert group.responses[0].tolist() == tiny_tokenizer("b")["input_ids"]
 
 
-def _dump(step: int, prompts: list[str]) -> list[dict[str, Any]]:
-    """Rows as verl's trainer dumps them: no ids, the reward's extra fields beside the score."""
-    return [
-        {
-            "input": prompt,
-            "output": f"answer {j} of step {step}",
-            "gts": "2",
-            "score": float(j % 2),
-            "step": step,
-            "acc": bool(j % 2),
-        }
-        for prompt in prompts
-        for j in range(2)
-    ]
-
-
-def test_verl_dump(tmp_path: Path, tiny_tokenizer: Any) -> None:
-    """Groups by the hash of the input; rollouts of trainer step t were sampled by policy version t - 1."""
-    _write(tmp_path / "3.jsonl", _dump(3, ["a", "b"]))
-    source = read_rollouts(tmp_path / "3.jsonl", tokenizer=tiny_tokenizer)
-    assert (source.format, source.step) == ("verl", 2)
-    assert source.problem_ids == [text_id("a"), text_id("b")] == ["text-ca978112ca1bbdca", "text-3e23e8160039594a"]
-    first = next(source.groups())
-    assert first.rewards.tolist() == [0, 1]
-    assert tiny_tokenizer.decode(first.responses[1]) == "answer 1 of step 3"
-    assert next(source.records())["ground_truth"] == "2"
-    validation = read_rollouts(tmp_path / "3.jsonl", tokenizer=tiny_tokenizer, format="verl-validation")
-    assert validation.step == 3
-
-
-@pytest.mark.parametrize(
-    ("fields", "problem"),
-    [
-        ({"index": 12}, "12"),
-        ({"problem_id": "x"}, "x"),
-        ({"extra_info": {"index": 5}}, "5"),
-        ({"index": None, "extra_info": {"index": "q"}}, "q"),
-    ],
-)
-def test_verl_dump_with_ids(tmp_path: Path, tiny_tokenizer: Any, fields: dict[str, Any], problem: str) -> None:
-    """Where a reward function returned the index, verl dumps it: then two problems may share their text."""
-    rows = [row | fields for row in _dump(1, ["a"])]
-    assert read_rollouts(_write(tmp_path / "1.jsonl", rows), tokenizer=tiny_tokenizer).problem_ids == [problem]
-
-
-def test_verl_dump_of_several_steps_needs_a_choice(tmp_path: Path, tiny_tokenizer: Any) -> None:
-    """Rollouts of different policies in one group give the gradient of neither."""
-    for step in (1, 2, 10):
-        _write(tmp_path / f"{step}.jsonl", _dump(step, ["a", "b"]))
-    with pytest.raises(RequestError, match=r"rollouts of 3 steps \(step 1 to 10\); choose one with step="):
-        read_rollouts(tmp_path, tokenizer=tiny_tokenizer)
-    source = read_rollouts(tmp_path, tokenizer=tiny_tokenizer, step=10)
-    assert (source.step, source.n_rollouts) == (9, 4)
-    with pytest.raises(RequestError, match="no file of step 4, found step 1 to 10"):
-        read_rollouts(tmp_path, tokenizer=tiny_tokenizer, step=4)
-
-    together = _write(tmp_path / "together.jsonl", _dump(1, ["a"]) + _dump(2, ["a"]))
-    with pytest.raises(RequestError, match=r"rollouts of 2 steps \(step 1 in .*line 1; step 2 in .*line 3\)"):
-        read_rollouts(together, tokenizer=tiny_tokenizer)
-    source = read_rollouts(together, tokenizer=tiny_tokenizer, step=2)
-    assert [tiny_tokenizer.decode(ids) for group in source.groups() for ids in group.responses] == [
-        "answer 0 of step 2",
-        "answer 1 of step 2",
-    ]
-    with pytest.raises(RequestError, match="no rollouts of step 7"):
-        read_rollouts(together, tokenizer=tiny_tokenizer, step=7)
-    zero = _write(tmp_path / "zero.jsonl", _dump(0, ["a"]))
-    with pytest.raises(RequestError, match="format='verl-validation'"):
-        read_rollouts(zero, tokenizer=tiny_tokenizer)
-
-
-def test_known_problems_give_a_verl_dump_its_ids_and_prompts_back(tmp_path: Path, tiny_tokenizer: Any) -> None:
-    """verl decodes prompts without special tokens: tokenised again they are not what the policy was asked."""
-    problems = [
-        {"id": f"p{j}", "prompt": [{"role": "user", "content": f"{j}+1="}], "ground_truth": str(j + 1), "tags": ["t"]}
-        for j in range(3)
-    ]
-    ids = [
-        tiny_tokenizer.apply_chat_template(p["prompt"], add_generation_prompt=True, return_dict=False) for p in problems
-    ]
-    inputs = [tiny_tokenizer.decode(prompt, skip_special_tokens=True) for prompt in ids]
-    path = _write(tmp_path / "1.jsonl", _dump(1, [inputs[2], inputs[0]]))
-    source = read_rollouts(path, tokenizer=tiny_tokenizer, problems=problems)
-    assert source.problem_ids == ["p2", "p0"]
-    assert [group.prompt_ids.tolist() for group in source.groups()] == [ids[2], ids[0]]
-    assert list(source.records()) == [problems[2], problems[0]]
-    with pytest.raises(RequestError, match=r"line 1: no problem given has this prompt"):
-        read_rollouts(path, tokenizer=tiny_tokenizer, problems=problems[:2])
-    twins = [*problems, problems[0] | {"id": "twin"}]
-    with pytest.raises(RequestError, match="problem 'twin': the same prompt as problem 'p0'"):
-        read_rollouts(path, tokenizer=tiny_tokenizer, problems=twins)
-
-
-@pytest.mark.parametrize("container", CONTAINERS)
-def test_gradalign_responses(tmp_path: Path, tiny_tokenizer: Any, container: str) -> None:
-    """`passed` is the reward, `is_correct` where that is null, as in GradAlign's own analysis."""
-    entries = [
-        {"group_id": 4, "prompt": "a", "response": "x", "is_correct": False, "passed": True, "expected_answer": "x"},
-        {"group_id": 4, "prompt": "a", "response": "y", "is_correct": True, "passed": None, "expected_answer": "x"},
-        {"group_id": 4, "prompt": "a", "response": "z", "is_correct": False, "passed": False, "expected_answer": "x"},
-        {"group_id": 2, "prompt": "b", "response": "z", "is_correct": False, "passed": False, "expected_answer": "x"},
-    ]
-    source = read_rollouts(_write(tmp_path / f"responses_sorted.{container}", entries), tokenizer=tiny_tokenizer)
-    assert source.format == "gradalign"
-    assert source.step is None
-    assert source.problem_ids == ["4", "2"]
-    assert [group.rewards.tolist() for group in source.groups()] == [[1, 1, 0], [0]]
-    assert [record["ground_truth"] for record in source.records()] == ["x", "x"]
-
-
-def test_step_of_own_rows(tmp_path: Path) -> None:
+def test_step_of_own_rows(tmp_path: Path, write_rows: Callable) -> None:
     """Rows that `gradstore rollout` wrote state the policy version itself, with nothing taken off."""
     rows = [row | {"step": 5} for row in _rows(2)]
-    assert read_rollouts(_write(tmp_path / "r.jsonl", rows)).step == 5
+    assert read_rollouts(write_rows(tmp_path / "r.jsonl", rows)).step == 5
     with pytest.raises(RequestError, match=r"rollouts of 2 steps .*step 5 in .*; step None in"):
-        read_rollouts(_write(tmp_path / "r.jsonl", rows + _rows(1)))
+        read_rollouts(write_rows(tmp_path / "r.jsonl", rows + _rows(1)))
 
 
-def test_folder_of_shards(tmp_path: Path) -> None:
+def test_folder_of_shards(tmp_path: Path, write_rows: Callable) -> None:
     """Several workers' files are one source; a problem's rollouts may lie in more than one."""
     rows = _rows(shuffle=True)
     for j in range(3):
-        _write(tmp_path / f"{j}.jsonl", rows[j * 6 : (j + 1) * 6 if j < 2 else None])
+        write_rows(tmp_path / f"{j}.jsonl", rows[j * 6 : (j + 1) * 6 if j < 2 else None])
     _check_equal(list(read_rollouts(tmp_path).groups()), _slow_groups(rows))
 
 
@@ -406,10 +292,10 @@ def _iterate(groups: Iterator[Group]) -> None:
         pass
 
 
-def test_file_that_changes_after_the_check_is_refused(tmp_path: Path) -> None:
+def test_file_that_changes_after_the_check_is_refused(tmp_path: Path, write_rows: Callable) -> None:
     """Places of rows are bytes of the file that was checked; in another file they point anywhere."""
-    path = _write(tmp_path / "r.jsonl", _rows())
+    path = write_rows(tmp_path / "r.jsonl", _rows())
     source = read_rollouts(path)
-    _write(path, _rows(shuffle=True) + _rows())
+    write_rows(path, _rows(shuffle=True) + _rows())
     with pytest.raises(RequestError, match="the file changed while it was being read"):
         _iterate(source.groups())
