@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from engine.gradients.hooks import Observation
+from engine.gradients.hooks import Mutable, Observation, Observer
+from engine.gradients.layers import Layer
 from engine.gradients.microbatch import MicroBatch, Rollout, pack, pays_to_share, rollouts_of
 from engine.gradients.objectives import Objective, objective
 from engine.gradients.sharding import inner, is_sharded, largest, n_shards, reshard, total
@@ -78,8 +79,14 @@ def validation_gradient(
     return Direction.of({name: tensor.div_(max(n_problems, 1)) for name, tensor in sums.items()}, n_problems)
 
 
-def summed_gradient(runner: "GradientPass", groups: Sequence[Group]) -> dict[str, Tensor]:
-    """Sum of the groups' gradients, over all ranks, by the name of each parameter that trains."""
+def summed_gradient(
+    runner: "GradientPass", groups: Sequence[Group], watch: tuple[Sequence[Layer], Observer] | None = None
+) -> dict[str, Tensor]:
+    """Sum of the groups' gradients, over all ranks, by the name of each parameter that trains.
+
+    watch: layers whose inputs and output gradients an observer sees on the way; its problems are positions in
+    `groups`.
+    """
     model, policy, spec = runner.model, runner.policy, runner.spec
     for group in groups:
         runner.check(group)
@@ -89,17 +96,23 @@ def summed_gradient(runner: "GradientPass", groups: Sequence[Group]) -> dict[str
     sums: dict[str, Tensor] = {}
     with plain, _own_gradients(model) as trained, torch.enable_grad():
         shared = policy.shares_prompts and spec.share_prompts and pays_to_share(rollouts)
-        batches = in_step(model, list(pack(rollouts, spec.token_budget, shared)), shared)
-        unseen = Observation([], _Nothing())
-        for batch in batches:
-            policy.backward(batch.to(runner.device), spec.objective, unseen)
-            reshard(model)
-            for name, parameter in trained.items():
-                if parameter.grad is None:
-                    continue
-                gradient = parameter.grad if parameter.grad.itemsize >= 4 else parameter.grad.float()
-                parameter.grad = None
-                sums[name] = gradient if name not in sums else sums[name].add_(gradient)
+        batches = list(pack(rollouts, spec.token_budget, shared))
+        layers, observer = watch or ([], _Nothing())
+        muted = Mutable(observer)
+        observation = Observation(layers, muted)
+        try:
+            for number, batch in enumerate(in_step(model, batches, shared)):
+                muted.on = number < len(batches)
+                policy.backward(batch.to(runner.device), spec.objective, observation)
+                reshard(model)
+                for name, parameter in trained.items():
+                    if parameter.grad is None:
+                        continue
+                    gradient = parameter.grad if parameter.grad.itemsize >= 4 else parameter.grad.float()
+                    parameter.grad = None
+                    sums[name] = gradient if name not in sums else sums[name].add_(gradient)
+        finally:
+            observation.remove()
     return {name: tensor.mul_(scale) if scale > 1 else tensor for name, tensor in sums.items()}
 
 

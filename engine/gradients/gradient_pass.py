@@ -6,14 +6,14 @@ the gradients (a projection, dot products, the gradients themselves) is the obse
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from engine.gradients.directions import in_step
-from engine.gradients.hooks import Observer, observed
+from engine.gradients.hooks import Mutable, Observer, observed
 from engine.gradients.layers import find_layers, output_layer
 from engine.gradients.microbatch import pack, pays_to_share, rollouts_of
 from engine.gradients.passes import OnWeights, Policy
@@ -74,7 +74,7 @@ class GradientPass:
             self.check(group)
         rollouts = rollouts_of(groups, self.spec.objective)
         whole = self.policy.plain() if is_sharded(self.model) else nullcontext()
-        muted = _Mutable(observer)
+        muted = Mutable(observer)
         reshard(self.model)
         with whole, observed(self.model, self.layers, muted) as observation:
             shared = self.policy.shares_prompts and self.spec.share_prompts and pays_to_share(rollouts)
@@ -85,21 +85,6 @@ class GradientPass:
                 self.policy.backward(batch.to(self.device), self.spec.objective, observation, told)
         reshard(self.model)
         return sum(len(rollout.prompt_ids) + len(rollout.response_ids) for rollout in rollouts)
-
-
-class _Mutable:
-    """An observer that can be told not to look: a rank that has run its groups keeps step with the others."""
-
-    def __init__(self, observer: Observer) -> None:
-        self._observer = observer
-        self.on = True
-
-    def on_input(self, layer: int, x_BTI: Tensor) -> Any:
-        return self._observer.on_input(layer, x_BTI) if self.on else None
-
-    def on_gradient(self, layer: int, kept: Any, grad_BTO: Tensor, problem_B: Tensor) -> None:
-        if self.on:
-            self._observer.on_gradient(layer, kept, grad_BTO, problem_B)
 
 
 class EffectiveSampleSize:

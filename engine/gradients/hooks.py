@@ -29,6 +29,21 @@ class Observer(Protocol):
         """Called in the backward with the gradient of the layer's outputs and the problem of each sequence."""
 
 
+class Mutable:
+    """An observer that can be told not to look: a rank that has run its groups keeps step with the others."""
+
+    def __init__(self, observer: Observer) -> None:
+        self._observer = observer
+        self.on = True
+
+    def on_input(self, layer: int, x_BTI: Tensor) -> Any:
+        return self._observer.on_input(layer, x_BTI) if self.on else None
+
+    def on_gradient(self, layer: int, kept: Any, grad_BTO: Tensor, problem_B: Tensor) -> None:
+        if self.on:
+            self._observer.on_gradient(layer, kept, grad_BTO, problem_B)
+
+
 class Observation:
     """The hooks of one observation; `of` says whose sequences the coming forward holds."""
 

@@ -4,7 +4,7 @@ A prompt is run once and its key-value cache expanded to its rollouts, the gradi
 The output layer sees response positions only, a chunk at a time, so that the logits of a whole batch never exist:
 each chunk is back-propagated to the hidden states at once, and those to the rest of the model together.
 
-Both shortcuts must be exact. They are compared with the model's plain forward the first time a policy is used; where
+Both shortcuts must be exact. They are compared with the model's plain forward the first time a model is used; where
 they are not (logits capped after the output layer, a cache without gradients or of another kind), the plain forward
 serves and a warning says so.
 
@@ -16,6 +16,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +41,10 @@ OnWeights = Callable[[Tensor, Tensor, Tensor], None]
 
 _SHARING = "prompts computed once"
 
+_Checked = tuple[torch.dtype, torch.device, bool, bool, list[str]]
+_CHECKED: WeakKeyDictionary[nn.Module, _Checked] = WeakKeyDictionary()
+"""Dtype and device of each model that was checked, the outcome for both shortcuts, and what is said of them."""
+
 
 class Policy:
     """A causal LM as backbone and output layer, with the shortcuts that are exact for it."""
@@ -52,8 +57,14 @@ class Policy:
         self.n_vocabulary = int(cast(Any, base).get_input_embeddings().num_embeddings)
         self.fallbacks: list[str] = []
         """Shortcuts that are not exact for this model, and why."""
+        weight = next(model.parameters())
+        known = _CHECKED.get(model)
+        if known is not None and known[:2] == (weight.dtype, weight.device):
+            self._split, self.shares_prompts, self.fallbacks = known[2], known[3], list(known[4])
+            return
         self._split = self._is_exact("the output layer on response positions alone", self._hidden_then_head)
         self.shares_prompts = self._split and self._attends_fully(base) and self._is_exact(_SHARING, self._cached)
+        _CHECKED[model] = (weight.dtype, weight.device, self._split, self.shares_prompts, list(self.fallbacks))
 
     @contextmanager
     def plain(self) -> Iterator[None]:

@@ -68,3 +68,22 @@ class Group:
     def n_tokens(self) -> int:
         """Tokens of the longest sequence, prompt and response together: the width of the group when padded."""
         return len(self.prompt_ids) + max(len(response) for response in self.responses)
+
+
+def joined(groups: Sequence[Group]) -> Group:
+    """Several groups of one problem as one, with one baseline; log-probabilities where all have them."""
+    if len(groups) == 1:
+        return groups[0]
+
+    def together(given: list[Sequence[np.ndarray] | None]) -> list[np.ndarray] | None:
+        known = [own for own in given if own is not None]
+        return [tokens for own in known for tokens in own] if len(known) == len(given) else None
+
+    return Group(
+        groups[0].problem_id,
+        groups[0].prompt_ids,
+        [response for group in groups for response in group.responses],
+        np.concatenate([group.rewards for group in groups]),
+        together([group.logprobs for group in groups]),
+        together([group.reference_logprobs for group in groups]),
+    )

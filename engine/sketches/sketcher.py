@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from engine.gradients.formed import problem_gradients
 from engine.gradients.gradient_pass import EffectiveSampleSize, GradientPass
+from engine.gradients.hooks import Observer
 from engine.gradients.layers import Layer, adapter_identity, model_identity
 from engine.gradients.objectives import Objective, objective
 from engine.gradients.optimizer_direction import OptimizerDirection
@@ -195,15 +196,20 @@ class Sketcher:
             n_tokens = self.gradients.run(groups, projector, ess)
         else:
             n_tokens = self._directions(groups, self.optimizer, projector, ess)
-        batches = []
-        for projection, sums_PC in zip(projections, sums, strict=True):
-            batch = _label(groups, _folded(projection, sums_PC).cpu().numpy(), n_tokens)
-            if projection.kind == "fitted":
-                lengths_P = sums_PC.double().norm(dim=1).float().cpu().numpy()
-                live_P = [state is State.LIVE for state in batch.states]
-                batch = replace(batch, norms=np.where(live_P, lengths_P, np.float32(0)))
-            batches.append(batch if ess is None else replace(batch, ess=ess.of_groups()))
-        return batches
+        batches = [
+            _batch(groups, projection, sums_PC, n_tokens) for projection, sums_PC in zip(projections, sums, strict=True)
+        ]
+        return batches if ess is None else [replace(batch, ess=ess.of_groups()) for batch in batches]
+
+    def observer(self, n: int) -> tuple[Observer, Tensor]:
+        """What to watch `gradients.layers` with while groups are back-propagated for something else, and the cores of
+        n groups that it adds to, float32 [n, C], zero at first; `batch` makes their sketches."""
+        sums_PC = torch.zeros(n, self.projection.core_dim, dtype=torch.float32, device=self.device)
+        return _Projector([(self._sides_of(self.projection), sums_PC)]), sums_PC
+
+    def batch(self, groups: Sequence[Group], cores_PC: Tensor, n_tokens: int) -> SketchBatch:
+        """Sketches of groups whose cores are known."""
+        return _batch(groups, self.projection, cores_PC, n_tokens)
 
     def _check(self, projection: Projection) -> None:
         if [basis.name for basis in projection.layers] != [layer.name for layer in self.gradients.layers]:
@@ -298,6 +304,15 @@ def _sides_on(device: torch.device, basis: LayerBasis) -> _Sides:
     left_OR = None if basis.left_OR is None else torch.from_numpy(basis.left_OR).to(device)
     right_IR = None if basis.right_IR is None else torch.from_numpy(basis.right_IR).to(device)
     return _Sides(basis, left_OR, right_IR)
+
+
+def _batch(groups: Sequence[Group], projection: Projection, sums_PC: Tensor, n_tokens: int) -> SketchBatch:
+    batch = _label(groups, _folded(projection, sums_PC).cpu().numpy(), n_tokens)
+    if projection.kind != "fitted":
+        return batch
+    lengths_P = sums_PC.double().norm(dim=1).float().cpu().numpy()
+    live_P = [state is State.LIVE for state in batch.states]
+    return replace(batch, norms=np.where(live_P, lengths_P, np.float32(0)))
 
 
 def _label(groups: Sequence[Group], sketches_PD: np.ndarray, n_tokens: int) -> SketchBatch:

@@ -17,7 +17,7 @@ import torch
 
 from engine import SketchSpec, objective, validation_gradient
 from engine.gradients.objectives import rollout_weights
-from engine.rollouts.group import Group
+from engine.rollouts.group import Group, joined
 from gradstore import RequestError, State
 from trainer.local.checkpoint import load_checkpoint, save_checkpoint
 from trainer.local.grpo import Learner, UpdateSettings
@@ -132,6 +132,38 @@ def test_later_minibatches_follow_the_clipped_surrogate(model: Any, groups: list
     bare = [Group(g.problem_id, g.prompt_ids, g.responses, g.rewards) for g in paid]
     with pytest.raises(RequestError, match="log-probabilities"):
         learner.step(bare)
+
+
+@pytest.mark.parametrize("minibatches", [1, 2])
+def test_a_step_gives_the_sketches_of_its_rollouts(policy: LocalPolicy, groups: list[Group], minibatches: int) -> None:
+    """They are of the policy before the update, and having them must not change where the update goes."""
+    twice = [*groups, replace(groups[0], rewards=groups[0].rewards[::-1].copy())]  # one problem twice in the step
+    policy.fit(SketchSpec(basis="fitted", rank=4, dim=64), groups)
+    expected = policy.sketch([joined([twice[0], twice[-1]]), *groups[1:]])
+    settings, other = UpdateSettings(lr=1e-2, minibatches=minibatches), copy.deepcopy(policy.model)
+    metrics, found = Learner(policy.model, settings).step_and_sketch(twice, policy.sketcher, seed=5)
+    assert metrics == Learner(other, settings).step(twice, seed=5)
+    for weight, plain in zip(policy.model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(weight, plain)
+    place = [found.ids.index(name) for name in expected.ids]
+    scale = np.abs(expected.sketches).max()
+    np.testing.assert_allclose(found.sketches[place], expected.sketches, rtol=1e-4, atol=1e-5 * scale)
+    assert found.norms is not None
+    assert expected.norms is not None
+    np.testing.assert_allclose(found.norms[place], expected.norms, rtol=1e-5)
+    assert [found.states[i] for i in place] == expected.states
+    assert found.n_rollouts[place].tolist() == expected.n_rollouts.tolist()
+
+
+def test_probes_do_not_depend_on_what_was_probed_before(policy: LocalPolicy, groups: list[Group]) -> None:
+    """A resumed round probes only what is missing: a step calibrated on that would give other numbers."""
+    policy.fit(SketchSpec(rank=4), groups)
+    target = groups[:3]
+    policy.probe(groups[3:4], target)
+    after = policy.probe(groups[4:], target)
+    alone = policy.probe(groups[4:], [*target[:2], copy.copy(target[2])])  # not the same objects: made anew
+    for one, other in zip(after.derivatives, alone.derivatives, strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_only_adapters_train_with_lora(tiny_model: Any, groups: list[Group]) -> None:

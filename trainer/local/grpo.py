@@ -6,6 +6,7 @@ training on it does. Prompts are run once for all their rollouts, and equal resp
 weights.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,8 +19,11 @@ from engine.gradients.directions import summed_gradient
 from engine.gradients.gradient_pass import GradientPass
 from engine.gradients.objectives import Objective, objective
 from engine.rollouts.group import Group
-from engine.sketches.sketcher import SketchSpec
+from engine.sketches.alongside import Alongside
+from engine.sketches.sketcher import SketchBatch, Sketcher, SketchSpec
 from gradstore.errors import RequestError
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +80,7 @@ class Learner:
         rule = settings.objective
         if settings.minibatches > 1:
             rule = replace(rule, importance=True, clip_low=settings.clip_low, clip_high=settings.clip_high)
+        self._told = False
         self._pass = GradientPass(model, SketchSpec(objective=rule, token_budget=settings.token_budget))
 
     def step(self, groups: Sequence[Group], seed: int = 0) -> dict[str, float]:
@@ -84,9 +89,30 @@ class Learner:
         The rollouts are of the policy as it is. Nothing moves on a minibatch without any signal. RequestError for a
         group that the model cannot run, or when the gradient is not finite: the weights are then as before it.
         """
-        dealt = np.random.default_rng(seed).permutation(len(groups))
-        parts = np.array_split(dealt, min(self.settings.minibatches, len(groups)))
-        norms = [self._update([groups[i] for i in part.tolist()]) for part in parts]
+        return self._step(self._dealt(groups, seed), None)
+
+    def step_and_sketch(
+        self, groups: Sequence[Group], sketcher: Sketcher, seed: int = 0
+    ) -> tuple[dict[str, float], SketchBatch]:
+        """The same step, and sketches of its problems by the policy before it, from the backward pass of the update.
+
+        Several groups of a problem have one sketch together. With minibatches, and for problems whose sketch the pass
+        does not give (engine/sketches/alongside.py), a pass is run for sketches alone.
+        """
+        dealt = self._dealt(groups, seed)
+        along = Alongside(sketcher, dealt, self._pass.spec.objective)
+        if along.n_separate and not self._told:
+            self._told = True
+            log.info("%d of %d groups are sketched in a pass of their own", along.n_separate, len(groups))
+        return self._step(dealt, along), along.batch()
+
+    def _dealt(self, groups: Sequence[Group], seed: int) -> list[Group]:
+        """The groups in the order in which minibatches are cut from them."""
+        return [groups[i] for i in np.random.default_rng(seed).permutation(len(groups)).tolist()]
+
+    def _step(self, groups: Sequence[Group], along: Alongside | None) -> dict[str, float]:
+        parts = np.array_split(np.arange(len(groups)), min(self.settings.minibatches, len(groups)))
+        norms = [self._update([groups[i] for i in part.tolist()], along) for part in parts]
         lengths = [len(response) for group in groups for response in group.responses]
         return {
             "reward": float(np.mean([group.rewards.mean() for group in groups])),
@@ -96,9 +122,9 @@ class Learner:
             "lr": self.optimizer.param_groups[0]["lr"],
         }
 
-    def _update(self, groups: Sequence[Group]) -> float:
+    def _update(self, groups: Sequence[Group], along: Alongside | None) -> float:
         """One optimizer step on the mean of the groups' gradients; its norm before clipping."""
-        sums = summed_gradient(self._pass, groups)
+        sums = summed_gradient(self._pass, groups, along.watch if along else None)
         if not sums:
             return 0.0
         for name, weight in self.parameters.items():

@@ -24,6 +24,9 @@ from trainer.backends.hugging_face import TransformersBackend
 from trainer.rewards import Reward
 from trainer.rollout import checked_prompts
 
+CHECKED = 2
+"""Validation problems on which each round's probe chooses its step and is checked against exact dots."""
+
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
@@ -93,30 +96,37 @@ class LocalPolicy:
         self._sketcher = sketcher_from(self.model, fingerprint, attachments, spec)
 
     def sketch(self, groups: Sequence[Group]) -> SketchBatch:
-        return self._made().sketch(groups)
+        return self.sketcher.sketch(groups)
 
     def probe(self, groups: Sequence[Group], validation: Sequence[Group]) -> ProbeBatch:
         """Groups are rollouts of the policy as it is, so their log-probabilities are known and one forward serves.
 
-        The direction and its calibration are kept as long as the validation groups and the step stay the same.
+        The direction and its calibration are kept as long as the validation groups and the step stay the same. The
+        step is calibrated on validation groups: the same in a resumed run, whichever groups it probes first.
         """
         known = self._probe
         same = known is not None and known[0] == self.step and len(known[1]) == len(validation)
         if known is None or not same or any(a is not b for a, b in zip(known[1], validation, strict=True)):
             settings = self.objective
             direction = validation_gradient(self.model, validation, settings, token_budget=self.token_budget)
-            probe = Probe(self.model, direction, settings, token_budget=self.token_budget)
+            probe = Probe(self.model, direction, settings, n_check=CHECKED, token_budget=self.token_budget)
+            probe.calibrate(validation, self._known_logprobs(validation))
             known = self._probe = (self.step, list(validation), probe)
-        at_one = self.objective.temperature == 1.0
-        base = [group.logprobs for group in groups if group.logprobs is not None]
-        return known[2].probe(groups, base if at_one and len(base) == len(groups) else None)
+        return known[2].probe(groups, self._known_logprobs(groups))
+
+    def _known_logprobs(self, groups: Sequence[Group]) -> list[Sequence[np.ndarray]] | None:
+        """Of rollouts of the policy as it is, where they are at the objective's temperature."""
+        known = [group.logprobs for group in groups if group.logprobs is not None]
+        return known if self.objective.temperature == 1.0 and len(known) == len(groups) else None
 
     @property
     def objective(self) -> Objective:
         """The sketcher's, under which probes measure too."""
-        return self._made().spec.objective
+        return self.sketcher.spec.objective
 
-    def _made(self) -> Sketcher:
+    @property
+    def sketcher(self) -> Sketcher:
+        """Of `fit` or `use`; RequestError before either."""
         if self._sketcher is None:
             raise RequestError("the policy has no sketcher yet: call `fit`, or `use` with a store's, first")
         return self._sketcher

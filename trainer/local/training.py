@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from engine.rollouts.group import Group
+from engine.sketches.sketcher import SketchBatch
 from gradstore.durable import writing
 from gradstore.errors import RequestError
 from trainer.backends import derived_seed
@@ -20,7 +21,6 @@ from trainer.local.checkpoint import load_checkpoint, save_checkpoint
 from trainer.local.grpo import Learner
 from trainer.local.metrics import Metrics
 from trainer.local.policy import LocalPolicy
-from trainer.round.measuring import joined
 
 ORDER, ROLLOUTS, MINIBATCHES = range(3)
 """What a seed is drawn for."""
@@ -41,7 +41,7 @@ class Chooser(Protocol):
 
     def next(self, policy: Any) -> Picks: ...
 
-    def observe(self, policy: Any, groups: Sequence[Group]) -> Any: ...
+    def observe(self, policy: Any, seen: Sequence[Group] | SketchBatch) -> Any: ...
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -87,7 +87,7 @@ class Training:
         self._round, self._done = 0, 0  # round under way, steps of it that are done
         self._picks: list[tuple[str, int]] = []
         self.seconds = 0.0
-        """Of training steps in this process: rollouts and updates, without selection."""
+        """Of training steps in this process: rollouts and updates (and the projections of their sketches)."""
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
         if self._path.exists() and not resume:
@@ -126,17 +126,21 @@ class Training:
             rollout_seed = derived_seed(seed, ROLLOUTS, step, n)
             groups += self.policy.roll_out(records, n or self.settings.rollouts, seed=rollout_seed)
         sampled = time.monotonic()
+        deal = derived_seed(seed, MINIBATCHES, step)
         if self.settings.observe:
-            self.chooser.observe(self.policy, _by_problem(groups))
-        observed = time.monotonic()
-        values = self.learner.step(groups, derived_seed(seed, MINIBATCHES, step))
+            values, sketches = self.learner.step_and_sketch(groups, self.policy.sketcher, deal)
+        else:
+            values = self.learner.step(groups, deal)
+        updated = time.monotonic()
+        if self.settings.observe:
+            self.chooser.observe(self.policy, sketches)
         self.policy.step += 1
         self._done += 1
-        self.seconds += time.monotonic() - observed + sampled - started
+        self.seconds += updated - started
         seconds = {
             "seconds_rollouts": sampled - started,
-            "seconds_observe": observed - sampled,
-            "seconds_update": time.monotonic() - observed,
+            "seconds_update": updated - sampled,
+            "seconds_observe": time.monotonic() - updated,
         }
         self.metrics.add("step", self.policy.step, {"round": self._round, **values, **seconds})
 
@@ -171,11 +175,5 @@ class Training:
         self._round, self._done = progress["round"], progress["done"]
         self._picks = [(name, n) for name, n in progress["picks"]]
         self.chooser.load_state_dict(progress["chooser"])
-
-
-def _by_problem(groups: Sequence[Group]) -> list[Group]:
-    """One group a problem: a step may have a problem several times."""
-    of: dict[str, list[Group]] = {}
-    for group in groups:
-        of.setdefault(group.problem_id, []).append(group)
-    return [joined(own) for own in of.values()]
+        if self._done and self.settings.observe:
+            self.chooser.observe(self.policy, [])  # opens the store: the policy sketches as its rows were made

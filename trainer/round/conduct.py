@@ -158,7 +158,7 @@ class Conduct:
         with self.costs.stage("select"):
             now = self._standing(store)
             if run.needs_probes and self.targets and not self.warm_up:
-                if journal.probes():
+                if journal.probes:
                     probes = ProbeBatch.load(store, run.pool, step=self.step, target=self.target_key)
                 else:
                     self._warn("no candidate is expected to have a signal, none was probed: this round picks at random")

@@ -4,7 +4,7 @@
     while training:
         picks = rounds.next(policy)             # before the first step of each round
         ...                                     # settings.steps training steps on the picks
-        rounds.observe(policy, groups)          # after a step's rollouts, before its update: kept for free
+        rounds.observe(policy, groups)          # the step's own rollouts, or their sketches, are kept
 
 What a round decided is in the store when `next` returns, and the store is all there is to go on from: a process that
 was killed at any moment, started again from the trainer's own saved state, picks what an undisturbed one would. A round
@@ -17,17 +17,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 import gradstore
 from engine.rollouts.group import Group
 from engine.selecting.selection import Selection
+from engine.sketches.sketcher import SketchBatch
 from gradstore import Round, Store
 from gradstore.errors import RequestError
 from gradstore.layout import check_name
 from gradstore.problems import canonical
 from trainer.round.conduct import Conduct, Run
-from trainer.round.measuring import Costs, append
+from trainer.round.measuring import Costs, append, publish
 from trainer.round.policy import Policy
 from trainer.round.progress import Logger
 from trainer.round.recording import scalars, selection_of
@@ -135,26 +134,32 @@ class Rounds:
             self._logger(scalars(found, before), policy.step)
         return selection_of(found)
 
-    def observe(self, policy: Policy, groups: Sequence[Group]) -> int:
+    def observe(self, policy: Policy, seen: Sequence[Group] | SketchBatch) -> int:
         """Keep sketches of the trainer's own rollouts as rows at the policy's step; returns how many were new.
 
-        Call it before the update, while the policy is the one that made them. A problem that has a row at this step
-        already is left as it is, so that steps done again after an interruption change nothing. RequestError before the
-        first round, and for a problem that is not in the pool.
+        seen: groups, one a problem, before the update, while the policy is the one that made them: they are sketched
+        here. Or their sketches, where the trainer had them from its own backward pass (engine/sketches/alongside.py),
+        by the sketcher of `policy`'s `fit` or `use`. A problem that has a row at this step already is left as it is, so
+        that steps done again after an interruption change nothing. RequestError before the first round, and for a
+        problem that is not in the pool.
         """
         store = self._open(policy)
         if store is None:
             raise RequestError("no round was done yet: call next before observe")
-        unknown = [group.problem_id for group in groups if group.problem_id not in self._run.records]
+        ids = seen.ids if isinstance(seen, SketchBatch) else [group.problem_id for group in seen]
+        unknown = [name for name in ids if name not in self._run.records]
         if unknown:
             raise RequestError(f"problem {unknown[0]!r} is not in the pool {self._run.pool!r}")
-        history = store.history(self._run.pool, policy.step)
-        known = set(history["id"].to_numpy()[np.asarray(history["step"]) == policy.step].tolist())
-        new = [group for group in groups if group.problem_id not in known]
-        counts = Counter(group.problem_id for group in new)
-        if counts and max(counts.values()) > 1:
-            raise RequestError(f"problem {counts.most_common(1)[0][0]!r} has several groups of one step: join them")
-        append(store, self._run.pool, new, policy, Costs())
+        view = store.view(self._run.pool, policy.step)
+        known = set(view.ids[view.steps == policy.step])
+        new = [place for place, name in enumerate(ids) if name not in known]
+        name, most = Counter(ids[place] for place in new).most_common(1)[0] if new else ("", 0)
+        if most > 1:
+            raise RequestError(f"problem {name!r} has several groups of one step: join them")
+        if isinstance(seen, SketchBatch):
+            publish(store, self._run.pool, seen, policy.step, new)
+        else:
+            append(store, self._run.pool, [seen[place] for place in new], policy, Costs())
         return len(new)
 
     def state_dict(self) -> dict[str, Any]:

@@ -33,18 +33,21 @@ class Journal:
 
     def __init__(self, store: Store, pool: str, number: int, step: int, target: str) -> None:
         """target: what probes are kept under."""
-        self._store, self._pool, self._step, self._target = store, pool, step, target
         self._path = store.path / f"round-of-{pool}.json"
         self._head = {"round": number, "step": step, "target": target}
         self.plans: list[Plan] = self._read()
+        history = store.history(pool, step)
+        self.rows = Counter(history.filter(pc.equal(history["step"], step))["id"].to_pylist())
+        """How many rows at the round's step each problem has now; whoever adds some counts them here."""
+        self.probes = Counter(store.probes(pool, step=step, target=target)["id"].to_pylist())
+        """How many probes along the round's target each problem has now, likewise."""
 
     def plan(self, number: int, make: Callable[[], Sequence[str]]) -> Plan:
         """The plan of this number: the one written down, or a new one of the problems that `make` gives."""
         if number < len(self.plans):
             return self.plans[number]
         ids = list(make())
-        rows, probes = self.rows(), self.probes()
-        self.plans.append(Plan(ids, [rows[name] for name in ids], [probes[name] for name in ids]))
+        self.plans.append(Plan(ids, [self.rows[name] for name in ids], [self.probes[name] for name in ids]))
         plans = [[plan.ids, plan.rows, plan.probes] for plan in self.plans]
         replace_file(self._path, canonical_json({**self._head, "plans": plans}))
         return self.plans[number]
@@ -53,15 +56,6 @@ class Journal:
         """The round is recorded."""
         with writing(self._path):
             self._path.unlink(missing_ok=True)
-
-    def rows(self) -> Counter[str]:
-        """How many rows at the round's step each problem has now."""
-        history = self._store.history(self._pool, self._step)
-        return Counter(history.filter(pc.equal(history["step"], self._step))["id"].to_pylist())
-
-    def probes(self) -> Counter[str]:
-        """How many probes along the round's target each problem has now."""
-        return Counter(self._store.probes(self._pool, step=self._step, target=self._target)["id"].to_pylist())
 
     def _read(self) -> list[Plan]:
         if not self._path.exists():

@@ -15,9 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from engine.rollouts.group import Group
+from engine.rollouts.group import Group, joined
 from engine.rollouts.rollout import Rollout
 from engine.rollouts.write import write_rollouts
+from engine.sketches.sketcher import SketchBatch
 from gradstore import Store
 from gradstore.errors import GradstoreError
 from trainer.backends import derived_seed
@@ -133,21 +134,24 @@ class Measured:
 
     def run(self, plan: Plan, windows: Windows, target: str, *, keep: bool) -> None:
         """Measure the plan's problems; target: what probes are kept under. keep: rollouts may be joined later."""
-        rows, probes = self._journal.rows(), self._journal.probes()
+        journal = self._journal
         planned_rows, planned_probes = (dict(zip(plan.ids, counts, strict=True)) for counts in (plan.rows, plan.probes))
         for window in range(len(windows)):
             ids = windows.ids(window)
-            needs_rows = _lacks(ids, rows, planned_rows)
-            needs_probes = self._validation is not None and _lacks(ids, probes, planned_probes)
+            needs_rows = _lacks(ids, journal.rows, planned_rows)
+            needs_probes = self._validation is not None and _lacks(ids, journal.probes, planned_probes)
             if not (needs_rows or needs_probes):
                 continue
             groups = [self._joined(group) for group in windows.groups(window, keep=keep)]
             if needs_rows:
                 append(self._store, self._pool, groups, self._policy, self._costs)
+                journal.rows.update(ids)
             if needs_probes and self._validation is not None:
                 with self._costs.stage("probe"):
                     batch = self._policy.probe(groups, self._validation)
+                with self._costs.stage("store"):
                     batch.save(self._store, self._pool, step=self._policy.step, target=target)
+                journal.probes.update(ids)
         self._before.append(windows)
 
     def _joined(self, group: Group) -> Group:
@@ -163,31 +167,26 @@ def append(store: Store, collection: str, groups: Sequence[Group], policy: Polic
     with costs.stage("sketch"):
         batch = policy.sketch(groups)
     costs.tokens += batch.n_tokens
-    with costs.stage("store"), store.writer(collection, step=policy.step) as writer:
+    with costs.stage("store"):
+        publish(store, collection, batch, policy.step, range(len(groups)))
+
+
+def publish(store: Store, collection: str, batch: SketchBatch, step: int, rows: Sequence[int]) -> None:
+    """Publish these rows of a batch at a step, all or none."""
+    if not len(rows):
+        return
+    chosen = np.asarray(rows)
+    with store.writer(collection, step=step) as writer:
         writer.append(
-            batch.ids,
-            batch.sketches,
-            whole_norms=batch.norms,
-            state=batch.states,
-            pass_rate=batch.pass_rates,
-            n_rollouts=batch.n_rollouts,
-            ess=batch.ess,
-            reason=batch.reasons,
+            [batch.ids[row] for row in rows],
+            batch.sketches[chosen],
+            whole_norms=None if batch.norms is None else batch.norms[chosen],
+            state=[batch.states[row] for row in rows],
+            pass_rate=batch.pass_rates[chosen],
+            n_rollouts=batch.n_rollouts[chosen],
+            ess=None if batch.ess is None else batch.ess[chosen],
+            reason=[batch.reasons[row] for row in rows],
         )
-
-
-def joined(groups: Sequence[Group]) -> Group:
-    """Several groups of one problem as one."""
-    if len(groups) == 1:
-        return groups[0]
-    known = [group.logprobs for group in groups]
-    return Group(
-        groups[0].problem_id,
-        groups[0].prompt_ids,
-        [response for group in groups for response in group.responses],
-        np.concatenate([group.rewards for group in groups]),
-        None if any(own is None for own in known) else [tokens for own in known for tokens in own or ()],
-    )
 
 
 def _lacks(ids: Sequence[str], now: Counter[str], planned: Mapping[str, int]) -> bool:

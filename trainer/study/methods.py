@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from engine.rollouts.group import Group
+from engine.sketches.sketcher import SketchBatch
 from gradstore.errors import RequestError
 from trainer.backends import derived_seed
 from trainer.study.arms import is_useful
@@ -88,7 +89,7 @@ class Oracle:
         picks = random.permutation(len(self._useful))[: self._n]
         return Chosen([self._useful[i] for i in picks], np.zeros(self._n, np.int64))
 
-    def observe(self, policy: Any, groups: Sequence[Group]) -> None:
+    def observe(self, policy: Any, seen: Sequence[Group] | SketchBatch) -> None:
         """Nothing is kept."""
 
     def state_dict(self) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import gradstore
 from engine.gradients.models import load_model, load_tokenizer
 from engine.gradients.objectives import objective
 from engine.rollouts.group import Group
-from engine.sketches.sketcher import SketchSpec
+from engine.sketches.sketcher import SketchBatch, SketchSpec
 from trainer.backends import derived_seed
 from trainer.demo import tasks
 from trainer.demo.run import MODEL
@@ -111,9 +111,9 @@ class MeteredChooser:
         self.picks.append(list(chosen.ids))
         return chosen
 
-    def observe(self, policy: MeteredPolicy, groups: Sequence[Group]) -> None:
+    def observe(self, policy: MeteredPolicy, seen: Sequence[Group] | SketchBatch) -> None:
         started = time.monotonic()
-        self._chooser.observe(policy, groups)
+        self._chooser.observe(policy, seen)
         self.meter.observe_seconds += time.monotonic() - started
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,0 +1,215 @@
+"""What selection adds to training: seconds of a budgeted round without its rollouts, against the training it precedes.
+
+    python -m benchmarks.overhead [--shape 13.8m] [--rounds 3] [--train-batch 16] [--benchmark 6] [--refresh 8]
+    python -m benchmarks.overhead --shape demo
+    python -m benchmarks.overhead --shape qwen2.5-1.5b --device cuda
+
+The embedded trainer on random weights: prompts are random tokens, a response is paid if most of its tokens are even, so
+that groups have signal and the policy learns. Proportions are GradAlign's published ones (10 steps of 128 problems a
+round, a benchmark of 43), an eighth of them by default, with the selector `lcb` and a budgeted refresh in place of
+rolling out every candidate. The training rollouts are kept as rows (`observe`). `demo` is the study's small model and
+problems instead. The first round, which makes the store and fits the projection, is not counted.
+
+What keeping the training rollouts adds to the update is measured afterwards: updates with and without, in turn.
+"""
+
+import json
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+import gradstore
+from benchmarks.sketch import SHAPES
+from benchmarks.timing import interleaved
+from engine.gradients.models import load_model, load_tokenizer
+from engine.sketches.sketcher import SketchSpec
+from gradstore.cli.show import print_table, say
+from trainer.demo import tasks
+from trainer.demo.run import MODEL
+from trainer.local.grpo import Learner, UpdateSettings
+from trainer.local.policy import LocalPolicy, Sampling
+from trainer.local.training import LoopSettings, Training
+from trainer.rewards import Reward
+from trainer.round.driver import Rounds
+from trainer.round.settings import RoundSettings
+from trainer.study.arms import problems
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much of everything a round has."""
+
+    pool: int
+    selected: int
+    train_batch: int
+    steps: int
+    benchmark: int
+    refresh: int
+    rollouts: int
+    prompt: int = 0
+    response: int = 8
+    rank: int = 16
+    dim: int = 1024
+    token_budget: int = 2048
+
+
+SIZES = {
+    "tiny": Size(16, 8, 4, 4, 4, 4, 4, 12, 12, rank=4, dim=64),
+    "demo": Size(320, 16, 16, 4, 32, 28, 16, rank=8, dim=512, token_budget=16_384),
+    "13.8m": Size(128, 32, 16, 10, 6, 8, 8, 64, 64),
+    "qwen2.5-1.5b": Size(256, 64, 32, 10, 11, 16, 8, 200, 400, token_budget=16_384),
+}
+
+
+class Numbers:
+    """A tokenizer whose text is the token ids in decimal."""
+
+    pad_token_id = eos_token_id = chat_template = None
+
+    def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
+        return {"input_ids": [int(word) for word in text.split()]}
+
+    def batch_decode(self, rows: Sequence[Sequence[int]], **_: Any) -> list[str]:
+        return [" ".join(str(int(token)) for token in row) for row in rows]
+
+
+def mostly_even(_: Mapping[str, Any], response: str, __: int) -> float:
+    """1.0 if more than half of the tokens are even."""
+    tokens = [int(word) for word in response.split()]
+    return float(sum(token % 2 == 0 for token in tokens) > len(tokens) / 2)
+
+
+def made(shape: str, size: Size, device: str) -> tuple[LocalPolicy, list[dict[str, Any]], list[dict[str, Any]]]:
+    """The policy, the pool and the benchmark."""
+    if shape == "demo":
+        found = problems("imbalance", 5, pool=size.pool, validation=size.benchmark, test=1)
+        policy = LocalPolicy(
+            load_model(MODEL, device=device),
+            load_tokenizer(MODEL),
+            Reward("study", tasks.reward),
+            Sampling(max_new_tokens=size.response, batch_tokens=1 << 20),
+            token_budget=size.token_budget,
+        )
+        return policy, found.pool, found.validation
+    about, random = SHAPES[shape], np.random.default_rng(0)
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = Qwen2ForCausalLM(Qwen2Config(**about.model)).eval()
+    model.generation_config.eos_token_id = None
+    sampling = Sampling(max_new_tokens=size.response)
+    policy = LocalPolicy(model, Numbers(), Reward("even", mostly_even), sampling, token_budget=size.token_budget)
+    prompts = random.integers(0, about.model["vocab_size"], (size.pool + size.benchmark, size.prompt))
+    records = [{"id": f"p{i:04d}", "prompt": " ".join(map(str, ids))} for i, ids in enumerate(prompts.tolist())]
+    return policy, records[: size.pool], records[size.pool :]
+
+
+def measured(shape: str, size: Size, rounds: int, device: str, repeats: int) -> dict[str, list[float]]:
+    """Seconds of each stage, one number a round after the first."""
+    policy, pool, benchmark = made(shape, size, device)
+    learner = Learner(policy.model, UpdateSettings(lr=3e-5, token_budget=size.token_budget))
+    settings = RoundSettings(
+        selector="lcb",
+        refresh=size.refresh,
+        refresh_first=4 * size.refresh,
+        selected=size.selected,
+        train_batch=size.train_batch,
+        steps=size.steps,
+        rounds=rounds + 1,
+        rollouts=size.rollouts,
+        target_rollouts=size.rollouts,
+        fit_problems=size.refresh,
+        spec=SketchSpec(basis="fitted", rank=size.rank, dim=size.dim),
+    )
+    loop = LoopSettings(rounds + 1, size.steps, size.train_batch, size.rollouts)
+    with tempfile.TemporaryDirectory(prefix="gradstore-overhead-") as folder:
+        chooser = Rounds(Path(folder) / "store", pool, {"benchmark": benchmark}, settings)
+        Training(policy, learner, chooser, pool, loop, Path(folder) / "run").run()
+        costs = [dict(found.about["costs"]) for found in _rounds(Path(folder) / "store", rounds)]
+        rows = [json.loads(line) for line in (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()]
+    groups = policy.roll_out(pool[: size.train_batch], size.rollouts, seed=1)
+    times = interleaved(
+        {
+            "without": lambda: learner.step(groups),
+            "with": lambda: learner.step_and_sketch(groups, policy.sketcher),
+        },
+        repeats,
+    )
+    ratio = float(np.median(times["with"] / times["without"]))
+    say(f"an update with the sketches of its groups takes {ratio:.3f} times one without ({repeats} in turn)")
+    of_round = [
+        [row for row in rows if row["kind"] == "step" and row["round"] == number] for number in range(rounds + 1)
+    ]
+    totals = [row["seconds"] for row in rows if row["kind"] == "round"]
+    found: dict[str, list[float]] = {}
+    for number in range(1, rounds + 1):
+        spent, steps = costs[number], of_round[number]
+        updates = sum(row["seconds_update"] for row in steps)
+        stages = {
+            "training: rollouts": sum(row["seconds_rollouts"] for row in steps),
+            "training: updates": updates / ratio,
+            "observation: sketches": updates - updates / ratio,
+            "observation: store": sum(row["seconds_observe"] for row in steps),
+            "selection: rollouts": 0.0,
+            **{f"selection: {name}": seconds for name, seconds in spent.items()},
+            "selection: the rest": totals[number] - sum(spent.values()),
+        }
+        for name, seconds in stages.items():
+            found.setdefault(name, [0.0] * rounds)[number - 1] = seconds
+    return found
+
+
+def _rounds(path: Path, last: int) -> list[gradstore.Round]:
+    store = gradstore.open(path)
+    return [store.round("pool", number) for number in range(last + 1)]
+
+
+def share(stages: Mapping[str, Sequence[float]]) -> np.ndarray:
+    """Of each round: selection without its rollouts and observation, over the training's rollouts and updates."""
+    training = np.sum([own for name, own in stages.items() if name.startswith("training")], axis=0)
+    added = [own for name, own in stages.items() if not name.startswith("training") and name != "selection: rollouts"]
+    return np.sum(added, axis=0) / training
+
+
+def main(
+    shape: Annotated[str, typer.Option(help=", ".join(SIZES))] = "13.8m",
+    rounds: Annotated[int, typer.Option(help="rounds after the first")] = 3,
+    device: str = "cpu",
+    threads: Annotated[int, typer.Option(help="of a CPU; 0: as torch chooses")] = 0,
+    repeats: Annotated[int, typer.Option(help="updates with and without sketches, in turn")] = 5,
+    train_batch: Annotated[int | None, typer.Option(help="problems of a step")] = None,
+    benchmark: Annotated[int | None, typer.Option(help="problems of the benchmark")] = None,
+    refresh: Annotated[int | None, typer.Option(help="problems rolled out anew in a round")] = None,
+) -> None:
+    """Print the seconds of each stage and the share."""
+    given = {"train_batch": train_batch, "benchmark": benchmark, "refresh": refresh}
+    size = replace(SIZES[shape], **{name: value for name, value in given.items() if value is not None})
+    if threads:
+        torch.set_num_threads(threads)
+    if device != "cpu":
+        torch.set_float32_matmul_precision("high")
+    started = time.monotonic()
+    stages = measured(shape, size, rounds, device, repeats)
+    training = float(np.sum([np.median(own) for name, own in stages.items() if name.startswith("training")]))
+    rows = [
+        [name, f"{np.median(own):.3f}", f"{min(own):.3f}-{max(own):.3f}", f"{100 * np.median(own) / training:.1f} %"]
+        for name, own in stages.items()
+    ]
+    title = f"{shape}, {device}, {torch.get_num_threads()} threads, {rounds} rounds: {size}"
+    print_table(title, ["stage", "median s", "range", "of training"], rows, right=["median s", "of training"])
+    shares = 100 * share(stages)
+    say(
+        f"selection without its rollouts, with observation: {np.median(shares):.1f} % of training "
+        f"({shares.min():.1f} to {shares.max():.1f} % over {rounds} rounds); {time.monotonic() - started:.0f} s in all"
+    )
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,86 @@
+"""Sketches that fall out of a backward pass run to train: only the projections are paid for.
+
+The pass back-propagates each group under the objective it trains with; a sketch wants the objective of selection. Where
+the token weights of the two differ by one factor within a group (the advantage divided by the group's deviation or not,
+say), so do all its gradients, prompt shared or not, and its sketch is what was seen times that factor. Where they do
+not (responses of unlike length under another aggregation, importance ratios, a KL term, several groups of one problem,
+whose common baseline is another), the problem is sketched in a pass of its own, before the weights move.
+
+Dimension letters: P problems, W groups of the training pass, G rollouts of a group, C core entries.
+"""
+
+import logging
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from engine.gradients.hooks import Observer
+from engine.gradients.layers import Layer
+from engine.gradients.objectives import Objective, rollout_weights
+from engine.rollouts.group import Group, joined
+from engine.sketches.sketcher import SketchBatch, Sketcher
+
+log = logging.getLogger(__name__)
+
+_RELATIVE = 1e-9
+"""How far factors of one group may differ: rounding of float64."""
+
+
+class Alongside:
+    """Sketches of a training step's groups, one a problem, from the pass that trains on them."""
+
+    def __init__(self, sketcher: Sketcher, groups: Sequence[Group], trained: Objective) -> None:
+        """Sketches at once what cannot be had from the pass. groups: in the order in which the pass will see them.
+        trained: the pass's objective. RequestError as in `Sketcher.sketch`."""
+        self._sketcher = sketcher
+        windows_of: dict[str, list[int]] = {}
+        for window, group in enumerate(groups):
+            windows_of.setdefault(group.problem_id, []).append(window)
+        self._free: dict[int, float] = {}
+        """Window of each problem that is had from the pass, and what its cores are multiplied by."""
+        separate = []
+        for windows in windows_of.values():
+            own = [groups[window] for window in windows]
+            found = factor(own[0], trained, sketcher.spec.objective) if len(own) == 1 else None
+            if found is None or sketcher.optimizer is not None:
+                separate.append(joined(own))
+            else:
+                self._free[windows[0]] = found
+        self.n_separate = len(separate)
+        """Problems that took a pass of their own."""
+        self._whole = None if self._free else sketcher.sketch(separate)
+        self._groups = [*(groups[window] for window in self._free), *separate]
+        self._observer, self._cores_WC = sketcher.observer(len(groups))
+        observer, self._separate_PC = sketcher.observer(len(separate))
+        self._n_tokens = sketcher.gradients.run(separate, observer) if self._free and separate else 0
+
+    @property
+    def watch(self) -> tuple[Sequence[Layer], Observer] | None:
+        """What the training pass is to show; None when it has nothing to give."""
+        return (self._sketcher.gradients.layers, self._observer) if self._free else None
+
+    def batch(self) -> SketchBatch:
+        """The sketches, once the pass is through; n_tokens counts those of separate passes alone."""
+        if self._whole is not None:
+            return self._whole
+        factors_P = torch.tensor(list(self._free.values()), device=self._cores_WC.device)
+        seen_PC = self._cores_WC[list(self._free)] * factors_P[:, None]
+        return self._sketcher.batch(self._groups, torch.cat([seen_PC, self._separate_PC]), self._n_tokens)
+
+
+def factor(group: Group, trained: Objective, wanted: Objective) -> float | None:
+    """What turns the group's gradient under one objective into that under another; None where no number does."""
+    for rule in (trained, wanted):
+        if rule.importance or rule.kl_beta:
+            return None
+    if trained.temperature != wanted.temperature:
+        return None
+    lengths_G = np.array([len(response) for response in group.responses])
+    have_G, want_G = (rollout_weights(group.rewards, lengths_G, rule) for rule in (trained, wanted))
+    if not want_G.any():
+        return 0.0
+    if ((have_G == 0) & (want_G != 0)).any():
+        return None
+    ratios = want_G[have_G != 0] / have_G[have_G != 0]
+    return float(ratios[0]) if np.ptp(ratios) <= _RELATIVE * np.abs(ratios).max() else None
