@@ -70,7 +70,16 @@ def start(target: Callable, *arguments: object) -> BaseProcess:
     """A process that has imported everything already."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["benchmarks.churn", "typer", "pyarrow.parquet", "gradstore.compact", "gradstore.verify"]
+        # The last two pyarrow imports when it is first used: seconds in which a kill would hit nothing else.
+        [
+            "benchmarks.churn",
+            "typer",
+            "pyarrow.parquet",
+            "gradstore.compact",
+            "gradstore.verify",
+            "pyarrow.compute",
+            "pandas",
+        ]
     )
     process = context.Process(target=target, args=arguments)
     process.start()

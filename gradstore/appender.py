@@ -33,6 +33,8 @@ _WRITES_WAITING = 2
 _LARGE = 1 << 20
 """Bytes of a write from which it goes past the page cache."""
 _SYNCS_AT_ONCE = 9
+_SYNCS_OF_OPEN = 3
+"""Threads that share the files of unfinished chunks: more cost more to wake than they save."""
 _SYNCS_WAITING = 90
 """Files that may wait to be synced; each holds a descriptor."""
 
@@ -40,8 +42,8 @@ _SYNCS_WAITING = 90
 class Appender:
     """Appends rows to all arrays of one generation; checksums grow with the bytes.
 
-    One thread of its own writes, in order, while the caller makes the next rows; others sync the files of finished
-    chunks. What goes wrong there is raised by the next `write` or by `sync`, which must not be skipped.
+    Where they are many, one thread of its own writes, in order, while the caller makes the next rows; others sync
+    finished chunks. What goes wrong there is raised by the next `write` or by `sync`, which must not be skipped.
     """
 
     def __init__(self, generation: Path, arrays: tuple[RowArray, ...], rows: int, chunks: Mapping) -> None:
@@ -52,7 +54,7 @@ class Appender:
         self._written = rows
         self._open: dict[str, tuple[Path, int]] = {}
         self._dirty = False
-        self._new_files = False
+        self._grown: set[Path] = set()  # Folders with new files.
         self._broken = False
         self._writer = ThreadPoolExecutor(1)
         self._writes: deque[Future] = deque()
@@ -69,9 +71,13 @@ class Appender:
 
         The arrays are this object's from now on.
         """
-        self._wait(_WRITES_WAITING - 1)
+        few = columns["codes"].nbytes < _LARGE
+        self._wait(0 if few else _WRITES_WAITING - 1)
         self.rows += len(columns["problem"])
-        self._writes.append(self._writer.submit(self._write, columns))
+        if few:
+            self._write(columns)  # Sooner done than handed over.
+        else:
+            self._writes.append(self._writer.submit(self._write, columns))
 
     def sync(self) -> None:
         """Make every row so far durable."""
@@ -83,15 +89,16 @@ class Appender:
         self._wait(0)
         if not self._dirty:
             return
-        self._syncs.extend(self._syncer.submit(_sync_file, opened) for opened in self._open.values())
-        if self._new_files:
-            folders = (self._generation / array.name for array in self._arrays)
-            self._syncs.extend(self._syncer.submit(_sync_folder, folder) for folder in folders)
+        opened = list(self._open.values())
+        shares = (opened[first::_SYNCS_OF_OPEN] for first in range(_SYNCS_OF_OPEN))
+        self._syncs.extend(self._syncer.submit(_sync_files, share) for share in shares)
+        self._syncs.extend(self._syncer.submit(_sync_folder, folder) for folder in self._grown)
 
     def finish_sync(self) -> None:
         """Wait until the disk has them."""
         self._wait_for_syncs(0)
-        self._dirty = self._new_files = False
+        self._dirty = False
+        self._grown.clear()
 
     def close(self) -> None:
         """Let go of the files; what has not been synced may or may not be on the disk."""
@@ -169,7 +176,7 @@ class Appender:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
             self._open[array.name] = path, descriptor
             if not existed:
-                self._new_files = True
+                self._grown.add(path.parent)
                 preallocate(descriptor, array.chunk_bytes)
 
 
@@ -230,15 +237,15 @@ def _clear_tail(path: Path, used: int, size: int) -> None:
             os.close(descriptor)
 
 
-def _sync_file(opened: tuple[Path, int]) -> None:
-    path, descriptor = opened
-    with writing(path):
-        os.fdatasync(descriptor)
+def _sync_files(files: list[tuple[Path, int]]) -> None:
+    for path, descriptor in files:
+        with writing(path):
+            os.fdatasync(descriptor)
 
 
 def _sync_and_close(opened: tuple[Path, int]) -> None:
     try:
-        _sync_file(opened)
+        _sync_files([opened])
     finally:
         os.close(opened[1])
 

@@ -13,7 +13,7 @@ def test_power_cuts_lose_nothing(fast_path: Path) -> None:
     assert "cuts" in cuts(fast_path, n_changes=12, every=15, seed=3)
 
 
-@pytest.mark.parametrize("forgotten", ["_sync_file", "_sync_folder"])
+@pytest.mark.parametrize("forgotten", ["_sync_files", "_sync_folder"])
 def test_the_power_cut_model_notices_a_forgotten_fsync(fast_path: Path, monkeypatch, forgotten: str) -> None:
     """A model that never finds anything proves nothing."""
     monkeypatch.setattr(appender, forgotten, lambda where: None)
