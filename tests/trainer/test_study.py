@@ -86,7 +86,8 @@ def test_every_path_runs_and_is_counted(results: Path) -> None:
     rows = {key(row): row for row in read_results(results, SHORT)}
     assert len(rows) == len(DEFAULT_METHODS) + 6 + 2
     full = SHORT.rounds * (SHORT.pool + SHORT.validation) * SHORT.rollouts
-    budgeted = SHORT.rounds * (SHORT.budget + SHORT.validation) * SHORT.rollouts + SHORT.pool * SHORT.first_look
+    budgeted = SHORT.rounds * (SHORT.budget * SHORT.rollouts + SHORT.validation * SHORT.budget_target)
+    budgeted += SHORT.pool * SHORT.first_look
     for (_, name, _), row in rows.items():
         assert len(row["accuracy"]) == SHORT.rounds + 1
         assert len(row["bad"]) == SHORT.rounds
@@ -137,9 +138,7 @@ def test_the_page_tells_what_the_rows_say(results: Path, tmp_path: Path) -> None
     (tmp_path / "study" / "notes.md").write_text("## Notes\n\nBy hand.\n")
     write_page(rows, page, SHORT)
     text = page.read_text()
-    assert all(
-        f"| `{name}` | {method(name, SHORT.budget, SHORT.first_look).title} |" in text for name in DEFAULT_METHODS
-    )
+    assert all(f"| `{name}` | {method(name, SHORT.budgeted).title} |" in text for name in DEFAULT_METHODS)
     assert "By hand." in text
     finals = [row["accuracy"][-1] for row in rows if row["arm"] == "wrong_truths" and row["method"] == "gradalign"]
     value = estimate(finals)
@@ -170,4 +169,4 @@ def test_unknown_names_are_refused() -> None:
     with pytest.raises(RequestError, match="wrong_truths"):
         problems("nothing", 0, pool=8, validation=1, test=1)
     with pytest.raises(RequestError, match="oracle"):
-        method("best", 8, 4)
+        method("best", SHORT.budgeted)

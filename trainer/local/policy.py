@@ -85,9 +85,10 @@ class LocalPolicy:
             for i, problem in enumerate(problems)
         ]
 
-    def fit(self, spec: SketchSpec, groups: Sequence[Group]) -> SketcherFiles:
+    def fit(self, spec: SketchSpec, groups: Sequence[Group], benchmark: Sequence[Group] = ()) -> SketcherFiles:
         spec = replace(spec, token_budget=self.token_budget)
-        projection = fit_projection(self.model, groups, spec) if spec.basis == "fitted" else None
+        fitted = spec.basis == "fitted"
+        projection = fit_projection(self.model, groups, spec, benchmark=benchmark) if fitted else None
         self._sketcher = Sketcher(self.model, spec, projection)
         return files_of(self._sketcher)
 

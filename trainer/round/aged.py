@@ -39,7 +39,8 @@ def aged_scores(kind: str, now: Standing, length: float = 1.0) -> tuple[np.ndarr
     chance_P = np.where(now.fresh, 1.0, now.signal)
     mean_P = now.mean * scales_P
     mean_P = np.where(mean_P > 0, chance_P, 1.0) * mean_P
-    return np.where(now.live, mean_P, np.nan), now.sd * scales_P
+    spreads_P = now.spreads(kind) * (1.0 if kind == "cosine" else length)
+    return np.where(now.live, mean_P, np.nan), spreads_P
 
 
 def _aged(selector: Selector, now: Standing, length: float, confidence: float) -> Selector:
@@ -55,28 +56,18 @@ def _aged(selector: Selector, now: Standing, length: float, confidence: float) -
 def with_old_sketches(probes: ProbeBatch, now: Standing, length: float = 0.0) -> ProbeBatch:
     """The probes, and for other live candidates what their sketches are worth as one.
 
-    A sketch's dot, norm x cosine, is brought to the probes' scale by least squares through the origin over the problems
-    that have both; what is left beyond the probes' own errors is the sketch's, and adds to the standard error.
-    Where fewer than three have both, the scale is taken to be `length`, the target's: probe and sketch then measure the
-    same dot. Candidates of which nothing is known beyond the prior get none, and so do all where there is no scale.
+    A sketch's dot, cosine x length now, is brought to the probes' scale by the standing's calibration, and what that
+    leaves unexplained adds to the standard error, as does how unsure the length is. Without a calibration the scale is
+    taken to be `length`, the target's: probe and sketch then measure the same dot. Candidates of which nothing is known
+    beyond the prior get none, and so do all where there is no scale.
     """
     if now.model is None:
         return probes
     place_P = places(now.ids, probes.ids)
-    both_P = (place_P >= 0) & np.append(probes.live, False)[place_P] & now.live & now.fresh
-    slope, left = length, 0.0
-    if both_P.sum() >= 3:
-        dots_K, errors_K = probes.dots[place_P[both_P]], probes.standard_errors[place_P[both_P]]
-        sketched_K = (now.cosines * now.norms)[both_P]
-        slope = max(float(dots_K @ sketched_K) / (float(sketched_K @ sketched_K) or 1.0), 0.0)
-        left = max(float(np.mean((dots_K - slope * sketched_K) ** 2)) - float(np.mean(errors_K**2)), 0.0)
-    value_P, error_P = now.model.equivalent(now.mean - now.offsets, now.sd)
-    value_P = value_P + now.offsets
-    old = np.flatnonzero((place_P < 0) & now.live & np.isfinite(value_P) & (slope > 0))
-    scales = slope * now.norms[old]
-    dots = value_P[old] * scales
+    dot_P, error_P = _as_probes(now, length)
+    old = np.flatnonzero((place_P < 0) & np.isfinite(dot_P))
+    dots, errors = dot_P[old], error_P[old]
     dots = np.where(dots > 0, now.signal[old], 1.0) * dots
-    errors = np.sqrt((error_P[old] * scales) ** 2 + left)
     t = dots / np.where(errors > 0, errors, 1.0)
     counts = np.maximum(now.n_rollouts[old], 3)
     nothing = [np.full(count, np.nan) for count in counts]
@@ -93,3 +84,16 @@ def with_old_sketches(probes: ProbeBatch, now: Standing, length: float = 0.0) ->
         states=[*probes.states, *([State.LIVE] * len(old))],
         reasons=[*probes.reasons, *([""] * len(old))],
     )
+
+
+def _as_probes(now: Standing, length: float) -> tuple[np.ndarray, np.ndarray]:
+    """Dot and standard error of the measurement that each live sketch is worth, float64 [P]; NaN where it is none."""
+    assert now.model is not None
+    scale_P, left = np.full(len(now), length), 0.0
+    if now.calibration is not None:
+        scale_P, left = now.calibration.gains * now.calibration.length, now.calibration.left
+    value_P, error_P = now.model.equivalent(now.mean - now.offsets, now.sd)
+    value_P = value_P + now.offsets
+    lengths_P = np.where(now.live & (scale_P > 0), scale_P * now.lengths, np.nan)
+    error_P = np.hypot(lengths_P * np.sqrt(error_P**2 + left), scale_P * value_P * now.length_sd)
+    return value_P * lengths_P, error_P

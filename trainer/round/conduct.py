@@ -25,7 +25,9 @@ from engine.sketches.bases import files_in
 from gradstore import Store
 from trainer.backends import derived_seed
 from trainer.round.aged import aged_parts, aged_scores, with_old_sketches
+from trainer.round.calibration import Probed, probed_before
 from trainer.round.journal import Journal, Plan
+from trainer.round.lengths import Trained, trained_toward
 from trainer.round.measuring import Costs, Measured, Windows, sketch_collection
 from trainer.round.policy import Policy
 from trainer.round.recording import about_round, round_table
@@ -103,6 +105,8 @@ class Conduct:
         ids = np.array(list(run.records), dtype=object)
         self.candidates: list[str] = ids[self._random(_DRAW).permutation(len(ids))[: settings.candidates]].tolist()
         self.measures = run.needs_rows and not self.warm_up
+        looks = self.measures and self.budget is not None and number == settings.warm_up
+        self.look = settings.first_look if looks else 0
         aims = self.measures and (run.needs_target or (self.budget is not None and bool(run.benchmarks)))
         self.windows_of = {
             name: self._windows(records, settings.target_rollouts, (_BENCHMARK, i), name)
@@ -111,22 +115,23 @@ class Conduct:
         self.target_key = "+".join(self.windows_of)
         self.plans: list[Plan] = []
         self.targets: list[Target] = []
+        self._known: tuple[list[Trained], list[Probed]] | None = None
         self.refreshed: dict[str, Any] = {}
 
     def make_store(self) -> tuple[Store, Windows | None]:
         """A new store for the policy's sketches, and the first candidates' rollouts if the basis was fitted to them."""
         run, settings = self.run, self.settings
         if self.fits:
-            windows = self._plan_windows(self._first_plan(None), 0)
-            groups = [
+            windows = self._plan_windows(self.candidates if self.look else self._first_plan(None), 0)
+            benchmark = [
                 group for own in self.windows_of.values() for w in range(len(own)) for group in own.groups(w, keep=True)
             ]
-            window, n_fitted = 0, 0
-            while window < len(windows) and n_fitted < settings.fit_problems:
-                found = windows.groups(window, keep=True)
-                window, n_fitted, groups = window + 1, n_fitted + len(found), groups + found
+            window, groups = 0, []  # type: int, list[Group]
+            while window < len(windows) and sum(group.has_signal for group in groups) < settings.fit_problems:
+                groups += windows.groups(window, keep=True)
+                window += 1
             with self.costs.stage("fit"):
-                files = self.policy.fit(settings.spec, groups)
+                files = self.policy.fit(settings.spec, groups, benchmark)
             first: Windows | None = windows
         else:
             # Without rollouts there is nothing to fit to: a seeded basis of the same size keeps what is observed.
@@ -182,18 +187,25 @@ class Conduct:
     def _refresh(
         self, store: Store, journal: Journal, first: Windows | None, validation: Sequence[Group] | None
     ) -> None:
-        """Measure what is planned: the candidates chosen, then, within a budget, those that straddle the cut."""
+        """Measure what is planned: in the first round a look at all candidates, then those chosen, then, within a
+        budget, those that straddle the cut."""
         measured = Measured(store, self.run.pool, self.policy, journal, self.costs, validation)
         joins = self.budget is not None and self.settings.boundary > 0
-        plan = journal.plan(0, lambda: self._first_plan(store))
-        self.plans = [plan]
-        measured.run(plan, first or self._plan_windows(plan.ids, 0), self.target_key, keep=joins)
+        if self.look:
+            plan = journal.plan(0, lambda: self._unmeasured(store))
+            self.plans.append(plan)
+            measured.run(plan, first or self._plan_windows(plan.ids, 0), self.target_key, keep=True, probe=False)
+            first = None
+        number = len(self.plans)
+        plan = journal.plan(number, lambda: self._first_plan(store))
+        self.plans.append(plan)
+        measured.run(plan, first or self._plan_windows(plan.ids, number), self.target_key, keep=joins)
         if self.budget is None or not self.measures or not self.targets:
             return
         settled = False
         while self.settings.boundary > 0 and not settled:
-            left = self.budget - sum(len(plan.ids) for plan in self.plans)
             number = len(self.plans)
+            left = self.budget - sum(len(plan.ids) for plan in self.plans[int(self.look > 0) :])
             if left <= 0:
                 break
             plan = journal.plan(number, lambda left=left: self._at_the_cut(store, left))  # type: ignore[misc]
@@ -202,6 +214,11 @@ class Conduct:
                 self.plans.append(plan)
                 measured.run(plan, self._plan_windows(plan.ids, number), self.target_key, keep=True)
         self.refreshed["settled"] = settled
+
+    def _unmeasured(self, store: Store) -> list[str]:
+        """Candidates without a row."""
+        known = set(store.view(self.run.pool, self.step).ids.tolist())
+        return [name for name in self.candidates if name not in known]
 
     def _first_plan(self, store: Store | None) -> list[str]:
         """The candidates to roll out before anything is known of this step; store: None while there is none."""
@@ -257,7 +274,18 @@ class Conduct:
             n_rollouts=settings.rollouts,
             forgetting=settings.forgetting,
             by_source=settings.by_source,
+            trained=self._past(store)[0],
+            probed=self._past(store)[1],
         )
+
+    def _past(self, store: Store) -> tuple[list[Trained], list[Probed]]:
+        """What the training up to now went along, and what was probed before: the same all through the round."""
+        if self._known is None:
+            pool, names = self.run.pool, list(self.windows_of)
+            self._known = [], []
+            if self.budget is not None:
+                self._known = trained_toward(store, pool, self.step), probed_before(store, pool, names, self.step)
+        return self._known
 
     def _length(self) -> float:
         """Of the target as the selectors see it."""
@@ -323,7 +351,7 @@ class Conduct:
             chosen=chosen,
             filled=filled,
             n_rolled_out=len(rolled_out),
-            rollouts=self.settings.rollouts * sum(len(plan.ids) for plan in self.plans),
+            rollouts=sum(self._rollouts(number) * len(plan.ids) for number, plan in enumerate(self.plans)),
             target_rollouts=self.settings.target_rollouts
             * sum(len(self.run.benchmarks[name]) for name in self.windows_of),
             seconds=self.costs.seconds,
@@ -337,7 +365,11 @@ class Conduct:
 
     def _plan_windows(self, ids: Sequence[str], number: int) -> Windows:
         records = [self.run.records[name] for name in ids]
-        return self._windows(records, self.settings.rollouts, (_POOL, number), f"{self.run.pool}-{number}")
+        return self._windows(records, self._rollouts(number), (_POOL, number), f"{self.run.pool}-{number}")
+
+    def _rollouts(self, number: int) -> int:
+        """Of each problem of the round's plan of this number."""
+        return self.look if self.look and number == 0 else self.settings.rollouts
 
     def _windows(self, records: Sequence[Mapping[str, Any]], n: int, seed: tuple[int, ...], name: str) -> Windows:
         export = None if self.run.export is None else self.run.export / f"round-{self.number:04d}-{name}"

@@ -132,14 +132,15 @@ class Measured:
         self._costs, self._validation = costs, validation
         self._before: list[Windows] = []
 
-    def run(self, plan: Plan, windows: Windows, target: str, *, keep: bool) -> None:
-        """Measure the plan's problems; target: what probes are kept under. keep: rollouts may be joined later."""
+    def run(self, plan: Plan, windows: Windows, target: str, *, keep: bool, probe: bool = True) -> None:
+        """Measure the plan's problems; target: what probes are kept under. keep: rollouts may be joined later. probe:
+        False for rows alone."""
         journal = self._journal
         planned_rows, planned_probes = (dict(zip(plan.ids, counts, strict=True)) for counts in (plan.rows, plan.probes))
         for window in range(len(windows)):
             ids = windows.ids(window)
             needs_rows = _lacks(ids, journal.rows, planned_rows)
-            needs_probes = self._validation is not None and _lacks(ids, journal.probes, planned_probes)
+            needs_probes = probe and self._validation is not None and _lacks(ids, journal.probes, planned_probes)
             if not (needs_rows or needs_probes):
                 continue
             groups = [self._joined(group) for group in windows.groups(window, keep=keep)]

@@ -30,10 +30,11 @@ class Policy(Protocol):
         """
         ...
 
-    def fit(self, spec: SketchSpec, groups: Sequence[Group]) -> SketcherFiles:
+    def fit(self, spec: SketchSpec, groups: Sequence[Group], benchmark: Sequence[Group] = ()) -> SketcherFiles:
         """Make the run's sketcher and use it from now on.
 
-        A fitted basis is fitted to the groups that have a signal; other bases need none. Returns what a store of its
+        A fitted basis is fitted to the groups that have a signal, and to the benchmark's, whose mean gradient has a
+        dimension of its own; other bases need none. Returns what a store of its
         rows is made from: `engine.sketches.bases.files_of(sketcher)`.
         """
         ...

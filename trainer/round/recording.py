@@ -97,7 +97,12 @@ def about_round(
         "costs": dict(seconds),
         "tokens": tokens,
         "counts": counts,
-        "refresh": {**refreshed, "model": None if now.model is None else now.model.describe()},
+        "refresh": {
+            **refreshed,
+            "model": None if now.model is None else now.model.describe(),
+            "motion": None if now.motion is None else now.motion.describe(),
+            "calibration": None if now.calibration is None else now.calibration.describe(),
+        },
         "selection": about,
         "picked_by": [*chosen.picked_by, *([FILLED] * len(filled))],
         "warnings": lines,

@@ -56,6 +56,8 @@ class RoundSettings:
     """Candidates rolled out anew in a round: all of them (GradAlign), or a budget of so many problems."""
     refresh_first: Literal["all"] | int | None = None
     """Likewise in the first round that measures, when little is stored yet; None: as in the others."""
+    first_look: int = 0
+    """With a budget, responses to each candidate without a row, before the plan of the first round that measures."""
     warm_up: int = 0
     """Rounds at the start that pick at random and roll nothing out (LearnAlign's warm-up training)."""
     once: bool = False
@@ -99,7 +101,7 @@ class RoundSettings:
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise RequestError(f"{_spelled(name)} is {value!r}, expected a whole number of at least 1")
-        for name in ("warm_up", "fit_problems"):
+        for name in ("first_look", "warm_up", "fit_problems"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 0:
                 raise RequestError(f"{name} is {getattr(self, name)!r}, expected a whole number of at least 0")
         if self.ratio is not None and not 0 < self.ratio <= 1:

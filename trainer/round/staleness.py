@@ -19,6 +19,7 @@ from engine.searching.query import score_rows
 from engine.searching.targets import target
 from gradstore import Store
 from gradstore.errors import RequestError
+from trainer.round.motion import effective
 
 PRIOR_RELIABILITY = 0.5
 """Share of a row's score variance that is signal, before anything was measured twice."""
@@ -199,6 +200,6 @@ def _pairs_at(store: Store, pool: str, benchmarks: Sequence[str], step: int, off
         score_rows(before, unit_D, "cosine", old)[old] - off,
         score_rows(after, unit_D, "cosine", new)[new] - off,
         (step - before.steps[old]).astype(np.float64),
-        before.n_rollouts[old].astype(np.float64),
-        after.n_rollouts[new].astype(np.float64),
+        effective(before.n_rollouts[old].astype(np.float64), before.pass_rates[old]),
+        effective(after.n_rollouts[new].astype(np.float64), after.pass_rates[new]),
     )

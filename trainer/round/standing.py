@@ -11,15 +11,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from engine.searching.query import score_rows
 from engine.selecting.history import History
 from engine.selecting.membership import places
 from gradstore import State, Store
+from trainer.round.calibration import Calibration, Probed, aim, calibrate, probed_at
+from trainer.round.lengths import Trained, lengths
+from trainer.round.motion import Motion
 from trainer.round.refresh import Outlook, pass_rate_prior
+from trainer.round.rows import live_rows
 from trainer.round.staleness import PRIOR_LIFE, Beliefs, Staleness, fit, measured_pairs
-
-_STEPS_BACK = 32
-"""Newest steps whose rows go through the model one by one; of older rows a problem's newest counts."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -35,10 +35,10 @@ class Standing:
     """Of the newest row, float64; nan where unknown."""
     n_rollouts: np.ndarray
     """Of the newest row, int64; 0: never measured."""
-    norms: np.ndarray
-    """Of the newest row, float64; nan where it is not live."""
-    cosines: np.ndarray
-    """Of the newest row with the target, float64; nan where it is not live or there is no target."""
+    lengths: np.ndarray
+    """Expected norm now, float64; nan where no row was live."""
+    length_sd: np.ndarray
+    """Its standard deviation, float64."""
     mean: np.ndarray
     """Expected cosine now, float64."""
     sd: np.ndarray
@@ -49,6 +49,10 @@ class Standing:
     """Probability that new rollouts have a signal, float64."""
     model: Staleness | None
     """None without a target: then `mean` is 0, and `sd` grows with the age of the newest row."""
+    calibration: Calibration | None
+    """Of sketched dots by probes; None where there are too few."""
+    motion: Motion | None
+    """How pass rates move; None without a target."""
     step: int
 
     def __len__(self) -> int:
@@ -71,15 +75,24 @@ class Standing:
         none is known; float64."""
         if kind == "cosine":
             return np.ones(len(self))
-        known = self.norms[np.isfinite(self.norms)]
-        return np.where(np.isfinite(self.norms), self.norms, float(np.median(known)) if len(known) else 1.0)
+        known = self.lengths[np.isfinite(self.lengths)]
+        lengths_P = np.where(np.isfinite(self.lengths), self.lengths, float(np.median(known)) if len(known) else 1.0)
+        return lengths_P if self.calibration is None else lengths_P * self.calibration.gains
+
+    def spreads(self, kind: str) -> np.ndarray:
+        """Standard deviation of a kind of score: of the cosine, and of the length unless it is `cosine`; float64."""
+        from_cosine = self.sd * self.scales(kind)
+        if kind == "cosine":
+            return from_cosine
+        gains_P = 1.0 if self.calibration is None else self.calibration.gains
+        return np.hypot(from_cosine, np.hypot(self.mean, self.sd) * gains_P * np.nan_to_num(self.length_sd))
 
     def outlook(self, kind: str, n_rollouts: int) -> Outlook:
         """What the choice of a refresh goes by."""
         scales_P = self.scales(kind)
         noise = 0.0 if self.model is None else np.sqrt(self.model.noise / n_rollouts)
         return Outlook(
-            self.mean * scales_P, self.sd * scales_P, noise * scales_P, self.signal, self.steps >= 0, self.live
+            self.mean * scales_P, self.spreads(kind), noise * scales_P, self.signal, self.steps >= 0, self.live
         )
 
 
@@ -94,10 +107,13 @@ def standing(
     n_rollouts: int,
     forgetting: float,
     by_source: bool,
+    trained: Sequence[Trained] = (),
+    probed: Sequence[Probed] = (),
 ) -> Standing:
     """Where problems stand at a step, against a direction (None: without one).
 
-    benchmarks: whose targets at past steps the staleness model is fitted with. n_rollouts: of a new group.
+    benchmarks: whose targets at past steps the staleness model is fitted with. n_rollouts: of a new group. trained:
+    what the steps since the first round went along. probed: probes of the steps before.
     """
     view = store.view(pool, step)
     place_P = places(list(ids), view.ids)
@@ -112,18 +128,17 @@ def standing(
     live_P = states_P == State.LIVE
     history = store.history(pool, step)
     past = History.of(history, list(ids), now=step, forgetting=forgetting, prior=pass_rate_prior(history))
-    cosines_P, offsets_P, model = np.full(len(ids), np.nan), np.zeros(len(ids)), None
+    offsets_P, model = np.zeros(len(ids)), None
     if direction_D is None:
         mean_P = np.zeros(len(ids))
         kept_P = np.where(known_P, np.exp(-(step - steps_P) / PRIOR_LIFE), 0.0)
         sd_P = np.sqrt(1 - kept_P**2)
     else:
         unit_D = (direction_D / (np.linalg.norm(direction_D) or 1.0)).astype(np.float32)
-        rows = _rows(store, pool, ids, unit_D, step)
+        rows = live_rows(store, pool, ids, np.stack([unit_D, *(pull.unit for pull in trained)]), step)
         first_P, first_rollouts_P = np.full(len(ids), np.nan), np.zeros(len(ids))
         for row in reversed(rows):
-            first_P[row.places], first_rollouts_P[row.places] = row.cosines, row.rollouts
-        cosines_P[live_P] = score_rows(view, unit_D, "cosine", place_P[live_P])[place_P[live_P]]
+            first_P[row.places], first_rollouts_P[row.places] = row.cosines[0], row.rollouts
         offset_of: dict[str, float] = {}
         if by_source:
             table = store.problems(pool)
@@ -134,23 +149,33 @@ def standing(
         model = fit(pairs, first_P - offsets_P, first_rollouts_P)
         beliefs = Beliefs(model, len(ids))
         for row in rows:
-            beliefs.measure(row.places, row.step, row.cosines - offsets_P[row.places], row.rollouts)
+            beliefs.measure(row.places, row.step, row.cosines[0] - offsets_P[row.places], row.rollouts)
         mean_P, sd_P = beliefs.at(step)
         mean_P = mean_P + offsets_P
     norms_P = np.where(live_P, column(view.norms, np.nan), np.nan)
+    lengths_P, length_sd_P, motion, calibration = norms_P, np.zeros(len(ids)), None, None
+    if direction_D is not None:
+        fresh = probed_at(store, pool, benchmarks, step)
+        known = [*probed, *([] if fresh is None else [fresh])]
+        calibration = calibrate(view, ids, known, aim(store, benchmarks, step)[1]) if known else None
+        lengths_P, length_sd_P, motion = lengths(history, ids, rows, trained, step)
+        now_P = (steps_P == step) & live_P | ~np.isfinite(lengths_P)
+        lengths_P, length_sd_P = np.where(now_P, norms_P, lengths_P), np.where(now_P, 0.0, length_sd_P)
     return Standing(
         list(ids),
         states_P,
         steps_P,
         column(view.pass_rates, np.nan),
         rollouts_P,
-        norms_P,
-        cosines_P,
+        lengths_P,
+        length_sd_P,
         mean_P,
         sd_P,
         offsets_P,
         past.signal_probability(n_rollouts),
         model,
+        calibration,
+        motion,
         step,
     )
 
@@ -176,37 +201,3 @@ def source_offsets(scores_P: np.ndarray, sources_P: np.ndarray) -> np.ndarray:
     if between <= 0:
         return np.zeros(len(scores_P))
     return (differences_S * counts_S / (counts_S + within / between))[source_P]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Rows:
-    """Live rows of one step."""
-
-    step: int
-    places: np.ndarray
-    """Of their problems among the candidates, int64 [N]."""
-    cosines: np.ndarray
-    """With the target, float64 [N]."""
-    rollouts: np.ndarray
-    """float64 [N]."""
-
-
-def _rows(store: Store, pool: str, ids: Sequence[str], unit_D: np.ndarray, now: int) -> list[_Rows]:
-    """Every live row of the newest steps, after each problem's newest one before them, oldest first."""
-    steps = [step for step in store.steps(pool) if step <= now]
-    recent = steps[-_STEPS_BACK:]
-    moments = [] if len(steps) == len(recent) else [steps[-_STEPS_BACK - 1]]
-    found = []
-    for step in [*moments, *recent]:
-        view = store.view(pool, step)
-        chosen = np.flatnonzero(view.live & ((view.steps == step) | (step in moments)))
-        place_N = places(view.ids_at(chosen), list(ids)) if len(chosen) else np.zeros(0, np.int64)
-        chosen, place_N = chosen[place_N >= 0], place_N[place_N >= 0]
-        if not len(chosen):
-            continue
-        cosines_N = score_rows(view, unit_D, "cosine", chosen)[chosen].astype(np.float64)
-        rollouts_N = view.n_rollouts[chosen].astype(np.float64)
-        for measured in np.unique(view.steps[chosen]).tolist():
-            here = view.steps[chosen] == measured
-            found.append(_Rows(measured, place_N[here], cosines_N[here], rollouts_N[here]))
-    return found

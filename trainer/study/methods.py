@@ -22,8 +22,6 @@ class Method:
     """Settings of the round that differ from the study's."""
     observe: bool = False
     """Whether the training rollouts are sketched too; only a budgeted refresh has a use for them."""
-    first_look: int = 0
-    """Rollouts of every problem that are collected before the first round, counted as selection's."""
 
 
 ORACLE = "oracle"
@@ -55,15 +53,18 @@ BUDGETED = "budgeted"
 """Beginning of the names of budgeted refreshes: `budgeted-lcb` picks by `lcb`."""
 
 
-def method(name: str, budget: int, first_look: int) -> Method:
-    """The method of this name; `budgeted-SELECTOR` rolls out `budget` problems a round. RequestError for another."""
+def method(name: str, budgeted: Mapping[str, int]) -> Method:
+    """The method of this name; `budgeted-SELECTOR` has the round settings `budgeted`. RequestError for another."""
     if name in METHODS:
         return METHODS[name]
     kind, _, selector = name.partition("-")
     if kind != BUDGETED or not selector:
         raise RequestError(f"method {name!r} is not one of {', '.join(METHODS)} or {BUDGETED}-SELECTOR")
-    title = f"{selector}, {budget} problems rolled out anew in a round, {first_look} rollouts of each before the first"
-    return Method(title, {"selector": selector, "refresh": budget}, observe=True, first_look=first_look)
+    title = (
+        f"{selector}, {budgeted['refresh']} problems rolled out anew in a round, {budgeted['first_look']} rollouts of "
+        f"each before the first plan, {budgeted['target_rollouts']} a round of each of the benchmark's"
+    )
+    return Method(title, {"selector": selector, **budgeted}, observe=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +73,7 @@ class Chosen:
 
     ids: list[str]
     rollouts: np.ndarray
+    relative_weights: np.ndarray
 
 
 class Oracle:
@@ -87,7 +89,7 @@ class Oracle:
         random = np.random.default_rng(derived_seed(self._seed, self._done))
         self._done += 1
         picks = random.permutation(len(self._useful))[: self._n]
-        return Chosen([self._useful[i] for i in picks], np.zeros(self._n, np.int64))
+        return Chosen([self._useful[i] for i in picks], np.zeros(self._n, np.int64), np.ones(self._n))
 
     def observe(self, policy: Any, seen: Sequence[Group] | SketchBatch) -> None:
         """Nothing is kept."""

@@ -44,9 +44,7 @@ def write_page(rows: Sequence[dict[str, Any]], page: Path, settings: StudySettin
             seeds=f"seeds {seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else f"seed {seeds[0]}",
             folder=folder.name,
             settings="\n".join(f"| `{name}` | {value} |" for name, value in asdict(settings).items()),
-            methods="\n".join(
-                f"| `{name}` | {method(name, settings.budget, settings.first_look).title} |" for name in methods
-            ),
+            methods="\n".join(f"| `{name}` | {method(name, settings.budgeted).title} |" for name in methods),
             arms="\n".join(f"| `{arm}` | {ARMS[arm].title} |" for arm in arms),
         ),
         "## What was wanted, what came\n\n" + "\n".join(f"- {line}" for line in findings(rows, arms)) + "\n",
@@ -100,7 +98,7 @@ def _cost_table(rows: Sequence[dict[str, Any]], arms: Sequence[str], methods: Se
         cells = (
             f"{n_rollouts:,.0f}",
             relative,
-            f"{np.median([sum(row['selection_seconds']) + row['first_look_seconds'] for row in own]):.1f}",
+            f"{np.median([sum(row['selection_seconds']) for row in own]):.1f}",
             f"{np.median([selection_seconds(row) for row in own]):.1f}",
             f"{np.median([row['training_seconds'] for row in own]):.1f}",
             f"{100 * np.median([overhead(row) for row in own]):.0f} %",

@@ -9,12 +9,10 @@ from typing import Any
 
 import torch
 
-import gradstore
 from engine.gradients.models import load_model, load_tokenizer
 from engine.gradients.objectives import objective
 from engine.rollouts.group import Group
 from engine.sketches.sketcher import SketchBatch, SketchSpec
-from trainer.backends import derived_seed
 from trainer.demo import tasks
 from trainer.demo.run import MODEL
 from trainer.local.grpo import Learner, UpdateSettings
@@ -22,14 +20,10 @@ from trainer.local.policy import LocalPolicy, Sampling
 from trainer.local.training import Chooser, LoopSettings, Picks, Training
 from trainer.rewards import Reward
 from trainer.round.driver import Rounds
-from trainer.round.measuring import Costs, append
 from trainer.round.settings import RoundSettings
 from trainer.study.accuracy import expected_accuracy
 from trainer.study.arms import is_bad, is_useful, problems
 from trainer.study.methods import ORACLE, Oracle, method
-
-FIRST_LOOK = 1_000_000
-"""What the seed of the first look derives from, beyond any round's number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +46,11 @@ class StudySettings:
     rollouts: int = 16
     """Responses to each problem, in selection, on the benchmark and in training."""
     first_look: int = 4
-    """Rollouts of every problem of the pool that a budgeted refresh begins with."""
-    budget: int = 28
+    """Rollouts of every problem of the pool that a budgeted refresh begins with, in its first round."""
+    budget: int = 44
     """Problems that a budgeted refresh rolls out anew in a round."""
+    budget_target: int = 8
+    """Its responses to each problem of the benchmark: half as many, for what they cost goes to candidates."""
     lr: float = 3e-5
     objective: str = "grpo"
     """Preset that the policy is trained with; gradients for selection are under `gradalign`."""
@@ -63,6 +59,11 @@ class StudySettings:
     window: int = 32
     """Problems rolled out and sketched at once; the projection is fitted to the first windows."""
     fit_problems: int = 32
+
+    @property
+    def budgeted(self) -> dict[str, int]:
+        """Settings of a budgeted refresh's rounds."""
+        return {"refresh": self.budget, "first_look": self.first_look, "target_rollouts": self.budget_target}
 
 
 SHORT = StudySettings(pool=80, validation=16, test=100, selected=8, rounds=3, steps=2, train_batch=8, budget=8, lr=1e-4)
@@ -126,7 +127,7 @@ class MeteredChooser:
 def run_one(arm: str, name: str, seed: int, settings: StudySettings) -> dict[str, Any]:
     """Train once and say what came of it, JSON-able. The same call gives the same row, save for seconds."""
     started = time.monotonic()
-    about = method(name, settings.budget, settings.first_look)
+    about = method(name, settings.budgeted)
     found = problems(arm, seed, pool=settings.pool, validation=settings.validation, test=settings.test)
     records = {record["id"]: record for record in found.pool}
     torch.set_num_threads(1)  # layers this small lose more in waiting for a second thread than it brings
@@ -148,10 +149,6 @@ def run_one(arm: str, name: str, seed: int, settings: StudySettings) -> dict[str
             rounds = round_settings(settings, seed, about.rounds)
             inner = Rounds(Path(folder) / "store", found.pool, {"benchmark": found.validation}, rounds)
         chooser = MeteredChooser(inner)
-        looked = time.monotonic()
-        if about.first_look:
-            look(policy, found.pool, about.first_look, rounds, Path(folder) / "store")
-        first_rollouts, first_seconds = policy.n_rollouts, time.monotonic() - looked
         loop = LoopSettings(
             rounds=settings.rounds,
             steps=settings.steps,
@@ -172,8 +169,6 @@ def run_one(arm: str, name: str, seed: int, settings: StudySettings) -> dict[str
         "accuracy": accuracy,
         "bad": [sum(is_bad(arm, record) for record in own) / len(own) for own in picks],
         "useful": [sum(map(is_useful, own)) / len(own) for own in picks],
-        "first_look_rollouts": first_rollouts,
-        "first_look_seconds": first_seconds,
         "selection_rollouts": meter.rollouts,
         "selection_seconds": meter.seconds,
         "selection_rollout_seconds": meter.rollout_seconds,
@@ -181,20 +176,6 @@ def run_one(arm: str, name: str, seed: int, settings: StudySettings) -> dict[str
         "training_seconds": training.seconds,
         "seconds": time.monotonic() - started,
     }
-
-
-def look(policy: LocalPolicy, pool: Sequence[Mapping[str, Any]], n: int, settings: RoundSettings, path: Path) -> None:
-    """Collect the whole pool once, before the first round, with n rollouts a problem."""
-    groups = policy.roll_out(pool, n, seed=derived_seed(settings.seed, FIRST_LOOK))
-    files = policy.fit(settings.spec, sample_of(groups, settings.fit_problems))
-    store = gradstore.create(path, dim=files.dim, fingerprint=files.fingerprint, attachments=files.attachments)
-    store.add_problems("pool", map(dict, pool))
-    append(store, "pool", groups, policy, Costs())
-
-
-def sample_of(groups: Sequence[Group], n: int) -> list[Group]:
-    """The first n groups with a signal."""
-    return [group for group in groups if group.has_signal][:n]
 
 
 def round_settings(settings: StudySettings, seed: int, changes: Mapping[str, Any]) -> RoundSettings:

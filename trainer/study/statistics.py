@@ -66,8 +66,8 @@ def share(rows: Sequence[dict[str, Any]], what: str) -> Estimate:
 
 
 def selection_rollouts(row: dict[str, Any]) -> int:
-    """All rollouts of a run that were made to select: candidates, benchmark and first look."""
-    return int(sum(row["selection_rollouts"])) + row["first_look_rollouts"]
+    """All rollouts of a run that were made to select: candidates, a first look at them, and the benchmark."""
+    return int(sum(row["selection_rollouts"]))
 
 
 def selection_seconds(row: dict[str, Any]) -> float:

@@ -100,9 +100,9 @@ class FakePolicy:
         responses = [random.integers(0, 1 << 30, 3) for _ in range(n)]
         return Group(name, np.array([1, 2]), responses, rewards)
 
-    def fit(self, spec: SketchSpec, groups: Sequence[Group]) -> SketcherFiles:
+    def fit(self, spec: SketchSpec, groups: Sequence[Group], benchmark: Sequence[Group] = ()) -> SketcherFiles:
         self._called()
-        self.fitted = [group.problem_id for group in groups]
+        self.fitted = [group.problem_id for group in (*groups, *benchmark)]
         return SketcherFiles(DIM, FINGERPRINT, {})
 
     def use(self, fingerprint: dict, attachments: Mapping[str, bytes]) -> None:

@@ -1,5 +1,7 @@
 """Rows of every age in one ranking: what an old score may claim, and what an old sketch is worth as a probe."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -8,6 +10,7 @@ from engine.probing.batch import ProbeBatch
 from engine.rollouts.group import Group
 from gradstore import State
 from trainer.round.aged import aged_scores, with_old_sketches
+from trainer.round.calibration import Calibration
 from trainer.round.staleness import Beliefs, Staleness
 from trainer.round.standing import Standing
 
@@ -28,20 +31,22 @@ def standing(ages: np.ndarray, seed: int = 0) -> tuple[Standing, np.ndarray]:
         here = np.flatnonzero(ages == age)
         beliefs.measure(here, STEP - age, scores[here], np.full(len(here), 16.0))
     mean, sd = beliefs.at(STEP)
-    ids = [f"p{i}" for i in range(n)]
+    ids, norms = [f"p{i}" for i in range(n)], random.lognormal(0, 0.3, n)
     found = Standing(
         ids,
         np.full(n, int(State.LIVE)),
         STEP - ages,
         np.full(n, 0.5),
         np.full(n, 16),
-        random.lognormal(0, 0.3, n),
-        scores,
+        norms,
+        np.zeros(n),
         mean,
         sd,
         np.zeros(n),
         np.full(n, 0.75),
         MODEL,
+        None,
+        None,
         STEP,
     )
     return found, now
@@ -55,9 +60,14 @@ def probed(now: Standing, truth: np.ndarray, places: np.ndarray, slope: float) -
         rewards = np.repeat([0.0, 1.0], 8)
         responses = [np.array([1, 2])] * 16
         groups.append(Group(now.ids[place], np.array([1]), responses, rewards))
-        dot = slope * truth[place] * now.norms[place]
+        dot = slope * truth[place] * now.lengths[place]
         derivatives.append((rewards - 0.5) * dot / 0.25 + random.normal(0, 0.1, 16))
     return ProbeBatch.of(groups, derivatives, objective("gradalign"))
+
+
+def scaled(now: Standing, gain: float, left: float = 0.0) -> Standing:
+    """With every sketched dot worth so much as a probed one, along a target of length 2."""
+    return replace(now, calibration=Calibration(np.full(len(now), gain / 2), left, 2.0, 150))
 
 
 def test_an_old_score_claims_less() -> None:
@@ -74,8 +84,8 @@ def test_an_old_score_claims_less() -> None:
     assert (np.diff(scores) < 0).all()
     assert (np.diff(spread) > 0).all()
     dots, errors = aged_scores("dot", now, 3.0)
-    assert dots == pytest.approx(scores * now.norms * 3)
-    assert errors == pytest.approx(spread * now.norms * 3)
+    assert dots == pytest.approx(scores * now.lengths * 3)
+    assert errors == pytest.approx(spread * now.lengths * 3)
     now.states[1] = int(State.NO_SIGNAL)
     assert np.isnan(aged_scores("cosine", now)[0]).tolist() == [False, True, False]
 
@@ -86,12 +96,12 @@ def test_old_sketches_as_probes() -> None:
     now, truth = standing(ages)
     object.__setattr__(now, "signal", np.ones(N))
     probes = probed(now, truth, np.arange(150), slope=7.0)
-    both = with_old_sketches(probes, now)
+    both = with_old_sketches(probes, scaled(now, 7.0))
     assert both.ids == now.ids
     np.testing.assert_array_equal(both.dots[:150], probes.dots)
     np.testing.assert_array_equal(both.standard_errors[:150], probes.standard_errors)
     for part in (np.arange(150, 200), np.arange(200, 300), np.arange(300, 400)):
-        true_dots = 7.0 * truth[part] * now.norms[part]
+        true_dots = 7.0 * truth[part] * now.lengths[part]
         off = (both.dots[part] - true_dots) / both.standard_errors[part]
         assert abs(off.mean()) < 0.4
         assert 0.6 < off.std() < 1.3
@@ -100,13 +110,25 @@ def test_old_sketches_as_probes() -> None:
     assert np.isfinite(both.scores("shrunk")).all()
 
 
+def test_what_a_sketch_misses_and_how_unsure_its_length_is_widen_the_error() -> None:
+    """Else an old sketch that says little would outrank a probe under a lower bound."""
+    now, truth = standing(np.full(N, 5))
+    probes = probed(now, truth, np.arange(2), slope=2.0)
+    plain = with_old_sketches(probes, scaled(now, 2.0)).standard_errors[2:]
+    missed = with_old_sketches(probes, scaled(now, 2.0, 0.01)).standard_errors[2:]
+    assert missed**2 - plain**2 == pytest.approx(4 * now.lengths[2:] ** 2 * 0.01)
+    unsure = with_old_sketches(probes, scaled(replace(now, length_sd=now.lengths / 2), 2.0))
+    dots = with_old_sketches(probes, scaled(replace(now, signal=np.ones(N)), 2.0)).dots[2:]
+    assert unsure.standard_errors[2:] ** 2 - plain**2 == pytest.approx((dots / 2) ** 2)
+
+
 def test_what_is_not_known_is_no_probe() -> None:
     """Nothing beyond the prior, no gradient, or no scale to put it on: no pseudo-measurement."""
     now, truth = standing(np.zeros(10, np.int64))
     probes = probed(now, truth, np.arange(5), slope=2.0)
     now.sd[6], now.mean[6] = np.sqrt(MODEL.signal), MODEL.mean
     now.states[7] = int(State.NO_SIGNAL)
-    assert with_old_sketches(probes, now).ids == ["p0", "p1", "p2", "p3", "p4", "p5", "p8", "p9"]
+    assert with_old_sketches(probes, scaled(now, 2.0)).ids == ["p0", "p1", "p2", "p3", "p4", "p5", "p8", "p9"]
     few = probed(now, truth, np.arange(2), slope=2.0)
     assert with_old_sketches(few, now).ids == ["p0", "p1"]
 
@@ -118,6 +140,6 @@ def test_too_few_probes_for_a_scale_take_the_targets() -> None:
     few = probed(now, truth, np.arange(2), slope=3.0)
     both = with_old_sketches(few, now, 3.0)
     assert both.ids == now.ids
-    off = (both.dots[2:] - 3.0 * truth[2:] * now.norms[2:]) / both.standard_errors[2:]
+    off = (both.dots[2:] - 3.0 * truth[2:] * now.lengths[2:]) / both.standard_errors[2:]
     assert abs(off.mean()) < 0.4
     assert 0.6 < off.std() < 1.3

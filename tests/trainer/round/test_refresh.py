@@ -138,6 +138,26 @@ def test_a_first_round_of_its_own(world, training, fast_path) -> None:
     assert rounds[2].about["counts"]["unmeasured"] == 0
 
 
+def test_a_look_before_the_first_plan(world, training, fast_path) -> None:
+    """A few rollouts of every problem without a row, once; the budget is counted beside them, and they are not lost."""
+    made = settings(refresh=7, first_look=3, rounds=3, selector="shrunk")
+    run = training(fast_path / "store", world(60), made)
+    run.run()
+    spent = Counter((step, n) for step, name, n in run.policy.rolled if name.startswith("p"))
+    assert spent[0, 3] == 60
+    assert spent[0, 8] == 7
+    assert {n for step, n in spent if step > 0} == {8}
+    store = gradstore.open(fast_path / "store")
+    rounds = store.rounds("pool")
+    assert rounds[0].about["rollouts"] == 60 * 3 + 7 * 8
+    assert rounds[0].about["counts"]["unmeasured"] == 0
+    assert rounds[1].about["rollouts"] == 8 * spent[4, 8] <= 8 * 7
+    counts = Counter(store.view("pool", 0).n_rollouts.tolist())
+    again = Counter(name for step, name, n in run.policy.rolled if (step, n, name[0]) == (0, 8, "p"))
+    assert counts == Counter(3 + 8 * times for times in again.values()) + Counter({3: 60 - len(again)})
+    assert len(store.probes("pool", step=0)) == 7
+
+
 def test_problems_without_signal_are_left_alone(world, training, fast_path) -> None:
     """A solved problem tells nothing: after a few silent groups it is not rolled out until the policy has moved on."""
     made = world(40)

@@ -100,7 +100,7 @@ def test_the_projection_is_fitted_to_rollouts_that_are_kept(world, training, tmp
     """Rolling out for the fit alone would be selection rollouts for nothing."""
     run = training(tmp_path / "store", world(), settings(rounds=1))
     run.run()
-    assert len(run.policy.fitted) == 6 + 7  # the benchmark, and the first window with at least fit_problems
+    assert len(run.policy.fitted) == 6 + 7  # the benchmark, and the first window with fit_problems that have a signal
     assert len(run.policy.rolled) == 24 + 6
 
 
@@ -109,6 +109,7 @@ VARIANTS = {
     "probes": {"selector": "shrunk"},
     "budget": {"candidates": None, "refresh": 12, "boundary": 0.3},
     "budget with probes": {"candidates": 30, "refresh": 12, "boundary": 0.3, "selector": "snr:0.7+rand:0.3"},
+    "a look first": {"candidates": 30, "refresh": 12, "boundary": 0.3, "selector": "lcb", "first_look": 3},
     "budget on dots": {"candidates": 40, "refresh": 12, "selector": "dot", "explore": 0.3},
     "warm-up": {"warm_up": 1, "selector": "learnalign"},
     "random": {"selector": "rand"},

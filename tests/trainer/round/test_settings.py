@@ -70,6 +70,7 @@ def test_the_constraint_is_gradaligns(chunk: int, k: int, batch: int, steps: int
         ({"selected": 4, "forgetting": 0}, "forgetting is 0"),
         ({"selected": 4, "once": "perhaps"}, "expected true or false"),
         ({"selected": 4, "warm_up": -1}, "warm_up is -1"),
+        ({"selected": 4, "first_look": -1}, "first_look is -1"),
     ],
 )
 def test_wrong_settings(values: dict, message: str) -> None:

@@ -47,7 +47,7 @@ def main(rank: int, world: int, folder: Path) -> None:
     before = {name: own_part(parameter).clone() for name, parameter in model.named_parameters()}
     for basis in ("random", "fitted"):
         spec = SketchSpec(rank=4, dim=64, basis=basis, token_budget=64)
-        files = worker.fit_sketcher(spec, groups)
+        files = worker.fit_sketcher(spec, groups, [])
         fitted = worker.sketch_groups(own)
         worker.use_sketcher(files.fingerprint, files.attachments, 64)
         found[basis] = {"files": files, "fitted": fitted, "used": worker.sketch_groups(own)}

@@ -1,0 +1,68 @@
+"""What a sketched dot is worth as a probed one: each problem's ratio from those that are like it."""
+
+import numpy as np
+import pytest
+
+import gradstore
+from engine.gradients.objectives import objective
+from engine.probing.batch import ProbeBatch
+from engine.rollouts.group import Group
+from trainer.round.calibration import aim, calibrate, local_ratios, probed_at, probed_before
+
+
+def test_local_ratios_are_the_slow_loop() -> None:
+    """One problem after another, by the formula."""
+    random = np.random.default_rng(0)
+    similar, sketched, probed = random.uniform(-1, 1, (7, 20)), random.normal(size=20), random.normal(2, 1, 20)
+    found, usual = local_ratios(similar, sketched, probed)
+    assert usual == pytest.approx(max(sum(probed * sketched) / sum(sketched**2), 0.0))
+    one = np.mean(sketched**2)
+    for place in range(7):
+        top, bottom = one * sum(probed * sketched) / sum(sketched**2), one
+        for k in range(20):
+            weight = max(similar[place, k], 0.0) ** 2
+            top, bottom = top + weight * probed[k] * sketched[k], bottom + weight * sketched[k] ** 2
+        assert found[place] == pytest.approx(max(top / bottom, 0.0))
+
+
+def test_problems_of_two_kinds_have_two_ratios(tmp_path) -> None:
+    """One slope for all would put those whose sketches miss more below those whose sketches miss less."""
+    random = np.random.default_rng(0)
+    store = gradstore.create(tmp_path / "store", dim=6, fingerprint={}, dtype="fp32")
+    ids = [f"p{i}" for i in range(40)]
+    store.add_problems("pool", [{"id": name, "prompt": "?"} for name in ids])
+    store.add_problems("bench", [{"id": "v", "prompt": "?"}])
+    kind = np.arange(40) % 2
+    rows = 0.1 * random.normal(size=(40, 6))
+    rows[:, 5] += 1.0
+    rows[np.arange(40), kind] += 2.0
+    target = np.array([0.0, 0.0, 0.0, 0.0, 0.0, 3.0])
+    for step in (0, 4):
+        with store.writer("bench", step=step) as writer:
+            writer.append(["v"], target[None])
+        with store.writer("pool", step=step) as writer:
+            writer.append(ids, rows)
+    true = np.where(kind == 0, 1.0, 3.0)
+    for step, places in ((0, range(10)), (4, range(10, 20))):
+        groups = [Group(ids[i], np.array([1]), [np.array([1])] * 16, np.repeat([0.0, 1.0], 8)) for i in places]
+        dots = [true[i] * float(rows[i] @ target) for i in places]
+        derivatives = [(groups[0].rewards - 0.5) * dot / 0.25 + random.normal(0, 0.01, 16) for dot in dots]
+        ProbeBatch.of(groups, derivatives, objective("gradalign")).save(store, "pool", step=step, target="bench")
+    now = probed_at(store, "pool", ["bench"], 4)
+    past = probed_before(store, "pool", ["bench"], 4)
+    assert now is not None
+    assert [len(own.dots) for own in [now, *past]] == [10, 10]
+    direction, length = aim(store, ["bench"], 4)
+    assert direction @ target == pytest.approx(3.0)
+    found = calibrate(store.view("pool", 4), ids, [now, *past], length)
+    assert found is not None
+    assert found.n == 20
+    assert found.length == pytest.approx(3.0)
+    assert found.gains[kind == 0].max() < 1.5
+    assert found.gains[kind == 1].min() > 2.5
+    order = random.permutation(40)
+    again = calibrate(store.view("pool", 4), [ids[i] for i in order], [now, *past], length)
+    assert again is not None
+    assert again.gains == pytest.approx(found.gains[order])
+    assert calibrate(store.view("pool", 4), ids, [], length) is None
+    assert probed_at(store, "pool", ["bench"], 3) is None
