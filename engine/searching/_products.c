@@ -1,5 +1,5 @@
-/* Products of stored int8, int4 and one-bit rows with the digits of queries, weighed into scores: scan.py says what the
- * numbers mean. Rows are read once, a few at a time, and multiplied with every digit while they are in registers.
+/* Products of stored int8 rows, and of one-bit rows as bytes, with the digits of queries, weighed into scores: products.py
+ * says what the numbers mean. Rows are read once, a few at a time, and multiplied with every digit while in registers.
  *
  * VPDPBUSD multiplies 64 bytes, unsigned by signed, and adds fours of products to 16 int32. Rows are its unsigned side,
  * moved up by 128 in flipping a bit; what that adds, 128 times the sum of the digits, is known before and sums start
@@ -14,7 +14,7 @@
  * are a page.
  *
  * The limited API of Python 3.11: one build serves every later Python. Elsewhere than on x86-64 with AVX512-VNNI
- * supported() is false and scan.py goes another way.
+ * supported() is false and products.py goes another way.
  */
 
 #define Py_LIMITED_API 0x030B0000
