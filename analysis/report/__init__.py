@@ -17,6 +17,15 @@ if TYPE_CHECKING:
 FORMATS = ("html", "md")
 
 
+def check_installed() -> None:
+    """RequestError, naming the extra, where what the report needs is not installed."""
+    try:
+        import jinja2  # noqa: F401
+        import plotly  # noqa: F401
+    except ImportError as error:
+        raise RequestError(f"the report needs {error.name}: pip install 'gradstore[report]'") from None
+
+
 def write_report(
     store: "Store",
     out: str | Path,
@@ -42,11 +51,7 @@ def write_report(
         raise RequestError(f"report format {format!r} is not one of {', '.join(FORMATS)}")
     if n_listed < 1:
         raise RequestError(f"{n_listed} problems to list, expected at least 1")
-    try:
-        import jinja2  # noqa: F401
-        import plotly  # noqa: F401
-    except ImportError as error:
-        raise RequestError(f"the report needs {error.name}: pip install 'gradstore[report]'") from None
+    check_installed()
     from analysis.report.assembly import assemble
     from analysis.report.findings import find
     from analysis.report.rendering import to_html, to_markdown

@@ -1,10 +1,12 @@
 """The command line as a person or a script meets it: real files, a real model, one road after another."""
 
 import json
+import sys
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 
 import gradstore
 
@@ -137,12 +139,18 @@ def test_import(cli, tmp_path, write_lines) -> None:
     assert view.steps.tolist() == [2] * 4
 
 
-def test_demo(cli, tmp_path, monkeypatch) -> None:
-    """The command a newcomer runs first, at a size a test can afford: tables for people, JSON for scripts."""
-    from trainer.demo import run
+@pytest.fixture
+def small_demo(monkeypatch) -> None:
+    """The demo at a size a test can afford."""
+    from trainer.demo import course, run
 
     small = run.DemoSettings(n_pool=100, n_benchmark=20, n_selected=10, n_rollouts=6, dim=200, n_fitted=30)
     monkeypatch.setattr(run, "DemoSettings", lambda: small)
+    monkeypatch.setattr(course, "SHOWN", course.CourseSettings())
+
+
+def test_demo(cli, tmp_path, small_demo) -> None:
+    """The command a newcomer runs first: tables for people, JSON for scripts."""
     status, out, err = cli("demo", "--out", tmp_path / "demo", "--seeds", 1)
     assert status == 0, err
     for text in ("pool against benchmark", "cosine", "accgreedy", "target family", "bytes per problem"):
@@ -150,3 +158,26 @@ def test_demo(cli, tmp_path, monkeypatch) -> None:
     status, out, err = cli("demo", "--out", tmp_path / "demo", "--seeds", 1, "--json")
     assert status == 0, err
     assert json.loads(out)["shares"]["rand"]["family"][1] == 0.0
+    assert json.loads(out)["report"] == str(tmp_path / "demo" / "report.html")
+
+
+def test_demo_without_what_the_report_needs(cli, tmp_path, small_demo, monkeypatch) -> None:
+    """After a plain `pip install gradstore[cpu]`: everything but the report, and one line on how to come by it."""
+    for name in ("plotly", "matplotlib", "dash", "waitress", "tensorboard"):
+        monkeypatch.setitem(sys.modules, name, None)
+    folder = tmp_path / "demo"
+    status, out, err = cli("demo", "--out", folder, "--seeds", 1)
+    assert status == 0, err
+    assert "target family" in out
+    assert "± " not in out
+    (line,) = [line for line in (out + err).splitlines() if "pip install" in line]
+    assert line == out.splitlines()[-1]
+    assert "the report needs plotly: pip install 'gradstore[report]'" in line
+    assert not (folder / "report.html").exists()
+    status, out, err = cli("demo", "--out", folder, "--seeds", 1, "--json")
+    assert status == 0, err
+    assert json.loads(out)["report"] is None
+    assert err.splitlines()[-1] == line
+    monkeypatch.undo()
+    assert cli(*line.split("then: gradstore ")[1].split())[0] == 0
+    assert (folder / "report.html").stat().st_size > 1_000_000
