@@ -80,17 +80,20 @@ def validation_gradient(
 
 
 def summed_gradient(
-    runner: "GradientPass", groups: Sequence[Group], watch: tuple[Sequence[Layer], Observer] | None = None
+    runner: "GradientPass",
+    groups: Sequence[Group],
+    watch: tuple[Sequence[Layer], Observer] | None = None,
+    factors_P: Sequence[float] | None = None,
 ) -> dict[str, Tensor]:
     """Sum of the groups' gradients, over all ranks, by the name of each parameter that trains.
 
     watch: layers whose inputs and output gradients an observer sees on the way; its problems are positions in
-    `groups`.
+    `groups`. factors_P: multiply each group's gradient, 0 or more.
     """
     model, policy, spec = runner.model, runner.policy, runner.spec
     for group in groups:
         runner.check(group)
-    rollouts = rollouts_of(groups, spec.objective)
+    rollouts = rollouts_of(groups, spec.objective, factors_P)
     scale = n_shards(model)
     plain = policy.plain() if is_sharded(model) else nullcontext()
     sums: dict[str, Tensor] = {}

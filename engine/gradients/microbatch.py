@@ -91,11 +91,14 @@ class MicroBatch:
         )
 
 
-def rollouts_of(groups: Sequence[Group], objective: Objective) -> list[Rollout]:
+def rollouts_of(
+    groups: Sequence[Group], objective: Objective, factors_P: Sequence[float] | None = None
+) -> list[Rollout]:
     """The sequences of the groups that carry weight; the others add nothing to any gradient.
 
     A response sampled more than once is run only once, with the sum of its weights, since a gradient is linear in
-    them; not where weights depend on what another policy gave each.
+    them; not where weights depend on what another policy gave each. factors_P: multiply each group's gradient, 0 or
+    more.
     """
     merge = not (objective.importance or objective.kl_beta)
     rollouts = []
@@ -104,6 +107,8 @@ def rollouts_of(groups: Sequence[Group], objective: Objective) -> list[Rollout]:
         lengths_G = np.array([len(response) for response in group.responses])
         total_G = rollout_weights(group.rewards, lengths_G, objective)
         scales_G = kl_scales(group.rewards, lengths_G, objective)
+        if factors_P is not None:
+            total_G, scales_G = total_G * factors_P[problem], scales_G * factors_P[problem]
         for j, response in enumerate(group.responses if merge else ()):
             original = first.setdefault(response.tobytes(), j)
             if original != j:

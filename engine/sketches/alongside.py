@@ -30,9 +30,16 @@ _RELATIVE = 1e-9
 class Alongside:
     """Sketches of a training step's groups, one a problem, from the pass that trains on them."""
 
-    def __init__(self, sketcher: Sketcher, groups: Sequence[Group], trained: Objective) -> None:
+    def __init__(
+        self,
+        sketcher: Sketcher,
+        groups: Sequence[Group],
+        trained: Objective,
+        factors_P: Sequence[float] | None = None,
+    ) -> None:
         """Sketches at once what cannot be had from the pass. groups: in the order in which the pass will see them.
-        trained: the pass's objective. RequestError as in `Sketcher.sketch`."""
+        trained: the pass's objective. factors_P: what the pass multiplies each group's gradient by; of one that it
+        leaves out it shows nothing. RequestError as in `Sketcher.sketch`."""
         self._sketcher = sketcher
         windows_of: dict[str, list[int]] = {}
         for window, group in enumerate(groups):
@@ -43,6 +50,8 @@ class Alongside:
         for windows in windows_of.values():
             own = [groups[window] for window in windows]
             found = factor(own[0], trained, sketcher.spec.objective) if len(own) == 1 else None
+            if found is not None and factors_P is not None:
+                found = found / factors_P[windows[0]] if factors_P[windows[0]] else None
             if found is None or sketcher.optimizer is not None:
                 separate.append(joined(own))
             else:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine import SketchSpec, objective, validation_gradient
+from engine import Sketcher, SketchSpec, objective, validation_gradient
 from engine.gradients.objectives import rollout_weights
 from engine.rollouts.group import Group, joined
 from gradstore import RequestError, State
@@ -41,6 +41,13 @@ def policy(model: Any, tiny_tokenizer: Any) -> LocalPolicy:
 @pytest.fixture
 def groups(policy: LocalPolicy) -> list[Group]:
     return policy.roll_out(PROBLEMS, 8, seed=3)
+
+
+@pytest.fixture
+def paid(groups: list[Group]) -> list[Group]:
+    """With rewards that differ in every group."""
+    random = np.random.default_rng(0)
+    return [replace(group, rewards=random.random(len(group.responses))) for group in groups]
 
 
 def _objective_of(model: Any, group: Group, settings: Any) -> torch.Tensor:
@@ -76,6 +83,39 @@ def test_a_step_follows_the_mean_of_the_engines_gradients(model: Any, groups: li
     moved = {name: (weight.detach() - before[name]) / 0.5 for name, weight in model.named_parameters() if name in slow}
     torch.testing.assert_close(_flat(moved), _flat(slow), atol=1e-5, rtol=1e-3)
     assert metrics["grad_norm"] == pytest.approx(float(_flat(slow).norm()), rel=1e-3)
+
+
+@pytest.mark.parametrize("preset", ["grpo", "dr_grpo"])
+def test_weights_multiply_each_problems_part(model: Any, paid: list[Group], preset: str) -> None:
+    """A selection's weights, in whatever order the problems are dealt; weights of 1 leave not a bit different."""
+    rule, weights = objective(preset), [2.0, 0.0, 0.5, 1.0, 1.0, 1.5]
+    slow = copy.deepcopy(model)
+    parts = [weight * _objective_of(slow, group, rule) for group, weight in zip(paid, weights, strict=True)]
+    torch.stack(parts).mean().backward()
+    expected = {name: weight.grad for name, weight in slow.named_parameters() if weight.grad is not None}
+
+    def moved(given: list[float] | None) -> torch.Tensor:
+        own = copy.deepcopy(model)
+        learner = Learner(own, UpdateSettings(lr=0.5, objective=rule, clip_grad=None))
+        learner.optimizer = torch.optim.SGD(learner.parameters.values(), lr=0.5)
+        learner.step(paid, 5, given)
+        before = dict(model.named_parameters())
+        return _flat({n: (w.detach() - before[n].detach()) / 0.5 for n, w in own.named_parameters() if n in expected})
+
+    torch.testing.assert_close(moved(weights), _flat(expected), atol=1e-5, rtol=1e-3)
+    assert torch.equal(moved([1.0] * 6), moved(None))
+
+
+def test_sketches_of_a_weighted_step_are_of_the_problems_themselves(model: Any, paid: list[Group]) -> None:
+    """How much a problem counts in training is no property of its gradient; one that is left out has a row too."""
+    sketcher = Sketcher(model, SketchSpec(rank=4))
+    expected = sketcher.sketch(paid)
+    learner = Learner(model, UpdateSettings(lr=1e-3, objective=objective("gradalign")))
+    _, found = learner.step_and_sketch(paid, sketcher, 3, [3.0, 0.0, 0.25, 1.0, 1.0, 0.5])
+    rows = dict(zip(found.ids, found.sketches, strict=True))
+    assert expected.sketches.any(axis=1).all()
+    for name, row in zip(expected.ids, expected.sketches, strict=True):
+        np.testing.assert_allclose(rows[name], row, atol=1e-5 * np.abs(expected.sketches).max())
 
 
 def test_clipping_scales_the_gradient_and_keeps_its_direction(model: Any, groups: list[Group]) -> None:

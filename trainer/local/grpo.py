@@ -83,36 +83,46 @@ class Learner:
         self._told = False
         self._pass = GradientPass(model, SketchSpec(objective=rule, token_budget=settings.token_budget))
 
-    def step(self, groups: Sequence[Group], seed: int = 0) -> dict[str, float]:
+    def step(self, groups: Sequence[Group], seed: int = 0, weights: Sequence[float] | None = None) -> dict[str, float]:
         """One training step on a batch of groups; metrics of it. seed: how the minibatches are dealt.
 
-        The rollouts are of the policy as it is. Nothing moves on a minibatch without any signal. RequestError for a
-        group that the model cannot run, or when the gradient is not finite: the weights are then as before it.
+        The rollouts are of the policy as it is. Nothing moves on a minibatch without any signal. weights: what each
+        group's part of the mean is multiplied by; None: all count alike. RequestError for a group that the model cannot
+        run, or when the gradient is not finite: the policy is then as before it.
         """
-        return self._step(self._dealt(groups, seed), None)
+        dealt, shares = self._dealt(groups, seed, weights)
+        return self._step(dealt, shares, None)
 
     def step_and_sketch(
-        self, groups: Sequence[Group], sketcher: Sketcher, seed: int = 0
+        self, groups: Sequence[Group], sketcher: Sketcher, seed: int = 0, weights: Sequence[float] | None = None
     ) -> tuple[dict[str, float], SketchBatch]:
         """The same step, and sketches of its problems by the policy before it, from the backward pass of the update.
 
         Several groups of a problem have one sketch together. With minibatches, and for problems whose sketch the pass
         does not give (engine/sketches/alongside.py), a pass is run for sketches alone.
         """
-        dealt = self._dealt(groups, seed)
-        along = Alongside(sketcher, dealt, self._pass.spec.objective)
+        dealt, shares = self._dealt(groups, seed, weights)
+        along = Alongside(sketcher, dealt, self._pass.spec.objective, shares)
         if along.n_separate and not self._told:
             self._told = True
             log.info("%d of %d groups are sketched in a pass of their own", along.n_separate, len(groups))
-        return self._step(dealt, along), along.batch()
+        return self._step(dealt, shares, along), along.batch()
 
-    def _dealt(self, groups: Sequence[Group], seed: int) -> list[Group]:
-        """The groups in the order in which minibatches are cut from them."""
-        return [groups[i] for i in np.random.default_rng(seed).permutation(len(groups)).tolist()]
+    def _dealt(
+        self, groups: Sequence[Group], seed: int, weights: Sequence[float] | None
+    ) -> tuple[list[Group], list[float] | None]:
+        """The groups and their weights in the order in which minibatches are cut from them."""
+        order = np.random.default_rng(seed).permutation(len(groups)).tolist()
+        return [groups[i] for i in order], None if weights is None else [weights[i] for i in order]
 
-    def _step(self, groups: Sequence[Group], along: Alongside | None) -> dict[str, float]:
+    def _step(
+        self, groups: Sequence[Group], shares: Sequence[float] | None, along: Alongside | None
+    ) -> dict[str, float]:
         parts = np.array_split(np.arange(len(groups)), min(self.settings.minibatches, len(groups)))
-        norms = [self._update([groups[i] for i in part.tolist()], along) for part in parts]
+        norms = [
+            self._update([groups[i] for i in part], None if shares is None else [shares[i] for i in part], along)
+            for part in (part.tolist() for part in parts)
+        ]
         lengths = [len(response) for group in groups for response in group.responses]
         return {
             "reward": float(np.mean([group.rewards.mean() for group in groups])),
@@ -122,9 +132,9 @@ class Learner:
             "lr": self.optimizer.param_groups[0]["lr"],
         }
 
-    def _update(self, groups: Sequence[Group], along: Alongside | None) -> float:
+    def _update(self, groups: Sequence[Group], shares: Sequence[float] | None, along: Alongside | None) -> float:
         """One optimizer step on the mean of the groups' gradients; its norm before clipping."""
-        sums = summed_gradient(self._pass, groups, along.watch if along else None)
+        sums = summed_gradient(self._pass, groups, along.watch if along else None, shares)
         if not sums:
             return 0.0
         for name, weight in self.parameters.items():

@@ -35,6 +35,9 @@ class Picks(Protocol):
     @property
     def rollouts(self) -> np.ndarray: ...
 
+    @property
+    def relative_weights(self) -> np.ndarray: ...
+
 
 class Chooser(Protocol):
     """Picks the problems of each round; `trainer.round.driver.Rounds` is one."""
@@ -86,6 +89,7 @@ class Training:
         self._path = folder / "checkpoint.pt"
         self._round, self._done = 0, 0  # round under way, steps of it that are done
         self._picks: list[tuple[str, int]] = []
+        self._weights: dict[str, float] = {}  # of picks that do not count as 1
         self.seconds = 0.0
         """Of training steps in this process: rollouts and updates (and the projections of their sketches)."""
         with writing(folder):
@@ -103,6 +107,8 @@ class Training:
                 started = time.monotonic()
                 chosen = self.chooser.next(self.policy)
                 self._picks = list(zip(chosen.ids, chosen.rollouts.tolist(), strict=True))
+                weights = zip(chosen.ids, chosen.relative_weights.tolist(), strict=True)
+                self._weights = {name: weight for name, weight in weights if weight != 1}
                 about = {"round": self._round, "picked": len(self._picks), "seconds": time.monotonic() - started}
                 self.metrics.add("round", self.policy.step, about)
             batches = self._batches()
@@ -127,10 +133,11 @@ class Training:
             groups += self.policy.roll_out(records, n or self.settings.rollouts, seed=rollout_seed)
         sampled = time.monotonic()
         deal = derived_seed(seed, MINIBATCHES, step)
+        weights = [self._weights.get(group.problem_id, 1.0) for group in groups] if self._weights else None
         if self.settings.observe:
-            values, sketches = self.learner.step_and_sketch(groups, self.policy.sketcher, deal)
+            values, sketches = self.learner.step_and_sketch(groups, self.policy.sketcher, deal, weights)
         else:
-            values = self.learner.step(groups, deal)
+            values = self.learner.step(groups, deal, weights)
         updated = time.monotonic()
         if self.settings.observe:
             self.chooser.observe(self.policy, sketches)
@@ -165,6 +172,7 @@ class Training:
             "round": self._round,
             "done": self._done,
             "picks": self._picks,
+            "weights": self._weights,
             "chooser": self.chooser.state_dict(),
         }
         save_checkpoint(self._path, self.learner, progress)
@@ -174,6 +182,7 @@ class Training:
         self.policy.step = progress["step"]
         self._round, self._done = progress["round"], progress["done"]
         self._picks = [(name, n) for name, n in progress["picks"]]
+        self._weights = progress.get("weights", {})  # checkpoints from before there were any have none
         self.chooser.load_state_dict(progress["chooser"])
         if self._done and self.settings.observe:
             self.chooser.observe(self.policy, [])  # opens the store: the policy sketches as its rows were made
