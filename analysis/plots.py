@@ -16,6 +16,9 @@ from gradstore.errors import RequestError
 
 P = ParamSpec("P")
 
+_OF_THE_PAGE = ("paper_bgcolor", "plot_bgcolor", "margin", "legend")
+"""Of a layout: what suits a page that has the title outside its figures."""
+
 
 def _plotted(described: Callable[P, Figure]) -> Callable[P, Any]:
     """The same function with its figure as one of plotly."""
@@ -28,8 +31,8 @@ def _plotted(described: Callable[P, Figure]) -> Callable[P, Any]:
             raise RequestError("figures need plotly: pip install 'gradstore[report]'") from None
         figure = described(*args, **kwargs)
         parts = drawn(figure)
-        layout = {name: of for name, of in parts["layout"].items() if name not in ("paper_bgcolor", "plot_bgcolor")}
-        return go.Figure(parts["data"], layout).update_layout(title_text=escape(figure.title), margin_t=90)
+        layout = {name: value for name, value in parts["layout"].items() if name not in _OF_THE_PAGE}
+        return go.Figure(parts["data"], layout).update_layout(title_text=escape(figure.title))
 
     return plot
 
