@@ -190,6 +190,42 @@ def course(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@dataclass
+class Made:
+    """A report of the demo's short run, as values and as a file."""
+
+    store: Store
+    page: Any
+    path: Path
+
+
+@pytest.fixture(scope="session")
+def made(course: Path, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """The report of the short run, with its rollouts."""
+    from analysis.report import write_report
+    from engine.gradients.models import load_tokenizer
+    from trainer.demo.course import ROLLOUTS
+    from trainer.demo.run import MODEL
+
+    store = gradstore.open(course / "store")
+    path = tmp_path_factory.mktemp("report") / "report.html"
+    page = write_report(store, path, rollouts=[course / ROLLOUTS], tokenizer=load_tokenizer(MODEL))
+    return Made(store, page, path)
+
+
+@pytest.fixture(scope="session")
+def trained(course: Path) -> Any:
+    """A catalogue of the explorer over the short run, with its rollout files."""
+    from analysis.explorer.catalogue import Catalogue
+    from analysis.report.transcripts import Transcripts
+    from engine.gradients.models import load_tokenizer
+    from trainer.demo.course import ROLLOUTS
+    from trainer.demo.run import MODEL
+
+    transcripts = Transcripts([course / ROLLOUTS], load_tokenizer(MODEL))
+    return Catalogue(gradstore.open(course / "store"), "pool", ("sums", "spelling"), transcripts)
+
+
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Any]:
     """Headless Chromium; the tests fail, rather than skip, where there is none."""

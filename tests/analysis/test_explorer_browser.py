@@ -1,0 +1,158 @@
+"""Every view of the explorer in a browser, served as a person starts it."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from analysis.explorer.catalogue import Catalogue, Filter
+from trainer.demo.course import ROLLOUTS
+from trainer.demo.run import MODEL
+
+
+def started(course: Path, *more: str) -> tuple[subprocess.Popen, str]:
+    """`gradstore serve` as a person starts it, and the address it prints."""
+    command = [sys.executable, "-m", "gradstore", "serve", str(course / "store"), "--port", "0", *more]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    assert process.stderr is not None
+    for line in process.stderr:
+        found = re.search(r"http://\S+", line)
+        if found:
+            return process, found.group()
+    raise AssertionError(f"no address was printed; exit status {process.wait()}")
+
+
+@pytest.fixture(scope="module")
+def address(course: Path) -> Iterator[str]:
+    against = ["--against", "sums", "--against", "spelling"]
+    process, found = started(course, "--rollouts", str(course / ROLLOUTS), *against, "--tokenizer", str(MODEL))
+    yield found
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) in (0, 130)
+
+
+def choose(page: Any, control: str, words: str) -> None:
+    """Choose from a list as a person does."""
+    page.locator(f"#{control}").click()
+    page.get_by_role("option", name=words, exact=True).click()
+
+
+def test_ranking_in_a_browser(address: str, trained: Catalogue, visit: Callable, keep_picture: Callable) -> None:
+    """Choose, filter, search, turn pages: the table shows what the catalogue answers."""
+    page = visit(address)
+    page.wait_for_selector("#ranking-table tbody tr")
+    page.wait_for_selector("#ranking-figure .main-svg")
+    expected = trained.ranked("sums", None, "cosine", Filter())
+    links = page.locator("#ranking-table tbody a")
+    assert links.all_inner_texts() == expected["id"].tolist()[:20]
+    keep_picture(page, "explorer-rank")
+    page.locator("#ranking-on").click()
+    page.wait_for_function("document.getElementById('ranking-where').innerText.startsWith('21')")
+    assert links.all_inner_texts() == expected["id"].tolist()[20:40]
+    choose(page, "order", "least aligned first")
+    page.wait_for_function("document.getElementById('ranking-where').innerText.startsWith('1–')")
+    page.locator("#text").fill("multiplication")
+    expected = trained.ranked("sums", None, "cosine", Filter(text="multiplication"), largest=False)
+    page.wait_for_function(f"document.getElementById('ranking-where').innerText.includes('of {len(expected)} ')")
+    assert links.all_inner_texts() == expected["id"].tolist()
+    choose(page, "step", "step 0")
+    choose(page, "metric", "dot")
+    choose(page, "benchmark", "spelling")
+    expected = trained.ranked("spelling", 0, "dot", Filter(text="multiplication"), largest=False)
+    page.wait_for_function(
+        "(first) => document.querySelector('#ranking-table tbody a').innerText === first", arg=expected["id"].iloc[0]
+    )
+    choose(page, "metric", "fisher")
+    page.wait_for_selector("caption:has-text('fisher')", state="attached")
+    page.locator("#text").fill("no such text")
+    page.wait_for_selector("text=Nothing to show.")
+
+
+def test_a_problem_in_a_browser(address: str, trained: Catalogue, visit: Callable, keep_picture: Callable) -> None:
+    """From the ranking to a problem, and on to the one nearest to it; token by token."""
+    page = visit(address)
+    page.locator("#ranking-table tbody a").first.click()
+    name = trained.ranked("sums", None, "cosine", Filter())["id"].iloc[0]
+    page.wait_for_selector(f"h3.name:has-text('{name}')")
+    page.wait_for_selector("#problem-view .main-svg")
+    assert page.locator("#problem-view pre").first.inner_text() == trained.texts([name])[name]
+    assert page.locator(".rollout").count() == 8
+    assert page.locator(".rollout pre span[title^=probability]").count() > 8
+    keep_picture(page, "explorer-problem")
+    nearest = trained.nearest(name, None)["id"].iloc[0]
+    page.locator("#problem-view table a").first.click()
+    page.wait_for_selector(f"h3.name:has-text('{nearest}')")
+    choose(page, "problem-rollouts", "all steps")
+    page.wait_for_function("document.querySelectorAll('.rollout').length === 24")
+    page.locator("#problem-id").fill("nobody <b>")
+    page.locator("#problem-id").press("Enter")
+    page.wait_for_selector(".missing:has-text('nobody <b>')")
+    page.locator("#problem-id").fill("")
+    page.locator("#problem-id").press("Enter")
+    page.wait_for_selector(".missing:has-text('Give a problem')")
+
+
+def test_comparing_in_a_browser(address: str, trained: Catalogue, visit: Callable, keep_picture: Callable) -> None:
+    """Two steps, then two benchmarks; the theme changes and stays."""
+    page = visit(address)
+    page.locator("#to-compare").click()
+    page.wait_for_selector("#comparison .main-svg")
+    found = trained.compare(("sums", 0), ("sums", None), "cosine")
+    assert page.locator(".tiles dd").first.inner_text() == str(len(found.frame))
+    keep_picture(page, "explorer-compare")
+    choose(page, "right-benchmark", "spelling")
+    page.wait_for_selector("h3:has-text('spelling, newest')")
+    page.locator("#toggle").click()
+    page.wait_for_function("document.documentElement.dataset.theme === 'dark'")
+    page.wait_for_timeout(300)
+    keep_picture(page, "explorer-compare-dark")
+    page.reload()
+    page.wait_for_function("document.documentElement.dataset.theme === 'dark'")
+    page.wait_for_selector("h3:has-text('spelling, newest')")
+
+
+def test_keyboard_and_names(address: str, visit: Callable) -> None:
+    """Skip link first, a name on every control, one first heading."""
+    page = visit(address)
+    page.wait_for_selector("#ranking-table tbody tr")
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.className") == "skip"
+    assert page.locator("h1").count() == 1
+    for name in ("benchmark", "step", "metric", "order", "text", "sources", "tags", "states"):
+        assert page.locator(f"label[for={name}]").inner_text().strip()
+    assert page.locator("nav a.here").inner_text() == "Rank"
+    assert page.locator("main, nav, header").count() == 3
+
+
+def test_beyond_this_machine_a_token_is_printed(course: Path) -> None:
+    """Without it nothing is told, with it the page is."""
+    process, address = started(course, "--host", "0.0.0.0")
+    try:
+        token = address.partition("?token=")[2]
+        assert len(token) >= 40
+        local = address.replace("0.0.0.0", "127.0.0.1")
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            urllib.request.urlopen(local.partition("?")[0])
+        asked = urllib.request.Request(local.partition("?")[0], headers={"Authorization": f"Bearer {token}"})
+        assert b"<html" in urllib.request.urlopen(asked).read()
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(timeout=60)
+
+
+def test_a_taken_port_is_one_line(course: Path, address: str) -> None:
+    port = address.rstrip("/").rpartition(":")[2]
+    command = [sys.executable, "-m", "gradstore", "serve", str(course / "store"), "--port", port]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 2
+    assert ended.stderr.count("\n") == 1
+    assert "is taken" in ended.stderr
