@@ -17,6 +17,7 @@ from tensordict import TensorDict
 from verl.utils import tensordict_utils
 from verl.utils.dataset.rl_dataset import collate_fn
 
+from engine.rollouts import group
 from engine.rollouts.group import Group
 from gradstore.errors import RequestError
 from gradstore.problems import from_verl, to_verl
@@ -141,9 +142,9 @@ def weigh(keys: Sequence[str], weights: Sequence[float]) -> None:
 def joined(groups: Sequence[Group]) -> list[Group]:
     """One group a problem, where a step had one several times; in the order of their first."""
     parts: dict[str, list[Group]] = {}
-    for group in groups:
-        parts.setdefault(group.problem_id, []).append(group)
-    return [same[0] if len(same) == 1 else _together(same) for same in parts.values()]
+    for each in groups:
+        parts.setdefault(each.problem_id, []).append(each)
+    return [group.joined(same) for same in parts.values()]
 
 
 def uid_of(key: str) -> str:
@@ -155,17 +156,6 @@ def place_of(key: str) -> tuple[str, int, int]:
     """Where a rollout stands among all: by row, by rollout, by output."""
     uid, session, output = key.rsplit("_", 2)
     return uid, int(session), int(output)
-
-
-def _together(groups: Sequence[Group]) -> Group:
-    given = [group.logprobs for group in groups if group.logprobs is not None]
-    return Group(
-        groups[0].problem_id,
-        groups[0].prompt_ids,
-        [response for group in groups for response in group.responses],
-        np.concatenate([group.rewards for group in groups]),
-        [logprobs for each in given for logprobs in each] if len(given) == len(groups) else None,
-    )
 
 
 def _fields(record: Mapping[str, Any], prompt_key: str) -> dict[str, Any]:
