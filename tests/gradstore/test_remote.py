@@ -39,9 +39,11 @@ def same(copy: gradstore.Store, store: gradstore.Store) -> None:
     assert not report.notes
 
 
-def test_a_copy_follows(new_store: Callable, tools: dict, tmp_path: Path) -> None:
+@pytest.mark.parametrize("column_rows", [None, 12])
+def test_a_copy_follows(new_store: Callable, tools: dict, tmp_path: Path, column_rows: int | None) -> None:
     """Rows added to a chunk that was copied half full, new problems, deletions and compactions all arrive."""
-    store = new_store(n=20)
+    store = new_store(n=20, column_rows=column_rows)
+    assert store.info()["format"] == (3 if column_rows else 1)
     source, path = Counting(store.path), tmp_path / "copy"
     write_attachment(store.path, "bases", b"kept as they are")
     tools["append"](store, 0, list(range(12)))
