@@ -39,8 +39,9 @@ class ModelPolicy:
         prompt, responses = random.integers(4, 200, 3), [random.integers(4, 200, 4) for _ in range(n)]
         return Group(name, prompt, responses, np.array([1.0, 0.0, *random.integers(0, 2, n - 2).tolist()]))
 
-    def fit(self, spec: SketchSpec, groups: Sequence[Group]) -> SketcherFiles:
-        projection = fit_projection(self.model, groups, spec) if spec.basis == "fitted" else None
+    def fit(self, spec: SketchSpec, groups: Sequence[Group], benchmark: Sequence[Group] = ()) -> SketcherFiles:
+        fitted = spec.basis == "fitted"
+        projection = fit_projection(self.model, groups, spec, benchmark=benchmark) if fitted else None
         self.sketcher = Sketcher(self.model, spec, projection)
         return files_of(self.sketcher)
 
