@@ -28,8 +28,9 @@ import typer
 import gradstore
 from benchmarks.stores import make_store
 from benchmarks.timing import interleaved, print_times
+from engine.searching.fusion import search_each
 from engine.searching.query import search
-from engine.searching.scan import scan_best, scan_rows
+from engine.searching.scan import scan_rows
 
 K = 1000
 MODULE_DIM = 256
@@ -80,7 +81,7 @@ def exact_section(folder: Path, scale: float, repeats: int) -> None:
     jobs: dict[str, Callable[[], object]] = {
         "C read": read_all,
         "1 query": lambda: search(view, query, K),
-        "16 queries": lambda: scan_best(view, queries, K),
+        "16 queries": lambda: search_each(view, queries, K),
         "16 queries, every score": lambda: scan_rows(view, queries),
         "FAISS Flat fp32": lambda: flat.search(query[None], K),
         "mapped fp32, by module": by_module,

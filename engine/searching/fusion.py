@@ -18,6 +18,7 @@ import numpy as np
 from engine.searching.fisher import DAMPING
 from engine.searching.query import Hits, Metric, eligible_positions, query_vectors, score_rows
 from engine.searching.ranking import best
+from engine.searching.scan import scan_best
 from engine.searching.targets import Target
 from engine.searching.where import Where
 from gradstore import View
@@ -79,13 +80,22 @@ def search_each(
     damping: float = DAMPING,
 ) -> list[Hits]:
     """The k best problems for each target, all found in one pass over the rows; arguments as in `search`."""
-    scores_QP, eligible = _scores(view, queries, k, metric, where, damping)
+    queries_QD, eligible = _asked(view, queries, k, metric, where, damping)
+    sign = 1 if largest else -1
+    weights_P = None if metric == "cosine" else view.norms
     found = []
-    for scores_P in scores_QP:
-        positions = best(scores_P, k, view.ids_at, largest)
-        unknown = int(np.isnan(scores_P[eligible]).sum())
-        found.append(Hits(view.ids_at(positions), scores_P[positions], positions, len(eligible), n_unknown=unknown))
+    for query_D, (positions, scores) in zip(
+        queries_QD, scan_best(view, sign * queries_QD, k, eligible, weights_P), strict=True
+    ):
+        unknown = _n_unknown(view, query_D, eligible)
+        found.append(Hits(view.ids_at(positions), sign * scores, positions, len(eligible), n_unknown=unknown))
     return found
+
+
+def _n_unknown(view: View, query_W: np.ndarray, eligible: np.ndarray) -> int:
+    """Eligible problems whose row is in a basis that the query is not known in."""
+    known_B = ~np.isnan(query_W.reshape(view.n_bases, -1)).any(axis=1)
+    return 0 if known_B.all() else int((~known_B[view.bases[eligible]]).sum())
 
 
 def search_fused(
@@ -106,7 +116,8 @@ def search_fused(
     largest False turns every score around before they are combined: the problems that all benchmarks rank low.
     Exact, in one pass over the rows. Memory: two floats a problem and target.
     """
-    scores_QP, eligible = _scores(view, queries, k, metric, where, damping)
+    queries_QD, eligible = _asked(view, queries, k, metric, where, damping)
+    scores_QP = score_rows(view, queries_QD, metric, eligible)
     sign = 1 if largest else -1
     fused_P = fuse_scores(sign * scores_QP, how, weights, constant)
     positions = best(fused_P, k, view.ids_at)
@@ -121,7 +132,7 @@ def search_fused(
     )
 
 
-def _scores(
+def _asked(
     view: View,
     queries: Sequence[Target | np.ndarray] | np.ndarray,
     k: int,
@@ -129,13 +140,12 @@ def _scores(
     where: Where | np.ndarray | None,
     damping: float,
 ) -> tuple[np.ndarray, np.ndarray]:
+    """Query vectors [Q, D] and the positions of the problems to be ranked."""
     if k < 1:
         raise RequestError(f"k is {k}, expected at least 1")
     if not len(queries):
         raise RequestError("no target given: name at least one benchmark")
-    queries_QD = query_vectors(view, list(queries), metric, damping)
-    eligible = eligible_positions(view, where)
-    return score_rows(view, queries_QD, metric, eligible), eligible
+    return query_vectors(view, list(queries), metric, damping), eligible_positions(view, where)
 
 
 def _ranks(scores_QP: np.ndarray) -> np.ndarray:

@@ -44,35 +44,48 @@ def scan_rows(view: View, queries_QD: np.ndarray, positions: np.ndarray | None =
 
 
 def scan_best(
-    view: View, queries_QD: np.ndarray, k: int, positions: np.ndarray | None = None
+    view: View,
+    queries_QD: np.ndarray,
+    k: int,
+    positions: np.ndarray | None = None,
+    weights_P: np.ndarray | None = None,
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Each query's k largest scores, as `best` of `scan_rows` has them: their positions, int64, and float32 scores.
 
-    Several queries multiply int8 rows with two digits first. Only rows within twice of what that may be wrong by of the
-    k-th score can be among the k, and those are scored anew with all digits.
+    weights_P: positive, what the products of each row are multiplied with; None: 1. Several queries multiply int8 rows
+    with two digits first. Only rows whose score could, by what that may be wrong by, reach the k-th that is certain can
+    be among the k, and those are scored anew with all digits.
     """
     queries_QD = np.asarray(queries_QD, np.float32)
     exact = pair_product(queries_QD) if view.store.dtype == "int8" and view.n_bases == 1 else None
     if exact is None:
         scores_QP = scan_rows(view, queries_QD, positions)
+        scores_QP *= 1 if weights_P is None else weights_P
         best_Q = [best(scores_P, k, view.ids_at) for scores_P in scores_QP]
         return [(places, scores_P[places]) for places, scores_P in zip(best_Q, scores_QP, strict=True)]
-    near_Q = _near(_in_one_basis(view, queries_QD, positions, partial(int8_product, n_digits=2)), queries_QD, k)
+    scores_QP = _in_one_basis(view, queries_QD, positions, partial(int8_product, n_digits=2))
+    near_Q = _near(scores_QP, left_of(queries_QD, 2), k, weights_P)
     found = []
     for places, scores in zip(near_Q, _score_near(view, near_Q, exact), strict=True):
+        scores *= 1 if weights_P is None else weights_P[places]
         chosen = best(scores, k, partial(_ids_among, view, places))
         found.append((places[chosen], scores[chosen]))
     return found
 
 
-def _near(scores_QP: np.ndarray, queries_QD: np.ndarray, k: int) -> list[np.ndarray]:
-    """For each query the positions, ascending, of all that can be among the k best by scores of two digits."""
+def _near(scores_QP: np.ndarray, left_Q: np.ndarray, k: int, weights_P: np.ndarray | None) -> list[np.ndarray]:
+    """For each query the positions, ascending, of all that can be among the k best.
+
+    left_Q: what the scores, without weights, may be wrong by at most.
+    """
 
     def near(scores_P: np.ndarray, left: float) -> np.ndarray:
-        return np.flatnonzero(scores_P >= -kth_smallest(-scores_P, k) - 2 * left)
+        if weights_P is None:
+            return np.flatnonzero(scores_P >= -kth_smallest(-scores_P, k) - 2 * left)
+        return np.flatnonzero((scores_P + left) * weights_P >= -kth_smallest((left - scores_P) * weights_P, k))
 
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        return list(pool.map(near, scores_QP, left_of(queries_QD, 2)))
+        return list(pool.map(near, scores_QP, left_Q))
 
 
 def _score_near(view: View, near_Q: list[np.ndarray], exact: PairProduct) -> list[np.ndarray]:

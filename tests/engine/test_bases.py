@@ -8,7 +8,7 @@ import torch
 from scipy.stats import spearmanr
 
 from engine import Sketcher, SketchSpec, collect, exact_dots, fit_projection, layer_gradients, search, select, target
-from engine.searching.fusion import search_fused
+from engine.searching.fusion import search_each, search_fused
 from engine.searching.shares import layer_contributions
 from engine.sketches.bases import add_basis, bases_in_use, basis_of, create_store, load_projection, sketcher_of
 from engine.sketches.refitting import refit
@@ -100,6 +100,9 @@ def test_rows_without_a_target_in_their_basis_are_left_out_and_counted(two) -> N
     assert plain.ids.tolist() == hits.ids.tolist(), "a bare vector is in the newest basis"
     fused = search_fused(view, [wanted], len(pool))
     assert (len(fused), fused.n_unknown) == (20, 20)
+    for metric in ("cosine", "dot"):
+        alone, each = search(view, wanted, 7, metric=metric), search_each(view, [wanted, wanted], 7, metric=metric)
+        assert [(found.ids.tolist(), found.n_unknown) for found in each] == [(alone.ids.tolist(), 20)] * 2
     # Collected again in both, its rows of the step are made again in the one that is missing.
     assert collect(store, "bench", bench, sketcher=new, step=1, also=[0]).collected == 10
     assert collect(store, "bench", bench, sketcher=new, step=1, also=[0]).skipped == 10

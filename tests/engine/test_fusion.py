@@ -45,13 +45,15 @@ def test_what_is_not_ranked_stays_so(how: str) -> None:
     np.testing.assert_allclose(np.delete(found, 2), fuse_scores(SCORES, how))
 
 
+@pytest.mark.parametrize("largest", [True, False])
+@pytest.mark.parametrize("dtype", ["fp32", "int8"])
 @pytest.mark.parametrize("metric", ["cosine", "dot", "fisher"])
-def test_each_target_has_its_own_search(make_store, metric: str) -> None:
+def test_each_target_has_its_own_search(make_store, metric: str, dtype: str, largest: bool) -> None:
     """Many targets at once give what each gives alone."""
-    view = make_store().view("pool")
+    view = make_store(dtype=dtype).view("pool")
     queries = np.random.default_rng(0).normal(size=(5, 24))
-    for query, hits in zip(queries, search_each(view, queries, 7, metric=metric), strict=True):
-        alone = search(view, query, 7, metric=metric)
+    for query, hits in zip(queries, search_each(view, queries, 7, metric=metric, largest=largest), strict=True):
+        alone = search(view, query, 7, metric=metric, largest=largest)
         assert hits.ids.tolist() == alone.ids.tolist()
         np.testing.assert_allclose(hits.scores, alone.scores, rtol=1e-5)
         assert hits.n_eligible == alone.n_eligible

@@ -1,5 +1,7 @@
 """The exact scan against decoded rows in float64, one product at a time, whatever the rows are stored as."""
 
+from itertools import product
+
 import numpy as np
 import pytest
 
@@ -108,9 +110,10 @@ def test_the_best_of_several_queries(make_view, n_queries: int, compiled: bool, 
     queries[0] = view.rows(np.array([7]))[0]
     for positions in (None, np.arange(3, 100, 2), random.permutation(len(view)), np.array([], np.int64)):
         scores_QP = scan_rows(view, queries, positions)
-        for k in (1, 10, 200):
-            found = scan_best(view, queries, k, positions)
-            for (places, scores), scores_P in zip(found, scores_QP, strict=True):
+        for k, weights_P in product((1, 10, 200), (None, view.norms)):
+            found = scan_best(view, queries, k, positions, weights_P)
+            wanted_QP = scores_QP if weights_P is None else scores_QP * weights_P
+            for (places, scores), scores_P in zip(found, wanted_QP, strict=True):
                 expected = best(scores_P, k, view.ids_at)
                 assert np.array_equal(places, expected)
                 assert np.array_equal(scores, scores_P[expected])
