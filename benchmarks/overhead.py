@@ -187,10 +187,18 @@ def main(
     train_batch: Annotated[int | None, typer.Option(help="problems of a step")] = None,
     benchmark: Annotated[int | None, typer.Option(help="problems of the benchmark")] = None,
     refresh: Annotated[int | None, typer.Option(help="problems rolled out anew in a round")] = None,
+    rollouts: Annotated[int | None, typer.Option(help="responses to a problem")] = None,
+    response: Annotated[int | None, typer.Option(help="tokens of a response, and of a prompt of random tokens")] = None,
+    processor: Annotated[bool, typer.Option(help="processor seconds of all threads, for a busy CPU")] = False,
 ) -> None:
     """Print the seconds of each stage and the share."""
-    given = {"train_batch": train_batch, "benchmark": benchmark, "refresh": refresh}
+    given: dict[str, int | None] = {"benchmark": benchmark, "refresh": refresh, "rollouts": rollouts}
+    given |= {"response": response, "prompt": response if SIZES[shape].prompt else None}
+    given |= {"train_batch": train_batch, "selected": 2 * train_batch if train_batch else None}
     size = replace(SIZES[shape], **{name: value for name, value in given.items() if value is not None})
+    if processor:  # every stage is timed by one of the two
+        for clock in ("monotonic", "perf_counter"):
+            setattr(time, clock, time.process_time)
     if threads:
         torch.set_num_threads(threads)
     if device != "cpu":
