@@ -120,10 +120,11 @@ def test_a_round_is_the_cosine_of_the_sketches(policy: ModelPolicy, tmp_path) ->
     policy.roll_out = remember  # type: ignore[method-assign]
     picks = rounds.next(policy).ids
     assert policy.sketcher is not None
-    sketch_of = {name: policy.sketcher.sketch([group]).sketches[0] for name, group in kept.items()}
-    target_D = np.mean([sketch_of[record["id"]] for record in BENCHMARK], axis=0)
-    scores = {
-        record["id"]: float(sketch_of[record["id"]] @ target_D / np.linalg.norm(sketch_of[record["id"]]))
-        for record in POOL
-    }
+    batch_of = {name: policy.sketcher.sketch([group]) for name, group in kept.items()}
+    target_D = np.mean([batch_of[record["id"]].sketches[0] for record in BENCHMARK], axis=0)
+    scores: dict[str, float] = {}
+    for record in POOL:
+        batch = batch_of[record["id"]]
+        assert batch.norms is not None, "a fitted sketch is divided by the length of the whole gradient"
+        scores[record["id"]] = float(batch.sketches[0] @ target_D / batch.norms[0])
     assert picks == sorted(scores, key=lambda name: -scores[name])[:4]
