@@ -122,9 +122,7 @@ def stored_scores(
             batch = sketcher.sketch(members)
             store.add_problems(name, [{"id": problem_id, "prompt": "?"} for problem_id in batch.ids])
             with store.writer(name, step=0) as writer:
-                writer.append(
-                    batch.ids, batch.sketches, whole_norms=batch.norms, state=batch.states, reason=batch.reasons
-                )
+                writer.append(**batch.rows())
         hits = search(store.view("pool"), target(store, "benchmark"), len(groups))
         score_of = dict(zip(hits.ids.tolist(), hits.scores.tolist(), strict=True))
         return np.array([score_of.get(group.problem_id, np.nan) for group in groups]), store.row_bytes

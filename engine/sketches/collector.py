@@ -124,17 +124,7 @@ def collect(
                 if measure and report.fidelity is None and sketcher.projection.kind == "fitted":
                     report.fidelity = rank_fidelity(sketcher, todo, benchmark=benchmark)
                 for number, batch in zip(numbers, batches, strict=True):
-                    writer.append(
-                        batch.ids,
-                        batch.sketches,
-                        whole_norms=batch.norms,
-                        state=batch.states,
-                        pass_rate=batch.pass_rates,
-                        n_rollouts=batch.n_rollouts,
-                        ess=batch.ess,
-                        reason=batch.reasons,
-                        basis=number,
-                    )
+                    writer.append(**batch.rows(), basis=number)
                 report.live += batch.states.count(State.LIVE)
                 report.no_signal += batch.states.count(State.NO_SIGNAL)
                 report.failed += batch.states.count(State.FAILED)

@@ -10,7 +10,7 @@ R rank, I and O a layer's inputs and outputs.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -116,6 +116,20 @@ class SketchBatch:
     for other projections: `Writer.append(whole_norms=...)`."""
     ess: np.ndarray | None = None
     """Effective sample size in rollouts, float32 [P] (docs/methods.md, off-policy); None without importance."""
+
+    def rows(self, places: Sequence[int] | None = None) -> dict[str, Any]:
+        """Arguments of `Writer.append` for the problems at the places; None: for all."""
+        chosen = np.arange(len(self.ids)) if places is None else np.asarray(places, np.int64)
+        return {
+            "ids": [self.ids[place] for place in chosen],
+            "sketches": self.sketches[chosen],
+            "whole_norms": None if self.norms is None else self.norms[chosen],
+            "state": [self.states[place] for place in chosen],
+            "pass_rate": self.pass_rates[chosen],
+            "n_rollouts": self.n_rollouts[chosen],
+            "ess": None if self.ess is None else self.ess[chosen],
+            "reason": [self.reasons[place] for place in chosen],
+        }
 
 
 class Sketcher:

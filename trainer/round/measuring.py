@@ -13,8 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from engine.rollouts.group import Group, joined
 from engine.rollouts.rollout import Rollout
 from engine.rollouts.write import write_rollouts
@@ -174,20 +172,9 @@ def append(store: Store, collection: str, groups: Sequence[Group], policy: Polic
 
 def publish(store: Store, collection: str, batch: SketchBatch, step: int, rows: Sequence[int]) -> None:
     """Publish these rows of a batch at a step, all or none."""
-    if not len(rows):
-        return
-    chosen = np.asarray(rows)
-    with store.writer(collection, step=step) as writer:
-        writer.append(
-            [batch.ids[row] for row in rows],
-            batch.sketches[chosen],
-            whole_norms=None if batch.norms is None else batch.norms[chosen],
-            state=[batch.states[row] for row in rows],
-            pass_rate=batch.pass_rates[chosen],
-            n_rollouts=batch.n_rollouts[chosen],
-            ess=None if batch.ess is None else batch.ess[chosen],
-            reason=[batch.reasons[row] for row in rows],
-        )
+    if len(rows):
+        with store.writer(collection, step=step) as writer:
+            writer.append(**batch.rows(rows))
 
 
 def _lacks(ids: Sequence[str], now: Counter[str], planned: Mapping[str, int]) -> bool:
