@@ -41,6 +41,7 @@ def test_an_interrupted_run_ends_like_an_undisturbed_one(tmp_path: Path) -> None
 def test_the_demo_ends_with_its_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The page that `gradstore demo` names is there and shows the rounds."""
     monkeypatch.setattr(course, "SHOWN", SMALL)
-    page = make._shown(tmp_path)
+    page, told = make._shown(tmp_path)
     assert page == tmp_path / "report.html"
+    assert str(page) in told
     assert "Alignment gained by each selector" in page.read_text()
