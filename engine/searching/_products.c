@@ -1,13 +1,15 @@
 /* Products of stored int8 rows, and of one-bit rows as bytes, with the digits of queries, weighed into scores: products.py
  * says what the numbers mean. Rows are read once, a few at a time, and multiplied with every digit while in registers.
  *
- * VPDPBUSD multiplies 64 bytes, unsigned by signed, and adds fours of products to 16 int32. Rows are its unsigned side,
- * moved up by 128 in flipping a bit; what that adds, 128 times the sum of the digits, is known before and sums start
- * that much lower ("starts"). Two orders of the digits, with zeros beside them:
+ * VPDPBUSD multiplies 64 bytes, unsigned by signed, and adds fours of products to 16 int32. What is not unsigned is moved
+ * up by 128, in flipping a bit, and what that adds is taken off. Two orders of the digits, with columns beside them that
+ * nobody asks for:
  *
- *     wide    [W/4][columns][4], columns a multiple of 16: four bytes of a row go to all lanes, a lane is a column
+ *     wide    [W/4][columns][4], columns a multiple of 16: four bytes of a row go to all lanes, a lane is a column. The
+ *             digits are moved, beforehand: 128 times the sum of the row is too much
  *     narrow  [columns][W], W a multiple of 64: lanes are places in the row, added up at its end; for a few columns,
- *             which would leave lanes of the wide order empty
+ *             which would leave lanes of the wide order empty. The rows are moved: 128 times the sum of the digits is too
+ *             much, which is known before, and sums start that much lower ("starts"; zeros in the wide order)
  *
  * Sums wrap around in int32 as whole numbers do; what comes out is right as long as it fits itself.
  * Lines of the rows to come are asked for ahead: the processor does not do so across the end of a page, and many rows
@@ -72,32 +74,42 @@ INLINE __m512i moved(__m512i bytes)
         EACH (int r = 0; r < n_rows; r++) {                                                                             \
             int32_t four = 0;                                                                                          \
             memcpy(&four, rows + r * width + (PLACE), (size_t)(BYTES));                                                \
-            const __m512i all = moved(_mm512_set1_epi32(four));                                                        \
+            const __m512i all = _mm512_set1_epi32(four);                                                               \
             EACH (int c = 0; c < n_vectors; c++)                                                                        \
-                total[r][c] = _mm512_dpbusd_epi32(total[r][c], all, column[c]);                                        \
+                total[r][c] = _mm512_dpbusd_epi32(total[r][c], column[c], all);                                        \
         }                                                                                                              \
     } while (0)
 
-INLINE void wide(const int8_t *rows, Py_ssize_t width, const int8_t *digits, const int32_t *starts, int32_t *sums,
-                 const int n_rows, const int n_vectors)
+INLINE void wide(const int8_t *rows, Py_ssize_t width, const int8_t *digits, int32_t *sums, const int n_rows,
+                 const int n_vectors)
 {
     const Py_ssize_t whole = width / LINE * LINE;
+    const __m512i ones = _mm512_set1_epi8(1);
     const char *next = (const char *)(rows + n_rows * width);
-    __m512i total[WIDE_ROWS][3];
-    EACH (int r = 0; r < n_rows; r++)
+    __m512i total[WIDE_ROWS][3], own[WIDE_ROWS]; /* own: of the row's bytes alone */
+    EACH (int r = 0; r < n_rows; r++) {
+        own[r] = _mm512_setzero_si512();
         EACH (int c = 0; c < n_vectors; c++)
-            total[r][c] = _mm512_loadu_si512(starts + c * LANES);
+            total[r][c] = _mm512_setzero_si512();
+    }
     for (Py_ssize_t k = 0; k < whole; k += LINE) {
-        EACH (int r = 0; r < n_rows; r++, next += LINE)
+        EACH (int r = 0; r < n_rows; r++, next += LINE) {
             _mm_prefetch(next, _MM_HINT_T0);
+            own[r] = _mm512_dpbusd_epi32(own[r], ones, _mm512_loadu_si512(rows + r * width + k));
+        }
         for (Py_ssize_t i = k; i < k + LINE; i += 4)
             FOUR(4, i);
     }
+    if (whole < width)
+        EACH (int r = 0; r < n_rows; r++)
+            own[r] = _mm512_dpbusd_epi32(own[r], ones, last_bytes(rows + r * width + whole, width - whole));
     for (Py_ssize_t i = whole; i < width; i += 4)
         FOUR(i + 4 <= width ? 4 : width - i, i);
-    EACH (int r = 0; r < n_rows; r++)
+    EACH (int r = 0; r < n_rows; r++) {
+        const __m512i more = _mm512_set1_epi32((int32_t)(128u * (uint32_t)_mm512_reduce_add_epi32(own[r])));
         EACH (int c = 0; c < n_vectors; c++)
-            _mm512_storeu_si512(sums + r * MOST_COLUMNS + c * LANES, total[r][c]);
+            _mm512_storeu_si512(sums + r * MOST_COLUMNS + c * LANES, _mm512_sub_epi32(total[r][c], more));
+    }
 }
 
 /* A line of every row with every column. */
@@ -155,14 +167,14 @@ PROCESSOR static int multiply(const int8_t *rows, Py_ssize_t n_rows, Py_ssize_t 
     }
     const int n_vectors = (n_columns + LANES - 1) / LANES;
     if (n_rows < WIDE_ROWS) {
-        n_vectors == 1   ? wide(rows, width, digits, starts, sums, 1, 1)
-        : n_vectors == 2 ? wide(rows, width, digits, starts, sums, 1, 2)
-                         : wide(rows, width, digits, starts, sums, 1, 3);
+        n_vectors == 1   ? wide(rows, width, digits, sums, 1, 1)
+        : n_vectors == 2 ? wide(rows, width, digits, sums, 1, 2)
+                         : wide(rows, width, digits, sums, 1, 3);
         return 1;
     }
-    n_vectors == 1   ? wide(rows, width, digits, starts, sums, WIDE_ROWS, 1)
-    : n_vectors == 2 ? wide(rows, width, digits, starts, sums, WIDE_ROWS, 2)
-                     : wide(rows, width, digits, starts, sums, WIDE_ROWS, 3);
+    n_vectors == 1   ? wide(rows, width, digits, sums, WIDE_ROWS, 1)
+    : n_vectors == 2 ? wide(rows, width, digits, sums, WIDE_ROWS, 2)
+                     : wide(rows, width, digits, sums, WIDE_ROWS, 3);
     return WIDE_ROWS;
 }
 

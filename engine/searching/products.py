@@ -165,16 +165,18 @@ def left_of(queries_QD: np.ndarray, n_digits: int) -> np.ndarray:
 
 
 def _ordered(digits_CW: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """int8 digits in the order that `_products.c` reads them in, with columns and places of zeros beside them; and
-    where the sums of each column start, int32: lower by what rows moved up by 128 add to them."""
+    """int8 digits as `_products.c` reads them, with columns and places beside them that change nothing; and where the
+    sums of each column start, int32."""
     n, width = digits_CW.shape
     narrow = next((most for most in _NARROW if n <= most), None)
     columns = narrow or -(-n // _LANES) * _LANES
     step = _LINE if narrow else 4
     padded = np.zeros((columns, -(-width // step) * step), np.int8)
     padded[:n, :width] = digits_CW
-    starts = (-128 * padded.sum(axis=1, dtype=np.int64)).astype(np.int32)
-    return padded if narrow else np.ascontiguousarray(padded.reshape(columns, -1, 4).swapaxes(0, 1)), starts
+    if narrow:
+        return padded, (-128 * padded.sum(axis=1, dtype=np.int64)).astype(np.int32)
+    moved = (padded.view(np.uint8) ^ 128).reshape(columns, -1, 4)
+    return np.ascontiguousarray(moved.swapaxes(0, 1)), np.zeros(columns, np.int32)
 
 
 def _weighed(digits: np.ndarray, weights_GQ: np.ndarray, kind: Kind, safe_columns: int | None = None) -> Product:
