@@ -68,7 +68,7 @@ BENCHMARKS ?= query sketch fidelity drift store search indexes probe_table suspi
 bench: install
 	for name in $(BENCHMARKS); do $(PY) -m benchmarks.$$name || exit 1; done
 
-# The study: runs that are missing in docs/study/results.jsonl, then docs/study.md. SHORT=1: a miniature, a minute long.
+# The study: runs that are missing in docs/study/results.jsonl, then docs/study.md. SHORT=1: a miniature, some minutes long.
 study: install
 	.venv/bin/python -m trainer.study run $(if $(SHORT),--short --seeds 1 --out $(STUDY_SHORT)/results.jsonl)
 	.venv/bin/python -m trainer.study report $(if $(SHORT),--short --results $(STUDY_SHORT)/results.jsonl --page $(STUDY_SHORT)/study.md)
