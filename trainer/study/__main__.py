@@ -28,7 +28,7 @@ def run(
     arms: Annotated[str, typer.Option(help="Arms, by commas.")] = ",".join(ARMS),
     methods: Annotated[str, typer.Option(help="Methods, by commas.")] = ",".join(DEFAULT_METHODS),
     seeds: Annotated[int, typer.Option(min=1, help="Seeds 0, 1, ... of each.")] = 5,
-    short: Annotated[bool, typer.Option("--short", help="A miniature, a minute long, for tests.")] = False,
+    short: Annotated[bool, typer.Option("--short", help="A miniature, some minutes long, for tests.")] = False,
 ) -> None:
     """Run what is missing, one row a finished run."""
     settings = SHORT if short else StudySettings()
