@@ -98,15 +98,7 @@ def train(
     network = with_adapters(network, lora_rank, seed) if lora_rank else network.requires_grad_(True)
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature)
     policy = LocalPolicy(network, load_tokenizer(model), load_reward(reward), sampling)
-    loop = LoopSettings(
-        rounds=rounds.rounds,
-        steps=rounds.steps,
-        train_batch=rounds.train_batch,
-        rollouts=train_rollouts,
-        seed=seed,
-        save_every=save_every,
-        observe=observe,
-    )
+    loop = LoopSettings.of(rounds, train_rollouts, save_every=save_every, observe=observe)
 
     def tell(values: Any, step: int) -> None:
         training.metrics.add("selection", step, values)

@@ -75,14 +75,7 @@ def run_course(folder: Path, settings: CourseSettings, tell: Callable[[str], Non
         spec=SketchSpec(basis="fitted", dim=settings.dim, seed=settings.seed),
     )
     chooser = _Course(folder, pool, rounds, settings)
-    loop = LoopSettings(
-        rounds=settings.n_rounds,
-        steps=settings.n_updates,
-        train_batch=settings.n_selected,
-        rollouts=settings.n_rollouts,
-        seed=settings.seed,
-        observe=False,
-    )
+    loop = LoopSettings.of(rounds, settings.n_rollouts, observe=False)
     learner = Learner(model, UpdateSettings(lr=settings.learning_rate))
     training = Training(policy, learner, chooser, pool, loop, folder, resume=True)
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from trainer.local.checkpoint import load_checkpoint, save_checkpoint
 from trainer.local.grpo import Learner
 from trainer.local.metrics import Metrics
 from trainer.local.policy import LocalPolicy
+from trainer.round.settings import RoundSettings
 
 ORDER, ROLLOUTS, MINIBATCHES = range(3)
 """What a seed is drawn for."""
@@ -67,6 +68,11 @@ class LoopSettings:
     """Steps between checkpoints; 0: at the end of each round."""
     observe: bool = True
     """Keep sketches of the training rollouts in the store; a budgeted refresh learns from them."""
+
+    @classmethod
+    def of(cls, rounds: RoundSettings, rollouts: int, *, save_every: int = 0, observe: bool = True) -> Self:
+        """The training that rounds of these settings are made for."""
+        return cls(rounds.rounds, rounds.steps, rounds.train_batch, rollouts, rounds.seed, save_every, observe)
 
 
 class Training:
