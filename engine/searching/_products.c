@@ -15,6 +15,10 @@
  * Lines of the rows to come are asked for ahead: the processor does not do so across the end of a page, and many rows
  * are a page.
  *
+ * pick_int8 looks for rows that can be among a query's best: the first digits of all queries are multiplied with a row
+ * together, and the others only where the score, by what they can change at most, could reach the least that matters.
+ * Those rows are still in the cache.
+ *
  * The limited API of Python 3.11: one build serves every later Python. Elsewhere than on x86-64 with AVX512-VNNI
  * supported() is false and products.py goes another way.
  */
@@ -32,7 +36,6 @@
 #define WIDE_ROWS 6
 #define NARROW_ROWS 4
 #define AHEAD 8 /* rows, in the narrow order */
-#define PAIRS_AHEAD 2
 
 /* Columns with those of zeros beside them. */
 static Py_ssize_t padded_columns(Py_ssize_t n)
@@ -71,41 +74,40 @@ INLINE __m512i moved(__m512i bytes)
         EACH (int c = 0; c < n_vectors; c++)                                                                            \
             column[c] = _mm512_loadu_si512(digits + c * LINE);                                                         \
         digits += n_vectors * LINE;                                                                                    \
-        EACH (int r = 0; r < n_rows; r++) {                                                                             \
+        EACH (int r = 0; r < WIDE_ROWS; r++) {                                                                          \
             int32_t four = 0;                                                                                          \
-            memcpy(&four, rows + r * width + (PLACE), (size_t)(BYTES));                                                \
+            memcpy(&four, rows[r] + (PLACE), (size_t)(BYTES));                                                         \
             const __m512i all = _mm512_set1_epi32(four);                                                               \
             EACH (int c = 0; c < n_vectors; c++)                                                                        \
                 total[r][c] = _mm512_dpbusd_epi32(total[r][c], column[c], all);                                        \
         }                                                                                                              \
     } while (0)
 
-INLINE void wide(const int8_t *rows, Py_ssize_t width, const int8_t *digits, int32_t *sums, const int n_rows,
-                 const int n_vectors)
+/* Sums [WIDE_ROWS][MOST_COLUMNS]. rows: so many, and as many that come next. */
+INLINE void wide(const int8_t *const *rows, Py_ssize_t width, const int8_t *digits, int32_t *sums, const int n_vectors)
 {
     const Py_ssize_t whole = width / LINE * LINE;
     const __m512i ones = _mm512_set1_epi8(1);
-    const char *next = (const char *)(rows + n_rows * width);
     __m512i total[WIDE_ROWS][3], own[WIDE_ROWS]; /* own: of the row's bytes alone */
-    EACH (int r = 0; r < n_rows; r++) {
+    EACH (int r = 0; r < WIDE_ROWS; r++) {
         own[r] = _mm512_setzero_si512();
         EACH (int c = 0; c < n_vectors; c++)
             total[r][c] = _mm512_setzero_si512();
     }
     for (Py_ssize_t k = 0; k < whole; k += LINE) {
-        EACH (int r = 0; r < n_rows; r++, next += LINE) {
-            _mm_prefetch(next, _MM_HINT_T0);
-            own[r] = _mm512_dpbusd_epi32(own[r], ones, _mm512_loadu_si512(rows + r * width + k));
+        EACH (int r = 0; r < WIDE_ROWS; r++) {
+            _mm_prefetch((const char *)rows[WIDE_ROWS + r] + k, _MM_HINT_T1);
+            own[r] = _mm512_dpbusd_epi32(own[r], ones, _mm512_loadu_si512(rows[r] + k));
         }
         for (Py_ssize_t i = k; i < k + LINE; i += 4)
             FOUR(4, i);
     }
     if (whole < width)
-        EACH (int r = 0; r < n_rows; r++)
-            own[r] = _mm512_dpbusd_epi32(own[r], ones, last_bytes(rows + r * width + whole, width - whole));
+        EACH (int r = 0; r < WIDE_ROWS; r++)
+            own[r] = _mm512_dpbusd_epi32(own[r], ones, last_bytes(rows[r] + whole, width - whole));
     for (Py_ssize_t i = whole; i < width; i += 4)
         FOUR(i + 4 <= width ? 4 : width - i, i);
-    EACH (int r = 0; r < n_rows; r++) {
+    EACH (int r = 0; r < WIDE_ROWS; r++) {
         const __m512i more = _mm512_set1_epi32((int32_t)(128u * (uint32_t)_mm512_reduce_add_epi32(own[r])));
         EACH (int c = 0; c < n_vectors; c++)
             _mm512_storeu_si512(sums + r * MOST_COLUMNS + c * LANES, _mm512_sub_epi32(total[r][c], more));
@@ -149,33 +151,28 @@ INLINE void narrow(const int8_t *rows, Py_ssize_t width, const int8_t *digits, c
                 (int32_t)((uint32_t)starts[c] + (uint32_t)_mm512_reduce_add_epi32(total[r][c]));
 }
 
-/* Sums [n_rows][MOST_COLUMNS] of the largest group of rows there is a loop for; how many rows that were. */
-PROCESSOR static int multiply(const int8_t *rows, Py_ssize_t n_rows, Py_ssize_t width, const int8_t *digits,
-                              const int32_t *starts, int n_columns, int32_t *sums)
+PROCESSOR static void multiply_wide(const int8_t *const *rows, Py_ssize_t width, const int8_t *digits, int n_columns,
+                                    int32_t *sums)
 {
-    if (n_columns <= MOST_NARROW) {
-        const int at_once = n_columns <= 3 ? NARROW_ROWS : NARROW_ROWS / 2;
-        const int8_t *later = rows + AHEAD * width;
-        if (n_rows < at_once) {
-            n_columns <= 3 ? narrow(rows, width, digits, starts, sums, 1, 3, later)
-                           : narrow(rows, width, digits, starts, sums, 1, 6, later);
-            return 1;
-        }
-        n_columns <= 3 ? narrow(rows, width, digits, starts, sums, NARROW_ROWS, 3, later)
-                       : narrow(rows, width, digits, starts, sums, NARROW_ROWS / 2, 6, later);
-        return at_once;
-    }
-    const int n_vectors = (n_columns + LANES - 1) / LANES;
-    if (n_rows < WIDE_ROWS) {
-        n_vectors == 1   ? wide(rows, width, digits, sums, 1, 1)
-        : n_vectors == 2 ? wide(rows, width, digits, sums, 1, 2)
-                         : wide(rows, width, digits, sums, 1, 3);
+    n_columns <= LANES       ? wide(rows, width, digits, sums, 1)
+    : n_columns <= 2 * LANES ? wide(rows, width, digits, sums, 2)
+                             : wide(rows, width, digits, sums, 3);
+}
+
+/* How many of the rows there is a loop for. */
+PROCESSOR static int multiply_narrow(const int8_t *rows, Py_ssize_t n_rows, Py_ssize_t width, const int8_t *digits,
+                                     const int32_t *starts, int n_columns, int32_t *sums)
+{
+    const int at_once = n_columns <= 3 ? NARROW_ROWS : NARROW_ROWS / 2;
+    const int8_t *later = rows + AHEAD * width;
+    if (n_rows < at_once) {
+        n_columns <= 3 ? narrow(rows, width, digits, starts, sums, 1, 3, later)
+                       : narrow(rows, width, digits, starts, sums, 1, 6, later);
         return 1;
     }
-    n_vectors == 1   ? wide(rows, width, digits, sums, WIDE_ROWS, 1)
-    : n_vectors == 2 ? wide(rows, width, digits, sums, WIDE_ROWS, 2)
-                     : wide(rows, width, digits, sums, WIDE_ROWS, 3);
-    return WIDE_ROWS;
+    n_columns <= 3 ? narrow(rows, width, digits, starts, sums, NARROW_ROWS, 3, later)
+                   : narrow(rows, width, digits, starts, sums, NARROW_ROWS / 2, 6, later);
+    return at_once;
 }
 
 /* out[q][r] = scale[r] * (weights[0][q] sums[r][0][q] + weights[1][q] sums[r][1][q] + ...), in this order, in double */
@@ -215,29 +212,110 @@ static void score(const int8_t *rows, Py_ssize_t n_rows, Py_ssize_t width, const
                   int n_queries, int n_digits, const double *weights, const float *scale, char *out, Py_ssize_t stride)
 {
     int32_t sums[WIDE_ROWS * MOST_COLUMNS];
-    for (Py_ssize_t r = 0; r < n_rows;) {
-        int done = multiply(rows + r * width, n_rows - r, width, digits, starts, n_queries * n_digits, sums);
-        weigh(sums, done, n_queries, n_digits, weights, scale + r, out + r * (Py_ssize_t)sizeof(float), stride);
-        r += done;
+    const int n_columns = n_queries * n_digits;
+    for (Py_ssize_t r = 0, done; r < n_rows; r += done) {
+        if (n_columns <= MOST_NARROW) {
+            done = multiply_narrow(rows + r * width, n_rows - r, width, digits, starts, n_columns, sums);
+        } else {
+            const int8_t *group[2 * WIDE_ROWS];
+            for (Py_ssize_t i = 0; i < 2 * WIDE_ROWS; i++)
+                group[i] = rows + (r + i < n_rows ? r + i : n_rows - 1) * width;
+            multiply_wide(group, width, digits, n_columns, sums);
+            done = n_rows - r < WIDE_ROWS ? n_rows - r : WIDE_ROWS;
+        }
+        weigh(sums, (int)done, n_queries, n_digits, weights, scale + r, out + r * (Py_ssize_t)sizeof(float), stride);
     }
 }
 
-PROCESSOR static void score_each(const int8_t *rows, const int64_t *places, const int64_t *queries, Py_ssize_t n,
-                                 Py_ssize_t width, const int8_t *digits, const int32_t *starts, const double *weights,
-                                 const float *scale, float *out)
+/* A row's sums with the second and third digit of one query; two lines at a time, as a sum waits for the one before. */
+INLINE void rest_of(const int8_t *row, Py_ssize_t width, const int8_t *digits, const int32_t *starts, int32_t *sums)
 {
-    int32_t sums[MOST_COLUMNS];
-    for (Py_ssize_t i = 0; i < n; i++) {
-        const int8_t *later = rows + places[i + PAIRS_AHEAD < n ? i + PAIRS_AHEAD : n - 1] * width;
-        narrow(rows + places[i] * width, width, digits + queries[i] * digits_size(3, width),
-               starts + 3 * queries[i], sums, 1, 3, later);
-        weigh(sums, 1, 1, 3, weights + 3 * queries[i], scale + i, (char *)(out + i), 0);
+    const Py_ssize_t padded = (width + LINE - 1) / LINE * LINE;
+    __m512i total[2][2];
+    EACH (int i = 0; i < 4; i++)
+        total[i / 2][i % 2] = _mm512_setzero_si512();
+    Py_ssize_t k = 0;
+    for (; k + 2 * LINE <= width; k += 2 * LINE)
+        EACH (int i = 0; i < 4; i++)
+            total[i / 2][i % 2] = _mm512_dpbusd_epi32(total[i / 2][i % 2],
+                                                      moved(_mm512_loadu_si512(row + k + i % 2 * LINE)),
+                                                      _mm512_loadu_si512(digits + i / 2 * padded + k + i % 2 * LINE));
+    for (; k < width; k += LINE)
+        EACH (int c = 0; c < 2; c++)
+            total[c][0] = _mm512_dpbusd_epi32(total[c][0], moved(last_bytes(row + k, width - k < LINE ? width - k : LINE)),
+                                              _mm512_loadu_si512(digits + c * padded + k));
+    EACH (int c = 0; c < 2; c++)
+        sums[c] = (int32_t)((uint32_t)starts[c] +
+                            (uint32_t)_mm512_reduce_add_epi32(_mm512_add_epi32(total[c][0], total[c][1])));
+}
+
+/* What score_best asks with: per query the first digit in the wide order, the others in the narrow one, the digits'
+ * weights [Q][3], how far the first may be from the score, and the least score that matters. */
+struct asked {
+    int n_queries;
+    const int8_t *first, *rest;
+    const int32_t *starts;
+    const double *weights;
+    const float *left, *least;
+};
+
+/* Pairs of a query and a row's number, and the score: of every row whose score is at least the query's least. */
+struct found {
+    uint8_t *queries;
+    int32_t *numbers;
+    float *scores;
+    Py_ssize_t n;
+};
+
+PROCESSOR static void pick_from(const int8_t *row, const int32_t *sums, Py_ssize_t width, const struct asked *asked,
+                                const float *step, float scale, double weight, int32_t number, struct found *found)
+{
+    const Py_ssize_t rest_size = 2 * ((width + LINE - 1) / LINE * LINE);
+    for (int first = 0; first < asked->n_queries; first += LANES) {
+        const int n = asked->n_queries - first < LANES ? asked->n_queries - first : LANES;
+        const __mmask16 there = (__mmask16)(0xffff >> (LANES - n));
+        const __m512 sum = _mm512_cvtepi32_ps(_mm512_loadu_si512(sums + first));
+        const __m512 step_here = _mm512_mul_ps(_mm512_loadu_ps(step + first), _mm512_set1_ps(scale));
+        const __m512 most = _mm512_add_ps(_mm512_mul_ps(sum, step_here), _mm512_maskz_loadu_ps(there, asked->left + first));
+        __mmask16 near = _mm512_mask_cmp_ps_mask(there, _mm512_mul_ps(most, _mm512_set1_ps((float)weight)),
+                                                 _mm512_maskz_loadu_ps(there, asked->least + first), _CMP_GE_OQ);
+        for (; near; near &= (__mmask16)(near - 1)) {
+            const int q = first + __builtin_ctz(near);
+            int32_t digits[3] = {sums[q]};
+            float score;
+            rest_of(row, width, asked->rest + q * rest_size, asked->starts + 2 * q, digits + 1);
+            weigh(digits, 1, 1, 3, asked->weights + 3 * q, &scale, (char *)&score, 0);
+            score = (float)(score * weight);
+            if (!(score >= asked->least[q]))
+                continue;
+            found->queries[found->n] = (uint8_t)q;
+            found->numbers[found->n] = number;
+            found->scores[found->n++] = score;
+        }
+    }
+}
+
+PROCESSOR static void pick(const int8_t *rows, const int64_t *places, Py_ssize_t n, Py_ssize_t width,
+                           const struct asked *asked, const float *scale, const double *weights, struct found *found)
+{
+    int32_t sums[WIDE_ROWS * MOST_COLUMNS];
+    float step[MOST_COLUMNS] = {0};
+    for (int q = 0; q < asked->n_queries; q++)
+        step[q] = (float)asked->weights[3 * q];
+    for (Py_ssize_t i = 0; i < n; i += WIDE_ROWS) {
+        const int8_t *group[2 * WIDE_ROWS];
+        for (Py_ssize_t r = 0; r < 2 * WIDE_ROWS; r++)
+            group[r] = rows + places[i + r < n ? i + r : n - 1] * width;
+        multiply_wide(group, width, asked->first, asked->n_queries, sums);
+        for (Py_ssize_t r = 0; r < WIDE_ROWS && i + r < n; r++)
+            pick_from(group[r], sums + r * MOST_COLUMNS, width, asked, step, scale[i + r], weights[i + r],
+                      (int32_t)(i + r), found);
     }
 }
 #else
 static int supported(void) { return 0; }
 #define score(...) ((void)0)
-#define score_each(...) ((void)0)
+#define pick(...) ((void)0)
 #endif
 
 static PyObject *is_supported(PyObject *self, PyObject *arguments)
@@ -287,36 +365,50 @@ static PyObject *score_int8(PyObject *self, PyObject *arguments)
     return answer(fits);
 }
 
-static PyObject *score_pairs(PyObject *self, PyObject *arguments)
+static PyObject *pick_int8(PyObject *self, PyObject *arguments)
 {
-    Py_buffer rows, places, queries, digits, starts, weights, scale, out;
+    enum { ROWS, PLACES, SCALE, WEIGHTS, FIRST, REST, STARTS, STEPS, LEFT, LEAST, QUERIES, NUMBERS, SCORES, N_BUFFERS };
+    Py_buffer buffer[N_BUFFERS];
     Py_ssize_t width;
     (void)self;
-    if (!PyArg_ParseTuple(arguments, "y*ny*y*y*y*y*y*w*", &rows, &width, &places, &queries, &digits, &starts, &weights,
-                          &scale, &out))
+    if (!PyArg_ParseTuple(arguments, "ny*y*y*y*y*y*y*y*y*y*w*w*w*", &width, &buffer[ROWS], &buffer[PLACES], &buffer[SCALE],
+                          &buffer[WEIGHTS], &buffer[FIRST], &buffer[REST], &buffer[STARTS], &buffer[STEPS],
+                          &buffer[LEFT], &buffer[LEAST], &buffer[QUERIES], &buffer[NUMBERS], &buffer[SCORES]))
         return NULL;
-    const Py_ssize_t n = out.len / (Py_ssize_t)sizeof(float), n_rows = width > 0 ? rows.len / width : 0;
-    const Py_ssize_t n_queries = weights.len / (3 * (Py_ssize_t)sizeof(double));
-    const int64_t *place = places.buf, *query = queries.buf;
-    int fits = supported() && width > 0 && places.len == n * (Py_ssize_t)sizeof(int64_t) &&
-               queries.len == places.len && scale.len == out.len && digits.len == n_queries * digits_size(3, width) &&
-               starts.len == 3 * n_queries * (Py_ssize_t)sizeof(int32_t);
+    const Py_ssize_t n = buffer[SCALE].len / 4, n_queries = buffer[LEFT].len / 4;
+    const Py_ssize_t n_rows = width > 0 ? buffer[ROWS].len / width : 0;
+    const int64_t *place = buffer[PLACES].buf;
+    const Py_ssize_t expected[N_BUFFERS] = {
+        n_rows * width,
+        8 * n,
+        4 * n,
+        8 * n,
+        (n_queries + LANES - 1) / LANES * LANES * ((width + 3) / 4 * 4),
+        n_queries * 2 * ((width + LINE - 1) / LINE * LINE),
+        4 * 2 * n_queries,
+        8 * 3 * n_queries,
+        4 * n_queries,
+        4 * n_queries,
+        n_queries * n,
+        4 * n_queries * n,
+        4 * n_queries * n,
+    };
+    int fits = supported() && width > 0 && n_queries > 0 && n_queries <= MOST_COLUMNS && n <= INT32_MAX;
+    for (int i = 0; i < N_BUFFERS; i++)
+        fits = fits && buffer[i].len == expected[i];
     for (Py_ssize_t i = 0; fits && i < n; i++)
-        fits = place[i] >= 0 && place[i] < n_rows && query[i] >= 0 && query[i] < n_queries;
+        fits = place[i] >= 0 && place[i] < n_rows;
+    struct found found = {buffer[QUERIES].buf, buffer[NUMBERS].buf, buffer[SCORES].buf, 0};
     if (fits) {
+        const struct asked asked = {(int)n_queries,       buffer[FIRST].buf, buffer[REST].buf, buffer[STARTS].buf,
+                                    buffer[STEPS].buf, buffer[LEFT].buf,  buffer[LEAST].buf};
         Py_BEGIN_ALLOW_THREADS
-        score_each(rows.buf, place, query, n, width, digits.buf, starts.buf, weights.buf, scale.buf, out.buf);
+        pick(buffer[ROWS].buf, place, n, width, &asked, buffer[SCALE].buf, buffer[WEIGHTS].buf, &found);
         Py_END_ALLOW_THREADS
     }
-    PyBuffer_Release(&rows);
-    PyBuffer_Release(&places);
-    PyBuffer_Release(&queries);
-    PyBuffer_Release(&digits);
-    PyBuffer_Release(&starts);
-    PyBuffer_Release(&weights);
-    PyBuffer_Release(&scale);
-    PyBuffer_Release(&out);
-    return answer(fits);
+    for (int i = 0; i < N_BUFFERS; i++)
+        PyBuffer_Release(&buffer[i]);
+    return fits ? PyLong_FromSsize_t(found.n) : answer(fits);
 }
 
 static PyMethodDef methods[] = {
@@ -325,10 +417,13 @@ static PyMethodDef methods[] = {
      "score_int8(rows, width, digits, starts, weights, scale, out): contiguous int8 [N, width], int8 digits in the order\n"
      "of their number of columns, int32 starts, float64 weights [G, Q], float32 scale [N] into float32 out [Q, N], rows of which may lie\n"
      "apart. Other threads run meanwhile."},
-    {"score_pairs", score_pairs, METH_VARARGS,
-     "score_pairs(rows, width, places, queries, digits, starts, weights, scale, out): of int8 [M, width] the rows at int64\n"
-     "places [N], each with one of the queries, int64 [N]; each query's three digits in the narrow order, float64\n"
-     "weights [Q, 3], float32 scale [N] into float32 out [N]. Other threads run meanwhile."},
+    {"pick_int8", pick_int8, METH_VARARGS,
+     "pick_int8(width, rows, places, scale, weights, first, rest, starts, steps, left, least, queries, numbers, scores)\n"
+     "-> how many pairs it found. Of int8 rows [M, width] those at int64 places [N], with float32 scale and float64\n"
+     "weights [N], times each of Q queries: first digits in the wide order, the two others in the narrow one with int32\n"
+     "starts [Q, 2], float64 steps [Q, 3]; float32 [Q] what the first digit leaves out at most, and the least score\n"
+     "wanted. Pairs go to uint8 queries, int32 numbers among the places and float32 scores, each of size Q * N. Other\n"
+     "threads run meanwhile."},
     {NULL, NULL, 0, NULL},
 };
 

@@ -5,15 +5,20 @@ def supported() -> bool: ...
 def score_int8(
     rows: Buffer, width: int, digits: Buffer, starts: Buffer, weights: Buffer, scale: Buffer, out: np.ndarray, /
 ) -> None: ...
-def score_pairs(
-    rows: Buffer,
+def pick_int8(
     width: int,
+    rows: Buffer,
     places: Buffer,
-    queries: Buffer,
-    digits: Buffer,
-    starts: Buffer,
-    weights: Buffer,
     scale: Buffer,
-    out: Buffer,
+    weights: Buffer,
+    first: Buffer,
+    rest: Buffer,
+    starts: Buffer,
+    steps: Buffer,
+    left: Buffer,
+    least: Buffer,
+    queries: Buffer,
+    numbers: Buffer,
+    scores: Buffer,
     /,
-) -> None: ...
+) -> int: ...

@@ -35,7 +35,9 @@ _LINE = 64
 _NARROW = (3, 6)
 """Vectors that _products.c multiplies place by place; more are its lanes."""
 _FEW_QUERIES = 5
-"""Their three digits fit in the lanes of one register: two would save nothing."""
+"""Their three digits fit in the lanes of one register: one alone would save nothing."""
+PICKED_AT_ONCE = 48
+"""Queries whose first digits _products.c multiplies together."""
 _ROUNDED = 1e-6
 """Of a query's length: more than the rounding of scores and of rows' lengths to float32."""
 
@@ -44,9 +46,10 @@ Product = Callable[[np.ndarray, np.ndarray, np.ndarray], None]
 """codes [N, W], scale float32 [N] -> products of codes * scale with every query, into float32 [Q, N]."""
 ProductOf = Callable[[np.ndarray], Product]
 """float32 queries [Q, D] -> products with them."""
-PairProduct = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], np.ndarray]
-"""codes [M, W], for each pair the row's place and the query's number, int64 [N], and the row's scale, float32 [N]
--> float32 [N]."""
+Pick = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray, np.ndarray]]
+"""codes [M, W]; places among them, int64 [N], with their scale, float32, and weights, float64 [N]; the least score that
+each query wants, float32 [Q] -> of every product * weight that is no less: its query, its number among the places and
+itself."""
 
 
 def digits_of(queries_QD: np.ndarray, largest: int, n_digits: int) -> tuple[np.ndarray, np.ndarray]:
@@ -67,8 +70,8 @@ def digits_of(queries_QD: np.ndarray, largest: int, n_digits: int) -> tuple[np.n
     return np.stack(digits), np.stack(weights)
 
 
-def int8_product(queries_QD: np.ndarray, n_digits: int = 3) -> Product:
-    digits, weights_GQ = digits_of(queries_QD, 127, n_digits)
+def int8_product(queries_QD: np.ndarray) -> Product:
+    digits, weights_GQ = digits_of(queries_QD, 127, 3)
     digits = digits.astype(np.int8)
     return _compiled_product(digits, weights_GQ) or _weighed(digits, weights_GQ, "int8", SAFE_COLUMNS)
 
@@ -137,46 +140,55 @@ def _has_tiles() -> bool:
     return bool(numkong.get_capabilities().get("sapphireamx"))
 
 
-def pair_product(queries_QD: np.ndarray) -> PairProduct | None:
-    """Products of single rows of int8, each with one query, as scores are made of three digits; None without the
-    kernel, or where two digits would save nothing."""
-    kernel, width = _kernel(), queries_QD.shape[1]
-    if kernel is None or width > SAFE_COLUMNS or len(queries_QD) <= _FEW_QUERIES or _has_tiles():
+def picking(queries_QD: np.ndarray) -> Pick | None:
+    """The rows whose products with a query are large enough, which most are seen not to be by the query's first digit.
+
+    What the others may add to the score of a row of at most unit length is the length of what the first leaves of the
+    query (Cauchy-Schwarz); scores are those of `int8_product` to the last bit. At most PICKED_AT_ONCE queries. None
+    without the kernel, where numkong is faster, and for so few queries that it would save nothing.
+    """
+    kernel, (n_queries, width) = _kernel(), queries_QD.shape
+    if kernel is None or width > SAFE_COLUMNS or n_queries <= _FEW_QUERIES or _has_tiles():
         return None
     digits, weights_GQ = digits_of(queries_QD, 127, 3)
-    each = [_ordered(digits_GD) for digits_GD in digits.astype(np.int8).swapaxes(0, 1)]
-    ordered, starts = (np.stack(parts) for parts in zip(*each, strict=True))
-    weights_QG, score = np.ascontiguousarray(weights_GQ.T), kernel.score_pairs
+    first, rest_QGD = _wide(digits[0].astype(np.int8)), digits[1:].astype(np.int8).swapaxes(0, 1)
+    rest, starts = _narrow(rest_QGD.reshape(-1, width))
+    weights_QG = np.ascontiguousarray(weights_GQ.T)
+    lengths_Q = np.linalg.norm(queries_QD.astype(np.float64), axis=1)
+    left_Q = np.linalg.norm(queries_QD - digits[0] * weights_GQ[0][:, None], axis=1) + _ROUNDED * lengths_Q
+    left_Q = left_Q.astype(np.float32)
 
-    def product(codes: np.ndarray, places_N: np.ndarray, queries_N: np.ndarray, scale_N: np.ndarray) -> np.ndarray:
-        scores_N = np.empty(len(places_N), np.float32)
-        score(codes, width, places_N, queries_N, ordered, starts, weights_QG, scale_N, scores_N)
-        return scores_N
+    def pick(
+        codes: np.ndarray, places_N: np.ndarray, scale_N: np.ndarray, weights_N: np.ndarray, least_Q: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        most = n_queries * len(places_N)
+        found = np.empty(most, np.uint8), np.empty(most, np.int32), np.empty(most, np.float32)
+        asked = first, rest, starts, weights_QG, left_Q, np.ascontiguousarray(least_Q, np.float32)
+        n = kernel.pick_int8(width, codes, places_N, scale_N, weights_N, *asked, *found)
+        return found[0][:n].copy(), found[1][:n].copy(), found[2][:n].copy()
 
-    return product
-
-
-def left_of(queries_QD: np.ndarray, n_digits: int) -> np.ndarray:
-    """How far n digits of int8 may be from the score of a row of at most unit length, float64 [Q]: the length of what
-    they leave of the query (Cauchy-Schwarz), and rounding."""
-    digits_GQD, weights_GQ = digits_of(queries_QD, 127, n_digits)
-    rest_QD = queries_QD - np.einsum("gqd,gq->qd", digits_GQD, weights_GQ)
-    return np.linalg.norm(rest_QD, axis=1) + _ROUNDED * np.linalg.norm(queries_QD.astype(np.float64), axis=1)
+    return pick
 
 
 def _ordered(digits_CW: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """int8 digits as `_products.c` reads them, with columns and places beside them that change nothing; and where the
-    sums of each column start, int32."""
-    n, width = digits_CW.shape
-    narrow = next((most for most in _NARROW if n <= most), None)
-    columns = narrow or -(-n // _LANES) * _LANES
-    step = _LINE if narrow else 4
-    padded = np.zeros((columns, -(-width // step) * step), np.int8)
-    padded[:n, :width] = digits_CW
-    if narrow:
-        return padded, (-128 * padded.sum(axis=1, dtype=np.int64)).astype(np.int32)
-    moved = (padded.view(np.uint8) ^ 128).reshape(columns, -1, 4)
-    return np.ascontiguousarray(moved.swapaxes(0, 1)), np.zeros(columns, np.int32)
+    """int8 digits as `_products.c` reads so many, with columns beside them that change nothing; and where the sums of
+    each column start, int32."""
+    n = len(digits_CW)
+    columns = next((most for most in _NARROW if n <= most), None)
+    if columns is None:
+        return _wide(digits_CW), np.zeros(-(-n // _LANES) * _LANES, np.int32)
+    return _narrow(np.pad(digits_CW, ((0, columns - n), (0, 0))))
+
+
+def _narrow(digits_CW: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    padded = np.pad(digits_CW, ((0, 0), (0, -digits_CW.shape[1] % _LINE)))
+    return padded, (-128 * padded.sum(axis=1, dtype=np.int64)).astype(np.int32)
+
+
+def _wide(digits_CW: np.ndarray) -> np.ndarray:
+    padded = np.pad(digits_CW, ((0, -len(digits_CW) % _LANES), (0, -digits_CW.shape[1] % 4)))
+    moved = (padded.view(np.uint8) ^ 128).reshape(len(padded), -1, 4)
+    return np.ascontiguousarray(moved.swapaxes(0, 1))
 
 
 def _weighed(digits: np.ndarray, weights_GQ: np.ndarray, kind: Kind, safe_columns: int | None = None) -> Product:

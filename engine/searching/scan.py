@@ -16,8 +16,8 @@ from functools import partial
 import numpy as np
 
 from engine.searching.blocks import blocks_of
-from engine.searching.products import PRODUCTS, PairProduct, Product, ProductOf, int8_product, left_of, pair_product
-from engine.searching.ranking import best, kth_smallest
+from engine.searching.products import PICKED_AT_ONCE, PRODUCTS, Pick, Product, ProductOf, picking
+from engine.searching.ranking import best
 from gradstore import View
 from gradstore.view import Piece
 
@@ -25,6 +25,12 @@ QUERIES_AT_ONCE = 16
 """More queries are answered in several passes: beyond this the arithmetic, not the reading, is what takes time."""
 _FEW = 4096
 """Rows that one core scores sooner than threads begin."""
+_MANY = 0.1
+"""From this share of the rows on that a query asks for, looking for the best saves nothing."""
+_SAMPLE = 2048
+"""Rows from whose scores it is guessed what the best reach."""
+_RANKS_MORE = 16
+"""That the guess is below twice as many rows as are wanted: a small sample errs by as much."""
 _SPARSE = 0.25
 """Below this share of wanted rows between the first and the last wanted one of a chunk, they are copied together."""
 
@@ -52,66 +58,68 @@ def scan_best(
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Each query's k largest scores, as `best` of `scan_rows` has them: their positions, int64, and float32 scores.
 
-    weights_P: positive, what the products of each row are multiplied with; None: 1. Several queries multiply int8 rows
-    with two digits first. Only rows whose score could, by what that may be wrong by, reach the k-th that is certain can
-    be among the k, and those are scored anew with all digits.
+    weights_P: positive, what the products of each row are multiplied with; None: 1. Several queries guess from a sample
+    of the rows what score a query's k best reach, and look only for rows that reach it (`picking`). Where those are
+    fewer than k after all, the query is answered from every score.
     """
     queries_QD = np.asarray(queries_QD, np.float32)
-    exact = pair_product(queries_QD) if view.store.dtype == "int8" and view.n_bases == 1 else None
-    if exact is None:
-        scores_QP = scan_rows(view, queries_QD, positions)
-        scores_QP *= 1 if weights_P is None else weights_P
-        best_Q = [best(scores_P, k, view.ids_at) for scores_P in scores_QP]
-        return [(places, scores_P[places]) for places, scores_P in zip(best_Q, scores_QP, strict=True)]
-    scores_QP = _in_one_basis(view, queries_QD, positions, partial(int8_product, n_digits=2))
-    near_Q = _near(scores_QP, left_of(queries_QD, 2), k, weights_P)
+    positions = np.arange(len(view)) if positions is None else np.asarray(positions)
+    weights_P = np.ones(len(view)) if weights_P is None else weights_P.astype(np.float64)
+    few = len(positions) <= 4 * _SAMPLE or k > _MANY * len(positions)
+    if few or view.store.dtype != "int8" or view.n_bases > 1:
+        return _best_of_all(view, queries_QD, k, positions, weights_P)
     found = []
-    for places, scores in zip(near_Q, _score_near(view, near_Q, exact), strict=True):
-        scores *= 1 if weights_P is None else weights_P[places]
+    for start in range(0, len(queries_QD), PICKED_AT_ONCE):
+        some_QD = queries_QD[start : start + PICKED_AT_ONCE]
+        pick = picking(some_QD)
+        best_of = _best_of_all if pick is None else partial(_best_of_near, pick)
+        found += best_of(view, some_QD, k, positions, weights_P)
+    return found
+
+
+Found = list[tuple[np.ndarray, np.ndarray]]
+"""For each query positions, int64, and their float32 scores."""
+
+
+def _best_of_all(view: View, queries_QD: np.ndarray, k: int, positions: np.ndarray, weights_P: np.ndarray) -> Found:
+    scores_QP = scan_rows(view, queries_QD, positions)
+    scores_QP *= weights_P
+    best_Q = [best(scores_P, k, view.ids_at) for scores_P in scores_QP]
+    return [(places, scores_P[places]) for places, scores_P in zip(best_Q, scores_QP, strict=True)]
+
+
+def _best_of_near(
+    pick: Pick, view: View, queries_QD: np.ndarray, k: int, positions: np.ndarray, weights_P: np.ndarray
+) -> Found:
+    sample = positions[:: len(positions) // _SAMPLE]
+    rank = -1 - int(2 * k * len(sample) / len(positions)) - _RANKS_MORE
+    every_Q = np.full(len(queries_QD), -np.inf, np.float32)
+    sampled_Q = _no_less(view, pick, sample, weights_P, every_Q)
+    least_Q = np.array([np.partition(scores, rank)[rank] for _, scores in sampled_Q])
+    found = []
+    for q, (places, scores) in enumerate(_no_less(view, pick, positions, weights_P, least_Q)):
+        if len(places) < k:
+            found += _best_of_all(view, queries_QD[q : q + 1], k, positions, weights_P)
+            continue
         chosen = best(scores, k, partial(_ids_among, view, places))
         found.append((places[chosen], scores[chosen]))
     return found
 
 
-def _near(scores_QP: np.ndarray, left_Q: np.ndarray, k: int, weights_P: np.ndarray | None) -> list[np.ndarray]:
-    """For each query the positions, ascending, of all that can be among the k best.
+def _no_less(view: View, pick: Pick, positions: np.ndarray, weights_P: np.ndarray, least_Q: np.ndarray) -> Found:
+    """Of the rows at some positions those that reach each query's least score."""
 
-    left_Q: what the scores, without weights, may be wrong by at most.
-    """
-
-    def near(scores_P: np.ndarray, left: float) -> np.ndarray:
-        if weights_P is None:
-            return np.flatnonzero(scores_P >= -kth_smallest(-scores_P, k) - 2 * left)
-        return np.flatnonzero((scores_P + left) * weights_P >= -kth_smallest((left - scores_P) * weights_P, k))
+    def look(piece: Piece) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        codes, within = piece.span()
+        query, number, score = pick(codes, within, piece.scale, weights_P[piece.positions], least_Q)
+        return query, piece.positions[number], score
 
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        return list(pool.map(near, scores_QP, left_Q))
-
-
-def _score_near(view: View, near_Q: list[np.ndarray], exact: PairProduct) -> list[np.ndarray]:
-    """Scores of each query's positions, float32, chunk file by chunk file: a row is read once for all queries."""
-    counts = [len(places) for places in near_Q]
-    places_N, query_N = np.concatenate(near_Q), np.repeat(np.arange(len(near_Q)), counts)
-    row_N = view.row_numbers[places_N]
-    order = np.argsort(row_N)
-    row_N, query_N = row_N[order], query_N[order]
-    wanted = np.zeros(len(view), bool)
-    wanted[places_N] = True
-    pieces = view.pieces(wanted)
-    starts = np.searchsorted(row_N, [piece.rows[0] for piece in pieces])
-    stops = np.append(starts[1:], len(row_N))
-    found_N = np.empty(len(row_N), np.float32)
-
-    def score(piece: Piece, start: int, stop: int) -> None:
-        rows = row_N[start:stop]
-        scale = piece.scale[np.searchsorted(piece.rows, rows)]
-        found_N[start:stop] = exact(piece.span()[0], rows - piece.rows[0], query_N[start:stop], scale)
-
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        list(pool.map(score, pieces, starts, stops))
-    scores_N = np.empty_like(found_N)
-    scores_N[order] = found_N
-    return np.split(scores_N, np.cumsum(counts)[:-1])
+        found = list(pool.map(look, view.pieces(positions)))
+    query_N, position_N, score_N = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    order = np.argsort(query_N, kind="stable")
+    cuts = np.searchsorted(query_N[order], np.arange(1, len(least_Q)))
+    return list(zip(np.split(position_N[order], cuts), np.split(score_N[order], cuts), strict=True))
 
 
 def _ids_among(view: View, places: np.ndarray, chosen: np.ndarray) -> np.ndarray:

@@ -21,22 +21,21 @@ def rows_and_queries(n: int, dim: int, n_queries: int) -> tuple[np.ndarray, np.n
     return codes, random.random(n).astype(np.float32), queries
 
 
-def by_hand(codes: np.ndarray, scale: np.ndarray, queries: np.ndarray, n_digits: int) -> np.ndarray:
+def by_hand(codes: np.ndarray, scale: np.ndarray, queries: np.ndarray) -> np.ndarray:
     """The definition: exact whole numbers, weighed and added in float64 from the first digit on."""
-    digits, weights = products.digits_of(queries, 127, n_digits)
+    digits, weights = products.digits_of(queries, 127, 3)
     scores = np.empty((len(queries), len(codes)), np.float32)
     for q in range(len(queries)):
         for r in range(len(codes)):
             total = np.float64(0)
-            for g in range(n_digits):
+            for g in range(3):
                 total += np.float64(int(codes[r].astype(np.int64) @ digits[g, q].astype(np.int64))) * weights[g, q]
             scores[q, r] = total * np.float64(scale[r])
     return scores
 
 
-@pytest.mark.parametrize("n_digits", [2, 3])
 @pytest.mark.parametrize("dim", [1, 3, 4, 63, 64, 65, 130, 1031])
-def test_the_compiled_products_are_the_same_numbers(dim: int, n_digits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_compiled_products_are_the_same_numbers(dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A scan must not depend on whether a C compiler was there, nor on how many queries are asked together: ends of
     rows that fill no register, rows left over from a group and queries that fill no register are where it may."""
     assert products._kernel() is not None, "the kernel was not built: a C compiler is needed at installation"
@@ -45,27 +44,37 @@ def test_the_compiled_products_are_the_same_numbers(dim: int, n_digits: int, mon
         n = (1, 2, 3, 5, 6, 7, 13, 24)[n_queries % 8]
         codes, scale, queries = rows_and_queries(n, dim, n_queries)
         whole = np.full((n_queries, n + 4), 7, np.float32)
-        products.int8_product(queries, n_digits)(codes, scale, whole[:, 2:-2])
+        products.int8_product(queries)(codes, scale, whole[:, 2:-2])
         plain = np.empty((n_queries, n), np.float32)
         with monkeypatch.context() as without:
             without.setattr(products, "_kernel", lambda: None)
-            products.int8_product(queries, n_digits)(codes, scale, plain)
+            products.int8_product(queries)(codes, scale, plain)
         assert np.array_equal(whole[:, 2:-2], plain)
-        assert np.array_equal(plain, by_hand(codes, scale, queries, n_digits))
+        assert np.array_equal(plain, by_hand(codes, scale, queries))
         assert (whole[:, [0, 1, -2, -1]] == 7).all(), "written beside its place"
 
 
-@pytest.mark.parametrize("dim", [1, 64, 100])
-def test_pairs_are_the_same_numbers(dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A row scored anew must have the score that a scan of all rows gives it."""
+@pytest.mark.parametrize("n_queries", [6, 16, 17, 48])
+@pytest.mark.parametrize("dim", [1, 64, 100, 128, 193])
+def test_picked_rows_are_those_that_reach_the_least(dim: int, n_queries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No row may be lost to what the first digit leaves out, and scores are those of a scan of all rows."""
     monkeypatch.setattr(products, "_has_tiles", lambda: False)
-    codes, scale, queries = rows_and_queries(9, dim, 8)
+    codes, scale, queries = rows_and_queries(60, dim, n_queries)
+    scale /= np.maximum(1, np.linalg.norm(codes.astype(np.float64), axis=1)).astype(np.float32)
     random = np.random.default_rng(dim)
-    places, asked = random.integers(0, 9, 50), random.integers(0, 8, 50)
-    pair_product = products.pair_product(queries)
-    assert pair_product is not None
-    found = pair_product(codes, places, asked, scale[places])
-    assert np.array_equal(found, by_hand(codes, scale, queries, 3)[asked, places])
+    places, weights = np.sort(random.choice(60, 40, replace=False)), random.random(40) + 0.1
+    scores_QN = (by_hand(codes[places], scale[places], queries) * weights).astype(np.float32)
+    pick = products.picking(queries)
+    assert pick is not None
+    for rank in (0, 5, 39):
+        least_Q = np.sort(scores_QN, axis=1)[:, rank]
+        query, number, score = pick(codes, places, scale[places], weights, least_Q)
+        assert list(zip(number.tolist(), query.tolist(), strict=True)) == sorted(
+            (n, q) for q, n in np.argwhere(scores_QN >= least_Q[:, None]).tolist()
+        )
+        assert np.array_equal(score, scores_QN[query, number])
+    none = pick(codes, places, scale[places], weights, np.full(n_queries, np.inf, np.float32))
+    assert [len(part) for part in none] == [0, 0, 0]
 
 
 def test_wide_rows_do_not_wrap_around(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,7 +92,7 @@ def test_wide_rows_do_not_wrap_around(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_buffers_that_disagree_are_refused() -> None:
     """Reading or writing past a buffer's end would corrupt memory in silence."""
-    from engine.searching._products import score_int8, score_pairs
+    from engine.searching._products import pick_int8, score_int8
 
     codes, scale, out = np.zeros((5, 70), np.int8), np.ones(5, np.float32), np.zeros((1, 5), np.float32)
     digits, starts, weights = np.zeros((3, 128), np.int8), np.zeros(3, np.int32), np.ones((3, 1))
@@ -102,16 +111,27 @@ def test_buffers_that_disagree_are_refused() -> None:
     ]:
         with pytest.raises(ValueError, match="do not agree"):
             score_int8(*wrong)
-    places, asked, found = np.zeros(2, np.int64), np.zeros(2, np.int64), np.zeros(2, np.float32)
-    score_pairs(codes, 70, places, asked, digits, starts, weights, scale[:2], found)
-    for wrong_pairs in [
-        (codes, 70, places + 5, asked, digits, starts, weights, scale[:2], found),
-        (codes, 70, places - 1, asked, digits, starts, weights, scale[:2], found),
-        (codes, 70, places, asked + 1, digits, starts, weights, scale[:2], found),
-        (codes, 70, places[:1], asked, digits, starts, weights, scale[:2], found),
-        (codes, 70, places, asked, digits[:2], starts, weights, scale[:2], found),
-        (codes, 70, places, asked, digits, starts[:2], weights, scale[:2], found),
-        (codes, 70, places, asked, digits, starts, weights, scale[:1], found),
-    ]:
+    sizes = {
+        "rows": np.zeros(5 * 70, np.int8),
+        "places": np.zeros(2, np.int64),
+        "scale": np.zeros(2, np.float32),
+        "weights": np.zeros(2),
+        "first": np.zeros(16 * 72, np.int8),
+        "rest": np.zeros(7 * 2 * 128, np.int8),
+        "starts": np.zeros(14, np.int32),
+        "steps": np.zeros(21),
+        "left": np.zeros(7, np.float32),
+        "least": np.zeros(7, np.float32),
+        "queries": np.zeros(14, np.uint8),
+        "numbers": np.zeros(14, np.int32),
+        "scores": np.zeros(14, np.float32),
+    }
+    assert pick_int8(70, *sizes.values()) == 14
+    wrong_pick = [{"places": np.array([0, 5])}, {"places": np.array([-1, 0])}]
+    wrong_pick += [{name: sizes[name][:-1]} for name in sizes]
+    wrong_pick += [{"rows": sizes["rows"][:70], "places": np.array([0, 1])}]
+    for changed in wrong_pick:
         with pytest.raises(ValueError, match="do not agree"):
-            score_pairs(*wrong_pairs)
+            pick_int8(70, *(sizes | changed).values())
+    with pytest.raises(ValueError, match="do not agree"):
+        pick_int8(0, *sizes.values())

@@ -94,14 +94,17 @@ def test_more_queries_than_fit_in_a_pass(make_view) -> None:
         assert np.array_equal(scan_rows(view, query[None])[0], scores)
 
 
-@pytest.mark.parametrize("n_queries", [1, 6, 19])
-@pytest.mark.parametrize("compiled", [True, False])
-def test_the_best_of_several_queries(make_view, n_queries: int, compiled: bool, monkeypatch) -> None:
-    """Rows whose order only the last digit tells must not be lost to those that two digits put before them."""
-    if compiled:
-        monkeypatch.setattr(products, "_has_tiles", lambda: False)
-    else:
+@pytest.mark.parametrize("n_queries", [1, 6, 19, 50])
+@pytest.mark.parametrize("way", ["compiled", "plain", "sampled wrongly"])
+def test_the_best_of_several_queries(make_view, n_queries: int, way: str, monkeypatch) -> None:
+    """Rows whose order only the last digit tells must not be lost to those that the first puts before them, nor to a
+    guess that few reach."""
+    if way == "plain":
         monkeypatch.setattr(products, "_kernel", lambda: None)
+    else:
+        monkeypatch.setattr(products, "_has_tiles", lambda: False)
+        monkeypatch.setattr(scan, "_SAMPLE", 5)
+        monkeypatch.setattr(scan, "_RANKS_MORE", 2 if way == "compiled" else 0)
     view = make_view("int8", 48)
     random = np.random.default_rng(3)
     queries = random.standard_normal((n_queries, 48)).astype(np.float32)
@@ -119,9 +122,10 @@ def test_the_best_of_several_queries(make_view, n_queries: int, compiled: bool, 
                 assert np.array_equal(scores, scores_P[expected])
 
 
-def test_the_best_where_two_digits_tell_nothing(tmp_path, monkeypatch) -> None:
-    """Rows without a share in a query's one large entry have the score 0 by two digits, all of them."""
+def test_the_best_where_the_first_digit_tells_nothing(tmp_path, monkeypatch) -> None:
+    """Rows without a share in a query's one large entry have the score 0 by the first digit, all of them."""
     monkeypatch.setattr(products, "_has_tiles", lambda: False)
+    monkeypatch.setattr(scan, "_SAMPLE", 20)
     random = np.random.default_rng(0)
     store = gradstore.create(tmp_path / "store", dim=64, fingerprint={}, dtype="int8", chunk_rows=CHUNK)
     store.add_problems("pool", [{"id": f"p{i}", "prompt": "?"} for i in range(N)])
@@ -136,6 +140,30 @@ def test_the_best_where_two_digits_tell_nothing(tmp_path, monkeypatch) -> None:
     for q, (places, scores) in enumerate(scan_best(view, queries, 5)):
         assert np.array_equal(places, np.argsort(-exact[:, q])[:5])
         np.testing.assert_allclose(scores, exact[places, q], rtol=1e-2)
+
+
+@pytest.mark.parametrize("way", ["tied", "best last"])
+def test_the_best_where_a_sample_misleads(tmp_path, monkeypatch, way: str) -> None:
+    """All rows alike, ranked by their ids; and the best where no sample looks: both answered from every score."""
+    monkeypatch.setattr(products, "_has_tiles", lambda: False)
+    monkeypatch.setattr(scan, "_SAMPLE", 16)
+    monkeypatch.setattr(scan, "_RANKS_MORE", 0)
+    store = gradstore.create(tmp_path / "store", dim=8, fingerprint={}, dtype="int8", chunk_rows=CHUNK)
+    ids = [f"p{i:03d}" for i in reversed(range(128))]
+    store.add_problems("pool", [{"id": name, "prompt": "?"} for name in ids])
+    rows = np.ones((128, 8), np.float32)
+    if way == "best last":
+        rows[::8, 1:] = np.random.default_rng(0).random((16, 7)) - 0.5  # what is sampled, and better than the rest
+        rows[np.arange(128) % 8 > 0, 0] = -1
+    with store.writer("pool", step=0) as writer:
+        writer.append(ids, rows)
+    view = store.view("pool")
+    queries = np.zeros((7, 8), np.float32)
+    queries[:, 0] = 1
+    for places, scores in scan_best(view, queries, 12):
+        every = scan_rows(view, queries[:1])[0]
+        assert np.array_equal(places, best(every, 12, view.ids_at))
+        assert np.array_equal(scores, every[places])
 
 
 @pytest.mark.parametrize("at", [0, 1, 2, None])
