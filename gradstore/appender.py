@@ -10,6 +10,7 @@ import os
 from collections import deque
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +21,10 @@ from gradstore.durable import (
     crc32c,
     fsync_folder,
     make_folder,
-    past_the_cache,
     preallocate,
     replace_file,
     write_all,
+    write_past_cache,
     writing,
 )
 from gradstore.layout import IN_USE, PROBLEMS, ZARR, RowArray, group_json
@@ -31,19 +32,45 @@ from gradstore.layout import IN_USE, PROBLEMS, ZARR, RowArray, group_json
 _WRITES_WAITING = 2
 """Calls of `write` whose rows may be on their way: more would only hold memory."""
 _LARGE = 1 << 20
-"""Bytes of a write from which it goes past the page cache."""
-_SYNCS_AT_ONCE = 9
+"""Bytes of a write from which it goes past the page cache, beside others."""
+_LARGE_WAITING = 4
+"""Large writes on their way to the disk: enough to keep it busy."""
+_DISK_THREADS = 9
 _SYNCS_OF_OPEN = 3
 """Threads that share the files of unfinished chunks: more cost more to wake than they save."""
 _SYNCS_WAITING = 90
 """Files that may wait to be synced; each holds a descriptor."""
 
 
+@dataclass
+class _OpenChunk:
+    """A chunk file that more rows are written to."""
+
+    path: Path
+    descriptor: int
+    large: list[Future] = field(default_factory=list)
+    """Writes on their way: to be waited for before a sync."""
+
+    def sync(self) -> None:
+        for write in self.large:
+            write.result()
+        self.large.clear()
+        with writing(self.path):
+            os.fdatasync(self.descriptor)
+
+    def sync_and_close(self) -> None:
+        try:
+            self.sync()
+        finally:
+            os.close(self.descriptor)
+
+
 class Appender:
     """Appends rows to all arrays of one generation; checksums grow with the bytes.
 
-    Where they are many, one thread of its own writes, in order, while the caller makes the next rows; others sync
-    finished chunks. What goes wrong there is raised by the next `write` or by `sync`, which must not be skipped.
+    Where they are many, one thread of its own takes them, in order, while the caller makes the next rows; it opens
+    files and takes checksums, and others write what is large and sync finished chunks. What goes wrong there is raised
+    by the next `write` or by `sync`, which must not be skipped.
     """
 
     def __init__(self, generation: Path, arrays: tuple[RowArray, ...], rows: int, chunks: Mapping) -> None:
@@ -52,13 +79,14 @@ class Appender:
         self._arrays = arrays
         self._crcs: dict[str, list[int]] = {array.name: list(chunks.get(array.name, ())) for array in arrays}
         self._written = rows
-        self._open: dict[str, tuple[Path, int]] = {}
+        self._open: dict[str, _OpenChunk] = {}
         self._dirty = False
         self._grown: set[Path] = set()  # Folders with new files.
         self._broken = False
         self._writer = ThreadPoolExecutor(1)
         self._writes: deque[Future] = deque()
-        self._syncer = ThreadPoolExecutor(_SYNCS_AT_ONCE)
+        self._disk = ThreadPoolExecutor(_DISK_THREADS)
+        self._large: deque[Future] = deque()
         self._syncs: deque[Future] = deque()
 
     @property
@@ -91,8 +119,8 @@ class Appender:
             return
         opened = list(self._open.values())
         shares = (opened[first::_SYNCS_OF_OPEN] for first in range(_SYNCS_OF_OPEN))
-        self._syncs.extend(self._syncer.submit(_sync_files, share) for share in shares)
-        self._syncs.extend(self._syncer.submit(_sync_folder, folder) for folder in self._grown)
+        self._syncs.extend(self._disk.submit(_sync_all, share) for share in shares)
+        self._syncs.extend(self._disk.submit(_sync_folder, folder) for folder in self._grown)
 
     def finish_sync(self) -> None:
         """Wait until the disk has them."""
@@ -103,9 +131,9 @@ class Appender:
     def close(self) -> None:
         """Let go of the files; what has not been synced may or may not be on the disk."""
         self._writer.shutdown(cancel_futures=True)
-        self._syncer.shutdown()
-        for _, descriptor in self._open.values():
-            os.close(descriptor)
+        self._disk.shutdown()
+        for opened in self._open.values():
+            os.close(opened.descriptor)
         self._open.clear()
 
     def _wait(self, most: int) -> None:
@@ -140,41 +168,32 @@ class Appender:
                 crcs.append(0)
             if array.name not in self._open:
                 self._open_chunk(array, chunk)
-            path, descriptor = self._open[array.name]
-            with writing(path):
-                self._write_part(descriptor, part, within * array.row_bytes)
+            opened = self._open[array.name]
+            self._write_part(opened, part, within * array.row_bytes)
             crcs[chunk] = crc32c(part, crcs[chunk])
             done += len(part)
             if within + len(part) == array.chunk_rows:
                 self._wait_for_syncs(_SYNCS_WAITING)
-                self._syncs.append(self._syncer.submit(_sync_and_close, self._open.pop(array.name)))
+                self._syncs.append(self._disk.submit(self._open.pop(array.name).sync_and_close))
 
-    def _write_part(self, descriptor: int, part: np.ndarray, offset: int) -> None:
-        """Whole pages, if they are many, go past the page cache; in two halves, which keep the disk busy."""
-        if part.nbytes >= _LARGE and not (part.ctypes.data | part.nbytes | offset) % PAGE:
-            try:
-                self._write_past_cache(descriptor, part.view(np.uint8).reshape(-1), offset)
-                return
-            except OSError as error:
-                if error.errno != errno.EINVAL:  # What file systems and disks say that cannot do this.
-                    raise
-        write_all(descriptor, part, offset)
-
-    def _write_past_cache(self, descriptor: int, data: np.ndarray, offset: int) -> None:
-        half = len(data) // 2 // PAGE * PAGE
-        with past_the_cache(descriptor):
-            second = self._syncer.submit(write_all, descriptor, data[half:], offset + half)
-            try:
-                write_all(descriptor, data[:half], offset)
-            finally:
-                second.result()
+    def _write_part(self, opened: _OpenChunk, part: np.ndarray, offset: int) -> None:
+        """Whole pages, if they are many, go past the page cache."""
+        if part.nbytes < _LARGE or (part.ctypes.data | part.nbytes | offset) % PAGE:
+            with writing(opened.path):
+                write_all(opened.descriptor, part, offset)
+            return
+        while len(self._large) >= _LARGE_WAITING:
+            self._large.popleft().result()
+        write = self._disk.submit(_write_large, opened.path, opened.descriptor, part, offset)
+        opened.large.append(write)
+        self._large.append(write)
 
     def _open_chunk(self, array: RowArray, chunk: int) -> None:
         path = self._generation / array.name / array.chunk_file(chunk)
         with writing(path):
             existed = path.exists()
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-            self._open[array.name] = path, descriptor
+            self._open[array.name] = _OpenChunk(path, descriptor)
             if not existed:
                 self._grown.add(path.parent)
                 preallocate(descriptor, array.chunk_bytes)
@@ -237,17 +256,19 @@ def _clear_tail(path: Path, used: int, size: int) -> None:
             os.close(descriptor)
 
 
-def _sync_files(files: list[tuple[Path, int]]) -> None:
-    for path, descriptor in files:
-        with writing(path):
-            os.fdatasync(descriptor)
+def _write_large(path: Path, descriptor: int, part: np.ndarray, offset: int) -> None:
+    with writing(path):
+        try:
+            write_past_cache(path, part, offset)
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # What file systems and disks say that cannot do this.
+                raise
+            write_all(descriptor, part, offset)
 
 
-def _sync_and_close(opened: tuple[Path, int]) -> None:
-    try:
-        _sync_files([opened])
-    finally:
-        os.close(opened[1])
+def _sync_all(chunks: list[_OpenChunk]) -> None:
+    for opened in chunks:
+        opened.sync()
 
 
 def _sync_folder(folder: Path) -> None:

@@ -6,7 +6,6 @@ old content or the new, never a mixture.
 """
 
 import errno
-import fcntl
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -88,18 +87,16 @@ def write_all(descriptor: int, data: Any, offset: int) -> None:
         offset += written
 
 
-@contextmanager
-def past_the_cache(descriptor: int) -> Iterator[None]:
-    """Let writes go to the disk without a copy in memory: of whole pages, from memory that begins at one.
+def write_past_cache(path: Path, data: Any, offset: int) -> None:
+    """Write to an existing file without a copy in memory: whole pages, from memory that begins at one.
 
-    OSError EINVAL, here or of a write, where a file system cannot do that or a disk asks for more.
+    OSError EINVAL where a file system cannot do that or a disk asks for more.
     """
-    flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
-    fcntl.fcntl(descriptor, fcntl.F_SETFL, flags | getattr(os, "O_DIRECT", 0))
+    descriptor = os.open(path, os.O_WRONLY | getattr(os, "O_DIRECT", 0))
     try:
-        yield
+        write_all(descriptor, data, offset)
     finally:
-        fcntl.fcntl(descriptor, fcntl.F_SETFL, flags)
+        os.close(descriptor)
 
 
 def replace_file(path: Path, data: bytes, before: Callable[[], None] | None = None) -> None:

@@ -1,9 +1,8 @@
 """Rows of every size of append, whole pages or not, past the page cache or through it, are the same on the disk."""
 
-import contextlib
 import errno
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,28 +10,24 @@ import pytest
 
 import gradstore
 import gradstore.appender
+from gradstore.durable import write_past_cache
 from gradstore.quantise import encode
 
 DIM = 4096
 N = 1500
 
 
-@contextlib.contextmanager
-def refused_at_once(descriptor: int) -> Iterator[None]:
-    raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
-    yield
-
-
-@contextlib.contextmanager
-def refused_when_writing(descriptor: int) -> Iterator[None]:
-    yield
+def refused_at_once(path: Path, data: np.ndarray, offset: int) -> None:
     raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
 
 
-@contextlib.contextmanager
-def full(descriptor: int) -> Iterator[None]:
+def refused_half_way(path: Path, data: np.ndarray, offset: int) -> None:
+    write_past_cache(path, data[: len(data) // 2], offset)
+    raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+
+def full(path: Path, data: np.ndarray, offset: int) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    yield
 
 
 def sketches() -> np.ndarray:
@@ -45,19 +40,18 @@ def make(path: Path) -> gradstore.Store:
     return store
 
 
-@pytest.mark.parametrize("other", [None, refused_at_once, refused_when_writing])
+@pytest.mark.parametrize("other", [None, refused_at_once, refused_half_way])
 def test_every_size_of_append_writes_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: Callable | None
 ) -> None:
     """A write past the cache that is not of whole pages, or overtakes one through it, leaves other bytes in a chunk."""
     calls = []
-    real = other or gradstore.appender.past_the_cache
 
-    def counted(descriptor: int) -> contextlib.AbstractContextManager:
-        calls.append(os.fstat(descriptor).st_size)
-        return real(descriptor)
+    def counted(path: Path, data: np.ndarray, offset: int) -> None:
+        calls.append(path.stat().st_size)
+        (other or write_past_cache)(path, data, offset)
 
-    monkeypatch.setattr(gradstore.appender, "past_the_cache", counted)
+    monkeypatch.setattr(gradstore.appender, "write_past_cache", counted)
     store, rows_ND = make(tmp_path / "store"), sketches()
     sizes = np.random.default_rng(1).choice([1, 3, 64, 255, 256, 257, 300], 50)
     done = 0
@@ -83,7 +77,7 @@ def test_a_full_disk_past_the_cache_surfaces(tmp_path: Path, monkeypatch: pytest
     store, rows_ND = make(tmp_path / "store"), sketches()
     ids = [f"p{i}" for i in range(N)]
     with monkeypatch.context() as patch:
-        patch.setattr(gradstore.appender, "past_the_cache", full)
+        patch.setattr(gradstore.appender, "write_past_cache", full)
         with pytest.raises(gradstore.GradstoreError, match="the disk is full"), store.writer("pool", step=0) as writer:
             writer.append(ids, rows_ND)
     assert len(gradstore.open(store.path).view("pool")) == 0

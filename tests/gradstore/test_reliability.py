@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.reliability import clock, cuts, live
-from gradstore import appender, durable
+from gradstore import durable
 
 
 def test_power_cuts_lose_nothing(fast_path: Path) -> None:
@@ -13,10 +13,10 @@ def test_power_cuts_lose_nothing(fast_path: Path) -> None:
     assert "cuts" in cuts(fast_path, n_changes=12, every=15, seed=3)
 
 
-@pytest.mark.parametrize("forgotten", ["_sync_files", "_sync_folder"])
+@pytest.mark.parametrize("forgotten", ["_OpenChunk.sync", "_sync_folder"])
 def test_the_power_cut_model_notices_a_forgotten_fsync(fast_path: Path, monkeypatch, forgotten: str) -> None:
     """A model that never finds anything proves nothing."""
-    monkeypatch.setattr(appender, forgotten, lambda where: None)
+    monkeypatch.setattr(f"gradstore.appender.{forgotten}", lambda where: None)
     with pytest.raises(ValueError, match="cut after event"):
         cuts(fast_path, n_changes=12, every=5)
 
