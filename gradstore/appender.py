@@ -36,8 +36,6 @@ _LARGE = 1 << 20
 _LARGE_WAITING = 4
 """Large writes on their way to the disk: enough to keep it busy."""
 _DISK_THREADS = 9
-_SYNCS_OF_OPEN = 3
-"""Threads that share the files of unfinished chunks: more cost more to wake than they save."""
 _SYNCS_WAITING = 90
 """Files that may wait to be synced; each holds a descriptor."""
 
@@ -117,9 +115,7 @@ class Appender:
         self._wait(0)
         if not self._dirty:
             return
-        opened = list(self._open.values())
-        shares = (opened[first::_SYNCS_OF_OPEN] for first in range(_SYNCS_OF_OPEN))
-        self._syncs.extend(self._disk.submit(_sync_all, share) for share in shares)
+        self._syncs.extend(self._disk.submit(opened.sync) for opened in self._open.values())
         self._syncs.extend(self._disk.submit(_sync_folder, folder) for folder in self._grown)
 
     def finish_sync(self) -> None:
@@ -264,11 +260,6 @@ def _write_large(path: Path, descriptor: int, part: np.ndarray, offset: int) -> 
             if error.errno != errno.EINVAL:  # What file systems and disks say that cannot do this.
                 raise
             write_all(descriptor, part, offset)
-
-
-def _sync_all(chunks: list[_OpenChunk]) -> None:
-    for opened in chunks:
-        opened.sync()
 
 
 def _sync_folder(folder: Path) -> None:
