@@ -58,7 +58,7 @@ def clusters(
     if layout not in MAPS:
         raise RequestError(f"map by {layout!r}: expected one of {', '.join(MAPS)}")
     view = store.view(pool, at)
-    live = np.flatnonzero(view.live)
+    live = view.live_positions
     if len(live) < 3:
         raise RequestError(f"collection {pool!r} has {len(live)} live problems in this view: clusters need at least 3")
     drawn = _draw(live, view.dim, min(most, MOST_SPECTRAL) if kind == "spectral" else most, seed)

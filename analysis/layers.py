@@ -71,7 +71,7 @@ def layers(
 def _drawn(view: View, ids: Sequence[str] | None, most: int, seed: int) -> np.ndarray:
     """Positions of live problems to average over: all, or `most` of them drawn with a seed, ascending."""
     if ids is None:
-        positions = np.flatnonzero(view.live)
+        positions = view.live_positions
     else:
         at = view.find(list(ids))
         positions = np.sort(at[at >= 0])

@@ -10,10 +10,11 @@ from gradstore.cli.show import print_table
 
 def interleaved(jobs: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, np.ndarray]:
     """Seconds of each job, [repeats], after one run of each that is not counted. A job that returns a float has timed
-    itself."""
+    itself. Each repeat has an order of its own: what one leaves in the caches would else always serve the same one."""
     seconds: dict[str, list[float]] = {name: [] for name in jobs}
     for repeat in range(repeats + 1):
-        for name, job in jobs.items():
+        for place in np.random.default_rng(repeat).permutation(len(jobs)):
+            name, job = list(jobs.items())[place]
             started = time.perf_counter()
             told = job()
             took = time.perf_counter() - started

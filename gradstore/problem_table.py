@@ -8,6 +8,7 @@ import io
 import json
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -98,6 +99,8 @@ class ProblemTable:
 
     def ids_at(self, rows: np.ndarray) -> np.ndarray:
         """Ids of some problems, object array of str; reads the parts these are in and makes strings of them alone."""
+        if "id_column" in self.__dict__:
+            return self.id_column.take(rows).to_numpy(zero_copy_only=False).astype(object)
         ids = np.empty(len(rows), dtype=object)
         starts = np.cumsum([0, *(part.rows for part in self._manifest.parts)])
         part_of = np.searchsorted(starts, rows, side="right") - 1
@@ -106,7 +109,19 @@ class ProblemTable:
         for number in numbers:
             here = np.flatnonzero(part_of == number)
             ids[here] = self._ids_of_part(number).take(rows[here] - starts[number]).to_numpy(zero_copy_only=False)
+        if len(self._part_ids) == len(self._manifest.parts) > 0:
+            self._join_parts(starts)
         return ids
+
+    def _join_parts(self, starts: np.ndarray) -> None:
+        """All ids as one column, of which the parts are views from here on."""
+        import pyarrow as pa
+
+        self.id_column = pa.concat_arrays([self._part_ids[number] for number in range(len(self._part_ids))])
+        self._part_ids = {
+            number: self.id_column.slice(start, stop - start)
+            for number, (start, stop) in enumerate(pairwise(starts.tolist()))
+        }
 
     def _ids_of_part(self, number: int) -> "pa.Array":
         if number not in self._part_ids:

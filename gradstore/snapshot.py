@@ -1,6 +1,7 @@
 """One published moment of a collection as a reader sees it: rows, and a claim on the files they are in."""
 
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -114,14 +115,23 @@ class Snapshot:
                 decode(codes, scale[start : start + take], header.dtype, out[done : done + take])
                 done += take
             return out
-        array = self._arrays["codes"]
-        gathered = np.empty(array.shape(n), dtype=array.dtype)
-        chunk_of, within_of = np.divmod(rows, header.chunk_rows)
-        for chunk in np.unique(chunk_of):
-            here = np.flatnonzero(chunk_of == chunk)
-            gathered[here] = self.codes.chunk(int(chunk))[within_of[here]]
-        decode(gathered, scale[rows], header.dtype, out)
+        decode(self.code_rows(rows), scale[rows], header.dtype, out)
         return out
+
+    def code_rows(self, rows: np.ndarray) -> np.ndarray:
+        """Copied codes of some rows, [len(rows), W]."""
+        if (rows[1:] < rows[:-1]).any():
+            order = np.argsort(rows)
+            return self.code_rows(rows[order])[np.argsort(order)]
+        array = self._arrays["codes"]
+        codes = np.empty(array.shape(len(rows)), dtype=array.dtype)
+        chunk_of, within_of = np.divmod(rows, self.header.chunk_rows)
+        cuts = [0, *(np.flatnonzero(np.diff(chunk_of)) + 1).tolist(), len(rows)]
+        for start, stop in pairwise(cuts) if len(rows) else ():
+            part = slice(start, stop)
+            # "clip" spares a copy: numpy then writes to `out` without looking at every index first.
+            np.take(self.codes.chunk(int(chunk_of[start])), within_of[part], axis=0, out=codes[part], mode="clip")
+        return codes
 
 
 def open_snapshot(header: Header, collection: Path) -> Snapshot:

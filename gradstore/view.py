@@ -154,6 +154,13 @@ class View:
         return live
 
     @cached_property
+    def live_positions(self) -> np.ndarray:
+        """Places of the rows that hold a gradient, int64, ascending, read-only."""
+        positions = np.flatnonzero(self.live)
+        positions.flags.writeable = False
+        return positions
+
+    @cached_property
     def pass_rates(self) -> np.ndarray:
         """Share of the rollouts that were right, float32 [N]; nan where unknown."""
         return self._column("pass_rate")
@@ -202,6 +209,11 @@ class View:
         self._snapshot.column("scale")  # Read once, before several threads ask for it.
         cuts = np.searchsorted(rows, np.arange(0, self._snapshot.manifest.rows + chunk_rows, chunk_rows))
         return [Piece(places[a:b], rows[a:b], self._snapshot) for a, b in pairwise(cuts.tolist()) if b > a]
+
+    def codes(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The stored rows at a few positions, copied and not decoded: codes [n, W] and scale float32 [n]."""
+        rows = self._row_N[positions]
+        return self._snapshot.code_rows(rows), self._snapshot.column("scale")[rows]
 
     def rows(self, positions: Any) -> np.ndarray:
         """Unit rows at some positions, float32 [len(positions), D]; zeros where not live.

@@ -31,7 +31,7 @@ def self_influence(store: Store, pool: str, at: int | None = None, damping: floa
     """g_i^T (M/n + lambda I)^-1 g_i of every problem, float64 [P]; nan where not live: how much a problem explains
     itself. Large for those that nothing else explains, such as wrong labels."""
     view = store.view(pool, at)
-    live = np.flatnonzero(view.live)
+    live = view.live_positions
     found_P = np.full(len(view), np.nan)
     for positions, units_ND in view.scan(live, 1024):
         rows_ND = units_ND * view.norms[positions, None]

@@ -34,7 +34,7 @@ def self_test(index: Index, view: View, recall: float, k: int, queries_QD: np.nd
 
     queries_QD: ask these, unit length, instead of sampled ones.
     """
-    live = np.flatnonzero(view.live)
+    live = view.live_positions
     sampled = queries_QD is None
     queries_QD = sample_queries(view, live) if queries_QD is None else queries_QD
     if sampled and index.metric == "fisher":

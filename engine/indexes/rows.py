@@ -15,7 +15,7 @@ import numpy as np
 
 from engine.indexes.kinds import Effort, Kind, Rows, kind_class
 from engine.searching.ranking import best
-from engine.searching.scan import scan_rows
+from engine.searching.scan import scan_at
 from gradstore import View
 from gradstore.errors import RequestError
 from gradstore.layout import COLLECTIONS
@@ -67,7 +67,7 @@ class Index:
         """
         chosen = kind_class(kind)
         rows: Rows = "gradient" if metric != "cosine" and chosen.scaled else "unit"
-        live = np.flatnonzero(view.live)
+        live = view.live_positions
         index = cls(
             chosen(view.dim, len(live)), rows, metric, collection_folder(view), view.generation,
             np.empty(0, np.int64), np.empty(0, np.float32),
@@ -108,7 +108,7 @@ class Index:
         key = (view.commit, view.at, len(self))
         if self._seen.get("key") != key:
             where_R = np.full(int(max(view.row_numbers.max(initial=-1), self.entry_rows.max(initial=-1))) + 1, -1)
-            where_R[view.row_numbers[view.live]] = np.flatnonzero(view.live)
+            where_R[view.row_numbers[view.live]] = view.live_positions
             found = where_R[self.entry_rows]
             inside = found >= 0
             if not np.array_equal(view.norms[found[inside]], self.entry_norms[inside]):
@@ -246,12 +246,9 @@ def _rescored(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The k best of the candidates by the stored rows."""
     candidates = np.sort(candidates)
-    scores = scan_rows(view, query_D[None], candidates)[0][candidates]
+    scores = scan_at(view, query_D[None], candidates)[0]
     if metric != "cosine":
         scores = scores * view.norms[candidates]
-    order = np.argsort(-scores if largest else scores)[: k + 1]
-    if (np.diff(scores[order]) != 0).all():
-        return candidates[order[:k]], scores[order[:k]]  # Without ties no ids have to be read.
     top = best(scores, k, lambda chosen: view.ids_at(candidates[chosen]), largest)
     return candidates[top], scores[top]
 

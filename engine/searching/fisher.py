@@ -48,7 +48,7 @@ def preconditioned(view: View, query: np.ndarray, damping: float = DAMPING) -> n
     """
     if not (np.isfinite(damping) and damping > 0):
         raise RequestError(f"damping is {damping}, expected a finite number above 0")
-    live = np.flatnonzero(view.live)
+    live = view.live_positions
     if not len(live):
         raise RequestError(f"collection {view.collection!r} has no live row in this view: fisher needs some")
     if view.n_bases > 1:
@@ -64,8 +64,8 @@ def _in_its_basis(view: View, queries_QW: np.ndarray, damping: float) -> np.ndar
     if queries_QW.shape[1] == view.dim:
         if basis != view.n_bases - 1:
             raise RequestError(f"the query is in basis {view.n_bases - 1}, the rows of this view in basis {basis}")
-        return _solved(view, np.flatnonzero(view.live), queries_QW, damping)
-    solved_QBD[:, basis] = _solved(view, np.flatnonzero(view.live), block_QD, damping)
+        return _solved(view, view.live_positions, queries_QW, damping)
+    solved_QBD[:, basis] = _solved(view, view.live_positions, block_QD, damping)
     return solved_QBD.reshape(queries_QW.shape)
 
 

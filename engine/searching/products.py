@@ -177,18 +177,26 @@ def _ordered(digits_CW: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     columns = next((most for most in _NARROW if n <= most), None)
     if columns is None:
         return _wide(digits_CW), np.zeros(-(-n // _LANES) * _LANES, np.int32)
-    return _narrow(np.pad(digits_CW, ((0, columns - n), (0, 0))))
+    return _narrow(_filled_up(digits_CW, columns, 1))
 
 
 def _narrow(digits_CW: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    padded = np.pad(digits_CW, ((0, 0), (0, -digits_CW.shape[1] % _LINE)))
+    padded = _filled_up(digits_CW, 1, _LINE)
     return padded, (-128 * padded.sum(axis=1, dtype=np.int64)).astype(np.int32)
 
 
 def _wide(digits_CW: np.ndarray) -> np.ndarray:
-    padded = np.pad(digits_CW, ((0, -len(digits_CW) % _LANES), (0, -digits_CW.shape[1] % 4)))
+    padded = _filled_up(digits_CW, _LANES, 4)
     moved = (padded.view(np.uint8) ^ 128).reshape(len(padded), -1, 4)
     return np.ascontiguousarray(moved.swapaxes(0, 1))
+
+
+def _filled_up(digits_CW: np.ndarray, columns: int, places: int) -> np.ndarray:
+    """With zeros up to multiples of so many columns and places."""
+    n, width = digits_CW.shape
+    filled = np.zeros((-(-n // columns) * columns, -(-width // places) * places), np.int8)
+    filled[:n, :width] = digits_CW
+    return filled
 
 
 def _weighed(digits: np.ndarray, weights_GQ: np.ndarray, kind: Kind, safe_columns: int | None = None) -> Product:

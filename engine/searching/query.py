@@ -96,7 +96,7 @@ def search(
 def eligible_positions(view: View, where: Where | np.ndarray | None) -> np.ndarray:
     """Places in the view of the live problems that pass the filter, int64, ascending."""
     if where is None:
-        return np.flatnonzero(view.live)
+        return view.live_positions
     return np.flatnonzero(
         view.live & (where.mask(view.problems, view.pass_rates) if isinstance(where, Where) else where)
     )

@@ -16,7 +16,7 @@ from functools import partial
 import numpy as np
 
 from engine.searching.blocks import blocks_of
-from engine.searching.products import PICKED_AT_ONCE, PRODUCTS, Pick, Product, ProductOf, picking
+from engine.searching.products import PICKED_AT_ONCE, PRODUCTS, Pick, Product, picking
 from engine.searching.ranking import best
 from gradstore import View
 from gradstore.view import Piece
@@ -46,7 +46,19 @@ def scan_rows(view: View, queries_QD: np.ndarray, positions: np.ndarray | None =
     queries_QD = np.asarray(queries_QD, np.float32)
     if view.n_bases > 1:
         return _in_each_basis(view, queries_QD, positions)
-    return _in_one_basis(view, queries_QD, positions, PRODUCTS[view.store.dtype])
+    return _in_one_basis(view, queries_QD, positions)
+
+
+def scan_at(view: View, queries_QD: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """Products of the unit rows at a few positions with queries, in their order: float32 [Q, n]. In a store with one
+    basis, and in memory for copies of those rows."""
+    queries_QD = np.asarray(queries_QD, np.float32)
+    codes, scale = view.codes(positions)
+    scores_QN = np.empty((len(queries_QD), len(positions)), np.float32)
+    for start in range(0, len(queries_QD), QUERIES_AT_ONCE):
+        some = slice(start, start + QUERIES_AT_ONCE)
+        PRODUCTS[view.store.dtype](queries_QD[some])(codes, scale, scores_QN[some])
+    return scores_QN
 
 
 def scan_best(
@@ -134,28 +146,25 @@ def _in_each_basis(view: View, queries_QW: np.ndarray, positions: np.ndarray | N
         here = places[basis_P == basis]
         known_Q = ~np.isnan(block_QD).any(axis=1)
         if len(here) and known_Q.any():
-            found_QP = _in_one_basis(view, block_QD[known_Q], here, PRODUCTS[view.store.dtype])
+            found_QP = _in_one_basis(view, block_QD[known_Q], here)
             scores_QP[np.ix_(known_Q, here)] = found_QP[:, here]
     return scores_QP
 
 
-def _in_one_basis(
-    view: View, queries_QD: np.ndarray, positions: np.ndarray | None, product_of: ProductOf
-) -> np.ndarray:
+def _in_one_basis(view: View, queries_QD: np.ndarray, positions: np.ndarray | None) -> np.ndarray:
     scores_QP = np.full((len(queries_QD), len(view)), np.nan, np.float32)
+    if positions is not None and len(positions) < _FEW:
+        scores_QP[:, positions] = scan_at(view, queries_QD, positions)
+        return scores_QP
     pieces = view.pieces(positions)
-    few = positions is not None and len(positions) < _FEW
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         for start in range(0, len(queries_QD), QUERIES_AT_ONCE):
             some_QP = scores_QP[start : start + QUERIES_AT_ONCE]
-            product = product_of(queries_QD[start : start + QUERIES_AT_ONCE])
+            product = PRODUCTS[view.store.dtype](queries_QD[start : start + QUERIES_AT_ONCE])
 
             def score(piece: Piece, some_QP: np.ndarray = some_QP, product: Product = product) -> None:
                 _score(piece, product, some_QP)
 
-            if few:  # Starting threads takes longer than scoring a few rows: an unused pool starts none.
-                _score_few(pieces, some_QP, product)
-                continue
             for _ in pool.map(score, pieces):
                 pass
     return scores_QP
@@ -177,16 +186,6 @@ def _score(piece: Piece, product: Product, some_QP: np.ndarray) -> None:
         scores_QN = np.empty((len(some_QP), len(codes)), np.float32)
         product(codes, scale_N, scores_QN)
         some_QP[:, places] = scores_QN[:, within]
-
-
-def _score_few(pieces: list[Piece], some_QP: np.ndarray, product: Product) -> None:
-    """Scores of a few rows that are spread over many chunks, copied together."""
-    if not pieces:
-        return
-    codes = np.concatenate([span[within] for span, within in (piece.span() for piece in pieces)])
-    scores_QN = np.empty((len(some_QP), len(codes)), np.float32)
-    product(codes, np.concatenate([piece.scale for piece in pieces]), scores_QN)
-    some_QP[:, np.concatenate([piece.positions for piece in pieces])] = scores_QN
 
 
 def _as_slice(places: np.ndarray) -> slice | np.ndarray:
