@@ -30,7 +30,8 @@ from gradstore.layout import COLLECTIONS, INDEXES
 
 DAMPING = 0.1
 """Lambda in units of the mean eigenvalue of M/n."""
-_LARGEST_MATRIX = 8192
+LARGEST_MATRIX = 8192
+"""Rows and columns of a matrix that is formed and solved."""
 _BLOCK_BYTES = 64 << 20
 _TOLERANCE = 1e-7
 _MOST_STEPS = 2000
@@ -74,9 +75,9 @@ def _solved(view: View, live: np.ndarray, query: np.ndarray, damping: float) -> 
     # Lengths in units of their root mean square: squares of tiny norms would vanish in float32.
     scale = float(np.sqrt(np.mean(view.norms[live].astype(np.float64) ** 2)))
     ridge = damping / view.dim
-    if view.dim <= _LARGEST_MATRIX and (len(live) >= view.dim or len(live) > _LARGEST_MATRIX):
+    if view.dim <= LARGEST_MATRIX and (len(live) >= view.dim or len(live) > LARGEST_MATRIX):
         solved_QD = _by_moment(view, live, scale, query_QD, ridge)
-    elif len(live) <= _LARGEST_MATRIX:
+    elif len(live) <= LARGEST_MATRIX:
         solved_QD = _by_gram(view, live, scale, query_QD, ridge)
     else:
         solved_QD = np.stack([_by_conjugate_gradients(view, live, scale, query_D, ridge) for query_D in query_QD])

@@ -53,9 +53,9 @@ def scan_at(view: View, queries_QD: np.ndarray, positions: np.ndarray) -> np.nda
     """Products of the unit rows at a few positions with queries, in their order: float32 [Q, n]. In a store with one
     basis, and in memory for copies of those rows."""
     queries_QD = np.asarray(queries_QD, np.float32)
-    codes, scale = view.codes(positions)
     scores_QN = np.empty((len(queries_QD), len(positions)), np.float32)
-    for start in range(0, len(queries_QD), QUERIES_AT_ONCE):
+    codes, scale = view.codes(positions)
+    for start in range(0, len(queries_QD), QUERIES_AT_ONCE) if len(positions) else ():
         some = slice(start, start + QUERIES_AT_ONCE)
         PRODUCTS[view.store.dtype](queries_QD[some])(codes, scale, scores_QN[some])
     return scores_QN

@@ -21,7 +21,7 @@ def way(request, monkeypatch) -> str:
     """Each of the three ways to solve, on rows that are few or many beside the dimensions."""
     monkeypatch.setattr(fisher, "_BLOCK_BYTES", 4 * 24 * 7)  # Several blocks, the last one not full.
     if request.param == "conjugate gradients":
-        monkeypatch.setattr(fisher, "_LARGEST_MATRIX", 10)
+        monkeypatch.setattr(fisher, "LARGEST_MATRIX", 10)
     return request.param
 
 
