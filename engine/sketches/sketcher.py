@@ -29,6 +29,7 @@ from gradstore.state import State
 
 HEAD_ONLY = "output layer, from the forward pass"
 """What the fingerprint calls head mode."""
+_LANES = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,10 +295,12 @@ class _Projector:
 
 
 def project(x_BTW: Tensor, side_WR: Tensor | None) -> Tensor:
-    """The tokens' vectors on one side of the basis, float32 [B, T, R]; the product is made with the side as its rows,
-    which on a CPU costs a fifth less where R is no multiple of 16."""
+    """The tokens' vectors on one side of the basis, float32 [B, T, R]."""
     if side_WR is None:
         return x_BTW.float()
+    if side_WR.shape[1] % _LANES == 0:
+        return x_BTW.float() @ side_WR
+    # With the side as its rows the product costs a fifth less on some CPUs where R fills no registers.
     n_sequences, n_tokens = x_BTW.shape[:2]
     product_RN = side_WR.T @ x_BTW.float().flatten(0, 1).T
     return product_RN.view(-1, n_sequences, n_tokens).permute(1, 2, 0)
