@@ -146,7 +146,8 @@ def picks_over_time(frame: pd.DataFrame, value: str = "share", by: str = "group"
         return Figure(f"lift-by-{by}", title, says, "lines", series, "Step", "Lift", categories=True)
     rest = frame[~frame["group"].isin(kept)]
     if len(rest):
-        series.append(Series("other", x, rest.groupby("step")["share"].sum().tolist()))
+        of_round = rest.groupby(["step", "round"])["share"].sum()  # a step may have several rounds
+        series.append(Series("other", x, of_round.groupby("step").mean().tolist()))
     note = " A problem counts under each of its tags." if by == "tag" else ""
     most = frame.loc[frame["n"].idxmax()]
     says = (

@@ -94,7 +94,7 @@ def train(
         minibatches=minibatches,
     )
     # Weights in float32: in half precision small updates are lost, and a probe would measure rounding.
-    network: Any = load_model(model, device=device).float()
+    network: Any = load_model(model, device=device, dtype="float32")
     network = with_adapters(network, lora_rank, seed) if lora_rank else network.requires_grad_(True)
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature)
     policy = LocalPolicy(network, load_tokenizer(model), load_reward(reward), sampling)

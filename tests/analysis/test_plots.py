@@ -155,6 +155,15 @@ def test_groups_picked_least_are_drawn_together(rich: Any) -> None:
         assert rest == pytest.approx(at.loc[~at["group"].isin(found), "share"].sum())
 
 
+def test_rounds_of_one_step_are_averaged(rich: Any) -> None:
+    """A step that chose twice has shares of one, not two."""
+    frame = picks_over_time(rich.store, "pool", "cluster", {f"p{p:04d}": p % 12 for p in range(60)})
+    again = pd.concat([frame, frame.assign(round=frame["round"] + 10)], ignore_index=True)
+    once, twice = (points(plots.picks_over_time(picked, by="cluster")) for picked in (frame, again))
+    for name, of in once.items():
+        assert [y for _, y in twice[name]] == pytest.approx([y for _, y in of])
+
+
 def test_turned_problems_are_points_before_and_after(rich: Any) -> None:
     frame = turning(rich.store, *PAIR)
     frame["significant"] = np.arange(len(frame)) % 3 == 0
