@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gradstore.durable import writing
+from gradstore.durable import fsync_folder, writing
 from gradstore.errors import RequestError
 from gradstore.header import Header
 from gradstore.problem_table import ProblemTable, add_to_parts, to_table
@@ -42,6 +42,8 @@ def add_problems(header: Header, folder: Path, records: Iterable[dict], known: P
             with writing(folder):
                 for file in unneeded:
                     file.unlink()
+                for place in {file.parent for file in unneeded}:
+                    fsync_folder(place)  # before the lock says that nothing is left to clear
     return len(new)
 
 

@@ -121,12 +121,13 @@ class Session:
     def _clear(self) -> None:
         manifest, header = self.manifest, self.header
         with writing(self.collection):
-            for path in self.collection.glob(f"**/{TEMPORARY}*"):
-                path.unlink(missing_ok=True)
             named = {part.file for part in manifest.parts}
-            for path in (self.generation / PROBLEMS).iterdir():
-                if path.name not in named:
-                    path.unlink()
+            left = set(self.collection.glob(f"**/{TEMPORARY}*"))
+            left |= {path for path in (self.generation / PROBLEMS).iterdir() if path.name not in named}
+            for path in left:
+                path.unlink(missing_ok=True)
+            for folder in {path.parent for path in left}:
+                fsync_folder(folder)
         clear_beyond(self.generation, header.arrays, manifest.rows)
         self._tidy()
 

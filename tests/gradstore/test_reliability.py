@@ -4,6 +4,9 @@ from pathlib import Path
 
 import pytest
 
+import gradstore
+from benchmarks.churn import create
+from benchmarks.powercut import recorded
 from benchmarks.reliability import clock, cuts, live
 from gradstore import durable
 
@@ -26,6 +29,20 @@ def test_the_power_cut_model_notices_a_manifest_without_fsync(fast_path: Path, m
     monkeypatch.setattr(durable, "fsync_folder", lambda folder: None)
     with pytest.raises(ValueError, match="cut after event"):
         cuts(fast_path, n_changes=12, every=5)
+
+
+def test_a_part_that_another_swallowed_does_not_come_back(fast_path: Path) -> None:
+    """Its removal must be on the disk before the lock says that there is nothing to clear: no later writer looks."""
+    store = create(fast_path / "store")
+    with recorded(store.path) as disk:
+        for number in range(3):
+            store.add_problems("more", [{"id": f"x{number}", "prompt": "?"}])
+    *_, (_, state) = disk.states()
+    state.build(fast_path / "after")
+    left = gradstore.open(fast_path / "after")
+    assert len(left.problems("more")) == 3
+    assert left.verify().ok
+    assert not left.verify().notes
 
 
 def test_readers_beside_a_writer(fast_path: Path) -> None:
