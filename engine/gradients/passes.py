@@ -14,7 +14,7 @@ V vocabulary.
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from engine.gradients.grouped_attention import grouped_attention
 from engine.gradients.hooks import Observation
 from engine.gradients.microbatch import MicroBatch, Prompts
 from engine.gradients.objectives import Objective, importance_weights, kl_weights
@@ -124,21 +125,24 @@ class Policy:
             cache, mask_BK, positions_BT = self._run_prompts(batch, batch.prompts)
         if observation:
             observation.of(batch.problem_B)
-        return self._backbone(
-            input_ids=batch.token_ids_BT,
-            attention_mask=mask_BK,
-            position_ids=positions_BT,
-            past_key_values=cache,
-            use_cache=cache is not None,
-        )[0]
+        with grouped_attention(self._backbone.config) if cache is not None else nullcontext():
+            return self._backbone(
+                input_ids=batch.token_ids_BT,
+                attention_mask=mask_BK,
+                position_ids=positions_BT,
+                past_key_values=cache,
+                use_cache=cache is not None,
+            )[0]
 
     def _run_prompts(self, batch: MicroBatch, prompts: Prompts) -> tuple[DynamicCache, Tensor, Tensor]:
         """The prompts' cache expanded to the continuations, which keys each may see, and its positions."""
-        filled = DynamicCache()
-        self._backbone(input_ids=prompts.token_ids_QS, past_key_values=filled, use_cache=True)
+        filled = _PromptCache(self._backbone.config.num_hidden_layers)
+        with suppress(_Filled):
+            self._backbone(input_ids=prompts.token_ids_QS, past_key_values=filled, use_cache=True)
         cache = DynamicCache()
         for number, layer in enumerate(cast(Any, filled).layers):
-            cache.update(layer.keys[prompts.prompt_B], layer.values[prompts.prompt_B], number)
+            keys, values = (states.index_select(0, prompts.prompt_B) for states in (layer.keys, layer.values))
+            cache.update(keys, values, number)
         n_prompt, n_own = prompts.token_ids_QS.shape[1], batch.token_ids_BT.shape[1]
         device = batch.token_ids_BT.device
         length_B = prompts.length_Q[prompts.prompt_B]
@@ -221,6 +225,25 @@ class Policy:
             prompts,
         )
         return self._head(self._hidden(batch, None))[:2]
+
+
+class _Filled(Exception):  # noqa: N818
+    """A prompt's cache has the keys and values of every layer."""
+
+
+class _PromptCache(DynamicCache):
+    """Ends the forward that fills it once the last layer's keys and values are there: what that layer makes of them at
+    a prompt's tokens nobody sees."""
+
+    def __init__(self, n_layers: int) -> None:
+        super().__init__()
+        self._n_layers = n_layers
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *rest: Any, **named: Any) -> Any:
+        found = super().update(key_states, value_states, layer_idx, *rest, **named)
+        if layer_idx == self._n_layers - 1:
+            raise _Filled
+        return found
 
 
 def _at_responses(batch: MicroBatch, x_BTW: Tensor) -> Tensor:
