@@ -9,7 +9,7 @@ import errno
 import os
 from collections import deque
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -50,6 +50,7 @@ class _OpenChunk:
     """Writes on their way: to be waited for before a sync."""
 
     def sync(self) -> None:
+        wait(self.large)  # all of them, before one's error lets the file be closed under another
         for write in self.large:
             write.result()
         self.large.clear()

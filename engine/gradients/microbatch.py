@@ -20,7 +20,7 @@ from torch import Tensor
 from engine.gradients.objectives import Objective, kl_scales, rollout_weights
 from engine.rollouts.group import Group
 
-WIDTH = 8
+_WIDTH = 8
 """Grids are padded to multiples of so many tokens: attention to 191 takes an eighth longer than to 192."""
 
 
@@ -233,7 +233,7 @@ def _padded(rows: Sequence[np.ndarray], dtype: type = np.int64) -> np.ndarray:
 
 
 def _width(n_tokens: int) -> int:
-    return -(-n_tokens // WIDTH) * WIDTH
+    return -(-n_tokens // _WIDTH) * _WIDTH
 
 
 def _moved(batch: MicroBatch | Prompts, device: torch.device) -> dict[str, Tensor]:

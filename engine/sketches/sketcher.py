@@ -30,6 +30,7 @@ from gradstore.state import State
 HEAD_ONLY = "output layer, from the forward pass"
 """What the fingerprint calls head mode."""
 _LANES = 16
+"""float32 numbers of the widest registers of a CPU."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -144,7 +144,8 @@ def test_the_best_where_the_first_digit_tells_nothing(tmp_path, monkeypatch) -> 
 
 @pytest.mark.parametrize("way", ["tied", "best last"])
 def test_the_best_where_a_sample_misleads(tmp_path, monkeypatch, way: str) -> None:
-    """All rows alike, ranked by their ids; and the best where no sample looks: both answered from every score."""
+    """Rows all alike reach any bound, and are ranked by their ids; where a sample holds the best, too few others reach
+    the bound, and every score is looked at."""
     monkeypatch.setattr(products, "_has_tiles", lambda: False)
     monkeypatch.setattr(scan, "_SAMPLE", 16)
     monkeypatch.setattr(scan, "_RANKS_MORE", 0)

@@ -1,7 +1,9 @@
 """Rows of every size of append, whole pages or not, past the page cache or through it, are the same on the disk."""
 
 import errno
+import itertools
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import pytest
 
 import gradstore
 import gradstore.appender
-from gradstore.durable import write_past_cache
+from gradstore.durable import write_all, write_past_cache
 from gradstore.quantise import encode
 
 DIM = 4096
@@ -85,6 +87,31 @@ def test_a_full_disk_past_the_cache_surfaces(tmp_path: Path, monkeypatch: pytest
         writer.append(ids, rows_ND)
     assert store.view("pool").ids.tolist() == ids
     assert store.verify().ok
+
+
+def test_a_file_stays_open_for_writes_under_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A descriptor closed after another write's error may be another file's by the time a slow write comes to it."""
+    store, rows_ND = make(tmp_path / "store"), sketches()
+    calls = itertools.count()
+    written = []
+
+    def slow_after_full(path: Path, data: np.ndarray, offset: int) -> None:
+        if next(calls) == 0:
+            full(path, data, offset)
+        time.sleep(0.3)
+        refused_at_once(path, data, offset)
+
+    def told(descriptor: int, data: np.ndarray, offset: int) -> None:
+        if data.nbytes == 256 * DIM:
+            written.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        write_all(descriptor, data, offset)
+
+    monkeypatch.setattr(gradstore.appender, "write_past_cache", slow_after_full)
+    monkeypatch.setattr(gradstore.appender, "write_all", told)
+    with pytest.raises(gradstore.GradstoreError, match="the disk is full"), store.writer("pool", step=0) as writer:
+        for start in (0, 256, 512):
+            writer.append([f"p{i}" for i in range(start, start + 256)], rows_ND[start : start + 256])
+    assert written == [str(store.path / "collections/pool/g0/codes/c.0.0")]
 
 
 def test_ids_in_any_order_find_their_problems(tmp_path: Path) -> None:
