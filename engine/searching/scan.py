@@ -108,11 +108,13 @@ def _best_of_near(
     every_Q = np.full(len(queries_QD), -np.inf, np.float32)
     sampled_Q = _no_less(view, pick, sample, weights_P, every_Q)
     least_Q = np.array([np.partition(scores, rank)[rank] for _, scores in sampled_Q])
+    near_Q = _no_less(view, pick, positions, weights_P, least_Q)
+    short = [q for q, (places, _) in enumerate(near_Q) if len(places) < k]
+    if short:
+        for q, answer in zip(short, _best_of_all(view, queries_QD[short], k, positions, weights_P), strict=True):
+            near_Q[q] = answer
     found = []
-    for q, (places, scores) in enumerate(_no_less(view, pick, positions, weights_P, least_Q)):
-        if len(places) < k:
-            found += _best_of_all(view, queries_QD[q : q + 1], k, positions, weights_P)
-            continue
+    for places, scores in near_Q:
         chosen = best(scores, k, partial(_ids_among, view, places))
         found.append((places[chosen], scores[chosen]))
     return found
