@@ -70,7 +70,7 @@ bench: install
 
 # The study: runs that are missing in docs/study/results.jsonl, then docs/study.md. SHORT=1: a miniature, some minutes long.
 study: install
-	.venv/bin/python -m trainer.study run $(if $(SHORT),--short --seeds 1 --out $(STUDY_SHORT)/results.jsonl)
+	.venv/bin/python -m trainer.study run $(if $(SHORT),--short --seeds 0 --out $(STUDY_SHORT)/results.jsonl)
 	.venv/bin/python -m trainer.study report $(if $(SHORT),--short --results $(STUDY_SHORT)/results.jsonl --page $(STUDY_SHORT)/study.md)
 
 STUDY_SHORT := .study-short

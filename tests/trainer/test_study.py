@@ -18,7 +18,7 @@ from trainer.study.arms import ARMS, EASY, UNSOLVABLE, is_bad, is_useful, proble
 from trainer.study.findings import findings
 from trainer.study.methods import DEFAULT_METHODS, method
 from trainer.study.report import write_page
-from trainer.study.results import alone, append_result, key, plan, read_results
+from trainer.study.results import alone, append_result, key, numbers, plan, read_results
 from trainer.study.running import SHORT, run_one
 from trainer.study.statistics import estimate, selection_rollouts
 
@@ -128,6 +128,14 @@ def test_a_torn_line_is_done_again(results: Path, tmp_path: Path) -> None:
         read_results(path, SHORT)
     with alone(path), pytest.raises(LockedError), alone(path):
         pass
+
+
+def test_seeds_are_given_as_numbers_and_ranges() -> None:
+    """Seeds that settings were chosen on can be left out."""
+    assert numbers("7, 0-2,1") == [0, 1, 2, 7]
+    for wrong in ("", "1-", "-1", "3-2", "a", "1,,2"):
+        with pytest.raises(RequestError, match="list of numbers"):
+            numbers(wrong)
 
 
 def test_the_page_tells_what_the_rows_say(results: Path, tmp_path: Path) -> None:

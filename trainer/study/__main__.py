@@ -13,13 +13,15 @@ from gradstore.cli.show import say
 from gradstore.errors import GradstoreError
 from trainer.study.arms import ARMS
 from trainer.study.methods import DEFAULT_METHODS
-from trainer.study.results import alone, append_result, key, plan, read_results
+from trainer.study.results import alone, append_result, key, numbers, plan, read_results
 from trainer.study.running import SHORT, StudySettings, run_one
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
 
 RESULTS = Path("docs/study/results.jsonl")
 PAGE = Path("docs/study.md")
+SEEDS = "0-4,7-11"
+"""Seeds 5 and 6 are those that settings were chosen on."""
 
 
 @app.command()
@@ -27,7 +29,7 @@ def run(
     out: Annotated[Path, typer.Option(help="File of results; finished runs in it are not done again.")] = RESULTS,
     arms: Annotated[str, typer.Option(help="Arms, by commas.")] = ",".join(ARMS),
     methods: Annotated[str, typer.Option(help="Methods, by commas.")] = ",".join(DEFAULT_METHODS),
-    seeds: Annotated[int, typer.Option(min=1, help="Seeds 0, 1, ... of each.")] = 5,
+    seeds: Annotated[str, typer.Option(help="Of each, numbers and ranges by commas.")] = SEEDS,
     short: Annotated[bool, typer.Option("--short", help="A miniature, some minutes long, for tests.")] = False,
 ) -> None:
     """Run what is missing, one row a finished run."""
@@ -35,7 +37,7 @@ def run(
     logging.getLogger("trainer.round").setLevel(logging.ERROR)  # rounds with too few candidates are in the rows
     with alone(out):
         done = {key(row) for row in read_results(out, settings)}
-        wanted = plan(arms.split(","), methods.split(","), range(seeds))
+        wanted = plan(arms.split(","), methods.split(","), numbers(seeds))
         missing = [run for run in wanted if run not in done]
         say(f"{len(wanted) - len(missing)} of {len(wanted)} runs are done")
         started = time.monotonic()

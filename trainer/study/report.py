@@ -41,7 +41,7 @@ def write_page(rows: Sequence[dict[str, Any]], page: Path, settings: StudySettin
     parts = [
         HEAD.format(
             runs=len(rows),
-            seeds=f"seeds {seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else f"seed {seeds[0]}",
+            seeds=("seeds " if len(seeds) > 1 else "seed ") + ", ".join(map(str, seeds)),
             folder=folder.name,
             settings="\n".join(f"| `{name}` | {value} |" for name, value in asdict(settings).items()),
             methods="\n".join(f"| `{name}` | {method(name, settings.budgeted).title} |" for name in methods),

@@ -25,6 +25,17 @@ def plan(arms: Iterable[str], methods: Iterable[str], seeds: Iterable[int]) -> l
     return [(arm, method, seed) for seed in seeds for arm in arms for method in methods]
 
 
+def numbers(text: str) -> list[int]:
+    """The numbers that "0-4,7" means, in order, each once. RequestError for anything else."""
+    found: set[int] = set()
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not (first.isdecimal() and (last.isdecimal() if dash else True) and int(first) <= int(last or first)):
+            raise RequestError(f"{text!r} is no list of numbers, expected one as 0-4,7")
+        found.update(range(int(first), int(last or first) + 1))
+    return sorted(found)
+
+
 def read_results(path: Path, settings: StudySettings | None = None) -> list[dict[str, Any]]:
     """The rows of a file, of one study's settings where they are given; none where there is no file.
 
