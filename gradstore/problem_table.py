@@ -22,6 +22,8 @@ from gradstore.manifest import Manifest, Part, read_manifest
 if TYPE_CHECKING:
     import pyarrow as pa
 
+_FEW = 500
+"""Texts that are read one by one sooner than a kernel of Arrow is found and called."""
 PART_ROWS = 65536
 """A part of this many problems is not rewritten any more."""
 
@@ -100,7 +102,7 @@ class ProblemTable:
     def ids_at(self, rows: np.ndarray) -> np.ndarray:
         """Ids of some problems, object array of str; reads the parts these are in and makes strings of them alone."""
         if "id_column" in self.__dict__:
-            return self.id_column.take(rows).to_numpy(zero_copy_only=False).astype(object)
+            return _texts(self.id_column, rows)
         ids = np.empty(len(rows), dtype=object)
         starts = np.cumsum([0, *(part.rows for part in self._manifest.parts)])
         part_of = np.searchsorted(starts, rows, side="right") - 1
@@ -108,7 +110,7 @@ class ProblemTable:
         at_once(self._ids_of_part, [number for number in numbers if number not in self._part_ids])
         for number in numbers:
             here = np.flatnonzero(part_of == number)
-            ids[here] = self._ids_of_part(number).take(rows[here] - starts[number]).to_numpy(zero_copy_only=False)
+            ids[here] = _texts(self._ids_of_part(number), rows[here] - starts[number])
         if len(self._part_ids) == len(self._manifest.parts) > 0:
             self._join_parts(starts)
         return ids
@@ -179,6 +181,16 @@ class ProblemTable:
             schema = pa.schema([schema.field(name) for name in columns])
         whole = pa.concat_tables(tables) if tables else schema.empty_table()
         return whole.slice(0, len(self))
+
+
+def _texts(column: "pa.Array", rows: np.ndarray) -> np.ndarray:
+    """Some of a column of large strings without nulls, object array of str."""
+    if len(rows) > _FEW:
+        return column.take(rows).to_numpy(zero_copy_only=False).astype(object)
+    _, offsets, text = column.buffers()
+    starts, bytes_of = np.frombuffer(offsets, np.int64)[column.offset :], memoryview(text or b"")
+    ends = zip(starts[rows].tolist(), starts[rows + 1].tolist(), strict=True)
+    return np.array([str(bytes_of[start:stop], "utf-8") for start, stop in ends], dtype=object)
 
 
 def add_to_parts(collection: Path, manifest: Manifest, table: "pa.Table") -> tuple[tuple[Part, ...], list[Path]]:

@@ -118,6 +118,13 @@ class Snapshot:
         decode(self.code_rows(rows), scale[rows], header.dtype, out)
         return out
 
+    def places(self, rows: np.ndarray) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
+        """Mapped codes of the chunks that some rows are in; int64 [len(rows)] which of these each is in and where in it."""
+        chunk_of, within_of = np.divmod(rows, self.header.chunk_rows)
+        number_of: dict[int, int] = {}
+        which = [number_of.setdefault(chunk, len(number_of)) for chunk in chunk_of.tolist()]
+        return [self.codes.chunk(chunk) for chunk in number_of], np.array(which, np.int64), within_of
+
     def code_rows(self, rows: np.ndarray) -> np.ndarray:
         """Copied codes of some rows, [len(rows), W]."""
         if (rows[1:] < rows[:-1]).any():

@@ -215,6 +215,12 @@ class View:
         rows = self._row_N[positions]
         return self._snapshot.code_rows(rows), self._snapshot.column("scale")[rows]
 
+    def places(self, positions: np.ndarray) -> tuple[list[np.ndarray], np.ndarray, np.ndarray, np.ndarray]:
+        """Where the stored rows at a few positions lie: mapped codes of chunks, read-only; in which of them each row is
+        and where in it, int64 [n]; and scale float32 [n]."""
+        rows = self._row_N[positions]
+        return *self._snapshot.places(rows), self._snapshot.column("scale")[rows]
+
     def rows(self, positions: Any) -> np.ndarray:
         """Unit rows at some positions, float32 [len(positions), D]; zeros where not live.
 

@@ -36,6 +36,7 @@
 #define WIDE_ROWS 6
 #define NARROW_ROWS 4
 #define AHEAD 8 /* rows, in the narrow order */
+#define APART_AHEAD 4
 
 /* Columns with those of zeros beside them. */
 static Py_ssize_t padded_columns(Py_ssize_t n)
@@ -202,6 +203,42 @@ PROCESSOR static void weigh(const int32_t *sums, int n_rows, int n_queries, int 
         memcpy(out + q * stride, scores[q], (size_t)n_rows * sizeof(float));
 }
 
+#define DIGITS 3
+
+/* A query's digits, `apart` bytes from each other, and their steps; products.py has the same in numpy. */
+PROCESSOR static void digits_of(const float *query, Py_ssize_t width, int8_t *digits, Py_ssize_t apart,
+                                double steps[DIGITS])
+{
+    __m512 peak = _mm512_setzero_ps();
+    for (Py_ssize_t k = 0; k < width; k += LANES) {
+        const __mmask16 there = (__mmask16)(0xffff >> (width - k < LANES ? LANES - (width - k) : 0));
+        peak = _mm512_max_ps(peak, _mm512_abs_ps(_mm512_maskz_loadu_ps(there, query + k)));
+    }
+    steps[0] = (double)_mm512_reduce_max_ps(peak) / 127;
+    for (int g = 1; g < DIGITS; g++)
+        steps[g] = steps[g - 1] / 254;
+    for (Py_ssize_t k = 0; k < width; k += LANES) {
+        const __mmask16 there = (__mmask16)(0xffff >> (width - k < LANES ? LANES - (width - k) : 0));
+        __m256i eight[DIGITS][2];
+        for (int half = 0; half < 2; half++) {
+            const __mmask8 here = (__mmask8)(there >> 8 * half);
+            const float *own = query + k + 8 * half;
+            __m512d rest = _mm512_cvtps_pd(_mm512_castps512_ps256(_mm512_maskz_loadu_ps(here, own)));
+            for (int g = 0; g < DIGITS; g++) {
+                const __m512d step = _mm512_set1_pd(steps[g]);
+                const __m512d digit =
+                    _mm512_roundscale_pd(_mm512_div_pd(rest, step), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+                rest = _mm512_sub_pd(rest, _mm512_mul_pd(digit, step));
+                eight[g][half] = steps[0] > 0 ? _mm512_cvtpd_epi32(digit) : _mm256_setzero_si256();
+            }
+        }
+        for (int g = 0; g < DIGITS; g++)
+            _mm512_mask_cvtepi32_storeu_epi8(
+                digits + g * apart + k, there,
+                _mm512_inserti64x4(_mm512_castsi256_si512(eight[g][0]), eight[g][1], 1));
+    }
+}
+
 static int supported(void)
 {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -224,6 +261,28 @@ static void score(const int8_t *rows, Py_ssize_t n_rows, Py_ssize_t width, const
             done = n_rows - r < WIDE_ROWS ? n_rows - r : WIDE_ROWS;
         }
         weigh(sums, (int)done, n_queries, n_digits, weights, scale + r, out + r * (Py_ssize_t)sizeof(float), stride);
+    }
+}
+
+/* Rows that lie apart. */
+PROCESSOR static void score_apart(const int8_t *const *rows, Py_ssize_t n_rows, Py_ssize_t width, const int8_t *digits,
+                                  const int32_t *starts, int n_queries, int n_digits, const double *weights,
+                                  const float *scale, char *out, Py_ssize_t stride)
+{
+    int32_t sums[WIDE_ROWS * MOST_COLUMNS];
+    const int n_columns = n_queries * n_digits, at_once = n_columns <= MOST_NARROW ? 1 : WIDE_ROWS;
+    for (Py_ssize_t r = 0; r < n_rows; r += at_once) {
+        const int8_t *group[2 * WIDE_ROWS];
+        for (Py_ssize_t i = 0; i < 2 * WIDE_ROWS; i++)
+            group[i] = rows[r + i < n_rows ? r + i : n_rows - 1];
+        if (n_columns <= 3)
+            narrow(group[0], width, digits, starts, sums, 1, 3, group[APART_AHEAD]);
+        else if (n_columns <= MOST_NARROW)
+            narrow(group[0], width, digits, starts, sums, 1, 6, group[APART_AHEAD]);
+        else
+            multiply_wide(group, width, digits, n_columns, sums);
+        weigh(sums, n_rows - r < at_once ? (int)(n_rows - r) : at_once, n_queries, n_digits, weights, scale + r,
+              out + r * (Py_ssize_t)sizeof(float), stride);
     }
 }
 
@@ -315,6 +374,8 @@ PROCESSOR static void pick(const int8_t *rows, const int64_t *places, Py_ssize_t
 #else
 static int supported(void) { return 0; }
 #define score(...) ((void)0)
+#define score_apart(...) ((void)0)
+#define digits_of(...) ((void)0)
 #define pick(...) ((void)0)
 #endif
 
@@ -333,36 +394,134 @@ static PyObject *answer(int fits)
     return NULL;
 }
 
+/* How scores are asked for, whether the rows lie together or apart. */
+struct scoring {
+    Py_buffer digits, starts, weights, scale, out;
+    Py_ssize_t width, n_rows, n_queries, n_columns;
+};
+
+/* Whether the sizes agree; the buffers are to be released either way, `out` only if this is not negative. */
+static int fits_scoring(struct scoring *a, PyObject *out)
+{
+    if (PyObject_GetBuffer(out, &a->out, PyBUF_STRIDES | PyBUF_WRITABLE) < 0)
+        return -1;
+    a->n_rows = a->scale.len / (Py_ssize_t)sizeof(float);
+    a->n_queries = a->out.ndim == 2 ? a->out.shape[0] : 0;
+    a->n_columns = a->weights.len / (Py_ssize_t)sizeof(double);
+    return supported() && a->width > 0 && a->n_queries > 0 && a->n_columns % a->n_queries == 0 &&
+           a->n_columns <= MOST_COLUMNS && a->digits.len == digits_size(a->n_columns, a->width) &&
+           a->starts.len == padded_columns(a->n_columns) * (Py_ssize_t)sizeof(int32_t) && a->out.shape[1] == a->n_rows &&
+           a->out.itemsize == sizeof(float) && (a->n_rows < 2 || a->out.strides[1] == sizeof(float));
+}
+
+static PyObject *scored(struct scoring *a, int fits)
+{
+    if (fits >= 0)
+        PyBuffer_Release(&a->out);
+    PyBuffer_Release(&a->digits);
+    PyBuffer_Release(&a->starts);
+    PyBuffer_Release(&a->weights);
+    PyBuffer_Release(&a->scale);
+    return answer(fits > 0);
+}
+
 static PyObject *score_int8(PyObject *self, PyObject *arguments)
 {
-    Py_buffer rows, digits, starts, weights, scale, out;
-    PyObject *out_object;
-    Py_ssize_t width;
+    struct scoring a;
+    Py_buffer rows;
+    PyObject *out;
     (void)self;
-    if (!PyArg_ParseTuple(arguments, "y*ny*y*y*y*O", &rows, &width, &digits, &starts, &weights, &scale, &out_object))
+    if (!PyArg_ParseTuple(arguments, "y*ny*y*y*y*O", &rows, &a.width, &a.digits, &a.starts, &a.weights, &a.scale, &out))
         return NULL;
-    int fits = PyObject_GetBuffer(out_object, &out, PyBUF_STRIDES | PyBUF_WRITABLE) == 0;
-    if (fits) {
-        const Py_ssize_t n_rows = scale.len / (Py_ssize_t)sizeof(float), n_queries = out.ndim == 2 ? out.shape[0] : 0;
-        const Py_ssize_t n_columns = weights.len / (Py_ssize_t)sizeof(double);
-        fits = supported() && width > 0 && rows.len == n_rows * width && n_queries > 0 && n_columns % n_queries == 0 &&
-               n_columns <= MOST_COLUMNS && digits.len == digits_size(n_columns, width) &&
-               starts.len == padded_columns(n_columns) * (Py_ssize_t)sizeof(int32_t) && out.shape[1] == n_rows &&
-               out.itemsize == sizeof(float) && (n_rows < 2 || out.strides[1] == sizeof(float));
-        if (fits) {
-            Py_BEGIN_ALLOW_THREADS
-            score(rows.buf, n_rows, width, digits.buf, starts.buf, (int)n_queries, (int)(n_columns / n_queries),
-                  weights.buf, scale.buf, out.buf, out.strides[0]);
-            Py_END_ALLOW_THREADS
-        }
-        PyBuffer_Release(&out);
+    int fits = fits_scoring(&a, out);
+    if (fits > 0 && (fits = rows.len == a.n_rows * a.width)) {
+        Py_BEGIN_ALLOW_THREADS
+        score(rows.buf, a.n_rows, a.width, a.digits.buf, a.starts.buf, (int)a.n_queries,
+              (int)(a.n_columns / a.n_queries), a.weights.buf, a.scale.buf, a.out.buf, a.out.strides[0]);
+        Py_END_ALLOW_THREADS
     }
     PyBuffer_Release(&rows);
+    return scored(&a, fits);
+}
+
+static PyObject *digits_int8(PyObject *self, PyObject *arguments)
+{
+    Py_buffer queries, digits, steps;
+    Py_ssize_t width;
+    (void)self;
+    if (!PyArg_ParseTuple(arguments, "ny*w*w*", &width, &queries, &digits, &steps))
+        return NULL;
+    const Py_ssize_t n = width > 0 ? queries.len / (4 * width) : 0;
+    const int fits = supported() && queries.len == 4 * n * width && digits.len == DIGITS * n * width &&
+                     steps.len == DIGITS * n * (Py_ssize_t)sizeof(double);
+    for (Py_ssize_t q = 0; fits && q < n; q++) {
+        double own[DIGITS];
+        digits_of((const float *)queries.buf + q * width, width, (int8_t *)digits.buf + q * width, n * width, own);
+        for (int g = 0; g < DIGITS; g++)
+            ((double *)steps.buf)[g * n + q] = own[g];
+    }
+    PyBuffer_Release(&queries);
     PyBuffer_Release(&digits);
-    PyBuffer_Release(&starts);
-    PyBuffer_Release(&weights);
-    PyBuffer_Release(&scale);
+    PyBuffer_Release(&steps);
     return answer(fits);
+}
+
+/* Where each row is, or NULL: of several arrays, and rows of them by number. The arrays are held in `held`. */
+static const int8_t **find_rows(PyObject *arrays, Py_buffer *held, Py_ssize_t *n_held, Py_ssize_t n_arrays,
+                                const Py_buffer *array_of, const Py_buffer *within_of, Py_ssize_t n_rows,
+                                Py_ssize_t width)
+{
+    for (; *n_held < n_arrays; ++*n_held) {
+        PyObject *array = PySequence_GetItem(arrays, *n_held);
+        const int got = array ? PyObject_GetBuffer(array, &held[*n_held], PyBUF_SIMPLE) : -1;
+        Py_XDECREF(array);
+        if (got < 0)
+            return NULL;
+    }
+    if (array_of->len != n_rows * 8 || within_of->len != n_rows * 8)
+        return NULL;
+    const int8_t **rows = PyMem_Malloc((size_t)(n_rows + 1) * sizeof(*rows));
+    const int64_t *array = array_of->buf, *within = within_of->buf;
+    for (Py_ssize_t i = 0; rows && i < n_rows; i++) {
+        if (array[i] < 0 || array[i] >= n_arrays || within[i] < 0 || within[i] >= held[array[i]].len / width) {
+            PyMem_Free(rows);
+            return NULL;
+        }
+        rows[i] = (const int8_t *)held[array[i]].buf + within[i] * width;
+    }
+    return rows;
+}
+
+static PyObject *score_apart_int8(PyObject *self, PyObject *arguments)
+{
+    struct scoring a;
+    Py_buffer array_of, within_of;
+    PyObject *arrays, *out;
+    (void)self;
+    if (!PyArg_ParseTuple(arguments, "Oy*y*ny*y*y*y*O", &arrays, &array_of, &within_of, &a.width, &a.digits, &a.starts,
+                          &a.weights, &a.scale, &out))
+        return NULL;
+    int fits = fits_scoring(&a, out);
+    const Py_ssize_t n_arrays = PySequence_Size(arrays);
+    Py_ssize_t n_held = 0;
+    Py_buffer *held = n_arrays < 0 ? NULL : PyMem_Calloc((size_t)n_arrays + 1, sizeof(*held));
+    if (fits > 0) {
+        const int8_t **rows =
+            held ? find_rows(arrays, held, &n_held, n_arrays, &array_of, &within_of, a.n_rows, a.width) : NULL;
+        if ((fits = rows != NULL)) {
+            Py_BEGIN_ALLOW_THREADS
+            score_apart(rows, a.n_rows, a.width, a.digits.buf, a.starts.buf, (int)a.n_queries,
+                        (int)(a.n_columns / a.n_queries), a.weights.buf, a.scale.buf, a.out.buf, a.out.strides[0]);
+            Py_END_ALLOW_THREADS
+            PyMem_Free(rows);
+        }
+    }
+    while (n_held)
+        PyBuffer_Release(&held[--n_held]);
+    PyMem_Free(held);
+    PyBuffer_Release(&array_of);
+    PyBuffer_Release(&within_of);
+    return scored(&a, fits);
 }
 
 static PyObject *pick_int8(PyObject *self, PyObject *arguments)
@@ -413,10 +572,15 @@ static PyObject *pick_int8(PyObject *self, PyObject *arguments)
 
 static PyMethodDef methods[] = {
     {"supported", is_supported, METH_NOARGS, "supported() -> bool: this processor has what score_int8 is written for."},
+    {"digits_int8", digits_int8, METH_VARARGS,
+     "digits_int8(width, queries, digits, steps): float32 [Q, width], finite, into int8 [3, Q, width] and float64 [3, Q]."},
     {"score_int8", score_int8, METH_VARARGS,
      "score_int8(rows, width, digits, starts, weights, scale, out): contiguous int8 [N, width], int8 digits in the order\n"
      "of their number of columns, int32 starts, float64 weights [G, Q], float32 scale [N] into float32 out [Q, N], rows of which may lie\n"
      "apart. Other threads run meanwhile."},
+    {"score_apart_int8", score_apart_int8, METH_VARARGS,
+     "score_apart_int8(arrays, array_of, within, width, digits, starts, weights, scale, out): score_int8 of rows that lie\n"
+     "apart: a sequence of contiguous int8 [M, width], and int64 [N] in which of them and where in it each row is."},
     {"pick_int8", pick_int8, METH_VARARGS,
      "pick_int8(width, rows, places, scale, weights, first, rest, starts, steps, left, least, queries, numbers, scores)\n"
      "-> how many pairs it found. Of int8 rows [M, width] those at int64 places [N], with float32 scale and float64\n"

@@ -38,15 +38,18 @@ def blocks_of(queries_QW: np.ndarray, dim: int, n_bases: int) -> np.ndarray:
 
 def lengths_of(queries_QW: np.ndarray, dim: int) -> np.ndarray:
     """Length of each block, float64 [Q, blocks]; NaN for one that is not known."""
-    return np.linalg.norm(queries_QW.reshape(len(queries_QW), -1, dim).astype(np.float64), axis=2)
+    blocks_QBD = queries_QW.reshape(len(queries_QW), -1, dim).astype(np.float64)
+    lengths_QB: np.ndarray = np.sqrt((blocks_QBD * blocks_QBD).sum(axis=2))
+    return lengths_QB
 
 
 def scaled(queries_QW: np.ndarray, lengths_QB: np.ndarray) -> np.ndarray:
     """Queries with each block divided by a length, float32; blocks of length zero stay."""
     n_queries, n_blocks = lengths_QB.shape
     blocks_QBD = queries_QW.reshape(n_queries, n_blocks, -1)
-    divided_QBD = blocks_QBD / np.where(lengths_QB == 0, 1.0, lengths_QB)[..., None]
-    return divided_QBD.astype(np.float32).reshape(queries_QW.shape)
+    divided_QBD = np.empty(blocks_QBD.shape, np.float32)
+    np.divide(blocks_QBD, np.where(lengths_QB == 0, 1.0, lengths_QB)[..., None], out=divided_QBD, casting="same_kind")
+    return divided_QBD.reshape(queries_QW.shape)
 
 
 def lengths_at(view: View, queries_QW: np.ndarray) -> np.ndarray:

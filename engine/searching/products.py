@@ -36,8 +36,10 @@ _NARROW = (3, 6)
 """Vectors that _products.c multiplies place by place; more are its lanes."""
 _FEW_QUERIES = 5
 """Their three digits fit in the lanes of one register: one alone would save nothing."""
-PICKED_AT_ONCE = 48
-"""Queries whose first digits _products.c multiplies together."""
+_MOST_COLUMNS = 48
+"""Digits that _products.c multiplies together."""
+PICKED_AT_ONCE = _MOST_COLUMNS
+"""Queries whose first digits it does."""
 _ROUNDED = 1e-6
 """Of a query's length: more than the rounding of scores and of rows' lengths to float32."""
 
@@ -46,6 +48,8 @@ Product = Callable[[np.ndarray, np.ndarray, np.ndarray], None]
 """codes [N, W], scale float32 [N] -> products of codes * scale with every query, into float32 [Q, N]."""
 ProductOf = Callable[[np.ndarray], Product]
 """float32 queries [Q, D] -> products with them."""
+ProductApart = Callable[[list[np.ndarray], np.ndarray, np.ndarray, np.ndarray, np.ndarray], None]
+"""Product of rows that lie apart: arrays of codes, then in which of them and where in it each row is, int64 [N]."""
 Pick = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray, np.ndarray]]
 """codes [M, W]; places among them, int64 [N], with their scale, float32, and weights, float64 [N]; the least score that
 each query wants, float32 [Q] -> of every product * weight that is no less: its query, its number among the places and
@@ -53,32 +57,51 @@ itself."""
 
 
 def digits_of(queries_QD: np.ndarray, largest: int, n_digits: int) -> tuple[np.ndarray, np.ndarray]:
-    """Queries as sums of vectors of whole numbers: digits [G, Q, D] in [-largest, largest], weights float64 [G, Q].
+    """Queries as sums of whole numbers: int8 digits [G, Q, D] in [-largest, largest], weights float64 [G, Q].
 
-    A digit's step is the one before it over 2 * largest + 1, at most half of which was left over.
+    A digit's step is the one before it over 2 * largest, at most half of which was left over.
     """
+    digits, weights = np.empty((n_digits, *queries_QD.shape), np.int8), np.empty((n_digits, len(queries_QD)))
+    kernel = _kernel() if (largest, n_digits) == (127, 3) else None
+    if kernel is not None:
+        kernel.digits_int8(queries_QD.shape[1], np.ascontiguousarray(queries_QD, np.float32), digits, weights)
+        return digits, weights
     rest_QD = queries_QD.astype(np.float64)
     step_Q = np.abs(rest_QD).max(axis=1) / largest
-    digits, weights = [], []
-    for _ in range(n_digits):
-        digit_QD = np.rint(rest_QD / np.where(step_Q > 0, step_Q, 1)[:, None])
-        digit_QD = np.clip(digit_QD, -largest, largest)
-        rest_QD -= digit_QD * step_Q[:, None]
-        digits.append(digit_QD)
-        weights.append(step_Q)
-        step_Q = step_Q / (2 * largest)
-    return np.stack(digits), np.stack(weights)
+    digit_QD = np.zeros_like(rest_QD)
+    for g in range(n_digits):
+        step_Q1 = step_Q[:, None]
+        np.divide(rest_QD, step_Q1, out=digit_QD, where=step_Q1 > 0)
+        digits[g] = np.rint(digit_QD, out=digit_QD)
+        rest_QD -= np.multiply(digit_QD, step_Q1, out=digit_QD)
+        weights[g], step_Q = step_Q, step_Q / (2 * largest)
+    return digits, weights
 
 
 def int8_product(queries_QD: np.ndarray) -> Product:
     digits, weights_GQ = digits_of(queries_QD, 127, 3)
-    digits = digits.astype(np.int8)
     return _compiled_product(digits, weights_GQ) or _weighed(digits, weights_GQ, "int8", SAFE_COLUMNS)
+
+
+def int8_product_apart(queries_QD: np.ndarray) -> ProductApart | None:
+    """Products of rows where they lie, the same as `int8_product` of copies; None without the kernel."""
+    kernel, width = _kernel(), queries_QD.shape[1]
+    if kernel is None or width > SAFE_COLUMNS or 3 * len(queries_QD) > _MOST_COLUMNS:
+        return None
+    digits, weights_GQ = digits_of(queries_QD, 127, 3)
+    (ordered, starts), score = _ordered(digits.reshape(-1, width)), kernel.score_apart_int8
+
+    def product(
+        arrays: list[np.ndarray], array_N: np.ndarray, within_N: np.ndarray, scale_N: np.ndarray, out_QN: np.ndarray
+    ) -> None:
+        score(arrays, array_N, within_N, width, ordered, starts, weights_GQ, scale_N, out_QN)
+
+    return product
 
 
 def _int4_product(queries_QD: np.ndarray) -> Product:
     digits, weights_GQ = digits_of(queries_QD, 7, 6)
-    digits = np.pad(digits, ((0, 0), (0, 0), (0, digits.shape[2] % 2))).astype(np.int8).view(np.uint8)
+    digits = np.pad(digits, ((0, 0), (0, 0), (0, digits.shape[2] % 2))).view(np.uint8)
     return _weighed((digits[..., 0::2] & 15) | (digits[..., 1::2] << 4), weights_GQ, "int4")
 
 
@@ -151,7 +174,7 @@ def picking(queries_QD: np.ndarray) -> Pick | None:
     if kernel is None or width > SAFE_COLUMNS or n_queries <= _FEW_QUERIES or _has_tiles():
         return None
     digits, weights_GQ = digits_of(queries_QD, 127, 3)
-    first, rest_QGD = _wide(digits[0].astype(np.int8)), digits[1:].astype(np.int8).swapaxes(0, 1)
+    first, rest_QGD = _wide(digits[0]), digits[1:].swapaxes(0, 1)
     rest, starts = _narrow(rest_QGD.reshape(-1, width))
     weights_QG = np.ascontiguousarray(weights_GQ.T)
     lengths_Q = np.linalg.norm(queries_QD.astype(np.float64), axis=1)
@@ -194,6 +217,8 @@ def _wide(digits_CW: np.ndarray) -> np.ndarray:
 def _filled_up(digits_CW: np.ndarray, columns: int, places: int) -> np.ndarray:
     """With zeros up to multiples of so many columns and places."""
     n, width = digits_CW.shape
+    if n % columns == 0 and width % places == 0:
+        return digits_CW
     filled = np.zeros((-(-n // columns) * columns, -(-width // places) * places), np.int8)
     filled[:n, :width] = digits_CW
     return filled

@@ -6,6 +6,7 @@ index (engine/indexes) looks at fewer bytes and pays off when the same collectio
 returns are the scan's. fisher is dot with a query preconditioned by the view's second moment.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -123,9 +124,10 @@ def direction(query: Target | np.ndarray, dim: int, metric: Metric) -> np.ndarra
     if query_D.ndim != 1 or not len(query_D) or len(query_D) % dim:
         raise RequestError(f"the query has shape {query_D.shape}, the store holds rows of {dim} dimensions")
     lengths_1B = lengths_of(query_D[None], dim)
-    known = lengths_1B[~np.isnan(lengths_1B)] if lengths_1B.size > 1 else lengths_1B
-    if not known.size or not np.isfinite(known).all() or (known == 0.0).any():
-        shown = lengths_1B.ravel().tolist() if lengths_1B.size > 1 else float(lengths_1B.item())
+    lengths = lengths_1B[0].tolist()
+    known = [length for length in lengths if not math.isnan(length)]
+    if not known or not all(0 < length < math.inf for length in known):
+        shown = lengths if len(lengths) > 1 else lengths[0]
         raise RequestError(f"the query's length is {shown}, expected a finite number above 0")
     return scaled(query_D[None], lengths_1B)[0] if metric == "cosine" else query_D
 

@@ -7,6 +7,9 @@ import numpy as np
 _SAMPLE = 4096
 """Of many keys, to guess a bound from."""
 
+_FEW = 2
+"""So many times the wanted keys are sorted sooner than cut down to the wanted."""
+
 
 def best(scores_P: np.ndarray, k: int, id_of: Callable[[np.ndarray], np.ndarray], largest: bool = True) -> np.ndarray:
     """Positions of the k best finite scores, best first, equal scores in the order of their ids; int64 [<= k].
@@ -15,7 +18,8 @@ def best(scores_P: np.ndarray, k: int, id_of: Callable[[np.ndarray], np.ndarray]
     few that can be among the k.
     """
     keys_P = -scores_P if largest else scores_P
-    contenders = np.flatnonzero(keys_P <= kth_smallest(keys_P, k))
+    bound = kth_smallest(keys_P, k) if len(keys_P) > _FEW * k else np.inf
+    contenders = np.flatnonzero(keys_P <= bound)
     keys = keys_P[contenders]
     order = np.argsort(keys)
     if (keys[order][1:] == keys[order][:-1]).any():  # Ids are read only where there are ties.

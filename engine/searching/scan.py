@@ -16,7 +16,7 @@ from functools import partial
 import numpy as np
 
 from engine.searching.blocks import blocks_of
-from engine.searching.products import PICKED_AT_ONCE, PRODUCTS, Pick, Product, picking
+from engine.searching.products import PICKED_AT_ONCE, PRODUCTS, Pick, Product, int8_product_apart, picking
 from engine.searching.ranking import best
 from gradstore import View
 from gradstore.view import Piece
@@ -51,13 +51,16 @@ def scan_rows(view: View, queries_QD: np.ndarray, positions: np.ndarray | None =
 
 def scan_at(view: View, queries_QD: np.ndarray, positions: np.ndarray) -> np.ndarray:
     """Products of the unit rows at a few positions with queries, in their order: float32 [Q, n]. In a store with one
-    basis, and in memory for copies of those rows."""
+    basis, and, where rows are not scored where they lie, in memory for copies of them."""
     queries_QD = np.asarray(queries_QD, np.float32)
     scores_QN = np.empty((len(queries_QD), len(positions)), np.float32)
-    codes, scale = view.codes(positions)
     for start in range(0, len(queries_QD), QUERIES_AT_ONCE) if len(positions) else ():
         some = slice(start, start + QUERIES_AT_ONCE)
-        PRODUCTS[view.store.dtype](queries_QD[some])(codes, scale, scores_QN[some])
+        apart = int8_product_apart(queries_QD[some]) if view.store.dtype == "int8" else None
+        if apart is not None:
+            apart(*view.places(positions), scores_QN[some])
+        else:
+            PRODUCTS[view.store.dtype](queries_QD[some])(*view.codes(positions), scores_QN[some])
     return scores_QN
 
 

@@ -51,6 +51,15 @@ def test_the_compiled_products_are_the_same_numbers(dim: int, monkeypatch: pytes
             products.int8_product(queries)(codes, scale, plain)
         assert np.array_equal(whole[:, 2:-2], plain)
         assert np.array_equal(plain, by_hand(codes, scale, queries))
+        apart = products.int8_product_apart(queries)
+        assert apart is not None
+        which = np.random.default_rng(n).permutation(n)[: n - n // 4]
+        arrays, scores = [codes[n // 2 :], codes[:0], codes[: n // 2]], np.full((n_queries, n + 4), 7, np.float32)
+        array_of, within = np.where(which < n // 2, 2, 0), np.where(which < n // 2, which, which - n // 2)
+        apart(arrays, array_of, within, scale[which], scores[:, 2 : 2 + len(which)])
+        assert np.array_equal(scores[:, 2 : 2 + len(which)], plain[:, which])
+        assert (scores[:, [0, 1]] == 7).all()
+        assert (scores[:, 2 + len(which) :] == 7).all(), "written beside its place"
         assert (whole[:, [0, 1, -2, -1]] == 7).all(), "written beside its place"
 
 
@@ -92,7 +101,7 @@ def test_wide_rows_do_not_wrap_around(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_buffers_that_disagree_are_refused() -> None:
     """Reading or writing past a buffer's end would corrupt memory in silence."""
-    from engine.searching._products import pick_int8, score_int8
+    from engine.searching._products import pick_int8, score_apart_int8, score_int8
 
     codes, scale, out = np.zeros((5, 70), np.int8), np.ones(5, np.float32), np.zeros((1, 5), np.float32)
     digits, starts, weights = np.zeros((3, 128), np.int8), np.zeros(3, np.int32), np.ones((3, 1))
@@ -111,6 +120,27 @@ def test_buffers_that_disagree_are_refused() -> None:
     ]:
         with pytest.raises(ValueError, match="do not agree"):
             score_int8(*wrong)
+    asked, array_of, within = (70, digits, starts, weights, scale, out), np.array([0, 2, 2, 0, 2]), np.arange(5) % 3
+    arrays = [codes[:3], codes[:0], codes[2:]]
+    score_apart_int8(arrays, array_of, within, *asked)
+    for wrong_rows in [
+        (arrays[:2], array_of, within),
+        ([], array_of, within),
+        (arrays, np.array([0, 1, 2, 0, 2]), within),
+        (arrays, array_of - 1, within),
+        (arrays, array_of, within + 1),
+        (arrays, array_of, within - 1),
+        (arrays, array_of[:4], within),
+        (arrays, array_of, within[:4]),
+        ([arrays[0], arrays[1], arrays[2][:2]], array_of, within),
+    ]:
+        with pytest.raises(ValueError, match="do not agree"):
+            score_apart_int8(*wrong_rows, *asked)
+    with pytest.raises(ValueError, match="do not agree"):
+        score_apart_int8(arrays, array_of, within, 70, digits, starts, weights, scale[:4], out)
+    for no_arrays in (3, [codes[:3], None, codes[2:]], [codes[:3], codes[:0], codes[2:, ::2]]):
+        with pytest.raises((TypeError, ValueError, BufferError)):
+            score_apart_int8(no_arrays, array_of, within, *asked)  # type: ignore[arg-type]
     sizes = {
         "rows": np.zeros(5 * 70, np.int8),
         "places": np.zeros(2, np.int64),
