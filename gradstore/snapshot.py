@@ -119,7 +119,7 @@ class Snapshot:
         return out
 
     def places(self, rows: np.ndarray) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
-        """Mapped codes of the chunks that some rows are in; int64 [len(rows)] which of these each is in and where in it."""
+        """Mapped codes of the chunks that some rows are in; int64 [n] which of these each is in, and where in it."""
         chunk_of, within_of = np.divmod(rows, self.header.chunk_rows)
         number_of: dict[int, int] = {}
         which = [number_of.setdefault(chunk, len(number_of)) for chunk in chunk_of.tolist()]
