@@ -40,6 +40,12 @@ class Direction:
     """Problems it is the mean over, those without signal counted; 0 when it was made elsewhere."""
 
     @classmethod
+    def mean(cls, sums: Mapping[str, Tensor], n_problems: int) -> "Direction":
+        """From the sum of so many problems' gradients, whose tensors are divided in place. RequestError as in `of`,
+        which an empty benchmark has for being zero."""
+        return cls.of({name: tensor.div_(max(n_problems, 1)) for name, tensor in sums.items()}, n_problems)
+
+    @classmethod
     def of(cls, tensors: Mapping[str, Tensor], n_problems: int = 0) -> "Direction":
         """From tensors by parameter name; RequestError when they are not finite or all zero."""
         squares = sum(inner(tensor, tensor) for tensor in tensors.values())
@@ -74,9 +80,7 @@ def validation_gradient(
 
     spec = SketchSpec(objective=settings or objective("gradalign"), token_budget=token_budget)
     runner = GradientPass(model, spec)
-    n_problems = int(total(model, [len(groups)])[0])
-    sums = summed_gradient(runner, groups)
-    return Direction.of({name: tensor.div_(max(n_problems, 1)) for name, tensor in sums.items()}, n_problems)
+    return Direction.mean(summed_gradient(runner, groups), int(total(model, [len(groups)])[0]))
 
 
 def summed_gradient(

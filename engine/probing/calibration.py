@@ -1,6 +1,8 @@
 """The step of a finite difference: large enough to be seen above rounding, small enough to be a derivative."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 
@@ -24,9 +26,11 @@ class Calibration:
     exact: np.ndarray
     """<g_i, V> of a few problems by autograd, float64."""
     found: np.ndarray
-    """The same by central differences."""
+    """The same by differences."""
     truncation: float
     """Share of the direction's norm that a low-rank branch leaves out; 0 without one."""
+    norm: float
+    """Of the direction: steps along a longer one are shorter."""
 
     @property
     def relative_error(self) -> float:
@@ -34,6 +38,18 @@ class Calibration:
         usable = np.isfinite(self.exact) & np.isfinite(self.found)
         norm = np.linalg.norm(self.exact[usable])
         return float(np.linalg.norm((self.found - self.exact)[usable]) / norm) if norm > 0 else float("nan")
+
+    def along(self, norm: float, nats: float = 1.0) -> "Calibration":
+        """The same steps, measured in distance, along a direction of another norm; nats: and so many times as far."""
+        factor = nats * self.norm / norm
+        return replace(self, norm=norm, central=self.central * factor, one_sided=self.one_sided * factor)
+
+    @classmethod
+    def of(cls, described: Mapping[str, Any]) -> "Calibration":
+        """From what `describe` gave."""
+        arrays = {name: np.array(described[name], np.float64) for name in ("exact", "found")}
+        known = {field.name for field in fields(cls)}
+        return cls(**{name: value for name, value in {**described, **arrays}.items() if name in known})
 
     def describe(self) -> dict:
         """As JSON can hold it."""

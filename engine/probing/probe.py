@@ -14,6 +14,7 @@ Dimension letters: P problems, G rollouts of one problem, N response tokens.
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -144,7 +145,12 @@ class Probe:
             reshard(self.model)
         return found
 
-    def calibrate(self, groups: Sequence[Group], base_logprobs: TokenLogprobs | None = None) -> Calibration:
+    def calibrate(
+        self,
+        groups: Sequence[Group],
+        base_logprobs: TokenLogprobs | None = None,
+        like: Calibration | None = None,
+    ) -> Calibration:
         """Choose the steps on a few groups with signal, evenly spread, and check the probe against exact dots there.
 
         Starting from a step that moves a token's log-probability by FIRST_STEP nats, measure the truncation error of
@@ -153,6 +159,9 @@ class Probe:
         with truncation e_t and rounding e_r at step h is best at h (e_r / (p e_t))^(1 / (p + 1)); no step exceeds
         LARGEST_STEP nats. If that is far below, the errors are measured again nearer to it. The outcome is kept as
         `calibration`; a relative error above CHECK_TOLERANCE is logged.
+
+        like: of an earlier policy or direction. If steps of its length move a token by half to twice as many nats,
+        steps of its nats are used, and only checked against exact dots: above CHECK_TOLERANCE they are chosen anew.
         """
         self._check(groups, base_logprobs)
         live = [i for i, group in enumerate(groups) if group.has_signal]
@@ -160,13 +169,19 @@ class Probe:
             live = list(range(len(groups)))  # derivatives can be measured, though every dot is zero
         pilot = [live[i] for i in np.unique(np.linspace(0, len(live) - 1, min(self.n_check, len(live))).astype(int))]
         chosen = [groups[i] for i in pilot]
+        given = None if base_logprobs is None else [base_logprobs[i] for i in pilot]
+        if like is not None and self._eps is None:
+            calibration = self._carried(like, chosen, given)
+            if calibration is not None:
+                self.calibration, self._knows_base = calibration, given is not None
+                return calibration
         with self._moving() as move:
             base = response_logprobs(self._pass, chosen)
             at = self._at(move, chosen, base)
             first, nats = self._first_step(move, chosen, base)
             offset = 0.0
-            if base_logprobs is not None:
-                offset = self._base_noise(chosen, [base_logprobs[i] for i in pilot], base)
+            if given is not None:
+                offset = self._base_noise(chosen, given, base)
                 self._knows_base = True
             noise = self._rms(at(first / 200) + at(-first / 200)) / np.sqrt(6)
             for _ in range(3):
@@ -197,6 +212,7 @@ class Probe:
             exact,
             found,
             self._branch.truncation if self._branch else 0.0,
+            self.direction.norm,
         )
         if self.calibration.relative_error > CHECK_TOLERANCE:
             log.warning(
@@ -207,21 +223,33 @@ class Probe:
             )
         return self.calibration
 
+    def _carried(self, like: Calibration, groups: Sequence[Group], given: TokenLogprobs | None) -> Calibration | None:
+        """The steps of an earlier calibration for this direction, checked; None where they do not serve it."""
+        like = replace(like.along(self.direction.norm), truncation=self._branch.truncation if self._branch else 0.0)
+        eps, expected = (like.central, like.nats_central) if given is None else (like.one_sided, like.nats_one_sided)
+        with self._moving() as move:
+            base = response_logprobs(self._pass, groups) if given is None else given
+            move(eps)
+            above = response_logprobs(self._pass, groups)
+            nats = self._moved(above, base)
+            if not expected / 2 < nats < expected * 2:
+                return None
+            below, distance = base, eps
+            if given is None:
+                move(-eps)
+                below, distance = response_logprobs(self._pass, groups), 2 * eps
+            changes = self._weigh(groups, above, below, base)
+        exact, found = self._compare(groups, np.concatenate([np.zeros(0), *changes]) / distance)
+        checked = replace(like.along(like.norm, expected / nats), exact=exact, found=found)
+        return checked if checked.relative_error <= CHECK_TOLERANCE else None
+
     def _first_step(self, move: Move, groups: Sequence[Group], base: TokenLogprobs) -> tuple[float, float]:
         """A step that moves tokens by about FIRST_STEP nats, and by how many it does."""
-        usable_N = np.concatenate([np.zeros(0, bool), *(np.isfinite(tokens) for own in base for tokens in own)])
         eps, low, high = 1e-3 / self.direction.norm, 0.0, np.inf
         nats = 0.0
         for _ in range(16):
             move(eps)
-            pairs = zip(response_logprobs(self._pass, groups), base, strict=True)
-            moves_N = np.concatenate(
-                [np.zeros(0)] + [np.asarray(a, np.float64) - b for pair in pairs for a, b in zip(*pair, strict=True)]
-            )
-            # A token that is not finite even here belongs to a problem that will fail; beyond, the step is too large.
-            moves_N = moves_N[usable_N]
-            squares, n = total(self.model, [float(moves_N @ moves_N), float(len(moves_N))])
-            nats = float(np.sqrt(squares / n)) if n else FIRST_STEP
+            nats = self._moved(response_logprobs(self._pass, groups), base)
             if FIRST_STEP / 1.5 < nats < FIRST_STEP * 1.5:
                 break
             low, high = (eps, high) if nats < FIRST_STEP else (low, eps)
@@ -232,6 +260,15 @@ class Probe:
                     min(max(FIRST_STEP / nats, 1e-3), 1e3) if nats > 0 and np.isfinite(nats) else 1e-3 if nats else 1e3
                 )
         return eps, nats if np.isfinite(nats) and nats > 0 else FIRST_STEP
+
+    def _moved(self, above: TokenLogprobs, base: TokenLogprobs) -> float:
+        """Root mean square change of a token's log-probability over all ranks; FIRST_STEP where there are no tokens."""
+        groups = zip(above, base, strict=True)
+        pairs = [(np.asarray(a, np.float64), b) for own in groups for a, b in zip(*own, strict=True)]
+        # A token that is not finite even here belongs to a problem that will fail; beyond, the step is too large.
+        moves_N = np.concatenate([np.zeros(0), *((a - b)[np.isfinite(b)] for a, b in pairs)])
+        squares, n = total(self.model, [float(moves_N @ moves_N), float(len(moves_N))])
+        return float(np.sqrt(squares / n)) if n else FIRST_STEP
 
     def _at(self, move: Move, groups: Sequence[Group], base: list[list[np.ndarray]]) -> Callable[[float], np.ndarray]:
         """eps -> change of every rollout's weighted log-probability from theta, one after the other, float64."""

@@ -14,9 +14,12 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from engine.gradients.directions import summed_gradient
 from engine.gradients.hooks import Observer
 from engine.gradients.layers import Layer
+from engine.gradients.microbatch import rollouts_of
 from engine.gradients.objectives import Objective, rollout_weights
 from engine.rollouts.group import Group, joined
 from engine.sketches.sketcher import SketchBatch, Sketcher
@@ -76,6 +79,21 @@ class Alongside:
         factors_P = torch.tensor(list(self._free.values()), device=self._cores_WC.device)
         seen_PC = self._cores_WC[list(self._free)] * factors_P[:, None]
         return self._sketcher.batch(self._groups, torch.cat([seen_PC, self._separate_PC]), self._n_tokens)
+
+
+def sketched_and_summed(sketcher: Sketcher, groups: Sequence[Group]) -> tuple[SketchBatch, dict[str, Tensor]]:
+    """Sketches of groups and the sum of their gradients (`summed_gradient`), from one pass where that gives both.
+
+    An optimizer's directions and effective sample sizes take a pass for the sketches alone. Under FSDP2 all ranks call
+    it together, each with its own groups. RequestError as of either.
+    """
+    rule, gradients = sketcher.spec.objective, sketcher.gradients
+    if sketcher.optimizer is not None or rule.importance:
+        return sketcher.sketch(groups), summed_gradient(gradients, groups)
+    observer, cores_PC = sketcher.observer(len(groups))
+    sums = summed_gradient(gradients, groups, (gradients.layers, observer))
+    n_tokens = sum(len(run.prompt_ids) + len(run.response_ids) for run in rollouts_of(groups, rule))
+    return sketcher.batch(groups, cores_PC, n_tokens), sums
 
 
 def factor(group: Group, trained: Objective, wanted: Objective) -> float | None:

@@ -13,7 +13,7 @@ from engine.gradients.gradient_pass import GradientPass
 from engine.gradients.layers import find_layers
 from engine.gradients.objectives import Objective, objective, rollout_weights
 from engine.rollouts.group import Group, joined
-from engine.sketches.alongside import Alongside, factor
+from engine.sketches.alongside import Alongside, factor, sketched_and_summed
 from engine.sketches.fitting import fit_projection
 from engine.sketches.sketcher import Sketcher, SketchSpec
 from gradstore.state import State
@@ -159,3 +159,31 @@ def test_other_models(make_model, make_groups, architecture: str) -> None:
     batch, n_separate, _ = _seen(model, sketcher, groups, objective("grpo"))
     assert n_separate == 0
     _close(batch.sketches, sketcher.sketch(groups).sketches)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"head_only": True},
+        {"modules": ("down_proj",)},
+        {"objective": objective("gradalign", importance=True)},
+        {"objective": replace(objective("gradalign"), temperature=0.7)},
+    ],
+    ids=["all", "head", "some", "ratios", "temperature"],
+)
+@pytest.mark.parametrize("prompt", [2, 40])
+def test_one_pass_gives_sketches_and_their_sum(tiny_model: Any, prompt: int, changes: dict[str, Any]) -> None:
+    """A benchmark's rows are what candidates are compared with in the store, its gradient what probes go along: both
+    as from passes of their own, whichever the objective allows."""
+    groups = _groups(11, prompt=prompt)
+    spec = SketchSpec(rank=4, token_budget=60, **changes)
+    sketcher = Sketcher(tiny_model, spec)
+    batch, sums = sketched_and_summed(sketcher, groups)
+    expected = sketcher.sketch(groups)
+    _close(batch.sketches, expected.sketches)
+    assert (batch.ids, batch.states, batch.n_tokens) == (expected.ids, expected.states, expected.n_tokens)
+    assert (batch.ess is None) == (expected.ess is None)
+    plain = summed_gradient(GradientPass(tiny_model, spec), groups)
+    assert plain.keys() == sums.keys()
+    assert all(torch.equal(plain[name], sums[name]) for name in plain)

@@ -2,12 +2,14 @@
 
 import json
 import logging
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from engine import Direction, Probe, validation_gradient
+from engine.probing.calibration import Calibration
 from engine.rollouts import Group
 from gradstore.errors import RequestError
 from gradstore.state import State
@@ -72,6 +74,39 @@ def test_calibration_expects_what_it_gets(make_model, make_groups) -> None:
     again = Probe(model, longer).calibrate(groups)
     assert again.central == pytest.approx(calibration.central / 1000, rel=0.7)
     assert again.relative_error < 2e-3
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_steps_are_taken_over_where_they_serve(make_model, make_groups, known: bool) -> None:
+    """Most of a round's probe was the search for its step. One taken over gives the same dots along a direction of
+    another length at a policy that moved, is checked, and is searched anew where it would not do."""
+    model, groups = make_model("qwen2"), make_groups(6)
+    before = Probe(model, validation_gradient(model, make_groups(4, seed=5)))
+    before.calibrate(groups, before.logprobs(groups) if known else None)
+    assert before.calibration is not None
+    kept = Calibration.of(json.loads(json.dumps(before.calibration.describe())))
+    assert kept.describe() == before.calibration.describe()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    direction = validation_gradient(model, make_groups(4, seed=5))
+    longer = Direction.of({name: 1000 * tensor for name, tensor in direction.tensors.items()})
+    probe, calls = Probe(model, longer, n_check=2), []
+    base = probe.logprobs(groups) if known else None
+    handle = model.get_output_embeddings().register_forward_hook(lambda *_: calls.append(1))
+    carried, n_carried = probe.calibrate(groups, base, kept), len(calls)
+    searched = Probe(model, longer, n_check=2).calibrate(groups, base)
+    assert n_carried < (len(calls) - n_carried) / 2
+    handle.remove()
+    assert (carried.nats_central, carried.nats_one_sided) == (kept.nats_central, kept.nats_one_sided)
+    assert carried.relative_error < 0.02
+    np.testing.assert_allclose(carried.exact, searched.exact, rtol=1e-4)
+    expected = Probe(model, longer).probe(groups)
+    found = probe.probe(groups, base)
+    np.testing.assert_allclose(found.dots, expected.dots, rtol=0.02, atol=2e-3 * np.abs(expected.dots).max())
+    for wrong in (replace(kept, central=1e3 * kept.central, one_sided=1e3 * kept.one_sided), replace(kept, norm=0.0)):
+        refused = Probe(model, longer, n_check=2).calibrate(groups, base, wrong)
+        assert refused.describe() == searched.describe()
 
 
 def test_a_step_that_is_too_long_is_reported(make_model, make_groups, caplog) -> None:

@@ -198,12 +198,23 @@ def test_a_step_gives_the_sketches_of_its_rollouts(policy: LocalPolicy, groups: 
 def test_probes_do_not_depend_on_what_was_probed_before(policy: LocalPolicy, groups: list[Group]) -> None:
     """A resumed round probes only what is missing: a step calibrated on that would give other numbers."""
     policy.fit(SketchSpec(rank=4), groups)
-    target = groups[:3]
-    policy.probe(groups[3:4], target)
-    after = policy.probe(groups[4:], target)
-    alone = policy.probe(groups[4:], [*target[:2], copy.copy(target[2])])  # not the same objects: made anew
+    with pytest.raises(RequestError, match="call `aim` first"):
+        policy.probe(groups[3:])
+    batch = policy.aim(groups[:3])
+    np.testing.assert_allclose(batch.sketches, policy.sketch(groups[:3]).sketches, rtol=1e-4, atol=1e-7)
+    policy.probe(groups[3:4])
+    after = policy.probe(groups[4:])
+    policy.aim(groups[:3])
+    alone = policy.probe(groups[4:])
     for one, other in zip(after.derivatives, alone.derivatives, strict=True):
         np.testing.assert_array_equal(one, other)
+    policy.aim(groups[:3])
+    assert alone.calibration is not None
+    carried = policy.probe(groups[4:], alone.calibration)
+    np.testing.assert_allclose(carried.dots, alone.dots, rtol=1e-2, atol=1e-3 * np.abs(alone.dots).max())
+    policy.step += 1
+    with pytest.raises(RequestError, match="at step 1"):
+        policy.probe(groups[4:])
 
 
 def test_only_adapters_train_with_lora(tiny_model: Any, groups: list[Group]) -> None:
@@ -243,7 +254,8 @@ def test_the_policy_keeps_the_protocol(policy: LocalPolicy) -> None:
     assert sketches.sketches.shape == (len(PROBLEMS), files.dim)
     policy.use(files.fingerprint, files.attachments)
     np.testing.assert_allclose(policy.sketch(groups).sketches, sketches.sketches, rtol=1e-4, atol=1e-7)
-    probes = policy.probe(groups, groups)
+    policy.aim(groups)
+    probes = policy.probe(groups)
     assert sketches.states == probes.states
     live = [i for i, state in enumerate(probes.states) if state is State.LIVE]
     exact = validation_gradient(policy.model, groups, policy.objective)

@@ -104,7 +104,7 @@ class _Course(Rounds):
         store.add_problems("spelling", self._beside)
         path, seed = self._folder / ROLLOUTS / f"round-{self.done - 1:04d}-spelling", (self._course.seed, self.done)
         windows = Windows(policy, self._beside, self._course.n_rollouts, len(self._beside), seed, Costs(), path)
-        sketch_collection(store, "spelling", windows, policy, Costs(), keep=False)
+        sketch_collection(store, "spelling", windows, policy, Costs())
         return picks
 
 

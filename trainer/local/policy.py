@@ -9,13 +9,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
-from engine.gradients.directions import validation_gradient
+from engine.gradients.directions import Direction
 from engine.gradients.objectives import Objective
 from engine.probing.batch import ProbeBatch
+from engine.probing.calibration import Calibration
 from engine.probing.probe import Probe
 from engine.rollouts.group import Group
+from engine.sketches.alongside import sketched_and_summed
 from engine.sketches.bases import SketcherFiles, files_of, sketcher_from
 from engine.sketches.fitting import fit_projection
 from engine.sketches.sketcher import SketchBatch, Sketcher, SketchSpec
@@ -58,7 +60,9 @@ class LocalPolicy:
         self.step = 0
         """Training steps done; whoever trains the model counts."""
         self._sketcher: Sketcher | None = None
-        self._probe: tuple[int, list[Group], Probe] | None = None
+        self._aimed: tuple[int, list[Group], dict[str, Tensor]] | None = None
+        """Step, validation groups and the sum of their gradients, until there is a probe along it."""
+        self._probe: tuple[int, Probe] | None = None
 
     def roll_out(self, problems: Sequence[Mapping[str, Any]], n: int, *, seed: int) -> list[Group]:
         sampling = self.sampling
@@ -99,21 +103,27 @@ class LocalPolicy:
     def sketch(self, groups: Sequence[Group]) -> SketchBatch:
         return self.sketcher.sketch(groups)
 
-    def probe(self, groups: Sequence[Group], validation: Sequence[Group]) -> ProbeBatch:
+    def aim(self, groups: Sequence[Group]) -> SketchBatch:
+        self._probe = self._aimed = None  # the old direction is freed before there is another
+        batch, sums = sketched_and_summed(self.sketcher, groups)
+        self._aimed = self.step, list(groups), sums
+        return batch
+
+    def probe(self, groups: Sequence[Group], like: Calibration | None = None) -> ProbeBatch:
         """Groups are rollouts of the policy as it is, so their log-probabilities are known and one forward serves.
 
-        The direction and its calibration are kept as long as the validation groups and the step stay the same. The
-        step is calibrated on validation groups: the same in a resumed run, whichever groups it probes first.
+        The step is calibrated on validation groups: the same in a resumed run, whichever groups it probes first.
+        RequestError where `aim` was not called at this step.
         """
-        known = self._probe
-        same = known is not None and known[0] == self.step and len(known[1]) == len(validation)
-        if known is None or not same or any(a is not b for a, b in zip(known[1], validation, strict=True)):
-            settings = self.objective
-            direction = validation_gradient(self.model, validation, settings, token_budget=self.token_budget)
-            probe = Probe(self.model, direction, settings, n_check=CHECKED, token_budget=self.token_budget)
-            probe.calibrate(validation, self._known_logprobs(validation))
-            known = self._probe = (self.step, list(validation), probe)
-        return known[2].probe(groups, self._known_logprobs(groups))
+        if self._aimed is not None and self._aimed[0] == self.step:
+            _, validation, sums = self._aimed
+            direction = Direction.mean(sums, len(validation))
+            probe = Probe(self.model, direction, self.objective, n_check=CHECKED, token_budget=self.token_budget)
+            probe.calibrate(validation, self._known_logprobs(validation), like)
+            self._probe, self._aimed = (self.step, probe), None
+        if self._probe is None or self._probe[0] != self.step:
+            raise RequestError(f"the policy has no direction to probe along at step {self.step}: call `aim` first")
+        return self._probe[1].probe(groups, self._known_logprobs(groups))
 
     def _known_logprobs(self, groups: Sequence[Group]) -> list[Sequence[np.ndarray]] | None:
         """Of rollouts of the policy as it is, where they are at the objective's temperature."""

@@ -17,6 +17,7 @@ import numpy as np
 
 import gradstore
 from engine.probing.batch import ProbeBatch
+from engine.probing.calibration import Calibration
 from engine.rollouts.group import Group
 from engine.searching.targets import Target, target
 from engine.selecting.mixture import Part, parts_of
@@ -28,7 +29,7 @@ from trainer.round.aged import aged_parts, aged_scores, with_old_sketches
 from trainer.round.calibration import Probed, probed_before
 from trainer.round.journal import Journal, Plan
 from trainer.round.lengths import Trained, trained_toward
-from trainer.round.measuring import Costs, Measured, Windows, sketch_collection
+from trainer.round.measuring import Costs, Measured, Windows, aim, sketch_collection
 from trainer.round.policy import Policy
 from trainer.round.recording import about_round, round_table
 from trainer.round.refresh import Outlook, choose, straddling
@@ -126,7 +127,7 @@ class Conduct:
             benchmark = [
                 group for own in self.windows_of.values() for w in range(len(own)) for group in own.groups(w, keep=True)
             ]
-            window, groups = 0, []  # type: int, list[Group]
+            window, groups = 0, list[Group]()
             while window < len(windows) and sum(group.has_signal for group in groups) < settings.fit_problems:
                 groups += windows.groups(window, keep=True)
                 window += 1
@@ -147,9 +148,11 @@ class Conduct:
         """Do the round, or what is left of it, and record it in the store."""
         run = self.run
         journal = Journal(store, run.pool, self.number, self.step, self.target_key)
-        validation: list[Group] = []
-        for name, windows in self.windows_of.items():
-            validation += sketch_collection(store, name, windows, self.policy, self.costs, keep=run.needs_probes)
+        if run.needs_probes and self.windows_of:
+            aim(store, self.windows_of, self.policy, self.costs)
+        else:
+            for name, windows in self.windows_of.items():
+                sketch_collection(store, name, windows, self.policy, self.costs)
         with self.costs.stage("target"):
             self._aim(store)
         parts, probes = run.parts, None
@@ -159,7 +162,7 @@ class Conduct:
         elif self.warm_up:
             parts = parts_of("rand")
         if self.measures or (self.fits and (journal.plans or not store.steps(run.pool))):
-            self._refresh(store, journal, first, validation if run.needs_probes and self.targets else None)
+            self._refresh(store, journal, first)
         with self.costs.stage("select"):
             now = self._standing(store)
             if run.needs_probes and self.targets and not self.warm_up:
@@ -173,7 +176,7 @@ class Conduct:
                 probes = None if probes is None else with_old_sketches(probes, now, self._scale())
             scored, chosen = self._select(store, parts, probes)
             filled = self._fill(now, chosen)
-        self._record(store, now, scored, chosen, filled)
+        self._record(store, now, scored, chosen, filled, journal.calibration)
         journal.close()
 
     def _aim(self, store: Store) -> None:
@@ -184,12 +187,12 @@ class Conduct:
                 continue
             self.targets.append(target(store, name, self.step, self.settings.aggregate))
 
-    def _refresh(
-        self, store: Store, journal: Journal, first: Windows | None, validation: Sequence[Group] | None
-    ) -> None:
+    def _refresh(self, store: Store, journal: Journal, first: Windows | None) -> None:
         """Measure what is planned: in the first round a look at all candidates, then those chosen, then, within a
         budget, those that straddle the cut."""
-        measured = Measured(store, self.run.pool, self.policy, journal, self.costs, validation)
+        probes = self.run.needs_probes and bool(self.targets)
+        like = self._calibration_before(store) if probes else None
+        measured = Measured(store, self.run.pool, self.policy, journal, self.costs, probes, like)
         joins = self.budget is not None and self.settings.boundary > 0
         if self.look:
             plan = journal.plan(0, lambda: self._unmeasured(store))
@@ -214,6 +217,11 @@ class Conduct:
                 self.plans.append(plan)
                 measured.run(plan, self._plan_windows(plan.ids, number), self.target_key, keep=True)
         self.refreshed["settled"] = settled
+
+    def _calibration_before(self, store: Store) -> Calibration | None:
+        """How the probe of the round before was calibrated."""
+        kept = store.round(self.run.pool, self.number - 1).about.get("probe") if self.number else None
+        return None if kept is None else Calibration.of(kept)
 
     def _unmeasured(self, store: Store) -> list[str]:
         """Candidates without a row."""
@@ -337,7 +345,15 @@ class Conduct:
         order.sort(key=lambda place: now.states[place] >= 0)  # stable: those never measured stay shuffled
         return [self.candidates[place] for place in order if self.candidates[place] not in taken][:missing]
 
-    def _record(self, store: Store, now: Standing, scored: Selection, chosen: Selection, filled: list[str]) -> None:
+    def _record(
+        self,
+        store: Store,
+        now: Standing,
+        scored: Selection,
+        chosen: Selection,
+        filled: list[str],
+        calibration: Calibration | None,
+    ) -> None:
         rolled_out = {name for plan in self.plans for name in plan.ids}
         table = round_table(now, scored, chosen, filled, rolled_out)
         about = about_round(
@@ -356,6 +372,7 @@ class Conduct:
             * sum(len(self.run.benchmarks[name]) for name in self.windows_of),
             seconds=self.costs.seconds,
             tokens=self.costs.tokens,
+            probe=None if calibration is None else calibration.describe(),
             refreshed=self.refreshed,
             warnings=self.warnings,
         )

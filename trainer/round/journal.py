@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import pyarrow.compute as pc
 
+from engine.probing.calibration import Calibration
 from gradstore import Store
 from gradstore.durable import canonical_json, replace_file, writing
 from gradstore.errors import DamagedError
@@ -35,6 +36,8 @@ class Journal:
         """target: what probes are kept under."""
         self._path = store.path / f"round-of-{pool}.json"
         self._head = {"round": number, "step": step, "target": target}
+        self.calibration: Calibration | None = None
+        """How the round's probe was calibrated; None before its first use."""
         self.plans: list[Plan] = self._read()
         history = store.history(pool, step)
         self.rows = Counter(history.filter(pc.equal(history["step"], step))["id"].to_pylist())
@@ -48,9 +51,19 @@ class Journal:
             return self.plans[number]
         ids = list(make())
         self.plans.append(Plan(ids, [self.rows[name] for name in ids], [self.probes[name] for name in ids]))
-        plans = [[plan.ids, plan.rows, plan.probes] for plan in self.plans]
-        replace_file(self._path, canonical_json({**self._head, "plans": plans}))
+        self._write()
         return self.plans[number]
+
+    def calibrated(self, found: Calibration | None) -> None:
+        """Keep how the probe was calibrated, before anything it found is stored; the same all through a round."""
+        if self.calibration is None and found is not None:
+            self.calibration = found
+            self._write()
+
+    def _write(self) -> None:
+        plans = [[plan.ids, plan.rows, plan.probes] for plan in self.plans]
+        calibration = None if self.calibration is None else self.calibration.describe()
+        replace_file(self._path, canonical_json({**self._head, "plans": plans, "calibration": calibration}))
 
     def close(self) -> None:
         """The round is recorded."""
@@ -63,6 +76,9 @@ class Journal:
         try:
             kept = json.loads(self._path.read_bytes())
             plans = [Plan(*parts) for parts in kept.pop("plans")]
+            calibration = kept.pop("calibration", None)
+            if kept == self._head and calibration is not None:
+                self.calibration = Calibration.of(calibration)
         except (ValueError, KeyError, TypeError) as error:
             raise DamagedError(
                 f"{self._path}: not the plans of a round ({error}); remove it to do the round anew"

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from engine.probing.calibration import Calibration
 from engine.rollouts.group import Group, joined
 from engine.rollouts.rollout import Rollout
 from engine.rollouts.write import write_rollouts
@@ -67,7 +68,7 @@ class Windows:
     def ids(self, window: int) -> list[str]:
         return [record["id"] for record in self._records[window * self._size : (window + 1) * self._size]]
 
-    def groups(self, window: int, *, keep: bool) -> list[Group]:
+    def groups(self, window: int, *, keep: bool = False) -> list[Group]:
         """The window's rollouts, in its order."""
         if window in self._kept:
             return self._kept[window] if keep else self._kept.pop(window)
@@ -96,21 +97,36 @@ class Windows:
         return problem_id in self._place_of
 
 
-def sketch_collection(
-    store: Store, collection: str, windows: Windows, policy: Policy, costs: Costs, *, keep: bool
-) -> list[Group]:
-    """Rows of a benchmark at the policy's step, for the problems that have none; its groups if they are to be kept."""
-    view = store.view(collection, policy.step)
-    done = set(view.ids[view.steps == policy.step])
-    found: list[Group] = []
+def sketch_collection(store: Store, collection: str, windows: Windows, policy: Policy, costs: Costs) -> None:
+    """Rows of a benchmark at the policy's step, for the problems that have none."""
+    done = _measured_at(store, collection, policy.step)
     for window in range(len(windows)):
         todo = [name not in done for name in windows.ids(window)]
-        if not (keep or any(todo)):
-            continue
-        groups = windows.groups(window, keep=keep)
-        found += groups
-        append(store, collection, [group for group, new in zip(groups, todo, strict=True) if new], policy, costs)
-    return found
+        if any(todo):
+            groups = windows.groups(window, keep=False)
+            append(store, collection, [group for group, new in zip(groups, todo, strict=True) if new], policy, costs)
+
+
+def aim(store: Store, windows_of: Mapping[str, Windows], policy: Policy, costs: Costs) -> None:
+    """Rows of all benchmarks at the policy's step, from the passes that give probes their direction; those that are
+    there already are measured again for that, and left as they are."""
+    groups = [group for own in windows_of.values() for window in range(len(own)) for group in own.groups(window)]
+    with costs.stage("sketch"):
+        batch = policy.aim(groups)
+    costs.tokens += batch.n_tokens
+    start = 0
+    for name, windows in windows_of.items():
+        ids = [problem_id for window in range(len(windows)) for problem_id in windows.ids(window)]
+        done = _measured_at(store, name, policy.step)
+        with costs.stage("store"):
+            places = [start + place for place, problem_id in enumerate(ids) if problem_id not in done]
+            publish(store, name, batch, policy.step, places)
+        start += len(ids)
+
+
+def _measured_at(store: Store, collection: str, step: int) -> set[str]:
+    view = store.view(collection, step)
+    return set(view.ids[view.steps == step])
 
 
 class Measured:
@@ -123,11 +139,12 @@ class Measured:
         policy: Policy,
         journal: Journal,
         costs: Costs,
-        validation: Sequence[Group] | None,
+        probes: bool,
+        like: Calibration | None = None,
     ) -> None:
-        """validation: probe along these groups' gradient too; None: no probes."""
+        """probes: probe too, along what the policy was aimed at. like: how an earlier round's probe was calibrated."""
         self._store, self._pool, self._policy, self._journal = store, pool, policy, journal
-        self._costs, self._validation = costs, validation
+        self._costs, self._probes, self._like = costs, probes, like
         self._before: list[Windows] = []
 
     def run(self, plan: Plan, windows: Windows, target: str, *, keep: bool, probe: bool = True) -> None:
@@ -138,17 +155,18 @@ class Measured:
         for window in range(len(windows)):
             ids = windows.ids(window)
             needs_rows = _lacks(ids, journal.rows, planned_rows)
-            needs_probes = probe and self._validation is not None and _lacks(ids, journal.probes, planned_probes)
+            needs_probes = probe and self._probes and _lacks(ids, journal.probes, planned_probes)
             if not (needs_rows or needs_probes):
                 continue
             groups = [self._joined(group) for group in windows.groups(window, keep=keep)]
             if needs_rows:
                 append(self._store, self._pool, groups, self._policy, self._costs)
                 journal.rows.update(ids)
-            if needs_probes and self._validation is not None:
+            if needs_probes:
                 with self._costs.stage("probe"):
-                    batch = self._policy.probe(groups, self._validation)
+                    batch = self._policy.probe(groups, self._like)
                 with self._costs.stage("store"):
+                    journal.calibrated(batch.calibration)
                     batch.save(self._store, self._pool, step=self._policy.step, target=target)
                 journal.probes.update(ids)
         self._before.append(windows)

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from engine.probing.batch import ProbeBatch
+from engine.probing.calibration import Calibration
 from engine.rollouts.group import Group
 from engine.sketches.bases import SketcherFiles as SketcherFiles
 from engine.sketches.sketcher import SketchBatch, SketchSpec
@@ -50,10 +51,14 @@ class Policy(Protocol):
         """Sketches of the groups, in their order, by the sketcher of `fit` or `use`."""
         ...
 
-    def probe(self, groups: Sequence[Group], validation: Sequence[Group]) -> ProbeBatch:
-        """Each rollout's derivative along the validation groups' mean gradient, in the order of the groups.
+    def aim(self, groups: Sequence[Group]) -> SketchBatch:
+        """Sketches of validation groups, as by `sketch`; probes go along their mean gradient until the next call."""
+        ...
 
-        The objective is the sketcher's. Called once a batch, several times a round with the same validation groups
-        (the same objects): the direction may be kept between calls at one step.
+    def probe(self, groups: Sequence[Group], like: Calibration | None = None) -> ProbeBatch:
+        """Each rollout's derivative along the gradient that `aim` was last given at this step, in the groups' order.
+
+        The objective is the sketcher's. like: how the probe was calibrated at an earlier step, where to begin. Called
+        several times a round; answers do not depend on the calls before.
         """
         ...

@@ -64,6 +64,7 @@ def about_round(
     target_rollouts: int,
     seconds: Mapping[str, float],
     tokens: int,
+    probe: Mapping[str, Any] | None,
     refreshed: Mapping[str, Any],
     warnings: Sequence[str],
 ) -> dict[str, Any]:
@@ -96,6 +97,7 @@ def about_round(
         "target_rollouts": target_rollouts,
         "costs": dict(seconds),
         "tokens": tokens,
+        "probe": probe,
         "counts": counts,
         "refresh": {
             **refreshed,

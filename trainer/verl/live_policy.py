@@ -15,6 +15,7 @@ import transfer_queue as tq
 from verl.utils import tensordict_utils
 
 from engine.probing.batch import ProbeBatch
+from engine.probing.calibration import Calibration
 from engine.rollouts.group import Group
 from engine.sketches.bases import SketcherFiles
 from engine.sketches.sketcher import SketchBatch, SketchSpec
@@ -30,8 +31,8 @@ class LivePolicy:
     def __init__(self, trainer: Any, settings: VerlSettings) -> None:
         self._trainer, self._settings = trainer, settings
         self._calls = 0
-        self._validation: list[Group] = []
-        self._validation_number = 0
+        self._aimed = False
+        """Whether the ranks keep a direction."""
         self._takes_turns = bool(trainer.config.actor_rollout_ref.rollout.free_cache_engine)
         """Whether the rollout engine gives its memory back while it sleeps; one that keeps it need not."""
         self.awake = True
@@ -77,31 +78,32 @@ class LivePolicy:
             batches = self._workers.sketch_groups([[groups[i] for i in share] for share in shares])
         return gather(batches, shares)
 
-    def probe(self, groups: Sequence[Group], validation: Sequence[Group]) -> ProbeBatch:
-        """Probes of the groups along the validation groups' gradient, which the ranks keep between calls."""
+    def aim(self, groups: Sequence[Group]) -> SketchBatch:
+        """Sketches of validation groups, each by one rank; the ranks keep their gradient for probes of this round."""
+        self._rest()
+        shares = deal(groups, self._workers.world_size)
+        self._aimed = True
+        with _plain_errors():
+            batches = self._workers.aim([[groups[i] for i in share] for share in shares])
+        return gather(batches, shares)
+
+    def probe(self, groups: Sequence[Group], like: Calibration | None = None) -> ProbeBatch:
+        """Probes of the groups along the gradient of the validation groups that `aim` was given."""
         self._rest()
         n_ranks = self._workers.world_size
-        known = len(validation) == len(self._validation) and all(
-            one is other for one, other in zip(validation, self._validation, strict=True)
-        )
-        key = f"{self.step}/{self._validation_number + (not known)}"
-        if not known:
-            self._validation, self._validation_number = list(validation), self._validation_number + 1
         shares = deal(groups, n_ranks)
-        bench = deal([] if known else validation, n_ranks)
         with _plain_errors():
             batches = self._workers.probe_groups(
                 [[groups[i] for i in share] for share in shares],
-                [[validation[i] for i in share] for share in bench],
-                [key] * n_ranks,
                 [self._settings.probe_rank] * n_ranks,
+                [like] * n_ranks,
             )
         return gather(batches, shares)
 
     def end_round(self) -> None:
         """Frees what was kept for the round and wakes the rollout engine for training."""
-        if self._validation:
-            self._validation = []
+        if self._aimed:
+            self._aimed = False
             self._workers.forget_direction()
         self._wake()
 

@@ -10,15 +10,17 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from verl.single_controller.base.decorator import Dispatch, register
 from verl.workers.engine_workers import ActorRolloutRefWorker
 
-from engine.gradients.directions import validation_gradient
-from engine.gradients.sharding import reshard
+from engine.gradients.directions import Direction
+from engine.gradients.sharding import reshard, total
 from engine.probing.batch import ProbeBatch
+from engine.probing.calibration import Calibration
 from engine.probing.probe import Probe
 from engine.rollouts.group import Group
+from engine.sketches.alongside import sketched_and_summed
 from engine.sketches.bases import SketcherFiles, files_of, sketcher_from
 from engine.sketches.fitting import fit_projection
 from engine.sketches.sketcher import SketchBatch, Sketcher, SketchSpec
@@ -29,7 +31,9 @@ class SketchingWorker(ActorRolloutRefWorker):
     """One rank of the actor. Every method is called on all ranks together."""
 
     _sketcher: Sketcher | None = None
-    _probe: tuple[str, Probe] | None = None
+    _aimed: tuple[list[Group], int, dict[str, Tensor]] | None = None
+    """This rank's validation groups, how many all ranks have and the sum of their gradients, until there is a probe."""
+    _probe: Probe | None = None
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def fit_sketcher(self, spec: SketchSpec, groups: Sequence[Group], benchmark: Sequence[Group]) -> SketcherFiles:
@@ -55,26 +59,37 @@ class SketchingWorker(ActorRolloutRefWorker):
             return self._made().sketch(groups)
 
     @register(dispatch_mode=Dispatch.DP_COMPUTE)
-    def probe_groups(
-        self, groups: Sequence[Group], validation: Sequence[Group], key: str, rank: int | None
-    ) -> ProbeBatch:
-        """Probes this rank's groups along the gradient of all ranks' validation groups.
+    def aim(self, groups: Sequence[Group]) -> SketchBatch:
+        """Sketches of this rank's validation groups; probes go along the gradient of all ranks' until the next call."""
+        self._aimed = self._probe = None  # the old direction is freed before there is another
+        with self._live_policy() as model:
+            batch, sums = sketched_and_summed(self._made(), groups)
+            self._aimed = list(groups), int(total(model, [len(groups)])[0]), sums
+            return batch
 
-        key: names the validation groups at this policy; direction and step are kept until another key comes.
-        rank: move along the direction cut to this rank, for weights coarser than float32 (`engine.Probe`).
+    @register(dispatch_mode=Dispatch.DP_COMPUTE)
+    def probe_groups(self, groups: Sequence[Group], rank: int | None, like: Calibration | None) -> ProbeBatch:
+        """Probes this rank's groups along the gradient that `aim` was last given.
+
+        The step is calibrated on the validation groups, from `like` on, at the first call. rank: move along the
+        direction cut to this rank, for weights coarser than float32 (`engine.Probe`).
         """
         spec = self._made().spec
         with self._live_policy() as model:
-            if self._probe is None or self._probe[0] != key:
-                self._probe = None  # the old direction is freed before there is another
-                direction = validation_gradient(model, validation, spec.objective, token_budget=spec.token_budget)
-                self._probe = key, Probe(model, direction, spec.objective, rank=rank, token_budget=spec.token_budget)
-            return self._probe[1].probe(groups)
+            if self._aimed is not None:
+                validation, n_problems, sums = self._aimed
+                direction, self._aimed = Direction.mean(sums, n_problems), None
+                probe = Probe(model, direction, spec.objective, rank=rank, token_budget=spec.token_budget)
+                probe.calibrate(validation, like=like)
+                self._probe = probe
+            if self._probe is None:
+                raise RequestError("the worker has no direction to probe along: the round calls `aim` first")
+            return self._probe.probe(groups)
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def forget_direction(self) -> None:
         """Frees the direction kept for probing: as large as this rank's part of the weights."""
-        self._probe = None
+        self._aimed = self._probe = None
 
     def _made(self) -> Sketcher:
         if self._sketcher is None:

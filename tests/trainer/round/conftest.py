@@ -15,6 +15,7 @@ import pytest
 
 from engine.gradients.objectives import objective
 from engine.probing.batch import ProbeBatch
+from engine.probing.calibration import Calibration
 from engine.rollouts.group import Group
 from engine.sketches.bases import SketcherFiles
 from engine.sketches.sketcher import SketchBatch, SketchSpec
@@ -81,6 +82,7 @@ class FakePolicy:
         self.rolled: list[tuple[int, str, int]] = []
         """(step, problem, n) of everything rolled out."""
         self.fitted: list[str] = []
+        self._aimed: tuple[int, np.ndarray] | None = None
 
     @property
     def step(self) -> int:
@@ -130,9 +132,20 @@ class FakePolicy:
         noise_GD = [np.random.default_rng(response.tolist()).normal(size=DIM) for response in group.responses]
         return self.world.gradient_of[group.problem_id][self._step] + self.world.noise * np.mean(noise_GD, axis=0)
 
-    def probe(self, groups: Sequence[Group], validation: Sequence[Group]) -> ProbeBatch:
+    def aim(self, groups: Sequence[Group]) -> SketchBatch:
+        batch = self.sketch(groups)
+        target_D = np.mean([self.world.gradient_of[group.problem_id][self._step] for group in groups], axis=0)
+        self._aimed = self._step, target_D
+        return batch
+
+    def probe(self, groups: Sequence[Group], like: Calibration | None = None) -> ProbeBatch:
+        """Off by as much as its steps are long, which are a tenth longer than those they begin with."""
         self._called()
-        target_D = np.mean([self.world.gradient_of[group.problem_id][self._step] for group in validation], axis=0)
+        assert self._aimed is not None
+        step, target_D = self._aimed
+        assert step == self._step
+        eps = 0.01 if like is None else 1.1 * like.central
+        calibration = Calibration(eps, eps, 0.1, 0.1, 0.0, 0.0, 0.0, np.ones(2), np.full(2, np.nan), 0.0, 1.0)
         derivatives = []
         for group in groups:
             advantages_G = group.rewards - group.rewards.mean()
@@ -141,8 +154,9 @@ class FakePolicy:
                 continue
             dot = float(self.world.gradient_of[group.problem_id][self._step] @ target_D)
             noise_G = np.array([np.random.default_rng(r.tolist()).normal() for r in group.responses])
-            derivatives.append(advantages_G * dot / np.mean(advantages_G**2) + 4 * self.world.noise * noise_G)
-        return ProbeBatch.of(groups, derivatives, objective("gradalign"))
+            own_G = advantages_G * dot / np.mean(advantages_G**2) + 4 * self.world.noise * noise_G
+            derivatives.append((1 + eps) * own_G)
+        return ProbeBatch.of(groups, derivatives, objective("gradalign"), calibration)
 
     def _called(self) -> None:
         self.calls += 1

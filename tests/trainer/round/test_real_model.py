@@ -11,6 +11,7 @@ import torch
 import gradstore
 from engine.gradients.directions import validation_gradient
 from engine.probing.batch import ProbeBatch
+from engine.probing.calibration import Calibration
 from engine.probing.probe import Probe
 from engine.rollouts.group import Group
 from engine.sketches.bases import SketcherFiles, files_of, sketcher_from
@@ -52,8 +53,12 @@ class ModelPolicy:
         assert self.sketcher is not None
         return self.sketcher.sketch(groups)
 
-    def probe(self, groups: Sequence[Group], validation: Sequence[Group]) -> ProbeBatch:
-        return Probe(self.model, validation_gradient(self.model, validation)).probe(groups)
+    def aim(self, groups: Sequence[Group]) -> SketchBatch:
+        self.direction = validation_gradient(self.model, groups)
+        return self.sketch(groups)
+
+    def probe(self, groups: Sequence[Group], like: Calibration | None = None) -> ProbeBatch:
+        return Probe(self.model, self.direction).probe(groups)
 
     def train(self) -> None:
         self.step += 1

@@ -102,7 +102,12 @@ def test_probes_are_the_engines(ranks: dict[str, Any], tiny_model: Any) -> None:
     groups, shares = ranks["groups"], deal(ranks["groups"], ranks["world"])
     expected = Probe(tiny_model, validation_gradient(tiny_model, ranks["validation"])).probe(groups)
     scale = np.abs(expected.dots).max()
-    for name in ("probe", "again"):
+    aimed = gather([part["aim"] for part in ranks["found"]], deal(ranks["validation"], ranks["world"]))
+    files = ranks["found"][0]["fitted"]["files"]
+    sketches = sketcher_from(tiny_model, files.fingerprint, files.attachments).sketch(ranks["validation"])
+    assert aimed.ids == sketches.ids
+    assert np.abs(aimed.sketches - sketches.sketches).max() < 1e-4 * np.linalg.norm(sketches.sketches, axis=1).max()
+    for name in ("probe", "again", "carried"):
         batch = gather([part[name] for part in ranks["found"]], shares)
         assert batch.ids == expected.ids
         assert batch.states == expected.states

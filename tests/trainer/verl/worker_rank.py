@@ -54,8 +54,11 @@ def main(rank: int, world: int, folder: Path) -> None:
     found["few"] = worker.sketch_groups(groups[:1] if rank == 0 else [])
     found["n_reduced"] = len(reduced)
     bench = [validation[i] for i in deal(validation, world)[rank]]
-    found["probe"] = worker.probe_groups(own, bench, "first", None)
-    found["again"] = worker.probe_groups(own, [], "first", None)
+    found["aim"] = worker.aim(bench)
+    found["probe"] = worker.probe_groups(own, None, None)
+    found["again"] = worker.probe_groups(own, None, None)
+    worker.aim(bench)
+    found["carried"] = worker.probe_groups(own, None, found["probe"].calibration)
     reshard(model)
     after = {name: own_part(parameter) for name, parameter in model.named_parameters()}
     found["untouched"] = all(torch.equal(before[name], after[name]) for name in before)
