@@ -98,7 +98,8 @@ def test_the_policy_is_left_alone(ranks: dict[str, Any]) -> None:
 
 
 def test_probes_are_the_engines(ranks: dict[str, Any], tiny_model: Any) -> None:
-    """The validation gradient is over all ranks' problems, and kept for the next batch of the round."""
+    """The validation gradient is over all ranks' problems, and kept for the next batch of the round. The step is chosen
+    where the direction moves most, on the validation groups themselves, so rounding tells more elsewhere."""
     groups, shares = ranks["groups"], deal(ranks["groups"], ranks["world"])
     expected = Probe(tiny_model, validation_gradient(tiny_model, ranks["validation"])).probe(groups)
     scale = np.abs(expected.dots).max()
@@ -111,7 +112,7 @@ def test_probes_are_the_engines(ranks: dict[str, Any], tiny_model: Any) -> None:
         batch = gather([part[name] for part in ranks["found"]], shares)
         assert batch.ids == expected.ids
         assert batch.states == expected.states
-        assert np.abs(batch.dots - expected.dots).max() < 2e-3 * scale
+        assert np.abs(batch.dots - expected.dots).max() < 5e-3 * scale
 
 
 def test_ranks_share_the_tokens() -> None:
