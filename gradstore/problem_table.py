@@ -89,6 +89,10 @@ class ProblemTable:
     def __len__(self) -> int:
         return self._manifest.n_problems
 
+    def serves(self, manifest: Manifest) -> bool:
+        """Whether these are the problems that another manifest of the collection names."""
+        return (manifest.generation, manifest.parts) == (self._manifest.generation, self._manifest.parts)
+
     @cached_property
     def id_column(self) -> "pa.Array":
         """Every id, in order of addition."""

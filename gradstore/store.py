@@ -1,6 +1,7 @@
 """A store: collections of problems, and the history of their sketches, under one fingerprint."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -101,6 +102,7 @@ class Store:
         self._header = header
         self._codes_of = codes_of
         self._snapshots: dict[str, Snapshot] = {}
+        self._problem_tables: dict[str, ProblemTable] = {}
 
     def __repr__(self) -> str:
         return f"Store({str(self.path)!r}, dim={self.dim}, dtype={self.dtype!r}, mode={self.mode!r})"
@@ -197,7 +199,8 @@ class Store:
         """
         self._refuse_read_only()
         n_bases = len(self.bases)
-        return Writer(self._header, self._folder(collection), f"collection {collection!r}", _check_step(step), n_bases)
+        folder, where = self._folder(collection), f"collection {collection!r}"
+        return Writer(self._header, folder, where, _check_step(step), n_bases, partial(self._problem_table, collection))
 
     def add_probes(
         self,
@@ -280,7 +283,7 @@ class Store:
         """Hide every row so far of some problems from all later views; they may be appended again."""
         self._refuse_read_only()
         with Session(self._header, self._folder(collection)) as session:
-            problems = ProblemTable(session.collection, session.manifest)
+            problems = self._problem_table(collection, session.manifest)
             doomed = problems.rows_of(list(ids), f"collection {collection!r}").tolist()
             if doomed:
                 tombstones = session.manifest.tombstones | dict.fromkeys(doomed, session.manifest.rows)
@@ -333,6 +336,7 @@ class Store:
         names = self.collections if collection is None else [check_name(collection)]
         for name in names:
             self._snapshots.pop(name, None)
+            self._problem_tables.pop(name, None)
         return compact(self._header, [self._folder(name) for name in names], keep)
 
     def info(self) -> dict[str, Any]:
@@ -362,15 +366,23 @@ class Store:
         cached = self._snapshots.get(collection)
         if cached is not None and cached.manifest == snapshot.manifest:
             return cached
+        snapshot.problems = self._problem_table(collection, snapshot.manifest)
         if self._codes_of is not None:
             snapshot.codes = self._codes_of(folder, snapshot.manifest)
         self._snapshots[collection] = snapshot
         return snapshot
 
+    def _problem_table(self, collection: str, manifest: Manifest) -> ProblemTable:
+        """The problems that a manifest names; those read last if they are the same, which rows do not change."""
+        known = self._problem_tables.get(collection)
+        if known is None or not known.serves(manifest):
+            known = self._problem_tables[collection] = ProblemTable(self._folder(collection), manifest)
+        return known
+
     def _add(self, collection: str, ids: list[str], where: str, write: Callable[[Path], int]) -> int:
         """Write what stands beside the rows of known problems; returns its number."""
         with Session(self._header, self._folder(collection)) as session:
-            ProblemTable(session.collection, session.manifest).rows_of(ids, where)
+            self._problem_table(collection, session.manifest).rows_of(ids, where)
             session.unpublished = True
             number = write(session.collection)
             session.unpublished = False

@@ -3,9 +3,10 @@
 D sketch dimensions, P problems of one append.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -15,6 +16,7 @@ import numpy as np
 from gradstore.appender import Appender
 from gradstore.errors import RequestError
 from gradstore.header import Header
+from gradstore.manifest import Manifest
 from gradstore.problem_table import ProblemTable
 from gradstore.quantise import encode
 from gradstore.session import Session
@@ -42,12 +44,22 @@ class Writer:
     inside the context publishes nothing more, and what was appended since the last publication is cleared.
     """
 
-    def __init__(self, header: Header, collection: Path, where: str, step: int, n_bases: int = 1) -> None:
+    def __init__(
+        self,
+        header: Header,
+        collection: Path,
+        where: str,
+        step: int,
+        n_bases: int = 1,
+        problems: Callable[[Manifest], ProblemTable] | None = None,
+    ) -> None:
+        """problems: those that a manifest of the collection names, where the store has read them already."""
         self._header = header
         self._collection = collection
         self._where = where
         self._step = step
         self._n_bases = n_bases
+        self._problems_of = problems or partial(ProblemTable, collection)
         self._session: Session | None = None
         self._failed = False
 
@@ -56,7 +68,7 @@ class Writer:
             raise RequestError(f"{self._where}: this writer is already open; ask the store for another")
         self._session = Session(self._header, self._collection)
         manifest = self._session.manifest
-        self._problems = ProblemTable(self._collection, manifest)
+        self._problems = self._problems_of(manifest)
         self._reasons = manifest.reasons
         self._bases = manifest.bases
         self._appender = Appender(

@@ -55,7 +55,7 @@ def t_test(rewards_G: np.ndarray, derivatives_G: np.ndarray) -> tuple[float, flo
     t = r * np.sqrt((n - 2) / max(1 - r * r, 1e-12))
     counts = np.unique(derivatives_G, return_counts=True)[1]
     log_orders = special.gammaln(n + 1) - special.gammaln(counts + 1).sum()  # G! / prod c! over equal ones
-    return float(t), float(max(stats.t.sf(t, n - 2), np.exp(-log_orders)))
+    return float(t), float(max(special.stdtr(n - 2, -t), np.exp(-log_orders)))
 
 
 def correlation(rewards_G: np.ndarray, derivatives_G: np.ndarray) -> float:

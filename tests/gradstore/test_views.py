@@ -251,3 +251,33 @@ def test_default_chunks_hold_about_eight_mebibytes(tmp_path: Path) -> None:
     assert default_chunk_rows(4096, "int4") == 4096
     assert default_chunk_rows(3, "int8") == 16384
     assert default_chunk_rows(1 << 26, "fp32") == 1
+
+
+def test_problems_read_once_serve_until_they_change(new_store: Callable, tools: dict, monkeypatch) -> None:
+    """A trainer publishes at every step; a million ids read again each time would cost more than its rows. Problems
+    added by another store, deleted or compacted must still be seen at once."""
+    from gradstore import problem_table
+
+    store = new_store(n=5)
+    rows, reads = np.eye(5, store.dim, dtype=np.float32), []
+    read = problem_table._read_part
+    monkeypatch.setattr(problem_table, "_read_part", lambda *given: reads.append(1) or read(*given))
+    for step in range(3):
+        with store.writer("pool", step=step) as writer:
+            writer.append([f"p{i}" for i in (4, 2, 0, 1, 3)], rows)
+        assert store.view("pool").ids.tolist() == [f"p{i}" for i in range(5)]
+    assert len(reads) == 1
+    other = gradstore.open(store.path, "a")
+    other.add_problems("pool", [{"id": "new", "prompt": "?"}])
+    with store.writer("pool", step=3) as writer:
+        writer.append(["new"], rows[:1])
+    other.delete("pool", ["p0"])
+    assert store.view("pool").ids.tolist() == ["p1", "p2", "p3", "p4", "new"]
+    other.compact("pool")
+    with store.writer("pool", step=4) as writer:
+        writer.append(["new", "p4"], rows[:2])
+        with pytest.raises(gradstore.RequestError, match="'p0' is not in the collection"):
+            writer.append(["p0"], rows[:1])
+        writer.publish()
+    assert store.view("pool").ids.tolist() == ["p1", "p2", "p3", "p4", "new"]
+    assert store.view("pool").steps.tolist() == [2, 2, 2, 4, 4]

@@ -23,6 +23,10 @@ from gradstore.errors import RequestError
 _STEPS_BACK = 4
 """Newest steps whose probes count."""
 _FEWEST = 3
+_MOST = 1024
+"""Newest probes that count: each is compared with every problem."""
+_AT_ONCE = 1 << 20
+"""Pairs of a problem and a probe that are compared at once."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -44,18 +48,31 @@ class Calibration:
         return {"gain": usual, "gain_low": low, "gain_high": high, "left": self.left, "n_probes": self.n}
 
 
-def local_ratios(similar_PK: np.ndarray, sketched_K: np.ndarray, probed_K: np.ndarray) -> tuple[np.ndarray, float]:
-    """Slopes of probed on sketched through the origin, float64 [P], for each problem and for all.
+class LocalRatios:
+    """Slopes of probed on sketched dots through the origin, for any problem from those that were probed.
 
     Problem k counts similar^2, nothing where that is negative, and all together once more as if they were one problem
     that is wholly alike. 0 at least.
     """
-    squares, products = sketched_K**2, probed_K * sketched_K
-    usual = float(products.sum() / (squares.sum() or 1.0))
-    weight_PK = np.maximum(similar_PK, 0.0) ** 2
-    one = squares.mean() or 1.0
-    slope_P = (weight_PK @ products + one * usual) / (weight_PK @ squares + one)
-    return np.maximum(slope_P, 0.0), max(usual, 0.0)
+
+    def __init__(self, rows_KD: np.ndarray, sketched_K: np.ndarray, probed_K: np.ndarray) -> None:
+        """rows_KD: unit sketches of the probed problems, float32."""
+        squares_K, products_K = sketched_K**2, probed_K * sketched_K
+        self._usual = float(products_K.sum() / (squares_K.sum() or 1.0))
+        self._one = float(squares_K.mean()) or 1.0
+        self._rows_KD = rows_KD
+        self._sums_K2 = np.stack([products_K, squares_K], axis=1).astype(np.float32)
+        self.usual = max(self._usual, 0.0)
+        """Of all, and of a problem that is like none."""
+
+    def __call__(self, rows_PD: np.ndarray) -> np.ndarray:
+        """Of problems with these unit sketches, float64 [P]; memory for P x K numbers."""
+        similar_PK = rows_PD @ self._rows_KD.T
+        np.maximum(similar_PK, 0.0, out=similar_PK)
+        np.square(similar_PK, out=similar_PK)
+        products_P, squares_P = (similar_PK @ self._sums_K2).T.astype(np.float64)
+        slope_P: np.ndarray = (products_P + self._one * self._usual) / (squares_P + self._one)
+        return np.maximum(slope_P, 0.0)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -100,21 +117,26 @@ def probed_at(store: Store, pool: str, benchmarks: Sequence[str], step: int) -> 
 
 
 def calibrate(view: View, ids: Sequence[str], probes: Sequence[Probed], length: float) -> Calibration | None:
-    """Gains for problems by their newest rows in a view; length: of the target now; None with fewer than 3 probes."""
+    """Gains for problems by their newest rows in a view; None with fewer than 3 probes.
+
+    probes: of several steps, newest first. length: of the target now.
+    """
     if sum(len(own.dots) for own in probes) < _FEWEST:
         return None
-    rows_KD = np.concatenate([own.rows for own in probes])
-    sketched_K = np.concatenate([own.sketched for own in probes])
-    probed_K = np.concatenate([own.dots for own in probes])
-    errors_K = np.concatenate([own.errors for own in probes])
+    rows_KD, sketched_K, probed_K, errors_K = (
+        np.concatenate([getattr(own, name) for own in probes])[:_MOST]
+        for name in ("rows", "sketched", "dots", "errors")
+    )
+    ratios = LocalRatios(rows_KD, sketched_K, probed_K)
     place_P = view.find(list(ids))
-    live_P = (place_P >= 0) & np.append(view.live, False)[place_P]
-    similar_PK = np.zeros((len(ids), len(rows_KD)))
-    similar_PK[live_P] = view.rows(place_P[live_P]) @ rows_KD.T
-    gains_P, usual = local_ratios(similar_PK, sketched_K, probed_K)
-    own_K, _ = local_ratios((rows_KD @ rows_KD.T).astype(np.float64), sketched_K, probed_K)
-    left = max(float(np.mean((probed_K - own_K * sketched_K) ** 2)) - float(np.mean(errors_K**2)), 0.0)
-    return Calibration(gains_P, left / ((usual * length) ** 2 or 1.0), length, len(probed_K))
+    live = np.flatnonzero((place_P >= 0) & np.append(view.live, False)[place_P])
+    gains_P = np.full(len(ids), ratios.usual)
+    done = 0
+    for block, rows_BD in view.scan(place_P[live], max(1, _AT_ONCE // len(rows_KD))):
+        gains_P[live[done : done + len(block)]] = ratios(rows_BD)
+        done += len(block)
+    left = max(float(np.mean((probed_K - ratios(rows_KD) * sketched_K) ** 2)) - float(np.mean(errors_K**2)), 0.0)
+    return Calibration(gains_P, left / ((ratios.usual * length) ** 2 or 1.0), length, len(probed_K))
 
 
 def aim(store: Store, benchmarks: Sequence[str], step: int) -> tuple[np.ndarray, float]:

@@ -113,7 +113,7 @@ def standing(
     """Where problems stand at a step, against a direction (None: without one).
 
     benchmarks: whose targets at past steps the staleness model is fitted with. n_rollouts: of a new group. trained:
-    what the steps since the first round went along. probed: probes of the steps before.
+    what the steps since the first round went along. probed: probes of the steps before, newest first.
     """
     view = store.view(pool, step)
     place_P = places(list(ids), view.ids)
@@ -156,7 +156,7 @@ def standing(
     lengths_P, length_sd_P, motion, calibration = norms_P, np.zeros(len(ids)), None, None
     if direction_D is not None:
         fresh = probed_at(store, pool, benchmarks, step)
-        known = [*probed, *([] if fresh is None else [fresh])]
+        known = [*([] if fresh is None else [fresh]), *probed]
         calibration = calibrate(view, ids, known, aim(store, benchmarks, step)[1]) if known else None
         lengths_P, length_sd_P, motion = lengths(history, ids, rows, trained, step)
         now_P = (steps_P == step) & live_P | ~np.isfinite(lengths_P)

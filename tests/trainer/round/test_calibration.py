@@ -7,22 +7,24 @@ import gradstore
 from engine.gradients.objectives import objective
 from engine.probing.batch import ProbeBatch
 from engine.rollouts.group import Group
-from trainer.round.calibration import aim, calibrate, local_ratios, probed_at, probed_before
+from trainer.round.calibration import LocalRatios, aim, calibrate, probed_at, probed_before
 
 
 def test_local_ratios_are_the_slow_loop() -> None:
     """One problem after another, by the formula."""
     random = np.random.default_rng(0)
-    similar, sketched, probed = random.uniform(-1, 1, (7, 20)), random.normal(size=20), random.normal(2, 1, 20)
-    found, usual = local_ratios(similar, sketched, probed)
-    assert usual == pytest.approx(max(sum(probed * sketched) / sum(sketched**2), 0.0))
+    rows, known = random.normal(size=(7, 3)).astype(np.float32), random.normal(size=(20, 3)).astype(np.float32)
+    similar, sketched, probed = rows @ known.T, random.normal(size=20), random.normal(2, 1, 20)
+    ratios = LocalRatios(known, sketched, probed)
+    found = ratios(rows)
+    assert ratios.usual == pytest.approx(max(sum(probed * sketched) / sum(sketched**2), 0.0))
     one = np.mean(sketched**2)
     for place in range(7):
         top, bottom = one * sum(probed * sketched) / sum(sketched**2), one
         for k in range(20):
             weight = max(similar[place, k], 0.0) ** 2
             top, bottom = top + weight * probed[k] * sketched[k], bottom + weight * sketched[k] ** 2
-        assert found[place] == pytest.approx(max(top / bottom, 0.0))
+        assert found[place] == pytest.approx(max(top / bottom, 0.0), rel=1e-5)
 
 
 def test_problems_of_two_kinds_have_two_ratios(tmp_path) -> None:
