@@ -20,7 +20,7 @@ TokenLogprobs = Sequence[Sequence[np.ndarray]]
 
 
 class Reference:
-    """Gives groups their log-probabilities under a reference policy: `[reference(group) for group in groups]`."""
+    """Gives groups their log-probabilities under a reference policy, one by one or many together (`of`)."""
 
     def __init__(self, model: nn.Module, *, temperature: float = 1.0, token_budget: int = 2048) -> None:
         """temperature: the objective's. token_budget: tokens of a micro-batch, with padding."""
@@ -39,13 +39,20 @@ class Reference:
 
         RequestError for a sequence that the reference cannot run (context, vocabulary).
         """
-        if not group.has_signal:
-            return group
-        self._pass.check(group)
+        return self.of([group])[0]
+
+    def of(self, groups: Sequence[Group]) -> list[Group]:
+        """The groups, each as by a call of its own; under FSDP2 all ranks call this together, each with its own."""
+        places = [place for place, group in enumerate(groups) if group.has_signal]
+        for place in places:
+            self._pass.check(groups[place])
         with evaluating(self.model):
-            found = response_logprobs(self._pass, [group])[0]
+            found = response_logprobs(self._pass, [groups[place] for place in places])
             reshard(self.model)
-        return replace(group, reference_logprobs=found)
+        filled = list(groups)
+        for place, logprobs in zip(places, found, strict=True):
+            filled[place] = replace(groups[place], reference_logprobs=logprobs)
+        return filled
 
 
 def response_logprobs(runner: GradientPass, groups: Sequence[Group]) -> list[list[np.ndarray]]:

@@ -98,6 +98,8 @@ def sketched_and_summed(sketcher: Sketcher, groups: Sequence[Group]) -> tuple[Sk
 
 def factor(group: Group, trained: Objective, wanted: Objective) -> float | None:
     """What turns the group's gradient under one objective into that under another; None where no number does."""
+    if trained == wanted and not wanted.importance:
+        return 1.0
     for rule in (trained, wanted):
         if rule.importance or rule.kl_beta:
             return None

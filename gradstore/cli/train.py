@@ -1,6 +1,7 @@
 """`train`: reinforcement learning with a selection each round, by the embedded trainer or by verl."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -45,6 +46,13 @@ def train(
     clip_grad: Annotated[float, typer.Option(help="Largest norm of a step's gradient.")] = 1.0,
     minibatches: Annotated[int, typer.Option(min=1, help="Updates a step is dealt to; above 1 with PPO's clip.")] = 1,
     objective: Annotated[str, typer.Option(help="Preset of the update: grpo, dr_grpo, gradalign.")] = "grpo",
+    kl_beta: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            help="Weight of GRPO's KL term to the model as it is at first; sketches then have the update's objective.",
+        ),
+    ] = 0.0,
     lora_rank: Annotated[int, typer.Option(min=0, help="Train adapters of this rank; 0: all weights.")] = 0,
     observe: Annotated[bool, typer.Option(help="Sketch the training rollouts too.")] = True,
     save_every: Annotated[int, typer.Option(min=0, help="Steps between checkpoints; 0: after each round.")] = 0,
@@ -72,6 +80,7 @@ def train(
     assert out is not None
 
     import gradstore
+    from engine import Reference
     from engine import objective as preset
     from engine.gradients.models import load_model, load_tokenizer
     from trainer.local.grpo import Learner, UpdateSettings
@@ -86,18 +95,24 @@ def train(
     records = gradstore.read_problems(pool)
     benchmarks = {name: gradstore.read_problems(path) for name, path in map(_benchmark, benchmark or [])}
     rate = lr if lr is not None else LORA_LEARNING_RATE if lora_rank else LEARNING_RATE
+    tokenizer, reference, rule = load_tokenizer(model), None, preset(objective)
+    if kl_beta:
+        frozen = load_model(model, device=device, dtype="float32").requires_grad_(False)
+        reference = Reference(frozen, temperature=rule.temperature)
+        rule = replace(rule, kl_beta=kl_beta, reference=reference.digest)
+        rounds = replace(rounds, spec=replace(rounds.spec, objective=rule))
     update = UpdateSettings(
         lr=rate,
         weight_decay=weight_decay,
         clip_grad=clip_grad,
-        objective=preset(objective),
+        objective=rule,
         minibatches=minibatches,
     )
     # Weights in float32: in half precision small updates are lost, and a probe would measure rounding.
     network: Any = load_model(model, device=device, dtype="float32")
     network = with_adapters(network, lora_rank, seed) if lora_rank else network.requires_grad_(True)
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature)
-    policy = LocalPolicy(network, load_tokenizer(model), load_reward(reward), sampling)
+    policy = LocalPolicy(network, tokenizer, load_reward(reward), sampling, reference=reference)
     loop = LoopSettings.of(rounds, train_rollouts, save_every=save_every, observe=observe)
 
     def tell(values: Any, step: int) -> None:

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 import gradstore
+from engine import Reference, objective
+from engine.gradients.models import load_model
 from trainer.demo import tasks
 from trainer.demo.run import MODEL
 
@@ -70,6 +72,24 @@ def test_adapters(cli, files: Path) -> None:
     assert found[0] == 0, found[2]
     assert (files / "run" / "model" / "adapter_model.safetensors").exists()
     assert not (files / "run" / "model" / "model.safetensors").exists()
+
+
+def test_a_kl_term_in_updates_and_sketches(cli, files: Path) -> None:
+    """LearnAlign in rounds: warm up, choose once, by gradients with a KL term to the model that training began from."""
+    learnalign = [*SETTINGS[:-2], "mode=learnalign", "warm_up=1", "once=true", "fit_problems=20"]
+    found = cli(*_arguments(files, "--kl-beta", "0.5", "--json"), *learnalign)
+    assert found[0] == 0, found[2]
+    store = gradstore.open(files / "run" / "store")
+    rule = store.fingerprint["objective"]
+    digest = Reference(load_model(MODEL, device="cpu")).digest
+    assert rule == objective("grpo", kl_beta=0.5, reference=digest).as_dict()
+    assert [found.about["warm_up"] for found in store.rounds("pool")] == [True, False]
+    other = cli(*_arguments(files, "--kl-beta", "0.1", "--resume"), *learnalign)
+    assert other[0] == 2
+    probes = cli(*_arguments(files, "--kl-beta", "0.5", "--out", str(files / "other")), *SETTINGS[:-2], "mode=lcb")
+    assert probes[0] == 2
+    assert "leave kl_beta out" in probes[2]
+    assert not (files / "other").exists()
 
 
 def test_options_that_verl_would_not_see_are_refused(cli) -> None:

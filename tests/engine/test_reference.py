@@ -124,6 +124,11 @@ def test_a_reference_gives_its_logprobs(make_model, make_groups) -> None:
     assert filled.responses is group.responses
     equal = replace(group, rewards=np.ones(4))
     assert Reference(model)(equal) is equal, "nothing is computed for a problem without signal"
+    together = Reference(model, temperature=0.7, token_budget=40).of([equal, group, *make_groups(2, seed=9)])
+    assert together[0] is equal
+    for one, other in zip(together[1].reference_logprobs, filled.reference_logprobs, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+    assert all(len(own.reference_logprobs) == len(own.responses) for own in together[2:])
 
 
 def test_batching_and_shared_prompts_do_not_matter(make_model, make_groups) -> None:

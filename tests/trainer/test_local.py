@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine import Sketcher, SketchSpec, objective, validation_gradient
+from engine import Reference, Sketcher, SketchSpec, objective, validation_gradient
 from engine.gradients.objectives import rollout_weights
 from engine.rollouts.group import Group, joined
 from gradstore import RequestError, State
@@ -215,6 +215,37 @@ def test_probes_do_not_depend_on_what_was_probed_before(policy: LocalPolicy, gro
     policy.step += 1
     with pytest.raises(RequestError, match="at step 1"):
         policy.probe(groups[4:])
+
+
+def test_rollouts_know_the_reference(model: Any, tiny_tokenizer: Any) -> None:
+    """A KL term in updates and sketches is to the model that training began from: rows that dropped it, or had it to
+    the policy itself, would still rank."""
+    first = copy.deepcopy(model)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(0.05 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)))
+    policy = LocalPolicy(model, tiny_tokenizer, VOWELS, Sampling(max_new_tokens=24), reference=Reference(first))
+    groups = policy.roll_out(PROBLEMS, 8, seed=3)
+    assert [g.reference_logprobs is not None for g in groups] == [group.has_signal for group in groups]
+    rule = objective("grpo", kl_beta=0.5, reference=Reference(first).digest)
+    policy.fit(SketchSpec(rank=4, objective=rule), groups)
+    bare = [replace(group, reference_logprobs=None) for group in groups]
+    expected = Sketcher(model, SketchSpec(rank=4, objective=rule)).sketch([Reference(first)(group) for group in bare])
+    settings = UpdateSettings(lr=1e-2, objective=rule)
+    learner, plain = Learner(copy.deepcopy(model), settings), Learner(copy.deepcopy(model), settings)
+    plain.step(groups)
+    policy.model, sketcher = learner.model, Sketcher(learner.model, SketchSpec(rank=4, objective=rule))
+    _, found = learner.step_and_sketch(groups, sketcher)
+    place = [found.ids.index(name) for name in expected.ids]
+    np.testing.assert_allclose(found.sketches[place], expected.sketches, rtol=1e-3, atol=1e-5)
+    for weight, other in zip(learner.model.parameters(), plain.model.parameters(), strict=True):
+        assert torch.equal(weight, other)
+    without = Sketcher(model, SketchSpec(rank=4, objective=objective("grpo"))).sketch(bare)
+    assert np.abs(without.sketches - expected.sketches).max() > 1e-2 * np.abs(expected.sketches).max()
+    for reference in (None, Reference(model)):
+        other_policy = LocalPolicy(model, tiny_tokenizer, VOWELS, Sampling(), reference=reference)
+        with pytest.raises(RequestError, match="KL term to the reference"):
+            other_policy.fit(SketchSpec(rank=4, objective=rule), groups)
 
 
 def test_only_adapters_train_with_lora(tiny_model: Any, groups: list[Group]) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from engine.gradients.directions import Direction
+from engine.gradients.logprobs import Reference
 from engine.gradients.objectives import Objective
 from engine.probing.batch import ProbeBatch
 from engine.probing.calibration import Calibration
@@ -52,10 +53,12 @@ class LocalPolicy:
         sampling: Sampling | None = None,
         *,
         token_budget: int = 16_384,
+        reference: Reference | None = None,
     ) -> None:
-        """token_budget: tokens of a micro-batch when gradients are measured, with padding."""
+        """token_budget: tokens of a micro-batch when gradients are measured, with padding. reference: gives its
+        log-probabilities to all rollouts, for objectives with a KL term to it."""
         self.model, self.tokenizer, self.reward = model, tokenizer, reward
-        self.sampling, self.token_budget = sampling or Sampling(), token_budget
+        self.sampling, self.token_budget, self.reference = sampling or Sampling(), token_budget, reference
         self.backend = TransformersBackend(model, tokenizer, batch_tokens=self.sampling.batch_tokens)
         self.step = 0
         """Training steps done; whoever trains the model counts."""
@@ -78,7 +81,7 @@ class LocalPolicy:
         ids = [response.token_ids for responses in found for response in responses]
         texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
         rewards = self.reward.many([(problems[k // n], text, k % n) for k, text in enumerate(texts)])
-        return [
+        groups = [
             Group(
                 problem["id"],
                 np.array(prompts[i], np.int64),
@@ -88,16 +91,17 @@ class LocalPolicy:
             )
             for i, problem in enumerate(problems)
         ]
+        return groups if self.reference is None else self.reference.of(groups)
 
     def fit(self, spec: SketchSpec, groups: Sequence[Group], benchmark: Sequence[Group] = ()) -> SketcherFiles:
-        spec = replace(spec, token_budget=self.token_budget)
+        spec = self._checked(spec)
         fitted = spec.basis == "fitted"
         projection = fit_projection(self.model, groups, spec, benchmark=benchmark) if fitted else None
         self._sketcher = Sketcher(self.model, spec, projection)
         return files_of(self._sketcher)
 
     def use(self, fingerprint: dict, attachments: Mapping[str, bytes]) -> None:
-        spec = replace(SketchSpec.of(fingerprint), token_budget=self.token_budget)
+        spec = self._checked(SketchSpec.of(fingerprint))
         self._sketcher = sketcher_from(self.model, fingerprint, attachments, spec)
 
     def sketch(self, groups: Sequence[Group]) -> SketchBatch:
@@ -124,6 +128,16 @@ class LocalPolicy:
         if self._probe is None or self._probe[0] != self.step:
             raise RequestError(f"the policy has no direction to probe along at step {self.step}: call `aim` first")
         return self._probe[1].probe(groups, self._known_logprobs(groups))
+
+    def _checked(self, spec: SketchSpec) -> SketchSpec:
+        """With this policy's micro-batches; RequestError where it has a KL term to another reference than this one."""
+        own = None if self.reference is None else self.reference.digest
+        if spec.objective.kl_beta and (own is None or spec.objective.reference not in (None, own)):
+            raise RequestError(
+                f"the sketches have a KL term to the reference {spec.objective.reference or 'of the rollouts'}, the "
+                f"policy has {'none' if own is None else own}"
+            )
+        return replace(spec, token_budget=self.token_budget)
 
     def _known_logprobs(self, groups: Sequence[Group]) -> list[Sequence[np.ndarray]] | None:
         """Of rollouts of the policy as it is, where they are at the objective's temperature."""

@@ -209,6 +209,7 @@ def _rows(records: Sequence[Mapping[str, Any]], groups: Sequence[Group], step: i
                 prompt_ids=group.prompt_ids,
                 response_ids=response_ids,
                 logprobs=None if group.logprobs is None else group.logprobs[j],
+                reference_logprobs=None if group.reference_logprobs is None else group.reference_logprobs[j],
                 source=record.get("source", ""),
                 ground_truth=record.get("ground_truth", ""),
                 tags=list(record.get("tags", ())),

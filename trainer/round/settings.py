@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from engine.searching.targets import Aggregate
 from engine.selecting.diversity import Diversity
+from engine.selecting.mixture import parts_of
 from engine.selecting.quotas import parse_quotas
 from engine.sketches.sketcher import SketchSpec
 from gradstore.errors import RequestError
@@ -123,6 +124,8 @@ class RoundSettings:
             raise RequestError(
                 f"explore is {self.explore} and boundary {self.boundary}, expected shares, together at most 1"
             )
+        if self.spec.objective.kl_beta and any(part.selector.needs_probes for part in parts_of(self.selector)):
+            raise RequestError(f"selector {self.selector!r} goes by probes, which have no KL term: leave kl_beta out")
         if self.candidates is not None:
             self.n_selected(self.candidates)
 

@@ -82,8 +82,8 @@ class VerlSettings:
             )
         if spec.objective.kl_beta:
             raise RequestError(
-                f"{NODE}.spec.objective.kl_beta: rounds have no reference policy's log-probabilities; leave it out, or "
-                "keep rollouts and sketch them with `gradstore collect --reference`"
+                f"{NODE}.spec.objective.kl_beta: rounds in verl have no reference policy's log-probabilities; leave it "
+                "out, keep rollouts and sketch them with `gradstore collect --reference`, or train with --backend local"
             )
         options["store"] = Path(options["store"]).expanduser().absolute()
         options["benchmarks"] = {
