@@ -1,0 +1,133 @@
+"""What a round decides and keeps by itself, as the pool grows: a policy that costs next to nothing in place of a model.
+
+    python -m benchmarks.rounds [--candidates 20000] [--dim 1024] [--rounds 3] [--budget 0.05]
+
+Rollouts are drawn rewards, a sketch is a problem's own direction and noise, a probe its dot with the benchmark's mean
+and noise: made in arrays, so that the seconds of `plan`, `select` and `store` are those of a run with a model. The
+first round looks at every candidate with 4 rollouts; each round measures the budget with 8, and keeps the training
+rollouts of what it picked, a twentieth.
+"""
+
+import resource
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+
+import gradstore
+from engine.gradients.objectives import objective
+from engine.probing.batch import ProbeBatch
+from engine.probing.calibration import Calibration
+from engine.rollouts.group import Group
+from engine.sketches.bases import SketcherFiles
+from engine.sketches.sketcher import SketchBatch, SketchSpec
+from gradstore import State
+from gradstore.cli.show import print_table, say
+from trainer.round.driver import Rounds
+from trainer.round.settings import RoundSettings
+
+RESPONSE = np.array([1])
+
+
+class CheapPolicy:
+    """Gradients of low rank with noise, the same for a problem at every step."""
+
+    def __init__(self, dim: int) -> None:
+        self.step, self.dim = 0, dim
+        self._base_RD = np.random.default_rng(0).standard_normal((16, dim), dtype=np.float32)
+        self._target_D = np.zeros(dim, np.float32)
+
+    def roll_out(self, problems: Sequence[Mapping[str, Any]], n: int, *, seed: int) -> list[Group]:
+        rewards_PG = np.random.default_rng([seed, self.step]).integers(0, 2, (len(problems), n)).astype(float)
+        return [Group(p["id"], RESPONSE, [RESPONSE] * n, own) for p, own in zip(problems, rewards_PG, strict=True)]
+
+    def fit(self, spec: SketchSpec, groups: Sequence[Group], benchmark: Sequence[Group] = ()) -> SketcherFiles:
+        return SketcherFiles(self.dim, {"made": "up"}, {})
+
+    def use(self, fingerprint: dict, attachments: Mapping[str, bytes]) -> None:
+        pass
+
+    def sketch(self, groups: Sequence[Group]) -> SketchBatch:
+        live_P = np.array([group.has_signal for group in groups])
+        return SketchBatch(
+            [group.problem_id for group in groups],
+            np.where(live_P[:, None], self._gradients(groups), 0),
+            [State.LIVE if live else State.NO_SIGNAL for live in live_P],
+            [""] * len(groups),
+            np.array([group.pass_rate for group in groups], np.float32),
+            np.array([len(group.responses) for group in groups], np.int32),
+            0,
+        )
+
+    def aim(self, groups: Sequence[Group]) -> SketchBatch:
+        self._target_D = self._gradients(groups).mean(axis=0)
+        return self.sketch(groups)
+
+    def probe(self, groups: Sequence[Group], like: Calibration | None = None) -> ProbeBatch:
+        dots_P = self._gradients(groups) @ self._target_D
+        random = np.random.default_rng(self.step)
+        derivatives = [
+            4 * dot * (group.rewards - group.rewards.mean()) + random.standard_normal(len(group.rewards))
+            for group, dot in zip(groups, dots_P.tolist(), strict=True)
+        ]
+        return ProbeBatch.of(groups, derivatives, objective("gradalign"))
+
+    def _gradients(self, groups: Sequence[Group]) -> np.ndarray:
+        """A problem's shares of the common directions follow from its number; the noise is drawn."""
+        numbers_P = np.array([int(group.problem_id[1:]) for group in groups])
+        shares_PR = np.cos(numbers_P[:, None] * np.arange(1, 17) * 0.7).astype(np.float32)
+        random = np.random.default_rng([self.step, len(groups)])
+        return shares_PR @ self._base_RD + random.standard_normal((len(groups), self.dim), dtype=np.float32)
+
+
+def main(
+    candidates: Annotated[int, typer.Option(help="Problems of the pool, all of them candidates.")] = 20_000,
+    dim: Annotated[int, typer.Option(help="Dimensions of a sketch.")] = 1024,
+    rounds: Annotated[int, typer.Option(help="Rounds; the first looks at every candidate.")] = 3,
+    budget: Annotated[float, typer.Option(help="Share of the candidates measured anew in a round.")] = 0.05,
+) -> None:
+    """Seconds of each round's stages, and the most memory of the process."""
+    picked, measured = candidates // 20, round(budget * candidates)
+    settings = RoundSettings(
+        selector="lcb",
+        refresh=measured,
+        first_look=4,
+        selected=picked,
+        train_batch=max(1, picked // 10),
+        steps=10,
+        rounds=rounds,
+        rollouts=8,
+        target_rollouts=8,
+        window=512,
+        spec=SketchSpec(basis="fitted", rank=16, dim=dim),
+    )
+    pool = [{"id": f"p{i:07d}", "prompt": "?"} for i in range(candidates)]
+    benchmark = [{"id": f"v{i:07d}", "prompt": "?"} for i in range(43)]
+    with tempfile.TemporaryDirectory(prefix="gradstore-rounds-") as folder:
+        policy, path = CheapPolicy(dim), Path(folder) / "store"
+        chooser, seconds = Rounds(path, pool, {"benchmark": benchmark}, settings), []
+        for _ in range(rounds):
+            started = time.monotonic()
+            ids = chooser.next(policy).ids
+            seconds.append(time.monotonic() - started)
+            for _ in range(settings.steps):
+                batch = [{"id": name} for name in ids[: settings.train_batch]]
+                chooser.observe(policy, policy.roll_out(batch, 8, seed=1))
+                policy.step += 1
+        costs = [found.about["costs"] for found in gradstore.open(path).rounds("pool")]
+    stages = sorted({name for own in costs for name in own})
+    rows = [
+        [str(number), *(f"{own.get(name, 0):.2f}" for name in stages), f"{total - sum(own.values()):.2f}"]
+        for number, (own, total) in enumerate(zip(costs, seconds, strict=True))
+    ]
+    title = f"{candidates} candidates x {dim}, {measured} measured in a round, {picked} picked: seconds"
+    print_table(title, ["round", *stages, "the rest"], rows, right=[*stages, "the rest"])
+    say(f"most memory: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.1f} GB")
+
+
+if __name__ == "__main__":
+    typer.run(main)
