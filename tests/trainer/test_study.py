@@ -168,7 +168,14 @@ def test_findings_say_when_intervals_are_apart() -> None:
     near = [row("gradalign", s, 0.6 + 0.3 * (s % 2)) for s in range(4)] + [row("random", s, 0.5) for s in range(4)]
     far = [row("gradalign", s, 0.6 + 0.001 * s) for s in range(4)] + [row("random", s, 0.5) for s in range(4)]
     assert "above in 1 of 1 arms, intervals apart in 0" in findings(near, ["wrong_truths"])[0]
-    assert "above in 1 of 1 arms, intervals apart in 1" in findings(far, ["wrong_truths"])[0]
+    assert (
+        "intervals apart in 1, that of the difference seed by seed above 0 in 1" in findings(far, ["wrong_truths"])[0]
+    )
+    both = [row("gradalign", s, 0.6 + 0.3 * (s % 2)) for s in range(4)]
+    both += [row("random", s, 0.5 + 0.3 * (s % 2) + 0.01 * s) for s in range(4)]  # hard seeds are hard for both
+    assert (
+        "intervals apart in 0, that of the difference seed by seed above 0 in 1" in findings(both, ["wrong_truths"])[0]
+    )
     low = estimate([0.1, 0.2, 0.3])
     assert low.half == pytest.approx(4.3027 * 0.1 / np.sqrt(3), rel=1e-4)  # Student's t, 2 degrees of freedom
 

@@ -38,8 +38,9 @@ def findings(rows: Rows, arms: Sequence[str]) -> list[str]:
 
 
 def _ladder(rows: Rows, arms: Sequence[str], one: str, other: str, claim: str) -> list[str]:
-    """Where one method is above another, and where their intervals are apart."""
-    above, apart, told = [], [], []
+    """Where one method is above another, where their intervals are apart, and where that of the difference, seed by
+    seed, is above 0."""
+    above, apart, surely, told = [], [], [], []
     for arm in arms:
         ours, theirs = of(rows, arm, one), of(rows, arm, other)
         if not (ours and theirs):
@@ -47,10 +48,15 @@ def _ladder(rows: Rows, arms: Sequence[str], one: str, other: str, claim: str) -
         a, b = final_accuracy(ours), final_accuracy(theirs)
         above += [arm] if a.mean > b.mean else []
         apart += [arm] if a.above(b) else []
-        told.append(f"{arm} {a.mean:.3f} against {b.mean:.3f} ({_signed(difference(ours, theirs))})")
+        gain = difference(ours, theirs)
+        surely += [arm] if gain.low > 0 else []
+        told.append(f"{arm} {a.mean:.3f} against {b.mean:.3f} ({_signed(gain)})")
     if not told:
         return []
-    return [f"{claim}: above in {len(above)} of {len(told)} arms, intervals apart in {len(apart)}. {'; '.join(told)}."]
+    return [
+        f"{claim}: above in {len(above)} of {len(told)} arms, intervals apart in {len(apart)}, that of the difference "
+        f"seed by seed above 0 in {len(surely)}. {'; '.join(told)}."
+    ]
 
 
 def _budget(rows: Rows, arms: Sequence[str], name: str) -> list[str]:
