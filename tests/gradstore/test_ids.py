@@ -1,6 +1,7 @@
 """Ids at some positions equal the ids of all, without all of them being read."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 
@@ -38,3 +39,17 @@ def test_ids_of_a_view_from_before_a_merge(new_store: Callable, tools: dict) -> 
     view = gradstore.open(store.path).view("pool")
     store.add_problems("pool", tools["records"](4, first=3))
     assert view.ids_at([2, 0]).tolist() == ["p2", "p0"]
+
+
+def test_few_ids_and_many_are_the_same_strings(tmp_path: Path) -> None:
+    """Few are read from the column's buffers by hand: in parts, at their ends, and with letters of several bytes."""
+    store = gradstore.create(tmp_path / "store", dim=2, fingerprint={})
+    names = [f"{'äß🙂x'[i % 4]}{i}" for i in range(1300)]
+    for part in (names[:700], names[700:1299], names[1299:]):
+        store.add_problems("pool", [{"id": name, "prompt": "?"} for name in part])
+    with store.writer("pool", step=0) as writer:
+        writer.append(names, np.ones((1300, 2)))
+    for places in ([0, 699, 700, 1298, 1299], [1299], [], list(range(1299, -1, -1)), [5, 5]):
+        view = gradstore.open(store.path).view("pool")
+        for _ in range(2):  # from the parts, then from the column they are joined to
+            assert view.ids_at(np.array(places, np.int64)).tolist() == [names[place] for place in places]
