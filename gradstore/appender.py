@@ -2,14 +2,15 @@
 rows.
 
 Nothing here is visible to a reader until a manifest with the new row count and checksums is published; `sync`
-is what must happen before that; in two parts, so that the manifest's own way to the disk can begin meanwhile.
+is what must happen before that, or `syncing`, beside the manifest's own way to the disk.
 """
 
 import errno
 import os
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -50,10 +51,11 @@ class _OpenChunk:
     """Writes on their way: to be waited for before a sync."""
 
     def sync(self) -> None:
-        wait(self.large)  # all of them, before one's error lets the file be closed under another
-        for write in self.large:
-            write.result()
-        self.large.clear()
+        if self.large:
+            wait(self.large)  # all of them, before one's error lets the file be closed under another
+            for write in self.large:
+                write.result()
+            self.large.clear()
         with writing(self.path):
             os.fdatasync(self.descriptor)
 
@@ -90,7 +92,7 @@ class Appender:
 
     @property
     def chunks(self) -> dict[str, tuple[int, ...]]:
-        """Checksums of all rows up to the last `begin_sync`, as a manifest keeps them."""
+        """Checksums of all rows up to the last `settle`, as a manifest keeps them."""
         return {name: tuple(crcs) for name, crcs in self._crcs.items()}
 
     def write(self, columns: Mapping[str, np.ndarray]) -> None:
@@ -108,19 +110,21 @@ class Appender:
 
     def sync(self) -> None:
         """Make every row so far durable."""
-        self.begin_sync()
-        self.finish_sync()
+        with self.syncing():
+            pass
 
-    def begin_sync(self) -> None:
-        """Hand every row so far to the disk; `chunks` is up to date from here on."""
+    def settle(self) -> None:
+        """Wait until every row so far is with the system; `chunks` is up to date from here on."""
         self._wait(0)
-        if not self._dirty:
-            return
-        self._syncs.extend(self._disk.submit(opened.sync) for opened in self._open.values())
-        self._syncs.extend(self._disk.submit(_sync_folder, folder) for folder in self._grown)
 
-    def finish_sync(self) -> None:
-        """Wait until the disk has them."""
+    @contextmanager
+    def syncing(self) -> Iterator[None]:
+        """Every row so far goes to the disk while the block runs, and is there when it ends."""
+        self.settle()
+        if self._dirty:
+            self._syncs.extend(self._disk.submit(opened.sync) for opened in self._open.values())
+            self._syncs.extend(self._disk.submit(_sync_folder, folder) for folder in self._grown)
+        yield
         self._wait_for_syncs(0)
         self._dirty = False
         self._grown.clear()

@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -99,21 +99,21 @@ def write_past_cache(path: Path, data: Any, offset: int) -> None:
         os.close(descriptor)
 
 
-def replace_file(path: Path, data: bytes, before: Callable[[], None] | None = None) -> None:
+def replace_file(path: Path, data: bytes, beside: AbstractContextManager[None] | None = None) -> None:
     """Give a file new content so that a crash at any moment leaves the old content or the new.
 
-    before: called when the new content is on the disk and before it shows; if it raises, the old content stays.
+    beside: entered when the new content is written and left when it is on the disk, before it shows: what else must be
+    there goes to the disk meanwhile. If it raises, the old content stays.
     """
     temporary = path.with_name(f"{TEMPORARY}{path.name}")
     with writing(path):
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
         try:
             write_all(descriptor, data, 0)
-            os.fsync(descriptor)
+            with beside or nullcontext():
+                os.fsync(descriptor)
         finally:
             os.close(descriptor)
-        if before is not None:
-            before()
         os.rename(temporary, path)
         fsync_folder(path.parent)
 

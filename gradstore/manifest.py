@@ -5,7 +5,7 @@ the canonical JSON the checksum is taken over, so a change of any byte of the fi
 """
 
 import json
-from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -104,9 +104,9 @@ def read_manifest(collection: Path) -> Manifest:
     return Manifest.from_bytes(raw, file)
 
 
-def publish_manifest(collection: Path, manifest: Manifest, before: Callable[[], None] | None = None) -> None:
+def publish_manifest(collection: Path, manifest: Manifest, beside: AbstractContextManager[None] | None = None) -> None:
     """Make a manifest, and with it everything it names, the collection's content.
 
-    before: returns when everything it names is on the disk.
+    beside: when it is left, everything that the manifest names is on the disk (`replace_file`).
     """
-    replace_file(collection / MANIFEST, manifest.to_bytes(), before)
+    replace_file(collection / MANIFEST, manifest.to_bytes(), beside)

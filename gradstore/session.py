@@ -5,10 +5,10 @@ Everything that changes a collection (adding problems, appending rows, deleting,
 one.
 """
 
-import contextlib
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -59,26 +59,27 @@ class Session:
             self.close()
             return
         # The first error is the one to tell; what could not be cleared now the next writer clears.
-        with contextlib.suppress(GradstoreError, OSError):
+        with suppress(GradstoreError, OSError):
             self.close()
 
     @property
     def generation(self) -> Path:
         return self.collection / self.manifest.folder
 
-    def publish(self, *, synced: Callable[[], None] | None = None, **changes: Any) -> Manifest:
+    def publish(self, *, syncing: AbstractContextManager[None] | None = None, **changes: Any) -> Manifest:
         """Make changed fields of the manifest the collection's content, under the next commit number.
 
-        synced: returns when what the manifest names is on the disk; called when the manifest itself is.
+        syncing: brings what the manifest names to the disk, beside the manifest itself.
         """
         manifest = replace(self.manifest, commit=self.manifest.commit + 1, **changes)
 
-        def before() -> None:
-            if synced is not None:
-                synced()
+        @contextmanager
+        def beside() -> Iterator[None]:
+            with syncing or nullcontext():
+                yield
             self._in_doubt = True
 
-        publish_manifest(self.collection, manifest, before)
+        publish_manifest(self.collection, manifest, beside())
         self._in_doubt = False
         self.manifest = manifest
         self.unpublished = False

@@ -144,13 +144,13 @@ class Writer:
         self._refuse_failed()
         if self._appender.rows > session.manifest.rows:
             self._failed = True
-            self._appender.begin_sync()
+            self._appender.settle()
             session.publish(
                 rows=self._appender.rows,
                 chunks=self._appender.chunks,
                 reasons=self._reasons,
                 bases=self._bases,
-                synced=self._appender.finish_sync,
+                syncing=self._appender.syncing(),
             )
             self._failed = False
         return session.manifest.commit
