@@ -24,6 +24,7 @@ from gradstore.durable import (
     make_folder,
     preallocate,
     replace_file,
+    syncing_beside,
     write_all,
     write_past_cache,
     writing,
@@ -122,9 +123,11 @@ class Appender:
         """Every row so far goes to the disk while the block runs, and is there when it ends."""
         self.settle()
         if self._dirty:
-            self._syncs.extend(self._disk.submit(opened.sync) for opened in self._open.values())
+            self._syncs.extend(self._disk.submit(opened.sync) for opened in self._open.values() if opened.large)
             self._syncs.extend(self._disk.submit(_sync_folder, folder) for folder in self._grown)
-        yield
+        small = [opened for opened in self._open.values() if self._dirty and not opened.large]
+        with syncing_beside({opened.descriptor: opened.path for opened in small}):
+            yield
         self._wait_for_syncs(0)
         self._dirty = False
         self._grown.clear()

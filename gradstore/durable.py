@@ -8,10 +8,13 @@ old content or the new, never a mixture.
 import errno
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
 from typing import Any
 
 import google_crc32c
@@ -67,6 +70,52 @@ def at_once(work: Callable[[Any], None], items: Iterable[Any]) -> None:
         return
     with ThreadPoolExecutor(min(len(items), 16)) as pool:
         list(pool.map(work, items))
+
+
+Done = tuple[int, BaseException | None]
+"""A descriptor that was synced, or why it was not."""
+_SYNCS_AT_ONCE = 10
+
+
+@contextmanager
+def syncing_beside(path_of: Mapping[int, Path]) -> Iterator[None]:
+    """Open files go to the disk while the block runs, each in a thread of its own, and are there when it ends.
+
+    path_of: descriptor -> the file's path, for what goes wrong. After an error of the block none is still under way.
+    """
+    done: SimpleQueue[Done] = SimpleQueue()
+    jobs = _syncers(os.getpid())
+    for descriptor in path_of:
+        jobs.put((descriptor, done))
+    try:
+        yield
+    finally:
+        finished = [done.get() for _ in path_of]
+    for descriptor, error in finished:
+        if error is not None:
+            with writing(path_of[descriptor]):
+                raise error
+
+
+@cache
+def _syncers(_process: int) -> "SimpleQueue[tuple[int, SimpleQueue[Done]]]":
+    """What threads kept for this take files from: they begin in half the time an executor's do, which is a tenth of a
+    small publication. A forked process has none of its parent's."""
+    jobs: SimpleQueue[tuple[int, SimpleQueue[Done]]] = SimpleQueue()
+
+    def work() -> None:
+        while True:
+            descriptor, done = jobs.get()
+            try:
+                os.fdatasync(descriptor)
+            except BaseException as error:  # noqa: BLE001 (whoever waits raises it)
+                done.put((descriptor, error))
+            else:
+                done.put((descriptor, None))
+
+    for _ in range(_SYNCS_AT_ONCE):
+        Thread(target=work, name="sync", daemon=True).start()
+    return jobs
 
 
 def fsync_folder(folder: Path) -> None:

@@ -8,6 +8,7 @@ import functools
 import os
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -309,3 +310,40 @@ def test_an_error_behind_the_writer_surfaces(new_store: Callable, tools: dict, m
 
 def _refuse(reason: str, *arguments: object) -> None:
     raise OSError(errno.ENOSPC, reason)
+
+
+def test_files_synced_beside_something_else(tmp_path: Path, monkeypatch) -> None:
+    """Publications wait for all of them, whatever happens meanwhile: a descriptor closed under a sync that is still on
+    its way could by then be another file's. And a failure names its file."""
+    from gradstore import durable
+
+    paths = [tmp_path / f"file-{i}" for i in range(25)]  # more than there are threads
+    descriptors = {os.open(path, os.O_RDWR | os.O_CREAT): path for path in paths}
+    synced: list[int] = []
+
+    def slow(descriptor: int) -> None:
+        time.sleep(0.01)
+        synced.append(descriptor)
+
+    monkeypatch.setattr(os, "fdatasync", slow)
+    with durable.syncing_beside(descriptors):
+        begun = len(synced)
+    assert begun < 25
+    assert sorted(synced) == sorted(descriptors)
+    synced.clear()
+    with pytest.raises(ZeroDivisionError), durable.syncing_beside(descriptors):
+        raise ZeroDivisionError
+    assert sorted(synced) == sorted(descriptors)
+
+    def broken(descriptor: int) -> None:
+        if descriptors[descriptor].name == "file-7":
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fdatasync", broken)
+    with pytest.raises(gradstore.GradstoreError, match="file-7: writing failed"), durable.syncing_beside(descriptors):
+        pass
+    monkeypatch.setattr(os, "fdatasync", slow)
+    with durable.syncing_beside(descriptors):  # the threads are there as before
+        pass
+    for descriptor in descriptors:
+        os.close(descriptor)
