@@ -2,6 +2,7 @@
 
     python -m benchmarks.overhead [--shape 13.8m] [--rounds 3] [--train-batch 16] [--benchmark 6] [--refresh 8]
     python -m benchmarks.overhead --shape demo
+    python -m benchmarks.overhead --shape 63m --rounds 1 --repeats 2
     python -m benchmarks.overhead --shape qwen2.5-1.5b --device cuda
 
 The embedded trainer on random weights: prompts are random tokens, a response is paid if most of its tokens are even, so
@@ -65,6 +66,7 @@ SIZES = {
     "tiny": Size(16, 8, 4, 4, 4, 4, 4, 12, 12, rank=4, dim=64),
     "demo": Size(320, 16, 16, 4, 32, 28, 16, rank=8, dim=512, token_budget=16_384),
     "13.8m": Size(128, 32, 16, 10, 6, 8, 8, 64, 64),
+    "63m": Size(128, 32, 16, 10, 6, 8, 8, 64, 64),
     "qwen2.5-1.5b": Size(256, 64, 32, 10, 11, 16, 8, 200, 400, token_budget=16_384),
 }
 

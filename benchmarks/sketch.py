@@ -82,6 +82,7 @@ def _qwen2(hidden: int, intermediate: int, layers: int, heads: int, vocabulary: 
 SHAPES = {
     "tiny": Shape(_qwen2(64, 128, 2, 4, 500), 3, 4, 16, 24),
     "13.8m": Shape(_qwen2(384, 1536, 6, 6, 2000), 8, 8, 96, 96),
+    "63m": Shape(_qwen2(1024, 4096, 4, 8, 2000), 8, 8, 96, 96),
     "qwen2.5-1.5b": Shape(_qwen2(1536, 8960, 28, 12, 151_936), 4, 16, 200, 800, small=False),
 }
 
