@@ -6,7 +6,6 @@ D sketch dimensions, P problems of one append.
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -50,16 +49,16 @@ class Writer:
         collection: Path,
         where: str,
         step: int,
-        n_bases: int = 1,
-        problems: Callable[[Manifest], ProblemTable] | None = None,
+        n_bases: int,
+        problems: Callable[[Manifest], ProblemTable],
     ) -> None:
-        """problems: those that a manifest of the collection names, where the store has read them already."""
+        """problems: those that a manifest of the collection names."""
         self._header = header
         self._collection = collection
         self._where = where
         self._step = step
         self._n_bases = n_bases
-        self._problems_of = problems or partial(ProblemTable, collection)
+        self._problems_of = problems
         self._session: Session | None = None
         self._failed = False
 

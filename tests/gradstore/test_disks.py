@@ -8,7 +8,6 @@ import functools
 import os
 import subprocess
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -320,18 +319,21 @@ def test_files_synced_beside_something_else(tmp_path: Path, monkeypatch) -> None
     paths = [tmp_path / f"file-{i}" for i in range(25)]  # more than there are threads
     descriptors = {os.open(path, os.O_RDWR | os.O_CREAT): path for path in paths}
     synced: list[int] = []
+    may_end = threading.Event()
 
-    def slow(descriptor: int) -> None:
-        time.sleep(0.01)
+    def held(descriptor: int) -> None:
+        assert may_end.wait(60)
         synced.append(descriptor)
 
-    monkeypatch.setattr(os, "fdatasync", slow)
+    monkeypatch.setattr(os, "fdatasync", held)
     with durable.syncing_beside(descriptors):
-        begun = len(synced)
-    assert begun < 25
+        assert not synced
+        may_end.set()
     assert sorted(synced) == sorted(descriptors)
     synced.clear()
+    may_end.clear()
     with pytest.raises(ZeroDivisionError), durable.syncing_beside(descriptors):
+        threading.Timer(0.05, may_end.set).start()
         raise ZeroDivisionError
     assert sorted(synced) == sorted(descriptors)
 
@@ -342,7 +344,7 @@ def test_files_synced_beside_something_else(tmp_path: Path, monkeypatch) -> None
     monkeypatch.setattr(os, "fdatasync", broken)
     with pytest.raises(gradstore.GradstoreError, match="file-7: writing failed"), durable.syncing_beside(descriptors):
         pass
-    monkeypatch.setattr(os, "fdatasync", slow)
+    monkeypatch.setattr(os, "fdatasync", held)
     with durable.syncing_beside(descriptors):  # the threads are there as before
         pass
     for descriptor in descriptors:

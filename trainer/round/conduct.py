@@ -29,7 +29,7 @@ from trainer.round.aged import aged_parts, aged_scores, with_old_sketches
 from trainer.round.calibration import Probed, probed_before
 from trainer.round.journal import Journal, Plan
 from trainer.round.lengths import Trained, trained_toward
-from trainer.round.measuring import Costs, Measured, Windows, aim, sketch_collection
+from trainer.round.measuring import Costs, Measured, Windows, sketch_benchmarks, sketch_collection
 from trainer.round.policy import Policy
 from trainer.round.recording import about_round, round_table
 from trainer.round.refresh import Outlook, choose, straddling
@@ -149,7 +149,7 @@ class Conduct:
         run = self.run
         journal = Journal(store, run.pool, self.number, self.step, self.target_key)
         if run.needs_probes and self.windows_of:
-            aim(store, self.windows_of, self.policy, self.costs)
+            sketch_benchmarks(store, self.windows_of, self.policy, self.costs)
         else:
             for name, windows in self.windows_of.items():
                 sketch_collection(store, name, windows, self.policy, self.costs)

@@ -103,11 +103,11 @@ def sketch_collection(store: Store, collection: str, windows: Windows, policy: P
     for window in range(len(windows)):
         todo = [name not in done for name in windows.ids(window)]
         if any(todo):
-            groups = windows.groups(window, keep=False)
+            groups = windows.groups(window)
             append(store, collection, [group for group, new in zip(groups, todo, strict=True) if new], policy, costs)
 
 
-def aim(store: Store, windows_of: Mapping[str, Windows], policy: Policy, costs: Costs) -> None:
+def sketch_benchmarks(store: Store, windows_of: Mapping[str, Windows], policy: Policy, costs: Costs) -> None:
     """Rows of all benchmarks at the policy's step, from the passes that give probes their direction; those that are
     there already are measured again for that, and left as they are."""
     groups = [group for own in windows_of.values() for window in range(len(own)) for group in own.groups(window)]
