@@ -3,11 +3,11 @@
 `Alongside` takes them from the pass that trains, `sketched_and_summed` from the one that gives a benchmark's gradient.
 
 A training pass back-propagates each group under the objective it trains with; a sketch wants the objective of
-selection. Where the token weights of the two differ by one factor within a group (the advantage divided by the group's
-deviation or not, say), so do all its gradients, prompt shared or not, and its sketch is what was seen times that
-factor. Where they do not (responses of unlike length under another aggregation, importance ratios, a KL term that only one of
-the two has, several groups of one problem, whose common baseline is another), the problem is sketched in a pass of its
-own, before the weights move.
+selection. Where the token weights of the two differ by one factor within a group (the advantage divided by the
+group's deviation or not, say), so do all its gradients, prompt shared or not, and its sketch is what was seen times
+that factor. Where they do not (responses of unlike length under another aggregation, importance ratios, a KL term
+that only one of the two has, several groups of one problem, whose common baseline is another), the problem is
+sketched in a pass of its own, before the weights move.
 
 Dimension letters: P problems, W groups of the training pass, G rollouts of a group, C core entries.
 """
