@@ -20,7 +20,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import numpy as np
 import torch
@@ -37,10 +37,10 @@ from trainer.demo import tasks
 from trainer.demo.run import MODEL
 from trainer.local.grpo import Learner, UpdateSettings
 from trainer.local.policy import LocalPolicy, Sampling
-from trainer.local.training import LoopSettings, Training
+from trainer.local.training import Training
 from trainer.rewards import Reward
 from trainer.round.driver import Rounds
-from trainer.round.settings import RoundSettings
+from trainer.round.settings import Observe, RoundSettings
 from trainer.study.arms import problems
 
 
@@ -55,6 +55,7 @@ class Size:
     benchmark: int
     refresh: int
     rollouts: int
+    target_rollouts: int
     prompt: int = 0
     response: int = 8
     rank: int = 16
@@ -63,11 +64,11 @@ class Size:
 
 
 SIZES = {
-    "tiny": Size(16, 8, 4, 4, 4, 4, 4, 12, 12, rank=4, dim=64),
-    "demo": Size(320, 16, 16, 4, 32, 28, 16, rank=8, dim=512, token_budget=16_384),
-    "13.8m": Size(128, 32, 16, 10, 6, 8, 8, 64, 64),
-    "63m": Size(128, 32, 16, 10, 6, 8, 8, 64, 64),
-    "qwen2.5-1.5b": Size(256, 64, 32, 10, 11, 16, 8, 200, 400, token_budget=16_384),
+    "tiny": Size(16, 8, 4, 4, 4, 4, 4, 4, 12, 12, rank=4, dim=64),
+    "demo": Size(320, 16, 16, 4, 32, 28, 16, 8, rank=8, dim=512, token_budget=16_384),
+    "13.8m": Size(128, 32, 16, 10, 6, 8, 8, 8, 64, 64),
+    "63m": Size(128, 32, 16, 10, 6, 8, 8, 8, 64, 64),
+    "qwen2.5-1.5b": Size(256, 64, 32, 10, 11, 16, 8, 8, 200, 400, token_budget=16_384),
 }
 
 
@@ -113,7 +114,9 @@ def made(shape: str, size: Size, device: str) -> tuple[LocalPolicy, list[dict[st
     return policy, records[: size.pool], records[size.pool :]
 
 
-def measured(shape: str, size: Size, rounds: int, device: str, repeats: int) -> dict[str, list[float]]:
+def measured(
+    shape: str, size: Size, rounds: int, device: str, repeats: int, observe: Observe
+) -> dict[str, list[float]]:
     """Seconds of each stage, one number a round after the first."""
     policy, pool, benchmark = made(shape, size, device)
     learner = Learner(policy.model, UpdateSettings(lr=3e-5, token_budget=size.token_budget))
@@ -126,14 +129,14 @@ def measured(shape: str, size: Size, rounds: int, device: str, repeats: int) -> 
         steps=size.steps,
         rounds=rounds + 1,
         rollouts=size.rollouts,
-        target_rollouts=size.rollouts,
+        target_rollouts=size.target_rollouts,
+        observe=observe,
         fit_problems=size.refresh,
         spec=SketchSpec(basis="fitted", rank=size.rank, dim=size.dim),
     )
-    loop = LoopSettings(rounds + 1, size.steps, size.train_batch, size.rollouts)
     with tempfile.TemporaryDirectory(prefix="gradstore-overhead-") as folder:
         chooser = Rounds(Path(folder) / "store", pool, {"benchmark": benchmark}, settings)
-        Training(policy, learner, chooser, pool, loop, Path(folder) / "run").run()
+        Training(policy, learner, chooser, pool, settings, Path(folder) / "run", rollouts=size.rollouts).run()
         costs = [dict(found.about["costs"]) for found in _rounds(Path(folder) / "store", rounds)]
         rows = [json.loads(line) for line in (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()]
     groups = policy.roll_out(pool[: size.train_batch], size.rollouts, seed=1)
@@ -150,14 +153,16 @@ def measured(shape: str, size: Size, rounds: int, device: str, repeats: int) -> 
         [row for row in rows if row["kind"] == "step" and row["round"] == number] for number in range(rounds + 1)
     ]
     totals = [row["seconds"] for row in rows if row["kind"] == "round"]
+    kept = [settings.observes((step + 1) * size.train_batch, size.selected) for step in range(size.steps)]
     found: dict[str, list[float]] = {}
     for number in range(1, rounds + 1):
         spent, steps = costs[number], of_round[number]
-        updates = sum(row["seconds_update"] for row in steps)
+        updates = np.array([row["seconds_update"] for row in steps])
+        sketches = float(np.sum(updates * (1 - 1 / ratio), where=kept))
         stages = {
             "training: rollouts": sum(row["seconds_rollouts"] for row in steps),
-            "training: updates": updates / ratio,
-            "observation: sketches": updates - updates / ratio,
+            "training: updates": float(updates.sum()) - sketches,
+            "observation: sketches": sketches,
             "observation: store": sum(row["seconds_observe"] for row in steps),
             "selection: rollouts": 0.0,
             **{f"selection: {name}": seconds for name, seconds in spent.items()},
@@ -190,11 +195,14 @@ def main(
     benchmark: Annotated[int | None, typer.Option(help="problems of the benchmark")] = None,
     refresh: Annotated[int | None, typer.Option(help="problems rolled out anew in a round")] = None,
     rollouts: Annotated[int | None, typer.Option(help="responses to a problem")] = None,
+    target_rollouts: Annotated[int | None, typer.Option(help="to one of the benchmark's")] = None,
+    observe: Annotated[str, typer.Option(help="training rollouts that become rows: last, all or none")] = "last",
     response: Annotated[int | None, typer.Option(help="tokens of a response, and of a prompt of random tokens")] = None,
     processor: Annotated[bool, typer.Option(help="processor seconds of all threads, for a busy CPU")] = False,
 ) -> None:
     """Print the seconds of each stage and the share."""
     given: dict[str, int | None] = {"benchmark": benchmark, "refresh": refresh, "rollouts": rollouts}
+    given |= {"target_rollouts": target_rollouts}
     given |= {"response": response, "prompt": response if SIZES[shape].prompt else None}
     given |= {"train_batch": train_batch, "selected": 2 * train_batch if train_batch else None}
     size = replace(SIZES[shape], **{name: value for name, value in given.items() if value is not None})
@@ -206,7 +214,7 @@ def main(
     if device != "cpu":
         torch.set_float32_matmul_precision("high")
     started = time.monotonic()
-    stages = measured(shape, size, rounds, device, repeats)
+    stages = measured(shape, size, rounds, device, repeats, cast(Observe, observe))
     training = float(np.sum([np.median(own) for name, own in stages.items() if name.startswith("training")]))
     rows = [
         [name, f"{np.median(own):.3f}", f"{min(own):.3f}-{max(own):.3f}", f"{100 * np.median(own) / training:.1f} %"]

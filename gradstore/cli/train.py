@@ -54,7 +54,6 @@ def train(
         ),
     ] = 0.0,
     lora_rank: Annotated[int, typer.Option(min=0, help="Train adapters of this rank; 0: all weights.")] = 0,
-    observe: Annotated[bool, typer.Option(help="Sketch the training rollouts too.")] = True,
     save_every: Annotated[int, typer.Option(min=0, help="Steps between checkpoints; 0: after each round.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     seed: Annotated[int, typer.Option(help="Everything drawn at random follows from it.")] = 0,
@@ -86,7 +85,7 @@ def train(
     from trainer.local.grpo import Learner, UpdateSettings
     from trainer.local.lora import with_adapters
     from trainer.local.policy import LocalPolicy, Sampling
-    from trainer.local.training import LoopSettings, Training
+    from trainer.local.training import Training
     from trainer.rewards import load_reward
     from trainer.round.driver import Rounds
     from trainer.round.settings import RoundSettings
@@ -113,16 +112,25 @@ def train(
     network = with_adapters(network, lora_rank, seed) if lora_rank else network.requires_grad_(True)
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature)
     policy = LocalPolicy(network, tokenizer, load_reward(reward), sampling, reference=reference)
-    loop = LoopSettings.of(rounds, train_rollouts, save_every=save_every, observe=observe)
 
     def tell(values: Any, step: int) -> None:
         training.metrics.add("selection", step, values)
 
     chooser = Rounds(out / "store", records, benchmarks, rounds, logger=tell)
-    training = Training(policy, Learner(network, update), chooser, records, loop, out, resume=resume)
+    training = Training(
+        policy,
+        Learner(network, update),
+        chooser,
+        records,
+        rounds,
+        out,
+        rollouts=train_rollouts,
+        save_every=save_every,
+        resume=resume,
+    )
     if policy.step:
         say(f"{out}: going on after step {policy.step}")
-    total = loop.rounds * loop.steps
+    total = rounds.rounds * rounds.steps
     with progress("training steps", total) as advance:
         advance(policy.step)
         training.run(lambda step: advance(1))

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+import gradstore
 from engine import Reference, Sketcher, SketchSpec, objective, validation_gradient
 from engine.gradients.objectives import rollout_weights
 from engine.rollouts.group import Group, joined
@@ -317,7 +318,7 @@ from trainer.demo import tasks
 from trainer.demo.run import MODEL
 from trainer.local.grpo import Learner, UpdateSettings
 from trainer.local.policy import LocalPolicy, Sampling
-from trainer.local.training import LoopSettings, Training
+from trainer.local.training import Training
 from trainer.rewards import Reward
 from trainer.round.driver import Rounds
 from trainer.round.settings import RoundSettings
@@ -331,8 +332,10 @@ settings = RoundSettings(
 model = load_model(MODEL, device="cpu")
 policy = LocalPolicy(model, load_tokenizer(MODEL), Reward("demo", tasks.reward), Sampling(max_new_tokens=8))
 rounds = Rounds(folder / "store", pool, {"benchmark": tasks.benchmark(0, 12)}, settings)
-loop = LoopSettings(rounds=3, steps=2, train_batch=8, rollouts=8, save_every=1)
-training = Training(policy, Learner(model, UpdateSettings(lr=1e-3)), rounds, pool, loop, folder / "run", resume=True)
+training = Training(
+    policy, Learner(model, UpdateSettings(lr=1e-3)), rounds, pool, settings, folder / "run", rollouts=8, save_every=1,
+    resume=True,
+)
 training.run(lambda step: print(step, flush=True))
 print("done", flush=True)
 """
@@ -379,3 +382,10 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path: Path) -> None:
     ]
     plain = [[{k: v for k, v in row.items() if "seconds" not in k} for row in own] for own in rows]
     assert [row for row in plain[0] if row["kind"] == "step"] == [row for row in plain[1] if row["kind"] == "step"]
+    for name in ("whole", "killed"):
+        store = gradstore.open(tmp_path / name / "store")
+        history = store.history("pool")
+        steps, ids = history["step"].to_numpy(), np.array(history["id"].to_pylist())
+        for number in range(3):
+            seen = ids[steps == 2 * number + 1].tolist()
+            assert sorted(seen) == sorted(store.round("pool", number).picks), "the last pass over the picks is kept"

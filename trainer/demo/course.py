@@ -21,7 +21,7 @@ from trainer.demo import tasks
 from trainer.demo.run import MODEL
 from trainer.local.grpo import Learner, UpdateSettings
 from trainer.local.policy import LocalPolicy, Sampling
-from trainer.local.training import LoopSettings, Training
+from trainer.local.training import Training
 from trainer.rewards import Reward
 from trainer.round.driver import Rounds
 from trainer.round.measuring import Costs, Windows, sketch_collection
@@ -70,14 +70,14 @@ def run_course(folder: Path, settings: CourseSettings, tell: Callable[[str], Non
         rollouts=settings.n_rollouts,
         target_rollouts=settings.n_rollouts,
         seed=settings.seed,
+        observe="none",
         window=settings.n_pool,
         fit_problems=min(100, settings.n_pool),
         spec=SketchSpec(basis="fitted", dim=settings.dim, seed=settings.seed),
     )
     chooser = _Course(folder, pool, rounds, settings)
-    loop = LoopSettings.of(rounds, settings.n_rollouts, observe=False)
     learner = Learner(model, UpdateSettings(lr=settings.learning_rate))
-    training = Training(policy, learner, chooser, pool, loop, folder, resume=True)
+    training = Training(policy, learner, chooser, pool, rounds, folder, rollouts=settings.n_rollouts, resume=True)
 
     def after_step(step: int) -> None:
         if step % settings.n_updates == 0:

@@ -6,9 +6,8 @@ run that was killed and resumed ends with the weights of an undisturbed one, bit
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -52,29 +51,6 @@ class Chooser(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-@dataclass(frozen=True, slots=True)
-class LoopSettings:
-    """How long, and how much of each problem."""
-
-    rounds: int
-    steps: int
-    """Training steps of a round."""
-    train_batch: int
-    """Problems of a step; train_batch x steps is a multiple of what a round picks."""
-    rollouts: int = 16
-    """Responses to each problem of a step, where the selection does not say."""
-    seed: int = 0
-    save_every: int = 0
-    """Steps between checkpoints; 0: at the end of each round."""
-    observe: bool = True
-    """Keep sketches of the training rollouts in the store; a budgeted refresh learns from them."""
-
-    @classmethod
-    def of(cls, rounds: RoundSettings, rollouts: int, *, save_every: int = 0, observe: bool = True) -> Self:
-        """The training that rounds of these settings are made for."""
-        return cls(rounds.rounds, rounds.steps, rounds.train_batch, rollouts, rounds.seed, save_every, observe)
-
-
 class Training:
     """One run in its folder: `checkpoint.pt`, `metrics.jsonl`, `tensorboard/`."""
 
@@ -84,12 +60,17 @@ class Training:
         learner: Learner,
         chooser: Chooser,
         records: Sequence[Mapping[str, Any]],
-        settings: LoopSettings,
+        settings: RoundSettings,
         folder: Path,
         *,
+        rollouts: int = 16,
+        save_every: int = 0,
         resume: bool = False,
     ) -> None:
-        """RequestError when the folder holds a run and `resume` is not asked for."""
+        """settings: what the chooser's rounds were made with; their steps and batches are what is trained. rollouts:
+        responses to each problem of a step, where the selection does not say. save_every: steps between checkpoints; 0:
+        at the end of each round. RequestError when the folder holds a run and `resume` is not asked for."""
+        self._rollouts, self._save_every = rollouts, save_every
         self.policy, self.learner, self.chooser, self.settings = policy, learner, chooser, settings
         self._records = {record["id"]: record for record in records}
         self._path = folder / "checkpoint.pt"
@@ -120,7 +101,7 @@ class Training:
             batches = self._batches()
             for batch in batches[self._done :]:
                 self._step(batch)
-                every = self.settings.save_every
+                every = self._save_every
                 if self._done == len(batches):
                     self._round, self._done = self._round + 1, 0
                 if self._done == 0 or (every and self.policy.step % every == 0):
@@ -136,16 +117,17 @@ class Training:
         for n in sorted({n for _, n in batch}):
             records = [self._records[name] for name, own in batch if own == n]
             rollout_seed = derived_seed(seed, ROLLOUTS, step, n)
-            groups += self.policy.roll_out(records, n or self.settings.rollouts, seed=rollout_seed)
+            groups += self.policy.roll_out(records, n or self._rollouts, seed=rollout_seed)
         sampled = time.monotonic()
         deal = derived_seed(seed, MINIBATCHES, step)
         weights = [self._weights.get(group.problem_id, 1.0) for group in groups] if self._weights else None
-        if self.settings.observe:
+        sketches: SketchBatch | None = None
+        if self._observes(self._done):
             values, sketches = self.learner.step_and_sketch(groups, self.policy.sketcher, deal, weights)
         else:
             values = self.learner.step(groups, deal, weights)
         updated = time.monotonic()
-        if self.settings.observe:
+        if sketches is not None:
             self.chooser.observe(self.policy, sketches)
         self.policy.step += 1
         self._done += 1
@@ -156,6 +138,10 @@ class Training:
             "seconds_observe": time.monotonic() - updated,
         }
         self.metrics.add("step", self.policy.step, {"round": self._round, **values, **seconds})
+
+    def _observes(self, step: int) -> bool:
+        """Whether the rollouts of this step of the round become rows."""
+        return self.settings.observes((step + 1) * self.settings.train_batch, len(self._picks))
 
     def _batches(self) -> list[list[tuple[str, int]]]:
         """The picks of this round in passes, each in an order of its own, cut into steps."""
@@ -190,5 +176,5 @@ class Training:
         self._picks = [(name, n) for name, n in progress["picks"]]
         self._weights = progress.get("weights", {})  # checkpoints from before there were any have none
         self.chooser.load_state_dict(progress["chooser"])
-        if self._done and self.settings.observe:
+        if self._done and any(map(self._observes, range(self._done, self.settings.steps))):
             self.chooser.observe(self.policy, [])  # opens the store: the policy sketches as its rows were made

@@ -9,7 +9,7 @@ import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from engine.searching.targets import Aggregate
 from engine.selecting.diversity import Diversity
@@ -29,6 +29,10 @@ GRADALIGN_NAMES = {
     "mode": "selector",
 }
 """What GradAlign's command line calls a setting, and its name here; `k` is one over the ratio."""
+
+
+Observe = Literal["last", "all", "none"]
+"""Which training rollouts become rows: those of the last pass over a round's picks, of every step, or none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +69,9 @@ class RoundSettings:
     """Choose in the first round after the warm-up and keep that choice (LearnAlign's static use)."""
     confidence: float = 0.9
     """Of the intervals, and at which the top n counts as settled."""
+    observe: Observe = "last"
+    """Which of the training rollouts that follow become rows: `last`, each pick's newest of the round; `all`, those of
+    every step; `none`."""
     forgetting: float = 0.98
     """What a rollout counts for less in the history of pass rates with each training step since."""
     max_no_signal: float = 0.9
@@ -115,6 +122,8 @@ class RoundSettings:
                 and (name, budget) != ("refresh_first", None)
             ):
                 raise RequestError(f"{name} is {budget!r}, expected `all` or a number of problems of at least 0")
+        if self.observe not in get_args(Observe):
+            raise RequestError(f"observe is {self.observe!r}, expected one of {', '.join(get_args(Observe))}")
         for name in ("confidence", "max_no_signal"):
             if not 0 < getattr(self, name) < 1:
                 raise RequestError(f"{name} is {getattr(self, name)}, expected a number between 0 and 1")
@@ -195,6 +204,15 @@ class RoundSettings:
         refresh = self.refresh_first if first else self.refresh
         return refresh if isinstance(refresh, int) else None
 
+    def observes(self, drawn: int, n_picks: int) -> bool:
+        """Whether the rollouts of a step become rows, with which so many problems of the round's training are drawn.
+
+        A last pass that begins within a step takes the whole step.
+        """
+        if self.observe == "last":
+            return drawn > self.train_batch * self.steps - n_picks
+        return self.observe == "all"
+
     def describe(self) -> dict[str, Any]:
         """As JSON can hold it."""
         return asdict(self)
@@ -202,7 +220,7 @@ class RoundSettings:
 
 def _read(given: str, name: str, value: Any) -> Any:
     """A text as the setting's type (`mmr`, `math=0.5,code=0.2`); other values as they are."""
-    if not isinstance(value, str) or name in ("selector", "aggregate"):
+    if not isinstance(value, str) or name in ("selector", "aggregate", "observe"):
         return value
     if name in ("refresh", "refresh_first") and value == "all":
         return value

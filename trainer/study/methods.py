@@ -20,8 +20,6 @@ class Method:
     title: str
     rounds: Mapping[str, Any] = field(default_factory=dict)
     """Settings of the round that differ from the study's."""
-    observe: bool = False
-    """Whether the training rollouts are sketched too; only a budgeted refresh has a use for them."""
 
 
 ORACLE = "oracle"
@@ -64,7 +62,7 @@ def method(name: str, budgeted: Mapping[str, int]) -> Method:
         f"{selector}, {budgeted['refresh']} problems rolled out anew in a round, {budgeted['first_look']} rollouts of "
         f"each before the first plan, {budgeted['target_rollouts']} a round of each of the benchmark's"
     )
-    return Method(title, {"selector": selector, **budgeted}, observe=True)
+    return Method(title, {"selector": selector, "observe": "last", **budgeted})
 
 
 @dataclass(frozen=True, slots=True)

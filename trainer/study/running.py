@@ -17,7 +17,7 @@ from trainer.demo import tasks
 from trainer.demo.run import MODEL
 from trainer.local.grpo import Learner, UpdateSettings
 from trainer.local.policy import LocalPolicy, Sampling
-from trainer.local.training import Chooser, LoopSettings, Picks, Training
+from trainer.local.training import Chooser, Picks, Training
 from trainer.rewards import Reward
 from trainer.round.driver import Rounds
 from trainer.round.settings import RoundSettings
@@ -142,22 +142,14 @@ def run_one(arm: str, name: str, seed: int, settings: StudySettings) -> dict[str
             accuracy.append(expected_accuracy(model, tokenizer, found.test))
 
     with tempfile.TemporaryDirectory(prefix="gradstore-study-") as folder:
+        rounds = round_settings(settings, seed, about.rounds)
         inner: Chooser
         if name == ORACLE:
             inner = Oracle(found.pool, settings.selected, seed)
         else:
-            rounds = round_settings(settings, seed, about.rounds)
             inner = Rounds(Path(folder) / "store", found.pool, {"benchmark": found.validation}, rounds)
-        chooser = MeteredChooser(inner)
-        loop = LoopSettings(
-            rounds=settings.rounds,
-            steps=settings.steps,
-            train_batch=settings.train_batch,
-            rollouts=settings.rollouts,
-            seed=seed,
-            observe=about.observe,
-        )
-        training = Training(policy, learner, chooser, found.pool, loop, Path(folder) / "run")
+        chooser, run = MeteredChooser(inner), Path(folder) / "run"
+        training = Training(policy, learner, chooser, found.pool, rounds, run, rollouts=settings.rollouts)
         training.run(after_step)
     picks = [[records[problem_id] for problem_id in ids] for ids in chooser.picks]
     meter = chooser.meter
@@ -187,6 +179,7 @@ def round_settings(settings: StudySettings, seed: int, changes: Mapping[str, Any
         "rounds": settings.rounds,
         "rollouts": settings.rollouts,
         "target_rollouts": settings.rollouts,
+        "observe": "none",  # nothing but a budgeted refresh has a use for them
         "seed": seed,
         "window": settings.window,
         "fit_problems": settings.fit_problems,

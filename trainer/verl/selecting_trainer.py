@@ -1,8 +1,8 @@
 """verl's synchronous trainer with a round of selection whenever the picks of the last one are used up.
 
 A round comes before the step that needs it, with the rollout engine awake and the newest weights in it, so that it is
-decided by the state of the sampler alone: a run resumed anywhere does the rounds an undisturbed one would. The rollouts
-of every training step are sketched before the update, by the policy that made them.
+decided by the state of the sampler alone: a run resumed anywhere does the rounds an undisturbed one would. Rollouts of
+training steps are sketched before the update, by the policy that made them.
 """
 
 import logging
@@ -179,7 +179,8 @@ class SelectingTrainer(PPOTrainerSync):
         batch = super()._compute_advantage(batch, metrics)
         if self._weight_of:
             weigh(batch.keys, [self._weight_of.get(uid_of(key), 1.0) for key in batch.keys])
-        if self.settings.observe:
+        drawn = len(self.sampler.order) - self.sampler.left
+        if self.settings.rounds.observes(drawn, len(set(self.sampler.order))):
             with marked_timer("observe", self.timing_raw, color="blue"):
                 rows = zip(batch.keys, batch.tags, strict=True)
                 own = [key for key, tag in rows if not tag.get("is_padding", False)]

@@ -34,8 +34,6 @@ class VerlSettings:
     """Name of data.train_files' collection in the store."""
     seeded: bool = True
     """Every rollout asks for a seed of its own, which an exact resume depends on."""
-    observe: bool = True
-    """Sketch the rollouts of training steps too."""
     logprobs: bool = False
     """Whether the rollout engine's log-probabilities are those of the policy at temperature 1; verl's settings say."""
     probe_rank: int | None = None

@@ -1,10 +1,13 @@
 """Settings of rounds: GradAlign's names mean what they mean there, and what cannot be is refused up front."""
 
+from dataclasses import replace
+
 import pytest
 
 from engine.selecting.diversity import Diversity
 from gradstore.errors import RequestError
 from trainer.round.settings import GRADALIGN_NAMES, RoundSettings
+from trainer.verl.sampler import drawing_order
 
 PUBLISHED = {
     "chunk_size": 5120,
@@ -71,6 +74,8 @@ def test_the_constraint_is_gradaligns(chunk: int, k: int, batch: int, steps: int
         ({"selected": 4, "once": "perhaps"}, "expected true or false"),
         ({"selected": 4, "warm_up": -1}, "warm_up is -1"),
         ({"selected": 4, "first_look": -1}, "first_look is -1"),
+        ({"selected": 4, "observe": "some"}, "observe is 'some', expected one of last, all, none"),
+        ({"selected": 4, "observe": True}, "observe is True, expected one of last"),
     ],
 )
 def test_wrong_settings(values: dict, message: str) -> None:
@@ -101,3 +106,19 @@ def test_the_pool_must_be_large_enough() -> None:
     with pytest.raises(RequestError, match="refresh is 30 problems, a round has 20 candidates"):
         whole.for_pool(20)
     assert whole.for_pool(40).candidates == 40
+
+
+@pytest.mark.parametrize(
+    ("n_picks", "batch", "steps"), [(8, 4, 6), (12, 4, 6), (24, 4, 6), (6, 4, 3), (6, 4, 6), (1, 1, 3), (16, 16, 1)]
+)
+def test_observed_is_what_is_trained_on_for_the_last_time(n_picks: int, batch: int, steps: int) -> None:
+    """A row is worth what is left of it when the next round begins, so each problem's newest rollouts are kept; whole
+    steps are, as one backward pass gives them all."""
+    order = drawing_order([f"p{i}" for i in range(n_picks)], batch * steps, seed=1)
+    found = RoundSettings(selected=n_picks, train_batch=batch, steps=steps)
+    for start in range(0, batch * steps, batch):
+        stop = start + batch
+        last = any(name not in order[stop:] for name in order[start:stop])
+        assert found.observes(stop, n_picks) == last
+        assert replace(found, observe="all").observes(stop, n_picks)
+        assert not replace(found, observe="none").observes(stop, n_picks)

@@ -4,6 +4,9 @@ from typing import Any
 
 import pytest
 
+from trainer.round.settings import RoundSettings
+from trainer.verl.sampler import RoundSampler
+
 pytestmark = pytest.mark.verl
 
 
@@ -46,7 +49,8 @@ def computed(monkeypatch: pytest.MonkeyPatch, weight_of: dict[str, float]) -> Qu
     monkeypatch.setattr(transfer, "tq", queue)
     monkeypatch.setattr(PPOTrainerSync, "_compute_advantage", lambda self, batch, metrics: batch)
     trainer = object.__new__(selecting_trainer.SelectingTrainer)
-    trainer.settings = type("Settings", (), {"observe": False})()
+    rounds = RoundSettings(selected=1, train_batch=1, steps=1, observe="none")
+    trainer.settings, trainer.sampler = type("Settings", (), {"rounds": rounds})(), RoundSampler(["a"])
     trainer._weight_of = weight_of
     batch = Batch(list(queue.rows))
     assert trainer._compute_advantage(batch, {}) is batch
