@@ -6,6 +6,7 @@ bytes that do not give the name, are damage. Such a folder belongs to no generat
 """
 
 import re
+from collections.abc import Collection
 from pathlib import Path
 
 from gradstore.durable import crc32c, make_folder, reading, replace_file
@@ -27,18 +28,21 @@ def count_parts(folder: Path) -> int:
     return max((number for number, _, _ in _parts(folder)), default=-1) + 1
 
 
-def read_parts(folder: Path, first: int = 0, stop: int | None = None) -> list[bytes]:
-    """Bytes of the parts from `first` up to `stop`, in order; DamagedError for one that changed or is missing."""
-    found = []
-    for path, data, fault in check_parts(folder, first, stop):
+def read_parts(folder: Path, first: int = 0, stop: int | None = None, skip: Collection[str] = ()) -> dict[str, bytes]:
+    """Bytes of the parts from `first` up to `stop` by file name, in order; DamagedError for one that changed or is
+    missing. skip: names of parts to leave out, unread."""
+    found = {}
+    for path, data, fault in check_parts(folder, first, stop, skip):
         if fault:
             raise DamagedError(f"{path}: damaged: {fault}; `gradstore verify` lists all damage")
-        found.append(data)
+        found[path.name] = data
     return found
 
 
-def check_parts(folder: Path, first: int = 0, stop: int | None = None) -> list[tuple[Path, bytes, str]]:
-    """(file, bytes, what is wrong with it or nothing) of every part, the missing ones too, in order."""
+def check_parts(
+    folder: Path, first: int = 0, stop: int | None = None, skip: Collection[str] = ()
+) -> list[tuple[Path, bytes, str]]:
+    """(file, bytes, what is wrong with it or nothing) of every part but those to skip, missing ones too, in order."""
     found = {number: (crc, path) for number, crc, path in _parts(folder)}
     end = max(found, default=-1) + 1
     checked = []
@@ -47,6 +51,8 @@ def check_parts(folder: Path, first: int = 0, stop: int | None = None) -> list[t
             checked.append((folder / f"part-{number:06d}", b"", "missing"))
             continue
         crc, path = found[number]
+        if path.name in skip:
+            continue
         with reading(path):
             data = path.read_bytes()
         fault = "" if crc32c(data) == crc else f"bytes do not match the checksum in the name ({len(data)} bytes)"

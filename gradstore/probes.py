@@ -83,15 +83,34 @@ def add_part(collection: Path, table: pa.Table) -> int:
     return additions.add_part(collection / PROBES, buffer.getvalue())
 
 
-def read_parts(collection: Path, step: int | None, target: str | None, without: Sequence[str]) -> pa.Table:
-    """Rows in order of addition, of a step and along a target (None: of all), without those of some problems.
+class ProbeParts:
+    """The additions of a collection. A part never changes, so what one holds is remembered by its name, and a run of
+    many rounds reads those of the step it asks for alone."""
 
-    DamagedError for a part that is not as it was written or is missing.
-    """
-    tables = [pq.read_table(io.BytesIO(data)) for data in additions.read_parts(collection / PROBES)]
-    table = pa.concat_tables(tables) if tables else SCHEMA.empty_table()
-    if step is not None:
-        table = table.filter(pc.equal(table["step"], step))
-    if target is not None:
-        table = table.filter(pc.equal(table["target"], target))
-    return table.filter(pc.invert(pc.is_in(table["id"], value_set=pa.array(without, pa.string()))))
+    def __init__(self, collection: Path) -> None:
+        self._folder = collection / PROBES
+        self._held: dict[str, set[tuple[int, str]]] = {}
+        """Steps and targets of each part that was read, by file name."""
+
+    def read(self, step: int | None, target: str | None, without: Sequence[str]) -> pa.Table:
+        """Rows in order of addition, of a step and along a target (None: of all), without those of some problems.
+
+        DamagedError for a part with such rows that is not as it was written, or for one that is missing.
+        """
+
+        def asked(held: tuple[int, str]) -> bool:
+            return step in (None, held[0]) and target in (None, held[1])
+
+        others = {name for name, held in self._held.copy().items() if not any(map(asked, held))}
+        tables = []
+        for name, data in additions.read_parts(self._folder, skip=others).items():
+            tables.append(pq.read_table(io.BytesIO(data)))
+            if name not in self._held:
+                held = tables[-1].group_by(["step", "target"]).aggregate([])
+                self._held[name] = set(zip(held["step"].to_pylist(), held["target"].to_pylist(), strict=True))
+        table = pa.concat_tables(tables) if tables else SCHEMA.empty_table()
+        if step is not None:
+            table = table.filter(pc.equal(table["step"], step))
+        if target is not None:
+            table = table.filter(pc.equal(table["target"], target))
+        return table.filter(pc.invert(pc.is_in(table["id"], value_set=pa.array(without, pa.string()))))

@@ -100,7 +100,7 @@ def add_round(collection: Path, data: bytes) -> int:
 def read_rounds(collection: Path, first: int = 0, stop: int | None = None) -> list[Round]:
     """Rounds from `first` up to `stop`, oldest first; DamagedError for one that changed or is missing."""
     parts = additions.read_parts(collection / ROUNDS, first, stop)
-    return [_from_bytes(data, number, collection) for number, data in enumerate(parts, first)]
+    return [_from_bytes(data, number, collection) for number, data in enumerate(parts.values(), first)]
 
 
 def read_round(collection: Path, number: int, where: str) -> Round:

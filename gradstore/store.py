@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from gradstore.compact import CompactReport
+    from gradstore.probes import ProbeParts
     from gradstore.rounds import Round
     from gradstore.verify import Report
 
@@ -103,6 +104,7 @@ class Store:
         self._codes_of = codes_of
         self._snapshots: dict[str, Snapshot] = {}
         self._problem_tables: dict[str, ProblemTable] = {}
+        self._probe_parts: dict[str, ProbeParts] = {}
 
     def __repr__(self) -> str:
         return f"Store({str(self.path)!r}, dim={self.dim}, dtype={self.dtype!r}, mode={self.mode!r})"
@@ -246,7 +248,8 @@ class Store:
         """
         from gradstore import probes
 
-        return probes.read_parts(self._folder(collection), step, target, without=self.deleted(collection))
+        parts = self._probe_parts.setdefault(collection, probes.ProbeParts(self._folder(collection)))
+        return parts.read(step, target, without=self.deleted(collection))
 
     def add_round(self, collection: str, about: Mapping[str, Any], table: "pa.Table") -> int:
         """Record a selection round of a pool and return its number, counted from 0.

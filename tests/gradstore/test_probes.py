@@ -1,5 +1,7 @@
 """Derivatives beside the rows: kept as given, covered by verify, carried through compaction."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -47,6 +49,26 @@ def test_what_was_added_comes_back(store) -> None:
     report = store.verify()
     assert report.ok
     assert not report.notes
+
+
+def test_a_step_is_read_without_the_others(store, monkeypatch) -> None:
+    """A run asks for its newest probes in every round: what that costs must not grow with the rounds before, nor the
+    answer depend on what was asked before."""
+    read = []
+    whole = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: (read.append(path.name), whole(path))[1])
+    for step in range(5):
+        for target in ("bench", "other"):
+            add(store, IDS[: 1 + step % 3], step, target, seed=step)
+        for asked in ({}, {"step": step}, {"step": step - 1, "target": "other"}, {"target": "bench"}, {"step": 99}):
+            expected = gradstore.open(store.path).probes("pool", **asked)
+            read.clear()
+            assert store.probes("pool", **asked).equals(expected)
+        n = len([name for name in read if name.startswith("part")])
+        assert n == 0, "no part holds step 99, and all are known"
+    read.clear()
+    assert store.probes("pool", step=2, target="bench").num_rows == 3
+    assert len([name for name in read if name.startswith("part")]) == 1
 
 
 def test_compaction_carries_them_over(store) -> None:

@@ -86,15 +86,16 @@ def test_every_path_runs_and_is_counted(results: Path) -> None:
     rows = {key(row): row for row in read_results(results, SHORT)}
     assert len(rows) == len(DEFAULT_METHODS) + 6 + 2
     full = SHORT.rounds * (SHORT.pool + SHORT.validation) * SHORT.rollouts
-    budgeted = SHORT.rounds * (SHORT.budget * SHORT.rollouts + SHORT.validation * SHORT.budget_target)
-    budgeted += SHORT.pool * SHORT.first_look
+    fixed = SHORT.rounds * SHORT.validation * SHORT.budget_target + SHORT.pool * SHORT.first_look
+    budget = SHORT.rounds * SHORT.budget * SHORT.rollouts
     for (_, name, _), row in rows.items():
         assert len(row["accuracy"]) == SHORT.rounds + 1
         assert len(row["bad"]) == SHORT.rounds
         if name in ("oracle", "random"):
             assert selection_rollouts(row) == 0
         elif name.startswith("budgeted"):
-            assert 0 < selection_rollouts(row) <= budgeted
+            share = {"budgeted-lcb": 1, "budgeted/2-lcb": 2, "budgeted/4-lcb": 4}[name]
+            assert fixed < selection_rollouts(row) <= fixed + budget // share
         elif name in ("gradalign", "lcb"):
             assert selection_rollouts(row) == full
     oracle, random = (rows["wrong_truths", name, 0] for name in ("oracle", "random"))
@@ -185,3 +186,6 @@ def test_unknown_names_are_refused() -> None:
         problems("nothing", 0, pool=8, validation=1, test=1)
     with pytest.raises(RequestError, match="oracle"):
         method("best", SHORT.budgeted)
+    for name in ("budgeted/0-lcb", "budgeted/-lcb", "budgeted/4", "budgeted-"):
+        with pytest.raises(RequestError, match=r"budgeted\[/N\]-SELECTOR"):
+            method(name, SHORT.budgeted)

@@ -1,5 +1,6 @@
 """The ways to pick that are compared. All but the oracle are rounds of the product, with one setting or two changed."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -43,26 +44,30 @@ METHODS: dict[str, Method] = {
 
 DEFAULT_METHODS = (
     *("oracle", "random", "accgreedy", "gradalign", "lcb", "budgeted-lcb", "fdr", "dot", "shrunk", "snr"),
-    *("dynamic", "learnalign"),
+    *("dynamic", "learnalign", "budgeted/2-lcb", "budgeted/4-lcb"),
 )
 """In the order they are run."""
 
 BUDGETED = "budgeted"
-"""Beginning of the names of budgeted refreshes: `budgeted-lcb` picks by `lcb`."""
+"""Beginning of the names of budgeted refreshes: `budgeted-lcb` picks by `lcb`, `budgeted/4-lcb` with a quarter of the
+budget."""
 
 
 def method(name: str, budgeted: Mapping[str, int]) -> Method:
-    """The method of this name; `budgeted-SELECTOR` has the round settings `budgeted`. RequestError for another."""
+    """The method of this name; `budgeted-SELECTOR` has the round settings `budgeted`, `budgeted/N-SELECTOR` an n-th of
+    their budget. RequestError for another."""
     if name in METHODS:
         return METHODS[name]
-    kind, _, selector = name.partition("-")
-    if kind != BUDGETED or not selector:
-        raise RequestError(f"method {name!r} is not one of {', '.join(METHODS)} or {BUDGETED}-SELECTOR")
+    parts = re.fullmatch(rf"{BUDGETED}(?:/([1-9]\d*))?-(.+)", name)
+    if parts is None:
+        raise RequestError(f"method {name!r} is not one of {', '.join(METHODS)} or {BUDGETED}[/N]-SELECTOR")
+    share, selector = int(parts[1] or 1), parts[2]
+    own = {**budgeted, "refresh": max(1, budgeted["refresh"] // share)}
     title = (
-        f"{selector}, {budgeted['refresh']} problems rolled out anew in a round, {budgeted['first_look']} rollouts of "
-        f"each before the first plan, {budgeted['target_rollouts']} a round of each of the benchmark's"
+        f"{selector}, {own['refresh']} problems rolled out anew in a round, {own['first_look']} rollouts of "
+        f"each before the first plan, {own['target_rollouts']} a round of each of the benchmark's"
     )
-    return Method(title, {"selector": selector, "observe": "last", **budgeted})
+    return Method(title, {"selector": selector, "observe": "last", **own})
 
 
 @dataclass(frozen=True, slots=True)
