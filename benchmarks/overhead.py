@@ -1,6 +1,7 @@
 """What selection adds to training: seconds of a budgeted round without its rollouts, against the training it precedes.
 
-    python -m benchmarks.overhead [--shape 13.8m] [--rounds 3] [--train-batch 16] [--benchmark 6] [--refresh 8]
+    python -m benchmarks.overhead [--shape 13.8m] [--rounds 3] [--train-batch 16] [--benchmark 6] [--refresh 4]
+    python -m benchmarks.overhead --refresh 8 --target-rollouts 8 --observe all
     python -m benchmarks.overhead --shape demo
     python -m benchmarks.overhead --shape 63m --rounds 1 --repeats 2
     python -m benchmarks.overhead --shape qwen2.5-1.5b --device cuda
@@ -8,8 +9,10 @@
 The embedded trainer on random weights: prompts are random tokens, a response is paid if most of its tokens are even, so
 that groups have signal and the policy learns. Proportions are GradAlign's published ones (10 steps of 128 problems a
 round, a benchmark of 43), an eighth of them by default, with the selector `lcb` and a budgeted refresh in place of
-rolling out every candidate. The training rollouts are kept as rows (`observe`). `demo` is the study's small model and
-problems instead. The first round, which makes the store and fits the projection, is not counted.
+rolling out every candidate: one in 32, and half as many rollouts of a benchmark's problem as of a trained one, as in the
+study's `budgeted/4-lcb`. The training rollouts of the last pass over the picks are kept as rows (`observe`). `demo` is
+the study's small model and problems instead. The first round, which makes the store and fits the projection, is not
+counted.
 
 What keeping the training rollouts adds to the update is measured afterwards: updates with and without, in turn.
 """
@@ -66,9 +69,9 @@ class Size:
 SIZES = {
     "tiny": Size(16, 8, 4, 4, 4, 4, 4, 4, 12, 12, rank=4, dim=64),
     "demo": Size(320, 16, 16, 4, 32, 28, 16, 8, rank=8, dim=512, token_budget=16_384),
-    "13.8m": Size(128, 32, 16, 10, 6, 8, 8, 8, 64, 64),
-    "63m": Size(128, 32, 16, 10, 6, 8, 8, 8, 64, 64),
-    "qwen2.5-1.5b": Size(256, 64, 32, 10, 11, 16, 8, 8, 200, 400, token_budget=16_384),
+    "13.8m": Size(128, 32, 16, 10, 6, 4, 8, 4, 64, 64),
+    "63m": Size(128, 32, 16, 10, 6, 4, 8, 4, 64, 64),
+    "qwen2.5-1.5b": Size(256, 64, 32, 10, 11, 8, 8, 4, 200, 400, token_budget=16_384),
 }
 
 

@@ -161,7 +161,7 @@ class Probe:
         `calibration`; a relative error above CHECK_TOLERANCE is logged.
 
         like: of an earlier policy or direction. If steps of its length move a token by half to twice as many nats,
-        steps of its nats are used, and only checked against exact dots: above CHECK_TOLERANCE they are chosen anew.
+        steps of its nats are used, and only checked, on the first group: above CHECK_TOLERANCE they are chosen anew.
         """
         self._check(groups, base_logprobs)
         live = [i for i, group in enumerate(groups) if group.has_signal]
@@ -171,7 +171,7 @@ class Probe:
         chosen = [groups[i] for i in pilot]
         given = None if base_logprobs is None else [base_logprobs[i] for i in pilot]
         if like is not None and self._eps is None:
-            calibration = self._carried(like, chosen, given)
+            calibration = self._carried(like, chosen[:1], None if given is None else given[:1])
             if calibration is not None:
                 self.calibration, self._knows_base = calibration, given is not None
                 return calibration

@@ -100,7 +100,7 @@ def test_steps_are_taken_over_where_they_serve(make_model, make_groups, known: b
     handle.remove()
     assert (carried.nats_central, carried.nats_one_sided) == (kept.nats_central, kept.nats_one_sided)
     assert carried.relative_error < 0.02
-    np.testing.assert_allclose(carried.exact, searched.exact, rtol=1e-4)
+    np.testing.assert_allclose(carried.exact, searched.exact[:1], rtol=1e-4)
     expected = Probe(model, longer).probe(groups)
     found = probe.probe(groups, base)
     np.testing.assert_allclose(found.dots, expected.dots, rtol=0.02, atol=2e-3 * np.abs(expected.dots).max())

@@ -28,7 +28,8 @@ from trainer.rewards import Reward
 from trainer.rollout import checked_prompts
 
 CHECKED = 2
-"""Validation problems on which each round's probe chooses its step and is checked against exact dots."""
+"""Validation problems on which a probe chooses its step and is checked against exact dots; a step that is taken over
+from the round before is checked on the first."""
 
 
 @dataclass(frozen=True, slots=True)
