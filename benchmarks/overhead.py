@@ -9,9 +9,9 @@
 The embedded trainer on random weights: prompts are random tokens, a response is paid if most of its tokens are even, so
 that groups have signal and the policy learns. Proportions are GradAlign's published ones (10 steps of 128 problems a
 round, a benchmark of 43), an eighth of them by default, with the selector `lcb` and a budgeted refresh in place of
-rolling out every candidate: one in 32, and half as many rollouts of a benchmark's problem as of a trained one, as in the
-study's `budgeted/4-lcb`. The training rollouts of the last pass over the picks are kept as rows (`observe`). `demo` is
-the study's small model and problems instead. The first round, which makes the store and fits the projection, is not
+rolling out every candidate: one in 32, and half as many rollouts of a benchmark's problem as of a trained one, as in
+the study's `budgeted/4-lcb`. The training rollouts of the last pass over the picks are kept as rows (`observe`). `demo`
+is the study's small model and problems instead. The first round, which makes the store and fits the projection, is not
 counted.
 
 What keeping the training rollouts adds to the update is measured afterwards: updates with and without, in turn.
