@@ -41,6 +41,8 @@ LARGEST_STEP = 0.1
 """Nats a token that no step exceeds."""
 BASE_TOLERANCE = 0.05
 """Nats a token by which given log-probabilities may differ from the model's own."""
+_TRIES = 3
+"""Lengths tried for a step of known nats."""
 CHECK_TOLERANCE = 0.02
 """Relative error against exact dots above which a warning is logged."""
 
@@ -160,8 +162,8 @@ class Probe:
         LARGEST_STEP nats. If that is far below, the errors are measured again nearer to it. The outcome is kept as
         `calibration`; a relative error above CHECK_TOLERANCE is logged.
 
-        like: of an earlier policy or direction. If steps of its length move a token by half to twice as many nats,
-        steps of its nats are used, and only checked, on the first group: above CHECK_TOLERANCE they are chosen anew.
+        like: of an earlier policy or direction. Steps that move a token by as many nats are used then, found from its
+        lengths, and only checked, on the first group: above CHECK_TOLERANCE they are chosen anew.
         """
         self._check(groups, base_logprobs)
         live = [i for i, group in enumerate(groups) if group.has_signal]
@@ -226,12 +228,17 @@ class Probe:
     def _carried(self, like: Calibration, groups: Sequence[Group], given: TokenLogprobs | None) -> Calibration | None:
         """The steps of an earlier calibration for this direction, checked; None where they do not serve it."""
         like = replace(like.along(self.direction.norm), truncation=self._branch.truncation if self._branch else 0.0)
-        eps, expected = (like.central, like.nats_central) if given is None else (like.one_sided, like.nats_one_sided)
+        first, expected = (like.central, like.nats_central) if given is None else (like.one_sided, like.nats_one_sided)
+        eps, nats = first, 0.0
         with self._moving() as move:
             base = response_logprobs(self._pass, groups) if given is None else given
-            move(eps)
-            above = response_logprobs(self._pass, groups)
-            nats = self._moved(above, base)
+            for _ in range(_TRIES):
+                move(eps)
+                above = response_logprobs(self._pass, groups)
+                nats = self._moved(above, base)
+                if expected / 2 < nats < expected * 2 or not 0 < nats < np.inf:
+                    break
+                eps *= expected / nats
             if not expected / 2 < nats < expected * 2:
                 return None
             below, distance = base, eps
@@ -240,7 +247,7 @@ class Probe:
                 below, distance = response_logprobs(self._pass, groups), 2 * eps
             changes = self._weigh(groups, above, below, base)
         exact, found = self._compare(groups, np.concatenate([np.zeros(0), *changes]) / distance)
-        checked = replace(like.along(like.norm, expected / nats), exact=exact, found=found)
+        checked = replace(like.along(like.norm, eps / first * expected / nats), exact=exact, found=found)
         return checked if checked.relative_error <= CHECK_TOLERANCE else None
 
     def _first_step(self, move: Move, groups: Sequence[Group], base: TokenLogprobs) -> tuple[float, float]:

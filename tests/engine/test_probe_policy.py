@@ -104,7 +104,13 @@ def test_steps_are_taken_over_where_they_serve(make_model, make_groups, known: b
     expected = Probe(model, longer).probe(groups)
     found = probe.probe(groups, base)
     np.testing.assert_allclose(found.dots, expected.dots, rtol=0.02, atol=2e-3 * np.abs(expected.dots).max())
-    for wrong in (replace(kept, central=1e3 * kept.central, one_sided=1e3 * kept.one_sided), replace(kept, norm=0.0)):
+    for factor in (0.01, 100):
+        far = Probe(model, longer, n_check=2)
+        off = replace(kept, central=factor * kept.central, one_sided=factor * kept.one_sided)
+        name = "one_sided" if known else "central"
+        length = getattr(far.calibrate(groups, base, off), name)
+        assert length == pytest.approx(getattr(carried, name), rel=0.2), "as many nats are as far from any start"
+    for wrong in (replace(kept, norm=0.0), replace(kept, nats_central=5.0, nats_one_sided=5.0)):
         refused = Probe(model, longer, n_check=2).calibrate(groups, base, wrong)
         assert refused.describe() == searched.describe()
 
