@@ -198,7 +198,7 @@ def test_another_run_is_refused(world, training, tmp_path) -> None:
     driver = Rounds(tmp_path / "store", run.world.pool, {"bench": run.world.benchmark}, settings(seed=4))
     with pytest.raises(RequestError, match="the saved state is of other settings: seed was 3, now 4"):
         driver.load_state_dict(run.saved)
-    longer = training(tmp_path / "store", world(), settings(rounds=5))
+    longer = training(tmp_path / "store", world(), settings(rounds=5, window=7, observe="all"))
     assert len(longer.run()) == 5
 
 
