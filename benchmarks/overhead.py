@@ -23,7 +23,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -64,6 +64,7 @@ class Size:
     rank: int = 16
     dim: int = 1024
     token_budget: int = 2048
+    observe: Observe = "last"
 
 
 SIZES = {
@@ -117,9 +118,7 @@ def made(shape: str, size: Size, device: str) -> tuple[LocalPolicy, list[dict[st
     return policy, records[: size.pool], records[size.pool :]
 
 
-def measured(
-    shape: str, size: Size, rounds: int, device: str, repeats: int, observe: Observe
-) -> dict[str, list[float]]:
+def measured(shape: str, size: Size, rounds: int, device: str, repeats: int) -> dict[str, list[float]]:
     """Seconds of each stage, one number a round after the first."""
     policy, pool, benchmark = made(shape, size, device)
     learner = Learner(policy.model, UpdateSettings(lr=3e-5, token_budget=size.token_budget))
@@ -133,7 +132,7 @@ def measured(
         rounds=rounds + 1,
         rollouts=size.rollouts,
         target_rollouts=size.target_rollouts,
-        observe=observe,
+        observe=size.observe,
         fit_problems=size.refresh,
         spec=SketchSpec(basis="fitted", rank=size.rank, dim=size.dim),
     )
@@ -199,13 +198,13 @@ def main(
     refresh: Annotated[int | None, typer.Option(help="problems rolled out anew in a round")] = None,
     rollouts: Annotated[int | None, typer.Option(help="responses to a problem")] = None,
     target_rollouts: Annotated[int | None, typer.Option(help="to one of the benchmark's")] = None,
-    observe: Annotated[str, typer.Option(help="training rollouts that become rows: last, all or none")] = "last",
+    observe: Annotated[str | None, typer.Option(help="training rollouts that become rows: last, all or none")] = None,
     response: Annotated[int | None, typer.Option(help="tokens of a response, and of a prompt of random tokens")] = None,
     processor: Annotated[bool, typer.Option(help="processor seconds of all threads, for a busy CPU")] = False,
 ) -> None:
     """Print the seconds of each stage and the share."""
-    given: dict[str, int | None] = {"benchmark": benchmark, "refresh": refresh, "rollouts": rollouts}
-    given |= {"target_rollouts": target_rollouts}
+    given: dict[str, Any] = {"benchmark": benchmark, "refresh": refresh, "rollouts": rollouts}
+    given |= {"target_rollouts": target_rollouts, "observe": observe}
     given |= {"response": response, "prompt": response if SIZES[shape].prompt else None}
     given |= {"train_batch": train_batch, "selected": 2 * train_batch if train_batch else None}
     size = replace(SIZES[shape], **{name: value for name, value in given.items() if value is not None})
@@ -217,7 +216,7 @@ def main(
     if device != "cpu":
         torch.set_float32_matmul_precision("high")
     started = time.monotonic()
-    stages = measured(shape, size, rounds, device, repeats, cast(Observe, observe))
+    stages = measured(shape, size, rounds, device, repeats)
     training = float(np.sum([np.median(own) for name, own in stages.items() if name.startswith("training")]))
     rows = [
         [name, f"{np.median(own):.3f}", f"{min(own):.3f}-{max(own):.3f}", f"{100 * np.median(own) / training:.1f} %"]
