@@ -19,6 +19,7 @@ from engine.searching.query import score_rows
 from engine.searching.targets import target
 from gradstore import Store, View
 from gradstore.errors import RequestError
+from trainer.round.staleness import sum_of_units
 
 _STEPS_BACK = 4
 """Newest steps whose probes count."""
@@ -141,7 +142,7 @@ def calibrate(view: View, ids: Sequence[str], probes: Sequence[Probed], length: 
 
 def aim(store: Store, benchmarks: Sequence[str], step: int) -> tuple[np.ndarray, float]:
     """Unit direction [D] of the benchmarks at a step and what its length counts for: 1 where they are several."""
-    vectors = [target(store, name, step).vector.astype(np.float64) for name in benchmarks]
-    total_D = np.sum([vector / (np.linalg.norm(vector) or 1.0) for vector in vectors], axis=0)
-    length = float(np.linalg.norm(vectors[0])) if len(vectors) == 1 else 1.0
+    vectors = [target(store, name, step).vector for name in benchmarks]
+    total_D = sum_of_units(vectors)
+    length = float(np.linalg.norm(vectors[0].astype(np.float64))) if len(vectors) == 1 else 1.0
     return (total_D / (np.linalg.norm(total_D) or 1.0)).astype(np.float32), length

@@ -34,6 +34,7 @@ from trainer.round.policy import Policy
 from trainer.round.recording import about_round, round_table
 from trainer.round.refresh import Outlook, choose, straddling
 from trainer.round.settings import RoundSettings
+from trainer.round.staleness import sum_of_units
 from trainer.round.standing import Standing, standing
 
 log = logging.getLogger(__name__)
@@ -270,8 +271,7 @@ class Conduct:
         settings = self.settings
         direction_D = None
         if self.budget is not None and self.targets:
-            vectors = [goal.vector.astype(np.float64) for goal in self.targets]
-            direction_D = np.sum([vector / (np.linalg.norm(vector) or 1.0) for vector in vectors], axis=0)
+            direction_D = sum_of_units([goal.vector for goal in self.targets])
         return standing(
             store,
             self.run.pool,
@@ -297,10 +297,8 @@ class Conduct:
 
     def _length(self) -> float:
         """Of the target as the selectors see it."""
-        vectors = [goal.vector.astype(np.float64) for goal in self.targets]
-        if len(vectors) > 1:
-            vectors = [np.sum([vector / (np.linalg.norm(vector) or 1.0) for vector in vectors], axis=0)]
-        return float(np.linalg.norm(vectors[0]))
+        vectors = [goal.vector for goal in self.targets]
+        return float(np.linalg.norm(vectors[0].astype(np.float64) if len(vectors) == 1 else sum_of_units(vectors)))
 
     def _scale(self) -> float:
         """What turns a sketch's norm x cosine into a probe's dot: one mean gradient's length; 0 where it is another."""

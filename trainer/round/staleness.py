@@ -174,15 +174,20 @@ def measured_pairs(store: Store, pool: str, benchmarks: Sequence[str], now: int,
 
 def direction_at(store: Store, benchmarks: Sequence[str], step: int) -> np.ndarray | None:
     """Sum of the benchmarks' unit targets at a step, float32 [D]; None where none has a live problem."""
-    total_D = None
+    vectors = []
     for name in benchmarks:
         try:
-            vector_D = target(store, name, step).vector.astype(np.float64)
+            vectors.append(target(store, name, step).vector)
         except RequestError:  # no live problem at or before this step
             continue
-        unit_D = vector_D / (np.linalg.norm(vector_D) or 1.0)
-        total_D = unit_D if total_D is None else total_D + unit_D
-    return None if total_D is None else total_D.astype(np.float32)
+    return sum_of_units(vectors).astype(np.float32) if vectors else None
+
+
+def sum_of_units(vectors: Sequence[np.ndarray]) -> np.ndarray:
+    """What several targets point along together, each counting alike, float64 [D]; a zero vector adds nothing."""
+    doubles = [vector.astype(np.float64) for vector in vectors]
+    total_D: np.ndarray = np.sum([vector / (np.linalg.norm(vector) or 1.0) for vector in doubles], axis=0)
+    return total_D
 
 
 def _pairs_at(store: Store, pool: str, benchmarks: Sequence[str], step: int, offsets: Mapping[str, float]) -> Pairs:
