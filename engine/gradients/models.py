@@ -53,11 +53,16 @@ def load_tokenizer(path: str | Path) -> Any:
 
 
 def weights_digest(model: nn.Module) -> str:
-    """16 hexadecimal digits over names, shapes and 64 evenly spaced values of every parameter of a model."""
+    """16 hexadecimal digits over names, shapes and 64 evenly spaced values of every parameter of a model.
+
+    The places are those of a float32 `linspace`, held inside the weight: past 2^24 elements it rounds beyond the end.
+    Digests that stores and rollout files keep from before stay valid (docs/format.md).
+    """
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         flat = parameter.detach().reshape(-1)
-        places = torch.linspace(0, max(len(flat) - 1, 0), min(len(flat), 64)).long()
+        last = max(len(flat) - 1, 0)
+        places = torch.linspace(0, last, min(len(flat), 64)).long().clamp(max=last)
         values = flat[places.to(flat.device)].float().cpu().numpy()
         digest.update(f"{name}{tuple(parameter.shape)}".encode() + values.tobytes())
     return digest.hexdigest()[:16]
