@@ -28,7 +28,6 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
-from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import gradstore
 from benchmarks.sketch import SHAPES
@@ -107,9 +106,7 @@ def made(shape: str, size: Size, device: str) -> tuple[LocalPolicy, list[dict[st
         )
         return policy, found.pool, found.validation
     about, random = SHAPES[shape], np.random.default_rng(0)
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = Qwen2ForCausalLM(Qwen2Config(**about.model)).eval()
+    model = about.random_model(device)
     model.generation_config.eos_token_id = None
     sampling = Sampling(max_new_tokens=size.response)
     policy = LocalPolicy(model, Numbers(), Reward("even", mostly_even), sampling, token_budget=size.token_budget)

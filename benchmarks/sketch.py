@@ -5,7 +5,8 @@
     python -m benchmarks.sketch --device cuda --shape qwen2.5-1.5b
 
 One process, every method once a round, ratios to the plain pass of the same round, median with the spread. Models have
-the shape of Qwen2 and random weights; `13.8m` (hidden 384, 6 layers, intermediate 1536, vocabulary 2000, float32, 8
+random weights; `smollm2-135m` and `qwen3-moe` (a small mixture of experts) are timed on 1 and 4 problems x 16 rollouts,
+the others have the shape of Qwen2: `13.8m` (hidden 384, 6 layers, intermediate 1536, vocabulary 2000, float32, 8
 problems x 8 rollouts, prompt 96 and response 96 tokens) is the default, `qwen2.5-1.5b` is for a GPU (bfloat16, 4
 problems x 16 rollouts of 200 + 800 tokens). The plain pass takes 8 rollouts at a time (on a GPU 4); more do not make it
 faster. Tokens a second count every rollout's prompt and response. Forward alone, and forward with an input-gradient
@@ -35,7 +36,7 @@ import numpy as np
 import torch
 import typer
 from torch import Tensor, nn
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from engine import Probe, Sketcher, SketchSpec, exact_dots, fit_projection, layer_gradients, validation_gradient
 from engine.gradients.gradient_pass import GradientPass
@@ -54,6 +55,7 @@ class Shape:
     """A model and the rollouts it is timed on."""
 
     model: dict[str, Any]
+    """Settings of a transformers configuration, `model_type` among them."""
     n_problems: int
     n_rollouts: int
     n_prompt: int
@@ -65,9 +67,17 @@ class Shape:
     def n_tokens(self) -> int:
         return self.n_problems * self.n_rollouts * (self.n_prompt + self.n_response)
 
+    def random_model(self, device: str = "cpu", dtype: torch.dtype = torch.float32) -> nn.Module:
+        """A model of this shape with random weights (seed 0), in evaluation mode."""
+        torch.manual_seed(0)
+        with torch.device(device):
+            model: nn.Module = AutoModelForCausalLM.from_config(AutoConfig.for_model(**self.model))
+        return model.to(dtype).eval()
+
 
 def _qwen2(hidden: int, intermediate: int, layers: int, heads: int, vocabulary: int) -> dict[str, Any]:
     return {
+        "model_type": "qwen2",
         "vocab_size": vocabulary,
         "hidden_size": hidden,
         "intermediate_size": intermediate,
@@ -79,10 +89,26 @@ def _qwen2(hidden: int, intermediate: int, layers: int, heads: int, vocabulary: 
     }
 
 
+_SMOLLM2_135M = {
+    **_qwen2(576, 1536, 30, 9, 49_152),
+    "model_type": "llama",
+    "num_key_value_heads": 3,
+}
+_QWEN3_MOE = {
+    **_qwen2(1024, 2048, 8, 16, 151_936),
+    "model_type": "qwen3_moe",
+    "head_dim": 64,
+    "num_experts": 32,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 512,
+}
+
 SHAPES = {
     "tiny": Shape(_qwen2(64, 128, 2, 4, 500), 3, 4, 16, 24),
     "13.8m": Shape(_qwen2(384, 1536, 6, 6, 2000), 8, 8, 96, 96),
     "63m": Shape(_qwen2(1024, 4096, 4, 8, 2000), 8, 8, 96, 96),
+    "smollm2-135m": Shape(_SMOLLM2_135M, 1, 16, 100, 100),
+    "qwen3-moe": Shape(_QWEN3_MOE, 4, 16, 100, 100, small=False),
     "qwen2.5-1.5b": Shape(_qwen2(1536, 8960, 28, 12, 151_936), 4, 16, 200, 800, small=False),
 }
 
@@ -92,10 +118,7 @@ class Bench:
 
     def __init__(self, shape: Shape, device: str, budget: int, plain_rollouts: int) -> None:
         self.shape, self.device, self.budget, self.plain_rollouts = shape, torch.device(device), budget, plain_rollouts
-        torch.manual_seed(0)
-        dtype = torch.float32 if device == "cpu" else torch.bfloat16
-        with torch.device(device):
-            self.model: nn.Module = Qwen2ForCausalLM(Qwen2Config(**shape.model)).to(dtype).eval()
+        self.model = shape.random_model(device, torch.float32 if device == "cpu" else torch.bfloat16)
         self.groups = self.make_groups(shape.n_problems)
 
     def make_groups(self, n: int, seed: int = 0) -> list[Group]:
