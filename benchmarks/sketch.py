@@ -258,6 +258,8 @@ class _Nothing:
 
     def on_gradient(self, layer: int, kept: object, grad_BTO: Tensor, problem_B: Tensor) -> None: ...
 
+    def reset(self) -> None: ...
+
 
 def main(
     shape: Annotated[str, typer.Option(help=f"One of {', '.join(SHAPES)}.")] = "13.8m",

@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
-from typing import Any
+from typing import Any, BinaryIO
 
 import google_crc32c
 
@@ -154,15 +154,20 @@ def replace_file(path: Path, data: bytes, beside: AbstractContextManager[None] |
     beside: entered when the new content is written and left when it is on the disk, before it shows: what else must be
     there goes to the disk meanwhile. If it raises, the old content stays.
     """
+    with replacing_file(path, beside) as file:
+        write_all(file.fileno(), data, 0)
+
+
+@contextmanager
+def replacing_file(path: Path, beside: AbstractContextManager[None] | None = None) -> Iterator[BinaryIO]:
+    """A file to write the new content to, which shows when the block ends; after an error of it the old one stays."""
     temporary = path.with_name(f"{TEMPORARY}{path.name}")
     with writing(path):
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-        try:
-            write_all(descriptor, data, 0)
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
             with beside or nullcontext():
-                os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+                os.fsync(file.fileno())
         os.rename(temporary, path)
         fsync_folder(path.parent)
 

@@ -18,6 +18,7 @@ from engine.gradients.hooks import Mutable, Observation, Observer
 from engine.gradients.layers import Layer
 from engine.gradients.microbatch import MicroBatch, Rollout, pack, pays_to_share, rollouts_of
 from engine.gradients.objectives import Objective, objective
+from engine.gradients.retrying import noticing
 from engine.gradients.sharding import inner, is_sharded, largest, n_shards, reshard, total
 from engine.rollouts.group import Group
 from gradstore.errors import RequestError
@@ -66,7 +67,7 @@ def validation_gradient(
     groups: Sequence[Group],
     settings: Objective | None = None,
     *,
-    token_budget: int = 4096,
+    token_budget: int | None = None,
 ) -> Direction:
     """Mean over the groups of the gradient of their objective (ascent), with respect to every parameter that trains.
 
@@ -103,24 +104,41 @@ def summed_gradient(
     sums: dict[str, Tensor] = {}
     with plain, _own_gradients(model) as trained, torch.enable_grad():
         shared = policy.shares_prompts and spec.share_prompts and pays_to_share(rollouts)
-        batches = list(pack(rollouts, spec.token_budget, shared))
         layers, observer = watch or ([], _Nothing())
         muted = Mutable(observer)
         observation = Observation(layers, muted)
-        try:
+
+        def attempt(tokens: int) -> None:
+            sums.clear()
+            observer.reset()
+            for parameter in trained.values():
+                parameter.grad = None
+            batches = list(pack(rollouts, tokens, shared))
             for number, batch in enumerate(in_step(model, batches, shared)):
                 muted.on = number < len(batches)
-                policy.backward(batch.to(runner.device), spec.objective, observation)
+                with noticing(batch):
+                    policy.backward(batch.to(runner.device), spec.objective, observation)
                 reshard(model)
-                for name, parameter in trained.items():
-                    if parameter.grad is None:
-                        continue
-                    gradient = parameter.grad if parameter.grad.itemsize >= 4 else parameter.grad.float()
-                    parameter.grad = None
-                    sums[name] = gradient if name not in sums else sums[name].add_(gradient)
+                _take(sums, {name: trained[name] for name in coarse})
+
+        coarse = [name for name, parameter in trained.items() if parameter.itemsize < 4]
+        try:
+            runner.budget.fitting(attempt, groups, inputs_kept=True)
+            _take(sums, trained)
         finally:
             observation.remove()
     return {name: tensor.mul_(scale) if scale > 1 else tensor for name, tensor in sums.items()}
+
+
+def _take(sums: dict[str, Tensor], parameters: Mapping[str, nn.Parameter]) -> None:
+    """Moves the parameters' gradients to the sums, in float32 or finer. Those of finer weights autograd sums itself, in
+    place, and they are taken once."""
+    for name, parameter in parameters.items():
+        if parameter.grad is None:
+            continue
+        gradient = parameter.grad if parameter.grad.itemsize >= 4 else parameter.grad.float()
+        parameter.grad = None
+        sums[name] = gradient if name not in sums else sums[name].add_(gradient)
 
 
 def in_step(model: nn.Module, batches: list[MicroBatch], shared: bool) -> list[MicroBatch]:
@@ -168,3 +186,5 @@ class _Nothing:
     def on_input(self, layer: int, x_BTI: Tensor) -> None: ...
 
     def on_gradient(self, layer: int, kept: object, grad_BTO: Tensor, problem_B: Tensor) -> None: ...
+
+    def reset(self) -> None: ...

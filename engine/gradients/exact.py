@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from engine.gradients.formed import formed, problem_gradients
 from engine.gradients.gradient_pass import GradientPass
 from engine.gradients.layers import Layer
+from engine.gradients.sharding import inner
 from engine.rollouts.group import Group
 from engine.sketches.sketcher import SketchSpec
 from gradstore.errors import RequestError
@@ -37,7 +38,7 @@ class LayerGradients:
     @property
     def norm(self) -> float:
         """Euclidean length over all layers."""
-        return float(sum(float(matrix.double().square().sum()) for matrix in self.matrices) ** 0.5)
+        return float(sum(inner(matrix, matrix) for matrix in self.matrices) ** 0.5)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -112,7 +113,7 @@ def exact_dots(
         terms_PKL, norms_P, n_tokens = _with_norms(gradients, groups, wanted)
     else:
         dots = _Dots([target.matrices for target in wanted], len(groups), gradients.device)
-        n_tokens = gradients.run(groups, dots)
+        n_tokens = gradients.run(groups, dots, inputs_kept=True)
         terms_PKL, norms_P = dots.terms_LKP.permute(2, 1, 0).double().cpu().numpy(), None
     states, reasons = _states(groups, terms_PKL, norms_P)
     return ExactBatch(
@@ -135,6 +136,9 @@ class _Dots:
             [matrices[layer].to(device) for matrices in targets] for layer in range(len(targets[0]) if targets else 0)
         ]
         self.terms_LKP = torch.zeros(len(self._targets), len(targets), n_problems, device=device)
+
+    def reset(self) -> None:
+        self.terms_LKP.zero_()
 
     def on_input(self, layer: int, x_BTI: Tensor) -> Tensor:
         return x_BTI

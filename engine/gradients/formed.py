@@ -27,9 +27,7 @@ def formed(
     """The groups' summed gradient, float32 [O, I] per layer, in the buffers where given, and the tokens run."""
     if buffers is None:
         buffers = [torch.empty(layer.n_outputs, layer.n_inputs, device=gradients.device) for layer in gradients.layers]
-    for buffer in buffers:
-        buffer.zero_()
-    return buffers, gradients.run(groups, _Sum(buffers), on_weights)
+    return buffers, gradients.run(groups, _Sum(buffers), on_weights, inputs_kept=True)
 
 
 def problem_gradients(
@@ -58,6 +56,10 @@ class _Sum:
 
     def __init__(self, matrices: Sequence[Tensor]) -> None:
         self._matrices = matrices
+
+    def reset(self) -> None:
+        for matrix in self._matrices:
+            matrix.zero_()
 
     def on_input(self, layer: int, x_BTI: Tensor) -> Tensor:
         return x_BTI

@@ -17,6 +17,7 @@ from engine.gradients.hooks import Mutable, Observer, observed
 from engine.gradients.layers import find_layers, output_layer
 from engine.gradients.microbatch import pack, pays_to_share, rollouts_of
 from engine.gradients.passes import OnWeights, Policy
+from engine.gradients.retrying import TokenBudget, noticing
 from engine.gradients.sharding import is_sharded, reshard
 from engine.rollouts.group import Group
 from gradstore.errors import RequestError
@@ -32,6 +33,7 @@ class GradientPass:
         self.model = model
         self.spec = spec
         self.policy = Policy(model)
+        self.budget = TokenBudget(model, spec.token_budget)
         self.layers = [output_layer(model)] if spec.head_only else find_layers(model, spec.modules)
         self.device = next(model.parameters()).device
 
@@ -63,12 +65,22 @@ class GradientPass:
                 "(`collect --reference`, engine.Reference), or rollouts with `reference_logprobs`"
             )
 
-    def run(self, groups: Sequence[Group], observer: Observer, on_weights: OnWeights | None = None) -> int:
+    def run(
+        self,
+        groups: Sequence[Group],
+        observer: Observer,
+        on_weights: OnWeights | None = None,
+        *,
+        inputs_kept: bool = False,
+    ) -> int:
         """Back-propagate each group's objective; the observer's problems are positions in `groups`.
 
         Returns the tokens that went through the model, padding and responses sampled before not counted. Groups whose
         rewards are all equal are not run. Under FSDP2 each rank runs its own groups through the whole model, all ranks
-        must call this together, and no gradient is reduced. RequestError as in `check`.
+        must call this together, and no gradient is reduced. inputs_kept: the observer keeps the layers' inputs whole,
+        so that micro-batches are smaller where their size is not given. After an out-of-memory error the observer is
+        reset and all groups are run in smaller micro-batches; on_weights is told at the end, each once. RequestError as
+        in `check`, and for a response that does not fit into memory.
         """
         for group in groups:
             self.check(group)
@@ -78,13 +90,28 @@ class GradientPass:
         reshard(self.model)
         with whole, observed(self.model, self.layers, muted) as observation:
             shared = self.policy.shares_prompts and self.spec.share_prompts and pays_to_share(rollouts)
-            batches = list(pack(rollouts, self.spec.token_budget, shared))
-            for number, batch in enumerate(in_step(self.model, batches, shared)):
-                muted.on = number < len(batches)
-                told = on_weights if muted.on else None
-                self.policy.backward(batch.to(self.device), self.spec.objective, observation, told)
+            told: list[tuple[Tensor, Tensor, Tensor]] = []
+
+            def attempt(tokens: int) -> None:
+                told.clear()
+                observer.reset()
+                batches = list(pack(rollouts, tokens, shared))
+                for number, batch in enumerate(in_step(self.model, batches, shared)):
+                    muted.on = number < len(batches)
+                    tell = _kept_in(told) if on_weights and muted.on else None
+                    with noticing(batch):
+                        self.policy.backward(batch.to(self.device), self.spec.objective, observation, tell)
+
+            self.budget.fitting(attempt, groups, inputs_kept=inputs_kept)
         reshard(self.model)
+        if on_weights:
+            for weights in told:
+                on_weights(*weights)
         return sum(len(rollout.prompt_ids) + len(rollout.response_ids) for rollout in rollouts)
+
+
+def _kept_in(told: list[tuple[Tensor, Tensor, Tensor]]) -> OnWeights:
+    return lambda problem_B, before_BN, after_BN: told.append((problem_B, before_BN, after_BN))
 
 
 class EffectiveSampleSize:

@@ -28,6 +28,9 @@ class Observer(Protocol):
     def on_gradient(self, layer: int, kept: Any, grad_BTO: Tensor, problem_B: Tensor) -> None:
         """Called in the backward with the gradient of the layer's outputs and the problem of each sequence."""
 
+    def reset(self) -> None:
+        """Forget all that was added: the groups are run again from the first."""
+
 
 class Mutable:
     """An observer that can be told not to look: a rank that has run its groups keeps step with the others."""
@@ -42,6 +45,9 @@ class Mutable:
     def on_gradient(self, layer: int, kept: Any, grad_BTO: Tensor, problem_B: Tensor) -> None:
         if self.on:
             self._observer.on_gradient(layer, kept, grad_BTO, problem_B)
+
+    def reset(self) -> None:
+        self._observer.reset()
 
 
 class Observation:

@@ -55,6 +55,18 @@ def output_layer(model: nn.Module) -> Layer:
     raise RequestError(f"the output layer of {type(base).__name__} is a {type(head).__name__}, not a linear layer")
 
 
+def head_of(model: nn.Module) -> nn.Module | None:
+    """The module that gives the logits; None where the model names none."""
+    base = cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
+    return cast(Any, base).get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+
+
+def linear_outputs(module: nn.Module) -> int:
+    """Outputs of a linear layer; 0 for any other module."""
+    layer = _as_layer("", module)
+    return layer.n_outputs if layer else 0
+
+
 def model_identity(model: nn.Module) -> dict:
     """What stays the same over training: architecture, and names and shapes of every parameter (hashed)."""
     base = cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model

@@ -4,13 +4,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
 from engine.gradients.directions import evaluating, in_step
 from engine.gradients.gradient_pass import GradientPass
-from engine.gradients.microbatch import Rollout, pack, pays_to_share
+from engine.gradients.microbatch import MicroBatch, Rollout, pack, pays_to_share
 from engine.gradients.models import weights_digest
 from engine.gradients.objectives import Objective
+from engine.gradients.retrying import noticing
 from engine.gradients.sharding import gather, largest, reshard
 from engine.rollouts.group import Group
 from engine.sketches.sketcher import SketchSpec
@@ -22,8 +23,9 @@ TokenLogprobs = Sequence[Sequence[np.ndarray]]
 class Reference:
     """Gives groups their log-probabilities under a reference policy, one by one or many together (`of`)."""
 
-    def __init__(self, model: nn.Module, *, temperature: float = 1.0, token_budget: int = 2048) -> None:
-        """temperature: the objective's. token_budget: tokens of a micro-batch, with padding."""
+    def __init__(self, model: nn.Module, *, temperature: float = 1.0, token_budget: int | None = None) -> None:
+        """temperature: the objective's. token_budget: tokens of a micro-batch, with padding; None: as memory
+        allows."""
         self.model = model
         self._pass = GradientPass(
             model, SketchSpec(objective=Objective(temperature=temperature), token_budget=token_budget)
@@ -75,13 +77,17 @@ def response_logprobs(runner: GradientPass, groups: Sequence[Group]) -> list[lis
     shares = policy.shares_prompts and spec.share_prompts
     # Every rank or none: a prompt run by itself is one more forward.
     shared = shares and not largest(runner.model, len(rollouts) > 0 and not pays_to_share(rollouts))
-    batches = list(pack(rollouts, spec.token_budget, shared))
-    gather(runner.model)
-    # Fetched after the last batch, so that a GPU is never waited for in between.
-    grids = [
-        policy.logprobs(batch.to(runner.device), spec.objective.temperature)
-        for batch in in_step(runner.model, batches, shared)
-    ]
+
+    def attempt(tokens: int) -> tuple[list[MicroBatch], list[Tensor]]:
+        batches = list(pack(rollouts, tokens, shared))
+        gather(runner.model)
+        grids = []
+        for batch in in_step(runner.model, batches, shared):
+            with noticing(batch):
+                grids.append(policy.logprobs(batch.to(runner.device), spec.objective.temperature))
+        return batches, grids  # fetched after the last batch, so that a GPU is never waited for in between
+
+    batches, grids = runner.budget.fitting(attempt, groups)
     found: list[np.ndarray] = [np.zeros(0, np.float32)] * len(rollouts)
     for batch, grid_BN in zip(batches, grids, strict=False):
         rows = grid_BN.float().cpu().numpy()

@@ -26,12 +26,13 @@ from engine.gradients.grouped_attention import grouped_attention
 from engine.gradients.hooks import Observation
 from engine.gradients.microbatch import MicroBatch, Prompts
 from engine.gradients.objectives import Objective, importance_weights, kl_weights
+from engine.gradients.retrying import is_out_of_memory
 from engine.gradients.sharding import gather, reshard
 
 log = logging.getLogger(__name__)
 
-LOGIT_BYTES = 1 << 28
-"""Float32 logits held at once."""
+LOGIT_BYTES, LOGIT_BYTES_ON_CPU = 1 << 28, 1 << 26
+"""Float32 logits held at once, and as many exponentials of them."""
 
 _TOLERANCE = 1e-3
 """Largest difference of a log-probability, relative to 1 + its size, at which a shortcut counts as exact."""
@@ -153,7 +154,8 @@ class Policy:
     def _chunks(self, batch: MicroBatch) -> list[slice]:
         """Sequences whose logits are formed at once."""
         n_rows, n_tokens = batch.weights_BN.shape
-        size = max(1, LOGIT_BYTES // (4 * n_tokens * self.n_vocabulary)) if self._split else n_rows
+        held = LOGIT_BYTES if batch.weights_BN.is_cuda else LOGIT_BYTES_ON_CPU
+        size = max(1, held // (4 * n_tokens * self.n_vocabulary)) if self._split else n_rows
         return [slice(start, start + size) for start in range(0, n_rows, size)]
 
     def _grid(self, batch: MicroBatch, hidden_BTH: Tensor | None, rows: slice) -> Tensor | None:
@@ -191,6 +193,8 @@ class Policy:
             reason = f"log-probabilities differ by {error:.1e}"
             exact = error <= _TOLERANCE * (1 if plain.dtype == torch.float32 and _is_fp32(self.model) else 30)
         except (TypeError, ValueError, RuntimeError, AttributeError, NotImplementedError, IndexError) as problem:
+            if is_out_of_memory(problem):  # says nothing of the shortcut
+                raise
             exact, reason = False, f"{type(problem).__name__}: {problem}"
         finally:
             reshard(self.model)

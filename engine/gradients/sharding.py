@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+_PART = 1 << 22
+"""Numbers that are taken to float64 at once."""
+
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether FSDP2 shards any of the model's modules."""
@@ -48,9 +51,16 @@ def own_part(tensor: Tensor) -> Tensor:
 
 
 def inner(one: Tensor, other: Tensor) -> float:
-    """Inner product of two tensors of the same placement, over all ranks that hold a part, in float64."""
-    product = (one.detach().double() * other.detach().double()).sum()
-    return float(product.full_tensor() if isinstance(product, DTensor) else product)
+    """Inner product of two tensors of the same placement, over all ranks that hold a part, in float64.
+
+    A part of a plain tensor at a time: in float64 a vocabulary's matrix is twice its size.
+    """
+    one, other = one.detach(), other.detach()
+    if isinstance(one, DTensor) or isinstance(other, DTensor):
+        product = (one.double() * other.double()).sum()
+        return float(product.full_tensor() if isinstance(product, DTensor) else product)
+    parts = zip(one.reshape(-1).split(_PART), other.reshape(-1).split(_PART), strict=True)
+    return float(sum((torch.dot(a.double(), b.double()) for a, b in parts), one.new_zeros((), dtype=torch.float64)))
 
 
 def largest(model: nn.Module, value: int) -> int:

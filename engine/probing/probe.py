@@ -59,13 +59,14 @@ class Probe:
         eps: float | None = None,
         rank: int | None = None,
         n_check: int = 4,
-        token_budget: int = 4096,
+        token_budget: int | None = None,
         share_prompts: bool = True,
     ) -> None:
         """settings: the objective, default the preset `gradalign`. eps: the step, default calibrated on the first
         groups. rank: move along the direction cut to this rank, as a branch beside each layer, and leave the weights
         alone (see `LowRankBranch`); needed for weights coarser than float32. n_check: problems that the step is
-        measured on and that are checked against exact dots. token_budget: tokens of a micro-batch, with padding.
+        measured on and that are checked against exact dots. token_budget: tokens of a micro-batch, with padding;
+        None: as memory allows.
 
         Under FSDP2 every rank makes one and calls its methods together, each with its own groups.
         RequestError for settings that cannot be; for a direction of another model when it is used.

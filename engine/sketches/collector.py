@@ -116,7 +116,7 @@ def collect(
     report.fidelity_when_fitted = sketcher.projection.fidelity
     published = started
     with store.writer(collection, step=step) as writer:
-        for window in windows(groups, 16 * sketcher.spec.token_budget):
+        for window in windows(groups, 16 * sketcher.gradients.budget.tokens()):
             todo = [group for group in window if group.problem_id not in done]
             report.skipped += len(window) - len(todo)
             if todo:

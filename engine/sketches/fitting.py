@@ -121,7 +121,7 @@ def _refined(
     done = 0
     for window in _windows(sample):
         products = _OneSided(sides, fitted, len(window), sketcher.device)
-        sketcher.gradients.run([group for group, _ in window], products)
+        sketcher.gradients.run([group for group, _ in window], products, inputs_kept=fitted == _RIGHT)
         scales_P = torch.tensor([scale for _, scale in window], dtype=torch.float32, device=sketcher.device)
         for layer, total_PRW in products.totals.items():
             directions[layer].add((total_PRW * scales_P[:, None, None]).flatten(0, 1))
@@ -155,6 +155,9 @@ class _OneSided:
         self._wanted = [pair[fitted] is not None for pair in sides]
         self._fitted, self._n_problems = fitted, n_problems
         self.totals: dict[int, Tensor] = {}
+
+    def reset(self) -> None:
+        self.totals.clear()
 
     def on_input(self, layer: int, x_BTI: Tensor) -> Tensor:
         return x_BTI if self._fitted == _RIGHT else project(x_BTI, self._given[layer])

@@ -53,9 +53,8 @@ class SketchSpec:
     """Regular expressions choosing the linear layers; None: LoRA matrices if there are any, else all."""
     head_only: bool = False
     """Head mode: the output layer's gradient alone, from the forward pass (LESSER's feature)."""
-    token_budget: int = 2048
-    """Tokens of one micro-batch, padding included. The activations of many more leave a CPU's caches; a GPU takes
-    16,384 and up."""
+    token_budget: int | None = None
+    """Tokens of one micro-batch, padding included; None: as memory allows (engine/gradients/budget.py)."""
     share_prompts: bool = True
     """Compute a prompt once for its rollouts where the model allows it exactly and it spares work."""
 
@@ -93,7 +92,7 @@ class SketchSpec:
             )
         if self.head_only and self.modules:
             raise RequestError("head_only sketches the output layer alone: leave `modules` out")
-        if self.token_budget < 1:
+        if self.token_budget is not None and self.token_budget < 1:
             raise RequestError(f"token budget is {self.token_budget}, expected at least 1")
 
 
@@ -285,6 +284,10 @@ class _Projector:
             side = sides[layer]
             products_BRR = torch.bmm(project(grad_BTO, side.left_OR).transpose(1, 2), x_BTR)
             sums_PC[:, side.basis.start : side.basis.stop].index_add_(0, problem_B, products_BRR.flatten(1))
+
+    def reset(self) -> None:
+        for _, sums_PC in self._projections:
+            sums_PC.zero_()
 
     def add(self, layer: int, problem: int, matrix_OI: Tensor) -> None:
         """Adds the projection of a whole matrix to one problem's."""

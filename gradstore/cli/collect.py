@@ -102,7 +102,7 @@ def collect(
         typer.Option("--halves", help="Keep even and odd rollouts too, for reliabilities (as much work again)."),
     ] = False,
     token_budget: Annotated[
-        int | None, typer.Option(help="Tokens of one micro-batch [default: 2048, on a GPU 16384].")
+        int | None, typer.Option(help="Tokens of one micro-batch [default: as memory allows].")
     ] = None,
     device: Device = None,
     json: Json = False,
@@ -163,8 +163,7 @@ def collect(
     if settings.kl_beta and reference is None and not source.has_reference:
         raise RequestError(f"{rollouts}: has no `reference_logprobs` for the KL term: give its model, --reference")
     policy = load_model(model, adapter, device)
-    on_gpu = next(policy.parameters()).device.type != "cpu"
-    spec = replace(spec, token_budget=token_budget or (16_384 if on_gpu else spec.token_budget))
+    spec = replace(spec, token_budget=token_budget)
     wanted: list[Group] = []
     if benchmark_rollouts is not None:
         wanted = list(

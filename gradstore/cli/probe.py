@@ -40,7 +40,9 @@ def probe(
         bool, typer.Option("--all", help="Problems with equal rewards too, for rewards that may be corrected.")
     ] = False,
     top: Annotated[int, typer.Option("--top", "-k", help="Problems shown.")] = 10,
-    token_budget: Annotated[int, typer.Option(help="Tokens of one micro-batch.")] = 4096,
+    token_budget: Annotated[
+        int | None, typer.Option(help="Tokens of one micro-batch [default: as memory allows].")
+    ] = None,
     device: Device = None,
     json: Json = False,
 ) -> None:

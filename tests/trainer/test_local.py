@@ -20,6 +20,7 @@ from engine import Reference, Sketcher, SketchSpec, objective, validation_gradie
 from engine.gradients.objectives import rollout_weights
 from engine.rollouts.group import Group, joined
 from gradstore import RequestError, State
+from gradstore.errors import GradstoreError
 from trainer.local.checkpoint import load_checkpoint, save_checkpoint
 from trainer.local.grpo import Learner, UpdateSettings
 from trainer.local.policy import LocalPolicy, Sampling
@@ -307,6 +308,16 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path, model: Any) ->
     (tmp_path / "c.pt").write_bytes(b"not one")
     with pytest.raises(RequestError, match="not a checkpoint"):
         load_checkpoint(tmp_path / "c.pt", learner)
+
+
+def test_a_checkpoint_on_a_full_disk_is_one_line(tmp_path: Path, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch reports the disk as an error of its own archive; the checkpoint before stays."""
+    learner = Learner(model, UpdateSettings())
+    save_checkpoint(tmp_path / "c.pt", learner, {"step": 1})
+    (tmp_path / ".tmp-c.pt").symlink_to("/dev/full")
+    with pytest.raises(GradstoreError, match="the disk is full"):
+        save_checkpoint(tmp_path / "c.pt", learner, {"step": 2})
+    assert load_checkpoint(tmp_path / "c.pt", learner) == {"step": 1}
 
 
 RUN = """

@@ -24,6 +24,9 @@ from transformers import DynamicCache
 DEAD_SHARE = 0.125
 """Rows that have ended are dropped from the cache when they are this share of it; dropping copies the cache."""
 
+_ENTRIES = 1 << 22
+"""Probabilities held in float64 at once, several times over."""
+
 
 def decodes(model: Any) -> bool:
     """Whether the model's cache can be indexed by row; models with a recurrent state cannot be split."""
@@ -61,10 +64,9 @@ def sample(
     cache = DynamicCache(config=model.config)
     for t in range(n_tokens):
         logits_UV = logits_of(ids_US, mask_US, cache).float()
-        logprobs_UV = logits_UV.log_softmax(-1)
         token_R = _chosen(logits_UV, row_R, draws_RT[alive_R, t], temperature, top_p)
         ids_RT[alive_R, t] = token_R
-        logprobs_RT[alive_R, t] = logprobs_UV[row_R, token_R]
+        logprobs_RT[alive_R, t] = logits_UV[row_R, token_R] - logits_UV.logsumexp(-1)[row_R]
         ended_R = end_V[token_R]
         length_R[alive_R[ended_R]] = t + 1
         if t + 1 == n_tokens or bool(ended_R.all()):
@@ -97,6 +99,14 @@ def _chosen(logits_UV: Tensor, row_R: Tensor, draw_R: Tensor, temperature: float
     """One token for each rollout from its row's distribution."""
     if not temperature:
         return logits_UV.argmax(-1)[row_R]
+    size = max(1, _ENTRIES // logits_UV.shape[1])
+    if len(logits_UV) > size:
+        token_R = torch.zeros_like(row_R)
+        for start in range(0, len(logits_UV), size):
+            own = ((row_R >= start) & (row_R < start + size)).nonzero()[:, 0]
+            part_UV = logits_UV[start : start + size]
+            token_R[own] = _chosen(part_UV, row_R[own] - start, draw_R[own], temperature, top_p)
+        return token_R
     probs_UV = (logits_UV.double() / temperature).softmax(-1)
     if top_p < 1:
         sorted_UV, order_UV = probs_UV.sort(-1, descending=True)

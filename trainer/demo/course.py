@@ -53,6 +53,10 @@ SHOWN = CourseSettings(n_pool=240, n_benchmark=40, n_rounds=4, n_selected=48, n_
 """The run that `gradstore demo` shows."""
 
 
+TOKEN_BUDGET = 16_384
+"""Tokens of a micro-batch: layers this small lose more between micro-batches than in a CPU's caches."""
+
+
 def run_course(folder: Path, settings: CourseSettings, tell: Callable[[str], None] = lambda line: None) -> Store:
     """Train for some rounds; `folder` is a run of the embedded trainer, with `store` and `rollouts/` in it.
 
@@ -61,7 +65,9 @@ def run_course(folder: Path, settings: CourseSettings, tell: Callable[[str], Non
     torch.set_num_threads(1)  # layers this small lose more in waiting for a second thread than it brings
     model, pool = load_model(MODEL, device="cpu"), tasks.pool(settings.seed, settings.n_pool)
     sampling = Sampling(max_new_tokens=8, batch_tokens=1 << 20)
-    policy = LocalPolicy(model, load_tokenizer(MODEL), Reward("demo", tasks.reward), sampling)
+    policy = LocalPolicy(
+        model, load_tokenizer(MODEL), Reward("demo", tasks.reward), sampling, token_budget=TOKEN_BUDGET
+    )
     rounds = RoundSettings(
         selected=settings.n_selected,
         train_batch=settings.n_selected,
@@ -76,7 +82,7 @@ def run_course(folder: Path, settings: CourseSettings, tell: Callable[[str], Non
         spec=SketchSpec(basis="fitted", dim=settings.dim, seed=settings.seed),
     )
     chooser = _Course(folder, pool, rounds, settings)
-    learner = Learner(model, UpdateSettings(lr=settings.learning_rate))
+    learner = Learner(model, UpdateSettings(lr=settings.learning_rate, token_budget=TOKEN_BUDGET))
     training = Training(policy, learner, chooser, pool, rounds, folder, rollouts=settings.n_rollouts, resume=True)
 
     def after_step(step: int) -> None:

@@ -4,7 +4,6 @@ The file is replaced whole and durably, so a kill at any moment leaves the old o
 every draw of a run is seeded by the run's seed and the number of the step or round.
 """
 
-import io
 import json
 import pickle
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 import torch
 
-from gradstore.durable import reading, replace_file
+from gradstore.durable import reading, replacing_file
 from gradstore.errors import RequestError
 from trainer.local.grpo import Learner
 
@@ -23,9 +22,13 @@ def save_checkpoint(path: Path, learner: Learner, progress: dict[str, Any]) -> N
     """Weights that train, optimizer state, and `progress` (JSON-able)."""
     weights = {name: weight.detach() for name, weight in learner.parameters.items()}
     state = {"format": FORMAT, "weights": weights, "learner": learner.state_dict(), "progress": json.dumps(progress)}
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    replace_file(path, buffer.getvalue())
+    with replacing_file(path) as file:
+        try:
+            torch.save(state, file)  # a tensor at a time: the file is three times the weights
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):  # a full disk, which torch reports as its own error
+                raise error.__context__ from None
+            raise
 
 
 def load_checkpoint(path: Path, learner: Learner) -> dict[str, Any]:
@@ -33,10 +36,9 @@ def load_checkpoint(path: Path, learner: Learner) -> dict[str, Any]:
 
     RequestError for a file that is no checkpoint, or one of other parameters.
     """
-    with reading(path):
-        data = path.read_bytes()
     try:
-        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        with reading(path):
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
         raise RequestError(f"{path}: not a checkpoint that can be read: {str(error).splitlines()[0]}") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:

@@ -47,8 +47,8 @@ class UpdateSettings:
     clip_low: float = 0.2
     clip_high: float = 0.2
     """Bounds of PPO's ratio, below and above 1; with minibatches > 1 only."""
-    token_budget: int = 16_384
-    """Tokens of a micro-batch, with padding."""
+    token_budget: int | None = None
+    """Tokens of a micro-batch, with padding; None: as memory allows (engine/gradients/budget.py)."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.lr < float("inf"):
@@ -56,8 +56,9 @@ class UpdateSettings:
         if self.clip_grad is not None and not self.clip_grad > 0:
             raise RequestError(f"clip_grad is {self.clip_grad}, expected a number above 0, or None")
         for name in ("minibatches", "token_budget"):
-            if getattr(self, name) < 1:
-                raise RequestError(f"{name} is {getattr(self, name)}, expected 1 or more")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise RequestError(f"{name} is {value}, expected 1 or more")
 
 
 class Learner:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
+from engine.gradients.budget import sampled_tokens
 from engine.gradients.directions import Direction
 from engine.gradients.logprobs import Reference
 from engine.gradients.objectives import Objective
@@ -39,8 +40,8 @@ class Sampling:
     max_new_tokens: int = 1024
     temperature: float = 1.0
     top_p: float = 1.0
-    batch_tokens: int = 32_768
-    """Tokens, prompts and responses together, that are sampled at once."""
+    batch_tokens: int | None = None
+    """Tokens, prompts and responses together, that are sampled at once; None: as memory allows."""
 
 
 class LocalPolicy:
@@ -53,14 +54,15 @@ class LocalPolicy:
         reward: Reward,
         sampling: Sampling | None = None,
         *,
-        token_budget: int = 16_384,
+        token_budget: int | None = None,
         reference: Reference | None = None,
     ) -> None:
-        """token_budget: tokens of a micro-batch when gradients are measured, with padding. reference: gives its
-        log-probabilities to all rollouts, for objectives with a KL term to it."""
+        """token_budget: tokens of a micro-batch when gradients are measured, with padding; None: as memory allows.
+        reference: gives its log-probabilities to all rollouts, for objectives with a KL term to it."""
         self.model, self.tokenizer, self.reward = model, tokenizer, reward
         self.sampling, self.token_budget, self.reference = sampling or Sampling(), token_budget, reference
-        self.backend = TransformersBackend(model, tokenizer, batch_tokens=self.sampling.batch_tokens)
+        batch_tokens = self.sampling.batch_tokens or sampled_tokens(model)
+        self.backend = TransformersBackend(model, tokenizer, batch_tokens=batch_tokens)
         self.step = 0
         """Training steps done; whoever trains the model counts."""
         self._sketcher: Sketcher | None = None
@@ -129,6 +131,10 @@ class LocalPolicy:
         if self._probe is None or self._probe[0] != self.step:
             raise RequestError(f"the policy has no direction to probe along at step {self.step}: call `aim` first")
         return self._probe[1].probe(groups, self._known_logprobs(groups))
+
+    def forget_direction(self) -> None:
+        """Free what `aim` left for probes, which is as large as the weights: a round is decided, training begins."""
+        self._probe = self._aimed = None
 
     def _checked(self, spec: SketchSpec) -> SketchSpec:
         """With this policy's micro-batches; RequestError where it has a KL term to another reference than this one."""

@@ -93,6 +93,7 @@ class Training:
             if not self._done:
                 started = time.monotonic()
                 chosen = self.chooser.next(self.policy)
+                self.policy.forget_direction()
                 self._picks = list(zip(chosen.ids, chosen.rollouts.tolist(), strict=True))
                 weights = zip(chosen.ids, chosen.relative_weights.tolist(), strict=True)
                 self._weights = {name: weight for name, weight in weights if weight != 1}

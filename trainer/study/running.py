@@ -14,6 +14,7 @@ from engine.gradients.objectives import objective
 from engine.rollouts.group import Group
 from engine.sketches.sketcher import SketchBatch, SketchSpec
 from trainer.demo import tasks
+from trainer.demo.course import TOKEN_BUDGET
 from trainer.demo.run import MODEL
 from trainer.local.grpo import Learner, UpdateSettings
 from trainer.local.policy import LocalPolicy, Sampling
@@ -133,8 +134,9 @@ def run_one(arm: str, name: str, seed: int, settings: StudySettings) -> dict[str
     torch.set_num_threads(1)  # layers this small lose more in waiting for a second thread than it brings
     model, tokenizer = load_model(MODEL, device="cpu"), load_tokenizer(MODEL)
     sampling = Sampling(max_new_tokens=8, batch_tokens=1 << 20)
-    policy = MeteredPolicy(model, tokenizer, Reward("study", tasks.reward), sampling)
-    learner = Learner(model, UpdateSettings(lr=settings.lr, objective=objective(settings.objective)))
+    policy = MeteredPolicy(model, tokenizer, Reward("study", tasks.reward), sampling, token_budget=TOKEN_BUDGET)
+    update = UpdateSettings(lr=settings.lr, objective=objective(settings.objective), token_budget=TOKEN_BUDGET)
+    learner = Learner(model, update)
     accuracy = [expected_accuracy(model, tokenizer, found.test)]
 
     def after_step(step: int) -> None:

@@ -46,7 +46,7 @@ class SketchingWorker(ActorRolloutRefWorker):
             return files_of(self._sketcher)
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
-    def use_sketcher(self, fingerprint: dict, attachments: Mapping[str, bytes], token_budget: int) -> None:
+    def use_sketcher(self, fingerprint: dict, attachments: Mapping[str, bytes], token_budget: int | None) -> None:
         """Makes the sketcher of a store; RequestError where its rows would not be comparable with this model's."""
         with self._live_policy() as model:
             spec = replace(SketchSpec.of(fingerprint), token_budget=token_budget)

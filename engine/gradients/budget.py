@@ -1,0 +1,83 @@
+"""How many tokens go through a model at once, where the settings do not say: what its activations leave room for.
+
+Autograd keeps some numbers of every token until the backward pass, in proportion to what the linear layers put out:
+about 1.5 times their outputs where the weights are frozen (a sketch), 2.4 times where every layer's inputs are kept too
+(a weight gradient). That is an estimate: where it is too high, memory lies idle; where it is too low, a GPU runs out of
+memory and the micro-batch is halved (retrying.py).
+"""
+
+from math import prod
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from engine.gradients.layers import head_of, linear_outputs
+
+LEAST, MOST_ON_CPU, MOST_ON_GPU = 256, 2048, 16_384
+"""Tokens of a micro-batch. The activations of more leave a CPU's caches, and a GPU is busy with so many."""
+MOST_SAMPLED = 32_768
+
+_ON_CPU = 1 << 30
+"""Bytes of activations on a CPU; more of them for a model whose weights take more than half of this."""
+_ON_GPU = 0.6
+"""Share of a GPU's free memory that activations are planned to take."""
+_FROZEN, _WITH_INPUTS = 1.5, 2.4
+"""Numbers that autograd keeps of a token, for each output of the linear layers (docs/benchmarks.md)."""
+
+
+def micro_batch_tokens(model: nn.Module, *, inputs_kept: bool = False) -> int:
+    """Tokens of a micro-batch, padding included, for a model on its device as it is now.
+
+    inputs_kept: the layers' inputs are kept too, for weight gradients. On a CPU it is a function of the model alone, so
+    that a run that is resumed cuts the same micro-batches; on a GPU it is a power of two, for the same reason.
+    """
+    device = next(model.parameters()).device
+    taken = activation_bytes(model, inputs_kept=inputs_kept)
+    if device.type == "cuda":
+        tokens = _allowance(model) // taken
+        return max(LEAST, min(MOST_ON_GPU, 1 << max(tokens, 1).bit_length() - 1))
+    return max(LEAST, min(MOST_ON_CPU, _allowance(model) // taken // 128 * 128))
+
+
+def sampled_tokens(model: nn.Module) -> int:
+    """Tokens, prompts and responses together, of rollouts that are sampled at once: as many as their keys and values
+    leave room for, at most MOST_SAMPLED. The whole is held at the end of the longest."""
+    config = cast(Any, getattr(model, "config", None))
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    heads = getattr(text, "num_key_value_heads", None) or getattr(text, "num_attention_heads", 1)
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    taken = 2 * text.num_hidden_layers * heads * width * next(model.parameters()).itemsize
+    return max(LEAST, min(MOST_SAMPLED, _allowance(model) // taken))
+
+
+def activation_bytes(model: nn.Module, *, inputs_kept: bool = False) -> int:
+    """Bytes that autograd keeps of one token of a micro-batch, without the output layer's, which sees a part at a
+    time."""
+    head = head_of(model)
+    outputs = sum(outputs for module in model.modules() if module is not head and (outputs := linear_outputs(module)))
+    outputs += _of_experts(model)
+    itemsize = next(model.parameters()).itemsize
+    return max(1, int(outputs * itemsize * (_WITH_INPUTS if inputs_kept else _FROZEN)))
+
+
+def _allowance(model: nn.Module) -> int:
+    """Bytes that may be taken beside weights and optimizer."""
+    device = next(model.parameters()).device
+    if device.type == "cuda":
+        return int(_ON_GPU * free_bytes(device))
+    return max(_ON_CPU, 2 * sum(parameter.numel() * parameter.itemsize for parameter in model.parameters()))
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes of a GPU that can still be had, those that torch holds in reserve counted."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def _of_experts(model: nn.Module) -> int:
+    """Both sides of each stack of experts [E, I, O], as often as a token goes through one."""
+    config = cast(Any, getattr(model, "config", None))
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    n_taken = getattr(text, "num_experts_per_tok", None) or 1
+    return n_taken * sum(sum(p.shape[1:]) for p in model.parameters() if p.ndim == 3 and prod(p.shape) > 0)
