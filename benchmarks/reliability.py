@@ -256,7 +256,7 @@ def live(folder: Path, seconds: float, readers: int = 4) -> str:
 def publish_until(path: str, log: str, stop: float) -> None:
     """Every problem anew at each step, in two appends that become visible together."""
     store, step = gradstore.open(path, mode="a"), 0
-    with open(log, "a", buffering=1) as out:
+    with open(log, "a", encoding="utf-8", buffering=1) as out:
         while time.time() < stop:
             started = time.time()
             serial = np.arange(N_PROBLEMS) + N_PROBLEMS * step
@@ -295,7 +295,7 @@ def query_until(path: str, log: str, stop: float, seed: int) -> None:
             raise ValueError(f"a wrong answer at step {step}")
         queries += 1
         moments.add(step)
-    Path(log).write_text(json.dumps({"queries": queries, "moments": len(moments)}))
+    Path(log).write_text(json.dumps({"queries": queries, "moments": len(moments)}), encoding="utf-8")
 
 
 def clock(folder: Path, trials: int) -> str:

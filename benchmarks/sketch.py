@@ -358,14 +358,14 @@ def held(job: Callable[[], object], device: torch.device) -> int:
         before = torch.cuda.memory_allocated()
         job()
         return torch.cuda.max_memory_allocated() - before
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak begins anew
     before = _kilobytes("VmRSS")
     job()
     return 1024 * (_kilobytes("VmHWM") - before)
 
 
 def _kilobytes(field: str) -> int:
-    lines = Path(f"/proc/{os.getpid()}/status").read_text().splitlines()
+    lines = Path(f"/proc/{os.getpid()}/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 

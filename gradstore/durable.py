@@ -172,6 +172,49 @@ def replacing_file(path: Path, beside: AbstractContextManager[None] | None = Non
         fsync_folder(path.parent)
 
 
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A path to write a file at that a person named; it becomes `path` when the block ends, whole and durable.
+
+    When the block raises, `path` is as it was and nothing is left beside it. What is no ordinary file, such as
+    /dev/stdout, is written in place. An OSError becomes one line with the path; RequestError where its folder is not
+    there.
+    """
+    if not path.parent.is_dir():
+        raise RequestError(f"{path}: the folder {path.parent} does not exist")
+    if path.exists() and not path.is_file():
+        if path.is_dir():
+            raise RequestError(f"{path}: is a folder, expected the name of a file")
+        with writing(path):
+            yield path
+        return
+    final = path.resolve()
+    # the suffix stays: some writers tell the format by it
+    unfinished = final.with_name(f"{TEMPORARY}{os.getpid()}-{final.name}")
+    try:
+        with writing(path):
+            try:
+                yield unfinished
+                descriptor = os.open(unfinished, os.O_RDONLY)
+                try:
+                    os.fsync(descriptor)
+                finally:
+                    os.close(descriptor)
+                os.rename(unfinished, final)
+                fsync_folder(final.parent)
+            except OSError as error:
+                error.filename = str(path)  # not the temporary name, which is gone when this is read
+                raise
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def write_text_file(path: Path, text: str) -> None:
+    """Writes a text file in UTF-8, whole or not at all (see `whole_file`)."""
+    with whole_file(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
+
+
 def make_folder(folder: Path) -> None:
     """Create a folder that may exist already, durably."""
     with writing(folder):

@@ -90,7 +90,7 @@ def _numbers(table: pa.Table, name: str) -> np.ndarray | None:
 
 def _read_object(path: Path) -> dict:
     try:
-        value = json.loads(path.read_text())
+        value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise RequestError(f"{path}: no such file") from None
     except json.JSONDecodeError as error:

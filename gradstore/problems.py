@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from gradstore.errors import RequestError
+from gradstore.keepable import check_keepable
+from gradstore.parquet import plain_table
 
 FIELDS = ("id", "source", "prompt", "ground_truth", "tags", "extra")
 
@@ -25,6 +27,7 @@ def canonical(record: Any, where: str) -> dict:
     if not isinstance(problem_id, str) or not problem_id:
         raise RequestError(f"{where}: field 'id' must be a non-empty string, not {problem_id!r}")
     where = f"{where}: problem {problem_id!r}"
+    check_keepable(record, where)
     unknown = sorted(map(str, record.keys() - set(FIELDS)))
     if unknown:
         raise RequestError(f"{where}: field {unknown[0]!r} is not known; put it into 'extra'")
@@ -39,17 +42,13 @@ def canonical(record: Any, where: str) -> dict:
     extra = _optional(record, "extra", {})
     if not isinstance(extra, dict):
         raise RequestError(f"{where}: field 'extra' must be a dict, not {type(extra).__name__}")
-    try:
-        extra = json.loads(json.dumps(extra)) if extra else {}
-    except (TypeError, ValueError) as error:
-        raise RequestError(f"{where}: field 'extra' cannot be kept as JSON: {error}") from error
     return {
         "id": problem_id,
         "source": source,
         "prompt": _prompt(record.get("prompt"), where),
         "ground_truth": ground_truth,
         "tags": list(tags),
-        "extra": extra,
+        "extra": json.loads(json.dumps(extra)) if extra else {},
     }
 
 
@@ -91,12 +90,12 @@ def is_verl(record: dict) -> bool:
 
 def from_verl(record: dict, where: str) -> dict:
     """The canonical form of a verl record; id from extra_info.index, else extra_info.id, else top level."""
+    check_keepable(record, where)
     rest = {name: value for name, value in record.items() if name not in ("data_source", "prompt")}
-    info = rest.get("extra_info") or {}
-    reward = rest.get("reward_model") or {}
-    for field, value in (("extra_info", info), ("reward_model", reward)):
-        if not isinstance(value, dict):
-            raise RequestError(f"{where}: field {field!r} must be a dict, not {type(value).__name__}")
+    for field in ("extra_info", "reward_model"):
+        if rest.get(field):
+            rest[field] = _object(rest[field], field, where)
+    info, reward = rest.get("extra_info") or {}, rest.get("reward_model") or {}
     candidates = {
         "extra_info.index": info.get("index"),
         "extra_info.id": info.get("id"),
@@ -171,9 +170,8 @@ def _from_flat(record: dict, where: str) -> dict:
     value = fields.pop(name, None)
     if value is None:
         raise RequestError(f"{where}: field 'problem_id' is missing: a problem needs an id")
-    extra = fields.pop("extra", None) or {}
-    if not isinstance(extra, dict):
-        raise RequestError(f"{where}: field 'extra' must be a dict, not {type(extra).__name__}")
+    check_keepable(fields, where)
+    extra = _object(fields.pop("extra", None) or {}, "extra", where)
     known = {field: fields.pop(field, None) for field in ("source", "prompt", "ground_truth", "tags")}
     known["ground_truth"] = _text(known["ground_truth"], "ground_truth", where)
     return canonical({"id": _id_text(value, name, where), **known, "extra": {**fields, **extra}}, where)
@@ -186,7 +184,7 @@ def _jsonl_records(path: Path) -> Iterator[tuple[str, dict]]:
                 continue
             try:
                 record = json.loads(line)
-            except (ValueError, UnicodeDecodeError) as error:
+            except (ValueError, RecursionError) as error:
                 cut = " (the file ends in the middle of it)" if not line.endswith(b"\n") else ""
                 raise RequestError(f"{path}, line {number}: not valid JSON{cut}: {error}") from error
             if not isinstance(record, dict):
@@ -202,7 +200,7 @@ def _parquet_records(path: Path) -> Iterator[tuple[str, dict]]:
         number = 0
         with pq.ParquetFile(path) as file:
             for batch in file.iter_batches(4096):
-                for record in batch.to_pylist():
+                for record in plain_table(pa.Table.from_batches([batch])).to_pylist():
                     number += 1
                     yield f"row {number}", record
     except (pa.ArrowException, OSError) as error:
@@ -220,11 +218,21 @@ def _prompt(prompt: Any, where: str) -> str | list[dict]:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str) or "content" not in message:
             expected = "a dict with 'role' and 'content'"
             raise RequestError(f"{where}: field 'prompt', message {position}, must be {expected}, not {message!r}")
-    try:
-        restored: list[dict] = json.loads(json.dumps(list(prompt)))
-    except (TypeError, ValueError) as error:
-        raise RequestError(f"{where}: field 'prompt' cannot be kept as JSON: {error}") from error
+    restored: list[dict] = json.loads(json.dumps(list(prompt)))
     return restored
+
+
+def _object(value: Any, field: str, where: str) -> dict:
+    """A field that is an object; Parquet files often keep it as JSON text."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            raise RequestError(f"{where}: field {field!r} is text that is not JSON, expected an object") from None
+        check_keepable(value, where, field)
+    if not isinstance(value, dict):
+        raise RequestError(f"{where}: field {field!r} must be a dict, not {type(value).__name__}")
+    return value
 
 
 def _optional(record: dict, field: str, default: Any) -> Any:
@@ -244,7 +252,5 @@ def _id_text(value: Any, field: str, where: str) -> str:
 def _text(value: Any, field: str, where: str) -> str:
     if value is None or isinstance(value, str):
         return value or ""
-    try:
-        return json.dumps(value)
-    except (TypeError, ValueError) as error:
-        raise RequestError(f"{where}: field {field!r} cannot be kept as JSON: {error}") from error
+    check_keepable(value, where, field)
+    return json.dumps(value)

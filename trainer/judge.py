@@ -304,7 +304,7 @@ def _text(prompt: str | Sequence[Mapping[str, Any]]) -> str:
 
 def _read_template(path: Path) -> str:
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise RequestError(f"judge: template {path} cannot be read: {error}") from None
     missing = [name for name in PLACES if f"{{{name}}}" not in text]

@@ -220,7 +220,7 @@ def _agree(out: Path, growing: Path, settings: dict[str, Any]) -> None:
             if file.exists():
                 raise RequestError(f"{file}: already there without {path.name}; choose another path or remove it")
         unfinished = Path(f"{path}.unfinished")
-        with unfinished.open("w") as sidecar:
+        with unfinished.open("w", encoding="utf-8") as sidecar:
             json.dump(settings, sidecar, indent=1, sort_keys=True)
             sidecar.flush()
             os.fsync(sidecar.fileno())
@@ -238,7 +238,7 @@ def _agree(out: Path, growing: Path, settings: dict[str, Any]) -> None:
 
 def _read_settings(path: Path) -> dict[str, Any]:
     try:
-        settings = json.loads(path.read_text())
+        settings = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         settings = None
     if not isinstance(settings, dict):

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gradstore.durable import write_text_file
 from gradstore.errors import RequestError
 
 if TYPE_CHECKING:
@@ -67,5 +68,5 @@ def write_report(
 
         print_figures(page.figures, folder)
     text = to_html(page) if format == "html" else to_markdown(page, folder, out.parent)
-    out.write_text(text, encoding="utf-8")
+    write_text_file(out, text)
     return page

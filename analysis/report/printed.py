@@ -7,6 +7,7 @@ import numpy as np
 
 from analysis.report.interactive import colours
 from analysis.report.pieces import Figure
+from gradstore.durable import whole_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -42,7 +43,8 @@ def print_figures(figures: list[Figure], folder: Path, formats: tuple[str, ...] 
             _draw(canvas, axes, figure)
             for form in formats:
                 path = folder / f"{figure.key}.{form}"
-                canvas.savefig(path, dpi=200, metadata={"Date": None} if form == "svg" else None)
+                with whole_file(path) as unfinished:
+                    canvas.savefig(unfinished, format=form, dpi=200, metadata={"Date": None} if form == "svg" else None)
                 written.append(path)
     return written
 

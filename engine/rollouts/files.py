@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gradstore.errors import RequestError
+from gradstore.parquet import plain_table
 
 CHUNK_BYTES = 1 << 20
 ROW_GROUP_CACHE_BYTES = 256 << 20
@@ -178,7 +179,7 @@ class Parquet(RowFile):
         number = 0
         try:
             for batch in self._parquet.iter_batches(batch_size=1024, columns=self._columns):
-                for value in _rows(batch):
+                for value in _rows(plain_table(pa.Table.from_batches([batch]))):
                     yield Row(self.where(number + 1), number, 0, value)
                     number += 1
         except (pa.ArrowException, OSError) as error:
@@ -193,8 +194,7 @@ class Parquet(RowFile):
             table = self._row_group(int(group))
             first = int(self._ends[group]) - table.num_rows
             taken = table.take(pa.array(numbers[mine] - first))
-            values = [value for batch in taken.combine_chunks().to_batches() for value in _rows(batch)]
-            for j, value in zip(mine, values, strict=True):
+            for j, value in zip(mine, _rows(taken), strict=True):
                 rows[j] = value
         return rows
 
@@ -203,7 +203,7 @@ class Parquet(RowFile):
 
     def _row_group(self, group: int) -> pa.Table:
         if group not in self._cache:
-            self._cache[group] = self._parquet.read_row_group(group, columns=self._columns)
+            self._cache[group] = plain_table(self._parquet.read_row_group(group, columns=self._columns))
             while len(self._cache) > 1 and sum(t.nbytes for t in self._cache.values()) > ROW_GROUP_CACHE_BYTES:
                 self._cache.popitem(last=False)
         self._cache.move_to_end(group)
@@ -245,11 +245,12 @@ def _parse(line: bytes, where: str) -> Any:
         raise RequestError(f"{where}: not usable JSON: {_first_line(error)}") from None
 
 
-def _rows(batch: pa.RecordBatch) -> Iterator[dict[str, Any]]:
-    names = batch.schema.names
-    columns = [_values(batch.column(j)) for j in range(batch.num_columns)]
-    for values in zip(*columns, strict=True):
-        yield dict(zip(names, values, strict=True))
+def _rows(table: pa.Table) -> Iterator[dict[str, Any]]:
+    names = table.schema.names
+    for batch in table.combine_chunks().to_batches():
+        columns = [_values(batch.column(j)) for j in range(batch.num_columns)]
+        for values in zip(*columns, strict=True):
+            yield dict(zip(names, values, strict=True))
 
 
 def _values(column: pa.Array) -> Sequence[Any]:

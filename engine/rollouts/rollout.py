@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from gradstore.errors import RequestError
+from gradstore.keepable import check_keepable
 
 Prompt = str | list[dict[str, str]]
 
@@ -175,7 +176,7 @@ class _Fields:
         for name in names:
             value: Any = self.row
             for key in name.split("."):
-                value = value.get(key) if isinstance(value, Mapping) else None
+                value = _opened(value).get(key)
             if value is not None:
                 return name, value
         return (names[0] if names else part), None
@@ -224,8 +225,8 @@ class _Fields:
                 isinstance(message.get(key), str) for key in ("role", "content")
             ):
                 raise self.error("prompt", f"message {j} needs 'role' and 'content', both text")
-            messages.append({key: self._encodable("prompt", text) for key, text in message.items() if text is not None})
-        return messages
+            messages.append({key: text for key, text in message.items() if text is not None})
+        return self._encodable("prompt", messages)
 
     def ids(self, part: str, vocabulary: int | None) -> np.ndarray | None:
         _, value = self.get(part)
@@ -292,7 +293,7 @@ class _Fields:
             return ""
         if isinstance(value, str):
             return self._encodable("ground_truth", value)
-        return json.dumps(value, ensure_ascii=False, sort_keys=True, default=str)
+        return self._encodable("ground_truth", json.dumps(value, ensure_ascii=False, sort_keys=True, default=str))
 
     def tags(self) -> list[str]:
         _, value = self.get("tags")
@@ -313,7 +314,7 @@ class _Fields:
             return {}
         if not isinstance(value, Mapping):
             raise self.error("extra", f"is {_kind(value)}, expected an object")
-        return dict(value)
+        return dict(self._encodable("extra", dict(value)))
 
     def step(self) -> int | None:
         _, value = self.get("step")
@@ -324,13 +325,19 @@ class _Fields:
         return value
 
     def _encodable(self, part: str, text: Any) -> Any:
-        """Refuses text that no tokenizer and no file could take: half of a surrogate pair."""
-        if isinstance(text, str):
-            try:
-                text.encode()
-            except UnicodeEncodeError as error:
-                raise self.error(part, f"has half a surrogate pair at character {error.start}") from None
+        """Refuses text, or a value with text in it, that no tokenizer and no file could take."""
+        check_keepable(text, self.where, self.get(part)[0])
         return text
+
+
+def _opened(value: Any) -> Mapping[str, Any]:
+    """An object, or the JSON text of one, as Parquet files keep it; anything else has no fields."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return {}
+    return value if isinstance(value, Mapping) else {}
 
 
 def _kind(value: Any) -> str:

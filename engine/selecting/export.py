@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 
 from engine.selecting.selection import Selection
 from gradstore import Store, to_verl
+from gradstore.durable import whole_file, write_text_file
 from gradstore.errors import RequestError
 
 
@@ -21,8 +22,10 @@ def write_selection(store: Store, selection: Selection, folder: Path) -> list[st
         raise RequestError(f"{folder}: holds a selection already; choose another folder or remove it")
     records = [to_verl(record) for record in store.records(selection.collection, selection.ids)]
     folder.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.Table.from_pylist(records), folder / "train.parquet")
+    with whole_file(folder / "train.parquet") as unfinished:
+        pq.write_table(pa.Table.from_pylist(records), unfinished)
     lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    (folder / "train.jsonl").write_text(lines)
-    (folder / "selection.json").write_text(json.dumps(selection.describe(), indent=2, ensure_ascii=False) + "\n")
+    write_text_file(folder / "train.jsonl", lines)
+    described = json.dumps(selection.describe(), indent=2, ensure_ascii=False)
+    write_text_file(folder / "selection.json", f"{described}\n")
     return [str(folder / name) for name in ("train.parquet", "train.jsonl", "selection.json")]

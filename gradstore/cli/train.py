@@ -185,5 +185,5 @@ def _rewards(metrics: Path) -> dict[str, float]:
     """Mean rewards of the first and the last step of a run."""
     from json import loads
 
-    rows = [row for row in map(loads, metrics.read_text().splitlines()) if row["kind"] == "step"]
+    rows = [row for row in map(loads, metrics.read_text(encoding="utf-8").splitlines()) if row["kind"] == "step"]
     return {"first_reward": rows[0]["reward"], "last_reward": rows[-1]["reward"]}

@@ -27,7 +27,7 @@ def cli(capsys, monkeypatch):
 
 
 def _write_lines(path: Path, rows: list) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
 

@@ -41,7 +41,7 @@ def test_mixed_pool(cli, files) -> None:
     records = read_problems("pool.parquet")
     assert len(records) == 40
     assert not any("3 and 3" in record["prompt"][0]["content"] for record in records)
-    about = json.loads(Path("pool.parquet.about.json").read_text())
+    about = json.loads(Path("pool.parquet.about.json").read_text(encoding="utf-8"))
     assert about["asked"]["seed"] == 1
     assert about["asked"]["corrupt"] == ["wrong_truth=0.5", "coin_flip@math=0.2"]
     status, _, err = cli(*arguments, "--out", "again.parquet")
@@ -68,7 +68,7 @@ def test_imbalance_by_shares(cli, files) -> None:
     assert status == 0, err
     assert json.loads(out)["sources"] == {"gsm8k": 5, "math": 45}
     assert {"id", "prompt", "ground_truth", "tags", "source", "extra"} == set(
-        json.loads(Path("pool.jsonl").read_text().splitlines()[0])
+        json.loads(Path("pool.jsonl").read_text(encoding="utf-8").splitlines()[0])
     )
 
 
@@ -99,7 +99,7 @@ def test_from_data_to_rollouts(cli, files, tiny_model, tiny_tokenizer) -> None:
     status, out, err = cli("rollout", "pool.parquet", *settings)
     assert status == 0, err
     assert (json.loads(out)["problems"], json.loads(out)["rollouts"]) == (8, 64)
-    rows = [json.loads(line) for line in Path("r.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in Path("r.jsonl").read_text(encoding="utf-8").splitlines()]
     flips = [row["reward"] for row in rows if "coin_flip" in row["tags"]]
     assert len(flips) == 32
     assert set(flips) == {0.0, 1.0}

@@ -195,9 +195,9 @@ def write_rows() -> Callable[[Path, list[dict[str, Any]]], Path]:
 
     def write(path: Path, rows: list[dict[str, Any]]) -> Path:
         if path.suffix == ".jsonl":
-            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         elif path.suffix == ".json":
-            path.write_text(json.dumps(rows, indent=1))
+            path.write_text(json.dumps(rows, indent=1), encoding="utf-8")
         else:
             pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=4)
         return path

@@ -51,7 +51,7 @@ def write_rows(path: Path, groups: list[Group], **fields: str) -> None:
         for group in groups
         for response, reward in zip(group.responses, group.rewards, strict=True)
     ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def test_rows_are_the_sketches(store, model, make_groups) -> None:

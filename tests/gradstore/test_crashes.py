@@ -92,13 +92,15 @@ def fork() -> Iterator[Callable[..., BaseProcess]]:
 
 def last(log: Path, what: str) -> int:
     """The newest number after a word; 0 before there is one."""
-    numbers = [int(line.split()[1]) for line in log.read_text().splitlines() if line.startswith(f"{what} ")]
+    numbers = [
+        int(line.split()[1]) for line in log.read_text(encoding="utf-8").splitlines() if line.startswith(f"{what} ")
+    ]
     return numbers[-1] if numbers else 0
 
 
 def wait_for(log: Path, what: str, process: BaseProcess) -> None:
     deadline = time.monotonic() + 60
-    while not (log.exists() and what in log.read_text()):
+    while not (log.exists() and what in log.read_text(encoding="utf-8")):
         assert process.is_alive(), "the writer failed by itself"
         assert time.monotonic() < deadline
         time.sleep(0.002)

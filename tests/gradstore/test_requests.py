@@ -149,7 +149,7 @@ def test_a_writer_outside_its_context(new_store: Callable) -> None:
         ({"id": "a", "prompt": "x", "source": 1}, "field 'source' must be a string, not 1"),
         ({"id": "a", "prompt": "x", "ground_truth": 42}, "field 'ground_truth' must be a string, not 42"),
         ({"id": "a", "prompt": "x", "extra": [1]}, "field 'extra' must be a dict, not list"),
-        ({"id": "a", "prompt": "x", "extra": {"a": {1, 2}}}, "field 'extra' cannot be kept as JSON"),
+        ({"id": "a", "prompt": "x", "extra": {"a": {1, 2}}}, "field 'extra.a' is a value of type set"),
         ({"id": "a", "prompt": "x", "answer": "1"}, "field 'answer' is not known; put it into 'extra'"),
         ({"id": "p1", "prompt": "another"}, "problem 'p1' is stored with another 'source'"),
     ],

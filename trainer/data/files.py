@@ -1,7 +1,6 @@
 """Problem records to a file that trainers read, with a note of how it was made beside it."""
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gradstore import to_verl
+from gradstore.durable import whole_file, write_text_file
 from gradstore.errors import RequestError
 
 FORMS = ("verl", "flat")
@@ -41,10 +41,9 @@ def write_problems(path: Path, records: Sequence[Mapping[str, Any]], about: Mapp
     """
     check_out(path, form)
     rows = [to_verl(dict(record)) if form == "verl" else dict(record) for record in records]
-    unfinished = path.with_name(path.name + ".unfinished")
-    try:
+    with whole_file(path) as unfinished:
         if path.suffix == ".jsonl":
-            with unfinished.open("w") as file:
+            with unfinished.open("w", encoding="utf-8") as file:
                 file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         else:
             try:
@@ -52,9 +51,5 @@ def write_problems(path: Path, records: Sequence[Mapping[str, Any]], about: Mapp
             except pa.ArrowException as error:
                 reason = str(error).splitlines()[0]
                 raise RequestError(f"{path}: these problems fit no table ({reason}): write .jsonl") from None
-        with unfinished.open("rb") as file:
-            os.fsync(file.fileno())
-        about_path(path).write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n")
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+        # first: problems that are there without the note of how they were made look finished
+        write_text_file(about_path(path), json.dumps(about, indent=1, ensure_ascii=False) + "\n")

@@ -56,7 +56,7 @@ def write_page(rows: Sequence[dict[str, Any]], page: Path, settings: StudySettin
     notes = folder / NOTES
     if notes.exists():
         parts.append(notes.read_text())
-    page.write_text("\n".join(parts))
+    page.write_text("\n".join(parts), encoding="utf-8")
 
 
 def _arm_table(rows: Sequence[dict[str, Any]], arm: str, methods: Sequence[str]) -> str:
