@@ -22,6 +22,8 @@ _ON_CPU = 1 << 30
 """Bytes of activations on a CPU; more of them for a model whose weights take more than half of this."""
 _ON_GPU = 0.6
 """Share of a GPU's free memory that activations are planned to take."""
+_FORMED, _LEAST_FORMED = 0.15, 1 << 28
+"""Share of a GPU's free memory for gradients formed in full, and bytes that they may take on any CPU."""
 _FROZEN, _WITH_INPUTS = 1.5, 2.4
 """Numbers that autograd keeps of a token, for each output of the linear layers (docs/benchmarks.md)."""
 
@@ -61,12 +63,23 @@ def activation_bytes(model: nn.Module, *, inputs_kept: bool = False) -> int:
     return max(1, int(outputs * itemsize * (_WITH_INPUTS if inputs_kept else _FROZEN)))
 
 
+def formed_bytes(model: nn.Module) -> int:
+    """Bytes of whole gradients that are held at once: half of what the weights take on a CPU, a part of what is free
+    on a GPU."""
+    device = next(model.parameters()).device
+    return int(_FORMED * free_bytes(device)) if device.type == "cuda" else max(_LEAST_FORMED, _weight_bytes(model) // 2)
+
+
+def _weight_bytes(model: nn.Module) -> int:
+    return sum(parameter.numel() * parameter.itemsize for parameter in model.parameters())
+
+
 def _allowance(model: nn.Module) -> int:
     """Bytes that may be taken beside weights and optimizer."""
     device = next(model.parameters()).device
     if device.type == "cuda":
         return int(_ON_GPU * free_bytes(device))
-    return max(_ON_CPU, 2 * sum(parameter.numel() * parameter.itemsize for parameter in model.parameters()))
+    return max(_ON_CPU, 2 * _weight_bytes(model))
 
 
 def free_bytes(device: torch.device) -> int:

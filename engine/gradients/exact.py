@@ -3,23 +3,23 @@
 For a layer with output gradients g_t and inputs x_t, <G, V> = sum_t g_t^T V x_t: one more product of the layer's size
 per token and target, 2 I O FLOPs, so that forward + input gradient + dots cost what a plain backward costs, in any
 micro-batch and with prompts shared. The norm of a problem's gradient needs the gradient itself: it is then formed, one
-problem at a time (2 I O FLOPs per token, one buffer of the size of the layers), and every dot comes from it for next
-to nothing.
+problem at a time (2 I O FLOPs per token), and every dot comes from it for next to nothing. Formed gradients are held a
+block of layers at a time (formed.py), and targets may lie in the host's memory: a layer of them is moved when needed.
 
 Dimension letters: P problems, K targets, L layers, B sequences, T tokens, I and O a layer's inputs and outputs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from engine.gradients.formed import formed, problem_gradients
+from engine.gradients.formed import blocks, formed, problem_gradients
 from engine.gradients.gradient_pass import GradientPass
 from engine.gradients.layers import Layer
-from engine.gradients.sharding import inner
+from engine.gradients.sharding import inner, plain_inner
 from engine.rollouts.group import Group
 from engine.sketches.sketcher import SketchSpec
 from gradstore.errors import RequestError
@@ -33,7 +33,7 @@ class LayerGradients:
     names: list[str]
     """Layers, in the model's order."""
     matrices: list[Tensor]
-    """float32 [O, I] each, in the ascent direction, on the model's device."""
+    """float32 [O, I] each, in the ascent direction, on any device."""
 
     @property
     def norm(self) -> float:
@@ -77,18 +77,40 @@ class ExactBatch:
 def layer_gradients(model: nn.Module, groups: Sequence[Group], spec: SketchSpec | None = None) -> LayerGradients:
     """The exact mean gradient of the groups over the sketched layers, those without signal counting as zero.
 
-    Memory: one float32 matrix per layer, whatever the number of groups. The same mean as `engine.target` takes of
+    Memory: one float32 matrix per layer, whatever the number of groups; on the host where all of them together are more
+    than may be held beside the model on a GPU. The same mean as `engine.target` takes of
     sketches. Under FSDP2 the mean is over this rank's groups alone: give every rank all of them.
     RequestError for no groups or groups the model cannot run, or when the gradient is zero or not finite.
     """
     if not groups:
         raise RequestError("the mean gradient of no groups is not defined")
     gradients = GradientPass(model, spec or SketchSpec())
-    matrices = [matrix.div_(len(groups)) for matrix in formed(gradients, groups)[0]]
+    parts = blocks(gradients)
+    kept_on = gradients.device if len(parts) == 1 else torch.device("cpu")
+    matrices = [matrix.to(kept_on) for _, part in parts for matrix in _mean(part, groups)]
     found = LayerGradients([layer.name for layer in gradients.layers], matrices)
-    if not np.isfinite(found.norm) or found.norm == 0.0:
-        raise RequestError(f"the mean gradient of the {len(groups)} groups has length {found.norm}")
+    _check_length(found.norm, len(groups))
     return found
+
+
+def exact_against(
+    model: nn.Module, groups: Sequence[Group], others: Sequence[Group], spec: SketchSpec | None = None
+) -> ExactBatch:
+    """Exact dots and norms of the groups, the target being the mean gradient of others, in bounded memory.
+
+    As `exact_dots(model, groups, layer_gradients(model, others, spec), spec, norms=True)`, but a block of layers at a
+    time is formed of either, so that no whole gradient is ever held. RequestError as of both.
+    """
+    if not others:
+        raise RequestError("the mean gradient of no groups is not defined")
+    gradients = GradientPass(model, spec or SketchSpec())
+
+    def targets_of(cut: slice, part: GradientPass) -> list[list[Tensor]]:
+        return [_mean(part, others)]
+
+    batch = _formed_batch(gradients, groups, targets_of, 1)
+    _check_length(float(batch.target_norms[0]), len(others))
+    return batch
 
 
 def exact_dots(
@@ -102,7 +124,8 @@ def exact_dots(
     """Exact dot products of each group's gradient with known targets, over the layers the spec sketches.
 
     Without norms, in the pass of a sketch with nothing formed per problem: 2 I O FLOPs per token, layer and target on
-    top of 4 I O. With norms, each problem's gradient is formed in turn: 6 I O for any number of targets.
+    top of 4 I O. With norms, each problem's gradient is formed in turn: 6 I O for any number of targets, and more where
+    the layers are taken in several blocks.
     RequestError when a target is not over the same layers.
     """
     gradients = GradientPass(model, spec or SketchSpec())
@@ -110,32 +133,25 @@ def exact_dots(
     for target in wanted:
         _check_target(target, gradients.layers)
     if norms:
-        terms_PKL, norms_P, n_tokens = _with_norms(gradients, groups, wanted)
-    else:
-        dots = _Dots([target.matrices for target in wanted], len(groups), gradients.device)
-        n_tokens = gradients.run(groups, dots, inputs_kept=True)
-        terms_PKL, norms_P = dots.terms_LKP.permute(2, 1, 0).double().cpu().numpy(), None
-    states, reasons = _states(groups, terms_PKL, norms_P)
-    return ExactBatch(
-        [group.problem_id for group in groups],
-        [layer.name for layer in gradients.layers],
-        terms_PKL,
-        norms_P,
-        np.array([target.norm for target in wanted]),
-        states,
-        reasons,
-        n_tokens,
-    )
+
+        def targets_of(cut: slice, part: GradientPass) -> list[list[Tensor]]:
+            return [[matrix.to(gradients.device) for matrix in target.matrices[cut]] for target in wanted]
+
+        return _formed_batch(gradients, groups, targets_of, len(wanted))
+    dots = _Dots([target.matrices for target in wanted], len(gradients.layers), len(groups), gradients.device)
+    n_tokens = gradients.run(groups, dots, inputs_kept=True)
+    terms_PKL = dots.terms_LKP.permute(2, 1, 0).double().cpu().numpy()
+    return _batch(gradients, groups, terms_PKL, None, np.array([target.norm for target in wanted]), n_tokens)
 
 
 class _Dots:
     """Adds g^T V x over a sequence's tokens to the dots of its problem."""
 
-    def __init__(self, targets: Sequence[Sequence[Tensor]], n_problems: int, device: torch.device) -> None:
-        self._targets = [
-            [matrices[layer].to(device) for matrices in targets] for layer in range(len(targets[0]) if targets else 0)
-        ]
-        self.terms_LKP = torch.zeros(len(self._targets), len(targets), n_problems, device=device)
+    def __init__(
+        self, targets: Sequence[Sequence[Tensor]], n_layers: int, n_problems: int, device: torch.device
+    ) -> None:
+        self._targets = targets
+        self.terms_LKP = torch.zeros(n_layers, len(targets), n_problems, device=device)
 
     def reset(self) -> None:
         self.terms_LKP.zero_()
@@ -144,8 +160,8 @@ class _Dots:
         return x_BTI
 
     def on_gradient(self, layer: int, kept: Tensor, grad_BTO: Tensor, problem_B: Tensor) -> None:
-        for row_P, target_OI in zip(self.terms_LKP[layer], self._targets[layer], strict=True):
-            matrix_OI = target_OI.to(grad_BTO.dtype)
+        for row_P, matrices in zip(self.terms_LKP[layer], self._targets, strict=True):
+            matrix_OI = matrices[layer].to(grad_BTO.device, grad_BTO.dtype)
             if matrix_OI.shape[0] <= matrix_OI.shape[1]:  # the elementwise product runs over the narrower side
                 dots_B = _rowwise_dot(grad_BTO, kept @ matrix_OI.T)
             else:
@@ -153,23 +169,65 @@ class _Dots:
             row_P.index_add_(0, problem_B, dots_B)
 
 
-def _with_norms(
-    gradients: GradientPass, groups: Sequence[Group], targets: Sequence[LayerGradients]
-) -> tuple[np.ndarray, np.ndarray, int]:
-    terms_PKL = np.zeros((len(groups), len(targets), len(gradients.layers)))
-    norms_P, total = np.zeros(len(groups)), 0
-    for row, (matrices, n_tokens) in enumerate(problem_gradients(gradients, groups)):
-        total += n_tokens
-        if not n_tokens:
-            continue
-        terms_KL = [
-            torch.stack([(matrix * target).sum() for matrix, target in zip(matrices, wanted.matrices, strict=True)])
-            for wanted in targets
-        ]
-        if terms_KL:
-            terms_PKL[row] = torch.stack(terms_KL).double().cpu().numpy()
-        norms_P[row] = torch.stack([matrix.square().sum() for matrix in matrices]).double().sum().sqrt().item()
-    return terms_PKL, norms_P, total
+def _mean(gradients: GradientPass, groups: Sequence[Group]) -> list[Tensor]:
+    """Of the groups' gradients, those without signal counting as zero, float32 [O, I] for each layer of the pass."""
+    return [matrix.div_(len(groups)) for matrix in formed(gradients, groups)[0]]
+
+
+def _check_length(length: float, n_groups: int) -> None:
+    """RequestError for a target that points nowhere."""
+    if not np.isfinite(length) or length == 0.0:
+        raise RequestError(f"the mean gradient of the {n_groups} groups has length {length}")
+
+
+def _formed_batch(
+    gradients: GradientPass,
+    groups: Sequence[Group],
+    targets_of: Callable[[slice, GradientPass], list[list[Tensor]]],
+    n_targets: int,
+) -> ExactBatch:
+    """Dots and norms from the problems' gradients, formed block by block of the layers.
+
+    targets_of: the targets' matrices of a block, by target; asked for once a block and freed before the next.
+    """
+    terms_PKL = np.zeros((len(groups), n_targets, len(gradients.layers)))
+    squares_P, target_squares_K, total = np.zeros(len(groups)), np.zeros(n_targets), 0
+    for cut, part in blocks(gradients):
+        targets = targets_of(cut, part)
+        target_squares_K += [sum(inner(matrix, matrix) for matrix in matrices) for matrices in targets]
+        total = 0
+        for row, (matrices, n_tokens) in enumerate(problem_gradients(part, groups)):
+            total += n_tokens
+            if not n_tokens:
+                continue
+            against = [matrices, *targets]  # itself first, for its length
+            found = [plain_inner(*pair) for wanted in against for pair in zip(matrices, wanted, strict=True)]
+            found_KL = torch.stack(found).view(len(against), -1).cpu().numpy()
+            squares_P[row] += found_KL[0].sum()
+            terms_PKL[row, :, cut] = found_KL[1:]
+        del targets
+    return _batch(gradients, groups, terms_PKL, np.sqrt(squares_P), np.sqrt(target_squares_K), total)
+
+
+def _batch(
+    gradients: GradientPass,
+    groups: Sequence[Group],
+    terms_PKL: np.ndarray,
+    norms_P: np.ndarray | None,
+    target_norms_K: np.ndarray,
+    n_tokens: int,
+) -> ExactBatch:
+    states, reasons = _states(groups, terms_PKL, norms_P)
+    return ExactBatch(
+        [group.problem_id for group in groups],
+        [layer.name for layer in gradients.layers],
+        terms_PKL,
+        norms_P,
+        target_norms_K,
+        states,
+        reasons,
+        n_tokens,
+    )
 
 
 def _states(

@@ -1,21 +1,38 @@
 """Gradients of the observed layers formed in full, for what needs every entry: norms, elementwise transforms.
 
 Cost: a plain backward with weight gradients, 6 I O FLOPs per token of a layer I -> O; one float32 matrix per layer is
-held, whatever the number of groups.
+held, whatever the number of groups. What needs one layer at a time takes the layers in blocks whose matrices fit into
+memory (`blocks`): the backward pass ends at a block's lowest layer, so that B blocks cost (2 + (B + 1) + 2) I O FLOPs
+in place of 6 for the first, and less than B times as much in all.
 
 Dimension letters: B sequences, T tokens, N tokens of all sequences, I and O a layer's inputs and outputs.
 """
 
 from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from engine.gradients.budget import formed_bytes
 from engine.gradients.gradient_pass import GradientPass
 from engine.gradients.passes import OnWeights
 from engine.gradients.sharding import largest
 from engine.rollouts.group import Group
+
+
+def blocks(gradients: GradientPass) -> list[tuple[slice, GradientPass]]:
+    """The layers in consecutive blocks whose float32 matrices fit into memory, and a pass that observes each alone."""
+    limit, starts, held = formed_bytes(gradients.model), [0], 0
+    for place, layer in enumerate(gradients.layers):
+        size = 4 * layer.n_outputs * layer.n_inputs
+        if held and held + size > limit:
+            starts.append(place)
+            held = 0
+        held += size
+    cuts = [slice(*pair) for pair in pairwise([*starts, len(gradients.layers)])]
+    return [(cut, gradients.of_layers(gradients.layers[cut])) for cut in cuts]
 
 
 def formed(

@@ -6,6 +6,7 @@ the gradients (a projection, dot products, the gradients themselves) is the obse
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from copy import copy
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from engine.gradients.directions import in_step
 from engine.gradients.hooks import Mutable, Observer, observed
-from engine.gradients.layers import find_layers, output_layer
+from engine.gradients.layers import Layer, find_layers, output_layer
 from engine.gradients.microbatch import pack, pays_to_share, rollouts_of
 from engine.gradients.passes import OnWeights, Policy
 from engine.gradients.retrying import TokenBudget, noticing
@@ -36,6 +37,12 @@ class GradientPass:
         self.budget = TokenBudget(model, spec.token_budget)
         self.layers = [output_layer(model)] if spec.head_only else find_layers(model, spec.modules)
         self.device = next(model.parameters()).device
+
+    def of_layers(self, layers: Sequence[Layer]) -> "GradientPass":
+        """The same pass, observing these layers alone."""
+        other = copy(self)
+        other.layers = list(layers)
+        return other
 
     @property
     def context(self) -> int | None:

@@ -168,10 +168,9 @@ class OptimizerDirection:
             "state": self._digest,
         }
 
-    def moments_of(
-        self, layers: Sequence[Layer], model: nn.Module, device: torch.device
-    ) -> list[tuple[Tensor, Tensor]]:
-        """Each layer's first (ascent) and second moment, [O, I]; RequestError naming a layer without moments."""
+    def moments_of(self, layers: Sequence[Layer], model: nn.Module) -> list[tuple[Tensor, Tensor]]:
+        """Each layer's first and second moment, [O, I], where the optimizer has them; RequestError naming a layer
+        without moments."""
         name_of: dict[int, str] = {}
         for name, parameter in model.named_parameters(remove_duplicate=False):
             if name in self.state.first:
@@ -181,21 +180,20 @@ class OptimizerDirection:
             known = name_of.get(id(layer.module.weight))
             if known is None:
                 raise RequestError(f"parameter {layer.name}.weight: the optimizer state has no moments of it")
-            first, second = self.state.first[known].to(device), self.state.second[known].to(device)
-            if isinstance(layer.module, Conv1D):
-                first, second = first.T, second.T
-            found.append((-first, second))
+            first, second = self.state.first[known], self.state.second[known]
+            found.append((first.T, second.T) if isinstance(layer.module, Conv1D) else (first, second))
         return found
 
     def apply(self, gradient_OI: Tensor, moments: tuple[Tensor, Tensor]) -> Tensor:
-        """The direction for one layer's gradient, float32 [O, I]; moments as `moments_of` gives them."""
-        first_OI, second_OI = moments
+        """The direction for one layer's gradient, float32 [O, I]; moments as `moments_of` gives them, moved to the
+        gradient's device for the time of the call."""
+        first_OI, second_OI = (moment.to(gradient_OI.device) for moment in moments)
         beta1, beta2 = self.betas
         step = self.state.step
         if self.formula == "precondition":
             scale = 1 - beta2**step if self.bias_correction else 1.0
             return gradient_OI / ((second_OI / scale).sqrt() + self.eps)
-        first_OI = beta1 * first_OI + (1 - beta1) * gradient_OI
+        first_OI = (1 - beta1) * gradient_OI - beta1 * first_OI
         second_OI = beta2 * second_OI + (1 - beta2) * gradient_OI.square()
         if self.bias_correction:
             first_OI = first_OI / (1 - beta1 ** (step + 1))

@@ -53,14 +53,19 @@ def own_part(tensor: Tensor) -> Tensor:
 def inner(one: Tensor, other: Tensor) -> float:
     """Inner product of two tensors of the same placement, over all ranks that hold a part, in float64.
 
-    A part of a plain tensor at a time: in float64 a vocabulary's matrix is twice its size.
+    Of plain tensors a part at a time: in float64 a vocabulary's matrix is twice its size.
     """
     one, other = one.detach(), other.detach()
     if isinstance(one, DTensor) or isinstance(other, DTensor):
         product = (one.double() * other.double()).sum()
         return float(product.full_tensor() if isinstance(product, DTensor) else product)
+    return float(plain_inner(one, other))
+
+
+def plain_inner(one: Tensor, other: Tensor) -> Tensor:
+    """Inner product of two plain tensors, float64 [] on their device, which is not waited for."""
     parts = zip(one.reshape(-1).split(_PART), other.reshape(-1).split(_PART), strict=True)
-    return float(sum((torch.dot(a.double(), b.double()) for a, b in parts), one.new_zeros((), dtype=torch.float64)))
+    return sum((torch.dot(a.double(), b.double()) for a, b in parts), one.new_zeros((), dtype=torch.float64))
 
 
 def largest(model: nn.Module, value: int) -> int:

@@ -13,13 +13,13 @@ import numpy as np
 from scipy.stats import spearmanr  # type: ignore[import-untyped]
 from torch import nn
 
-from engine.gradients.exact import exact_dots, layer_gradients
+from engine.gradients.exact import exact_against
 from engine.rollouts.group import Group
 from engine.rollouts.source import RolloutSource
 from engine.searching.query import search
 from engine.searching.ranking import best
 from engine.searching.targets import target
-from engine.sketches.halves import SplitHalf, exact_scores, split, split_half
+from engine.sketches.halves import SplitHalf, split, split_half
 from engine.sketches.projection import Projection
 from engine.sketches.sketcher import SketchBatch, Sketcher, SketchSpec
 from gradstore import Store
@@ -97,8 +97,7 @@ def rank_fidelities(
         return [None] * len(projections)
     known = [group for group in benchmark if group.has_signal]
     scored, others = (live, known) if known else (live[::2], live[1::2])
-    gradient = layer_gradients(sketcher.model, others, sketcher.spec)
-    exact_P = exact_dots(sketcher.model, scored, gradient, sketcher.spec, norms=True).cosines[:, 0]
+    exact_P = exact_against(sketcher.model, scored, others, sketcher.spec).cosines[:, 0]
     rows, targets = sketcher.sketch_in(projections, scored), sketcher.sketch_in(projections, others)
     return [_spearman(*pair, exact_P) for pair in zip(rows, targets, strict=True)]
 
@@ -130,7 +129,8 @@ def fidelity(
     model, rollouts, benchmark_rollouts: what the rows of pool and benchmark were made from. sample: live problems
     measured exactly, drawn with the seed; None: all. Cost: a backward with weight gradients over the sample's rollouts,
     twice that with halves, and over the benchmark's. Of rows in head mode the exact scores are over every layer: that
-    is what they stand for. RequestError when fewer than three live problems have rollouts.
+    is what they stand for. Memory beside the model: two blocks of layers formed in full (engine/gradients/formed.py).
+    RequestError when fewer than three live problems have rollouts.
     """
     view = store.view(pool, at)
     known = set(rollouts.problem_ids)
@@ -141,16 +141,17 @@ def fidelity(
     if len(ids) < 3:
         raise RequestError(f"{pool!r}: {len(ids)} live problems have rollouts in the file, expected at least 3")
     spec = replace(SketchSpec.of(store.fingerprint), head_only=False)
-    groups = list(rollouts.groups(ids))
-    score = exact_scores(model, layer_gradients(model, list(benchmark_rollouts.groups()), spec), spec)
-    exact_P = score(groups)
+    groups = [group for group in rollouts.groups(ids) if group.has_signal]
+    measured = [*groups, *(half for part in split(groups) for half in part)] if halves else groups
+    exact = exact_against(model, measured, list(benchmark_rollouts.groups()), spec).cosines[:, 0]
+    exact_P, halves_P = exact[: len(groups)], np.split(exact[len(groups) :], 2)
     live_P = ~np.isnan(exact_P)
     live = [group for group, kept in zip(groups, live_P, strict=True) if kept]
     hits = search(view, target(store, against, at), len(view))
     stored = dict(zip(hits.ids.tolist(), hits.scores.tolist(), strict=True))
     names = [group.problem_id for group in live]
     found_P = np.array([stored[name] for name in names])
-    parts = [np.nan_to_num(score(half)) for half in split(live)] if halves else None
+    parts = [np.nan_to_num(half_P[live_P]) for half_P in halves_P] if halves else None
     return Fidelity(
         agreement(found_P, exact_P[live_P], names, k),
         None if parts is None else split_half(*parts),

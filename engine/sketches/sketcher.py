@@ -158,7 +158,7 @@ class Sketcher:
         self._check(self.projection)
         self._sides: dict[int, tuple[Projection, list[_Sides]]] = {}
         self.optimizer = optimizer
-        self._moments = optimizer.moments_of(self.gradients.layers, model, self.device) if optimizer else []
+        self._moments = optimizer.moments_of(self.gradients.layers, model) if optimizer else []
 
     @property
     def dim(self) -> int:

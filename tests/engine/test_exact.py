@@ -9,7 +9,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from engine import Sketcher, SketchSpec
-from engine.gradients.exact import LayerGradients, exact_dots, layer_gradients
+from engine.gradients.exact import LayerGradients, exact_against, exact_dots, layer_gradients
+from engine.gradients.formed import blocks
+from engine.gradients.gradient_pass import GradientPass
 from engine.gradients.layers import find_layers
 from engine.gradients.objectives import PRESETS, Objective
 from engine.rollouts import Group
@@ -74,6 +76,45 @@ def test_dots_are_those_of_autograds_gradients(make_model, make_groups, architec
             assert batch.norms[row] == pytest.approx(length, rel=1e-5)
             cosines = [sum(terms) / length / target.norm for terms, target in zip(expected_KL, targets, strict=True)]
             assert batch.cosines[row] == pytest.approx(cosines, abs=1e-6)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_layers_in_blocks_are_the_layers(make_model, make_groups, monkeypatch, architecture: str) -> None:
+    """What is formed a block at a time is what is formed at once: dots, norms, targets, a mean; and no block is larger
+    than what may be held, save where one layer is."""
+    model, (flat, *groups) = make_model(architecture), make_groups(5)
+    flat = Group("flat", flat.prompt_ids, flat.responses, np.zeros(4))
+    targets = [random_target(model, 1), layer_gradients(model, groups[:2])]
+    whole = exact_dots(model, [*groups, flat], targets, norms=True)
+    mean = layer_gradients(model, [*groups, flat])
+    against = exact_dots(model, groups, mean, norms=True)
+    layers = find_layers(model)
+    sizes = [4 * layer.n_outputs * layer.n_inputs for layer in layers]
+    limit = 2 * min(sizes)
+    monkeypatch.setattr("engine.gradients.formed.formed_bytes", lambda model: limit)
+    cuts = blocks(GradientPass(model, SketchSpec()))
+    assert len(cuts) > 2
+    assert [layer.name for _, part in cuts for layer in part.layers] == [layer.name for layer in layers]
+    assert all(sum(sizes[cut]) <= limit or cut.stop - cut.start == 1 for cut, _ in cuts)
+    found = exact_dots(model, [*groups, flat], targets, norms=True)
+    np.testing.assert_allclose(found.terms, whole.terms, rtol=1e-4, atol=1e-6 * np.abs(whole.terms).max())
+    np.testing.assert_allclose(found.norms, whole.norms, rtol=1e-5)
+    assert found.states == whole.states
+    assert found.n_tokens == whole.n_tokens
+    for one, other in zip(layer_gradients(model, [*groups, flat]).matrices, mean.matrices, strict=True):
+        assert torch.allclose(one, other, rtol=1e-4, atol=1e-6 * mean.norm)
+    found = exact_against(model, groups, [*groups, flat])
+    assert found.layers == against.layers
+    np.testing.assert_allclose(found.cosines, against.cosines, atol=1e-5)
+    np.testing.assert_allclose(found.terms, against.terms, rtol=1e-4, atol=1e-6 * np.abs(against.terms).max())
+
+
+def test_a_target_that_points_nowhere_is_refused(make_model, make_groups) -> None:
+    model, groups = make_model("qwen2"), make_groups(2)
+    flat = Group("flat", groups[0].prompt_ids, groups[0].responses, np.zeros(4))
+    for others, match in (([flat], "of the 1 groups has length 0"), ([], "of no groups")):
+        with pytest.raises(RequestError, match=match):
+            exact_against(model, groups, others)
 
 
 @pytest.mark.parametrize("preset", PRESETS)

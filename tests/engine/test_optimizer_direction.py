@@ -80,7 +80,7 @@ def test_fresh_moments_give_the_sign(make_model, make_groups) -> None:
     direction = OptimizerDirection(AdamState.zero(model))
     layers = find_layers(model)
     gradient = layer_gradients(model, [group])
-    for g, moments in zip(gradient.matrices, direction.moments_of(layers, model, torch.device("cpu")), strict=True):
+    for g, moments in zip(gradient.matrices, direction.moments_of(layers, model), strict=True):
         g = g / g.abs().max()
         found = direction.apply(g, moments)
         assert torch.equal(found.sign(), g.sign())
