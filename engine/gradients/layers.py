@@ -24,6 +24,11 @@ class Layer:
     n_outputs: int
     n_inputs: int
 
+    @property
+    def weight(self) -> nn.Parameter:
+        """The parameter whose gradient is seen, as it is stored."""
+        return cast(nn.Parameter, self.module.weight)
+
 
 def find_layers(model: nn.Module, patterns: Sequence[str] | None = None) -> list[Layer]:
     """The linear layers to sketch, in the model's order.
