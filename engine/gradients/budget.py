@@ -6,6 +6,7 @@ about 1.5 times their outputs where the weights are frozen (a sketch), 2.4 times
 memory and the micro-batch is halved (retrying.py).
 """
 
+import ctypes
 from math import prod
 from typing import Any, cast
 
@@ -18,8 +19,8 @@ LEAST, MOST_ON_CPU, MOST_ON_GPU = 256, 2048, 16_384
 """Tokens of a micro-batch. The activations of more leave a CPU's caches, and a GPU is busy with so many."""
 MOST_SAMPLED = 32_768
 
-_ON_CPU = 1 << 30
-"""Bytes of activations on a CPU; more of them for a model whose weights take more than half of this."""
+_LEAST_ON_CPU, _OF_WEIGHTS = 3 << 28, 1.5
+"""Bytes of activations on a CPU: so many, or this times the weights', whichever is more."""
 _ON_GPU = 0.6
 """Share of a GPU's free memory that activations are planned to take."""
 _FORMED, _LEAST_FORMED = 0.15, 1 << 28
@@ -63,6 +64,14 @@ def activation_bytes(model: nn.Module, *, inputs_kept: bool = False) -> int:
     return max(1, int(outputs * itemsize * (_WITH_INPUTS if inputs_kept else _FROZEN)))
 
 
+def give_back(model: nn.Module) -> None:
+    """Returns the C library's free memory to the system after a pass on a CPU. What a pass frees lies between what is
+    kept, and larger arrays find no place in it: without this a process grows by half. Small models save nothing."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc
+    if trim and next(model.parameters()).device.type == "cpu" and _weight_bytes(model) >= _LEAST_FORMED:
+        trim(0)
+
+
 def formed_bytes(model: nn.Module) -> int:
     """Bytes of whole gradients that are held at once: half of what the weights take on a CPU, a part of what is free
     on a GPU."""
@@ -79,7 +88,7 @@ def _allowance(model: nn.Module) -> int:
     device = next(model.parameters()).device
     if device.type == "cuda":
         return int(_ON_GPU * free_bytes(device))
-    return max(_ON_CPU, 2 * _weight_bytes(model))
+    return max(_LEAST_ON_CPU, int(_OF_WEIGHTS * _weight_bytes(model)))
 
 
 def free_bytes(device: torch.device) -> int:

@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from engine.gradients.budget import micro_batch_tokens
+from engine.gradients.budget import give_back, micro_batch_tokens
 from engine.gradients.microbatch import MicroBatch
 from engine.gradients.sharding import is_sharded
 from engine.rollouts.group import Group
@@ -79,7 +79,9 @@ class TokenBudget:
         while True:
             tokens = self.tokens(inputs_kept)
             try:
-                return attempt(tokens)
+                found = attempt(tokens)
+                give_back(self._model)
+                return found
             except DoesNotFit as error:
                 failed, n_rollouts, problem = error.args
             self._shrink(failed, n_rollouts, groups[problem].problem_id if problem < len(groups) else "", inputs_kept)

@@ -1,12 +1,14 @@
 """The embedded trainer: its update is the engine's objective, its policy keeps the protocol, a killed run resumes."""
 
 import copy
+import gc
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -295,6 +297,21 @@ def test_the_policy_keeps_the_protocol(policy: LocalPolicy) -> None:
     for i in live:
         own = validation_gradient(policy.model, [groups[i]], policy.objective)
         assert probes.dots[i] == pytest.approx(exact.dot(own.tensors), rel=0.02, abs=1e-4 * exact.norm * own.norm)
+
+
+def test_the_direction_is_freed_when_training_begins(policy: LocalPolicy) -> None:
+    """It is as large as the weights, and Adam's moments come beside it."""
+    groups = policy.roll_out(PROBLEMS, 8, seed=3)
+    policy.fit(SketchSpec(basis="fitted", rank=4, dim=64), groups)
+    policy.aim(groups)
+    policy.probe(groups)
+    direction = weakref.ref(next(iter(policy._probe[1].direction.tensors.values())))  # type: ignore[index]
+    assert direction() is not None
+    policy.forget_direction()
+    gc.collect()
+    assert direction() is None
+    with pytest.raises(RequestError, match="call `aim` first"):
+        policy.probe(groups)
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path, model: Any) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from gradstore import RequestError
-from trainer.backends import Response, hugging_face, load_backend
+from trainer.backends import Response, decoding, hugging_face, load_backend
 from trainer.backends.hugging_face import TransformersBackend, weights_digest
 from trainer.rewards import Reward
 from trainer.rollout import rollout
@@ -117,6 +117,20 @@ def test_every_end_token_of_the_model_ends_a_response(backend: TransformersBacke
         within = [token for token in response.token_ids if 100 <= token < 180 or token == 1]
         assert response.finish_reason == "stop"
         assert within == [response.token_ids[-1]]
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 0.8), (0.0, 1.0)])
+def test_probabilities_a_part_of_the_rows_at_a_time(monkeypatch: Any, temperature: float, top_p: float) -> None:
+    """A vocabulary's probabilities in float64, several times over, are more than a model's keys and values; what is
+    drawn must not depend on how many rows are held at once."""
+    generator = torch.Generator().manual_seed(0)
+    logits_UV = 3 * torch.randn(23, 50, generator=generator)
+    row_R = torch.randint(0, 23, (200,), generator=generator).sort().values
+    draw_R = torch.rand(200, generator=generator, dtype=torch.float64)
+    whole = decoding._chosen(logits_UV, row_R, draw_R, temperature, top_p)
+    for entries in (1, 150, 999):
+        monkeypatch.setattr(decoding, "_ENTRIES", entries)
+        assert torch.equal(decoding._chosen(logits_UV, row_R, draw_R, temperature, top_p), whole)
 
 
 def test_batches_keep_to_the_token_budget(backend: TransformersBackend, monkeypatch: pytest.MonkeyPatch) -> None:

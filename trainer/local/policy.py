@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from engine.gradients.budget import sampled_tokens
+from engine.gradients.budget import give_back, sampled_tokens
 from engine.gradients.directions import Direction
 from engine.gradients.logprobs import Reference
 from engine.gradients.objectives import Objective
@@ -81,6 +81,7 @@ class LocalPolicy:
             top_p=sampling.top_p,
             seed=seed,
         )
+        give_back(self.model)
         ids = [response.token_ids for responses in found for response in responses]
         texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
         rewards = self.reward.many([(problems[k // n], text, k % n) for k, text in enumerate(texts)])

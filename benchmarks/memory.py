@@ -1,0 +1,111 @@
+"""Peak memory of the commands that run a model, beside what its weights take.
+
+    python -m benchmarks.memory --model FOLDER [--problems 20] [--rollouts 8]
+
+Each row is a process of its own, with the default settings: `load`, the model and nothing else; `collect` into a new
+store, whose projection is fitted; `train`, two rounds of all weights with probes, so that Adam's moments, a benchmark's
+gradient and a displaced copy of the weights meet. Problems and responses are made up, and the rewards are a coin's, so
+that nearly every problem has a gradient. On a GPU the peak is the host's.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+
+from engine.gradients.models import load_model, load_tokenizer
+from engine.rollouts.rollout import Rollout
+from engine.rollouts.write import write_rollouts
+from gradstore.cli.show import print_table, say
+from gradstore.durable import canonical_json
+
+LOAD = "import sys; from engine.gradients.models import load_model; load_model(sys.argv[1])"
+TRAIN = [
+    *("candidates=16", "selected=8", "train_batch=8", "steps=1", "rounds=2", "rollouts=4", "target_rollouts=4"),
+    *("selector=lcb", "refresh=16", "fit_problems=8"),
+]
+"""Settings of the rounds: all candidates are probed, and trained on in one step a round."""
+
+
+def coin(data_source: str, solution_str: str, ground_truth: str, extra_info: Any = None) -> float:
+    """A reward that has nothing to do with the answer, but is the same each time."""
+    return float(sum(map(ord, solution_str)) % 2)
+
+
+def problems(n: int, first: int = 0) -> list[dict[str, str]]:
+    """Problem records, n of them."""
+    text = "A box holds {a} pens. {b} children take {c} each. How many pens are left in the box? Think step by step."
+    return [
+        {"id": f"p{i}", "prompt": text.format(a=50 + 7 * i, b=2 + i % 5, c=1 + i % 7), "ground_truth": str(i)}
+        for i in range(first, first + n)
+    ]
+
+
+def rollouts(records: Sequence[dict[str, str]], n: int, tokenizer: Any) -> Iterator[Rollout]:
+    """Responses of some fifty tokens, with random rewards."""
+    rng = np.random.default_rng(0)
+    for record in records:
+        prompt_ids = np.array(tokenizer(record["prompt"])["input_ids"])
+        for _ in range(n):
+            a, b, c = rng.integers(100, size=3).tolist()
+            text = f" The children take {a} times {b} pens, which is {c}. " * 3 + f"So {a} pens are left in the box."
+            yield Rollout(
+                problem_id=record["id"],
+                reward=float(rng.integers(2)),
+                prompt=record["prompt"],
+                prompt_ids=prompt_ids,
+                response_ids=np.array(tokenizer(text)["input_ids"]),
+                ground_truth=record["ground_truth"],
+            )
+
+
+def peak(command: Sequence[str]) -> tuple[float, float]:
+    """Largest resident size of a command, bytes, and its seconds; CalledProcessError when it fails."""
+    started = time.monotonic()
+    child = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(child.pid, 0)
+    child.returncode = os.waitstatus_to_exitcode(status)
+    if child.returncode:
+        raise subprocess.CalledProcessError(child.returncode, command)
+    return usage.ru_maxrss * 1024.0, time.monotonic() - started
+
+
+def main(
+    model: Annotated[str, typer.Option(help="Folder or name of a transformers causal LM.")],
+    problems_: Annotated[int, typer.Option("--problems", min=16, help="Problems of `collect`.")] = 20,
+    rollouts_: Annotated[int, typer.Option("--rollouts", min=2, help="Responses to each of them.")] = 8,
+) -> None:
+    tokenizer = load_tokenizer(model)
+    weights = sum(parameter.numel() * parameter.itemsize for parameter in load_model(model).parameters())
+    python, ours = sys.executable, [sys.executable, "-m", "gradstore"]
+    with tempfile.TemporaryDirectory() as folder:
+        pool, bench, rolled = (str(Path(folder, name)) for name in ("pool.jsonl", "bench.jsonl", "rollouts.jsonl"))
+        for path, records in ((pool, problems(64)), (bench, problems(8, first=64))):
+            Path(path).write_bytes(b"\n".join(map(canonical_json, records)))
+        with write_rollouts(Path(rolled)) as writer:
+            writer.append(rollouts(problems(problems_), rollouts_, tokenizer))
+        where = ["--model", model, "--pool", pool, "--benchmark", f"b={bench}", "--out", f"{folder}/run"]
+        how = ["--reward", f"{__spec__.name if __spec__ else __name__}:coin", "--train-rollouts", "8"]
+        commands = {
+            "load": [python, "-c", LOAD, model],
+            "collect": [*ours, "collect", f"{folder}/store", "pool", rolled, "--model", model],
+            "train": [*ours, "train", *where, *how, "--max-new-tokens", "48", *TRAIN],
+        }
+        rows = []
+        for name, command in commands.items():
+            held, seconds = peak(command)
+            rows.append([name, f"{held / 1e9:.2f}", f"{held / weights:.1f}", f"{seconds:.0f}"])
+            say(f"{name}: {held / 1e9:.2f} GB")
+    columns = ["process", "peak GB", "x weights", "seconds"]
+    print_table(f"{model}: weights of {weights / 1e9:.2f} GB", columns, rows, right=columns[1:])
+
+
+if __name__ == "__main__":
+    typer.run(main)
