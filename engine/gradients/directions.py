@@ -106,7 +106,7 @@ def summed_gradient(
         shared = policy.shares_prompts and spec.share_prompts and pays_to_share(rollouts)
         layers, observer = watch or ([], _Nothing())
         muted = Mutable(observer)
-        observation = Observation(layers, muted)
+        observation = Observation(model, layers, muted)
 
         def attempt(tokens: int) -> None:
             sums.clear()
@@ -183,7 +183,7 @@ def _own_gradients(model: nn.Module) -> "Iterator[dict[str, nn.Parameter]]":
 class _Nothing:
     """Observes no layer."""
 
-    def on_input(self, layer: int, x_BTI: Tensor) -> None: ...
+    def on_input(self, layer: int, x_BTI: Tensor, expert_BT: Tensor | None = None) -> None: ...
 
     def on_gradient(self, layer: int, kept: object, grad_BTO: Tensor, problem_B: Tensor) -> None: ...
 

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from engine.gradients.experts import routed_product
 from engine.gradients.formed import blocks, formed, problem_gradients
 from engine.gradients.gradient_pass import GradientPass
 from engine.gradients.layers import Layer
@@ -33,7 +34,7 @@ class LayerGradients:
     names: list[str]
     """Layers, in the model's order."""
     matrices: list[Tensor]
-    """float32 [O, I] each, in the ascent direction, on any device."""
+    """float32 [O, I] each ([E, O, I] for a fused weight of E experts), in the ascent direction, on any device."""
 
     @property
     def norm(self) -> float:
@@ -156,16 +157,20 @@ class _Dots:
     def reset(self) -> None:
         self.terms_LKP.zero_()
 
-    def on_input(self, layer: int, x_BTI: Tensor) -> Tensor:
-        return x_BTI
+    def on_input(self, layer: int, x_BTI: Tensor, expert_BT: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        return x_BTI, expert_BT
 
-    def on_gradient(self, layer: int, kept: Tensor, grad_BTO: Tensor, problem_B: Tensor) -> None:
+    def on_gradient(self, layer: int, kept: tuple[Tensor, Tensor | None], grad_BTO: Tensor, problem_B: Tensor) -> None:
+        x_BTI, expert_BT = kept
         for row_P, matrices in zip(self.terms_LKP[layer], self._targets, strict=True):
             matrix_OI = matrices[layer].to(grad_BTO.device, grad_BTO.dtype)
-            if matrix_OI.shape[0] <= matrix_OI.shape[1]:  # the elementwise product runs over the narrower side
-                dots_B = _rowwise_dot(grad_BTO, kept @ matrix_OI.T)
+            if expert_BT is not None:
+                products_NO = routed_product(x_BTI.flatten(0, 1), matrix_OI.transpose(1, 2), expert_BT.flatten())
+                dots_B = _rowwise_dot(grad_BTO, products_NO.view_as(grad_BTO))
+            elif matrix_OI.shape[0] <= matrix_OI.shape[1]:  # the elementwise product runs over the narrower side
+                dots_B = _rowwise_dot(grad_BTO, x_BTI @ matrix_OI.T)
             else:
-                dots_B = _rowwise_dot(grad_BTO @ matrix_OI, kept)
+                dots_B = _rowwise_dot(grad_BTO @ matrix_OI, x_BTI)
             row_P.index_add_(0, problem_B, dots_B)
 
 
@@ -259,10 +264,9 @@ def _check_target(target: LayerGradients, layers: Sequence[Layer]) -> None:
             "make the target with the same model and spec"
         )
     for layer, matrix in zip(layers, target.matrices, strict=True):
-        if tuple(matrix.shape) != (layer.n_outputs, layer.n_inputs):
+        if tuple(matrix.shape) != layer.matrix_shape:
             raise RequestError(
-                f"the target's layer {layer.name} has shape {tuple(matrix.shape)}, "
-                f"expected {(layer.n_outputs, layer.n_inputs)}"
+                f"the target's layer {layer.name} has shape {tuple(matrix.shape)}, expected {layer.matrix_shape}"
             )
 
 

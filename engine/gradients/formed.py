@@ -8,6 +8,7 @@ in place of 6 for the first, and less than B times as much in all.
 Dimension letters: B sequences, T tokens, N tokens of all sequences, I and O a layer's inputs and outputs.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import pairwise
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from engine.gradients.budget import formed_bytes
+from engine.gradients.experts import by_expert
 from engine.gradients.gradient_pass import GradientPass
 from engine.gradients.passes import OnWeights
 from engine.gradients.sharding import largest
@@ -26,7 +28,7 @@ def blocks(gradients: GradientPass) -> list[tuple[slice, GradientPass]]:
     """The layers in consecutive blocks whose float32 matrices fit into memory, and a pass that observes each alone."""
     limit, starts, held = formed_bytes(gradients.model), [0], 0
     for place, layer in enumerate(gradients.layers):
-        size = 4 * layer.n_outputs * layer.n_inputs
+        size = 4 * math.prod(layer.matrix_shape)
         if held and held + size > limit:
             starts.append(place)
             held = 0
@@ -41,9 +43,12 @@ def formed(
     buffers: list[Tensor] | None = None,
     on_weights: OnWeights | None = None,
 ) -> tuple[list[Tensor], int]:
-    """The groups' summed gradient, float32 [O, I] per layer, in the buffers where given, and the tokens run."""
+    """The groups' summed gradient, float32 [O, I] per layer ([E, O, I] of fused experts), and the tokens run.
+
+    buffers: where it is put; None: in new ones.
+    """
     if buffers is None:
-        buffers = [torch.empty(layer.n_outputs, layer.n_inputs, device=gradients.device) for layer in gradients.layers]
+        buffers = [torch.empty(layer.matrix_shape, device=gradients.device) for layer in gradients.layers]
     return buffers, gradients.run(groups, _Sum(buffers), on_weights, inputs_kept=True)
 
 
@@ -78,12 +83,24 @@ class _Sum:
         for matrix in self._matrices:
             matrix.zero_()
 
-    def on_input(self, layer: int, x_BTI: Tensor) -> Tensor:
-        return x_BTI
+    def on_input(self, layer: int, x_BTI: Tensor, expert_BT: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        return x_BTI, expert_BT
 
-    def on_gradient(self, layer: int, kept: Tensor, grad_BTO: Tensor, problem_B: Tensor) -> None:
-        grads_NO, inputs_NI = grad_BTO.flatten(0, 1), kept.flatten(0, 1)
-        if grads_NO.dtype == torch.float32:
-            self._matrices[layer].addmm_(grads_NO.T, inputs_NI)
-        else:  # each micro-batch's product is accumulated in float32, rounded once, and summed in float32
-            self._matrices[layer].add_(grads_NO.T @ inputs_NI)
+    def on_gradient(self, layer: int, kept: tuple[Tensor, Tensor | None], grad_BTO: Tensor, problem_B: Tensor) -> None:
+        grads_NO, inputs_NI, expert_BT = grad_BTO.flatten(0, 1), kept[0].flatten(0, 1), kept[1]
+        if expert_BT is None:
+            _add_product(self._matrices[layer], grads_NO, inputs_NI)
+            return
+        order_N, ends_E = by_expert(expert_BT.flatten(), len(self._matrices[layer]))
+        start = 0
+        for matrix_OI, end in zip(self._matrices[layer], ends_E.tolist(), strict=True):
+            rows = order_N[start:end]
+            _add_product(matrix_OI, grads_NO[rows], inputs_NI[rows])
+            start = end
+
+
+def _add_product(matrix_OI: Tensor, grads_NO: Tensor, inputs_NI: Tensor) -> None:
+    if grads_NO.dtype == torch.float32:
+        matrix_OI.addmm_(grads_NO.T, inputs_NI)
+    else:  # each micro-batch's product is accumulated in float32, rounded once, and summed in float32
+        matrix_OI.add_(grads_NO.T @ inputs_NI)

@@ -3,17 +3,25 @@
 Parameters are frozen while a model is observed, dropout is off, and the lowest observed layer's output is made a leaf,
 so that nothing below it is back-propagated. Everything is undone at the end: the model may be a live trainer's policy.
 
-Dimension letters: B sequences, T tokens, I and O a layer's inputs and outputs.
+A layer is seen in the call of its module; in the call of `linear` inside its module, where that uses the weight
+directly (routers); or in the products of an experts module, which then runs experts.py's forward. Inputs without the
+batch's dimension are given it back where they have one row per token.
+
+Dimension letters: B sequences, T tokens, K experts chosen for a token, S = T K slots, I and O a layer's inputs and
+outputs.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
+from engine.gradients.experts import lora_a_gradient, lora_b_input, replaced_forward, watched_experts
 from engine.gradients.layers import Layer
 from gradstore.errors import RequestError
 
@@ -21,9 +29,10 @@ from gradstore.errors import RequestError
 class Observer(Protocol):
     """What is done with each layer's inputs and output gradients."""
 
-    def on_input(self, layer: int, x_BTI: Tensor) -> Any:
+    def on_input(self, layer: int, x_BTI: Tensor, expert_BT: Tensor | None = None) -> Any:
         """Called in the forward with the layer's number and detached inputs; what it returns comes back with the
-        gradient. Keep as little as possible: it lives until then."""
+        gradient. Keep as little as possible: it lives until then. expert_BT: for a fused weight, the expert each row
+        goes to; its rows are slots then, one for each token and expert chosen for it."""
 
     def on_gradient(self, layer: int, kept: Any, grad_BTO: Tensor, problem_B: Tensor) -> None:
         """Called in the backward with the gradient of the layer's outputs and the problem of each sequence."""
@@ -39,8 +48,8 @@ class Mutable:
         self._observer = observer
         self.on = True
 
-    def on_input(self, layer: int, x_BTI: Tensor) -> Any:
-        return self._observer.on_input(layer, x_BTI) if self.on else None
+    def on_input(self, layer: int, x_BTI: Tensor, expert_BT: Tensor | None = None) -> Any:
+        return self._observer.on_input(layer, x_BTI, expert_BT) if self.on else None
 
     def on_gradient(self, layer: int, kept: Any, grad_BTO: Tensor, problem_B: Tensor) -> None:
         if self.on:
@@ -53,46 +62,158 @@ class Mutable:
 class Observation:
     """The hooks of one observation; `of` says whose sequences the coming forward holds."""
 
-    def __init__(self, layers: Sequence[Layer], observer: Observer) -> None:
-        self._names = [layer.name for layer in layers]
-        self._observer = observer
-        self._handles = [
-            layer.module.register_forward_hook(partial(self._forward, number)) for number, layer in enumerate(layers)
-        ]
+    def __init__(self, model: nn.Module, layers: Sequence[Layer], observer: Observer) -> None:
+        self._layers, self._observer = layers, observer
         self._problem_B: Tensor | None = None
+        self._grid: torch.Size | None = None
+        """Sequences and tokens of the forward that runs."""
+        self._seen: set[int] = set()
+        self._hooks = ExitStack()
+        embedding = cast(Any, model).get_input_embeddings()
+        self._hooks.callback(embedding.register_forward_pre_hook(self._begin).remove)
+        products: dict[nn.Module, dict[str, list[int]]] = {}
+        for number, layer in enumerate(layers):
+            if layer.slots is not None:
+                products.setdefault(layer.slots.experts, {}).setdefault(layer.slots.product, []).append(number)
+            elif layer.is_called:
+                self._hooks.callback(layer.module.register_forward_hook(partial(self._forward, number)).remove)
+            else:
+                forward = partial(self._inside, number, layer.module.forward)
+                self._hooks.enter_context(replaced_forward(layer.module, forward))
+        for module, numbers in products.items():
+            forward = partial(self._routed, module, module.forward, numbers)
+            self._hooks.enter_context(replaced_forward(module, forward))
 
     def of(self, problem_B: Tensor) -> None:
         """The forwards from here on hold one sequence for each entry, belonging to that problem."""
         self._problem_B = problem_B
 
     def remove(self) -> None:
-        for handle in self._handles:
-            handle.remove()
+        """Unhooks the layers."""
+        self._hooks.close()
 
-    def _forward(self, layer: int, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        if not torch.is_grad_enabled() or self._problem_B is None:
-            return
-        x_BTI, problem_B = inputs[0].detach(), self._problem_B
-        if x_BTI.ndim != 3 or len(x_BTI) != len(problem_B):
+    @property
+    def _on(self) -> bool:
+        return torch.is_grad_enabled() and self._problem_B is not None
+
+    def _begin(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self._grid = inputs[0].shape if inputs else None
+
+    def _forward(self, number: int, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        if self._on:
+            self._watch(number, inputs[0].detach(), output)
+
+    def _inside(self, number: int, forward: Callable[..., Any], *args: Any, **named: Any) -> Any:
+        """The forward of a module that uses its weight directly."""
+        if not self._on:
+            return forward(*args, **named)
+        with _LinearOf(self._layers[number].weight, partial(self._watch, number)) as calls:
+            found = forward(*args, **named)
+        if not calls.n:
+            layer = self._layers[number]
             raise RequestError(
-                f"layer {self._names[layer]} sees inputs of shape {tuple(x_BTI.shape)} instead of one row per token of "
-                f"{len(problem_B)} sequences; leave it out with `modules`"
+                f"{layer.name} ({type(layer.module).__name__}) does not use its weight in a linear product, so that "
+                f"its gradient cannot be seen; {_left_out(layer.name)}"
             )
-        kept = self._observer.on_input(layer, x_BTI)
+        return found
+
+    def _routed(
+        self,
+        module: nn.Module,
+        forward: Callable[..., Tensor],
+        numbers: dict[str, list[int]],
+        *args: Any,
+        **named: Any,
+    ) -> Tensor:
+        """The forward of an experts module: hidden states, experts chosen and their weights, in this order."""
+        if not self._on:
+            return forward(*args, **named)
+
+        def see(product: str, x_SI: Tensor, expert_S: Tensor, found_SO: Tensor) -> None:
+            for number in numbers.get(product, []):
+                self._watch(number, x_SI.detach(), found_SO, expert_S)
+
+        return watched_experts(module, see, *args, *named.values())
+
+    def _watch(self, number: int, x: Tensor, output: Tensor, expert_S: Tensor | None = None) -> None:
+        """Shows the observer a product's inputs, and the gradient of its outputs when that comes."""
+        layer, problem_B = self._layers[number], cast(Tensor, self._problem_B)
+        x_BTI, slots = self._rows(layer, x, None if expert_S is None else len(expert_S)), layer.slots
+        expert_BS = None if expert_S is None else expert_S.view(x_BTI.shape[:2])
+        turned: Callable[[Tensor], Tensor] | None = None
+        if slots is not None and slots.factor is not None and slots.other is not None and expert_S is not None:
+            other = cast(Tensor, slots.other.weight).detach()
+            if slots.factor == "A":
+                turned = partial(_of_a, other, expert_S, slots.n_experts)
+            else:
+                x_BTI = lora_b_input(x_BTI.flatten(0, 1), other, expert_S, slots.n_experts).unflatten(
+                    0, x_BTI.shape[:2]
+                )
+            expert_BS = None
+        given = (x_BTI,) if expert_BS is None else (x_BTI, expert_BS)
+        kept = self._observer.on_input(number, *given)
         if not output.requires_grad:
             output.requires_grad_(True)
 
-        def backward(grad_BTO: Tensor) -> None:
-            self._observer.on_gradient(layer, kept, grad_BTO, problem_B)
+        def backward(grad: Tensor) -> None:
+            grad = grad if turned is None else turned(grad)
+            scale = 1.0 if slots is None else slots.scaling
+            grad_BTO = grad.reshape(*x_BTI.shape[:2], -1)
+            self._observer.on_gradient(number, kept, grad_BTO if scale == 1.0 else grad_BTO * scale, problem_B)
 
         output.register_hook(backward)
+
+    def _rows(self, layer: Layer, x: Tensor, n_slots: int | None) -> Tensor:
+        """A product's inputs, one row per token (or slot) of each sequence; RequestError where they are not."""
+        n, grid = len(cast(Tensor, self._problem_B)), self._grid
+        if x.ndim == 3 and len(x) == n:
+            return x
+        flat = grid is not None and len(grid) == 2 and grid[0] == n and x.ndim == 2
+        if flat and grid is not None and (len(x) == grid.numel() or (n_slots and len(x) % grid.numel() == 0)):
+            return x.reshape(n, -1, x.shape[-1])
+        raise RequestError(
+            f"layer {layer.name} sees inputs of shape {tuple(x.shape)} instead of one row per token of {n} sequences, "
+            f"so that its gradients cannot be told apart; {_left_out(layer.name)}"
+        )
+
+
+def _left_out(name: str) -> str:
+    """What to do about a layer that cannot be sketched."""
+    return f"leave it out by choosing the others: `modules` (--modules) '^(?!{re.escape(name)}$)'"
+
+
+def _of_a(weight_OC: Tensor, expert_S: Tensor, n_experts: int, grad_SO: Tensor) -> Tensor:
+    return lora_a_gradient(grad_SO, weight_OC, expert_S, n_experts)
+
+
+class _LinearOf(TorchFunctionMode):
+    """Shows the inputs and outputs of `torch.nn.functional.linear` with one weight, cast to another dtype or not."""
+
+    def __init__(self, weight: Tensor, see: Callable[[Tensor, Tensor], None]) -> None:
+        super().__init__()
+        self._copies = [weight]
+        self._see = see
+        self.n = 0
+        """Calls seen."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if func in _CASTS and any(args[0] is copy for copy in self._copies):
+            self._copies.append(found)
+        if func is torch.nn.functional.linear and any(args[1] is copy for copy in self._copies):
+            self.n += 1
+            self._see(args[0].detach(), found)
+        return found
+
+
+_CASTS = (Tensor.type, Tensor.to, Tensor.float, Tensor.double, Tensor.bfloat16, Tensor.half, Tensor.type_as)
 
 
 @contextmanager
 def observed(model: nn.Module, layers: Sequence[Layer], observer: Observer) -> Iterator[Observation]:
     """Hooks the layers for the duration; the model is left as it was found, also after an error."""
     with frozen(model), torch.enable_grad():
-        observation = Observation(layers, observer)
+        observation = Observation(model, layers, observer)
         try:
             yield observation
         finally:

@@ -3,41 +3,96 @@
 import hashlib
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, cast
+from dataclasses import dataclass, replace
+from typing import Any, Literal, cast
 
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers.pytorch_utils import Conv1D
 
+from engine.gradients.experts import PRODUCTS, is_dispatched
 from gradstore.errors import RequestError
 
 _LORA = re.compile(r"\.lora_[AB]\.")
 
 
 @dataclass(frozen=True, slots=True)
+class Slots:
+    """Where a layer is seen that experts hold: in the products of a fused weight, one row per token and chosen expert.
+
+    The layer is the fused weight itself, or one of the two LoRA matrices of all its experts (PEFT's `ParamWrapper`).
+    """
+
+    experts: nn.Module
+    """The module that transformers' experts interface dispatches."""
+    product: str
+    """Name of the fused weight: gate_up_proj, up_proj or down_proj."""
+    n_experts: int
+    factor: Literal["A", "B"] | None = None
+    """Which LoRA matrix the layer is; None: the fused weight."""
+    other: nn.Module | None = None
+    """The layer of the other LoRA matrix."""
+    scaling: float = 1.0
+    """What the adapter's product of matrices is multiplied by."""
+
+
+@dataclass(frozen=True, slots=True)
 class Layer:
-    """A layer computing x W^T: an nn.Linear (any subclass) or GPT-2's Conv1D, which stores W transposed."""
+    """A layer computing x W^T: an nn.Linear (any subclass), GPT-2's Conv1D, a router or another module that uses its
+    weight directly, or a fused weight of several experts."""
 
     name: str
     module: nn.Module
     n_outputs: int
     n_inputs: int
+    parameter: str = "weight"
+    """Name of the weight in its module."""
+    is_transposed: bool = False
+    """Whether W is stored as [I, O]."""
+    is_called: bool = True
+    """Whether a call of the module is the product; False for a weight that its module uses directly."""
+    slots: Slots | None = None
+    """Where it is seen, if not in a call of its module."""
 
     @property
     def weight(self) -> nn.Parameter:
         """The parameter whose gradient is seen, as it is stored."""
-        return cast(nn.Parameter, self.module.weight)
+        return cast(nn.Parameter, getattr(self.module, self.parameter))
+
+    @property
+    def n_experts(self) -> int | None:
+        """Experts of a fused weight; None for every other layer."""
+        return self.slots.n_experts if self.slots and self.slots.factor is None else None
+
+    @property
+    def shape(self) -> tuple[str, int, int] | tuple[str, int, int, int]:
+        """(name, O, I), or (name, O, I, E): what a projection of the layer is made from."""
+        shape = self.name, self.n_outputs, self.n_inputs
+        return shape if self.n_experts is None else (*shape, self.n_experts)
+
+    @property
+    def matrix_shape(self) -> tuple[int, ...]:
+        """Shape of the gradient when it is formed: (O, I), or (E, O, I) for a fused weight of E experts."""
+        return (*(() if self.n_experts is None else (self.n_experts,)), self.n_outputs, self.n_inputs)
+
+    def oriented(self, stored: Tensor) -> Tensor:
+        """A tensor shaped as the weight is stored, as [O, I] or [E, O, I]."""
+        return stored.transpose(-2, -1) if self.is_transposed else stored
 
 
 def find_layers(model: nn.Module, patterns: Sequence[str] | None = None) -> list[Layer]:
     """The linear layers to sketch, in the model's order.
 
     Without patterns: the LoRA matrices of the active adapters where the model has any, else every linear layer
-    including the output layer. With patterns: the linear layers whose name one of the regular expressions finds.
-    RequestError when nothing is left.
+    including the output layer, routers and fused experts. With patterns: the layers whose name one of the regular
+    expressions finds. RequestError when nothing is left, and for adapters of parameters that are not fused experts.
     """
-    layers = [layer for name, module in model.named_modules() if (layer := _as_layer(name, module))]
+    adapted = _adapted_experts(model)
+    layers = [
+        replace(layer, slots=adapted.get(id(layer.module), layer.slots))
+        for name, module in model.named_modules()
+        for layer in _layers_of(name, module)
+    ]
     if patterns:
         layers = [layer for layer in layers if any(re.search(pattern, layer.name) for pattern in patterns)]
         if not layers:
@@ -100,10 +155,55 @@ def _active_adapters(model: nn.Module) -> list[str]:
     return list(active() if callable(active) else active)
 
 
+def _layers_of(name: str, module: nn.Module) -> list[Layer]:
+    if is_dispatched(module):
+        return [_fused(name, cast(Any, module), product) for product in PRODUCTS if hasattr(module, product)]
+    layer = _as_layer(name, module)
+    return [layer] if layer else []
+
+
 def _as_layer(name: str, module: nn.Module) -> Layer | None:
     if isinstance(module, Conv1D):
         n_inputs, n_outputs = module.weight.shape
-        return Layer(name, module, n_outputs, n_inputs)
+        return Layer(name, module, n_outputs, n_inputs, is_transposed=True)
     if isinstance(module, nn.Linear):
         return Layer(name, module, module.out_features, module.in_features)
+    weight = module._parameters.get("weight")
+    if weight is not None and weight.ndim == 2 and not isinstance(module, nn.Embedding | nn.EmbeddingBag):
+        return Layer(name, module, weight.shape[0], weight.shape[1], is_called=False)
     return None
+
+
+def _fused(name: str, experts: Any, product: str) -> Layer:
+    """A fused weight, [E, O, I] or, where the module says so, [E, I, O]."""
+    n_experts, n_outputs, n_inputs = getattr(experts, product).shape
+    if experts.is_transposed:
+        n_outputs, n_inputs = n_inputs, n_outputs
+    slots = Slots(experts, product, n_experts)
+    return Layer(f"{name}.{product}", experts, n_outputs, n_inputs, product, experts.is_transposed, slots=slots)
+
+
+def _adapted_experts(model: nn.Module) -> dict[int, Slots]:
+    """Where the LoRA matrices of fused experts are seen, by the id of the layer that holds each.
+
+    PEFT adapts a parameter by putting B A in its place: the layers that hold A and B are never called.
+    """
+    found: dict[int, Slots] = {}
+    for name, module in model.named_modules():
+        if not (hasattr(module, "parameter_name") and hasattr(module, "lora_A")):
+            continue
+        wrapper = cast(Any, module)
+        experts, product = wrapper.get_base_layer(), wrapper.parameter_name
+        if not is_dispatched(experts) or product not in PRODUCTS or wrapper.num_experts == 1:
+            raise RequestError(
+                f"{name} adapts the parameter {product} of a {type(experts).__name__}, which is not a fused weight of "
+                "experts that transformers' experts interface runs: its adapter cannot be sketched; adapt the layer by "
+                "`target_modules`, or choose other layers with `modules`"
+            )
+        if not (experts.is_transposed or getattr(wrapper, "_did_swap_in_out_features", False)):
+            raise RequestError(f"{name}: this version of peft puts lora_A on the outputs of experts; use a newer one")
+        for adapter, a in wrapper.lora_A.items():
+            b, scaling = wrapper.lora_B[adapter], wrapper.scaling[adapter]
+            found[id(a)] = Slots(experts, product, wrapper.num_experts, "A", b, scaling)
+            found[id(b)] = Slots(experts, product, wrapper.num_experts, "B", a, scaling)
+    return found

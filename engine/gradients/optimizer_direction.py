@@ -18,7 +18,6 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from engine.gradients.layers import Layer
 from gradstore.errors import RequestError
@@ -177,11 +176,11 @@ class OptimizerDirection:
                 name_of[id(parameter)] = name  # a tied weight's moments are found under either name
         found = []
         for layer in layers:
-            known = name_of.get(id(layer.module.weight))
+            known = name_of.get(id(layer.weight))
             if known is None:
                 raise RequestError(f"parameter {layer.name}.weight: the optimizer state has no moments of it")
             first, second = self.state.first[known], self.state.second[known]
-            found.append((first.T, second.T) if isinstance(layer.module, Conv1D) else (first, second))
+            found.append((layer.oriented(first), layer.oriented(second)))
         return found
 
     def apply(self, gradient_OI: Tensor, moments: tuple[Tensor, Tensor]) -> Tensor:

@@ -145,6 +145,8 @@ def _to_bytes(projection: Projection) -> bytes:
             arrays[f"{i}.left"] = basis.left_OR
         if basis.right_IR is not None:
             arrays[f"{i}.right"] = basis.right_IR
+        if basis.expert_EK is not None:
+            arrays[f"{i}.experts"] = basis.expert_EK
     if projection.fold is not None:
         arrays |= {"of": projection.fold.of_M, "to": projection.fold.to_M, "sign": projection.fold.sign_M}
     about = {
@@ -173,7 +175,7 @@ def _projection(fingerprint: dict, attachments: Mapping[str, bytes], where: str 
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     about, arrays = json.loads(header["__metadata__"]["projection"]), load(data)
     layers = [
-        LayerBasis(name, arrays.get(f"{i}.left"), arrays.get(f"{i}.right"), start, stop)
+        LayerBasis(name, arrays.get(f"{i}.left"), arrays.get(f"{i}.right"), start, stop, arrays.get(f"{i}.experts"))
         for i, (name, start, stop) in enumerate(about["layers"])
     ]
     fold = Fold(arrays["of"], arrays["to"], arrays["sign"]) if "of" in arrays else None

@@ -25,8 +25,16 @@ from torch import Tensor, nn
 
 from engine.rollouts.group import Group
 from engine.rollouts.source import RolloutSource
-from engine.sketches.projection import LayerBasis, Projection, Shape, beside, fitted_projection, random_bases
-from engine.sketches.sketcher import Sketcher, SketchSpec, project
+from engine.sketches.projection import (
+    LayerBasis,
+    Projection,
+    Shape,
+    beside,
+    expert_side,
+    fitted_projection,
+    random_bases,
+)
+from engine.sketches.sketcher import Sketcher, SketchSpec, in_slots, project
 from gradstore.errors import RequestError
 
 T = TypeVar("T")
@@ -70,7 +78,7 @@ def fit_projection(
     sample = [(live[i], 1 / norms[i]) for i in sound]
     n_pool = sum(i < n_pool for i in sound)
     toward = (n_pool, np.sqrt(len(sample)) / toward_length if toward_length > 0 else 0.0)
-    shapes = [(layer.name, layer.n_outputs, layer.n_inputs) for layer in random.gradients.layers]
+    shapes = [layer.shape for layer in random.gradients.layers]
     sides = [(basis.left_OR, basis.right_IR) for basis in random_bases(shapes, 2 * spec.rank, spec.seed)]
     for fitted in (_RIGHT, _LEFT, _RIGHT):
         sides = _refined(random, sides, fitted, sample, toward, spec.rank, progress)
@@ -120,7 +128,7 @@ def _refined(
     sums: dict[int, Tensor] = {}
     done = 0
     for window in _windows(sample):
-        products = _OneSided(sides, fitted, len(window), sketcher.device)
+        products = _OneSided(sides, fitted, sketcher.projection.layers, len(window), sketcher.device)
         sketcher.gradients.run([group for group, _ in window], products, inputs_kept=fitted == _RIGHT)
         scales_P = torch.tensor([scale for _, scale in window], dtype=torch.float32, device=sketcher.device)
         for layer, total_PRW in products.totals.items():
@@ -148,7 +156,17 @@ class _OneSided:
     totals: layer -> float32 [P, R, W], W being the side that is fitted; none for a side that is kept as it is.
     """
 
-    def __init__(self, sides: Sequence[_Sides], fitted: int, n_problems: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        sides: Sequence[_Sides],
+        fitted: int,
+        layers: Sequence[LayerBasis],
+        n_problems: int,
+        device: torch.device,
+    ) -> None:
+        self._experts = [
+            None if basis.expert_EK is None else torch.from_numpy(basis.expert_EK).to(device) for basis in layers
+        ]
         self._given = [
             None if (side := pair[1 - fitted]) is None else torch.from_numpy(side).to(device) for pair in sides
         ]
@@ -159,13 +177,15 @@ class _OneSided:
     def reset(self) -> None:
         self.totals.clear()
 
-    def on_input(self, layer: int, x_BTI: Tensor) -> Tensor:
-        return x_BTI if self._fitted == _RIGHT else project(x_BTI, self._given[layer])
+    def on_input(self, layer: int, x_BTI: Tensor, expert_BT: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        return x_BTI if self._fitted == _RIGHT else project(x_BTI, self._given[layer]), expert_BT
 
-    def on_gradient(self, layer: int, kept: Tensor, grad_BTO: Tensor, problem_B: Tensor) -> None:
+    def on_gradient(self, layer: int, kept: tuple[Tensor, Tensor | None], grad_BTO: Tensor, problem_B: Tensor) -> None:
         if not self._wanted[layer]:
             return
-        given, wide = (project(grad_BTO, self._given[layer]), kept) if self._fitted == _RIGHT else (kept, grad_BTO)
+        x_BTI, expert_BT = kept
+        given, wide = (project(grad_BTO, self._given[layer]), x_BTI) if self._fitted == _RIGHT else (x_BTI, grad_BTO)
+        given = in_slots(given, self._experts[layer], expert_BT)
         products_BRW = torch.bmm(given.transpose(1, 2), wide.float())
         if layer not in self.totals:
             self.totals[layer] = products_BRW.new_zeros(self._n_problems, *products_BRW.shape[1:])
@@ -199,11 +219,13 @@ def _bases(
 ) -> tuple[list[LayerBasis], np.ndarray]:
     """The sides with random directions beside them, and which core entries are of fitted directions alone, bool [C]."""
     bases, fitted, start = [], [], 0
-    for (name, n_outputs, n_inputs), (left_OR, right_IR) in zip(shapes, sides, strict=True):
+    for (name, n_outputs, n_inputs, *n_experts), (left_OR, right_IR) in zip(shapes, sides, strict=True):
         left_fitted_R, left_OR = _widened(n_outputs, left_OR, n_random, seed, name, "left")
         right_fitted_R, right_IR = _widened(n_inputs, right_IR, n_random, seed, name, "right")
+        expert_EK = expert_side(n_experts[0], seed, name) if n_experts else None
+        right_fitted_R = np.tile(right_fitted_R, 1 if expert_EK is None else expert_EK.shape[1])
         fitted.append(np.outer(left_fitted_R, right_fitted_R).ravel())
-        bases.append(LayerBasis(name, left_OR, right_IR, start, start + len(fitted[-1])))
+        bases.append(LayerBasis(name, left_OR, right_IR, start, start + len(fitted[-1]), expert_EK))
         start = bases[-1].stop
     return bases, np.concatenate(fitted)
 

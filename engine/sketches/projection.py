@@ -14,8 +14,12 @@ folded to the sketch. Three kinds:
 A side no wider than the rank is kept as it is. Signs are bits of a Philox counter keyed by seed, layer and side: the
 same on every machine, device and version.
 
+A fused weight of E experts is one layer whose input is the token in the slot of its expert, so its gradient has a third
+side: G [E, O, I] becomes sum_e (left^T G_e right) c_e^T, [R, K, R]. The experts share left and right. Up to EXPERT_RANK
+experts are kept apart (K = E, the identity); of more, the rows c_e are signs +-1/sqrt(K), K = EXPERT_RANK.
+
 Dimension letters: P problems, C core entries of all layers, D sketch dimensions, M entries of a fold, R rank, O and I
-a layer's outputs and inputs.
+a layer's outputs and inputs, E experts, K directions of the experts' side.
 """
 
 import hashlib
@@ -30,8 +34,10 @@ from gradstore.errors import RequestError
 Kind = Literal["random", "dense", "fitted"]
 REST = "rest of all layers"
 """Stands for a layer in the layout: the dimension along a benchmark in the entries that have none of their own."""
-Shape = tuple[str, int, int]
-"""A layer as (name, outputs, inputs)."""
+Shape = tuple[str, int, int] | tuple[str, int, int, int]
+"""A layer as (name, outputs, inputs), with the experts of a fused weight as a fourth."""
+EXPERT_RANK = 16
+"""Width of the experts' side."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -45,6 +51,8 @@ class LayerBasis:
     """float32 [I, R]; None keeps the input side."""
     start: int
     stop: int
+    expert_EK: np.ndarray | None = None
+    """float32 [E, K], the experts' side of a fused weight; None for every other layer."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -89,6 +97,8 @@ class Projection:
             digest.update(f"{basis.name}:{basis.start}:{basis.stop}".encode())
             for side in (basis.left_OR, basis.right_IR):
                 digest.update(b"identity" if side is None else np.ascontiguousarray(side, "<f4").tobytes())
+            if basis.expert_EK is not None:
+                digest.update(b"experts" + np.ascontiguousarray(basis.expert_EK, "<f4").tobytes())
         if self.fold is not None:
             digest.update(self.fold.of_M.astype("<i8").tobytes() + self.fold.to_M.astype("<i8").tobytes())
             digest.update(self.fold.sign_M.astype("<f4").tobytes())
@@ -165,13 +175,22 @@ def random_bases(layers: Sequence[Shape], rank: int, seed: int, right_rank: int 
     right_rank = right_rank or rank
     bases: list[LayerBasis] = []
     start = 0
-    for name, n_outputs, n_inputs in layers:
+    for name, n_outputs, n_inputs, *n_experts in layers:
+        expert_EK = expert_side(n_experts[0], seed, name) if n_experts else None
+        n_slots = 1 if expert_EK is None else expert_EK.shape[1]
         left_OR = None if n_outputs <= rank else _signs(n_outputs, rank, seed, name, "left")
         right_IR = None if n_inputs <= right_rank else _signs(n_inputs, right_rank, seed, name, "right")
-        stop = start + min(n_outputs, rank) * min(n_inputs, right_rank)
-        bases.append(LayerBasis(name, left_OR, right_IR, start, stop))
+        stop = start + min(n_outputs, rank) * n_slots * min(n_inputs, right_rank)
+        bases.append(LayerBasis(name, left_OR, right_IR, start, stop, expert_EK))
         start = stop
     return bases
+
+
+def expert_side(n_experts: int, seed: int, name: str) -> np.ndarray:
+    """The side of a fused weight's experts, float32 [E, K]: the identity where they are few, else seeded signs."""
+    if n_experts <= EXPERT_RANK:
+        return np.eye(n_experts, dtype=np.float32)
+    return _signs(n_experts, EXPERT_RANK, seed, name, "experts")
 
 
 def beside(fitted_WR: np.ndarray, n: int, seed: int, name: str, side: str) -> np.ndarray:

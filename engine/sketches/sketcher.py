@@ -267,6 +267,7 @@ class _Sides:
     basis: LayerBasis
     left_OR: Tensor | None
     right_IR: Tensor | None
+    expert_EK: Tensor | None
 
 
 class _Projector:
@@ -276,13 +277,19 @@ class _Projector:
         """projections: the sides of every layer, and the sums [P, C] that they are added to."""
         self._projections = projections
 
-    def on_input(self, layer: int, x_BTI: Tensor) -> list[Tensor]:
-        return [project(x_BTI, sides[layer].right_IR) for sides, _ in self._projections]
+    def on_input(
+        self, layer: int, x_BTI: Tensor, expert_BT: Tensor | None = None
+    ) -> tuple[list[Tensor], Tensor | None]:
+        return [project(x_BTI, sides[layer].right_IR) for sides, _ in self._projections], expert_BT
 
-    def on_gradient(self, layer: int, kept: list[Tensor], grad_BTO: Tensor, problem_B: Tensor) -> None:
-        for (sides, sums_PC), x_BTR in zip(self._projections, kept, strict=True):
+    def on_gradient(
+        self, layer: int, kept: tuple[list[Tensor], Tensor | None], grad_BTO: Tensor, problem_B: Tensor
+    ) -> None:
+        narrow, expert_BT = kept
+        for (sides, sums_PC), x_BTR in zip(self._projections, narrow, strict=True):
             side = sides[layer]
-            products_BRR = torch.bmm(project(grad_BTO, side.left_OR).transpose(1, 2), x_BTR)
+            right_BTR = in_slots(x_BTR, side.expert_EK, expert_BT)
+            products_BRR = torch.bmm(project(grad_BTO, side.left_OR).transpose(1, 2), right_BTR)
             sums_PC[:, side.basis.start : side.basis.stop].index_add_(0, problem_B, products_BRR.flatten(1))
 
     def reset(self) -> None:
@@ -290,12 +297,21 @@ class _Projector:
             sums_PC.zero_()
 
     def add(self, layer: int, problem: int, matrix_OI: Tensor) -> None:
-        """Adds the projection of a whole matrix to one problem's."""
+        """Adds the projection of a whole matrix, [E, O, I] for a fused weight, to one problem's."""
         for sides, sums_PC in self._projections:
             side = sides[layer]
             partial_RI = matrix_OI if side.left_OR is None else side.left_OR.T @ matrix_OI
             core_RR = partial_RI if side.right_IR is None else partial_RI @ side.right_IR
+            if side.expert_EK is not None:
+                core_RR = torch.einsum("eor,ek->okr", core_RR, side.expert_EK)
             sums_PC[problem, side.basis.start : side.basis.stop] += core_RR.flatten()
+
+
+def in_slots(x_BTR: Tensor, expert_EK: Tensor | None, expert_BT: Tensor | None) -> Tensor:
+    """Projected rows in the slots of their experts, [B, T, K * R]; as they are for a layer without experts."""
+    if expert_EK is None or expert_BT is None:
+        return x_BTR
+    return (expert_EK[expert_BT][..., None] * x_BTR[:, :, None]).flatten(2)
 
 
 def project(x_BTW: Tensor, side_WR: Tensor | None) -> Tensor:
@@ -319,7 +335,7 @@ def _folded(projection: Projection, sums_PC: Tensor) -> Tensor:
 
 
 def _make(layers: Sequence[Layer], spec: SketchSpec) -> Projection:
-    shapes = [(layer.name, layer.n_outputs, layer.n_inputs) for layer in layers]
+    shapes = [layer.shape for layer in layers]
     if spec.basis == "fitted":
         raise RequestError("a fitted projection must be fitted first (engine.fit_projection) or loaded from the store")
     if spec.basis == "dense":
@@ -328,9 +344,11 @@ def _make(layers: Sequence[Layer], spec: SketchSpec) -> Projection:
 
 
 def _sides_on(device: torch.device, basis: LayerBasis) -> _Sides:
-    left_OR = None if basis.left_OR is None else torch.from_numpy(basis.left_OR).to(device)
-    right_IR = None if basis.right_IR is None else torch.from_numpy(basis.right_IR).to(device)
-    return _Sides(basis, left_OR, right_IR)
+    left_OR, right_IR, expert_EK = (
+        None if side is None else torch.from_numpy(side).to(device)
+        for side in (basis.left_OR, basis.right_IR, basis.expert_EK)
+    )
+    return _Sides(basis, left_OR, right_IR, expert_EK)
 
 
 def _batch(groups: Sequence[Group], projection: Projection, sums_PC: Tensor, n_tokens: int) -> SketchBatch:
