@@ -18,6 +18,7 @@ from gradstore.durable import at_once, crc32c, reading, replace_file
 from gradstore.errors import DamagedError, RequestError
 from gradstore.layout import PROBLEMS
 from gradstore.manifest import Manifest, Part, read_manifest
+from gradstore.problems import message_text
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -253,8 +254,7 @@ def _read_part(collection: Path, manifest: Manifest, part: Part, columns: list[s
 
 def _shown(messages: list[dict]) -> str:
     users = [message for message in messages if message["role"] == "user"] or messages
-    content = users[-1]["content"]
-    return content if isinstance(content, str) else _json(content)
+    return message_text(users[-1]["content"]) or _json(users[-1]["content"])
 
 
 def _json(value: Any) -> str:

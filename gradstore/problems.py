@@ -58,6 +58,11 @@ def read_problems(path: str | Path) -> list[dict]:
     Raises RequestError naming the file, the line or row (counted from 1) and the field that is wrong; for an
     id that occurs twice it names both places.
     """
+    return [record for _, record in placed_problems(path)]
+
+
+def placed_problems(path: str | Path) -> list[tuple[str, dict]]:
+    """(file and line or row, canonical record) of every problem of a file, in its order; raises as read_problems."""
     path = Path(path)
     records = []
     seen: dict[str, str] = {}
@@ -67,7 +72,7 @@ def read_problems(path: str | Path) -> list[dict]:
         first = seen.setdefault(record["id"], place)
         if first != place:
             raise RequestError(f"{path}: problem id {record['id']!r} occurs twice, in {first} and {place}")
-        records.append(record)
+        records.append((where, record))
     return records
 
 
@@ -162,6 +167,26 @@ def detail(record: Mapping[str, Any], name: str) -> Any:
         return extra[name]
     info = (extra.get("verl") or {}).get("extra_info") or {}
     return info.get(name)
+
+
+def with_id(record: Mapping[str, Any], problem_id: str) -> dict:
+    """The record under another id, which `to_verl` gives back too."""
+    renamed = {**record, "id": problem_id}
+    verl = record["extra"].get("verl")
+    if verl and (verl.get("extra_info") or {}).get("index") is not None:
+        info = {**verl["extra_info"], "index": problem_id}
+        renamed["extra"] = {**record["extra"], "verl": {**verl, "extra_info": info}}
+    return renamed
+
+
+def message_text(content: Any) -> str:
+    """The text of a chat message's content: of parts the texts, by line ends; "" of null and of pictures."""
+    if isinstance(content, list | tuple):
+        texts = [
+            part if isinstance(part, str) else part.get("text") for part in content if isinstance(part, str | dict)
+        ]
+        return "\n".join(text for text in texts if isinstance(text, str))
+    return content if isinstance(content, str) else ""
 
 
 def _from_flat(record: dict, where: str) -> dict:

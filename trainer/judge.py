@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gradstore.errors import GradstoreError, RequestError
-from gradstore.problems import detail
+from gradstore.problems import detail, message_text
 from trainer.rewards import Item, Reward
 
 if TYPE_CHECKING:
@@ -134,7 +134,15 @@ class Judge:
 
     def reward(self) -> Reward:
         """The judge as a reward."""
-        return Reward(self.name, lambda record, response, j: self.score([(record, response, j)])[0], self.score)
+        return Reward(
+            self.name,
+            lambda record, response, j: self.score([(record, response, j)])[0],
+            self.score,
+            self._check,
+        )
+
+    def _check(self, record: Mapping[str, Any]) -> None:
+        self._question(record, "")
 
     def score(self, items: Sequence[Item]) -> list[float]:
         """1.0 or 0.0 for each response; equal questions are asked once.
@@ -299,7 +307,7 @@ def _text(prompt: str | Sequence[Mapping[str, Any]]) -> str:
     """A prompt's text: of messages the contents, one after the other."""
     if isinstance(prompt, str):
         return prompt
-    return "\n\n".join(m["content"] for m in prompt if isinstance(m["content"], str) and m["content"])
+    return "\n\n".join(filter(None, (message_text(m["content"]) for m in prompt)))
 
 
 def _read_template(path: Path) -> str:

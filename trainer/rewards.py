@@ -1,6 +1,7 @@
 """Rewards: what a response to a problem is worth, by a verifier named in one word or by the user's own function.
 
-- `math`: math-verify compares the response's boxed answer, or its last expression, with the ground truth.
+- `math`: math-verify compares the response's boxed answer, or its last expression, with the ground truth; names
+  (True, no, the letter of an option) are compared as names (trainer.grading).
 - `reasoning-gym`: the data set's own verifier, on the entry kept in the problem's `extra["reasoning_gym"]`.
 - `judge`: a model behind an OpenAI-compatible endpoint compares with the ground truth (trainer.judge).
 - `auto`: for each problem the one of these that its `extra["reward"]` names, for pools of mixed sources.
@@ -31,6 +32,7 @@ from typing import Any
 from gradstore import to_verl
 from gradstore.errors import RequestError
 from gradstore.problems import detail
+from trainer.grading import read_truth
 
 Item = tuple[Mapping[str, Any], str, int]
 """A response to be paid: the problem's record, the response's text, the number of the rollout in its group."""
@@ -53,6 +55,8 @@ class Reward:
     score: Callable[[Mapping[str, Any], str, int], Any]
     score_many: Callable[[Sequence[Item]], Sequence[Any]] | None = None
     """Scores many responses at once, in order, where that is faster than one at a time (a judge's requests)."""
+    check: Callable[[Mapping[str, Any]], None] | None = None
+    """Raises RequestError for a problem that could not be paid whatever the response; None: not known beforehand."""
 
     def __call__(self, record: Mapping[str, Any], response: str, rollout_index: int) -> float:
         return self._checked(record, rollout_index, self.score(record, response, rollout_index))
@@ -86,7 +90,7 @@ def load_reward(spec: str) -> Reward:
     Raises RequestError for a name that is none of these, a function that cannot be imported, a judge without a model.
     """
     if spec in BUILT_IN:
-        return Reward(spec, _or_coin(BUILT_IN[spec]))
+        return with_coins(Reward(spec, BUILT_IN[spec], check=CHECKS[spec]))
     if spec == "auto":
         return _by_problem()
     module, colon, function = spec.partition(":")
@@ -124,15 +128,15 @@ def with_coins(reward: Reward) -> Reward:
         others = iter(inner([item for item, value in zip(items, values, strict=True) if value is None]))
         return [next(others) if value is None else value for value in values]
 
-    return Reward(reward.name, _or_coin(reward.score), None if reward.score_many is None else many)
-
-
-def _or_coin(score: Callable[[Mapping[str, Any], str, int], Any]) -> Callable[[Mapping[str, Any], str, int], Any]:
     def scored(record: Mapping[str, Any], response: str, rollout_index: int) -> Any:
         flip = coin_flip(record, response, rollout_index)
-        return score(record, response, rollout_index) if flip is None else flip
+        return reward.score(record, response, rollout_index) if flip is None else flip
 
-    return scored
+    def check(record: Mapping[str, Any]) -> None:
+        if reward.check is not None and detail(record, "coin") is None:
+            reward.check(record)
+
+    return Reward(reward.name, scored, None if reward.score_many is None else many, check)
 
 
 def _by_problem() -> Reward:
@@ -160,30 +164,54 @@ def _by_problem() -> Reward:
                 values[i] = value
         return values
 
-    return Reward("auto", lambda record, response, j: of(record)(record, response, j), many)
+    def check(record: Mapping[str, Any]) -> None:
+        own = of(record).check
+        if own is not None:
+            own(record)
+
+    return Reward("auto", lambda record, response, j: of(record)(record, response, j), many, check)
 
 
 def _math(record: Mapping[str, Any], response: str, rollout_index: int) -> float:
     """1.0 when math-verify finds the answer equal to the ground truth, else 0.0."""
     gold = record.get("ground_truth", "")
-    # math-verify stops a runaway comparison by a signal, which only a process's main thread can receive
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    equal = math_equal(gold, response) if in_main_thread else _worker().equal(gold, response)
+    equal = _equal(gold, response)
     if equal is None:
-        raise RequestError(
-            f"problem {record['id']!r}: ground truth {gold!r} is nothing that math-verify can read; "
-            "expected a number, an expression or LaTeX"
-        )
+        raise RequestError(f"problem {record['id']!r}: {_unreadable_math(gold)}")
     return float(equal)
+
+
+def _equal(gold: str, response: str) -> bool | None:
+    """`math_equal` in any thread: math-verify stops a runaway comparison by a signal, which only the main one gets."""
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    return math_equal(gold, response) if in_main_thread else _worker().equal(gold, response)
+
+
+def _unreadable_math(gold: str) -> str:
+    return (
+        f"ground truth {gold!r} is nothing that math-verify can read; expected a number, an expression, LaTeX, True or "
+        "False, yes or no, or the letter of an option"
+    )
+
+
+def _check_math(record: Mapping[str, Any]) -> None:
+    gold = record.get("ground_truth", "")
+    if _equal(gold, "") is None:
+        raise RequestError(f"problem {record['id']!r}: {_unreadable_math(gold)}")
 
 
 def math_equal(gold: str, response: str) -> bool | None:
     """Whether a response's answer equals the gold answer; None when the gold answer cannot be read.
 
+    True and False, yes and no, and letters of options are compared as names (trainer.grading), others by math-verify.
+
     A response without an answer, and a comparison that takes longer than five seconds, are not equal.
     """
     from math_verify import verify
 
+    named = read_truth(gold)
+    if named is not None:
+        return named.agrees(response)
     gold_answers = _gold(gold)
     if not gold_answers:
         return None
@@ -249,6 +277,22 @@ def _reasoning_gym(record: Mapping[str, Any], response: str, rollout_index: int)
     for data sets whose verifier depends on their settings, "config": {...}; or the same as JSON text.
     """
     name = f"problem {record['id']!r}"
+    verifier, entry = _gym_entry(record)
+    try:
+        return verifier(answer_of(response), entry)
+    except Exception as error:  # noqa: BLE001 - a verifier of a hundred, by a hundred hands
+        # Some verifiers raise at an answer of another shape than theirs. They are told from a broken entry by the
+        # entry's own answer, which every verifier can judge.
+        try:
+            verifier(str(entry["answer"]), entry)
+        except Exception:  # noqa: BLE001
+            raise RequestError(f"{name}: {_broken_entry(error)}") from error
+        return 0.0
+
+
+def _gym_entry(record: Mapping[str, Any]) -> tuple[Callable[[str, dict], float], dict[str, Any]]:
+    """A problem's verifier and the entry it judges by; RequestError where the problem does not have them."""
+    name = f"problem {record['id']!r}"
     kept = detail(record, "reasoning_gym")
     if isinstance(kept, str):  # as JSON text where a file's column holds entries of several shapes
         try:
@@ -262,19 +306,20 @@ def _reasoning_gym(record: Mapping[str, Any], response: str, rollout_index: int)
     except (ValueError, TypeError, AssertionError) as error:
         raise RequestError(f"{name}: no reasoning-gym data set {kept['dataset']!r} so configured: {error}") from None
     entry = _with_tuples(kept["entry"]) if kept["dataset"] in COMPARE_TUPLES else dict(kept["entry"])
+    return verifier, entry
+
+
+def _check_gym(record: Mapping[str, Any]) -> None:
+    """The entry's own answer must be one that its verifier can judge."""
+    verifier, entry = _gym_entry(record)
     try:
-        return verifier(answer_of(response), entry)
-    except Exception as error:  # noqa: BLE001 - a verifier of a hundred, by a hundred hands
-        # Some verifiers raise at an answer of another shape than theirs. They are told from a broken entry by the
-        # entry's own answer, which every verifier can judge.
-        try:
-            verifier(str(entry["answer"]), entry)
-        except Exception:  # noqa: BLE001
-            kind = type(error).__name__
-            raise RequestError(
-                f"{name}: reasoning-gym cannot use extra.reasoning_gym.entry: {kind}: {error}"
-            ) from error
-        return 0.0
+        verifier(str(entry["answer"]), entry)
+    except Exception as error:
+        raise RequestError(f"problem {record['id']!r}: {_broken_entry(error)}") from error
+
+
+def _broken_entry(error: Exception) -> str:
+    return f"reasoning-gym cannot use extra.reasoning_gym.entry: {type(error).__name__}: {error}"
 
 
 def _with_tuples(value: Any) -> Any:
@@ -301,6 +346,8 @@ BUILT_IN: Mapping[str, Callable[[Mapping[str, Any], str, int], Any]] = {
     "math": _math,
     "reasoning-gym": _reasoning_gym,
 }
+CHECKS: Mapping[str, Callable[[Mapping[str, Any]], None]] = {"math": _check_math, "reasoning-gym": _check_gym}
+"""What a problem must have for the built-in rewards, whatever the response."""
 
 
 def _user(function: Callable[..., Any], spec: str, record: Mapping[str, Any], response: str, rollout_index: int) -> Any:

@@ -19,9 +19,11 @@ from typing import Any
 import numpy as np
 
 from engine.rollouts import Rollout, read_rollouts, write_rollouts
-from engine.rollouts.tokens import prompt_ids
+from engine.rollouts.templates import check_arguments, settings_path, tools_of
+from engine.rollouts.tokens import prompt_ids, text_of
 from gradstore.errors import LockedError, RequestError
 from trainer.backends import Backend, Response, derived_seed
+from trainer.readable import named
 from trainer.rewards import Reward
 
 CHUNK = 64
@@ -56,6 +58,8 @@ def rollout(
     seed: int = 0,
     chunk: int = CHUNK,
     step: int | None = None,
+    template_kwargs: Mapping[str, Any] | None = None,
+    names: Mapping[str, str] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> RolloutReport:
     """Writes n scored rollouts of every problem to `out` (.jsonl or .parquet), going on where an earlier run stopped.
@@ -63,6 +67,8 @@ def rollout(
     problems: canonical problem records, as gradstore.read_problems gives them.
     chunk: problems sampled at once; what a kill can cost, and part of what decides the responses.
     step: the policy version, written in every row.
+    template_kwargs: arguments of the chat template, such as {"enable_thinking": False}; kept with the settings.
+    names: for messages, what a problem is called by its id: its file and row.
     progress: called with how many more problems are done; at first with those that were in the file already.
 
     Raises RequestError for settings that cannot be, a prompt that leaves no room for its response in the model's
@@ -75,7 +81,7 @@ def rollout(
         raise RequestError(f"{out}: rollouts are written as .jsonl or .parquet, not as {out.suffix or 'this'!r}")
     if out.suffix == ".parquet" and len({isinstance(problem["prompt"], str) for problem in problems}) > 1:
         raise RequestError(f"{out}: Parquet cannot mix prompts of text and of chat messages; write .jsonl")
-    prompts = _prompts(problems, backend, max_new_tokens)
+    prompts = _prompts(problems, backend, max_new_tokens, template_kwargs, names)
     settings = {
         "problems": {"count": len(problems), "digest": _digest(problems)},
         "n": n,
@@ -86,6 +92,7 @@ def rollout(
         "chunk": chunk,
         "step": step,
         "reward": reward.name,
+        **({"template_kwargs": dict(template_kwargs)} if template_kwargs else {}),
         **backend.settings(),
     }
     # Parquet cannot be appended to: its rows wait in a .jsonl file beside it
@@ -123,11 +130,6 @@ def rollout(
     return _report(out, kept)
 
 
-def settings_path(out: str | Path) -> Path:
-    """Where the settings of a rollout file stand."""
-    return Path(f"{out}.settings.json")
-
-
 def _scored(
     problems: Sequence[dict[str, Any]],
     prompts: list[list[int]],
@@ -138,7 +140,7 @@ def _scored(
 ) -> list[Rollout]:
     """The rows of a chunk: its responses decoded, then scored all at once."""
     sampled = [
-        (problem, ids, response, j, tokenizer.decode(response.token_ids.tolist(), skip_special_tokens=True))
+        (problem, ids, response, j, text_of(tokenizer, response.token_ids.tolist(), skip_special_tokens=True))
         for problem, ids, group in zip(problems, prompts, responses, strict=True)
         for j, response in enumerate(group)
     ]
@@ -164,13 +166,24 @@ def _scored(
 
 
 def checked_prompts(
-    problems: Sequence[Mapping[str, Any]], tokenizer: Any, context: int | None, max_new_tokens: int
+    problems: Sequence[Mapping[str, Any]],
+    tokenizer: Any,
+    context: int | None,
+    max_new_tokens: int,
+    template_kwargs: Mapping[str, Any] | None = None,
+    names: Mapping[str, str] | None = None,
 ) -> list[list[int]]:
-    """The problems' prompts as token ids; RequestError for one that is empty or leaves no room in the context."""
+    """The problems' prompts as token ids; RequestError for one that is empty or leaves no room in the context.
+
+    template_kwargs: arguments of the chat template. names: what a problem is called by its id, in messages.
+    """
+    if template_kwargs:
+        check_arguments(tokenizer, template_kwargs)
     prompts = []
     for problem in problems:
-        name = f"problem {problem['id']!r}"
-        ids = prompt_ids(tokenizer, problem["prompt"], name).tolist()
+        name = named(problem, names)
+        tools = tools_of(problem, name)
+        ids = prompt_ids(tokenizer, problem["prompt"], name, tools=tools, arguments=template_kwargs).tolist()
         if not ids:
             raise RequestError(f"{name}: the prompt has no tokens")
         if context is not None and len(ids) + max_new_tokens > context:
@@ -182,7 +195,13 @@ def checked_prompts(
     return prompts
 
 
-def _prompts(problems: Sequence[dict[str, Any]], backend: Backend, max_new_tokens: int) -> list[list[int]]:
+def _prompts(
+    problems: Sequence[dict[str, Any]],
+    backend: Backend,
+    max_new_tokens: int,
+    template_kwargs: Mapping[str, Any] | None,
+    names: Mapping[str, str] | None,
+) -> list[list[int]]:
     """The problems' prompts as token ids, all checked before the first is used."""
     if not problems:
         raise RequestError("no problems to roll out, expected at least one")
@@ -191,7 +210,7 @@ def _prompts(problems: Sequence[dict[str, Any]], backend: Backend, max_new_token
         if problem["id"] in seen:
             raise RequestError(f"problem {problem['id']!r} is listed twice; each problem needs an id of its own")
         seen.add(problem["id"])
-    return checked_prompts(problems, backend.tokenizer, backend.context, max_new_tokens)
+    return checked_prompts(problems, backend.tokenizer, backend.context, max_new_tokens, template_kwargs, names)
 
 
 def _check_settings(*, n: int, max_new_tokens: int, temperature: float, top_p: float, chunk: int) -> None:

@@ -23,6 +23,7 @@ from engine.searching.query import Metric, eligible_positions, query_vectors, sc
 from engine.searching.where import Where
 from gradstore import Store
 from gradstore.errors import RequestError
+from gradstore.problems import message_text
 
 METRICS = ("cosine", "dot", "fisher")
 _KEPT = 16
@@ -240,5 +241,5 @@ def text_of(record: dict[str, Any]) -> str:
     if isinstance(prompt, str):
         return prompt
     if len(prompt) == 1:
-        return str(prompt[0]["content"])
-    return "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+        return message_text(prompt[0]["content"])
+    return "\n\n".join(f"{message['role']}: {message_text(message['content'])}" for message in prompt)

@@ -52,6 +52,17 @@ def load_tokenizer(path: str | Path) -> Any:
         raise RequestError(f"{path}: no tokenizer that can be loaded: {_first_line(error)}") from error
 
 
+def vocabulary_size(path: str | Path) -> int | None:
+    """Token ids that a model has, by its configuration: often more than its tokenizer; None where it does not say."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(str(path))
+    except (OSError, ValueError):
+        return None  # loading the model says what is wrong
+    return getattr(config.get_text_config(), "vocab_size", None)
+
+
 def weights_digest(model: nn.Module) -> str:
     """16 hexadecimal digits over names, shapes and 64 evenly spaced values of every parameter of a model.
 

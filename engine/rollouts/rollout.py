@@ -13,10 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from engine.rollouts.templates import Prompt
 from gradstore.errors import RequestError
 from gradstore.keepable import check_keepable
-
-Prompt = str | list[dict[str, str]]
 
 FORMATS: dict[str, dict[str, tuple[str, ...]]] = {
     "rollouts": {
@@ -116,7 +115,7 @@ class Rollout:
 def read_row(row: Any, format: str, where: str, *, vocabulary: int | None = None) -> Rollout:
     """The rollout that a row of a file holds.
 
-    `where` names file and row for the messages; `vocabulary` is the number of token ids there are, where known.
+    `where` names file and row for the messages; `vocabulary` is the size of the model's vocabulary, where known.
     Raises RequestError for a missing field, a wrong type, a reward or log-probability that is not finite, token ids
     out of range, lists whose lengths disagree.
     """
@@ -221,11 +220,15 @@ class _Fields:
             raise self.error("prompt", "is an empty list, expected at least one chat message")
         messages = []
         for j, message in enumerate(value):
-            if not isinstance(message, Mapping) or not all(
-                isinstance(message.get(key), str) for key in ("role", "content")
+            if (
+                not isinstance(message, Mapping)
+                or not isinstance(message.get("role"), str)
+                or "content" not in message
+                or not isinstance(message["content"], str | list | None)
             ):
-                raise self.error("prompt", f"message {j} needs 'role' and 'content', both text")
-            messages.append({key: text for key, text in message.items() if text is not None})
+                raise self.error("prompt", f"message {j} needs 'role', text, and 'content', text or a list of parts")
+            kept = {key: value for key, value in message.items() if value is not None}
+            messages.append({"content": None, **kept} if message["content"] is None else kept)
         return self._encodable("prompt", messages)
 
     def ids(self, part: str, vocabulary: int | None) -> np.ndarray | None:
@@ -242,11 +245,7 @@ class _Fields:
         limit = vocabulary if vocabulary is not None else np.iinfo(np.int64).max
         for j, item in (_extreme(value, min), _extreme(value, max)) if len(value) else ():
             if not 0 <= item < limit:
-                end = (
-                    f" below {vocabulary}, the tokenizer's number of tokens"
-                    if vocabulary is not None
-                    else " of 0 or more"
-                )
+                end = f" below {vocabulary}, the model's vocabulary" if vocabulary is not None else " of 0 or more"
                 raise self.error(part, f"entry {j} is {item}, expected a token id{end}")
         return np.asarray(value, dtype=np.int64)
 

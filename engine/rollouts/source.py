@@ -16,6 +16,7 @@ from engine.rollouts import tokens
 from engine.rollouts.files import RowFile, open_rows
 from engine.rollouts.group import Group
 from engine.rollouts.rollout import FORMATS, Rollout, detect_format, read_row
+from engine.rollouts.templates import check_arguments, kept_arguments, prompt_text, tools_of
 from gradstore.errors import RequestError
 
 _LOGPROBS = ("logprobs", "reference_logprobs")
@@ -45,13 +46,15 @@ class RolloutSource:
         append_eos: bool,
         step: int | None,
         known: Mapping[str, dict] | None,
+        vocabulary: int | None,
+        arguments: Mapping[str, Any],
     ) -> None:
         self.format = format
         self._files, self._tokenizer, self._append_eos = list(files), tokenizer, append_eos
         self._known = known
         self._changed: Callable[[Group], Group] = lambda group: group
         self._known_by_id = None if known is None else {record["id"]: record for record in known.values()}
-        self._vocabulary = None if tokenizer is None else len(tokenizer)
+        self._vocabulary, self._arguments = vocabulary, dict(arguments)
         self._index(step)
 
     def __len__(self) -> int:
@@ -165,19 +168,27 @@ class RolloutSource:
             return rollout
         record = self._known.get(rollout.prompt) if isinstance(rollout.prompt, str) else None
         if record is None:
-            raise RequestError(f"{where}: no problem given has this prompt; give the problems these rollouts are of")
+            raise RequestError(
+                f"{where}: no problem given has this prompt as the chat template renders it; give the problems these "
+                "rollouts are of, and the template's arguments they were sampled with (--template-kwargs)"
+            )
         fields = {name: getattr(rollout, name) for name in Rollout.__slots__}
-        return Rollout(**fields | {"problem_id": record["id"], "prompt": record["prompt"]})
+        known = {"problem_id": record["id"], "prompt": record["prompt"], "extra": record.get("extra") or {}}
+        return Rollout(**fields | known)
 
     def _check_tokenizable(self, rollout: Rollout, where: str) -> None:
         if self._tokenizer is not None:
             if isinstance(rollout.prompt, list) and rollout.prompt_ids is None:
-                tokens.prompt_text(self._tokenizer, rollout.prompt, where)
+                self._rendered(rollout, where)
             return
         for ids, text in ((rollout.prompt_ids, "prompt"), (rollout.response_ids, "response")):
             if ids is None:
                 name = FORMATS[self.format][text][0]
                 raise RequestError(f"{where}: field {name!r} is text: give a tokenizer, or token ids as '{text}_ids'")
+
+    def _rendered(self, rollout: Rollout, where: str) -> str:
+        tools = tools_of({"extra": rollout.extra}, where)
+        return prompt_text(self._tokenizer, rollout.prompt or "", where, tools=tools, arguments=self._arguments)
 
     def _chosen(self, ids: Iterable[str] | None) -> Sequence[int]:
         if ids is None:
@@ -210,7 +221,13 @@ class RolloutSource:
         first, name = rollouts[0], f"problem {rollouts[0].problem_id!r}"
         prompt = first.prompt_ids
         if prompt is None:
-            prompt = tokens.prompt_ids(self._tokenizer, first.prompt or "", name)
+            prompt = tokens.prompt_ids(
+                self._tokenizer,
+                first.prompt or "",
+                name,
+                tools=tools_of({"extra": first.extra}, name),
+                arguments=self._arguments,
+            )
         return Group(
             problem_id=first.problem_id,
             prompt_ids=prompt,
@@ -230,7 +247,7 @@ class RolloutSource:
         return tokens.response_ids(self._tokenizer, rollout.response or "", append_eos=append_eos)
 
     def _decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids)
+        return tokens.text_of(self._tokenizer, ids)
 
 
 def read_rollouts(
@@ -241,6 +258,8 @@ def read_rollouts(
     append_eos: bool = False,
     step: int | None = None,
     problems: Iterable[Mapping[str, Any]] | None = None,
+    vocabulary: int | None = None,
+    template_kwargs: Mapping[str, Any] | None = None,
 ) -> RolloutSource:
     """Checks every row of a rollout file, or of a folder of them, and returns the rollouts grouped by problem.
 
@@ -252,6 +271,8 @@ def read_rollouts(
     step: take only the rows that state this step (verl: the trainer's step, as in the dump's file name).
     problems: canonical problem records; each rollout is given the id and the prompt of the problem whose prompt reads
         the same once special tokens are left out. verl's dumps lose ids and special tokens; this brings them back.
+    vocabulary: size of the model's vocabulary, which token ids must stay below; often more than the tokenizer has.
+    template_kwargs: arguments of the chat template; default: those kept beside a file of `gradstore rollout`.
 
     Raises RequestError, naming file, row and field, for whatever cannot be used; docs/rollouts.md has the list.
     """
@@ -268,8 +289,11 @@ def read_rollouts(
         if path.is_dir() and format.startswith("verl") and all(file.stem.isdecimal() for file in paths):
             paths = _files_of_step(path, paths, step)
         files = [open_rows(file, sorted(columns)) for file in paths]
-        known = None if problems is None else _known_prompts(problems, tokenizer)
-        return RolloutSource(files, format, tokenizer, append_eos, step, known)
+        arguments = kept_arguments(path, template_kwargs)
+        if tokenizer is not None:
+            check_arguments(tokenizer, arguments)
+        known = None if problems is None else _known_prompts(problems, tokenizer, arguments)
+        return RolloutSource(files, format, tokenizer, append_eos, step, known, vocabulary, arguments)
     except OSError as error:
         raise RequestError(f"{error.filename or path}: cannot be read: {error.strerror or error}") from None
 
@@ -297,14 +321,16 @@ def _files_of_step(folder: Path, files: list[Path], step: int | None) -> list[Pa
     return chosen
 
 
-def _known_prompts(problems: Iterable[Mapping[str, Any]], tokenizer: Any) -> dict[str, dict]:
+def _known_prompts(
+    problems: Iterable[Mapping[str, Any]], tokenizer: Any, arguments: Mapping[str, Any]
+) -> dict[str, dict]:
     """Problem records by the text that remains of their prompts when special tokens are left out."""
     if tokenizer is None:
         raise RequestError("problems= needs a tokenizer, to compare prompts as the model sees them")
     known: dict[str, dict] = {}
     for problem in problems:
         name = f"problem {problem['id']!r}"
-        ids = tokens.prompt_ids(tokenizer, problem["prompt"], name)
+        ids = tokens.prompt_ids(tokenizer, problem["prompt"], name, tools=tools_of(problem, name), arguments=arguments)
         text = tokenizer.decode(ids.tolist(), skip_special_tokens=True)
         if text in known:
             raise RequestError(f"{name}: the same prompt as problem {known[text]['id']!r}, so rollouts fit both")

@@ -7,35 +7,35 @@
 - A text response never gets special tokens, save the end-of-sequence token where `append_eos` asks for it.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jinja2 import TemplateError
 
-from engine.rollouts.rollout import Prompt
-from gradstore.errors import RequestError
+from engine.rollouts.templates import Prompt, prompt_text
 
 
-def prompt_text(tokenizer: Any, prompt: Prompt, name: str) -> str:
-    """The prompt as the one text the model sees; `name` says whose it is in the RequestError of a failing template."""
-    if isinstance(prompt, str):
-        return prompt
-    if not getattr(tokenizer, "chat_template", None):
-        raise RequestError(
-            f"{name}: the prompt is chat messages, but the tokenizer has no chat template; "
-            "use a chat model's tokenizer, or give prompts as text or token ids"
-        )
-    try:
-        return tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-    except TemplateError as error:
-        raise RequestError(f"{name}: the chat template refuses the prompt's messages: {error}") from None
-
-
-def prompt_ids(tokenizer: Any, prompt: Prompt, name: str) -> np.ndarray:
-    """Token ids of a prompt, int64 [tokens]."""
-    text = prompt_text(tokenizer, prompt, name)
+def prompt_ids(
+    tokenizer: Any,
+    prompt: Prompt,
+    name: str,
+    *,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    arguments: Mapping[str, Any] | None = None,
+) -> np.ndarray:
+    """Token ids of a prompt, int64 [tokens]; the arguments are those of `templates.prompt_text`."""
+    text = prompt_text(tokenizer, prompt, name, tools=tools, arguments=arguments)
     special = {} if isinstance(prompt, str) else {"add_special_tokens": False}
     return np.asarray(tokenizer(text, **special)["input_ids"], dtype=np.int64)
+
+
+def text_of(tokenizer: Any, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+    """The text of token ids; those of a padded vocabulary, which no tokenizer knows, have none."""
+    try:
+        return tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+    except (IndexError, KeyError, OverflowError, TypeError):
+        known = set(tokenizer.get_vocab().values())
+        return tokenizer.decode([i for i in ids if i in known], skip_special_tokens=skip_special_tokens)
 
 
 def response_ids(tokenizer: Any, response: str, *, append_eos: bool) -> np.ndarray:

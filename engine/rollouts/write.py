@@ -129,6 +129,12 @@ class _ParquetWriter:
         if self._schema is None:
             columns = _COLUMNS | ({"prompt": _MESSAGES} if isinstance(prompt, list) else {})
             self._schema = pa.schema(list(columns.items()))
+        if isinstance(prompt, list) and not all(
+            m.keys() == {"role", "content"} and isinstance(m["content"], str) for m in prompt
+        ):
+            raise RequestError(
+                f"problem {row['problem_id']!r}: Parquet keeps messages of role and content text alone; write .jsonl"
+            )
         if prompt is not None and isinstance(prompt, list) != (self._schema.field("prompt").type == _MESSAGES):
             raise RequestError(
                 f"problem {row['problem_id']!r}: Parquet cannot mix prompts of text and of messages; write .jsonl"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 from gradstore.cli import app
-from gradstore.cli.make import Device, Model
+from gradstore.cli.make import Device, Model, TemplateKwargs, template_arguments
 from gradstore.cli.rank import Json, StorePath
 from gradstore.cli.show import print_json, progress, say
 from gradstore.errors import RequestError
@@ -45,6 +45,7 @@ def collect(
     problems: Annotated[
         Path | None, typer.Option(help="Problem records whose ids and prompts the rollouts are given, by prompt.")
     ] = None,
+    template_kwargs: TemplateKwargs = None,
     objective: Annotated[
         str | None, typer.Option(help="gradalign (default), grpo or dr_grpo; a store keeps the one it was made with.")
     ] = None,
@@ -113,7 +114,7 @@ def collect(
     """
     import gradstore
     from engine.gradients.logprobs import Reference
-    from engine.gradients.models import load_model, load_tokenizer
+    from engine.gradients.models import load_model, load_tokenizer, vocabulary_size
     from engine.gradients.objectives import objective as preset
     from engine.rollouts import read_rollouts
     from engine.sketches.bases import bases_in_use, basis_of, create_store, sketcher_of
@@ -159,6 +160,8 @@ def collect(
         append_eos=append_eos,
         step=rollout_step,
         problems=records,
+        vocabulary=vocabulary_size(model),
+        template_kwargs=template_arguments(template_kwargs),
     )
     if settings.kl_beta and reference is None and not source.has_reference:
         raise RequestError(f"{rollouts}: has no `reference_logprobs` for the KL term: give its model, --reference")
@@ -167,7 +170,13 @@ def collect(
     wanted: list[Group] = []
     if benchmark_rollouts is not None:
         wanted = list(
-            read_rollouts(benchmark_rollouts, tokenizer=load_tokenizer(model), append_eos=append_eos).groups()
+            read_rollouts(
+                benchmark_rollouts,
+                tokenizer=load_tokenizer(model),
+                append_eos=append_eos,
+                vocabulary=vocabulary_size(model),
+                template_kwargs=template_arguments(template_kwargs),
+            ).groups()
         )
     if reference is not None:
         measure = Reference(

@@ -84,6 +84,8 @@ def data(
     if json:
         print_json(report)
         return
+    for note in pool.notes:
+        say(note)
     for part in pool.parts:
         left = {"duplicates": part.duplicates, "held out": part.excluded, "left out": part.not_kept, **part.unusable}
         why = ", ".join(f"{n} {reason}" for reason, n in left.items() if n)

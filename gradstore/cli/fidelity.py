@@ -34,7 +34,7 @@ def fidelity(
     """Compare stored cosine scores with exact ones on a sample, beside the exact scores' own reliability."""
     import gradstore
     from engine.gradients.logprobs import Reference
-    from engine.gradients.models import load_model, load_tokenizer
+    from engine.gradients.models import load_model, load_tokenizer, vocabulary_size
     from engine.rollouts import read_rollouts
     from engine.sketches.faithfulness import fidelity as measure
     from engine.sketches.sketcher import SketchSpec
@@ -47,7 +47,10 @@ def fidelity(
             f"{'leave --reference out' if settings.reference is None else 'give it, --reference'}"
         )
     tokenizer = load_tokenizer(model)
-    sources = [read_rollouts(path, tokenizer=tokenizer) for path in (rollouts, benchmark_rollouts)]
+    sources = [
+        read_rollouts(path, tokenizer=tokenizer, vocabulary=vocabulary_size(model))
+        for path in (rollouts, benchmark_rollouts)
+    ]
     policy = load_model(model, adapter, device)
     if reference is not None:
         compared = Reference(load_model(reference, device=device), temperature=settings.temperature)

@@ -55,7 +55,7 @@ def probe(
 
     import gradstore
     from engine.gradients.directions import validation_gradient
-    from engine.gradients.models import load_model, load_tokenizer
+    from engine.gradients.models import load_model, load_tokenizer, vocabulary_size
     from engine.probing.probe import Probe
     from engine.rollouts import read_rollouts
     from engine.sketches.sketcher import SketchSpec
@@ -67,7 +67,10 @@ def probe(
     if settings.kl_beta:
         raise RequestError(f"the rows of {store} have a KL term, which probes do not measure (docs/methods.md)")
     tokenizer = load_tokenizer(model)
-    source, wanted = (read_rollouts(path, tokenizer=tokenizer) for path in (rollouts, benchmark_rollouts))
+    source, wanted = (
+        read_rollouts(path, tokenizer=tokenizer, vocabulary=vocabulary_size(model))
+        for path in (rollouts, benchmark_rollouts)
+    )
     version = (source.step or 0) if step is None else step
     policy = load_model(model, adapter, device)
     if rank is None and next(policy.parameters()).dtype != torch.float32:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from gradstore.cli import app
-from gradstore.cli.make import Device
+from gradstore.cli.make import Device, SkipUnreadable, TemplateKwargs, template_arguments
 from gradstore.cli.rank import Json
 from gradstore.cli.show import print_json, progress, say
 from gradstore.errors import RequestError
@@ -55,6 +55,8 @@ def train(
     ] = 0.0,
     lora_rank: Annotated[int, typer.Option(min=0, help="Train adapters of this rank; 0: all weights.")] = 0,
     save_every: Annotated[int, typer.Option(min=0, help="Steps between checkpoints; 0: after each round.")] = 0,
+    template_kwargs: TemplateKwargs = None,
+    skip_unreadable: SkipUnreadable = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     seed: Annotated[int, typer.Option(help="Everything drawn at random follows from it.")] = 0,
     device: Device = None,
@@ -86,13 +88,24 @@ def train(
     from trainer.local.lora import with_adapters
     from trainer.local.policy import LocalPolicy, Sampling
     from trainer.local.training import Training
+    from trainer.readable import readable
     from trainer.rewards import load_reward
     from trainer.round.driver import Rounds
     from trainer.round.settings import RoundSettings
 
     rounds = RoundSettings.from_names({"seed": seed, **named})
-    records = gradstore.read_problems(pool)
-    benchmarks = {name: gradstore.read_problems(path) for name, path in map(_benchmark, benchmark or [])}
+    scored_by, arguments = load_reward(reward), template_arguments(template_kwargs) or {}
+
+    def read(path: Path) -> list[dict]:
+        placed = gradstore.problems.placed_problems(path)
+        names = {record["id"]: where for where, record in placed}
+        kept, left_out = readable([record for _, record in placed], scored_by, skip=skip_unreadable, names=names)
+        for line in left_out:
+            say(f"left out: {line}")
+        return kept
+
+    records = read(pool)
+    benchmarks = {name: read(path) for name, path in map(_benchmark, benchmark or [])}
     rate = lr if lr is not None else LORA_LEARNING_RATE if lora_rank else LEARNING_RATE
     tokenizer, reference, rule = load_tokenizer(model), None, preset(objective)
     if kl_beta:
@@ -110,8 +123,8 @@ def train(
     # Weights in float32: in half precision small updates are lost, and a probe would measure rounding.
     network: Any = load_model(model, device=device, dtype="float32")
     network = with_adapters(network, lora_rank, seed) if lora_rank else network.requires_grad_(True)
-    sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature)
-    policy = LocalPolicy(network, tokenizer, load_reward(reward), sampling, reference=reference)
+    sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, template_kwargs=arguments)
+    policy = LocalPolicy(network, tokenizer, scored_by, sampling, reference=reference)
 
     def tell(values: Any, step: int) -> None:
         training.metrics.add("selection", step, values)

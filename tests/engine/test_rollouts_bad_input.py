@@ -28,7 +28,10 @@ BAD_ROWS: dict[str, tuple[dict[str, Any], str]] = {
     "no prompt": (_without("prompt_ids"), "missing field 'prompt' or 'prompt_ids'"),
     "empty prompt": (_without("prompt_ids") | {"prompt": ""}, "field 'prompt' is empty"),
     "no message": (_without("prompt_ids") | {"prompt": []}, "field 'prompt' is an empty list"),
-    "bad message": (GOOD | {"prompt": [{"role": "user"}]}, "field 'prompt' message 0 needs 'role' and 'content'"),
+    "bad message": (
+        GOOD | {"prompt": [{"role": "user"}]},
+        "field 'prompt' message 0 needs 'role', text, and 'content'",
+    ),
     "prompt number": (GOOD | {"prompt": 3}, "field 'prompt' is an integer, expected text or a list"),
     "no prompt ids": (GOOD | {"prompt_ids": []}, "field 'prompt_ids' is empty"),
     "no response": (_without("response_ids"), "missing field 'response' or 'response_ids'"),
@@ -106,13 +109,17 @@ def test_float_token_ids_in_parquet(tmp_path: Path) -> None:
     assert _refused(path) == f"{path}, row 1: field 'response_ids' entry 0 is 1.0, expected integer token ids"
 
 
-def test_ids_beyond_the_tokenizer(tmp_path: Path, tiny_tokenizer: Any) -> None:
-    """Ids of another model's vocabulary index past the embedding, or silently mean other words."""
+def test_ids_beyond_the_model(tmp_path: Path, tiny_tokenizer: Any) -> None:
+    """Ids of another model's vocabulary index past the embedding. The model's own may be more than the tokenizer's."""
     path = tmp_path / "r.jsonl"
-    path.write_text(json.dumps(GOOD | {"response_ids": [259, 260]}))
+    path.write_text(json.dumps(GOOD | {"response_ids": [259, 260], "prompt_ids": [2, 260]}))
     read_rollouts(path)
-    message = _refused(path, tokenizer=tiny_tokenizer)
-    assert "'response_ids' entry 1 is 260, expected a token id below 260, the tokenizer's number of tokens" in message
+    source = read_rollouts(path, tokenizer=tiny_tokenizer, vocabulary=261)
+    assert next(source.groups()).responses[0].tolist() == [259, 260]
+    (record,) = source.records()
+    assert record["prompt"] == tiny_tokenizer.decode([2])
+    message = _refused(path, tokenizer=tiny_tokenizer, vocabulary=260)
+    assert "'prompt_ids' entry 1 is 260, expected a token id below 260, the model's vocabulary" in message
 
 
 def test_text_without_a_tokenizer(tmp_path: Path) -> None:

@@ -182,3 +182,22 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
         read_problems(tmp_path / "nope.jsonl")
     with pytest.raises(RequestError, match=r"cannot be read \(Is a directory\)"):
         read_problems(tmp_path)
+
+
+@pytest.mark.parametrize("write", [write_jsonl, write_parquet])
+def test_objects_as_json_text(tmp_path: Path, write: Callable) -> None:
+    """Parquet files often keep free-form objects as text; verl trains on such files."""
+    texts = [
+        row | {"extra_info": json.dumps(row["extra_info"]), "reward_model": json.dumps(row["reward_model"])}
+        for row in VERL
+    ]
+    assert read_problems(write(tmp_path / "x", texts)) == read_problems(write(tmp_path / "y", VERL))
+    flat = [{"id": "a", "prompt": "x", "extra": '{"level": 3}'}]
+    assert read_problems(write(tmp_path / "flat", flat))[0]["extra"] == {"level": 3}
+    for field in ("extra_info", "reward_model"):
+        bad = write(tmp_path / f"bad-{field}", [VERL[0] | {field: "{"}])
+        with pytest.raises(RequestError, match=f"1: field '{field}' is text that is not JSON"):
+            read_problems(bad)
+        listed = write(tmp_path / f"list-{field}", [VERL[0] | {field: "[1]"}])
+        with pytest.raises(RequestError, match=f"1: field '{field}' must be a dict, not list"):
+            read_problems(listed)

@@ -32,10 +32,10 @@ class VllmBackend:
         model: str | Path,
         *,
         dtype: str = "auto",
-        context: int | None = None,
+        max_model_len: int | None = None,
         **engine_options: Any,
     ) -> "VllmBackend":
-        """context: the most tokens of a sequence, less than the model's own limit saves memory.
+        """max_model_len: the most tokens of a sequence, less than the model's own limit saves memory.
 
         engine_options: further arguments of `vllm.LLM` (tensor_parallel_size, gpu_memory_utilization, ...).
         """
@@ -52,7 +52,7 @@ class VllmBackend:
             engine = vllm.LLM(
                 model=str(model),
                 dtype=dtype,
-                max_model_len=context,
+                max_model_len=max_model_len,
                 generation_config="vllm",  # not the model's own sampling defaults: the policy's distribution
                 logprobs_mode="raw_logprobs",  # at temperature 1, before top-p
                 disable_log_stats=True,

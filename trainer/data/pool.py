@@ -5,7 +5,7 @@ count changes none of its draws, except for problems that two sources share.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from random import Random
@@ -13,6 +13,7 @@ from typing import Any
 
 from gradstore import read_problems
 from gradstore.errors import RequestError
+from gradstore.problems import with_id
 from trainer.data import gym
 from trainer.data.catalogue import DATA_SETS, NAMES, TOGETHER, DataSet
 from trainer.data.corruption import Corruption, corrupted
@@ -77,6 +78,8 @@ class Pool:
     records: list[dict[str, Any]]
     """Canonical problem records."""
     parts: list[PartReport]
+    notes: list[str] = field(default_factory=list)
+    """What a person should know of how the problems were put together."""
 
     def describe(self) -> dict[str, Any]:
         """The report as JSON: problems by source and by tag, and what became of each part's rows."""
@@ -85,6 +88,7 @@ class Pool:
             "sources": dict(sorted(Counter(record["source"] for record in self.records).items())),
             "tags": dict(sorted(Counter(tag for record in self.records for tag in record["tags"]).items())),
             "parts": [asdict(part) for part in self.parts],
+            "notes": self.notes,
         }
 
 
@@ -104,10 +108,11 @@ def build(parts: Sequence[Part], options: Options) -> Pool:
     seen: set[str] = set()
     records: list[dict[str, Any]] = []
     reports = []
+    files, notes = _files_with_own_ids([part.name for part in parts if _is_file(part.name)])
     for part in parts:
         report = PartReport(part.label)
         reports.append(report)
-        candidates = _candidates(part, options, report)
+        candidates = _candidates(part, options, report, files)
         if part.count is not None and not _is_gym(part.name):
             candidates = list(candidates)
             Random(f"{options.seed} {part.label}").shuffle(candidates)
@@ -136,7 +141,7 @@ def build(parts: Sequence[Part], options: Options) -> Pool:
         Random(f"{options.seed} order").shuffle(records)
     if options.corruptions:
         records = corrupted(records, options.corruptions, options.seed)
-    return Pool(records, reports)
+    return Pool(records, reports, notes)
 
 
 def _check(parts: Sequence[Part], options: Options) -> None:
@@ -184,7 +189,9 @@ def _is_file(name: str) -> bool:
     return name.endswith((".jsonl", ".parquet"))
 
 
-def _candidates(part: Part, options: Options, report: PartReport) -> Iterable[dict[str, Any]]:
+def _candidates(
+    part: Part, options: Options, report: PartReport, files: Mapping[str, list[dict[str, Any]]]
+) -> Iterable[dict[str, Any]]:
     """A part's problems, counted in its report."""
     if _is_gym(part.name):
         task, count = part.name.partition(":")[2], part.count or 0
@@ -192,9 +199,8 @@ def _candidates(part: Part, options: Options, report: PartReport) -> Iterable[di
             report.rows += 1
             yield record
     elif _is_file(part.name):
-        records = read_problems(part.name)
-        report.rows = len(records)
-        yield from records
+        report.rows = len(files[part.name])
+        yield from files[part.name]
     for source in _data_sets(part):
         local = options.local.get(source.name, options.local.get(part.name))
         loaded = load(source, split=part.split, local=local, instruction=options.instruction)
@@ -204,6 +210,37 @@ def _candidates(part: Part, options: Options, report: PartReport) -> Iterable[di
         for reason, n in loaded.unusable.items():
             report.unusable[reason] = report.unusable.get(reason, 0) + n
         yield from loaded.records
+
+
+def _files_with_own_ids(paths: Sequence[str]) -> tuple[dict[str, list[dict[str, Any]]], list[str]]:
+    """The problems of several files, with ids that tell them apart, and what was done for that, to be said.
+
+    verl's files count their rows from 0, each. Where one id means different prompts in two files, all ids of both get
+    the problem's source in front, or where that does not tell them apart the file's name, or its whole path.
+    """
+    files = {path: read_problems(path) for path in paths}
+    asked: dict[str, dict[str, str]] = {}
+    for path, records in files.items():
+        for record in records:
+            asked.setdefault(record["id"], {})[path] = prompt_key(record["prompt"])
+    shared = [prompts for prompts in asked.values() if len(set(prompts.values())) > 1]
+    clashing = [path for path in files if any(path in prompts for prompts in shared)]
+    if not clashing:
+        return files, []
+    prefixes: dict[str, Callable[[str, Mapping[str, Any]], str]] = {
+        "source": lambda path, record: record["source"],
+        "file's name": lambda path, record: Path(path).stem,
+        "file's path": lambda path, record: str(Path(path).with_suffix("")).strip("/").replace("/", "-"),
+    }
+    for kind in prefixes:
+        ids = {path: [f"{prefixes[kind](path, record)}-{record['id']}" for record in files[path]] for path in clashing}
+        own = [name for each in ids.values() for name in each]
+        if len(own) == len(set(own)) and not any(name.startswith("-") for name in own):
+            break
+    for path in clashing:
+        files[path] = [with_id(record, name) for record, name in zip(files[path], ids[path], strict=True)]
+    which, shown = ", ".join(clashing), ids[clashing[0]][0]
+    return files, [f"the same ids name different problems in {which}: each got its {kind} in front, as in {shown!r}"]
 
 
 def _check_ids(records: Sequence[Mapping[str, Any]]) -> None:

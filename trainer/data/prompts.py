@@ -4,6 +4,7 @@ import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from gradstore.problems import message_text
 from trainer.data.catalogue import BOXED, LETTER, TRUE_FALSE
 
 GYM = "Think step by step, then give only the final answer within <answer> and </answer>."
@@ -15,7 +16,7 @@ def prompt_text(prompt: str | Sequence[Mapping[str, Any]]) -> str:
     if isinstance(prompt, str):
         return prompt
     said = [m["content"] for m in prompt if m["role"] == "user"] or [m["content"] for m in prompt]
-    return "\n\n".join(content for content in said if isinstance(content, str))
+    return "\n\n".join(filter(None, map(message_text, said)))
 
 
 def prompt_key(prompt: str | Sequence[Mapping[str, Any]], instructions: Iterable[str] = ()) -> str:

@@ -5,7 +5,7 @@ resumed run needs no random state.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from engine.probing.batch import ProbeBatch
 from engine.probing.calibration import Calibration
 from engine.probing.probe import Probe
 from engine.rollouts.group import Group
+from engine.rollouts.tokens import text_of
 from engine.sketches.alongside import sketched_and_summed
 from engine.sketches.bases import SketcherFiles, files_of, sketcher_from
 from engine.sketches.fitting import fit_projection
@@ -42,6 +43,8 @@ class Sampling:
     top_p: float = 1.0
     batch_tokens: int | None = None
     """Tokens, prompts and responses together, that are sampled at once; None: as memory allows."""
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """Arguments of the chat template."""
 
 
 class LocalPolicy:
@@ -72,7 +75,9 @@ class LocalPolicy:
 
     def roll_out(self, problems: Sequence[Mapping[str, Any]], n: int, *, seed: int) -> list[Group]:
         sampling = self.sampling
-        prompts = checked_prompts(problems, self.tokenizer, self.backend.context, sampling.max_new_tokens)
+        prompts = checked_prompts(
+            problems, self.tokenizer, self.backend.context, sampling.max_new_tokens, sampling.template_kwargs
+        )
         found = self.backend.generate(
             prompts,
             n,
@@ -83,7 +88,7 @@ class LocalPolicy:
         )
         give_back(self.model)
         ids = [response.token_ids for responses in found for response in responses]
-        texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        texts = [text_of(self.tokenizer, own.tolist(), skip_special_tokens=True) for own in ids]
         rewards = self.reward.many([(problems[k // n], text, k % n) for k, text in enumerate(texts)])
         groups = [
             Group(

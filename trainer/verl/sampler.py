@@ -24,7 +24,10 @@ class RoundSampler(Sampler[int]):
         self._row_of = {name: row for row, name in enumerate(ids)}
         if len(self._row_of) < len(ids):
             twice = next(name for row, name in enumerate(ids) if self._row_of[name] != row)
-            raise RequestError(f"problem id {twice!r} occurs more than once in data.train_files; ids must differ")
+            raise RequestError(
+                f"problem id {twice!r} occurs more than once in data.train_files; make one file with ids that differ: "
+                "gradstore data FILE FILE --out POOL.parquet"
+            )
         self._pool = hashlib.sha256("\n".join(ids).encode()).hexdigest()[:16]
         self._order: list[str] = []
         self._drawn = 0

@@ -1,0 +1,179 @@
+"""Chat messages to the one text a model sees, by its tokenizer's chat template. Nothing is lost on the way silently.
+
+Templates differ in what they take. Content that is a list of parts is passed on where the template renders a text part
+as it renders that text; else the parts' texts are joined by line ends, as vLLM joins them. Content that is null, as in
+a tool call, is passed on as null, or as "" where the template would print None. Tool calls, tools and template
+arguments that a template does not render are refused: the model would be asked something else than the file says.
+"""
+
+import functools
+import inspect
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+
+from gradstore.errors import RequestError
+from gradstore.problems import detail
+
+Prompt = str | list[dict[str, Any]]
+_REFUSALS = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
+"""What templates, and transformers around them, raise at messages that they were not written for."""
+
+
+def prompt_text(
+    tokenizer: Any,
+    prompt: Prompt,
+    name: str,
+    *,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    arguments: Mapping[str, Any] | None = None,
+) -> str:
+    """The prompt as the one text the model sees.
+
+    name: whose prompt it is, for messages. tools: what the model may call, as the template takes it. arguments: further
+    variables of the template, such as {"enable_thinking": False}.
+    RequestError for messages, tools or arguments that the template does not render.
+    """
+    if isinstance(prompt, str):
+        return prompt
+    if not getattr(tokenizer, "chat_template", None):
+        raise RequestError(
+            f"{name}: the prompt is chat messages, but the tokenizer has no chat template; "
+            "use a chat model's tokenizer, or give prompts as text or token ids"
+        )
+    messages = [_readable(message, j, name, takes_parts(tokenizer)) for j, message in enumerate(prompt)]
+    options = {"tools": list(tools) if tools else None, **(arguments or {})}
+
+    def render(messages: list[dict[str, Any]]) -> str | None:
+        return _rendered(tokenizer, messages, options)
+
+    text = render(messages)
+    without_null = [{**m, "content": ""} if m["content"] is None else m for m in messages]
+    if without_null != messages:
+        plain = render(without_null)
+        text = text if text is not None and text.count("None") <= (plain or "").count("None") else plain
+    if text is None:
+        raise RequestError(f"{name}: {_refused(tokenizer, messages, options)}")
+    if any(message.get("tool_calls") for message in messages):
+        silent = [{key: value for key, value in m.items() if key != "tool_calls"} for m in without_null]
+        if render(silent) == render(without_null):
+            j = next(j for j, message in enumerate(messages) if message.get("tool_calls"))
+            raise RequestError(f"{name}: message {j} calls tools, which the chat template leaves out of the prompt")
+    if tools and _rendered(tokenizer, messages, options | {"tools": None}) == text:
+        raise RequestError(f"{name}: the problem has tools, which the chat template leaves out of the prompt")
+    return text
+
+
+def check_arguments(tokenizer: Any, arguments: Mapping[str, Any]) -> None:
+    """RequestError for arguments that the tokenizer's chat template does not mention, or that are transformers' own."""
+    if not arguments:
+        return
+    own = inspect.signature(type(tokenizer).apply_chat_template).parameters
+    template = getattr(tokenizer, "chat_template", None) or ""
+    text = template if isinstance(template, str) else json.dumps(template)
+    for name in arguments:
+        if name in own:
+            raise RequestError(f"template argument {name!r} is not the template's own and cannot be set")
+        if name not in text:
+            raise RequestError(f"the tokenizer's chat template has no argument {name!r}: it would change nothing")
+
+
+def settings_path(rollouts: str | Path) -> Path:
+    """Where the settings of a rollout file that `gradstore rollout` wrote stand."""
+    return Path(f"{rollouts}.settings.json")
+
+
+def kept_arguments(rollouts: Path, given: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The template arguments of a rollout file: those kept beside it, or those given where none are kept.
+
+    RequestError when both are there and differ.
+    """
+    try:
+        settings = json.loads(settings_path(rollouts).read_text(encoding="utf-8"))
+        kept = settings.get("template_kwargs", {})
+    except (OSError, ValueError, AttributeError):
+        kept = None  # not a file of ours: what is given decides
+    if kept is not None and given is not None and kept != given:
+        raise RequestError(
+            f"{rollouts}: sampled with the template arguments {json.dumps(kept)}, given are {json.dumps(given)}"
+        )
+    return dict(given or kept or {})
+
+
+def tools_of(record: Mapping[str, Any], name: str) -> list[dict[str, Any]] | None:
+    """The tools that a problem gives its model: its field `tools`, a list of objects or the JSON text of one."""
+    tools = detail(record, "tools")
+    if tools is None:
+        tools = ((record.get("extra") or {}).get("verl") or {}).get("tools")
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except ValueError:
+            raise RequestError(f"{name}: field 'tools' is text that is not JSON, expected a list of objects") from None
+    if not tools:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise RequestError(f"{name}: field 'tools' must be a list of objects, not {str(tools)[:80]!r}")
+    return [_without_nulls(tool) for tool in tools]
+
+
+@functools.lru_cache(maxsize=16)
+def takes_parts(tokenizer: Any) -> bool:
+    """Whether the chat template renders content as a list of one text part as it renders that text."""
+    said = "a part of text"
+    as_text, as_part = (
+        _rendered(tokenizer, [{"role": "user", "content": content}], {})
+        for content in (said, [{"type": "text", "text": said}])
+    )
+    return as_text is not None and as_text == as_part
+
+
+def _rendered(tokenizer: Any, messages: list[dict[str, Any]], options: Mapping[str, Any]) -> str | None:
+    """The template's text; None where it raises."""
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
+    except _REFUSALS:
+        return None
+
+
+def _refused(tokenizer: Any, messages: list[dict[str, Any]], options: Mapping[str, Any]) -> str:
+    """Why the template raises, and at which kind of message it may be."""
+    try:
+        tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
+        reason = "no reason given"
+    except _REFUSALS as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+    odd = [str(j) for j, message in enumerate(messages) if not isinstance(message["content"], str)]
+    hint = f" (message {', '.join(odd)}: the content is not text)" if odd else ""
+    return f"the chat template refuses the prompt's messages{hint}: {reason}"
+
+
+def _readable(message: Mapping[str, Any], j: int, name: str, parts_taken: bool) -> dict[str, Any]:
+    """A message as the template takes it: no nulls of Parquet's columns, parts as they are or joined."""
+    content = message.get("content")
+    plain = {key: _without_nulls(value) for key, value in message.items() if value is not None}
+    if isinstance(content, list):
+        parts = [{"type": "text", "text": part} if isinstance(part, str) else _without_nulls(part) for part in content]
+        for part in parts:
+            kind = part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__
+            if kind != "text" or not isinstance(part.get("text"), str):
+                raise RequestError(
+                    f"{name}: message {j} has a part of type {kind!r}; only text parts can be sampled from"
+                )
+        content = parts if parts_taken else "\n".join(part["text"] for part in parts)
+    elif content is None:
+        if not plain.get("tool_calls"):
+            raise RequestError(f"{name}: message {j} has no content and calls no tool")
+    elif not isinstance(content, str):
+        raise RequestError(f"{name}: message {j} has content of type {type(content).__name__}, expected text or parts")
+    return {**plain, "content": content}
+
+
+def _without_nulls(value: Any) -> Any:
+    """Objects without their null fields: a Parquet column gives every object the fields of all others, as nulls."""
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(part) for key, part in value.items() if part is not None}
+    return [_without_nulls(part) for part in value] if isinstance(value, list) else value
