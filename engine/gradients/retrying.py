@@ -55,6 +55,13 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in _MESSAGES)
 
 
+def release() -> None:
+    """Gives what a failed attempt held back to the device; called when its error is gone."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 class TokenBudget:
     """Tokens of a model's micro-batches: as given, else as memory allows; less after an out-of-memory error."""
 
@@ -88,9 +95,7 @@ class TokenBudget:
 
     def _shrink(self, failed: int, n_rollouts: int, problem_id: str, inputs_kept: bool) -> None:
         """Half of the micro-batch that failed; called when the error, which held its tensors, is gone."""
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        release()
         if is_sharded(self._model):
             raise RequestError(
                 f"out of memory in a micro-batch of {failed} tokens on a rank of a sharded model: lower token_budget"

@@ -133,6 +133,36 @@ def test_probabilities_a_part_of_the_rows_at_a_time(monkeypatch: Any, temperatur
         assert torch.equal(decoding._chosen(logits_UV, row_R, draw_R, temperature, top_p), whole)
 
 
+def test_sampling_goes_on_after_running_out_of_memory(
+    backend: TransformersBackend, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Rollouts do not depend on their batch: fewer at once are the same rollouts; a later batch does not fail again."""
+    prompts = [[1, 2, 3], [4, 5], [6, 7, 8, 9], [2, 2]]
+    settings: dict[str, Any] = {"max_new_tokens": 6, "temperature": 1.0, "top_p": 1.0, "seed": 3}
+    undisturbed = backend.generate(prompts, 8, **settings)
+    smaller, sizes = TransformersBackend(backend.model, backend.tokenizer), []
+
+    def limited(batch: Any, *rest: Any, **named: Any) -> Any:
+        sizes.append(len(batch))
+        if len(batch) > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+        return TransformersBackend._decode(smaller, batch, *rest, **named)
+
+    monkeypatch.setattr(smaller, "_decode", limited)
+    limit = 7
+    found = smaller.generate(prompts, 8, **settings)
+    for one, other in zip(found, undisturbed, strict=True):
+        assert [a.token_ids.tolist() for a in one] == [b.token_ids.tolist() for b in other]
+    assert max(sizes) > limit
+    assert "out of memory sampling" in caplog.text
+    sizes.clear()
+    smaller.generate(prompts, 8, **settings)
+    assert max(sizes) <= limit
+    limit = 0
+    with pytest.raises(RequestError, match=r"one rollout of \d tokens of prompt and 6 of response does not fit"):
+        smaller.generate(prompts, 8, **settings)
+
+
 def test_batches_keep_to_the_token_budget(backend: TransformersBackend, monkeypatch: pytest.MonkeyPatch) -> None:
     """A batch over the budget is what runs out of memory, after the short ones went well."""
     batches = []

@@ -12,8 +12,10 @@ the policy's.
 Dimension suffixes: B sequences, R rollouts, T tokens, V vocabulary.
 """
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,9 +24,15 @@ import torch
 import transformers
 
 from engine.gradients.models import load_model, load_tokenizer, weights_digest
+from engine.gradients.retrying import is_out_of_memory, release
 from gradstore.errors import RequestError
 from trainer.backends import Response, derived_seed, end_tokens
 from trainer.backends.decoding import decodes, sample
+
+log = logging.getLogger(__name__)
+
+_Rollout = tuple[int, int, int]
+"""Prompt tokens, problem, number."""
 
 
 class TransformersBackend:
@@ -39,6 +47,8 @@ class TransformersBackend:
         if batch_tokens < 1:
             raise RequestError(f"batch_tokens is {batch_tokens}, expected 1 or more")
         self.model, self.tokenizer, self._batch_tokens = model, tokenizer, batch_tokens
+        self._fitting = batch_tokens
+        """Tokens that there was memory for."""
         text_config = model.config.get_text_config()
         self.context: int | None = getattr(text_config, "max_position_embeddings", None)
         self._end_ids = end_tokens(model.generation_config, tokenizer)
@@ -84,8 +94,8 @@ class TransformersBackend:
         with _eval(self.model):
             if decodes(self.model):
                 for batch in self._batches(rollouts, max_new_tokens):
-                    found = self._decode(batch, prompts, max_new_tokens, temperature, top_p, seed)
-                    for (_, p, j), response in zip(batch, found, strict=True):
+                    decode = partial(self._decode, prompts=prompts, temperature=temperature, top_p=top_p, seed=seed)
+                    for (_, p, j), response in self._decoded(batch, decode, max_new_tokens):
                         responses[p][j] = response
                 return responses
             config = self._generation_config(max_new_tokens, temperature, top_p)
@@ -97,24 +107,50 @@ class TransformersBackend:
                         responses[p][j] = response
         return responses
 
-    def _batches(
-        self, rollouts: list[tuple[int, int, int]], max_new_tokens: int
-    ) -> Iterator[list[tuple[int, int, int]]]:
+    def _batches(self, rollouts: list[_Rollout], max_new_tokens: int) -> Iterator[list[_Rollout]]:
         """Cuts rollouts (prompt tokens, problem, number), sorted by length, where the token budget is full."""
-        batch: list[tuple[int, int, int]] = []
+        batch: list[_Rollout] = []
         for rollout in rollouts:
-            if batch and (rollout[0] + max_new_tokens) * (len(batch) + 1) > self._batch_tokens:
+            if batch and (rollout[0] + max_new_tokens) * (len(batch) + 1) > min(self._batch_tokens, self._fitting):
                 yield batch
                 batch = []
             batch.append(rollout)
         if batch:
             yield batch
 
+    def _decoded(
+        self, batch: list[_Rollout], decode: Callable[[list[_Rollout], int], list[Response]], max_new_tokens: int
+    ) -> Iterator[tuple[_Rollout, Response]]:
+        """Every rollout of a batch with its response; where there is no memory for all of them, half and half."""
+        waiting = [batch]
+        while waiting:
+            part, found = waiting.pop(), None
+            tokens = (part[-1][0] + max_new_tokens) * len(part)
+            try:
+                found = decode(part, max_new_tokens)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+            if found is not None:
+                yield from zip(part, found, strict=True)
+                continue
+            release()  # the error, which held the batch's cache, is gone here
+            if len(part) == 1:
+                raise RequestError(
+                    f"one rollout of {part[0][0]} tokens of prompt and {max_new_tokens} of response does not fit into "
+                    "memory: ask for shorter responses, or use a smaller dtype or a larger machine"
+                )
+            self._fitting = tokens // 2
+            log.warning(
+                "out of memory sampling %d tokens at once: from here on they are %d at most", tokens, self._fitting
+            )
+            waiting += [part[len(part) // 2 :], part[: len(part) // 2]]
+
     def _decode(
         self,
-        batch: list[tuple[int, int, int]],
-        prompts: list[list[int]],
+        batch: list[_Rollout],
         max_new_tokens: int,
+        prompts: list[list[int]],
         temperature: float,
         top_p: float,
         seed: int,

@@ -76,7 +76,8 @@ class Learner:
             betas=settings.betas,
             eps=settings.eps,
             weight_decay=settings.weight_decay,
-        )
+            fused=True if all(weight.is_cuda for weight in self.parameters.values()) else None,
+        )  # a GPU's other ways make a copy of all weights in between
         self.updates = 0
         rule = settings.objective
         if settings.minibatches > 1:
