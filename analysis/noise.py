@@ -17,6 +17,7 @@ from analysis.staleness import LEAST_PROBLEMS, half_life
 from engine.gradients.objectives import Objective
 from engine.probing.batch import ProbeBatch
 from engine.probing.statistics import dot_and_error
+from engine.rollouts.group import differ
 from gradstore import Store
 
 _HALVES = ("id", "step", "even", "odd", "dot", "standard_error", "p_value", "t", "n")
@@ -141,6 +142,6 @@ def stored_probes(
 
 
 def _half(rewards_G: np.ndarray, derivatives_G: np.ndarray, lengths_G: np.ndarray, settings: Objective) -> float:
-    if len(rewards_G) < 2 or rewards_G.max() == rewards_G.min():
+    if not differ(rewards_G):
         return 0.0
     return dot_and_error(rewards_G, derivatives_G, lengths_G, settings)[0]

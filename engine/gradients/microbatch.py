@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.gradients.objectives import Objective, kl_scales, rollout_weights
+from engine.gradients.objectives import Objective, kl_scales, rollout_weights, weight_rounding
 from engine.rollouts.group import Group
 
 _WIDTH = 8
@@ -99,24 +99,21 @@ def rollouts_of(
 ) -> list[Rollout]:
     """The sequences of the groups that carry weight; the others add nothing to any gradient.
 
-    A response sampled more than once is run only once, with the sum of its weights, since a gradient is linear in
-    them; not where weights depend on what another policy gave each. factors_P: multiply each group's gradient, 0 or
-    more.
+    A response sampled more than once carries the sum of its weights once, since a gradient is linear in them; not where
+    ratios to another policy multiply each. A weight that is zero but for rounding is zero, and a group whose equal
+    responses cancel is not run. factors_P: multiply each group's gradient, 0 or more.
     """
-    merge = not (objective.importance or objective.kl_beta)
     rollouts = []
     for problem, group in enumerate(groups):
-        first: dict[bytes, int] = {}
         lengths_G = np.array([len(response) for response in group.responses])
         total_G = rollout_weights(group.rewards, lengths_G, objective)
         scales_G = kl_scales(group.rewards, lengths_G, objective)
+        slack_G = weight_rounding(group.rewards, lengths_G, objective)
+        merged_G = _merged(group, total_G, slack_G, objective)
+        if not objective.importance or not merged_G.any():
+            total_G = merged_G
         if factors_P is not None:
             total_G, scales_G = total_G * factors_P[problem], scales_G * factors_P[problem]
-        for j, response in enumerate(group.responses if merge else ()):
-            original = first.setdefault(response.tobytes(), j)
-            if original != j:
-                total_G[original] += total_G[j]
-                total_G[j] = 0.0
         rollouts += [
             Rollout(
                 problem,
@@ -131,6 +128,26 @@ def rollouts_of(
             for j in np.flatnonzero((total_G != 0) | (scales_G != 0)).tolist()
         ]
     return rollouts
+
+
+def _merged(group: Group, total_G: np.ndarray, slack_G: np.ndarray, objective: Objective) -> np.ndarray:
+    """The weights with those of equal rollouts added to the first of them, and zero where the sum is rounding.
+
+    total_G, slack_G: the rollouts' weights and what of them is rounding. Rollouts are equal when their tokens are and,
+    with importance ratios, what the behaviour policy gave them. Clipping looks at each weight's sign, so that with it
+    those of one sign alone are added.
+    """
+    sums_G, slacks_G = total_G.copy(), slack_G.copy()
+    clipped = (objective.clip_low, objective.clip_high) != (None, None)
+    first: dict[tuple[bytes, bytes, bool], int] = {}
+    for j, response in enumerate(group.responses):
+        behaviour = group.logprobs[j].tobytes() if objective.importance and group.logprobs is not None else b""
+        original = first.setdefault((response.tobytes(), behaviour, clipped and total_G[j] > 0), j)
+        if original != j:
+            sums_G[original] += sums_G[j]
+            slacks_G[original] += slacks_G[j]
+            sums_G[j] = 0.0
+    return np.where(np.abs(sums_G) <= slacks_G, 0.0, sums_G)
 
 
 def pays_to_share(rollouts: Sequence[Rollout], saving: float = 0.15) -> bool:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 
+from engine.rollouts.group import ROUNDING, differ
 from gradstore.errors import RequestError
 
 if TYPE_CHECKING:
@@ -79,19 +80,25 @@ def objective(preset: str, **changes: object) -> Objective:
 
 
 def advantages(rewards_G: np.ndarray, kind: Advantage) -> np.ndarray:
-    """Advantages of a group, float64 [G]; all zero when the rewards are equal or there is one rollout.
+    """Advantages of a group, float64 [G]; all zero when the rewards are equal but for rounding, or there is one rollout.
 
     mean: Dr. GRPO (arXiv 2503.20783). mean_std: GRPO (arXiv 2402.03300), sample deviation (n - 1) plus 1e-6 as in
     verl. rloo: arXiv 2402.14740, the same as mean x G / (G - 1).
     """
     centred_G = rewards_G - rewards_G.mean()
-    if len(rewards_G) == 1 or rewards_G.max() == rewards_G.min():
+    if not differ(rewards_G):
         return np.zeros_like(centred_G)
+    centred_G[np.abs(centred_G) <= ROUNDING * np.abs(rewards_G).max()] = 0.0
+    return _scaled(centred_G, rewards_G, kind)
+
+
+def _scaled(values_G: np.ndarray, rewards_G: np.ndarray, kind: Advantage) -> np.ndarray:
+    """Differences of rewards from their mean as advantages of a kind."""
     if kind == "mean_std":
-        return centred_G / (rewards_G.std(ddof=1) + 1e-6)
+        return values_G / (rewards_G.std(ddof=1) + 1e-6)
     if kind == "rloo":
-        return centred_G * (len(rewards_G) / (len(rewards_G) - 1))
-    return centred_G
+        return values_G * (len(rewards_G) / (len(rewards_G) - 1))
+    return values_G
 
 
 def rollout_weights(rewards_G: np.ndarray, lengths_G: np.ndarray, objective: Objective) -> np.ndarray:
@@ -103,12 +110,20 @@ def rollout_weights(rewards_G: np.ndarray, lengths_G: np.ndarray, objective: Obj
     return _shared_out(advantages(rewards_G, objective.advantage), lengths_G, objective.aggregation)
 
 
+def weight_rounding(rewards_G: np.ndarray, lengths_G: np.ndarray, objective: Objective) -> np.ndarray:
+    """Largest size of each of `rollout_weights` that is rounding of the rewards alone, float64 [G]."""
+    if not differ(rewards_G):
+        return np.zeros(len(rewards_G))
+    slack_G = np.full(len(rewards_G), ROUNDING * np.abs(rewards_G).max())
+    return _shared_out(_scaled(slack_G, rewards_G, objective.advantage), lengths_G, objective.aggregation)
+
+
 def kl_scales(rewards_G: np.ndarray, lengths_G: np.ndarray, objective: Objective) -> np.ndarray:
     """What the KL term of each rollout's tokens is multiplied by, float64 [G]: beta times the aggregation's weight.
 
     Zero where all rewards are equal: LearnAlign weighs such problems by p (1 - p) = 0, and they are never run.
     """
-    betas_G = np.full(len(rewards_G), objective.kl_beta if rewards_G.max() > rewards_G.min() else 0.0)
+    betas_G = np.full(len(rewards_G), objective.kl_beta if differ(rewards_G) else 0.0)
     return _shared_out(betas_G, lengths_G, objective.aggregation)
 
 

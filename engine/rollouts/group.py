@@ -7,6 +7,9 @@ import numpy as np
 
 from gradstore.errors import RequestError
 
+ROUNDING = 1e-12
+"""Size, relative to what was added up in float64, from which a number counts as more than rounding."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Group:
@@ -61,13 +64,18 @@ class Group:
 
     @property
     def has_signal(self) -> bool:
-        """False when all rewards are equal: every advantage, and so the gradient, is zero."""
-        return bool(self.rewards.max() > self.rewards.min())
+        """False when all rewards are equal but for rounding: every advantage, and so the gradient, is zero."""
+        return differ(self.rewards)
 
     @property
     def n_tokens(self) -> int:
         """Tokens of the longest sequence, prompt and response together: the width of the group when padded."""
         return len(self.prompt_ids) + max(len(response) for response in self.responses)
+
+
+def differ(rewards_G: np.ndarray) -> bool:
+    """Whether float64 rewards differ by more than rounding does, such as 0.1 + 0.2 from 0.3; whatever their scale."""
+    return bool(np.ptp(rewards_G) > ROUNDING * np.abs(rewards_G).max())
 
 
 def joined(groups: Sequence[Group]) -> Group:
