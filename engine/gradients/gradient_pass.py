@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from engine.gradients.adapters import check_adapters
 from engine.gradients.directions import in_step
 from engine.gradients.hooks import Mutable, Observer, observed
 from engine.gradients.layers import Layer, find_layers, output_layer
@@ -33,6 +34,7 @@ class GradientPass:
     def __init__(self, model: nn.Module, spec: "SketchSpec") -> None:
         self.model = model
         self.spec = spec
+        check_adapters(model)
         self.policy = Policy(model)
         self.budget = TokenBudget(model, spec.token_budget)
         self.layers = [output_layer(model)] if spec.head_only else find_layers(model, spec.modules)

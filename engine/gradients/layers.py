@@ -10,10 +10,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers.pytorch_utils import Conv1D
 
+from engine.gradients.adapters import active_adapters, active_copy, is_idle, is_trained
 from engine.gradients.experts import PRODUCTS, is_dispatched
 from gradstore.errors import RequestError
-
-_LORA = re.compile(r"\.lora_[AB]\.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,14 +82,16 @@ class Layer:
 def find_layers(model: nn.Module, patterns: Sequence[str] | None = None) -> list[Layer]:
     """The linear layers to sketch, in the model's order.
 
-    Without patterns: the LoRA matrices of the active adapters where the model has any, else every linear layer
-    including the output layer, routers and fused experts. With patterns: the layers whose name one of the regular
-    expressions finds. RequestError when nothing is left, and for adapters of parameters that are not fused experts.
+    Without patterns: what trains of the active adapters where the model has any (LoRA matrices, and the layers that
+    `modules_to_save` trains beside them), else every linear layer including the output layer, routers and fused
+    experts. With patterns: the layers whose name one of the regular expressions finds. RequestError when nothing is
+    left, and for adapters of parameters that are not fused experts.
     """
-    adapted = _adapted_experts(model)
+    active, adapted = active_adapters(model), _adapted_experts(model)
     layers = [
         replace(layer, slots=adapted.get(id(layer.module), layer.slots))
         for name, module in model.named_modules()
+        if not is_idle(name, active)
         for layer in _layers_of(name, module)
     ]
     if patterns:
@@ -98,17 +99,15 @@ def find_layers(model: nn.Module, patterns: Sequence[str] | None = None) -> list
         if not layers:
             raise RequestError(f"no linear layer of the model matches {', '.join(patterns)}")
         return layers
-    active = _active_adapters(model)
-    adapters = [layer for layer in layers if _LORA.search(layer.name) and layer.name.rsplit(".", 1)[-1] in active]
     if not layers:
         raise RequestError("the model has no nn.Linear or Conv1D layer to sketch")
-    return adapters or layers
+    return [layer for layer in layers if is_trained(layer.name, active)] or layers
 
 
 def output_layer(model: nn.Module) -> Layer:
     """The layer that gives the logits; RequestError when it is not a linear layer of its own."""
     base = cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
-    head = cast(Any, base).get_output_embeddings()
+    head = active_copy(cast(Any, base).get_output_embeddings(), active_adapters(model))
     for name, module in model.named_modules():
         if module is head and (layer := _as_layer(name, module)):
             return layer
@@ -135,24 +134,6 @@ def model_identity(model: nn.Module) -> dict:
         "architecture": (type(base).__bases__[-1] if isinstance(base, FSDPModule) else type(base)).__name__,
         "parameters": hashlib.sha256(shapes.encode()).hexdigest()[:16],
     }
-
-
-def adapter_identity(model: nn.Module) -> dict | None:
-    """Kind, rank and scaling of each active PEFT adapter; None without adapters."""
-    configs = cast(Any, model).peft_config if _active_adapters(model) else {}
-    active = {
-        name: {"kind": str(configs[name].peft_type.value), "rank": configs[name].r, "alpha": configs[name].lora_alpha}
-        for name in _active_adapters(model)
-    }
-    return active or None
-
-
-def _active_adapters(model: nn.Module) -> list[str]:
-    """Names of the adapters in use: a property of PEFT's models, a method of transformers' own."""
-    if not getattr(model, "peft_config", None):
-        return []
-    active = cast(Any, model).active_adapters
-    return list(active() if callable(active) else active)
 
 
 def _layers_of(name: str, module: nn.Module) -> list[Layer]:

@@ -1,14 +1,21 @@
 """Load a model, its tokenizer and an adapter, with one clear line for what is missing or broken."""
 
 import hashlib
+import re
 import sys
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from engine.gradients.adapters import check_adapters
 from gradstore.errors import RequestError
+
+_BUFFERS = re.compile(r"(^|\.)(attn\.bias|attention\.bias|masked_bias|inv_freq|position_ids|(cos|sin)_cached)$")
+"""Masks and tables that old checkpoints keep and models compute: no weights."""
+_ADAPTER = "the adapter's configuration"
 
 
 def load_model(
@@ -21,7 +28,9 @@ def load_model(
 
     path: a folder or a hub name. adapter: a PEFT checkpoint to load on it. device: default a GPU where there is one.
     dtype: "auto", the checkpoint's; default float32 on CPU and bfloat16 on a GPU.
-    RequestError when there is no such model or adapter, or when a weight is not finite.
+    RequestError when there is no such model or adapter; when the checkpoint lacks a weight of the model, or has one
+    that the model does not (tied weights, and what the architecture says it ignores, apart); for an adapter that
+    cannot be sketched; when a weight is not finite.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -31,9 +40,10 @@ def load_model(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or (torch.float32 if device == "cpu" else torch.bfloat16)
     try:
-        model = AutoModelForCausalLM.from_pretrained(str(path), dtype=dtype)
-    except (OSError, ValueError) as error:
+        model, loaded = AutoModelForCausalLM.from_pretrained(str(path), dtype=dtype, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError) as error:
         raise RequestError(f"{path}: not a causal language model that can be loaded: {_first_line(error)}") from error
+    _check_keys(path, type(model).__name__, loaded["missing_keys"], loaded["unexpected_keys"])
     if adapter is not None:
         model = _with_adapter(model, adapter)
     for name, parameter in model.named_parameters():
@@ -81,13 +91,41 @@ def weights_digest(model: nn.Module) -> str:
 
 def _with_adapter(model: nn.Module, adapter: str | Path) -> nn.Module:
     try:
-        from peft import PeftModel
+        from peft import PeftModel, get_peft_model_state_dict
+        from peft.utils import load_peft_weights
     except ImportError:
         raise RequestError("loading an adapter needs PEFT: pip install peft") from None
     try:
-        return PeftModel.from_pretrained(model, str(adapter))
-    except (OSError, ValueError) as error:
+        adapted = PeftModel.from_pretrained(model, str(adapter))
+        check_adapters(adapted)
+        loaded = adapted.load_adapter(str(adapter), "default")  # again, for what it says of the keys
+        saved = load_peft_weights(str(adapter), device="cpu")
+    except (OSError, ValueError, RuntimeError, TypeError) as error:
         raise RequestError(f"{adapter}: not a PEFT adapter that can be loaded: {_first_line(error)}") from error
+    except KeyError as error:  # PEFT looks up the copies of `modules_to_save` without asking
+        _check_keys(adapter, _ADAPTER, [str(error.args[0])], [])
+        raise
+    copies = {key for key in get_peft_model_state_dict(adapted, save_embedding_layers=False) if "lora_" not in key}
+    missing = {*loaded.missing_keys, *(copies - set(saved))}
+    _check_keys(adapter, _ADAPTER, missing, loaded.unexpected_keys)
+    return adapted
+
+
+def _check_keys(path: str | Path, model: str, missing: Collection[str], unexpected: Collection[str]) -> None:
+    """RequestError naming weights that the checkpoint lacks, which would be random, or that the model lacks."""
+    unexpected = [key for key in unexpected if not _BUFFERS.search(key)]
+    for keys, fault in (
+        (missing, f"{model} has, so that they would be random: save the whole model, or name its folder"),
+        (unexpected, f"{model} does not have: it is a checkpoint of another kind of model"),
+    ):
+        if keys:
+            verb = "lacks" if keys is missing else "has"
+            raise RequestError(f"{path}: the checkpoint {verb} weights that {fault}: {_some(sorted(keys))}")
+
+
+def _some(names: Sequence[str], most: int = 6) -> str:
+    left = len(names) - most
+    return ", ".join(names[:most]) + (f" and {left} more" if left > 0 else "")
 
 
 def _first_line(error: Exception) -> str:

@@ -80,7 +80,7 @@ def objective(preset: str, **changes: object) -> Objective:
 
 
 def advantages(rewards_G: np.ndarray, kind: Advantage) -> np.ndarray:
-    """Advantages of a group, float64 [G]; all zero when the rewards are equal but for rounding, or there is one rollout.
+    """Advantages of a group, float64 [G]; all zero when the rewards are equal but for rounding.
 
     mean: Dr. GRPO (arXiv 2503.20783). mean_std: GRPO (arXiv 2402.03300), sample deviation (n - 1) plus 1e-6 as in
     verl. rloo: arXiv 2402.14740, the same as mean x G / (G - 1).

@@ -16,10 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from engine.gradients.adapters import adapter_identity
 from engine.gradients.formed import problem_gradients
 from engine.gradients.gradient_pass import EffectiveSampleSize, GradientPass
 from engine.gradients.hooks import Observer
-from engine.gradients.layers import Layer, adapter_identity, model_identity
+from engine.gradients.layers import Layer, model_identity
 from engine.gradients.objectives import Objective, objective
 from engine.gradients.optimizer_direction import OptimizerDirection
 from engine.rollouts.group import Group
