@@ -4,7 +4,7 @@ PYTHON ?= python3
 PY := .venv/bin/python
 READY := .venv/.installed
 
-.PHONY: install browser demo test test-verl test-verl-vllm lint types bench study clean
+.PHONY: install browser demo test test-newest test-verl test-verl-vllm lint types bench study clean
 
 install: $(READY)
 
@@ -33,7 +33,22 @@ types: install
 
 test: lint types browser
 	$(PY) -m pytest -n 2 --dist worksteal -m "not verl"
+	$(MAKE) test-newest
 	$(MAKE) test-verl
+
+# Engine and rollouts on the newest transformers, which verl does not take yet.
+NEWEST := .venv-newest
+ON_NEWEST := $(addprefix tests/engine/test_,sketcher.py exact.py probe.py fitting.py grouped_attention.py models.py \
+  optimizer_direction.py budget.py planning.py) tests/trainer/test_rollout_transformers.py tests/trainer/test_rollout.py
+
+$(NEWEST)/.installed: pyproject.toml constraints-newest.txt gradstore/_encode.c engine/searching/_products.c
+	test -x $(NEWEST)/bin/python || $(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/python -m pip install --quiet -c constraints-newest.txt torch==2.13.0
+	$(NEWEST)/bin/python -m pip install --quiet -c constraints-newest.txt -e ".[cpu,lora]" $(WITH_TESTS) pytest-xdist hypothesis
+	touch $@
+
+test-newest: $(NEWEST)/.installed
+	$(NEWEST)/bin/python -m pytest -n 2 --dist worksteal -m "not slow and not verl" $(ON_NEWEST)
 
 # verl wants older releases of some packages than the rest needs: it has an environment of its own, and so has verl with
 # vLLM for processors. torch is pinned in every line, or pip would fetch its CUDA build.
@@ -76,4 +91,4 @@ study: install
 STUDY_SHORT := .study-short
 
 clean:
-	rm -rf .venv .study-short .venv-verl .venv-verl-vllm build *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv .study-short .venv-newest .venv-verl .venv-verl-vllm build *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -35,23 +35,30 @@ def micro_batch_tokens(model: nn.Module, *, inputs_kept: bool = False) -> int:
     inputs_kept: the layers' inputs are kept too, for weight gradients. On a CPU it is a function of the model alone, so
     that a run that is resumed cuts the same micro-batches; on a GPU it is a power of two, for the same reason.
     """
-    device = next(model.parameters()).device
-    taken = activation_bytes(model, inputs_kept=inputs_kept)
-    if device.type == "cuda":
-        tokens = _allowance(model) // taken
-        return max(LEAST, min(MOST_ON_GPU, 1 << max(tokens, 1).bit_length() - 1))
-    return max(LEAST, min(MOST_ON_CPU, _allowance(model) // taken // 128 * 128))
+    on_gpu = next(model.parameters()).device.type == "cuda"
+    return tokens_within(_allowance(model), activation_bytes(model, inputs_kept=inputs_kept), on_gpu=on_gpu)
+
+
+def tokens_within(allowance: int, taken: int, *, on_gpu: bool) -> int:
+    """Tokens of a micro-batch that take so many bytes each, and may take the allowance together."""
+    if on_gpu:
+        return max(LEAST, min(MOST_ON_GPU, 1 << max(allowance // taken, 1).bit_length() - 1))
+    return max(LEAST, min(MOST_ON_CPU, allowance // taken // 128 * 128))
 
 
 def sampled_tokens(model: nn.Module) -> int:
     """Tokens, prompts and responses together, of rollouts that are sampled at once: as many as their keys and values
     leave room for, at most MOST_SAMPLED. The whole is held at the end of the longest."""
+    return max(LEAST, min(MOST_SAMPLED, _allowance(model) // key_value_bytes(model)))
+
+
+def key_value_bytes(model: nn.Module) -> int:
+    """Bytes of one token's keys and values in all blocks."""
     config = cast(Any, getattr(model, "config", None))
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     heads = getattr(text, "num_key_value_heads", None) or getattr(text, "num_attention_heads", 1)
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    taken = 2 * text.num_hidden_layers * heads * width * next(model.parameters()).itemsize
-    return max(LEAST, min(MOST_SAMPLED, _allowance(model) // taken))
+    return 2 * text.num_hidden_layers * heads * width * next(model.parameters()).itemsize
 
 
 def activation_bytes(model: nn.Module, *, inputs_kept: bool = False) -> int:
@@ -76,7 +83,7 @@ def formed_bytes(model: nn.Module) -> int:
     """Bytes of whole gradients that are held at once: half of what the weights take on a CPU, a part of what is free
     on a GPU."""
     device = next(model.parameters()).device
-    return int(_FORMED * free_bytes(device)) if device.type == "cuda" else max(_LEAST_FORMED, _weight_bytes(model) // 2)
+    return formed_within(_weight_bytes(model), free_bytes(device) if device.type == "cuda" else None)
 
 
 def _weight_bytes(model: nn.Module) -> int:
@@ -86,9 +93,17 @@ def _weight_bytes(model: nn.Module) -> int:
 def _allowance(model: nn.Module) -> int:
     """Bytes that may be taken beside weights and optimizer."""
     device = next(model.parameters()).device
-    if device.type == "cuda":
-        return int(_ON_GPU * free_bytes(device))
-    return max(_LEAST_ON_CPU, int(_OF_WEIGHTS * _weight_bytes(model)))
+    return allowance(_weight_bytes(model), free_bytes(device) if device.type == "cuda" else None)
+
+
+def allowance(weight_bytes: int, free_on_gpu: int | None) -> int:
+    """Bytes that activations may take: a share of what a GPU has left, on a CPU (None) a matter of the weights."""
+    return max(_LEAST_ON_CPU, int(_OF_WEIGHTS * weight_bytes)) if free_on_gpu is None else int(_ON_GPU * free_on_gpu)
+
+
+def formed_within(weight_bytes: int, free_on_gpu: int | None) -> int:
+    """Bytes of whole gradients that may be held at once."""
+    return max(_LEAST_FORMED, weight_bytes // 2) if free_on_gpu is None else int(_FORMED * free_on_gpu)
 
 
 def free_bytes(device: torch.device) -> int:

@@ -41,6 +41,8 @@ T = TypeVar("T")
 _Sides = tuple[np.ndarray | None, np.ndarray | None]
 _LEFT, _RIGHT = 0, 1
 
+PASSES = 5
+"""Passes over the sample."""
 _BESIDE = 4
 """Fitted directions of a side for each random one."""
 _WINDOW = 8

@@ -1,0 +1,191 @@
+"""A model's shape from its configuration, without its weights: what every cost is computed from.
+
+The model is built on the `meta` device, where a parameter has a shape and no bytes, and the layers that are counted are
+those that `find_layers` gives a sketch. A configuration is a folder, a config.json, or one of the names below, whose
+values are those of the published config.json files.
+
+Dimension letters: O and I a layer's outputs and inputs.
+"""
+
+import json
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from engine.gradients.budget import activation_bytes, key_value_bytes
+from engine.gradients.layers import find_layers, head_of, linear_outputs
+from gradstore.errors import RequestError
+
+
+def _qwen(kind: str, layers: int, hidden: int, between: int, heads: int, groups: int, tied: bool, **more: Any) -> dict:
+    """Qwen2, Qwen3 and Llama write their shapes alike."""
+    return {
+        "model_type": kind,
+        "num_hidden_layers": layers,
+        "hidden_size": hidden,
+        "intermediate_size": between,
+        "num_attention_heads": heads,
+        "num_key_value_heads": groups,
+        "tie_word_embeddings": tied,
+        "vocab_size": 151_936,
+        "max_position_embeddings": 32_768,
+        **more,
+    }
+
+
+_QWEN3 = {"head_dim": 128, "max_position_embeddings": 40_960}
+_SMOL = {"vocab_size": 49_152, "max_position_embeddings": 8192}
+_LLAMA3 = {"vocab_size": 128_256, "max_position_embeddings": 131_072}
+_EXPERTS = {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768}
+
+KNOWN: dict[str, dict] = {
+    "Qwen2.5-0.5B": _qwen("qwen2", 24, 896, 4864, 14, 2, True),
+    "Qwen2.5-1.5B": _qwen("qwen2", 28, 1536, 8960, 12, 2, True),
+    "Qwen2.5-3B": _qwen("qwen2", 36, 2048, 11_008, 16, 2, True),
+    "Qwen2.5-7B": _qwen("qwen2", 28, 3584, 18_944, 28, 4, False, vocab_size=152_064),
+    "Qwen2.5-14B": _qwen("qwen2", 48, 5120, 13_824, 40, 8, False, vocab_size=152_064),
+    "Qwen2.5-32B": _qwen("qwen2", 64, 5120, 27_648, 40, 8, False, vocab_size=152_064),
+    "Qwen3-0.6B": _qwen("qwen3", 28, 1024, 3072, 16, 8, True, **_QWEN3),
+    "Qwen3-1.7B": _qwen("qwen3", 28, 2048, 6144, 16, 8, True, **_QWEN3),
+    "Qwen3-4B": _qwen("qwen3", 36, 2560, 9728, 32, 8, True, **_QWEN3),
+    "Qwen3-8B": _qwen("qwen3", 36, 4096, 12_288, 32, 8, False, **_QWEN3),
+    "Qwen3-14B": _qwen("qwen3", 40, 5120, 17_408, 40, 8, False, **_QWEN3),
+    "Qwen3-32B": _qwen("qwen3", 64, 5120, 25_600, 64, 8, False, **_QWEN3),
+    "Qwen3-30B-A3B": _qwen("qwen3_moe", 48, 2048, 6144, 32, 4, False, **_QWEN3, **_EXPERTS),
+    "Llama-3.2-1B": _qwen("llama", 16, 2048, 8192, 32, 8, True, head_dim=64, **_LLAMA3),
+    "Llama-3.2-3B": _qwen("llama", 28, 3072, 8192, 24, 8, True, head_dim=128, **_LLAMA3),
+    "Llama-3.1-8B": _qwen("llama", 32, 4096, 14_336, 32, 8, False, **_LLAMA3),
+    "SmolLM2-135M": _qwen("llama", 30, 576, 1536, 9, 3, True, **_SMOL),
+    "SmolLM2-360M": _qwen("llama", 32, 960, 2560, 15, 5, True, **_SMOL),
+    "SmolLM2-1.7B": _qwen("llama", 24, 2048, 8192, 32, 32, True, **_SMOL),
+}
+"""Configurations by the last part of the hub's name; `-Base`, `-Instruct` and the like have the same shape."""
+
+_VARIANTS = ("-Instruct", "-Base", "-Math", "-Coder", "-it")
+
+
+@dataclass(frozen=True, slots=True)
+class SketchedLayer:
+    """One layer that a sketch sees."""
+
+    n_outputs: int
+    n_inputs: int
+    uses: float = 1.0
+    """How often a token goes through a matrix of it: 1, or the experts that are chosen for a token."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """What costs depend on."""
+
+    name: str
+    n_parameters: int
+    body_weights: int
+    """Entries of the linear layers that a token is multiplied with, the output layer left out."""
+    head_weights: int
+    """Entries of the output layer."""
+    layers: tuple[SketchedLayer, ...]
+    """The layers that are sketched, the output layer among them where it is."""
+    n_blocks: int
+    """Transformer blocks."""
+    attention_width: int
+    """Heads times their width, in one block."""
+    vocabulary: int
+    hidden: int
+    itemsize: int
+    """Bytes of a weight."""
+    kept_bytes: int
+    """Bytes that autograd keeps of a token where weights are frozen."""
+    kept_bytes_with_inputs: int
+    """The same where the layers' inputs are kept too, as weight gradients need."""
+    key_value_bytes: int
+    """Bytes of a token's keys and values in all blocks."""
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weights."""
+        return self.n_parameters * self.itemsize
+
+
+def shape_of(name: str, *, dtype: torch.dtype = torch.bfloat16) -> ModelShape:
+    """The shape of a model given by a folder, a config.json or a known name; no weight is read.
+
+    RequestError for a name that is none of these, and for a configuration that is of no causal language model.
+    """
+    return measured_shape(_on_meta(name, dtype), name)
+
+
+def measured_shape(model: nn.Module, name: str) -> ModelShape:
+    """The shape of a model, on any device."""
+    config = cast(Any, model).config
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    chosen = getattr(text, "num_experts_per_tok", None) or 1
+    head = head_of(model)
+    head_weights = 0 if head is None else cast(nn.Parameter, head.weight).numel()
+    body = sum(
+        cast(nn.Parameter, module.weight).numel()
+        for module in model.modules()
+        if module is not head and linear_outputs(module)
+    )
+    body += chosen * sum(prod(parameter.shape[1:]) for parameter in model.parameters() if parameter.ndim == 3)
+    layers = tuple(
+        SketchedLayer(layer.n_outputs, layer.n_inputs, float(chosen) if layer.weight.ndim == 3 else 1.0)
+        for layer in find_layers(model)
+    )
+    heads = text.num_attention_heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // heads
+    return ModelShape(
+        name,
+        sum(parameter.numel() for parameter in model.parameters()),
+        body,
+        head_weights,
+        layers,
+        text.num_hidden_layers,
+        heads * width,
+        text.vocab_size,
+        text.hidden_size,
+        next(model.parameters()).itemsize,
+        activation_bytes(model),
+        activation_bytes(model, inputs_kept=True),
+        key_value_bytes(model),
+    )
+
+
+def _on_meta(name: str, dtype: torch.dtype) -> nn.Module:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    settings = _settings(name)
+    try:
+        config = AutoConfig.for_model(**settings)
+        with torch.device("meta"):
+            model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise RequestError(f"{name}: not the configuration of a causal language model: {first}") from None
+    return model.eval()
+
+
+def _settings(name: str) -> dict:
+    path = Path(name)
+    file = path / "config.json" if path.is_dir() else path
+    if file.is_file():
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise RequestError(f"{file}: not JSON: {error}") from None
+        if not isinstance(found, dict) or "model_type" not in found:
+            raise RequestError(f"{file}: expected a model's configuration with its `model_type`")
+        return found
+    last = name.rsplit("/", 1)[-1]
+    for variant in _VARIANTS:
+        last = last.replace(variant, "")
+    if last not in KNOWN:
+        raise RequestError(
+            f"{name}: neither a model's folder, nor a config.json, nor a known shape: give one of the first two, or "
+            f"one of {', '.join(KNOWN)}"
+        )
+    return dict(KNOWN[last])
