@@ -102,14 +102,14 @@ def forming(shape: ModelShape, load: Workload, n_tokens: int, device: Hardware) 
 
 def formed_block(shape: ModelShape, device: Hardware) -> int:
     """Bytes of the block of layers that is formed at once; at least the largest layer."""
-    sizes = [FLOAT32 * layer.n_inputs * layer.n_outputs for layer in shape.layers]
+    sizes = [FLOAT32 * layer.n_weights for layer in shape.layers]
     free = max(0, device.memory - shape.weight_bytes) if device.is_gpu else None
     return min(sum(sizes), max(formed_within(shape.weight_bytes, free), max(sizes)))
 
 
 def formed_blocks(shape: ModelShape, device: Hardware) -> int:
     """Times that the rollouts are run for exact gradients: once for each block of layers."""
-    return -(-sum(FLOAT32 * layer.n_inputs * layer.n_outputs for layer in shape.layers) // formed_block(shape, device))
+    return -(-sum(FLOAT32 * layer.n_weights for layer in shape.layers) // formed_block(shape, device))
 
 
 def probing(shape: ModelShape, load: Workload, device: Hardware, *, in_place: bool) -> int:

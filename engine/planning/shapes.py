@@ -76,6 +76,13 @@ class SketchedLayer:
     n_inputs: int
     uses: float = 1.0
     """How often a token goes through a matrix of it: 1, or the experts that are chosen for a token."""
+    n_matrices: int = 1
+    """1, or the experts of a fused weight."""
+
+    @property
+    def n_weights(self) -> int:
+        """Entries of its weight."""
+        return self.n_matrices * self.n_outputs * self.n_inputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +140,7 @@ def measured_shape(model: nn.Module, name: str) -> ModelShape:
     )
     body += chosen * sum(prod(parameter.shape[1:]) for parameter in model.parameters() if parameter.ndim == 3)
     layers = tuple(
-        SketchedLayer(layer.n_outputs, layer.n_inputs, float(chosen) if layer.weight.ndim == 3 else 1.0)
+        SketchedLayer(layer.n_outputs, layer.n_inputs, float(chosen if layer.n_experts else 1), layer.n_experts or 1)
         for layer in find_layers(model)
     )
     heads = text.num_attention_heads
