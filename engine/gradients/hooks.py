@@ -104,13 +104,16 @@ class Observation:
             self._watch(number, inputs[0].detach(), output)
 
     def _inside(self, number: int, forward: Callable[..., Any], *args: Any, **named: Any) -> Any:
-        """The forward of a module that uses its weight directly."""
+        """A forward of the module's own that uses its weight."""
         if not self._on:
             return forward(*args, **named)
         with _LinearOf(self._layers[number].weight, partial(self._watch, number)) as calls:
             found = forward(*args, **named)
         if not calls.n:
             layer = self._layers[number]
+            if isinstance(layer.module, nn.Linear) and isinstance(found, Tensor):  # another kernel: quantised weights
+                self._watch(number, args[0].detach(), found)
+                return found
             raise RequestError(
                 f"{layer.name} ({type(layer.module).__name__}) does not use its weight in a linear product, so that "
                 f"its gradient cannot be seen; {_left_out(layer.name)}"

@@ -49,7 +49,7 @@ class Layer:
     is_transposed: bool = False
     """Whether W is stored as [I, O]."""
     is_called: bool = True
-    """Whether a call of the module is the product; False for a weight that its module uses directly."""
+    """Whether a call of the module is the product; False where a forward of its own uses the weight."""
     slots: Slots | None = None
     """Where it is seen, if not in a call of its module."""
 
@@ -101,7 +101,10 @@ def find_layers(model: nn.Module, patterns: Sequence[str] | None = None) -> list
         return layers
     if not layers:
         raise RequestError("the model has no nn.Linear or Conv1D layer to sketch")
-    return [layer for layer in layers if is_trained(layer.name, active)] or layers
+    trained = [layer for layer in layers if is_trained(layer.name, active)]
+    if not trained:
+        _check_experts(model)
+    return trained or layers
 
 
 def output_layer(model: nn.Module) -> Layer:
@@ -148,7 +151,8 @@ def _as_layer(name: str, module: nn.Module) -> Layer | None:
         n_inputs, n_outputs = module.weight.shape
         return Layer(name, module, n_outputs, n_inputs, is_transposed=True)
     if isinstance(module, nn.Linear):
-        return Layer(name, module, module.out_features, module.in_features)
+        is_plain = type(module).forward is nn.Linear.forward  # a router may be a Linear that returns more than logits
+        return Layer(name, module, module.out_features, module.in_features, is_called=is_plain)
     weight = module._parameters.get("weight")
     if weight is not None and weight.ndim == 2 and not isinstance(module, nn.Embedding | nn.EmbeddingBag):
         return Layer(name, module, weight.shape[0], weight.shape[1], is_called=False)
@@ -188,3 +192,14 @@ def _adapted_experts(model: nn.Module) -> dict[int, Slots]:
             found[id(a)] = Slots(experts, product, wrapper.num_experts, "A", b, scaling)
             found[id(b)] = Slots(experts, product, wrapper.num_experts, "B", a, scaling)
     return found
+
+
+def _check_experts(model: nn.Module) -> None:
+    """RequestError for experts whose products cannot be seen (Llama 4, Granite, JetMoE, DBRX)."""
+    for name, module in model.named_modules():
+        kind, fused = type(module).__name__, [p for p in module.parameters(recurse=False) if p.ndim > 1]
+        if fused and "expert" in kind.lower() and not is_dispatched(module) and not isinstance(module, nn.Linear):
+            raise RequestError(
+                f"{name} ({kind}) holds weights of several experts and is not run by transformers' experts interface, "
+                "so that their gradients cannot be seen; sketch the other layers alone with `modules` (--modules) '.'"
+            )

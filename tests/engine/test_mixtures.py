@@ -285,6 +285,23 @@ def test_layers_without_the_batch_dimension_are_given_it_back() -> None:
         assert _largest_error(Sketcher(model, SketchSpec(rank=4, modules=modules)), _groups(3)) < 1e-4
 
 
+def _llama4() -> nn.Module:
+    torch.manual_seed(3)
+    sizes = {**_SHARED, "num_experts_per_tok": 1, "intermediate_size": 24, "intermediate_size_mlp": 24, "head_dim": 8}
+    return hf.Llama4ForCausalLM(hf.Llama4TextConfig(**sizes, num_local_experts=4)).eval()
+
+
+def test_experts_that_no_interface_runs_are_refused_by_name() -> None:
+    with pytest.raises(RequestError, match=r"feed_forward.experts \(Llama4TextExperts\) holds weights of several"):
+        Sketcher(_llama4(), SketchSpec(rank=4))
+
+
+def test_a_router_that_is_a_linear_layer_and_returns_more_than_logits_is_seen() -> None:
+    sketcher = Sketcher(_llama4(), SketchSpec(rank=4, modules=("router", "q_proj"), share_prompts=False))
+    assert sum("router" in layer.name for layer in sketcher.gradients.layers) == 2
+    assert _largest_error(sketcher, _groups(3)) < 1e-4
+
+
 class _Pooled(nn.Module):
     """Mixes neighbouring tokens before a linear layer: rows are no longer those of tokens."""
 
