@@ -49,7 +49,9 @@ def tokens_within(allowance: int, taken: int, *, on_gpu: bool) -> int:
 def sampled_tokens(model: nn.Module) -> int:
     """Tokens, prompts and responses together, of rollouts that are sampled at once: as many as their keys and values
     leave room for, at most MOST_SAMPLED. The whole is held at the end of the longest."""
-    return max(LEAST, min(MOST_SAMPLED, _allowance(model) // key_value_bytes(model)))
+    tokens = max(LEAST, min(MOST_SAMPLED, _allowance(model) // key_value_bytes(model)))
+    # a power of two on a GPU: what is free there differs a little from run to run, and a resumed run needs the same
+    return 1 << tokens.bit_length() - 1 if next(model.parameters()).device.type == "cuda" else tokens
 
 
 def key_value_bytes(model: nn.Module) -> int:
@@ -57,7 +59,7 @@ def key_value_bytes(model: nn.Module) -> int:
     config = cast(Any, getattr(model, "config", None))
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     heads = getattr(text, "num_key_value_heads", None) or getattr(text, "num_attention_heads", 1)
-    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // getattr(text, "num_attention_heads", 1)
     return 2 * text.num_hidden_layers * heads * width * next(model.parameters()).itemsize
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from engine.gradients.budget import sampled_tokens
 from gradstore import RequestError
 from trainer.backends import Response, decoding, hugging_face, load_backend
 from trainer.backends.hugging_face import TransformersBackend, weights_digest
@@ -127,10 +128,51 @@ def test_probabilities_a_part_of_the_rows_at_a_time(monkeypatch: Any, temperatur
     logits_UV = 3 * torch.randn(23, 50, generator=generator)
     row_R = torch.randint(0, 23, (200,), generator=generator).sort().values
     draw_R = torch.rand(200, generator=generator, dtype=torch.float64)
-    whole = decoding._chosen(logits_UV, row_R, draw_R, temperature, top_p)
+    whole = decoding.chosen(logits_UV, row_R, draw_R, temperature, top_p)
     for entries in (1, 150, 999):
         monkeypatch.setattr(decoding, "_ENTRIES", entries)
-        assert torch.equal(decoding._chosen(logits_UV, row_R, draw_R, temperature, top_p), whole)
+        for found, expected in zip(decoding.chosen(logits_UV, row_R, draw_R, temperature, top_p), whole, strict=True):
+            assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("n_vocabulary", [1, 2, 7, 64, 100, 1000, 4099])
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.5, 1.0), (1.3, 0.7), (0.0, 1.0)])
+def test_tokens_are_where_the_cumulative_distribution_says(n_vocabulary: int, temperature: float, top_p: float) -> None:
+    """Against one sum after the other in float64, token by token; with impossible tokens, ties, and draws at both ends.
+
+    A draw within rounding of a boundary may fall on either side, as it may in the model's own logits.
+    """
+    generator = torch.Generator().manual_seed(n_vocabulary)
+    logits_UV = 4 * torch.randn(6, n_vocabulary, generator=generator)
+    logits_UV[1, ::2] = float("-inf") if n_vocabulary > 1 else 0.0
+    logits_UV[2] = 0.0
+    logits_UV[3, n_vocabulary // 2 :] = float("-inf") if n_vocabulary > 1 else 0.0
+    row_R = torch.arange(6).repeat_interleave(40)
+    draw_R = torch.rand(240, generator=generator, dtype=torch.float64)
+    draw_R[::40], draw_R[1::40] = 0.0, 1 - 2**-53
+    token_R, logprob_R = decoding.chosen(logits_UV, row_R, draw_R, temperature, top_p)
+    for row, draw, token, logprob in zip(
+        row_R.tolist(), draw_R.tolist(), token_R.tolist(), logprob_R.tolist(), strict=True
+    ):
+        logits_V = logits_UV[row].double()
+        assert logprob == pytest.approx(float(logits_V.log_softmax(-1)[token]), abs=2e-5)
+        if not temperature:
+            assert token == int(logits_V.argmax())
+            continue
+        probs_V = (logits_V / temperature).softmax(-1)
+        if top_p < 1:
+            kept, reached = torch.zeros_like(probs_V), 0.0
+            for place in probs_V.argsort(descending=True, stable=True).tolist():
+                if reached < top_p:
+                    kept[place] = probs_V[place]
+                reached += float(probs_V[place])
+            if (logits_UV[row] == logits_UV[row, 0]).all():
+                kept = probs_V  # which of equal tokens are in the nucleus is anyone's choice
+            probs_V = kept / kept.sum()
+        assert probs_V[token] > 0
+        if top_p == 1 or not (logits_UV[row] == logits_UV[row, 0]).all():
+            before = float(probs_V[:token].sum())
+            assert before - 1e-6 <= draw <= before + float(probs_V[token]) + 1e-6
 
 
 def test_sampling_goes_on_after_running_out_of_memory(
@@ -292,3 +334,13 @@ def test_on_a_gpu(backend: TransformersBackend) -> None:
         for response in group:
             slow = _slow_logprobs(backend.model, prompt, response.token_ids)
             np.testing.assert_allclose(response.logprobs, slow, atol=1e-3)
+
+
+def test_batches_as_memory_allows(tiny_model: Any, tiny_tokenizer: Any) -> None:
+    """Without a setting the tokens follow from the model, and rows of logits are bounded for any vocabulary."""
+    backend = TransformersBackend(tiny_model, tiny_tokenizer)
+    assert backend.settings()["batch_tokens"] == sampled_tokens(tiny_model)
+    most = hugging_face.LOGIT_BYTES // (4 * tiny_model.config.vocab_size)
+    backend = TransformersBackend(tiny_model, tiny_tokenizer, batch_tokens=1 << 30)
+    rollouts = [(1, 0, j) for j in range(2 * most + 5)]
+    assert [len(batch) for batch in backend._batches(rollouts, 1)] == [most, most, 5]

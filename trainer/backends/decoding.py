@@ -5,11 +5,11 @@ rollouts sample different tokens. After a few tokens of free text every rollout 
 batched decoding; short answers of a policy that has made up its mind cost a fraction. Rows whose rollouts have all
 ended are dropped.
 
-The tokens come from uniform numbers drawn beforehand for each rollout, by inversion of the cumulative distribution: a
-rollout does not depend on which others are sampled beside it, save by rounding.
+The tokens come from uniform numbers drawn beforehand for each rollout, by inversion of the cumulative distribution, in
+one pass over the vocabulary: a rollout does not depend on which others are sampled beside it, save by rounding.
 
 Dimension suffixes: R rollouts, U rows (different beginnings), S tokens of prompts and responses, T response tokens,
-V vocabulary.
+V vocabulary, K blocks of it, B tokens of a block.
 """
 
 import inspect
@@ -25,7 +25,7 @@ DEAD_SHARE = 0.125
 """Rows that have ended are dropped from the cache when they are this share of it; dropping copies the cache."""
 
 _ENTRIES = 1 << 22
-"""Probabilities held in float64 at once, several times over."""
+"""Entries of the vocabulary's rows that are worked on at once: more leave a CPU's caches, and double memory."""
 
 
 def decodes(model: Any) -> bool:
@@ -64,9 +64,9 @@ def sample(
     cache = DynamicCache(config=model.config)
     for t in range(n_tokens):
         logits_UV = logits_of(ids_US, mask_US, cache).float()
-        token_R = _chosen(logits_UV, row_R, draws_RT[alive_R, t], temperature, top_p)
+        token_R, logprob_R = chosen(logits_UV, row_R, draws_RT[alive_R, t], temperature, top_p)
         ids_RT[alive_R, t] = token_R
-        logprobs_RT[alive_R, t] = logits_UV[row_R, token_R] - logits_UV.logsumexp(-1)[row_R]
+        logprobs_RT[alive_R, t] = logprob_R
         ended_R = end_V[token_R]
         length_R[alive_R[ended_R]] = t + 1
         if t + 1 == n_tokens or bool(ended_R.all()):
@@ -95,33 +95,72 @@ def _split(
     return parents_U, new_R, tokens_U
 
 
-def _chosen(logits_UV: Tensor, row_R: Tensor, draw_R: Tensor, temperature: float, top_p: float) -> Tensor:
-    """One token for each rollout from its row's distribution."""
-    if not temperature:
-        return logits_UV.argmax(-1)[row_R]
+def chosen(logits_UV: Tensor, row_R: Tensor, draw_R: Tensor, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
+    """One token for each rollout from its row's distribution, int64 [R], and its log-probability at temperature 1.
+
+    logits_UV: float32. draw_R: uniform in [0, 1), float64: the token is where the cumulative distribution passes it.
+    """
     size = max(1, _ENTRIES // logits_UV.shape[1])
-    if len(logits_UV) > size:
-        token_R = torch.zeros_like(row_R)
-        for start in range(0, len(logits_UV), size):
-            own = ((row_R >= start) & (row_R < start + size)).nonzero()[:, 0]
-            part_UV = logits_UV[start : start + size]
-            token_R[own] = _chosen(part_UV, row_R[own] - start, draw_R[own], temperature, top_p)
-        return token_R
-    probs_UV = (logits_UV.double() / temperature).softmax(-1)
-    if top_p < 1:
-        sorted_UV, order_UV = probs_UV.sort(-1, descending=True)
-        # the smallest set of tokens that reaches top_p: a token stays while those before it do not
-        sorted_UV[sorted_UV.cumsum(-1) - sorted_UV >= top_p] = 0.0
-        probs_UV = torch.zeros_like(probs_UV).scatter_(-1, order_UV, sorted_UV)
-    reached_UV = probs_UV.cumsum(-1)
-    total_U = reached_UV[:, -1]
-    # Row after row as one ascending sequence, row u from u to u + 1: one binary search for each rollout.
-    n_rows, n_vocabulary = reached_UV.shape
-    offset_U = torch.arange(n_rows, device=logits_UV.device, dtype=torch.float64)
-    ascending = (reached_UV / total_U[:, None] + offset_U[:, None]).flatten()
-    place_R = torch.searchsorted(ascending, row_R + draw_R, right=True) - row_R * n_vocabulary
-    last_U = n_vocabulary - 1 - (probs_UV > 0).flip(-1).int().argmax(-1)
-    return torch.minimum(place_R.clamp(min=0), last_U[row_R])
+    if len(logits_UV) <= size:
+        return _chosen_of_part(logits_UV, row_R, draw_R, temperature, top_p)
+    token_R, logprob_R = torch.zeros_like(row_R), logits_UV.new_zeros(len(row_R))
+    for start in range(0, len(logits_UV), size):
+        own = ((row_R >= start) & (row_R < start + size)).nonzero()[:, 0]
+        part_UV = logits_UV[start : start + size]
+        token_R[own], logprob_R[own] = _chosen_of_part(part_UV, row_R[own] - start, draw_R[own], temperature, top_p)
+    return token_R, logprob_R
+
+
+def _chosen_of_part(
+    logits_UV: Tensor, row_R: Tensor, draw_R: Tensor, temperature: float, top_p: float
+) -> tuple[Tensor, Tensor]:
+    largest_U, greedy_U = logits_UV.max(-1)
+    # exp(logit - largest): its sum is the softmax's at temperature 1, and the sampling weights where that is asked for
+    weights_UV = (logits_UV - largest_U[:, None]).exp_()
+    log_total_U = largest_U + weights_UV.sum(-1).log_()
+    if not temperature:
+        token_R = greedy_U[row_R]
+    else:
+        if temperature != 1:
+            weights_UV = ((logits_UV - largest_U[:, None]) / temperature).exp_()
+        token_R = _drawn(_nucleus(weights_UV, top_p) if top_p < 1 else weights_UV, row_R, draw_R)
+    return token_R, logits_UV[row_R, token_R] - log_total_U[row_R]
+
+
+def _nucleus(weights_UV: Tensor, top_p: float) -> Tensor:
+    """The weights of the smallest set of tokens that reaches top_p, 0 elsewhere, float64."""
+    probs_UV = weights_UV.double()
+    probs_UV /= probs_UV.sum(-1, keepdim=True)
+    sorted_UV, order_UV = probs_UV.sort(-1, descending=True)
+    # a token stays while those before it do not reach top_p
+    sorted_UV[sorted_UV.cumsum(-1) - sorted_UV >= top_p] = 0.0
+    return torch.zeros_like(probs_UV).scatter_(-1, order_UV, sorted_UV)
+
+
+def _drawn(weights_UV: Tensor, row_R: Tensor, draw_R: Tensor) -> Tensor:
+    """The token at which the weights of a rollout's row, summed from the first, pass draw times their total.
+
+    Looked up in two steps, the block of tokens and the token in it: the vocabulary is gone through once, and only sums
+    of blocks are added up in float64. A token of weight 0 is never drawn.
+    """
+    n_vocabulary = weights_UV.shape[1]
+    width = 1 << (n_vocabulary.bit_length() + 1) // 2  # about as many blocks as tokens in each
+    whole = n_vocabulary // width * width
+    blocks_UK = weights_UV[:, :whole].unflatten(1, (whole // width, width)).sum(-1)
+    reached_UK = torch.cat([blocks_UK, weights_UV[:, whole:].sum(-1, keepdim=True)], 1).double().cumsum_(-1)
+    reached_RK = reached_UK[row_R]
+    total_R = reached_RK[:, -1:]
+    target_R = draw_R[:, None] * total_R
+    # a product that is rounded up to the total belongs to the last block that has any weight
+    block_R = torch.minimum((reached_RK <= target_R).sum(-1), (reached_RK < total_R).sum(-1))
+    before_R = torch.where(block_R > 0, reached_RK.gather(1, (block_R - 1).clamp(min=0)[:, None])[:, 0], 0.0)
+    places_RB = block_R[:, None] * width + torch.arange(width, device=row_R.device)
+    within_RB = weights_UV[row_R[:, None], places_RB.clamp(max=n_vocabulary - 1)].double()
+    within_RB.masked_fill_(places_RB >= n_vocabulary, 0.0)
+    # The block's own sum may be rounded another way: a draw beyond it is its last token's.
+    last_R = width - 1 - (within_RB > 0).flip(-1).int().argmax(-1)
+    place_R = (within_RB.cumsum_(-1) <= target_R - before_R[:, None]).sum(-1)
+    return block_R * width + torch.minimum(place_R, last_R)
 
 
 def _padded_left(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:

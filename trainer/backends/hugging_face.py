@@ -23,6 +23,7 @@ import numpy as np
 import torch
 import transformers
 
+from engine.gradients.budget import sampled_tokens
 from engine.gradients.models import load_model, load_tokenizer, weights_digest
 from engine.gradients.retrying import is_out_of_memory, release
 from gradstore.errors import RequestError
@@ -30,6 +31,9 @@ from trainer.backends import Response, derived_seed, end_tokens
 from trainer.backends.decoding import decodes, sample
 
 log = logging.getLogger(__name__)
+
+LOGIT_BYTES = 1 << 29
+"""Most bytes of one step's logits in float32: what bounds the rollouts of a batch where the vocabulary is large."""
 
 _Rollout = tuple[int, int, int]
 """Prompt tokens, problem, number."""
@@ -42,14 +46,16 @@ class TransformersBackend:
     it is training.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, *, batch_tokens: int = 32_768) -> None:
-        """batch_tokens: the most tokens, prompts and responses together, that one batch may grow to."""
-        if batch_tokens < 1:
+    def __init__(self, model: Any, tokenizer: Any, *, batch_tokens: int | None = None) -> None:
+        """batch_tokens: the most tokens, prompts and responses together, that one batch may grow to; None: what memory
+        allows, as it is now."""
+        if batch_tokens is not None and batch_tokens < 1:
             raise RequestError(f"batch_tokens is {batch_tokens}, expected 1 or more")
-        self.model, self.tokenizer, self._batch_tokens = model, tokenizer, batch_tokens
-        self._fitting = batch_tokens
+        self.model, self.tokenizer = model, tokenizer
+        self._batch_tokens = self._fitting = sampled_tokens(model) if batch_tokens is None else batch_tokens
         """Tokens that there was memory for."""
         text_config = model.config.get_text_config()
+        self._most_rollouts = max(1, LOGIT_BYTES // (4 * text_config.vocab_size))
         self.context: int | None = getattr(text_config, "max_position_embeddings", None)
         self._end_ids = end_tokens(model.generation_config, tokenizer)
         pad = tokenizer.pad_token_id
@@ -62,7 +68,7 @@ class TransformersBackend:
         *,
         device: str | None = None,
         dtype: str = "auto",
-        batch_tokens: int = 32_768,
+        batch_tokens: int | None = None,
     ) -> "TransformersBackend":
         """device: as torch names it; None takes the GPU where there is one. dtype: "auto" is the checkpoint's."""
         policy = load_model(model, device=device, dtype=dtype)
@@ -111,7 +117,8 @@ class TransformersBackend:
         """Cuts rollouts (prompt tokens, problem, number), sorted by length, where the token budget is full."""
         batch: list[_Rollout] = []
         for rollout in rollouts:
-            if batch and (rollout[0] + max_new_tokens) * (len(batch) + 1) > min(self._batch_tokens, self._fitting):
+            tokens = (rollout[0] + max_new_tokens) * (len(batch) + 1)
+            if batch and (tokens > min(self._batch_tokens, self._fitting) or len(batch) == self._most_rollouts):
                 yield batch
                 batch = []
             batch.append(rollout)

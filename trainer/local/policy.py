@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from engine.gradients.budget import give_back, sampled_tokens
+from engine.gradients.budget import give_back
 from engine.gradients.directions import Direction
 from engine.gradients.logprobs import Reference
 from engine.gradients.objectives import Objective
@@ -64,8 +64,7 @@ class LocalPolicy:
         reference: gives its log-probabilities to all rollouts, for objectives with a KL term to it."""
         self.model, self.tokenizer, self.reward = model, tokenizer, reward
         self.sampling, self.token_budget, self.reference = sampling or Sampling(), token_budget, reference
-        batch_tokens = self.sampling.batch_tokens or sampled_tokens(model)
-        self.backend = TransformersBackend(model, tokenizer, batch_tokens=batch_tokens)
+        self.backend = TransformersBackend(model, tokenizer, batch_tokens=self.sampling.batch_tokens)
         self.step = 0
         """Training steps done; whoever trains the model counts."""
         self._sketcher: Sketcher | None = None
