@@ -16,6 +16,7 @@ from engine import exact_dots, fit_projection, layer_gradients
 from engine.gradients.layers import Layer, find_layers
 from engine.gradients.optimizer_direction import AdamState, OptimizerDirection
 from engine.rollouts import Group
+from engine.sketches.alongside import sketched_and_summed
 from engine.sketches.bases import create_store, load_projection
 from engine.sketches.projection import EXPERT_RANK, Projection
 from engine.sketches.sketcher import Sketcher, SketchSpec
@@ -235,6 +236,21 @@ def test_fitted_sketches_rank_as_gradients_over_all_layers_do(name: str) -> None
     rows, target = sketcher.sketch(pool), sketcher.sketch(benchmark).sketches.mean(0)
     found = rows.sketches @ target / (rows.norms * np.linalg.norm(target))
     assert spearmanr(found, exact).statistic >= 0.98
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_a_training_pass_gives_sketches_and_the_gradients_of_experts(adapted: bool) -> None:
+    model, groups = _adapted("qwen3-moe") if adapted else random_mixture("qwen3-moe"), _groups(2)
+    sketcher = Sketcher(model, SketchSpec(rank=4))
+    batch, sums = sketched_and_summed(sketcher, groups)
+    expected = sketcher.sketch(groups).sketches
+    assert np.abs(batch.sketches - expected).max() < 1e-4 * np.abs(expected).max()
+    weights = {id(layer.weight): layer.name for layer in sketcher.gradients.layers}
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad and id(p) in weights}
+    plain = [_plain(model, group, list(trained.values())) for group in groups]
+    for number, name in enumerate(trained):
+        total = plain[0][number] + plain[1][number]
+        assert torch.allclose(sums[name].double(), total, atol=1e-6 + 1e-4 * float(total.abs().max()))
 
 
 def test_a_projection_with_experts_is_kept_and_found_again(tmp_path: Path) -> None:
