@@ -56,6 +56,8 @@ def watched_experts(module: nn.Module, see: See, hidden: Tensor, top_k_index: Te
 
 def routed_product(x_SI: Tensor, weight_EIO: Tensor, expert_S: Tensor) -> Tensor:
     """Each row times the weight of its expert, [S, O]."""
+    if weight_EIO.shape[1] == 1:  # an embedding
+        return x_SI * weight_EIO[expert_S, 0]
     if x_SI.is_meta:
         return torch.bmm(x_SI[:, None], weight_EIO[expert_S])[:, 0]
     order_S, ends_E = by_expert(expert_S, len(weight_EIO))

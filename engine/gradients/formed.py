@@ -91,6 +91,10 @@ class _Sum:
         if expert_BT is None:
             _add_product(self._matrices[layer], grads_NO, inputs_NI)
             return
+        if inputs_NI.shape[1] == 1:  # an embedding
+            rows_NO1 = (grads_NO * inputs_NI).float()[..., None]
+            self._matrices[layer].index_add_(0, expert_BT.flatten(), rows_NO1)
+            return
         order_N, ends_E = by_expert(expert_BT.flatten(), len(self._matrices[layer]))
         start = 0
         for matrix_OI, end in zip(self._matrices[layer], ends_E.tolist(), strict=True):

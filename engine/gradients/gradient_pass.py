@@ -37,7 +37,9 @@ class GradientPass:
         check_adapters(model)
         self.policy = Policy(model)
         self.budget = TokenBudget(model, spec.token_budget)
-        self.layers = [output_layer(model)] if spec.head_only else find_layers(model, spec.modules)
+        self.layers = (
+            [output_layer(model)] if spec.head_only else find_layers(model, spec.modules, embeddings=spec.embeddings)
+        )
         self.device = next(model.parameters()).device
 
     def of_layers(self, layers: Sequence[Layer]) -> "GradientPass":

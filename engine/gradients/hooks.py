@@ -75,6 +75,8 @@ class Observation:
         for number, layer in enumerate(layers):
             if layer.slots is not None:
                 products.setdefault(layer.slots.experts, {}).setdefault(layer.slots.product, []).append(number)
+            elif layer.is_embedding:
+                self._hooks.callback(layer.module.register_forward_hook(partial(self._looked_up, number)).remove)
             elif layer.is_called:
                 self._hooks.callback(layer.module.register_forward_hook(partial(self._forward, number)).remove)
             else:
@@ -102,6 +104,13 @@ class Observation:
     def _forward(self, number: int, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         if self._on:
             self._watch(number, inputs[0].detach(), output)
+
+    def _looked_up(self, number: int, embedding: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        """Token ids are the experts that inputs of 1 go to; the padding id's row has no gradient."""
+        if self._on:
+            padding = cast(Any, embedding).padding_idx
+            x_BT = torch.ones_like(inputs[0]) if padding is None else inputs[0] != padding
+            self._watch(number, x_BT[..., None].to(output.dtype), output, inputs[0].flatten())
 
     def _inside(self, number: int, forward: Callable[..., Any], *args: Any, **named: Any) -> Any:
         """A forward of the module's own that uses its weight."""

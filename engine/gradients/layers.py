@@ -52,6 +52,8 @@ class Layer:
     """Whether a call of the module is the product; False where a forward of its own uses the weight."""
     slots: Slots | None = None
     """Where it is seen, if not in a call of its module."""
+    is_embedding: bool = False
+    """Whether it looks rows up: as a fused weight with an expert for each token id, whose input is 1."""
 
     @property
     def weight(self) -> nn.Parameter:
@@ -60,7 +62,9 @@ class Layer:
 
     @property
     def n_experts(self) -> int | None:
-        """Experts of a fused weight; None for every other layer."""
+        """Experts of a fused weight, or rows of an embedding; None for every other layer."""
+        if self.is_embedding:
+            return int(self.weight.shape[0])
         return self.slots.n_experts if self.slots and self.slots.factor is None else None
 
     @property
@@ -76,23 +80,29 @@ class Layer:
 
     def oriented(self, stored: Tensor) -> Tensor:
         """A tensor shaped as the weight is stored, as [O, I] or [E, O, I]."""
+        if self.is_embedding:
+            return stored[..., None]
         return stored.transpose(-2, -1) if self.is_transposed else stored
 
 
-def find_layers(model: nn.Module, patterns: Sequence[str] | None = None) -> list[Layer]:
+def find_layers(model: nn.Module, patterns: Sequence[str] | None = None, *, embeddings: bool = False) -> list[Layer]:
     """The linear layers to sketch, in the model's order.
 
     Without patterns: what trains of the active adapters where the model has any (LoRA matrices, and the layers that
     `modules_to_save` trains beside them), else every linear layer including the output layer, routers and fused
-    experts. With patterns: the layers whose name one of the regular expressions finds. RequestError when nothing is
-    left, and for adapters of parameters that are not fused experts.
+    experts. With patterns: the layers whose name one of the regular expressions finds. embeddings: the input embedding
+    too. RequestError when nothing is left, for adapters of parameters that are not fused experts, and for an embedding
+    that does more than look rows up.
     """
+    embedding = input_embedding(model) if embeddings else None
     active, adapted = active_adapters(model), _adapted_experts(model)
     layers = [
         replace(layer, slots=adapted.get(id(layer.module), layer.slots))
         for name, module in model.named_modules()
         if not is_idle(name, active)
-        for layer in _layers_of(name, module)
+        for layer in (
+            [_embedding(name, module)] if embedding is not None and module is embedding else _layers_of(name, module)
+        )
     ]
     if patterns:
         layers = [layer for layer in layers if any(re.search(pattern, layer.name) for pattern in patterns)]
@@ -105,6 +115,11 @@ def find_layers(model: nn.Module, patterns: Sequence[str] | None = None) -> list
     if not trained:
         _check_experts(model)
     return trained or layers
+
+
+def input_embedding(model: nn.Module) -> nn.Module:
+    """The module that looks up what token ids stand for."""
+    return active_copy(cast(Any, model).get_input_embeddings(), active_adapters(model))
 
 
 def output_layer(model: nn.Module) -> Layer:
@@ -157,6 +172,12 @@ def _as_layer(name: str, module: nn.Module) -> Layer | None:
     if weight is not None and weight.ndim == 2 and not isinstance(module, nn.Embedding | nn.EmbeddingBag):
         return Layer(name, module, weight.shape[0], weight.shape[1], is_called=False)
     return None
+
+
+def _embedding(name: str, module: nn.Module) -> Layer:
+    if type(module).forward is not nn.Embedding.forward:
+        raise RequestError(f"{name} ({type(module).__name__}) does more than look rows up: leave `embeddings` out")
+    return Layer(name, module, cast(Any, module).embedding_dim, 1, is_embedding=True)
 
 
 def _fused(name: str, experts: Any, product: str) -> Layer:

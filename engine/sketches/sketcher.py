@@ -54,6 +54,8 @@ class SketchSpec:
     """Regular expressions choosing the linear layers; None: LoRA matrices if there are any, else all."""
     head_only: bool = False
     """Head mode: the output layer's gradient alone, from the forward pass (LESSER's feature)."""
+    embeddings: bool = False
+    """Sketch the input embedding too, where it is a lookup and nothing else."""
     token_budget: int | None = None
     """Tokens of one micro-batch, padding included; None: as memory allows (engine/gradients/budget.py)."""
     share_prompts: bool = True
@@ -74,6 +76,7 @@ class SketchSpec:
                 objective=settings,
                 modules=tuple(modules) if modules else None,
                 head_only=fingerprint.get("gradient") == HEAD_ONLY,
+                embeddings=fingerprint.get("embeddings", False),
             )
         except (KeyError, TypeError):
             raise RequestError(
@@ -91,8 +94,8 @@ class SketchSpec:
             raise RequestError(
                 f"right_rank is {self.right_rank} with {self.basis} bases, expected 1 or more, with random"
             )
-        if self.head_only and self.modules:
-            raise RequestError("head_only sketches the output layer alone: leave `modules` out")
+        if self.head_only and (self.modules or self.embeddings):
+            raise RequestError("head_only sketches the output layer alone: leave `modules` and `embeddings` out")
         if self.token_budget is not None and self.token_budget < 1:
             raise RequestError(f"token budget is {self.token_budget}, expected at least 1")
 
@@ -181,6 +184,7 @@ class Sketcher:
                 "basis": self.projection.digest(),
             },
             **({"gradient": HEAD_ONLY} if self.spec.head_only else {}),
+            **({"embeddings": True} if self.spec.embeddings else {}),
             **({"optimizer": self.optimizer.describe()} if self.optimizer else {}),
             "modules": list(self.spec.modules) if self.spec.modules else None,
             "objective": self.spec.objective.as_dict(),

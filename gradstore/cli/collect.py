@@ -72,6 +72,9 @@ def collect(
     fit_problems: Annotated[int, typer.Option(help="Problems with a signal a new projection is fitted to.")] = 200,
     seed: Annotated[int | None, typer.Option(help="Seed of the projection (new store: 0).")] = None,
     modules: Annotated[list[str] | None, typer.Option(help="Regular expression of layers; may be repeated.")] = None,
+    embeddings: Annotated[
+        bool, typer.Option("--embeddings", help="Sketch the input embedding too (a store keeps what it was made with).")
+    ] = False,
     dtype: Annotated[str, typer.Option(help="Row type of a new store: int8, int4, 1bit, fp16 or fp32.")] = "int8",
     head: Annotated[
         bool,
@@ -137,6 +140,7 @@ def collect(
         "basis": basis,
         "modules": tuple(modules) if modules else None,
         "head_only": head or None,
+        "embeddings": embeddings or None,
     }
     changed = {
         "advantage": advantage,

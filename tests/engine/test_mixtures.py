@@ -1,6 +1,7 @@
 """Mixtures of experts: fused experts, routers and shared experts are sketched as a plain autograd loop says."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -299,6 +300,31 @@ def test_layers_without_the_batch_dimension_are_given_it_back() -> None:
     model = hf.OPTForCausalLM(config).eval()
     for modules in (None, ("fc1", "fc2")):
         assert _largest_error(Sketcher(model, SketchSpec(rank=4, modules=modules)), _groups(3)) < 1e-4
+
+
+def test_the_input_embedding_is_sketched_where_it_is_asked_for() -> None:
+    """More token ids than directions of their side, and a padding id whose row has no gradient."""
+    torch.manual_seed(3)
+    config = hf.Qwen2Config(
+        **{name: _SHARED[name] for name in _SHARED if "experts" not in name}, intermediate_size=48, pad_token_id=7
+    )
+    model, groups = hf.Qwen2ForCausalLM(config).eval(), _groups(4)
+    spec = SketchSpec(rank=4, embeddings=True, token_budget=256)
+    sketcher = Sketcher(model, spec)
+    layers = sketcher.gradients.layers
+    assert layers[0].name == "model.embed_tokens"
+    assert len(layers) == len(find_layers(model)) + 1
+    assert _largest_error(sketcher, groups) < 1e-4
+    assert SketchSpec.of(sketcher.fingerprint).embeddings
+    plain = [_plain(model, group, [layer.weight for layer in layers]) for group in groups[:2]]
+    target = layer_gradients(model, groups[1:2], spec)
+    expected_P = [sum(float((a * b).sum()) for a, b in zip(of, plain[1], strict=True)) for of in plain]
+    for norms in (False, True):
+        assert exact_dots(model, groups[:2], target, spec, norms=norms).dots[:, 0] == pytest.approx(
+            expected_P, rel=1e-3
+        )
+    fitted = replace(spec, basis="fitted", dim=64)
+    assert Sketcher(model, fitted, fit_projection(model, groups, fitted)).sketch(groups).sketches.any()
 
 
 def _llama4() -> nn.Module:
