@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,7 +20,7 @@ from engine.gradients.layers import Layer
 from engine.gradients.microbatch import MicroBatch, Rollout, pack, pays_to_share, rollouts_of
 from engine.gradients.objectives import Objective, objective
 from engine.gradients.retrying import noticing
-from engine.gradients.sharding import inner, is_sharded, largest, n_shards, reshard, total
+from engine.gradients.sharding import inner, is_sharded, largest, n_shards, plain_inner, reshard, total
 from engine.rollouts.group import Group
 from gradstore.errors import RequestError
 
@@ -130,6 +131,28 @@ def summed_gradient(
     return {name: tensor.mul_(scale) if scale > 1 else tensor for name, tensor in sums.items()}
 
 
+def dot_along(runner: "GradientPass", groups: Sequence[Group], direction: Direction) -> float:
+    """Inner product of the groups' summed gradient with a direction; errors as of `summed_gradient`.
+
+    A parameter's gradient is taken as it comes, so that no copy of the weights is held; of a model sharded by FSDP2 the
+    whole sum is.
+    """
+    if is_sharded(runner.model):
+        return direction.dot(summed_gradient(runner, groups))
+    taker = _Along(direction.tensors)
+    handles = [
+        parameter.register_post_accumulate_grad_hook(partial(taker.take, name))
+        for name, parameter in runner.model.named_parameters()
+        if parameter.requires_grad
+    ]
+    try:
+        summed_gradient(runner, groups, ([], taker))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return float(sum(taker.products))
+
+
 def _take(sums: dict[str, Tensor], parameters: Mapping[str, nn.Parameter]) -> None:
     """Moves the parameters' gradients to the sums, in float32 or finer. Those of finer weights autograd sums itself, in
     place, and they are taken once."""
@@ -188,3 +211,19 @@ class _Nothing:
     def on_gradient(self, layer: int, kept: object, grad_BTO: Tensor, problem_B: Tensor) -> None: ...
 
     def reset(self) -> None: ...
+
+
+class _Along(_Nothing):
+    """Takes gradients away and keeps their products with a direction; products that failed passes left are reset."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = tensors
+        self.products: list[Tensor] = []
+
+    def take(self, name: str, parameter: Tensor) -> None:
+        if parameter.grad is not None and name in self._tensors:
+            self.products.append(plain_inner(parameter.grad, self._tensors[name]))
+        parameter.grad = None
+
+    def reset(self) -> None:
+        self.products.clear()

@@ -64,6 +64,7 @@ def inner(one: Tensor, other: Tensor) -> float:
 
 def plain_inner(one: Tensor, other: Tensor) -> Tensor:
     """Inner product of two plain tensors, float64 [] on their device, which is not waited for."""
+    one, other = one.detach(), other.detach()
     parts = zip(one.reshape(-1).split(_PART), other.reshape(-1).split(_PART), strict=True)
     return sum((torch.dot(a.double(), b.double()) for a, b in parts), one.new_zeros((), dtype=torch.float64))
 

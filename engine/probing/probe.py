@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from engine.gradients.directions import Direction, evaluating, summed_gradient
+from engine.gradients.directions import Direction, dot_along, evaluating
 from engine.gradients.gradient_pass import GradientPass
 from engine.gradients.logprobs import TokenLogprobs, response_logprobs
 from engine.gradients.objectives import Objective, importance_weights, objective, rollout_weights
@@ -300,9 +300,7 @@ class Probe:
         ]
         first = n_shards(self.model) == 1 or torch.distributed.get_rank() == 0
         n_turns = int(total(self.model, [len(groups) if first else 0])[0])
-        exact = [
-            self.direction.dot(summed_gradient(self._pass, groups[i : i + 1] if first else [])) for i in range(n_turns)
-        ]
+        exact = [dot_along(self._pass, groups[i : i + 1] if first else [], self.direction) for i in range(n_turns)]
         shared = total(self.model, found_P if first else [0.0] * n_turns)
         return np.array(exact), np.array(shared)
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralC
 
 from engine import OptimizerDirection, SketchSpec, exact_dots, fit_projection, layer_gradients, objective
 from engine.gradients.budget import LEAST, MOST_ON_CPU, activation_bytes, micro_batch_tokens
-from engine.gradients.directions import summed_gradient
+from engine.gradients.directions import dot_along, summed_gradient, validation_gradient
 from engine.gradients.gradient_pass import GradientPass
 from engine.gradients.hooks import frozen
 from engine.gradients.logprobs import Reference
@@ -150,6 +150,10 @@ def whole_gradient(model: nn.Module, groups: Sequence[Group]) -> np.ndarray:
     return np.concatenate([sums[name].flatten().numpy() for name in sorted(sums)])
 
 
+def along(model: nn.Module, groups: Sequence[Group]) -> np.ndarray:
+    return np.array([dot_along(GradientPass(model, SketchSpec()), groups, validation_gradient(model, groups[:2]))])
+
+
 def logprobs(model: nn.Module, groups: Sequence[Group]) -> np.ndarray:
     found = Reference(model).of(groups)
     return np.concatenate([row for group in found for row in group.reference_logprobs or []])
@@ -167,9 +171,22 @@ PASSES: dict[str, Callable[[nn.Module, Sequence[Group]], np.ndarray]] = {
     "exact dots": exact_without_norms,
     "exact cosines": exact_with_norms,
     "sum of gradients": whole_gradient,
+    "dot along a direction": along,
     "log-probabilities": logprobs,
     "fit": fitted,
 }
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt2", "qwen2-lora"])
+def test_a_dot_without_the_gradient_is_that_with_it(make_model, make_groups, architecture: str) -> None:
+    """A tied weight's gradient comes in several parts, each of which counts once; nothing of it is left behind."""
+    model, groups = make_model(architecture), make_groups(4)
+    direction = validation_gradient(model, groups[:2])
+    runner = GradientPass(model, SketchSpec(token_budget=40))
+    expected = direction.dot(summed_gradient(runner, groups))
+    assert dot_along(runner, groups, direction) == pytest.approx(expected, rel=1e-5)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert summed_gradient(runner, groups[:1])  # the hooks are gone
 
 
 @pytest.mark.parametrize("work", PASSES.values(), ids=PASSES)
