@@ -19,7 +19,7 @@ LEAST, MOST_ON_CPU, MOST_ON_GPU = 256, 2048, 16_384
 """Tokens of a micro-batch. The activations of more leave a CPU's caches, and a GPU is busy with so many."""
 MOST_SAMPLED = 32_768
 
-_LEAST_ON_CPU, _OF_WEIGHTS = 3 << 28, 1.5
+_LEAST_ON_CPU, _OF_WEIGHTS = 5 << 27, 1.25
 """Bytes of activations on a CPU: so many, or this times the weights', whichever is more."""
 _ON_GPU = 0.6
 """Share of a GPU's free memory that activations are planned to take."""

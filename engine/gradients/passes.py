@@ -31,7 +31,7 @@ from engine.gradients.sharding import gather, reshard
 
 log = logging.getLogger(__name__)
 
-LOGIT_BYTES, LOGIT_BYTES_ON_CPU = 1 << 28, 1 << 26
+LOGIT_BYTES, LOGIT_BYTES_ON_CPU = 1 << 28, 1 << 25
 """Float32 logits held at once, and as many exponentials of them."""
 
 _TOLERANCE = 1e-3

@@ -71,13 +71,13 @@ def test_a_tokens_activations_are_estimated(config: PreTrainedConfig, inputs_kep
     assert 0.55 < activation_bytes(model, inputs_kept=inputs_kept) / true < 1.8
 
 
-def test_activations_take_a_fixed_part_or_half_again_the_weights() -> None:
+def test_activations_take_a_fixed_part_or_a_quarter_more_than_the_weights() -> None:
     """On the meta device, where nothing is allocated: the size follows from the configuration alone."""
     for width, n_layers in ((64, 2), (576, 30), (2048, 24), (8192, 80)):
         shape = {"hidden_size": width, "num_hidden_layers": n_layers, "intermediate_size": 3 * width}
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(LlamaConfig(**{**SIZE, **shape}))
-        allowed = max(3 << 28, 1.5 * sum(parameter.numel() * 4 for parameter in model.parameters()))
+        allowed = max(5 << 27, 1.25 * sum(parameter.numel() * 4 for parameter in model.parameters()))
         for kept in (False, True):
             tokens, taken = micro_batch_tokens(model, inputs_kept=kept), activation_bytes(model, inputs_kept=kept)
             assert LEAST < tokens <= MOST_ON_CPU
