@@ -12,6 +12,9 @@ from engine.sketches.fitting import _BESIDE, _WINDOW
 FLOAT32 = 4
 """Bytes of a float32 number, in which sides, cores, formed gradients and a probe's weights are kept."""
 
+_ON_THE_WAY = 2
+"""Blocks whose activations' worth of gradients exists at once during a backward."""
+
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
@@ -60,42 +63,49 @@ def logits_bytes(shape: ModelShape, load: Workload, n_tokens: int, device: Hardw
     """Bytes of the logits that are held at once, their exponentials, and on a GPU their bfloat16 original."""
     limit = LOGIT_BYTES if device.is_gpu else LOGIT_BYTES_ON_CPU
     one = FLOAT32 * load.n_response * shape.vocabulary
-    in_batch = max(1, n_tokens // load.n_response)
+    in_batch = max(1, min(n_tokens, load.body_tokens()) // load.n_response)
     held = one * min(in_batch, max(1, limit // one))
     return 2 * held + (held if device.is_gpu else 0)
 
 
+def held_by_tokens(shape: ModelShape, load: Workload, n_tokens: int, kept_bytes: int) -> int:
+    """Bytes of a micro-batch: what autograd keeps, two blocks' worth of gradients on the way back, and where prompts are
+    shared, their keys and values repeated for every continuation and joined to its own."""
+    n_tokens = min(n_tokens, load.body_tokens())
+    held = n_tokens * kept_bytes * (1 + _ON_THE_WAY / shape.n_blocks)
+    if load.body_tokens() < load.all_tokens:
+        held += n_tokens * shape.key_value_bytes * (2 * load.n_prompt + load.n_response) / load.n_response
+    return int(held)
+
+
 def sketching(shape: ModelShape, load: Workload, n_tokens: int, rank: int, device: Hardware) -> int:
     """Weights, sides, what autograd keeps of a micro-batch, and its logits."""
-    n_tokens = min(n_tokens, load.body_tokens())
     return (
         shape.weight_bytes
         + basis_bytes(shape, rank)
-        + n_tokens * shape.kept_bytes
+        + held_by_tokens(shape, load, n_tokens, shape.kept_bytes)
         + logits_bytes(shape, load, n_tokens, device)
     )
 
 
 def fitting(shape: ModelShape, load: Workload, n_tokens: int, rank: int, device: Hardware) -> int:
     """The same with inputs kept, sides of twice the rank, and the one-sided products and directions of each layer."""
-    n_tokens = min(n_tokens, load.body_tokens())
     products = FLOAT32 * side_widths(shape) * (2 * rank + rank * _WINDOW // 2 + 4 * rank // 2)
     return (
         shape.weight_bytes
         + products
-        + n_tokens * shape.kept_bytes_with_inputs
+        + held_by_tokens(shape, load, n_tokens, shape.kept_bytes_with_inputs)
         + logits_bytes(shape, load, n_tokens, device)
     )
 
 
 def forming(shape: ModelShape, load: Workload, n_tokens: int, device: Hardware) -> int:
     """Exact gradients, two blocks of layers at a time: a problem's, and the target's."""
-    n_tokens = min(n_tokens, load.body_tokens())
     block = formed_block(shape, device)
     return (
         shape.weight_bytes
         + 2 * block
-        + n_tokens * shape.kept_bytes_with_inputs
+        + held_by_tokens(shape, load, n_tokens, shape.kept_bytes_with_inputs)
         + logits_bytes(shape, load, n_tokens, device)
     )
 
@@ -120,9 +130,12 @@ def probing(shape: ModelShape, load: Workload, device: Hardware, *, in_place: bo
 
 def training(shape: ModelShape, load: Workload, n_tokens: int, device: Hardware, n_devices: int) -> int:
     """Float32 weights, gradients and Adam's two moments, divided over the devices, and a micro-batch of each."""
-    n_tokens = min(n_tokens, load.body_tokens())
     held = 4 * FLOAT32 * shape.n_parameters // n_devices
-    return held + n_tokens * shape.kept_bytes_with_inputs + logits_bytes(shape, load, n_tokens, device)
+    return (
+        held
+        + held_by_tokens(shape, load, n_tokens, shape.kept_bytes_with_inputs)
+        + logits_bytes(shape, load, n_tokens, device)
+    )
 
 
 def sampling(shape: ModelShape, load: Workload, at_once: int) -> int:
