@@ -69,8 +69,8 @@ def logits_bytes(shape: ModelShape, load: Workload, n_tokens: int, device: Hardw
 
 
 def held_by_tokens(shape: ModelShape, load: Workload, n_tokens: int, kept_bytes: int) -> int:
-    """Bytes of a micro-batch: what autograd keeps, two blocks' worth of gradients on the way back, and where prompts are
-    shared, their keys and values repeated for every continuation and joined to its own."""
+    """Bytes of a micro-batch: what autograd keeps, two blocks' worth of gradients on the way back, and where prompts
+    are shared, their keys and values repeated for every continuation and joined to its own."""
     n_tokens = min(n_tokens, load.body_tokens())
     held = n_tokens * kept_bytes * (1 + _ON_THE_WAY / shape.n_blocks)
     if load.body_tokens() < load.all_tokens:
