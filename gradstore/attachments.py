@@ -3,6 +3,7 @@
 The checksum of the bytes is in the file's name, so that a reader and `verify` can tell damage without an index.
 """
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,8 @@ from gradstore.durable import TEMPORARY, crc32c, make_folder, reading, replace_f
 from gradstore.errors import DamagedError, RequestError
 
 ATTACHMENTS = "attachments"
+COVERAGE = "coverage.json"
+"""Name of what a store keeps of how much its sketches see."""
 _FILE = re.compile(r"(.+)\.([0-9a-f]{8})")
 
 
@@ -30,6 +33,12 @@ def read_attachment(store: Path, name: str) -> bytes:
     if not _is_whole(path, data):
         raise DamagedError(f"{path}: damaged: bytes do not match the checksum in its name")
     return data
+
+
+def read_coverage(store: Path) -> dict | None:
+    """How much of what trains the store's sketches see (docs/format.md), measured when it was made; None where it was
+    not. DamagedError where the bytes changed."""
+    return None if _find(store, COVERAGE) is None else json.loads(read_attachment(store, COVERAGE))
 
 
 def damaged_attachments(store: Path) -> Iterator[tuple[Path, str]]:

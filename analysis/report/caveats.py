@@ -5,10 +5,13 @@ import numpy as np
 from analysis import alignment, drift
 from analysis.report.findings import Findings
 from analysis.report.pieces import written
+from gradstore.attachments import read_coverage
 
 MUCH = 0.25
 """Share of the pool from which something is worth a sentence."""
 UNRELIABLE = 0.7
+SEEN = 0.95
+"""Coverage of the gradient below which a ranking may be another than that of all that trains."""
 FEW_LIVE = 20
 ENOUGH_STEPS = 5
 """Steps from which a noise floor that is extrapolated to age 0 is worth a warning."""
@@ -16,7 +19,8 @@ ENOUGH_STEPS = 5
 
 def caveats(found: Findings) -> list[str]:
     """Warnings in the order of their weight; empty when there is nothing to say."""
-    lines = _states(found)
+    lines = _coverage(found)
+    lines += _states(found)
     lines += _benchmarks(found)
     lines += _noise(found)
     lines += _age(found)
@@ -25,6 +29,16 @@ def caveats(found: Findings) -> list[str]:
         if about["interrupted_writer"]:
             lines.append(f"Writing to {name} was interrupted; the same command goes on from there.")
     return lines
+
+
+def _coverage(found: Findings) -> list[str]:
+    kept = read_coverage(found.store.path)
+    seen = 1.0 if kept is None else kept["parameters"] if kept["gradient"] is None else kept["gradient"]
+    if kept is None or seen >= SEEN:
+        return []
+    of = "parameters that train" if kept["gradient"] is None else "squared gradient"
+    names = ", ".join(part["name"] for part in kept["left_out"][:4])
+    return [f"The sketches see {written(seen, 'percent')} of the {of}; left out: {names}."]
 
 
 def _states(found: Findings) -> list[str]:

@@ -18,6 +18,7 @@ from engine.gradients.directions import in_step
 from engine.gradients.hooks import Mutable, Observer, observed
 from engine.gradients.layers import Layer, find_layers, output_layer
 from engine.gradients.microbatch import pack, pays_to_share, rollouts_of
+from engine.gradients.packed import check_packed
 from engine.gradients.passes import OnWeights, Policy
 from engine.gradients.retrying import TokenBudget, noticing
 from engine.gradients.sharding import is_sharded, reshard
@@ -40,6 +41,8 @@ class GradientPass:
         self.layers = (
             [output_layer(model)] if spec.head_only else find_layers(model, spec.modules, embeddings=spec.embeddings)
         )
+        if not (spec.head_only or spec.modules):
+            check_packed(model, self.layers)
         self.device = next(model.parameters()).device
 
     def of_layers(self, layers: Sequence[Layer]) -> "GradientPass":

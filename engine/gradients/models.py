@@ -97,14 +97,14 @@ def _with_adapter(model: nn.Module, adapter: str | Path) -> nn.Module:
         raise RequestError("loading an adapter needs PEFT: pip install peft") from None
     try:
         adapted = PeftModel.from_pretrained(model, str(adapter))
-        check_adapters(adapted)
-        loaded = adapted.load_adapter(str(adapter), "default")  # again, for what it says of the keys
-        saved = load_peft_weights(str(adapter), device="cpu")
     except (OSError, ValueError, RuntimeError, TypeError) as error:
         raise RequestError(f"{adapter}: not a PEFT adapter that can be loaded: {_first_line(error)}") from error
     except KeyError as error:  # PEFT looks up the copies of `modules_to_save` without asking
         _check_keys(adapter, _ADAPTER, [str(error.args[0])], [])
         raise
+    check_adapters(adapted)
+    loaded = adapted.load_adapter(str(adapter), "default")  # again, for what it says of the keys
+    saved = load_peft_weights(str(adapter), device="cpu")
     copies = {key for key in get_peft_model_state_dict(adapted, save_embedding_layers=False) if "lora_" not in key}
     missing = {*loaded.missing_keys, *(copies - set(saved))}
     _check_keys(adapter, _ADAPTER, missing, loaded.unexpected_keys)

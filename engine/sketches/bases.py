@@ -13,11 +13,12 @@ import numpy as np
 from safetensors.numpy import load, save
 from torch import nn
 
+from engine.gradients.coverage import Coverage
 from engine.gradients.optimizer_direction import OptimizerDirection
 from engine.sketches.projection import Fold, LayerBasis, Projection
 from engine.sketches.sketcher import Sketcher, SketchSpec
 from gradstore import Store, create
-from gradstore.attachments import read_attachment
+from gradstore.attachments import COVERAGE, read_attachment
 from gradstore.errors import DamagedError, FingerprintError, RequestError
 
 
@@ -132,10 +133,11 @@ def sketcher_of(
     return Sketcher(model, spec, load_projection(store, basis) if spec.basis == "fitted" else None, optimizer)
 
 
-def create_store(path: Path, sketcher: Sketcher, dtype: str = "int8") -> Store:
-    """A new store for a sketcher's rows, keeping its projection where that was fitted."""
+def create_store(path: Path, sketcher: Sketcher, dtype: str = "int8", coverage: Coverage | None = None) -> Store:
+    """A new store for a sketcher's rows, keeping its projection where that was fitted, and its coverage where given."""
     files = files_of(sketcher)
-    return create(path, dim=files.dim, fingerprint=files.fingerprint, dtype=dtype, attachments=files.attachments)
+    kept = {} if coverage is None else {COVERAGE: coverage.to_bytes()}
+    return create(path, dim=files.dim, fingerprint=files.fingerprint, dtype=dtype, attachments=files.attachments | kept)
 
 
 def _to_bytes(projection: Projection) -> bytes:

@@ -16,6 +16,7 @@ from gradstore.errors import RequestError
 if TYPE_CHECKING:
     from torch import nn
 
+    from engine.gradients.coverage import Coverage
     from engine.gradients.optimizer_direction import OptimizerDirection
     from engine.rollouts import Group, RolloutSource
     from engine.sketches.refitting import Refit
@@ -108,6 +109,10 @@ def collect(
     token_budget: Annotated[
         int | None, typer.Option(help="Tokens of one micro-batch [default: as memory allows].")
     ] = None,
+    accept_coverage: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="Least share of the gradient that a new store's sketches must see (0.95)."),
+    ] = None,
     device: Device = None,
     json: Json = False,
 ) -> None:
@@ -123,6 +128,7 @@ def collect(
     from engine.sketches.bases import bases_in_use, basis_of, create_store, sketcher_of
     from engine.sketches.collector import collect as run
     from engine.sketches.sketcher import SketchSpec
+    from gradstore.attachments import read_coverage
 
     if step is not None and step < 0:
         raise RequestError(f"step is {step}, expected 0 (the base model) or more")
@@ -193,8 +199,9 @@ def collect(
     version = (source.step or 0) if step is None else step
     outcome = None
     if opened is None:
+        coverage = _coverage(policy, spec, source, accept_coverage)
         sketcher = _new_sketcher(policy, spec, source, fit_problems, wanted, adam)
-        opened = create_store(store, sketcher, dtype)
+        opened = create_store(store, sketcher, dtype, coverage)
     else:
         sketcher = sketcher_of(opened, policy, spec, optimizer=adam)
         basis_of(opened, sketcher.fingerprint)
@@ -223,7 +230,8 @@ def collect(
             "--benchmark-rollouts for a new basis"
         )
     if json:
-        print_json({**report.describe(), "refit": None if outcome is None else outcome.describe()})
+        refitted = None if outcome is None else outcome.describe()
+        print_json({**report.describe(), "refit": refitted, "coverage": read_coverage(opened.path)})
         return
     if len(report.bases) > 1:
         say(f"in bases {', '.join(map(str, report.bases))}")
@@ -234,6 +242,19 @@ def collect(
     )
     for problem_id, reason in report.failures:
         say(f"problem {problem_id!r} failed: {reason}")
+
+
+def _coverage(policy: "nn.Module", spec: "SketchSpec", source: "RolloutSource", accepted: float | None) -> "Coverage":
+    """What a new store's sketches see, said aloud; refused where it is little and nobody chose the layers."""
+    from engine.gradients.coverage import LEAST, measure
+    from engine.gradients.gradient_pass import GradientPass
+    from engine.sketches.fitting import sample_groups
+
+    coverage = measure(GradientPass(policy, spec), sample_groups(source, 8, spec.seed))
+    chosen = spec.head_only or spec.modules is not None
+    coverage.require(accepted if accepted is not None else 0.0 if chosen else LEAST, "--accept-coverage")
+    say(coverage.sentence())
+    return coverage
 
 
 def _new_spec(head: bool, directions: bool) -> "SketchSpec":

@@ -1,0 +1,249 @@
+"""How much of what trains the sketched layers see: of the parameters, and of the squared policy gradient.
+
+Coverage is measured, not assumed: a few groups are back-propagated by plain autograd to everything that trains, and a
+layer that no hook sees (a norm, an embedding, a packed weight) shows by name. Definitions: docs/methods.md, coverage.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+
+from engine.gradients.adapters import active_adapters, is_trained
+from engine.gradients.gradient_pass import GradientPass
+from engine.gradients.hooks import Mutable, Observation, frozen
+from engine.gradients.layers import Layer
+from engine.gradients.microbatch import pack, pays_to_share, rollouts_of
+from engine.gradients.packed import packed_weights
+from engine.gradients.retrying import noticing
+from engine.gradients.sharding import is_sharded
+from engine.rollouts.group import Group
+from gradstore.errors import RequestError
+
+LEAST = 0.95
+"""Coverage below which `gradstore collect` asks for a word."""
+_GROUPS = 8
+
+_Key = tuple[int, str]
+"""A parameter as its module holds it: id of the module, name in it."""
+
+
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    """Parameters that the sketch does not see, of all layers together."""
+
+    name: str
+    """With `*` for the number of a layer."""
+    parameters: float
+    """Share of the parameters that train."""
+    gradient: float | None
+    """Share of the squared gradient; None where it was not measured."""
+    is_known: bool = False
+    """Whether no sketch of a whole model sees it: a vector (norm, bias) or the lookup of an embedding. It is told, and
+    asks for no word; of what trains beside an adapter, which was chosen, everything does."""
+
+
+@dataclass(frozen=True, slots=True)
+class Coverage:
+    """What the sketched layers see, as shares of what trains."""
+
+    parameters: float
+    gradient: float | None
+    """Mean over the groups that were measured; None without any (none with a gradient, or a sharded model)."""
+    n_groups: int
+    left_out: tuple[LeftOut, ...] = ()
+    """The largest share of the gradient first."""
+
+    @property
+    def share(self) -> float:
+        """The share that must not be small: of the squared gradient where it was measured, else of the parameters,
+        without the parts that no sketch of a whole model sees."""
+        asked = [part for part in self.left_out if not part.is_known]
+        if self.gradient is None:
+            seen, lost = self.parameters, math.fsum(part.parameters for part in asked)
+        else:
+            seen, lost = self.gradient, math.fsum(part.gradient or 0.0 for part in asked)
+        return seen / (seen + lost) if seen + lost else 0.0
+
+    def describe(self) -> dict:
+        """JSON-ready."""
+        return asdict(self)
+
+    def sentence(self) -> str:
+        """In one line, with the names of what is left out."""
+        measured = "" if self.gradient is None else f"{self.gradient:.1%} of the squared gradient and "
+        line = f"the sketch sees {measured}{self.parameters:.1%} of the parameters that train"
+        names = [f"{part.name} ({_percent(part)})" for part in self.left_out[:4]]
+        rest = len(self.left_out) - len(names)
+        return line + (f"; left out: {', '.join(names)}" if names else "") + (f" and {rest} more" if rest else "")
+
+    def require(self, least: float, option: str = "least_coverage") -> None:
+        """RequestError where the share is below the least, naming what is left out and the option that accepts it."""
+        if self.share < least:
+            raise RequestError(
+                f"{self.sentence()}. Norms, biases and embeddings of a whole model apart, that is {self.share:.1%}, "
+                f"less than {least:g}: rankings would be of a part of the gradient. Train LoRA adapters on linear "
+                f"layers, or accept it: {option} {math.floor(self.share * 100) / 100:g}"
+            )
+
+    def to_bytes(self) -> bytes:
+        """What a store keeps (gradstore.attachments.COVERAGE)."""
+        return json.dumps(self.describe(), sort_keys=True).encode()
+
+
+def measure(gradients: GradientPass, groups: Sequence[Group], most: int = _GROUPS) -> Coverage:
+    """The coverage of a pass's layers, by the first groups with a gradient, at most so many.
+
+    One more copy of what trains is held, as its gradient; the model is left as it was found. A weight that several
+    modules hold counts as one of each: of a tied embedding the sketch sees the output layer's gradient, not the
+    lookup's. RequestError as in `GradientPass.check`.
+    """
+    model = gradients.model
+    seen = {(id(layer.module), layer.parameter) for layer in gradients.layers}
+    sizes = _sizes(model, gradients.layers)
+    squares: list[dict[str, float]] = []
+    if not (is_sharded(model) or gradients.device.type == "meta"):
+        with _trainable(model, seen) as named:
+            for group in groups:
+                if len(squares) == most:
+                    break
+                found = _squares(gradients, group, named) if group.has_signal else {}
+                total = sum(found.values())
+                if total > 0 and math.isfinite(total):
+                    squares.append({name: square / total for name, square in found.items()})
+    shares = {name: sum(one[name] for one in squares) / len(squares) for name in (squares[0] if squares else ())}
+    covered = {f"{layer.name.removesuffix('.' + layer.parameter)}.{layer.parameter}" for layer in gradients.layers}
+    return _coverage(sizes, shares, covered, _known(model), len(squares))
+
+
+def _known(model: nn.Module) -> set[str]:
+    """Names of vectors and lookups of a whole model; none of a model with adapters."""
+    if active_adapters(model):
+        return set()
+    lookups = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
+    return lookups | {name for name, parameter in model.named_parameters() if parameter.ndim < 2}
+
+
+def _coverage(
+    sizes: Mapping[str, int], shares: Mapping[str, float], covered: set[str], known: set[str], n_groups: int
+) -> Coverage:
+    n_all = max(sum(sizes.values()), 1)
+    parts: dict[tuple[str, bool], list[float]] = {}
+    for name in sorted(sizes.keys() | shares.keys()):
+        if name not in covered:
+            part = parts.setdefault((re.sub(r"(?<=\.)\d+(?=\.)", "*", name), name in known), [0.0, 0.0])
+            part[0] += sizes.get(name, 0) / n_all
+            part[1] += shares.get(name, 0.0)
+    left_out = [
+        LeftOut(name, size, share if n_groups else None, is_known) for (name, is_known), (size, share) in parts.items()
+    ]
+    left_out.sort(key=lambda part: (-(part.gradient or 0.0), -part.parameters))
+    lost = math.fsum(part.parameters for part in left_out)
+    gradient = 1.0 - math.fsum(part.gradient or 0.0 for part in left_out) if n_groups else None
+    return Coverage(1.0 - lost, gradient, n_groups, tuple(left_out))
+
+
+def _sizes(model: nn.Module, layers: Sequence[Layer]) -> dict[str, int]:
+    """Elements of each parameter that trains, a shared one once: under a sketched layer's name where it is of one."""
+    sizes = {
+        f"{layer.name.removesuffix('.' + layer.parameter)}.{layer.parameter}": _elements(layer) for layer in layers
+    }
+    known = {id(layer.weight) for layer in layers}
+    for name, parameter in _training(model):
+        if id(parameter) not in known:
+            sizes[name] = parameter.numel()
+    return sizes | dict(
+        packed_weights(model, {id(layer.module) for layer in layers}) if not active_adapters(model) else ()
+    )
+
+
+def _elements(layer: Layer) -> int:
+    return layer.n_outputs * layer.n_inputs * (layer.n_experts or 1)
+
+
+def _training(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """What trains: with adapters theirs, and else what requires a gradient, or everything where nothing does."""
+    active = active_adapters(model)
+    named = [(name, p) for name, p in model.named_parameters() if p.is_floating_point()]
+    required = [(name, p) for name, p in named if p.requires_grad or is_trained(name, active)]
+    return required or named
+
+
+@contextmanager
+def _trainable(model: nn.Module, seen: set[_Key]) -> Iterator[list[tuple[str, nn.Parameter]]]:
+    """Gradients for everything that trains, by name, for the duration, and parameters that a sketched layer shares with
+    another module as one of each."""
+    trained = {id(p) for _, p in _training(model)}
+    own = {id(p) for module in model.modules() for n, p in module._parameters.items() if (id(module), n) in seen}
+    kept = [(p, p.grad) for p in model.parameters()]
+    swapped: list[tuple[nn.Module, str, nn.Parameter]] = []
+    with frozen(model):
+        try:
+            for module in list(model.modules()):
+                for name, parameter in list(module._parameters.items()):
+                    if parameter is not None and id(parameter) in own and (id(module), name) not in seen:
+                        swapped.append((module, name, parameter))
+                        module._parameters[name] = nn.Parameter(parameter.detach(), requires_grad=False)
+            copies = {id(module._parameters[name]) for module, name, _ in swapped}
+            wanted = trained | own | copies
+            named = [(n, p) for n, p in model.named_parameters() if id(p) in wanted and p.is_floating_point()]
+            for _, parameter in named:
+                parameter.grad = None
+                parameter.requires_grad_(True)
+            yield named
+        finally:
+            for module, name, parameter in swapped:
+                module._parameters[name] = parameter
+            for parameter, gradient in kept:
+                parameter.requires_grad_(False)
+                parameter.grad = gradient
+
+
+class _Nobody:
+    """An observer of no layers."""
+
+    def reset(self) -> None: ...
+
+    def on_input(self, layer: int, x_BTI: Tensor, expert_BT: Tensor | None = None) -> None: ...
+
+    def on_gradient(self, layer: int, kept: None, grad_BTO: Tensor, problem_B: Tensor) -> None: ...
+
+
+def _squares(gradients: GradientPass, group: Group, named: Sequence[tuple[str, nn.Parameter]]) -> dict[str, float]:
+    """Squared norm of the group's gradient by every parameter; empty where no rollout carries weight."""
+    gradients.check(group)
+    rollouts, policy = rollouts_of([group], gradients.spec.objective), gradients.policy
+    if not rollouts:
+        return {}
+    shared = policy.shares_prompts and gradients.spec.share_prompts and pays_to_share(rollouts)
+    observation = Observation(gradients.model, [], Mutable(_Nobody()))
+
+    def attempt(tokens: int) -> None:
+        for _, parameter in named:
+            parameter.grad = None
+        for batch in pack(rollouts, tokens, shared):
+            with noticing(batch):
+                policy.backward(batch.to(gradients.device), gradients.spec.objective, observation)
+
+    try:
+        with torch.enable_grad():
+            gradients.budget.fitting(attempt, [group], inputs_kept=True)
+    finally:
+        observation.remove()
+    squares = {n: 0.0 if p.grad is None else _square(p.grad) for n, p in named}
+    for _, parameter in named:
+        parameter.grad = None
+    return squares
+
+
+def _square(gradient: Tensor) -> float:
+    return float(torch.linalg.vector_norm(gradient, dtype=torch.float64)) ** 2
+
+
+def _percent(part: LeftOut) -> str:
+    return f"{part.parameters if part.gradient is None else part.gradient:.1%}"
