@@ -8,11 +8,8 @@ gradient and a displaced copy of the weights meet. Problems and responses are ma
 that nearly every problem has a gradient. On a GPU the peak is the host's.
 """
 
-import os
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,6 +17,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
+from benchmarks.peaks import outcome
 from engine.gradients.models import load_model, load_tokenizer
 from engine.rollouts.rollout import Rollout
 from engine.rollouts.write import write_rollouts
@@ -66,17 +64,6 @@ def rollouts(records: Sequence[dict[str, str]], n: int, tokenizer: Any) -> Itera
             )
 
 
-def peak(command: Sequence[str]) -> tuple[float, float]:
-    """Largest resident size of a command, bytes, and its seconds; CalledProcessError when it fails."""
-    started = time.monotonic()
-    child = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(child.pid, 0)
-    child.returncode = os.waitstatus_to_exitcode(status)
-    if child.returncode:
-        raise subprocess.CalledProcessError(child.returncode, command)
-    return usage.ru_maxrss * 1024.0, time.monotonic() - started
-
-
 def main(
     model: Annotated[str, typer.Option(help="Folder or name of a transformers causal LM.")],
     problems_: Annotated[int, typer.Option("--problems", min=16, help="Problems of `collect`.")] = 20,
@@ -100,9 +87,12 @@ def main(
         }
         rows = []
         for name, command in commands.items():
-            held, seconds = peak(command)
-            rows.append([name, f"{held / 1e9:.2f}", f"{held / weights:.1f}", f"{seconds:.0f}"])
-            say(f"{name}: {held / 1e9:.2f} GB")
+            done = outcome(command)
+            if done.status:
+                say(f"{name} ended with exit status {done.status}: {done.said[-2000:]}")
+                raise typer.Exit(1)
+            rows.append([name, f"{done.peak / 1e9:.2f}", f"{done.peak / weights:.1f}", f"{done.seconds:.0f}"])
+            say(f"{name}: {done.peak / 1e9:.2f} GB")
     columns = ["process", "peak GB", "x weights", "seconds"]
     print_table(f"{model}: weights of {weights / 1e9:.2f} GB", columns, rows, right=columns[1:])
 
