@@ -201,16 +201,20 @@ def _formed_batch(
         targets = targets_of(cut, part)
         target_squares_K += [sum(inner(matrix, matrix) for matrix in matrices) for matrices in targets]
         total = 0
+        rows, found_RKL = [], []  # on the device until the block's last problem: a GPU is waited for once
         for row, (matrices, n_tokens) in enumerate(problem_gradients(part, groups)):
             total += n_tokens
             if not n_tokens:
                 continue
             against = [matrices, *targets]  # itself first, for its length
             found = [plain_inner(*pair) for wanted in against for pair in zip(matrices, wanted, strict=True)]
-            found_KL = torch.stack(found).view(len(against), -1).cpu().numpy()
-            squares_P[row] += found_KL[0].sum()
-            terms_PKL[row, :, cut] = found_KL[1:]
+            rows.append(row)
+            found_RKL.append(torch.stack(found).view(len(against), -1))
         del targets
+        if rows:
+            numbers_RKL = torch.stack(found_RKL).cpu().numpy()
+            squares_P[rows] += numbers_RKL[:, 0].sum(1)
+            terms_PKL[rows, :, cut] = numbers_RKL[:, 1:]
     return _batch(gradients, groups, terms_PKL, np.sqrt(squares_P), np.sqrt(target_squares_K), total)
 
 

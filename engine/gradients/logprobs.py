@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from engine.gradients.directions import evaluating, in_step
@@ -89,9 +90,11 @@ def response_logprobs(runner: GradientPass, groups: Sequence[Group]) -> list[lis
 
     batches, grids = runner.budget.fitting(attempt, groups)
     found: list[np.ndarray] = [np.zeros(0, np.float32)] * len(rollouts)
-    for batch, grid_BN in zip(batches, grids, strict=False):
-        rows = grid_BN.float().cpu().numpy()
-        for row, number in zip(rows, batch.rollout_B.tolist(), strict=True):
-            found[number] = row[: len(rollouts[number].response_ids)]
+    if grids:
+        numbers = torch.cat([grid_BN.float().flatten() for grid_BN in grids]).cpu().numpy()  # one copy to the host
+        parts = np.split(numbers, np.cumsum([grid_BN.numel() for grid_BN in grids])[:-1])
+        for batch, grid_BN, part in zip(batches, grids, parts, strict=False):
+            for row, number in zip(part.reshape(grid_BN.shape), batch.rollout_B.tolist(), strict=True):
+                found[number] = row[: len(rollouts[number].response_ids)]
     empty = np.zeros(0, np.float32)
     return [[found[place] if place >= 0 else empty for place in places] for places in first]

@@ -357,12 +357,14 @@ def _sides_on(device: torch.device, basis: LayerBasis) -> _Sides:
 
 
 def _batch(groups: Sequence[Group], projection: Projection, sums_PC: Tensor, n_tokens: int) -> SketchBatch:
-    batch = _label(groups, _folded(projection, sums_PC).cpu().numpy(), n_tokens)
+    sketches_PD = _folded(projection, sums_PC)
     if projection.kind != "fitted":
-        return batch
-    lengths_P = sums_PC.double().norm(dim=1).float().cpu().numpy()
+        return _label(groups, sketches_PD.cpu().numpy(), n_tokens)
+    lengths_P1 = sums_PC.double().norm(dim=1, keepdim=True).float()
+    found_PX = torch.cat([sketches_PD, lengths_P1], 1).cpu().numpy()  # a GPU is waited for once
+    batch = _label(groups, np.ascontiguousarray(found_PX[:, :-1]), n_tokens)
     live_P = [state is State.LIVE for state in batch.states]
-    return replace(batch, norms=np.where(live_P, lengths_P, np.float32(0)))
+    return replace(batch, norms=np.where(live_P, found_PX[:, -1], np.float32(0)))
 
 
 def _label(groups: Sequence[Group], sketches_PD: np.ndarray, n_tokens: int) -> SketchBatch:
