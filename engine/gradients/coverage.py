@@ -220,6 +220,7 @@ def _squares(gradients: GradientPass, group: Group, named: Sequence[tuple[str, n
     rollouts, policy = rollouts_of([group], gradients.spec.objective), gradients.policy
     if not rollouts:
         return {}
+    policy.verify(rollouts)
     shared = policy.shares_prompts and gradients.spec.share_prompts and pays_to_share(rollouts)
     observation = Observation(gradients.model, [], Mutable(_Nobody()))
 

@@ -100,6 +100,7 @@ def summed_gradient(
     for group in groups:
         runner.check(group)
     rollouts = rollouts_of(groups, spec.objective, factors_P)
+    policy.verify(rollouts)
     scale = n_shards(model)
     plain = policy.plain() if is_sharded(model) else nullcontext()
     sums: dict[str, Tensor] = {}

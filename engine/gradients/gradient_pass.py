@@ -99,6 +99,7 @@ class GradientPass:
         for group in groups:
             self.check(group)
         rollouts = rollouts_of(groups, self.spec.objective)
+        self.policy.verify(rollouts)
         whole = self.policy.plain() if is_sharded(self.model) else nullcontext()
         muted = Mutable(observer)
         reshard(self.model)

@@ -75,6 +75,7 @@ def response_logprobs(runner: GradientPass, groups: Sequence[Group]) -> list[lis
             if place == len(rollouts):
                 rollouts.append(Rollout(problem, j, group.prompt_ids, response, 1.0, None))
     spec, policy = runner.spec, runner.policy
+    policy.verify(rollouts)
     shares = policy.shares_prompts and spec.share_prompts
     # Every rank or none: a prompt run by itself is one more forward.
     shared = shares and not largest(runner.model, len(rollouts) > 0 and not pays_to_share(rollouts))

@@ -182,7 +182,10 @@ def pack(rollouts: Sequence[Rollout], token_budget: int, shared: bool) -> Iterat
     prompts: set[int] = set()
     for item in sorted(enumerate(rollouts), key=order):
         rollout = item[1]
-        own, own_prompt = _width(rollout.n_tokens(shared)), _width(len(rollout.prompt_ids) - 1) if shared else 0
+        own, own_prompt = (
+            padded_width(rollout.n_tokens(shared)),
+            padded_width(len(rollout.prompt_ids) - 1) if shared else 0,
+        )
         wider, prompt_wider = max(width, own), max(prompt_width, own_prompt)
         n_prompts = len(prompts | {rollout.problem})
         n_coming = 1
@@ -209,7 +212,7 @@ def _collate(batch: Sequence[tuple[int, Rollout]], shared: bool) -> MicroBatch:
         for rollout, start in zip(rollouts, starts, strict=True)
     ]
     lengths = np.array([len(rollout.response_ids) for rollout in rollouts])
-    filled_BN = np.arange(_width(lengths.max())) < lengths[:, None]
+    filled_BN = np.arange(padded_width(lengths.max())) < lengths[:, None]
     weights_BN = filled_BN * np.array([rollout.weight for rollout in rollouts])[:, None]
     behaviours = [rollout.behaviour for rollout in rollouts if rollout.behaviour is not None]
     scales_BN = filled_BN * np.array([rollout.kl_scale for rollout in rollouts])[:, None]
@@ -243,13 +246,14 @@ def _prompts(rollouts: Sequence[Rollout]) -> Prompts:
 
 def _padded(rows: Sequence[np.ndarray], dtype: type = np.int64) -> np.ndarray:
     """Rows of different lengths as one array, zeros on the right."""
-    grid: np.ndarray = np.zeros((len(rows), _width(max(len(row) for row in rows))), dtype)
+    grid: np.ndarray = np.zeros((len(rows), padded_width(max(len(row) for row in rows))), dtype)
     for i, row in enumerate(rows):
         grid[i, : len(row)] = row
     return grid
 
 
-def _width(n_tokens: int) -> int:
+def padded_width(n_tokens: int) -> int:
+    """Tokens of a grid whose longest row has n_tokens."""
     return -(-n_tokens // _WIDTH) * _WIDTH
 
 

@@ -6,15 +6,17 @@ each chunk is back-propagated to the hidden states at once, and those to the res
 
 Both shortcuts must be exact. They are compared with the model's plain forward the first time a model is used; where
 they are not (logits capped after the output layer, a cache without gradients or of another kind), the plain forward
-serves and a warning says so.
+serves and a warning says so. Shared prompts and padding are compared again with each sequence alone before longer
+sequences than so far are run (`verify`): some 8 L tokens of forward at each power of two L up to the data's length.
 
 Dimension letters: B sequences, Q prompts, S prompt tokens, T tokens of a continuation, N response tokens, H hidden,
 V vocabulary.
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
@@ -24,10 +26,12 @@ from transformers import DynamicCache
 
 from engine.gradients.grouped_attention import grouped_attention
 from engine.gradients.hooks import Observation
-from engine.gradients.microbatch import MicroBatch, Prompts
+from engine.gradients.lengths import SHORTEST, alone, reach, samples
+from engine.gradients.microbatch import MicroBatch, Prompts, Rollout, pack
 from engine.gradients.objectives import Objective, importance_weights, kl_weights
 from engine.gradients.retrying import is_out_of_memory
-from engine.gradients.sharding import gather, reshard
+from engine.gradients.sharding import gather, is_sharded, largest, reshard
+from gradstore.errors import RequestError
 
 log = logging.getLogger(__name__)
 
@@ -41,11 +45,30 @@ _TOLERANCE = 1e-3
 OnWeights = Callable[[Tensor, Tensor, Tensor], None]
 """Told problem_B and the token weights [B, N] before and after importance ratios."""
 
+_NOT_SUPPORTED = (TypeError, ValueError, RuntimeError, AttributeError, NotImplementedError, IndexError)
+
 _SHARING = "prompts computed once"
 
-_Checked = tuple[torch.dtype, torch.device, bool, bool, list[str]]
+_HEAD = "the output layer on response positions alone"
+_PADDING = "sequences padded to one length"
+
+
+@dataclass
+class _Checked:
+    """What checks of a model found, shared by all its policies."""
+
+    dtype: torch.dtype
+    device: torch.device
+    splits: bool = False
+    shares: bool = False
+    pads: bool = True
+    """Whether a sequence in a padded batch is as it is alone."""
+    length: int = 0
+    """Tokens of the longest sequences checked."""
+    fallbacks: list[str] = field(default_factory=list)
+
+
 _CHECKED: WeakKeyDictionary[nn.Module, _Checked] = WeakKeyDictionary()
-"""Dtype and device of each model that was checked, the outcome for both shortcuts, and what is said of them."""
 
 
 class Policy:
@@ -57,16 +80,89 @@ class Policy:
         self._backbone = cast(Any, base).base_model
         self._head = cast(Any, base).get_output_embeddings()
         self.n_vocabulary = int(cast(Any, base).get_input_embeddings().num_embeddings)
-        self.fallbacks: list[str] = []
-        """Shortcuts that are not exact for this model, and why."""
+        config = getattr(base, "config", None)
+        self._context = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
         weight = next(model.parameters())
         known = _CHECKED.get(model)
-        if known is not None and known[:2] == (weight.dtype, weight.device):
-            self._split, self.shares_prompts, self.fallbacks = known[2], known[3], list(known[4])
-            return
-        self._split = self._is_exact("the output layer on response positions alone", self._hidden_then_head)
-        self.shares_prompts = self._split and self._attends_fully(base) and self._is_exact(_SHARING, self._cached)
-        _CHECKED[model] = (weight.dtype, weight.device, self._split, self.shares_prompts, list(self.fallbacks))
+        if known is not None and (known.dtype, known.device) == (weight.dtype, weight.device):
+            self._checked = known
+        else:
+            self._checked = known = _Checked(weight.dtype, weight.device)
+            known.splits = self._caps_nothing(config) and self._is_exact(_HEAD, self._hidden_then_head)
+            known.shares = known.splits and self._attends_fully(base) and self._is_exact(_SHARING, self._cached)
+            _CHECKED[model] = known
+        self._split, self.shares_prompts = known.splits, known.shares
+
+    @property
+    def fallbacks(self) -> list[str]:
+        """Shortcuts that are not exact for this model, and why."""
+        return self._checked.fallbacks
+
+    def verify(self, rollouts: Sequence[Rollout]) -> None:
+        """Check shared prompts and padding at the rollouts' lengths; to be called before `shares_prompts` is asked.
+
+        Sharing that is not exact there is given up, and where padding is not, sequences are run one by one. Under FSDP2
+        all ranks call this together, and RequestError where they would have to run them so.
+        """
+        known, longest = self._checked, largest(self.model, reach(rollouts))
+        while known.length < longest and known.device.type != "meta" and (known.shares or known.pads):
+            length = max(SHORTEST, 2 * known.length)
+            self._verify_at(min(length, self._context or length))
+            known.length = length
+        self.shares_prompts = known.shares
+        if not known.pads and is_sharded(self.model):
+            raise RequestError(
+                f"{type(self.model).__name__}: a sequence's log-probabilities depend on what it is padded to, "
+                "and a sharded model runs padded sequences only: run it unsharded"
+            )
+
+    def _verify_at(self, length: int) -> None:
+        known, rollouts = self._checked, samples(length, self.n_vocabulary)
+        (unshared,) = pack(rollouts, 8 * length, shared=False)
+        (shared,) = pack(rollouts, 8 * length, shared=True)
+        with self._as_checked():
+            plain = self._chosen(alone(unshared.to(known.device)))
+            for what, batch, wanted in ((_SHARING, shared, known.shares), (_PADDING, unshared, known.pads)):
+                if not wanted:
+                    continue
+                try:
+                    found = self._chosen([batch.to(known.device)])
+                    errors = [((found[j] - row).abs() / (1 + row.abs())) for j, row in plain.items()]
+                    # In half precision a single token may be routed to another expert.
+                    exact_in_full = known.dtype == torch.float32
+                    error = max((e.max() if exact_in_full else e.mean()).item() for e in errors)
+                    exact = error <= _TOLERANCE * (1 if exact_in_full else 30)
+                    reason = f"log-probabilities differ by {error:.1e}"
+                except _NOT_SUPPORTED as problem:
+                    exact, reason = False, f"{type(problem).__name__}: {problem}"
+                if not exact:
+                    known.shares = known.shares and what != _SHARING
+                    known.pads = known.pads and what != _PADDING
+                    self._fall_back(what, f"at sequences of {length} tokens {reason}")
+
+    def _chosen(self, batches: Iterable[MicroBatch]) -> dict[int, Tensor]:
+        """Log-probabilities of the response tokens, by rollout."""
+        return {
+            j: row_N[filled_N]
+            for batch in batches
+            for j, row_N, filled_N in zip(
+                batch.rollout_B.tolist(), self._logprobs_together(batch, 1.0), batch.filled_BN, strict=True
+            )
+        }
+
+    @contextmanager
+    def _as_checked(self) -> Iterator[None]:
+        """The model in evaluation mode, its weights whole and no gradients, for the duration."""
+        training = [module for module in self.model.modules() if module.training]
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                gather(self.model)  # a shortcut goes round the outermost module, which would gather its own
+                yield
+        finally:
+            reshard(self.model)
+            for module in training:
+                module.training = True
 
     @contextmanager
     def plain(self) -> Iterator[None]:
@@ -80,6 +176,14 @@ class Policy:
 
     def logprobs(self, batch: MicroBatch, temperature: float = 1.0) -> Tensor:
         """Log-probability of each response token, float32 [B, N], zero where padded; nothing is back-propagated."""
+        if self._checked.pads or batch.prompts is not None:
+            return self._logprobs_together(batch, temperature)
+        found_BN = torch.zeros_like(batch.weights_BN)
+        for i, row in enumerate(alone(batch)):
+            found_BN[i, : row.weights_BN.shape[1]] = self._logprobs_together(row, temperature)[0]
+        return found_BN
+
+    def _logprobs_together(self, batch: MicroBatch, temperature: float) -> Tensor:
         with torch.no_grad():
             found_BN = torch.zeros_like(batch.weights_BN)
             hidden_BTH = self._hidden(batch, None) if self._split else None
@@ -100,6 +204,13 @@ class Policy:
         each chunk of sequences.
         """
         tell = on_weights or (lambda problem_B, before_BN, after_BN: None)
+        whole = self._checked.pads or batch.prompts is not None
+        for part in [batch] if whole else alone(batch):
+            self._backward_together(part, objective, observation, tell)
+
+    def _backward_together(
+        self, batch: MicroBatch, objective: Objective, observation: Observation, tell: OnWeights
+    ) -> None:
         if not self._split:
             observation.of(batch.problem_B)
             logits_BTV = self.model(input_ids=batch.token_ids_BT, use_cache=False).logits
@@ -174,6 +285,13 @@ class Policy:
             self._fall_back(_SHARING, f"it has {', '.join(sorted(kinds))} layers")
         return kinds == {"full_attention"}
 
+    def _caps_nothing(self, config: Any) -> bool:
+        """Whether logits are the output layer's: a cap bends small ones by less than a check can tell."""
+        capped = bool(getattr(config, "final_logit_softcapping", None))
+        if capped:
+            self._fall_back(_HEAD, "its logits are capped")
+        return not capped
+
     def _fall_back(self, what: str, reason: str) -> None:
         self.fallbacks.append(f"{what}: {reason}")
         log.warning("%s: not exact for %s (%s); the plain forward serves", what, type(self.model).__name__, reason)
@@ -182,24 +300,18 @@ class Policy:
         """Whether a shortcut gives the plain forward's log-probabilities on a few fixed sequences."""
         device = next(self.model.parameters()).device
         token_ids_BT = (torch.arange(24, device=device).reshape(2, 12) * 7 + 3) % self.n_vocabulary
-        training = [module for module in self.model.modules() if module.training]
-        self.model.eval()
         try:
-            with torch.no_grad():
+            with self._as_checked():
                 plain = self.model(input_ids=token_ids_BT, use_cache=False).logits[:, 6:].float().log_softmax(-1)
-                gather(self.model)  # a shortcut goes round the outermost module, which would gather its own
+                gather(self.model)
                 found = shortcut(token_ids_BT).float().log_softmax(-1)
             error = ((found - plain).abs() / (1 + plain.abs())).max().item()
             reason = f"log-probabilities differ by {error:.1e}"
             exact = error <= _TOLERANCE * (1 if plain.dtype == torch.float32 and _is_fp32(self.model) else 30)
-        except (TypeError, ValueError, RuntimeError, AttributeError, NotImplementedError, IndexError) as problem:
+        except _NOT_SUPPORTED as problem:
             if is_out_of_memory(problem):  # says nothing of the shortcut
                 raise
             exact, reason = False, f"{type(problem).__name__}: {problem}"
-        finally:
-            reshard(self.model)
-            for module in training:
-                module.training = True
         if not exact:
             self._fall_back(what, reason)
         return exact

@@ -1,0 +1,66 @@
+"""Sequences on which a policy's micro-batches are checked at the lengths that data have.
+
+A sliding window, or rope frequencies that change past a trained length, show on long sequences only, and padding may
+count there: a prompt beside a longer one, or a sequence in a batch that reaches further. The check has both.
+
+B sequences, T tokens of a sequence, N response tokens.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from engine.gradients.microbatch import MicroBatch, Rollout, padded_width
+
+SHORTEST = 16
+"""Tokens of the first sequences checked; the next have twice as many."""
+
+
+def reach(rollouts: Sequence[Rollout]) -> int:
+    """Most tokens that a padded prompt and a padded response of them may have together; 0 without rollouts."""
+    if not rollouts:
+        return 0
+    longest_prompt = max(len(rollout.prompt_ids) for rollout in rollouts)
+    return padded_width(longest_prompt) + padded_width(max(len(rollout.response_ids) for rollout in rollouts))
+
+
+def samples(length: int, n_vocabulary: int) -> list[Rollout]:
+    """Two prompts of length / 2 and length / 8 fixed random tokens, each with a short and a long response.
+
+    The sequences have length, 3/4, 1/2 and 3/16 of it in tokens.
+    """
+    ids = np.random.default_rng(length).integers(0, n_vocabulary, 2 * length)
+    long, short = ids[: length // 2], ids[-(length // 8) :]
+    sizes = [(0, long, length // 2), (0, long, length // 4), (1, short, 3 * length // 8), (1, short, length // 16)]
+    return [
+        Rollout(problem, j, prompt, ids[length // 2 + j :][:size], 1.0, None)
+        for j, (problem, prompt, size) in enumerate(sizes)
+    ]
+
+
+def alone(batch: MicroBatch) -> Iterator[MicroBatch]:
+    """Each sequence of a batch without shared prompts as a micro-batch of its own, unpadded."""
+    firsts, sizes = batch.first_B.tolist(), batch.filled_BN.sum(1).tolist()
+    for i, (first, size) in enumerate(zip(firsts, sizes, strict=True)):
+        row, n = slice(i, i + 1), max(1, size)
+        cut: dict[str, Any] = {
+            name: None if grid_BN is None else grid_BN[row, :n]
+            for name, grid_BN in (
+                ("targets_BN", batch.targets_BN),
+                ("weights_BN", batch.weights_BN),
+                ("filled_BN", batch.filled_BN),
+                ("behaviour_BN", batch.behaviour_BN),
+                ("kl_scales_BN", batch.kl_scales_BN),
+                ("reference_BN", batch.reference_BN),
+            )
+        }
+        yield replace(
+            batch,
+            token_ids_BT=batch.token_ids_BT[row, : first + n],
+            problem_B=batch.problem_B[row],
+            rollout_B=batch.rollout_B[row],
+            first_B=batch.first_B[row],
+            **cut,
+        )
