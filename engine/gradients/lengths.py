@@ -40,6 +40,20 @@ def samples(length: int, n_vocabulary: int) -> list[Rollout]:
     ]
 
 
+def frequencies_change_at(config: Any) -> int | None:
+    """Length of a forward up to which rotary embeddings of type longrope use their short factors; None without them.
+
+    transformers chooses the factors by the longest position of a forward, for all its sequences
+    (`modeling_rope_utils.dynamic_rope_update`).
+    """
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    for settings in (rope, *(own for own in rope.values() if isinstance(own, dict))):
+        if settings.get("rope_type", settings.get("type")) == "longrope":
+            at = settings.get("original_max_position_embeddings")
+            return at or getattr(config, "original_max_position_embeddings", None)
+    return None
+
+
 def alone(batch: MicroBatch) -> Iterator[MicroBatch]:
     """Each sequence of a batch without shared prompts as a micro-batch of its own, unpadded."""
     firsts, sizes = batch.first_B.tolist(), batch.filled_BN.sum(1).tolist()

@@ -26,7 +26,7 @@ from transformers import DynamicCache
 
 from engine.gradients.grouped_attention import grouped_attention
 from engine.gradients.hooks import Observation
-from engine.gradients.lengths import SHORTEST, alone, reach, samples
+from engine.gradients.lengths import SHORTEST, alone, frequencies_change_at, reach, samples
 from engine.gradients.microbatch import MicroBatch, Prompts, Rollout, pack
 from engine.gradients.objectives import Objective, importance_weights, kl_weights
 from engine.gradients.retrying import is_out_of_memory
@@ -82,6 +82,7 @@ class Policy:
         self.n_vocabulary = int(cast(Any, base).get_input_embeddings().num_embeddings)
         config = getattr(base, "config", None)
         self._context = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+        self._changes_at = frequencies_change_at(config)
         weight = next(model.parameters())
         known = _CHECKED.get(model)
         if known is not None and (known.dtype, known.device) == (weight.dtype, weight.device):
@@ -105,6 +106,13 @@ class Policy:
         all ranks call this together, and RequestError where they would have to run them so.
         """
         known, longest = self._checked, largest(self.model, reach(rollouts))
+        if self._changes_at and longest > self._changes_at:
+            # Told by the configuration: what other frequencies change may be less than a comparison can tell.
+            reason = f"forwards of more than {self._changes_at} tokens use other rotary frequencies (longrope)"
+            for what, taken in ((_SHARING, known.shares), (_PADDING, known.pads)):
+                if taken:
+                    self._fall_back(what, reason)
+            known.shares = known.pads = False
         while known.length < longest and known.device.type != "meta" and (known.shares or known.pads):
             length = max(SHORTEST, 2 * known.length)
             self._verify_at(min(length, self._context or length))
