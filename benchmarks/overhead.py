@@ -83,8 +83,8 @@ class Numbers:
     def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
         return {"input_ids": [int(word) for word in text.split()]}
 
-    def batch_decode(self, rows: Sequence[Sequence[int]], **_: Any) -> list[str]:
-        return [" ".join(str(int(token)) for token in row) for row in rows]
+    def decode(self, row: Sequence[int], **_: Any) -> str:
+        return " ".join(str(int(token)) for token in row)
 
 
 def mostly_even(_: Mapping[str, Any], response: str, __: int) -> float:

@@ -83,7 +83,7 @@ def test_the_fingerprint_says_head_mode(make_model) -> None:
 
 def test_bad_settings_are_refused() -> None:
     """Each says what does not go together."""
-    with pytest.raises(RequestError, match="leave `modules` out"):
+    with pytest.raises(RequestError, match="leave `modules` and `embeddings` out"):
         SketchSpec(head_only=True, modules=("lm_head",))
     with pytest.raises(RequestError, match="right_rank is 0"):
         SketchSpec(right_rank=0)

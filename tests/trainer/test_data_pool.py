@@ -356,8 +356,11 @@ def test_no_wrong_truth_to_be_had() -> None:
         corrupted(records, [Corruption(WRONG_TRUTH, 0.5)], 0)
 
 
-def test_ids_of_two_files_must_differ(tmp_path: Path) -> None:
+def test_an_id_of_two_files_is_told_apart(tmp_path: Path) -> None:
+    """verl numbers the rows of each file from 0; a store knows a problem by its id."""
     for name in "ab":
         (tmp_path / f"{name}.jsonl").write_text(json.dumps({"id": "1", "prompt": f"{name}?", "source": name}) + "\n")
-    with pytest.raises(RequestError, match="problem id '1' occurs in 'a' and 'b' with different prompts"):
-        build([Part(str(tmp_path / "a.jsonl")), Part(str(tmp_path / "b.jsonl"))], Options())
+    pool = build([Part(str(tmp_path / "a.jsonl")), Part(str(tmp_path / "b.jsonl"))], Options())
+    assert {record["id"]: record["prompt"] for record in pool.records} == {"a-1": "a?", "b-1": "b?"}
+    assert len(pool.notes) == 1
+    assert "'a-1'" in pool.notes[0]
