@@ -163,11 +163,14 @@ def replacing_file(path: Path, beside: AbstractContextManager[None] | None = Non
     """A file to write the new content to, which shows when the block ends; after an error of it the old one stays."""
     temporary = path.with_name(f"{TEMPORARY}{path.name}")
     with writing(path):
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        try:
+            with open(descriptor, "wb", closefd=False) as file:
+                yield file
             with beside or nullcontext():
-                os.fsync(file.fileno())
+                os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
         os.rename(temporary, path)
         fsync_folder(path.parent)
 
