@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,6 +33,8 @@ from engine.sketches.fitting import PASSES
 from gradstore.cli.show import print_table
 
 SKETCH, EXACT, FORWARD, FIT = "sketch", "exact gradients", "forward", "fit"
+_BENCHMARK = 2
+"""Problems that exact gradients are scored against."""
 _DEMO: dict[str, Any] = {
     **KNOWN["SmolLM2-135M"],
     "hidden_size": 128,
@@ -81,9 +84,10 @@ def planned_work(shape: ModelShape, load: Workload, rank: int) -> dict[str, Work
 def planned_memory(shape: ModelShape, load: Workload, rank: int, device: Hardware) -> dict[str, int]:
     """Bytes at most, weights included."""
     tokens = memory.recommended_tokens(shape, device)
+    one, benchmark = (replace(load, n_problems=n) for n in (1, _BENCHMARK))
     return {
         SKETCH: memory.sketching(shape, load, tokens.sketching, rank, device),
-        EXACT: memory.forming(shape, load, tokens.with_inputs, device),
+        EXACT: memory.forming(shape, one, benchmark, tokens.with_inputs, device),
         FIT: memory.fitting(shape, load, tokens.with_inputs, rank, device),
     }
 
@@ -96,7 +100,7 @@ def held(name: str, stage: str) -> int:
     bench = Bench(MEASURED[name], "cpu", 2048, 8)
     job = ways(bench)[stage]
     if stage == EXACT:  # `layer_gradients` keeps every layer's matrix, as its result; this is what `fidelity` runs
-        job = lambda: exact_against(bench.model, bench.groups[:2], bench.groups)  # noqa: E731
+        job = lambda: exact_against(bench.model, bench.groups[:_BENCHMARK], bench.groups)  # noqa: E731
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     job()
     return 1024 * (_kilobytes("VmHWM") - before)

@@ -1,7 +1,7 @@
 """How many tokens go through a model at once, where the settings do not say: what its activations leave room for.
 
 Autograd keeps some numbers of every token until the backward pass, in proportion to what the linear layers put out:
-about 1.5 times their outputs where the weights are frozen (a sketch), 2.4 times where every layer's inputs are kept too
+about 1.6 times their outputs where the weights are frozen (a sketch), 2.2 times where every layer's inputs are kept too
 (a weight gradient). That is an estimate: where it is too high, memory lies idle; where it is too low, a GPU runs out of
 memory and the micro-batch is halved (retrying.py).
 """
@@ -25,7 +25,7 @@ _ON_GPU = 0.6
 """Share of a GPU's free memory that activations are planned to take."""
 _FORMED, _LEAST_FORMED = 0.15, 1 << 28
 """Share of a GPU's free memory for gradients formed in full, and bytes that they may take on any CPU."""
-_FROZEN, _WITH_INPUTS = 1.5, 2.4
+_FROZEN, _WITH_INPUTS = 1.6, 2.2
 """Numbers that autograd keeps of a token, for each output of the linear layers (docs/benchmarks.md)."""
 
 

@@ -163,14 +163,14 @@ class Observation:
                 )
             expert_BS = None
         given = (x_BTI,) if expert_BS is None else (x_BTI, expert_BS)
-        kept = self._observer.on_input(number, *given)
+        kept, grid = self._observer.on_input(number, *given), x_BTI.shape[:2]  # the hook must not keep the inputs alive
         if not output.requires_grad:
             output.requires_grad_(True)
 
         def backward(grad: Tensor) -> None:
             grad = grad if turned is None else turned(grad)
             scale = 1.0 if slots is None else slots.scaling
-            grad_BTO = grad.reshape(*x_BTI.shape[:2], -1)
+            grad_BTO = grad.reshape(*grid, -1)
             self._observer.on_gradient(number, kept, grad_BTO if scale == 1.0 else grad_BTO * scale, problem_B)
 
         output.register_hook(backward)

@@ -99,15 +99,16 @@ def fitting(shape: ModelShape, load: Workload, n_tokens: int, rank: int, device:
     )
 
 
-def forming(shape: ModelShape, load: Workload, n_tokens: int, device: Hardware) -> int:
-    """Exact gradients, two blocks of layers at a time: a problem's, and the target's."""
+def forming(shape: ModelShape, problem: Workload, benchmark: Workload, n_tokens: int, device: Hardware) -> int:
+    """Exact gradients of a block of layers: the benchmark's in as few micro-batches as can be, then beside it those of
+    one problem after the other."""
     block = formed_block(shape, device)
-    return (
-        shape.weight_bytes
-        + 2 * block
-        + held_by_tokens(shape, load, n_tokens, shape.kept_bytes_with_inputs)
-        + logits_bytes(shape, load, n_tokens, device)
-    )
+
+    def held(load: Workload) -> int:
+        kept = held_by_tokens(shape, load, n_tokens, shape.kept_bytes_with_inputs)
+        return kept + logits_bytes(shape, load, n_tokens, device)
+
+    return shape.weight_bytes + block + max(held(benchmark), block + held(problem))
 
 
 def formed_block(shape: ModelShape, device: Hardware) -> int:

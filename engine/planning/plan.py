@@ -151,11 +151,9 @@ def _fit(shape: ModelShape, request: Request, device: Hardware, n_tokens: int) -
     one = costs.one_sided(shape, load, request.rank)
     measured = request.load(min(_HELD_OUT, request.n_pool) + request.n_benchmark)
     exact = costs.weight_gradients(shape, measured).times(memory.formed_blocks(shape, device))
-    held = max(
-        memory.fitting(shape, load, n_tokens, request.rank, device), memory.forming(shape, measured, n_tokens, device)
-    )
+    held = max(memory.fitting(shape, load, n_tokens, request.rank, device), _forming(shape, request, device, n_tokens))
     disk = memory.basis_bytes(shape, request.rank)
-    note = f"{PASSES} passes over {load.n_problems} problems, then exact scores of {measured.n_problems}; one device"
+    note = f"{PASSES:g} passes over {load.n_problems} problems, then exact scores of {measured.n_problems}; one device"
     return _stage("fit and measure", one.times(PASSES).plus(exact), held, 1, device, disk, note)
 
 
@@ -172,9 +170,13 @@ def _fidelity(shape: ModelShape, request: Request, device: Hardware, n_tokens: i
     load = request.load(2 * n_sample + request.n_benchmark)  # the halves of a problem are as much work as the whole
     n_blocks = memory.formed_blocks(shape, device)
     work = costs.weight_gradients(shape, load).times(n_blocks)
-    held = memory.forming(shape, load, n_tokens, device)
+    held = _forming(shape, request, device, n_tokens)
     note = f"{n_sample} problems and their halves, {n_blocks} blocks of layers; one device"
     return _stage("fidelity", work, held, 1, device, 0, note)
+
+
+def _forming(shape: ModelShape, request: Request, device: Hardware, n_tokens: int) -> int:
+    return memory.forming(shape, request.load(1), request.load(request.n_benchmark), n_tokens, device)
 
 
 def _probe(shape: ModelShape, request: Request, device: Hardware) -> Stage:

@@ -1,5 +1,6 @@
 """The size of micro-batches that nobody gave: from what activations take, and less once memory has run out."""
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -241,3 +242,22 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(make_model, make_groups
     with pytest.raises(RuntimeError, match="device-side assert"):
         sketcher.sketch(make_groups(2))
     handle.remove()
+
+
+def test_layers_inputs_live_no_longer_than_what_the_observer_keeps(make_model, make_groups) -> None:
+    """A hook that held them would double what a sketch takes."""
+    inputs: list[weakref.ref] = []
+
+    class Watching:
+        def reset(self) -> None: ...
+
+        def on_input(self, layer: int, x_BTI: Tensor, expert_BT: Tensor | None = None) -> None:
+            inputs.append(weakref.ref(x_BTI))
+
+        def on_gradient(self, layer: int, kept: None, grad_BTO: Tensor, problem_B: Tensor) -> None:
+            alive.append(sum(ref() is not None for ref in inputs))
+
+    alive: list[int] = []
+    gradients = GradientPass(make_model("qwen2"), SketchSpec())
+    gradients.run(make_groups(1), Watching())
+    assert alive and max(alive) <= 1 < len(inputs)
