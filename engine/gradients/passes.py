@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from engine.gradients.chosen import at_responses, chosen_logprobs
 from engine.gradients.grouped_attention import grouped_attention
 from engine.gradients.hooks import Observation
 from engine.gradients.lengths import SHORTEST, alone, frequencies_change_at, reach, samples
@@ -222,11 +223,11 @@ class Policy:
         if not self._split:
             observation.of(batch.problem_B)
             logits_BTV = self.model(input_ids=batch.token_ids_BT, use_cache=False).logits
-            logprobs_BN = _gather(_at_responses(batch, logits_BTV), batch.targets_BN, objective.temperature)
+            logprobs_BN = chosen_logprobs(at_responses(batch, logits_BTV), batch.targets_BN, objective.temperature)
             weights_BN = _weights(batch, slice(None), logprobs_BN, objective, tell)
             (logprobs_BN * weights_BN).sum().backward()
             return
-        grid_BNH = _at_responses(batch, self._hidden(batch, observation))
+        grid_BNH = at_responses(batch, self._hidden(batch, observation))
         leaf_BNH = grid_BNH.detach().requires_grad_(grid_BNH.requires_grad)
         for rows in self._chunks(batch):
             observation.of(batch.problem_B[rows])
@@ -278,13 +279,13 @@ class Policy:
         return [slice(start, start + size) for start in range(0, n_rows, size)]
 
     def _grid(self, batch: MicroBatch, hidden_BTH: Tensor | None, rows: slice) -> Tensor | None:
-        return None if hidden_BTH is None else _at_responses(batch, hidden_BTH)[rows]
+        return None if hidden_BTH is None else at_responses(batch, hidden_BTH)[rows]
 
     def _logprobs(self, batch: MicroBatch, rows: slice, grid_BNH: Tensor | None, temperature: float) -> Tensor:
         if grid_BNH is None:
             logits_BTV = self.model(input_ids=batch.token_ids_BT, use_cache=False).logits
-            return _gather(_at_responses(batch, logits_BTV), batch.targets_BN, temperature)
-        return _gather(self._head(grid_BNH), batch.targets_BN[rows], temperature)
+            return chosen_logprobs(at_responses(batch, logits_BTV), batch.targets_BN, temperature)
+        return chosen_logprobs(self._head(grid_BNH), batch.targets_BN[rows], temperature)
 
     def _attends_fully(self, base: nn.Module) -> bool:
         """Whether every layer sees every token: a window counted in cache slots would count the padding too."""
@@ -368,45 +369,6 @@ class _PromptCache(DynamicCache):
         if layer_idx == self._n_layers - 1:
             raise _Filled
         return found
-
-
-def _at_responses(batch: MicroBatch, x_BTW: Tensor) -> Tensor:
-    """The entries that predict the response tokens, [B, N, W]; padding repeats the last position."""
-    if batch.prompts is not None:
-        return x_BTW  # continuations of shared prompts are those positions and nothing else
-    n_BN = batch.first_B[:, None] + torch.arange(batch.targets_BN.shape[1], device=x_BTW.device)
-    n_BN = n_BN.clamp(max=x_BTW.shape[1] - 1)
-    return x_BTW.gather(1, n_BN[..., None].expand(-1, -1, x_BTW.shape[2]))
-
-
-def _gather(logits_BNV: Tensor, targets_BN: Tensor, temperature: float) -> Tensor:
-    return cast(Tensor, _ChosenLogprobs.apply(logits_BNV, targets_BN, temperature))
-
-
-class _ChosenLogprobs(torch.autograd.Function):
-    """Log-softmax of logits / temperature at the targets, float32 [B, N].
-
-    Written out because of its size: the exponentials are kept in place of the logits and become the gradient in place,
-    p - onehot, so that one [B, N, V] array is written three times where autograd would make six.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, logits_BNV: Tensor, targets_BN: Tensor, temperature: float) -> Tensor:
-        scaled_BNV = logits_BNV.float() if temperature == 1.0 else logits_BNV.float() / temperature
-        peak_BN1 = scaled_BNV.amax(-1, keepdim=True)
-        chosen_BN = scaled_BNV.gather(2, targets_BN[..., None])[..., 0]
-        exp_BNV = scaled_BNV.sub(peak_BN1).exp_()
-        sum_BN = exp_BNV.sum(-1)
-        ctx.exp_BNV, ctx.sum_BN, ctx.targets_BN = exp_BNV, sum_BN, targets_BN
-        ctx.temperature, ctx.dtype = temperature, logits_BNV.dtype
-        return chosen_BN - peak_BN1[..., 0] - sum_BN.log()
-
-    @staticmethod
-    def backward(ctx: Any, *grads_BN: Tensor) -> tuple[Tensor, None, None]:
-        scale_BN = grads_BN[0] / ctx.temperature
-        grad_BNV = ctx.exp_BNV.mul_((-scale_BN / ctx.sum_BN)[..., None])
-        ctx.exp_BNV = None
-        return grad_BNV.scatter_add_(2, ctx.targets_BN[..., None], scale_BN[..., None]).to(ctx.dtype), None, None
 
 
 def _weights(batch: MicroBatch, rows: slice, logprobs_BN: Tensor, objective: Objective, tell: OnWeights) -> Tensor:
