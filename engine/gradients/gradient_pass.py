@@ -39,7 +39,9 @@ class GradientPass:
         self.policy = Policy(model)
         self.budget = TokenBudget(model, spec.token_budget)
         self.layers = (
-            [output_layer(model)] if spec.head_only else find_layers(model, spec.modules, embeddings=spec.embeddings)
+            [output_layer(model)]
+            if spec.head_only
+            else find_layers(model, spec.modules, embeddings=spec.embeddings, vectors=spec.vectors)
         )
         if not (spec.head_only or spec.modules):
             check_packed(model, self.layers)

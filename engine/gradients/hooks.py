@@ -5,7 +5,8 @@ so that nothing below it is back-propagated. Everything is undone at the end: th
 
 A layer is seen in the call of its module; in the call of `linear` inside its module, where that uses the weight
 directly (routers); or in the products of an experts module, which then runs experts.py's forward. Inputs without the
-batch's dimension are given it back where they have one row per token.
+batch's dimension are given it back where they have one row per token. A norm's weight and a bias are seen in the
+backward alone, as one row per sequence (vectors.py).
 
 Dimension letters: B sequences, T tokens, K experts chosen for a token, S = T K slots, I and O a layer's inputs and
 outputs.
@@ -23,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from engine.gradients.experts import lora_a_gradient, lora_b_input, replaced_forward, watched_experts
 from engine.gradients.layers import Layer
+from engine.gradients.vectors import Vector, multiplied
 from gradstore.errors import RequestError
 
 
@@ -31,8 +33,9 @@ class Observer(Protocol):
 
     def on_input(self, layer: int, x_BTI: Tensor, expert_BT: Tensor | None = None) -> Any:
         """Called in the forward with the layer's number and detached inputs; what it returns comes back with the
-        gradient. Keep as little as possible: it lives until then. expert_BT: for a fused weight, the expert each row
-        goes to; its rows are slots then, one for each token and expert chosen for it."""
+        gradient. Keep as little as possible: it lives until then. For a vector it is called in the backward.
+        expert_BT: for a fused weight, the expert each row goes to; its rows are slots then, one for each token and
+        expert chosen for it."""
 
     def on_gradient(self, layer: int, kept: Any, grad_BTO: Tensor, problem_B: Tensor) -> None:
         """Called in the backward with the gradient of the layer's outputs and the problem of each sequence."""
@@ -77,6 +80,9 @@ class Observation:
                 products.setdefault(layer.slots.experts, {}).setdefault(layer.slots.product, []).append(number)
             elif layer.is_embedding:
                 self._hooks.callback(layer.module.register_forward_hook(partial(self._looked_up, number)).remove)
+            elif layer.vector is not None:
+                hook = partial(self._elementwise, number, layer.vector)
+                self._hooks.callback(layer.module.register_forward_hook(hook, with_kwargs=True).remove)
             elif layer.is_called:
                 self._hooks.callback(layer.module.register_forward_hook(partial(self._forward, number)).remove)
             else:
@@ -111,6 +117,31 @@ class Observation:
             padding = cast(Any, embedding).padding_idx
             x_BT = torch.ones_like(inputs[0]) if padding is None else inputs[0] != padding
             self._watch(number, x_BT[..., None].to(output.dtype), output, inputs[0].flatten())
+
+    def _elementwise(
+        self, number: int, vector: Vector, module: nn.Module, given: Any, named: dict[str, Any], output: Tensor
+    ) -> None:
+        """Shows the observer the gradient of a scale or a shift, summed over the tokens of each sequence."""
+        if not self._on:
+            return
+        problem_B = cast(Tensor, self._problem_B)
+        shape = self._rows(self._layers[number], output, len(output)).shape
+        held: list[Any] = []  # what the module was called with, until its gradient has come
+        if vector.acts == "scale":
+            held += [tuple(_detached(x) for x in given), {name: _detached(x) for name, x in named.items()}]
+        if not output.requires_grad:
+            output.requires_grad_(True)
+
+        def backward(grad: Tensor) -> None:
+            if vector.acts == "scale":
+                grad = grad * multiplied(module, vector, held[0], held[1], grad)
+            held.clear()
+            sum_B1W = grad.reshape(shape).sum(1, keepdim=True, dtype=torch.float32)
+            one_B11 = torch.ones_like(sum_B1W[..., :1])
+            x_B1I, grad_B1O = (sum_B1W, one_B11) if vector.acts == "scale" else (one_B11, sum_B1W)
+            self._observer.on_gradient(number, self._observer.on_input(number, x_B1I), grad_B1O, problem_B)
+
+        output.register_hook(backward)
 
     def _inside(self, number: int, forward: Callable[..., Any], *args: Any, **named: Any) -> Any:
         """A forward of the module's own that uses its weight."""
@@ -176,10 +207,10 @@ class Observation:
         output.register_hook(backward)
 
     def _rows(self, layer: Layer, x: Tensor, n_slots: int | None) -> Tensor:
-        """A product's inputs, one row per token (or slot) of each sequence; RequestError where they are not."""
+        """Inputs, one row per token (or slot, or head) of each sequence; RequestError where they are not."""
         n, grid = len(cast(Tensor, self._problem_B)), self._grid
-        if x.ndim == 3 and len(x) == n:
-            return x
+        if len(x) == n and (x.ndim == 3 or (x.ndim > 3 and layer.vector is not None)):
+            return x.flatten(1, -2)
         flat = grid is not None and len(grid) == 2 and grid[0] == n and x.ndim == 2
         if flat and grid is not None and (len(x) == grid.numel() or (n_slots and len(x) % grid.numel() == 0)):
             return x.reshape(n, -1, x.shape[-1])
@@ -189,9 +220,14 @@ class Observation:
         )
 
 
+def _detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else value
+
+
 def _left_out(name: str) -> str:
     """What to do about a layer that cannot be sketched."""
-    return f"leave it out by choosing the others: `modules` (--modules) '^(?!{re.escape(name)}$)'"
+    pattern = rf"^(?!{re.escape(name.removesuffix('.bias'))}(\.bias)?$)"
+    return f"leave it out by choosing the others: `modules` (--modules) '{pattern}'"
 
 
 def _of_a(weight_OC: Tensor, expert_S: Tensor, n_experts: int, grad_SO: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from engine.gradients.adapters import active_adapters, active_copy, is_idle, is_trained
 from engine.gradients.experts import PRODUCTS, is_dispatched
+from engine.gradients.vectors import Vector, vectors_of
 from gradstore.errors import RequestError
 
 
@@ -38,7 +39,8 @@ class Slots:
 @dataclass(frozen=True, slots=True)
 class Layer:
     """A layer computing x W^T: an nn.Linear (any subclass), GPT-2's Conv1D, a router or another module that uses its
-    weight directly, or a fused weight of several experts."""
+    weight directly, or a fused weight of several experts. And what is told as one: an embedding, a norm's weight (one
+    output), a bias (one input)."""
 
     name: str
     module: nn.Module
@@ -54,6 +56,9 @@ class Layer:
     """Where it is seen, if not in a call of its module."""
     is_embedding: bool = False
     """Whether it looks rows up: as a fused weight with an expert for each token id, whose input is 1."""
+    vector: Vector | None = None
+    """How a vector acts: a scale [W] is one output with W inputs, whose gradient is 1; a shift [W] has W outputs and
+    one input, 1."""
 
     @property
     def weight(self) -> nn.Parameter:
@@ -82,17 +87,21 @@ class Layer:
         """A tensor shaped as the weight is stored, as [O, I] or [E, O, I]."""
         if self.is_embedding:
             return stored[..., None]
+        if self.vector is not None:
+            return stored[..., None, :] if self.vector.acts == "scale" else stored[..., None]
         return stored.transpose(-2, -1) if self.is_transposed else stored
 
 
-def find_layers(model: nn.Module, patterns: Sequence[str] | None = None, *, embeddings: bool = False) -> list[Layer]:
-    """The linear layers to sketch, in the model's order.
+def find_layers(
+    model: nn.Module, patterns: Sequence[str] | None = None, *, embeddings: bool = False, vectors: bool = True
+) -> list[Layer]:
+    """The layers to sketch, in the model's order.
 
     Without patterns: what trains of the active adapters where the model has any (LoRA matrices, and the layers that
     `modules_to_save` trains beside them), else every linear layer including the output layer, routers and fused
     experts. With patterns: the layers whose name one of the regular expressions finds. embeddings: the input embedding
-    too. RequestError when nothing is left, for adapters of parameters that are not fused experts, and for an embedding
-    that does more than look rows up.
+    too. vectors: norm weights and biases too. RequestError when nothing is left, for adapters of parameters that are
+    not fused experts, and for an embedding that does more than look rows up.
     """
     embedding = input_embedding(model) if embeddings else None
     active, adapted = active_adapters(model), _adapted_experts(model)
@@ -103,13 +112,14 @@ def find_layers(model: nn.Module, patterns: Sequence[str] | None = None, *, embe
         for layer in (
             [_embedding(name, module)] if embedding is not None and module is embedding else _layers_of(name, module)
         )
+        if vectors or layer.vector is None
     ]
     if patterns:
         layers = [layer for layer in layers if any(re.search(pattern, layer.name) for pattern in patterns)]
         if not layers:
             raise RequestError(f"no linear layer of the model matches {', '.join(patterns)}")
         return layers
-    if not layers:
+    if all(layer.vector is not None for layer in layers):
         raise RequestError("the model has no nn.Linear or Conv1D layer to sketch")
     trained = [layer for layer in layers if is_trained(layer.name, active)]
     if not trained:
@@ -157,8 +167,18 @@ def model_identity(model: nn.Module) -> dict:
 def _layers_of(name: str, module: nn.Module) -> list[Layer]:
     if is_dispatched(module):
         return [_fused(name, cast(Any, module), product) for product in PRODUCTS if hasattr(module, product)]
-    layer = _as_layer(name, module)
-    return [layer] if layer else []
+    layer, vectors = _as_layer(name, module), vectors_of(module)
+    if layer is not None and layer.is_called and module._parameters.get("bias") is not None:
+        vectors = {"bias": Vector("shift")}
+    return ([layer] if layer else []) + [_vector(name, module, *pair) for pair in vectors.items()]
+
+
+def _vector(name: str, module: nn.Module, parameter: str, vector: Vector) -> Layer:
+    """A norm's weight goes by the module's name, as any layer's does; a bias by its own."""
+    width = len(cast(nn.Parameter, module._parameters[parameter]))
+    n_outputs, n_inputs = (1, width) if vector.acts == "scale" else (width, 1)
+    full = name if parameter == "weight" else f"{name}.{parameter}"
+    return Layer(full, module, n_outputs, n_inputs, parameter, vector=vector)
 
 
 def _as_layer(name: str, module: nn.Module) -> Layer | None:

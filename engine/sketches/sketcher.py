@@ -51,11 +51,13 @@ class SketchSpec:
     """Dimensions of a sketch, for dense and fitted bases; a random one has those of its cores."""
     objective: Objective = field(default_factory=lambda: objective("gradalign"))
     modules: tuple[str, ...] | None = None
-    """Regular expressions choosing the linear layers; None: LoRA matrices if there are any, else all."""
+    """Regular expressions choosing the layers; None: LoRA matrices if there are any, else all."""
     head_only: bool = False
     """Head mode: the output layer's gradient alone, from the forward pass (LESSER's feature)."""
     embeddings: bool = False
     """Sketch the input embedding too, where it is a lookup and nothing else."""
+    vectors: bool = True
+    """Sketch norm weights and biases too, where the whole model trains; stores made before had none."""
     token_budget: int | None = None
     """Tokens of one micro-batch, padding included; None: as memory allows (engine/gradients/budget.py)."""
     share_prompts: bool = True
@@ -77,6 +79,7 @@ class SketchSpec:
                 modules=tuple(modules) if modules else None,
                 head_only=fingerprint.get("gradient") == HEAD_ONLY,
                 embeddings=fingerprint.get("embeddings", False),
+                vectors=fingerprint.get("vectors", False),
             )
         except (KeyError, TypeError):
             raise RequestError(
@@ -185,6 +188,7 @@ class Sketcher:
             },
             **({"gradient": HEAD_ONLY} if self.spec.head_only else {}),
             **({"embeddings": True} if self.spec.embeddings else {}),
+            **({"vectors": True} if any(layer.vector for layer in self.gradients.layers) else {}),
             **({"optimizer": self.optimizer.describe()} if self.optimizer else {}),
             "modules": list(self.spec.modules) if self.spec.modules else None,
             "objective": self.spec.objective.as_dict(),

@@ -20,6 +20,7 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
 )
+from transformers.pytorch_utils import Conv1D
 
 import gradstore
 from engine import PRESETS, ProbeBatch
@@ -87,6 +88,17 @@ def random_model(name: str) -> nn.Module:
         for parameter in model.parameters():
             parameter.mul_(3.0) if parameter.ndim == 2 else None
     return model
+
+
+def own_gradient(model: nn.Module, name: str) -> torch.Tensor:
+    """What autograd left for the layer of a name, float [O, I]: a norm's weight is one row, a bias one column."""
+    modules = dict(model.named_modules())
+    if name not in modules:
+        return modules[name.removesuffix(".bias")].bias.grad[:, None]
+    gradient = modules[name].weight.grad
+    if gradient.ndim == 1:
+        return gradient[None]
+    return gradient.T if isinstance(modules[name], Conv1D) else gradient
 
 
 def random_groups(n: int, *, n_rollouts: int = 4, seed: int = 0, logprobs: bool = False) -> list[Group]:

@@ -27,8 +27,9 @@ def adapted(model: nn.Module, config: peft.PeftConfig) -> nn.Module:
 
 def slow_sketch(model: nn.Module, sketcher: Sketcher, group: Group) -> np.ndarray:
     """Autograd's gradient of the problem alone, projected layer by layer and folded."""
-    trained = [layer.weight for layer in sketcher.gradients.layers]
-    gradients = torch.autograd.grad(slow_objective(model, group, sketcher.spec.objective), trained)
+    layers = sketcher.gradients.layers
+    stored = torch.autograd.grad(slow_objective(model, group, sketcher.spec.objective), [x.weight for x in layers])
+    gradients = [layer.oriented(gradient) for layer, gradient in zip(layers, stored, strict=True)]
     core = []
     for basis, gradient in zip(sketcher.projection.layers, gradients, strict=True):
         left_RO = np.eye(len(gradient)) if basis.left_OR is None else basis.left_OR.T
@@ -56,11 +57,11 @@ def slow_sketch(model: nn.Module, sketcher: Sketcher, group: Group) -> np.ndarra
 )
 @pytest.mark.parametrize("basis", ["random", "dense"])
 def test_what_trains_and_is_linear_is_sketched(make_model, make_groups, options: dict, basis: str) -> None:
-    """The sketch is the projected gradient of every trained matrix: adapters, and copies that train beside them."""
+    """The sketch is the projected gradient of all that trains: adapters, and copies and biases beside them."""
     model = adapted(make_model("llama"), peft.LoraConfig(**{**LORA, **options}))
     sketcher = Sketcher(model, SketchSpec(rank=4, basis=basis, dim=300))
     seen = {id(layer.weight) for layer in sketcher.gradients.layers}
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad and p.ndim == 2}
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert seen == {id(p) for name, p in trained.items() if "embed_tokens" not in name}
     for group, found in zip(make_groups(3), sketcher.sketch(make_groups(3)).sketches, strict=True):
         assert relative_error(found, slow_sketch(model, sketcher, group)) < 1e-5

@@ -17,6 +17,7 @@ from engine.sketches.alongside import Alongside, factor, sketched_and_summed
 from engine.sketches.fitting import fit_projection
 from engine.sketches.sketcher import Sketcher, SketchSpec
 from gradstore.state import State
+from tests.engine.conftest import own_gradient
 
 
 def _groups(seed: int, lengths: tuple[int, ...] = (5, 3, 7, 4), prompt: int = 6) -> list[Group]:
@@ -48,7 +49,7 @@ def _slow(model: Any, group: Group, rule: Objective, sketcher: Sketcher) -> np.n
     total.backward()
     core = []
     for layer, basis in zip(find_layers(model), sketcher.projection.layers, strict=True):
-        gradient = layer.module.weight.grad
+        gradient = own_gradient(model, layer.name)
         left = torch.eye(len(gradient)) if basis.left_OR is None else torch.from_numpy(basis.left_OR)
         right = torch.eye(gradient.shape[1]) if basis.right_IR is None else torch.from_numpy(basis.right_IR)
         core.append((left.T @ gradient @ right).flatten().numpy())

@@ -35,7 +35,8 @@ def test_shares_are_those_of_autograd(make_model, make_groups, architecture: str
     if architecture == "gpt2":  # untied: autograd gives each use of a weight its own gradient
         model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
     found, slow = _measured(model, groups), _slow_shares(model, groups)
-    layers = {f"{layer.name}.weight" for layer in GradientPass(model, SketchSpec()).layers}
+    seen = GradientPass(model, SketchSpec()).layers
+    layers = {f"{layer.name.removesuffix('.bias')}.{layer.parameter}" for layer in seen}
     assert found.n_groups == 4
     assert found.gradient == pytest.approx(sum(slow[name] for name in layers), rel=1e-4)
     n = {name: p.numel() for name, p in model.named_parameters()}

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from engine import Sketcher, SketchSpec
 from engine.gradients.exact import LayerGradients, exact_against, exact_dots, layer_gradients
@@ -17,6 +16,7 @@ from engine.gradients.objectives import PRESETS, Objective
 from engine.rollouts import Group
 from gradstore.errors import RequestError
 from gradstore.state import State
+from tests.engine.conftest import own_gradient
 
 ARCHITECTURES = ["qwen2", "llama", "gpt2", "qwen2-lora"]
 
@@ -40,11 +40,7 @@ def slow_gradient(model: nn.Module, group: Group, settings: Objective) -> list[t
         share = 1 / len(response) if settings.aggregation == "seq-mean-token-mean" else 1
         total = total + advantage * share * logprob / len(group.responses)
     total.backward()
-    modules = dict(model.named_modules())
-    return [
-        modules[name].weight.grad.T if isinstance(modules[name], Conv1D) else modules[name].weight.grad
-        for name in names
-    ]
+    return [own_gradient(model, name) for name in names]
 
 
 def random_target(model: nn.Module, seed: int) -> LayerGradients:
@@ -185,7 +181,7 @@ def test_a_target_over_other_layers_is_refused(make_model, make_groups) -> None:
     """Dots over different layers would be silently smaller."""
     model, groups = make_model("qwen2"), make_groups(1)
     target = layer_gradients(model, groups, SketchSpec(modules=("q_proj",)))
-    with pytest.raises(RequestError, match="the target is over 2 layers, the spec sketches 15"):
+    with pytest.raises(RequestError, match="the target is over 4 layers, the spec sketches 26"):
         exact_dots(model, groups, target)
     wrong = random_target(model, 0)
     wrong.matrices[0] = wrong.matrices[0][:-1]

@@ -157,7 +157,7 @@ def test_a_sample_has_a_signal(make_groups) -> None:
 
 def test_a_policy_that_moved_asks_for_a_new_fit(tmp_path, make_model, make_groups) -> None:
     """Old bases lose the gradients of a new policy silently; collecting measures it and says so."""
-    model, spec = make_model("qwen2"), replace(SPEC, rank=14, dim=2000)
+    model, spec = make_model("qwen2"), replace(SPEC, rank=14, dim=1000)
     groups = make_groups(80, seed=1)
     store = create_store(tmp_path / "store", Sketcher(model, spec, fit_projection(model, groups, spec)))
     store.add_problems("pool", [{"id": group.problem_id, "prompt": "?"} for group in groups])
@@ -170,7 +170,7 @@ def test_a_policy_that_moved_asks_for_a_new_fit(tmp_path, make_model, make_group
             if parameter.ndim == 2:
                 parameter.copy_(torch.randn_like(parameter) * parameter.std())
     moved = collect(store, "pool", groups, sketcher=sketcher_of(store, model), step=1)
-    assert moved.fidelity < 0.8
+    assert moved.fidelity < report.fidelity - 0.05
     assert moved.needs_refit
     assert moved.describe()["needs_refit"]
 
@@ -202,6 +202,9 @@ def of_fitted_directions(projection: Projection, n_beside: int) -> np.ndarray:
     """Which core entries are of no random direction, bool [C]."""
     fitted_C = np.zeros(projection.core_dim, bool)
     for basis in projection.layers:
+        if basis.left_OR is None and basis.right_IR is None:
+            fitted_C[basis.start : basis.stop] = True
+            continue
         core_RR = fitted_C[basis.start : basis.stop].reshape(
             -1 if basis.left_OR is None else basis.left_OR.shape[1],
             -1 if basis.right_IR is None else basis.right_IR.shape[1],

@@ -56,11 +56,10 @@ def test_sketch_of_the_direction(make_model, make_groups, architecture, formula,
         matrices = []
         gradient = layer_gradients(model, [group])
         for layer, g in zip(find_layers(model), gradient.matrices, strict=True):
-            name = f"{layer.name}.weight"
+            name = f"{layer.name.removesuffix('.bias')}.{layer.parameter}"
             name = name if name in state.first else tied[name]
             m, v = state.first[name], state.second[name]
-            if isinstance(layer.module, Conv1D):
-                m, v = m.T, v.T
+            m, v = (x.T if isinstance(layer.module, Conv1D) and x.ndim == 2 else x.reshape(g.shape) for x in (m, v))
             if formula == "less":
                 loss_gradient = -g
                 m, v = 0.9 * m + 0.1 * loss_gradient, 0.999 * v + 0.001 * loss_gradient**2

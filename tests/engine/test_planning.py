@@ -69,8 +69,10 @@ def test_shape_from_configuration_is_that_of_the_loaded_model(tmp_path: Path, ti
     assert found == replace(shape_of(str(tmp_path / "config.json"), dtype=torch.float32), name=str(tmp_path))
     assert found.n_parameters == sum(parameter.numel() for parameter in model.parameters())
     linear = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    norms = sum(parameter.numel() for parameter in model.parameters() if parameter.ndim == 1)
     assert found.body_weights + found.head_weights == sum(module.weight.numel() for module in linear)
-    assert len(found.layers) == len(linear)
+    assert sum(min(layer.n_outputs, layer.n_inputs) > 1 for layer in found.layers) == len(linear)
+    assert sum(layer.n_weights for layer in found.layers if layer.n_outputs == 1) == norms
 
 
 def test_flops_are_those_that_are_counted_while_a_model_runs() -> None:
@@ -194,6 +196,9 @@ def test_requests_that_cannot_be_are_refused() -> None:
 
 
 def test_a_basis_file_is_as_large_as_planned() -> None:
-    """Facts of a real one: sides of 20 columns in float32, 231 MB for Qwen3-8B."""
+    """Facts of a real one: sides of 20 columns in float32, 231 MB for the matrices of Qwen3-8B; and its norms'."""
     shape: ModelShape = shape_of("Qwen3-8B")
-    assert memory.basis_bytes(shape, 16) == pytest.approx(231e6, rel=0.01)
+    matrices = tuple(layer for layer in shape.layers if layer.n_outputs > 1)
+    assert memory.basis_bytes(replace(shape, layers=matrices), 16) == pytest.approx(231e6, rel=0.01)
+    widths = 4096 * (2 * 36 + 1) + 128 * 2 * 36
+    assert memory.basis_bytes(shape, 16) - memory.basis_bytes(replace(shape, layers=matrices), 16) == 4 * 20 * widths

@@ -22,6 +22,7 @@ from engine import (
 from engine.rollouts import Group
 from gradstore import State
 from gradstore.errors import RequestError
+from tests.engine.conftest import own_gradient
 from tests.engine.test_sketcher import relative_error, slow_advantages, slow_sketch
 
 BETA = 0.7
@@ -89,8 +90,7 @@ def test_exact_gradients_have_it_too(make_model, make_groups) -> None:
     from tests.engine.test_sketcher import slow_objective
 
     (slow_objective(slow, groups[0], settings) - slow_kl(slow, groups[0], settings)).backward()
-    modules = dict(slow.named_modules())
-    squares = sum(float(modules[name].weight.grad.double().square().sum()) for name in target.names)
+    squares = sum(float(own_gradient(slow, name).double().square().sum()) for name in target.names)
     assert exact_dots(model, groups[:1], target, spec).dots[0, 0] == pytest.approx(squares, rel=1e-4)
     found = validation_gradient(model, groups[:1], settings)
     for name, parameter in slow.named_parameters():

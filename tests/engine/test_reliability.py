@@ -130,7 +130,7 @@ def made(tmp_path, make_model, make_groups):
                 "response_ids": response.tolist(),
                 "reward": float(reward),
             }
-            for group in make_groups(12, seed=seed)
+            for group in make_groups(60, seed=seed)
             for response, reward in zip(group.responses, group.rewards, strict=True)
         ]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -146,7 +146,7 @@ def test_fidelity_of_a_store(made, make_groups) -> None:
     folder, store, model = made
     sources = [read_rollouts(folder / f"{name}.jsonl") for name in ("pool", "benchmark")]
     found = fidelity(store, "pool", "benchmark", model, *sources, sample=None)
-    assert found.agreement.n_problems == 12
+    assert found.agreement.n_problems == 60
     assert found.agreement.spearman > 0.95
     assert found.row_bytes == store.row_bytes
     groups = list(sources[0].groups())
@@ -187,6 +187,6 @@ def test_the_command(made) -> None:
     )
     assert found.returncode == 0, found.stderr
     facts = json.loads(found.stdout)
-    assert facts["n_problems"] == 12
+    assert facts["n_problems"] == 60
     assert facts["spearman"] > 0.95
     assert -1 <= facts["reliability"]["spearman"] <= 1

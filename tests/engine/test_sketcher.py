@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from engine import PRESETS, Objective, Sketcher, SketchSpec, fit_projection, objective
 from engine.rollouts import Group
 from gradstore.errors import RequestError
 from gradstore.state import State
+from tests.engine.conftest import own_gradient
 
 ARCHITECTURES = ["qwen2", "llama", "gpt2", "qwen2-lora"]
 
@@ -68,13 +68,9 @@ def slow_sketch(
         parameter.requires_grad_(True)
     value = slow_objective(model, group, settings)
     (value if penalty is None else value - penalty(model, group, settings)).backward()
-    modules = dict(model.named_modules())
     parts = []
     for basis in sketcher.projection.layers:
-        module = modules[basis.name]
-        gradient_OI = module.weight.grad.numpy()
-        if isinstance(module, Conv1D):
-            gradient_OI = gradient_OI.T
+        gradient_OI = own_gradient(model, basis.name).numpy()
         left = np.eye(len(gradient_OI)) if basis.left_OR is None else basis.left_OR
         right = np.eye(gradient_OI.shape[1]) if basis.right_IR is None else basis.right_IR
         parts.append((left.T @ gradient_OI @ right).ravel())
