@@ -131,6 +131,7 @@ def measured(shape: str, size: Size, rounds: int, device: str, repeats: int) -> 
         target_rollouts=size.target_rollouts,
         observe=size.observe,
         fit_problems=size.refresh,
+        accept_coverage=0.0,  # weights are random
         spec=SketchSpec(basis="fitted", rank=size.rank, dim=size.dim),
     )
     with tempfile.TemporaryDirectory(prefix="gradstore-overhead-") as folder:

@@ -7,17 +7,15 @@ basis is an attachment `basis-NNNNNN.json`, written after the files it needs; no
 A query of a store with B bases of D dimensions is one vector of B * D: one block for each basis.
 """
 
-import fcntl
 import json
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gradstore.attachments import ATTACHMENTS, read_attachment, write_attachment
-from gradstore.durable import canonical_json, make_folder, writing
+from gradstore.attachments import ATTACHMENTS, alone, read_attachment, write_attachment
+from gradstore.durable import canonical_json
 from gradstore.errors import DamagedError
 
 _FILE = re.compile(r"(basis-([0-9]{6})\.json)\.[0-9a-f]{8}")
@@ -72,21 +70,14 @@ def add_basis(
 
     attachments: files by names that the store does not have yet, or has with the same bytes.
     """
-    folder = store / ATTACHMENTS
-    make_folder(folder)
-    with writing(folder):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            bases = added_bases(store)
-            for basis in bases:
-                if basis.digest == digest:
-                    return basis.number
-            for name, data in attachments.items():
-                write_attachment(store, name, data)
-            number = len(bases) + 1
-            value = {"digest": digest, "layout": [list(segment) for segment in layout], "about": dict(about)}
-            write_attachment(store, f"basis-{number:06d}.json", canonical_json(value))
-            return number
-        finally:
-            os.close(descriptor)
+    with alone(store):
+        bases = added_bases(store)
+        for basis in bases:
+            if basis.digest == digest:
+                return basis.number
+        for name, data in attachments.items():
+            write_attachment(store, name, data)
+        number = len(bases) + 1
+        value = {"digest": digest, "layout": [list(segment) for segment in layout], "about": dict(about)}
+        write_attachment(store, f"basis-{number:06d}.json", canonical_json(value))
+        return number

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +26,11 @@ from engine.gradients.sharding import is_sharded
 from engine.rollouts.group import Group
 from gradstore.errors import RequestError
 
+if TYPE_CHECKING:
+    from engine.sketches.sketcher import SketchSpec
+
 LEAST = 0.95
-"""Coverage below which `gradstore collect` asks for a word."""
+"""Coverage below which a new store is refused, unless that is accepted by a word."""
 _GROUPS = 8
 
 _Key = tuple[int, str]
@@ -74,6 +78,12 @@ class Coverage:
         """JSON-ready."""
         return asdict(self)
 
+    @classmethod
+    def of(cls, kept: Mapping[str, Any]) -> "Coverage":
+        """As `describe` gave it, and as a store keeps it."""
+        parts = tuple(LeftOut(**part) for part in kept["left_out"])
+        return cls(kept["parameters"], kept["gradient"], kept["n_groups"], parts)
+
     def sentence(self) -> str:
         """In one line, with the names of what is left out."""
         measured = "" if self.gradient is None else f"{self.gradient:.1%} of the squared gradient and "
@@ -82,18 +92,28 @@ class Coverage:
         rest = len(self.left_out) - len(names)
         return line + (f"; left out: {', '.join(names)}" if names else "") + (f" and {rest} more" if rest else "")
 
-    def require(self, least: float, option: str = "least_coverage") -> None:
-        """RequestError where the share is below the least, naming what is left out and the option that accepts it."""
+    def require(self, least: float, option: str = "accept_coverage=") -> None:
+        """RequestError where the share is below the least, naming what is left out and the option that accepts it.
+
+        option: what the accepted share is written behind, as the caller takes it.
+        """
         if self.share < least:
             raise RequestError(
                 f"{self.sentence()}. Norms, biases and embeddings of a whole model apart, that is {self.share:.1%}, "
                 f"less than {least:g}: rankings would be of a part of the gradient. Train LoRA adapters on linear "
-                f"layers, or accept it: {option} {math.floor(self.share * 100) / 100:g}"
+                f"layers, or accept it: {option}{math.floor(self.share * 100) / 100:g}"
             )
 
     def to_bytes(self) -> bytes:
         """What a store keeps (gradstore.attachments.COVERAGE)."""
         return json.dumps(self.describe(), sort_keys=True).encode()
+
+
+def least_of(spec: "SketchSpec", accepted: float | None) -> float:
+    """The coverage that is asked of a new store: what was accepted; else none of layers that were chosen, and LEAST."""
+    if accepted is not None:
+        return accepted
+    return 0.0 if spec.head_only or spec.modules is not None else LEAST
 
 
 def measure(gradients: GradientPass, groups: Sequence[Group], most: int = _GROUPS) -> Coverage:

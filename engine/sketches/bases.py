@@ -32,14 +32,16 @@ class SketcherFiles:
     """Settings that a row depends on."""
     attachments: dict[str, bytes] = field(default_factory=dict)
     """Files by name: the projection, where that was fitted."""
+    coverage: Coverage | None = None
+    """What the sketches of a new store see of the gradient; None of a store that is there."""
 
 
-def files_of(sketcher: Sketcher) -> SketcherFiles:
-    """What a store of this sketcher's rows is made from."""
+def files_of(sketcher: Sketcher, coverage: Coverage | None = None) -> SketcherFiles:
+    """What a store of this sketcher's rows is made from; coverage: as `measure` found it."""
     attachments = {}
     if sketcher.projection.kind == "fitted":
         attachments[_name(sketcher.projection.digest())] = _to_bytes(sketcher.projection)
-    return SketcherFiles(sketcher.dim, sketcher.fingerprint, attachments)
+    return SketcherFiles(sketcher.dim, sketcher.fingerprint, attachments, coverage)
 
 
 def files_in(store: Store, basis: int | None = None) -> SketcherFiles:
@@ -134,9 +136,14 @@ def sketcher_of(
 
 
 def create_store(path: Path, sketcher: Sketcher, dtype: str = "int8", coverage: Coverage | None = None) -> Store:
-    """A new store for a sketcher's rows, keeping its projection where that was fitted, and its coverage where given."""
-    files = files_of(sketcher)
-    kept = {} if coverage is None else {COVERAGE: coverage.to_bytes()}
+    """A new store for a sketcher's rows, keeping its projection where that was fitted, and its coverage where given;
+    else `collect` measures that with the first rows."""
+    return create_from(path, files_of(sketcher, coverage), dtype)
+
+
+def create_from(path: Path, files: SketcherFiles, dtype: str = "int8") -> Store:
+    """A new store of rows that are made elsewhere, by the sketcher that the files are of."""
+    kept = {} if files.coverage is None else {COVERAGE: files.coverage.to_bytes()}
     return create(path, dim=files.dim, fingerprint=files.fingerprint, dtype=dtype, attachments=files.attachments | kept)
 
 

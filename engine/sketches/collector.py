@@ -11,12 +11,15 @@ from dataclasses import asdict, dataclass, field
 
 from torch import nn
 
+from engine.gradients.coverage import least_of
+from engine.gradients.coverage import measure as measured_coverage
 from engine.rollouts.group import Group
 from engine.rollouts.source import RolloutSource
 from engine.sketches.bases import basis_of, load_projection
 from engine.sketches.faithfulness import rank_fidelity
 from engine.sketches.sketcher import Sketcher, SketchSpec
 from gradstore import State, Store
+from gradstore.attachments import keep_coverage, read_coverage
 from gradstore.errors import RequestError
 
 _PUBLISH_SECONDS = 5.0
@@ -80,6 +83,7 @@ def collect(
     sketcher: Sketcher | None = None,
     benchmark: Sequence[Group] = (),
     measure: bool = True,
+    accept_coverage: float | None = None,
     also: Sequence[int] = (),
     progress: Callable[[int], None] | None = None,
 ) -> CollectReport:
@@ -90,9 +94,11 @@ def collect(
     computed; other groups are checked window by window. progress: called with the number of problems just done.
     benchmark: groups against whose gradient the fidelity of a fitted projection is measured; without them it is that
     of other groups. measure False: it is not measured. also: further bases of the store to sketch in, from the same
-    pass: what a benchmark needs for rows of older bases to be ranked by it (`bases_in_use`).
-    FingerprintError when the store holds rows made another way; RequestError for bad rollouts, after which
-    everything published so far is kept.
+    pass: what a benchmark needs for rows of older bases to be ranked by it (`bases_in_use`). accept_coverage: the share
+    of the gradient that a new store's sketches must see (docs/methods.md, coverage), measured on the first window with
+    a signal and kept; None: 0.95, of layers that were chosen none.
+    FingerprintError when the store holds rows made another way; RequestError for too little coverage, and for bad
+    rollouts, after which everything published so far is kept.
     """
     if step < 0:
         raise RequestError(f"step is {step}, expected 0 (the base model) or more")
@@ -112,6 +118,7 @@ def collect(
         if not missing:
             return CollectReport(skipped=len(groups), bases=numbers)
         groups = groups.groups()
+    unknown = read_coverage(store.path) is None and not any(store.view(name).live.any() for name in store.collections)
     report, started = CollectReport(bases=numbers), time.monotonic()
     report.fidelity_when_fitted = sketcher.projection.fidelity
     published = started
@@ -120,6 +127,9 @@ def collect(
             todo = [group for group in window if group.problem_id not in done]
             report.skipped += len(window) - len(todo)
             if todo:
+                if unknown and any(group.has_signal for group in todo):
+                    _cover(store, sketcher, todo, accept_coverage)
+                    unknown = False
                 batches = sketcher.sketch_in(projections, todo)
                 if measure and report.fidelity is None and sketcher.projection.kind == "fitted":
                     report.fidelity = rank_fidelity(sketcher, todo, benchmark=benchmark)
@@ -143,6 +153,13 @@ def check_fingerprint(store: Store, sketcher: Sketcher) -> int:
     """Basis of the store that the sketcher's rows are in; FingerprintError, naming each field with both values, where
     it does not make rows like the store's."""
     return basis_of(store, sketcher.fingerprint)
+
+
+def _cover(store: Store, sketcher: Sketcher, groups: Sequence[Group], accepted: float | None) -> None:
+    """Measures what a new store's sketches see, and keeps it; RequestError where that is too little."""
+    coverage = measured_coverage(sketcher.gradients, groups)
+    coverage.require(least_of(sketcher.spec, accepted))
+    keep_coverage(store.path, coverage.to_bytes())
 
 
 def windows(groups: Iterable[Group], n_tokens: int, n_problems: int = 256) -> Iterator[list[Group]]:

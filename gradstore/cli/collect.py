@@ -246,13 +246,12 @@ def collect(
 
 def _coverage(policy: "nn.Module", spec: "SketchSpec", source: "RolloutSource", accepted: float | None) -> "Coverage":
     """What a new store's sketches see, said aloud; refused where it is little and nobody chose the layers."""
-    from engine.gradients.coverage import LEAST, measure
+    from engine.gradients.coverage import least_of, measure
     from engine.gradients.gradient_pass import GradientPass
     from engine.sketches.fitting import sample_groups
 
     coverage = measure(GradientPass(policy, spec), sample_groups(source, 8, spec.seed))
-    chosen = spec.head_only or spec.modules is not None
-    coverage.require(accepted if accepted is not None else 0.0 if chosen else LEAST, "--accept-coverage")
+    coverage.require(least_of(spec, accepted), "--accept-coverage ")
     say(coverage.sentence())
     return coverage
 

@@ -83,7 +83,9 @@ def train(
     import gradstore
     from engine import Reference
     from engine import objective as preset
+    from engine.gradients.coverage import Coverage
     from engine.gradients.models import load_model, load_tokenizer
+    from gradstore.attachments import read_coverage
     from trainer.local.grpo import Learner, UpdateSettings
     from trainer.local.lora import with_adapters
     from trainer.local.policy import LocalPolicy, Sampling
@@ -149,10 +151,14 @@ def train(
         training.run(lambda step: advance(1))
     network.save_pretrained(out / "model")
     policy.tokenizer.save_pretrained(out / "model")
+    seen = read_coverage(out / "store")
     facts = {"out": str(out), "steps": policy.step, "rounds": chooser.done, **_rewards(out / "metrics.jsonl")}
+    facts["coverage"] = seen
     if json:
         print_json(facts)
         return
+    if seen is not None:
+        say(Coverage.of(seen).sentence())
     say(
         f"{out}: {facts['steps']} steps in {facts['rounds']} rounds, mean reward of a step {facts['first_reward']:.3f} "
         f"at first, {facts['last_reward']:.3f} at last; model in {out / 'model'}, every round in {out / 'store'}"

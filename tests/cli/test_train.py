@@ -7,7 +7,9 @@ import pytest
 
 import gradstore
 from engine import Reference, objective
+from engine.gradients.coverage import Coverage, LeftOut
 from engine.gradients.models import load_model
+from gradstore.attachments import read_coverage
 from trainer.demo import tasks
 from trainer.demo.run import MODEL
 
@@ -19,6 +21,7 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None):
 SETTINGS = [
     *("chunk_size=30", "k=5", "train_batch_size=6", "iters_per_select=2", "num_selections=2"),
     *("n_samples_train=8", "n_samples_val=8", "mode=sim", "fit_problems=20"),
+    "accept_coverage=0.8",  # a vocabulary this small leaves much to the embedding's lookup
 ]
 
 
@@ -51,6 +54,8 @@ def test_trains_and_goes_on(cli, files: Path) -> None:
     facts = json.loads(first[1])
     assert (facts["steps"], facts["rounds"]) == (4, 2)
     store = gradstore.open(files / "run" / "store")
+    assert facts["coverage"] == read_coverage(store.path)
+    assert 0.8 < facts["coverage"]["gradient"] <= 1
     assert [len(found.picks) for found in store.rounds("pool")] == [6, 6]
     assert {2, 3} <= set(store.history("pool")["step"].to_pylist())  # the training rollouts were sketched too
     kinds = [json.loads(line)["kind"] for line in (files / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -66,6 +71,21 @@ def test_trains_and_goes_on(cli, files: Path) -> None:
     assert json.loads(done[1]) == facts
 
 
+def test_too_little_coverage_is_refused(cli, files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line that names what is left out and the setting that accepts it; the same folder can be used again."""
+    little = Coverage(0.5, 0.906, 8, (LeftOut("model.mystery.weight", 0.5, 0.094),))
+    monkeypatch.setattr("trainer.local.policy.measure", lambda *given: little)
+    found = cli(*_arguments(files), *SETTINGS[:-1])
+    assert found[0] == 2
+    (line,) = [line for line in found[2].splitlines() if "accept" in line]
+    assert "left out: model.mystery.weight (9.4%)" in line
+    assert line.endswith("accept it: round setting accept_coverage=0.9")
+    assert not (files / "run" / "store").exists()
+    found = cli(*_arguments(files), *SETTINGS[:-1], "accept_coverage=0.9")
+    assert found[0] == 0, found[2]
+    assert little.sentence() in found[2]
+
+
 def test_adapters(cli, files: Path) -> None:
     """With LoRA the base stays as it is on disk and only the adapter is written."""
     found = cli(*_arguments(files, "--lora-rank", "2"), *SETTINGS)
@@ -76,7 +96,7 @@ def test_adapters(cli, files: Path) -> None:
 
 def test_a_kl_term_in_updates_and_sketches(cli, files: Path) -> None:
     """LearnAlign in rounds: warm up, choose once, by gradients with a KL term to the model that training began from."""
-    learnalign = [*SETTINGS[:-2], "mode=learnalign", "warm_up=1", "once=true", "fit_problems=20"]
+    learnalign = [*SETTINGS[:-3], SETTINGS[-1], "mode=learnalign", "warm_up=1", "once=true", "fit_problems=20"]
     found = cli(*_arguments(files, "--kl-beta", "0.5", "--json"), *learnalign)
     assert found[0] == 0, found[2]
     store = gradstore.open(files / "run" / "store")
@@ -86,7 +106,7 @@ def test_a_kl_term_in_updates_and_sketches(cli, files: Path) -> None:
     assert [found.about["warm_up"] for found in store.rounds("pool")] == [True, False]
     other = cli(*_arguments(files, "--kl-beta", "0.1", "--resume"), *learnalign)
     assert other[0] == 2
-    probes = cli(*_arguments(files, "--kl-beta", "0.5", "--out", str(files / "other")), *SETTINGS[:-2], "mode=lcb")
+    probes = cli(*_arguments(files, "--kl-beta", "0.5", "--out", str(files / "other")), *SETTINGS[:-3], "mode=lcb")
     assert probes[0] == 2
     assert "leave kl_beta out" in probes[2]
     assert not (files / "other").exists()

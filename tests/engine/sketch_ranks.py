@@ -1,5 +1,6 @@
 """One rank of a sketcher under FSDP2, run by test_fsdp: python sketch_ranks.py RANK WORLD FOLDER."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -12,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from conftest import random_groups, random_model
 
 from engine import Sketcher, SketchSpec, exact_dots, layer_gradients
+from engine.gradients.coverage import measure
 
 
 def main(rank: int, world: int, folder: Path) -> None:
@@ -31,6 +33,7 @@ def main(rank: int, world: int, folder: Path) -> None:
     sketcher = Sketcher(model, spec)
     found = sketcher.sketch(groups)
     none = sketcher.sketch(groups if rank == 0 else [])
+    coverage = measure(sketcher.gradients, groups)
     head = Sketcher(model, SketchSpec(rank=6, head_only=True)).sketch(groups)
     target = layer_gradients(model, random_groups(2, seed=9), spec)
     exact = exact_dots(model, groups, target, spec)
@@ -45,6 +48,7 @@ def main(rank: int, world: int, folder: Path) -> None:
         exact=exact.dots,
         formed=formed.dots,
         clean=clean,
+        coverage=json.dumps(coverage.describe()),
         n_reduced=len(reduced),
         fingerprint=repr(sketcher.fingerprint),
     )

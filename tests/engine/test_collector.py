@@ -6,6 +6,8 @@ import os
 import signal
 import sys
 import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +15,18 @@ import pytest
 
 import engine.sketches.collector
 import gradstore
-from engine import Sketcher, SketchSpec, collect, create_store, objective
+from engine import Sketcher, SketchSpec, create_store, objective
+from engine.gradients.coverage import Coverage, measure
+from engine.gradients.gradient_pass import GradientPass
 from engine.rollouts import Group, read_rollouts
 from engine.sketches.collector import windows
 from gradstore import State
+from gradstore.attachments import read_coverage
 from gradstore.errors import FingerprintError, RequestError
 
 SPEC = SketchSpec(rank=4, token_budget=60)
+collect = partial(engine.collect, accept_coverage=0.0)
+"""The tiny model's embedding, which is not sketched, holds much of its gradient."""
 
 
 @pytest.fixture
@@ -204,6 +211,8 @@ def _run_collect(store: str, rollouts: str, model: str) -> None:
         "4",
         "--token-budget",
         "60",
+        "--accept-coverage",
+        "0",
     ]
     main()
 
@@ -215,6 +224,46 @@ def test_a_source_brings_its_problems(tmp_path, store, model, make_groups, tiny_
     collect(store, "pool", read_rollouts(path, tokenizer=tiny_tokenizer), model=model, step=0, spec=SPEC)
     assert store.problems("pool").to_pylist()[0]["source"] == "sums"
     assert store.view("pool").ids.tolist() == ["problem-0", "problem-1", "problem-2"]
+
+
+def test_a_new_store_keeps_its_coverage(store, model, make_groups) -> None:
+    """Measured on the first window with a signal, before a row of it is kept; a store that has live rows is left."""
+    silent = [replace(group, rewards=np.ones(4)) for group in make_groups(2)]
+    groups = make_groups(12)
+    add(store, groups)
+    collect(store, "pool", silent, model=model, step=0, spec=SPEC)
+    assert read_coverage(store.path) is None
+    collect(store, "pool", groups, model=model, step=1, spec=SPEC)
+    (window, *_) = windows(groups, 16 * 60)
+    expected = measure(GradientPass(model, SPEC), window)
+    assert Coverage.of(read_coverage(store.path)).gradient == pytest.approx(expected.gradient, rel=1e-6)
+    assert read_coverage(store.path)["parameters"] == expected.parameters
+    before = sorted((store.path / "attachments").iterdir())
+    assert len(before) == 1
+    collect(store, "pool", groups, model=model, step=2, spec=SPEC)
+    assert sorted((store.path / "attachments").iterdir()) == before
+    before[0].unlink()
+    engine.collect(store, "pool", groups, model=model, step=3, spec=SPEC, accept_coverage=1.0)
+    assert read_coverage(store.path) is None
+    assert store.verify().ok
+
+
+def test_too_little_coverage_is_refused(tmp_path, model, make_groups) -> None:
+    """No row is kept of gradients that are seen in part, until that is accepted; or where layers were chosen."""
+    groups, sketcher = make_groups(6), Sketcher(model, replace(SPEC, modules=("mlp",)))
+    for name in ("asked", "chosen"):
+        add(create_store(tmp_path / name, sketcher), groups)
+    store = gradstore.open(tmp_path / "asked", "a")
+    with pytest.raises(RequestError, match=r"self_attn\.o_proj\.weight .*accept it: accept_coverage=0\.\d") as refused:
+        engine.collect(store, "pool", groups, sketcher=sketcher, step=0, accept_coverage=0.95)
+    assert len(store.view("pool")) == 0
+    assert read_coverage(store.path) is None
+    least = float(str(refused.value).rpartition("=")[2])
+    assert engine.collect(store, "pool", groups, sketcher=sketcher, step=0, accept_coverage=least).live == 6
+    chosen = gradstore.open(tmp_path / "chosen", "a")
+    assert engine.collect(chosen, "pool", groups, sketcher=sketcher, step=0).live == 6
+    assert read_coverage(chosen.path) == read_coverage(store.path)
+    assert least <= Coverage.of(read_coverage(store.path)).share < least + 0.01
 
 
 def test_off_policy_rows_keep_their_effective_sample_size(tmp_path, make_model, make_groups) -> None:

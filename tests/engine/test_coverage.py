@@ -80,7 +80,7 @@ def test_of_adapters_everything_that_trains_counts(make_model, make_groups, opti
         found = _measured(model, make_groups(2))
         assert (found.share == pytest.approx(1)) == whole
         if not whole:
-            with pytest.raises(RequestError, match=r"embed_tokens.*least_coverage 0"):
+            with pytest.raises(RequestError, match=r"embed_tokens.*accept_coverage=0"):
                 found.require(0.95)
             found.require(0.0)
 
@@ -134,4 +134,4 @@ def test_packed_weights_are_refused_by_name(make_model, make_groups, which: str)
 def test_a_share_is_floored_in_what_it_asks_for() -> None:
     coverage = Coverage(0.5, 0.8196, 1, (LeftOut("x", 0.5, 0.1804),))
     with pytest.raises(RequestError, match=r"--accept-coverage 0\.81$"):
-        coverage.require(0.95, "--accept-coverage")
+        coverage.require(0.95, "--accept-coverage ")

@@ -92,7 +92,7 @@ def test_a_store_keeps_its_projection(tmp_path, fitted, make_groups) -> None:
     store.add_problems("pool", [{"id": group.problem_id, "prompt": "?"} for group in groups])
     again = sketcher_of(gradstore.open(tmp_path / "store"), model)
     assert again.fingerprint == store.fingerprint
-    collect(store, "pool", groups, sketcher=again, step=0)
+    collect(store, "pool", groups, sketcher=again, step=0, accept_coverage=0.0)
     expected = Sketcher(model, SPEC, projection).sketch(groups).sketches
     view = store.view("pool")
     np.testing.assert_allclose(view.rows(np.arange(6)) * view.norms[:, None], expected, rtol=1e-5, atol=1e-7)
@@ -161,7 +161,7 @@ def test_a_policy_that_moved_asks_for_a_new_fit(tmp_path, make_model, make_group
     groups = make_groups(80, seed=1)
     store = create_store(tmp_path / "store", Sketcher(model, spec, fit_projection(model, groups, spec)))
     store.add_problems("pool", [{"id": group.problem_id, "prompt": "?"} for group in groups])
-    report = collect(store, "pool", groups, sketcher=sketcher_of(store, model), step=0)
+    report = collect(store, "pool", groups, sketcher=sketcher_of(store, model), step=0, accept_coverage=0.0)
     assert report.fidelity > 0.9
     assert not report.needs_refit
     with torch.no_grad():

@@ -1,5 +1,6 @@
 """Sketches of a model sharded by FSDP2, and of one in bfloat16, are those of the plain model."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from engine import Sketcher, SketchSpec, exact_dots, layer_gradients
+from engine.gradients.coverage import Coverage, measure
 
 WORLD = 2
 
@@ -44,6 +46,7 @@ def test_each_rank_sketches_its_own_problems(make_model, make_groups, tmp_path: 
         for way in ("exact", "formed"):
             assert np.abs(found[way] - dots[rank::WORLD]).max() < 1e-5 * np.abs(dots).max()
         assert len(found["alone"]) == (4 if rank == 0 else 0)
+        assert Coverage.of(json.loads(str(found["coverage"]))) == measure(sketcher.gradients, [])
         assert bool(found["clean"])
         assert int(found["n_reduced"]) == 0
     assert relative_error(np.load(tmp_path / "rank-0.npz")["alone"], expected[0::WORLD]) < 1e-5

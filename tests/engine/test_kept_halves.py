@@ -16,7 +16,7 @@ def test_halves_in_the_store_say_what_the_rollouts_say(tmp_path, make_model, mak
     store = create_store(tmp_path / "store", sketcher, "fp32")
     for name, groups in (("pool", pool), ("bench", bench)):
         store.add_problems(name, [{"id": group.problem_id, "prompt": "?"} for group in groups])
-        collect(store, name, groups, sketcher=sketcher, step=2)
+        collect(store, name, groups, sketcher=sketcher, step=2, accept_coverage=0.0)
     wanted = target(store, "bench")
     with pytest.raises(RequestError, match="--halves"):
         stored_halves(store, "pool", wanted)

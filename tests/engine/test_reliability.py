@@ -137,7 +137,8 @@ def made(tmp_path, make_model, make_groups):
     sketcher = Sketcher(model, SketchSpec(rank=48))
     store = gradstore.create(tmp_path / "store", dim=sketcher.dim, fingerprint=sketcher.fingerprint, dtype="fp32")
     for name in ("pool", "benchmark"):
-        collect(store, name, read_rollouts(tmp_path / f"{name}.jsonl"), sketcher=sketcher, step=0)
+        rollouts = read_rollouts(tmp_path / f"{name}.jsonl")
+        collect(store, name, rollouts, sketcher=sketcher, step=0, accept_coverage=0.0)
     return tmp_path, store, model
 
 

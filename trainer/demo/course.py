@@ -18,7 +18,7 @@ from engine.selecting.selection import Selection
 from engine.sketches.sketcher import SketchSpec
 from gradstore import Store
 from trainer.demo import tasks
-from trainer.demo.run import MODEL
+from trainer.demo.run import MODEL, SEEN
 from trainer.local.grpo import Learner, UpdateSettings
 from trainer.local.policy import LocalPolicy, Sampling
 from trainer.local.training import Training
@@ -79,6 +79,7 @@ def run_course(folder: Path, settings: CourseSettings, tell: Callable[[str], Non
         observe="none",
         window=settings.n_pool,
         fit_problems=min(100, settings.n_pool),
+        accept_coverage=SEEN,
         spec=SketchSpec(basis="fitted", dim=settings.dim, seed=settings.seed),
     )
     chooser = _Course(folder, pool, rounds, settings)

@@ -16,6 +16,8 @@ import torch
 
 import gradstore
 from analysis.composition import source_shares, tag_shares
+from engine.gradients.coverage import measure
+from engine.gradients.gradient_pass import GradientPass
 from engine.gradients.models import load_model, load_tokenizer
 from engine.rollouts import read_rollouts
 from engine.searching.query import search
@@ -32,6 +34,8 @@ from trainer.rewards import Reward
 from trainer.rollout import rollout
 
 MODEL = Path(__file__).parent / "model"
+SEEN = 0.8
+"""Least share of its gradient that sketches must see: a vocabulary this small leaves an eighth to the lookup."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,8 +107,11 @@ def run_demo(folder: Path, seed: int, settings: DemoSettings, tell: Callable[[st
         with result.stage("fitting the projection", tell):
             spec = SketchSpec(basis="fitted", dim=settings.dim, seed=seed)
             sample = sample_groups(read_rollouts(folder / "pool.jsonl"), settings.n_fitted, seed)
+            coverage = measure(GradientPass(model, spec), sample)
+            tell(f"seed {seed}: {coverage.sentence()}")
+            coverage.require(SEEN)
             projection = fit_projection(model, sample, spec)
-            store = create_store(path, Sketcher(model, spec, projection))
+            store = create_store(path, Sketcher(model, spec, projection), coverage=coverage)
     sketcher = sketcher_of(store, model)
     for name in problems:
         with result.stage(f"sketches of the {name}", tell):

@@ -12,7 +12,9 @@ import numpy as np
 from torch import Tensor, nn
 
 from engine.gradients.budget import give_back
+from engine.gradients.coverage import measure
 from engine.gradients.directions import Direction
+from engine.gradients.gradient_pass import GradientPass
 from engine.gradients.logprobs import Reference
 from engine.gradients.objectives import Objective
 from engine.probing.batch import ProbeBatch
@@ -103,10 +105,11 @@ class LocalPolicy:
 
     def fit(self, spec: SketchSpec, groups: Sequence[Group], benchmark: Sequence[Group] = ()) -> SketcherFiles:
         spec = self._checked(spec)
+        coverage = measure(GradientPass(self.model, spec), groups)
         fitted = spec.basis == "fitted"
         projection = fit_projection(self.model, groups, spec, benchmark=benchmark) if fitted else None
         self._sketcher = Sketcher(self.model, spec, projection)
-        return files_of(self._sketcher)
+        return files_of(self._sketcher, coverage)
 
     def use(self, fingerprint: dict, attachments: Mapping[str, bytes]) -> None:
         spec = self._checked(SketchSpec.of(fingerprint))

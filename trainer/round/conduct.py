@@ -16,13 +16,14 @@ from typing import Any
 import numpy as np
 
 import gradstore
+from engine.gradients.coverage import least_of
 from engine.probing.batch import ProbeBatch
 from engine.probing.calibration import Calibration
 from engine.rollouts.group import Group
 from engine.searching.targets import Target, target
 from engine.selecting.mixture import Part, parts_of
 from engine.selecting.selection import Selection, select
-from engine.sketches.bases import files_in
+from engine.sketches.bases import create_from, files_in
 from gradstore import Store
 from trainer.backends import derived_seed
 from trainer.round.aged import aged_parts, aged_scores, with_old_sketches
@@ -139,9 +140,12 @@ class Conduct:
             # Without rollouts there is nothing to fit to: a seeded basis of the same size keeps what is observed.
             spec = settings.spec if settings.spec.basis != "fitted" else replace(settings.spec, basis="dense")
             files, first = self.policy.fit(spec, []), None
-        store = gradstore.create(
-            run.path, dim=files.dim, fingerprint=files.fingerprint, dtype=run.dtype, attachments=files.attachments
-        )
+        if files.coverage is None:
+            log.warning("%s: the policy did not measure what its sketches see of the gradient", run.path)
+        else:
+            log.info("%s: %s", run.path, files.coverage.sentence())
+            files.coverage.require(least_of(settings.spec, settings.accept_coverage), "round setting accept_coverage=")
+        store = create_from(run.path, files, run.dtype)
         run.add_problems(store)
         return store, first
 

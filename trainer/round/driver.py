@@ -32,7 +32,7 @@ from trainer.round.progress import Logger
 from trainer.round.recording import scalars, selection_of
 from trainer.round.settings import RoundSettings
 
-_FREE = ("rounds", "window", "observe")
+_FREE = ("rounds", "window", "observe", "accept_coverage")
 """Settings that a run may go on with changed."""
 
 

@@ -36,7 +36,8 @@ class Policy(Protocol):
 
         A fitted basis is fitted to the groups that have a signal, and to the benchmark's, whose mean gradient has a
         dimension of its own; other bases need none. Returns what a store of its
-        rows is made from: `engine.sketches.bases.files_of(sketcher)`.
+        rows is made from, with what the sketches see of the gradient by the first groups: `engine.sketches.bases`,
+        `files_of(sketcher, coverage)`; `engine.gradients.coverage.measure`.
         """
         ...
 

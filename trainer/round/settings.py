@@ -31,6 +31,7 @@ GRADALIGN_NAMES = {
 """What GradAlign's command line calls a setting, and its name here; `k` is one over the ratio."""
 
 
+_SHARES = ("ratio", "confidence", "forgetting", "max_no_signal", "explore", "boundary", "accept_coverage")
 Observe = Literal["last", "all", "none"]
 """Which training rollouts become rows: those of the last pass over a round's picks, of every step, or none."""
 
@@ -94,6 +95,8 @@ class RoundSettings:
     """Everything drawn at random follows from it and the round's number."""
     spec: SketchSpec = field(default_factory=lambda: SketchSpec(basis="fitted"))
     """How gradients become sketches, for a store that is new."""
+    accept_coverage: float | None = None
+    """Least share of the gradient that a new store's sketches must see; None: 0.95, of chosen layers none."""
     window: int = 256
     """Problems rolled out and sketched at once: what an interruption can cost."""
     fit_problems: int = 200
@@ -127,6 +130,8 @@ class RoundSettings:
         for name in ("confidence", "max_no_signal"):
             if not 0 < getattr(self, name) < 1:
                 raise RequestError(f"{name} is {getattr(self, name)}, expected a number between 0 and 1")
+        if self.accept_coverage is not None and not 0 <= self.accept_coverage <= 1:
+            raise RequestError(f"accept_coverage is {self.accept_coverage}, expected a share from 0 to 1")
         if not 0 < self.forgetting <= 1:
             raise RequestError(f"forgetting is {self.forgetting}, expected a number above 0 and at most 1")
         if self.explore < 0 or self.boundary < 0 or self.explore + self.boundary > 1:
@@ -224,7 +229,7 @@ def _read(given: str, name: str, value: Any) -> Any:
         return value
     if name in ("refresh", "refresh_first") and value == "all":
         return value
-    if name in ("ratio", "confidence", "forgetting", "max_no_signal", "explore", "boundary", "temperature"):
+    if name in (*_SHARES, "temperature"):
         kind, expected = float, "a number"
     elif name == "diversity":
         return Diversity(value)  # type: ignore[arg-type]

@@ -15,7 +15,7 @@ from engine.rollouts.group import Group
 from engine.sketches.sketcher import SketchBatch, SketchSpec
 from trainer.demo import tasks
 from trainer.demo.course import TOKEN_BUDGET
-from trainer.demo.run import MODEL
+from trainer.demo.run import MODEL, SEEN
 from trainer.local.grpo import Learner, UpdateSettings
 from trainer.local.policy import LocalPolicy, Sampling
 from trainer.local.training import Chooser, Picks, Training
@@ -185,6 +185,7 @@ def round_settings(settings: StudySettings, seed: int, changes: Mapping[str, Any
         "seed": seed,
         "window": settings.window,
         "fit_problems": settings.fit_problems,
+        "accept_coverage": SEEN,
         "spec": SketchSpec(basis="fitted", rank=settings.rank, dim=settings.dim),
     }
     return RoundSettings(**{**common, **changes})

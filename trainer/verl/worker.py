@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from verl.single_controller.base.decorator import Dispatch, register
 from verl.workers.engine_workers import ActorRolloutRefWorker
 
+from engine.gradients.coverage import measure
 from engine.gradients.directions import Direction
+from engine.gradients.gradient_pass import GradientPass
 from engine.gradients.sharding import reshard, total
 from engine.probing.batch import ProbeBatch
 from engine.probing.calibration import Calibration
@@ -39,11 +41,12 @@ class SketchingWorker(ActorRolloutRefWorker):
     def fit_sketcher(self, spec: SketchSpec, groups: Sequence[Group], benchmark: Sequence[Group]) -> SketcherFiles:
         """Makes the sketcher, fitting a projection to the groups where the spec wants one; the same on every rank."""
         with self._live_policy() as model:
+            coverage = measure(GradientPass(model, spec), groups)
             fitted = spec.basis == "fitted"
             projection = fit_projection(model, groups, spec, benchmark=benchmark) if fitted else None
             reshard(model)
             self._sketcher = Sketcher(model, spec, projection)
-            return files_of(self._sketcher)
+            return files_of(self._sketcher, coverage)
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def use_sketcher(self, fingerprint: dict, attachments: Mapping[str, bytes], token_budget: int | None) -> None:

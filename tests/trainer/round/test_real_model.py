@@ -9,7 +9,9 @@ import pytest
 import torch
 
 import gradstore
+from engine.gradients.coverage import Coverage, measure
 from engine.gradients.directions import validation_gradient
+from engine.gradients.gradient_pass import GradientPass
 from engine.probing.batch import ProbeBatch
 from engine.probing.calibration import Calibration
 from engine.probing.probe import Probe
@@ -17,6 +19,8 @@ from engine.rollouts.group import Group
 from engine.sketches.bases import SketcherFiles, files_of, sketcher_from
 from engine.sketches.fitting import fit_projection
 from engine.sketches.sketcher import SketchBatch, Sketcher, SketchSpec
+from gradstore.attachments import read_coverage
+from gradstore.errors import RequestError
 from trainer.round.driver import Rounds
 from trainer.round.settings import RoundSettings
 
@@ -41,10 +45,11 @@ class ModelPolicy:
         return Group(name, prompt, responses, np.array([1.0, 0.0, *random.integers(0, 2, n - 2).tolist()]))
 
     def fit(self, spec: SketchSpec, groups: Sequence[Group], benchmark: Sequence[Group] = ()) -> SketcherFiles:
+        coverage = measure(GradientPass(self.model, spec), groups)
         fitted = spec.basis == "fitted"
         projection = fit_projection(self.model, groups, spec, benchmark=benchmark) if fitted else None
         self.sketcher = Sketcher(self.model, spec, projection)
-        return files_of(self.sketcher)
+        return files_of(self.sketcher, coverage)
 
     def use(self, fingerprint: dict, attachments: Mapping[str, bytes]) -> None:
         self.sketcher = sketcher_from(self.model, fingerprint, attachments)
@@ -84,6 +89,7 @@ def settings(**changes: Any) -> RoundSettings:
         "spec": SketchSpec(basis="fitted", rank=4, dim=48),
         "fit_problems": 4,
         "window": 5,
+        "accept_coverage": 0.0,
     }
     return RoundSettings(**{**usual, **changes})
 
@@ -109,6 +115,37 @@ def test_rounds_with_a_model(policy: ModelPolicy, tmp_path, changes: dict[str, A
     store = gradstore.open(path)
     assert len(store.rounds("pool")) == 3
     assert store.verify().ok
+
+
+def test_too_little_coverage_makes_no_store(policy: ModelPolicy, tmp_path) -> None:
+    """Rounds would pick by a part of the gradient: refused before anything is stored, until it is accepted."""
+    path, spec = tmp_path / "store", SketchSpec(basis="fitted", rank=4, dim=48, modules=("mlp",))
+
+    def rounds(least: float | None) -> Rounds:
+        return Rounds(path, POOL, {"bench": BENCHMARK}, settings(accept_coverage=least, spec=spec))
+
+    offer = r"self_attn\.o_proj\.weight .*accept it: round setting accept_coverage=0\.\d"
+    with pytest.raises(RequestError, match=offer) as refused:
+        rounds(0.95).next(policy)
+    assert not path.exists()
+    least = float(str(refused.value).rpartition("=")[2])
+    first = rounds(least)
+    first.next(policy)
+    kept = read_coverage(path)
+    assert kept is not None
+    assert least <= Coverage.of(kept).share < least + 0.01
+    resumed = rounds(None)  # a run that is gone on with is not asked again
+    resumed.load_state_dict(first.state_dict())
+    policy.train()
+    assert len(resumed.next(policy).ids) == 4
+
+
+def test_a_policy_that_does_not_measure_is_told(policy: ModelPolicy, tmp_path, monkeypatch, caplog) -> None:
+    """A trainer of one's own may return files without a coverage: that is said, not passed over."""
+    monkeypatch.setattr(f"{__name__}.measure", lambda *given: None)
+    Rounds(tmp_path / "store", POOL, {"bench": BENCHMARK}, settings()).next(policy)
+    assert "did not measure what its sketches see" in caplog.text
+    assert read_coverage(tmp_path / "store") is None
 
 
 def test_a_round_is_the_cosine_of_the_sketches(policy: ModelPolicy, tmp_path) -> None:

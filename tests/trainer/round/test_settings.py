@@ -58,6 +58,7 @@ def test_the_constraint_is_gradaligns(chunk: int, k: int, batch: int, steps: int
     [
         ({}, "either `selected`"),
         ({"selected": 4, "ratio": 0.5}, "either `selected`"),
+        ({"selected": 4, "accept_coverage": "95"}, "accept_coverage is 95.0, expected a share"),
         ({"selected": 4, "chunk_sise": 8}, "'chunk_sise' is not known; did you mean 'chunk_size'"),
         ({"selected": 4, "chunk_size": 8, "candidates": 8}, "'chunk_size' and 'candidates' are the same"),
         ({"k": 0}, "ratio is 0"),

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 from engine import Probe, Sketcher, SketchSpec, validation_gradient
+from engine.gradients.coverage import measure
+from engine.gradients.gradient_pass import GradientPass
 from engine.rollouts.group import Group
 from engine.sketches.bases import sketcher_from
 from trainer.verl.ranks import deal, gather
@@ -82,8 +84,9 @@ def test_sketches_are_the_engines(ranks: dict[str, Any], tiny_model: Any, basis:
         np.testing.assert_allclose(batch.pass_rates, expected.pass_rates)
     few = gather([part["few"] for part in found], [[0], *([] for _ in found[1:])])
     assert few.ids == expected.ids[:1]
+    spec = SketchSpec(rank=4, dim=64, basis=basis)  # type: ignore[arg-type]
+    assert files.coverage == measure(GradientPass(tiny_model, spec), [])  # sharded: of the parameters alone
     if basis == "random":
-        spec = SketchSpec(rank=4, dim=64, basis="random")
         assert Sketcher(tiny_model, spec).fingerprint == files.fingerprint
 
 
