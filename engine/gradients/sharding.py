@@ -6,11 +6,18 @@ backward gathers and reduces among the ranks, so all ranks must run equally many
 who has less to do runs something that does not count.
 """
 
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import TypeVar
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+
+T = TypeVar("T")
+S = TypeVar("S")
+K = TypeVar("K", bound=Hashable)
 
 _PART = 1 << 22
 """Numbers that are taken to float64 at once."""
@@ -77,6 +84,44 @@ def largest(model: nn.Module, value: int) -> int:
 def total(model: nn.Module, values: list[float]) -> list[float]:
     """Sums over the ranks; the values themselves for a plain model."""
     return _reduced(model, values, dist.ReduceOp.SUM)
+
+
+def own_share(model: nn.Module, items: Sequence[T]) -> list[T]:
+    """Every so many-th of the items, this rank's; all of them for a plain model."""
+    return list(items[dist.get_rank() :: dist.get_world_size()] if is_sharded(model) else items)
+
+
+def sum_over_ranks(model: nn.Module, tensor: Tensor) -> Tensor:
+    """The tensor, in place the sum of all ranks' and the same on each; as it is for a plain model."""
+    if is_sharded(model):
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def summed_by_key(model: nn.Module, keys: Sequence[K], tensors: Mapping[K, Tensor]) -> dict[K, Tensor]:
+    """Sums over the ranks of tensors that not every rank has, in the order of the keys; one no rank has is left out."""
+    if not is_sharded(model):
+        return dict(tensors)
+    shapes: list[dict[K, torch.Size]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(shapes, {key: tensor.shape for key, tensor in tensors.items()})
+    known = {key: shape for own in shapes for key, shape in own.items()}
+    device = next(model.parameters()).device
+    return {
+        key: sum_over_ranks(model, tensors[key] if key in tensors else torch.zeros(known[key], device=device))
+        for key in keys
+        if key in known
+    }
+
+
+def divided(model: nn.Module, items: Sequence[T], make: Callable[[T], S]) -> list[S]:
+    """What `make` gives for each item, made by one rank and sent to all (pickled), so that it is the same on each."""
+    own = [make(item) for item in own_share(model, items)]
+    if not is_sharded(model):
+        return own
+    world = dist.get_world_size()
+    shares: list[list[S]] = [[]] * world
+    dist.all_gather_object(shares, own)
+    return [shares[place % world][place // world] for place in range(len(items))]
 
 
 def _reduced(model: nn.Module, values: list, op: dist.ReduceOp.RedOpType) -> list:

@@ -108,8 +108,8 @@ def sketch(shape: ModelShape, load: Workload, rank: int, *, sharing: bool = True
 
 
 def one_sided(shape: ModelShape, load: Workload, rank: int, *, sharing: bool = True) -> Work:
-    """A pass of the fit: one side is given, and its product with every input or gradient is formed."""
-    return input_gradients(shape, load, sharing=sharing).plus(_projected(shape, load, rank, 0, sharing))
+    """A pass of the fit: with sides of twice the rank, and the product of either with the other's whole vectors."""
+    return input_gradients(shape, load, sharing=sharing).plus(_projected(shape, load, 4 * rank, 0, sharing))
 
 
 def weight_gradients(shape: ModelShape, load: Workload, *, sharing: bool = True, head_everywhere: bool = False) -> Work:

@@ -8,6 +8,7 @@ from engine.planning.costs import Workload
 from engine.planning.devices import Hardware
 from engine.planning.shapes import ModelShape
 from engine.sketches.fitting import _BESIDE, _WINDOW
+from engine.sketches.spectrum import COLUMNS, WIDEST
 
 FLOAT32 = 4
 """Bytes of a float32 number, in which sides, cores, formed gradients and a probe's weights are kept."""
@@ -89,11 +90,17 @@ def sketching(shape: ModelShape, load: Workload, n_tokens: int, rank: int, devic
 
 
 def fitting(shape: ModelShape, load: Workload, n_tokens: int, rank: int, device: Hardware) -> int:
-    """The same with inputs kept, sides of twice the rank, and the one-sided products and directions of each layer."""
-    products = FLOAT32 * side_widths(shape) * (2 * rank + rank * _WINDOW // 2 + 4 * rank // 2)
+    """The same with inputs kept, sides of twice the rank, a window's products with them, and the sums of each layer."""
+    products = FLOAT32 * side_widths(shape) * 2 * rank * (1 + _WINDOW)
+    sums = FLOAT32 * sum(
+        width * (width if width <= max(WIDEST, COLUMNS * rank) else COLUMNS * rank)
+        for layer in shape.layers
+        for width in (layer.n_outputs, layer.n_inputs)
+    )
     return (
         shape.weight_bytes
         + products
+        + sums
         + held_by_tokens(shape, load, n_tokens, shape.kept_bytes_with_inputs)
         + logits_bytes(shape, load, n_tokens, device)
     )

@@ -1,30 +1,35 @@
 """Fit a projection to a sample of problems: sides that span the gradients, entries that hold their energy.
 
-For each layer, left and right are found by alternation, as in a Tucker decomposition of the stacked gradients
-(higher-order orthogonal iteration, De Lathauwer et al. 2000): the right side spans the rows of L^T G_i over the sample,
-then the left the columns of G_i R, and the right again. No gradient is ever formed: each pass accumulates the one-sided
-products alone, a window of problems at a time, and keeps a running set of leading directions for each layer. Problems
-weigh alike, whatever their norm: a first pass estimates the norms with a random sketch, and each problem's weights are
-divided by its norm, a gradient being linear in them. The mean gradient of a benchmark, where there is one, weighs as
-much as all problems together: what is ranked are dots with it. Beside each side's fitted directions stand a quarter as
+For each layer, left and right are found as in a Tucker decomposition of the stacked gradients (higher-order orthogonal
+iteration, De Lathauwer et al. 2000): the right side spans the rows of L^T G_i over the sample, the left the columns of
+G_i R. No gradient is ever formed: one pass takes both products for the sides there are, and keeps the sum of their
+covariances (one_sided.py). The first pass has random sides and a quarter of a large sample, enough to begin with;
+the second has those it found and the whole sample; the third gives the energies of the entries. Problems weigh alike:
+each is divided by the length that its products show. The mean gradient of a benchmark, where there is one, weighs more
+than all problems together: what is ranked are dots with it. Beside each side's fitted directions stand a quarter as
 many random ones of their complement: what a gradient has there is not kept, but its length is estimated, because a
 cosine divides by the whole.
 
-Cost: five passes over the sample. Memory: for each layer and problem of a window R x (O or I) floats.
+All that is kept are sums over problems: under FSDP2 each rank runs its share of the sample, the sums are added up, and
+every rank has the same bases. The finished sketch selects from the cores of the last pass, which so gives the sample's
+rows. Memory: for each layer and problem of a window 2 R x (O + I) floats, the sums, and the cores of the sample.
 
-Dimension letters: P problems of a window, R rank, O and I a layer's outputs and inputs, W either, K directions kept.
+Dimension letters: P problems of a window, R rank, O and I a layer's outputs and inputs, W either, B sequences,
+T tokens, C core entries of all layers.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from engine.gradients.sharding import largest, own_share, total
 from engine.rollouts.group import Group
 from engine.rollouts.source import RolloutSource
+from engine.sketches.one_sided import Covariances, Fitted, OneSided, Sides
 from engine.sketches.projection import (
     LayerBasis,
     Projection,
@@ -34,69 +39,90 @@ from engine.sketches.projection import (
     fitted_projection,
     random_bases,
 )
-from engine.sketches.sketcher import Sketcher, SketchSpec, in_slots, project
+from engine.sketches.sketcher import SketchBatch, Sketcher, SketchSpec
 from gradstore.errors import RequestError
+from gradstore.state import State
 
 T = TypeVar("T")
-_Sides = tuple[np.ndarray | None, np.ndarray | None]
-_LEFT, _RIGHT = 0, 1
+Progress = Callable[[int], None]
 
-PASSES = 5
-"""Passes over the sample."""
+_FIRST = 4
+"""Every so many-th problem of a large sample is in the first pass."""
+_LEAST = 32
+"""Problems of the first pass, where there are as many: it shows little of a layer in fewer."""
+PASSES = 2 + 1 / _FIRST
+"""Passes over a large sample."""
 _BESIDE = 4
 """Fitted directions of a side for each random one."""
 _WINDOW = 8
 """Problems whose one-sided products are held at once."""
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Fit:
+    """A fitted projection, and the sketches in it that the fit has made on its way."""
+
+    projection: Projection
+    rows: list[SketchBatch]
+    """Of the live problems of the sample, under FSDP2 of this rank's share, in the order they were given: what
+    `Sketcher.sketch` gives but for rounding."""
+    benchmark: list[SketchBatch]
+    """Likewise of the benchmark's."""
+
+
 def fit_projection(
     model: nn.Module,
     groups: Sequence[Group],
     spec: SketchSpec,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress | None = None,
     benchmark: Sequence[Group] = (),
 ) -> Projection:
+    """The projection of `fit`."""
+    return fit(model, groups, spec, progress, benchmark).projection
+
+
+def fit(
+    model: nn.Module,
+    groups: Sequence[Group],
+    spec: SketchSpec,
+    progress: Progress | None = None,
+    benchmark: Sequence[Group] = (),
+) -> Fit:
     """A projection to spec.dim dimensions fitted to the groups, at most spec.rank directions on each side of a layer,
-    and a quarter as many random ones beside them.
+    and a quarter as many random ones beside them; a side of up to twice the rank has all directions.
 
     groups: a sample of the problems to be ranked. benchmark: groups that they will be ranked against: fitted to like
     the others, and their mean gradient has a dimension of its own. Those without signal are left out. progress: called
-    with the number of problems just gone through; five times those with signal in all. RequestError when fewer than two
-    have a signal.
+    with the number of problems just gone through; `passed` says how many in all. Under FSDP2 all ranks call it together
+    with the same groups, and each runs its share. RequestError when fewer than two have a signal.
     """
-    live = [group for group in (*groups, *benchmark) if group.has_signal]
-    if len(live) < 2:
-        n_all = len(groups) + len(benchmark)
-        raise RequestError(f"fitting a projection needs problems with a signal, {len(live)} of {n_all} have one")
-    n_pool = sum(group.has_signal for group in groups)
+    live, wanted = ([group for group in given if group.has_signal] for given in (groups, benchmark))
+    if len(live) + len(wanted) < 2:
+        n_live, n_all = len(live) + len(wanted), len(groups) + len(benchmark)
+        raise RequestError(f"fitting a projection needs problems with a signal, {n_live} of {n_all} have one")
     random = Sketcher(model, replace(spec, basis="random"))
-    rows = []
-    for window in _windows(live):
-        rows.append(random.sketch(window).sketches)
-        _tell(progress, window)
-    norms = np.linalg.norm(np.concatenate(rows), axis=1).tolist()
-    toward_length = float(np.linalg.norm(np.concatenate(rows)[n_pool:].sum(axis=0, dtype=np.float64)))
-    sound = [i for i, norm in enumerate(norms) if 0 < norm < float("inf")]
-    sample = [(live[i], 1 / norms[i]) for i in sound]
-    n_pool = sum(i < n_pool for i in sound)
-    toward = (n_pool, np.sqrt(len(sample)) / toward_length if toward_length > 0 else 0.0)
     shapes = [layer.shape for layer in random.gradients.layers]
-    sides = [(basis.left_OR, basis.right_IR) for basis in random_bases(shapes, 2 * spec.rank, spec.seed)]
-    for fitted in (_RIGHT, _LEFT, _RIGHT):
-        sides = _refined(random, sides, fitted, sample, toward, spec.rank, progress)
-    bases, fitted_C = _bases(shapes, sides, spec.rank // _BESIDE, spec.seed)
-    plain = Projection("random", bases, None, [(basis.name, basis.start, basis.stop) for basis in bases])
-    sketcher = Sketcher(model, replace(spec, basis="random"), plain)
-    energy_C, toward_C = np.zeros(plain.core_dim), np.zeros(plain.core_dim)
-    done = 0
-    for pairs in _windows(sample):
-        cores_PC = sketcher.sketch([group for group, _ in pairs]).sketches
-        toward_C += cores_PC[max(0, n_pool - done) :].sum(axis=0, dtype=np.float64)
-        done += len(pairs)
-        energy_C += np.square(cores_PC * np.array([[scale] for _, scale in pairs])).sum(axis=0)
-        _tell(progress, pairs)
-    total = float(len(sample))
-    return fitted_projection(bases, energy_C, spec.dim, total, toward_C if benchmark else None, fitted_C)
+    bases = random_bases(shapes, 2 * spec.rank, spec.seed)
+    sides = _refined(random, bases, _begin(live), _begin(wanted), progress)
+    bases, fitted = _bases(shapes, sides, spec.rank, spec.seed, " first")
+    sides = _refined(random, bases, live, wanted, progress, fitted)
+    bases, fitted = _bases(shapes, sides, spec.rank // _BESIDE, spec.seed)
+    cores = Projection("random", bases, None, [(basis.name, basis.start, basis.stop) for basis in bases])
+    sketcher = Sketcher(model, random.spec, cores)
+    last = [_cores(sketcher, part, progress) for part in (live, wanted)]
+    projection = _finished(sketcher, [found for _, found in last], spec, _entries(bases, fitted), bool(benchmark))
+    finished = Sketcher(model, spec, projection)
+    return Fit(projection, *([_row(finished, *pair) for pair in zip(*part, strict=True)] for part in last))
+
+
+def passed(*n_live: int) -> int:
+    """Problems that a fit goes through in all its passes, for so many of the sample and of the benchmark."""
+    return sum(2 * n + len(_begin(range(n))) for n in n_live)
+
+
+def _begin(items: Sequence[T]) -> Sequence[T]:
+    """The items of the first pass: a quarter, but `_LEAST` where there are as many."""
+    return items[:: max(1, min(_FIRST, len(items) // _LEAST))]
 
 
 def sample_groups(source: RolloutSource, n: int, seed: int) -> list[Group]:
@@ -114,139 +140,115 @@ def sample_groups(source: RolloutSource, n: int, seed: int) -> list[Group]:
 
 def _refined(
     sketcher: Sketcher,
-    sides: Sequence[_Sides],
-    fitted: int,
-    sample: Sequence[tuple[Group, float]],
-    toward: tuple[int, float],
-    rank: int,
-    progress: Callable[[int], None] | None,
-) -> list[_Sides]:
-    """The sides of every layer, the left or the right one fitted to the sample given the other.
+    bases: Sequence[LayerBasis],
+    live: Sequence[Group],
+    wanted: Sequence[Group],
+    progress: Progress | None,
+    fitted: Sequence[Fitted] | None = None,
+) -> list[Sides]:
+    """Both sides of every layer, each fitted to the groups given the other one of the bases.
 
-    toward: where the benchmark begins in the sample, and what the sum of its gradients is scaled by.
+    RequestError naming a layer whose gradient was zero in every problem.
     """
-    directions = [_Directions(4 * rank) for _ in sides]
-    first, scale = toward
-    sums: dict[int, Tensor] = {}
-    done = 0
-    for window in _windows(sample):
-        products = _OneSided(sides, fitted, sketcher.projection.layers, len(window), sketcher.device)
-        sketcher.gradients.run([group for group, _ in window], products, inputs_kept=fitted == _RIGHT)
-        scales_P = torch.tensor([scale for _, scale in window], dtype=torch.float32, device=sketcher.device)
-        for layer, total_PRW in products.totals.items():
-            directions[layer].add((total_PRW * scales_P[:, None, None]).flatten(0, 1))
-            if done + len(window) > first:
-                sum_RW = total_PRW[max(0, first - done) :].sum(0)
-                sums[layer] = sums[layer] + sum_RW if layer in sums else sum_RW
-        done += len(window)
-        _tell(progress, window)
-    for layer, sum_RW in sums.items():
-        directions[layer].add(sum_RW * scale)
-    refined = []
-    for (left_OR, right_IR), kept in zip(sides, directions, strict=True):
-        if fitted == _LEFT and left_OR is not None:
-            left_OR = kept.leading(rank)
-        if fitted == _RIGHT and right_IR is not None:
-            right_IR = kept.leading(rank)
-        refined.append((left_OR, right_IR))
-    return refined
-
-
-class _OneSided:
-    """Observer: each problem's gradient times the side that is given, summed over tokens.
-
-    totals: layer -> float32 [P, R, W], W being the side that is fitted; none for a side that is kept as it is.
-    """
-
-    def __init__(
-        self,
-        sides: Sequence[_Sides],
-        fitted: int,
-        layers: Sequence[LayerBasis],
-        n_problems: int,
-        device: torch.device,
-    ) -> None:
-        self._experts = [
-            None if basis.expert_EK is None else torch.from_numpy(basis.expert_EK).to(device) for basis in layers
-        ]
-        self._given = [
-            None if (side := pair[1 - fitted]) is None else torch.from_numpy(side).to(device) for pair in sides
-        ]
-        self._wanted = [pair[fitted] is not None for pair in sides]
-        self._fitted, self._n_problems = fitted, n_problems
-        self.totals: dict[int, Tensor] = {}
-
-    def reset(self) -> None:
-        self.totals.clear()
-
-    def on_input(self, layer: int, x_BTI: Tensor, expert_BT: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        return x_BTI if self._fitted == _RIGHT else project(x_BTI, self._given[layer]), expert_BT
-
-    def on_gradient(self, layer: int, kept: tuple[Tensor, Tensor | None], grad_BTO: Tensor, problem_B: Tensor) -> None:
-        if not self._wanted[layer]:
-            return
-        x_BTI, expert_BT = kept
-        given, wide = (project(grad_BTO, self._given[layer]), x_BTI) if self._fitted == _RIGHT else (x_BTI, grad_BTO)
-        given = in_slots(given, self._experts[layer], expert_BT)
-        products_BRW = torch.bmm(given.transpose(1, 2), wide.float())
-        if layer not in self.totals:
-            self.totals[layer] = products_BRW.new_zeros(self._n_problems, *products_BRW.shape[1:])
-        self.totals[layer].index_add_(0, problem_B, products_BRW)
-
-
-class _Directions:
-    """The leading right singular directions of rows that come a batch at a time (incremental truncated SVD)."""
-
-    def __init__(self, n_kept: int) -> None:
-        self._n_kept = n_kept
-        self._kept_KW: Tensor | None = None
-        """Orthogonal directions, each as long as its singular value."""
-
-    def add(self, rows_NW: Tensor) -> None:
-        stacked_NW = rows_NW if self._kept_KW is None else torch.cat([self._kept_KW, rows_NW])
-        _, vectors_NN = torch.linalg.eigh((stacked_NW @ stacked_NW.T).double())  # ascending
-        self._kept_KW = vectors_NN[:, -self._n_kept :].flip(1).T.float() @ stacked_NW
-
-    def leading(self, rank: int) -> np.ndarray:
-        """Orthonormal directions of the most energy, float32 [W, rank or fewer]."""
-        if self._kept_KW is None:
-            raise RequestError("a layer saw no gradient while fitting: leave it out with `modules`")
-        lengths_K = self._kept_KW.norm(dim=1)
-        kept_KW = self._kept_KW[lengths_K > 1e-6 * lengths_K.max()][:rank]
-        return torch.linalg.qr(kept_KW.T)[0].contiguous().cpu().numpy()
+    model, layers = sketcher.model, sketcher.gradients.layers
+    products = OneSided(bases, sketcher.device)
+    sums = Covariances([layer.shape[1:3] for layer in layers], sketcher.spec.rank, sketcher.device, fitted)
+    for groups, of_benchmark in ((live, False), (wanted, True)):
+        for window in _windows(model, own_share(model, groups)):
+            products.n_problems = len(window)
+            sketcher.gradients.run(window, products, inputs_kept=True)
+            sums.add(products.totals, of_benchmark)
+            if progress:
+                progress(len(window))
+    found = sums.sides(model)
+    for layer, pair in zip(layers, found, strict=True):
+        if any(not side_WR.shape[1] for side_WR in pair):
+            raise RequestError(f"layer {layer.name} saw no gradient while fitting: leave it out with `modules`")
+    return found
 
 
 def _bases(
-    shapes: Sequence[Shape], sides: Sequence[_Sides], n_random: int, seed: int
-) -> tuple[list[LayerBasis], np.ndarray]:
-    """The sides with random directions beside them, and which core entries are of fitted directions alone, bool [C]."""
-    bases, fitted, start = [], [], 0
-    for (name, n_outputs, n_inputs, *n_experts), (left_OR, right_IR) in zip(shapes, sides, strict=True):
-        left_fitted_R, left_OR = _widened(n_outputs, left_OR, n_random, seed, name, "left")
-        right_fitted_R, right_IR = _widened(n_inputs, right_IR, n_random, seed, name, "right")
+    shapes: Sequence[Shape], sides: Sequence[Sides], n_random: int, seed: int, name_of_random: str = ""
+) -> tuple[list[LayerBasis], list[Fitted]]:
+    """The sides with random directions beside them, and which directions are fitted.
+
+    Without the random ones a gradient's length would be that of its part in the sides. name_of_random: tells those of
+    one pass from those of another.
+    """
+    bases: list[LayerBasis] = []
+    fitted: list[Fitted] = []
+    start = 0
+    for (name, _, _, *n_experts), (left_OR, right_IR) in zip(shapes, sides, strict=True):
+        left_fitted_R, left_OR = _widened(left_OR, n_random, seed, name, f"left{name_of_random}")
+        right_fitted_R, right_IR = _widened(right_IR, n_random, seed, name, f"right{name_of_random}")
         expert_EK = expert_side(n_experts[0], seed, name) if n_experts else None
-        right_fitted_R = np.tile(right_fitted_R, 1 if expert_EK is None else expert_EK.shape[1])
-        fitted.append(np.outer(left_fitted_R, right_fitted_R).ravel())
-        bases.append(LayerBasis(name, left_OR, right_IR, start, start + len(fitted[-1]), expert_EK))
-        start = bases[-1].stop
-    return bases, np.concatenate(fitted)
+        stop = start + left_OR.shape[1] * right_IR.shape[1] * (1 if expert_EK is None else expert_EK.shape[1])
+        bases.append(LayerBasis(name, left_OR, right_IR, start, stop, expert_EK))
+        fitted.append((left_fitted_R, right_fitted_R))
+        start = stop
+    return bases, fitted
 
 
-def _widened(
-    width: int, side_WR: np.ndarray | None, n_random: int, seed: int, name: str, side: str
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """Which columns of the wider side are fitted, and the side; None: it is kept as it is, and nothing is beside it."""
-    if side_WR is None:
-        return np.ones(width, bool), None
-    rank = side_WR.shape[1]
-    return np.arange(rank + n_random) < rank, beside(side_WR, n_random, seed, name, side)
+def _entries(bases: Sequence[LayerBasis], fitted: Sequence[Fitted]) -> np.ndarray:
+    """Which core entries are of fitted directions alone, bool [C]."""
+    parts = []
+    for basis, (left_R, right_R) in zip(bases, fitted, strict=True):
+        right_KR = np.tile(right_R, 1 if basis.expert_EK is None else basis.expert_EK.shape[1])
+        parts.append(np.outer(left_R, right_KR).ravel())
+    return np.concatenate(parts)
 
 
-def _windows(items: Sequence[T]) -> Iterator[Sequence[T]]:
-    for start in range(0, len(items), _WINDOW):
-        yield items[start : start + _WINDOW]
+def _widened(side_WR: np.ndarray, n_random: int, seed: int, name: str, which: str) -> tuple[np.ndarray, np.ndarray]:
+    """Which columns of the wider side are fitted, and the side; beside all directions there is nothing."""
+    width, rank = side_WR.shape
+    n_random = 0 if rank == width else n_random
+    return np.arange(rank + n_random) < rank, beside(side_WR, n_random, seed, name, which)
 
 
-def _tell(progress: Callable[[int], None] | None, window: Sequence[object]) -> None:
-    if progress:
-        progress(len(window))
+def _cores(
+    sketcher: Sketcher, groups: Sequence[Group], progress: Progress | None
+) -> tuple[list[Sequence[Group]], list[SketchBatch]]:
+    """This rank's share of the groups, window by window, and their cores."""
+    windows, found = [], []
+    for window in _windows(sketcher.model, own_share(sketcher.model, groups)):
+        windows.append(window)
+        found.append(sketcher.sketch(window))
+        if progress:
+            progress(len(window))
+    return windows, found
+
+
+def _finished(
+    sketcher: Sketcher, cores: Sequence[Sequence[SketchBatch]], spec: SketchSpec, fitted_C: np.ndarray, aimed: bool
+) -> Projection:
+    """The projection to the core entries of the most energy, over gradients of length one of all ranks.
+
+    cores: of the sample and of the benchmark. A gradient's length is that of its core. aimed: whether the benchmark's
+    mean core is to have a dimension.
+    """
+    sums, n = np.zeros((2, sketcher.dim)), 0
+    for of_benchmark, batches in enumerate(cores):
+        for batch in batches:
+            cores_PC = batch.sketches.astype(np.float64)
+            squares_P1 = np.square(cores_PC).sum(axis=1, keepdims=True)
+            n += int((squares_P1 > 0).sum())
+            sums[0] += (np.square(cores_PC) / np.where(squares_P1 > 0, squares_P1, 1)).sum(axis=0)
+            sums[1] += of_benchmark * cores_PC.sum(axis=0)
+    whole = np.array(total(sketcher.model, np.append(sums, n).tolist()))
+    energy_C, toward_C, (n_all,) = np.split(whole, [sketcher.dim, 2 * sketcher.dim])
+    bases = sketcher.projection.layers
+    return fitted_projection(bases, energy_C, spec.dim, float(n_all), toward_C if aimed else None, fitted_C)
+
+
+def _row(sketcher: Sketcher, groups: Sequence[Group], cores: SketchBatch) -> SketchBatch:
+    """Sketches of the live problems, from their cores."""
+    live = [place for place, state in enumerate(cores.states) if state is State.LIVE]
+    cores_PC = torch.from_numpy(cores.sketches[live])
+    rows = sketcher.batch([groups[place] for place in live], cores_PC, cores.n_tokens)
+    return rows if cores.ess is None else replace(rows, ess=cores.ess[live])
+
+
+def _windows(model: nn.Module, groups: Sequence[Group]) -> Iterator[Sequence[Group]]:
+    """Windows of the groups; as many on every rank, some of them empty, so that the ranks keep step."""
+    for number in range(largest(model, -(-len(groups) // _WINDOW))):
+        yield groups[number * _WINDOW : (number + 1) * _WINDOW]

@@ -59,8 +59,8 @@ def refit(
 
     sample: problems of the pool, a hundred or more with a signal. benchmark: groups whose mean gradient is the target.
     step: of the policy. fit False: measure only. Cost: a plain pass over half of the sample and the benchmark, and,
-    where a projection is fitted, another and five passes over the rest. RequestError for a store whose projection is
-    not fitted.
+    where a projection is fitted, another and the passes of a fit over the rest. RequestError for a store whose
+    projection is not fitted.
     """
     if sketcher.projection.kind != "fitted":
         raise RequestError(f"the store's projection is {sketcher.projection.kind}, which nothing is fitted to")

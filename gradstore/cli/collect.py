@@ -321,7 +321,7 @@ def _new_sketcher(
 
     A quarter of the sample is left out, to measure how well the projection ranks.
     """
-    from engine.sketches.fitting import fit_projection, sample_groups
+    from engine.sketches.fitting import fit_projection, passed, sample_groups
     from engine.sketches.refitting import measured_projection
     from engine.sketches.sketcher import Sketcher
 
@@ -337,8 +337,9 @@ def _new_sketcher(
         checker.check(group)
     held_out = sample[::4] if len(sample) >= _ENOUGH else []
     fitted_to = [group for i, group in enumerate(sample) if not held_out or i % 4]
-    n_fitted = len(fitted_to) + sum(group.has_signal for group in wanted)
-    with progress("fitting the projection", 5 * n_fitted) as advance:
+    n_wanted = sum(group.has_signal for group in wanted)
+    n_fitted = len(fitted_to) + n_wanted
+    with progress("fitting the projection", passed(len(fitted_to), n_wanted)) as advance:
         projection = fit_projection(policy, fitted_to, spec, advance, wanted)
     sketcher = measured_projection(Sketcher(policy, spec, projection), held_out, wanted)
     fidelity = sketcher.projection.fidelity

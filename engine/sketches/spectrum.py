@@ -1,0 +1,82 @@
+"""The leading directions of rows that come a batch at a time, from sums over the rows alone.
+
+Up to `WIDEST` columns the sum is the covariance itself. Beyond it is the covariance times K random columns, from which
+its leading eigenvectors follow by the Nystroem approximation (Halko, Martinsson and Tropp 2011, section 5.5; Tropp et
+al. 2017, algorithm 3): memory W x K instead of W x W. Sums of parts, such as the ranks' of a sharded model, add up.
+
+Dimension letters: N rows of a batch, W their width, K columns kept, R directions.
+"""
+
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+WIDEST = 512
+"""Width up to which a whole covariance is summed: 1 MB of float32."""
+COLUMNS = 8
+"""Random columns for each direction that is wanted."""
+_RELATIVE = 1e-6
+"""Energy of a direction, against the largest, that is taken for rounding of the float32 sums."""
+_TINY = 1e-300
+"""Keeps a sum of zeros from being divided by zero."""
+_SEED = 0
+
+
+class Spectrum:
+    """Sum of rows^T rows, whole or times random columns; sums of one width and rank may be added up."""
+
+    def __init__(self, width: int, rank: int, device: torch.device) -> None:
+        """rank: directions that will be asked for."""
+        n_columns = COLUMNS * rank
+        whole = width <= max(WIDEST, n_columns)
+        self._columns_WK = None if whole else _columns(width, n_columns, device)
+        self.sum_WK = torch.zeros(width, width if whole else n_columns, device=device)
+        """float32; the covariance, or its product with the random columns."""
+
+    def add(self, rows_NW: Tensor) -> None:
+        """Adds float32 [N, W] rows."""
+        right_NK = rows_NW if self._columns_WK is None else rows_NW @ self._columns_WK
+        self.sum_WK.addmm_(rows_NW.T, right_NK)
+
+    def leading(self, rank: int) -> np.ndarray:
+        """Orthonormal directions of the most energy first, float32 [W, rank].
+
+        Fewer where the rows span fewer, unless all W are asked for; none where all rows are zero.
+        """
+        sum_WK = self.sum_WK.double()
+        scale = sum_WK.norm()
+        scaled_WK = sum_WK / torch.where(scale > 0, scale, 1)
+        if self._columns_WK is None:
+            energies_K, vectors_WK = torch.linalg.eigh(scaled_WK)  # ascending
+        else:
+            energies_K, vectors_WK = _nystroem(scaled_WK, self._columns_WK.double())
+        found_XR = torch.cat([energies_K[None], vectors_WK])[:, -rank:].cpu().numpy()  # a GPU is waited for once
+        energies_R, vectors_WR = found_XR[0, ::-1], found_XR[1:, ::-1]
+        least = _RELATIVE * energies_R[0] if rank < len(vectors_WR) else -np.inf
+        kept_WR = vectors_WR[:, energies_R > least] if energies_R[0] > 0 else vectors_WR[:, :0]
+        return np.ascontiguousarray(np.linalg.qr(kept_WR)[0], np.float32)
+
+
+@lru_cache
+def _columns(width: int, n: int, device: torch.device) -> Tensor:
+    """The same for all sums of a width, so that they are held once."""
+    random = torch.Generator().manual_seed(_SEED)
+    return torch.randn(width, n, generator=random).to(device)
+
+
+def _nystroem(product_WK: Tensor, columns_WK: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, ascending, and eigenvectors of a covariance known by its product with random columns.
+
+    A little is added to the diagonal, so that the inner product with the columns is positive, and taken off the
+    eigenvalues again.
+    """
+    shift = product_WK.norm() * 1e-7
+    shifted_WK = product_WK + shift * columns_WK
+    inner_KK = columns_WK.T @ shifted_WK
+    energies_K, vectors_KK = torch.linalg.eigh((inner_KK + inner_KK.T) / 2)
+    energies_K = torch.maximum(energies_K, energies_K[-1:] * 1e-14 + _TINY)
+    root_WK = shifted_WK @ (vectors_KK / energies_K.sqrt())
+    vectors_WK, lengths_K, _ = torch.linalg.svd(root_WK, full_matrices=False)
+    return (lengths_K.square() - shift).clamp(min=0).flip(0), vectors_WK.flip(1)
