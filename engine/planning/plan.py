@@ -16,7 +16,7 @@ from engine.sketches.fitting import PASSES
 from gradstore.errors import RequestError
 from gradstore.layout import row_arrays
 
-_SAMPLE, _HELD_OUT = 150, 50
+_SAMPLE, _HELD_OUT = 96, 32
 """Problems that a new store's projection is fitted to, and those left out to measure how well it ranks."""
 _EXACT = 200
 """Problems that `fidelity` measures exactly; their halves are measured too."""

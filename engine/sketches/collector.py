@@ -8,6 +8,7 @@ the step are skipped.
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from typing import Literal
 
 from torch import nn
 
@@ -16,11 +17,15 @@ from engine.gradients.coverage import measure as measured_coverage
 from engine.rollouts.group import Group
 from engine.rollouts.source import RolloutSource
 from engine.sketches.bases import basis_of, load_projection
-from engine.sketches.faithfulness import rank_fidelity
-from engine.sketches.sketcher import Sketcher, SketchSpec
-from gradstore import State, Store
+from engine.sketches.faithfulness import ExactRanking, Rows
+from engine.sketches.sketcher import SketchBatch, Sketcher, SketchSpec
+from gradstore import State, Store, Writer
 from gradstore.attachments import keep_coverage, read_coverage
 from gradstore.errors import RequestError
+
+Measure = Literal["auto", "always", "never"]
+"""Whether a run measures how well its sketches rank: where the store is new and its projection was not measured when it
+was fitted; in any case; not at all."""
 
 _PUBLISH_SECONDS = 5.0
 """Work an interruption can cost, beside the window under way."""
@@ -43,7 +48,8 @@ class CollectReport:
     n_tokens: int = 0
     seconds: float = 0.0
     fidelity: float | None = None
-    """Rank correlation of sketched with exact cosines on the first problems of this run, for a fitted projection."""
+    """Rank correlation of sketched with exact cosines on the first problems of this run, for a fitted projection;
+    None where it was not measured."""
     fidelity_when_fitted: float | None = None
     """The same on problems left out when the projection was fitted, where that is known."""
     bases: list[int] = field(default_factory=list)
@@ -55,6 +61,14 @@ class CollectReport:
     def collected(self) -> int:
         """Rows appended."""
         return self.live + self.no_signal + self.failed
+
+    def add(self, batch: SketchBatch, places: Sequence[int]) -> None:
+        """Counts rows of the batch that were appended."""
+        states = [batch.states[place] for place in places]
+        self.live += states.count(State.LIVE)
+        self.no_signal += states.count(State.NO_SIGNAL)
+        self.failed += states.count(State.FAILED)
+        self.failures += [(batch.ids[place], batch.reasons[place]) for place in places if batch.reasons[place]]
 
     @property
     def needs_refit(self) -> bool:
@@ -82,7 +96,8 @@ def collect(
     spec: SketchSpec | None = None,
     sketcher: Sketcher | None = None,
     benchmark: Sequence[Group] = (),
-    measure: bool = True,
+    measure: Measure = "auto",
+    known: Sequence[SketchBatch] = (),
     accept_coverage: float | None = None,
     also: Sequence[int] = (),
     progress: Callable[[int], None] | None = None,
@@ -93,10 +108,12 @@ def collect(
     the same order in every run that is to be resumed. A source is checked to its end before its first group is
     computed; other groups are checked window by window. progress: called with the number of problems just done.
     benchmark: groups against whose gradient the fidelity of a fitted projection is measured; without them it is that
-    of other groups. measure False: it is not measured. also: further bases of the store to sketch in, from the same
-    pass: what a benchmark needs for rows of older bases to be ranked by it (`bases_in_use`). accept_coverage: the share
-    of the gradient that a new store's sketches must see (docs/methods.md, coverage), measured on the first window with
-    a signal and kept; None: 0.95, of layers that were chosen none.
+    of other groups. measure: when that is done, on the first window with enough problems. known: sketches that this
+    sketcher has made of the same rollouts already (`FirstFit.rows`), which are appended first and published at once;
+    those of problems that the source has not are left. also: further bases of the store to sketch in, from the same
+    pass: what a benchmark needs for rows of older bases to be ranked by it (`bases_in_use`); nothing is known in those.
+    accept_coverage: the share of the gradient that a new store's sketches must see (docs/methods.md, coverage),
+    measured on the first window with a signal and kept; None: 0.95, of layers that were chosen none.
     FingerprintError when the store holds rows made another way; RequestError for too little coverage, and for bad
     rollouts, after which everything published so far is kept.
     """
@@ -110,7 +127,9 @@ def collect(
     numbers = [*sorted(set(also) - {basis}), basis]  # the sketcher's own last: it is the newest row of its step
     projections = [sketcher.projection if b == basis else load_projection(store, b) for b in numbers]
     done = set.intersection(*(_rows_at(store, collection, step, b) for b in numbers))
+    ids: set[str] = set()
     if isinstance(groups, RolloutSource):
+        ids = set(groups.problem_ids)
         missing = [problem_id for problem_id in groups.problem_ids if problem_id not in done]
         for group in groups.groups(missing):  # a fault in the last group is found before anything is computed or stored
             sketcher.check(group)
@@ -121,25 +140,27 @@ def collect(
     unknown = read_coverage(store.path) is None and not any(store.view(name).live.any() for name in store.collections)
     report, started = CollectReport(bases=numbers), time.monotonic()
     report.fidelity_when_fitted = sketcher.projection.fidelity
+    unmeasured = sketcher.projection.fidelity is None and not any(store.steps(name) for name in store.collections)
     published = started
+    measures = sketcher.projection.kind == "fitted" and (measure == "always" or (measure == "auto" and unmeasured))
     with store.writer(collection, step=step) as writer:
-        for window in windows(groups, 16 * sketcher.gradients.budget.tokens()):
-            todo = [group for group in window if group.problem_id not in done]
-            report.skipped += len(window) - len(todo)
+        taken: set[str] = set()
+        for number, window in enumerate(windows(groups, 16 * sketcher.gradients.budget.tokens())):
+            if unknown and any(group.has_signal for group in window):
+                _cover(store, sketcher, window, accept_coverage)
+                unknown = False
+            if number == 0 and len(numbers) == 1:
+                taken = _append_known(writer, known, ids - done, report)
+            todo = [group for group in window if group.problem_id not in done | taken]
+            report.skipped += sum(group.problem_id in done for group in window)
             if todo:
-                if unknown and any(group.has_signal for group in todo):
-                    _cover(store, sketcher, todo, accept_coverage)
-                    unknown = False
                 batches = sketcher.sketch_in(projections, todo)
-                if measure and report.fidelity is None and sketcher.projection.kind == "fitted":
-                    report.fidelity = rank_fidelity(sketcher, todo, benchmark=benchmark)
-                for number, batch in zip(numbers, batches, strict=True):
-                    writer.append(**batch.rows(), basis=number)
-                report.live += batch.states.count(State.LIVE)
-                report.no_signal += batch.states.count(State.NO_SIGNAL)
-                report.failed += batch.states.count(State.FAILED)
-                report.n_tokens += batch.n_tokens
-                report.failures += [(i, reason) for i, reason in zip(batch.ids, batch.reasons, strict=True) if reason]
+                if measures and report.fidelity is None:
+                    report.fidelity = _fidelity(sketcher, todo, batches[-1], benchmark)
+                for in_basis, batch in zip(numbers, batches, strict=True):
+                    writer.append(**batch.rows(), basis=in_basis)
+                report.add(batches[-1], range(len(todo)))
+                report.n_tokens += batches[-1].n_tokens
             if time.monotonic() - published > _PUBLISH_SECONDS:
                 writer.publish()
                 published = time.monotonic()
@@ -174,6 +195,32 @@ def windows(groups: Iterable[Group], n_tokens: int, n_problems: int = 256) -> It
             window, held = [], 0
     if window:
         yield window
+
+
+def _append_known(writer: Writer, known: Sequence[SketchBatch], wanted: set[str], report: CollectReport) -> set[str]:
+    """Appends and publishes the known rows of the problems wanted; their ids."""
+    taken: set[str] = set()
+    for batch in known:
+        places = [place for place, problem_id in enumerate(batch.ids) if problem_id in wanted]
+        if places:
+            writer.append(**batch.rows(places))
+            report.add(batch, places)
+            taken |= {batch.ids[place] for place in places}
+    if taken:
+        writer.publish()
+    return taken
+
+
+def _fidelity(
+    sketcher: Sketcher, groups: Sequence[Group], batch: SketchBatch, benchmark: Sequence[Group]
+) -> float | None:
+    """Of the sketches that the groups have, on at most 64 of them; None where that is too few."""
+    ranking = ExactRanking.of(sketcher.model, sketcher.spec, groups, benchmark)
+    if ranking is None:
+        return None
+    rows = Rows([batch])
+    against_benchmark = any(group.has_signal for group in benchmark)
+    return ranking.fidelity(rows, Rows([sketcher.sketch(ranking.others)]) if against_benchmark else rows)
 
 
 def _rows_at(store: Store, collection: str, step: int, basis: int) -> set[str]:

@@ -57,7 +57,7 @@ def collect_halves(
     reports = []
     for suffix, half in zip(HALVES, split(members), strict=True):
         store.add_problems(collection + suffix, [records[group.problem_id] for group in half])
-        reports.append(collect(store, collection + suffix, half, sketcher=sketcher, step=step, measure=False))
+        reports.append(collect(store, collection + suffix, half, sketcher=sketcher, step=step, measure="never"))
     return reports
 
 

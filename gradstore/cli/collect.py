@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated, cast, get_args
 
 import typer
 
@@ -20,11 +20,8 @@ if TYPE_CHECKING:
     from engine.gradients.optimizer_direction import OptimizerDirection
     from engine.rollouts import Group, RolloutSource
     from engine.sketches.refitting import Refit
-    from engine.sketches.sketcher import Sketcher, SketchSpec
+    from engine.sketches.sketcher import SketchBatch, Sketcher, SketchSpec
     from gradstore import Store
-
-_ENOUGH = 128
-"""Problems with a signal from which a quarter can be spared for measuring."""
 
 
 @app.command()
@@ -70,7 +67,12 @@ def collect(
         int | None, typer.Option(help="Width of each side of a layer's projection (new store: 16).")
     ] = None,
     dim: Annotated[int | None, typer.Option(help="Dimensions of a fitted or dense sketch (new store: 1024).")] = None,
-    fit_problems: Annotated[int, typer.Option(help="Problems with a signal a new projection is fitted to.")] = 200,
+    fit_problems: Annotated[
+        int,
+        typer.Option(
+            help="Problems with a signal a new projection is fitted to, a quarter of them held out to measure it."
+        ),
+    ] = 128,
     seed: Annotated[int | None, typer.Option(help="Seed of the projection (new store: 0).")] = None,
     modules: Annotated[list[str] | None, typer.Option(help="Regular expression of layers; may be repeated.")] = None,
     embeddings: Annotated[
@@ -98,6 +100,13 @@ def collect(
         str,
         typer.Option(help="warn: say when the projection no longer ranks well; auto: fit a new basis for these rows."),
     ] = "warn",
+    measure: Annotated[
+        str,
+        typer.Option(
+            help="How well sketches rank: auto: once, when a projection is fitted, and against --benchmark-rollouts; "
+            "always: in this run too; never."
+        ),
+    ] = "auto",
     every_basis: Annotated[
         bool,
         typer.Option("--every-basis", help="Sketch in every basis that rows are in: what a benchmark needs."),
@@ -126,6 +135,7 @@ def collect(
     from engine.gradients.objectives import objective as preset
     from engine.rollouts import read_rollouts
     from engine.sketches.bases import bases_in_use, basis_of, create_store, sketcher_of
+    from engine.sketches.collector import Measure
     from engine.sketches.collector import collect as run
     from engine.sketches.sketcher import SketchSpec
     from gradstore.attachments import read_coverage
@@ -134,6 +144,10 @@ def collect(
         raise RequestError(f"step is {step}, expected 0 (the base model) or more")
     if refit not in ("warn", "auto"):
         raise RequestError(f"--refit is {refit!r}, expected warn or auto")
+    if measure not in get_args(Measure):
+        raise RequestError(f"--measure is {measure!r}, expected {', '.join(get_args(Measure))}")
+    if refit == "auto" and measure == "never":
+        raise RequestError("--refit auto fits anew by what it measures: leave --measure never out")
     if refit == "auto" and benchmark_rollouts is None:
         raise RequestError("--refit auto measures against the benchmark: give --benchmark-rollouts")
     opened = gradstore.open(store, mode="a") if store.exists() else None
@@ -189,23 +203,24 @@ def collect(
             ).groups()
         )
     if reference is not None:
-        measure = Reference(
+        log_probabilities = Reference(
             load_model(reference, device=device), temperature=settings.temperature, token_budget=spec.token_budget
         )
-        spec = replace(spec, objective=replace(settings, reference=measure.digest))
-        source.change(measure)
-        wanted = [measure(group) for group in wanted]
+        spec = replace(spec, objective=replace(settings, reference=log_probabilities.digest))
+        source.change(log_probabilities)
+        wanted = [log_probabilities(group) for group in wanted]
     adam = _direction(policy, optimizer, formula, bias_correction)
     version = (source.step or 0) if step is None else step
     outcome = None
+    known: list[SketchBatch] = []
     if opened is None:
         coverage = _coverage(policy, spec, source, accept_coverage)
-        sketcher = _new_sketcher(policy, spec, source, fit_problems, wanted, adam)
+        sketcher, known = _new_sketcher(policy, spec, source, fit_problems, wanted, adam, measure != "never")
         opened = create_store(store, sketcher, dtype, coverage)
     else:
         sketcher = sketcher_of(opened, policy, spec, optimizer=adam)
         basis_of(opened, sketcher.fingerprint)
-        if wanted and spec.basis == "fitted":
+        if wanted and spec.basis == "fitted" and measure != "never":
             sketcher, outcome = _checked(opened, sketcher, source, fit_problems, wanted, version, refit == "auto")
     also = bases_in_use(opened, besides=collection) if every_basis else []
     with progress(f"{collection} step {version}", len(source)) as advance:
@@ -215,7 +230,8 @@ def collect(
             source,
             sketcher=sketcher,
             step=version,
-            measure=not wanted,
+            measure="never" if wanted else cast("Measure", measure),
+            known=known,
             also=also,
             progress=advance,
         )
@@ -316,13 +332,14 @@ def _new_sketcher(
     n_fitted: int,
     wanted: "list[Group]",
     adam: "OptimizerDirection | None",
-) -> "Sketcher":
+    measured: bool,
+) -> "tuple[Sketcher, list[SketchBatch]]":
     """A sketcher for a new store; a fitted projection is fitted to a sample of the rollouts, and to the benchmark's.
 
-    A quarter of the sample is left out, to measure how well the projection ranks.
+    Beside it the sketches that were made on the way.
     """
-    from engine.sketches.fitting import fit_projection, passed, sample_groups
-    from engine.sketches.refitting import measured_projection
+    from engine.sketches.fitting import passed, sample_groups
+    from engine.sketches.refitting import first_fit, parts
     from engine.sketches.sketcher import Sketcher
 
     if spec.basis == "fitted" and adam is not None:
@@ -330,25 +347,22 @@ def _new_sketcher(
             "a projection is fitted to gradients, not to an optimizer's steps: use --basis dense or random"
         )
     if spec.basis != "fitted":
-        return Sketcher(policy, spec, optimizer=adam)
+        return Sketcher(policy, spec, optimizer=adam), []
     checker = Sketcher(policy, replace(spec, basis="random"))
     sample = sample_groups(source, n_fitted, spec.seed)
     for group in (*sample, *wanted):
         checker.check(group)
-    held_out = sample[::4] if len(sample) >= _ENOUGH else []
-    fitted_to = [group for i, group in enumerate(sample) if not held_out or i % 4]
     n_wanted = sum(group.has_signal for group in wanted)
-    n_fitted = len(fitted_to) + n_wanted
-    with progress("fitting the projection", passed(len(fitted_to), n_wanted)) as advance:
-        projection = fit_projection(policy, fitted_to, spec, advance, wanted)
-    sketcher = measured_projection(Sketcher(policy, spec, projection), held_out, wanted)
-    fidelity = sketcher.projection.fidelity
+    with progress("fitting the projection", passed(len(parts(sample, measured=measured)[1]), n_wanted)) as advance:
+        found = first_fit(policy, spec, sample, wanted, measured=measured, progress=advance)
+    projection = found.sketcher.projection
+    fidelity = projection.fidelity
     ranks = "" if fidelity is None else f", and rank others with a correlation of {fidelity:.3f} to the exact ranking"
     say(
-        f"projection fitted to {n_fitted} problems: {projection.dim} dimensions hold "
+        f"projection fitted to {found.n_fitted} problems: {projection.dim} dimensions hold "
         f"{projection.captured:.0%} of their gradients' energy{ranks}"
     )
-    return sketcher
+    return found.sketcher, found.rows
 
 
 def _given(settings: Mapping[str, object]) -> dict:

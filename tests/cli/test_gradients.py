@@ -102,6 +102,12 @@ def test_refit_and_every_basis(cli, tmp_path, model_folder, files) -> None:
     assert status == 2
     assert "--benchmark-rollouts" in err
     assert cli(*arguments, "--refit", "always")[0] == 2
+    status, _, err = cli(*arguments, "--measure", "sometimes")
+    assert status == 2
+    assert "auto, always, never" in err
+    status, _, err = cli(*arguments, "--refit", "auto", "--measure", "never", "--benchmark-rollouts", files["b"])
+    assert status == 2
+    assert "--measure never" in err
     status, _, err = cli(*arguments, "--refit", "auto", "--benchmark-rollouts", files["b"], "--step", 1, "--halves")
     assert status == 0, err
     assert "too few problems" in err

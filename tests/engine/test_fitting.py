@@ -232,7 +232,9 @@ def test_a_policy_that_moved_asks_for_a_new_fit(tmp_path, make_model, make_group
         for parameter in model.parameters():
             if parameter.ndim == 2:
                 parameter.copy_(torch.randn_like(parameter) * parameter.std())
-    moved = collect(store, "pool", groups, sketcher=sketcher_of(store, model), step=1, benchmark=bench)
+    moved = collect(
+        store, "pool", groups, sketcher=sketcher_of(store, model), step=1, benchmark=bench, measure="always"
+    )
     assert moved.fidelity < 0.8
     assert moved.needs_refit
     assert moved.describe()["needs_refit"]
