@@ -8,6 +8,7 @@ old content or the new, never a mixture.
 import errno
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -210,6 +211,31 @@ def whole_file(path: Path) -> Iterator[Path]:
                 raise
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write files into that becomes `folder` when the block ends, whole and durable.
+
+    When the block raises, or the process dies in it, `folder` is not there; what is left is removed by the next call.
+    Only one process may be in the block. RequestError where `folder` is there already.
+    """
+    if folder.exists():
+        raise RequestError(f"{folder}: is there already; choose another folder or remove it")
+    unfinished = folder.with_name(f"{TEMPORARY}{folder.name}")
+    with writing(folder):
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        yield unfinished
+        for path in unfinished.rglob("*"):
+            if path.is_dir():
+                fsync_folder(path)
+            else:
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+        fsync_folder(unfinished)
+        unfinished.rename(folder)
+        fsync_folder(folder.parent)
 
 
 def write_text_file(path: Path, text: str) -> None:

@@ -17,10 +17,10 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, Protocol
 
 import reasoning_gym
 import torch
@@ -140,14 +140,19 @@ class Corpus:
             prompts, right, slip = rng.choice(self._families[FAMILY_TURNS[b % len(FAMILY_TURNS)]])
             mode = rng.choices(tasks.MODES, weights=[MODE_SHARES[mode] for mode in tasks.MODES])[0]
             lines.append((prompts[mode], right if rng.random() < RIGHT_SHARE[mode] else slip))
-        longest = max(len(prompt) + len(answer) for prompt, answer in lines)
-        ids_BT = torch.full((size, longest), self._pad)
-        labels_BT = torch.full((size, longest), IGNORED)
-        for b, (prompt, answer) in enumerate(lines):
-            end = len(prompt) + len(answer)
-            ids_BT[b, :end] = torch.tensor(prompt + answer)
-            labels_BT[b, len(prompt) : end] = ids_BT[b, len(prompt) : end]
-        return ids_BT, labels_BT
+        return padded(lines, self._pad)
+
+
+def padded(lines: Sequence[tuple[list[int], list[int]]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and labels, int64 [B, T] each, of prompts and answers; only the answers are learnt."""
+    longest = max(len(prompt) + len(answer) for prompt, answer in lines)
+    ids_BT = torch.full((len(lines), longest), pad)
+    labels_BT = torch.full((len(lines), longest), IGNORED)
+    for b, (prompt, answer) in enumerate(lines):
+        end = len(prompt) + len(answer)
+        ids_BT[b, :end] = torch.tensor(prompt + answer)
+        labels_BT[b, len(prompt) : end] = ids_BT[b, len(prompt) : end]
+    return ids_BT, labels_BT
 
 
 def chat(messages: Sequence[dict[str, str]]) -> str:
@@ -163,8 +168,23 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
     return peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm))))
 
 
-def train(model: Qwen2ForCausalLM, corpus: Corpus, *, steps: int, batch: int, peak: float) -> None:
-    """AdamW on the answers' tokens; prints a line every few seconds."""
+class Batches(Protocol):
+    """Where training text comes from; `Corpus` is one."""
+
+    def batch(self, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids and labels, int64 [B, T] each, padded on the right."""
+
+
+def train(
+    model: torch.nn.Module,
+    corpus: Batches,
+    *,
+    steps: int,
+    batch: int,
+    peak: float,
+    tell: Callable[[str], None] = lambda line: print(line, flush=True),
+) -> None:
+    """AdamW on the answers' tokens; tells a line every few seconds."""
     decayed = [weight for weight in model.parameters() if weight.ndim == 2]
     plain = [weight for weight in model.parameters() if weight.ndim != 2]
     optimizer = torch.optim.AdamW(
@@ -185,7 +205,7 @@ def train(model: Qwen2ForCausalLM, corpus: Corpus, *, steps: int, batch: int, pe
         now = time.perf_counter()
         if now - last > 5 or step == steps - 1:
             last = now
-            print(f"step {step + 1}/{steps}  loss {loss.item():.4f}  {now - start:.0f} s", flush=True)
+            tell(f"step {step + 1}/{steps}  loss {loss.item():.4f}  {now - start:.0f} s")
     model.eval()
 
 
