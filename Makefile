@@ -4,7 +4,7 @@ PYTHON ?= python3
 PY := .venv/bin/python
 READY := .venv/.installed
 
-.PHONY: install browser demo test test-newest test-verl test-verl-vllm lint types bench study clean
+.PHONY: install browser demo demo-real test test-real test-newest test-verl test-verl-vllm lint types bench study clean
 
 install: $(READY)
 
@@ -24,6 +24,16 @@ browser:
 demo: install
 	.venv/bin/gradstore demo
 
+# SmolLM2-135M-Instruct, downloaded and converted once: 0.6 GB in .models.
+SMOLLM2 := .models/smollm2
+
+$(SMOLLM2)/config.json: $(READY)
+	test -f $@ || $(PY) -m trainer.demo.real_model $(SMOLLM2)
+	touch $@
+
+demo-real: $(SMOLLM2)/config.json
+	.venv/bin/gradstore demo --real --model $(SMOLLM2)
+
 lint: install
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
@@ -32,9 +42,14 @@ types: install
 	.venv/bin/mypy
 
 test: lint types browser
-	$(PY) -m pytest -n 2 --dist worksteal -m "not verl"
+	$(PY) -m pytest -n 2 --dist worksteal -m "not verl and not real"
+	$(MAKE) test-real
 	$(MAKE) test-newest
 	$(MAKE) test-verl
+
+# The command line on a real model, with both cores for its threads.
+test-real: $(SMOLLM2)/config.json
+	$(PY) -m pytest -m real tests/cli/test_smollm2.py
 
 # Engine and rollouts on the newest transformers, which verl does not take yet.
 NEWEST := .venv-newest

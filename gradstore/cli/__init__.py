@@ -40,7 +40,7 @@ def options(
 def main() -> None:
     """Run the command line."""
     # each registers its commands
-    from gradstore.cli import collect, data, fidelity, inspect, make, plan, probe, rank, report, train  # noqa: F401
+    from gradstore.cli import collect, data, demo, fidelity, inspect, make, plan, probe, rank, report, train  # noqa: F401
     from gradstore.cli.show import take_any_text
 
     take_any_text()

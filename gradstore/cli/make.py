@@ -1,4 +1,4 @@
-"""`rollout` and `demo`."""
+"""`rollout`, and options that other commands have too."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -7,7 +7,7 @@ import typer
 
 from gradstore.cli import app
 from gradstore.cli.rank import Json
-from gradstore.cli.show import print_json, print_table, progress, say
+from gradstore.cli.show import print_json, progress, say
 from gradstore.errors import RequestError
 
 Model = Annotated[str, typer.Option(help="Folder or name of a transformers causal LM.")]
@@ -131,66 +131,3 @@ def _backend_options(backend: str, **options: dict[str, Any]) -> dict[str, Any]:
         if other != backend and given:
             raise RequestError(f"{', '.join(given)}: only for --backend {other}, not for {backend}")
     return {name: value for name, value in options.get(backend, {}).items() if value is not None}
-
-
-@app.command()
-def demo(
-    out: Annotated[Path, typer.Option(help="Folder for the store and the selections.")] = Path("gradstore-demo"),
-    seeds: Annotated[int, typer.Option(min=1, help="Seeds to repeat the comparison over.")] = 3,
-    json: Json = False,
-) -> None:
-    """The main job on a small model and 2,000 problems: roll out, collect, query, select, report."""
-    from gradstore.cli.rank import query
-    from trainer.demo.run import DemoSettings, run_demo, summary
-
-    settings = DemoSettings()
-    results = [run_demo(out / f"seed-{seed}", seed, settings, say) for seed in range(seeds)]
-    facts = summary(results)
-    page, told = _shown(out)
-    if json:
-        print_json({**facts, "report": None if page is None else str(page)})
-        if page is None:
-            say(told)
-        return
-    store = out / "seed-0" / "store"
-    query(store, against=["benchmark"], top=5)
-    columns = ["target family", "broken rewards", "wrong truth", "coin flip"]
-    print_table(
-        f"\nWhat each selector chose: {settings.n_selected} of {settings.n_pool} problems, "
-        + ("percent" if seeds == 1 else f"percent, mean ± standard deviation over {seeds} seeds"),
-        ["selector", *columns],
-        [
-            [name, *(f"{100 * mean:.1f}" + f" ± {100 * spread:.1f}" * (seeds > 1) for mean, spread in shares.values())]
-            for name, shares in facts["shares"].items()
-        ],
-        right=columns,
-    )
-    print_table(
-        "\nSeconds of each stage" + ("" if seeds == 1 else ", mean over seeds"),
-        ["stage", "seconds"],
-        [[stage, f"{seconds:.2f}"] for stage, seconds in facts["seconds"].items()],
-        right=["seconds"],
-    )
-    states = ", ".join(f"{count} {state.replace('_', ' ')}" for state, count in facts["states"].items())
-    print(f"\n{facts['bytes_per_problem']:.0f} bytes per problem ({facts['dim']} dimensions as int8); pool: {states}")
-    print(f"ask again: gradstore query {store} --against benchmark --top 20 --layers 3")
-    print(f"look around: gradstore serve {out / 'run' / 'store'}")
-    print(told)
-
-
-def _shown(out: Path) -> tuple[Path | None, str]:
-    """Train the demo's model for a few rounds and write the report of it, or say what that needs and how to make it."""
-    from analysis.report import check_installed, write_report
-    from engine.gradients.models import load_tokenizer
-    from trainer.demo.course import ROLLOUTS, SHOWN, run_course
-    from trainer.demo.run import MODEL
-
-    folder, page = out / "run", out / "report.html"
-    store = run_course(folder, SHOWN, lambda line: say(f"training run: {line}"))
-    try:
-        check_installed()
-    except RequestError as error:
-        rollouts = folder / ROLLOUTS
-        return None, f"{error}; then: gradstore report {folder / 'store'} --rollouts {rollouts} --out {page}"
-    write_report(store, page, rollouts=[folder / ROLLOUTS], tokenizer=load_tokenizer(MODEL))
-    return page, f"the report of a short training run: {page}"

@@ -6,7 +6,7 @@ import typer
 
 from gradstore.cli import app
 from gradstore.cli.rank import Json
-from gradstore.cli.show import print_json, print_table, size
+from gradstore.cli.show import duration, print_json, print_table, size
 
 
 @app.command()
@@ -44,7 +44,7 @@ def plan(
         [
             [
                 stage.name,
-                _duration(stage.seconds),
+                duration(stage.seconds),
                 size(stage.memory_bytes),
                 size(stage.disk_bytes) if stage.disk_bytes else "",
                 "yes" if stage.fits else "NO",
@@ -61,12 +61,3 @@ def plan(
     for problem in found.problems:
         print(f"does not fit: {problem}")
     print("Assumed: " + "; ".join(found.assumptions) + ".")
-
-
-def _duration(seconds: float) -> str:
-    """A time in a unit a person reads."""
-    if seconds < 1:
-        return f"{1000 * seconds:.0f} ms"
-    if seconds < 120:
-        return f"{seconds:.1f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 import gradstore
-from gradstore.cli import make
-from trainer.demo import course
+from gradstore.cli import demo
 from trainer.demo.course import CourseSettings, run_course
 
 SMALL = CourseSettings(n_pool=40, n_benchmark=12, n_rounds=2, n_selected=8)
@@ -38,10 +37,9 @@ def test_an_interrupted_run_ends_like_an_undisturbed_one(tmp_path: Path) -> None
     assert [gradstore.open(tmp_path / "stopped/store").commit(name) for name in again.collections] == commits
 
 
-def test_the_demo_ends_with_its_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_demo_ends_with_its_report(tmp_path: Path) -> None:
     """The page that `gradstore demo` names is there and shows the rounds."""
-    monkeypatch.setattr(course, "SHOWN", SMALL)
-    page, told = make._shown(tmp_path)
+    page, told = demo._shown(tmp_path, SMALL)
     assert page == tmp_path / "report.html"
     assert str(page) in told
     assert "Alignment gained by each selector" in page.read_text()

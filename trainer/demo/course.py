@@ -6,19 +6,16 @@ the tutorial are shown on it.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import gradstore
-from engine.gradients.models import load_model, load_tokenizer
 from engine.selecting.selection import Selection
 from engine.sketches.sketcher import SketchSpec
 from gradstore import Store
 from trainer.demo import tasks
-from trainer.demo.run import MODEL, SEEN
+from trainer.demo.run import Subject
 from trainer.local.grpo import Learner, UpdateSettings
 from trainer.local.policy import LocalPolicy, Sampling
 from trainer.local.training import Training
@@ -27,16 +24,17 @@ from trainer.round.driver import Rounds
 from trainer.round.measuring import Costs, Windows, sketch_collection
 from trainer.round.settings import RoundSettings
 
-SECOND_FAMILY = "spell_backward"
-"""Family of the second benchmark."""
 ROLLOUTS = "rollouts"
 """Folder of the rollouts made for selection, in the run's folder."""
+TOKEN_BUDGET = 16_384
+"""Tokens of a micro-batch: layers this small lose more between micro-batches than in a CPU's caches."""
 
 
 @dataclass(frozen=True, slots=True)
 class CourseSettings:
     """Sizes of the run."""
 
+    subject: Subject = field(default_factory=Subject)
     n_pool: int = 60
     n_benchmark: int = 16
     n_rounds: int = 3
@@ -46,6 +44,8 @@ class CourseSettings:
     """Training steps of a round, each on everything picked."""
     learning_rate: float = 2e-4
     dim: int = 256
+    token_budget: int | None = TOKEN_BUDGET
+    """None: as memory allows."""
     seed: int = 0
 
 
@@ -53,21 +53,15 @@ SHOWN = CourseSettings(n_pool=240, n_benchmark=40, n_rounds=4, n_selected=48, n_
 """The run that `gradstore demo` shows."""
 
 
-TOKEN_BUDGET = 16_384
-"""Tokens of a micro-batch: layers this small lose more between micro-batches than in a CPU's caches."""
-
-
 def run_course(folder: Path, settings: CourseSettings, tell: Callable[[str], None] = lambda line: None) -> Store:
     """Train for some rounds; `folder` is a run of the embedded trainer, with `store` and `rollouts/` in it.
 
     tell: gets a line at the end of each round. Called again after an interruption it goes on from there.
     """
-    torch.set_num_threads(1)  # layers this small lose more in waiting for a second thread than it brings
-    model, pool = load_model(MODEL, device="cpu"), tasks.pool(settings.seed, settings.n_pool)
-    sampling = Sampling(max_new_tokens=8, batch_tokens=1 << 20)
-    policy = LocalPolicy(
-        model, load_tokenizer(MODEL), Reward("demo", tasks.reward), sampling, token_budget=TOKEN_BUDGET
-    )
+    model, tokenizer = settings.subject.load()
+    pool = tasks.pool(settings.seed, settings.n_pool, settings.subject.families)
+    sampling = Sampling(max_new_tokens=8, batch_tokens=None if settings.token_budget is None else 1 << 20)
+    policy = LocalPolicy(model, tokenizer, Reward("demo", tasks.reward), sampling, token_budget=settings.token_budget)
     rounds = RoundSettings(
         selected=settings.n_selected,
         train_batch=settings.n_selected,
@@ -79,45 +73,54 @@ def run_course(folder: Path, settings: CourseSettings, tell: Callable[[str], Non
         observe="none",
         window=settings.n_pool,
         fit_problems=min(100, settings.n_pool),
-        accept_coverage=SEEN,
+        accept_coverage=settings.subject.least_seen,
         spec=SketchSpec(basis="fitted", dim=settings.dim, seed=settings.seed),
     )
     chooser = _Course(folder, pool, rounds, settings)
-    learner = Learner(model, UpdateSettings(lr=settings.learning_rate, token_budget=TOKEN_BUDGET))
+    learner = Learner(model, UpdateSettings(lr=settings.learning_rate, token_budget=settings.token_budget))
     training = Training(policy, learner, chooser, pool, rounds, folder, rollouts=settings.n_rollouts, resume=True)
 
     def after_step(step: int) -> None:
         if step % settings.n_updates == 0:
-            tell(f"{step} steps")
+            tell(f"{step} of {settings.n_rounds * settings.n_updates} steps")
 
     training.run(after_step)
     return gradstore.open(folder / "store")
 
 
 class _Course(Rounds):
-    """Rounds that aim at sums, with spelling measured beside them."""
+    """Rounds that aim at sums, with a second family measured beside them."""
 
     def __init__(
         self, folder: Path, pool: Sequence[dict[str, Any]], rounds: RoundSettings, settings: CourseSettings
     ) -> None:
-        benchmark = tasks.benchmark(settings.seed, settings.n_benchmark)
+        benchmark = tasks.benchmark(settings.seed, settings.n_benchmark, settings.subject.families)
         super().__init__(folder / "store", pool, {"sums": benchmark}, rounds, export=folder / ROLLOUTS)
         self._folder, self._course = folder, settings
-        self._beside = _clean_of(SECOND_FAMILY, settings, pool)
+        self._second = settings.subject.second_benchmark
+        self._beside = _second_benchmark(settings, pool)
 
     def next(self, policy: Any) -> Selection:
         picks = super().next(policy)
         store = gradstore.open(self._folder / "store", "a")
-        store.add_problems("spelling", self._beside)
-        path, seed = self._folder / ROLLOUTS / f"round-{self.done - 1:04d}-spelling", (self._course.seed, self.done)
+        store.add_problems(self._second, self._beside)
+        name, seed = f"round-{self.done - 1:04d}-{self._second}", (self._course.seed, self.done)
+        path = self._folder / ROLLOUTS / name
         windows = Windows(policy, self._beside, self._course.n_rollouts, len(self._beside), seed, Costs(), path)
-        sketch_collection(store, "spelling", windows, policy, Costs())
+        sketch_collection(store, self._second, windows, policy, Costs())
         return picks
 
 
-def _clean_of(family: str, settings: CourseSettings, pool: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Clean problems of one family that the pool does not have, as a benchmark."""
-    prompts = {str(record["prompt"]) for record in pool}
-    others = tasks.pool(settings.seed + 1, 20 * settings.n_benchmark)
-    found = [r for r in others if r["source"] == family and r["tags"] == ["clean"] and str(r["prompt"]) not in prompts]
-    return [{**record, "id": f"spelling-{i:04d}"} for i, record in enumerate(found[: settings.n_benchmark])]
+def _second_benchmark(settings: CourseSettings, pool: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Clean problems of the second family that the pool does not have."""
+    subject, prompts = settings.subject, {str(record["prompt"]) for record in pool}
+    others = tasks.pool(settings.seed + 1, 20 * settings.n_benchmark, subject.families)
+    found = [
+        record
+        for record in others
+        if record["source"] == subject.second_family
+        and record["tags"] == [tasks.CLEAN]
+        and str(record["prompt"]) not in prompts
+    ]
+    name = subject.second_benchmark
+    return [{**record, "id": f"{name}-{i:04d}"} for i, record in enumerate(found[: settings.n_benchmark])]

@@ -10,9 +10,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 import gradstore
 from analysis.composition import source_shares, tag_shares
@@ -39,9 +41,33 @@ SEEN = 0.8
 
 
 @dataclass(frozen=True, slots=True)
+class Subject:
+    """The policy that is shown, and the problems that it can learn."""
+
+    model: Path = MODEL
+    families: tasks.Configs = field(default_factory=lambda: tasks.CONFIGS)
+    """Of the pool; the target family is one of them."""
+    second_family: str = "spell_backward"
+    """Family of the second benchmark of a training run, which is only looked at."""
+    second_benchmark: str = "spelling"
+    """Name of that benchmark."""
+    least_seen: float = SEEN
+    """Least share of its gradient that sketches must see."""
+    n_threads: int | None = 1
+    """Of torch; None: as many as it takes. Small layers lose more in waiting for a second thread than it brings."""
+
+    def load(self) -> tuple[nn.Module, Any]:
+        """The model and its tokenizer; sets the number of threads."""
+        if self.n_threads is not None:
+            torch.set_num_threads(self.n_threads)
+        return load_model(self.model, device="cpu"), load_tokenizer(self.model)
+
+
+@dataclass(frozen=True, slots=True)
 class DemoSettings:
     """Sizes of the demo."""
 
+    subject: Subject = field(default_factory=Subject)
     n_pool: int = tasks.POOL_SIZE
     n_benchmark: int = tasks.BENCHMARK_SIZE
     n_selected: int = 200
@@ -50,6 +76,8 @@ class DemoSettings:
     dim: int = 1024
     n_fitted: int = 200
     batch_tokens: int = 16_384
+    chunk: int = 256
+    """Problems that are rolled out at once: what an interruption can cost."""
 
 
 @dataclass(slots=True)
@@ -77,15 +105,13 @@ class DemoResult:
 def run_demo(folder: Path, seed: int, settings: DemoSettings, tell: Callable[[str], None]) -> DemoResult:
     """The whole job for one seed, in its own folder; `tell` gets a line at the end of each stage."""
     folder.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(1)  # layers this small lose more in waiting for a second thread than it brings
     result = DemoResult(seed)
-    tokenizer = load_tokenizer(MODEL)
-    model = load_model(MODEL, device="cpu")
+    model, tokenizer = settings.subject.load()
     backend = TransformersBackend(model, tokenizer, batch_tokens=settings.batch_tokens)
     reward = Reward("demo", tasks.reward)
     problems = {
-        "pool": tasks.pool(seed, settings.n_pool),
-        "benchmark": tasks.benchmark(seed, settings.n_benchmark),
+        "pool": tasks.pool(seed, settings.n_pool, settings.subject.families),
+        "benchmark": tasks.benchmark(seed, settings.n_benchmark, settings.subject.families),
     }
     for name, records in problems.items():
         with result.stage(f"rollouts of the {name}", tell):
@@ -97,8 +123,9 @@ def run_demo(folder: Path, seed: int, settings: DemoSettings, tell: Callable[[st
                 n=settings.n_rollouts,
                 max_new_tokens=settings.max_new_tokens,
                 seed=seed,
-                chunk=256,
+                chunk=settings.chunk,
                 step=0,
+                progress=counted(f"rollouts of the {name}", len(records), tell),
             )
     path = folder / "store"
     if path.exists():
@@ -109,13 +136,15 @@ def run_demo(folder: Path, seed: int, settings: DemoSettings, tell: Callable[[st
             sample = sample_groups(read_rollouts(folder / "pool.jsonl"), settings.n_fitted, seed)
             coverage = measure(GradientPass(model, spec), sample)
             tell(f"seed {seed}: {coverage.sentence()}")
-            coverage.require(SEEN)
-            projection = fit_projection(model, sample, spec)
+            coverage.require(settings.subject.least_seen)
+            projection = fit_projection(model, sample, spec, counted("fitting", None, tell))
             store = create_store(path, Sketcher(model, spec, projection), coverage=coverage)
     sketcher = sketcher_of(store, model)
     for name in problems:
         with result.stage(f"sketches of the {name}", tell):
-            collect(store, name, read_rollouts(folder / f"{name}.jsonl"), sketcher=sketcher, step=0)
+            source = read_rollouts(folder / f"{name}.jsonl")
+            advance = counted(f"sketches of the {name}", len(source), tell)
+            collect(store, name, source, sketcher=sketcher, step=0, progress=advance)
     with result.stage("target", tell):
         wanted = target(store, "benchmark")
     with result.stage("query, top 20", tell):
@@ -132,6 +161,20 @@ def run_demo(folder: Path, seed: int, settings: DemoSettings, tell: Callable[[st
     result.dim, result.states = store.dim, about["states"]
     result.bytes_per_problem = store.row_bytes
     return result
+
+
+def counted(name: str, total: int | None, tell: Callable[[str], None], every: float = 20.0) -> Callable[[int], None]:
+    """Takes how many more problems are done, and tells how many that makes every so many seconds."""
+    done, last = 0, time.monotonic()
+
+    def advance(n: int) -> None:
+        nonlocal done, last
+        done += n
+        if time.monotonic() - last >= every:
+            last = time.monotonic()
+            tell(f"{name}: {done} problems" if total is None else f"{name}: {done} of {total} problems")
+
+    return advance
 
 
 def _shares(store: gradstore.Store, ids: list[str]) -> dict[str, float]:

@@ -11,7 +11,7 @@ questions that no pool has and the policy was not trained on. Everything is a pu
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import islice
@@ -111,6 +111,18 @@ FAMILIES: dict[str, Family] = {
     )
 }
 
+Configs = Mapping[str, Mapping[str, Any]]
+"""Families by name, each with the configuration of its dataset."""
+
+CONFIGS: Configs = {name: family.config for name, family in FAMILIES.items()}
+
+SMALL_NUMBERS: Configs = {
+    "chain_sum": FAMILIES["chain_sum"].config | {"min_digits": 1},
+    "basic_arithmetic": FAMILIES["basic_arithmetic"].config | {"min_digits": 1},
+    "products": FAMILIES["products"].config | {"max_terms": 2},
+}
+"""What a language model of 135 million weights can do in its head, or nearly."""
+
 OPERATORS = (" + ", " - ", " * ", " = ")
 """Recurring text of more than one family's questions."""
 
@@ -123,14 +135,14 @@ def prompt(question: str, mode: str = "?") -> list[dict[str, str]]:
     return [{"role": "user", "content": f"{mode} {question}"}]
 
 
-def entries(family: str, draw: str) -> Iterator[dict[str, Any]]:
+def entries(family: str, draw: str, configs: Configs = CONFIGS) -> Iterator[dict[str, Any]]:
     """reasoning-gym's entries (question, answer, metadata) of a family, without end.
 
     A small family repeats its questions soon: the caller drops those it has. Draws of other names are unrelated.
     """
     first = int.from_bytes(hashlib.blake2b(f"{family} {draw}".encode(), digest_size=6).digest(), "big")
     # reasoning-gym draws entry i with seed + i, so seeds close together would give the same entries.
-    return iter(reasoning_gym.create_dataset(family, seed=first, size=2**31, **FAMILIES[family].config))
+    return iter(reasoning_gym.create_dataset(family, seed=first, size=2**31, **configs[family]))
 
 
 def held_out(question: str) -> bool:
@@ -141,7 +153,7 @@ def held_out(question: str) -> bool:
     return hashlib.blake2b(question.encode(), digest_size=1).digest()[0] < 32
 
 
-def pool(seed: int = 0, size: int = POOL_SIZE) -> list[dict[str, Any]]:
+def pool(seed: int = 0, size: int = POOL_SIZE, families: Configs = CONFIGS) -> list[dict[str, Any]]:
     """The training pool: canonical problem records, the families in equal parts and mixed, prompts all different.
 
     Within every family the shares of `SHARES` hold to the nearest problem; a record's one tag names its kind.
@@ -150,12 +162,11 @@ def pool(seed: int = 0, size: int = POOL_SIZE) -> list[dict[str, Any]]:
     the seed of its coin (`coin`).
     """
     records = []
-    for position, name in enumerate(FAMILIES):
-        count = size * (position + 1) // len(FAMILIES) - size * position // len(FAMILIES)
+    for name, count in _equal_parts(size, families):
         wrong, coins = round(count * SHARES[WRONG_TRUTH]), round(count * SHARES[COIN_FLIP])
         kinds = [WRONG_TRUTH] * wrong + [COIN_FLIP] * coins + [CLEAN] * (count - wrong - coins)
         Random(f"kinds {name} {seed}").shuffle(kinds)
-        drawn = distinct(name, f"pool {seed}", count, kept=False)
+        drawn = distinct(name, f"pool {seed}", count, families, kept=False)
         records += [
             record(f"{name}-{i:04d}", entry, kind, seed)
             for i, (entry, kind) in enumerate(zip(drawn, kinds, strict=True))
@@ -164,9 +175,30 @@ def pool(seed: int = 0, size: int = POOL_SIZE) -> list[dict[str, Any]]:
     return records
 
 
-def benchmark(seed: int = 0, size: int = BENCHMARK_SIZE) -> list[dict[str, Any]]:
+def taught(seed: int, size: int, families: Configs, besides: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Problems for a cold start, none of them among `besides` or held out; every second one's truth is the slip.
+
+    A small family's questions come more than once.
+    """
+    seen = {one["extra"]["reasoning_gym"]["question"] for one in besides}
+    records = []
+    for name, count in _equal_parts(size, families):
+        drawn = islice(entries(name, f"taught {seed}", families), 100 * count + 1000)
+        unseen = (entry for entry in drawn if entry["question"] not in seen and not held_out(entry["question"]))
+        for i, entry in enumerate(islice(unseen, count)):
+            records.append(record(f"taught-{name}-{i:04d}", entry, WRONG_TRUTH if i % 2 else CLEAN, seed))
+    return records
+
+
+def _equal_parts(size: int, families: Configs) -> list[tuple[str, int]]:
+    """So many problems of each family, equal but for rounding."""
+    n = len(families)
+    return [(name, size * (i + 1) // n - size * i // n) for i, name in enumerate(families)]
+
+
+def benchmark(seed: int = 0, size: int = BENCHMARK_SIZE, families: Configs = CONFIGS) -> list[dict[str, Any]]:
     """The held-out benchmark: clean problems of the target family, canonical records, all held out."""
-    drawn = distinct(TARGET_FAMILY, f"benchmark {seed}", size, kept=True)
+    drawn = distinct(TARGET_FAMILY, f"benchmark {seed}", size, families, kept=True)
     return [record(f"benchmark-{i:04d}", entry, CLEAN, seed) for i, entry in enumerate(drawn)]
 
 
@@ -196,10 +228,10 @@ def _verifier(dataset: str) -> Callable[[str, dict[str, Any]], float]:
     return reasoning_gym.get_score_answer_fn(dataset)
 
 
-def distinct(family: str, draw: str, count: int, *, kept: bool) -> list[dict[str, Any]]:
+def distinct(family: str, draw: str, count: int, configs: Configs = CONFIGS, *, kept: bool) -> list[dict[str, Any]]:
     """The first `count` entries with questions that are different and held out, or not."""
     found: dict[str, dict[str, Any]] = {}
-    for entry in islice(entries(family, draw), 100 * count + 1000):
+    for entry in islice(entries(family, draw, configs), 100 * count + 1000):
         if len(found) == count:
             return list(found.values())
         if held_out(entry["question"]) == kept:
