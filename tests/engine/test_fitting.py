@@ -3,15 +3,17 @@
 from dataclasses import replace
 
 import numpy as np
+import peft
 import pytest
 import torch
 
 import gradstore
-from engine import PRESETS, Sketcher, SketchSpec, collect, fit_projection
+from engine import PRESETS, Sketcher, SketchSpec, collect, exact_dots, fit_projection, layer_gradients
 from engine.rollouts import Group
 from engine.sketches.bases import _projection, _to_bytes, create_store, sketcher_of
 from engine.sketches.fitting import fit, sample_groups
 from engine.sketches.projection import REST, Projection
+from gradstore import State
 from gradstore.errors import DamagedError, FingerprintError, RequestError
 
 SPEC = SketchSpec(rank=6, basis="fitted", dim=60)
@@ -288,3 +290,17 @@ def test_norms_are_those_of_the_gradients(make_model, make_groups) -> None:
 
 def _read_back(data: bytes, digest: str) -> Projection:
     return _projection({"projection": {"basis": digest}}, {f"projection-{digest}.safetensors": data})
+
+
+@pytest.mark.parametrize("rank", [2, 16])
+def test_a_fresh_adapter_is_fitted(make_model, make_groups, rank: int) -> None:
+    """Training begins with B = 0, under which A has no gradient: B's is fitted, and A, which has one later, is kept."""
+    model = peft.get_peft_model(make_model("llama"), peft.LoraConfig(r=4, target_modules=["q_proj", "up_proj"]))
+    groups, spec = make_groups(16, seed=1), SketchSpec(basis="fitted", rank=rank, dim=400)
+    sketcher = Sketcher(model, spec, fit_projection(model, groups, spec))
+    assert [basis.name for basis in sketcher.projection.layers] == [layer.name for layer in sketcher.gradients.layers]
+    found = sketcher.sketch(groups)
+    assert found.states == [State.LIVE] * 16
+    exact_P = exact_dots(model, groups, layer_gradients(model, groups[:1], spec), spec).dots[:, 0]
+    dots_P = found.sketches @ found.sketches[0]
+    assert np.corrcoef(dots_P, exact_P)[0, 1] > (0.8 if rank == 2 else 0.99)
