@@ -25,9 +25,10 @@ from gradstore.cli.show import print_table, say
 from gradstore.durable import canonical_json
 
 LOAD = "import sys; from engine.gradients.models import load_model; load_model(sys.argv[1])"
+COLLECT = ["--accept-coverage", "0"]
 TRAIN = [
     *("candidates=16", "selected=8", "train_batch=8", "steps=1", "rounds=2", "rollouts=4", "target_rollouts=4"),
-    *("selector=lcb", "refresh=16", "fit_problems=8"),
+    *("selector=lcb", "refresh=16", "fit_problems=8", "accept_coverage=0"),
 ]
 """Settings of the rounds: all candidates are probed, and trained on in one step a round."""
 
@@ -82,7 +83,7 @@ def main(
         how = ["--reward", f"{__spec__.name if __spec__ else __name__}:coin", "--train-rollouts", "8"]
         commands = {
             "load": [python, "-c", LOAD, model],
-            "collect": [*ours, "collect", f"{folder}/store", "pool", rolled, "--model", model],
+            "collect": [*ours, "collect", f"{folder}/store", "pool", rolled, "--model", model, *COLLECT],
             "train": [*ours, "train", *where, *how, "--max-new-tokens", "48", *TRAIN],
         }
         rows = []

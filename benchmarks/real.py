@@ -27,7 +27,7 @@ from gradstore.cli.show import print_table, say
 
 SHAPES = {"smollm2-135m": "SmolLM2-135M", "qwen2.5-0.5b": "Qwen2.5-0.5B", "qwen3-0.6b": "Qwen3-0.6B"}
 """Name here -> name in `engine.planning.shapes.KNOWN`."""
-ROUND = ["rounds=1", "steps=1", "selector=lcb", "refresh=all", "fit_problems=8"]
+ROUND = ["rounds=1", "steps=1", "selector=lcb", "refresh=all", "fit_problems=8", "accept_coverage=0"]
 """Settings of the round: every candidate is measured and probed, and one step is trained on those picked."""
 
 
@@ -115,7 +115,7 @@ def commands(model: str, folder: Path, sizes: Sizes) -> dict[str, list[str]]:
         "rollout": [*us, "rollout", pool, "--out", rolled["pool"], "-n", n, *sampled],
         "rollout, benchmark": [*us, "rollout", bench, "--out", rolled["bench"], "-n", n, *sampled],
         "plain": [sys.executable, "-m", "benchmarks.real", "--model", model, "--plain", rolled["pool"]],
-        "collect": [*us, "collect", store, "pool", rolled["pool"], *of],
+        "collect": [*us, "collect", store, "pool", rolled["pool"], *of, "--accept-coverage", "0"],
         "collect, benchmark": [*us, "collect", store, "bench", rolled["bench"], *of],
         "query": [*us, "query", store, *pairs],
         "select": [*us, "select", store, *pairs, "-n", picks, "--out", str(folder / "selected")],

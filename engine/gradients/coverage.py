@@ -47,9 +47,6 @@ class LeftOut:
     """Share of the parameters that train."""
     gradient: float | None
     """Share of the squared gradient; None where it was not measured."""
-    is_known: bool = False
-    """Whether no sketch of a whole model sees it: a vector (norm, bias) or the lookup of an embedding. It is told, and
-    asks for no word; of what trains beside an adapter, which was chosen, everything does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,14 +62,8 @@ class Coverage:
 
     @property
     def share(self) -> float:
-        """The share that must not be small: of the squared gradient where it was measured, else of the parameters,
-        without the parts that no sketch of a whole model sees."""
-        asked = [part for part in self.left_out if not part.is_known]
-        if self.gradient is None:
-            seen, lost = self.parameters, math.fsum(part.parameters for part in asked)
-        else:
-            seen, lost = self.gradient, math.fsum(part.gradient or 0.0 for part in asked)
-        return seen / (seen + lost) if seen + lost else 0.0
+        """The share that must not be small: of the squared gradient where it was measured, else of the parameters."""
+        return self.parameters if self.gradient is None else self.gradient
 
     def describe(self) -> dict:
         """JSON-ready."""
@@ -81,8 +72,8 @@ class Coverage:
     @classmethod
     def of(cls, kept: Mapping[str, Any]) -> "Coverage":
         """As `describe` gave it, and as a store keeps it."""
-        parts = tuple(LeftOut(**part) for part in kept["left_out"])
-        return cls(kept["parameters"], kept["gradient"], kept["n_groups"], parts)
+        parts = (LeftOut(part["name"], part["parameters"], part["gradient"]) for part in kept["left_out"])
+        return cls(kept["parameters"], kept["gradient"], kept["n_groups"], tuple(parts))
 
     def sentence(self) -> str:
         """In one line, with the names of what is left out."""
@@ -99,9 +90,9 @@ class Coverage:
         """
         if self.share < least:
             raise RequestError(
-                f"{self.sentence()}. Norms, biases and embeddings of a whole model apart, that is {self.share:.1%}, "
-                f"less than {least:g}: rankings would be of a part of the gradient. Train LoRA adapters on linear "
-                f"layers, or accept it: {option}{math.floor(self.share * 100) / 100:g}"
+                f"{self.sentence()}. That is less than {least:g}: rankings would be of a part of the gradient. "
+                "Sketch the input embedding too (--embeddings) where that is what is missing, train LoRA adapters on "
+                f"linear layers, or accept it: {option}{math.floor(self.share * 100) / 100:g}"
             )
 
     def to_bytes(self) -> bytes:
@@ -138,30 +129,18 @@ def measure(gradients: GradientPass, groups: Sequence[Group], most: int = _GROUP
                     squares.append({name: square / total for name, square in found.items()})
     shares = {name: sum(one[name] for one in squares) / len(squares) for name in (squares[0] if squares else ())}
     covered = {f"{layer.name.removesuffix('.' + layer.parameter)}.{layer.parameter}" for layer in gradients.layers}
-    return _coverage(sizes, shares, covered, _known(model), len(squares))
+    return _coverage(sizes, shares, covered, len(squares))
 
 
-def _known(model: nn.Module) -> set[str]:
-    """Names of vectors and lookups of a whole model; none of a model with adapters."""
-    if active_adapters(model):
-        return set()
-    lookups = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
-    return lookups | {name for name, parameter in model.named_parameters() if parameter.ndim < 2}
-
-
-def _coverage(
-    sizes: Mapping[str, int], shares: Mapping[str, float], covered: set[str], known: set[str], n_groups: int
-) -> Coverage:
+def _coverage(sizes: Mapping[str, int], shares: Mapping[str, float], covered: set[str], n_groups: int) -> Coverage:
     n_all = max(sum(sizes.values()), 1)
-    parts: dict[tuple[str, bool], list[float]] = {}
+    parts: dict[str, list[float]] = {}
     for name in sorted(sizes.keys() | shares.keys()):
         if name not in covered:
-            part = parts.setdefault((re.sub(r"(?<=\.)\d+(?=\.)", "*", name), name in known), [0.0, 0.0])
+            part = parts.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "*", name), [0.0, 0.0])
             part[0] += sizes.get(name, 0) / n_all
             part[1] += shares.get(name, 0.0)
-    left_out = [
-        LeftOut(name, size, share if n_groups else None, is_known) for (name, is_known), (size, share) in parts.items()
-    ]
+    left_out = [LeftOut(name, size, share if n_groups else None) for name, (size, share) in parts.items()]
     left_out.sort(key=lambda part: (-(part.gradient or 0.0), -part.parameters))
     lost = math.fsum(part.parameters for part in left_out)
     gradient = 1.0 - math.fsum(part.gradient or 0.0 for part in left_out) if n_groups else None

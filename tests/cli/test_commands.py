@@ -81,7 +81,7 @@ def test_verify_names_the_damage(cli, store) -> None:
     assert json.loads(out)["findings"][0]["chunk"] == 0
 
 
-def test_rollout_then_collect(cli, tmp_path, model_folder, write_lines) -> None:
+def test_rollout_then_collect(cli, tmp_path, model_folder, write_lines, accepted) -> None:
     """Problems in, rollouts out, sketches in the store: with a reward function of one's own."""
     problems = write_lines(
         tmp_path / "problems.jsonl", [{"id": f"a{i}", "prompt": f"{i}=", "ground_truth": "1"} for i in range(6)]
@@ -110,14 +110,11 @@ def test_rollout_then_collect(cli, tmp_path, model_folder, write_lines) -> None:
     before = (tmp_path / "r.jsonl").read_bytes()
     assert cli(*arguments)[0] == 0
     assert (tmp_path / "r.jsonl").read_bytes() == before
-    status, out, err = cli(
-        "collect", tmp_path / "s", "pool", tmp_path / "r.jsonl", "--model", model_folder, "--rank", 4, "--json"
-    )
+    collect = ["collect", tmp_path / "s", "pool", tmp_path / "r.jsonl", "--model", model_folder, "--rank", 4, "--json"]
+    status, out, err = cli(*collect, *accepted)
     assert status == 0, err
     assert json.loads(out)["collected"] == 6
-    status, out, err = cli(
-        "collect", tmp_path / "s", "pool", tmp_path / "r.jsonl", "--model", model_folder, "--rank", 4, "--json"
-    )
+    status, out, err = cli(*collect)
     assert json.loads(out)["skipped"] == 6
 
 

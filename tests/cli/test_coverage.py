@@ -52,6 +52,18 @@ def test_too_little_is_refused_and_can_be_accepted(cli, tmp_path, arguments) -> 
     assert float(offered) <= Coverage.of(read_coverage(tmp_path / "s")).share < float(offered) + 0.01
 
 
+def test_what_is_not_sketched_of_a_whole_model_is_refused(cli, tmp_path, arguments) -> None:
+    """A lookup that holds much of the gradient is no exception; the option that the refusal names sketches it."""
+    status, _, err = cli(*arguments)
+    assert status == 2
+    assert "left out: model.embed_tokens.weight (" in err
+    assert "--embeddings" in err
+    status, _, err = cli(*arguments, "--embeddings")
+    assert status == 0, err
+    kept = read_coverage(tmp_path / "s")
+    assert (kept["gradient"], kept["left_out"]) == (pytest.approx(1), [])
+
+
 def test_chosen_layers_are_no_reason_to_refuse(cli, tmp_path, arguments) -> None:
     """Who names layers wants a part; it is told, and kept, how small that is."""
     status, _, err = cli(*arguments, "--modules", "mlp")

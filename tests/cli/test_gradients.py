@@ -27,14 +27,14 @@ def test_head_mode(cli, tmp_path, model_folder, files) -> None:
     assert cli("collect", tmp_path / "s", "b", files["b"], "--model", model_folder)[0] == 0
 
 
-def test_kl_term(cli, tmp_path, model_folder, files, tiny_model) -> None:
+def test_kl_term(cli, tmp_path, model_folder, files, tiny_model, accepted) -> None:
     """LearnAlign's gradients: the reference is named once, and rows of another one, or of none, are refused."""
     other = copy.deepcopy(tiny_model)
     with torch.no_grad():
         other.lm_head.weight.mul_(1.5)
     other.save_pretrained(tmp_path / "other")
     pool = ["collect", tmp_path / "s", "pool", files["pool"], "--model", model_folder]
-    kind = ["--objective", "grpo", "--rank", 4, "--basis", "random", "--dtype", "fp32"]
+    kind = ["--objective", "grpo", "--rank", 4, "--basis", "random", "--dtype", "fp32", *accepted]
     status, _, err = cli(*pool, "--reference", tmp_path / "other")
     assert (status, "--kl-beta" in err) == (2, True)
     status, _, err = cli(*pool, *kind, "--kl-beta", 0.04)
@@ -70,7 +70,7 @@ def test_kl_term(cli, tmp_path, model_folder, files, tiny_model) -> None:
     assert np.abs(other_rows - plain_rows).max() > 1e-3
 
 
-def test_optimizer_direction(cli, tmp_path, model_folder, files, tiny_model) -> None:
+def test_optimizer_direction(cli, tmp_path, model_folder, files, tiny_model, accepted) -> None:
     """Adam's step instead of the gradient, from a checkpoint; rows of the plain gradient do not belong beside it."""
     optimizer = torch.optim.Adam(tiny_model.parameters())
     for parameter in tiny_model.parameters():
@@ -80,10 +80,10 @@ def test_optimizer_direction(cli, tmp_path, model_folder, files, tiny_model) -> 
     torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
     arguments = ["collect", tmp_path / "s", "pool", files["pool"], "--model", model_folder]
     adam = ["--optimizer", tmp_path / "optimizer.pt", "--formula", "precondition"]
-    status, _, err = cli(*arguments, *adam, "--rank", 4, "--basis", "fitted")
+    status, _, err = cli(*arguments, *adam, "--rank", 4, "--basis", "fitted", *accepted)
     assert status == 2
     assert "--basis dense" in err
-    status, _, err = cli(*arguments, *adam, "--rank", 8, "--dim", 64)
+    status, _, err = cli(*arguments, *adam, "--rank", 8, "--dim", 64, *accepted)
     assert status == 0, err
     store = gradstore.open(tmp_path / "s")
     assert store.fingerprint["optimizer"]["formula"] == "precondition"
@@ -94,10 +94,10 @@ def test_optimizer_direction(cli, tmp_path, model_folder, files, tiny_model) -> 
     assert cli("collect", tmp_path / "s", "b", files["b"], "--model", model_folder, *adam)[0] == 0
 
 
-def test_refit_and_every_basis(cli, tmp_path, model_folder, files) -> None:
+def test_refit_and_every_basis(cli, tmp_path, model_folder, files, accepted) -> None:
     """Wrong words are refused before the model is loaded; too few problems to measure are said."""
     arguments = ["collect", tmp_path / "s", "pool", files["pool"], "--model", model_folder, "--rank", 4]
-    assert cli(*arguments)[0] == 0
+    assert cli(*arguments, *accepted)[0] == 0
     status, _, err = cli(*arguments, "--refit", "auto", "--step", 1)
     assert status == 2
     assert "--benchmark-rollouts" in err
@@ -122,10 +122,11 @@ def test_refit_and_every_basis(cli, tmp_path, model_folder, files) -> None:
     assert cli("query", tmp_path / "s", "--against", "b")[0] == 0, "halves are no pools of their own"
 
 
-def test_probe(cli, tmp_path, model_folder, files) -> None:
+def test_probe(cli, tmp_path, model_folder, files, accepted) -> None:
     """Derivatives from the command line are in the store, and the selectors that go by them find them."""
     for name in ("pool", "b"):
-        assert cli("collect", tmp_path / "s", name, files[name], "--model", model_folder, "--rank", 4)[0] == 0
+        collect = ["collect", tmp_path / "s", name, files[name], "--model", model_folder, "--rank", 4]
+        assert cli(*collect, *accepted)[0] == 0
     arguments = ["probe", tmp_path / "s", "--pool", "pool", "--rollouts", files["pool"], "--against", "b"]
     status, out, err = cli(*arguments, "--benchmark-rollouts", files["b"], "--model", model_folder, "--json")
     assert status == 0, err

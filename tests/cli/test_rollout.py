@@ -40,7 +40,7 @@ SHORT = ("--reward", "math", "-n", 2, "--max-new-tokens", 12)
 
 
 def test_ids_of_a_padded_vocabulary(
-    cli: Callable, tmp_path: Path, thinking_folder: Path, write_lines: Callable
+    cli: Callable, tmp_path: Path, thinking_folder: Path, write_lines: Callable, accepted: tuple
 ) -> None:
     """Sampled, written as text, and read again: collect takes what rollout wrote."""
     problems, out = write_lines(tmp_path / "p.jsonl", PROBLEMS), tmp_path / "r.jsonl"
@@ -49,7 +49,7 @@ def test_ids_of_a_padded_vocabulary(
     assert max(max(row["response_ids"]) for row in _rows(out)) >= 260
     rows = [row | {"reward": float(j % 2)} for j, row in enumerate(_rows(out))]
     write_lines(out, rows)
-    arguments = ("--model", thinking_folder, "--basis", "random", "--rank", 4)
+    arguments = ("--model", thinking_folder, "--basis", "random", "--rank", 4, *accepted)
     status, _, err = cli("collect", tmp_path / "s", "pool", out, *arguments)
     assert status == 0, err
     rows[3]["response_ids"][0] = 460
