@@ -16,13 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from engine.gradients.adapters import active_adapters, is_trained
+from engine.gradients.budget import give_back
 from engine.gradients.gradient_pass import GradientPass
 from engine.gradients.hooks import Mutable, Observation, frozen
 from engine.gradients.layers import Layer
 from engine.gradients.microbatch import pack, pays_to_share, rollouts_of
 from engine.gradients.packed import packed_weights
 from engine.gradients.retrying import noticing
-from engine.gradients.sharding import is_sharded
+from engine.gradients.sharding import inner, is_sharded
 from engine.rollouts.group import Group
 from gradstore.errors import RequestError
 
@@ -127,6 +128,7 @@ def measure(gradients: GradientPass, groups: Sequence[Group], most: int = _GROUP
                 total = sum(found.values())
                 if total > 0 and math.isfinite(total):
                     squares.append({name: square / total for name, square in found.items()})
+        give_back(model)  # the gradients of everything that trains
     shares = {name: sum(one[name] for one in squares) / len(squares) for name in (squares[0] if squares else ())}
     covered = {f"{layer.name.removesuffix('.' + layer.parameter)}.{layer.parameter}" for layer in gradients.layers}
     return _coverage(sizes, shares, covered, len(squares))
@@ -235,14 +237,10 @@ def _squares(gradients: GradientPass, group: Group, named: Sequence[tuple[str, n
             gradients.budget.fitting(attempt, [group], inputs_kept=True)
     finally:
         observation.remove()
-    squares = {n: 0.0 if p.grad is None else _square(p.grad) for n, p in named}
+    squares = {n: 0.0 if p.grad is None else inner(p.grad, p.grad) for n, p in named}
     for _, parameter in named:
         parameter.grad = None
     return squares
-
-
-def _square(gradient: Tensor) -> float:
-    return float(torch.linalg.vector_norm(gradient, dtype=torch.float64)) ** 2
 
 
 def _percent(part: LeftOut) -> str:
