@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -60,11 +60,14 @@ class Coverage:
     n_groups: int
     left_out: tuple[LeftOut, ...] = ()
     """The largest share of the gradient first."""
+    lookups: float = 0.0
+    """Share of the parameters in embeddings that are left out."""
 
     @property
     def share(self) -> float:
-        """The share that must not be small: of the squared gradient where it was measured, else of the parameters."""
-        return self.parameters if self.gradient is None else self.gradient
+        """The share that must not be small: of the squared gradient where it was measured. Else of the parameters,
+        those of embeddings left out: most of their rows have no gradient, so that their size says nothing of it."""
+        return self.parameters / (1 - self.lookups) if self.gradient is None else self.gradient
 
     def describe(self) -> dict:
         """JSON-ready."""
@@ -74,7 +77,7 @@ class Coverage:
     def of(cls, kept: Mapping[str, Any]) -> "Coverage":
         """As `describe` gave it, and as a store keeps it."""
         parts = (LeftOut(part["name"], part["parameters"], part["gradient"]) for part in kept["left_out"])
-        return cls(kept["parameters"], kept["gradient"], kept["n_groups"], tuple(parts))
+        return cls(kept["parameters"], kept["gradient"], kept["n_groups"], tuple(parts), kept.get("lookups", 0.0))
 
     def sentence(self) -> str:
         """In one line, with the names of what is left out."""
@@ -92,7 +95,7 @@ class Coverage:
         if self.share < least:
             raise RequestError(
                 f"{self.sentence()}. That is less than {least:g}: rankings would be of a part of the gradient. "
-                "Sketch the input embedding too (--embeddings) where that is what is missing, train LoRA adapters on "
+                "Sketch the input embedding too (`embeddings`) where that is what is missing, train LoRA adapters on "
                 f"linear layers, or accept it: {option}{math.floor(self.share * 100) / 100:g}"
             )
 
@@ -131,10 +134,31 @@ def measure(gradients: GradientPass, groups: Sequence[Group], most: int = _GROUP
         give_back(model)  # the gradients of everything that trains
     shares = {name: sum(one[name] for one in squares) / len(squares) for name in (squares[0] if squares else ())}
     covered = {f"{layer.name.removesuffix('.' + layer.parameter)}.{layer.parameter}" for layer in gradients.layers}
-    return _coverage(sizes, shares, covered, len(squares))
+    lookups = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
+    return _coverage(sizes, shares, covered, lookups, len(squares))
 
 
-def _coverage(sizes: Mapping[str, int], shares: Mapping[str, float], covered: set[str], n_groups: int) -> Coverage:
+def seeing_enough(
+    model: nn.Module, spec: "SketchSpec", groups: Sequence[Group], least: float
+) -> tuple["SketchSpec", Coverage]:
+    """The spec, with the input embedding where the sketch sees less than that without it, and its coverage."""
+    gradients = GradientPass(model, spec)
+    coverage = measure(gradients, groups)
+    if coverage.share >= least or spec.embeddings or spec.head_only:
+        return spec, coverage
+    wider = replace(spec, embeddings=True)
+    try:
+        with_embedding = GradientPass(model, wider)
+    except RequestError:  # an embedding that does more than look rows up
+        return spec, coverage
+    if len(with_embedding.layers) == len(gradients.layers):
+        return spec, coverage
+    return wider, measure(with_embedding, groups)
+
+
+def _coverage(
+    sizes: Mapping[str, int], shares: Mapping[str, float], covered: set[str], lookups: set[str], n_groups: int
+) -> Coverage:
     n_all = max(sum(sizes.values()), 1)
     parts: dict[str, list[float]] = {}
     for name in sorted(sizes.keys() | shares.keys()):
@@ -146,7 +170,8 @@ def _coverage(sizes: Mapping[str, int], shares: Mapping[str, float], covered: se
     left_out.sort(key=lambda part: (-(part.gradient or 0.0), -part.parameters))
     lost = math.fsum(part.parameters for part in left_out)
     gradient = 1.0 - math.fsum(part.gradient or 0.0 for part in left_out) if n_groups else None
-    return Coverage(1.0 - lost, gradient, n_groups, tuple(left_out))
+    unseen = sum(size for name, size in sizes.items() if name in lookups - covered) / n_all
+    return Coverage(1.0 - lost, gradient, n_groups, tuple(left_out), unseen)
 
 
 def _sizes(model: nn.Module, layers: Sequence[Layer]) -> dict[str, int]:

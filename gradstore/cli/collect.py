@@ -76,8 +76,11 @@ def collect(
     seed: Annotated[int | None, typer.Option(help="Seed of the projection (new store: 0).")] = None,
     modules: Annotated[list[str] | None, typer.Option(help="Regular expression of layers; may be repeated.")] = None,
     embeddings: Annotated[
-        bool, typer.Option("--embeddings", help="Sketch the input embedding too (a store keeps what it was made with).")
-    ] = False,
+        bool | None,
+        typer.Option(
+            help="Sketch the input embedding too (a new store: where too little of the gradient is seen without it)."
+        ),
+    ] = None,
     dtype: Annotated[str, typer.Option(help="Row type of a new store: int8, int4, 1bit, fp16 or fp32.")] = "int8",
     head: Annotated[
         bool,
@@ -160,7 +163,7 @@ def collect(
         "basis": basis,
         "modules": tuple(modules) if modules else None,
         "head_only": head or None,
-        "embeddings": embeddings or None,
+        "embeddings": embeddings,
     }
     changed = {
         "advantage": advantage,
@@ -214,7 +217,7 @@ def collect(
     outcome = None
     known: list[SketchBatch] = []
     if opened is None:
-        coverage = _coverage(policy, spec, source, accept_coverage)
+        spec, coverage = _coverage(policy, spec, source, accept_coverage, embeddings)
         sketcher, known = _new_sketcher(policy, spec, source, fit_problems, wanted, adam, measure != "never")
         opened = create_store(store, sketcher, dtype, coverage)
     else:
@@ -260,16 +263,29 @@ def collect(
         say(f"problem {problem_id!r} failed: {reason}")
 
 
-def _coverage(policy: "nn.Module", spec: "SketchSpec", source: "RolloutSource", accepted: float | None) -> "Coverage":
-    """What a new store's sketches see, said aloud; refused where it is little and nobody chose the layers."""
-    from engine.gradients.coverage import least_of, measure
+def _coverage(
+    policy: "nn.Module",
+    spec: "SketchSpec",
+    source: "RolloutSource",
+    accepted: float | None,
+    embeddings: bool | None,
+) -> "tuple[SketchSpec, Coverage]":
+    """The spec of a new store, with the embedding where nobody chose and it is needed, and what its sketches see, said
+    aloud; refused where that is little and nobody chose the layers."""
+    from engine.gradients.coverage import least_of, measure, seeing_enough
     from engine.gradients.gradient_pass import GradientPass
     from engine.sketches.fitting import sample_groups
 
-    coverage = measure(GradientPass(policy, spec), sample_groups(source, 8, spec.seed))
-    coverage.require(least_of(spec, accepted), "--accept-coverage ")
+    least, sample = least_of(spec, accepted), sample_groups(source, 8, spec.seed)
+    if embeddings is None:
+        chosen, coverage = seeing_enough(policy, spec, sample, least)
+        if chosen.embeddings:
+            say("the input embedding is sketched too: without it too little of the gradient would be seen")
+    else:
+        chosen, coverage = spec, measure(GradientPass(policy, spec), sample)
+    coverage.require(least, "--accept-coverage ")
     say(coverage.sentence())
-    return coverage
+    return chosen, coverage
 
 
 def _new_spec(head: bool, directions: bool) -> "SketchSpec":

@@ -53,13 +53,14 @@ def test_too_little_is_refused_and_can_be_accepted(cli, tmp_path, arguments) -> 
 
 
 def test_what_is_not_sketched_of_a_whole_model_is_refused(cli, tmp_path, arguments) -> None:
-    """A lookup that holds much of the gradient is no exception; the option that the refusal names sketches it."""
-    status, _, err = cli(*arguments)
+    """A lookup that holds much of the gradient is no exception: it is sketched unless that was ruled out."""
+    status, _, err = cli(*arguments, "--no-embeddings")
     assert status == 2
     assert "left out: model.embed_tokens.weight (" in err
-    assert "--embeddings" in err
-    status, _, err = cli(*arguments, "--embeddings")
+    assert "`embeddings`" in err
+    status, _, err = cli(*arguments)
     assert status == 0, err
+    assert "the input embedding is sketched too" in err
     kept = read_coverage(tmp_path / "s")
     assert (kept["gradient"], kept["left_out"]) == (pytest.approx(1), [])
 

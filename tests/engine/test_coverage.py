@@ -1,12 +1,14 @@
 """Coverage: what of the trained gradient a sketch sees, against autograd over every parameter."""
 
+from dataclasses import replace
+
 import peft
 import pytest
 import torch
 from torch import nn
 
 from engine import SketchSpec
-from engine.gradients.coverage import Coverage, LeftOut, measure
+from engine.gradients.coverage import Coverage, LeftOut, measure, seeing_enough
 from engine.gradients.gradient_pass import GradientPass
 from gradstore.errors import RequestError
 from tests.engine.test_sketcher import slow_objective
@@ -89,7 +91,7 @@ def test_a_lookup_of_a_whole_model_is_no_exception(make_model, make_groups) -> N
     """A small model's embedding holds much of its gradient: refused, by name; with it everything is seen."""
     found = _measured(make_model("llama"), make_groups(2))
     assert [part.name for part in found.left_out] == ["model.embed_tokens.weight"]
-    with pytest.raises(RequestError, match=r"left out: model\.embed_tokens\.weight .*--embeddings"):
+    with pytest.raises(RequestError, match=r"left out: model\.embed_tokens\.weight .*`embeddings`"):
         found.require(0.95)
     whole = _measured(make_model("llama"), make_groups(2), embeddings=True)
     assert (whole.share, whole.parameters, whole.left_out) == (pytest.approx(1), 1.0, ())
@@ -139,3 +141,23 @@ def test_a_share_is_floored_in_what_it_asks_for() -> None:
     coverage = Coverage(0.5, 0.8196, 1, (LeftOut("x", 0.5, 0.1804),))
     with pytest.raises(RequestError, match=r"--accept-coverage 0\.81$"):
         coverage.require(0.95, "--accept-coverage ")
+
+
+def test_an_embedding_is_sketched_where_too_little_is_seen_without_it(make_model, make_groups) -> None:
+    model, groups, spec = make_model("llama"), make_groups(2), SketchSpec(rank=4)
+    chosen, coverage = seeing_enough(model, spec, groups, 0.95)
+    assert chosen == replace(spec, embeddings=True)
+    assert coverage.share == pytest.approx(1)
+    chosen, coverage = seeing_enough(model, spec, groups, 0.5)
+    assert chosen == spec
+    assert 0.5 < coverage.share < 0.95
+
+
+def test_where_no_gradient_was_measured_a_lookups_size_says_nothing(make_model) -> None:
+    """An eighth of an 8B model's parameters are rows of tokens that a batch does not have."""
+    found = _measured(make_model("llama"), [])
+    assert found.gradient is None
+    assert found.parameters == pytest.approx(1 - found.lookups)
+    assert found.parameters < 0.95
+    assert found.share == pytest.approx(1)
+    assert Coverage.of(found.describe()) == found
