@@ -10,6 +10,7 @@ against the benchmark, fits new ones where they have lost more than 0.01, and ke
 """
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -25,8 +26,8 @@ from engine.gradients.models import load_model
 from engine.gradients.objectives import objective
 from engine.rollouts import Group
 from engine.sketches.bases import create_store
-from engine.sketches.faithfulness import agreement
-from engine.sketches.refitting import measured_projection, refit
+from engine.sketches.faithfulness import ExactRanking, agreement
+from engine.sketches.refitting import refit
 from gradstore.cli.show import print_table, say
 from trainer.demo import tasks
 from trainer.demo.run import MODEL
@@ -57,7 +58,9 @@ def main(
         groups, to_fit, wanted = drawn(0)
         live = [group for group in to_fit if group.has_signal]
         projection = fit_projection(model, live[::2], spec, benchmark=wanted)
-        sketcher = measured_projection(Sketcher(model, spec, projection), live[1::2], wanted)
+        ranking = ExactRanking.of(model, spec, live[1::2], wanted, len(live))
+        found_then = None if ranking is None else ranking.fidelity_of(Sketcher(model, spec, projection))
+        sketcher = Sketcher(model, spec, replace(projection, fidelity=found_then))
         rows.append([str(seed), "0", "step 0", *figures(sketcher, groups, wanted), "", "", ""])
         say(" ".join(rows[-1]))
         with tempfile.TemporaryDirectory() as folder:

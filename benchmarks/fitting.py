@@ -176,16 +176,7 @@ def _groups(path: str, model: str, policy: nn.Module, n: int, shape: Shape, seed
     if path:
         source = read_rollouts(path, tokenizer=load_tokenizer(model), vocabulary=vocabulary_size(model))
         return [group for group in source.groups() if group.has_signal][:n]
-    random, vocabulary = np.random.default_rng(seed), policy.get_input_embeddings().weight.shape[0]
-    return [
-        Group(
-            f"p{i}",
-            random.integers(0, vocabulary, shape.n_prompt),
-            [random.integers(0, vocabulary, shape.n_response) for _ in range(shape.n_rollouts)],
-            random.permutation(np.arange(shape.n_rollouts) % 2).astype(float),
-        )
-        for i in range(n)
-    ]
+    return shape.random_groups(n, seed, policy.get_input_embeddings().weight.shape[0])
 
 
 def _spread(values: np.ndarray, digits: int) -> list[str]:

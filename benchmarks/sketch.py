@@ -74,6 +74,19 @@ class Shape:
             model: nn.Module = AutoModelForCausalLM.from_config(AutoConfig.for_model(**self.model))
         return model.to(dtype).eval()
 
+    def random_groups(self, n: int, seed: int, vocabulary: int) -> list[Group]:
+        """Random tokens, half of the rollouts of each problem rewarded."""
+        random = np.random.default_rng(seed)
+        return [
+            Group(
+                f"p{i}",
+                random.integers(0, vocabulary, self.n_prompt),
+                [random.integers(0, vocabulary, self.n_response) for _ in range(self.n_rollouts)],
+                random.permutation(np.arange(self.n_rollouts) % 2).astype(float),
+            )
+            for i in range(n)
+        ]
+
 
 def _qwen2(hidden: int, intermediate: int, layers: int, heads: int, vocabulary: int) -> dict[str, Any]:
     return {
@@ -122,17 +135,7 @@ class Bench:
         self.groups = self.make_groups(shape.n_problems)
 
     def make_groups(self, n: int, seed: int = 0) -> list[Group]:
-        random, shape = np.random.default_rng(seed), self.shape
-        vocabulary = shape.model["vocab_size"]
-        return [
-            Group(
-                f"p{i}",
-                random.integers(0, vocabulary, shape.n_prompt),
-                [random.integers(0, vocabulary, shape.n_response) for _ in range(shape.n_rollouts)],
-                random.permutation(np.arange(shape.n_rollouts) % 2).astype(float),
-            )
-            for i in range(n)
-        ]
+        return self.shape.random_groups(n, seed, self.shape.model["vocab_size"])
 
     def methods(self) -> dict[str, Callable[[], Callable[[], object]]]:
         """Name -> what makes the method; what it needs beforehand is made then."""

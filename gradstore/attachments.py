@@ -3,15 +3,13 @@
 The checksum of the bytes is in the file's name, so that a reader and `verify` can tell damage without an index.
 """
 
-import fcntl
 import json
-import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from gradstore.durable import TEMPORARY, crc32c, make_folder, reading, replace_file, writing
+from gradstore.durable import TEMPORARY, alone, crc32c, make_folder, reading, replace_file, writing
 from gradstore.errors import DamagedError, RequestError
 
 ATTACHMENTS = "attachments"
@@ -39,22 +37,17 @@ def read_attachment(store: Path, name: str) -> bytes:
 
 
 @contextmanager
-def alone(store: Path) -> Iterator[None]:
+def adding(store: Path) -> Iterator[None]:
     """Nobody else adds attachments for the duration: what is there is looked at, and added to, at one moment."""
     folder = store / ATTACHMENTS
     make_folder(folder)
-    with writing(folder):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(descriptor)
+    with writing(folder), alone(folder):
+        yield
 
 
 def keep_coverage(store: Path, data: bytes) -> None:
     """Keep what was measured of the store's sketches, unless something is kept already."""
-    with alone(store):
+    with adding(store):
         if _find(store, COVERAGE) is None:
             write_attachment(store, COVERAGE, data)
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gradstore.attachments import ATTACHMENTS, alone, read_attachment, write_attachment
+from gradstore.attachments import ATTACHMENTS, adding, read_attachment, write_attachment
 from gradstore.durable import canonical_json
 from gradstore.errors import DamagedError
 
@@ -70,7 +70,7 @@ def add_basis(
 
     attachments: files by names that the store does not have yet, or has with the same bytes.
     """
-    with alone(store):
+    with adding(store):
         bases = added_bases(store)
         for basis in bases:
             if basis.digest == digest:

@@ -6,6 +6,7 @@ old content or the new, never a mixture.
 """
 
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -211,6 +212,17 @@ def whole_file(path: Path) -> Iterator[Path]:
                 raise
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """No other process is in the block of this folder meanwhile; the kernel lets go of the lock of one that dies."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

@@ -26,7 +26,7 @@ _ON_GPU = 0.6
 _FORMED, _LEAST_FORMED = 0.15, 1 << 28
 """Share of a GPU's free memory for gradients formed in full, and bytes that they may take on any CPU."""
 _FROZEN, _WITH_INPUTS = 1.6, 2.2
-"""Numbers that autograd keeps of a token, for each output of the linear layers (docs/benchmarks.md)."""
+"""Numbers that autograd keeps of a token, for each output of the linear layers (docs/plan.md)."""
 
 
 def micro_batch_tokens(model: nn.Module, *, inputs_kept: bool = False) -> int:

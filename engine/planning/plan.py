@@ -83,7 +83,7 @@ class Plan:
     """What fitting, exact gradients and training choose."""
     row_bytes: int
     sketched_share: float
-    """Of the parameters; embeddings and norms are not sketched."""
+    """Of the parameters; embeddings are not sketched."""
     stages: list[Stage]
     assumptions: list[str]
     problems: list[str] = field(default_factory=list)

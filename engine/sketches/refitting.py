@@ -90,13 +90,6 @@ def parts(sample: Sequence[Group], *, measured: bool = True) -> tuple[list[Group
     return list(sample[::4]), [group for place, group in enumerate(sample) if place % 4]
 
 
-def measured_projection(sketcher: Sketcher, held_out: Sequence[Group], benchmark: Sequence[Group] = ()) -> Sketcher:
-    """The sketcher with its projection's fidelity on problems it was not fitted to, which it is stored with."""
-    ranking = ExactRanking.of(sketcher.model, sketcher.spec, held_out, benchmark, len(held_out))
-    found = None if ranking is None else ranking.fidelity_of(sketcher)
-    return Sketcher(sketcher.model, sketcher.spec, replace(sketcher.projection, fidelity=found), sketcher.optimizer)
-
-
 def refit(
     store: Store,
     sketcher: Sketcher,

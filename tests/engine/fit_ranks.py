@@ -5,12 +5,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import fully_shard
 
 sys.path.insert(0, str(Path(__file__).parent))
 from conftest import random_groups, random_model
+from ranks import sharded
 
 from engine import SketchSpec
 from engine.sketches.bases import _to_bytes
@@ -20,12 +19,7 @@ SPEC = SketchSpec(rank=6, basis="fitted", dim=60, token_budget=40)
 
 
 def main(rank: int, world: int, folder: Path) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world)
-    torch.set_num_threads(1)
-    model = random_model("qwen2").train()
-    for layer in model.model.layers:
-        fully_shard(layer)
-    fully_shard(model)
+    model = sharded(random_model("qwen2").train(), rank, world, folder)
     # Nineteen problems and one of a benchmark over two ranks: their windows differ in number, and one has no benchmark.
     found = fit(model, random_groups(19, seed=1), SPEC, benchmark=random_groups(1, seed=2))
     (folder / f"rank-{rank}.safetensors").write_bytes(_to_bytes(found.projection))

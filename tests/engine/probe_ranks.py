@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 sys.path.insert(0, str(Path(__file__).parent))
 from conftest import random_groups, random_model
+from ranks import sharded
 
 from engine import Probe, validation_gradient
 from engine.gradients.sharding import own_part, reshard
@@ -20,11 +20,7 @@ EPS = 5e-3
 
 
 def main(rank: int, world: int, folder: Path) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world)
-    model = random_model("qwen2")
-    for layer in model.model.layers:
-        fully_shard(layer)
-    fully_shard(model)
+    model = sharded(random_model("qwen2"), rank, world, folder)
     bench, pool = random_groups(5, seed=7), random_groups(7, seed=8)
     # Budgets that make the ranks' numbers of micro-batches differ: the shorter one has to keep step.
     direction = validation_gradient(model, bench[rank::world], token_budget=30)

@@ -5,24 +5,18 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import fully_shard
 
 sys.path.insert(0, str(Path(__file__).parent))
 from conftest import random_groups, random_model
+from ranks import sharded
 
 from engine import Sketcher, SketchSpec, exact_dots, layer_gradients
 from engine.gradients.coverage import measure
 
 
 def main(rank: int, world: int, folder: Path) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world)
-    torch.set_num_threads(1)
-    model = random_model("qwen2").train()
-    for layer in model.model.layers:
-        fully_shard(layer)
-    fully_shard(model)
+    model = sharded(random_model("qwen2").train(), rank, world, folder)
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     reduced: list[str] = []
     reduce = dist.reduce_scatter_tensor

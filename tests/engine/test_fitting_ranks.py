@@ -1,9 +1,5 @@
 """A fit divided over the ranks of a sharded model is the fit of one process."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 
@@ -11,6 +7,7 @@ from engine import Sketcher, SketchSpec
 from engine.sketches.bases import _projection
 from engine.sketches.fitting import fit
 from engine.sketches.projection import Projection
+from tests.engine.ranks import run_ranks
 
 WORLD = 2
 SPEC = SketchSpec(rank=6, basis="fitted", dim=60, token_budget=40)
@@ -20,16 +17,7 @@ SPEC = SketchSpec(rank=6, basis="fitted", dim=60, token_budget=40)
 def ranks(tmp_path_factory) -> list[tuple[dict[str, np.ndarray], Projection]]:
     """What each rank saved, and its projection."""
     folder = tmp_path_factory.mktemp("ranks")
-    script = Path(__file__).with_name("fit_ranks.py")
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(rank), str(WORLD), str(folder)], stderr=subprocess.PIPE, text=True
-        )
-        for rank in range(WORLD)
-    ]
-    for process in processes:
-        _, errors = process.communicate(timeout=240)
-        assert process.returncode == 0, errors
+    run_ranks("fit_ranks.py", WORLD, folder)
     found = []
     for rank in range(WORLD):
         saved = dict(np.load(folder / f"rank-{rank}.npz"))

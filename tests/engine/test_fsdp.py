@@ -1,8 +1,6 @@
 """Sketches of a model sharded by FSDP2, and of one in bfloat16, are those of the plain model."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +9,7 @@ import torch
 
 from engine import Sketcher, SketchSpec, exact_dots, layer_gradients
 from engine.gradients.coverage import Coverage, measure
+from tests.engine.ranks import run_ranks
 
 WORLD = 2
 
@@ -22,16 +21,7 @@ def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
 def test_each_rank_sketches_its_own_problems(make_model, make_groups, tmp_path: Path) -> None:
     """A live trainer's policy is sharded: its ranks share the work, differ in their numbers of micro-batches, and must
     neither wait for each other forever nor add up gradients of different problems."""
-    script = Path(__file__).with_name("sketch_ranks.py")
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(rank), str(WORLD), str(tmp_path)], stderr=subprocess.PIPE, text=True
-        )
-        for rank in range(WORLD)
-    ]
-    for rank in ranks:
-        _, errors = rank.communicate(timeout=240)
-        assert rank.returncode == 0, errors
+    run_ranks("sketch_ranks.py", WORLD, tmp_path)
     model, groups = make_model("qwen2"), make_groups(7, seed=8)
     spec = SketchSpec(rank=6)
     sketcher = Sketcher(model, spec)

