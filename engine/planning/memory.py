@@ -7,7 +7,7 @@ from engine.gradients.passes import LOGIT_BYTES, LOGIT_BYTES_ON_CPU
 from engine.planning.costs import Workload
 from engine.planning.devices import Hardware
 from engine.planning.shapes import ModelShape
-from engine.sketches.fitting import _BESIDE, _WINDOW
+from engine.sketches.fitting import _BESIDE, window_size
 from engine.sketches.spectrum import COLUMNS, WIDEST
 
 FLOAT32 = 4
@@ -91,7 +91,8 @@ def sketching(shape: ModelShape, load: Workload, n_tokens: int, rank: int, devic
 
 def fitting(shape: ModelShape, load: Workload, n_tokens: int, rank: int, device: Hardware) -> int:
     """The same with inputs kept, sides of twice the rank, a window's products with them, and the sums of each layer."""
-    products = FLOAT32 * side_widths(shape) * 2 * rank * (1 + _WINDOW)
+    one = FLOAT32 * side_widths(shape) * 2 * rank
+    products = one * (1 + window_size(one))
     sums = FLOAT32 * sum(
         width * (width if width <= max(WIDEST, COLUMNS * rank) else COLUMNS * rank)
         for layer in shape.layers

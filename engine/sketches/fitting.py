@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from engine.gradients.layers import Layer
 from engine.gradients.sharding import largest, own_share, total
 from engine.rollouts.group import Group
 from engine.rollouts.source import RolloutSource
@@ -54,8 +55,8 @@ PASSES = 2 + 1 / _FIRST
 """Passes over a large sample."""
 _BESIDE = 4
 """Fitted directions of a side for each random one."""
-_WINDOW = 8
-"""Problems whose one-sided products are held at once."""
+_WINDOW, _HELD = 8, 1 << 27
+"""Problems whose one-sided products are held at once: so many, or fewer where theirs take more bytes than that."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -153,8 +154,9 @@ def _refined(
     model, layers = sketcher.model, sketcher.gradients.layers
     products = OneSided(bases, sketcher.device)
     sums = Covariances([layer.shape[1:3] for layer in layers], sketcher.spec.rank, sketcher.device, fitted)
+    size = window_size(_product_bytes(layers, bases))
     for groups, of_benchmark in ((live, False), (wanted, True)):
-        for window in _windows(model, own_share(model, groups)):
+        for window in _windows(model, own_share(model, groups), size):
             products.n_problems = len(window)
             sketcher.gradients.run(window, products, inputs_kept=True)
             sums.add(products.totals, of_benchmark)
@@ -206,7 +208,7 @@ def _cores(
 ) -> tuple[list[Sequence[Group]], list[SketchBatch]]:
     """This rank's share of the groups, window by window, and their cores."""
     windows, found = [], []
-    for window in _windows(sketcher.model, own_share(sketcher.model, groups)):
+    for window in _windows(sketcher.model, own_share(sketcher.model, groups), _WINDOW):
         windows.append(window)
         found.append(sketcher.sketch(window))
         if progress:
@@ -244,7 +246,23 @@ def _row(sketcher: Sketcher, groups: Sequence[Group], cores: SketchBatch) -> Ske
     return rows if cores.ess is None else replace(rows, ess=cores.ess[live])
 
 
-def _windows(model: nn.Module, groups: Sequence[Group]) -> Iterator[Sequence[Group]]:
+def window_size(problem_bytes: int) -> int:
+    """Problems that go through a pass together, each of whose products take so many bytes."""
+    return max(1, min(_WINDOW, _HELD // problem_bytes))
+
+
+def _product_bytes(layers: Sequence[Layer], bases: Sequence[LayerBasis]) -> int:
+    """Bytes of one problem's products with both sides of every layer."""
+    numbers = 0
+    for layer, basis in zip(layers, bases, strict=True):
+        n_left = layer.n_outputs if basis.left_OR is None else basis.left_OR.shape[1]
+        n_right = layer.n_inputs if basis.right_IR is None else basis.right_IR.shape[1]
+        n_slots = 1 if basis.expert_EK is None else basis.expert_EK.shape[1]
+        numbers += n_slots * (n_right * layer.n_outputs + n_left * layer.n_inputs)
+    return 4 * numbers
+
+
+def _windows(model: nn.Module, groups: Sequence[Group], size: int) -> Iterator[Sequence[Group]]:
     """Windows of the groups; as many on every rank, some of them empty, so that the ranks keep step."""
-    for number in range(largest(model, -(-len(groups) // _WINDOW))):
-        yield groups[number * _WINDOW : (number + 1) * _WINDOW]
+    for number in range(largest(model, -(-len(groups) // size))):
+        yield groups[number * size : (number + 1) * size]

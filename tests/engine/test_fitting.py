@@ -10,8 +10,10 @@ import torch
 import gradstore
 from engine import PRESETS, Sketcher, SketchSpec, collect, exact_dots, fit_projection, layer_gradients
 from engine.rollouts import Group
+from engine.sketches import fitting
 from engine.sketches.bases import _projection, _to_bytes, create_store, sketcher_of
 from engine.sketches.fitting import fit, sample_groups
+from engine.sketches.one_sided import Covariances
 from engine.sketches.projection import REST, Projection
 from gradstore import State
 from gradstore.errors import DamagedError, FingerprintError, RequestError
@@ -304,3 +306,27 @@ def test_a_fresh_adapter_is_fitted(make_model, make_groups, rank: int) -> None:
     exact_P = exact_dots(model, groups, layer_gradients(model, groups[:1], spec), spec).dots[:, 0]
     dots_P = found.sketches @ found.sketches[0]
     assert np.corrcoef(dots_P, exact_P)[0, 1] > (0.8 if rank == 2 else 0.99)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2"])
+def test_windows_are_cut_by_the_bytes_of_their_products(make_model, make_groups, monkeypatch, name: str) -> None:
+    """Of a large model the products of eight problems are more than its activations; the fit is the same either way."""
+    model, groups = make_model(name), make_groups(10, seed=1)
+    held: list[int] = []
+    windows: list[int] = []
+    add = Covariances.add
+
+    def adding(sums: Covariances, totals: dict, of_benchmark: bool) -> None:
+        n_problems = len(next(iter(totals.values())))
+        windows.append(n_problems)
+        held.append(sum(total_PRW.nbytes for total_PRW in totals.values()) // n_problems)
+        add(sums, totals, of_benchmark)
+
+    monkeypatch.setattr(Covariances, "add", adding)
+    whole = fit_projection(model, groups, SPEC)
+    assert max(windows) == 8
+    monkeypatch.setattr(fitting, "_HELD", 2 * max(held))
+    windows.clear()
+    cut = fit_projection(model, groups, SPEC)
+    assert max(windows) == 2
+    assert cut.captured == pytest.approx(whole.captured, rel=1e-4)
