@@ -9,6 +9,9 @@ problem, from sketches of `--problems` problems, the size of the sample: three q
 held out and measured (`collect` does the same, with 128). Without `--model` a model of the demo's shape has random
 weights; without `--rollouts` responses are random tokens: enough for times, but it says nothing of the correlation.
 
+--quick, for models whose jobs take minutes: no run before those that count, the unit from 16 problems, and no row for
+the fit alone or with a benchmark.
+
 --ranks: the fit alone, by one process and by so many FSDP2 ranks (gloo) that share the sample, one thread each. Every
 process is started anew for each repeat and times its fit alone, from a barrier on.
 """
@@ -19,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -31,7 +35,7 @@ from torch.distributed.fsdp import fully_shard
 
 from benchmarks.sketch import Shape, _qwen2
 from benchmarks.timing import interleaved
-from engine import SketchSpec, collect
+from engine import Sketcher, SketchSpec, collect
 from engine.gradients.models import load_model, load_tokenizer, vocabulary_size
 from engine.rollouts import Group, read_rollouts
 from engine.sketches.bases import create_store
@@ -41,6 +45,8 @@ from gradstore.cli.show import print_table
 
 DEMO = Shape(_qwen2(128, 256, 3, 4, 64), 0, 16, 24, 8)
 UNIT = "sketches"
+_FEW = 16
+"""Problems of the unit with `--quick`."""
 
 
 def main(
@@ -55,13 +61,14 @@ def main(
     rank: Annotated[int, typer.Option(min=1, help="Width of each side.")] = 16,
     repeats: Annotated[int, typer.Option(min=1, help="Repeats that count; one more does not.")] = 5,
     threads: Annotated[int, typer.Option(min=1, help="Threads of torch.")] = 1,
+    quick: Annotated[bool, typer.Option(help="Fewer jobs, each run --repeats times and no more.")] = False,
     ranks: Annotated[int, typer.Option(min=1, help="Compare one process with so many ranks instead.")] = 1,
     rank_number: Annotated[int, typer.Option("--rank-number", hidden=True)] = -1,
     meeting: Annotated[str, typer.Option(hidden=True)] = "",
 ) -> None:
     """Prints the table."""
     if ranks > 1 and rank_number < 0:
-        print_ranks(ranks, repeats)
+        print_ranks(ranks, repeats, quick)
         return
     torch.set_num_threads(threads)
     policy = load_model(model) if model else DEMO.random_model()
@@ -72,13 +79,20 @@ def main(
     if rank_number >= 0:
         print(json.dumps(as_rank(policy, parts(pool)[1], spec, ranks, rank_number, meeting)))
         return
-    print_costs(policy, spec, pool, bench, repeats)
+    print_costs(policy, spec, pool, bench, repeats, quick)
 
 
-def print_costs(policy: nn.Module, spec: SketchSpec, pool: list[Group], bench: list[Group], repeats: int) -> None:
+def print_costs(
+    policy: nn.Module, spec: SketchSpec, pool: list[Group], bench: list[Group], repeats: int, quick: bool
+) -> None:
     """Fit, measuring and a benchmark's collect in sketches of one problem, and how well the fit does."""
     found: dict[str, FirstFit] = {}
-    sketcher = first_fit(policy, spec, pool).sketcher
+    sketcher = (
+        Sketcher(policy, spec, fit(policy, pool[:_FEW], spec).projection)
+        if quick
+        else first_fit(policy, spec, pool).sketcher
+    )
+    unit = pool[:_FEW] if quick else pool
     steps = iter(range(1_000_000))
     with tempfile.TemporaryDirectory() as folder:
         store = create_store(Path(folder) / "store", sketcher)
@@ -90,18 +104,25 @@ def print_costs(policy: nn.Module, spec: SketchSpec, pool: list[Group], bench: l
             found[name] = first_fit(policy, spec, pool, benchmark)
 
         held_out, fitted_to = parts(pool)
-        jobs = {
-            UNIT: lambda: sketcher.sketch(pool),
-            f"fit to {len(fitted_to)}": lambda: fit(policy, fitted_to, spec),
+        jobs: dict[str, Callable[[], object]] = {
+            UNIT: lambda: sketcher.sketch(unit),
             f"fit to {len(fitted_to)}, measure on {len(held_out)}": lambda: measured("alone", []),
-            f"the same with {len(bench)} of a benchmark": lambda: measured("benchmark", bench),
             f"sketches of {len(bench)} of a benchmark": lambda: sketcher.sketch(bench),
             "its collect": lambda: collect(store, "bench", bench, sketcher=sketcher, step=next(steps)),
         }
-        seconds = interleaved(jobs, repeats)
-    one = seconds[UNIT] / len(pool)
+        if not quick:
+            jobs[f"fit to {len(fitted_to)}"] = lambda: fit(policy, fitted_to, spec)
+            jobs[f"the same with {len(bench)} of a benchmark"] = lambda: measured("benchmark", bench)
+        seconds = interleaved(jobs, repeats, warm=0 if quick else 1)
+    one = seconds[UNIT] / len(unit)
     rows = [[name, f"{np.median(took):.2f}", *_spread(took / one, 0)] for name, took in seconds.items() if name != UNIT]
-    rows.append(["its collect / its sketches", "", *_spread(seconds["its collect"] / list(seconds.values())[-2], 3)])
+    rows.append(
+        [
+            "its collect / its sketches",
+            "",
+            *_spread(seconds["its collect"] / seconds[f"sketches of {len(bench)} of a benchmark"], 3),
+        ]
+    )
     columns = ["what", "seconds", "in sketches of one problem", "range"]
     print_table(f"Fit and measure, {len(pool)} problems", columns, rows, right=columns[1:])
     rows = []
@@ -113,7 +134,7 @@ def print_costs(policy: nn.Module, spec: SketchSpec, pool: list[Group], bench: l
     print_table(f"{sketcher.dim} dimensions", columns, rows, right=columns[1:])
 
 
-def print_ranks(ranks: int, repeats: int) -> None:
+def print_ranks(ranks: int, repeats: int, quick: bool) -> None:
     """The fit by one process and by several ranks, in turn."""
     told: dict[int, dict] = {}
 
@@ -122,7 +143,9 @@ def print_ranks(ranks: int, repeats: int) -> None:
         return float(told[world]["seconds"])
 
     names = {1: "one process", ranks: f"{ranks} ranks"}
-    seconds = interleaved({name: lambda world=world: run(world) for world, name in names.items()}, repeats)  # type: ignore[misc]
+    seconds = interleaved(
+        {name: lambda world=world: run(world) for world, name in names.items()}, repeats, warm=0 if quick else 1
+    )
     rows = []
     for world, name in names.items():
         took, about = seconds[name], told[world]

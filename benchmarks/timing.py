@@ -8,17 +8,20 @@ import numpy as np
 from gradstore.cli.show import print_table
 
 
-def interleaved(jobs: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, np.ndarray]:
-    """Seconds of each job, [repeats], after one run of each that is not counted. A job that returns a float has timed
-    itself. Each repeat has an order of its own: what one leaves in the caches would else always serve the same one."""
+def interleaved(jobs: Mapping[str, Callable[[], object]], repeats: int, warm: int = 1) -> dict[str, np.ndarray]:
+    """Seconds of each job, [repeats], after `warm` runs of each that are not counted.
+
+    A job that returns a float has timed itself. Each repeat has an order of its own: what one leaves in the caches
+    would else always serve the same one.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in jobs}
-    for repeat in range(repeats + 1):
+    for repeat in range(warm + repeats):
         for place in np.random.default_rng(repeat).permutation(len(jobs)):
             name, job = list(jobs.items())[place]
             started = time.perf_counter()
             told = job()
             took = time.perf_counter() - started
-            if repeat:
+            if repeat >= warm:
                 seconds[name].append(told if isinstance(told, float) else took)
     return {name: np.array(values) for name, values in seconds.items()}
 
