@@ -28,7 +28,7 @@ demo: install
 SMOLLM2 := .models/smollm2
 
 $(SMOLLM2)/config.json: $(READY)
-	test -f $@ || $(PY) -m trainer.demo.real_model $(SMOLLM2)
+	test -f $@ || $(PY) -m gradstore.demo.real_model $(SMOLLM2)
 	touch $@
 
 demo-real: $(SMOLLM2)/config.json
@@ -100,8 +100,8 @@ bench: install
 
 # The study: runs that are missing in docs/study/results.jsonl, then docs/study.md. SHORT=1: a miniature, some minutes long.
 study: install
-	.venv/bin/python -m trainer.study run $(if $(SHORT),--short --seeds 0 --out $(STUDY_SHORT)/results.jsonl)
-	.venv/bin/python -m trainer.study report $(if $(SHORT),--short --results $(STUDY_SHORT)/results.jsonl --page $(STUDY_SHORT)/study.md)
+	.venv/bin/python -m benchmarks.study run $(if $(SHORT),--short --seeds 0 --out $(STUDY_SHORT)/results.jsonl)
+	.venv/bin/python -m benchmarks.study report $(if $(SHORT),--short --results $(STUDY_SHORT)/results.jsonl --page $(STUDY_SHORT)/study.md)
 
 STUDY_SHORT := .study-short
 

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from analysis.trajectory import STATE_NAMES, UNMEASURED, Trajectory, trajectory
-from engine.searching.query import Metric
 from gradstore import Store
+from gradstore.analysis.trajectory import STATE_NAMES, UNMEASURED, Trajectory, trajectory
+from gradstore.engine.searching.query import Metric
 
 COLUMNS = ["id", "step", "score", "norm", "pass_rate", "state", "age", "source"]
 

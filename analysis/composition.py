@@ -88,7 +88,9 @@ def _grouping(store: Store, pool: str, by: str, clusters: Mapping[str, int] | pd
         return lambda ids, rates: [[band] for band in difficulty(rates)]
     if by == "cluster":
         if clusters is None:
-            raise RequestError("picks by cluster need the clusters: give the frame of analysis.clusters.clusters")
+            raise RequestError(
+                "picks by cluster need the clusters: give the frame of gradstore.analysis.clusters.clusters"
+            )
         if isinstance(clusters, pd.DataFrame):
             clusters = dict(zip(clusters["id"].astype(str), clusters["cluster"], strict=True))
         known = {name: f"cluster {number}" for name, number in clusters.items()}

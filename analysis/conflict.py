@@ -10,11 +10,11 @@ from itertools import combinations
 import numpy as np
 import pandas as pd
 
-from analysis.agreement import spearman
-from analysis.trajectory import target_at
-from engine.searching.query import Metric, eligible_positions, query_vectors, score_rows
-from engine.searching.targets import target
 from gradstore import Store
+from gradstore.analysis.agreement import spearman
+from gradstore.analysis.trajectory import target_at
+from gradstore.engine.searching.query import Metric, eligible_positions, query_vectors, score_rows
+from gradstore.engine.searching.targets import target
 from gradstore.errors import RequestError
 
 COLUMNS = [

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from analysis.trajectory import measured_steps, steps_of, target_at
-from engine.searching.query import Metric, query_vectors, score_rows
-from engine.searching.targets import Target
-from engine.selecting.mixture import parts_of
-from engine.selecting.selection import select
 from gradstore import Store, View
+from gradstore.analysis.trajectory import measured_steps, steps_of, target_at
+from gradstore.engine.searching.query import Metric, query_vectors, score_rows
+from gradstore.engine.searching.targets import Target
+from gradstore.engine.selecting.mixture import parts_of
+from gradstore.engine.selecting.selection import select
 from gradstore.errors import RequestError
 from gradstore.rounds import Round
 

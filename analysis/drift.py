@@ -10,12 +10,12 @@ from itertools import pairwise
 import numpy as np
 import pandas as pd
 
-from analysis.agreement import calibrated, chance, jaccard, rank_biased_overlap, spearman
-from analysis.noise import RankReliability, measurement_noise, rank_reliability
-from analysis.staleness import half_life, staleness
-from analysis.trajectory import Trajectory, measured_steps, steps_of, target_at, trajectory
-from engine.searching.query import Metric
 from gradstore import State, Store
+from gradstore.analysis.agreement import calibrated, chance, jaccard, rank_biased_overlap, spearman
+from gradstore.analysis.noise import RankReliability, measurement_noise, rank_reliability
+from gradstore.analysis.staleness import half_life, staleness
+from gradstore.analysis.trajectory import Trajectory, measured_steps, steps_of, target_at, trajectory
+from gradstore.engine.searching.query import Metric
 
 __all__ = ["half_life", "ranking_drift", "staleness", "target_drift", "tells_noise"]
 

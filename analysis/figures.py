@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
-from analysis import curricula
-from analysis.alignment import summary
-from analysis.clusters import NOISE
-from analysis.drift import tells_noise
-from analysis.report.pieces import Figure, Kind, Series, written
+from gradstore.analysis import curricula
+from gradstore.analysis.alignment import summary
+from gradstore.analysis.clusters import NOISE
+from gradstore.analysis.drift import tells_noise
+from gradstore.analysis.report.pieces import Figure, Kind, Series, written
 
 _FLOORS = {
     "probes": "from the two halves of stored probes",

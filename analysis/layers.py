@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from analysis.trajectory import steps_of, target_at
-from engine.searching.query import Metric
-from engine.searching.shares import layer_contributions
 from gradstore import Store, View
+from gradstore.analysis.trajectory import steps_of, target_at
+from gradstore.engine.searching.query import Metric
+from gradstore.engine.searching.shares import layer_contributions
 
 MOST_PROBLEMS = 2000
 """Problems a step's shares are averaged over; of more, this many are drawn with a seed."""

@@ -12,13 +12,13 @@ import numpy as np
 import pandas as pd
 from scipy import optimize, special  # type: ignore[import-untyped]
 
-from analysis.agreement import spearman
-from analysis.staleness import LEAST_PROBLEMS, half_life
-from engine.gradients.objectives import Objective
-from engine.probing.batch import ProbeBatch
-from engine.probing.statistics import dot_and_error
-from engine.rollouts.group import differ
 from gradstore import Store
+from gradstore.analysis.agreement import spearman
+from gradstore.analysis.staleness import LEAST_PROBLEMS, half_life
+from gradstore.engine.gradients.objectives import Objective
+from gradstore.engine.probing.batch import ProbeBatch
+from gradstore.engine.probing.statistics import dot_and_error
+from gradstore.engine.rollouts.group import differ
 
 _HALVES = ("id", "step", "even", "odd", "dot", "standard_error", "p_value", "t", "n")
 

@@ -9,9 +9,9 @@ from functools import wraps
 from html import escape
 from typing import Any, ParamSpec
 
-from analysis import figures
-from analysis.report.interactive import drawn
-from analysis.report.pieces import Figure
+from gradstore.analysis import figures
+from gradstore.analysis.report.interactive import drawn
+from gradstore.analysis.report.pieces import Figure
 from gradstore.errors import RequestError
 
 P = ParamSpec("P")

@@ -12,10 +12,10 @@ import pandas as pd
 from scipy.optimize import minimize_scalar  # type: ignore[import-untyped]
 from scipy.stats import t as student  # type: ignore[import-untyped]
 
-from analysis.agreement import spearman
-from analysis.trajectory import measured_steps, target_at
-from engine.searching.query import Metric, query_vectors, score_rows
 from gradstore import Store
+from gradstore.analysis.agreement import spearman
+from gradstore.analysis.trajectory import measured_steps, target_at
+from gradstore.engine.searching.query import Metric, query_vectors, score_rows
 from gradstore.errors import RequestError
 
 LEAST_PROBLEMS = 10

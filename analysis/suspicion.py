@@ -20,10 +20,10 @@ import numpy as np
 import pandas as pd
 from scipy.stats import rankdata  # type: ignore[import-untyped]
 
-from analysis.noise import half_dots
-from engine.searching.query import eligible_positions, query_vectors, score_rows
-from engine.searching.targets import target
 from gradstore import Store, View
+from gradstore.analysis.noise import half_dots
+from gradstore.engine.searching.query import eligible_positions, query_vectors, score_rows
+from gradstore.engine.searching.targets import target
 from gradstore.errors import RequestError
 
 WEIGHTS: Mapping[str, float] = {"estrangement": 1.0, "harm": 0.25, "coin": 0.25, "halves": 0.25, "p_value": 0.25}

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from engine.searching.query import Metric, eligible_positions, query_vectors, score_rows
-from engine.searching.targets import Target, target
 from gradstore import Store
+from gradstore.engine.searching.query import Metric, eligible_positions, query_vectors, score_rows
+from gradstore.engine.searching.targets import Target, target
 from gradstore.errors import RequestError
 
 UNMEASURED = 255

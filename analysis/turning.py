@@ -9,10 +9,10 @@ import numpy as np
 import pandas as pd
 from scipy import special, stats  # type: ignore[import-untyped]
 
-from analysis.noise import moderated
-from analysis.trajectory import measured_steps, trajectory
-from engine.searching.query import Metric
 from gradstore import Store
+from gradstore.analysis.noise import moderated
+from gradstore.analysis.trajectory import measured_steps, trajectory
+from gradstore.engine.searching.query import Metric
 from gradstore.errors import RequestError
 
 COLUMNS = [

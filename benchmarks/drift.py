@@ -20,17 +20,17 @@ import typer
 from torch import nn
 
 from benchmarks.probe_table import Sampler
-from engine import Sketcher, SketchSpec, exact_dots, fit_projection, layer_gradients
-from engine.gradients.directions import validation_gradient
-from engine.gradients.models import load_model
-from engine.gradients.objectives import objective
-from engine.rollouts import Group
-from engine.sketches.bases import create_store
-from engine.sketches.faithfulness import ExactRanking, agreement
-from engine.sketches.refitting import refit
 from gradstore.cli.show import print_table, say
-from trainer.demo import tasks
-from trainer.demo.run import MODEL
+from gradstore.demo import tasks
+from gradstore.demo.run import MODEL
+from gradstore.engine import Sketcher, SketchSpec, exact_dots, fit_projection, layer_gradients
+from gradstore.engine.gradients.directions import validation_gradient
+from gradstore.engine.gradients.models import load_model
+from gradstore.engine.gradients.objectives import objective
+from gradstore.engine.reliability.fidelity import ExactRanking, agreement
+from gradstore.engine.reliability.refit import refit
+from gradstore.engine.rollouts import Group
+from gradstore.engine.sketches.bases import create_store
 
 N_POOL, N_FIT, N_TRAIN, N_ROLLOUTS, LEARNING_RATE = 400, 400, 48, 16, 5e-5
 

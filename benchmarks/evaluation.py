@@ -21,14 +21,14 @@ import numpy as np
 import torch
 import typer
 
-from analysis.evaluation.brittleness import brittleness
-from analysis.evaluation.digits import DigitsTask
-from analysis.evaluation.lds import lds, random_subsets
-from analysis.evaluation.mislabel import mislabel_auc
-from analysis.evaluation.scores import score_matrix, self_influence
-from analysis.evaluation.tail_patch import tail_patch
-from engine.searching.query import Metric
+from gradstore.analysis.evaluation.brittleness import brittleness
+from gradstore.analysis.evaluation.digits import DigitsTask
+from gradstore.analysis.evaluation.lds import lds, random_subsets
+from gradstore.analysis.evaluation.mislabel import mislabel_auc
+from gradstore.analysis.evaluation.scores import score_matrix, self_influence
+from gradstore.analysis.evaluation.tail_patch import tail_patch
 from gradstore.cli.show import print_table, say
+from gradstore.engine.searching.query import Metric
 
 METRICS: dict[str, Metric] = {"dot": "dot", "cosine": "cosine", "fisher": "fisher"}
 N_QUERIES, REMOVED, STEP = 10, (50,), 10

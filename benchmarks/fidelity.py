@@ -21,19 +21,19 @@ import typer
 
 import gradstore
 from benchmarks.probe_table import Sampler
-from engine.gradients.exact import exact_dots, layer_gradients
-from engine.gradients.models import load_model
-from engine.gradients.objectives import objective
-from engine.rollouts.group import Group
-from engine.searching.query import search
-from engine.searching.targets import target
-from engine.sketches.faithfulness import agreement
-from engine.sketches.fitting import fit_projection
-from engine.sketches.halves import split, split_half
-from engine.sketches.sketcher import Sketcher, SketchSpec
 from gradstore.cli.show import print_table, say
-from trainer.demo import tasks
-from trainer.demo.run import MODEL
+from gradstore.demo import tasks
+from gradstore.demo.run import MODEL
+from gradstore.engine.gradients.exact import exact_dots, layer_gradients
+from gradstore.engine.gradients.models import load_model
+from gradstore.engine.gradients.objectives import objective
+from gradstore.engine.reliability.fidelity import agreement
+from gradstore.engine.reliability.split_half import split, split_half
+from gradstore.engine.rollouts.group import Group
+from gradstore.engine.searching.query import search
+from gradstore.engine.searching.targets import target
+from gradstore.engine.sketches.fitting import fit_projection
+from gradstore.engine.sketches.sketcher import Sketcher, SketchSpec
 
 SPEC = SketchSpec(objective=objective("gradalign"), token_budget=16_384)
 

@@ -35,13 +35,13 @@ from torch.distributed.fsdp import fully_shard
 
 from benchmarks.sketch import Shape, _qwen2
 from benchmarks.timing import interleaved
-from engine import Sketcher, SketchSpec, collect
-from engine.gradients.models import load_model, load_tokenizer, vocabulary_size
-from engine.rollouts import Group, read_rollouts
-from engine.sketches.bases import create_store
-from engine.sketches.fitting import fit
-from engine.sketches.refitting import FirstFit, first_fit, parts
 from gradstore.cli.show import print_table
+from gradstore.engine import Sketcher, SketchSpec, collect
+from gradstore.engine.gradients.models import load_model, load_tokenizer, vocabulary_size
+from gradstore.engine.reliability.refit import FirstFit, first_fit, parts
+from gradstore.engine.rollouts import Group, read_rollouts
+from gradstore.engine.sketches.bases import create_store
+from gradstore.engine.sketches.fitting import fit
 
 DEMO = Shape(_qwen2(128, 256, 3, 4, 64), 0, 16, 24, 8)
 UNIT = "sketches"

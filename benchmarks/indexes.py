@@ -21,12 +21,12 @@ import typer
 
 import gradstore
 from benchmarks.timing import interleaved, print_times
-from engine import Index, index_for, search
-from engine.indexes.kinds import installed
-from engine.indexes.serve import _chosen
-from engine.searching.fisher import LARGEST_MATRIX
 from gradstore import View
 from gradstore.cli.show import print_table
+from gradstore.engine import Index, index_for, search
+from gradstore.engine.searching.fisher import LARGEST_MATRIX
+from gradstore.engine.searching.indexes.kinds import installed
+from gradstore.engine.searching.indexes.serve import _chosen
 
 NUMBERS = 200_000_000
 """Rows times dimensions of a store."""

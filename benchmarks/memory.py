@@ -18,13 +18,13 @@ import numpy as np
 import typer
 
 from benchmarks.peaks import outcome
-from engine.gradients.models import load_model, load_tokenizer
-from engine.rollouts.rollout import Rollout
-from engine.rollouts.write import write_rollouts
 from gradstore.cli.show import print_table, say
 from gradstore.durable import canonical_json
+from gradstore.engine.gradients.models import load_model, load_tokenizer
+from gradstore.engine.rollouts.rollout import Rollout
+from gradstore.engine.rollouts.write import write_rollouts
 
-LOAD = "import sys; from engine.gradients.models import load_model; load_model(sys.argv[1])"
+LOAD = "import sys; from gradstore.engine.gradients.models import load_model; load_model(sys.argv[1])"
 COLLECT = ["--accept-coverage", "0"]
 TRAIN = [
     *("candidates=16", "selected=8", "train_batch=8", "steps=1", "rounds=2", "rollouts=4", "target_rollouts=4"),

@@ -31,19 +31,19 @@ import typer
 
 import gradstore
 from benchmarks.sketch import SHAPES
+from benchmarks.study.arms import problems
 from benchmarks.timing import interleaved
-from engine.gradients.models import load_model, load_tokenizer
-from engine.sketches.sketcher import SketchSpec
 from gradstore.cli.show import print_table, say
-from trainer.demo import tasks
-from trainer.demo.run import MODEL
-from trainer.local.grpo import Learner, UpdateSettings
-from trainer.local.policy import LocalPolicy, Sampling
-from trainer.local.training import Training
-from trainer.rewards import Reward
-from trainer.round.driver import Rounds
-from trainer.round.settings import Observe, RoundSettings
-from trainer.study.arms import problems
+from gradstore.demo import tasks
+from gradstore.demo.run import MODEL
+from gradstore.engine.gradients.models import load_model, load_tokenizer
+from gradstore.engine.sketches.sketcher import SketchSpec
+from gradstore.trainer.local.grpo import Learner, UpdateSettings
+from gradstore.trainer.local.policy import LocalPolicy, Sampling
+from gradstore.trainer.local.training import Training
+from gradstore.trainer.round.driver import Rounds
+from gradstore.trainer.round.settings import Observe, RoundSettings
+from gradstore.trainer.sampling.rewards import Reward
 
 
 @dataclass(frozen=True)

@@ -20,17 +20,17 @@ import torch
 import typer
 
 from benchmarks.sketch import PLAIN, SHAPES, Bench, Shape, _kilobytes
-from engine import Sketcher, SketchSpec, fit_projection, layer_gradients
-from engine.gradients.exact import exact_against
-from engine.gradients.gradient_pass import GradientPass
-from engine.gradients.microbatch import pack, rollouts_of
-from engine.gradients.objectives import objective
-from engine.planning import costs, memory
-from engine.planning.costs import Work, Workload
-from engine.planning.devices import Hardware, hardware
-from engine.planning.shapes import KNOWN, ModelShape, measured_shape
-from engine.sketches.fitting import PASSES
 from gradstore.cli.show import print_table
+from gradstore.engine import Sketcher, SketchSpec, fit_projection, layer_gradients
+from gradstore.engine.gradients.exact import exact_against
+from gradstore.engine.gradients.gradient_pass import GradientPass
+from gradstore.engine.gradients.microbatch import pack, rollouts_of
+from gradstore.engine.gradients.objectives import objective
+from gradstore.engine.planning import costs, memory
+from gradstore.engine.planning.costs import Work, Workload
+from gradstore.engine.planning.devices import Hardware, hardware
+from gradstore.engine.planning.shapes import KNOWN, ModelShape, measured_shape
+from gradstore.engine.sketches.fitting import PASSES
 
 SKETCH, EXACT, FORWARD, FIT = "sketch", "exact gradients", "forward", "fit"
 _BENCHMARK = 2

@@ -22,17 +22,17 @@ import numpy as np
 import torch
 import typer
 
-from engine import Probe, ProbeBatch, objective, validation_gradient
-from engine.gradients.directions import summed_gradient
-from engine.gradients.gradient_pass import GradientPass
-from engine.gradients.models import load_model, load_tokenizer
-from engine.rollouts import Group
-from engine.rollouts.tokens import prompt_ids
-from engine.sketches.sketcher import SketchSpec
 from gradstore.cli.show import print_table
-from trainer.backends.hugging_face import TransformersBackend
-from trainer.demo import tasks
-from trainer.demo.run import MODEL
+from gradstore.demo import tasks
+from gradstore.demo.run import MODEL
+from gradstore.engine import Probe, ProbeBatch, objective, validation_gradient
+from gradstore.engine.gradients.directions import summed_gradient
+from gradstore.engine.gradients.gradient_pass import GradientPass
+from gradstore.engine.gradients.models import load_model, load_tokenizer
+from gradstore.engine.rollouts import Group
+from gradstore.engine.rollouts.tokens import prompt_ids
+from gradstore.engine.sketches.sketcher import SketchSpec
+from gradstore.trainer.sampling.backends.hugging_face import TransformersBackend
 
 COUNTS = (16, 64)
 """Rollouts of a problem that a score is made from."""

@@ -18,8 +18,8 @@ import numpy as np
 import typer
 
 import gradstore
-from engine.searching.query import search
 from gradstore.cli.show import print_table
+from gradstore.engine.searching.query import search
 
 
 def main(

@@ -26,7 +26,7 @@ from benchmarks.peaks import Outcome, outcome
 from gradstore.cli.show import print_table, say
 
 SHAPES = {"smollm2-135m": "SmolLM2-135M", "qwen2.5-0.5b": "Qwen2.5-0.5B", "qwen3-0.6b": "Qwen3-0.6B"}
-"""Name here -> name in `engine.planning.shapes.KNOWN`."""
+"""Name here -> name in `gradstore.engine.planning.shapes.KNOWN`."""
 ROUND = ["rounds=1", "steps=1", "selector=lcb", "refresh=all", "fit_problems=8", "accept_coverage=0"]
 """Settings of the round: every candidate is measured and probed, and one step is trained on those picked."""
 
@@ -59,8 +59,8 @@ def save_random(name: str, tokenizer: str, folder: str) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from engine.gradients.models import load_tokenizer
-    from engine.planning.shapes import KNOWN
+    from gradstore.engine.gradients.models import load_tokenizer
+    from gradstore.engine.planning.shapes import KNOWN
 
     torch.manual_seed(0)
     words = load_tokenizer(tokenizer)
@@ -74,8 +74,8 @@ def plain(model: str, rollouts: str) -> dict[str, float]:
     """Times of the passes alone, loading left out, and the tokens of the rollouts."""
     import torch
 
-    from engine.gradients.models import load_model, load_tokenizer, vocabulary_size
-    from engine.rollouts import read_rollouts
+    from gradstore.engine.gradients.models import load_model, load_tokenizer, vocabulary_size
+    from gradstore.engine.rollouts import read_rollouts
 
     source = read_rollouts(rollouts, tokenizer=load_tokenizer(model), vocabulary=vocabulary_size(model))
     groups, loaded = list(source.groups()), load_model(model)
@@ -109,7 +109,7 @@ def commands(model: str, folder: Path, sizes: Sizes) -> dict[str, list[str]]:
     looked = [f"candidates={sizes.pool}", f"selected={picks}", f"train_batch={picks}"]
     looked += [f"rollouts={n}", f"target_rollouts={n}"]
     us = [sys.executable, "-m", "gradstore"]
-    loads = "import sys; from engine.gradients.models import load_model; load_model(sys.argv[1])"
+    loads = "import sys; from gradstore.engine.gradients.models import load_model; load_model(sys.argv[1])"
     return {
         "load": [sys.executable, "-c", loads, model],
         "rollout": [*us, "rollout", pool, "--out", rolled["pool"], "-n", n, *sampled],

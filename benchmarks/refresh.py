@@ -11,8 +11,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from trainer.round.refresh import Outlook, choose, quantile
-from trainer.round.staleness import Beliefs, Staleness
+from gradstore.engine.forecasting.cosine_model import Beliefs, Staleness
+from gradstore.engine.forecasting.refresh_choice import Outlook, choose, quantile
 
 P, N_PICKED, AGE, N_ROLLOUTS, ROUNDS, SEEDS = 1000, 100, 10, 16, 15, 8
 Choice = Callable[[Outlook, int, np.random.Generator], np.ndarray]

@@ -56,7 +56,7 @@ def churn_until_killed(path: str, log: str, seed: int, content: Content, compact
 
 def index_until_killed(path: str, log: str, seed: int) -> None:
     """Publish rows and build or extend the index kept beside them, over and over."""
-    from engine.indexes import index_for
+    from gradstore.engine.searching.indexes import index_for
 
     out = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     store = gradstore.open(path)
@@ -111,8 +111,8 @@ def kills(folder: Path, trials: int, compactions: float = 0.15) -> str:
 
 def index_kills(folder: Path, trials: int) -> str:
     """Killed while an index is built or written, the rows stay and the next search answers as the exact scan does."""
-    from engine.indexes import index_for
-    from engine.searching.query import search
+    from gradstore.engine.searching.indexes import index_for
+    from gradstore.engine.searching.query import search
 
     path, log = folder / "store", folder / "log"
     store = create(path)
@@ -274,7 +274,7 @@ def publish_until(path: str, log: str, stop: float) -> None:
 
 def query_until(path: str, log: str, stop: float, seed: int) -> None:
     """Each answer must be the answer for one step, with every problem at that step."""
-    from engine.searching.query import search
+    from gradstore.engine.searching.query import search
 
     query = np.random.default_rng(seed).standard_normal(DIM)
     query /= np.linalg.norm(query)

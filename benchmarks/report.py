@@ -18,8 +18,8 @@ import pyarrow as pa
 import typer
 
 import gradstore
-from analysis.report import write_report
 from gradstore import State, Store
+from gradstore.analysis.report import write_report
 from gradstore.cli.show import print_table
 
 _TEXT = "find the number of ways in which a train leaves before two of three integers meet so that x holds"

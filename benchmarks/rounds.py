@@ -19,16 +19,16 @@ import numpy as np
 import typer
 
 import gradstore
-from engine.gradients.objectives import objective
-from engine.probing.batch import ProbeBatch
-from engine.probing.calibration import Calibration
-from engine.rollouts.group import Group
-from engine.sketches.bases import SketcherFiles
-from engine.sketches.sketcher import SketchBatch, SketchSpec
 from gradstore import State
 from gradstore.cli.show import print_table, say
-from trainer.round.driver import Rounds
-from trainer.round.settings import RoundSettings
+from gradstore.engine.gradients.objectives import objective
+from gradstore.engine.probing.batch import ProbeBatch
+from gradstore.engine.probing.calibration import Calibration
+from gradstore.engine.rollouts.group import Group
+from gradstore.engine.sketches.bases import SketcherFiles
+from gradstore.engine.sketches.sketcher import SketchBatch, SketchSpec
+from gradstore.trainer.round.driver import Rounds
+from gradstore.trainer.round.settings import RoundSettings
 
 RESPONSE = np.array([1])
 

@@ -28,9 +28,9 @@ import typer
 import gradstore
 from benchmarks.stores import make_store
 from benchmarks.timing import interleaved, print_times
-from engine.searching.fusion import search_each
-from engine.searching.query import search
-from engine.searching.scan import scan_rows
+from gradstore.engine.searching.fusion import search_each
+from gradstore.engine.searching.query import search
+from gradstore.engine.searching.scan import scan_rows
 
 K = 1000
 MODULE_DIM = 256
@@ -157,7 +157,7 @@ def watch():
         most[0] = max(most[0], anonymous())
 threading.Thread(target=watch, daemon=True).start()
 import gradstore
-from engine.searching.query import search
+from gradstore.engine.searching.query import search
 times = [time.perf_counter()]
 store = gradstore.open({str(path)!r}); times.append(time.perf_counter())
 view = store.view("pool"); times.append(time.perf_counter())

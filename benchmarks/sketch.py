@@ -38,12 +38,20 @@ import typer
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from engine import Probe, Sketcher, SketchSpec, exact_dots, fit_projection, layer_gradients, validation_gradient
-from engine.gradients.gradient_pass import GradientPass
-from engine.gradients.microbatch import pack, rollouts_of
-from engine.gradients.objectives import advantages, objective
-from engine.rollouts import Group
 from gradstore.cli.show import print_table, say
+from gradstore.engine import (
+    Probe,
+    Sketcher,
+    SketchSpec,
+    exact_dots,
+    fit_projection,
+    layer_gradients,
+    validation_gradient,
+)
+from gradstore.engine.gradients.gradient_pass import GradientPass
+from gradstore.engine.gradients.microbatch import pack, rollouts_of
+from gradstore.engine.gradients.objectives import advantages, objective
+from gradstore.engine.rollouts import Group
 
 PLAIN, APART, SHARED = "plain forward + backward", "sketch, prompts apart", "sketch, prompts shared"
 BERGSON = "bergson, p = 16"

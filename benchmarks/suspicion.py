@@ -15,17 +15,17 @@ import numpy as np
 import torch
 import typer
 
-from analysis.suspicion import WEIGHTS, detection, suspicious
 from benchmarks.probe_table import Sampler
-from engine.gradients.models import load_model
-from engine.gradients.objectives import objective
-from engine.sketches.bases import create_store
-from engine.sketches.fitting import fit_projection
-from engine.sketches.sketcher import Sketcher, SketchSpec
 from gradstore import Store
+from gradstore.analysis.suspicion import WEIGHTS, detection, suspicious
 from gradstore.cli.show import print_table, say
-from trainer.demo import tasks
-from trainer.demo.run import MODEL
+from gradstore.demo import tasks
+from gradstore.demo.run import MODEL
+from gradstore.engine.gradients.models import load_model
+from gradstore.engine.gradients.objectives import objective
+from gradstore.engine.sketches.bases import create_store
+from gradstore.engine.sketches.fitting import fit_projection
+from gradstore.engine.sketches.sketcher import Sketcher, SketchSpec
 
 DIM, N_ROLLOUTS, N_FITTED = 1024, 16, 200
 

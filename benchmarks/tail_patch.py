@@ -20,15 +20,15 @@ import typer
 
 from benchmarks.probe_table import Sampler
 from benchmarks.suspicion import N_ROLLOUTS, collected
-from engine.gradients.directions import validation_gradient
-from engine.gradients.models import load_model, load_tokenizer
-from engine.probing.displacement import displaced
-from engine.rollouts.group import Group
-from engine.searching.targets import target
-from engine.selecting.selection import select
 from gradstore.cli.show import print_table, say
-from trainer.demo import tasks
-from trainer.demo.run import MODEL
+from gradstore.demo import tasks
+from gradstore.demo.run import MODEL
+from gradstore.engine.gradients.directions import validation_gradient
+from gradstore.engine.gradients.models import load_model, load_tokenizer
+from gradstore.engine.probing.displacement import displaced
+from gradstore.engine.rollouts.group import Group
+from gradstore.engine.searching.targets import target
+from gradstore.engine.selecting.selection import select
 
 SELECTORS = ("cosine", "dot", "fisher", "norm", "simacc", "accgreedy", "rand", "negsim")
 LENGTH = 0.03

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 
 import gradstore
-from engine.sketches.projection import Projection, dense_projection
 from gradstore import Store
+from gradstore.engine.sketches.projection import Projection, dense_projection
 
 N_CLASSES = 10
 Weights = tuple[torch.Tensor, torch.Tensor]

@@ -5,7 +5,7 @@ Park et al., TRAK, ICML 2023 (arXiv 2303.14186), section 4. Dimension letters: Q
 
 import numpy as np
 
-from analysis.agreement import spearman
+from gradstore.analysis.agreement import spearman
 from gradstore.errors import RequestError
 
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from analysis.suspicion import auc
+from gradstore.analysis.suspicion import auc
 from gradstore.errors import RequestError
 
 

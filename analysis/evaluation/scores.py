@@ -5,9 +5,9 @@ Dimension letters: Q queries, P problems of the pool, D sketch dimensions.
 
 import numpy as np
 
-from engine.searching.fisher import DAMPING
-from engine.searching.query import Metric, eligible_positions, query_vectors, score_rows
 from gradstore import Store
+from gradstore.engine.searching.fisher import DAMPING
+from gradstore.engine.searching.query import Metric, eligible_positions, query_vectors, score_rows
 from gradstore.errors import RequestError
 
 

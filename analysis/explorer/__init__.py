@@ -41,11 +41,11 @@ def serve(
         from waitress.server import create_server
     except ImportError as error:
         raise RequestError(f"the explorer needs {error.name}: pip install 'gradstore[serve]'") from None
-    from analysis.explorer.access import is_loopback, new_token
-    from analysis.explorer.app import make_app
-    from analysis.explorer.catalogue import Catalogue
-    from analysis.report.findings import find
-    from analysis.report.transcripts import Transcripts
+    from gradstore.analysis.explorer.access import is_loopback, new_token
+    from gradstore.analysis.explorer.app import make_app
+    from gradstore.analysis.explorer.catalogue import Catalogue
+    from gradstore.analysis.report.findings import find
+    from gradstore.analysis.report.transcripts import Transcripts
 
     found = find(store, pool, benchmarks)
     shown = Transcripts(rollouts, tokenizer) if rollouts else None

@@ -4,9 +4,9 @@ from typing import Any
 
 from dash import ClientsideFunction, Dash, Input, Output, dcc, html
 
-from analysis.explorer import comparison, problem, ranking
-from analysis.explorer.access import guard
-from analysis.explorer.catalogue import Catalogue
+from gradstore.analysis.explorer import comparison, problem, ranking
+from gradstore.analysis.explorer.access import guard
+from gradstore.analysis.explorer.catalogue import Catalogue
 
 _VIEWS = (("/", "Rank"), ("/problem", "Problem"), ("/compare", "Compare"))
 

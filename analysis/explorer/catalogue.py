@@ -15,13 +15,13 @@ import numpy as np
 import pandas as pd
 import pyarrow.compute as pc
 
-from analysis.agreement import jaccard, spearman
-from analysis.report.transcripts import Transcript, Transcripts
-from analysis.trajectory import STATE_NAMES, UNMEASURED, target_at
-from engine.searching.blocks import laid_out
-from engine.searching.query import Metric, eligible_positions, query_vectors, score_rows, search
-from engine.searching.where import Where
 from gradstore import Store
+from gradstore.analysis.agreement import jaccard, spearman
+from gradstore.analysis.report.transcripts import Transcript, Transcripts
+from gradstore.analysis.trajectory import STATE_NAMES, UNMEASURED, target_at
+from gradstore.engine.searching.blocks import laid_out
+from gradstore.engine.searching.query import Metric, eligible_positions, query_vectors, score_rows, search
+from gradstore.engine.searching.where import Where
 from gradstore.errors import RequestError
 from gradstore.problems import message_text
 

@@ -6,9 +6,19 @@ import numpy as np
 import pandas as pd
 from dash import Dash, Input, Output, html
 
-from analysis.explorer.catalogue import METRICS, Catalogue, Comparison
-from analysis.explorer.elements import NEWEST, choice, figure, labelled, note, problem_link, step_choice, step_of, table
-from analysis.report.pieces import Column, Figure, Series, written
+from gradstore.analysis.explorer.catalogue import METRICS, Catalogue, Comparison
+from gradstore.analysis.explorer.elements import (
+    NEWEST,
+    choice,
+    figure,
+    labelled,
+    note,
+    problem_link,
+    step_choice,
+    step_of,
+    table,
+)
+from gradstore.analysis.report.pieces import Column, Figure, Series, written
 from gradstore.errors import GradstoreError
 
 _LISTED = 20

@@ -6,8 +6,8 @@ from urllib.parse import quote
 
 from dash import dcc, html
 
-from analysis.report.interactive import drawn
-from analysis.report.pieces import Column, Figure, written
+from gradstore.analysis.report.interactive import drawn
+from gradstore.analysis.report.pieces import Column, Figure, written
 
 RIGHT = {"integer", "number", "signed", "percent", "seconds", "bytes"}
 _CONFIG = {

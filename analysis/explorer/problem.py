@@ -6,11 +6,20 @@ from urllib.parse import parse_qs
 import numpy as np
 from dash import Dash, Input, Output, State, dcc, html
 
-from analysis.explorer.catalogue import METRICS, Catalogue, text_of
-from analysis.explorer.elements import choice, figure, labelled, note, problem_link, step_choice, step_of, table
-from analysis.report.holdings import STATE_WORDS
-from analysis.report.pieces import Column, Figure, Series, written
-from analysis.report.transcripts import Transcript
+from gradstore.analysis.explorer.catalogue import METRICS, Catalogue, text_of
+from gradstore.analysis.explorer.elements import (
+    choice,
+    figure,
+    labelled,
+    note,
+    problem_link,
+    step_choice,
+    step_of,
+    table,
+)
+from gradstore.analysis.report.holdings import STATE_WORDS
+from gradstore.analysis.report.pieces import Column, Figure, Series, written
+from gradstore.analysis.report.transcripts import Transcript
 from gradstore.errors import GradstoreError
 
 MOST_ROLLOUTS = 64

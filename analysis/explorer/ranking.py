@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 from dash import Dash, Input, Output, State, ctx, dcc, html
 
-from analysis.explorer.catalogue import METRICS, Catalogue, Filter
-from analysis.explorer.elements import (
+from gradstore.analysis.explorer.catalogue import METRICS, Catalogue, Filter
+from gradstore.analysis.explorer.elements import (
     choice,
     figure,
     labelled,
@@ -17,8 +17,8 @@ from analysis.explorer.elements import (
     step_of,
     table,
 )
-from analysis.report.holdings import STATE_WORDS
-from analysis.report.pieces import Column, Figure, Series, written
+from gradstore.analysis.report.holdings import STATE_WORDS
+from gradstore.analysis.report.pieces import Column, Figure, Series, written
 from gradstore.errors import GradstoreError
 
 PAGE = 20

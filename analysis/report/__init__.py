@@ -12,8 +12,8 @@ from gradstore.durable import write_text_file
 from gradstore.errors import RequestError
 
 if TYPE_CHECKING:
-    from analysis.report.pieces import Page
     from gradstore import Store
+    from gradstore.analysis.report.pieces import Page
 
 FORMATS = ("html", "md")
 
@@ -53,10 +53,10 @@ def write_report(
     if n_listed < 1:
         raise RequestError(f"{n_listed} problems to list, expected at least 1")
     check_installed()
-    from analysis.report.assembly import assemble
-    from analysis.report.findings import find
-    from analysis.report.rendering import to_html, to_markdown
-    from analysis.report.transcripts import Transcripts
+    from gradstore.analysis.report.assembly import assemble
+    from gradstore.analysis.report.findings import find
+    from gradstore.analysis.report.rendering import to_html, to_markdown
+    from gradstore.analysis.report.transcripts import Transcripts
 
     out, folder = Path(out), None if figures is None else Path(figures)
     found = find(store, pool, benchmarks, metric, n_listed)
@@ -64,7 +64,7 @@ def write_report(
     out.parent.mkdir(parents=True, exist_ok=True)
     if folder is not None:
         tell("figures")
-        from analysis.report.printed import print_figures
+        from gradstore.analysis.report.printed import print_figures
 
         print_figures(page.figures, folder)
     text = to_html(page) if format == "html" else to_markdown(page, folder, out.parent)

@@ -4,11 +4,11 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib.metadata import version
 
-from analysis.report import choices, concerns, holdings, listing, makeup, movement
-from analysis.report.caveats import caveats
-from analysis.report.findings import Findings
-from analysis.report.pieces import Page, Section, written
-from analysis.report.transcripts import Transcripts
+from gradstore.analysis.report import choices, concerns, holdings, listing, makeup, movement
+from gradstore.analysis.report.caveats import caveats
+from gradstore.analysis.report.findings import Findings
+from gradstore.analysis.report.pieces import Page, Section, written
+from gradstore.analysis.report.transcripts import Transcripts
 from gradstore.errors import RequestError
 
 

@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from analysis import alignment, drift
-from analysis.report.findings import Findings
-from analysis.report.pieces import written
+from gradstore.analysis import alignment, drift
+from gradstore.analysis.report.findings import Findings
+from gradstore.analysis.report.pieces import written
 from gradstore.attachments import read_coverage
 
 MUCH = 0.25

@@ -5,9 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 
-from analysis import curricula, figures
-from analysis.report.findings import Findings, mean_or_nan
-from analysis.report.pieces import Column, Figure, Kind, Section, Series, Table
+from gradstore.analysis import curricula, figures
+from gradstore.analysis.report.findings import Findings, mean_or_nan
+from gradstore.analysis.report.pieces import Column, Figure, Kind, Section, Series, Table
 
 _SHOWN = ("cosine", "accgreedy", "rand", curricula.TRAINED, curricula.BEST)
 

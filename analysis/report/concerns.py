@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import pandas as pd
 
-from analysis import conflict, figures, layers, suspicion, turning
-from analysis.report.findings import Findings
-from analysis.report.pieces import Column, Figure, Section, Table
+from gradstore.analysis import conflict, figures, layers, suspicion, turning
+from gradstore.analysis.report.findings import Findings
+from gradstore.analysis.report.pieces import Column, Figure, Section, Table
 from gradstore.errors import RequestError
 
 MOST_LAYERS = 40

@@ -11,9 +11,9 @@ from typing import Any, cast
 import numpy as np
 import pandas as pd
 
-from analysis import alignment
-from engine.searching.query import Metric
 from gradstore import Store
+from gradstore.analysis import alignment
+from gradstore.engine.searching.query import Metric
 from gradstore.errors import RequestError
 from gradstore.rounds import Round
 

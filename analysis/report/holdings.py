@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis import alignment, figures
-from analysis.report.findings import Findings
-from analysis.report.pieces import Column, Figure, Kind, Section, Series, Table
 from gradstore import State
+from gradstore.analysis import alignment, figures
+from gradstore.analysis.report.findings import Findings
+from gradstore.analysis.report.pieces import Column, Figure, Kind, Section, Series, Table
 
 STATE_WORDS = {
     "live": "has a gradient",

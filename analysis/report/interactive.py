@@ -3,7 +3,7 @@
 from html import escape
 from typing import Any
 
-from analysis.report.pieces import Figure, Series
+from gradstore.analysis.report.pieces import Figure, Series
 
 PALETTE = ("#3b78d8", "#d9822b", "#2c9f74", "#c2477f", "#8266cf", "#9c7a1f", "#2b97b0", "#8c5a3c", "#c75146", "#6b8f2a")
 """Of middle lightness, so that they stand out on white and on black."""

@@ -4,9 +4,9 @@ from typing import Any
 
 import numpy as np
 
-from analysis.report.findings import Findings
-from analysis.report.pieces import Column, Kind, Section, Table, written
-from analysis.report.transcripts import Transcripts, chosen
+from gradstore.analysis.report.findings import Findings
+from gradstore.analysis.report.pieces import Column, Kind, Section, Table, written
+from gradstore.analysis.report.transcripts import Transcripts, chosen
 
 _ROLLOUTS_SHOWN = 4
 _LONGEST_ROLLOUT = 3000

@@ -5,10 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 
-from analysis import alignment, clusters, composition, figures
-from analysis.report.findings import Findings, mean_or_nan
-from analysis.report.holdings import axis_of
-from analysis.report.pieces import Column, Figure, Section, Series, Table
+from gradstore.analysis import alignment, clusters, composition, figures
+from gradstore.analysis.report.findings import Findings, mean_or_nan
+from gradstore.analysis.report.holdings import axis_of
+from gradstore.analysis.report.pieces import Column, Figure, Section, Series, Table
 from gradstore.errors import RequestError
 
 MOST_SOURCES = 20

@@ -3,9 +3,9 @@
 import math
 from dataclasses import replace
 
-from analysis import drift, figures
-from analysis.report.findings import Findings
-from analysis.report.pieces import Column, Figure, Section, Table
+from gradstore.analysis import drift, figures
+from gradstore.analysis.report.findings import Findings
+from gradstore.analysis.report.pieces import Column, Figure, Section, Table
 
 
 def drifting(found: Findings) -> Section:

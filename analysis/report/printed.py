@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from analysis.report.interactive import colours
-from analysis.report.pieces import Figure
+from gradstore.analysis.report.interactive import colours
+from gradstore.analysis.report.pieces import Figure
 from gradstore.durable import whole_file
 
 if TYPE_CHECKING:

@@ -5,8 +5,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from analysis.report.interactive import drawn
-from analysis.report.pieces import Figure, Page, Table, written
+from gradstore.analysis.report.interactive import drawn
+from gradstore.analysis.report.pieces import Figure, Page, Table, written
 
 _PAGE = Path(__file__).parent / "page"
 _ROWS_IN_MARKDOWN = 20

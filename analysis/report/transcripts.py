@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.rollouts.files import RowFile, open_rows
-from engine.rollouts.rollout import FORMATS, Rollout, detect_format, read_row
+from gradstore.engine.rollouts.files import RowFile, open_rows
+from gradstore.engine.rollouts.rollout import FORMATS, Rollout, detect_format, read_row
 from gradstore.errors import RequestError
 
 TOKEN_SHARES = "token_shares"

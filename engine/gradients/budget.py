@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from engine.gradients.layers import head_of, linear_outputs
+from gradstore.engine.gradients.layers import head_of, linear_outputs
 
 LEAST, MOST_ON_CPU, MOST_ON_GPU = 256, 2048, 16_384
 """Tokens of a micro-batch. The activations of more leave a CPU's caches, and a GPU is busy with so many."""

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from engine.gradients.microbatch import MicroBatch
+from gradstore.engine.gradients.microbatch import MicroBatch
 
 
 def at_responses(batch: MicroBatch, x_BTW: Tensor) -> Tensor:

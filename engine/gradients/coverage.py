@@ -15,20 +15,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from engine.gradients.adapters import active_adapters, is_trained
-from engine.gradients.budget import give_back
-from engine.gradients.gradient_pass import GradientPass
-from engine.gradients.hooks import Mutable, Observation, frozen
-from engine.gradients.layers import Layer
-from engine.gradients.microbatch import pack, pays_to_share, rollouts_of
-from engine.gradients.packed import packed_weights
-from engine.gradients.retrying import noticing
-from engine.gradients.sharding import inner, is_sharded
-from engine.rollouts.group import Group
+from gradstore.engine.gradients.adapters import active_adapters, is_trained
+from gradstore.engine.gradients.budget import give_back
+from gradstore.engine.gradients.gradient_pass import GradientPass
+from gradstore.engine.gradients.hooks import Mutable, Observation, frozen
+from gradstore.engine.gradients.layers import Layer
+from gradstore.engine.gradients.microbatch import pack, pays_to_share, rollouts_of
+from gradstore.engine.gradients.packed import packed_weights
+from gradstore.engine.gradients.retrying import noticing
+from gradstore.engine.gradients.sharding import inner, is_sharded
+from gradstore.engine.rollouts.group import Group
 from gradstore.errors import RequestError
 
 if TYPE_CHECKING:
-    from engine.sketches.sketcher import SketchSpec
+    from gradstore.engine.sketches.sketcher import SketchSpec
 
 LEAST = 0.95
 """Coverage below which a new store is refused, unless that is accepted by a word."""

@@ -15,19 +15,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from engine.gradients.hooks import Mutable, Observation, Observer
-from engine.gradients.layers import Layer
-from engine.gradients.microbatch import MicroBatch, Rollout, pack, pays_to_share, rollouts_of
-from engine.gradients.objectives import Objective, objective
-from engine.gradients.retrying import noticing
-from engine.gradients.sharding import inner, is_sharded, largest, n_shards, plain_inner, reshard, total
-from engine.rollouts.group import Group
+from gradstore.engine.gradients.hooks import Mutable, Observation, Observer
+from gradstore.engine.gradients.layers import Layer
+from gradstore.engine.gradients.microbatch import MicroBatch, Rollout, pack, pays_to_share, rollouts_of
+from gradstore.engine.gradients.objectives import Objective, objective
+from gradstore.engine.gradients.retrying import noticing
+from gradstore.engine.gradients.sharding import inner, is_sharded, largest, n_shards, plain_inner, reshard, total
+from gradstore.engine.rollouts.group import Group
 from gradstore.errors import RequestError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from engine.gradients.gradient_pass import GradientPass
+    from gradstore.engine.gradients.gradient_pass import GradientPass
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -77,8 +77,8 @@ def validation_gradient(
     of all ranks and the tensors stay sharded. RequestError when nothing trains, when no group has signal, or for a
     group that the model cannot run.
     """
-    from engine.gradients.gradient_pass import GradientPass
-    from engine.sketches.sketcher import SketchSpec
+    from gradstore.engine.gradients.gradient_pass import GradientPass
+    from gradstore.engine.sketches.sketcher import SketchSpec
 
     spec = SketchSpec(objective=settings or objective("gradalign"), token_budget=token_budget)
     runner = GradientPass(model, spec)

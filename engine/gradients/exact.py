@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from engine.gradients.experts import routed_product
-from engine.gradients.formed import blocks, formed, problem_gradients
-from engine.gradients.gradient_pass import GradientPass
-from engine.gradients.layers import Layer
-from engine.gradients.sharding import inner, plain_inner
-from engine.rollouts.group import Group
-from engine.sketches.sketcher import SketchSpec
+from gradstore.engine.gradients.experts import routed_product
+from gradstore.engine.gradients.formed import blocks, formed, problem_gradients
+from gradstore.engine.gradients.gradient_pass import GradientPass
+from gradstore.engine.gradients.layers import Layer
+from gradstore.engine.gradients.sharding import inner, plain_inner
+from gradstore.engine.rollouts.group import Group
+from gradstore.engine.sketches.sketcher import SketchSpec
 from gradstore.errors import RequestError
 from gradstore.state import State
 

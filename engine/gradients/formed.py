@@ -16,12 +16,12 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from engine.gradients.budget import formed_bytes
-from engine.gradients.experts import by_expert
-from engine.gradients.gradient_pass import GradientPass
-from engine.gradients.passes import OnWeights
-from engine.gradients.sharding import largest
-from engine.rollouts.group import Group
+from gradstore.engine.gradients.budget import formed_bytes
+from gradstore.engine.gradients.experts import by_expert
+from gradstore.engine.gradients.gradient_pass import GradientPass
+from gradstore.engine.gradients.passes import OnWeights
+from gradstore.engine.gradients.sharding import largest
+from gradstore.engine.rollouts.group import Group
 
 
 def blocks(gradients: GradientPass) -> list[tuple[slice, GradientPass]]:

@@ -13,20 +13,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from engine.gradients.adapters import check_adapters
-from engine.gradients.directions import in_step
-from engine.gradients.hooks import Mutable, Observer, observed
-from engine.gradients.layers import Layer, find_layers, output_layer
-from engine.gradients.microbatch import pack, pays_to_share, rollouts_of
-from engine.gradients.packed import check_packed
-from engine.gradients.passes import OnWeights, Policy
-from engine.gradients.retrying import TokenBudget, noticing
-from engine.gradients.sharding import is_sharded, reshard
-from engine.rollouts.group import Group
+from gradstore.engine.gradients.adapters import check_adapters
+from gradstore.engine.gradients.directions import in_step
+from gradstore.engine.gradients.hooks import Mutable, Observer, observed
+from gradstore.engine.gradients.layers import Layer, find_layers, output_layer
+from gradstore.engine.gradients.microbatch import pack, pays_to_share, rollouts_of
+from gradstore.engine.gradients.packed import check_packed
+from gradstore.engine.gradients.passes import OnWeights, Policy
+from gradstore.engine.gradients.retrying import TokenBudget, noticing
+from gradstore.engine.gradients.sharding import is_sharded, reshard
+from gradstore.engine.rollouts.group import Group
 from gradstore.errors import RequestError
 
 if TYPE_CHECKING:
-    from engine.sketches.sketcher import SketchSpec
+    from gradstore.engine.sketches.sketcher import SketchSpec
 
 
 class GradientPass:

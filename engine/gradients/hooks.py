@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from engine.gradients.experts import lora_a_gradient, lora_b_input, replaced_forward, watched_experts
-from engine.gradients.layers import Layer
-from engine.gradients.vectors import Vector, multiplied
+from gradstore.engine.gradients.experts import lora_a_gradient, lora_b_input, replaced_forward, watched_experts
+from gradstore.engine.gradients.layers import Layer
+from gradstore.engine.gradients.vectors import Vector, multiplied
 from gradstore.errors import RequestError
 
 

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers.pytorch_utils import Conv1D
 
-from engine.gradients.adapters import active_adapters, active_copy, is_idle, is_trained
-from engine.gradients.experts import PRODUCTS, is_dispatched
-from engine.gradients.vectors import Vector, vectors_of
+from gradstore.engine.gradients.adapters import active_adapters, active_copy, is_idle, is_trained
+from gradstore.engine.gradients.experts import PRODUCTS, is_dispatched
+from gradstore.engine.gradients.vectors import Vector, vectors_of
 from gradstore.errors import RequestError
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from engine.gradients.microbatch import MicroBatch, Rollout, padded_width
+from gradstore.engine.gradients.microbatch import MicroBatch, Rollout, padded_width
 
 SHORTEST = 16
 """Tokens of the first sequences checked; the next have twice as many."""

@@ -7,15 +7,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from engine.gradients.directions import evaluating, in_step
-from engine.gradients.gradient_pass import GradientPass
-from engine.gradients.microbatch import MicroBatch, Rollout, pack, pays_to_share
-from engine.gradients.models import weights_digest
-from engine.gradients.objectives import Objective
-from engine.gradients.retrying import noticing
-from engine.gradients.sharding import gather, largest, reshard
-from engine.rollouts.group import Group
-from engine.sketches.sketcher import SketchSpec
+from gradstore.engine.gradients.directions import evaluating, in_step
+from gradstore.engine.gradients.gradient_pass import GradientPass
+from gradstore.engine.gradients.microbatch import MicroBatch, Rollout, pack, pays_to_share
+from gradstore.engine.gradients.models import weights_digest
+from gradstore.engine.gradients.objectives import Objective
+from gradstore.engine.gradients.retrying import noticing
+from gradstore.engine.gradients.sharding import gather, largest, reshard
+from gradstore.engine.rollouts.group import Group
+from gradstore.engine.sketches.sketcher import SketchSpec
 
 TokenLogprobs = Sequence[Sequence[np.ndarray]]
 """Log-probability of each response token, by group and rollout."""

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.gradients.objectives import Objective, kl_scales, rollout_weights, weight_rounding
-from engine.rollouts.group import Group
+from gradstore.engine.gradients.objectives import Objective, kl_scales, rollout_weights, weight_rounding
+from gradstore.engine.rollouts.group import Group
 
 _WIDTH = 8
 """Grids are padded to multiples of so many tokens: attention to 191 takes an eighth longer than to 192."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from engine.gradients.adapters import check_adapters
+from gradstore.engine.gradients.adapters import check_adapters
 from gradstore.errors import RequestError
 
 _BUFFERS = re.compile(r"(^|\.)(attn\.bias|attention\.bias|masked_bias|inv_freq|position_ids|(cos|sin)_cached)$")

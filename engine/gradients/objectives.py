@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 
-from engine.rollouts.group import ROUNDING, differ
+from gradstore.engine.rollouts.group import ROUNDING, differ
 from gradstore.errors import RequestError
 
 if TYPE_CHECKING:

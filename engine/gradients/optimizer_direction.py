@@ -19,7 +19,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from engine.gradients.layers import Layer
+from gradstore.engine.gradients.layers import Layer
 from gradstore.errors import RequestError
 
 Formula = Literal["less", "precondition"]

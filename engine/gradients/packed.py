@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import nn
 
-from engine.gradients.adapters import active_adapters
-from engine.gradients.layers import Layer
+from gradstore.engine.gradients.adapters import active_adapters
+from gradstore.engine.gradients.layers import Layer
 from gradstore.errors import RequestError
 
 _PACKED = (torch.int8, torch.uint8, torch.int16, torch.int32)

@@ -24,14 +24,14 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from engine.gradients.chosen import at_responses, chosen_logprobs
-from engine.gradients.grouped_attention import grouped_attention
-from engine.gradients.hooks import Observation
-from engine.gradients.lengths import SHORTEST, alone, frequencies_change_at, reach, samples
-from engine.gradients.microbatch import MicroBatch, Prompts, Rollout, pack
-from engine.gradients.objectives import Objective, importance_weights, kl_weights
-from engine.gradients.retrying import is_out_of_memory
-from engine.gradients.sharding import gather, is_sharded, largest, reshard
+from gradstore.engine.gradients.chosen import at_responses, chosen_logprobs
+from gradstore.engine.gradients.grouped_attention import grouped_attention
+from gradstore.engine.gradients.hooks import Observation
+from gradstore.engine.gradients.lengths import SHORTEST, alone, frequencies_change_at, reach, samples
+from gradstore.engine.gradients.microbatch import MicroBatch, Prompts, Rollout, pack
+from gradstore.engine.gradients.objectives import Objective, importance_weights, kl_weights
+from gradstore.engine.gradients.retrying import is_out_of_memory
+from gradstore.engine.gradients.sharding import gather, is_sharded, largest, reshard
 from gradstore.errors import RequestError
 
 log = logging.getLogger(__name__)

@@ -15,10 +15,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from engine.gradients.budget import give_back, micro_batch_tokens
-from engine.gradients.microbatch import MicroBatch
-from engine.gradients.sharding import is_sharded
-from engine.rollouts.group import Group
+from gradstore.engine.gradients.budget import give_back, micro_batch_tokens
+from gradstore.engine.gradients.microbatch import MicroBatch
+from gradstore.engine.gradients.sharding import is_sharded
+from gradstore.engine.rollouts.group import Group
 from gradstore.errors import RequestError
 
 log = logging.getLogger(__name__)

@@ -11,9 +11,9 @@ Dimension letters: R width of a side, O and I a layer's outputs and inputs.
 
 from dataclasses import dataclass, replace
 
-from engine.gradients.budget import MOST_SAMPLED
-from engine.planning.devices import Hardware
-from engine.planning.shapes import ModelShape
+from gradstore.engine.gradients.budget import MOST_SAMPLED
+from gradstore.engine.planning.devices import Hardware
+from gradstore.engine.planning.shapes import ModelShape
 
 _BACKWARD_ATTENTION = 2.5
 """Products of attention's backward for each of its forward: scores are computed again."""

@@ -2,13 +2,13 @@
 
 from dataclasses import dataclass
 
-from engine.gradients.budget import allowance, formed_within, tokens_within
-from engine.gradients.passes import LOGIT_BYTES, LOGIT_BYTES_ON_CPU
-from engine.planning.costs import Workload
-from engine.planning.devices import Hardware
-from engine.planning.shapes import ModelShape
-from engine.sketches.fitting import _BESIDE, window_size
-from engine.sketches.spectrum import COLUMNS, WIDEST
+from gradstore.engine.gradients.budget import allowance, formed_within, tokens_within
+from gradstore.engine.gradients.passes import LOGIT_BYTES, LOGIT_BYTES_ON_CPU
+from gradstore.engine.planning.costs import Workload
+from gradstore.engine.planning.devices import Hardware
+from gradstore.engine.planning.shapes import ModelShape
+from gradstore.engine.sketches.fitting import _BESIDE, window_size
+from gradstore.engine.sketches.spectrum import COLUMNS, WIDEST
 
 FLOAT32 = 4
 """Bytes of a float32 number, in which sides, cores, formed gradients and a probe's weights are kept."""

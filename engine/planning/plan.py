@@ -7,12 +7,12 @@ compare with measurements.
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
-from engine.gradients.budget import LEAST, MOST_SAMPLED, allowance
-from engine.planning import costs, memory
-from engine.planning.costs import Work, Workload
-from engine.planning.devices import Hardware
-from engine.planning.shapes import ModelShape
-from engine.sketches.fitting import PASSES
+from gradstore.engine.gradients.budget import LEAST, MOST_SAMPLED, allowance
+from gradstore.engine.planning import costs, memory
+from gradstore.engine.planning.costs import Work, Workload
+from gradstore.engine.planning.devices import Hardware
+from gradstore.engine.planning.shapes import ModelShape
+from gradstore.engine.sketches.fitting import PASSES
 from gradstore.errors import RequestError
 from gradstore.layout import row_arrays
 

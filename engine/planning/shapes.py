@@ -16,8 +16,8 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from engine.gradients.budget import activation_bytes, key_value_bytes
-from engine.gradients.layers import find_layers, head_of, linear_outputs
+from gradstore.engine.gradients.budget import activation_bytes, key_value_bytes
+from gradstore.engine.gradients.layers import find_layers, head_of, linear_outputs
 from gradstore.errors import RequestError
 
 

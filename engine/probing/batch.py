@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from engine.gradients.objectives import Objective
-from engine.probing import statistics as probe_statistics
-from engine.probing.calibration import Calibration
-from engine.rollouts.group import Group
 from gradstore import Store
+from gradstore.engine.gradients.objectives import Objective
+from gradstore.engine.probing import statistics as probe_statistics
+from gradstore.engine.probing.calibration import Calibration
+from gradstore.engine.rollouts.group import Group
 from gradstore.errors import RequestError
 from gradstore.state import State
 

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
-from engine.gradients.directions import Direction
-from engine.gradients.sharding import inner, own_part, reshard
+from gradstore.engine.gradients.directions import Direction
+from gradstore.engine.gradients.sharding import inner, own_part, reshard
 from gradstore.errors import RequestError
 
 Move = Callable[[float], None]

@@ -20,17 +20,17 @@ import numpy as np
 import torch
 from torch import nn
 
-from engine.gradients.directions import Direction, dot_along, evaluating
-from engine.gradients.gradient_pass import GradientPass
-from engine.gradients.logprobs import TokenLogprobs, response_logprobs
-from engine.gradients.objectives import Objective, importance_weights, objective, rollout_weights
-from engine.gradients.sharding import n_shards, reshard, total
-from engine.probing import statistics as probe_statistics
-from engine.probing.batch import ProbeBatch
-from engine.probing.calibration import Calibration, best_step
-from engine.probing.displacement import LowRankBranch, Move, displaced
-from engine.rollouts.group import Group
-from engine.sketches.sketcher import SketchSpec
+from gradstore.engine.gradients.directions import Direction, dot_along, evaluating
+from gradstore.engine.gradients.gradient_pass import GradientPass
+from gradstore.engine.gradients.logprobs import TokenLogprobs, response_logprobs
+from gradstore.engine.gradients.objectives import Objective, importance_weights, objective, rollout_weights
+from gradstore.engine.gradients.sharding import n_shards, reshard, total
+from gradstore.engine.probing import statistics as probe_statistics
+from gradstore.engine.probing.batch import ProbeBatch
+from gradstore.engine.probing.calibration import Calibration, best_step
+from gradstore.engine.probing.displacement import LowRankBranch, Move, displaced
+from gradstore.engine.rollouts.group import Group
+from gradstore.engine.sketches.sketcher import SketchSpec
 from gradstore.errors import RequestError
 
 log = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 from scipy import special, stats  # type: ignore[import-untyped]
 
-from engine.gradients.objectives import Objective, advantages
+from gradstore.engine.gradients.objectives import Objective, advantages
 
 PROBE_SCORES = ("dot", "corr", "snr", "lcb", "shrunk", "fdr")
 """What a probe's problems can be ranked by."""

@@ -1,9 +1,9 @@
 """Rollouts as input: files of any supported format, checked row by row and read group by group."""
 
-from engine.rollouts.group import Group
-from engine.rollouts.rollout import FORMATS, Rollout, text_id
-from engine.rollouts.source import RolloutSource, read_rollouts
-from engine.rollouts.write import RolloutWriter, write_rollouts
+from gradstore.engine.rollouts.group import Group
+from gradstore.engine.rollouts.rollout import FORMATS, Rollout, text_id
+from gradstore.engine.rollouts.source import RolloutSource, read_rollouts
+from gradstore.engine.rollouts.write import RolloutWriter, write_rollouts
 
 __all__ = [
     "FORMATS",

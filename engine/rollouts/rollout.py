@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from engine.rollouts.templates import Prompt
+from gradstore.engine.rollouts.templates import Prompt
 from gradstore.errors import RequestError
 from gradstore.keepable import check_keepable
 

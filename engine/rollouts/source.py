@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from engine.rollouts import tokens
-from engine.rollouts.files import RowFile, open_rows
-from engine.rollouts.group import Group
-from engine.rollouts.rollout import FORMATS, Rollout, detect_format, read_row
-from engine.rollouts.templates import check_arguments, kept_arguments, prompt_text, tools_of
+from gradstore.engine.rollouts import tokens
+from gradstore.engine.rollouts.files import RowFile, open_rows
+from gradstore.engine.rollouts.group import Group
+from gradstore.engine.rollouts.rollout import FORMATS, Rollout, detect_format, read_row
+from gradstore.engine.rollouts.templates import check_arguments, kept_arguments, prompt_text, tools_of
 from gradstore.errors import RequestError
 
 _LOGPROBS = ("logprobs", "reference_logprobs")
@@ -26,7 +26,7 @@ class RolloutSource:
     """Checked rollouts of one policy version by problem, in order of first appearance. Made by read_rollouts."""
 
     format: str
-    """One of engine.rollouts.FORMATS."""
+    """One of gradstore.engine.rollouts.FORMATS."""
     step: int | None
     """The policy version that sampled them, where the rows tell; verl's training dump of trainer step t has t - 1."""
     problem_ids: list[str]

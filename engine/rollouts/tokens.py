@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from engine.rollouts.templates import Prompt, prompt_text
+from gradstore.engine.rollouts.templates import Prompt, prompt_text
 
 
 def prompt_ids(

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from engine.rollouts.rollout import Rollout
+from gradstore.engine.rollouts.rollout import Rollout
 from gradstore.errors import RequestError
 
 ROW_GROUP_ROWS = 4096

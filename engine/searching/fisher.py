@@ -22,9 +22,9 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from engine.searching.blocks import blocks_of, only_basis
 from gradstore import Store, View
 from gradstore.durable import crc32c, fsync_folder
+from gradstore.engine.searching.blocks import blocks_of, only_basis
 from gradstore.errors import GradstoreError, RequestError
 from gradstore.layout import COLLECTIONS, INDEXES
 

@@ -15,13 +15,13 @@ from typing import Literal
 
 import numpy as np
 
-from engine.searching.fisher import DAMPING
-from engine.searching.query import Hits, Metric, eligible_positions, query_vectors, score_rows
-from engine.searching.ranking import best
-from engine.searching.scan import scan_best
-from engine.searching.targets import Target
-from engine.searching.where import Where
 from gradstore import View
+from gradstore.engine.searching.fisher import DAMPING
+from gradstore.engine.searching.query import Hits, Metric, eligible_positions, query_vectors, score_rows
+from gradstore.engine.searching.ranking import best
+from gradstore.engine.searching.scan import scan_best
+from gradstore.engine.searching.targets import Target
+from gradstore.engine.searching.where import Where
 from gradstore.errors import RequestError
 
 Fusion = Literal["mean", "minimum", "rrf"]

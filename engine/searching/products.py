@@ -137,7 +137,7 @@ def _bit_product(queries_QD: np.ndarray) -> Product:
 def _kernel() -> ModuleType | None:
     """`_products.c`, where it was built and this processor has what it needs."""
     try:
-        from engine.searching import _products
+        from gradstore.engine.searching import _products
     except ImportError:
         log.warning("gradstore was installed without a C compiler: scans for several queries take half as long again")
         return None

@@ -13,14 +13,14 @@ from typing import Literal
 
 import numpy as np
 
-from engine.indexes import Index, index_for
-from engine.searching.blocks import laid_out, lengths_of, only_basis, scaled
-from engine.searching.fisher import DAMPING, preconditioned
-from engine.searching.ranking import best
-from engine.searching.scan import scan_rows
-from engine.searching.targets import Target
-from engine.searching.where import Where
 from gradstore import View
+from gradstore.engine.searching.blocks import laid_out, lengths_of, only_basis, scaled
+from gradstore.engine.searching.fisher import DAMPING, preconditioned
+from gradstore.engine.searching.indexes import Index, index_for
+from gradstore.engine.searching.ranking import best
+from gradstore.engine.searching.scan import scan_rows
+from gradstore.engine.searching.targets import Target
+from gradstore.engine.searching.where import Where
 from gradstore.errors import RequestError
 
 Metric = Literal["cosine", "dot", "fisher"]

@@ -15,10 +15,10 @@ from functools import partial
 
 import numpy as np
 
-from engine.searching.blocks import blocks_of
-from engine.searching.products import PICKED_AT_ONCE, PRODUCTS, Pick, Product, int8_product_apart, picking
-from engine.searching.ranking import best
 from gradstore import View
+from gradstore.engine.searching.blocks import blocks_of
+from gradstore.engine.searching.products import PICKED_AT_ONCE, PRODUCTS, Pick, Product, int8_product_apart, picking
+from gradstore.engine.searching.ranking import best
 from gradstore.view import Piece
 
 QUERIES_AT_ONCE = 16

@@ -2,10 +2,10 @@
 
 import numpy as np
 
-from engine.searching.fisher import DAMPING
-from engine.searching.query import Metric, query_vectors
-from engine.searching.targets import Target
 from gradstore import View
+from gradstore.engine.searching.fisher import DAMPING
+from gradstore.engine.searching.query import Metric, query_vectors
+from gradstore.engine.searching.targets import Target
 from gradstore.errors import RequestError
 
 

@@ -5,8 +5,8 @@ from typing import Literal
 
 import numpy as np
 
-from engine.searching.blocks import laid_out
 from gradstore import State, Store, View
+from gradstore.engine.searching.blocks import laid_out
 from gradstore.errors import RequestError
 
 Aggregate = Literal["mean", "unit_mean"]

@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from engine.searching.blocks import lengths_at, lengths_of, scaled
-from engine.searching.scan import scan_rows
-from engine.searching.targets import Target
 from gradstore import View
+from gradstore.engine.searching.blocks import lengths_at, lengths_of, scaled
+from gradstore.engine.searching.scan import scan_rows
+from gradstore.engine.searching.targets import Target
 from gradstore.errors import RequestError
 
 if TYPE_CHECKING:
-    from engine.probing.batch import ProbeBatch
-    from engine.selecting.history import History
+    from gradstore.engine.probing.batch import ProbeBatch
+    from gradstore.engine.selecting.history import History
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +62,7 @@ class Candidates:
     @cached_property
     def history(self) -> "History":
         """Posterior of each candidate's pass rate, number and last step of its measurements, as of the view."""
-        from engine.selecting.history import History
+        from gradstore.engine.selecting.history import History
 
         view = self.view
         table = view.store.history(view.collection, view.at)

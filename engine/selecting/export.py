@@ -6,9 +6,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from engine.selecting.selection import Selection
 from gradstore import Store, to_verl
 from gradstore.durable import whole_file, write_text_file
+from gradstore.engine.selecting.selection import Selection
 from gradstore.errors import RequestError
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 from scipy.special import betaln  # type: ignore[import-untyped]
 
-from engine.selecting.membership import places
+from gradstore.engine.selecting.membership import places
 from gradstore.errors import RequestError
 
 

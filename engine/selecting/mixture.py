@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from engine.selecting.candidates import Selector
-from engine.selecting.selectors import SELECTORS
+from gradstore.engine.selecting.candidates import Selector
+from gradstore.engine.selecting.selectors import SELECTORS
 from gradstore.errors import RequestError
 
 

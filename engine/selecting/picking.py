@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from engine.searching.ranking import best
-from engine.selecting.apportionment import apportion, cross
-from engine.selecting.candidates import Candidates, Scored, Selector
-from engine.selecting.diversity import Diversity
-from engine.selecting.membership import places
-from engine.selecting.mixture import Part
-from engine.selecting.quotas import OTHERS, group_sizes
+from gradstore.engine.searching.ranking import best
+from gradstore.engine.selecting.apportionment import apportion, cross
+from gradstore.engine.selecting.candidates import Candidates, Scored, Selector
+from gradstore.engine.selecting.diversity import Diversity
+from gradstore.engine.selecting.membership import places
+from gradstore.engine.selecting.mixture import Part
+from gradstore.engine.selecting.quotas import OTHERS, group_sizes
 from gradstore.errors import RequestError
 
 Take = Callable[[np.ndarray, int], np.ndarray]

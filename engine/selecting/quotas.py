@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from engine.selecting.apportionment import apportion
+from gradstore.engine.selecting.apportionment import apportion
 from gradstore.errors import RequestError
 
 OTHERS = "sources without a quota"

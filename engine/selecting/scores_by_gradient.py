@@ -6,12 +6,12 @@ P candidates, Q targets, D sketch dimensions.
 
 import numpy as np
 
-from engine.searching.fusion import fuse_scores
-from engine.searching.scan import scan_rows
-from engine.searching.targets import Target, target
-from engine.selecting.candidates import Candidates, Selector
-from engine.selecting.membership import places
 from gradstore import State
+from gradstore.engine.searching.fusion import fuse_scores
+from gradstore.engine.searching.scan import scan_rows
+from gradstore.engine.searching.targets import Target, target
+from gradstore.engine.selecting.candidates import Candidates, Selector
+from gradstore.engine.selecting.membership import places
 from gradstore.errors import RequestError
 
 
@@ -24,7 +24,7 @@ def _dot(candidates: Candidates) -> np.ndarray:
 
 
 def _fisher(candidates: Candidates) -> np.ndarray:
-    from engine.searching.fisher import preconditioned
+    from gradstore.engine.searching.fisher import preconditioned
 
     if candidates.target_D is None:
         raise RequestError("this selector needs a target")

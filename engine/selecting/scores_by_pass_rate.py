@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from engine.selecting.candidates import Candidates, Selector
+from gradstore.engine.selecting.candidates import Candidates, Selector
 
 
 def _uniform(candidates: Candidates) -> np.ndarray:

@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from engine.selecting.candidates import Candidates, Scored, Selector
-from engine.selecting.membership import places
 from gradstore import View
+from gradstore.engine.selecting.candidates import Candidates, Scored, Selector
+from gradstore.engine.selecting.membership import places
 from gradstore.errors import RequestError
 
 if TYPE_CHECKING:
-    from engine.probing.batch import ProbeBatch
+    from gradstore.engine.probing.batch import ProbeBatch
 
 
 def stored_probes(view: View, benchmark: str) -> tuple["ProbeBatch", int]:
     """The probes stored along a benchmark at the newest step of the view, and that step; RequestError without any."""
-    from engine.probing.batch import ProbeBatch
+    from gradstore.engine.probing.batch import ProbeBatch
 
     steps = view.store.probes(view.collection, target=benchmark)["step"].to_numpy()
     steps = steps if view.at is None else steps[steps <= view.at]
@@ -37,7 +37,7 @@ def stored_probes(view: View, benchmark: str) -> tuple["ProbeBatch", int]:
 
 def _by(kind: str) -> Callable[[Candidates], Scored]:
     def score(candidates: Candidates) -> Scored:
-        from engine.probing import statistics
+        from gradstore.engine.probing import statistics
 
         probes = candidates.probes
         if probes is None:

@@ -10,22 +10,22 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from engine.searching.query import direction
-from engine.searching.targets import Target
-from engine.searching.where import Where
-from engine.selecting.candidates import Candidates, Selector
-from engine.selecting.diversity import Diversity
-from engine.selecting.membership import places
-from engine.selecting.mixture import Part, mixture_name, parts_of
-from engine.selecting.picking import Picks, answer, numbers_of_picks, pick_from_groups, refuse_shortage, taker
-from engine.selecting.quotas import check_quotas, groups_of
-from engine.selecting.sampling import softened
-from engine.selecting.scores_by_probe import stored_probes
 from gradstore import State, Store, View
+from gradstore.engine.searching.query import direction
+from gradstore.engine.searching.targets import Target
+from gradstore.engine.searching.where import Where
+from gradstore.engine.selecting.candidates import Candidates, Selector
+from gradstore.engine.selecting.diversity import Diversity
+from gradstore.engine.selecting.membership import places
+from gradstore.engine.selecting.mixture import Part, mixture_name, parts_of
+from gradstore.engine.selecting.picking import Picks, answer, numbers_of_picks, pick_from_groups, refuse_shortage, taker
+from gradstore.engine.selecting.quotas import check_quotas, groups_of
+from gradstore.engine.selecting.sampling import softened
+from gradstore.engine.selecting.scores_by_probe import stored_probes
 from gradstore.errors import RequestError
 
 if TYPE_CHECKING:
-    from engine.probing.batch import ProbeBatch
+    from gradstore.engine.probing.batch import ProbeBatch
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)

@@ -8,10 +8,10 @@ from collections.abc import Iterator, Mapping
 from functools import cached_property
 from importlib.metadata import EntryPoint, entry_points
 
-from engine.selecting.candidates import Selector
-from engine.selecting.scores_by_gradient import BY_GRADIENT
-from engine.selecting.scores_by_pass_rate import BY_PASS_RATE
-from engine.selecting.scores_by_probe import BY_PROBE
+from gradstore.engine.selecting.candidates import Selector
+from gradstore.engine.selecting.scores_by_gradient import BY_GRADIENT
+from gradstore.engine.selecting.scores_by_pass_rate import BY_PASS_RATE
+from gradstore.engine.selecting.scores_by_probe import BY_PROBE
 from gradstore.errors import RequestError
 
 GROUP = "gradstore.selectors"

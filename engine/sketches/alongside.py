@@ -19,13 +19,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.gradients.directions import summed_gradient
-from engine.gradients.hooks import Observer
-from engine.gradients.layers import Layer
-from engine.gradients.microbatch import rollouts_of
-from engine.gradients.objectives import Objective, rollout_weights
-from engine.rollouts.group import Group, joined
-from engine.sketches.sketcher import SketchBatch, Sketcher
+from gradstore.engine.gradients.directions import summed_gradient
+from gradstore.engine.gradients.hooks import Observer
+from gradstore.engine.gradients.layers import Layer
+from gradstore.engine.gradients.microbatch import rollouts_of
+from gradstore.engine.gradients.objectives import Objective, rollout_weights
+from gradstore.engine.rollouts.group import Group, joined
+from gradstore.engine.sketches.sketcher import SketchBatch, Sketcher
 
 log = logging.getLogger(__name__)
 

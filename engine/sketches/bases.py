@@ -13,12 +13,12 @@ import numpy as np
 from safetensors.numpy import load, save
 from torch import nn
 
-from engine.gradients.coverage import Coverage
-from engine.gradients.optimizer_direction import OptimizerDirection
-from engine.sketches.projection import Fold, LayerBasis, Projection
-from engine.sketches.sketcher import Sketcher, SketchSpec
 from gradstore import Store, create
 from gradstore.attachments import COVERAGE, read_attachment
+from gradstore.engine.gradients.coverage import Coverage
+from gradstore.engine.gradients.optimizer_direction import OptimizerDirection
+from gradstore.engine.sketches.projection import Fold, LayerBasis, Projection
+from gradstore.engine.sketches.sketcher import Sketcher, SketchSpec
 from gradstore.errors import DamagedError, FingerprintError, RequestError
 
 

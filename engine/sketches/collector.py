@@ -12,15 +12,15 @@ from typing import Literal
 
 from torch import nn
 
-from engine.gradients.coverage import least_of
-from engine.gradients.coverage import measure as measured_coverage
-from engine.rollouts.group import Group
-from engine.rollouts.source import RolloutSource
-from engine.sketches.bases import basis_of, load_projection
-from engine.sketches.faithfulness import ExactRanking, Rows
-from engine.sketches.sketcher import SketchBatch, Sketcher, SketchSpec
 from gradstore import State, Store, Writer
 from gradstore.attachments import keep_coverage, read_coverage
+from gradstore.engine.gradients.coverage import least_of
+from gradstore.engine.gradients.coverage import measure as measured_coverage
+from gradstore.engine.reliability.fidelity import ExactRanking, Rows
+from gradstore.engine.rollouts.group import Group
+from gradstore.engine.rollouts.source import RolloutSource
+from gradstore.engine.sketches.bases import basis_of, load_projection
+from gradstore.engine.sketches.sketcher import SketchBatch, Sketcher, SketchSpec
 from gradstore.errors import RequestError
 
 Measure = Literal["auto", "always", "never"]

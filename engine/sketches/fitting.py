@@ -26,12 +26,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from engine.gradients.layers import Layer
-from engine.gradients.sharding import largest, own_share, total
-from engine.rollouts.group import Group
-from engine.rollouts.source import RolloutSource
-from engine.sketches.one_sided import Covariances, Fitted, OneSided, Sides
-from engine.sketches.projection import (
+from gradstore.engine.gradients.layers import Layer
+from gradstore.engine.gradients.sharding import largest, own_share, total
+from gradstore.engine.rollouts.group import Group
+from gradstore.engine.rollouts.source import RolloutSource
+from gradstore.engine.sketches.one_sided import Covariances, Fitted, OneSided, Sides
+from gradstore.engine.sketches.projection import (
     LayerBasis,
     Projection,
     Shape,
@@ -40,7 +40,7 @@ from engine.sketches.projection import (
     fitted_projection,
     random_bases,
 )
-from engine.sketches.sketcher import SketchBatch, Sketcher, SketchSpec
+from gradstore.engine.sketches.sketcher import SketchBatch, Sketcher, SketchSpec
 from gradstore.errors import RequestError
 from gradstore.state import State
 

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from engine.gradients.sharding import divided, sum_over_ranks, summed_by_key
-from engine.sketches.projection import LayerBasis
-from engine.sketches.sketcher import in_slots, project
-from engine.sketches.spectrum import Spectrum
+from gradstore.engine.gradients.sharding import divided, sum_over_ranks, summed_by_key
+from gradstore.engine.sketches.projection import LayerBasis
+from gradstore.engine.sketches.sketcher import in_slots, project
+from gradstore.engine.sketches.spectrum import Spectrum
 
 Sides = tuple[np.ndarray, np.ndarray]
 """Left float32 [O, R] and right float32 [I, R] of a layer, orthonormal."""

@@ -16,15 +16,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from engine.gradients.adapters import adapter_identity
-from engine.gradients.formed import problem_gradients
-from engine.gradients.gradient_pass import EffectiveSampleSize, GradientPass
-from engine.gradients.hooks import Observer
-from engine.gradients.layers import Layer, model_identity
-from engine.gradients.objectives import Objective, objective
-from engine.gradients.optimizer_direction import OptimizerDirection
-from engine.rollouts.group import Group
-from engine.sketches.projection import Kind, LayerBasis, Projection, dense_projection, random_projection
+from gradstore.engine.gradients.adapters import adapter_identity
+from gradstore.engine.gradients.formed import problem_gradients
+from gradstore.engine.gradients.gradient_pass import EffectiveSampleSize, GradientPass
+from gradstore.engine.gradients.hooks import Observer
+from gradstore.engine.gradients.layers import Layer, model_identity
+from gradstore.engine.gradients.objectives import Objective, objective
+from gradstore.engine.gradients.optimizer_direction import OptimizerDirection
+from gradstore.engine.rollouts.group import Group
+from gradstore.engine.sketches.projection import Kind, LayerBasis, Projection, dense_projection, random_projection
 from gradstore.errors import RequestError
 from gradstore.state import State
 

@@ -183,7 +183,7 @@ ARTEFACTS = Path(__file__).parents[2] / "artefacts"
 @pytest.fixture(scope="session")
 def course(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a short training run of the demo's model: `store`, with three rounds, and `rollouts/`."""
-    from trainer.demo.course import CourseSettings, run_course
+    from gradstore.demo.course import CourseSettings, run_course
 
     folder = tmp_path_factory.mktemp("course")
     run_course(folder, CourseSettings())
@@ -202,10 +202,10 @@ class Made:
 @pytest.fixture(scope="session")
 def made(course: Path, tmp_path_factory: pytest.TempPathFactory) -> Made:
     """The report of the short run, with its rollouts."""
-    from analysis.report import write_report
-    from engine.gradients.models import load_tokenizer
-    from trainer.demo.course import ROLLOUTS
-    from trainer.demo.run import MODEL
+    from gradstore.analysis.report import write_report
+    from gradstore.demo.course import ROLLOUTS
+    from gradstore.demo.run import MODEL
+    from gradstore.engine.gradients.models import load_tokenizer
 
     store = gradstore.open(course / "store")
     path = tmp_path_factory.mktemp("report") / "report.html"
@@ -216,11 +216,11 @@ def made(course: Path, tmp_path_factory: pytest.TempPathFactory) -> Made:
 @pytest.fixture(scope="session")
 def trained(course: Path) -> Any:
     """A catalogue of the explorer over the short run, with its rollout files."""
-    from analysis.explorer.catalogue import Catalogue
-    from analysis.report.transcripts import Transcripts
-    from engine.gradients.models import load_tokenizer
-    from trainer.demo.course import ROLLOUTS
-    from trainer.demo.run import MODEL
+    from gradstore.analysis.explorer.catalogue import Catalogue
+    from gradstore.analysis.report.transcripts import Transcripts
+    from gradstore.demo.course import ROLLOUTS
+    from gradstore.demo.run import MODEL
+    from gradstore.engine.gradients.models import load_tokenizer
 
     transcripts = Transcripts([course / ROLLOUTS], load_tokenizer(MODEL))
     return Catalogue(gradstore.open(course / "store"), "pool", ("sums", "spelling"), transcripts)

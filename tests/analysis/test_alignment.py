@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from analysis.alignment import COLUMNS, alignment, states, summary
-from analysis.trajectory import measured_steps, trajectory
+from gradstore.analysis.alignment import COLUMNS, alignment, states, summary
+from gradstore.analysis.trajectory import measured_steps, trajectory
 from gradstore.errors import RequestError
 
 

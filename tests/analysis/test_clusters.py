@@ -5,8 +5,8 @@ import pytest
 from sklearn.decomposition import PCA
 from sklearn.metrics import adjusted_rand_score
 
-from analysis.clusters import COLUMNS, NOISE, clusters, sizes
-from analysis.composition import picks_over_time
+from gradstore.analysis.clusters import COLUMNS, NOISE, clusters, sizes
+from gradstore.analysis.composition import picks_over_time
 from gradstore.errors import RequestError
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import pearsonr, spearmanr
 
-from analysis.conflict import COLUMNS, conflict, contested
+from gradstore.analysis.conflict import COLUMNS, conflict, contested
 from gradstore.errors import RequestError
 
 

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from analysis.composition import difficulty, picks_over_time
-from analysis.curricula import BEST, TRAINED, counterfactual
-from engine import select, target
+from gradstore.analysis.composition import difficulty, picks_over_time
+from gradstore.analysis.curricula import BEST, TRAINED, counterfactual
+from gradstore.engine import select, target
 from gradstore.errors import RequestError
 
 

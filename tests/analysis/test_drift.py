@@ -5,9 +5,9 @@ import pandas as pd
 import pytest
 from scipy.stats import spearmanr
 
-from analysis.agreement import calibrated, chance, jaccard, rank_biased_overlap, spearman
-from analysis.drift import half_life, ranking_drift, staleness, target_drift
-from analysis.noise import half_dots, rank_reliability
+from gradstore.analysis.agreement import calibrated, chance, jaccard, rank_biased_overlap, spearman
+from gradstore.analysis.drift import half_life, ranking_drift, staleness, target_drift
+from gradstore.analysis.noise import half_dots, rank_reliability
 from gradstore.errors import RequestError
 
 

@@ -6,12 +6,12 @@ import torch
 from scipy.stats import spearmanr
 from sklearn.metrics import roc_auc_score
 
-from analysis.evaluation.brittleness import brittleness
-from analysis.evaluation.digits import DigitsTask, folded
-from analysis.evaluation.lds import lds, random_subsets
-from analysis.evaluation.mislabel import mislabel_auc
-from analysis.evaluation.scores import score_matrix, self_influence
-from analysis.evaluation.tail_patch import tail_patch
+from gradstore.analysis.evaluation.brittleness import brittleness
+from gradstore.analysis.evaluation.digits import DigitsTask, folded
+from gradstore.analysis.evaluation.lds import lds, random_subsets
+from gradstore.analysis.evaluation.mislabel import mislabel_auc
+from gradstore.analysis.evaluation.scores import score_matrix, self_influence
+from gradstore.analysis.evaluation.tail_patch import tail_patch
 from gradstore.errors import RequestError
 
 SMALL = DigitsTask(n_train=120, n_test=20, hidden=8, steps=30)

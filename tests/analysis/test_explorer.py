@@ -12,12 +12,12 @@ import pandas as pd
 import pytest
 
 import gradstore
-from analysis.explorer import problem
-from analysis.explorer.access import COOKIE, is_loopback, new_token
-from analysis.explorer.app import make_app
-from analysis.explorer.catalogue import Catalogue, Filter
-from analysis.report.transcripts import Transcript
 from gradstore import State, Store
+from gradstore.analysis.explorer import problem
+from gradstore.analysis.explorer.access import COOKIE, is_loopback, new_token
+from gradstore.analysis.explorer.app import make_app
+from gradstore.analysis.explorer.catalogue import Catalogue, Filter
+from gradstore.analysis.report.transcripts import Transcript
 from gradstore.errors import RequestError
 
 

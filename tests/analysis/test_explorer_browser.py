@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from analysis.explorer.catalogue import Catalogue, Filter
-from trainer.demo.course import ROLLOUTS
-from trainer.demo.run import MODEL
+from gradstore.analysis.explorer.catalogue import Catalogue, Filter
+from gradstore.demo.course import ROLLOUTS
+from gradstore.demo.run import MODEL
 
 
 def started(course: Path, *more: str) -> tuple[subprocess.Popen, str]:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from analysis.layers import layers
+from gradstore.analysis.layers import layers
 
 
 @pytest.mark.parametrize("metric", ["cosine", "dot"])

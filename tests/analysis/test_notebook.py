@@ -7,9 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import engine
 import gradstore
-from gradstore import State, Store
+from gradstore import State, Store, engine
 
 TUTORIAL = Path(__file__).parents[2] / "docs/tutorial.ipynb"
 EVIL = "<script>alert(1)</script>&"

@@ -14,17 +14,17 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis import figures, plots
-from analysis.alignment import alignment, summary
-from analysis.clusters import clusters
-from analysis.composition import picks_over_time
-from analysis.conflict import conflict
-from analysis.curricula import BEST, counterfactual
-from analysis.drift import half_life, ranking_drift, staleness, target_drift
-from analysis.layers import layers
-from analysis.report.interactive import PALETTE, colours
-from analysis.suspicion import suspicious
-from analysis.turning import turning
+from gradstore.analysis import figures, plots
+from gradstore.analysis.alignment import alignment, summary
+from gradstore.analysis.clusters import clusters
+from gradstore.analysis.composition import picks_over_time
+from gradstore.analysis.conflict import conflict
+from gradstore.analysis.curricula import BEST, counterfactual
+from gradstore.analysis.drift import half_life, ranking_drift, staleness, target_drift
+from gradstore.analysis.layers import layers
+from gradstore.analysis.report.interactive import PALETTE, colours
+from gradstore.analysis.suspicion import suspicious
+from gradstore.analysis.turning import turning
 from gradstore.errors import RequestError
 
 PAIR = ("pool", "bench")

@@ -12,17 +12,17 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis.report import write_report
-from analysis.report.assembly import assemble
-from analysis.report.findings import find
-from analysis.report.pieces import Figure, Page, Table, written
-from analysis.report.rendering import to_html
-from analysis.report.transcripts import Transcripts, chosen
-from engine.gradients.models import load_tokenizer
 from gradstore import State, Store
+from gradstore.analysis.report import write_report
+from gradstore.analysis.report.assembly import assemble
+from gradstore.analysis.report.findings import find
+from gradstore.analysis.report.pieces import Figure, Page, Table, written
+from gradstore.analysis.report.rendering import to_html
+from gradstore.analysis.report.transcripts import Transcripts, chosen
+from gradstore.demo.course import ROLLOUTS
+from gradstore.demo.run import MODEL
+from gradstore.engine.gradients.models import load_tokenizer
 from gradstore.errors import RequestError
-from trainer.demo.course import ROLLOUTS
-from trainer.demo.run import MODEL
 
 
 def figure(page: Page, key: str) -> Figure:
@@ -189,7 +189,7 @@ def test_warnings_are_plain_and_true(make_history: Callable) -> None:
 
 def test_a_noise_floor_that_is_cut_off_is_not_drawn() -> None:
     """Extrapolated to full agreement from a few steps it would make anything look like drift."""
-    from analysis.drift import tells_noise
+    from gradstore.analysis.drift import tells_noise
 
     frame = pd.DataFrame({"reliability": [0.7], "noise_from": ["repeats"]})
     assert tells_noise(frame)

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 import gradstore
-from analysis.report import write_report
-from analysis.report.pieces import Figure, Page, Series, written
-from analysis.report.rendering import to_markdown
 from gradstore import Store
+from gradstore.analysis.report import write_report
+from gradstore.analysis.report.pieces import Figure, Page, Series, written
+from gradstore.analysis.report.rendering import to_markdown
 
 # Files ---------------------------------------------------------------------------------------------------------------
 
@@ -35,7 +35,7 @@ def test_figures_are_what_plotly_knows(made: Any) -> None:
     """plotly's own validation of every trace and layout."""
     from plotly.graph_objects import Figure as Plotly
 
-    from analysis.report.interactive import drawn
+    from gradstore.analysis.report.interactive import drawn
 
     for one in made.page.figures:
         parts = drawn(one)

@@ -7,7 +7,7 @@ import pytest
 from scipy.stats import rankdata
 from sklearn.metrics import roc_auc_score
 
-from analysis.suspicion import COLUMNS, WEIGHTS, auc, detection, suspicious
+from gradstore.analysis.suspicion import COLUMNS, WEIGHTS, auc, detection, suspicious
 from gradstore.errors import RequestError
 
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from analysis.noise import moderated
-from analysis.turning import COLUMNS, turning
+from gradstore.analysis.noise import moderated
+from gradstore.analysis.turning import COLUMNS, turning
 from gradstore.errors import RequestError
 
 

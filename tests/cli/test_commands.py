@@ -139,7 +139,7 @@ def test_import(cli, tmp_path, write_lines) -> None:
 @pytest.fixture
 def small_demo(monkeypatch) -> None:
     """The demo at a size a test can afford."""
-    from trainer.demo import course, run
+    from gradstore.demo import course, run
 
     small = run.DemoSettings(n_pool=100, n_benchmark=20, n_selected=10, n_rollouts=6, dim=200, n_fitted=30)
     monkeypatch.setattr(run, "DemoSettings", lambda: small)

@@ -4,13 +4,13 @@ import json
 
 import pytest
 
-from engine.gradients.coverage import Coverage, measure
-from engine.gradients.gradient_pass import GradientPass
-from engine.gradients.models import load_model, load_tokenizer
-from engine.rollouts import read_rollouts
-from engine.sketches.fitting import sample_groups
-from engine.sketches.sketcher import SketchSpec
 from gradstore.attachments import read_coverage
+from gradstore.engine.gradients.coverage import Coverage, measure
+from gradstore.engine.gradients.gradient_pass import GradientPass
+from gradstore.engine.gradients.models import load_model, load_tokenizer
+from gradstore.engine.rollouts import read_rollouts
+from gradstore.engine.sketches.fitting import sample_groups
+from gradstore.engine.sketches.sketcher import SketchSpec
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import gradstore
-from engine import PRESETS, SELECTORS, ProbeBatch, fuse_scores, search, select, target
-from engine.rollouts import Group
+from gradstore.engine import PRESETS, SELECTORS, ProbeBatch, fuse_scores, search, select, target
+from gradstore.engine.rollouts import Group
 
 DIM = 16
 
@@ -81,7 +81,7 @@ def test_indexes(cli, store, index: str) -> None:
 
 def test_a_refused_index_is_told(cli, store, monkeypatch) -> None:
     """The exact scan answers and a line says why."""
-    monkeypatch.setattr("engine.indexes.serve.self_test", refused)
+    monkeypatch.setattr("gradstore.engine.searching.indexes.serve.self_test", refused)
     options = ("query", store.path, "--against", "logic", "--pool", "pool", "-k", 5, "--json")
     status, out, err = cli(*options, "--index", "sq")
     assert status == 0
@@ -90,8 +90,8 @@ def test_a_refused_index_is_told(cli, store, monkeypatch) -> None:
 
 
 def refused(index, view, recall, k, queries):
-    from engine.indexes.kinds import Effort
-    from engine.indexes.rows import Tested
+    from gradstore.engine.searching.indexes.index import Tested
+    from gradstore.engine.searching.indexes.kinds import Effort
 
     return Tested(k, 0.4, 0.1, Effort())
 

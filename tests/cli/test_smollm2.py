@@ -21,7 +21,7 @@ import pytest
 from scipy.stats import spearmanr
 
 import gradstore
-from trainer.demo.real_model import smollm2
+from gradstore.demo.real_model import smollm2
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(1500)]
 
@@ -68,7 +68,7 @@ def folder(tmp_path_factory) -> Path:
         lines = [json.dumps(record) + "\n" for record in records]
         (made / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
     source = smollm2(MODELS / "smollm2", print)
-    started = [sys.executable, "-m", "trainer.demo.cold_start", source, made / "taught.jsonl", made / "model"]
+    started = [sys.executable, "-m", "gradstore.demo.cold_start", source, made / "taught.jsonl", made / "model"]
     subprocess.run([*map(str, started), "--steps", "10", "--batch", "8"], check=True)
     return made
 

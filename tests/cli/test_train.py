@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 
 import gradstore
-from engine import Reference, objective
-from engine.gradients.coverage import Coverage, LeftOut
-from engine.gradients.models import load_model
 from gradstore.attachments import read_coverage
-from trainer.demo import tasks
-from trainer.demo.run import MODEL
+from gradstore.demo import tasks
+from gradstore.demo.run import MODEL
+from gradstore.engine import Reference, objective
+from gradstore.engine.gradients.coverage import Coverage, LeftOut
+from gradstore.engine.gradients.models import load_model
 
 REWARD = """
 def compute_score(data_source, solution_str, ground_truth, extra_info=None):
@@ -74,7 +74,7 @@ def test_trains_and_goes_on(cli, files: Path) -> None:
 def test_too_little_coverage_is_refused(cli, files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One line that names what is left out and the setting that accepts it; the same folder can be used again."""
     little = Coverage(0.5, 0.906, 8, (LeftOut("model.mystery.weight", 0.5, 0.094),))
-    monkeypatch.setattr("trainer.local.policy.measure", lambda *given: little)
+    monkeypatch.setattr("gradstore.trainer.local.policy.measure", lambda *given: little)
     found = cli(*_arguments(files), *SETTINGS[:-1])
     assert found[0] == 2
     (line,) = [line for line in found[2].splitlines() if "accept" in line]

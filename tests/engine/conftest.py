@@ -23,9 +23,9 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 import gradstore
-from engine import PRESETS, ProbeBatch
-from engine.rollouts import Group
 from gradstore import State, Store
+from gradstore.engine import PRESETS, ProbeBatch
+from gradstore.engine.rollouts import Group
 
 N_VOCABULARY = 61
 

@@ -11,9 +11,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 from conftest import random_groups, random_model
 from ranks import sharded
 
-from engine import SketchSpec
-from engine.sketches.bases import _to_bytes
-from engine.sketches.fitting import fit
+from gradstore.engine import SketchSpec
+from gradstore.engine.sketches.bases import _to_bytes
+from gradstore.engine.sketches.fitting import fit
 
 SPEC = SketchSpec(rank=6, basis="fitted", dim=60, token_budget=40)
 

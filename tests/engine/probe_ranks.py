@@ -13,8 +13,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from conftest import random_groups, random_model
 from ranks import sharded
 
-from engine import Probe, validation_gradient
-from engine.gradients.sharding import own_part, reshard
+from gradstore.engine import Probe, validation_gradient
+from gradstore.engine.gradients.sharding import own_part, reshard
 
 EPS = 5e-3
 

@@ -11,8 +11,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from conftest import random_groups, random_model
 from ranks import sharded
 
-from engine import Sketcher, SketchSpec, exact_dots, layer_gradients
-from engine.gradients.coverage import measure
+from gradstore.engine import Sketcher, SketchSpec, exact_dots, layer_gradients
+from gradstore.engine.gradients.coverage import measure
 
 
 def main(rank: int, world: int, folder: Path) -> None:

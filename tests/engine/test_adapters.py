@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from engine import Sketcher, SketchSpec
-from engine.gradients.adapters import adapter_identity
-from engine.rollouts import Group
+from gradstore.engine import Sketcher, SketchSpec
+from gradstore.engine.gradients.adapters import adapter_identity
+from gradstore.engine.rollouts import Group
 from gradstore.errors import RequestError
 from tests.engine.test_sketcher import relative_error, slow_objective
 

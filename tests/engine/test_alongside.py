@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from engine.gradients.directions import summed_gradient
-from engine.gradients.gradient_pass import GradientPass
-from engine.gradients.layers import find_layers
-from engine.gradients.objectives import Objective, objective, rollout_weights
-from engine.rollouts.group import Group, joined
-from engine.sketches.alongside import Alongside, factor, sketched_and_summed
-from engine.sketches.fitting import fit_projection
-from engine.sketches.sketcher import Sketcher, SketchSpec
+from gradstore.engine.gradients.directions import summed_gradient
+from gradstore.engine.gradients.gradient_pass import GradientPass
+from gradstore.engine.gradients.layers import find_layers
+from gradstore.engine.gradients.objectives import Objective, objective, rollout_weights
+from gradstore.engine.rollouts.group import Group, joined
+from gradstore.engine.sketches.alongside import Alongside, factor, sketched_and_summed
+from gradstore.engine.sketches.fitting import fit_projection
+from gradstore.engine.sketches.sketcher import Sketcher, SketchSpec
 from gradstore.state import State
 from tests.engine.conftest import own_gradient
 

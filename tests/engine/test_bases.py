@@ -8,12 +8,19 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
-import engine
-from engine import Sketcher, SketchSpec, exact_dots, fit_projection, layer_gradients, search, select, target
-from engine.searching.fusion import search_each, search_fused
-from engine.searching.shares import layer_contributions
-from engine.sketches.bases import add_basis, bases_in_use, basis_of, create_store, load_projection, sketcher_of
-from engine.sketches.refitting import refit
+from gradstore import engine
+from gradstore.engine import Sketcher, SketchSpec, exact_dots, fit_projection, layer_gradients, search, select, target
+from gradstore.engine.reliability.refit import refit
+from gradstore.engine.searching.fusion import search_each, search_fused
+from gradstore.engine.searching.shares import layer_contributions
+from gradstore.engine.sketches.bases import (
+    add_basis,
+    bases_in_use,
+    basis_of,
+    create_store,
+    load_projection,
+    sketcher_of,
+)
 from gradstore.errors import FingerprintError, RequestError
 
 SPEC = SketchSpec(basis="fitted", rank=12, dim=600)
@@ -188,7 +195,7 @@ def test_refit_keeps_what_is_better_and_nothing_else(tmp_path, make_model, make_
     assert store.bases[1].about["step"] == 5
     assert load_projection(store).fidelity == found.anew
     # The fidelity it had when it was fitted is what a later measurement is held against.
-    monkeypatch.setattr("engine.sketches.collector.REFIT_BELOW", 0.0)
+    monkeypatch.setattr("gradstore.engine.sketches.collector.REFIT_BELOW", 0.0)
     kept, again = refit(store, newer, pool, bench, step=6)
     assert kept is newer
     assert (again.when_fitted, again.needed) == (found.anew, False)

@@ -11,15 +11,15 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralConfig, PreTrainedConfig, Qwen3Config
 
-from engine import OptimizerDirection, SketchSpec, exact_dots, fit_projection, layer_gradients, objective
-from engine.gradients.budget import LEAST, MOST_ON_CPU, activation_bytes, micro_batch_tokens
-from engine.gradients.directions import dot_along, summed_gradient, validation_gradient
-from engine.gradients.gradient_pass import GradientPass
-from engine.gradients.hooks import frozen
-from engine.gradients.logprobs import Reference
-from engine.gradients.optimizer_direction import AdamState
-from engine.rollouts.group import Group
-from engine.sketches.sketcher import Sketcher
+from gradstore.engine import OptimizerDirection, SketchSpec, exact_dots, fit_projection, layer_gradients, objective
+from gradstore.engine.gradients.budget import LEAST, MOST_ON_CPU, activation_bytes, micro_batch_tokens
+from gradstore.engine.gradients.directions import dot_along, summed_gradient, validation_gradient
+from gradstore.engine.gradients.gradient_pass import GradientPass
+from gradstore.engine.gradients.hooks import frozen
+from gradstore.engine.gradients.logprobs import Reference
+from gradstore.engine.gradients.optimizer_direction import AdamState
+from gradstore.engine.rollouts.group import Group
+from gradstore.engine.sketches.sketcher import Sketcher
 from gradstore.errors import RequestError
 
 SIZE: dict[str, Any] = {

@@ -13,19 +13,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import engine.sketches.collector
 import gradstore
-from engine import Sketcher, SketchSpec, create_store, objective
-from engine.gradients.coverage import Coverage, measure
-from engine.gradients.gradient_pass import GradientPass
-from engine.rollouts import Group, read_rollouts
-from engine.sketches.collector import windows
+import gradstore.engine.sketches.collector
 from gradstore import State
 from gradstore.attachments import read_coverage
+from gradstore.engine import Sketcher, SketchSpec, create_store, objective
+from gradstore.engine.gradients.coverage import Coverage, measure
+from gradstore.engine.gradients.gradient_pass import GradientPass
+from gradstore.engine.rollouts import Group, read_rollouts
+from gradstore.engine.sketches.collector import windows
 from gradstore.errors import FingerprintError, RequestError
 
 SPEC = SketchSpec(rank=4, token_budget=60)
-collect = partial(engine.collect, accept_coverage=0.0)
+collect = partial(gradstore.engine.collect, accept_coverage=0.0)
 """The tiny model's embedding, which is not sketched, holds much of its gradient."""
 
 
@@ -107,7 +107,7 @@ def test_another_fingerprint_is_refused_with_both_values(store, model, make_grou
 
 def test_bad_rollouts_lose_nothing(store, model, make_groups, monkeypatch) -> None:
     """An error in the middle of a stream keeps every row published before it."""
-    monkeypatch.setattr(engine.sketches.collector, "_PUBLISH_SECONDS", 0.0)
+    monkeypatch.setattr(gradstore.engine.sketches.collector, "_PUBLISH_SECONDS", 0.0)
     groups = make_groups(24)
     add(store, groups)
     long = Group("problem-20", groups[20].prompt_ids, [np.ones(90, np.int64)] * 2, np.array([0.0, 1.0]))
@@ -143,7 +143,7 @@ def test_killed_collect_resumes_to_the_same_store(tmp_path, model, make_groups, 
     rollouts = tmp_path / "rollouts.jsonl"
     write_rows(rollouts, make_groups(400))
     context = multiprocessing.get_context("forkserver")
-    preloaded = ["torch", "transformers.models.qwen2", "engine.sketches.collector", "gradstore.cli.make"]
+    preloaded = ["torch", "transformers.models.qwen2", "gradstore.engine.sketches.collector", "gradstore.cli.make"]
     context.set_forkserver_preload(preloaded)
 
     def start(store: Path) -> multiprocessing.Process:
@@ -198,7 +198,7 @@ def _run_collect(store: str, rollouts: str, model: str) -> None:
     from gradstore.cli import main
 
     torch.set_num_threads(1)
-    engine.sketches.collector._PUBLISH_SECONDS = 0.0
+    gradstore.engine.sketches.collector._PUBLISH_SECONDS = 0.0
     sys.argv = [
         "gradstore",
         "collect",
@@ -243,7 +243,7 @@ def test_a_new_store_keeps_its_coverage(store, model, make_groups) -> None:
     collect(store, "pool", groups, model=model, step=2, spec=SPEC)
     assert sorted((store.path / "attachments").iterdir()) == before
     before[0].unlink()
-    engine.collect(store, "pool", groups, model=model, step=3, spec=SPEC, accept_coverage=1.0)
+    gradstore.engine.collect(store, "pool", groups, model=model, step=3, spec=SPEC, accept_coverage=1.0)
     assert read_coverage(store.path) is None
     assert store.verify().ok
 
@@ -255,13 +255,13 @@ def test_too_little_coverage_is_refused(tmp_path, model, make_groups) -> None:
         add(create_store(tmp_path / name, sketcher), groups)
     store = gradstore.open(tmp_path / "asked", "a")
     with pytest.raises(RequestError, match=r"self_attn\.o_proj\.weight .*accept it: accept_coverage=0\.\d") as refused:
-        engine.collect(store, "pool", groups, sketcher=sketcher, step=0, accept_coverage=0.95)
+        gradstore.engine.collect(store, "pool", groups, sketcher=sketcher, step=0, accept_coverage=0.95)
     assert len(store.view("pool")) == 0
     assert read_coverage(store.path) is None
     least = float(str(refused.value).rpartition("=")[2])
-    assert engine.collect(store, "pool", groups, sketcher=sketcher, step=0, accept_coverage=least).live == 6
+    assert gradstore.engine.collect(store, "pool", groups, sketcher=sketcher, step=0, accept_coverage=least).live == 6
     chosen = gradstore.open(tmp_path / "chosen", "a")
-    assert engine.collect(chosen, "pool", groups, sketcher=sketcher, step=0).live == 6
+    assert gradstore.engine.collect(chosen, "pool", groups, sketcher=sketcher, step=0).live == 6
     assert read_coverage(chosen.path) == read_coverage(store.path)
     assert least <= Coverage.of(read_coverage(store.path)).share < least + 0.01
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from engine import SketchSpec
-from engine.gradients.coverage import Coverage, LeftOut, measure, seeing_enough
-from engine.gradients.gradient_pass import GradientPass
+from gradstore.engine import SketchSpec
+from gradstore.engine.gradients.coverage import Coverage, LeftOut, measure, seeing_enough
+from gradstore.engine.gradients.gradient_pass import GradientPass
 from gradstore.errors import RequestError
 from tests.engine.test_sketcher import slow_objective
 

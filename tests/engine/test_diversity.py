@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from engine import select, target
-from engine.selecting.diversity import Diversity, in_turn, kmeans_strata, mmr
+from gradstore.engine import select, target
+from gradstore.engine.selecting.diversity import Diversity, in_turn, kmeans_strata, mmr
 from gradstore.errors import RequestError
 
 

@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import nn
 
-from engine import Sketcher, SketchSpec
-from engine.gradients.exact import LayerGradients, exact_against, exact_dots, layer_gradients
-from engine.gradients.formed import blocks
-from engine.gradients.gradient_pass import GradientPass
-from engine.gradients.layers import find_layers
-from engine.gradients.objectives import PRESETS, Objective
-from engine.rollouts import Group
+from gradstore.engine import Sketcher, SketchSpec
+from gradstore.engine.gradients.exact import LayerGradients, exact_against, exact_dots, layer_gradients
+from gradstore.engine.gradients.formed import blocks
+from gradstore.engine.gradients.gradient_pass import GradientPass
+from gradstore.engine.gradients.layers import find_layers
+from gradstore.engine.gradients.objectives import PRESETS, Objective
+from gradstore.engine.rollouts import Group
 from gradstore.errors import RequestError
 from gradstore.state import State
 from tests.engine.conftest import own_gradient
@@ -87,7 +87,7 @@ def test_layers_in_blocks_are_the_layers(make_model, make_groups, monkeypatch, a
     layers = find_layers(model)
     sizes = [4 * layer.n_outputs * layer.n_inputs for layer in layers]
     limit = 2 * min(sizes)
-    monkeypatch.setattr("engine.gradients.formed.formed_bytes", lambda model: limit)
+    monkeypatch.setattr("gradstore.engine.gradients.formed.formed_bytes", lambda model: limit)
     cuts = blocks(GradientPass(model, SketchSpec()))
     assert len(cuts) > 2
     assert [layer.name for _, part in cuts for layer in part.layers] == [layer.name for layer in layers]

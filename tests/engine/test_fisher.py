@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import gradstore
-from engine.searching import fisher
+from gradstore.engine.searching import fisher
 from gradstore.errors import RequestError
 
 

@@ -8,14 +8,14 @@ import pytest
 import torch
 
 import gradstore
-from engine import PRESETS, Sketcher, SketchSpec, collect, exact_dots, fit_projection, layer_gradients
-from engine.rollouts import Group
-from engine.sketches import fitting
-from engine.sketches.bases import _projection, _to_bytes, create_store, sketcher_of
-from engine.sketches.fitting import fit, sample_groups
-from engine.sketches.one_sided import Covariances
-from engine.sketches.projection import REST, Projection
 from gradstore import State
+from gradstore.engine import PRESETS, Sketcher, SketchSpec, collect, exact_dots, fit_projection, layer_gradients
+from gradstore.engine.rollouts import Group
+from gradstore.engine.sketches import fitting
+from gradstore.engine.sketches.bases import _projection, _to_bytes, create_store, sketcher_of
+from gradstore.engine.sketches.fitting import fit, sample_groups
+from gradstore.engine.sketches.one_sided import Covariances
+from gradstore.engine.sketches.projection import REST, Projection
 from gradstore.errors import DamagedError, FingerprintError, RequestError
 
 SPEC = SketchSpec(rank=6, basis="fitted", dim=60)

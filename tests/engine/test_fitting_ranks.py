@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from engine import Sketcher, SketchSpec
-from engine.sketches.bases import _projection
-from engine.sketches.fitting import fit
-from engine.sketches.projection import Projection
+from gradstore.engine import Sketcher, SketchSpec
+from gradstore.engine.sketches.bases import _projection
+from gradstore.engine.sketches.fitting import fit
+from gradstore.engine.sketches.projection import Projection
 from tests.engine.ranks import run_ranks
 
 WORLD = 2

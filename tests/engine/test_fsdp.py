@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from engine import Sketcher, SketchSpec, exact_dots, layer_gradients
-from engine.gradients.coverage import Coverage, measure
+from gradstore.engine import Sketcher, SketchSpec, exact_dots, layer_gradients
+from gradstore.engine.gradients.coverage import Coverage, measure
 from tests.engine.ranks import run_ranks
 
 WORLD = 2

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from engine import fuse_scores, search, search_each, search_fused
+from gradstore.engine import fuse_scores, search, search_each, search_fused
 from gradstore.errors import RequestError
 
 SCORES = np.array([[3.0, 1.0, 2.0, 2.0], [0.0, 4.0, 1.0, -1.0], [1.0, 1.0, 5.0, 0.0]])

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import masking_utils
 
-from engine import (
+from gradstore.engine import (
     Probe,
     Sketcher,
     SketchSpec,
@@ -25,8 +25,8 @@ from engine import (
     objective,
     validation_gradient,
 )
-from engine.gradients.exact import exact_against
-from engine.gradients.passes import Policy
+from gradstore.engine.gradients.exact import exact_against
+from gradstore.engine.gradients.passes import Policy
 
 ARCHITECTURES = ["qwen2", "llama", "gpt2", "qwen2-lora"]
 aten = torch.ops.aten

@@ -7,8 +7,8 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from engine.gradients import grouped_attention
-from engine.gradients.grouped_attention import NAME
+from gradstore.engine.gradients import grouped_attention
+from gradstore.engine.gradients.grouped_attention import NAME
 
 
 @pytest.mark.parametrize("n_shared", [1, 2, 4])

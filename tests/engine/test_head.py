@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from engine import Sketcher, SketchSpec, objective
-from engine.rollouts import Group
-from engine.sketches.projection import random_bases
+from gradstore.engine import Sketcher, SketchSpec, objective
+from gradstore.engine.rollouts import Group
+from gradstore.engine.sketches.projection import random_bases
 from gradstore.errors import RequestError
 
 LESSER = {"head_only": True, "rank": 10, "right_rank": 20}

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 import gradstore
-from engine import Index, IndexWarning, Where, index_for, search
-from engine.indexes import KINDS, auto, recall, rows, serve
-from engine.indexes.kinds import installed
+from gradstore.engine import Index, IndexWarning, Where, index_for, search
+from gradstore.engine.searching.indexes import KINDS, auto, recall, serve
+from gradstore.engine.searching.indexes.index import kind_class
+from gradstore.engine.searching.indexes.kinds import installed
 from gradstore.errors import RequestError
 
 GOOD = ["flat", "sq", "rabitq", "ivf", "turbovec"]
@@ -147,7 +148,7 @@ def test_the_fast_scan_trap(tmp_path, monkeypatch) -> None:
 def test_below_the_asked_recall(store, monkeypatch) -> None:
     """An index that finds the wrong rows is refused, whatever its kind; asked for less it serves."""
     need("sq")
-    kind = rows.kind_class("sq")
+    kind = kind_class("sq")
     real = kind.search
 
     def half(self, queries, m, effort, mask):
@@ -207,7 +208,7 @@ def test_a_killed_build_leaves_nothing_that_opens(store) -> None:
     program = """
 import os, sys
 import gradstore
-from engine.indexes import folder, index_for
+from gradstore.engine.searching.indexes import folder, index_for
 step = int(sys.argv[2])
 seen = [0]
 def counted(real):

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from engine import Sketcher, SketchSpec, collect, create_store, reliability, sketch_scores, target
-from engine.sketches.halves import split
-from engine.sketches.kept_halves import collect_halves, stored_halves
+from gradstore.engine import Sketcher, SketchSpec, collect, create_store, reliability, sketch_scores, target
+from gradstore.engine.reliability.split_half import split
+from gradstore.engine.reliability.stored_halves import collect_halves, stored_halves
 from gradstore.errors import RequestError
 
 

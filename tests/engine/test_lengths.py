@@ -9,8 +9,8 @@ import torch
 import transformers as hf
 from torch import nn
 
-from engine.rollouts import Group
-from engine.sketches.sketcher import Sketcher, SketchSpec
+from gradstore.engine.rollouts import Group
+from gradstore.engine.sketches.sketcher import Sketcher, SketchSpec
 from tests.engine.test_mixtures import _plain, _projected
 
 _SHARED: dict[str, Any] = {

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
-from engine import Sketcher, SketchSpec, collect, exact_dots, layer_gradients
-from engine.rollouts import Group, read_rollouts
-from engine.sketches.bases import create_store
-from engine.sketches.faithfulness import ExactRanking, Rows
-from engine.sketches.refitting import ENOUGH, first_fit, parts
+from gradstore.engine import Sketcher, SketchSpec, collect, exact_dots, layer_gradients
+from gradstore.engine.reliability.fidelity import ExactRanking, Rows
+from gradstore.engine.reliability.refit import ENOUGH, first_fit, parts
+from gradstore.engine.rollouts import Group, read_rollouts
+from gradstore.engine.sketches.bases import create_store
 from tests.engine.test_collector import write_rows
 
 SPEC = SketchSpec(rank=8, basis="fitted", dim=200, token_budget=200)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from engine.gradients.models import load_model
+from gradstore.engine.gradients.models import load_model
 from gradstore.errors import RequestError
 
 

@@ -13,14 +13,14 @@ import transformers as hf
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 
-from engine import exact_dots, fit_projection, layer_gradients
-from engine.gradients.layers import Layer, find_layers
-from engine.gradients.optimizer_direction import AdamState, OptimizerDirection
-from engine.rollouts import Group
-from engine.sketches.alongside import sketched_and_summed
-from engine.sketches.bases import create_store, load_projection
-from engine.sketches.projection import EXPERT_RANK, Projection
-from engine.sketches.sketcher import Sketcher, SketchSpec
+from gradstore.engine import exact_dots, fit_projection, layer_gradients
+from gradstore.engine.gradients.layers import Layer, find_layers
+from gradstore.engine.gradients.optimizer_direction import AdamState, OptimizerDirection
+from gradstore.engine.rollouts import Group
+from gradstore.engine.sketches.alongside import sketched_and_summed
+from gradstore.engine.sketches.bases import create_store, load_projection
+from gradstore.engine.sketches.projection import EXPERT_RANK, Projection
+from gradstore.engine.sketches.sketcher import Sketcher, SketchSpec
 from gradstore.errors import RequestError
 
 N_VOCABULARY = 61

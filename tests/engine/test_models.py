@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from engine.gradients.models import weights_digest
+from gradstore.engine.gradients.models import weights_digest
 
 
 def _of_size(n: int) -> nn.Module:

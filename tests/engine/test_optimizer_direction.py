@@ -9,11 +9,11 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from engine import Sketcher, SketchSpec
-from engine.gradients.exact import layer_gradients
-from engine.gradients.layers import find_layers
-from engine.gradients.optimizer_direction import AdamState, OptimizerDirection, trainer_order
-from engine.rollouts import Group
+from gradstore.engine import Sketcher, SketchSpec
+from gradstore.engine.gradients.exact import layer_gradients
+from gradstore.engine.gradients.layers import find_layers
+from gradstore.engine.gradients.optimizer_direction import AdamState, OptimizerDirection, trainer_order
+from gradstore.engine.rollouts import Group
 from gradstore.errors import RequestError
 from gradstore.state import State
 
@@ -170,7 +170,7 @@ def test_a_verl_checkpoint(make_model, tmp_path) -> None:
         (tmp_path / f"optim_world_size_2_rank_{rank}.pt").touch()
         SHARDS[f"optim_world_size_2_rank_{rank}.pt"] = part
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("engine.gradients.optimizer_direction._load", lambda path: SHARDS[path.name])
+        patch.setattr("gradstore.engine.gradients.optimizer_direction._load", lambda path: SHARDS[path.name])
         assert same(AdamState.of_file(tmp_path, model), live)
         assert same(AdamState.of_file(tmp_path, model, names), live)
         (tmp_path / "optim_world_size_2_rank_1.pt").unlink()

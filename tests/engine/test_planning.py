@@ -9,12 +9,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from engine.gradients.budget import MOST_ON_GPU, micro_batch_tokens
-from engine.planning import costs, memory
-from engine.planning.costs import Workload
-from engine.planning.devices import GPUS, Hardware, hardware
-from engine.planning.plan import Plan, Request, Stage, plan
-from engine.planning.shapes import KNOWN, ModelShape, measured_shape, shape_of
+from gradstore.engine.gradients.budget import MOST_ON_GPU, micro_batch_tokens
+from gradstore.engine.planning import costs, memory
+from gradstore.engine.planning.costs import Workload
+from gradstore.engine.planning.devices import GPUS, Hardware, hardware
+from gradstore.engine.planning.plan import Plan, Request, Stage, plan
+from gradstore.engine.planning.shapes import KNOWN, ModelShape, measured_shape, shape_of
 from gradstore.errors import RequestError
 
 CPU = Hardware("cpu", 1e11, 1e11, 20 * 10**9, 1e10, 1.0, 1.0, is_gpu=False)

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from engine import PRESETS, Direction, Objective, Probe, objective, validation_gradient
-from engine.rollouts import Group
+from gradstore.engine import PRESETS, Direction, Objective, Probe, objective, validation_gradient
+from gradstore.engine.rollouts import Group
 from gradstore.errors import RequestError
 from tests.engine.ranks import run_ranks
 

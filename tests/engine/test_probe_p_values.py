@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from engine.probing.statistics import correlation, t_test
+from gradstore.engine.probing.statistics import correlation, t_test
 
 
 def permuted(rewards_G: np.ndarray, derivatives_G: np.ndarray) -> float:

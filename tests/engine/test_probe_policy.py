@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from engine import Direction, Probe, validation_gradient
-from engine.probing.calibration import Calibration
-from engine.rollouts import Group
+from gradstore.engine import Direction, Probe, validation_gradient
+from gradstore.engine.probing.calibration import Calibration
+from gradstore.engine.rollouts import Group
 from gradstore.errors import RequestError
 from gradstore.state import State
 

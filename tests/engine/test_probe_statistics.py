@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from engine import Objective, ProbeBatch, objective
-from engine.probing.statistics import (
+from gradstore.engine import Objective, ProbeBatch, objective
+from gradstore.engine.probing.statistics import (
     correlation,
     dot_and_error,
     false_discovery_cut,
@@ -14,7 +14,7 @@ from engine.probing.statistics import (
     signal_to_noise,
     t_test,
 )
-from engine.rollouts import Group
+from gradstore.engine.rollouts import Group
 from gradstore.errors import RequestError
 
 

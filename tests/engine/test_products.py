@@ -4,7 +4,7 @@ import numkong
 import numpy as np
 import pytest
 
-from engine.searching import products
+from gradstore.engine.searching import products
 
 pytestmark = pytest.mark.skipif(not numkong.get_capabilities()["icelake"], reason="a processor without AVX512-VNNI")
 
@@ -101,7 +101,7 @@ def test_wide_rows_do_not_wrap_around(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_buffers_that_disagree_are_refused() -> None:
     """Reading or writing past a buffer's end would corrupt memory in silence."""
-    from engine.searching._products import pick_int8, score_apart_int8, score_int8
+    from gradstore.engine.searching._products import pick_int8, score_apart_int8, score_int8
 
     codes, scale, out = np.zeros((5, 70), np.int8), np.ones(5, np.float32), np.zeros((1, 5), np.float32)
     digits, starts, weights = np.zeros((3, 128), np.int8), np.zeros(3, np.int32), np.ones((3, 1))

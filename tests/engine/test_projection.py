@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from engine.sketches.projection import LayerBasis, beside, fitted_projection, random_bases, random_projection
+from gradstore.engine.sketches.projection import LayerBasis, beside, fitted_projection, random_bases, random_projection
 
 SHAPES = [("attention", 24, 40), ("narrow", 5, 40), ("head", 40, 24)]
 

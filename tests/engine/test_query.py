@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from engine import Index, Where, layer_contributions, search, target
-from engine.searching.ranking import best
 from gradstore import State
+from gradstore.engine import Index, Where, layer_contributions, search, target
+from gradstore.engine.searching.ranking import best
 from gradstore.errors import RequestError
 
 

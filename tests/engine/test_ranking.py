@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from engine.searching.ranking import best, kth_smallest
+from gradstore.engine.searching.ranking import best, kth_smallest
 
 SHAPES = ("random", "few values", "sorted", "one in a sample", "mostly unknown", "all unknown", "infinite")
 

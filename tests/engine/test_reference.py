@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from engine import (
+from gradstore import State
+from gradstore.engine import (
     Objective,
     Probe,
     Reference,
@@ -19,8 +20,7 @@ from engine import (
     objective,
     validation_gradient,
 )
-from engine.rollouts import Group
-from gradstore import State
+from gradstore.engine.rollouts import Group
 from gradstore.errors import RequestError
 from tests.engine.conftest import own_gradient
 from tests.engine.test_sketcher import relative_error, slow_advantages, slow_sketch

@@ -9,11 +9,19 @@ import pytest
 from scipy.stats import spearmanr
 
 import gradstore
-from engine import Sketcher, SketchSpec, collect
-from engine.gradients.exact import exact_dots, layer_gradients
-from engine.rollouts import Group, read_rollouts
-from engine.sketches.faithfulness import agreement, fidelity
-from engine.sketches.halves import exact_scores, permuted, reliability, sketch_scores, spearman_brown, split, split_half
+from gradstore.engine import Sketcher, SketchSpec, collect
+from gradstore.engine.gradients.exact import exact_dots, layer_gradients
+from gradstore.engine.reliability.fidelity import agreement, fidelity
+from gradstore.engine.reliability.split_half import (
+    exact_scores,
+    permuted,
+    reliability,
+    sketch_scores,
+    spearman_brown,
+    split,
+    split_half,
+)
+from gradstore.engine.rollouts import Group, read_rollouts
 from gradstore.errors import RequestError
 
 
@@ -175,7 +183,7 @@ def test_the_command(made) -> None:
     """As a script would call it."""
     folder, _, model = made
     model.save_pretrained(folder / "model")
-    from trainer.demo.pretrain import make_tokenizer
+    from gradstore.demo.pretrain import make_tokenizer
 
     make_tokenizer().save_pretrained(folder / "model")
     command = "fidelity store --pool pool --against benchmark --model model"

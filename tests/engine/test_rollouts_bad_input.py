@@ -9,8 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from engine.rollouts import Rollout, read_rollouts, write_rollouts
 from gradstore import RequestError
+from gradstore.engine.rollouts import Rollout, read_rollouts, write_rollouts
 
 GOOD: dict[str, Any] = {"problem_id": "p", "prompt_ids": [1, 2], "response_ids": [3, 4], "reward": 1.0}
 

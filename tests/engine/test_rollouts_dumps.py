@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from engine.rollouts import read_rollouts, text_id
 from gradstore import RequestError
+from gradstore.engine.rollouts import read_rollouts, text_id
 
 
 def _dump(step: int, prompts: list[str]) -> list[dict[str, Any]]:

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engine.rollouts import Group, Rollout, files, read_rollouts, write_rollouts
 from gradstore import RequestError
+from gradstore.engine.rollouts import Group, Rollout, files, read_rollouts, write_rollouts
 
 CONTAINERS = ["jsonl", "parquet", "json"]
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 import gradstore
-from engine.searching import products, scan
-from engine.searching.query import score_rows
-from engine.searching.ranking import best
-from engine.searching.scan import scan_best, scan_rows
+from gradstore.engine.searching import products, scan
+from gradstore.engine.searching.query import score_rows
+from gradstore.engine.searching.ranking import best
+from gradstore.engine.searching.scan import scan_best, scan_rows
 from gradstore.layout import DTYPES
 
 N, CHUNK = 130, 16

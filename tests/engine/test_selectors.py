@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from engine import SELECTORS, Selector, Target, Where, select, target
 from gradstore import State
+from gradstore.engine import SELECTORS, Selector, Target, Where, select, target
 from gradstore.errors import RequestError
 
 

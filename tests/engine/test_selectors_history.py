@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import gradstore
-from engine import History
+from gradstore.engine import History
 from gradstore.errors import RequestError
 
 

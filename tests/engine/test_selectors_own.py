@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engine import Selector, select, target
-from engine.selecting import selectors
-from engine.selecting.selectors import Registry
+from gradstore.engine import Selector, select, target
+from gradstore.engine.selecting import selectors
+from gradstore.engine.selecting.selectors import Registry
 from gradstore.errors import RequestError
 
 PAGE = Path(__file__).parents[2] / "docs" / "selectors.md"

@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from engine import SELECTORS, Diversity, Scored, Selector, select, target
-from engine.selecting.apportionment import apportion, cross
-from engine.selecting.quotas import group_sizes, parse_quotas
-from engine.selecting.sampling import softened
+from gradstore.engine import SELECTORS, Diversity, Scored, Selector, select, target
+from gradstore.engine.selecting.apportionment import apportion, cross
+from gradstore.engine.selecting.quotas import group_sizes, parse_quotas
+from gradstore.engine.selecting.sampling import softened
 from gradstore.errors import RequestError
 
 

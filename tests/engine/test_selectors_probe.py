@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from scipy import optimize, stats
 
-from engine import PRESETS, ProbeBatch, Selector, select, target
-from engine.probing.statistics import intervals, shrunk, shrunk_error
-from engine.rollouts import Group
 from gradstore import State
+from gradstore.engine import PRESETS, ProbeBatch, Selector, select, target
+from gradstore.engine.probing.statistics import intervals, shrunk, shrunk_error
+from gradstore.engine.rollouts import Group
 from gradstore.errors import RequestError
 
 OBJECTIVE = PRESETS["gradalign"]

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from engine import PRESETS, Objective, Sketcher, SketchSpec, fit_projection, objective
-from engine.rollouts import Group
+from gradstore.engine import PRESETS, Objective, Sketcher, SketchSpec, fit_projection, objective
+from gradstore.engine.rollouts import Group
 from gradstore.errors import RequestError
 from gradstore.state import State
 from tests.engine.conftest import own_gradient
@@ -179,7 +179,7 @@ def test_logits_a_chunk_at_a_time(make_model, make_groups, monkeypatch) -> None:
     whole = Sketcher(model, SketchSpec(rank=6)).sketch(groups)
     widest = []
     head = model.get_output_embeddings()
-    monkeypatch.setattr("engine.gradients.passes.LOGIT_BYTES_ON_CPU", 4 * 61 * 40)
+    monkeypatch.setattr("gradstore.engine.gradients.passes.LOGIT_BYTES_ON_CPU", 4 * 61 * 40)
     sketcher = Sketcher(model, SketchSpec(rank=6))
     handle = head.register_forward_hook(
         lambda _module, _inputs, output: widest.append(output.shape[0] * output.shape[1])

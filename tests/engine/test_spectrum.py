@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine.sketches.spectrum import WIDEST, Spectrum
+from gradstore.engine.sketches.spectrum import WIDEST, Spectrum
 
 CPU = torch.device("cpu")
 WIDTHS = [40, WIDEST + 100]

@@ -7,10 +7,17 @@ from typing import Any
 
 import pytest
 
-from engine.rollouts import read_rollouts
-from engine.rollouts.templates import check_arguments, kept_arguments, prompt_text, settings_path, takes_parts, tools_of
-from engine.rollouts.tokens import text_of
 from gradstore import RequestError
+from gradstore.engine.rollouts import read_rollouts
+from gradstore.engine.rollouts.templates import (
+    check_arguments,
+    kept_arguments,
+    prompt_text,
+    settings_path,
+    takes_parts,
+    tools_of,
+)
+from gradstore.engine.rollouts.tokens import text_of
 
 TURN = "{% if add_generation_prompt %}>{% endif %}"
 PRINTS = "{% for m in messages %}[{{ m['role'] }}:{{ m['content'] }}]{% endfor %}" + TURN

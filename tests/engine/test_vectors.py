@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, OlmoeConfig, Qwen3Config, Qwen3NextConfig
 
-from engine import Sketcher, SketchSpec, layer_gradients
-from engine.gradients.layers import find_layers
-from engine.gradients.vectors import Vector, vectors_of
+from gradstore.engine import Sketcher, SketchSpec, layer_gradients
+from gradstore.engine.gradients.layers import find_layers
+from gradstore.engine.gradients.vectors import Vector, vectors_of
 from gradstore.errors import RequestError
 from tests.engine.conftest import own_gradient, random_groups, random_model
 from tests.engine.test_sketcher import slow_objective

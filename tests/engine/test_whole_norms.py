@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 import gradstore
-from engine import search
 from gradstore import State
+from gradstore.engine import search
 from gradstore.errors import RequestError
 
 

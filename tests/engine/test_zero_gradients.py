@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from engine import Sketcher, SketchSpec, objective
-from engine.rollouts import Group
+from gradstore.engine import Sketcher, SketchSpec, objective
+from gradstore.engine.rollouts import Group
 from gradstore.state import State
 
 ADVANTAGES = ["mean", "mean_std", "rloo"]

@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 import gradstore
-from engine.rollouts import read_rollouts
 from gradstore import RequestError, read_problems
+from gradstore.engine.rollouts import read_rollouts
 from gradstore.keepable import check_keepable, fault
 
 HALF = "a\ud83d"

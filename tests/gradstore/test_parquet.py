@@ -6,8 +6,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from engine.rollouts.files import Parquet
 from gradstore import read_problems
+from gradstore.engine.rollouts.files import Parquet
 from gradstore.parquet import plain_table, plain_type
 
 VIEW = pa.string_view()

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 from zarr.storage import LocalStore
 
-import engine
 import gradstore
-from gradstore import DamagedError, NotAStoreError, RequestError, mirror, open_remote
+from gradstore import DamagedError, NotAStoreError, RequestError, engine, mirror, open_remote
 from gradstore.attachments import read_attachment, write_attachment
 
 

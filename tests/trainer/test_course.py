@@ -7,7 +7,7 @@ import pytest
 
 import gradstore
 from gradstore.cli import demo
-from trainer.demo.course import CourseSettings, run_course
+from gradstore.demo.course import CourseSettings, run_course
 
 SMALL = CourseSettings(n_pool=40, n_benchmark=12, n_rounds=2, n_selected=8)
 

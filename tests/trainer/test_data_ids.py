@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from gradstore import read_problems, to_verl
-from trainer.data.pool import Options, Part, build
+from gradstore.trainer.data.pool import Options, Part, build
 
 
 def _verl(source: str, n: int, **info: Any) -> list[dict[str, Any]]:

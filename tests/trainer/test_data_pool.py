@@ -16,11 +16,11 @@ from reasoning_gym.factory import DATASETS
 
 from gradstore import RequestError, read_problems, to_verl
 from gradstore.problems import detail
-from trainer.data.corruption import CLEAN, COIN_FLIP, WRONG_TRUTH, Corruption, corrupted
-from trainer.data.files import write_problems
-from trainer.data.pool import Options, Part, Pool, build
-from trainer.rewards import load_reward
-from trainer.verl_reward import compute_score
+from gradstore.trainer.data.corruption import CLEAN, COIN_FLIP, WRONG_TRUTH, Corruption, corrupted
+from gradstore.trainer.data.files import write_problems
+from gradstore.trainer.data.pool import Options, Part, Pool, build
+from gradstore.trainer.sampling.rewards import load_reward
+from gradstore.trainer.verl.reward import compute_score
 
 
 @pytest.fixture(autouse=True)
@@ -212,7 +212,7 @@ def test_every_task_of_reasoning_gym(task: str) -> None:
 def test_tasks_are_the_same_in_every_process() -> None:
     """isomorphic_strings goes through sets of text, whose order changes from one process to the next."""
     code = (
-        "import json; from trainer.data.pool import *; "
+        "import json; from gradstore.trainer.data.pool import *; "
         "print(json.dumps(build([Part('reasoning-gym:isomorphic_strings', 3)], Options()).records))"
     )
     drawn = [

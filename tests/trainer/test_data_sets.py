@@ -12,10 +12,10 @@ import pytest
 
 from gradstore import RequestError, read_problems, to_verl
 from gradstore.errors import GradstoreError
-from trainer.data import answers
-from trainer.data.catalogue import BOXED, DATA_SETS, LETTER, TRUE_FALSE, DataSet
-from trainer.data.loading import load
-from trainer.rewards import load_reward
+from gradstore.trainer.data import answers
+from gradstore.trainer.data.catalogue import BOXED, DATA_SETS, LETTER, TRUE_FALSE, DataSet
+from gradstore.trainer.data.loading import load
+from gradstore.trainer.sampling.rewards import load_reward
 
 DAPO = (
     "Solve the following math problem step by step. The last line of your response should be of the form Answer: "
@@ -263,7 +263,8 @@ def test_no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_offline_for_real(tmp_path: Path) -> None:
     """What the library itself raises where there is no hub is what is caught."""
     code = (
-        "from trainer.data.loading import load; from trainer.data.catalogue import DATA_SETS; load(DATA_SETS['aime25'])"
+        "from gradstore.trainer.data.loading import load; from gradstore.trainer.data.catalogue import DATA_SETS; "
+        "load(DATA_SETS['aime25'])"
     )
     environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)

@@ -5,9 +5,9 @@ import json
 import pytest
 
 import gradstore
-from engine import SELECTORS
 from gradstore import State
-from trainer.demo.run import DemoSettings, run_demo, summary
+from gradstore.demo.run import DemoSettings, run_demo, summary
+from gradstore.engine import SELECTORS
 
 SMALL = DemoSettings(n_pool=400, n_benchmark=60, n_selected=40, n_rollouts=12)
 

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 import gradstore
+from gradstore.demo import real, real_model, tasks
+from gradstore.demo.cold_start import cold_start
+from gradstore.demo.course import CourseSettings, run_course
+from gradstore.demo.real import RealSettings, foreseen, prepared
+from gradstore.demo.run import MODEL, DemoSettings, run_demo
 from gradstore.errors import DamagedError, RequestError
-from trainer.demo import real, real_model, tasks
-from trainer.demo.cold_start import cold_start
-from trainer.demo.course import CourseSettings, run_course
-from trainer.demo.real import RealSettings, foreseen, prepared
-from trainer.demo.run import MODEL, DemoSettings, run_demo
 
 TINY = RealSettings(
     DemoSettings(n_pool=45, n_benchmark=10, n_selected=9, n_rollouts=8, dim=128, n_fitted=20, chunk=15),
@@ -79,8 +79,8 @@ def test_the_model_learns_what_it_is_taught(tmp_path: Path) -> None:
     """After the cold start taught answers are likelier, and an interrupted one leaves no folder to go on with."""
     import torch
 
-    from engine.gradients.models import load_model, load_tokenizer
-    from trainer.demo.cold_start import Taught
+    from gradstore.demo.cold_start import Taught
+    from gradstore.engine.gradients.models import load_model, load_tokenizer
 
     records = tasks.taught(0, 30, TINY.families, tasks.pool(0, 30, TINY.families))
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2ForCausalLM
 
-import trainer.demo
+import gradstore.demo
+from gradstore.demo import pretrain, tasks
 from gradstore.errors import RequestError
-from trainer.demo import pretrain, tasks
 
-MODEL = Path(trainer.demo.__file__).parent / "model"
+MODEL = Path(gradstore.demo.__file__).parent / "model"
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +162,7 @@ def test_training_text_has_the_switch_and_not_the_benchmark(monkeypatch: pytest.
 def test_shipped_folder_is_small_and_complete() -> None:
     assert sum(path.stat().st_size for path in MODEL.iterdir()) <= 3_000_000
     provenance = json.loads((MODEL / "provenance.json").read_text())
-    assert provenance["command"].startswith("python -m trainer.demo.pretrain ")
+    assert provenance["command"].startswith("python -m gradstore.demo.pretrain ")
     assert set(provenance["accuracy"]) == set(tasks.FAMILIES)
 
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from trainer.grading import read_truth
-from trainer.rewards import load_reward, math_equal
+from gradstore.trainer.sampling.grading import read_truth
+from gradstore.trainer.sampling.rewards import load_reward, math_equal
 
 TRUTHS = {
     "True": "true", "false": "false", "FALSE": "false", r"\text{True}": "true", r"\boxed{False}": "false",

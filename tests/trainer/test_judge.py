@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from gradstore.errors import GradstoreError, RequestError
-from trainer.judge import TEMPLATE, Judge, JudgeSettings, Verdicts, load_judge, verdict
-from trainer.rewards import Reward, load_reward
+from gradstore.trainer.sampling.judge import TEMPLATE, Judge, JudgeSettings, Verdicts, load_judge, verdict
+from gradstore.trainer.sampling.rewards import Reward, load_reward
 
 KEY = "sk-a-secret-of-this-test"
 

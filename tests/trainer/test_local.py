@@ -18,17 +18,17 @@ import pytest
 import torch
 
 import gradstore
-from engine import Reference, Sketcher, SketchSpec, objective, validation_gradient
-from engine.gradients.coverage import measure
-from engine.gradients.gradient_pass import GradientPass
-from engine.gradients.objectives import rollout_weights
-from engine.rollouts.group import Group, joined
 from gradstore import RequestError, State
+from gradstore.engine import Reference, Sketcher, SketchSpec, objective, validation_gradient
+from gradstore.engine.gradients.coverage import measure
+from gradstore.engine.gradients.gradient_pass import GradientPass
+from gradstore.engine.gradients.objectives import rollout_weights
+from gradstore.engine.rollouts.group import Group, joined
 from gradstore.errors import GradstoreError
-from trainer.local.checkpoint import load_checkpoint, save_checkpoint
-from trainer.local.grpo import Learner, UpdateSettings
-from trainer.local.policy import LocalPolicy, Sampling
-from trainer.rewards import Reward
+from gradstore.trainer.local.checkpoint import load_checkpoint, save_checkpoint
+from gradstore.trainer.local.grpo import Learner, UpdateSettings
+from gradstore.trainer.local.policy import LocalPolicy, Sampling
+from gradstore.trainer.sampling.rewards import Reward
 
 VOWELS = Reward("vowels", lambda record, response, rollout_index: float(sum(c in "aeiou" for c in response) > 1))
 PROBLEMS = [{"id": f"p{j}", "prompt": f"{j} plus {j + 1} =" * (1 + j % 2)} for j in range(6)]
@@ -357,16 +357,16 @@ def test_a_checkpoint_on_a_full_disk_is_one_line(tmp_path: Path, model: Any, mon
 RUN = """
 import sys
 from pathlib import Path
-from engine.gradients.models import load_model, load_tokenizer
-from engine.sketches.sketcher import SketchSpec
-from trainer.demo import tasks
-from trainer.demo.run import MODEL
-from trainer.local.grpo import Learner, UpdateSettings
-from trainer.local.policy import LocalPolicy, Sampling
-from trainer.local.training import Training
-from trainer.rewards import Reward
-from trainer.round.driver import Rounds
-from trainer.round.settings import RoundSettings
+from gradstore.engine.gradients.models import load_model, load_tokenizer
+from gradstore.engine.sketches.sketcher import SketchSpec
+from gradstore.demo import tasks
+from gradstore.demo.run import MODEL
+from gradstore.trainer.local.grpo import Learner, UpdateSettings
+from gradstore.trainer.local.policy import LocalPolicy, Sampling
+from gradstore.trainer.local.training import Training
+from gradstore.trainer.sampling.rewards import Reward
+from gradstore.trainer.round.driver import Rounds
+from gradstore.trainer.round.settings import RoundSettings
 
 folder = Path(sys.argv[1])
 pool = tasks.pool(0, 60)

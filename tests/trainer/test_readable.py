@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 
 from gradstore import RequestError
-from trainer.readable import readable
-from trainer.rewards import Reward, load_reward
+from gradstore.trainer.sampling.readable import readable
+from gradstore.trainer.sampling.rewards import Reward, load_reward
 
 
 def _problem(name: str, truth: str = "1", **extra: Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import reasoning_gym
 from reasoning_gym.factory import DATASETS
 
 from gradstore import RequestError
-from trainer.rewards import Reward, answer_of, load_reward
+from gradstore.trainer.sampling.rewards import Reward, answer_of, load_reward
 
 
 def _problem(ground_truth: str = "", **fields: Any) -> dict[str, Any]:

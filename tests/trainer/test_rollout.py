@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engine.rollouts import read_rollouts
 from gradstore import LockedError, RequestError
-from trainer.backends import Response, derived_seed, load_backend
-from trainer.rewards import Reward
-from trainer.rollout import RolloutReport, rollout, settings_path
+from gradstore.engine.rollouts import read_rollouts
+from gradstore.trainer.sampling.backends import Response, derived_seed, load_backend
+from gradstore.trainer.sampling.rewards import Reward
+from gradstore.trainer.sampling.rollout import RolloutReport, rollout, settings_path
 
 N, CHUNK = 3, 4
 

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from engine.gradients.budget import sampled_tokens
 from gradstore import RequestError
-from trainer.backends import Response, decoding, hugging_face, load_backend
-from trainer.backends.hugging_face import TransformersBackend, weights_digest
-from trainer.rewards import Reward
-from trainer.rollout import rollout
+from gradstore.engine.gradients.budget import sampled_tokens
+from gradstore.trainer.sampling.backends import Response, decoding, hugging_face, load_backend
+from gradstore.trainer.sampling.backends.hugging_face import TransformersBackend, weights_digest
+from gradstore.trainer.sampling.rewards import Reward
+from gradstore.trainer.sampling.rollout import rollout
 
 PROMPTS = [[9], [30, 31, 32, 33, 34, 35, 36], [40, 41, 42], [50, 51], [9, 9, 9, 9]]
 SAMPLING: dict[str, Any] = {"max_new_tokens": 40, "temperature": 0.7, "top_p": 0.95, "seed": 11}

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from engine.rollouts import read_rollouts
 from gradstore import RequestError
-from trainer.backends import load_backend
-from trainer.rewards import Reward
-from trainer.rollout import rollout
+from gradstore.engine.rollouts import read_rollouts
+from gradstore.trainer.sampling.backends import load_backend
+from gradstore.trainer.sampling.rewards import Reward
+from gradstore.trainer.sampling.rollout import rollout
 
 with_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 

@@ -8,19 +8,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engine.gradients.models import load_model, load_tokenizer
+from benchmarks.study.accuracy import expected_accuracy
+from benchmarks.study.arms import ARMS, EASY, UNSOLVABLE, is_bad, is_useful, problems
+from benchmarks.study.findings import findings
+from benchmarks.study.methods import DEFAULT_METHODS, method
+from benchmarks.study.report import write_page
+from benchmarks.study.results import alone, append_result, key, numbers, plan, read_results
+from benchmarks.study.running import SHORT, run_one
+from benchmarks.study.statistics import estimate, selection_rollouts
 from gradstore import LockedError, RequestError
-from trainer.backends.hugging_face import TransformersBackend
-from trainer.demo import tasks
-from trainer.demo.run import MODEL
-from trainer.study.accuracy import expected_accuracy
-from trainer.study.arms import ARMS, EASY, UNSOLVABLE, is_bad, is_useful, problems
-from trainer.study.findings import findings
-from trainer.study.methods import DEFAULT_METHODS, method
-from trainer.study.report import write_page
-from trainer.study.results import alone, append_result, key, numbers, plan, read_results
-from trainer.study.running import SHORT, run_one
-from trainer.study.statistics import estimate, selection_rollouts
+from gradstore.demo import tasks
+from gradstore.demo.run import MODEL
+from gradstore.engine.gradients.models import load_model, load_tokenizer
+from gradstore.trainer.sampling.backends.hugging_face import TransformersBackend
 
 
 def _kinds(records: list[dict[str, Any]], family: str | None = None) -> dict[str, int]:

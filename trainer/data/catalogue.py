@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from trainer.data import answers
+from gradstore.trainer.data import answers
 
 BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
 TRUE_FALSE = "Please reason step by step, and put your final answer, True or False, within \\boxed{}."

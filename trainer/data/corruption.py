@@ -16,7 +16,7 @@ from typing import Any
 
 from gradstore.errors import RequestError
 from gradstore.problems import detail
-from trainer.rewards import load_reward
+from gradstore.trainer.sampling.rewards import load_reward
 
 CLEAN, WRONG_TRUTH, COIN_FLIP = "clean", "wrong_truth", "coin_flip"
 KINDS = (WRONG_TRUTH, COIN_FLIP)

@@ -10,7 +10,7 @@ from itertools import islice
 from typing import Any
 
 from gradstore.errors import GradstoreError, RequestError
-from trainer.data.prompts import GYM
+from gradstore.trainer.data.prompts import GYM
 
 PREFIX = "reasoning-gym"
 
@@ -47,7 +47,7 @@ def _entries(task: str, seed: int, size: int, config: Mapping[str, Any]) -> Iter
     if os.environ.get("PYTHONHASHSEED") == "0":
         yield from islice(_created(task, seed, size, config), size)
         return
-    command = [sys.executable, "-c", "from trainer.data.gym import serve; serve()"]
+    command = [sys.executable, "-c", "from gradstore.trainer.data.gym import serve; serve()"]
     environment = os.environ | {"PYTHONHASHSEED": "0"}
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True

@@ -13,7 +13,7 @@ from typing import Any
 
 from gradstore.errors import GradstoreError, RequestError
 from gradstore.problems import read_records
-from trainer.data.catalogue import DataSet
+from gradstore.trainer.data.catalogue import DataSet
 
 BATCH = 1000
 SUFFIXES = (".parquet", ".jsonl")

@@ -14,11 +14,11 @@ from typing import Any
 from gradstore import read_problems
 from gradstore.errors import RequestError
 from gradstore.problems import with_id
-from trainer.data import gym
-from trainer.data.catalogue import DATA_SETS, NAMES, TOGETHER, DataSet
-from trainer.data.corruption import Corruption, corrupted
-from trainer.data.loading import load
-from trainer.data.prompts import prompt_key
+from gradstore.trainer.data import gym
+from gradstore.trainer.data.catalogue import DATA_SETS, NAMES, TOGETHER, DataSet
+from gradstore.trainer.data.corruption import Corruption, corrupted
+from gradstore.trainer.data.loading import load
+from gradstore.trainer.data.prompts import prompt_key
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from gradstore.problems import message_text
-from trainer.data.catalogue import BOXED, LETTER, TRUE_FALSE
+from gradstore.trainer.data.catalogue import BOXED, LETTER, TRUE_FALSE
 
 GYM = "Think step by step, then give only the final answer within <answer> and </answer>."
 """What follows the question of a reasoning-gym problem: its verifiers read the answer from these tags."""

@@ -13,7 +13,7 @@ import torch
 
 from gradstore.durable import reading, replacing_file
 from gradstore.errors import RequestError
-from trainer.local.grpo import Learner
+from gradstore.trainer.local.grpo import Learner
 
 FORMAT = 1
 

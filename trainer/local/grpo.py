@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from engine.gradients.directions import summed_gradient
-from engine.gradients.gradient_pass import GradientPass
-from engine.gradients.objectives import Objective, objective
-from engine.rollouts.group import Group
-from engine.sketches.alongside import Alongside
-from engine.sketches.sketcher import SketchBatch, Sketcher, SketchSpec
+from gradstore.engine.gradients.directions import summed_gradient
+from gradstore.engine.gradients.gradient_pass import GradientPass
+from gradstore.engine.gradients.objectives import Objective, objective
+from gradstore.engine.rollouts.group import Group
+from gradstore.engine.sketches.alongside import Alongside
+from gradstore.engine.sketches.sketcher import SketchBatch, Sketcher, SketchSpec
 from gradstore.errors import RequestError
 
 log = logging.getLogger(__name__)

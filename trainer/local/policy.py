@@ -11,25 +11,25 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from engine.gradients.budget import give_back
-from engine.gradients.coverage import measure
-from engine.gradients.directions import Direction
-from engine.gradients.gradient_pass import GradientPass
-from engine.gradients.logprobs import Reference
-from engine.gradients.objectives import Objective
-from engine.probing.batch import ProbeBatch
-from engine.probing.calibration import Calibration
-from engine.probing.probe import Probe
-from engine.rollouts.group import Group
-from engine.rollouts.tokens import text_of
-from engine.sketches.alongside import sketched_and_summed
-from engine.sketches.bases import SketcherFiles, files_of, sketcher_from
-from engine.sketches.fitting import fit_projection
-from engine.sketches.sketcher import SketchBatch, Sketcher, SketchSpec
+from gradstore.engine.gradients.budget import give_back
+from gradstore.engine.gradients.coverage import measure
+from gradstore.engine.gradients.directions import Direction
+from gradstore.engine.gradients.gradient_pass import GradientPass
+from gradstore.engine.gradients.logprobs import Reference
+from gradstore.engine.gradients.objectives import Objective
+from gradstore.engine.probing.batch import ProbeBatch
+from gradstore.engine.probing.calibration import Calibration
+from gradstore.engine.probing.probe import Probe
+from gradstore.engine.rollouts.group import Group
+from gradstore.engine.rollouts.tokens import text_of
+from gradstore.engine.sketches.alongside import sketched_and_summed
+from gradstore.engine.sketches.bases import SketcherFiles, files_of, sketcher_from
+from gradstore.engine.sketches.fitting import fit_projection
+from gradstore.engine.sketches.sketcher import SketchBatch, Sketcher, SketchSpec
 from gradstore.errors import RequestError
-from trainer.backends.hugging_face import TransformersBackend
-from trainer.rewards import Reward
-from trainer.rollout import checked_prompts
+from gradstore.trainer.sampling.backends.hugging_face import TransformersBackend
+from gradstore.trainer.sampling.rewards import Reward
+from gradstore.trainer.sampling.rollout import checked_prompts
 
 CHECKED = 2
 """Validation problems on which a probe chooses its step and is checked against exact dots; a step that is taken over
@@ -50,7 +50,7 @@ class Sampling:
 
 
 class LocalPolicy:
-    """A transformers model, its tokenizer and a reward; implements `trainer.round.policy.Policy`."""
+    """A transformers model, its tokenizer and a reward; implements `gradstore.trainer.round.policy.Policy`."""
 
     def __init__(
         self,

@@ -11,16 +11,16 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from engine.rollouts.group import Group
-from engine.sketches.sketcher import SketchBatch
 from gradstore.durable import writing
+from gradstore.engine.rollouts.group import Group
+from gradstore.engine.sketches.sketcher import SketchBatch
 from gradstore.errors import RequestError
-from trainer.backends import derived_seed
-from trainer.local.checkpoint import load_checkpoint, save_checkpoint
-from trainer.local.grpo import Learner
-from trainer.local.metrics import Metrics
-from trainer.local.policy import LocalPolicy
-from trainer.round.settings import RoundSettings
+from gradstore.trainer.local.checkpoint import load_checkpoint, save_checkpoint
+from gradstore.trainer.local.grpo import Learner
+from gradstore.trainer.local.metrics import Metrics
+from gradstore.trainer.local.policy import LocalPolicy
+from gradstore.trainer.round.settings import RoundSettings
+from gradstore.trainer.sampling.backends import derived_seed
 
 ORDER, ROLLOUTS, MINIBATCHES = range(3)
 """What a seed is drawn for."""
@@ -40,7 +40,7 @@ class Picks(Protocol):
 
 
 class Chooser(Protocol):
-    """Picks the problems of each round; `trainer.round.driver.Rounds` is one."""
+    """Picks the problems of each round; `gradstore.trainer.round.driver.Rounds` is one."""
 
     def next(self, policy: Any) -> Picks: ...
 

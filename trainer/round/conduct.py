@@ -16,27 +16,27 @@ from typing import Any
 import numpy as np
 
 import gradstore
-from engine.gradients.coverage import least_of
-from engine.probing.batch import ProbeBatch
-from engine.probing.calibration import Calibration
-from engine.rollouts.group import Group
-from engine.searching.targets import Target, target
-from engine.selecting.mixture import Part, parts_of
-from engine.selecting.selection import Selection, select
-from engine.sketches.bases import create_from, files_in
 from gradstore import Store
-from trainer.backends import derived_seed
-from trainer.round.aged import aged_parts, aged_scores, with_old_sketches
-from trainer.round.calibration import Probed, probed_before
-from trainer.round.journal import Journal, Plan
-from trainer.round.lengths import Trained, trained_toward
-from trainer.round.measuring import Costs, Measured, Windows, sketch_benchmarks, sketch_collection
-from trainer.round.policy import Policy
-from trainer.round.recording import about_round, round_table
-from trainer.round.refresh import Outlook, choose, straddling
-from trainer.round.settings import RoundSettings
-from trainer.round.staleness import sum_of_units
-from trainer.round.standing import Standing, standing
+from gradstore.engine.forecasting.cosine_model import sum_of_units
+from gradstore.engine.forecasting.forecast import Standing, standing
+from gradstore.engine.forecasting.norms import Trained, trained_toward
+from gradstore.engine.forecasting.probe_scale import Probed, probed_before
+from gradstore.engine.forecasting.refresh_choice import Outlook, choose, straddling
+from gradstore.engine.forecasting.selectors import aged_parts, aged_scores, with_old_sketches
+from gradstore.engine.gradients.coverage import least_of
+from gradstore.engine.probing.batch import ProbeBatch
+from gradstore.engine.probing.calibration import Calibration
+from gradstore.engine.rollouts.group import Group
+from gradstore.engine.searching.targets import Target, target
+from gradstore.engine.selecting.mixture import Part, parts_of
+from gradstore.engine.selecting.selection import Selection, select
+from gradstore.engine.sketches.bases import create_from, files_in
+from gradstore.trainer.round.journal import Journal, Plan
+from gradstore.trainer.round.measuring import Costs, Measured, Windows, sketch_benchmarks, sketch_collection
+from gradstore.trainer.round.policy import Policy
+from gradstore.trainer.round.recording import about_round, round_table
+from gradstore.trainer.round.settings import RoundSettings
+from gradstore.trainer.sampling.backends import derived_seed
 
 log = logging.getLogger(__name__)
 

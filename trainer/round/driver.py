@@ -18,19 +18,19 @@ from pathlib import Path
 from typing import Any
 
 import gradstore
-from engine.rollouts.group import Group
-from engine.selecting.selection import Selection
-from engine.sketches.sketcher import SketchBatch
 from gradstore import Round, Store
+from gradstore.engine.rollouts.group import Group
+from gradstore.engine.selecting.selection import Selection
+from gradstore.engine.sketches.sketcher import SketchBatch
 from gradstore.errors import RequestError
 from gradstore.layout import check_name
 from gradstore.problems import canonical
-from trainer.round.conduct import Conduct, Run
-from trainer.round.measuring import Costs, append, publish
-from trainer.round.policy import Policy
-from trainer.round.progress import Logger
-from trainer.round.recording import scalars, selection_of
-from trainer.round.settings import RoundSettings
+from gradstore.trainer.round.conduct import Conduct, Run
+from gradstore.trainer.round.measuring import Costs, append, publish
+from gradstore.trainer.round.policy import Policy
+from gradstore.trainer.round.progress import Logger
+from gradstore.trainer.round.recording import scalars, selection_of
+from gradstore.trainer.round.settings import RoundSettings
 
 _FREE = ("rounds", "window", "observe", "accept_coverage")
 """Settings that a run may go on with changed."""

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import pyarrow.compute as pc
 
-from engine.probing.calibration import Calibration
 from gradstore import Store
 from gradstore.durable import canonical_json, replace_file, writing
+from gradstore.engine.probing.calibration import Calibration
 from gradstore.errors import DamagedError
 
 

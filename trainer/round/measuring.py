@@ -13,16 +13,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from engine.probing.calibration import Calibration
-from engine.rollouts.group import Group, joined
-from engine.rollouts.rollout import Rollout
-from engine.rollouts.write import write_rollouts
-from engine.sketches.sketcher import SketchBatch
 from gradstore import Store
+from gradstore.engine.probing.calibration import Calibration
+from gradstore.engine.rollouts.group import Group, joined
+from gradstore.engine.rollouts.rollout import Rollout
+from gradstore.engine.rollouts.write import write_rollouts
+from gradstore.engine.sketches.sketcher import SketchBatch
 from gradstore.errors import GradstoreError
-from trainer.backends import derived_seed
-from trainer.round.journal import Journal, Plan
-from trainer.round.policy import Policy
+from gradstore.trainer.round.journal import Journal, Plan
+from gradstore.trainer.round.policy import Policy
+from gradstore.trainer.sampling.backends import derived_seed
 
 
 @dataclass(slots=True)

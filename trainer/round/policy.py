@@ -8,11 +8,11 @@ policy and arguments; a resumed run depends on it.
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from engine.probing.batch import ProbeBatch
-from engine.probing.calibration import Calibration
-from engine.rollouts.group import Group
-from engine.sketches.bases import SketcherFiles as SketcherFiles
-from engine.sketches.sketcher import SketchBatch, SketchSpec
+from gradstore.engine.probing.batch import ProbeBatch
+from gradstore.engine.probing.calibration import Calibration
+from gradstore.engine.rollouts.group import Group
+from gradstore.engine.sketches.bases import SketcherFiles as SketcherFiles
+from gradstore.engine.sketches.sketcher import SketchBatch, SketchSpec
 
 
 class Policy(Protocol):
@@ -36,13 +36,13 @@ class Policy(Protocol):
 
         A fitted basis is fitted to the groups that have a signal, and to the benchmark's, whose mean gradient has a
         dimension of its own; other bases need none. Returns what a store of its
-        rows is made from, with what the sketches see of the gradient by the first groups: `engine.sketches.bases`,
-        `files_of(sketcher, coverage)`; `engine.gradients.coverage.measure`.
+        rows is made from, with what the sketches see of the gradient by the first groups: engine/sketches/bases.py,
+        `files_of(sketcher, coverage)`; `gradstore.engine.gradients.coverage.measure`.
         """
         ...
 
     def use(self, fingerprint: dict, attachments: Mapping[str, bytes]) -> None:
-        """Use the sketcher of a store that is there: `engine.sketches.bases.sketcher_from`.
+        """Use the sketcher of a store that is there: `gradstore.engine.sketches.bases.sketcher_from`.
 
         FingerprintError where this policy's rows would not be comparable with the store's.
         """

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from engine.selecting.selection import Selection
 from gradstore import Round, State
-from trainer.round.settings import RoundSettings
-from trainer.round.standing import Standing
+from gradstore.engine.forecasting.forecast import Standing
+from gradstore.engine.selecting.selection import Selection
+from gradstore.trainer.round.settings import RoundSettings
 
 FILLED = "(random)"
 """What picked a problem that was drawn because too few could be ranked."""

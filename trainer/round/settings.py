@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
-from engine.searching.targets import Aggregate
-from engine.selecting.diversity import Diversity
-from engine.selecting.mixture import parts_of
-from engine.selecting.quotas import parse_quotas
-from engine.sketches.sketcher import SketchSpec
+from gradstore.engine.searching.targets import Aggregate
+from gradstore.engine.selecting.diversity import Diversity
+from gradstore.engine.selecting.mixture import parts_of
+from gradstore.engine.selecting.quotas import parse_quotas
+from gradstore.engine.sketches.sketcher import SketchSpec
 from gradstore.errors import RequestError
 
 GRADALIGN_NAMES = {

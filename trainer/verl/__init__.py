@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 from gradstore.lazy import names_of
 
 if TYPE_CHECKING:
-    from trainer.verl.entry import main as main
-    from trainer.verl.entry import task_runner as task_runner
+    from gradstore.trainer.verl.entry import main as main
+    from gradstore.trainer.verl.entry import task_runner as task_runner
 
 _MODULE_OF = {"main": "entry", "task_runner": "entry"}
 

@@ -10,7 +10,7 @@ from typing import Any
 import ray
 from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorkerTQ
 
-from trainer.backends import derived_seed
+from gradstore.trainer.sampling.backends import derived_seed
 
 SEED_FIELD = "gradstore_seed"
 """Field of a row: seed of its rollouts, an integer; negative or missing: unseeded."""

@@ -2,7 +2,7 @@
 
 In an entry module of one's own two lines do:
 
-    from trainer.verl import task_runner
+    from gradstore.trainer.verl import task_runner
     run_ppo(config, task_runner_class=task_runner())
 
 verl itself is left as it is: its task runner looks trainers up in a registry, and gets ours under the name it asks for.
@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from gradstore.errors import GradstoreError, RequestError
-from trainer.verl.settings import NODE, VerlSettings
+from gradstore.trainer.verl.settings import NODE, VerlSettings
 
 log = logging.getLogger(__name__)
 
-AGENT_LOOP_MANAGER = "trainer.verl.agent_loop.SeededAgentLoopManager"
+AGENT_LOOP_MANAGER = "gradstore.trainer.verl.agent_loop.SeededAgentLoopManager"
 
 
 def main(overrides: Sequence[str]) -> None:
@@ -38,7 +38,7 @@ def main(overrides: Sequence[str]) -> None:
     if not verl.__version__.startswith("0.9."):
         raise RequestError(
             f"verl {verl.__version__} is installed, this integration is for 0.9.x; "
-            "verl 0.7.x takes trainer.verl.sampler_07 (docs/verl.md)"
+            "verl 0.7.x takes gradstore.trainer.verl.sampler_07 (docs/verl.md)"
         )
     from verl.trainer.main_ppo import auto_set_device, need_critic, need_reference_policy, run_ppo, validate_config
 
@@ -83,7 +83,7 @@ def task_runner(base: Any = None) -> Any:
         def run(self, config: Any) -> None:
             from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY
 
-            from trainer.verl.selecting_trainer import SelectingTrainer
+            from gradstore.trainer.verl.selecting_trainer import SelectingTrainer
 
             _seed_rollouts(config)
             TRAINER_REGISTRY["sync"] = SelectingTrainer
@@ -114,7 +114,7 @@ def _seed_rollouts(config: Any) -> None:
     named = agent.get("agent_loop_manager_class")
     if named:
         log.warning(
-            "%s makes the rollouts: they are seeded only if it does what trainer.verl.agent_loop does; "
+            "%s makes the rollouts: they are seeded only if it does what gradstore.trainer.verl.agent_loop does; "
             "without seeds a resumed run may pick other problems",
             named,
         )

@@ -1,4 +1,4 @@
-"""verl's live policy as the selection round sees it (`trainer.round.policy.Policy`).
+"""verl's live policy as the selection round sees it (`gradstore.trainer.round.policy.Policy`).
 
 Rollouts go where the training rollouts go: through verl's agent loop to its rollout engine, rewards through verl's
 reward path, so that no second model is loaded and no second reward is written. Sketches and probes run in the actor's
@@ -14,15 +14,15 @@ import ray
 import transfer_queue as tq
 from verl.utils import tensordict_utils
 
-from engine.probing.batch import ProbeBatch
-from engine.probing.calibration import Calibration
-from engine.rollouts.group import Group
-from engine.sketches.bases import SketcherFiles
-from engine.sketches.sketcher import SketchBatch, SketchSpec
+from gradstore.engine.probing.batch import ProbeBatch
+from gradstore.engine.probing.calibration import Calibration
+from gradstore.engine.rollouts.group import Group
+from gradstore.engine.sketches.bases import SketcherFiles
+from gradstore.engine.sketches.sketcher import SketchBatch, SketchSpec
 from gradstore.errors import GradstoreError
-from trainer.verl.ranks import deal, gather
-from trainer.verl.settings import VerlSettings
-from trainer.verl.transfer import PARTITION, Rows, groups_of, rows_of, wait_for
+from gradstore.trainer.verl.ranks import deal, gather
+from gradstore.trainer.verl.settings import VerlSettings
+from gradstore.trainer.verl.transfer import PARTITION, Rows, groups_of, rows_of, wait_for
 
 
 class LivePolicy:

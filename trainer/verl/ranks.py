@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from engine.rollouts.group import Group
+from gradstore.engine.rollouts.group import Group
 
 Batch = TypeVar("Batch")
 

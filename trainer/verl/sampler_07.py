@@ -21,13 +21,13 @@ import numpy as np
 from verl.experimental.dataset.sampler import AbstractCurriculumSampler
 
 import gradstore
-from engine.rollouts import Rollout, write_rollouts
-from engine.searching.targets import target
-from engine.selecting.selection import select
+from gradstore.engine.rollouts import Rollout, write_rollouts
+from gradstore.engine.searching.targets import target
+from gradstore.engine.selecting.selection import select
 from gradstore.errors import RequestError
 from gradstore.problems import from_verl
-from trainer.backends import derived_seed
-from trainer.verl.sampler import RoundSampler, drawing_order
+from gradstore.trainer.sampling.backends import derived_seed
+from gradstore.trainer.verl.sampler import RoundSampler, drawing_order
 
 log = logging.getLogger(__name__)
 

@@ -21,14 +21,23 @@ from verl.utils.dataset.rl_dataset import collate_fn
 from verl.utils.debug import marked_timer
 
 from gradstore.errors import RequestError
-from trainer.backends import derived_seed
-from trainer.round.driver import Rounds
-from trainer.verl.agent_loop import SEED_FIELD
-from trainer.verl.live_policy import LivePolicy
-from trainer.verl.sampler import RoundSampler, drawing_order
-from trainer.verl.settings import VerlSettings
-from trainer.verl.transfer import ROLLOUTS_FIELD, groups_of, joined, place_of, records_of, row_seeds, uid_of, weigh
-from trainer.verl.worker import SketchingWorker
+from gradstore.trainer.round.driver import Rounds
+from gradstore.trainer.sampling.backends import derived_seed
+from gradstore.trainer.verl.agent_loop import SEED_FIELD
+from gradstore.trainer.verl.live_policy import LivePolicy
+from gradstore.trainer.verl.sampler import RoundSampler, drawing_order
+from gradstore.trainer.verl.settings import VerlSettings
+from gradstore.trainer.verl.transfer import (
+    ROLLOUTS_FIELD,
+    groups_of,
+    joined,
+    place_of,
+    records_of,
+    row_seeds,
+    uid_of,
+    weigh,
+)
+from gradstore.trainer.verl.worker import SketchingWorker
 
 log = logging.getLogger(__name__)
 

@@ -10,11 +10,11 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from engine.gradients.objectives import Objective, objective
-from engine.selecting.diversity import Diversity
-from engine.sketches.sketcher import SketchSpec
+from gradstore.engine.gradients.objectives import Objective, objective
+from gradstore.engine.selecting.diversity import Diversity
+from gradstore.engine.sketches.sketcher import SketchSpec
 from gradstore.errors import RequestError
-from trainer.round.settings import GRADALIGN_NAMES, RoundSettings
+from gradstore.trainer.round.settings import GRADALIGN_NAMES, RoundSettings
 
 NODE = "gradstore"
 _COARSE_PROBE_RANK = 64

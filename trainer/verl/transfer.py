@@ -17,12 +17,12 @@ from tensordict import TensorDict
 from verl.utils import tensordict_utils
 from verl.utils.dataset.rl_dataset import collate_fn
 
-from engine.rollouts import group
-from engine.rollouts.group import Group
+from gradstore.engine.rollouts import group
+from gradstore.engine.rollouts.group import Group
 from gradstore.errors import RequestError
 from gradstore.problems import from_verl, to_verl
-from trainer.backends import derived_seed
-from trainer.verl.agent_loop import SEED_FIELD
+from gradstore.trainer.sampling.backends import derived_seed
+from gradstore.trainer.verl.agent_loop import SEED_FIELD
 
 PARTITION = "train"
 ROLLOUTS_FIELD = "__rollout_n__"

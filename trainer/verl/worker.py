@@ -2,7 +2,7 @@
 
 Nothing is merged, copied or saved for it, and no gradient is reduced among the ranks: each rank runs the problems it
 is handed, in step with the others. The driver calls these methods with one list of groups for each rank
-(`trainer.verl.ranks`); what comes back are plain values.
+(`gradstore.trainer.verl.ranks`); what comes back are plain values.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,18 +14,18 @@ from torch import Tensor, nn
 from verl.single_controller.base.decorator import Dispatch, register
 from verl.workers.engine_workers import ActorRolloutRefWorker
 
-from engine.gradients.coverage import measure
-from engine.gradients.directions import Direction
-from engine.gradients.gradient_pass import GradientPass
-from engine.gradients.sharding import reshard, total
-from engine.probing.batch import ProbeBatch
-from engine.probing.calibration import Calibration
-from engine.probing.probe import Probe
-from engine.rollouts.group import Group
-from engine.sketches.alongside import sketched_and_summed
-from engine.sketches.bases import SketcherFiles, files_of, sketcher_from
-from engine.sketches.fitting import fit_projection
-from engine.sketches.sketcher import SketchBatch, Sketcher, SketchSpec
+from gradstore.engine.gradients.coverage import measure
+from gradstore.engine.gradients.directions import Direction
+from gradstore.engine.gradients.gradient_pass import GradientPass
+from gradstore.engine.gradients.sharding import reshard, total
+from gradstore.engine.probing.batch import ProbeBatch
+from gradstore.engine.probing.calibration import Calibration
+from gradstore.engine.probing.probe import Probe
+from gradstore.engine.rollouts.group import Group
+from gradstore.engine.sketches.alongside import sketched_and_summed
+from gradstore.engine.sketches.bases import SketcherFiles, files_of, sketcher_from
+from gradstore.engine.sketches.fitting import fit_projection
+from gradstore.engine.sketches.sketcher import SketchBatch, Sketcher, SketchSpec
 from gradstore.errors import GradstoreError, RequestError
 
 

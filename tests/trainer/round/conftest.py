@@ -13,15 +13,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engine.gradients.objectives import objective
-from engine.probing.batch import ProbeBatch
-from engine.probing.calibration import Calibration
-from engine.rollouts.group import Group
-from engine.sketches.bases import SketcherFiles
-from engine.sketches.sketcher import SketchBatch, SketchSpec
 from gradstore import State
-from trainer.round.driver import Rounds
-from trainer.round.settings import RoundSettings
+from gradstore.engine.gradients.objectives import objective
+from gradstore.engine.probing.batch import ProbeBatch
+from gradstore.engine.probing.calibration import Calibration
+from gradstore.engine.rollouts.group import Group
+from gradstore.engine.sketches.bases import SketcherFiles
+from gradstore.engine.sketches.sketcher import SketchBatch, SketchSpec
+from gradstore.trainer.round.driver import Rounds
+from gradstore.trainer.round.settings import RoundSettings
 
 DIM = 12
 FINGERPRINT = {"made": "up"}

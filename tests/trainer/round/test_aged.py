@@ -5,14 +5,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from engine.gradients.objectives import objective
-from engine.probing.batch import ProbeBatch
-from engine.rollouts.group import Group
 from gradstore import State
-from trainer.round.aged import aged_scores, with_old_sketches
-from trainer.round.calibration import Calibration
-from trainer.round.staleness import Beliefs, Staleness
-from trainer.round.standing import Standing
+from gradstore.engine.forecasting.cosine_model import Beliefs, Staleness
+from gradstore.engine.forecasting.forecast import Standing
+from gradstore.engine.forecasting.probe_scale import Calibration
+from gradstore.engine.forecasting.selectors import aged_scores, with_old_sketches
+from gradstore.engine.gradients.objectives import objective
+from gradstore.engine.probing.batch import ProbeBatch
+from gradstore.engine.rollouts.group import Group
 
 MODEL = Staleness(0.01, 0.04, 0.16, 30.0)
 STEP, N = 60, 400

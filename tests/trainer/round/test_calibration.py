@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 import gradstore
-from engine.gradients.objectives import objective
-from engine.probing.batch import ProbeBatch
-from engine.rollouts.group import Group
-from trainer.round.calibration import LocalRatios, aim, calibrate, probed_at, probed_before
+from gradstore.engine.forecasting.probe_scale import LocalRatios, aim, calibrate, probed_at, probed_before
+from gradstore.engine.gradients.objectives import objective
+from gradstore.engine.probing.batch import ProbeBatch
+from gradstore.engine.rollouts.group import Group
 
 
 def test_local_ratios_are_the_slow_loop() -> None:

@@ -8,9 +8,9 @@ import pytest
 
 import gradstore
 from gradstore import State, Store
-from trainer.round.lengths import Trained, lengths, measured_rates, trained_toward
-from trainer.round.motion import fit_motion, forecast
-from trainer.round.rows import live_rows
+from gradstore.engine.forecasting.live_rows import live_rows
+from gradstore.engine.forecasting.norms import Trained, lengths, measured_rates, trained_toward
+from gradstore.engine.forecasting.pass_rates import fit_motion, forecast
 
 N, DIM, NOW = 12, 5, 8
 

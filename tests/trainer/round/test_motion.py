@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import integrate, stats
 
-from trainer.round.motion import Forecast, Motion, Rates, effective, fit_motion, forecast, slack
+from gradstore.engine.forecasting.pass_rates import Forecast, Motion, Rates, effective, fit_motion, forecast, slack
 
 
 def simulated(pull: float, drift: float, seed: int = 0, n: int = 600) -> tuple[Rates, np.ndarray, np.ndarray]:

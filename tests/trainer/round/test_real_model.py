@@ -9,20 +9,20 @@ import pytest
 import torch
 
 import gradstore
-from engine.gradients.coverage import Coverage, measure
-from engine.gradients.directions import validation_gradient
-from engine.gradients.gradient_pass import GradientPass
-from engine.probing.batch import ProbeBatch
-from engine.probing.calibration import Calibration
-from engine.probing.probe import Probe
-from engine.rollouts.group import Group
-from engine.sketches.bases import SketcherFiles, files_of, sketcher_from
-from engine.sketches.fitting import fit_projection
-from engine.sketches.sketcher import SketchBatch, Sketcher, SketchSpec
 from gradstore.attachments import read_coverage
+from gradstore.engine.gradients.coverage import Coverage, measure
+from gradstore.engine.gradients.directions import validation_gradient
+from gradstore.engine.gradients.gradient_pass import GradientPass
+from gradstore.engine.probing.batch import ProbeBatch
+from gradstore.engine.probing.calibration import Calibration
+from gradstore.engine.probing.probe import Probe
+from gradstore.engine.rollouts.group import Group
+from gradstore.engine.sketches.bases import SketcherFiles, files_of, sketcher_from
+from gradstore.engine.sketches.fitting import fit_projection
+from gradstore.engine.sketches.sketcher import SketchBatch, Sketcher, SketchSpec
 from gradstore.errors import RequestError
-from trainer.round.driver import Rounds
-from trainer.round.settings import RoundSettings
+from gradstore.trainer.round.driver import Rounds
+from gradstore.trainer.round.settings import RoundSettings
 
 POOL = [{"id": f"p{i}", "prompt": f"{i}"} for i in range(12)]
 BENCHMARK = [{"id": f"v{i}", "prompt": f"{i}"} for i in range(4)]

@@ -7,11 +7,11 @@ import pytest
 from scipy import integrate, stats
 
 import gradstore
-from engine.selecting.history import History
-from trainer.round import conduct
-from trainer.round.refresh import Outlook, choose, cut, pass_rate_prior, straddling, worth
-from trainer.round.settings import RoundSettings
-from trainer.round.standing import source_offsets
+from gradstore.engine.forecasting.forecast import source_offsets
+from gradstore.engine.forecasting.refresh_choice import Outlook, choose, cut, pass_rate_prior, straddling, worth
+from gradstore.engine.selecting.history import History
+from gradstore.trainer.round import conduct
+from gradstore.trainer.round.settings import RoundSettings
 
 
 def settings(**changes) -> RoundSettings:

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 import gradstore
-from engine.searching.targets import target
+from gradstore.engine.searching.targets import target
 from gradstore.errors import RequestError
-from trainer.round.driver import Rounds
-from trainer.round.settings import RoundSettings
+from gradstore.trainer.round.driver import Rounds
+from gradstore.trainer.round.settings import RoundSettings
 
 
 def settings(**changes) -> RoundSettings:
@@ -272,7 +272,7 @@ def test_a_benchmark_without_signal(world, training, tmp_path) -> None:
 
 def test_rollouts_are_exported(world, fake_policy, tmp_path) -> None:
     """What selection rolled out can be read as rollout files."""
-    from engine.rollouts import read_rollouts
+    from gradstore.engine.rollouts import read_rollouts
 
     made = world()
     rounds = Rounds(tmp_path / "store", made.pool, {"bench": made.benchmark}, settings(), export=tmp_path / "rollouts")
@@ -326,7 +326,7 @@ def test_tensorboard_gets_the_numbers(tmp_path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    from trainer.round.progress import tensorboard, to_each
+    from gradstore.trainer.round.progress import tensorboard, to_each
 
     seen = []
     log = to_each(tensorboard(tmp_path), lambda values, step: seen.append((dict(values), step)))

@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 
-from engine.selecting.diversity import Diversity
+from gradstore.engine.selecting.diversity import Diversity
 from gradstore.errors import RequestError
-from trainer.round.settings import GRADALIGN_NAMES, RoundSettings
-from trainer.verl.sampler import drawing_order
+from gradstore.trainer.round.settings import GRADALIGN_NAMES, RoundSettings
+from gradstore.trainer.verl.sampler import drawing_order
 
 PUBLISHED = {
     "chunk_size": 5120,

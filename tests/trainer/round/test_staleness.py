@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import gradstore
-from trainer.round.staleness import PRIOR_LIFE, Beliefs, Pairs, Staleness, fit, measured_pairs
+from gradstore.engine.forecasting.cosine_model import PRIOR_LIFE, Beliefs, Pairs, Staleness, fit, measured_pairs
 
 
 def planted(seed: int, life: float, reliability: float, n: int = 3000) -> tuple[Pairs, np.ndarray]:

@@ -17,7 +17,7 @@ import torch
 def main(store: str, out: Path) -> None:
     from verl.experimental.dataset.sampler import AbstractCurriculumSampler
 
-    from trainer.verl.sampler_07 import StoreSampler
+    from gradstore.trainer.verl.sampler_07 import StoreSampler
 
     dataset = Pool()
     config: dict[str, Any] = {

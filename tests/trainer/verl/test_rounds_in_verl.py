@@ -187,7 +187,7 @@ def test_killed_and_resumed(start) -> None:
 
 UNEVEN = """
 import numpy as np
-from engine import Candidates, Scored, Selector
+from gradstore.engine import Candidates, Scored, Selector
 
 def score(candidates: Candidates) -> Scored:
     cosines = candidates.cosines(candidates.target_D)

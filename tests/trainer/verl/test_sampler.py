@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 
 from gradstore.errors import RequestError
-from trainer.verl.sampler import RoundSampler, drawing_order
+from gradstore.trainer.verl.sampler import RoundSampler, drawing_order
 
 POOL = [f"problem {i}" for i in range(10)]
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import gradstore
-from engine.rollouts import read_rollouts
+from gradstore.engine.rollouts import read_rollouts
 
 HERE = Path(__file__).parent
 REAL = Path(sys.prefix) / "verl-0.7.0"
@@ -47,7 +47,7 @@ def store(tmp_path: Path) -> Path:
 def test_picks_and_state(which: str, store: Path, tmp_path: Path) -> None:
     """verl 0.7 saves its checkpoint before the sampler hears of the step: what the sampler draws next must not depend
     on whether it heard."""
-    from engine import select, target
+    from gradstore.engine import select, target
 
     package = REAL
     if which == "stand-in":

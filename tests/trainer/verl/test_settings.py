@@ -32,8 +32,8 @@ def settings(*more: str) -> Any:
 def _of(overrides: list[str]) -> Any:
     from hydra import compose, initialize_config_module
 
-    from trainer.verl.entry import _ours
-    from trainer.verl.settings import VerlSettings
+    from gradstore.trainer.verl.entry import _ours
+    from gradstore.trainer.verl.settings import VerlSettings
 
     with initialize_config_module("verl.trainer.config", version_base=None):
         return VerlSettings.of(compose("ppo_trainer", overrides=[_ours(text) for text in overrides]))
@@ -95,7 +95,7 @@ def test_refused_before_anything_starts(override: str, message: str) -> None:
     """Half an hour into a cluster job is late to hear of a typing error; and none may start Ray."""
     import ray
 
-    from trainer.verl import main
+    from gradstore.trainer.verl import main
 
     if override.startswith("algorithm.filter_groups"):
         override = f"+{override}"

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from trainer.round.settings import RoundSettings
-from trainer.verl.sampler import RoundSampler
+from gradstore.trainer.round.settings import RoundSettings
+from gradstore.trainer.verl.sampler import RoundSampler
 
 pytestmark = pytest.mark.verl
 
@@ -43,7 +43,7 @@ def computed(monkeypatch: pytest.MonkeyPatch, weight_of: dict[str, float]) -> Qu
     """The queue after our trainer's advantages, verl's own being there."""
     from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
-    from trainer.verl import selecting_trainer, transfer
+    from gradstore.trainer.verl import selecting_trainer, transfer
 
     queue = Queue({"a_0_0": [0.1, 0.2, 0.3], "a_1_0": [-0.7], "b_0_0": [0.3, 0.3], "pad1_0_0": [0.0]})
     monkeypatch.setattr(transfer, "tq", queue)

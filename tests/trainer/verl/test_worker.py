@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engine import Probe, Sketcher, SketchSpec, validation_gradient
-from engine.gradients.coverage import measure
-from engine.gradients.gradient_pass import GradientPass
-from engine.rollouts.group import Group
-from engine.sketches.bases import sketcher_from
-from trainer.verl.ranks import deal, gather
+from gradstore.engine import Probe, Sketcher, SketchSpec, validation_gradient
+from gradstore.engine.gradients.coverage import measure
+from gradstore.engine.gradients.gradient_pass import GradientPass
+from gradstore.engine.rollouts.group import Group
+from gradstore.engine.sketches.bases import sketcher_from
+from gradstore.trainer.verl.ranks import deal, gather
 
 pytestmark = pytest.mark.verl
 

@@ -25,10 +25,10 @@ def main(rank: int, world: int, folder: Path) -> None:
     sys.path.insert(0, str(Path(__file__).parent))
     from conftest import overrides
 
-    from engine import SketchSpec
-    from engine.gradients.sharding import is_sharded, own_part, reshard
-    from trainer.verl.ranks import deal
-    from trainer.verl.worker import SketchingWorker
+    from gradstore.engine import SketchSpec
+    from gradstore.engine.gradients.sharding import is_sharded, own_part, reshard
+    from gradstore.trainer.verl.ranks import deal
+    from gradstore.trainer.verl.worker import SketchingWorker
 
     torch.set_num_threads(1)
     with initialize_config_module("verl.trainer.config", version_base=None):

@@ -3,7 +3,7 @@
 import hydra
 from verl.trainer.main_ppo import run_ppo
 
-from trainer.verl import task_runner
+from gradstore.trainer.verl import task_runner
 
 
 @hydra.main(config_path="pkg://verl.trainer.config", config_name="ppo_trainer", version_base=None)

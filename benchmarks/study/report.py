@@ -1,0 +1,142 @@
+"""The page of the study from its rows: tables, figures, and what was wanted beside what came."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.study.arms import ARMS
+from benchmarks.study.figures import draw_curves, draw_picks
+from benchmarks.study.findings import findings
+from benchmarks.study.methods import method
+from benchmarks.study.running import StudySettings
+from benchmarks.study.statistics import (
+    Estimate,
+    final_accuracy,
+    of,
+    overhead,
+    selection_rollouts,
+    selection_seconds,
+    share,
+)
+from gradstore.errors import RequestError
+
+NOTES = "notes.md"
+"""Beside the figures: what was found out by hand, taken into the page as it is."""
+
+
+def write_page(rows: Sequence[dict[str, Any]], page: Path, settings: StudySettings) -> None:
+    """Write the page and, in the folder of its name, its figures. RequestError when there are no rows."""
+    if not rows:
+        raise RequestError("no results of these settings: run the study first (python -m benchmarks.study run)")
+    folder = page.with_suffix("")
+    folder.mkdir(parents=True, exist_ok=True)
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    arms = [arm for arm in ARMS if any(row["arm"] == arm for row in rows)]
+    draw_curves(rows, arms, folder / "accuracy.svg")
+    draw_picks(rows, arms, methods, folder / "picks.svg")
+    seeds = sorted({row["seed"] for row in rows})
+    parts = [
+        HEAD.format(
+            runs=len(rows),
+            seeds=("seeds " if len(seeds) > 1 else "seed ") + ", ".join(map(str, seeds)),
+            folder=folder.name,
+            settings="\n".join(f"| `{name}` | {value} |" for name, value in asdict(settings).items()),
+            methods="\n".join(f"| `{name}` | {method(name, settings.budgeted).title} |" for name in methods),
+            arms="\n".join(f"| `{arm}` | {ARMS[arm].title} |" for arm in arms),
+        ),
+        "## What was wanted, what came\n\n" + "\n".join(f"- {line}" for line in findings(rows, arms)) + "\n",
+        f"## Accuracy\n\n![Accuracy by training step]({folder.name}/accuracy.svg)\n",
+        f"![Bad picks]({folder.name}/picks.svg)\n",
+        *(_arm_table(rows, arm, methods) for arm in arms),
+        _cost_table(rows, arms, methods),
+    ]
+    notes = folder / NOTES
+    if notes.exists():
+        parts.append(notes.read_text())
+    page.write_text("\n".join(parts), encoding="utf-8")
+
+
+def _arm_table(rows: Sequence[dict[str, Any]], arm: str, methods: Sequence[str]) -> str:
+    lines = [
+        f"### {arm}: {ARMS[arm].title}\n",
+        "| method | accuracy after the last step | bad picks | useful picks | selection rollouts | seeds |",
+        "| --- | --- | --- | --- | ---: | ---: |",
+    ]
+    start = np.mean([row["accuracy"][0] for row in rows if row["arm"] == arm])
+    for name in methods:
+        own = of(rows, arm, name)
+        if own:
+            n_rollouts = np.mean([selection_rollouts(row) for row in own])
+            cells = (
+                _interval(final_accuracy(own), 3),
+                _interval(share(own, "bad"), 2),
+                _interval(share(own, "useful"), 2),
+                f"{n_rollouts:,.0f}",
+                str(len(own)),
+            )
+            lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + f"\n\nBefore training: {start:.3f}.\n"
+
+
+def _cost_table(rows: Sequence[dict[str, Any]], arms: Sequence[str], methods: Sequence[str]) -> str:
+    """Seconds and rollouts over all arms; medians, as other work on the machine lengthens some runs."""
+    reference = [selection_rollouts(row) for row in rows if row["method"] == "gradalign"]
+    lines = [
+        "## What selection costs\n",
+        "Medians over all runs, on one thread. Overhead: selection without rollouts, as a share of the training of the "
+        "same rounds (rollouts and updates).\n",
+        "| method | selection rollouts | of `gradalign`'s | selection s | without rollouts s | training s | overhead |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for name in methods:
+        own = [row for row in rows if row["method"] == name]
+        n_rollouts = float(np.median([selection_rollouts(row) for row in own]))
+        relative = f"{100 * n_rollouts / np.median(reference):.1f} %" if reference else "-"
+        cells = (
+            f"{n_rollouts:,.0f}",
+            relative,
+            f"{np.median([sum(row['selection_seconds']) for row in own]):.1f}",
+            f"{np.median([selection_seconds(row) for row in own]):.1f}",
+            f"{np.median([row['training_seconds'] for row in own]):.1f}",
+            f"{100 * np.median([overhead(row) for row in own]):.0f} %",
+        )
+        lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _interval(value: Estimate, digits: int) -> str:
+    if np.isnan(value.half):
+        return f"{value.mean:.{digits}f}"
+    return f"{value.mean:.{digits}f} [{value.low:.{digits}f}, {value.high:.{digits}f}]"
+
+
+HEAD = """# The study: which way to pick trains better
+
+Made by `python -m benchmarks.study report` from `{folder}/results.jsonl` ({runs} runs, {seeds}). `make study` runs what
+is missing and writes this page again; `make study SHORT=1` does a miniature of it. Intervals are 95 % t intervals over
+seeds.
+
+The embedded trainer (what `gradstore train --backend local` runs) trains the demo's model, a Qwen2 of 0.53 million
+parameters that knows how to be right and mostly is not, by GRPO on problems picked in rounds. Accuracy is the mean
+probability of the right answer at temperature 1 on held-out problems of the target family: computed, not sampled. All
+methods share every setting, the problems and the seeds of a run. Settings were chosen on oracle and random picks; the
+size of the pool, the share picked and the budget on single runs of several selectors; nothing was set for one arm.
+
+| arm | pool |
+| --- | --- |
+{arms}
+
+| method | picks |
+| --- | --- |
+{methods}
+
+`benchmarks/study/arms.py` says what is in the pools. A pick is useful if the oracle could have picked it, and bad if
+its reward is wrong or random, it can teach nothing, or, in the last two arms, it is of another family.
+
+| setting | |
+| --- | --- |
+{settings}
+"""

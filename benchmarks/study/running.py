@@ -1,0 +1,191 @@
+"""One run of the study: an arm, a method, a seed; its row of results."""
+
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.study.accuracy import expected_accuracy
+from benchmarks.study.arms import is_bad, is_useful, problems
+from benchmarks.study.methods import ORACLE, Oracle, method
+from gradstore.demo import tasks
+from gradstore.demo.course import TOKEN_BUDGET
+from gradstore.demo.run import MODEL, SEEN
+from gradstore.engine.gradients.models import load_model, load_tokenizer
+from gradstore.engine.gradients.objectives import objective
+from gradstore.engine.rollouts.group import Group
+from gradstore.engine.sketches.sketcher import SketchBatch, SketchSpec
+from gradstore.trainer.local.grpo import Learner, UpdateSettings
+from gradstore.trainer.local.policy import LocalPolicy, Sampling
+from gradstore.trainer.local.training import Chooser, Picks, Training
+from gradstore.trainer.round.driver import Rounds
+from gradstore.trainer.round.settings import RoundSettings
+from gradstore.trainer.sampling.rewards import Reward
+
+
+@dataclass(frozen=True, slots=True)
+class StudySettings:
+    """What every run of a study shares; no method has settings of its own."""
+
+    pool: int = 320
+    """Problems of the pool, all of them candidates in every round."""
+    validation: int = 32
+    """Problems of the benchmark that rounds aim at."""
+    test: int = 400
+    """Held-out problems that accuracy is measured on."""
+    selected: int = 16
+    """Problems picked in a round: a twentieth of the pool, as in the published runs of GradAlign."""
+    rounds: int = 8
+    steps: int = 4
+    """GRPO steps of a round."""
+    train_batch: int = 16
+    """Problems of a step."""
+    rollouts: int = 16
+    """Responses to each problem, in selection, on the benchmark and in training."""
+    first_look: int = 4
+    """Rollouts of every problem of the pool that a budgeted refresh begins with, in its first round."""
+    budget: int = 44
+    """Problems that a budgeted refresh rolls out anew in a round."""
+    budget_target: int = 8
+    """Its responses to each problem of the benchmark: half as many, for what they cost goes to candidates."""
+    lr: float = 3e-5
+    objective: str = "grpo"
+    """Preset that the policy is trained with; gradients for selection are under `gradalign`."""
+    rank: int = 8
+    dim: int = 512
+    window: int = 32
+    """Problems rolled out and sketched at once; the projection is fitted to the first windows."""
+    fit_problems: int = 32
+
+    @property
+    def budgeted(self) -> dict[str, int]:
+        """Settings of a budgeted refresh's rounds."""
+        return {"refresh": self.budget, "first_look": self.first_look, "target_rollouts": self.budget_target}
+
+
+SHORT = StudySettings(pool=80, validation=16, test=100, selected=8, rounds=3, steps=2, train_batch=8, budget=8, lr=1e-4)
+"""A miniature that takes seconds a run: every path of the study, no claim."""
+
+
+@dataclass(slots=True)
+class Meter:
+    """What selection cost, round by round."""
+
+    rollouts: list[int] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    """All of a selection round."""
+    rollout_seconds: list[float] = field(default_factory=list)
+    """Its rollouts."""
+    observe_seconds: float = 0.0
+
+
+class MeteredPolicy(LocalPolicy):
+    """Counts the rollouts it is asked for and their time."""
+
+    n_rollouts = 0
+    seconds = 0.0
+
+    def roll_out(self, problems: Sequence[Mapping[str, Any]], n: int, *, seed: int) -> list[Group]:
+        started = time.monotonic()
+        groups = super().roll_out(problems, n, seed=seed)
+        self.n_rollouts += len(groups) * n
+        self.seconds += time.monotonic() - started
+        return groups
+
+
+class MeteredChooser:
+    """Measures what each round costs and keeps its picks."""
+
+    def __init__(self, chooser: Chooser) -> None:
+        self._chooser, self.meter = chooser, Meter()
+        self.picks: list[list[str]] = []
+
+    def next(self, policy: MeteredPolicy) -> Picks:
+        started, rollouts, seconds = time.monotonic(), policy.n_rollouts, policy.seconds
+        chosen = self._chooser.next(policy)
+        self.meter.seconds.append(time.monotonic() - started)
+        self.meter.rollouts.append(policy.n_rollouts - rollouts)
+        self.meter.rollout_seconds.append(policy.seconds - seconds)
+        self.picks.append(list(chosen.ids))
+        return chosen
+
+    def observe(self, policy: MeteredPolicy, seen: Sequence[Group] | SketchBatch) -> None:
+        started = time.monotonic()
+        self._chooser.observe(policy, seen)
+        self.meter.observe_seconds += time.monotonic() - started
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._chooser.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._chooser.load_state_dict(state)
+
+
+def run_one(arm: str, name: str, seed: int, settings: StudySettings) -> dict[str, Any]:
+    """Train once and say what came of it, JSON-able. The same call gives the same row, save for seconds."""
+    started = time.monotonic()
+    about = method(name, settings.budgeted)
+    found = problems(arm, seed, pool=settings.pool, validation=settings.validation, test=settings.test)
+    records = {record["id"]: record for record in found.pool}
+    torch.set_num_threads(1)  # layers this small lose more in waiting for a second thread than it brings
+    model, tokenizer = load_model(MODEL, device="cpu"), load_tokenizer(MODEL)
+    sampling = Sampling(max_new_tokens=8, batch_tokens=1 << 20)
+    policy = MeteredPolicy(model, tokenizer, Reward("study", tasks.reward), sampling, token_budget=TOKEN_BUDGET)
+    update = UpdateSettings(lr=settings.lr, objective=objective(settings.objective), token_budget=TOKEN_BUDGET)
+    learner = Learner(model, update)
+    accuracy = [expected_accuracy(model, tokenizer, found.test)]
+
+    def after_step(step: int) -> None:
+        if step % settings.steps == 0:
+            accuracy.append(expected_accuracy(model, tokenizer, found.test))
+
+    with tempfile.TemporaryDirectory(prefix="gradstore-study-") as folder:
+        rounds = round_settings(settings, seed, about.rounds)
+        inner: Chooser
+        if name == ORACLE:
+            inner = Oracle(found.pool, settings.selected, seed)
+        else:
+            inner = Rounds(Path(folder) / "store", found.pool, {"benchmark": found.validation}, rounds)
+        chooser, run = MeteredChooser(inner), Path(folder) / "run"
+        training = Training(policy, learner, chooser, found.pool, rounds, run, rollouts=settings.rollouts)
+        training.run(after_step)
+    picks = [[records[problem_id] for problem_id in ids] for ids in chooser.picks]
+    meter = chooser.meter
+    return {
+        "arm": arm,
+        "method": name,
+        "seed": seed,
+        "settings": asdict(settings),
+        "accuracy": accuracy,
+        "bad": [sum(is_bad(arm, record) for record in own) / len(own) for own in picks],
+        "useful": [sum(map(is_useful, own)) / len(own) for own in picks],
+        "selection_rollouts": meter.rollouts,
+        "selection_seconds": meter.seconds,
+        "selection_rollout_seconds": meter.rollout_seconds,
+        "observe_seconds": meter.observe_seconds,
+        "training_seconds": training.seconds,
+        "seconds": time.monotonic() - started,
+    }
+
+
+def round_settings(settings: StudySettings, seed: int, changes: Mapping[str, Any]) -> RoundSettings:
+    """The study's rounds with a method's changes."""
+    common: dict[str, Any] = {
+        "selected": settings.selected,
+        "train_batch": settings.train_batch,
+        "steps": settings.steps,
+        "rounds": settings.rounds,
+        "rollouts": settings.rollouts,
+        "target_rollouts": settings.rollouts,
+        "observe": "none",  # nothing but a budgeted refresh has a use for them
+        "seed": seed,
+        "window": settings.window,
+        "fit_problems": settings.fit_problems,
+        "accept_coverage": SEEN,
+        "spec": SketchSpec(basis="fitted", rank=settings.rank, dim=settings.dim),
+    }
+    return RoundSettings(**{**common, **changes})

@@ -1,0 +1,386 @@
+"""`collect`: rollouts into a store, one sketch for each problem."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, cast, get_args
+
+import typer
+
+from gradstore.cli import app
+from gradstore.cli.make import Device, Model, TemplateKwargs, template_arguments
+from gradstore.cli.rank import Json, StorePath
+from gradstore.cli.show import print_json, progress, say
+from gradstore.errors import RequestError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from gradstore import Store
+    from gradstore.engine.gradients.coverage import Coverage
+    from gradstore.engine.gradients.optimizer_direction import OptimizerDirection
+    from gradstore.engine.reliability.refit import Refit
+    from gradstore.engine.rollouts import Group, RolloutSource
+    from gradstore.engine.sketches.sketcher import SketchBatch, Sketcher, SketchSpec
+
+
+@app.command()
+def collect(
+    store: StorePath,
+    collection: Annotated[str, typer.Argument(help="Pool or benchmark the rollouts belong to.")],
+    rollouts: Annotated[Path, typer.Argument(help="Rollout file, verl rollout dump or responses_sorted.json.")],
+    model: Model,
+    step: Annotated[
+        int | None,
+        typer.Option(help="Policy version of the model, 0 the base model; default: the rollouts' own, or 0."),
+    ] = None,
+    adapter: Annotated[str | None, typer.Option(help="PEFT adapter to load on the model.")] = None,
+    format: Annotated[str, typer.Option(help="auto, rollouts, verl, verl-validation or gradalign.")] = "auto",
+    rollout_step: Annotated[
+        int | None, typer.Option(help="Take only the rollouts that state this step (of a verl dump: its file's).")
+    ] = None,
+    append_eos: Annotated[bool, typer.Option("--append-eos", help="End text responses in the end token.")] = False,
+    problems: Annotated[
+        Path | None, typer.Option(help="Problem records whose ids and prompts the rollouts are given, by prompt.")
+    ] = None,
+    template_kwargs: TemplateKwargs = None,
+    objective: Annotated[
+        str | None, typer.Option(help="gradalign (default), grpo or dr_grpo; a store keeps the one it was made with.")
+    ] = None,
+    advantage: Annotated[str | None, typer.Option(help="mean, mean_std or rloo, instead of the preset's.")] = None,
+    aggregation: Annotated[str | None, typer.Option(help="As verl's loss_agg_mode, instead of the preset's.")] = None,
+    importance: Annotated[
+        bool | None, typer.Option("--importance/--on-policy", help="Weight tokens by pi / behaviour policy.")
+    ] = None,
+    clip: Annotated[float | None, typer.Option(help="PPO clipping of the importance ratio, both sides.")] = None,
+    kl_beta: Annotated[
+        float | None, typer.Option(min=0, help="Weight of GRPO's KL term to a reference policy (LearnAlign: 0.04).")
+    ] = None,
+    reference: Annotated[
+        str | None,
+        typer.Option(help="Model of the KL term; default: `reference_logprobs` as the rollouts have them."),
+    ] = None,
+    basis: Annotated[
+        str | None, typer.Option(help="fitted (default of a new store: to these rollouts), random or dense.")
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option(help="Width of each side of a layer's projection (new store: 16).")
+    ] = None,
+    dim: Annotated[int | None, typer.Option(help="Dimensions of a fitted or dense sketch (new store: 1024).")] = None,
+    fit_problems: Annotated[
+        int,
+        typer.Option(
+            help="Problems with a signal a new projection is fitted to, a quarter of them held out to measure it."
+        ),
+    ] = 128,
+    seed: Annotated[int | None, typer.Option(help="Seed of the projection (new store: 0).")] = None,
+    modules: Annotated[list[str] | None, typer.Option(help="Regular expression of layers; may be repeated.")] = None,
+    embeddings: Annotated[
+        bool | None,
+        typer.Option(
+            help="Sketch the input embedding too (a new store: where too little of the gradient is seen without it)."
+        ),
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Row type of a new store: int8, int4, 1bit, fp16 or fp32.")] = "int8",
+    head: Annotated[
+        bool,
+        typer.Option("--head", help="The output layer's gradient alone, from the forward pass (new store: 64 x 128)."),
+    ] = False,
+    right_rank: Annotated[
+        int | None, typer.Option(help="Width of the input side where it is not --rank; random bases only.")
+    ] = None,
+    optimizer: Annotated[
+        Path | None,
+        typer.Option(help="Sketch Adam's step: optimizer.pt, a Trainer checkpoint, or a verl checkpoint's folder."),
+    ] = None,
+    formula: Annotated[str, typer.Option(help="--optimizer: less (both moments) or precondition (second).")] = "less",
+    bias_correction: Annotated[bool, typer.Option("--bias-correction", help="--optimizer: correct its bias.")] = False,
+    benchmark_rollouts: Annotated[
+        Path | None,
+        typer.Option(help="Rollouts of the benchmark: bases are fitted to it too, and measured against it."),
+    ] = None,
+    refit: Annotated[
+        str,
+        typer.Option(help="warn: say when the projection no longer ranks well; auto: fit a new basis for these rows."),
+    ] = "warn",
+    measure: Annotated[
+        str,
+        typer.Option(
+            help="How well sketches rank: auto: once, when a projection is fitted, and against --benchmark-rollouts; "
+            "always: in this run too; never."
+        ),
+    ] = "auto",
+    every_basis: Annotated[
+        bool,
+        typer.Option("--every-basis", help="Sketch in every basis that rows are in: what a benchmark needs."),
+    ] = False,
+    halves: Annotated[
+        bool,
+        typer.Option("--halves", help="Keep even and odd rollouts too, for reliabilities (as much work again)."),
+    ] = False,
+    token_budget: Annotated[
+        int | None, typer.Option(help="Tokens of one micro-batch [default: as memory allows].")
+    ] = None,
+    accept_coverage: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="Least share of the gradient that a new store's sketches must see (0.95)."),
+    ] = None,
+    device: Device = None,
+    json: Json = False,
+) -> None:
+    """Turn rollouts into sketches; started again after an interruption, it goes on where it was.
+
+    Into a store that is there, settings not given are the store's own.
+    """
+    import gradstore
+    from gradstore.attachments import read_coverage
+    from gradstore.engine.gradients.logprobs import Reference
+    from gradstore.engine.gradients.models import load_model, load_tokenizer, vocabulary_size
+    from gradstore.engine.gradients.objectives import objective as preset
+    from gradstore.engine.rollouts import read_rollouts
+    from gradstore.engine.sketches.bases import bases_in_use, basis_of, create_store, sketcher_of
+    from gradstore.engine.sketches.collector import Measure
+    from gradstore.engine.sketches.collector import collect as run
+    from gradstore.engine.sketches.sketcher import SketchSpec
+
+    if step is not None and step < 0:
+        raise RequestError(f"step is {step}, expected 0 (the base model) or more")
+    if refit not in ("warn", "auto"):
+        raise RequestError(f"--refit is {refit!r}, expected warn or auto")
+    if measure not in get_args(Measure):
+        raise RequestError(f"--measure is {measure!r}, expected {', '.join(get_args(Measure))}")
+    if refit == "auto" and measure == "never":
+        raise RequestError("--refit auto fits anew by what it measures: leave --measure never out")
+    if refit == "auto" and benchmark_rollouts is None:
+        raise RequestError("--refit auto measures against the benchmark: give --benchmark-rollouts")
+    opened = gradstore.open(store, mode="a") if store.exists() else None
+    spec = _new_spec(head, optimizer is not None) if opened is None else SketchSpec.of(opened.fingerprint)
+    given = {
+        "rank": rank,
+        "right_rank": right_rank,
+        "dim": dim,
+        "seed": seed,
+        "basis": basis,
+        "modules": tuple(modules) if modules else None,
+        "head_only": head or None,
+        "embeddings": embeddings,
+    }
+    changed = {
+        "advantage": advantage,
+        "aggregation": aggregation,
+        "importance": importance,
+        "clip_low": clip,
+        "clip_high": clip,
+        "kl_beta": kl_beta,
+    }
+    settings = replace(spec.objective if objective is None else preset(objective), **_given(changed))
+    spec = replace(spec, objective=settings, **_given(given))
+    if reference is not None and not settings.kl_beta:
+        raise RequestError("--reference is for a KL term: give its weight, --kl-beta 0.04")
+    if settings.reference is not None and reference is None:
+        raise RequestError(f"the rows of {store} have a KL term: give its model, --reference")
+    records = None if problems is None else gradstore.read_problems(problems)
+    source = read_rollouts(
+        rollouts,
+        tokenizer=load_tokenizer(model),
+        format=format,
+        append_eos=append_eos,
+        step=rollout_step,
+        problems=records,
+        vocabulary=vocabulary_size(model),
+        template_kwargs=template_arguments(template_kwargs),
+    )
+    if settings.kl_beta and reference is None and not source.has_reference:
+        raise RequestError(f"{rollouts}: has no `reference_logprobs` for the KL term: give its model, --reference")
+    policy = load_model(model, adapter, device)
+    spec = replace(spec, token_budget=token_budget)
+    wanted: list[Group] = []
+    if benchmark_rollouts is not None:
+        wanted = list(
+            read_rollouts(
+                benchmark_rollouts,
+                tokenizer=load_tokenizer(model),
+                append_eos=append_eos,
+                vocabulary=vocabulary_size(model),
+                template_kwargs=template_arguments(template_kwargs),
+            ).groups()
+        )
+    if reference is not None:
+        log_probabilities = Reference(
+            load_model(reference, device=device), temperature=settings.temperature, token_budget=spec.token_budget
+        )
+        spec = replace(spec, objective=replace(settings, reference=log_probabilities.digest))
+        source.change(log_probabilities)
+        wanted = [log_probabilities(group) for group in wanted]
+    adam = _direction(policy, optimizer, formula, bias_correction)
+    version = (source.step or 0) if step is None else step
+    outcome = None
+    known: list[SketchBatch] = []
+    if opened is None:
+        spec, coverage = _coverage(policy, spec, source, accept_coverage, embeddings)
+        sketcher, known = _new_sketcher(policy, spec, source, fit_problems, wanted, adam, measure != "never")
+        opened = create_store(store, sketcher, dtype, coverage)
+    else:
+        sketcher = sketcher_of(opened, policy, spec, optimizer=adam)
+        basis_of(opened, sketcher.fingerprint)
+        if wanted and spec.basis == "fitted" and measure != "never":
+            sketcher, outcome = _checked(opened, sketcher, source, fit_problems, wanted, version, refit == "auto")
+    also = bases_in_use(opened, besides=collection) if every_basis else []
+    with progress(f"{collection} step {version}", len(source)) as advance:
+        report = run(
+            opened,
+            collection,
+            source,
+            sketcher=sketcher,
+            step=version,
+            measure="never" if wanted else cast("Measure", measure),
+            known=known,
+            also=also,
+            progress=advance,
+        )
+    if halves:
+        from gradstore.engine.reliability.stored_halves import collect_halves
+
+        collect_halves(opened, collection, source, sketcher=sketcher, step=version)
+    if report.needs_refit:
+        say(
+            f"warning: the store's projection ranks these gradients with a correlation of {report.fidelity:.2f} to the "
+            "exact ranking: the policy has moved from what it was fitted to; collect with --refit auto and "
+            "--benchmark-rollouts for a new basis"
+        )
+    if json:
+        refitted = None if outcome is None else outcome.describe()
+        print_json({**report.describe(), "refit": refitted, "coverage": read_coverage(opened.path)})
+        return
+    if len(report.bases) > 1:
+        say(f"in bases {', '.join(map(str, report.bases))}")
+    say(
+        f"{report.collected} problems collected at step {version}: {report.live} live, {report.no_signal} without "
+        f"signal, {report.failed} failed; {report.skipped} were there already; "
+        f"{report.n_tokens} tokens in {report.seconds:.1f} s"
+    )
+    for problem_id, reason in report.failures:
+        say(f"problem {problem_id!r} failed: {reason}")
+
+
+def _coverage(
+    policy: "nn.Module",
+    spec: "SketchSpec",
+    source: "RolloutSource",
+    accepted: float | None,
+    embeddings: bool | None,
+) -> "tuple[SketchSpec, Coverage]":
+    """The spec of a new store, with the embedding where nobody chose and it is needed, and what its sketches see, said
+    aloud; refused where that is little and nobody chose the layers."""
+    from gradstore.engine.gradients.coverage import least_of, measure, seeing_enough
+    from gradstore.engine.gradients.gradient_pass import GradientPass
+    from gradstore.engine.sketches.fitting import sample_groups
+
+    least, sample = least_of(spec, accepted), sample_groups(source, 8, spec.seed)
+    if embeddings is None:
+        chosen, coverage = seeing_enough(policy, spec, sample, least)
+        if chosen.embeddings:
+            say("the input embedding is sketched too: without it too little of the gradient would be seen")
+    else:
+        chosen, coverage = spec, measure(GradientPass(policy, spec), sample)
+    coverage.require(least, "--accept-coverage ")
+    say(coverage.sentence())
+    return chosen, coverage
+
+
+def _new_spec(head: bool, directions: bool) -> "SketchSpec":
+    """Settings of a new store. Bases are fitted to gradients, so that what is no gradient has random ones."""
+    from gradstore.engine.sketches.sketcher import SketchSpec
+
+    if head:
+        return SketchSpec(rank=64, right_rank=128, head_only=True)
+    return SketchSpec(basis="dense", rank=64) if directions else SketchSpec(basis="fitted")
+
+
+def _direction(
+    policy: "nn.Module", path: Path | None, formula: str, bias_correction: bool
+) -> "OptimizerDirection | None":
+    from gradstore.engine.gradients.optimizer_direction import AdamState, Formula, OptimizerDirection
+
+    if path is None:
+        return None
+    state = AdamState.of_file(path, policy)
+    return OptimizerDirection(state, cast("Formula", formula), bias_correction=bias_correction)
+
+
+def _checked(
+    store: "Store",
+    sketcher: "Sketcher",
+    source: "RolloutSource",
+    n_sampled: int,
+    wanted: "list[Group]",
+    step: int,
+    fit: bool,
+) -> "tuple[Sketcher, Refit]":
+    """The sketcher that is to make the rows, after measuring the one that the store has, said aloud."""
+    from gradstore.engine.reliability.refit import refit
+    from gradstore.engine.sketches.fitting import sample_groups
+
+    sample = sample_groups(source, n_sampled, sketcher.spec.seed)
+    for group in (*sample, *wanted):
+        sketcher.check(group)
+    sketcher, found = refit(store, sketcher, sample, wanted, step=step, fit=fit)
+    was = "" if found.when_fitted is None else f", {found.when_fitted:.3f} when it was fitted"
+    if found.fidelity is None:
+        say("too few problems with a signal to measure how well the store's projection ranks them")
+    elif not found.needed:
+        say(f"the store's projection ranks with a correlation of {found.fidelity:.3f} to the exact ranking{was}")
+    elif found.basis is not None:
+        say(
+            f"basis {found.basis} fitted: it ranks with {found.anew:.3f}, the one before with {found.fidelity:.3f}{was}"
+        )
+    elif found.anew is not None:
+        say(f"warning: the store's projection ranks with {found.fidelity:.3f}{was}, one fitted now no better: kept")
+    else:
+        say(f"warning: the store's projection ranks with {found.fidelity:.3f}{was}: --refit auto fits a new basis")
+    return sketcher, found
+
+
+def _new_sketcher(
+    policy: "nn.Module",
+    spec: "SketchSpec",
+    source: "RolloutSource",
+    n_fitted: int,
+    wanted: "list[Group]",
+    adam: "OptimizerDirection | None",
+    measured: bool,
+) -> "tuple[Sketcher, list[SketchBatch]]":
+    """A sketcher for a new store; a fitted projection is fitted to a sample of the rollouts, and to the benchmark's.
+
+    Beside it the sketches that were made on the way.
+    """
+    from gradstore.engine.reliability.refit import first_fit, parts
+    from gradstore.engine.sketches.fitting import passed, sample_groups
+    from gradstore.engine.sketches.sketcher import Sketcher
+
+    if spec.basis == "fitted" and adam is not None:
+        raise RequestError(
+            "a projection is fitted to gradients, not to an optimizer's steps: use --basis dense or random"
+        )
+    if spec.basis != "fitted":
+        return Sketcher(policy, spec, optimizer=adam), []
+    checker = Sketcher(policy, replace(spec, basis="random"))
+    sample = sample_groups(source, n_fitted, spec.seed)
+    for group in (*sample, *wanted):
+        checker.check(group)
+    n_wanted = sum(group.has_signal for group in wanted)
+    with progress("fitting the projection", passed(len(parts(sample, measured=measured)[1]), n_wanted)) as advance:
+        found = first_fit(policy, spec, sample, wanted, measured=measured, progress=advance)
+    projection = found.sketcher.projection
+    fidelity = projection.fidelity
+    ranks = "" if fidelity is None else f", and rank others with a correlation of {fidelity:.3f} to the exact ranking"
+    say(
+        f"projection fitted to {found.n_fitted} problems: {projection.dim} dimensions hold "
+        f"{projection.captured:.0%} of their gradients' energy{ranks}"
+    )
+    return found.sketcher, found.rows
+
+
+def _given(settings: Mapping[str, object]) -> dict:
+    """The settings that were given."""
+    return {name: value for name, value in settings.items() if value is not None}

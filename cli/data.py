@@ -1,0 +1,180 @@
+"""`data`: problem files from public data sets and reasoning-gym, mixed, cleaned, spoiled on purpose."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from gradstore.cli import app
+from gradstore.cli.rank import Json
+from gradstore.cli.show import print_json, print_table, say
+from gradstore.errors import RequestError
+
+if TYPE_CHECKING:
+    from gradstore.trainer.data.corruption import Corruption
+    from gradstore.trainer.data.pool import Part
+
+
+@app.command()
+def data(
+    sources: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="NAME[@SPLIT][:COUNT] of a data set, reasoning-gym:TASK:COUNT, or FILE[:COUNT] of problems. "
+            "A COUNT such as 0.9 is a share of --size."
+        ),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Problem file to write, .jsonl or .parquet.")] = Path("problems.parquet"),
+    count: Annotated[int | None, typer.Option(help="Problems of each source that states no count.")] = None,
+    size: Annotated[int | None, typer.Option(help="Problems altogether, where counts are shares.")] = None,
+    seed: Annotated[int, typer.Option(help="Same seed, same problems.")] = 0,
+    local: Annotated[
+        list[str] | None,
+        typer.Option("--from", help="[NAME=]PATH: local parquet or jsonl files of a data set, instead of the hub."),
+    ] = None,
+    config: Annotated[
+        list[str] | None, typer.Option(help="[TASK.]SETTING=VALUE of a reasoning-gym task; may be repeated.")
+    ] = None,
+    exclude: Annotated[
+        list[Path] | None, typer.Option(help="Problem file whose prompts are held out; may be repeated.")
+    ] = None,
+    corrupt: Annotated[
+        list[str] | None,
+        typer.Option(help="wrong_truth=SHARE or coin_flip=SHARE, of every source, or KIND@SOURCE=SHARE."),
+    ] = None,
+    instruction: Annotated[
+        str | None, typer.Option(help="What follows every question, instead of the usual text; '' for nothing.")
+    ] = None,
+    form: Annotated[str, typer.Option(help="verl or flat: the fields of the records.")] = "verl",
+    known: Annotated[bool, typer.Option("--list", help="List the data sets known by name, and end.")] = False,
+    json: Json = False,
+) -> None:
+    """Prepare a pool or a benchmark: problems of one or several sources, without duplicates."""
+    if known:
+        _list(json)
+        return
+    from gradstore.trainer.data.files import check_out, write_problems
+    from gradstore.trainer.data.pool import Options, build
+
+    check_out(out, form)
+    parts = _parts(sources or [], count, size)
+    options = Options(
+        seed=seed,
+        local=_local(local or [], parts),
+        config=_config(config or [], parts),
+        exclude=exclude or [],
+        corruptions=[_corruption(text) for text in corrupt or []],
+        instruction=instruction,
+    )
+    pool = build(parts, options)
+    report = {"path": str(out), "form": form, **pool.describe()}
+    asked = {
+        "sources": sources,
+        "count": count,
+        "size": size,
+        "seed": seed,
+        "from": local,
+        "config": config,
+        "exclude": [str(path) for path in exclude or []],
+        "corrupt": corrupt,
+        "instruction": instruction,
+    }
+    write_problems(out, pool.records, {"asked": asked, **report}, form)
+    if json:
+        print_json(report)
+        return
+    for note in pool.notes:
+        say(note)
+    for part in pool.parts:
+        left = {"duplicates": part.duplicates, "held out": part.excluded, "left out": part.not_kept, **part.unusable}
+        why = ", ".join(f"{n} {reason}" for reason, n in left.items() if n)
+        say(f"{part.name}: {part.taken} problems of {part.rows} rows{f'; {why}' if why else ''}")
+    say(f"{out}: {len(pool.records)} problems")
+
+
+def _list(json: bool) -> None:
+    from gradstore.trainer.data.catalogue import DATA_SETS, TOGETHER
+
+    if json:
+        rows = [
+            {"name": d.name, "hub": d.hub, "configs": list(d.configs), "split": d.split, "columns": list(d.columns),
+             "reward": d.reward}
+            for d in DATA_SETS.values()
+        ]  # fmt: skip
+        print_json({"data_sets": rows, "together": {name: list(parts) for name, parts in TOGETHER.items()}})
+        return
+    rows_shown = [[d.name, d.split, d.reward, d.hub, ", ".join(d.columns)] for d in DATA_SETS.values()]
+    rows_shown += [[name, "", "", " and ".join(parts), ""] for name, parts in TOGETHER.items()]
+    print_table("Data sets", ["name", "split", "reward", "hub", "columns"], sorted(rows_shown))
+
+
+def _parts(sources: Sequence[str], count: int | None, size: int | None) -> "list[Part]":
+    from gradstore.trainer.data.pool import Part
+
+    parts = []
+    for text in sources:
+        name, colon, number = text.rpartition(":")
+        if not colon or not number or not (number[0].isdigit() or number[0] in ".-"):
+            name, number = text, ""
+        wanted = count
+        if number:
+            try:
+                value = float(number) if "." in number else int(number)
+            except ValueError:
+                raise RequestError(f"{text}: the count is {number!r}, expected a whole number or a share") from None
+            if isinstance(value, float):
+                if size is None or not 0 < value <= 1:
+                    raise RequestError(f"{text}: a share needs --size and lies between 0 and 1")
+                value = round(value * size)
+            wanted = value
+        whole, at, split = name.rpartition("@")
+        named_split = bool(at) and not name.endswith((".jsonl", ".parquet"))
+        parts.append(Part(whole, wanted, split) if named_split else Part(name, wanted))
+    return parts
+
+
+def _local(texts: Sequence[str], parts: "Sequence[Part]") -> dict[str, Path]:
+    found = {}
+    for text in texts:
+        name, equals, path = text.partition("=")
+        if not equals or "/" in name:
+            if len(parts) != 1:
+                raise RequestError(f"--from {text}: several data sets are asked for; say which, as in --from NAME=PATH")
+            name, path = parts[0].name, text
+        found[name] = Path(path)
+    return found
+
+
+def _config(texts: Sequence[str], parts: "Sequence[Part]") -> dict[str, dict[str, Any]]:
+    import json
+
+    tasks = [part.name.partition(":")[2] for part in parts if part.name.startswith("reasoning-gym:")]
+    found: dict[str, dict[str, Any]] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise RequestError(f"--config {text}: expected SETTING=VALUE, as in min_terms=2")
+        task, dot, setting = name.rpartition(".")
+        if not dot:
+            if len(tasks) != 1:
+                raise RequestError(
+                    f"--config {text}: {len(tasks)} reasoning-gym tasks are asked for; say which, as in TASK.{text}"
+                )
+            task = tasks[0]
+        try:
+            found.setdefault(task, {})[setting] = json.loads(value)
+        except ValueError:
+            found.setdefault(task, {})[setting] = value
+    return found
+
+
+def _corruption(text: str) -> "Corruption":
+    from gradstore.trainer.data.corruption import Corruption
+
+    name, _, share = text.partition("=")
+    kind, at, source = name.partition("@")
+    try:
+        return Corruption(kind, float(share), source if at else None)
+    except ValueError:
+        raise RequestError(f"--corrupt {text}: expected KIND=SHARE, as in wrong_truth=0.5") from None

@@ -1,0 +1,133 @@
+"""`demo`: the whole road, on a small model that comes along or on a real one."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from gradstore.cli import app
+from gradstore.cli.rank import Json
+from gradstore.cli.show import duration, print_json, print_table, say, size
+from gradstore.errors import RequestError
+
+if TYPE_CHECKING:
+    from gradstore.demo.course import CourseSettings
+    from gradstore.demo.run import DemoSettings
+    from gradstore.engine.planning.plan import Stage
+
+
+@app.command()
+def demo(
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the store and the selections [default: gradstore-demo, or gradstore-demo-real]."),
+    ] = None,
+    seeds: Annotated[
+        int | None, typer.Option(min=1, help="Seeds to repeat the comparison over [default: 3, with --real 1].")
+    ] = None,
+    real: Annotated[
+        bool, typer.Option("--real", help="On SmolLM2-135M-Instruct, downloaded once, after a cold start.")
+    ] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="--real in a quarter of the time: too short to compare selectors.")
+    ] = False,
+    model: Annotated[
+        Path | None,
+        typer.Option(help="--real: the model's folder, made where it is not there [default: base in --out]."),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """The main job on a small model and 2,000 problems: roll out, collect, query, select, report.
+
+    Started again after an interruption, it goes on where it was.
+    """
+    from gradstore.cli.rank import query
+    from gradstore.demo.course import SHOWN
+    from gradstore.demo.run import DemoSettings, run_demo, summary
+
+    settings, course = DemoSettings(), SHOWN
+    facts: dict[str, Any] = {}
+    folder = out or Path("gradstore-demo-real" if real else "gradstore-demo")
+    n_seeds = seeds or (1 if real else 3)
+    if real:
+        settings, course, facts["foreseen"] = _prepare(folder, model, quick, n_seeds)
+    elif quick or model is not None:
+        raise RequestError("--quick and --model are for --real")
+    results = [run_demo(folder / f"seed-{seed}", seed, settings, say) for seed in range(n_seeds)]
+    facts |= summary(results)
+    page, told = _shown(folder, course)
+    if json:
+        print_json({**facts, "report": None if page is None else str(page)})
+        if page is None:
+            say(told)
+        return
+    store = folder / "seed-0" / "store"
+    query(store, against=["benchmark"], top=5)
+    columns = ["target family", "broken rewards", "wrong truth", "coin flip"]
+    print_table(
+        f"\nWhat each selector chose: {settings.n_selected} of {settings.n_pool} problems, "
+        + ("percent" if n_seeds == 1 else f"percent, mean ± standard deviation over {n_seeds} seeds"),
+        ["selector", *columns],
+        [
+            [
+                name,
+                *(f"{100 * mean:.1f}" + f" ± {100 * spread:.1f}" * (n_seeds > 1) for mean, spread in shares.values()),
+            ]
+            for name, shares in facts["shares"].items()
+        ],
+        right=columns,
+    )
+    print_table(
+        "\nSeconds of each stage" + ("" if n_seeds == 1 else ", mean over seeds"),
+        ["stage", "seconds"],
+        [[stage, f"{seconds:.2f}"] for stage, seconds in facts["seconds"].items()],
+        right=["seconds"],
+    )
+    states = ", ".join(f"{count} {state.replace('_', ' ')}" for state, count in facts["states"].items())
+    print(f"\n{facts['bytes_per_problem']:.0f} bytes per problem ({facts['dim']} dimensions as int8); pool: {states}")
+    print(f"ask again: gradstore query {store} --against benchmark --top 20 --layers 3")
+    print(f"look around: gradstore serve {folder / 'run' / 'store'}")
+    print(told)
+
+
+def _prepare(
+    folder: Path, model: Path | None, quick: bool, seeds: int
+) -> "tuple[DemoSettings, CourseSettings, list[dict]]":
+    """Says what the real demo will take, makes the model, and returns the settings and what was said."""
+    from gradstore.demo.real import FULL, QUICK, foreseen, prepared
+
+    settings = QUICK if quick else FULL
+    base = model or folder / "base"
+    stages, download = foreseen(folder, base, settings, seeds)
+    _say_beforehand(stages, download)
+    folder.mkdir(parents=True, exist_ok=True)
+    return *settings.of(prepared(folder, base, settings, say)), [asdict(stage) for stage in stages]
+
+
+def _say_beforehand(stages: "list[Stage]", download: int) -> None:
+    most = max(stage.memory_bytes for stage in stages)
+    say(
+        f"on this machine, as busy as it is now, about {duration(sum(stage.seconds for stage in stages))}, up to "
+        f"{size(most)} of memory, {size(sum(stage.disk_bytes for stage in stages))} of disk"
+        + (f", and a download of {size(download)}" if download else "")
+    )
+    for stage in stages:
+        say(f"  {stage.name}: {duration(stage.seconds)}")
+
+
+def _shown(out: Path, settings: "CourseSettings") -> tuple[Path | None, str]:
+    """Train the demo's model for a few rounds and write the report of it, or say what that needs and how to make it."""
+    from gradstore.analysis.report import check_installed, write_report
+    from gradstore.demo.course import ROLLOUTS, run_course
+    from gradstore.engine.gradients.models import load_tokenizer
+
+    folder, page = out / "run", out / "report.html"
+    store = run_course(folder, settings, lambda line: say(f"training run: {line}"))
+    try:
+        check_installed()
+    except RequestError as error:
+        rollouts = folder / ROLLOUTS
+        return None, f"{error}; then: gradstore report {folder / 'store'} --rollouts {rollouts} --out {page}"
+    write_report(store, page, rollouts=[folder / ROLLOUTS], tokenizer=load_tokenizer(settings.subject.model))
+    return page, f"the report of a short training run: {page}"

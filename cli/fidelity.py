@@ -1,0 +1,81 @@
+"""`fidelity`: how well a store's sketches reproduce the exact ranking, beside how well that repeats itself."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gradstore.cli import app
+from gradstore.cli.make import Device, Model
+from gradstore.cli.rank import Json, StorePath
+from gradstore.cli.show import print_json, print_table
+from gradstore.errors import RequestError
+
+
+@app.command()
+def fidelity(
+    store: StorePath,
+    pool: Annotated[str, typer.Option("--pool", help="Collection whose ranking is measured.")],
+    against: Annotated[str, typer.Option("--against", help="Benchmark whose gradient is the target.")],
+    model: Model,
+    rollouts: Annotated[Path, typer.Option(help="Rollouts the pool's rows were made from.")],
+    benchmark_rollouts: Annotated[Path, typer.Option(help="Rollouts the benchmark's rows were made from.")],
+    sample: Annotated[int, typer.Option(min=3, help="Live problems measured exactly, drawn at random.")] = 200,
+    top: Annotated[int | None, typer.Option("--top", "-k", min=1, help="Overlap of the best k too (a tenth).")] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="Model of the KL term, for rows that were collected with --reference.")
+    ] = None,
+    adapter: Annotated[str | None, typer.Option(help="PEFT adapter to load on the model.")] = None,
+    at: Annotated[int | None, typer.Option("--at", help="Look at the store as of this step.")] = None,
+    seed: Annotated[int, typer.Option(help="Draws the sample.")] = 0,
+    device: Device = None,
+    json: Json = False,
+) -> None:
+    """Compare stored cosine scores with exact ones on a sample, beside the exact scores' own reliability."""
+    import gradstore
+    from gradstore.engine.gradients.logprobs import Reference
+    from gradstore.engine.gradients.models import load_model, load_tokenizer, vocabulary_size
+    from gradstore.engine.reliability.fidelity import fidelity as measure
+    from gradstore.engine.rollouts import read_rollouts
+    from gradstore.engine.sketches.sketcher import SketchSpec
+
+    opened = gradstore.open(store)
+    settings = SketchSpec.of(opened.fingerprint).objective
+    if (settings.reference is None) != (reference is None):
+        raise RequestError(
+            f"the rows of {store} have {'no' if settings.reference is None else 'a'} KL term to a model: "
+            f"{'leave --reference out' if settings.reference is None else 'give it, --reference'}"
+        )
+    tokenizer = load_tokenizer(model)
+    sources = [
+        read_rollouts(path, tokenizer=tokenizer, vocabulary=vocabulary_size(model))
+        for path in (rollouts, benchmark_rollouts)
+    ]
+    policy = load_model(model, adapter, device)
+    if reference is not None:
+        compared = Reference(load_model(reference, device=device), temperature=settings.temperature)
+        if compared.digest != settings.reference:
+            raise RequestError(f"{reference}: other weights than those the KL term of the rows of {store} is to")
+        for source in sources:
+            source.change(compared)
+    found = measure(opened, pool, against, policy, *sources, at=at, sample=sample, k=top, seed=seed)
+    facts = found.describe()
+    if json:
+        print_json(facts)
+        return
+    halves = facts["reliability"]
+    print_table(
+        f"{pool} against {against}: {facts['n_problems']} live problems measured exactly",
+        ["what", "Spearman", "top 5 %", f"top {facts['k']}"],
+        [
+            [
+                f"stored sketches, {facts['row_bytes']:.0f} bytes a row",
+                f"{facts['spearman']:.3f}",
+                f"{facts['top_5_percent']:.2f}",
+                f"{facts['top_k']:.2f}",
+            ],
+            ["exact, even against odd rollouts", f"{halves['spearman']:.3f}", "", ""],
+            ["exact, as many new rollouts (Spearman-Brown)", f"{halves['rank_reliability']:.3f}", "", ""],
+        ],
+        right=["Spearman", "top 5 %", f"top {facts['k']}"],
+    )

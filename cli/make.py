@@ -1,0 +1,133 @@
+"""`rollout`, and options that other commands have too."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from gradstore.cli import app
+from gradstore.cli.rank import Json
+from gradstore.cli.show import print_json, progress, say
+from gradstore.errors import RequestError
+
+Model = Annotated[str, typer.Option(help="Folder or name of a transformers causal LM.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...; default: a GPU where there is one.")]
+
+
+TemplateKwargs = Annotated[
+    str | None,
+    typer.Option("--template-kwargs", help="Arguments of the chat template as JSON: '{\"enable_thinking\": false}'."),
+]
+SkipUnreadable = Annotated[
+    bool, typer.Option("--skip-unreadable", help="Leave problems out whose ground truth the reward cannot read.")
+]
+
+
+@app.command()
+def rollout(
+    problems: Annotated[Path, typer.Argument(help="Problem records, JSONL or Parquet, flat or verl's.")],
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Rollout file to write, .jsonl or .parquet.")],
+    reward: Annotated[
+        str, typer.Option(help="math, reasoning-gym, judge, auto, or module:function as verl's compute_score.")
+    ],
+    n: Annotated[int, typer.Option("-n", help="Rollouts per problem.")] = 16,
+    backend: Annotated[str, typer.Option(help="transformers or vllm.")] = "transformers",
+    max_new_tokens: Annotated[int, typer.Option(help="Longest response.")] = 1024,
+    temperature: Annotated[float, typer.Option(help="Sampling temperature.")] = 1.0,
+    top_p: Annotated[float, typer.Option(help="Nucleus of the sampling distribution.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Same seed, same rollouts.")] = 0,
+    step: Annotated[int | None, typer.Option(help="Policy version of the model, written in every row.")] = None,
+    template_kwargs: TemplateKwargs = None,
+    skip_unreadable: SkipUnreadable = False,
+    batch_tokens: Annotated[
+        int | None, typer.Option(help="transformers: tokens sampled at once [default: what memory allows].")
+    ] = None,
+    tensor_parallel_size: Annotated[
+        int | None, typer.Option(help="vllm: GPUs that share the model [default: 1].")
+    ] = None,
+    gpu_memory_utilization: Annotated[
+        float | None, typer.Option(help="vllm: share of a GPU's memory to take [default: vLLM's].")
+    ] = None,
+    max_model_len: Annotated[
+        int | None, typer.Option(help="vllm: longest prompt and response together [default: the model's].")
+    ] = None,
+    device: Device = None,
+    json: Json = False,
+) -> None:
+    """Sample and reward rollouts; started again after an interruption, it goes on where it was."""
+    from dataclasses import asdict
+
+    from gradstore.problems import placed_problems
+    from gradstore.trainer.sampling.backends import load_backend
+    from gradstore.trainer.sampling.readable import readable
+    from gradstore.trainer.sampling.rewards import load_reward
+    from gradstore.trainer.sampling.rollout import rollout as run
+
+    options = _backend_options(
+        backend,
+        transformers={"device": device, "batch_tokens": batch_tokens},
+        vllm={
+            "tensor_parallel_size": tensor_parallel_size,
+            "gpu_memory_utilization": gpu_memory_utilization,
+            "max_model_len": max_model_len,
+        },
+    )
+    arguments = template_arguments(template_kwargs)
+    placed = placed_problems(problems)
+    names = {record["id"]: where for where, record in placed}
+    scored_by = load_reward(reward)
+    records, left_out = readable([record for _, record in placed], scored_by, skip=skip_unreadable, names=names)
+    for line in left_out:
+        say(f"left out: {line}")
+    sampled_by = load_backend(backend, model, **options)
+    with progress("rollouts", len(records)) as advance:
+        report = run(
+            records,
+            sampled_by,
+            scored_by,
+            out,
+            n=n,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            step=step,
+            template_kwargs=arguments,
+            names=names,
+            progress=advance,
+        )
+    if json:
+        print_json({**asdict(report), "path": str(report.path), "left_out": left_out})
+        return
+    say(
+        f"{report.path}: {report.rollouts} rollouts of {report.problems} problems, "
+        f"mean reward {report.mean_reward:.3f}, {report.with_signal} with differing rewards, "
+        f"{report.tokens} tokens; {report.kept_problems} problems were there"
+    )
+
+
+def template_arguments(text: str | None) -> dict[str, Any] | None:
+    """The arguments that --template-kwargs holds; RequestError for what is no JSON object."""
+    if text is None:
+        return None
+    from json import loads
+
+    try:
+        arguments = loads(text)
+    except ValueError:
+        arguments = None
+    if not isinstance(arguments, dict):
+        raise RequestError(
+            f"--template-kwargs is {text!r}, expected a JSON object such as '{{\"enable_thinking\": false}}'"
+        )
+    return arguments
+
+
+def _backend_options(backend: str, **options: dict[str, Any]) -> dict[str, Any]:
+    """The options given for this back end; RequestError for one that is given and is another back end's."""
+    for other, known in options.items():
+        given = ["--" + name.replace("_", "-") for name, value in known.items() if value is not None]
+        if other != backend and given:
+            raise RequestError(f"{', '.join(given)}: only for --backend {other}, not for {backend}")
+    return {name: value for name, value in options.get(backend, {}).items() if value is not None}

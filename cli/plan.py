@@ -1,0 +1,63 @@
+"""`plan`: what a run takes, before anything is loaded."""
+
+from typing import Annotated
+
+import typer
+
+from gradstore.cli import app
+from gradstore.cli.rank import Json
+from gradstore.cli.show import duration, print_json, print_table, size
+
+
+@app.command()
+def plan(
+    model: Annotated[str, typer.Option(help="Folder, config.json, or a known name such as Qwen/Qwen3-8B.")],
+    pool: Annotated[int, typer.Option(help="Problems of the pool.")],
+    rollouts: Annotated[int, typer.Option(help="Rollouts of each problem.")],
+    tokens: Annotated[int, typer.Option(help="Tokens of a response.")],
+    device: Annotated[str, typer.Option(help="h100, h200, a100-80gb, a100-40gb, l40s, 4090 or cpu.")] = "h100",
+    gpus: Annotated[int, typer.Option(help="Devices that share the work.")] = 1,
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 200,
+    benchmark: Annotated[int, typer.Option(help="Problems of the benchmark.")] = 64,
+    picks: Annotated[int, typer.Option(help="Problems of a training round.")] = 128,
+    rank: Annotated[int, typer.Option(help="Width of each side of a layer's projection.")] = 16,
+    dim: Annotated[int, typer.Option(help="Dimensions of a sketch.")] = 1024,
+    dtype: Annotated[str, typer.Option(help="Row type: int8, int4, 1bit, fp16 or fp32.")] = "int8",
+    json: Json = False,
+) -> None:
+    """Time, memory and disk of every stage, from the model's configuration alone."""
+    from gradstore.engine.planning.devices import hardware
+    from gradstore.engine.planning.plan import Request
+    from gradstore.engine.planning.plan import plan as planned
+    from gradstore.engine.planning.shapes import shape_of
+
+    request = Request(pool, rollouts, tokens, prompt_tokens, benchmark, picks, gpus, rank, dim, dtype)
+    machine = hardware(device)
+    found = planned(shape_of(model, dtype=machine.dtype), request, machine)
+    if json:
+        print_json(found.describe())
+        return
+    print_table(
+        f"{model}: {found.n_parameters / 1e9:.2f} billion parameters, {found.sketched_share:.0%} of them sketched, on "
+        f"{found.n_devices} x {found.device}",
+        ["stage", "time", "memory", "disk", "fits", "how"],
+        [
+            [
+                stage.name,
+                duration(stage.seconds),
+                size(stage.memory_bytes),
+                size(stage.disk_bytes) if stage.disk_bytes else "",
+                "yes" if stage.fits else "NO",
+                stage.note,
+            ]
+            for stage in found.stages
+        ],
+        right=["time", "memory", "disk"],
+    )
+    print(
+        f"\nMicro-batches by default: {found.micro_batch_tokens:,} tokens, {found.micro_batch_tokens_with_inputs:,} "
+        f"where layers' inputs are kept. A row takes {found.row_bytes} bytes."
+    )
+    for problem in found.problems:
+        print(f"does not fit: {problem}")
+    print("Assumed: " + "; ".join(found.assumptions) + ".")

@@ -1,0 +1,313 @@
+"""`query`, `select` and `selectors`: ask a store which problems align with a benchmark."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, cast
+
+import typer
+
+from gradstore.cli import app
+from gradstore.cli.show import first_words, print_json, print_table, say, short_layer
+from gradstore.errors import RequestError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from gradstore import Store, View
+    from gradstore.engine.searching.fusion import Fusion
+    from gradstore.engine.searching.query import Hits, Metric
+    from gradstore.engine.searching.targets import Aggregate, Target
+    from gradstore.engine.selecting.candidates import Selector
+
+StorePath = Annotated[Path, typer.Argument(metavar="STORE", help="Folder of the store.")]
+AgainstAny = Annotated[
+    list[str] | None,
+    typer.Option("--against", help="Benchmark whose gradient is the target; may be repeated."),
+]
+Pool = Annotated[str | None, typer.Option("--pool", help="Collection to rank; default: the only other one.")]
+At = Annotated[int | None, typer.Option("--at", help="Look at the store as of this step.")]
+HowAggregated = Annotated[str, typer.Option(help="How the target is made: mean or unit_mean.")]
+Filter = Annotated[
+    list[str] | None,
+    typer.Option("--where", help="Keep source=NAME, tag=NAME or pass_rate=LOW..HIGH; may be repeated."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.command()
+def query(
+    store: StorePath,
+    against: AgainstAny = None,
+    top: Annotated[int, typer.Option("--top", "-k", help="How many problems.")] = 20,
+    pool: Pool = None,
+    at: At = None,
+    metric: Annotated[str, typer.Option(help="cosine, dot or fisher.")] = "cosine",
+    damping: Annotated[
+        float | None, typer.Option(help="fisher: lambda over the mean eigenvalue of the second moment [default: 0.1].")
+    ] = None,
+    fuse: Annotated[
+        str | None, typer.Option(help="Several benchmarks: mean of the scores (default), minimum, or rrf (ranks).")
+    ] = None,
+    weight: Annotated[
+        list[float] | None, typer.Option("--weight", help="One for each --against, in their order (mean, rrf).")
+    ] = None,
+    smallest: Annotated[bool, typer.Option("--smallest", help="The least aligned first.")] = False,
+    aggregate: HowAggregated = "mean",
+    where: Filter = None,
+    index: Annotated[
+        str,
+        typer.Option(
+            help="scan (exact, nothing built), auto (the fastest for one query), or flat, sq, rabitq, ivf, turbovec: "
+            "opened or built beside the collection."
+        ),
+    ] = "scan",
+    layers: Annotated[int, typer.Option(help="Show the N layers with the largest terms of each score.")] = 0,
+    json: Json = False,
+) -> None:
+    """Which problems align with a benchmark, or with several, best first."""
+    import gradstore
+    from gradstore.engine.searching.fisher import DAMPING
+    from gradstore.engine.searching.fusion import FusedHits, search_fused
+    from gradstore.engine.searching.query import search
+    from gradstore.engine.searching.targets import target
+    from gradstore.engine.searching.where import Where
+
+    if not against:
+        raise RequestError("query needs a benchmark: --against NAME")
+    several = len(against) > 1
+    if not several and (fuse or weight):
+        raise RequestError("--fuse and --weight combine several benchmarks: give --against more than once")
+    if several and (layers or index != "scan"):
+        raise RequestError("--layers and --index are for one benchmark: give --against once")
+    opened = gradstore.open(store)
+    view = opened.view(_pool(opened, pool, against), at)
+    wanted = [target(opened, name, at, cast("Aggregate", aggregate)) for name in against]
+    score = cast("Metric", metric)
+    kept = Where.parse(where) if where else None
+    strength = DAMPING if damping is None else damping
+    with _warnings_said():
+        if several:
+            hits: Hits = search_fused(
+                view,
+                wanted,
+                top,
+                how=cast("Fusion", fuse or "mean"),
+                weights=weight or None,
+                metric=score,
+                largest=not smallest,
+                where=kept,
+                damping=strength,
+            )
+        else:
+            hits = search(
+                view,
+                wanted[0],
+                top,
+                metric=score,
+                largest=not smallest,
+                where=kept,
+                index=None if index == "scan" else index,
+                damping=strength,
+            )
+    newest = max(int(view.steps.max()), *(goal.steps[1] for goal in wanted)) if at is None else at
+    problems = view.problems.take(hits.positions).to_pylist()
+    shares = _largest_layers(view, hits.positions, wanted[0], score, layers, strength) if layers else [{}] * len(hits)
+    rows = [
+        {
+            "rank": rank + 1,
+            "id": str(hits.ids[rank]),
+            "score": float(hits.scores[rank]),
+            "pass_rate": float(view.pass_rates[position]),
+            "age": newest - int(view.steps[position]),
+            "source": problems[rank]["source"],
+            "problem": problems[rank]["prompt"],
+            **({"layers": shares[rank]} if layers else {}),
+            **(
+                {"scores": dict(zip(against, hits.scores_QK[:, rank].tolist(), strict=True))}
+                if isinstance(hits, FusedHits)
+                else {}
+            ),
+        }
+        for rank, position in enumerate(hits.positions)
+    ]
+    if json:
+        print_json(
+            {
+                "pool": view.collection,
+                "commit": view.commit,
+                "at": at,
+                "metric": metric,
+                **({"damping": strength} if metric == "fisher" else {}),
+                **(
+                    {"fuse": fuse or "mean", "weights": weight or None, "targets": [goal.describe() for goal in wanted]}
+                    if several
+                    else {"target": wanted[0].describe()}
+                ),
+                "n_problems": len(view),
+                "n_eligible": hits.n_eligible,
+                "n_unknown": hits.n_unknown,
+                "hits": rows,
+            }
+        )
+        return
+    against_what = " and ".join(against) + (f" ({fuse or 'mean'})" if several else "")
+    extra = ["layers"] if layers else []
+    unknown = f", {hits.n_unknown} in a basis without target left out" if hits.n_unknown else ""
+    print_table(
+        f"{view.collection} against {against_what}, {metric}, step {newest}: "
+        f"{len(hits)} of {hits.n_eligible} eligible, {len(view)} measured{unknown}",
+        ["rank", "id", "score", "pass rate", "age", "source", *extra, "problem"],
+        [
+            [
+                str(row["rank"]),
+                row["id"],
+                f"{row['score']:+.4f}" if 1e-3 <= abs(row["score"]) < 1e5 else f"{row['score']:+.3e}",
+                f"{row['pass_rate']:.2f}",
+                str(row["age"]),
+                row["source"],
+                *(
+                    [" ".join(f"{short_layer(name)} {term:+.3f}" for name, term in row["layers"].items())]
+                    if layers
+                    else []
+                ),
+                first_words(row["problem"]),
+            ]
+            for row in rows
+        ],
+        right=["rank", "score", "pass rate", "age"],
+    )
+
+
+@app.command()
+def select(
+    store: StorePath,
+    n: Annotated[int, typer.Option("-n", help="How many problems.")],
+    out: Annotated[Path, typer.Option(help="Folder for train.parquet, train.jsonl and selection.json.")],
+    against: AgainstAny = None,
+    pool: Pool = None,
+    at: At = None,
+    selector: Annotated[
+        str,
+        typer.Option(
+            help="Name of a selector (`gradstore selectors`), or GradAlign's name of it, or a mixture such as "
+            "cosine:0.7+rand:0.3."
+        ),
+    ] = "cosine",
+    aggregate: HowAggregated = "mean",
+    where: Filter = None,
+    temperature: Annotated[
+        float | None,
+        typer.Option(help="Draw the picks, the better the likelier, in units of the scores' standard deviation."),
+    ] = None,
+    quota: Annotated[
+        list[str] | None,
+        typer.Option("--quota", help="SOURCE=SHARE of the picks; may be repeated. What is left of 1 is the others'."),
+    ] = None,
+    confidence: Annotated[float, typer.Option(help="Of the scores' intervals, where there are any.")] = 0.95,
+    diversity: Annotated[
+        str | None,
+        typer.Option(help="Pick among the best 4 n so that they differ: mmr (marginal relevance) or kmeans (strata)."),
+    ] = None,
+    relevance: Annotated[float, typer.Option(help="mmr: weight of the score against being different, 0 to 1.")] = 0.5,
+    seed: Annotated[int, typer.Option(help="Drives whatever is drawn at random, and k-means.")] = 0,
+    allow_fewer: Annotated[bool, typer.Option("--allow-fewer", help="Go on with fewer than asked.")] = False,
+    json: Json = False,
+) -> None:
+    """Choose n problems and write them ready for verl."""
+    import gradstore
+    from gradstore.engine.searching.targets import target
+    from gradstore.engine.searching.where import Where
+    from gradstore.engine.selecting.diversity import Diversity, Method
+    from gradstore.engine.selecting.export import write_selection
+    from gradstore.engine.selecting.quotas import parse_quotas
+    from gradstore.engine.selecting.selection import select as choose
+
+    opened = gradstore.open(store)
+    names = against or []
+    selection = choose(
+        opened,
+        _pool(opened, pool, names),
+        [target(opened, name, at, cast("Aggregate", aggregate)) for name in names],
+        n,
+        selector,
+        at,
+        where=Where.parse(where) if where else None,
+        seed=seed,
+        allow_fewer=allow_fewer,
+        diversity=Diversity(cast("Method", diversity), relevance) if diversity else None,
+        temperature=temperature,
+        quotas=parse_quotas(quota) if quota else None,
+        confidence=confidence,
+    )
+    written = write_selection(opened, selection, out)
+    if json:
+        print_json(selection.describe())
+    else:
+        if len(selection) < n:
+            say(f"only {len(selection)} of {n} problems could be chosen")
+        say(f"{len(selection)} of {selection.n_candidates} candidates by {selection.selector}: {', '.join(written)}")
+
+
+@app.command()
+def selectors(json: Json = False) -> None:
+    """The selectors there are, those of other packages too."""
+    from gradstore.engine.selecting.selectors import ALIASES, SELECTORS
+
+    rows = [
+        {
+            "name": name,
+            "aliases": " ".join(alias for alias, meant in ALIASES.items() if meant == name),
+            "needs": " ".join(["target"] * selector.needs_target + ["probes"] * selector.needs_probes),
+            "chooses_among": _chooses_among(selector),
+            "score": selector.formula,
+        }
+        for name, selector in SELECTORS.items()
+    ]
+    if json:
+        print_json(rows)
+        return
+    columns = ["name", "aliases", "needs", "chooses_among", "score"]
+    print_table(
+        f"{len(rows)} selectors",
+        [name.replace("_", " ") for name in columns],
+        [[row[name] for name in columns] for row in rows],
+    )
+
+
+def _chooses_among(selector: "Selector") -> str:
+    if selector.needs_probes:
+        return "probed"
+    return "all" if selector.whole_pool else "live" if selector.live_only else "measured"
+
+
+@contextmanager
+def _warnings_said() -> Iterator[None]:
+    """Warnings of the block, such as an index that is refused, as lines for a person."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        yield
+    for warning in caught:
+        say(f"warning: {warning.message}")
+
+
+def _pool(store: "Store", pool: str | None, against: list[str]) -> str:
+    if pool is not None:
+        return pool
+    others = [name for name in store.collections if name not in against and not name.endswith((".even", ".odd"))]
+    if len(others) == 1:
+        return others[0]
+    raise RequestError(
+        f"name the collection to rank with --pool: {', '.join(store.collections) or 'the store has none'}"
+    )
+
+
+def _largest_layers(
+    view: "View", positions: "np.ndarray", wanted: "Target", metric: "Metric", n: int, damping: float
+) -> list[dict[str, float]]:
+    from gradstore.engine.searching.shares import layer_contributions
+
+    names = [name for name, _, _ in view.layers]
+    terms_KL = layer_contributions(view, positions, wanted, metric, damping)
+    return [{names[i]: float(row[i]) for i in (-row).argsort()[:n]} for row in terms_KL]

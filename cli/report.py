@@ -1,0 +1,103 @@
+"""`report`: a page of what a store holds; `serve`: the same functions in the browser, live."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gradstore.cli import app
+from gradstore.cli.rank import Json, Pool, StorePath
+from gradstore.cli.show import print_json, say
+
+AgainstAny = Annotated[
+    list[str] | None,
+    typer.Option("--against", help="Benchmark to look at, the first one closest; may be repeated. Default: all."),
+]
+Metric = Annotated[str, typer.Option(help="cosine, dot or fisher.")]
+RolloutFiles = Annotated[
+    list[Path] | None,
+    typer.Option("--rollouts", help="Rollout file or folder whose responses are shown; may be repeated."),
+]
+Tokenizer = Annotated[
+    str | None, typer.Option(help="Folder or name of a tokenizer, for responses that are token ids alone.")
+]
+
+
+@app.command()
+def report(
+    store: StorePath,
+    out: Annotated[Path | None, typer.Option(help="File to write [default: report.html or report.md].")] = None,
+    against: AgainstAny = None,
+    pool: Pool = None,
+    metric: Metric = "cosine",
+    format: Annotated[str, typer.Option(help="html: one page that needs no network; md: Markdown.")] = "html",
+    figures: Annotated[Path | None, typer.Option(help="Folder for every figure as SVG and PNG.")] = None,
+    rollouts: RolloutFiles = None,
+    tokenizer: Tokenizer = None,
+    top: Annotated[int, typer.Option(help="Problems listed from each end of a ranking.")] = 50,
+    json: Json = False,
+) -> None:
+    """Write a page of what a store holds, how alignment drifted, and what was selected."""
+    import gradstore
+    from gradstore.analysis.report import write_report
+
+    path = out or Path(f"report.{format}")
+    page = write_report(
+        gradstore.open(store),
+        path,
+        pool=pool,
+        benchmarks=against or (),
+        metric=metric,
+        format=format,
+        figures=figures,
+        rollouts=rollouts or (),
+        tokenizer=_tokenizer(tokenizer),
+        n_listed=top,
+    )
+    if json:
+        missing = {section.key: section.missing for section in page.sections if section.missing}
+        print_json({"path": str(path), "bytes": path.stat().st_size, "warnings": page.warnings, "missing": missing})
+        return
+    for warning in page.warnings:
+        say(f"worth knowing: {warning}")
+    say(
+        f"{path}: {len(page.sections)} sections, {len(page.figures)} figures; open it in a browser"
+        if format == "html"
+        else str(path)
+    )
+
+
+def _tokenizer(name: str | None) -> object:
+    if name is None:
+        return None
+    from gradstore.engine.gradients.models import load_tokenizer
+
+    return load_tokenizer(name)
+
+
+@app.command()
+def serve(
+    store: StorePath,
+    against: AgainstAny = None,
+    pool: Pool = None,
+    rollouts: RolloutFiles = None,
+    tokenizer: Tokenizer = None,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; beyond this machine every request needs the token printed.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port; 0 takes a free one.")] = 8050,
+) -> None:
+    """Explore a store in the browser: rank and search, open a problem, compare steps and benchmarks."""
+    import gradstore
+    from gradstore.analysis.explorer import serve as run
+
+    run(
+        gradstore.open(store),
+        pool=pool,
+        benchmarks=against or (),
+        rollouts=rollouts or (),
+        tokenizer=_tokenizer(tokenizer),
+        host=host,
+        port=port,
+        tell=lambda address: say(f"exploring {store} at {address}  (Ctrl-C ends it)"),
+    )

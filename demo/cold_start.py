@@ -1,0 +1,100 @@
+"""A cold start: a pretrained model is taught to answer as problems' ground truths do, in their form and nothing more.
+
+    python -m gradstore.demo.cold_start MODEL PROBLEMS OUT --steps 60 --batch 16
+
+Reinforcement sharpens what a model already does sometimes. Taught from truths of which some are wrong, the model gives
+right and wrong answers, so that both can be rewarded. The problems taught belong neither into a pool nor a benchmark.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+
+from gradstore.demo.pretrain import padded, train
+from gradstore.durable import whole_folder
+from gradstore.engine.gradients.models import load_model, load_tokenizer
+from gradstore.engine.rollouts.tokens import prompt_ids, response_ids
+from gradstore.errors import GradstoreError, RequestError
+from gradstore.problems import read_problems
+
+
+class Taught:
+    """Training text: the problems in random order, pass after pass, each answered with its ground truth."""
+
+    def __init__(self, tokenizer: Any, records: Sequence[Mapping[str, Any]], seed: int) -> None:
+        self._random = Random(f"cold start {seed}")
+        self._pad = tokenizer.pad_token_id
+        self._lines = [
+            (
+                prompt_ids(tokenizer, record["prompt"], f"problem {record['id']!r}").tolist(),
+                response_ids(tokenizer, record["ground_truth"], append_eos=True).tolist(),
+            )
+            for record in records
+        ]
+        self._waiting: list[tuple[list[int], list[int]]] = []
+
+    def batch(self, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids and labels, int64 [B, T] each, padded on the right."""
+        while len(self._waiting) < size:
+            self._waiting += self._random.sample(self._lines, len(self._lines))
+        lines, self._waiting = self._waiting[:size], self._waiting[size:]
+        return padded(lines, self._pad)
+
+
+def cold_start(
+    source: Path,
+    records: Sequence[Mapping[str, Any]],
+    out: Path,
+    *,
+    steps: int,
+    batch: int,
+    peak: float = 1e-4,
+    seed: int = 0,
+    notes: Mapping[str, str] | None = None,
+    tell: Callable[[str], None] = lambda line: None,
+) -> Path:
+    """Trains the model of folder `source` on the records' ground truths and writes it to `out`, whole or not at all.
+
+    peak: highest learning rate. notes: text files to write beside the weights.
+    tell: gets a line every few seconds. RequestError where `out` is there already.
+    """
+    if not records:
+        raise RequestError("a cold start needs at least one problem")
+    tokenizer = load_tokenizer(str(source))
+    with whole_folder(out) as unfinished:
+        model = load_model(str(source), device="cpu", dtype="float32")
+        model.requires_grad_(True)
+        train(model, Taught(tokenizer, records, seed), steps=steps, batch=batch, peak=peak, tell=tell)
+        model.save_pretrained(unfinished)  # type: ignore[operator]
+        tokenizer.save_pretrained(unfinished)
+        for name, text in (notes or {}).items():
+            (unfinished / name).write_text(text, encoding="utf-8")
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m gradstore.demo.cold_start", description=__doc__.split("\n")[0])
+    parser.add_argument("model", type=Path)
+    parser.add_argument("problems", type=Path, help="problem records, JSONL or Parquet")
+    parser.add_argument("out", type=Path, help="folder to write the model to")
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--batch", type=int, default=16, help="problems a step")
+    parser.add_argument("--peak", type=float, default=1e-4, help="highest learning rate")
+    parser.add_argument("--seed", type=int, default=0)
+    given = vars(parser.parse_args())
+    model, problems, out = (given.pop(name) for name in ("model", "problems", "out"))
+    try:
+        records = read_problems(problems)
+        cold_start(model, records, out, **given, tell=lambda line: print(line, file=sys.stderr, flush=True))
+    except GradstoreError as error:
+        print(f"cold start: {error}", file=sys.stderr)
+        sys.exit(error.exit_status)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""A short training run of the demo's model that leaves a store with history: rounds of measure, select, train.
+
+The embedded trainer and the rounds of selection, as `gradstore train` runs them, aim at one benchmark; a second one is
+measured before each round and only looked at. It takes seconds at the sizes of a test: the report, the explorer and
+the tutorial are shown on it.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import gradstore
+from gradstore import Store
+from gradstore.demo import tasks
+from gradstore.demo.run import Subject
+from gradstore.engine.selecting.selection import Selection
+from gradstore.engine.sketches.sketcher import SketchSpec
+from gradstore.trainer.local.grpo import Learner, UpdateSettings
+from gradstore.trainer.local.policy import LocalPolicy, Sampling
+from gradstore.trainer.local.training import Training
+from gradstore.trainer.round.driver import Rounds
+from gradstore.trainer.round.measuring import Costs, Windows, sketch_collection
+from gradstore.trainer.round.settings import RoundSettings
+from gradstore.trainer.sampling.rewards import Reward
+
+ROLLOUTS = "rollouts"
+"""Folder of the rollouts made for selection, in the run's folder."""
+TOKEN_BUDGET = 16_384
+"""Tokens of a micro-batch: layers this small lose more between micro-batches than in a CPU's caches."""
+
+
+@dataclass(frozen=True, slots=True)
+class CourseSettings:
+    """Sizes of the run."""
+
+    subject: Subject = field(default_factory=Subject)
+    n_pool: int = 60
+    n_benchmark: int = 16
+    n_rounds: int = 3
+    n_selected: int = 12
+    n_rollouts: int = 8
+    n_updates: int = 4
+    """Training steps of a round, each on everything picked."""
+    learning_rate: float = 2e-4
+    dim: int = 256
+    token_budget: int | None = TOKEN_BUDGET
+    """None: as memory allows."""
+    seed: int = 0
+
+
+SHOWN = CourseSettings(n_pool=240, n_benchmark=40, n_rounds=4, n_selected=48, n_rollouts=16, dim=512)
+"""The run that `gradstore demo` shows."""
+
+
+def run_course(folder: Path, settings: CourseSettings, tell: Callable[[str], None] = lambda line: None) -> Store:
+    """Train for some rounds; `folder` is a run of the embedded trainer, with `store` and `rollouts/` in it.
+
+    tell: gets a line at the end of each round. Called again after an interruption it goes on from there.
+    """
+    model, tokenizer = settings.subject.load()
+    pool = tasks.pool(settings.seed, settings.n_pool, settings.subject.families)
+    sampling = Sampling(max_new_tokens=8, batch_tokens=None if settings.token_budget is None else 1 << 20)
+    policy = LocalPolicy(model, tokenizer, Reward("demo", tasks.reward), sampling, token_budget=settings.token_budget)
+    rounds = RoundSettings(
+        selected=settings.n_selected,
+        train_batch=settings.n_selected,
+        steps=settings.n_updates,
+        rounds=settings.n_rounds,
+        rollouts=settings.n_rollouts,
+        target_rollouts=settings.n_rollouts,
+        seed=settings.seed,
+        observe="none",
+        window=settings.n_pool,
+        fit_problems=min(100, settings.n_pool),
+        accept_coverage=settings.subject.least_seen,
+        spec=SketchSpec(basis="fitted", dim=settings.dim, seed=settings.seed),
+    )
+    chooser = _Course(folder, pool, rounds, settings)
+    learner = Learner(model, UpdateSettings(lr=settings.learning_rate, token_budget=settings.token_budget))
+    training = Training(policy, learner, chooser, pool, rounds, folder, rollouts=settings.n_rollouts, resume=True)
+
+    def after_step(step: int) -> None:
+        if step % settings.n_updates == 0:
+            tell(f"{step} of {settings.n_rounds * settings.n_updates} steps")
+
+    training.run(after_step)
+    return gradstore.open(folder / "store")
+
+
+class _Course(Rounds):
+    """Rounds that aim at sums, with a second family measured beside them."""
+
+    def __init__(
+        self, folder: Path, pool: Sequence[dict[str, Any]], rounds: RoundSettings, settings: CourseSettings
+    ) -> None:
+        benchmark = tasks.benchmark(settings.seed, settings.n_benchmark, settings.subject.families)
+        super().__init__(folder / "store", pool, {"sums": benchmark}, rounds, export=folder / ROLLOUTS)
+        self._folder, self._course = folder, settings
+        self._second = settings.subject.second_benchmark
+        self._beside = _second_benchmark(settings, pool)
+
+    def next(self, policy: Any) -> Selection:
+        picks = super().next(policy)
+        store = gradstore.open(self._folder / "store", "a")
+        store.add_problems(self._second, self._beside)
+        name, seed = f"round-{self.done - 1:04d}-{self._second}", (self._course.seed, self.done)
+        path = self._folder / ROLLOUTS / name
+        windows = Windows(policy, self._beside, self._course.n_rollouts, len(self._beside), seed, Costs(), path)
+        sketch_collection(store, self._second, windows, policy, Costs())
+        return picks
+
+
+def _second_benchmark(settings: CourseSettings, pool: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Clean problems of the second family that the pool does not have."""
+    subject, prompts = settings.subject, {str(record["prompt"]) for record in pool}
+    others = tasks.pool(settings.seed + 1, 20 * settings.n_benchmark, subject.families)
+    found = [
+        record
+        for record in others
+        if record["source"] == subject.second_family
+        and record["tags"] == [tasks.CLEAN]
+        and str(record["prompt"]) not in prompts
+    ]
+    name = subject.second_benchmark
+    return [{**record, "id": f"{name}-{i:04d}"} for i, record in enumerate(found[: settings.n_benchmark])]

@@ -1,0 +1,206 @@
+"""The main job from end to end, on a small model and problems whose defects are known.
+
+For each seed: draw a pool and a benchmark, roll both out, collect the sketches into a store, measure the target, query,
+and let every selector choose a tenth of the pool. What a selector chose is then compared with what the problems are:
+of the target's family or not, paid rightly or not. Every stage goes on where an interrupted run stopped.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+import gradstore
+from gradstore.analysis.composition import source_shares, tag_shares
+from gradstore.demo import tasks
+from gradstore.engine.gradients.coverage import measure
+from gradstore.engine.gradients.gradient_pass import GradientPass
+from gradstore.engine.gradients.models import load_model, load_tokenizer
+from gradstore.engine.rollouts import read_rollouts
+from gradstore.engine.searching.query import search
+from gradstore.engine.searching.targets import target
+from gradstore.engine.selecting.selection import select
+from gradstore.engine.selecting.selectors import SELECTORS
+from gradstore.engine.sketches.bases import create_store, sketcher_of
+from gradstore.engine.sketches.collector import collect
+from gradstore.engine.sketches.fitting import fit_projection, sample_groups
+from gradstore.engine.sketches.sketcher import Sketcher, SketchSpec
+from gradstore.trainer.sampling.backends.hugging_face import TransformersBackend
+from gradstore.trainer.sampling.rewards import Reward
+from gradstore.trainer.sampling.rollout import rollout
+
+MODEL = Path(__file__).parent / "model"
+SEEN = 0.8
+"""Least share of its gradient that sketches must see: a vocabulary this small leaves an eighth to the lookup."""
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """The policy that is shown, and the problems that it can learn."""
+
+    model: Path = MODEL
+    families: tasks.Configs = field(default_factory=lambda: tasks.CONFIGS)
+    """Of the pool; the target family is one of them."""
+    second_family: str = "spell_backward"
+    """Family of the second benchmark of a training run, which is only looked at."""
+    second_benchmark: str = "spelling"
+    """Name of that benchmark."""
+    least_seen: float = SEEN
+    """Least share of its gradient that sketches must see."""
+    n_threads: int | None = 1
+    """Of torch; None: as many as it takes. Small layers lose more in waiting for a second thread than it brings."""
+
+    def load(self) -> tuple[nn.Module, Any]:
+        """The model and its tokenizer; sets the number of threads."""
+        if self.n_threads is not None:
+            torch.set_num_threads(self.n_threads)
+        return load_model(self.model, device="cpu"), load_tokenizer(self.model)
+
+
+@dataclass(frozen=True, slots=True)
+class DemoSettings:
+    """Sizes of the demo."""
+
+    subject: Subject = field(default_factory=Subject)
+    n_pool: int = tasks.POOL_SIZE
+    n_benchmark: int = tasks.BENCHMARK_SIZE
+    n_selected: int = 200
+    n_rollouts: int = 16
+    max_new_tokens: int = 8
+    dim: int = 1024
+    n_fitted: int = 200
+    batch_tokens: int = 16_384
+    chunk: int = 256
+    """Problems that are rolled out at once: what an interruption can cost."""
+
+
+@dataclass(slots=True)
+class DemoResult:
+    """What one seed showed."""
+
+    seed: int
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Wall time of each stage."""
+    shares: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Selector -> share of the target family, of broken rewards, and of each kind of them, among its picks."""
+    bytes_per_problem: float = 0.0
+    dim: int = 0
+    states: dict[str, int] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str, tell: Callable[[str], None]) -> Iterator[None]:
+        """Times a stage and tells of its end."""
+        started = time.monotonic()
+        yield
+        self.seconds[name] = time.monotonic() - started
+        tell(f"seed {self.seed}: {name} {self.seconds[name]:.1f} s")
+
+
+def run_demo(folder: Path, seed: int, settings: DemoSettings, tell: Callable[[str], None]) -> DemoResult:
+    """The whole job for one seed, in its own folder; `tell` gets a line at the end of each stage."""
+    folder.mkdir(parents=True, exist_ok=True)
+    result = DemoResult(seed)
+    model, tokenizer = settings.subject.load()
+    backend = TransformersBackend(model, tokenizer, batch_tokens=settings.batch_tokens)
+    reward = Reward("demo", tasks.reward)
+    problems = {
+        "pool": tasks.pool(seed, settings.n_pool, settings.subject.families),
+        "benchmark": tasks.benchmark(seed, settings.n_benchmark, settings.subject.families),
+    }
+    for name, records in problems.items():
+        with result.stage(f"rollouts of the {name}", tell):
+            rollout(
+                records,
+                backend,
+                reward,
+                folder / f"{name}.jsonl",
+                n=settings.n_rollouts,
+                max_new_tokens=settings.max_new_tokens,
+                seed=seed,
+                chunk=settings.chunk,
+                step=0,
+                progress=counted(f"rollouts of the {name}", len(records), tell),
+            )
+    path = folder / "store"
+    if path.exists():
+        store = gradstore.open(path, mode="a")
+    else:
+        with result.stage("fitting the projection", tell):
+            spec = SketchSpec(basis="fitted", dim=settings.dim, seed=seed)
+            sample = sample_groups(read_rollouts(folder / "pool.jsonl"), settings.n_fitted, seed)
+            coverage = measure(GradientPass(model, spec), sample)
+            tell(f"seed {seed}: {coverage.sentence()}")
+            coverage.require(settings.subject.least_seen)
+            projection = fit_projection(model, sample, spec, counted("fitting", None, tell))
+            store = create_store(path, Sketcher(model, spec, projection), coverage=coverage)
+    sketcher = sketcher_of(store, model)
+    for name in problems:
+        with result.stage(f"sketches of the {name}", tell):
+            source = read_rollouts(folder / f"{name}.jsonl")
+            advance = counted(f"sketches of the {name}", len(source), tell)
+            collect(store, name, source, sketcher=sketcher, step=0, progress=advance)
+    with result.stage("target", tell):
+        wanted = target(store, "benchmark")
+    with result.stage("query, top 20", tell):
+        search(store.view("pool"), wanted, 20)
+    without_probes = {name: selector for name, selector in SELECTORS.items() if not selector.needs_probes}
+    with result.stage(f"{len(without_probes)} selectors", tell):
+        for name, selector in without_probes.items():
+            chosen = select(
+                store, "pool", wanted if selector.needs_target else None, settings.n_selected, name, seed=seed
+            )
+            result.shares[name] = _shares(store, chosen.ids)
+    result.shares["(pool)"] = _shares(store, store.view("pool").ids.tolist())
+    about = store.info()["collections"]["pool"]
+    result.dim, result.states = store.dim, about["states"]
+    result.bytes_per_problem = store.row_bytes
+    return result
+
+
+def counted(name: str, total: int | None, tell: Callable[[str], None], every: float = 20.0) -> Callable[[int], None]:
+    """Takes how many more problems are done, and tells how many that makes every so many seconds."""
+    done, last = 0, time.monotonic()
+
+    def advance(n: int) -> None:
+        nonlocal done, last
+        done += n
+        if time.monotonic() - last >= every:
+            last = time.monotonic()
+            tell(f"{name}: {done} problems" if total is None else f"{name}: {done} of {total} problems")
+
+    return advance
+
+
+def _shares(store: gradstore.Store, ids: list[str]) -> dict[str, float]:
+    problems = store.view("pool").problems_of(ids)
+    tags = tag_shares(problems)
+    wrong, coin = tags.get(tasks.WRONG_TRUTH, 0.0), tags.get(tasks.COIN_FLIP, 0.0)
+    family = source_shares(problems).get(tasks.TARGET_FAMILY, 0.0)
+    return {"family": family, "broken": wrong + coin, "wrong_truth": wrong, "coin_flip": coin}
+
+
+def summary(results: list[DemoResult]) -> dict:
+    """Mean and standard deviation over seeds of every share, with the times and sizes; JSON-ready."""
+    shares: dict[str, dict[str, list[float]]] = {}
+    for name in results[0].shares:
+        shares[name] = {}
+        for kind in results[0].shares[name]:
+            values = np.array([result.shares[name][kind] for result in results])
+            spread = float(values.std(ddof=1)) if len(values) > 1 else 0.0
+            shares[name][kind] = [float(values.mean()), spread]
+    return {
+        "seeds": [result.seed for result in results],
+        "shares": shares,
+        "seconds": {
+            stage: float(np.mean([result.seconds[stage] for result in results])) for stage in results[0].seconds
+        },
+        "states": results[0].states,
+        "dim": results[0].dim,
+        "bytes_per_problem": results[0].bytes_per_problem,
+    }

@@ -1,0 +1,1 @@
+"""What is believed of problems whose rows were not measured anew."""

@@ -1,0 +1,210 @@
+"""How much an old score still says: a model of how alignment drifts, measured from problems that were measured twice.
+
+A problem's true score is taken to wander about the pool's mean with variance `signal`, correlated with itself by
+exp(-age / life) after `age` training steps (an Ornstein-Uhlenbeck process), and a row of n rollouts measures it with
+variance `noise` / n. What was measured long ago then pulls towards the mean, and its uncertainty grows towards the
+pool's spread. All rows of a problem count, each for what it is still worth: a Kalman filter of one dimension. Formulas:
+docs/methods.md, Budgeted refresh.
+
+Dimension letters: P problems, N pairs of measurements, R reliabilities and L lives tried.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from gradstore import Store
+from gradstore.engine.forecasting.pass_rates import effective
+from gradstore.engine.searching.query import score_rows
+from gradstore.engine.searching.targets import target
+from gradstore.errors import RequestError
+
+PRIOR_RELIABILITY = 0.5
+"""Share of a row's score variance that is signal, before anything was measured twice."""
+PRIOR_LIFE = 50.0
+"""Steps after which the correlation is 1/e, before anything was measured twice."""
+_PRIOR_PAIRS = 10.0
+"""Pairs that the prior spread of the scores counts as."""
+_LIFE_SPREAD = 1.5
+"""Standard deviation of the prior of log life."""
+_MOST_PAIRS = 5000
+_STEPS_BACK = 4
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pairs:
+    """Scores of problems measured twice, both against the target of the later time."""
+
+    old: np.ndarray
+    """Score of the older row, float64 [N]."""
+    new: np.ndarray
+    """Score of the newer row, float64 [N]."""
+    ages: np.ndarray
+    """Steps between them, float64 [N]."""
+    n_old: np.ndarray
+    """Rollouts of the older row, float64 [N]."""
+    n_new: np.ndarray
+    """Rollouts of the newer row, float64 [N]."""
+
+    def __len__(self) -> int:
+        return len(self.old)
+
+    @classmethod
+    def join(cls, parts: Sequence["Pairs"]) -> "Pairs":
+        """All pairs; of very many the last ones."""
+        columns = [
+            np.concatenate([np.zeros(0), *(getattr(part, name) for part in parts)])[-_MOST_PAIRS:]
+            for name in ("old", "new", "ages", "n_old", "n_new")
+        ]
+        return cls(*columns)
+
+
+@dataclass(frozen=True, slots=True)
+class Staleness:
+    """The model's parameters, on the scale of the scores."""
+
+    mean: float
+    """Of the pool's true scores."""
+    signal: float
+    """Variance of the true scores over the pool."""
+    noise: float
+    """Variance of a measurement with a single rollout; n rollouts have an n-th of it."""
+    life: float
+    """Steps after which a score's correlation with itself is 1/e."""
+    n_pairs: int = 0
+    """Pairs it was measured from; 0: the prior."""
+
+    def equivalent(self, mean_P: np.ndarray, sd_P: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The unbiased measurement that would have turned the prior into this belief: value and standard error, float64
+        [P]; for statistics that shrink by themselves. NaN where nothing is known beyond the prior."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            precision_P = 1 / sd_P**2 - 1 / self.signal
+            precision_P = np.where(precision_P * self.signal > 1e-6, precision_P, np.nan)
+            value_P = (mean_P / sd_P**2 - self.mean / self.signal) / precision_P
+            return value_P, 1 / np.sqrt(precision_P)
+
+    def describe(self) -> dict[str, Any]:
+        """As JSON can hold it."""
+        return asdict(self)
+
+
+class Beliefs:
+    """The scores of P problems as far as measurements tell; they must come in the order of their steps."""
+
+    def __init__(self, model: Staleness, n: int) -> None:
+        self.model = model
+        self._mean_P = np.full(n, model.mean)
+        self._variance_P = np.full(n, model.signal)
+        self._step_P = np.zeros(n)
+
+    def at(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and standard deviation of the true scores at a step, float64 [P]."""
+        kept_P = np.exp(-np.maximum(step - self._step_P, 0) / self.model.life)
+        mean_P = self.model.mean + kept_P * (self._mean_P - self.model.mean)
+        variance_P = self.model.signal + kept_P**2 * (self._variance_P - self.model.signal)
+        return mean_P, np.sqrt(np.maximum(variance_P, 0.0))
+
+    def measure(self, places: np.ndarray, step: int, scores: np.ndarray, rollouts: np.ndarray) -> None:
+        """Take in scores measured at a step, of distinct problems."""
+        mean_P, sd_P = self.at(step)
+        variance = sd_P[places] ** 2
+        gain = variance / (variance + self.model.noise / np.maximum(rollouts, 1) + 1e-300)
+        self._mean_P[places] = mean_P[places] + gain * (scores - mean_P[places])
+        self._variance_P[places] = variance * (1 - gain)
+        self._step_P[places] = step
+
+
+def fit(pairs: Pairs, scores_P: np.ndarray, rollouts_P: np.ndarray) -> Staleness:
+    """The most probable parameters given pairs; the prior where there are none.
+
+    scores_P, rollouts_P: the first score of each problem and its rollouts, NaN where there is none. What was measured
+    for the first time was not chosen for its score, so that these say what the pool's mean and spread are. For each
+    reliability and life of a grid, mean and signal have a closed form: weighted least squares of new - c old on 1 - c,
+    c = exp(-age / life) signal / (signal + noise / n_old), and of the first scores on 1.
+    """
+    known_P = np.isfinite(scores_P)
+    prior_mean = float(scores_P[known_P].mean()) if known_P.any() else 0.0
+    spread = float(scores_P[known_P].var()) if known_P.sum() > 1 else 0.0
+    spread = spread or 1.0
+    n_usual = float(np.median(rollouts_P[known_P])) if known_P.any() else 1.0
+    n_usual = max(n_usual, 1.0)
+    if not len(pairs):
+        signal = PRIOR_RELIABILITY * spread
+        return Staleness(prior_mean, signal, (spread - signal) * n_usual, PRIOR_LIFE)
+    lives_L = np.geomspace(0.5, 5000, 47)
+    kept_LN = np.exp(-pairs.ages / lives_L[:, None])
+    on_life_L = -0.5 * (np.log(lives_L / PRIOR_LIFE) / _LIFE_SPREAD) ** 2
+    n = len(pairs) + _PRIOR_PAIRS
+    best, found = -np.inf, (PRIOR_RELIABILITY, PRIOR_LIFE, prior_mean, spread)
+    for reliability in np.linspace(0.04, 0.98, 48).tolist():
+        ratio = (1 - reliability) / reliability * n_usual
+        c_LN = kept_LN / (1 + ratio / np.maximum(pairs.n_old, 1))
+        variance_LN = 1 + ratio / np.maximum(pairs.n_new, 1) - kept_LN * c_LN
+        rest_LN, lever_LN = pairs.new - c_LN * pairs.old, 1 - c_LN
+        firsts = max(float(known_P.sum()) * reliability, 1e-3)
+        mean_L = (lever_LN * rest_LN / variance_LN).sum(1) + firsts * prior_mean
+        mean_L /= (lever_LN**2 / variance_LN).sum(1) + firsts
+        squares_L = ((rest_LN - mean_L[:, None] * lever_LN) ** 2 / variance_LN).sum(1)
+        signal_L = (squares_L + _PRIOR_PAIRS * reliability * spread) / n
+        fits_L = -0.5 * (n * np.log(signal_L) + np.log(variance_LN).sum(1) - _PRIOR_PAIRS * np.log(reliability))
+        fits_L += on_life_L + np.log(reliability * (1 - reliability))
+        place = int(np.argmax(fits_L))
+        if fits_L[place] > best:
+            best = float(fits_L[place])
+            found = (reliability, float(lives_L[place]), float(mean_L[place]), float(signal_L[place]))
+    reliability, life, mean, signal = found
+    return Staleness(mean, signal, (1 - reliability) / reliability * n_usual * signal, life, len(pairs))
+
+
+def measured_pairs(store: Store, pool: str, benchmarks: Sequence[str], now: int, offsets: Mapping[str, float]) -> Pairs:
+    """Cosines of problems that were measured twice, from the newest steps of the store up to `now`.
+
+    A row is paired with the problem's newest row before it; both are live. Looked at are the newest steps at which a
+    benchmark was measured, and the newest of the others (where a trainer's own rollouts were kept). offsets: what is
+    taken off the scores of a problem, by id (its source's mean).
+    """
+    measured = [step for step in store.steps(pool) if step <= now]
+    rounds = {step for name in benchmarks for step in store.steps(name)}
+    at_rounds = [step for step in measured if step in rounds][-_STEPS_BACK:]
+    between = [step for step in measured if step not in rounds][-_STEPS_BACK:]
+    return Pairs.join([_pairs_at(store, pool, benchmarks, step, offsets) for step in sorted({*at_rounds, *between})])
+
+
+def direction_at(store: Store, benchmarks: Sequence[str], step: int) -> np.ndarray | None:
+    """Sum of the benchmarks' unit targets at a step, float32 [D]; None where none has a live problem."""
+    vectors = []
+    for name in benchmarks:
+        try:
+            vectors.append(target(store, name, step).vector)
+        except RequestError:  # no live problem at or before this step
+            continue
+    return sum_of_units(vectors).astype(np.float32) if vectors else None
+
+
+def sum_of_units(vectors: Sequence[np.ndarray]) -> np.ndarray:
+    """What several targets point along together, each counting alike, float64 [D]; a zero vector adds nothing."""
+    doubles = [vector.astype(np.float64) for vector in vectors]
+    total_D: np.ndarray = np.sum([vector / (np.linalg.norm(vector) or 1.0) for vector in doubles], axis=0)
+    return total_D
+
+
+def _pairs_at(store: Store, pool: str, benchmarks: Sequence[str], step: int, offsets: Mapping[str, float]) -> Pairs:
+    query_D = direction_at(store, benchmarks, step)
+    after, before = store.view(pool, step), store.view(pool, step - 1)
+    new = np.flatnonzero(after.live & (after.steps == step))
+    old = before.find(after.ids_at(new).tolist()) if len(before) else np.full(len(new), -1)
+    both = (old >= 0) & np.append(before.live, False)[old]
+    new, old = new[both], old[both]
+    if query_D is None or not query_D.any() or not len(new):
+        return Pairs(*np.zeros((5, 0)))
+    unit_D = query_D / np.linalg.norm(query_D)
+    off = np.array([offsets.get(name, 0.0) for name in after.ids_at(new).tolist()])
+    return Pairs(
+        score_rows(before, unit_D, "cosine", old)[old] - off,
+        score_rows(after, unit_D, "cosine", new)[new] - off,
+        (step - before.steps[old]).astype(np.float64),
+        effective(before.n_rollouts[old].astype(np.float64), before.pass_rates[old]),
+        effective(after.n_rollouts[new].astype(np.float64), after.pass_rates[new]),
+    )

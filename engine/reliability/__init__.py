@@ -1,0 +1,1 @@
+"""How far rankings by sketches can be trusted: against exact gradients, and between halves of the rollouts."""

@@ -1,0 +1,183 @@
+"""How faithful stored sketches are: their ranking against the exact one over the same layers, on a sample.
+
+Beside it stands the reliability of the exact ranking itself, between halves of the rollouts: where that is lower, a
+finer sketch would rank no better.
+
+Dimension letters: P problems.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+
+import numpy as np
+from scipy.stats import spearmanr  # type: ignore[import-untyped]
+from torch import nn
+
+from gradstore import Store
+from gradstore.engine.gradients.exact import exact_against
+from gradstore.engine.reliability.split_half import SplitHalf, split, split_half
+from gradstore.engine.rollouts.group import Group
+from gradstore.engine.rollouts.source import RolloutSource
+from gradstore.engine.searching.query import search
+from gradstore.engine.searching.ranking import best
+from gradstore.engine.searching.targets import target
+from gradstore.engine.sketches.sketcher import SketchBatch, Sketcher, SketchSpec
+from gradstore.errors import RequestError
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """How well one set of scores reproduces another's ranking."""
+
+    n_problems: int
+    spearman: float
+    top_5_percent: float
+    """Share of the exact scores' best 5 % that are among the best 5 % found."""
+    k: int
+    top_k: float
+    """The same for the best k."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fidelity:
+    """Stored sketches against exact scores, and the exact scores' own reliability."""
+
+    agreement: Agreement
+    halves: SplitHalf | None
+    """Exact scores of even against odd rollouts; None when not asked for."""
+    row_bytes: int
+    """Bytes a row takes in the store."""
+
+    def describe(self) -> dict:
+        """JSON-ready."""
+        halves = None if self.halves is None else self.halves.describe()
+        return {**asdict(self.agreement), "row_bytes": self.row_bytes, "reliability": halves}
+
+
+def agreement(found_P: np.ndarray, exact_P: np.ndarray, ids: Sequence[str], k: int | None = None) -> Agreement:
+    """Spearman and overlaps of two sets of scores of the same problems, float [P] without NaN, ties by id.
+
+    k: default a tenth of the problems. RequestError for fewer than three problems.
+    """
+    if len(found_P) < 3:
+        raise RequestError(f"agreement of rankings needs at least 3 live problems, got {len(found_P)}")
+    n_best = max(1, round(len(found_P) / 20))
+    k = max(1, len(found_P) // 10) if k is None else min(k, len(found_P))
+    names = np.asarray(ids, object)
+
+    def overlap(n: int) -> float:
+        tops = [set(best(scores, n, lambda chosen: names[chosen]).tolist()) for scores in (found_P, exact_P)]
+        return len(tops[0] & tops[1]) / n
+
+    return Agreement(len(found_P), float(spearmanr(found_P, exact_P)[0]), overlap(n_best), k, overlap(k))
+
+
+class Rows:
+    """Sketches of problems by their ids."""
+
+    def __init__(self, batches: Iterable[SketchBatch]) -> None:
+        self._batches = list(batches)
+        self._places = {i: (b, row) for b, batch in enumerate(self._batches) for row, i in enumerate(batch.ids)}
+
+    def of(self, groups: Sequence[Group]) -> tuple[np.ndarray, np.ndarray]:
+        """Sketches of the groups, float64 [P, D], and the lengths of their gradients as the sketcher estimates them,
+        float64 [P]; zeros for a problem that has none here."""
+        rows_PD = np.zeros((len(groups), self._batches[0].sketches.shape[1]))
+        lengths_P = np.zeros(len(groups))
+        for place, group in enumerate(groups):
+            if group.problem_id in self._places:
+                b, row = self._places[group.problem_id]
+                batch = self._batches[b]
+                rows_PD[place] = batch.sketches[row]
+                lengths_P[place] = np.linalg.norm(rows_PD[place]) if batch.norms is None else batch.norms[row]
+        return rows_PD, lengths_P
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ExactRanking:
+    """The exact cosines of some problems with the mean gradient of others, which sketches are held against."""
+
+    scored: list[Group]
+    others: list[Group]
+    cosines: np.ndarray
+    """float64 [P], NaN for a problem without a gradient."""
+
+    @classmethod
+    def of(
+        cls, model: nn.Module, spec: SketchSpec, groups: Sequence[Group], benchmark: Sequence[Group] = (), n: int = 64
+    ) -> "ExactRanking | None":
+        """On at most n of the groups; None with fewer than 16 that have a signal.
+
+        benchmark: groups whose mean gradient is the target, which is the ranking that a search makes; without them it
+        is that of every other group. Cost: a plain forward and backward for each group used.
+        """
+        live = [group for group in groups if group.has_signal][:n]
+        if len(live) < 16:
+            return None
+        known = [group for group in benchmark if group.has_signal]
+        scored, others = (live, known) if known else (live[::2], live[1::2])
+        return cls(scored, others, exact_against(model, scored, others, spec).cosines[:, 0])
+
+    def fidelity(self, rows: Rows, others: Rows) -> float | None:
+        """Spearman of the sketches' cosines with the exact ones; None where fewer than 8 problems have both.
+
+        rows, others: sketches of at least the problems scored and of those that the target is the mean of.
+        """
+        rows_PD, lengths_P = rows.of(self.scored)
+        found_P = rows_PD @ others.of(self.others)[0].sum(axis=0) / np.where(lengths_P > 0, lengths_P, np.nan)
+        kept_P = np.isfinite(self.cosines) & np.isfinite(found_P)
+        return float(spearmanr(found_P[kept_P], self.cosines[kept_P])[0]) if kept_P.sum() >= 8 else None
+
+    def fidelity_of(self, sketcher: Sketcher) -> float | None:
+        """The same, with sketches made for it."""
+        rows, others = (Rows([sketcher.sketch(groups)]) for groups in (self.scored, self.others))
+        return self.fidelity(rows, others)
+
+
+def fidelity(
+    store: Store,
+    pool: str,
+    against: str,
+    model: nn.Module,
+    rollouts: RolloutSource,
+    benchmark_rollouts: RolloutSource,
+    *,
+    at: int | None = None,
+    sample: int | None = 200,
+    k: int | None = None,
+    seed: int = 0,
+    halves: bool = True,
+) -> Fidelity:
+    """Cosine scores of a pool's stored rows against exact cosines over the layers the store's settings choose.
+
+    model, rollouts, benchmark_rollouts: what the rows of pool and benchmark were made from. sample: live problems
+    measured exactly, drawn with the seed; None: all. Cost: a backward with weight gradients over the sample's rollouts,
+    twice that with halves, and over the benchmark's. Of rows in head mode the exact scores are over every layer: that
+    is what they stand for. Memory beside the model: two blocks of layers formed in full (engine/gradients/formed.py).
+    RequestError when fewer than three live problems have rollouts.
+    """
+    view = store.view(pool, at)
+    known = set(rollouts.problem_ids)
+    ids = [problem_id for problem_id in view.ids[view.live].tolist() if problem_id in known]
+    if sample is not None and sample < len(ids):
+        picked = np.sort(np.random.default_rng(seed).choice(len(ids), sample, replace=False))
+        ids = [ids[i] for i in picked]
+    if len(ids) < 3:
+        raise RequestError(f"{pool!r}: {len(ids)} live problems have rollouts in the file, expected at least 3")
+    spec = replace(SketchSpec.of(store.fingerprint), head_only=False)
+    groups = [group for group in rollouts.groups(ids) if group.has_signal]
+    measured = [*groups, *(half for part in split(groups) for half in part)] if halves else groups
+    exact = exact_against(model, measured, list(benchmark_rollouts.groups()), spec).cosines[:, 0]
+    exact_P, halves_P = exact[: len(groups)], np.split(exact[len(groups) :], 2)
+    live_P = ~np.isnan(exact_P)
+    live = [group for group, kept in zip(groups, live_P, strict=True) if kept]
+    hits = search(view, target(store, against, at), len(view))
+    stored = dict(zip(hits.ids.tolist(), hits.scores.tolist(), strict=True))
+    names = [group.problem_id for group in live]
+    found_P = np.array([stored[name] for name in names])
+    parts = [np.nan_to_num(half_P[live_P]) for half_P in halves_P] if halves else None
+    return Fidelity(
+        agreement(found_P, exact_P[live_P], names, k),
+        None if parts is None else split_half(*parts),
+        store.row_bytes,
+    )

@@ -1,0 +1,172 @@
+"""How far a ranking can be trusted: the same scores from the odd and the even rollouts, and from shuffled rewards.
+
+A score is an estimate from a few rollouts. Two halves of them give two independent estimates, each with its own
+baseline; how well they agree over problems is the reliability of half the rollouts, and the Spearman-Brown formula
+carries it to all of them. No sketch can rank better than the scores it approximates repeat themselves. Rewards
+shuffled within each group keep everything but what they say about the responses: the scores then are the noise floor.
+
+Dimension letters: P problems.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+
+import numpy as np
+from scipy.stats import pearsonr, spearmanr  # type: ignore[import-untyped]
+from torch import nn
+
+from gradstore.engine.gradients.exact import LayerGradients, exact_dots
+from gradstore.engine.rollouts.group import Group
+from gradstore.engine.searching.query import Metric, direction
+from gradstore.engine.searching.targets import Target
+from gradstore.engine.sketches.sketcher import Sketcher, SketchSpec
+from gradstore.errors import RequestError
+from gradstore.state import State
+
+Score = Callable[[Sequence[Group]], np.ndarray]
+"""Scores of groups, float64 [P], NaN for those that have none (no signal, failed)."""
+
+
+@dataclass(frozen=True, slots=True)
+class SplitHalf:
+    """How well the scores of two halves agree, and what follows for the whole."""
+
+    n_problems: int
+    pearson: float
+    """Correlation of the halves' scores."""
+    spearman: float
+    """Of their ranks."""
+    reliability: float
+    """Expected correlation of the scores from all rollouts with those from as many new ones (Spearman-Brown)."""
+    rank_reliability: float
+    """The same for ranks: the Spearman two independent sets of rollouts would show."""
+
+    def describe(self) -> dict:
+        """JSON-ready."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Reliability:
+    """Scores with their standard errors, their reliability and the noise floor."""
+
+    ids: list[str]
+    scores: np.ndarray
+    """From all rollouts, float64 [P]; NaN without signal."""
+    standard_errors: np.ndarray
+    """Half the difference of the halves' scores, float64 [P]: one degree of freedom each."""
+    standard_error: float
+    """Root mean square of them: the standard error of a typical score, known far better than that of each."""
+    halves: SplitHalf
+    floor: np.ndarray
+    """Scores under shuffled rewards, float64, those of every permutation together."""
+
+    @property
+    def noise_floor(self) -> float:
+        """The 95th percentile of |score| under shuffled rewards: what chance alone reaches."""
+        found = self.floor[~np.isnan(self.floor)]
+        return float(np.quantile(np.abs(found), 0.95)) if len(found) else float("nan")
+
+    def describe(self) -> dict:
+        """JSON-ready, without the scores."""
+        live = ~np.isnan(self.scores)
+        return {
+            **self.halves.describe(),
+            "standard_error": self.standard_error,
+            "score_deviation": float(self.scores[live].std()),
+            "noise_floor": self.noise_floor,
+            "above_floor": float((self.scores[live] > self.noise_floor).mean()),
+        }
+
+
+def reliability(score: Score, groups: Sequence[Group], *, seed: int = 0, permutations: int = 1) -> Reliability:
+    """Score the groups, their odd and even rollouts, and the groups with rewards shuffled within each.
+
+    score: how groups are scored, such as `sketch_scores(sketcher, target)` or `exact_scores(model, target)`.
+    Groups without signal are left out; a half without signal has measured nothing and scores 0. Cost: each group is
+    run 2 + permutations times. RequestError for fewer than three live groups, or groups with a single rollout.
+    """
+    for group in groups:
+        if len(group.responses) < 2:
+            raise RequestError(f"problem {group.problem_id!r} has one rollout: halves need at least two")
+    scores_P = np.asarray(score(groups), np.float64)
+    live = np.flatnonzero(~np.isnan(scores_P)).tolist()
+    chosen = [groups[i] for i in live]
+    even_P, odd_P = (np.nan_to_num(np.asarray(score(half), np.float64)) for half in split(chosen))
+    found = split_half(even_P, odd_P)
+    errors_P = np.full(len(groups), np.nan)
+    errors_P[live] = np.abs(even_P - odd_P) / 2
+    floor = [score(permuted(chosen, seed + number)) for number in range(permutations)]
+    return Reliability(
+        [group.problem_id for group in groups],
+        scores_P,
+        errors_P,
+        float(np.sqrt(np.mean(errors_P[live] ** 2))),
+        found,
+        np.concatenate(floor) if floor else np.empty(0),
+    )
+
+
+def split_half(even_P: np.ndarray, odd_P: np.ndarray) -> SplitHalf:
+    """Agreement of two halves' scores of the same problems, float [P] each; RequestError for fewer than three."""
+    if len(even_P) < 3 or len(even_P) != len(odd_P):
+        raise RequestError(f"reliability needs two scores of at least 3 live problems, got {len(even_P)}, {len(odd_P)}")
+    pearson, spearman = float(pearsonr(even_P, odd_P)[0]), float(spearmanr(even_P, odd_P)[0])
+    return SplitHalf(len(even_P), pearson, spearman, spearman_brown(pearson), spearman_brown(spearman))
+
+
+def spearman_brown(correlation: float) -> float:
+    """Reliability of twice the measurements: 2 r / (1 + r); NaN for r = -1 (Spearman 1910, Brown 1910)."""
+    return 2 * correlation / (1 + correlation) if correlation > -1 else float("nan")
+
+
+def split(groups: Sequence[Group]) -> tuple[list[Group], list[Group]]:
+    """The groups' even rollouts (first, third, ...) and their odd ones, each half with a baseline of its own."""
+    return [_part(group, 0) for group in groups], [_part(group, 1) for group in groups]
+
+
+def permuted(groups: Sequence[Group], seed: int) -> list[Group]:
+    """The groups with rewards shuffled within each; the order depends on the seed and the group alone."""
+    shuffled = []
+    for group in groups:
+        random = np.random.default_rng([seed, *group.problem_id.encode()])
+        shuffled.append(replace(group, rewards=random.permutation(group.rewards)))
+    return shuffled
+
+
+def sketch_scores(sketcher: Sketcher, target: Target | np.ndarray, metric: Metric = "cosine") -> Score:
+    """Scores from sketches against a target in sketch space, as a search of a store would give them."""
+    target_D = direction(target, sketcher.dim, metric)
+
+    def score(groups: Sequence[Group]) -> np.ndarray:
+        batch = sketcher.sketch(groups)
+        lengths_P = np.linalg.norm(batch.sketches, axis=1) if batch.norms is None else batch.norms
+        lengths_P = lengths_P if metric == "cosine" else np.ones(len(groups))
+        live_P = np.array([state is State.LIVE for state in batch.states], bool)
+        dots_P = (batch.sketches @ target_D).astype(np.float64)
+        return np.divide(dots_P, lengths_P, out=np.full(len(groups), np.nan), where=live_P)
+
+    return score
+
+
+def exact_scores(
+    model: nn.Module, target: LayerGradients, spec: SketchSpec | None = None, metric: Metric = "cosine"
+) -> Score:
+    """Exact scores over the layers the spec sketches."""
+
+    def score(groups: Sequence[Group]) -> np.ndarray:
+        batch = exact_dots(model, groups, target, spec, norms=metric == "cosine")
+        if metric == "cosine":
+            return batch.cosines[:, 0]
+        live_P = np.array([state is State.LIVE for state in batch.states], bool)
+        return np.where(live_P, batch.dots[:, 0], np.nan)
+
+    return score
+
+
+def _part(group: Group, first: int) -> Group:
+    logprobs, reference = (
+        None if given is None else given[first::2] for given in (group.logprobs, group.reference_logprobs)
+    )
+    responses, rewards = group.responses[first::2], group.rewards[first::2]
+    return Group(group.problem_id, group.prompt_ids, responses, rewards, logprobs, reference)

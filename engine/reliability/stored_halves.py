@@ -1,0 +1,101 @@
+"""Halves of the rollouts kept in the store, so that any ranking's reliability can be had from the store alone.
+
+The even and the odd rollouts of a pool are collections of their own, `NAME.even` and `NAME.odd`: rows like any others,
+with their steps, searched, compacted, verified and mirrored like them. A ranking of both by the same target shows how
+far the ranking of the whole repeats itself (halves.py), and the two rows of a problem how far its gradient does. They
+cost as much again as the pool itself, in time and in bytes.
+
+P problems.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from gradstore import Store, View
+from gradstore.engine.reliability.split_half import SplitHalf, split, split_half
+from gradstore.engine.rollouts.group import Group
+from gradstore.engine.rollouts.source import RolloutSource
+from gradstore.engine.searching.query import Metric, eligible_positions, query_vectors, score_rows
+from gradstore.engine.searching.targets import Target
+from gradstore.engine.sketches.collector import CollectReport, collect
+from gradstore.engine.sketches.sketcher import Sketcher
+from gradstore.errors import RequestError
+
+HALVES = (".even", ".odd")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StoredHalves:
+    """How far the problems of a pool agree with themselves."""
+
+    ids: list[str]
+    """Problems with a gradient in the whole, at the halves' step."""
+    agreement: np.ndarray
+    """Cosine of the gradients of even and odd rollouts, float64 [P]; NaN where a half has none."""
+    standard_errors: np.ndarray
+    """Half the difference of the halves' scores, float64 [P]: one degree of freedom each."""
+    ranking: SplitHalf
+    """Agreement of the halves' rankings by the target, and the reliability of the whole that follows."""
+
+
+def collect_halves(
+    store: Store, collection: str, groups: RolloutSource | Iterable[Group], *, sketcher: Sketcher, step: int
+) -> list[CollectReport]:
+    """Sketch the even and the odd rollouts of groups into `NAME.even` and `NAME.odd`; arguments as of `collect`.
+
+    The collection must have the problems. Groups with a single rollout have no halves: RequestError.
+    """
+    records = {record["id"]: record for record in store.records(collection)}
+    members = list(groups.groups() if isinstance(groups, RolloutSource) else groups)
+    for group in members:
+        if len(group.responses) < 2:
+            raise RequestError(f"problem {group.problem_id!r} has one rollout: halves need at least two")
+        if group.problem_id not in records:
+            raise RequestError(f"problem {group.problem_id!r} is not in collection {collection!r}")
+    reports = []
+    for suffix, half in zip(HALVES, split(members), strict=True):
+        store.add_problems(collection + suffix, [records[group.problem_id] for group in half])
+        reports.append(collect(store, collection + suffix, half, sketcher=sketcher, step=step, measure="never"))
+    return reports
+
+
+def stored_halves(
+    store: Store, collection: str, wanted: Target, at: int | None = None, metric: Metric = "cosine"
+) -> StoredHalves:
+    """Reliability of a pool's ranking by a target, from the halves in the store.
+
+    Counted are problems whose whole and halves have rows of the same step and basis. A half without signal has measured
+    nothing and scores 0. RequestError where there are no halves, or fewer than three such problems.
+    """
+    missing = [collection + suffix for suffix in HALVES if collection + suffix not in store.collections]
+    if missing:
+        raise RequestError(f"{store.path}: there is no collection {missing[0]!r}: collect {collection!r} with --halves")
+    whole = store.view(collection, at)
+    even, odd = (store.view(collection + suffix, at) for suffix in HALVES)
+    live = np.flatnonzero(whole.live)
+    names = whole.ids[live]
+    places = [half.find(names.tolist()) for half in (even, odd)]
+    kept = np.ones(len(live), bool)
+    for half, place_P in zip((even, odd), places, strict=True):
+        same_step = np.append(half.steps, -1)[place_P] == whole.steps[live]
+        kept &= (place_P >= 0) & same_step & (np.append(half.bases, 0)[place_P] == whole.bases[live])
+    scores = [_scores(half, wanted, metric)[place_P[kept]] for half, place_P in zip((even, odd), places, strict=True)]
+    places = [place_P[kept] for place_P in places]
+    agreement_P = np.full(int(kept.sum()), np.nan)
+    both = even.live[places[0]] & odd.live[places[1]]
+    for basis in even.live_bases:
+        here = np.flatnonzero(both & (even.bases[places[0]] == basis))
+        rows = [half.rows(place_P[here]).astype(np.float64) for half, place_P in zip((even, odd), places, strict=True)]
+        lengths_P = np.linalg.norm(rows[0], axis=1) * np.linalg.norm(rows[1], axis=1)
+        agreement_P[here] = np.einsum("pd,pd->p", *rows) / lengths_P
+    return StoredHalves(
+        names[kept].tolist(), agreement_P, np.abs(scores[0] - scores[1]) / 2, split_half(scores[0], scores[1])
+    )
+
+
+def _scores(view: View, wanted: Target, metric: Metric) -> np.ndarray:
+    """Scores of every problem of the view, float64 [P], 0 without signal."""
+    query_D = query_vectors(view, [wanted], metric)[0]
+    return np.nan_to_num(score_rows(view, query_D, metric, eligible_positions(view, None)).astype(np.float64))

@@ -1,0 +1,258 @@
+"""An index over stored rows: which row each entry is, and search with the stored rows having the last word.
+
+Entries are rows of one generation of a collection, and those never change, so an entry is never wrong, only
+superseded or deleted. A search names a view: entries that are not among its live rows are masked, live rows that have
+no entry yet are added first. The same index thus serves every view of the collection.
+
+P problems of the view, N entries, M candidates, Q queries, D sketch dimensions.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from weakref import ref
+
+import numpy as np
+
+from gradstore import View
+from gradstore.engine.searching.indexes.kinds import Effort, Kind, Rows, kind_class
+from gradstore.engine.searching.ranking import best
+from gradstore.engine.searching.scan import scan_at
+from gradstore.errors import RequestError
+from gradstore.layout import COLLECTIONS
+
+_TRAINING_ROWS = 16384
+_MOST_SUPERSEDED = 0.5
+"""Share of entries outside the view beyond which building anew is the better answer."""
+_RETEST_GROWTH = 1.125
+
+
+@dataclass(frozen=True, slots=True)
+class Tested:
+    """What the self-test found for one k."""
+
+    k: int
+    recall: float
+    """Mean share of the exact k best that the search found, over the sort of query where it is least."""
+    worst: float
+    """That of the worst query."""
+    effort: Effort
+
+
+@dataclass(slots=True, eq=False)
+class Index:
+    """Made by `Index.build` or `engine.index_for`."""
+
+    kind: Kind
+    rows: Rows
+    metric: str
+    collection: Path
+    """Folder of the collection."""
+    generation: int
+    entry_rows: np.ndarray
+    """Row number of each entry, int64 [N]."""
+    entry_norms: np.ndarray
+    """Norm of each entry's gradient, float32 [N]: if a row is not the one that was indexed, this differs."""
+    tested: tuple[Tested, ...] = ()
+    """Passed self-tests, of ascending k; none for an exact kind."""
+    n_tested: int = 0
+    """Entries when it was tested."""
+    _seen: dict = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def build(cls, view: View, kind: str = "flat", metric: str = "cosine") -> "Index":
+        """Index every live row of the view, in bounded memory beyond the index itself; not tested yet.
+
+        metric: `cosine`, `dot` or `fisher`. RequestError for an unknown kind, or where its library
+        is missing or cannot take rows of this width.
+        """
+        chosen = kind_class(kind)
+        rows: Rows = "gradient" if metric != "cosine" and chosen.scaled else "unit"
+        live = view.live_positions
+        index = cls(
+            chosen(view.dim, len(live)), rows, metric, collection_folder(view), view.generation,
+            np.empty(0, np.int64), np.empty(0, np.float32),
+        )  # fmt: skip
+        if len(live):
+            step = max(1, len(live) // _TRAINING_ROWS)
+            index.kind.train(index._content(view, live[::step][:_TRAINING_ROWS]))
+        index._add(view, live)
+        return index
+
+    def __len__(self) -> int:
+        return len(self.entry_rows)
+
+    def holds(self, view: View) -> bool:
+        """Whether it is of the view's collection, in the same files."""
+        return (collection_folder(view), view.generation) == (self.collection, self.generation)
+
+    def extend(self, view: View) -> int:
+        """Add the view's live rows that have no entry; returns how many.
+
+        RequestError if the view is of another collection or generation, or if the stored rows are not those indexed.
+        """
+        if self._seen.get("view", _no_view)() is view and self._seen.get("complete") == len(self):
+            return 0
+        if not self.holds(view):
+            raise RequestError(
+                f"the index was built for {self.collection} g{self.generation}, asked for {collection_folder(view)} "
+                f"g{view.generation}: build one for this view"
+            )
+        known = np.isin(view.row_numbers, self.entry_rows)
+        missing = np.flatnonzero(view.live & ~known)
+        self._add(view, missing)
+        self._seen |= {"view": ref(view), "complete": len(self)}
+        return len(missing)
+
+    def positions(self, view: View) -> np.ndarray:
+        """Place in the view of each entry, int64 [N]; -1 for an entry that is not a live row of it."""
+        key = (view.commit, view.at, len(self))
+        if self._seen.get("key") != key:
+            where_R = np.full(int(max(view.row_numbers.max(initial=-1), self.entry_rows.max(initial=-1))) + 1, -1)
+            where_R[view.row_numbers[view.live]] = view.live_positions
+            found = where_R[self.entry_rows]
+            inside = found >= 0
+            if not np.array_equal(view.norms[found[inside]], self.entry_norms[inside]):
+                raise RequestError(f"the index of {self.collection} is of other rows than are stored: build it anew")
+            last = {name: self._seen[name] for name in ("view", "complete") if name in self._seen}
+            self._seen = last | {"key": key, "positions": found, "share": inside.mean()}
+        positions: np.ndarray = self._seen["positions"]
+        return positions
+
+    def worn(self, view: View) -> bool:
+        """Whether most entries are superseded or deleted, so that it should be built anew."""
+        self.positions(view)
+        return len(self) > 0 and float(self._seen["share"]) < 1 - _MOST_SUPERSEDED
+
+    def due(self) -> bool:
+        """Whether it has grown so much that the self-test must be passed again."""
+        return not self.kind.exact and len(self) > _RETEST_GROWTH * self.n_tested
+
+    def effort(self, k: int) -> tuple[int, Effort] | None:
+        """Candidates to fetch and lists to look into for the k best; None beyond the largest k tested."""
+        if self.kind.exact:
+            return k, Effort()
+        above = [tested for tested in self.tested if tested.k >= k]
+        if not above:
+            return None
+        # With growing k fewer candidates for each are enough, so the factor is that of the next smaller k tested.
+        low, high = next((tested for tested in reversed(self.tested) if tested.k <= k), self.tested[0]), above[0]
+        probes = max(low.effort.probes, high.effort.probes)
+        return fetch(low.effort, max(k, low.k)), Effort(low.effort.factor, probes)
+
+    def serves(self, view: View, k: int, metric: str, n_eligible: int) -> bool:
+        """Whether it answers for this k among so many rows of the view; where not, an exact scan is due.
+
+        Rows published since are added first. RequestError for a view of another collection or generation, or another
+        metric.
+        """
+        if metric != self.metric:
+            raise RequestError(f"the index was built for {self.metric}, asked for {metric}")
+        self.extend(view)
+        if n_eligible == 0:
+            return False
+        effort = self.effort(min(k, n_eligible))
+        masked = n_eligible < len(self)
+        return (
+            effort is not None and (self.kind.exact or n_eligible > 2 * effort[0]) and (self.kind.masks or not masked)
+        )
+
+    def search(
+        self, view: View, query_D: np.ndarray, k: int, metric: str, largest: bool, eligible: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Positions and scores of the k best eligible rows, best first, ties by id; see `search_many`."""
+        return self.search_many(view, query_D[None], k, metric, largest, eligible)[0]
+
+    def search_many(
+        self, view: View, queries_QD: np.ndarray, k: int, metric: str, largest: bool, eligible: np.ndarray
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        """For each query positions int64 [<= k] and scores float32 of the best eligible rows.
+
+        Scores are those of the stored rows, as a scan gives them. Ask `serves` first.
+        """
+        k = min(k, len(eligible))
+        if k == 0:
+            return [(np.empty(0, np.int64), np.empty(0, np.float32)) for _ in queries_QD]
+        m, effort = self.effort(k) or (fetch(Effort(), k), Effort())
+        return [
+            _rescored(view, query_D, k, metric, largest, candidates)
+            for query_D, candidates in zip(
+                queries_QD, self.candidates(view, queries_QD, m, effort, largest, eligible), strict=True
+            )
+        ]
+
+    def candidates(
+        self, view: View, queries_QD: np.ndarray, m: int, effort: Effort, largest: bool, eligible: np.ndarray
+    ) -> list[np.ndarray]:
+        """For each query the positions of about the m best eligible rows by the index's own scores."""
+        positions_N = self.positions(view)
+        mask_N = None
+        if len(eligible) < len(self):
+            chosen = np.zeros(len(view) + 1, bool)
+            chosen[eligible] = True  # The last entry stays False: it is what -1 points at.
+            mask_N = chosen[positions_N]
+        sign = np.float32(1 if largest else -1)
+        if self.metric == "cosine":
+            _, entries_QM = self.kind.search(sign * queries_QD, m, effort, mask_N)
+            return [positions_N[entries[entries >= 0]] for entries in entries_QM]
+        # The error of an inner product grows with the norm, so the rows of the largest norms are always looked at.
+        heaviest = self._heaviest(view, eligible, m)
+        found = []
+        if self.rows == "gradient":
+            _, entries_QM = self.kind.search(sign * queries_QD, m, effort, mask_N)
+            found = [entries[entries >= 0] for entries in entries_QM]
+        else:
+            for query_D in queries_QD:
+                cosines, entries = self.kind.search(sign * query_D[None], len(self), effort, mask_N)
+                entry = entries[0][entries[0] >= 0]
+                products = cosines[0][: len(entry)] * self.entry_norms[entry]
+                found.append(entry[np.argpartition(-products, min(m, len(entry)) - 1)[:m]] if len(entry) else entry)
+        return [np.union1d(positions_N[entries], heaviest) for entries in found]
+
+    def _heaviest(self, view: View, eligible: np.ndarray, m: int) -> np.ndarray:
+        key = ("heaviest", m)
+        if len(eligible) == len(self) and key in self._seen:
+            known: np.ndarray = self._seen[key]
+            return known
+        norms = view.norms[eligible]
+        heaviest = eligible[np.argpartition(-norms, min(m, len(norms)) - 1)[:m]]
+        if len(eligible) == len(self):
+            self._seen[key] = heaviest
+        return heaviest
+
+    def _content(self, view: View, positions: np.ndarray) -> np.ndarray:
+        units_PD = view.rows(positions)
+        return units_PD * view.norms[positions, None] if self.rows == "gradient" else units_PD
+
+    def _add(self, view: View, positions: np.ndarray) -> None:
+        for block, units_PD in view.scan(positions):
+            self.kind.add(units_PD * view.norms[block, None] if self.rows == "gradient" else units_PD)
+        if len(positions):
+            self.entry_rows = np.concatenate([self.entry_rows, view.row_numbers[positions]])
+            self.entry_norms = np.concatenate([self.entry_norms, view.norms[positions]])
+            self._seen = {}
+
+
+def _no_view() -> None:
+    return None
+
+
+def fetch(effort: Effort, k: int) -> int:
+    """Candidates to look at for the k best."""
+    return int(np.ceil(k * effort.factor)) + 8
+
+
+def _rescored(
+    view: View, query_D: np.ndarray, k: int, metric: str, largest: bool, candidates: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The k best of the candidates by the stored rows."""
+    candidates = np.sort(candidates)
+    scores = scan_at(view, query_D[None], candidates)[0]
+    if metric != "cosine":
+        scores = scores * view.norms[candidates]
+    top = best(scores, k, lambda chosen: view.ids_at(candidates[chosen]), largest)
+    return candidates[top], scores[top]
+
+
+def collection_folder(view: View) -> Path:
+    """Where the view's collection lies, absolute."""
+    return view.store.path.resolve() / COLLECTIONS / view.collection

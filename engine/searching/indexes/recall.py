@@ -1,0 +1,86 @@
+"""The self-test a build ends in: what share of the exact best does the index find, and with how little effort?
+
+Asked are the kinds of query that occur: means of sixteen problems' gradients (targets), single rows, and targets half
+of which lies outside of what the collection has in common (another benchmark's), each preconditioned where the metric
+is fisher, for the largest and for the smallest scores, against an exact scan of the same view. The cheapest effort
+whose mean recall is at least the one asked, for each sort of query and each direction by itself, is used from then on.
+
+Q queries, P problems, D sketch dimensions.
+"""
+
+import numpy as np
+
+from gradstore import View
+from gradstore.engine.searching.fisher import preconditioned
+from gradstore.engine.searching.indexes.index import Index, Tested, fetch
+from gradstore.engine.searching.indexes.kinds import Effort
+from gradstore.engine.searching.scan import scan_rows
+
+_QUERIES = 8
+"""Of each of the three sorts."""
+
+
+def rung(k: int, n_live: int) -> int:
+    """The k that is tested when k is asked: the next of 100, 300, 1000, 3000, ..., at most all rows."""
+    for power in range(2, 12):
+        for tested in (10**power, 3 * 10**power):
+            if tested >= k:
+                return min(tested, n_live)
+    return n_live
+
+
+def self_test(index: Index, view: View, recall: float, k: int, queries_QD: np.ndarray | None = None) -> Tested:
+    """The cheapest effort whose mean recall at k is at least the one asked for every sort, or the best there is.
+
+    queries_QD: ask these, unit length, instead of sampled ones.
+    """
+    live = view.live_positions
+    sampled = queries_QD is None
+    queries_QD = sample_queries(view, live) if queries_QD is None else queries_QD
+    if sampled and index.metric == "fisher":
+        # Preconditioned queries keep away from the rows of the largest norms: the hardest by inner product.
+        queries_QD = _unit(preconditioned(view, queries_QD))
+    scores_QP = _exact(index, view, queries_QD, live)
+    wanted = {sign: [live[np.argpartition(-sign * scores_P, k - 1)[:k]] for scores_P in scores_QP] for sign in (1, -1)}
+    best = Tested(k, -1.0, -1.0, Effort())
+    for effort in index.kind.efforts():
+        m = min(fetch(effort, k), len(live))
+        shares = np.array(
+            [
+                [
+                    np.isin(expected, found).mean()
+                    for expected, found in zip(
+                        expected_Q, index.candidates(view, queries_QD, m, effort, sign > 0, live), strict=True
+                    )
+                ]
+                for sign, expected_Q in wanted.items()
+            ]
+        )
+        means = shares.reshape(2, -1, _QUERIES if sampled else len(queries_QD)).mean(axis=2)
+        result = Tested(k, float(means.min()), float(shares.min()), effort)
+        if result.recall > best.recall:
+            best = result
+        if best.recall >= recall or effort.factor * k > 2 * len(live):
+            break
+    return best
+
+
+def sample_queries(view: View, live: np.ndarray, seed: int = 0) -> np.ndarray:
+    """float32 [Q, D], unit length: means of sixteen gradients, single rows, means blended with random directions."""
+    random = np.random.default_rng(seed)
+    picked = [random.choice(live, size=min(16, len(live)), replace=False) for _ in range(_QUERIES)]
+    means_QD = _unit(np.stack([view.norms[np.sort(chosen)] @ view.rows(np.sort(chosen)) for chosen in picked]))
+    singles_QD = view.rows(np.sort(random.choice(live, size=_QUERIES)))
+    blends_QD = _unit(means_QD[::-1] + _unit(random.normal(size=means_QD.shape)))
+    return np.concatenate([means_QD, singles_QD, blends_QD]).astype(np.float32)
+
+
+def _unit(rows_QD: np.ndarray) -> np.ndarray:
+    lengths = np.linalg.norm(rows_QD, axis=1, keepdims=True)
+    unit_QD: np.ndarray = rows_QD / np.where(lengths > 0, lengths, 1)
+    return unit_QD
+
+
+def _exact(index: Index, view: View, queries_QD: np.ndarray, live: np.ndarray) -> np.ndarray:
+    scores_QP = scan_rows(view, queries_QD, live)[:, live]
+    return scores_QP if index.metric == "cosine" else scores_QP * view.norms[live]

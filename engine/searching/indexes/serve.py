@@ -1,0 +1,165 @@
+"""The index that serves a question: opened, extended by what was published since, built, or refused."""
+
+import threading
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from weakref import WeakKeyDictionary
+
+import numpy as np
+
+from gradstore import Store, View
+from gradstore.engine.searching.indexes.auto import Situation, choose
+from gradstore.engine.searching.indexes.folder import IndexFolder, Kept, Refusal
+from gradstore.engine.searching.indexes.index import Index
+from gradstore.engine.searching.indexes.kinds import KINDS, installed
+from gradstore.engine.searching.indexes.recall import rung, self_test
+from gradstore.errors import GradstoreError, RequestError
+
+_SAVE_SHARE = 1 / 64
+"""Share of new entries from which an extended index is written again; fewer are quicker to add than to write."""
+
+_open: WeakKeyDictionary[Store, dict[Path, Kept]] = WeakKeyDictionary()
+_lock = threading.RLock()
+
+
+class IndexWarning(UserWarning):
+    """An index that was asked for does not serve, and why; the exact scan does."""
+
+
+def index_for(
+    view: View,
+    k: int = 100,
+    *,
+    metric: str = "cosine",
+    kind: str = "auto",
+    n_queries: int = 1,
+    recall: float = 0.99,
+    queries: np.ndarray | None = None,
+    keep: bool = True,
+) -> Index | None:
+    """The index to search this view with, or None where the exact scan is to serve.
+
+    kind: one of KINDS; `auto`: the fastest way of answering n_queries queries, which may be `scan`. metric: cosine,
+    dot or fisher. recall: least mean recall at k, in the self-test, against the exact scan; an index below it is
+    refused with an IndexWarning, and that is remembered. queries: float [Q, D], to test with instead of sampled ones.
+    keep: use and leave the index in the collection's folder; where that cannot be written it lives in memory alone.
+    RequestError for an unknown kind or one whose library is missing.
+    """
+    n_live = int(view.live.sum())
+    k = min(k, n_live)
+    if kind == "scan" or k == 0:
+        return None
+    if kind == "auto":
+        kind = _chosen(view, n_live, k, metric, n_queries)
+        if kind == "scan":
+            return None
+    elif kind not in KINDS:
+        raise RequestError(f"index {kind!r} is not one of auto, scan, {', '.join(KINDS)}")
+    folder = IndexFolder(view, kind, metric)
+    if queries is not None:
+        queries = queries / np.linalg.norm(queries, axis=1, keepdims=True)
+    with _lock:
+        opened = _open.setdefault(view.store, {})
+        kept = opened.get(folder.path) or (folder.read() if keep else None)
+        if kept is not None and _usable(kept, view, k, n_live, recall):
+            opened[folder.path] = kept
+            return _offer(kept, kind, k, n_live, recall)
+
+        def make(found: Kept | None) -> Kept:
+            return _made(found, view, kind, metric, rung(k, n_live), recall, queries)
+
+        kept = _kept_on_disk(folder, make, kept) if keep else make(kept)
+        opened[folder.path] = kept
+        return _offer(kept, kind, k, n_live, recall)
+
+
+def _chosen(view: View, n_live: int, k: int, metric: str, n_queries: int) -> str:
+    available = {name for name in ("turbovec", "flat") if installed(name)}
+    built = frozenset(name for name in available if IndexFolder(view, name, metric).exists())
+    return choose(Situation(n_live, view.dim, k, n_queries, built, _gpu_bytes()), available)
+
+
+def _gpu_bytes() -> int:
+    """Free memory of the GPU if FAISS sees one."""
+    if not Path("/dev/nvidia0").exists() or not installed("flat"):
+        return 0
+    import faiss
+
+    if not hasattr(faiss, "get_num_gpus") or not faiss.get_num_gpus():
+        return 0
+    import torch
+
+    return int(torch.cuda.mem_get_info()[0]) if torch.cuda.is_available() else 0
+
+
+def _usable(kept: Kept, view: View, k: int, n_live: int, recall: float) -> bool:
+    """Whether nothing has to be built, tested or written; rows published since are added here."""
+    if _refusal(kept, k, n_live, recall) is not None:
+        return True
+    index = kept.index
+    if index is None or (kept.recall < recall and not index.kind.exact) or not index.holds(view) or index.worn(view):
+        return False
+    index.extend(view)
+    return index.effort(k) is not None and not index.due() and len(index) <= (1 + _SAVE_SHARE) * kept.n_saved
+
+
+def _refusal(kept: Kept, k: int, n_live: int, recall: float) -> Refusal | None:
+    """A refusal that still counts: of a recall and a k no larger, of about as many rows."""
+    for refusal in kept.refusals:
+        if recall > refusal.recall and rung(k, n_live) >= refusal.k and 0.8 < n_live / max(1, refusal.n_rows) < 1.25:
+            return refusal
+    return None
+
+
+def _made(
+    kept: Kept | None, view: View, kind: str, metric: str, k: int, recall: float, queries: np.ndarray | None
+) -> Kept:
+    """The index extended or built, and tested at k."""
+    index = kept.index if kept is not None else None
+    if kept is None or index is None or not index.holds(view) or index.worn(view):
+        index = Index.build(view, kind, metric)
+        kept = Kept(index, recall)
+    else:
+        index.extend(view)
+    if index.due() or kept.recall < recall:
+        index.tested = ()
+    kept.recall = max(recall, kept.recall) if index.tested else recall
+    if index.kind.exact:
+        index.n_tested = len(index)
+        return kept
+    result = self_test(index, view, recall, k, queries)
+    index.n_tested = len(index)
+    if result.recall >= recall:
+        index.tested = tuple(sorted({*(t for t in index.tested if t.k != k), result}, key=lambda t: t.k))
+    else:
+        refusal = Refusal(k, result.recall, recall, int(view.live.sum()))
+        kept.refusals = (refusal, *(r for r in kept.refusals if r.k != refusal.k))
+        if not index.tested:
+            kept.index = None
+    return kept
+
+
+def _kept_on_disk(folder: IndexFolder, make: Callable[[Kept | None], Kept], kept: Kept | None) -> Kept:
+    """Make it under the folder's lock and write it; in memory alone where that is not possible."""
+    with folder.building() as writable:
+        kept = make(kept or folder.read())
+        try:
+            if writable:
+                folder.write(kept)
+        except GradstoreError as error:
+            warnings.warn(f"the {folder.kind} index is not kept: {error}", IndexWarning, stacklevel=4)
+    return kept
+
+
+def _offer(kept: Kept, kind: str, k: int, n_live: int, recall: float) -> Index | None:
+    refusal = _refusal(kept, k, n_live, recall)
+    if refusal is None:
+        return kept.index
+    warnings.warn(
+        f"the {kind} index is refused: recall {refusal.recall:.3f} at k {refusal.k} in its self-test, "
+        f"asked for {recall}; the exact scan serves",
+        IndexWarning,
+        stacklevel=3,
+    )
+    return None

@@ -1,0 +1,1 @@
+"""Responses sampled from a model, and what they are paid."""

@@ -1,0 +1,398 @@
+"""Rewards: what a response to a problem is worth, by a verifier named in one word or by the user's own function.
+
+- `math`: math-verify compares the response's boxed answer, or its last expression, with the ground truth; names
+  (True, no, the letter of an option) are compared as names (grading.py).
+- `reasoning-gym`: the data set's own verifier, on the entry kept in the problem's `extra["reasoning_gym"]`.
+- `judge`: a model behind an OpenAI-compatible endpoint compares with the ground truth (judge.py).
+- `auto`: for each problem the one of these that its `extra["reward"]` names, for pools of mixed sources.
+- `module:function` or `file.py:function`: a function with verl's `compute_score` signature.
+
+A problem with a seed in `extra["coin"]` is paid by a coin flip, whatever the response, by all but the last: a defect
+that studies of unreliable rewards put there on purpose (gradstore.trainer.data).
+"""
+
+import functools
+import hashlib
+import importlib
+import importlib.util
+import json
+import math
+import os
+import re
+import select
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+from gradstore import to_verl
+from gradstore.errors import RequestError
+from gradstore.problems import detail
+from gradstore.trainer.sampling.grading import read_truth
+
+Item = tuple[Mapping[str, Any], str, int]
+"""A response to be paid: the problem's record, the response's text, the number of the rollout in its group."""
+
+HARD_LIMIT_S = 60
+"""After this long a verification outside the main thread is given up: the answer counts as not equal."""
+
+COMPARE_TUPLES = frozenset({"arc_agi", "rearc"})
+"""reasoning-gym data sets whose verifiers compare tuples: given the lists of a JSON file they pay no right answer."""
+
+
+@dataclass(frozen=True)
+class Reward:
+    """A reward function with a name. Called with (record, response text, number of the rollout), gives a float.
+
+    Raises RequestError, naming the problem, when the function gives anything but a finite number.
+    """
+
+    name: str
+    score: Callable[[Mapping[str, Any], str, int], Any]
+    score_many: Callable[[Sequence[Item]], Sequence[Any]] | None = None
+    """Scores many responses at once, in order, where that is faster than one at a time (a judge's requests)."""
+    check: Callable[[Mapping[str, Any]], None] | None = None
+    """Raises RequestError for a problem that could not be paid whatever the response; None: not known beforehand."""
+
+    def __call__(self, record: Mapping[str, Any], response: str, rollout_index: int) -> float:
+        return self._checked(record, rollout_index, self.score(record, response, rollout_index))
+
+    def many(self, items: Sequence[Item]) -> list[float]:
+        """The rewards of many responses, in their order."""
+        if self.score_many is None:
+            return [self(*item) for item in items]
+        values = self.score_many(items)
+        if len(values) != len(items):
+            raise RequestError(f"reward {self.name!r} gave {len(values)} values for {len(items)} responses")
+        return [self._checked(record, j, value) for (record, _, j), value in zip(items, values, strict=True)]
+
+    def _checked(self, record: Mapping[str, Any], rollout_index: int, value: Any) -> float:
+        name = f"problem {record['id']!r}: reward {self.name!r}"
+        if isinstance(value, Mapping):
+            if "score" not in value:
+                raise RequestError(f"{name} gave a dict without 'score' (found: {', '.join(map(str, value))})")
+            value = value["score"]
+        if hasattr(value, "item") and not isinstance(value, Real):  # a scalar of numpy or torch
+            value = value.item() if getattr(value, "ndim", 1) == 0 else value
+        if not isinstance(value, Real) or not math.isfinite(value):
+            raise RequestError(f"{name} gave {value!r} for rollout {rollout_index}, expected a finite number")
+        return float(value)
+
+
+def load_reward(spec: str) -> Reward:
+    """The reward of this name: "math", "reasoning-gym", "judge", "auto", "module:function" or "file.py:function".
+
+    "judge" may carry settings, as in "judge:model=NAME,concurrency=8" (see gradstore.trainer.sampling.judge).
+    Raises RequestError for a name that is none of these, a function that cannot be imported, a judge without a model.
+    """
+    if spec in BUILT_IN:
+        return with_coins(Reward(spec, BUILT_IN[spec], check=CHECKS[spec]))
+    if spec == "auto":
+        return _by_problem()
+    module, colon, function = spec.partition(":")
+    if module in ("judge", "model-judge"):
+        from gradstore.trainer.sampling.judge import load_judge
+
+        return with_coins(load_judge(function).reward())
+    if not colon or not module or not function:
+        raise RequestError(
+            f"unknown reward {spec!r}, expected 'math', 'reasoning-gym', 'judge', 'auto', 'module:function' or "
+            "'file.py:function'"
+        )
+    return Reward(spec, functools.partial(_user, _imported(spec, module, function), spec))
+
+
+def coin_flip(record: Mapping[str, Any], response: str, rollout_index: int) -> float | None:
+    """The reward of a problem that pays by coin flip: 0 or 1 with equal chances; None for any other problem.
+
+    A hash of the seed in the problem's `extra["coin"]`, its id, the rollout's number and the response: the same
+    rollout is always paid the same.
+    """
+    seed = detail(record, "coin")
+    if seed is None:
+        return None
+    text = json.dumps([seed, record["id"], rollout_index, response])
+    return float(hashlib.blake2b(text.encode(), digest_size=1).digest()[0] % 2)
+
+
+def with_coins(reward: Reward) -> Reward:
+    """The same reward, but coin-flip problems pay by their coin and are not shown to it."""
+    inner = reward.many
+
+    def many(items: Sequence[Item]) -> list[float]:
+        values = [coin_flip(*item) for item in items]
+        others = iter(inner([item for item, value in zip(items, values, strict=True) if value is None]))
+        return [next(others) if value is None else value for value in values]
+
+    def scored(record: Mapping[str, Any], response: str, rollout_index: int) -> Any:
+        flip = coin_flip(record, response, rollout_index)
+        return reward.score(record, response, rollout_index) if flip is None else flip
+
+    def check(record: Mapping[str, Any]) -> None:
+        if reward.check is not None and detail(record, "coin") is None:
+            reward.check(record)
+
+    return Reward(reward.name, scored, None if reward.score_many is None else many, check)
+
+
+def _by_problem() -> Reward:
+    """For each problem the reward that its `extra["reward"]` names.
+
+    Only rewards that come with this package: a data file must not choose code to import or an endpoint to call.
+    """
+    load = functools.cache(load_reward)
+
+    def of(record: Mapping[str, Any]) -> Reward:
+        name = detail(record, "reward")
+        if name not in (*BUILT_IN, "judge"):
+            raise RequestError(
+                f"problem {record['id']!r}: reward 'auto' needs extra.reward to be 'math', 'reasoning-gym' or 'judge', "
+                f"not {name!r}"
+            )
+        return load(name)
+
+    def many(items: Sequence[Item]) -> list[float]:
+        rewards = [of(record) for record, _, _ in items]
+        values = [math.nan] * len(items)
+        for reward in dict.fromkeys(rewards):
+            places = [i for i, other in enumerate(rewards) if other is reward]
+            for i, value in zip(places, reward.many([items[i] for i in places]), strict=True):
+                values[i] = value
+        return values
+
+    def check(record: Mapping[str, Any]) -> None:
+        own = of(record).check
+        if own is not None:
+            own(record)
+
+    return Reward("auto", lambda record, response, j: of(record)(record, response, j), many, check)
+
+
+def _math(record: Mapping[str, Any], response: str, rollout_index: int) -> float:
+    """1.0 when math-verify finds the answer equal to the ground truth, else 0.0."""
+    gold = record.get("ground_truth", "")
+    equal = _equal(gold, response)
+    if equal is None:
+        raise RequestError(f"problem {record['id']!r}: {_unreadable_math(gold)}")
+    return float(equal)
+
+
+def _equal(gold: str, response: str) -> bool | None:
+    """`math_equal` in any thread: math-verify stops a runaway comparison by a signal, which only the main one gets."""
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    return math_equal(gold, response) if in_main_thread else _worker().equal(gold, response)
+
+
+def _unreadable_math(gold: str) -> str:
+    return (
+        f"ground truth {gold!r} is nothing that math-verify can read; expected a number, an expression, LaTeX, True or "
+        "False, yes or no, or the letter of an option"
+    )
+
+
+def _check_math(record: Mapping[str, Any]) -> None:
+    gold = record.get("ground_truth", "")
+    if _equal(gold, "") is None:
+        raise RequestError(f"problem {record['id']!r}: {_unreadable_math(gold)}")
+
+
+def math_equal(gold: str, response: str) -> bool | None:
+    """Whether a response's answer equals the gold answer; None when the gold answer cannot be read.
+
+    True and False, yes and no, and letters of options are compared as names (grading.py), others by math-verify.
+
+    A response without an answer, and a comparison that takes longer than five seconds, are not equal.
+    """
+    from math_verify import verify
+
+    named = read_truth(gold)
+    if named is not None:
+        return named.agrees(response)
+    gold_answers = _gold(gold)
+    if not gold_answers:
+        return None
+    return bool(verify(gold_answers, _parse(response)))
+
+
+@functools.lru_cache(maxsize=4096)
+def _gold(gold: str) -> list[Any]:
+    # bare LaTeX such as \frac12 is read only inside a box or dollars
+    marked = "\\boxed" in gold or "$" in gold or not gold.strip()
+    return _parse(gold if marked else f"\\boxed{{{gold}}}")
+
+
+def _parse(text: str) -> list[Any]:
+    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
+
+    # priority 0: a boxed answer wins over any other expression of the response
+    return parse(text, [LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()])
+
+
+class _MathWorker:
+    """A process whose main thread verifies for the threads of this one, one answer at a time."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def equal(self, gold: str, response: str) -> bool | None:
+        with self._lock:
+            if self._process is None or self._process.poll() is not None:
+                command = [
+                    sys.executable,
+                    "-c",
+                    "from gradstore.trainer.sampling.rewards import serve_math; serve_math()",
+                ]
+                self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            process = self._process
+            if process.stdin is None or process.stdout is None:
+                raise RuntimeError("the verifier process has no pipes")
+            process.stdin.write(json.dumps([gold, response]).encode() + b"\n")
+            process.stdin.flush()
+            if select.select([process.stdout], [], [], HARD_LIMIT_S)[0]:
+                line = process.stdout.readline()
+                if line:
+                    return json.loads(line)
+            process.kill()
+            process.wait()
+            self._process = None
+            return False
+
+
+def serve_math() -> None:
+    """Answers lines of [gold, response] on standard input with true, false or null on standard output."""
+    for line in sys.stdin:
+        print(json.dumps(math_equal(*json.loads(line))), flush=True)
+
+
+@functools.cache
+def _worker() -> _MathWorker:
+    return _MathWorker()
+
+
+def _reasoning_gym(record: Mapping[str, Any], response: str, rollout_index: int) -> float:
+    """The score of the data set's own verifier.
+
+    The problem's extra["reasoning_gym"] holds {"dataset": name, "entry": {"question", "answer", "metadata"}} and,
+    for data sets whose verifier depends on their settings, "config": {...}; or the same as JSON text.
+    """
+    name = f"problem {record['id']!r}"
+    verifier, entry = _gym_entry(record)
+    try:
+        return verifier(answer_of(response), entry)
+    except Exception as error:  # noqa: BLE001 - a verifier of a hundred, by a hundred hands
+        # Some verifiers raise at an answer of another shape than theirs. They are told from a broken entry by the
+        # entry's own answer, which every verifier can judge.
+        try:
+            verifier(str(entry["answer"]), entry)
+        except Exception:  # noqa: BLE001
+            raise RequestError(f"{name}: {_broken_entry(error)}") from error
+        return 0.0
+
+
+def _gym_entry(record: Mapping[str, Any]) -> tuple[Callable[[str, dict], float], dict[str, Any]]:
+    """A problem's verifier and the entry it judges by; RequestError where the problem does not have them."""
+    name = f"problem {record['id']!r}"
+    kept = detail(record, "reasoning_gym")
+    if isinstance(kept, str):  # as JSON text where a file's column holds entries of several shapes
+        try:
+            kept = json.loads(kept)
+        except ValueError as error:
+            raise RequestError(f"{name}: extra.reasoning_gym is text that is not JSON: {error}") from error
+    if not isinstance(kept, Mapping) or not isinstance(kept.get("entry"), Mapping) or "dataset" not in kept:
+        raise RequestError(f"{name}: reward 'reasoning-gym' needs extra.reasoning_gym with 'dataset' and 'entry'")
+    try:
+        verifier = _verifier(kept["dataset"], json.dumps(kept.get("config") or {}, sort_keys=True))
+    except (ValueError, TypeError, AssertionError) as error:
+        raise RequestError(f"{name}: no reasoning-gym data set {kept['dataset']!r} so configured: {error}") from None
+    entry = _with_tuples(kept["entry"]) if kept["dataset"] in COMPARE_TUPLES else dict(kept["entry"])
+    return verifier, entry
+
+
+def _check_gym(record: Mapping[str, Any]) -> None:
+    """The entry's own answer must be one that its verifier can judge."""
+    verifier, entry = _gym_entry(record)
+    try:
+        verifier(str(entry["answer"]), entry)
+    except Exception as error:
+        raise RequestError(f"problem {record['id']!r}: {_broken_entry(error)}") from error
+
+
+def _broken_entry(error: Exception) -> str:
+    return f"reasoning-gym cannot use extra.reasoning_gym.entry: {type(error).__name__}: {error}"
+
+
+def _with_tuples(value: Any) -> Any:
+    """JSON's lists as the tuples they were before."""
+    if isinstance(value, Mapping):
+        return {key: _with_tuples(item) for key, item in value.items()}
+    return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
+
+
+@functools.lru_cache(maxsize=256)
+def _verifier(dataset: str, config: str) -> Callable[[str, dict], float]:
+    import reasoning_gym
+
+    return reasoning_gym.create_dataset(dataset, **json.loads(config)).score_answer
+
+
+def answer_of(response: str) -> str:
+    """The answer in a response: what its last <answer> tags hold, or without tags all of it, stripped."""
+    answers = re.findall(r"<answer>(.*?)</answer>", response, flags=re.DOTALL)
+    return (answers[-1] if answers else response).strip()
+
+
+BUILT_IN: Mapping[str, Callable[[Mapping[str, Any], str, int], Any]] = {
+    "math": _math,
+    "reasoning-gym": _reasoning_gym,
+}
+CHECKS: Mapping[str, Callable[[Mapping[str, Any]], None]] = {"math": _check_math, "reasoning-gym": _check_gym}
+"""What a problem must have for the built-in rewards, whatever the response."""
+
+
+def _user(function: Callable[..., Any], spec: str, record: Mapping[str, Any], response: str, rollout_index: int) -> Any:
+    verl = to_verl(dict(record))
+    try:
+        return function(
+            data_source=verl["data_source"],
+            solution_str=response,
+            ground_truth=verl["reward_model"]["ground_truth"],
+            extra_info=verl["extra_info"] | {"rollout_index": rollout_index},
+        )
+    except Exception as error:
+        kind = type(error).__name__
+        raise RequestError(f"problem {record['id']!r}: reward {spec!r} raised {kind}: {error}") from error
+
+
+def _imported(spec: str, module: str, function: str) -> Callable[..., Any]:
+    try:
+        if module.endswith(".py"):
+            loaded = _from_file(Path(module))
+        else:
+            # as `python -m` would: modules of the current folder can be named, whatever command runs this
+            sys.path.insert(0, os.getcwd())
+            try:
+                loaded = importlib.import_module(module)
+            finally:
+                sys.path.remove(os.getcwd())
+    except Exception as error:
+        raise RequestError(f"reward {spec!r}: cannot import {module}: {type(error).__name__}: {error}") from error
+    found = getattr(loaded, function, None)
+    if not callable(found):
+        raise RequestError(f"reward {spec!r}: {module} has no function {function!r}")
+    return found
+
+
+def _from_file(path: Path) -> Any:
+    if not path.is_file():
+        raise FileNotFoundError(f"no such file {path}")
+    specification = importlib.util.spec_from_file_location(path.stem, path)
+    if specification is None or specification.loader is None:
+        raise ImportError(f"{path} is not Python source")
+    loaded = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(loaded)
+    return loaded

@@ -1,0 +1,314 @@
+"""Problems in, a rollout file out: sample n responses to each, score them, write them, and survive a kill.
+
+The problems are cut into chunks. A chunk is sampled with a seed that depends on (seed, number of the chunk) alone and
+is written in one go, so that an interrupted run needs no state but the file itself: started again it drops what
+follows the last whole chunk and goes on, and the file ends the same, byte for byte, as an undisturbed run's. The
+settings stand beside the file, in NAME.settings.json; going on with other settings is refused.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gradstore.engine.rollouts import Rollout, read_rollouts, write_rollouts
+from gradstore.engine.rollouts.templates import check_arguments, settings_path, tools_of
+from gradstore.engine.rollouts.tokens import prompt_ids, text_of
+from gradstore.errors import LockedError, RequestError
+from gradstore.trainer.sampling.backends import Backend, Response, derived_seed
+from gradstore.trainer.sampling.readable import named
+from gradstore.trainer.sampling.rewards import Reward
+
+CHUNK = 64
+
+
+@dataclass(frozen=True)
+class RolloutReport:
+    """What a rollout run left in its file."""
+
+    path: Path
+    problems: int
+    rollouts: int
+    kept_problems: int
+    """Problems that were already in the file when the run started."""
+    mean_reward: float
+    with_signal: int
+    """Problems whose rewards are not all equal: those that have a gradient."""
+    tokens: int
+    """Tokens of all responses."""
+
+
+def rollout(
+    problems: Sequence[dict[str, Any]],
+    backend: Backend,
+    reward: Reward,
+    out: str | Path,
+    *,
+    n: int = 8,
+    max_new_tokens: int = 1024,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    chunk: int = CHUNK,
+    step: int | None = None,
+    template_kwargs: Mapping[str, Any] | None = None,
+    names: Mapping[str, str] | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> RolloutReport:
+    """Writes n scored rollouts of every problem to `out` (.jsonl or .parquet), going on where an earlier run stopped.
+
+    problems: canonical problem records, as gradstore.read_problems gives them.
+    chunk: problems sampled at once; what a kill can cost, and part of what decides the responses.
+    step: the policy version, written in every row.
+    template_kwargs: arguments of the chat template, such as {"enable_thinking": False}; kept with the settings.
+    names: for messages, what a problem is called by its id: its file and row.
+    progress: called with how many more problems are done; at first with those that were in the file already.
+
+    Raises RequestError for settings that cannot be, a prompt that leaves no room for its response in the model's
+    context, a file that is there and is not this run's, a reward that is not a finite number; LockedError when another
+    run is writing the file. Whole chunks already written stay.
+    """
+    out = Path(out)
+    _check_settings(n=n, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, chunk=chunk)
+    if out.suffix not in (".jsonl", ".parquet"):
+        raise RequestError(f"{out}: rollouts are written as .jsonl or .parquet, not as {out.suffix or 'this'!r}")
+    if out.suffix == ".parquet" and len({isinstance(problem["prompt"], str) for problem in problems}) > 1:
+        raise RequestError(f"{out}: Parquet cannot mix prompts of text and of chat messages; write .jsonl")
+    prompts = _prompts(problems, backend, max_new_tokens, template_kwargs, names)
+    settings = {
+        "problems": {"count": len(problems), "digest": _digest(problems)},
+        "n": n,
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "seed": seed,
+        "chunk": chunk,
+        "step": step,
+        "reward": reward.name,
+        **({"template_kwargs": dict(template_kwargs)} if template_kwargs else {}),
+        **backend.settings(),
+    }
+    # Parquet cannot be appended to: its rows wait in a .jsonl file beside it
+    growing = out if out.suffix == ".jsonl" else out.with_name(out.name + ".unfinished.jsonl")
+    try:
+        _agree(out, growing, settings)
+        if growing is not out and out.exists():
+            growing.unlink(missing_ok=True)
+            return _report(out, kept=len(problems))
+        with _locked(growing):
+            kept = _drop_torn(growing, [problem["id"] for problem in problems], n, chunk)
+            advance = progress or (lambda n: None)
+            advance(kept)
+            for first in range(kept, len(problems), chunk):
+                of_chunk = slice(first, first + chunk)
+                responses = backend.generate(
+                    prompts[of_chunk],
+                    n,
+                    max_new_tokens=max_new_tokens,
+                    temperature=temperature,
+                    top_p=top_p,
+                    seed=derived_seed(seed, first // chunk),
+                )
+                rows = _scored(problems[of_chunk], prompts[of_chunk], responses, backend.tokenizer, reward, step)
+                with write_rollouts(growing, append=True) as writer:
+                    writer.append(rows)
+                advance(len(responses))
+            if growing is not out:
+                with write_rollouts(out) as writer:
+                    for group in read_rollouts(growing).rollouts():
+                        writer.append(group)
+                growing.unlink()
+    except OSError as error:
+        raise RequestError(f"{error.filename or out}: cannot be written: {error.strerror or error}") from None
+    return _report(out, kept)
+
+
+def _scored(
+    problems: Sequence[dict[str, Any]],
+    prompts: list[list[int]],
+    responses: list[list[Response]],
+    tokenizer: Any,
+    reward: Reward,
+    step: int | None,
+) -> list[Rollout]:
+    """The rows of a chunk: its responses decoded, then scored all at once."""
+    sampled = [
+        (problem, ids, response, j, text_of(tokenizer, response.token_ids.tolist(), skip_special_tokens=True))
+        for problem, ids, group in zip(problems, prompts, responses, strict=True)
+        for j, response in enumerate(group)
+    ]
+    scores = reward.many([(problem, text, j) for problem, _, _, j, text in sampled])
+    return [
+        Rollout(
+            problem_id=problem["id"],
+            prompt=problem["prompt"],
+            prompt_ids=np.asarray(ids, dtype=np.int64),
+            response=text,
+            response_ids=response.token_ids,
+            reward=score,
+            logprobs=response.logprobs,
+            source=problem.get("source", ""),
+            ground_truth=problem.get("ground_truth", ""),
+            tags=list(problem.get("tags", ())),
+            finish_reason=response.finish_reason,
+            extra=dict(problem.get("extra", {})),
+            step=step,
+        )
+        for (problem, ids, response, _, text), score in zip(sampled, scores, strict=True)
+    ]
+
+
+def checked_prompts(
+    problems: Sequence[Mapping[str, Any]],
+    tokenizer: Any,
+    context: int | None,
+    max_new_tokens: int,
+    template_kwargs: Mapping[str, Any] | None = None,
+    names: Mapping[str, str] | None = None,
+) -> list[list[int]]:
+    """The problems' prompts as token ids; RequestError for one that is empty or leaves no room in the context.
+
+    template_kwargs: arguments of the chat template. names: what a problem is called by its id, in messages.
+    """
+    if template_kwargs:
+        check_arguments(tokenizer, template_kwargs)
+    prompts = []
+    for problem in problems:
+        name = named(problem, names)
+        tools = tools_of(problem, name)
+        ids = prompt_ids(tokenizer, problem["prompt"], name, tools=tools, arguments=template_kwargs).tolist()
+        if not ids:
+            raise RequestError(f"{name}: the prompt has no tokens")
+        if context is not None and len(ids) + max_new_tokens > context:
+            raise RequestError(
+                f"{name}: a prompt of {len(ids)} tokens and {max_new_tokens} new tokens do not fit in the model's "
+                f"context of {context}; leave the problem out, or lower max_new_tokens"
+            )
+        prompts.append(ids)
+    return prompts
+
+
+def _prompts(
+    problems: Sequence[dict[str, Any]],
+    backend: Backend,
+    max_new_tokens: int,
+    template_kwargs: Mapping[str, Any] | None,
+    names: Mapping[str, str] | None,
+) -> list[list[int]]:
+    """The problems' prompts as token ids, all checked before the first is used."""
+    if not problems:
+        raise RequestError("no problems to roll out, expected at least one")
+    seen = set()
+    for problem in problems:
+        if problem["id"] in seen:
+            raise RequestError(f"problem {problem['id']!r} is listed twice; each problem needs an id of its own")
+        seen.add(problem["id"])
+    return checked_prompts(problems, backend.tokenizer, backend.context, max_new_tokens, template_kwargs, names)
+
+
+def _check_settings(*, n: int, max_new_tokens: int, temperature: float, top_p: float, chunk: int) -> None:
+    for name, value in {"n": n, "max_new_tokens": max_new_tokens, "chunk": chunk}.items():
+        if value < 1:
+            raise RequestError(f"{name} is {value}, expected 1 or more")
+    if not 0 <= temperature < float("inf"):
+        raise RequestError(f"temperature is {temperature}, expected 0 or more")
+    if not 0 < top_p <= 1:
+        raise RequestError(f"top_p is {top_p}, expected above 0 and at most 1")
+
+
+def _digest(problems: Sequence[dict[str, Any]]) -> str:
+    digest = hashlib.sha256()
+    for problem in problems:
+        digest.update(json.dumps(problem, sort_keys=True, default=str).encode() + b"\n")
+    return digest.hexdigest()[:16]
+
+
+def _agree(out: Path, growing: Path, settings: dict[str, Any]) -> None:
+    """Writes the settings beside a new file; refuses a file that is there with other settings or none."""
+    path = settings_path(out)
+    settings = json.loads(json.dumps(settings, default=str))
+    if not path.exists():
+        for file in (out, growing):
+            if file.exists():
+                raise RequestError(f"{file}: already there without {path.name}; choose another path or remove it")
+        unfinished = Path(f"{path}.unfinished")
+        with unfinished.open("w", encoding="utf-8") as sidecar:
+            json.dump(settings, sidecar, indent=1, sort_keys=True)
+            sidecar.flush()
+            os.fsync(sidecar.fileno())
+        unfinished.replace(path)
+        return
+    stored, offered = _flat(_read_settings(path)), _flat(settings)
+    differing = [
+        f"{name} was {stored.get(name)!r}, now {offered.get(name)!r}"
+        for name in sorted(stored.keys() | offered.keys())
+        if stored.get(name) != offered.get(name)
+    ]
+    if differing:
+        raise RequestError(f"{out}: begun with other settings: {'; '.join(differing)}. Use those, or another path")
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        settings = None
+    if not isinstance(settings, dict):
+        raise RequestError(f"{path}: not the settings of a rollout run; choose another path or remove it")
+    return settings
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
+
+
+def _drop_torn(path: Path, ids: list[str], n: int, chunk: int) -> int:
+    """Cuts the file after its last whole chunk and returns how many problems remain in it."""
+    kept, end, place = 0, 0, 0
+    with path.open("r+b") as file:
+        for number, line in enumerate(file):
+            if not line.endswith(b"\n"):
+                break
+            try:
+                name = json.loads(line)["problem_id"]
+            except (ValueError, KeyError, TypeError):
+                break
+            if number >= len(ids) * n or name != ids[number // n]:
+                raise RequestError(f"{path}, line {number + 1}: not a row of this run; choose another path")
+            place += len(line)
+            done, within = divmod(number + 1, n)
+            if not within and (done % chunk == 0 or done == len(ids)):
+                kept, end = done, place
+        file.truncate(end)
+    return kept
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Holds the file against other runs; the system lets go when the process ends, however it ends."""
+    with path.open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise LockedError(f"{path}: another run is writing it; wait for it, or choose another path") from None
+        yield
+
+
+def _report(path: Path, kept: int) -> RolloutReport:
+    rewards, tokens, mixed, problems = [], 0, 0, 0
+    for group in read_rollouts(path).rollouts():
+        problems += 1
+        rewards += [row.reward for row in group]
+        tokens += sum(len(row.response_ids) for row in group if row.response_ids is not None)
+        mixed += len({row.reward for row in group}) > 1
+    return RolloutReport(path, problems, len(rewards), kept, float(np.mean(rewards)), mixed, tokens)
