@@ -27,10 +27,11 @@ from gradstore.engine import Sketcher, SketchSpec, exact_dots, fit_projection, l
 from gradstore.engine.gradients.directions import validation_gradient
 from gradstore.engine.gradients.models import load_model
 from gradstore.engine.gradients.objectives import objective
-from gradstore.engine.reliability.fidelity import ExactRanking, agreement
+from gradstore.engine.reliability.fidelity import agreement
 from gradstore.engine.reliability.refit import refit
 from gradstore.engine.rollouts import Group
 from gradstore.engine.sketches.bases import create_store
+from gradstore.engine.sketches.exact_ranking import ExactRanking
 
 N_POOL, N_FIT, N_TRAIN, N_ROLLOUTS, LEARNING_RATE = 400, 400, 48, 16, 5e-5
 

@@ -33,7 +33,8 @@ from gradstore.engine.rollouts.group import Group
 from gradstore.engine.searching.query import search
 from gradstore.engine.searching.targets import target
 from gradstore.engine.sketches.fitting import fit_projection
-from gradstore.engine.sketches.sketcher import Sketcher, SketchSpec
+from gradstore.engine.sketches.sketcher import Sketcher
+from gradstore.engine.sketches.spec import SketchSpec
 
 SPEC = SketchSpec(objective=objective("gradalign"), token_budget=16_384)
 

@@ -37,13 +37,13 @@ from gradstore.cli.show import print_table, say
 from gradstore.demo import tasks
 from gradstore.demo.run import MODEL
 from gradstore.engine.gradients.models import load_model, load_tokenizer
-from gradstore.engine.sketches.sketcher import SketchSpec
+from gradstore.engine.sketches.spec import SketchSpec
 from gradstore.trainer.local.grpo import Learner, UpdateSettings
 from gradstore.trainer.local.policy import LocalPolicy, Sampling
 from gradstore.trainer.local.training import Training
 from gradstore.trainer.round.driver import Rounds
 from gradstore.trainer.round.settings import Observe, RoundSettings
-from gradstore.trainer.sampling.rewards import Reward
+from gradstore.trainer.sampling.reward import Reward
 
 
 @dataclass(frozen=True)

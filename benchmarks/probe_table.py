@@ -31,7 +31,7 @@ from gradstore.engine.gradients.gradient_pass import GradientPass
 from gradstore.engine.gradients.models import load_model, load_tokenizer
 from gradstore.engine.rollouts import Group
 from gradstore.engine.rollouts.tokens import prompt_ids
-from gradstore.engine.sketches.sketcher import SketchSpec
+from gradstore.engine.sketches.spec import SketchSpec
 from gradstore.trainer.sampling.backends.hugging_face import TransformersBackend
 
 COUNTS = (16, 64)

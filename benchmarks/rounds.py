@@ -26,7 +26,7 @@ from gradstore.engine.probing.batch import ProbeBatch
 from gradstore.engine.probing.calibration import Calibration
 from gradstore.engine.rollouts.group import Group
 from gradstore.engine.sketches.bases import SketcherFiles
-from gradstore.engine.sketches.sketcher import SketchBatch, SketchSpec
+from gradstore.engine.sketches.spec import SketchBatch, SketchSpec
 from gradstore.trainer.round.driver import Rounds
 from gradstore.trainer.round.settings import RoundSettings
 

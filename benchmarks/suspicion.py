@@ -25,7 +25,8 @@ from gradstore.engine.gradients.models import load_model
 from gradstore.engine.gradients.objectives import objective
 from gradstore.engine.sketches.bases import create_store
 from gradstore.engine.sketches.fitting import fit_projection
-from gradstore.engine.sketches.sketcher import Sketcher, SketchSpec
+from gradstore.engine.sketches.sketcher import Sketcher
+from gradstore.engine.sketches.spec import SketchSpec
 
 DIM, N_ROLLOUTS, N_FITTED = 1024, 16, 200
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, cast, get_args
 
 import typer
 
-from gradstore.cli import app
+from gradstore.cli.app import app
 from gradstore.cli.make import Device, Model, TemplateKwargs, template_arguments
 from gradstore.cli.rank import Json, StorePath
 from gradstore.cli.show import print_json, progress, say
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from gradstore.engine.gradients.optimizer_direction import OptimizerDirection
     from gradstore.engine.reliability.refit import Refit
     from gradstore.engine.rollouts import Group, RolloutSource
-    from gradstore.engine.sketches.sketcher import SketchBatch, Sketcher, SketchSpec
+    from gradstore.engine.sketches.sketcher import Sketcher
+    from gradstore.engine.sketches.spec import SketchBatch, SketchSpec
 
 
 @app.command()
@@ -141,7 +142,7 @@ def collect(
     from gradstore.engine.sketches.bases import bases_in_use, basis_of, create_store, sketcher_of
     from gradstore.engine.sketches.collector import Measure
     from gradstore.engine.sketches.collector import collect as run
-    from gradstore.engine.sketches.sketcher import SketchSpec
+    from gradstore.engine.sketches.spec import SketchSpec
 
     if step is not None and step < 0:
         raise RequestError(f"step is {step}, expected 0 (the base model) or more")
@@ -290,7 +291,7 @@ def _coverage(
 
 def _new_spec(head: bool, directions: bool) -> "SketchSpec":
     """Settings of a new store. Bases are fitted to gradients, so that what is no gradient has random ones."""
-    from gradstore.engine.sketches.sketcher import SketchSpec
+    from gradstore.engine.sketches.spec import SketchSpec
 
     if head:
         return SketchSpec(rank=64, right_rank=128, head_only=True)

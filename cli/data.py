@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gradstore.cli import app
+from gradstore.cli.app import app
 from gradstore.cli.rank import Json
 from gradstore.cli.show import print_json, print_table, say
 from gradstore.errors import RequestError

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from gradstore.cli import app
+from gradstore.cli.app import app
 from gradstore.cli.make import Device, Model
 from gradstore.cli.rank import Json, StorePath
 from gradstore.cli.show import print_json, print_table
@@ -37,7 +37,7 @@ def fidelity(
     from gradstore.engine.gradients.models import load_model, load_tokenizer, vocabulary_size
     from gradstore.engine.reliability.fidelity import fidelity as measure
     from gradstore.engine.rollouts import read_rollouts
-    from gradstore.engine.sketches.sketcher import SketchSpec
+    from gradstore.engine.sketches.spec import SketchSpec
 
     opened = gradstore.open(store)
     settings = SketchSpec.of(opened.fingerprint).objective

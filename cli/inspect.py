@@ -5,7 +5,7 @@ from typing import Annotated, Literal, cast
 
 import typer
 
-from gradstore.cli import app
+from gradstore.cli.app import app
 from gradstore.cli.rank import Json, StorePath
 from gradstore.cli.show import print_json, print_table, say, size
 from gradstore.errors import RequestError

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from gradstore.cli import app
+from gradstore.cli.app import app
 from gradstore.cli.rank import Json
 from gradstore.cli.show import print_json, progress, say
 from gradstore.errors import RequestError

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from gradstore.cli import app
+from gradstore.cli.app import app
 from gradstore.cli.rank import Json
 from gradstore.cli.show import duration, print_json, print_table, size
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from gradstore.cli import app
+from gradstore.cli.app import app
 from gradstore.cli.show import first_words, print_json, print_table, say, short_layer
 from gradstore.errors import RequestError
 

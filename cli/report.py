@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from gradstore.cli import app
+from gradstore.cli.app import app
 from gradstore.cli.rank import Json, Pool, StorePath
 from gradstore.cli.show import print_json, say
 

@@ -15,14 +15,14 @@ from gradstore import Store
 from gradstore.demo import tasks
 from gradstore.demo.run import Subject
 from gradstore.engine.selecting.selection import Selection
-from gradstore.engine.sketches.sketcher import SketchSpec
+from gradstore.engine.sketches.spec import SketchSpec
 from gradstore.trainer.local.grpo import Learner, UpdateSettings
 from gradstore.trainer.local.policy import LocalPolicy, Sampling
 from gradstore.trainer.local.training import Training
 from gradstore.trainer.round.driver import Rounds
 from gradstore.trainer.round.measuring import Costs, Windows, sketch_collection
 from gradstore.trainer.round.settings import RoundSettings
-from gradstore.trainer.sampling.rewards import Reward
+from gradstore.trainer.sampling.reward import Reward
 
 ROLLOUTS = "rollouts"
 """Folder of the rollouts made for selection, in the run's folder."""

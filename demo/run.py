@@ -30,9 +30,10 @@ from gradstore.engine.selecting.selectors import SELECTORS
 from gradstore.engine.sketches.bases import create_store, sketcher_of
 from gradstore.engine.sketches.collector import collect
 from gradstore.engine.sketches.fitting import fit_projection, sample_groups
-from gradstore.engine.sketches.sketcher import Sketcher, SketchSpec
+from gradstore.engine.sketches.sketcher import Sketcher
+from gradstore.engine.sketches.spec import SketchSpec
 from gradstore.trainer.sampling.backends.hugging_face import TransformersBackend
-from gradstore.trainer.sampling.rewards import Reward
+from gradstore.trainer.sampling.reward import Reward
 from gradstore.trainer.sampling.rollout import rollout
 
 MODEL = Path(__file__).parent / "model"

@@ -61,9 +61,9 @@ if TYPE_CHECKING:
     from gradstore.engine.sketches.collector import CollectReport as CollectReport
     from gradstore.engine.sketches.collector import collect as collect
     from gradstore.engine.sketches.fitting import fit_projection as fit_projection
-    from gradstore.engine.sketches.sketcher import SketchBatch as SketchBatch
     from gradstore.engine.sketches.sketcher import Sketcher as Sketcher
-    from gradstore.engine.sketches.sketcher import SketchSpec as SketchSpec
+    from gradstore.engine.sketches.spec import SketchBatch as SketchBatch
+    from gradstore.engine.sketches.spec import SketchSpec as SketchSpec
 
 _MODULE_OF = {
     "add_basis": "sketches.bases",
@@ -99,8 +99,8 @@ _MODULE_OF = {
     "Selection": "selecting.selection",
     "Scored": "selecting.candidates",
     "Selector": "selecting.candidates",
-    "SketchBatch": "sketches.sketcher",
-    "SketchSpec": "sketches.sketcher",
+    "SketchBatch": "sketches.spec",
+    "SketchSpec": "sketches.spec",
     "Sketcher": "sketches.sketcher",
     "Target": "searching.targets",
     "Where": "searching.where",

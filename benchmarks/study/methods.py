@@ -9,7 +9,7 @@ import numpy as np
 
 from benchmarks.study.arms import is_useful
 from gradstore.engine.rollouts.group import Group
-from gradstore.engine.sketches.sketcher import SketchBatch
+from gradstore.engine.sketches.spec import SketchBatch
 from gradstore.errors import RequestError
 from gradstore.trainer.sampling.backends import derived_seed
 

@@ -18,13 +18,13 @@ from gradstore.demo.run import MODEL, SEEN
 from gradstore.engine.gradients.models import load_model, load_tokenizer
 from gradstore.engine.gradients.objectives import objective
 from gradstore.engine.rollouts.group import Group
-from gradstore.engine.sketches.sketcher import SketchBatch, SketchSpec
+from gradstore.engine.sketches.spec import SketchBatch, SketchSpec
 from gradstore.trainer.local.grpo import Learner, UpdateSettings
 from gradstore.trainer.local.policy import LocalPolicy, Sampling
 from gradstore.trainer.local.training import Chooser, Picks, Training
 from gradstore.trainer.round.driver import Rounds
 from gradstore.trainer.round.settings import RoundSettings
-from gradstore.trainer.sampling.rewards import Reward
+from gradstore.trainer.sampling.reward import Reward
 
 
 @dataclass(frozen=True, slots=True)

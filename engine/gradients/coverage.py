@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,21 +18,21 @@ from torch import Tensor, nn
 from gradstore.engine.gradients.adapters import active_adapters, is_trained
 from gradstore.engine.gradients.budget import give_back
 from gradstore.engine.gradients.gradient_pass import GradientPass
-from gradstore.engine.gradients.hooks import Mutable, Observation, frozen
+from gradstore.engine.gradients.hooks import Observation, PausableObserver, frozen
 from gradstore.engine.gradients.layers import Layer
 from gradstore.engine.gradients.microbatch import pack, pays_to_share, rollouts_of
 from gradstore.engine.gradients.packed import packed_weights
 from gradstore.engine.gradients.retrying import noticing
+from gradstore.engine.gradients.settings import GradientSpec
 from gradstore.engine.gradients.sharding import inner, is_sharded
 from gradstore.engine.rollouts.group import Group
 from gradstore.errors import RequestError
 
-if TYPE_CHECKING:
-    from gradstore.engine.sketches.sketcher import SketchSpec
-
 LEAST = 0.95
 """Coverage below which a new store is refused, unless that is accepted by a word."""
 _GROUPS = 8
+
+Spec = TypeVar("Spec", bound=GradientSpec)
 
 _Key = tuple[int, str]
 """A parameter as its module holds it: id of the module, name in it."""
@@ -104,7 +104,7 @@ class Coverage:
         return json.dumps(self.describe(), sort_keys=True).encode()
 
 
-def least_of(spec: "SketchSpec", accepted: float | None) -> float:
+def least_of(spec: GradientSpec, accepted: float | None) -> float:
     """The coverage that is asked of a new store: what was accepted; else none of layers that were chosen, and LEAST."""
     if accepted is not None:
         return accepted
@@ -138,9 +138,7 @@ def measure(gradients: GradientPass, groups: Sequence[Group], most: int = _GROUP
     return _coverage(sizes, shares, covered, lookups, len(squares))
 
 
-def seeing_enough(
-    model: nn.Module, spec: "SketchSpec", groups: Sequence[Group], least: float
-) -> tuple["SketchSpec", Coverage]:
+def seeing_enough(model: nn.Module, spec: Spec, groups: Sequence[Group], least: float) -> tuple[Spec, Coverage]:
     """The spec, with the input embedding where the sketch sees less than that without it, and its coverage."""
     gradients = GradientPass(model, spec)
     coverage = measure(gradients, groups)
@@ -248,7 +246,7 @@ def _squares(gradients: GradientPass, group: Group, named: Sequence[tuple[str, n
         return {}
     policy.verify(rollouts)
     shared = policy.shares_prompts and gradients.spec.share_prompts and pays_to_share(rollouts)
-    observation = Observation(gradients.model, [], Mutable(_Nobody()))
+    observation = Observation(gradients.model, [], PausableObserver(_Nobody()))
 
     def attempt(tokens: int) -> None:
         for _, parameter in named:

@@ -5,29 +5,24 @@ they are. It costs one ordinary backward over the benchmark's rollouts.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gradstore.engine.gradients.hooks import Mutable, Observation, Observer
+from gradstore.engine.gradients.gradient_pass import GradientPass
+from gradstore.engine.gradients.hooks import Observation, Observer, PausableObserver, evaluating
 from gradstore.engine.gradients.layers import Layer
-from gradstore.engine.gradients.microbatch import MicroBatch, Rollout, pack, pays_to_share, rollouts_of
+from gradstore.engine.gradients.microbatch import in_step, pack, pays_to_share, rollouts_of
 from gradstore.engine.gradients.objectives import Objective, objective
 from gradstore.engine.gradients.retrying import noticing
-from gradstore.engine.gradients.sharding import inner, is_sharded, largest, n_shards, plain_inner, reshard, total
+from gradstore.engine.gradients.settings import GradientSpec
+from gradstore.engine.gradients.sharding import inner, is_sharded, n_shards, plain_inner, reshard, total
 from gradstore.engine.rollouts.group import Group
 from gradstore.errors import RequestError
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from gradstore.engine.gradients.gradient_pass import GradientPass
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -77,16 +72,13 @@ def validation_gradient(
     of all ranks and the tensors stay sharded. RequestError when nothing trains, when no group has signal, or for a
     group that the model cannot run.
     """
-    from gradstore.engine.gradients.gradient_pass import GradientPass
-    from gradstore.engine.sketches.sketcher import SketchSpec
-
-    spec = SketchSpec(objective=settings or objective("gradalign"), token_budget=token_budget)
+    spec = GradientSpec(objective=settings or objective("gradalign"), token_budget=token_budget)
     runner = GradientPass(model, spec)
     return Direction.mean(summed_gradient(runner, groups), int(total(model, [len(groups)])[0]))
 
 
 def summed_gradient(
-    runner: "GradientPass",
+    runner: GradientPass,
     groups: Sequence[Group],
     watch: tuple[Sequence[Layer], Observer] | None = None,
     factors_P: Sequence[float] | None = None,
@@ -107,7 +99,7 @@ def summed_gradient(
     with plain, _own_gradients(model) as trained, torch.enable_grad():
         shared = policy.shares_prompts and spec.share_prompts and pays_to_share(rollouts)
         layers, observer = watch or ([], _Nothing())
-        muted = Mutable(observer)
+        muted = PausableObserver(observer)
         observation = Observation(model, layers, muted)
 
         def attempt(tokens: int) -> None:
@@ -132,7 +124,7 @@ def summed_gradient(
     return {name: tensor.mul_(scale) if scale > 1 else tensor for name, tensor in sums.items()}
 
 
-def dot_along(runner: "GradientPass", groups: Sequence[Group], direction: Direction) -> float:
+def dot_along(runner: GradientPass, groups: Sequence[Group], direction: Direction) -> float:
     """Inner product of the groups' summed gradient with a direction; errors as of `summed_gradient`.
 
     A parameter's gradient is taken as it comes, so that no copy of the weights is held; of a model sharded by FSDP2 the
@@ -165,28 +157,8 @@ def _take(sums: dict[str, Tensor], parameters: Mapping[str, nn.Parameter]) -> No
         sums[name] = gradient if name not in sums else sums[name].add_(gradient)
 
 
-def in_step(model: nn.Module, batches: list[MicroBatch], shared: bool) -> list[MicroBatch]:
-    """As many micro-batches on every rank: the shorter ones end in batches of one token with weight zero."""
-    token = np.zeros(1, np.int64)
-    idle = Rollout(0, 0, np.zeros(2, np.int64), token, 0.0, None)
-    missing = largest(model, len(batches)) - len(batches)
-    return batches + [batch for _ in range(missing) for batch in pack([idle], 1, shared)]
-
-
 @contextmanager
-def evaluating(model: nn.Module) -> "Iterator[None]":
-    """Evaluation mode for the duration."""
-    training = [module for module in model.modules() if module.training]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-@contextmanager
-def _own_gradients(model: nn.Module) -> "Iterator[dict[str, nn.Parameter]]":
+def _own_gradients(model: nn.Module) -> Iterator[dict[str, nn.Parameter]]:
     """The parameters that train, with empty gradients for the duration; then the gradients they had."""
     reshard(model)
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}

@@ -4,7 +4,8 @@ For a layer with output gradients g_t and inputs x_t, <G, V> = sum_t g_t^T V x_t
 per token and target, 2 I O FLOPs, so that forward + input gradient + dots cost what a plain backward costs, in any
 micro-batch and with prompts shared. The norm of a problem's gradient needs the gradient itself: it is then formed, one
 problem at a time (2 I O FLOPs per token), and every dot comes from it for next to nothing. Formed gradients are held a
-block of layers at a time (formed.py), and targets may lie in the host's memory: a layer of them is moved when needed.
+block of layers at a time (full_gradients.py), and targets may lie in the host's memory: a layer of them is moved when
+needed.
 
 Dimension letters: P problems, K targets, L layers, B sequences, T tokens, I and O a layer's inputs and outputs.
 """
@@ -17,12 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from gradstore.engine.gradients.experts import routed_product
-from gradstore.engine.gradients.formed import blocks, formed, problem_gradients
+from gradstore.engine.gradients.full_gradients import blocks, formed, problem_gradients
 from gradstore.engine.gradients.gradient_pass import GradientPass
 from gradstore.engine.gradients.layers import Layer
+from gradstore.engine.gradients.settings import GradientSpec
 from gradstore.engine.gradients.sharding import inner, plain_inner
 from gradstore.engine.rollouts.group import Group
-from gradstore.engine.sketches.sketcher import SketchSpec
 from gradstore.errors import RequestError
 from gradstore.state import State
 
@@ -75,7 +76,7 @@ class ExactBatch:
         return np.divide(self.dots, lengths_PK, out=np.full_like(lengths_PK, np.nan), where=live_P[:, None])
 
 
-def layer_gradients(model: nn.Module, groups: Sequence[Group], spec: SketchSpec | None = None) -> LayerGradients:
+def layer_gradients(model: nn.Module, groups: Sequence[Group], spec: GradientSpec | None = None) -> LayerGradients:
     """The exact mean gradient of the groups over the sketched layers, those without signal counting as zero.
 
     Memory: one float32 matrix per layer, whatever the number of groups; on the host where all of them together are more
@@ -85,7 +86,7 @@ def layer_gradients(model: nn.Module, groups: Sequence[Group], spec: SketchSpec 
     """
     if not groups:
         raise RequestError("the mean gradient of no groups is not defined")
-    gradients = GradientPass(model, spec or SketchSpec())
+    gradients = GradientPass(model, spec or GradientSpec())
     parts = blocks(gradients)
     kept_on = gradients.device if len(parts) == 1 else torch.device("cpu")
     matrices = [matrix.to(kept_on) for _, part in parts for matrix in _mean(part, groups)]
@@ -95,7 +96,7 @@ def layer_gradients(model: nn.Module, groups: Sequence[Group], spec: SketchSpec 
 
 
 def exact_against(
-    model: nn.Module, groups: Sequence[Group], others: Sequence[Group], spec: SketchSpec | None = None
+    model: nn.Module, groups: Sequence[Group], others: Sequence[Group], spec: GradientSpec | None = None
 ) -> ExactBatch:
     """Exact dots and norms of the groups, the target being the mean gradient of others, in bounded memory.
 
@@ -104,7 +105,7 @@ def exact_against(
     """
     if not others:
         raise RequestError("the mean gradient of no groups is not defined")
-    gradients = GradientPass(model, spec or SketchSpec())
+    gradients = GradientPass(model, spec or GradientSpec())
 
     def targets_of(cut: slice, part: GradientPass) -> list[list[Tensor]]:
         return [_mean(part, others)]
@@ -118,7 +119,7 @@ def exact_dots(
     model: nn.Module,
     groups: Sequence[Group],
     targets: LayerGradients | Sequence[LayerGradients],
-    spec: SketchSpec | None = None,
+    spec: GradientSpec | None = None,
     *,
     norms: bool = False,
 ) -> ExactBatch:
@@ -129,7 +130,7 @@ def exact_dots(
     the layers are taken in several blocks.
     RequestError when a target is not over the same layers.
     """
-    gradients = GradientPass(model, spec or SketchSpec())
+    gradients = GradientPass(model, spec or GradientSpec())
     wanted = [targets] if isinstance(targets, LayerGradients) else list(targets)
     for target in wanted:
         _check_target(target, gradients.layers)

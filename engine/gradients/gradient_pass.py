@@ -7,36 +7,32 @@ the gradients (a projection, dot products, the gradients themselves) is the obse
 from collections.abc import Sequence
 from contextlib import nullcontext
 from copy import copy
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from gradstore.engine.gradients.adapters import check_adapters
-from gradstore.engine.gradients.directions import in_step
-from gradstore.engine.gradients.hooks import Mutable, Observer, observed
+from gradstore.engine.gradients.hooks import Observer, PausableObserver, observed
 from gradstore.engine.gradients.layers import Layer, find_layers, output_layer
-from gradstore.engine.gradients.microbatch import pack, pays_to_share, rollouts_of
+from gradstore.engine.gradients.microbatch import in_step, pack, pays_to_share, rollouts_of
 from gradstore.engine.gradients.packed import check_packed
-from gradstore.engine.gradients.passes import OnWeights, Policy
+from gradstore.engine.gradients.passes import OnWeights, PolicyForward
 from gradstore.engine.gradients.retrying import TokenBudget, noticing
+from gradstore.engine.gradients.settings import GradientSpec
 from gradstore.engine.gradients.sharding import is_sharded, reshard
 from gradstore.engine.rollouts.group import Group
 from gradstore.errors import RequestError
-
-if TYPE_CHECKING:
-    from gradstore.engine.sketches.sketcher import SketchSpec
 
 
 class GradientPass:
     """Runs groups through the model as it is now; the model is left as it was found."""
 
-    def __init__(self, model: nn.Module, spec: "SketchSpec") -> None:
+    def __init__(self, model: nn.Module, spec: GradientSpec) -> None:
         self.model = model
         self.spec = spec
         check_adapters(model)
-        self.policy = Policy(model)
+        self.policy = PolicyForward(model)
         self.budget = TokenBudget(model, spec.token_budget)
         self.layers = (
             [output_layer(model)]
@@ -103,7 +99,7 @@ class GradientPass:
         rollouts = rollouts_of(groups, self.spec.objective)
         self.policy.verify(rollouts)
         whole = self.policy.plain() if is_sharded(self.model) else nullcontext()
-        muted = Mutable(observer)
+        muted = PausableObserver(observer)
         reshard(self.model)
         with whole, observed(self.model, self.layers, muted) as observation:
             shared = self.policy.shares_prompts and self.spec.share_prompts and pays_to_share(rollouts)

@@ -44,7 +44,7 @@ class Observer(Protocol):
         """Forget all that was added: the groups are run again from the first."""
 
 
-class Mutable:
+class PausableObserver:
     """An observer that can be told not to look: a rank that has run its groups keeps step with the others."""
 
     def __init__(self, observer: Observer) -> None:
@@ -281,5 +281,17 @@ def frozen(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for the duration."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        model.eval()
+        yield
+    finally:
         for module in training:
             module.training = True

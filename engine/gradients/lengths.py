@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from gradstore.engine.gradients.microbatch import MicroBatch, Rollout, padded_width
+from gradstore.engine.gradients.microbatch import MicroBatch, WeightedSequence, padded_width
 
 SHORTEST = 16
 """Tokens of the first sequences checked; the next have twice as many."""
 
 
-def reach(rollouts: Sequence[Rollout]) -> int:
+def reach(rollouts: Sequence[WeightedSequence]) -> int:
     """Most tokens that a padded prompt and a padded response of them may have together; 0 without rollouts."""
     if not rollouts:
         return 0
@@ -26,7 +26,7 @@ def reach(rollouts: Sequence[Rollout]) -> int:
     return padded_width(longest_prompt) + padded_width(max(len(rollout.response_ids) for rollout in rollouts))
 
 
-def samples(length: int, n_vocabulary: int) -> list[Rollout]:
+def samples(length: int, n_vocabulary: int) -> list[WeightedSequence]:
     """Two prompts of length / 2 and length / 8 fixed random tokens, each with a short and a long response.
 
     The sequences have length, 3/4, 1/2 and 3/16 of it in tokens.
@@ -35,7 +35,7 @@ def samples(length: int, n_vocabulary: int) -> list[Rollout]:
     long, short = ids[: length // 2], ids[-(length // 8) :]
     sizes = [(0, long, length // 2), (0, long, length // 4), (1, short, 3 * length // 8), (1, short, length // 16)]
     return [
-        Rollout(problem, j, prompt, ids[length // 2 + j :][:size], 1.0, None)
+        WeightedSequence(problem, j, prompt, ids[length // 2 + j :][:size], 1.0, None)
         for j, (problem, prompt, size) in enumerate(sizes)
     ]
 

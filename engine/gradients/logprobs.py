@@ -7,15 +7,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gradstore.engine.gradients.directions import evaluating, in_step
 from gradstore.engine.gradients.gradient_pass import GradientPass
-from gradstore.engine.gradients.microbatch import MicroBatch, Rollout, pack, pays_to_share
+from gradstore.engine.gradients.hooks import evaluating
+from gradstore.engine.gradients.microbatch import MicroBatch, WeightedSequence, in_step, pack, pays_to_share
 from gradstore.engine.gradients.models import weights_digest
 from gradstore.engine.gradients.objectives import Objective
 from gradstore.engine.gradients.retrying import noticing
+from gradstore.engine.gradients.settings import GradientSpec
 from gradstore.engine.gradients.sharding import gather, largest, reshard
 from gradstore.engine.rollouts.group import Group
-from gradstore.engine.sketches.sketcher import SketchSpec
 
 TokenLogprobs = Sequence[Sequence[np.ndarray]]
 """Log-probability of each response token, by group and rollout."""
@@ -29,7 +29,7 @@ class Reference:
         allows."""
         self.model = model
         self._pass = GradientPass(
-            model, SketchSpec(objective=Objective(temperature=temperature), token_budget=token_budget)
+            model, GradientSpec(objective=Objective(temperature=temperature), token_budget=token_budget)
         )
 
     @property
@@ -65,7 +65,7 @@ def response_logprobs(runner: GradientPass, groups: Sequence[Group]) -> list[lis
     this together.
     """
     first: list[list[int]] = []
-    rollouts: list[Rollout] = []
+    rollouts: list[WeightedSequence] = []
     for problem, group in enumerate(groups):
         seen: dict[bytes, int] = {}
         first.append([])
@@ -73,7 +73,7 @@ def response_logprobs(runner: GradientPass, groups: Sequence[Group]) -> list[lis
             place = seen.setdefault(response.tobytes(), len(rollouts) if len(response) else -1)
             first[-1].append(place)
             if place == len(rollouts):
-                rollouts.append(Rollout(problem, j, group.prompt_ids, response, 1.0, None))
+                rollouts.append(WeightedSequence(problem, j, group.prompt_ids, response, 1.0, None))
     spec, policy = runner.spec, runner.policy
     policy.verify(rollouts)
     shares = policy.shares_prompts and spec.share_prompts

@@ -15,9 +15,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gradstore.engine.gradients.objectives import Objective, kl_scales, rollout_weights, weight_rounding
+from gradstore.engine.gradients.sharding import largest
 from gradstore.engine.rollouts.group import Group
 
 _WIDTH = 8
@@ -25,7 +26,7 @@ _WIDTH = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Rollout:
+class WeightedSequence:
     """One weighted sequence of a window of groups."""
 
     problem: int
@@ -96,7 +97,7 @@ class MicroBatch:
 
 def rollouts_of(
     groups: Sequence[Group], objective: Objective, factors_P: Sequence[float] | None = None
-) -> list[Rollout]:
+) -> list[WeightedSequence]:
     """The sequences of the groups that carry weight; the others add nothing to any gradient.
 
     A response sampled more than once carries the sum of its weights once, since a gradient is linear in them; not where
@@ -115,7 +116,7 @@ def rollouts_of(
         if factors_P is not None:
             total_G, scales_G = total_G * factors_P[problem], scales_G * factors_P[problem]
         rollouts += [
-            Rollout(
+            WeightedSequence(
                 problem,
                 j,
                 group.prompt_ids,
@@ -150,7 +151,7 @@ def _merged(group: Group, total_G: np.ndarray, slack_G: np.ndarray, objective: O
     return np.where(np.abs(sums_G) <= slacks_G, 0.0, sums_G)
 
 
-def pays_to_share(rollouts: Sequence[Rollout], saving: float = 0.15) -> bool:
+def pays_to_share(rollouts: Sequence[WeightedSequence], saving: float = 0.15) -> bool:
     """Whether computing each prompt once spares at least this share of the tokens."""
     prompts = {rollout.problem: len(rollout.prompt_ids) - 1 for rollout in rollouts}
     unshared = sum(rollout.n_tokens(shared=False) for rollout in rollouts)
@@ -158,7 +159,7 @@ def pays_to_share(rollouts: Sequence[Rollout], saving: float = 0.15) -> bool:
     return min(prompts.values(), default=0) > 0 and shared < (1 - saving) * unshared
 
 
-def pack(rollouts: Sequence[Rollout], token_budget: int, shared: bool) -> Iterator[MicroBatch]:
+def pack(rollouts: Sequence[WeightedSequence], token_budget: int, shared: bool) -> Iterator[MicroBatch]:
     """Micro-batches of like lengths, at most token_budget tokens each with padding (or one rollout).
 
     Unshared, rollouts are sorted by length. Shared, problems are sorted by the lengths of prompt and longest response,
@@ -171,13 +172,13 @@ def pack(rollouts: Sequence[Rollout], token_budget: int, shared: bool) -> Iterat
         longest[rollout.problem] = max(longest.get(rollout.problem, 0), len(rollout.response_ids))
         count[rollout.problem] = count.get(rollout.problem, 0) + 1
 
-    def order(item: tuple[int, Rollout]) -> tuple:
+    def order(item: tuple[int, WeightedSequence]) -> tuple:
         number, rollout = item
         if shared:
             return -len(rollout.prompt_ids), -longest[rollout.problem], rollout.problem, -len(rollout.response_ids)
         return -rollout.n_tokens(shared=False), number
 
-    batch: list[tuple[int, Rollout]] = []
+    batch: list[tuple[int, WeightedSequence]] = []
     width = prompt_width = 0
     prompts: set[int] = set()
     for item in sorted(enumerate(rollouts), key=order):
@@ -204,7 +205,7 @@ def pack(rollouts: Sequence[Rollout], token_budget: int, shared: bool) -> Iterat
         yield _collate(batch, shared)
 
 
-def _collate(batch: Sequence[tuple[int, Rollout]], shared: bool) -> MicroBatch:
+def _collate(batch: Sequence[tuple[int, WeightedSequence]], shared: bool) -> MicroBatch:
     rollouts = [rollout for _, rollout in batch]
     starts = [len(rollout.prompt_ids) - 1 if shared else 0 for rollout in rollouts]
     continuations = [
@@ -232,7 +233,7 @@ def _collate(batch: Sequence[tuple[int, Rollout]], shared: bool) -> MicroBatch:
     )
 
 
-def _prompts(rollouts: Sequence[Rollout]) -> Prompts:
+def _prompts(rollouts: Sequence[WeightedSequence]) -> Prompts:
     first = {rollout.problem: rollout for rollout in reversed(rollouts)}
     problems = list(dict.fromkeys(rollout.problem for rollout in rollouts))
     place = {problem: i for i, problem in enumerate(problems)}
@@ -260,3 +261,11 @@ def padded_width(n_tokens: int) -> int:
 def _moved(batch: MicroBatch | Prompts, device: torch.device) -> dict[str, Tensor]:
     fields = {name: getattr(batch, name) for name in batch.__dataclass_fields__}
     return {name: value.to(device, non_blocking=True) for name, value in fields.items() if isinstance(value, Tensor)}
+
+
+def in_step(model: nn.Module, batches: list[MicroBatch], shared: bool) -> list[MicroBatch]:
+    """As many micro-batches on every rank: the shorter ones end in batches of one token with weight zero."""
+    token = np.zeros(1, np.int64)
+    idle = WeightedSequence(0, 0, np.zeros(2, np.int64), token, 0.0, None)
+    missing = largest(model, len(batches)) - len(batches)
+    return batches + [batch for _ in range(missing) for batch in pack([idle], 1, shared)]

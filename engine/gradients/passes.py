@@ -28,7 +28,7 @@ from gradstore.engine.gradients.chosen import at_responses, chosen_logprobs
 from gradstore.engine.gradients.grouped_attention import grouped_attention
 from gradstore.engine.gradients.hooks import Observation
 from gradstore.engine.gradients.lengths import SHORTEST, alone, frequencies_change_at, reach, samples
-from gradstore.engine.gradients.microbatch import MicroBatch, Prompts, Rollout, pack
+from gradstore.engine.gradients.microbatch import MicroBatch, Prompts, WeightedSequence, pack
 from gradstore.engine.gradients.objectives import Objective, importance_weights, kl_weights
 from gradstore.engine.gradients.retrying import is_out_of_memory
 from gradstore.engine.gradients.sharding import gather, is_sharded, largest, reshard
@@ -72,7 +72,7 @@ class _Checked:
 _CHECKED: WeakKeyDictionary[nn.Module, _Checked] = WeakKeyDictionary()
 
 
-class Policy:
+class PolicyForward:
     """A causal LM as backbone and output layer, with the shortcuts that are exact for it."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -100,7 +100,7 @@ class Policy:
         """Shortcuts that are not exact for this model, and why."""
         return self._checked.fallbacks
 
-    def verify(self, rollouts: Sequence[Rollout]) -> None:
+    def verify(self, rollouts: Sequence[WeightedSequence]) -> None:
         """Check shared prompts and padding at the rollouts' lengths; to be called before `shares_prompts` is asked.
 
         Sharing that is not exact there is given up, and where padding is not, sequences are run one by one. Under FSDP2

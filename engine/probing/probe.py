@@ -20,17 +20,18 @@ import numpy as np
 import torch
 from torch import nn
 
-from gradstore.engine.gradients.directions import Direction, dot_along, evaluating
+from gradstore.engine.gradients.directions import Direction, dot_along
 from gradstore.engine.gradients.gradient_pass import GradientPass
+from gradstore.engine.gradients.hooks import evaluating
 from gradstore.engine.gradients.logprobs import TokenLogprobs, response_logprobs
 from gradstore.engine.gradients.objectives import Objective, importance_weights, objective, rollout_weights
+from gradstore.engine.gradients.settings import GradientSpec
 from gradstore.engine.gradients.sharding import n_shards, reshard, total
 from gradstore.engine.probing import statistics as probe_statistics
 from gradstore.engine.probing.batch import ProbeBatch
 from gradstore.engine.probing.calibration import Calibration, best_step
 from gradstore.engine.probing.displacement import LowRankBranch, Move, displaced
 from gradstore.engine.rollouts.group import Group
-from gradstore.engine.sketches.sketcher import SketchSpec
 from gradstore.errors import RequestError
 
 log = logging.getLogger(__name__)
@@ -82,7 +83,7 @@ class Probe:
             )
         self.model, self.direction, self.n_check = model, direction, n_check
         self.settings = settings or objective("gradalign")
-        spec = SketchSpec(objective=self.settings, token_budget=token_budget, share_prompts=share_prompts)
+        spec = GradientSpec(objective=self.settings, token_budget=token_budget, share_prompts=share_prompts)
         self._pass = GradientPass(model, spec)
         self._eps = eps
         self._branch = None if rank is None else LowRankBranch(model, direction, rank)

@@ -6,7 +6,7 @@ finer sketch would rank no better.
 Dimension letters: P problems.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
@@ -16,12 +16,11 @@ from torch import nn
 from gradstore import Store
 from gradstore.engine.gradients.exact import exact_against
 from gradstore.engine.reliability.split_half import SplitHalf, split, split_half
-from gradstore.engine.rollouts.group import Group
 from gradstore.engine.rollouts.source import RolloutSource
 from gradstore.engine.searching.query import search
 from gradstore.engine.searching.ranking import best
 from gradstore.engine.searching.targets import target
-from gradstore.engine.sketches.sketcher import SketchBatch, Sketcher, SketchSpec
+from gradstore.engine.sketches.spec import SketchSpec
 from gradstore.errors import RequestError
 
 
@@ -72,68 +71,6 @@ def agreement(found_P: np.ndarray, exact_P: np.ndarray, ids: Sequence[str], k: i
     return Agreement(len(found_P), float(spearmanr(found_P, exact_P)[0]), overlap(n_best), k, overlap(k))
 
 
-class Rows:
-    """Sketches of problems by their ids."""
-
-    def __init__(self, batches: Iterable[SketchBatch]) -> None:
-        self._batches = list(batches)
-        self._places = {i: (b, row) for b, batch in enumerate(self._batches) for row, i in enumerate(batch.ids)}
-
-    def of(self, groups: Sequence[Group]) -> tuple[np.ndarray, np.ndarray]:
-        """Sketches of the groups, float64 [P, D], and the lengths of their gradients as the sketcher estimates them,
-        float64 [P]; zeros for a problem that has none here."""
-        rows_PD = np.zeros((len(groups), self._batches[0].sketches.shape[1]))
-        lengths_P = np.zeros(len(groups))
-        for place, group in enumerate(groups):
-            if group.problem_id in self._places:
-                b, row = self._places[group.problem_id]
-                batch = self._batches[b]
-                rows_PD[place] = batch.sketches[row]
-                lengths_P[place] = np.linalg.norm(rows_PD[place]) if batch.norms is None else batch.norms[row]
-        return rows_PD, lengths_P
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class ExactRanking:
-    """The exact cosines of some problems with the mean gradient of others, which sketches are held against."""
-
-    scored: list[Group]
-    others: list[Group]
-    cosines: np.ndarray
-    """float64 [P], NaN for a problem without a gradient."""
-
-    @classmethod
-    def of(
-        cls, model: nn.Module, spec: SketchSpec, groups: Sequence[Group], benchmark: Sequence[Group] = (), n: int = 64
-    ) -> "ExactRanking | None":
-        """On at most n of the groups; None with fewer than 16 that have a signal.
-
-        benchmark: groups whose mean gradient is the target, which is the ranking that a search makes; without them it
-        is that of every other group. Cost: a plain forward and backward for each group used.
-        """
-        live = [group for group in groups if group.has_signal][:n]
-        if len(live) < 16:
-            return None
-        known = [group for group in benchmark if group.has_signal]
-        scored, others = (live, known) if known else (live[::2], live[1::2])
-        return cls(scored, others, exact_against(model, scored, others, spec).cosines[:, 0])
-
-    def fidelity(self, rows: Rows, others: Rows) -> float | None:
-        """Spearman of the sketches' cosines with the exact ones; None where fewer than 8 problems have both.
-
-        rows, others: sketches of at least the problems scored and of those that the target is the mean of.
-        """
-        rows_PD, lengths_P = rows.of(self.scored)
-        found_P = rows_PD @ others.of(self.others)[0].sum(axis=0) / np.where(lengths_P > 0, lengths_P, np.nan)
-        kept_P = np.isfinite(self.cosines) & np.isfinite(found_P)
-        return float(spearmanr(found_P[kept_P], self.cosines[kept_P])[0]) if kept_P.sum() >= 8 else None
-
-    def fidelity_of(self, sketcher: Sketcher) -> float | None:
-        """The same, with sketches made for it."""
-        rows, others = (Rows([sketcher.sketch(groups)]) for groups in (self.scored, self.others))
-        return self.fidelity(rows, others)
-
-
 def fidelity(
     store: Store,
     pool: str,
@@ -153,7 +90,7 @@ def fidelity(
     model, rollouts, benchmark_rollouts: what the rows of pool and benchmark were made from. sample: live problems
     measured exactly, drawn with the seed; None: all. Cost: a backward with weight gradients over the sample's rollouts,
     twice that with halves, and over the benchmark's. Of rows in head mode the exact scores are over every layer: that
-    is what they stand for. Memory beside the model: two blocks of layers formed in full (engine/gradients/formed.py).
+    is what they stand for. Memory beside the model: two blocks of layers' full gradients (full_gradients.py).
     RequestError when fewer than three live problems have rollouts.
     """
     view = store.view(pool, at)

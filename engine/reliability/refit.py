@@ -12,12 +12,12 @@ from dataclasses import asdict, dataclass, replace
 from torch import nn
 
 from gradstore import Store
-from gradstore.engine.reliability.fidelity import ExactRanking, Rows
 from gradstore.engine.rollouts.group import Group
 from gradstore.engine.sketches.bases import add_basis
-from gradstore.engine.sketches.collector import REFIT_LOSS, needs_refit
+from gradstore.engine.sketches.exact_ranking import REFIT_LOSS, ExactRanking, Rows, needs_refit
 from gradstore.engine.sketches.fitting import fit as fit_to
-from gradstore.engine.sketches.sketcher import SketchBatch, Sketcher, SketchSpec
+from gradstore.engine.sketches.sketcher import Sketcher
+from gradstore.engine.sketches.spec import SketchBatch, SketchSpec
 from gradstore.errors import RequestError
 
 ENOUGH = 128

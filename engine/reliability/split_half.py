@@ -19,7 +19,8 @@ from gradstore.engine.gradients.exact import LayerGradients, exact_dots
 from gradstore.engine.rollouts.group import Group
 from gradstore.engine.searching.query import Metric, direction
 from gradstore.engine.searching.targets import Target
-from gradstore.engine.sketches.sketcher import Sketcher, SketchSpec
+from gradstore.engine.sketches.sketcher import Sketcher
+from gradstore.engine.sketches.spec import SketchSpec
 from gradstore.errors import RequestError
 from gradstore.state import State
 

@@ -18,7 +18,8 @@ from gradstore.attachments import COVERAGE, read_attachment
 from gradstore.engine.gradients.coverage import Coverage
 from gradstore.engine.gradients.optimizer_direction import OptimizerDirection
 from gradstore.engine.sketches.projection import Fold, LayerBasis, Projection
-from gradstore.engine.sketches.sketcher import Sketcher, SketchSpec
+from gradstore.engine.sketches.sketcher import Sketcher
+from gradstore.engine.sketches.spec import SketchSpec
 from gradstore.errors import DamagedError, FingerprintError, RequestError
 
 

@@ -16,11 +16,12 @@ from gradstore import State, Store, Writer
 from gradstore.attachments import keep_coverage, read_coverage
 from gradstore.engine.gradients.coverage import least_of
 from gradstore.engine.gradients.coverage import measure as measured_coverage
-from gradstore.engine.reliability.fidelity import ExactRanking, Rows
 from gradstore.engine.rollouts.group import Group
 from gradstore.engine.rollouts.source import RolloutSource
 from gradstore.engine.sketches.bases import basis_of, load_projection
-from gradstore.engine.sketches.sketcher import SketchBatch, Sketcher, SketchSpec
+from gradstore.engine.sketches.exact_ranking import ExactRanking, Rows, needs_refit
+from gradstore.engine.sketches.sketcher import Sketcher
+from gradstore.engine.sketches.spec import SketchBatch, SketchSpec
 from gradstore.errors import RequestError
 
 Measure = Literal["auto", "always", "never"]
@@ -29,11 +30,6 @@ was fitted; in any case; not at all."""
 
 _PUBLISH_SECONDS = 5.0
 """Work an interruption can cost, beside the window under way."""
-
-REFIT_BELOW = 0.9
-"""Fidelity below which a projection should be fitted anew, whatever it was when it was fitted."""
-REFIT_LOSS = 0.01
-"""Loss of fidelity since it was fitted from which a projection should be fitted anew."""
 
 
 @dataclass(slots=True)
@@ -78,12 +74,6 @@ class CollectReport:
     def describe(self) -> dict:
         """JSON-ready."""
         return {"collected": self.collected, "needs_refit": self.needs_refit, **asdict(self)}
-
-
-def needs_refit(fidelity: float | None, when_fitted: float | None) -> bool:
-    """Whether a projection of this fidelity should be fitted anew; no for one that was not measured."""
-    least = REFIT_BELOW if when_fitted is None else max(REFIT_BELOW, when_fitted - REFIT_LOSS)
-    return fidelity is not None and fidelity < least
 
 
 def collect(

@@ -40,7 +40,8 @@ from gradstore.engine.sketches.projection import (
     fitted_projection,
     random_bases,
 )
-from gradstore.engine.sketches.sketcher import SketchBatch, Sketcher, SketchSpec
+from gradstore.engine.sketches.sketcher import Sketcher
+from gradstore.engine.sketches.spec import SketchBatch, SketchSpec
 from gradstore.errors import RequestError
 from gradstore.state import State
 

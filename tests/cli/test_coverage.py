@@ -10,7 +10,7 @@ from gradstore.engine.gradients.gradient_pass import GradientPass
 from gradstore.engine.gradients.models import load_model, load_tokenizer
 from gradstore.engine.rollouts import read_rollouts
 from gradstore.engine.sketches.fitting import sample_groups
-from gradstore.engine.sketches.sketcher import SketchSpec
+from gradstore.engine.sketches.spec import SketchSpec
 
 
 @pytest.fixture

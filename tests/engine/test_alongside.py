@@ -13,9 +13,10 @@ from gradstore.engine.gradients.gradient_pass import GradientPass
 from gradstore.engine.gradients.layers import find_layers
 from gradstore.engine.gradients.objectives import Objective, objective, rollout_weights
 from gradstore.engine.rollouts.group import Group, joined
-from gradstore.engine.sketches.alongside import Alongside, factor, sketched_and_summed
 from gradstore.engine.sketches.fitting import fit_projection
-from gradstore.engine.sketches.sketcher import Sketcher, SketchSpec
+from gradstore.engine.sketches.from_training_pass import SketchesFromTrainingPass, factor, sketched_and_summed
+from gradstore.engine.sketches.sketcher import Sketcher
+from gradstore.engine.sketches.spec import SketchSpec
 from gradstore.state import State
 from tests.engine.conftest import own_gradient
 
@@ -57,7 +58,7 @@ def _slow(model: Any, group: Group, rule: Objective, sketcher: Sketcher) -> np.n
 
 
 def _seen(model: Any, sketcher: Sketcher, groups: list[Group], trained: Objective) -> tuple[Any, int, dict]:
-    along = Alongside(sketcher, groups, trained)
+    along = SketchesFromTrainingPass(sketcher, groups, trained)
     sums = summed_gradient(GradientPass(model, SketchSpec(objective=trained, token_budget=60)), groups, along.watch)
     return along.batch(), along.n_separate, sums
 

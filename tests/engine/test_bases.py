@@ -195,7 +195,7 @@ def test_refit_keeps_what_is_better_and_nothing_else(tmp_path, make_model, make_
     assert store.bases[1].about["step"] == 5
     assert load_projection(store).fidelity == found.anew
     # The fidelity it had when it was fitted is what a later measurement is held against.
-    monkeypatch.setattr("gradstore.engine.sketches.collector.REFIT_BELOW", 0.0)
+    monkeypatch.setattr("gradstore.engine.sketches.exact_ranking.REFIT_BELOW", 0.0)
     kept, again = refit(store, newer, pool, bench, step=6)
     assert kept is newer
     assert (again.when_fitted, again.needed) == (found.anew, False)

@@ -9,7 +9,7 @@ from torch import nn
 
 from gradstore.engine import Sketcher, SketchSpec
 from gradstore.engine.gradients.exact import LayerGradients, exact_against, exact_dots, layer_gradients
-from gradstore.engine.gradients.formed import blocks
+from gradstore.engine.gradients.full_gradients import blocks
 from gradstore.engine.gradients.gradient_pass import GradientPass
 from gradstore.engine.gradients.layers import find_layers
 from gradstore.engine.gradients.objectives import PRESETS, Objective
@@ -87,7 +87,7 @@ def test_layers_in_blocks_are_the_layers(make_model, make_groups, monkeypatch, a
     layers = find_layers(model)
     sizes = [4 * layer.n_outputs * layer.n_inputs for layer in layers]
     limit = 2 * min(sizes)
-    monkeypatch.setattr("gradstore.engine.gradients.formed.formed_bytes", lambda model: limit)
+    monkeypatch.setattr("gradstore.engine.gradients.full_gradients.formed_bytes", lambda model: limit)
     cuts = blocks(GradientPass(model, SketchSpec()))
     assert len(cuts) > 2
     assert [layer.name for _, part in cuts for layer in part.layers] == [layer.name for layer in layers]

@@ -26,7 +26,7 @@ from gradstore.engine import (
     validation_gradient,
 )
 from gradstore.engine.gradients.exact import exact_against
-from gradstore.engine.gradients.passes import Policy
+from gradstore.engine.gradients.passes import PolicyForward
 
 ARCHITECTURES = ["qwen2", "llama", "gpt2", "qwen2-lora"]
 aten = torch.ops.aten
@@ -111,8 +111,8 @@ def watch(monkeypatch) -> Iterator[Watch]:
 
     if hasattr(masking_utils, PACKED):
         monkeypatch.setattr(masking_utils, PACKED, outside(getattr(masking_utils, PACKED)))
-    monkeypatch.setattr(Policy, "backward", within(Policy.backward))
-    monkeypatch.setattr(Policy, "logprobs", within(Policy.logprobs))
+    monkeypatch.setattr(PolicyForward, "backward", within(PolicyForward.backward))
+    monkeypatch.setattr(PolicyForward, "logprobs", within(PolicyForward.logprobs))
     with found:
         yield found
 

@@ -10,7 +10,8 @@ import transformers as hf
 from torch import nn
 
 from gradstore.engine.rollouts import Group
-from gradstore.engine.sketches.sketcher import Sketcher, SketchSpec
+from gradstore.engine.sketches.sketcher import Sketcher
+from gradstore.engine.sketches.spec import SketchSpec
 from tests.engine.test_mixtures import _plain, _projected
 
 _SHARED: dict[str, Any] = {

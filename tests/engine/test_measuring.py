@@ -7,10 +7,10 @@ import pytest
 from scipy.stats import spearmanr
 
 from gradstore.engine import Sketcher, SketchSpec, collect, exact_dots, layer_gradients
-from gradstore.engine.reliability.fidelity import ExactRanking, Rows
 from gradstore.engine.reliability.refit import ENOUGH, first_fit, parts
 from gradstore.engine.rollouts import Group, read_rollouts
 from gradstore.engine.sketches.bases import create_store
+from gradstore.engine.sketches.exact_ranking import ExactRanking, Rows
 from tests.engine.test_collector import write_rows
 
 SPEC = SketchSpec(rank=8, basis="fitted", dim=200, token_budget=200)

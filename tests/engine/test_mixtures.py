@@ -17,10 +17,11 @@ from gradstore.engine import exact_dots, fit_projection, layer_gradients
 from gradstore.engine.gradients.layers import Layer, find_layers
 from gradstore.engine.gradients.optimizer_direction import AdamState, OptimizerDirection
 from gradstore.engine.rollouts import Group
-from gradstore.engine.sketches.alongside import sketched_and_summed
 from gradstore.engine.sketches.bases import create_store, load_projection
+from gradstore.engine.sketches.from_training_pass import sketched_and_summed
 from gradstore.engine.sketches.projection import EXPERT_RANK, Projection
-from gradstore.engine.sketches.sketcher import Sketcher, SketchSpec
+from gradstore.engine.sketches.sketcher import Sketcher
+from gradstore.engine.sketches.spec import SketchSpec
 from gradstore.errors import RequestError
 
 N_VOCABULARY = 61

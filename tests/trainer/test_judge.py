@@ -12,7 +12,8 @@ import pytest
 
 from gradstore.errors import GradstoreError, RequestError
 from gradstore.trainer.sampling.judge import TEMPLATE, Judge, JudgeSettings, Verdicts, load_judge, verdict
-from gradstore.trainer.sampling.rewards import Reward, load_reward
+from gradstore.trainer.sampling.reward import Reward
+from gradstore.trainer.sampling.rewards import load_reward
 
 KEY = "sk-a-secret-of-this-test"
 

@@ -28,7 +28,7 @@ from gradstore.errors import GradstoreError
 from gradstore.trainer.local.checkpoint import load_checkpoint, save_checkpoint
 from gradstore.trainer.local.grpo import Learner, UpdateSettings
 from gradstore.trainer.local.policy import LocalPolicy, Sampling
-from gradstore.trainer.sampling.rewards import Reward
+from gradstore.trainer.sampling.reward import Reward
 
 VOWELS = Reward("vowels", lambda record, response, rollout_index: float(sum(c in "aeiou" for c in response) > 1))
 PROBLEMS = [{"id": f"p{j}", "prompt": f"{j} plus {j + 1} =" * (1 + j % 2)} for j in range(6)]
@@ -358,13 +358,13 @@ RUN = """
 import sys
 from pathlib import Path
 from gradstore.engine.gradients.models import load_model, load_tokenizer
-from gradstore.engine.sketches.sketcher import SketchSpec
+from gradstore.engine.sketches.spec import SketchSpec
 from gradstore.demo import tasks
 from gradstore.demo.run import MODEL
 from gradstore.trainer.local.grpo import Learner, UpdateSettings
 from gradstore.trainer.local.policy import LocalPolicy, Sampling
 from gradstore.trainer.local.training import Training
-from gradstore.trainer.sampling.rewards import Reward
+from gradstore.trainer.sampling.reward import Reward
 from gradstore.trainer.round.driver import Rounds
 from gradstore.trainer.round.settings import RoundSettings
 

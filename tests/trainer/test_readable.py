@@ -6,7 +6,8 @@ import pytest
 
 from gradstore import RequestError
 from gradstore.trainer.sampling.readable import readable
-from gradstore.trainer.sampling.rewards import Reward, load_reward
+from gradstore.trainer.sampling.reward import Reward
+from gradstore.trainer.sampling.rewards import load_reward
 
 
 def _problem(name: str, truth: str = "1", **extra: Any) -> dict[str, Any]:

@@ -11,7 +11,8 @@ import reasoning_gym
 from reasoning_gym.factory import DATASETS
 
 from gradstore import RequestError
-from gradstore.trainer.sampling.rewards import Reward, answer_of, load_reward
+from gradstore.trainer.sampling.reward import Reward
+from gradstore.trainer.sampling.rewards import answer_of, load_reward
 
 
 def _problem(ground_truth: str = "", **fields: Any) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import pytest
 from gradstore import LockedError, RequestError
 from gradstore.engine.rollouts import read_rollouts
 from gradstore.trainer.sampling.backends import Response, derived_seed, load_backend
-from gradstore.trainer.sampling.rewards import Reward
+from gradstore.trainer.sampling.reward import Reward
 from gradstore.trainer.sampling.rollout import RolloutReport, rollout, settings_path
 
 N, CHUNK = 3, 4

@@ -15,7 +15,7 @@ from gradstore import RequestError
 from gradstore.engine.gradients.budget import sampled_tokens
 from gradstore.trainer.sampling.backends import Response, decoding, hugging_face, load_backend
 from gradstore.trainer.sampling.backends.hugging_face import TransformersBackend, weights_digest
-from gradstore.trainer.sampling.rewards import Reward
+from gradstore.trainer.sampling.reward import Reward
 from gradstore.trainer.sampling.rollout import rollout
 
 PROMPTS = [[9], [30, 31, 32, 33, 34, 35, 36], [40, 41, 42], [50, 51], [9, 9, 9, 9]]

@@ -15,7 +15,7 @@ import torch
 from gradstore import RequestError
 from gradstore.engine.rollouts import read_rollouts
 from gradstore.trainer.sampling.backends import load_backend
-from gradstore.trainer.sampling.rewards import Reward
+from gradstore.trainer.sampling.reward import Reward
 from gradstore.trainer.sampling.rollout import rollout
 
 with_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")

@@ -19,8 +19,9 @@ from gradstore.engine.gradients.directions import summed_gradient
 from gradstore.engine.gradients.gradient_pass import GradientPass
 from gradstore.engine.gradients.objectives import Objective, objective
 from gradstore.engine.rollouts.group import Group
-from gradstore.engine.sketches.alongside import Alongside
-from gradstore.engine.sketches.sketcher import SketchBatch, Sketcher, SketchSpec
+from gradstore.engine.sketches.from_training_pass import SketchesFromTrainingPass
+from gradstore.engine.sketches.sketcher import Sketcher
+from gradstore.engine.sketches.spec import SketchBatch, SketchSpec
 from gradstore.errors import RequestError
 
 log = logging.getLogger(__name__)
@@ -101,10 +102,10 @@ class Learner:
         """The same step, and sketches of its problems by the policy before it, from the backward pass of the update.
 
         Several groups of a problem have one sketch together. With minibatches, and for problems whose sketch the pass
-        does not give (engine/sketches/alongside.py), a pass is run for sketches alone.
+        does not give (engine/sketches/from_training_pass.py), a pass is run for sketches alone.
         """
         dealt, shares = self._dealt(groups, seed, weights)
-        along = Alongside(sketcher, dealt, self._pass.spec.objective, shares)
+        along = SketchesFromTrainingPass(sketcher, dealt, self._pass.spec.objective, shares)
         if along.n_separate and not self._told:
             self._told = True
             log.info("%d of %d groups are sketched in a pass of their own", along.n_separate, len(groups))
@@ -118,7 +119,7 @@ class Learner:
         return [groups[i] for i in order], None if weights is None else [weights[i] for i in order]
 
     def _step(
-        self, groups: Sequence[Group], shares: Sequence[float] | None, along: Alongside | None
+        self, groups: Sequence[Group], shares: Sequence[float] | None, along: SketchesFromTrainingPass | None
     ) -> dict[str, float]:
         parts = np.array_split(np.arange(len(groups)), min(self.settings.minibatches, len(groups)))
         norms = [
@@ -134,7 +135,9 @@ class Learner:
             "lr": self.optimizer.param_groups[0]["lr"],
         }
 
-    def _update(self, groups: Sequence[Group], shares: Sequence[float] | None, along: Alongside | None) -> float:
+    def _update(
+        self, groups: Sequence[Group], shares: Sequence[float] | None, along: SketchesFromTrainingPass | None
+    ) -> float:
         """One optimizer step on the mean of the groups' gradients; its norm before clipping."""
         sums = summed_gradient(self._pass, groups, along.watch if along else None, shares)
         if not sums:

@@ -22,13 +22,14 @@ from gradstore.engine.probing.calibration import Calibration
 from gradstore.engine.probing.probe import Probe
 from gradstore.engine.rollouts.group import Group
 from gradstore.engine.rollouts.tokens import text_of
-from gradstore.engine.sketches.alongside import sketched_and_summed
 from gradstore.engine.sketches.bases import SketcherFiles, files_of, sketcher_from
 from gradstore.engine.sketches.fitting import fit_projection
-from gradstore.engine.sketches.sketcher import SketchBatch, Sketcher, SketchSpec
+from gradstore.engine.sketches.from_training_pass import sketched_and_summed
+from gradstore.engine.sketches.sketcher import Sketcher
+from gradstore.engine.sketches.spec import SketchBatch, SketchSpec
 from gradstore.errors import RequestError
 from gradstore.trainer.sampling.backends.hugging_face import TransformersBackend
-from gradstore.trainer.sampling.rewards import Reward
+from gradstore.trainer.sampling.reward import Reward
 from gradstore.trainer.sampling.rollout import checked_prompts
 
 CHECKED = 2

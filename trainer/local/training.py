@@ -13,7 +13,7 @@ import numpy as np
 
 from gradstore.durable import writing
 from gradstore.engine.rollouts.group import Group
-from gradstore.engine.sketches.sketcher import SketchBatch
+from gradstore.engine.sketches.spec import SketchBatch
 from gradstore.errors import RequestError
 from gradstore.trainer.local.checkpoint import load_checkpoint, save_checkpoint
 from gradstore.trainer.local.grpo import Learner

@@ -21,15 +21,15 @@ import gradstore
 from gradstore import Round, Store
 from gradstore.engine.rollouts.group import Group
 from gradstore.engine.selecting.selection import Selection
-from gradstore.engine.sketches.sketcher import SketchBatch
+from gradstore.engine.sketches.spec import SketchBatch
 from gradstore.errors import RequestError
 from gradstore.layout import check_name
 from gradstore.problems import canonical
-from gradstore.trainer.round.conduct import Conduct, Run
 from gradstore.trainer.round.measuring import Costs, append, publish
 from gradstore.trainer.round.policy import Policy
 from gradstore.trainer.round.progress import Logger
 from gradstore.trainer.round.recording import scalars, selection_of
+from gradstore.trainer.round.runner import RoundRunner, Run
 from gradstore.trainer.round.settings import RoundSettings
 
 _FREE = ("rounds", "window", "observe", "accept_coverage")
@@ -120,11 +120,11 @@ class Rounds:
                     self._run.pool, {**kept.about, "number": number, "step": policy.step, **_NOTHING}, kept.table
                 )
             else:
-                conduct, first = Conduct(self._run, policy, number), None
+                runner, first = RoundRunner(self._run, policy, number), None
                 if store is None:
-                    store, first = conduct.make_store()
+                    store, first = runner.make_store()
                     self._store = store
-                conduct.conduct(store, first)
+                runner.run(store, first)
             assert store is not None
             found = store.round(self._run.pool, number)
         self._done = number + 1
@@ -138,7 +138,7 @@ class Rounds:
         """Keep sketches of the trainer's own rollouts as rows at the policy's step; returns how many were new.
 
         seen: groups, one a problem, before the update, while the policy is the one that made them: they are sketched
-        here. Or their sketches, where the trainer had them from its own backward pass (engine/sketches/alongside.py),
+        here. Or their sketches, where the trainer had them from its own backward pass (sketches/from_training_pass.py),
         by the sketcher of `policy`'s `fit` or `use`. A problem that has a row at this step already is left as it is, so
         that steps done again after an interruption change nothing. RequestError before the first round, and for a
         problem that is not in the pool.

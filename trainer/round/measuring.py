@@ -18,7 +18,7 @@ from gradstore.engine.probing.calibration import Calibration
 from gradstore.engine.rollouts.group import Group, joined
 from gradstore.engine.rollouts.rollout import Rollout
 from gradstore.engine.rollouts.write import write_rollouts
-from gradstore.engine.sketches.sketcher import SketchBatch
+from gradstore.engine.sketches.spec import SketchBatch
 from gradstore.errors import GradstoreError
 from gradstore.trainer.round.journal import Journal, Plan
 from gradstore.trainer.round.policy import Policy

@@ -15,7 +15,7 @@ from gradstore.engine.searching.targets import Aggregate
 from gradstore.engine.selecting.diversity import Diversity
 from gradstore.engine.selecting.mixture import parts_of
 from gradstore.engine.selecting.quotas import parse_quotas
-from gradstore.engine.sketches.sketcher import SketchSpec
+from gradstore.engine.sketches.spec import SketchSpec
 from gradstore.errors import RequestError
 
 GRADALIGN_NAMES = {

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from gradstore.errors import GradstoreError, RequestError
 from gradstore.problems import detail, message_text
-from gradstore.trainer.sampling.rewards import Item, Reward
+from gradstore.trainer.sampling.reward import Item, Reward
 
 if TYPE_CHECKING:
     from openai import OpenAI

@@ -24,8 +24,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -33,54 +31,13 @@ from gradstore import to_verl
 from gradstore.errors import RequestError
 from gradstore.problems import detail
 from gradstore.trainer.sampling.grading import read_truth
-
-Item = tuple[Mapping[str, Any], str, int]
-"""A response to be paid: the problem's record, the response's text, the number of the rollout in its group."""
+from gradstore.trainer.sampling.reward import Item, Reward
 
 HARD_LIMIT_S = 60
 """After this long a verification outside the main thread is given up: the answer counts as not equal."""
 
 COMPARE_TUPLES = frozenset({"arc_agi", "rearc"})
 """reasoning-gym data sets whose verifiers compare tuples: given the lists of a JSON file they pay no right answer."""
-
-
-@dataclass(frozen=True)
-class Reward:
-    """A reward function with a name. Called with (record, response text, number of the rollout), gives a float.
-
-    Raises RequestError, naming the problem, when the function gives anything but a finite number.
-    """
-
-    name: str
-    score: Callable[[Mapping[str, Any], str, int], Any]
-    score_many: Callable[[Sequence[Item]], Sequence[Any]] | None = None
-    """Scores many responses at once, in order, where that is faster than one at a time (a judge's requests)."""
-    check: Callable[[Mapping[str, Any]], None] | None = None
-    """Raises RequestError for a problem that could not be paid whatever the response; None: not known beforehand."""
-
-    def __call__(self, record: Mapping[str, Any], response: str, rollout_index: int) -> float:
-        return self._checked(record, rollout_index, self.score(record, response, rollout_index))
-
-    def many(self, items: Sequence[Item]) -> list[float]:
-        """The rewards of many responses, in their order."""
-        if self.score_many is None:
-            return [self(*item) for item in items]
-        values = self.score_many(items)
-        if len(values) != len(items):
-            raise RequestError(f"reward {self.name!r} gave {len(values)} values for {len(items)} responses")
-        return [self._checked(record, j, value) for (record, _, j), value in zip(items, values, strict=True)]
-
-    def _checked(self, record: Mapping[str, Any], rollout_index: int, value: Any) -> float:
-        name = f"problem {record['id']!r}: reward {self.name!r}"
-        if isinstance(value, Mapping):
-            if "score" not in value:
-                raise RequestError(f"{name} gave a dict without 'score' (found: {', '.join(map(str, value))})")
-            value = value["score"]
-        if hasattr(value, "item") and not isinstance(value, Real):  # a scalar of numpy or torch
-            value = value.item() if getattr(value, "ndim", 1) == 0 else value
-        if not isinstance(value, Real) or not math.isfinite(value):
-            raise RequestError(f"{name} gave {value!r} for rollout {rollout_index}, expected a finite number")
-        return float(value)
 
 
 def load_reward(spec: str) -> Reward:

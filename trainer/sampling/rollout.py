@@ -24,7 +24,7 @@ from gradstore.engine.rollouts.tokens import prompt_ids, text_of
 from gradstore.errors import LockedError, RequestError
 from gradstore.trainer.sampling.backends import Backend, Response, derived_seed
 from gradstore.trainer.sampling.readable import named
-from gradstore.trainer.sampling.rewards import Reward
+from gradstore.trainer.sampling.reward import Reward
 
 CHUNK = 64
 

@@ -18,7 +18,7 @@ from gradstore.engine.probing.batch import ProbeBatch
 from gradstore.engine.probing.calibration import Calibration
 from gradstore.engine.rollouts.group import Group
 from gradstore.engine.sketches.bases import SketcherFiles
-from gradstore.engine.sketches.sketcher import SketchBatch, SketchSpec
+from gradstore.engine.sketches.spec import SketchBatch, SketchSpec
 from gradstore.errors import GradstoreError
 from gradstore.trainer.verl.ranks import deal, gather
 from gradstore.trainer.verl.settings import VerlSettings

@@ -12,7 +12,7 @@ from typing import Any
 
 from gradstore.engine.gradients.objectives import Objective, objective
 from gradstore.engine.selecting.diversity import Diversity
-from gradstore.engine.sketches.sketcher import SketchSpec
+from gradstore.engine.sketches.spec import SketchSpec
 from gradstore.errors import RequestError
 from gradstore.trainer.round.settings import GRADALIGN_NAMES, RoundSettings
 

@@ -19,7 +19,8 @@ from gradstore.engine.probing.probe import Probe
 from gradstore.engine.rollouts.group import Group
 from gradstore.engine.sketches.bases import SketcherFiles, files_of, sketcher_from
 from gradstore.engine.sketches.fitting import fit_projection
-from gradstore.engine.sketches.sketcher import SketchBatch, Sketcher, SketchSpec
+from gradstore.engine.sketches.sketcher import Sketcher
+from gradstore.engine.sketches.spec import SketchBatch, SketchSpec
 from gradstore.errors import RequestError
 from gradstore.trainer.round.driver import Rounds
 from gradstore.trainer.round.settings import RoundSettings

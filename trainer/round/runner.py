@@ -92,14 +92,14 @@ class Run:
             store.add_problems(name, map(dict, records))
 
 
-class Conduct:
+class RoundRunner:
     """One round of a run."""
 
     def __init__(self, run: Run, policy: Policy, number: int) -> None:
         settings = run.settings
         assert settings.candidates is not None
         assert settings.selected is not None
-        self.run, self.policy, self.number, self.settings = run, policy, number, settings
+        self.context, self.policy, self.number, self.settings = run, policy, number, settings
         self.step, self.n = policy.step, settings.selected
         self.costs, self.warnings = Costs(), []  # type: Costs, list[str]
         self.warm_up = number < settings.warm_up
@@ -123,7 +123,7 @@ class Conduct:
 
     def make_store(self) -> tuple[Store, Windows | None]:
         """A new store for the policy's sketches, and the first candidates' rollouts if the basis was fitted to them."""
-        run, settings = self.run, self.settings
+        run, settings = self.context, self.settings
         if self.fits:
             windows = self._plan_windows(self.candidates if self.look else self._first_plan(None), 0)
             benchmark = [
@@ -149,9 +149,9 @@ class Conduct:
         run.add_problems(store)
         return store, first
 
-    def conduct(self, store: Store, first: Windows | None = None) -> None:
+    def run(self, store: Store, first: Windows | None = None) -> None:
         """Do the round, or what is left of it, and record it in the store."""
-        run = self.run
+        run = self.context
         journal = Journal(store, run.pool, self.number, self.step, self.target_key)
         if run.needs_probes and self.windows_of:
             sketch_benchmarks(store, self.windows_of, self.policy, self.costs)
@@ -195,9 +195,9 @@ class Conduct:
     def _refresh(self, store: Store, journal: Journal, first: Windows | None) -> None:
         """Measure what is planned: in the first round a look at all candidates, then those chosen, then, within a
         budget, those that straddle the cut."""
-        probes = self.run.needs_probes and bool(self.targets)
+        probes = self.context.needs_probes and bool(self.targets)
         like = self._calibration_before(store) if probes else None
-        measured = Measured(store, self.run.pool, self.policy, journal, self.costs, probes, like)
+        measured = Measured(store, self.context.pool, self.policy, journal, self.costs, probes, like)
         joins = self.budget is not None and self.settings.boundary > 0
         if self.look:
             plan = journal.plan(0, lambda: self._unmeasured(store))
@@ -225,12 +225,12 @@ class Conduct:
 
     def _calibration_before(self, store: Store) -> Calibration | None:
         """How the probe of the round before was calibrated."""
-        kept = store.round(self.run.pool, self.number - 1).about.get("probe") if self.number else None
+        kept = store.round(self.context.pool, self.number - 1).about.get("probe") if self.number else None
         return None if kept is None else Calibration.of(kept)
 
     def _unmeasured(self, store: Store) -> list[str]:
         """Candidates without a row."""
-        known = set(store.view(self.run.pool, self.step).ids.tolist())
+        known = set(store.view(self.context.pool, self.step).ids.tolist())
         return [name for name in self.candidates if name not in known]
 
     def _first_plan(self, store: Store | None) -> list[str]:
@@ -269,7 +269,7 @@ class Conduct:
 
     def _kind(self) -> str:
         """On which scale a refresh is worth something: the cosine's where the selector ranks by that."""
-        return "cosine" if all(part.selector.name == "cosine" for part in self.run.parts) else "dot"
+        return "cosine" if all(part.selector.name == "cosine" for part in self.context.parts) else "dot"
 
     def _standing(self, store: Store) -> Standing:
         settings = self.settings
@@ -278,7 +278,7 @@ class Conduct:
             direction_D = sum_of_units([goal.vector for goal in self.targets])
         return standing(
             store,
-            self.run.pool,
+            self.context.pool,
             self.candidates,
             direction_D,
             list(self.windows_of),
@@ -293,7 +293,7 @@ class Conduct:
     def _past(self, store: Store) -> tuple[list[Trained], list[Probed]]:
         """What the training up to now went along, and what was probed before: the same all through the round."""
         if self._known is None:
-            pool, names = self.run.pool, list(self.windows_of)
+            pool, names = self.context.pool, list(self.windows_of)
             self._known = [], []
             if self.budget is not None:
                 self._known = trained_toward(store, pool, self.step), probed_before(store, pool, names, self.step)
@@ -320,10 +320,10 @@ class Conduct:
             "confidence": settings.confidence,
             "forgetting": settings.forgetting,
         }
-        scored = select(store, self.run.pool, self.targets or None, len(self.candidates), parts, **common)
+        scored = select(store, self.context.pool, self.targets or None, len(self.candidates), parts, **common)
         chosen = select(
             store,
-            self.run.pool,
+            self.context.pool,
             self.targets or None,
             self.n,
             parts,
@@ -363,7 +363,7 @@ class Conduct:
             number=self.number,
             step=self.step,
             warm_up=self.warm_up,
-            benchmarks=list(self.run.benchmarks),
+            benchmarks=list(self.context.benchmarks),
             targets=[goal.describe() for goal in self.targets],
             now=now,
             chosen=chosen,
@@ -371,7 +371,7 @@ class Conduct:
             n_rolled_out=len(rolled_out),
             rollouts=sum(self._rollouts(number) * len(plan.ids) for number, plan in enumerate(self.plans)),
             target_rollouts=self.settings.target_rollouts
-            * sum(len(self.run.benchmarks[name]) for name in self.windows_of),
+            * sum(len(self.context.benchmarks[name]) for name in self.windows_of),
             seconds=self.costs.seconds,
             tokens=self.costs.tokens,
             probe=None if calibration is None else calibration.describe(),
@@ -380,18 +380,18 @@ class Conduct:
         )
         for line in about["warnings"]:
             log.warning("round %d: %s", self.number, line)
-        store.add_round(self.run.pool, about, table)
+        store.add_round(self.context.pool, about, table)
 
     def _plan_windows(self, ids: Sequence[str], number: int) -> Windows:
-        records = [self.run.records[name] for name in ids]
-        return self._windows(records, self._rollouts(number), (_POOL, number), f"{self.run.pool}-{number}")
+        records = [self.context.records[name] for name in ids]
+        return self._windows(records, self._rollouts(number), (_POOL, number), f"{self.context.pool}-{number}")
 
     def _rollouts(self, number: int) -> int:
         """Of each problem of the round's plan of this number."""
         return self.look if self.look and number == 0 else self.settings.rollouts
 
     def _windows(self, records: Sequence[Mapping[str, Any]], n: int, seed: tuple[int, ...], name: str) -> Windows:
-        export = None if self.run.export is None else self.run.export / f"round-{self.number:04d}-{name}"
+        export = None if self.context.export is None else self.context.export / f"round-{self.number:04d}-{name}"
         settings = self.settings
         return Windows(
             self.policy, records, n, settings.window, (settings.seed, self.number, *seed), self.costs, export

@@ -1,6 +1,7 @@
 """Sketches that fall out of a backward pass run for something else: only the projections are paid for.
 
-`Alongside` takes them from the pass that trains, `sketched_and_summed` from the one that gives a benchmark's gradient.
+`SketchesFromTrainingPass` takes them from the pass that trains, `sketched_and_summed` from the one that gives a
+benchmark's gradient.
 
 A training pass back-propagates each group under the objective it trains with; a sketch wants the objective of
 selection. Where the token weights of the two differ by one factor within a group (the advantage divided by the
@@ -25,7 +26,8 @@ from gradstore.engine.gradients.layers import Layer
 from gradstore.engine.gradients.microbatch import rollouts_of
 from gradstore.engine.gradients.objectives import Objective, rollout_weights
 from gradstore.engine.rollouts.group import Group, joined
-from gradstore.engine.sketches.sketcher import SketchBatch, Sketcher
+from gradstore.engine.sketches.sketcher import Sketcher
+from gradstore.engine.sketches.spec import SketchBatch
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +35,7 @@ _RELATIVE = 1e-9
 """How far factors of one group may differ: rounding of float64."""
 
 
-class Alongside:
+class SketchesFromTrainingPass:
     """Sketches of a training step's groups, one a problem, from the pass that trains on them."""
 
     def __init__(

@@ -1,0 +1,90 @@
+"""How well a projection ranks: cosines of its sketches against exact ones, and when to fit another.
+
+Dimension letters: P problems, D sketch dimensions.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.stats import spearmanr  # type: ignore[import-untyped]
+from torch import nn
+
+from gradstore.engine.gradients.exact import exact_against
+from gradstore.engine.gradients.settings import GradientSpec
+from gradstore.engine.rollouts.group import Group
+from gradstore.engine.sketches.sketcher import Sketcher
+from gradstore.engine.sketches.spec import SketchBatch
+
+REFIT_BELOW = 0.9
+"""Fidelity below which a projection should be fitted anew, whatever it was when it was fitted."""
+REFIT_LOSS = 0.01
+"""Loss of fidelity since it was fitted from which a projection should be fitted anew."""
+
+
+class Rows:
+    """Sketches of problems by their ids."""
+
+    def __init__(self, batches: Iterable[SketchBatch]) -> None:
+        self._batches = list(batches)
+        self._places = {i: (b, row) for b, batch in enumerate(self._batches) for row, i in enumerate(batch.ids)}
+
+    def of(self, groups: Sequence[Group]) -> tuple[np.ndarray, np.ndarray]:
+        """Sketches of the groups, float64 [P, D], and the lengths of their gradients as the sketcher estimates them,
+        float64 [P]; zeros for a problem that has none here."""
+        rows_PD = np.zeros((len(groups), self._batches[0].sketches.shape[1]))
+        lengths_P = np.zeros(len(groups))
+        for place, group in enumerate(groups):
+            if group.problem_id in self._places:
+                b, row = self._places[group.problem_id]
+                batch = self._batches[b]
+                rows_PD[place] = batch.sketches[row]
+                lengths_P[place] = np.linalg.norm(rows_PD[place]) if batch.norms is None else batch.norms[row]
+        return rows_PD, lengths_P
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ExactRanking:
+    """The exact cosines of some problems with the mean gradient of others, which sketches are held against."""
+
+    scored: list[Group]
+    others: list[Group]
+    cosines: np.ndarray
+    """float64 [P], NaN for a problem without a gradient."""
+
+    @classmethod
+    def of(
+        cls, model: nn.Module, spec: GradientSpec, groups: Sequence[Group], benchmark: Sequence[Group] = (), n: int = 64
+    ) -> "ExactRanking | None":
+        """On at most n of the groups; None with fewer than 16 that have a signal.
+
+        benchmark: groups whose mean gradient is the target, which is the ranking that a search makes; without them it
+        is that of every other group. Cost: a plain forward and backward for each group used.
+        """
+        live = [group for group in groups if group.has_signal][:n]
+        if len(live) < 16:
+            return None
+        known = [group for group in benchmark if group.has_signal]
+        scored, others = (live, known) if known else (live[::2], live[1::2])
+        return cls(scored, others, exact_against(model, scored, others, spec).cosines[:, 0])
+
+    def fidelity(self, rows: Rows, others: Rows) -> float | None:
+        """Spearman of the sketches' cosines with the exact ones; None where fewer than 8 problems have both.
+
+        rows, others: sketches of at least the problems scored and of those that the target is the mean of.
+        """
+        rows_PD, lengths_P = rows.of(self.scored)
+        found_P = rows_PD @ others.of(self.others)[0].sum(axis=0) / np.where(lengths_P > 0, lengths_P, np.nan)
+        kept_P = np.isfinite(self.cosines) & np.isfinite(found_P)
+        return float(spearmanr(found_P[kept_P], self.cosines[kept_P])[0]) if kept_P.sum() >= 8 else None
+
+    def fidelity_of(self, sketcher: Sketcher) -> float | None:
+        """The same, with sketches made for it."""
+        rows, others = (Rows([sketcher.sketch(groups)]) for groups in (self.scored, self.others))
+        return self.fidelity(rows, others)
+
+
+def needs_refit(fidelity: float | None, when_fitted: float | None) -> bool:
+    """Whether a projection of this fidelity should be fitted anew; no for one that was not measured."""
+    least = REFIT_BELOW if when_fitted is None else max(REFIT_BELOW, when_fitted - REFIT_LOSS)
+    return fidelity is not None and fidelity < least
