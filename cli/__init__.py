@@ -9,6 +9,9 @@ import sys
 from gradstore.cli.app import app
 from gradstore.errors import GradstoreError
 
+EXTRA_OF = dict.fromkeys(("torch", "transformers", "safetensors", "math_verify", "reasoning_gym"), "models")
+"""Module that a plain installation lacks -> the extra that brings it."""
+
 
 def main() -> None:
     """Run the command line."""
@@ -23,6 +26,10 @@ def main() -> None:
         _fail(str(error), error.exit_status)
     except OSError as error:
         _fail(f"{error.filename or 'file'}: {error.strerror or error}", 2 if error.filename else 1)
+    except ModuleNotFoundError as error:
+        if error.name not in EXTRA_OF:
+            raise
+        _fail(f"this needs {error.name}, which is not installed: pip install 'gradstore[{EXTRA_OF[error.name]}]'", 2)
     except KeyboardInterrupt:
         _fail("interrupted; what was published is kept, the same command goes on from there", 130)
 

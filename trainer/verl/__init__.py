@@ -12,15 +12,6 @@
 docs/verl.md has the settings and whole commands. verl is imported only when something of it is used.
 """
 
-from typing import TYPE_CHECKING
+import lazy_loader
 
-from gradstore.lazy import names_of
-
-if TYPE_CHECKING:
-    from gradstore.trainer.verl.entry import main as main
-    from gradstore.trainer.verl.entry import task_runner as task_runner
-
-_MODULE_OF = {"main": "entry", "task_runner": "entry"}
-
-__all__ = sorted(_MODULE_OF)
-__getattr__ = names_of(__name__, _MODULE_OF)
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,6 +1,6 @@
 """verl 0.7.x: picks from a store, through verl's own hook for samplers.
 
-    data.sampler.class_path=pkg://trainer.verl.sampler_07 data.sampler.class_name=StoreSampler
+    data.sampler.class_path=pkg://gradstore.trainer.verl.sampler_07 data.sampler.class_name=StoreSampler
     data.dataloader_num_workers=0 +data.gradstore.store=run/store +data.gradstore.selected=256 ...
 
 verl 0.7 gives a sampler neither its policy nor its workers, so that sketches are made outside: the rollouts of every

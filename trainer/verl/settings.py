@@ -49,6 +49,7 @@ class VerlSettings:
         if "store" not in given:
             raise RequestError(f"{NODE}.store is missing: the folder that keeps sketches and rounds")
         verl = _plain(config)
+        _refuse_old_names(verl)
         _check_verl(verl)
         own = {field.name for field in fields(cls)} - {"rounds", "logprobs"}
         spec = _spec(given.pop("spec", {}))
@@ -132,6 +133,23 @@ def _take_over(given: dict[str, Any], name: str, value: Any, where: str) -> None
             )
     if not spelled:
         given[name] = int(value)
+
+
+def _refuse_old_names(config: Any, place: str = "") -> None:
+    """RequestError for a module that is named as before it moved into gradstore."""
+    if isinstance(config, Mapping):
+        for name, value in config.items():
+            _refuse_old_names(value, f"{place}.{name}" if place else str(name))
+    elif isinstance(config, str):
+        module = config.removeprefix("pkg://")
+        for old, new in _MOVED.items():
+            if module == old or module.startswith(f"{old}."):
+                named = config.replace(old, new, 1)
+                raise RequestError(f"{place} is {config}, a name that gradstore no longer has: write {named}")
+
+
+_MOVED = {"trainer.verl_reward": "gradstore.trainer.verl.reward", "trainer.verl": "gradstore.trainer.verl"}
+"""Module before -> now."""
 
 
 def _check_verl(verl: Mapping[str, Any]) -> None:

@@ -115,3 +115,19 @@ def test_documented_command() -> None:
     assert (rounds.candidates, rounds.selected, rounds.train_batch, rounds.steps) == (5120, 256, 128, 10)
     assert (rounds.rollouts, rounds.target_rollouts, rounds.rounds) == (128, 16, 100)
     assert found.benchmarks == {"amc22": ["amc22.parquet"]}
+
+
+@pytest.mark.parametrize(
+    ("override", "better"),
+    [
+        ("reward.custom_reward_function.path=pkg://trainer.verl_reward", "pkg://gradstore.trainer.verl.reward"),
+        (
+            "+actor_rollout_ref.rollout.agent.agent_loop_manager_class=trainer.verl.agent_loop.SeededAgentLoopManager",
+            "gradstore.trainer.verl.agent_loop.SeededAgentLoopManager",
+        ),
+    ],
+)
+def test_old_module_names_are_refused(override: str, better: str) -> None:
+    """verl would say that there is no module of that name, or take another package's."""
+    with pytest.raises(RequestError, match=re.escape(f"write {better}")):
+        settings(override)

@@ -1,0 +1,75 @@
+"""A plain installation, without torch: stores are read, searched and verified; the rest says which extra it needs."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import gradstore
+
+MISSING = ("torch", "transformers", "safetensors", "math_verify", "reasoning_gym")
+
+
+@pytest.fixture
+def plain(tmp_path: Path):
+    """Runs `gradstore` where what the extra `models` brings cannot be imported."""
+    for name in MISSING:
+        absent = f"raise ModuleNotFoundError('No module named {name}', name={name!r})\n"
+        (tmp_path / f"{name}.py").write_text(absent)
+
+    def run(*words: str) -> subprocess.CompletedProcess:
+        path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+        command = [sys.executable, "-m", "gradstore", *words]
+        return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
+
+    return run
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    random = np.random.default_rng(0)
+    store = gradstore.create(tmp_path / "store", dim=32, fingerprint={"objective": {"importance": False}})
+    for name, n in (("pool", 8), ("bench", 2)):
+        ids = [f"p{i}" for i in range(n)]
+        store.add_problems(name, [{"id": problem, "prompt": "?"} for problem in ids])
+        for step in (0, 1):
+            with store.writer(name, step=step) as writer:
+                writer.append(ids, random.normal(size=(n, 32)).astype(np.float32))
+    return tmp_path / "store"
+
+
+def test_stores_are_read(plain, store: Path) -> None:
+    both = ["--pool", "pool", "--against", "bench"]
+    for words in (
+        ["query", str(store), *both, "--json"],
+        ["select", str(store), *both, "-n", "3", "--out", str(store.parent / "picked")],
+        ["info", str(store)],
+        ["verify", str(store)],
+        ["compact", str(store), "--keep", "newest"],
+        ["selectors"],
+        ["report", str(store), "--out", str(store.parent / "report.html")],
+    ):
+        done = plain(*words)
+        assert done.returncode == 0, (words, done.stderr)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["rollout", "pool.jsonl", "--model", "m", "--reward", "math", "--out", "r.jsonl"],
+        ["collect", "store", "pool", "r.jsonl", "--model", "m"],
+        ["train", "--model", "m", "--pool", "pool.jsonl", "--benchmark", "b=b.jsonl", "--out", "run"],
+        ["demo"],
+    ],
+)
+def test_the_extra_is_named(plain, words: list[str], tmp_path: Path) -> None:
+    for name in ("pool.jsonl", "b.jsonl", "r.jsonl"):
+        (tmp_path / name).write_text('{"id": "a", "prompt": "1+1", "ground_truth": "2"}\n')
+    words = [str(tmp_path / word) if word.endswith(".jsonl") else word for word in words]
+    done = plain(*words)
+    assert done.returncode == 2
+    assert "gradstore[models]" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
