@@ -46,13 +46,12 @@ def run(command: list[str], folder: Path, **environment: str) -> str:
 
 def test_each_module_once(built: tuple[Path, Path]) -> None:
     source, wheel = built
-    expected = {name for name in files()}
+    expected = list(files())
     with zipfile.ZipFile(wheel) as packed:
         names = packed.namelist()
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"gradstore"}
-    modules = [
-        name.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for name in names if name[-3:] == ".py"
-    ]
+    python = [name.removesuffix(".py") for name in names if name.endswith(".py")]
+    modules = [name.removesuffix("/__init__").replace("/", ".") for name in python]
     assert sorted(modules) == sorted(expected)
     assert {"gradstore/py.typed", "gradstore/__init__.pyi", "gradstore/engine/__init__.pyi"} <= set(names)
     assert any(name.startswith("gradstore/demo/model/") for name in names)
@@ -64,7 +63,7 @@ def test_each_module_once(built: tuple[Path, Path]) -> None:
 
 
 def test_beside_others_of_the_same_names(built: tuple[Path, Path], tmp_path: Path) -> None:
-    """Another distribution's `trainer`, a user's folder `engine` and script `analysis.py`, PYTHONPATH=. for the rest."""
+    """Another distribution's `trainer`, a user's folder `engine` and script `analysis.py`, and PYTHONPATH=."""
     _, wheel = built
     environment = tmp_path / "environment"
     run([sys.executable, "-m", "venv", "--without-pip", str(environment)], tmp_path)
@@ -86,18 +85,21 @@ def test_beside_others_of_the_same_names(built: tuple[Path, Path], tmp_path: Pat
         (user / name).write_text("raise ImportError('this is the user\\'s own')\n")
     make_store(user / "store")
     command = [str(environment / "bin" / "gradstore")]
-    for _ in range(2):
+    for out in ("with", "without"):
         where = run([python, "-c", "import gradstore.trainer; print(gradstore.trainer.__file__)"], user, PYTHONPATH=".")
         assert where.startswith(str(site))
         assert "select" in run([*command, "--help"], user, PYTHONPATH=".")
         assert "p3" in run([*command, "query", "store", "--pool", "pool", "--against", "bench"], user, PYTHONPATH=".")
-        for words in (["verify", "store"], ["info", "store"], ["selectors"], ["report", "store", "--out", "r.html"]):
+        for words in (
+            ["verify", "store"],
+            ["info", "store"],
+            ["selectors"],
+            ["report", "store", "--out", f"{out}.html"],
+        ):
             run([*command, *words], user, PYTHONPATH=".")
         code = "from gradstore import engine; import gradstore; engine.SketchSpec(), gradstore.Sketcher"
         run([python, "-c", code], user, PYTHONPATH=".")
-        run([python, "-m", "gradstore", "data", "reasoning-gym:gcd:3", "--out", "gcd.jsonl"], user, PYTHONPATH=".")
-        (user / "gcd.jsonl").unlink()
-        (user / "r.html").unlink()
+        run([python, "-m", "gradstore", "data", "reasoning-gym:gcd:3", "--out", f"{out}.jsonl"], user, PYTHONPATH=".")
         if (site / "trainer").exists():
             run([*pip, "uninstall", "--yes", "trainer"], tmp_path)
     assert not (site / "trainer").exists()
