@@ -86,7 +86,7 @@ def test_beside_others_of_the_same_names(built: tuple[Path, Path], tmp_path: Pat
     make_store(user / "store")
     command = [str(environment / "bin" / "gradstore")]
     for out in ("with", "without"):
-        where = run([python, "-c", "import gradstore.trainer; print(gradstore.trainer.__file__)"], user, PYTHONPATH=".")
+        where = run([python, "-c", "import gradstore.trainer as t; print(t.__file__)"], user, PYTHONPATH=".")
         assert where.startswith(str(site))
         assert "select" in run([*command, "--help"], user, PYTHONPATH=".")
         assert "p3" in run([*command, "query", "store", "--pool", "pool", "--against", "bench"], user, PYTHONPATH=".")
