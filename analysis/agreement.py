@@ -1,4 +1,4 @@
-"""How alike two rankings of the same problems are, and how alike chance alone lets them be: pure functions.
+"""Agreement of two rankings of the same problems, and the agreement that noise alone would leave; pure functions.
 
 Dimension letters: P problems, D depth.
 """
@@ -7,11 +7,11 @@ import numpy as np
 from scipy.stats import rankdata  # type: ignore[import-untyped]
 
 _CALIBRATION = 1 << 20
-"""Sets the draws of the calibration apart from those of the simulations."""
+"""Seed component that separates the calibration's draws from the simulations'."""
 
 
 def spearman(a_P: np.ndarray, b_P: np.ndarray) -> float:
-    """Correlation of the ranks, equal scores sharing their mean rank; nan for fewer than three, or no variation."""
+    """Spearman rank correlation; ties get their mean rank. nan for fewer than three scores, or constant scores."""
     if len(a_P) < 3:
         return float("nan")
     x_P, y_P = rankdata(a_P) - (len(a_P) + 1) / 2, rankdata(b_P) - (len(b_P) + 1) / 2
@@ -20,20 +20,23 @@ def spearman(a_P: np.ndarray, b_P: np.ndarray) -> float:
 
 
 def order(scores_P: np.ndarray) -> np.ndarray:
-    """Places from the largest score to the smallest, equal ones in the order they are in: int64 [P]."""
+    """Positions sorted from the largest score to the smallest, ties in their given order: int64 [P]."""
     return np.argsort(-scores_P, kind="stable")
 
 
 def jaccard(a_P: np.ndarray, b_P: np.ndarray, k: int) -> float:
-    """Share of the union of the two best k that is in both."""
+    """Jaccard index of the two top-k sets: size of the intersection over size of the union."""
     both = len(np.intersect1d(order(a_P)[:k], order(b_P)[:k]))
     size = min(k, len(a_P))
     return both / (2 * size - both) if size else float("nan")
 
 
 def rank_biased_overlap(a_P: np.ndarray, b_P: np.ndarray, k: int) -> float:
-    """Overlap of the two orders, averaged over depths d with weights p^d, p = 1 - 1/k (a reader who looks at k on
-    average), extrapolated beyond depth 20 k: RBO_ext of Webber, Moffat and Zobel, TOIS 2010, equation 32."""
+    """Rank-biased overlap of two orders: top-d overlap averaged over depths d with weights p^d, p = 1 - 1/k.
+
+    Such a reader looks at k problems on average. Extrapolated beyond depth 20 k: RBO_ext of Webber, Moffat and Zobel,
+    TOIS 2010, equation 32.
+    """
     n = len(a_P)
     if not n:
         return float("nan")
@@ -48,9 +51,9 @@ def rank_biased_overlap(a_P: np.ndarray, b_P: np.ndarray, k: int) -> float:
 
 
 def calibrated(scores_P: np.ndarray, noise_P: np.ndarray, reliability: float, *, seed: int = 0) -> np.ndarray:
-    """Noise of the same proportions such that two measurements agree by the reliability (Spearman): float64 [P].
+    """Scale the noise so that two measurements have the given reliability (Spearman): float64 [P].
 
-    noise_P: standard deviations, up to a common factor, which is found by bisection. nan for a reliability of nan.
+    noise_P: standard deviations up to a common factor; bisection finds the factor. nan for a reliability of nan.
     """
     if not np.isfinite(reliability) or len(scores_P) < 3:
         return np.full(len(scores_P), np.nan)
@@ -68,10 +71,11 @@ def calibrated(scores_P: np.ndarray, noise_P: np.ndarray, reliability: float, *,
 def chance(
     scores_P: np.ndarray, noise_P: np.ndarray, anew_P: np.ndarray, k: int, *, seed: int = 0
 ) -> tuple[float, float, float]:
-    """(Spearman, Jaccard of the best k, rank-biased overlap) of scores with those of other rollouts, nothing having
-    changed: the mean of seeded simulations, eight or fewer for many problems; nan where the noise is not known.
+    """Noise floor (Spearman, Jaccard of the top k, rank-biased overlap): scores against a second measurement.
 
-    noise_P: standard deviation of each score. anew_P: bool, which problems are measured again; the others keep theirs.
+    It is the agreement with other rollouts if the policy has not changed: a mean over seeded simulations, at most
+    eight. nan if the noise is unknown. noise_P: standard deviation of each score. anew_P: bool, problems that are
+    measured again; the others keep their score.
     """
     if not len(scores_P) or not np.isfinite(noise_P).all():
         return (float("nan"),) * 3
@@ -86,8 +90,8 @@ def chance(
 
 
 def _measured_again(scores_P: np.ndarray, noise_P: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """A second measurement given the first: the truth is normal around the pool's mean, with what variance the noise
-    leaves of the scores' (at least a hundredth)."""
+    """Simulate a second measurement given the first. The true scores are normal around the pool's mean; their variance
+    is the scores' variance minus the noise's (at least a hundredth of it)."""
     mean, variance = scores_P.mean(), scores_P.var()
     truth = max(float(variance - np.mean(noise_P**2)), 0.01 * float(variance))
     kept_P = truth / (truth + noise_P**2)

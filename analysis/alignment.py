@@ -15,21 +15,21 @@ COLUMNS = ["id", "step", "score", "norm", "pass_rate", "state", "age", "source"]
 def alignment(
     store: Store, pool: str, benchmark: str, metric: Metric = "cosine", steps: Sequence[int] | None = None
 ) -> pd.DataFrame:
-    """One row a problem and step: how well the problem aligned with the benchmark, as seen at that step.
+    """Alignment of each problem with the benchmark at each step, one row per problem and step.
 
-    steps: None: every step at which the benchmark has rows. At step s the newest row of the problem at or before s is
+    steps: None: every step at which the benchmark has rows. At step s, the problem's newest row at or before s is
     scored against the benchmark's target at or before s (docs/methods.md: cosine, dot, fisher).
 
     Columns: id (categorical), step int64, score float32 (nan: not live, or no target yet), norm float32, pass_rate
     float32 (nan unknown), state (categorical: live, no_signal, failed, unmeasured), age float64 (steps since the row
-    was computed; nan where there is none), source (categorical). Ordered by step, then as the problems were added.
+    was computed; nan without a row), source (categorical). Ordered by step, then by the order of addition.
     Raises RequestError for an unknown collection or metric.
     """
     return to_frame(trajectory(store, pool, benchmark, metric, steps))
 
 
 def to_frame(seen: Trajectory) -> pd.DataFrame:
-    """A trajectory as the frame of `alignment`."""
+    """Convert a trajectory to the frame of `alignment`."""
     n_steps, n_problems = seen.scores_SP.shape
     sources, source_codes = np.unique(seen.sources.astype(str), return_inverse=True)
     states_SP = np.where(seen.states_SP == UNMEASURED, len(STATE_NAMES) - 1, seen.states_SP).astype(np.int8)
@@ -72,7 +72,7 @@ def summary(frame: pd.DataFrame, by: str | None = None) -> pd.DataFrame:
 
 
 def states(frame: pd.DataFrame) -> pd.DataFrame:
-    """How many problems were in each state at each step, from the frame of `alignment`.
+    """Number of problems in each state at each step, from the frame of `alignment`.
 
     Columns: step, state, n int64, share float64 (of the pool).
     """

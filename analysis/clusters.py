@@ -1,7 +1,7 @@
-"""Clusters of gradients, a map of them in two dimensions, and the problems that stand for each cluster.
+"""Clusters of gradients, a two-dimensional map of them, and representative problems of each cluster.
 
-Unit rows, so that distance is 2 - 2 cosine. The model is fitted to a seeded draw of the live problems and every live
-problem is assigned in blocks, so that memory is that of the draw.
+Rows have unit length, so the squared distance is 2 - 2 cosine. The model is fitted to a seeded sample of the live
+problems; then all live problems are assigned in blocks. So the sample's size bounds the memory.
 
 Dimension letters: P live problems, N drawn ones, C clusters, D sketch dimensions.
 """
@@ -19,12 +19,12 @@ Kind = Literal["kmeans", "spectral", "hdbscan"]
 KINDS = ("kmeans", "spectral", "hdbscan")
 MAPS = ("pca", "umap")
 NOISE = -1
-"""Cluster of the problems that hdbscan leaves out."""
+"""Cluster number of problems that hdbscan assigns to no cluster."""
 MOST_DRAWN = 20_000
 MOST_BYTES = 256 << 20
-"""Of the drawn rows, float32."""
+"""Maximum bytes of the drawn rows, float32."""
 MOST_SPECTRAL = 2000
-"""Spectral clustering decomposes a matrix of this many problems squared."""
+"""Maximum problems for spectral clustering, which decomposes a matrix of this size squared."""
 _HDBSCAN_DIMENSIONS = 16
 COLUMNS = ["id", "source", "cluster", "x", "y", "similarity", "representative", "norm", "pass_rate", "step"]
 
@@ -41,13 +41,13 @@ def clusters(
     representatives: int = 3,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """The cluster and the place on a map of every live problem of the pool's view at a step.
+    """Cluster and map position of every live problem of the pool's view at a step.
 
     kind: `kmeans` (scikit-learn's MiniBatchKMeans); `spectral` (nearest-neighbour graph over at most 2,000 drawn
-    problems); `hdbscan` (density, over 16 principal components; finds the number of clusters by itself, leaves
-    outliers in cluster -1). n_clusters: None: 8, or fewer for small pools. layout: `pca`, or `umap` where umap-learn is
-    installed. most: problems drawn for fitting. Problems outside the draw go to the cluster whose centre, the mean of
-    its drawn rows scaled to unit length, they are most similar to. Clusters are numbered by size, 0 the largest.
+    problems); `hdbscan` (density, over 16 principal components; finds the number of clusters by itself, puts outliers
+    in cluster -1). n_clusters: None: 8, or fewer for small pools. layout: `pca`, or `umap` if umap-learn is installed.
+    most: maximum problems drawn for fitting. Other problems go to the cluster with the most similar centre; a centre is
+    the mean of the cluster's drawn rows, scaled to unit length. Clusters are numbered by size; 0 is the largest.
 
     Columns: id, source, cluster int64, x, y float64 (map), similarity float64 (cosine with the cluster's centre; nan
     for cluster -1), representative bool (the few most similar to their centre), norm, pass_rate float32, step
@@ -94,7 +94,7 @@ def clusters(
 
 
 def sizes(frame: pd.DataFrame) -> pd.DataFrame:
-    """Clusters of the frame of `clusters`, one row each.
+    """Summary of the frame of `clusters`, one row per cluster.
 
     Columns: cluster int64, n int64, share float64, similarity float64 (mean cosine with the centre), pass_rate float64
     (mean), source (the most frequent), source_share float64 (its share of the cluster), representatives (list of ids,
@@ -141,7 +141,7 @@ def _spectral(rows_ND: np.ndarray, n_clusters: int, seed: int) -> np.ndarray:
     similar_NN = rows_ND @ rows_ND.T
     np.fill_diagonal(similar_NN, -np.inf)
     kept_NN = similar_NN >= np.partition(similar_NN, -neighbours, axis=1)[:, [-neighbours]]
-    affinity_NN = np.where(kept_NN | kept_NN.T, np.maximum(similar_NN, 0), 0) + 1e-6  # the floor connects islands
+    affinity_NN = np.where(kept_NN | kept_NN.T, np.maximum(similar_NN, 0), 0) + 1e-6  # 1e-6: connects components
     model = SpectralClustering(n_clusters, affinity="precomputed", random_state=seed, assign_labels="kmeans")
     labels: np.ndarray = model.fit_predict(affinity_NN)
     return labels
@@ -165,7 +165,7 @@ _FITS: dict[str, Callable[[np.ndarray, int, int], np.ndarray]] = {
 
 
 def _pca(rows_ND: np.ndarray, dimensions: int, seed: int) -> Callable[[np.ndarray], np.ndarray]:
-    """Rows -> principal components; the sign of each such that its largest entry is positive (scikit-learn's rule)."""
+    """Map from rows to principal components; each component's largest entry is positive (scikit-learn's rule)."""
     from sklearn.decomposition import PCA
 
     size = min(dimensions, *rows_ND.shape)
@@ -187,7 +187,7 @@ def _map(rows_ND: np.ndarray, layout: str, seed: int) -> Callable[[np.ndarray], 
 
 
 def _centres(rows_ND: np.ndarray, labels_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Unit centres [C, D] and labels 0..C-1 (noise stays)."""
+    """Unit centres [C, D], and labels renumbered to 0..C-1 (NOISE stays)."""
     names, numbers = np.unique(labels_N[labels_N != NOISE], return_inverse=True)
     relabelled = np.full(len(labels_N), NOISE, np.int64)
     relabelled[labels_N != NOISE] = numbers
@@ -214,7 +214,7 @@ def _assign(
 
 
 def _by_size(cluster_P: np.ndarray) -> np.ndarray:
-    """The same clusters numbered from the largest; noise stays."""
+    """Renumber the clusters by size, the largest first; NOISE stays."""
     names, counts = np.unique(cluster_P[cluster_P != NOISE], return_counts=True)
     ranked: Sequence[int] = names[np.argsort(-counts, kind="stable")].tolist()
     number = {name: rank for rank, name in enumerate(ranked)}

@@ -1,4 +1,4 @@
-"""What a set of problems is made of: the share of each source and tag, and of difficulty bands, round by round."""
+"""Composition of problem sets: share of each source, tag and difficulty band, round by round."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,10 +12,10 @@ from gradstore import Store
 from gradstore.errors import RequestError
 
 BANDS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
-"""Edges of the difficulty bands, in pass rates; 0 and 1 exactly are bands of their own."""
+"""Edges of the difficulty bands, in pass rates; exactly 0 and exactly 1 are separate bands."""
 UNKNOWN = "unknown"
 Groups = Callable[[Sequence[str], np.ndarray], list[list[str]]]
-"""(ids, pass rates) -> for each problem the groups it counts under."""
+"""(ids, pass rates) -> list of groups for each problem."""
 
 
 def source_shares(problems: pa.Table) -> dict[str, float]:
@@ -24,17 +24,17 @@ def source_shares(problems: pa.Table) -> dict[str, float]:
 
 
 def tag_shares(problems: pa.Table) -> dict[str, float]:
-    """Tag -> share of the problems that carry it, in [0, 1]."""
+    """Tag -> share of the problems with this tag, in [0, 1]."""
     return _shares((tag for tags in problems.column("tags").to_pylist() for tag in set(tags)), len(problems))
 
 
 def picks_over_time(
     store: Store, pool: str, by: str = "source", clusters: Mapping[str, int] | pd.DataFrame | None = None
 ) -> pd.DataFrame:
-    """What the picks of every recorded round were made of, beside what its candidates were made of.
+    """Composition of each recorded round's picks, compared with its candidates; one row per round and group.
 
-    by: `source`; `tag` (a problem counts under each of its tags); `difficulty` (band of the pass rate the round saw);
-    `cluster` (clusters: the frame of `clusters.clusters`, or id -> cluster).
+    by: `source`; `tag` (a problem counts under each of its tags); `difficulty` (band of the pass rate in the round's
+    table); `cluster` (clusters: the frame of `clusters.clusters`, or id -> cluster).
     Columns: round, step int64, group str, n int64 (picks in the group), share float64 (of the round's picks),
     n_candidates int64, candidate_share float64, lift float64 (share / candidate_share; nan without candidates).
     Every group has a row in every round. RequestError for another `by`, or `cluster` without clusters.
@@ -76,7 +76,7 @@ def difficulty(pass_rates: Iterable[float]) -> list[str]:
 
 
 def _grouping(store: Store, pool: str, by: str, clusters: Mapping[str, int] | pd.DataFrame | None) -> Groups:
-    """(ids, pass rates) -> for each problem the groups it counts under."""
+    """The function (ids, pass rates) -> list of groups for each problem."""
     problems = store.problems(pool)
     if by == "source":
         source = dict(zip(problems["id"].to_pylist(), problems["source"].to_pylist(), strict=True))

@@ -1,5 +1,4 @@
-"""Where benchmarks disagree: cosines of their targets, correlation of their scores, problems that help one and harm
-the other.
+"""Conflicts between benchmarks: cosines of targets, correlation of scores, problems that help one and harm another.
 
 Dimension letters: B benchmarks, P problems, D sketch dimensions.
 """
@@ -29,7 +28,7 @@ def conflict(
     at: int | Sequence[int] | None = None,
     metric: Metric = "cosine",
 ) -> pd.DataFrame:
-    """One row for every pair of benchmarks (and step): how far what helps one helps the other.
+    """Agreement of each pair of benchmarks, one row per pair (and step).
 
     at: a step, several, or None for the newest rows. Columns: step (int64; -1 for the newest), a, b (benchmarks),
     cosine float64 (of the targets), correlation, rank_correlation float64 (Pearson and Spearman of the pool's scores),
@@ -68,13 +67,13 @@ def conflict(
 def contested(
     store: Store, helped: str, harmed: str, pool: str, at: int | None = None, metric: Metric = "cosine", k: int = 20
 ) -> pd.DataFrame:
-    """The k problems that help one benchmark and harm the other most: largest min(score of helped, -score of harmed).
+    """The k problems that most help one benchmark and harm the other: largest min(score_helped, -score_harmed).
 
-    Columns: id, source, score_helped, score_harmed, contest float64 (that minimum; above 0 only). Fewer than k where
-    fewer do both. RequestError where a benchmark has no live problem.
+    Columns: id, source, score_helped, score_harmed, contest float64 (that minimum; only above 0). Fewer than k rows if
+    fewer problems qualify. RequestError if a benchmark has no live problem.
     """
     for name in (helped, harmed):
-        target(store, name, at)  # says which has none
+        target(store, name, at)  # raises for a benchmark without a live problem
     view = store.view(pool, at)
     positions = eligible_positions(view, None)
     scores, _ = _scores(store, [helped, harmed], pool, at, metric)

@@ -1,4 +1,4 @@
-"""What other selectors would have picked at each step, and what would have been gained, judged by what came later."""
+"""Counterfactual curricula: what other selectors would have picked at each step, scored with later rows."""
 
 from collections.abc import Sequence
 
@@ -15,7 +15,7 @@ from gradstore.errors import RequestError
 from gradstore.rounds import Round
 
 SELECTED = ("cosine", "dot", "fisher", "norm", "accgreedy", "rand")
-"""Selectors compared unless others are asked for."""
+"""Selectors compared by default."""
 TRAINED = "(trained on)"
 BEST = "(best in hindsight)"
 COLUMNS = ["step", "selector", "n", "overlap", "alignment", "gained", "best", "regret", "judged_later", "note"]
@@ -33,24 +33,24 @@ def counterfactual(
     among: str = "candidates",
     seed: int = 0,
 ) -> pd.DataFrame:
-    """One row a step and selector, and one for what was trained on and for the best in hindsight.
+    """Compare selectors in hindsight: one row per step and selector, plus the trained picks and the best possible ones.
 
-    benchmark: one, or several, which count alike: scores are means over them. n: problems picked (None: as many as the
-    step's round picked). steps: None: those of the pool's recorded rounds, or where there are none every step of the
-    (first) benchmark. among: `candidates` of the step's round, or the whole `pool`.
-    A pick's alignment in hindsight is its score against the step's target from its first row *after* the step, other
-    rollouts than those it was picked by; where there is none, from the newest row at the step. (Of very many steps the
-    ones with most rows are searched, `measured_steps`.)
+    benchmark: one or several; scores are the mean over them. n: number of problems picked (None: as many as the step's
+    round). steps: None: those of the pool's recorded rounds, or without rounds every step of the (first) benchmark.
+    among: `candidates` of the step's round, or the whole `pool`.
+    A pick's alignment in hindsight is its score against the step's target, from its first row *after* the step, so from
+    other rollouts than the selection used. Without a later row, the newest row at the step is used. (If there are very
+    many steps, only those with the most rows are searched: `measured_steps`.)
 
     Columns: step int64, selector, n int64 (picked), overlap float64 (share of the picks that were trained on in that
     round; nan without a round), alignment float64 (mean score of the picks as seen at the step), gained float64 (mean
-    score in hindsight), best float64 (of the best n in hindsight), regret float64 (best - gained), judged_later
-    float64 (share of the picks judged by a later row), note (why a selector could not pick, else empty).
-    Picks without a gradient gain 0; picks never measured are left out of the means.
-    RequestError for an unknown selector, or where n is neither given nor recorded.
+    score in hindsight), best float64 (gained by the best n in hindsight), regret float64 (best - gained), judged_later
+    float64 (share of the picks scored with a later row), note (why a selector could not pick, else empty).
+    Picks without a gradient gain 0; picks that were never measured are left out of the means.
+    RequestError for an unknown selector, or if n is neither given nor recorded.
     """
     for name in selectors:
-        parts_of(name)  # refuses an unknown one
+        parts_of(name)  # raises for an unknown one
     if among not in ("candidates", "pool"):
         raise RequestError(f"among is {among!r}, expected 'candidates' or 'pool'")
     names = [benchmark] if isinstance(benchmark, str) else list(benchmark)
@@ -122,7 +122,7 @@ def _at_step(
             chosen = select(
                 store, view.collection, wanted, n_picked, name, step, candidates=candidates, seed=seed, allow_fewer=True
             )
-        except RequestError as error:  # what it needs is not in the store at this step: told, not hidden
+        except RequestError as error:  # the store lacks data that it needs at this step: report it in `note`
             found.append(row(name, [], str(error)))
             continue
         found.append(row(name, chosen.ids))
@@ -130,7 +130,7 @@ def _at_step(
 
 
 class _LaterRows:
-    """Each problem's first live row after a step, found among the rows that each of the pool's steps brought."""
+    """Finds each problem's first live row after a step."""
 
     def __init__(self, store: Store, pool: str) -> None:
         self._place = {name: number for number, name in enumerate(store.problems(pool)["id"].to_pylist())}
@@ -143,7 +143,7 @@ class _LaterRows:
     def scores(
         self, view: View, step: int, queries_QD: np.ndarray, metric: Metric, now_P: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Scores from the first live row after the step, else those of now; and which are from later: [P] each."""
+        """(scores from the first live row after the step, else now_P; bool: score is from a later row): [P] each."""
         wanted = np.full(len(self._place), -1, np.int64)
         wanted[self._places(view.ids)] = np.arange(len(view))
         found_P, later_P = now_P.copy(), np.zeros(len(view), bool)

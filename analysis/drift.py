@@ -1,4 +1,4 @@
-"""How targets and rankings move over steps, and how much of it is noise; staleness.py has how long a sketch stays good.
+"""Drift of targets and rankings over steps, with noise floors; staleness.py has the half-life of sketches.
 
 Dimension letters: S steps, P problems, D sketch dimensions.
 """
@@ -20,18 +20,18 @@ from gradstore.engine.searching.query import Metric
 __all__ = ["half_life", "ranking_drift", "staleness", "target_drift", "tells_noise"]
 
 _BLOCK = 512
-"""Problems whose gradients are held at once."""
+"""Number of problems whose gradients are in memory at once."""
 _TOO_GOOD = 0.995
-"""A reliability extrapolated to more than this may have been cut off."""
+"""An extrapolated reliability above this may have been clipped to 1."""
 
 
 def target_drift(store: Store, benchmark: str, steps: Sequence[int] | None = None) -> pd.DataFrame:
-    """Cosine between the benchmark's targets at every pair of steps, with the cosine that noise alone would leave.
+    """Cosine between the benchmark's targets at each pair of steps, and its noise floor; one row per pair.
 
-    Columns: step, other int64 (step <= other), cosine float64, noise float64 (the cosine expected between the two had
-    the benchmark's problems other rollouts and the policy not changed; nan where fewer than three problems were
-    measured at both of two successive steps), length float64 (|t| at `other`), n_live int64 (at `other`), consecutive
-    bool. Steps without a live problem are left out. Formula of `noise`: docs/analysis.md.
+    Columns: step, other int64 (step <= other), cosine float64, noise float64 (cosine expected for other rollouts of the
+    benchmark and an unchanged policy; nan if fewer than three problems were measured at both of two successive steps),
+    length float64 (|t| at `other`), n_live int64 (at `other`), consecutive bool. Steps without a live problem are left
+    out. Formula of `noise`: docs/analysis.md.
     """
     found = []
     for step in steps_of(store, benchmark, steps).tolist():
@@ -69,15 +69,15 @@ def ranking_drift(
     reliability: float | None = None,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Agreement of the pool's ranking with that of the step before, and with that of the first step.
+    """Agreement of the pool's ranking at each step with the previous step's and the first step's.
 
-    k: the best k that are compared (None: a tenth of the problems in common). reliability: the rank reliability of a
-    score; None: what the store tells (`noise.rank_reliability`). Over the problems live at both steps.
+    Only problems live at both steps are compared. k: size of the compared top-k sets (None: a tenth of the common
+    problems). reliability: rank reliability of a score; None: estimated from the store (`noise.rank_reliability`).
 
-    Columns: step, other int64 (other < step), against (`previous` or `first`), n int64 (problems in common), k int64,
-    spearman, jaccard, rbo float64, refreshed float64 (share measured anew in between), noise_spearman, noise_jaccard,
-    noise_rbo float64 (what noise alone would leave of the three: nan where the store cannot tell), reliability float64,
-    noise_from (`probes`, `repeats`, `given`, `none`).
+    Columns: step, other int64 (other < step), against (`previous` or `first`), n int64 (common problems), k int64,
+    spearman, jaccard, rbo float64, refreshed float64 (share measured again in between), noise_spearman, noise_jaccard,
+    noise_rbo float64 (noise floors of the three; nan if unknown), reliability float64, noise_from (`probes`, `repeats`,
+    `given`, `none`).
     """
     seen = trajectory(store, pool, benchmark, metric, steps)
     ranked = np.flatnonzero(np.isfinite(seen.scores_SP).any(axis=1)).tolist()
@@ -118,9 +118,9 @@ def ranking_drift(
 
 
 def tells_noise(frame: pd.DataFrame) -> bool:
-    """Whether the noise floor of a frame of `ranking_drift` can be believed.
+    """Whether the noise floor of a `ranking_drift` frame is reliable.
 
-    Extrapolated from few steps it may end above full agreement, where it is cut to 1: then it says nothing.
+    An extrapolation from few steps may exceed full agreement and is then clipped to 1, which carries no information.
     """
     trust = float(frame["reliability"].iloc[-1])
     return math.isfinite(trust) and (str(frame["noise_from"].iloc[-1]) != "repeats" or trust < _TOO_GOOD)
@@ -129,10 +129,10 @@ def tells_noise(frame: pd.DataFrame) -> bool:
 def _score_noise(
     store: Store, pool: str, benchmark: str, metric: Metric, seen: Trajectory, reliability: float, seed: int
 ) -> np.ndarray:
-    """Standard deviation of each problem's score over draws of its rollouts, float64 [P]; nan where unknown.
+    """Standard deviation of each problem's score over draws of its rollouts, float64 [P]; nan if unknown.
 
-    Which problems are noisier than others is known from those measured more than once; how noisy all of them are
-    together from the reliability, at the step with the most scores.
+    Repeated measurements give the proportions between problems. The reliability gives the common scale, at the step
+    with the most scores.
     """
     repeats = trajectory(store, pool, benchmark, metric, measured_steps(store, pool))
     proportions_P = measurement_noise(repeats.measured.astype(np.float64))
@@ -150,11 +150,11 @@ def _score_noise(
 
 
 def _noise_energies(store: Store, benchmark: str, steps: Sequence[int]) -> np.ndarray:
-    """E|t - its expectation|^2 of the target at each step, over draws of the rollouts: float64 [steps].
+    """Noise energy E|t - E t|^2 of the target t at each step, over draws of the rollouts: float64 [steps].
 
-    From successive steps: with e_v the change of problem v's gradient, sum |e_v - mean e|^2 / (n (m - 1)) over the m
-    problems measured anew is the noise of both targets together (what moves all problems alike is drift); a step's is
-    half the mean of its one or two differences.
+    It comes from successive steps. With e_v the change of problem v's gradient, sum |e_v - mean e|^2 / (n (m - 1)) over
+    the m problems measured again is the noise of both targets together; a change common to all problems is drift. A
+    step's energy is half the mean of its one or two differences.
     """
     differences = np.full(len(steps) + 1, np.nan)  # [i + 1]: between steps i and i + 1
     for i, (step, other) in enumerate(pairwise(steps)):

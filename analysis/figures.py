@@ -1,6 +1,6 @@
-"""Each frame of the analysis as a figure, in the plain values of report/pieces.py: frames in, figures out.
+"""Convert each frame of the analysis to a figure, described by the plain values of report/pieces.py.
 
-The report puts these on its page, with titles and words that know the store's names; `plots` shows them in plotly.
+The report puts them on its page, with titles that use the store's names; `plots` shows them in plotly.
 """
 
 import math
@@ -20,13 +20,16 @@ _FLOORS = {
     "given": "from the reliability given",
 }
 SELECTORS = {curricula.TRAINED: "trained on", curricula.BEST: "best in hindsight"}
-"""What the frame of counterfactual curricula calls otherwise."""
+"""Display names of special selectors in the frame of `curricula.counterfactual`."""
 _MOST_GROUPS = 9
 
 
 def alignment(frame: pd.DataFrame | Mapping[str, pd.DataFrame], ids: Sequence[str] | None = None) -> Figure:
-    """The frame of `alignment.alignment`, or one a benchmark: lines of some problems of the one frame, or of each
-    frame the pool's median with its 5th to 95th percentile."""
+    """Figure of `alignment.alignment` frames (one, or one per benchmark).
+
+    ids: show a line for each of these problems of the one frame; None: each frame's pool median with its 5th to 95th
+    percentile.
+    """
     series = []
     if ids is not None and isinstance(frame, pd.DataFrame):
         for name in ids:
@@ -43,7 +46,7 @@ def alignment(frame: pd.DataFrame | Mapping[str, pd.DataFrame], ids: Sequence[st
 
 
 def target_drift(frame: pd.DataFrame) -> Figure:
-    """The frame of `drift.target_drift`: cosines with the step before and the first step, and the noise floor."""
+    """Figure of `drift.target_drift`: cosines with the previous and the first step, and the noise floor."""
     pairs = frame[frame["step"] != frame["other"]]
     first, before = pairs[pairs["step"] == pairs["step"].min()], pairs[pairs["consecutive"]]
     series = [
@@ -59,9 +62,9 @@ def target_drift(frame: pd.DataFrame) -> Figure:
 
 
 def ranking_drift(frame: pd.DataFrame, measure: str = "spearman", against: str = "previous") -> Figure:
-    """The frame of `drift.ranking_drift`: `spearman`, `jaccard` or `rbo` with the step before and the first step.
+    """Figure of `drift.ranking_drift`: `spearman`, `jaccard` or `rbo` with the previous and the first step.
 
-    The noise floor is that of the pairs `against` the `previous` or the `first` step.
+    against: whose noise floor is drawn, that of pairs with the `previous` or the `first` step.
     """
     before, first = frame[frame["against"] == "previous"], frame[frame["against"] == "first"]
     series = [
@@ -87,7 +90,7 @@ def ranking_drift(frame: pd.DataFrame, measure: str = "spearman", against: str =
 
 
 def half_life(agreement: pd.DataFrame, fitted: pd.DataFrame) -> Figure:
-    """The frames of `drift.staleness` and `drift.half_life`: rank agreement by age with the fitted curves."""
+    """Figure of `drift.staleness` and `drift.half_life`: rank agreement by age, with the fitted curves."""
     series = []
     for row in fitted.to_dict("records"):
         pairs = agreement[agreement["group"] == row["group"]]
@@ -107,9 +110,9 @@ def half_life(agreement: pd.DataFrame, fitted: pd.DataFrame) -> Figure:
 
 
 def counterfactual(frame: pd.DataFrame, value: str = "gained", words: Mapping[str, str] | None = None) -> Figure:
-    """The frame of `curricula.counterfactual`: `gained`, `regret`, `alignment` or `overlap` by step.
+    """Figure of `curricula.counterfactual`: `gained`, `regret`, `alignment` or `overlap` by step.
 
-    words: what a selector is called, where not by its name.
+    words: selector -> display name, if not the selector's name.
     """
     what = {
         "gained": "Alignment gained",
@@ -129,9 +132,9 @@ def counterfactual(frame: pd.DataFrame, value: str = "gained", words: Mapping[st
 
 
 def picks_over_time(frame: pd.DataFrame, value: str = "share", by: str = "group") -> Figure:
-    """The frame of `composition.picks_over_time`: `share` or `lift` of the groups picked most, by the rounds' steps.
+    """Figure of `composition.picks_over_time`: `share` or `lift` of the most picked groups, by the rounds' steps.
 
-    by: what the groups are (`source`, `tag`, `difficulty`, `cluster`), for the words and the order.
+    by: kind of the groups (`source`, `tag`, `difficulty`, `cluster`); decides the title and the order.
     """
     totals = frame.groupby("group")["n"].sum().sort_values(ascending=False)
     kept = [str(name) for name in totals.index[:_MOST_GROUPS]]
@@ -162,7 +165,7 @@ def picks_over_time(frame: pd.DataFrame, value: str = "share", by: str = "group"
 
 
 def turning(frame: pd.DataFrame) -> Figure:
-    """The frame of `turning.turning`: mean alignment before and after, one point a problem that changed sign."""
+    """Figure of `turning.turning`: mean alignment before and after, one point per problem that changed sign."""
     series = []
     for certain, rows in frame.groupby("significant"):
         hover = [
@@ -177,9 +180,9 @@ def turning(frame: pd.DataFrame) -> Figure:
 
 
 def clusters(frame: pd.DataFrame, texts: Mapping[str, str] | None = None) -> Figure:
-    """The frame of `clusters.clusters`: the map, one point a problem, representatives larger.
+    """Figure of `clusters.clusters`: the map, one point per problem, representatives larger.
 
-    texts: id -> what else a problem's hover says.
+    texts: id -> additional hover text.
     """
     series = []
     for number, members in frame.groupby("cluster"):
@@ -199,12 +202,12 @@ def clusters(frame: pd.DataFrame, texts: Mapping[str, str] | None = None) -> Fig
 
 
 def cluster_name(number: int) -> str:
-    """What a cluster is called on figures and in tables."""
+    """Name of a cluster in figures and tables."""
     return "no cluster" if number == NOISE else f"cluster {number}"
 
 
 def suspicious(frame: pd.DataFrame, first: int = 50) -> Figure:
-    """The frame of `suspicion.suspicious`: alignment and pass rate of all problems, the first ones marked."""
+    """Figure of `suspicion.suspicious`: alignment and pass rate of all problems, with the first ones marked."""
     known = "score" if frame["score"].notna().any() else "own"
     series = []
     for name, rows in (("the rest", frame.iloc[first:]), (f"the {min(first, len(frame))} first", frame.iloc[:first])):
@@ -219,8 +222,10 @@ def suspicious(frame: pd.DataFrame, first: int = 50) -> Figure:
 
 
 def conflict(frame: pd.DataFrame, value: str = "cosine") -> Figure:
-    """The frame of `conflict.conflict`: `cosine`, `correlation` or `rank_correlation` of each pair, by step; of one
-    step as a map of all pairs."""
+    """Figure of `conflict.conflict`: `cosine`, `correlation` or `rank_correlation` of each pair, by step.
+
+    A frame of a single step gives a heatmap of all pairs.
+    """
     what = {
         "cosine": "Cosine between the targets",
         "correlation": "Correlation of the scores",
@@ -244,7 +249,7 @@ def conflict(frame: pd.DataFrame, value: str = "cosine") -> Figure:
 
 
 def layers(frame: pd.DataFrame, value: str = "share") -> Figure:
-    """The frame of `layers.layers`: `share`, `term` or `energy` of each layer by step."""
+    """Figure of `layers.layers`: `share`, `term` or `energy` of each layer, by step."""
     what, says = {
         "share": ("Share of the score", "Mean absolute term of the score in each layer, as a share of all layers."),
         "term": ("Mean term of the score", "What each layer adds to the mean score, with its sign."),
@@ -262,6 +267,6 @@ def layers(frame: pd.DataFrame, value: str = "share") -> Figure:
 
 
 def _agreement_range(series: Sequence[Series]) -> tuple[float, float]:
-    """From 0, or the lowest value, to full agreement: the same scale at every figure of agreement."""
+    """Axis range from 0 (or the lowest value) to full agreement, the same in all agreement figures."""
     lowest = min((y for one in series for y in one.y if math.isfinite(y)), default=0.0)
     return min(0.0, lowest) - 0.05, 1.05

@@ -1,4 +1,4 @@
-"""Through which layers a pool aligns with a benchmark, and where its gradients have their energy, over steps.
+"""Share of each layer in a pool's alignment with a benchmark, and in the energy of its gradients, over steps.
 
 Dimension letters: P problems, K problems drawn, L layers, D sketch dimensions.
 """
@@ -14,7 +14,7 @@ from gradstore.engine.searching.query import Metric
 from gradstore.engine.searching.shares import layer_contributions
 
 MOST_PROBLEMS = 2000
-"""Problems a step's shares are averaged over; of more, this many are drawn with a seed."""
+"""Maximum problems that a step's shares are averaged over; a larger pool is sampled with a seed."""
 _BLOCK_BYTES = 32 << 20
 
 
@@ -29,12 +29,13 @@ def layers(
     most: int = MOST_PROBLEMS,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """One row a step and layer. steps: None: every step of the benchmark. ids: these problems only, where live.
+    """Contribution of each layer to the score, one row per step and layer.
 
-    Columns: step int64, layer str, position int64 (the layer's place in the store), term float64 (mean over the
-    problems of the layer's term of the score; the terms of a step sum to the mean score), share float64 (mean absolute
-    term over the sum of those of all layers), energy float64 (mean share of the squared gradient), dims int64,
-    n int64 (problems averaged over). Steps without a target or a live problem are left out.
+    steps: None: every step of the benchmark. ids: use only these problems, if live. Columns: step int64, layer str,
+    position int64 (the layer's index in the store), term float64 (the layer's term of the score, mean over the
+    problems; a step's terms sum to the mean score), share float64 (mean absolute term over the sum of those of all
+    layers), energy float64 (mean share of the squared gradient), dims int64, n int64 (problems averaged over). Steps
+    without a target or a live problem are left out.
     """
     rows = []
     names = [name for name, _, _ in store.layers]
@@ -69,7 +70,7 @@ def layers(
 
 
 def _drawn(view: View, ids: Sequence[str] | None, most: int, seed: int) -> np.ndarray:
-    """Positions of live problems to average over: all, or `most` of them drawn with a seed, ascending."""
+    """Ascending positions of live problems to average over: all, or `most` of them drawn with a seed."""
     if ids is None:
         positions = view.live_positions
     else:

@@ -1,7 +1,7 @@
-"""How reliable a pool's scores are: from the halves of stored probes where there are any, else from repeated rows.
+"""Reliability of a pool's scores, estimated from the halves of stored probes, or else from repeated rows.
 
-A score is an estimate from a few rollouts. Its rank reliability is the Spearman that two separate sets of rollouts of
-the same problems at the same policy would show; nothing that agrees less than that has to have drifted.
+A score is an estimate from a few rollouts. Its rank reliability is the Spearman correlation between two separate sets
+of rollouts of the same problems under the same policy. Two rankings that agree this well show no drift.
 
 Dimension letters: P problems, G rollouts.
 """
@@ -25,20 +25,20 @@ _HALVES = ("id", "step", "even", "odd", "dot", "standard_error", "p_value", "t",
 
 @dataclass(frozen=True, slots=True)
 class RankReliability:
-    """Spearman of two separate measurements, and where the figure is from."""
+    """Spearman correlation of two separate measurements, and the data it was estimated from."""
 
     value: float
-    """nan where the store cannot tell."""
+    """nan if the store does not allow an estimate."""
     source: str
     """`probes` (halves of the rollouts), `repeats` (rows of several steps, extrapolated to age 0), `given`, `none`."""
     n_problems: int
 
 
 def rank_reliability(store: Store, pool: str, benchmark: str, step: int | None = None) -> RankReliability:
-    """From probes along the benchmark at the step (the nearest that has some), else from repeated rows.
+    """Estimate the rank reliability from probes along the benchmark at the nearest step, else from repeated rows.
 
-    Probes: Spearman of the dots of even and odd rollouts, carried to all of them by Spearman-Brown. Repeats: the
-    intercept of rank agreement over age (`staleness.half_life`), which needs problems measured at three steps or more.
+    Probes: Spearman between the dots of even and odd rollouts, corrected to all rollouts by Spearman-Brown. Repeats:
+    intercept of rank agreement over age (`staleness.half_life`); this needs problems measured at three or more steps.
     """
     table = half_dots(store, pool, benchmark, step)
     if len(table) >= LEAST_PROBLEMS:
@@ -52,10 +52,10 @@ def rank_reliability(store: Store, pool: str, benchmark: str, step: int | None =
 
 
 def measurement_noise(measured_SP: np.ndarray) -> np.ndarray:
-    """Standard deviation of one measured score of each problem, float64 [P], from successive measurements of it.
+    """Standard deviation of one measured score per problem, float64 [P], from successive measurements.
 
-    measured_SP: nan where not measured. Half the squared differences of successive measurements, moderated over the
-    pool; the drift in between is in it. nan where no problem was measured twice.
+    measured_SP: nan where not measured. The variance is half the squared differences of successive measurements,
+    moderated over the pool; it includes the drift in between. nan if no problem was measured twice.
     """
     squares_P, freedom_P = np.zeros(measured_SP.shape[1]), np.zeros(measured_SP.shape[1], np.int64)
     last_P = np.full(measured_SP.shape[1], np.nan)
@@ -69,13 +69,13 @@ def measurement_noise(measured_SP: np.ndarray) -> np.ndarray:
 
 
 def moderated(squares_P: np.ndarray, freedom_P: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(standard deviation of one measurement of each problem, its degrees of freedom): float64 [P] each.
+    """Moderated (standard deviation of one measurement, degrees of freedom) per problem: float64 [P] each.
 
     squares_P: sum of squared deviations from the problem's means, with freedom_P degrees of freedom (0: none). Noise
-    differs between problems, and few measurements of one say little of it: variances are taken to be drawn from a
-    scaled inverse chi-square distribution with d0 degrees of freedom around s0^2, both fitted to the pool by the
-    moments of log variances, and are shrunk to it: s^2 = (d0 s0^2 + squares) / (d0 + freedom) (Smyth 2004, sections
-    3 and 6.2). nan where no problem was measured twice on a side.
+    differs between problems, but few measurements of one problem estimate it poorly. So variances are assumed to follow
+    a scaled inverse chi-square distribution with d0 degrees of freedom around s0^2, fitted to the pool by the moments
+    of log variances, and are shrunk: s^2 = (d0 s0^2 + squares) / (d0 + freedom) (Smyth 2004, sections 3 and 6.2). nan
+    if no problem was measured twice on a side.
     """
     repeated = freedom_P > 0
     if not repeated.any():
@@ -92,16 +92,15 @@ def moderated(squares_P: np.ndarray, freedom_P: np.ndarray) -> tuple[np.ndarray,
         s0 = float(np.exp(e.mean() + special.digamma(d0 / 2) - np.log(d0 / 2)))
         shrunk_P = (d0 * s0 + squares_P) / (d0 + freedom_P)
         return np.sqrt(shrunk_P), d0 + freedom_P
-    # The variances differ by no more than chance: one for all.
+    # The variances differ no more than by chance: use one for all.
     return np.full(len(squares_P), np.sqrt(squares_P.sum() / freedom_P.sum())), np.full(len(squares_P), np.inf)
 
 
 def half_dots(store: Store, pool: str, benchmark: str, step: int | None = None) -> pd.DataFrame:
-    """The dots of the even and of the odd rollouts of every probed problem with a signal, along the benchmark.
+    """Probe dots of the even and the odd rollouts along the benchmark, one row per probed problem with a signal.
 
-    step: the step of the probes; the nearest that has some is taken, the newest for None. A half without signal has
-    measured nothing and is 0. Columns: id, step int64, even, odd, dot, standard_error, p_value, t float64, n int64
-    (rollouts). Empty where there are no probes.
+    step: the nearest step with probes is used; None: the newest. A half without signal is 0. Columns: id, step int64,
+    even, odd, dot, standard_error, p_value, t float64, n int64 (rollouts). Empty if there are no probes.
     """
     batch, at = stored_probes(store, pool, benchmark, step)
     if batch is None:
@@ -133,7 +132,7 @@ def half_dots(store: Store, pool: str, benchmark: str, step: int | None = None) 
 def stored_probes(
     store: Store, pool: str, benchmark: str, step: int | None = None
 ) -> tuple[ProbeBatch | None, int | None]:
-    """Probes of the pool along the benchmark at the step nearest to the one asked (None: the newest), and that step."""
+    """(probes of the pool along the benchmark at the step nearest to `step`, that step); None: the newest step."""
     steps = np.unique(store.probes(pool, target=benchmark)["step"].to_numpy())
     if not len(steps):
         return None, None

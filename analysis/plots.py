@@ -1,7 +1,7 @@
-"""A plotly figure for each frame of the analysis, as the report draws it; needs the extra `report`.
+"""A plotly figure for each frame of the analysis, drawn as in the report; needs the extra `report`.
 
-Arguments are those of the function of the same name in figures.py. Frames in, figures out; colours of text, grid and
-paper are those of the template in use.
+Each function has the arguments of the function of the same name in figures.py. The plotly template in use sets the
+colours of text, grid and paper.
 """
 
 from collections.abc import Callable
@@ -17,11 +17,11 @@ from gradstore.errors import RequestError
 P = ParamSpec("P")
 
 _OF_THE_PAGE = ("paper_bgcolor", "plot_bgcolor", "margin", "legend")
-"""Of a layout: what suits a page that has the title outside its figures."""
+"""Layout entries that only suit the report's page, where titles are outside the figures."""
 
 
 def _plotted(described: Callable[P, Figure]) -> Callable[P, Any]:
-    """The same function with its figure as one of plotly."""
+    """Wrap a function of figures.py to return a plotly figure."""
 
     @wraps(described)
     def plot(*args: P.args, **kwargs: P.kwargs) -> Any:

@@ -1,6 +1,6 @@
-"""Stale rows against fresh ones: rank agreement by age, and the half-life fitted to it (docs/analysis.md).
+"""Staleness of rows: rank agreement with fresh rows by age, and a fitted half-life (docs/analysis.md).
 
-Only problems measured at both steps count, so that a difference is drift or noise and never the same row twice.
+Only problems measured at both steps count, so no row is compared with itself.
 
 Dimension letters: S steps, P problems.
 """
@@ -19,11 +19,11 @@ from gradstore.engine.searching.query import Metric, query_vectors, score_rows
 from gradstore.errors import RequestError
 
 LEAST_PROBLEMS = 10
-"""Fewer problems in common say nothing about rank agreement."""
+"""Minimum number of common problems for a rank agreement."""
 MOST_PAIRED = 24
-"""Steps of the pool that are paired with each other unless steps are given."""
+"""Maximum steps of the pool that are paired, unless steps are given."""
 _BLOCKS = 10
-"""Blocks of problems from which a half-life's interval is taken."""
+"""Number of problem blocks for a half-life's interval."""
 
 
 def staleness(
@@ -34,11 +34,11 @@ def staleness(
     metric: Metric = "cosine",
     steps: Sequence[int] | None = None,
 ) -> pd.DataFrame:
-    """Rank agreement of stale rows with fresh ones, for every pair of steps at which problems were measured anew.
+    """Rank agreement of stale with fresh rows, one row per pair of steps (and group).
 
     Rows computed at `stale_step` and rows of the same problems computed at `step` are both scored against the target at
-    `step`: what is lost by not rolling out anew. by: None, or `source`. steps: None: those of the pool, at most 24
-    (`measured_steps`). Problems that were picked are measured more often than others, and count more often here.
+    `step`. The difference is the loss from not rolling out again. by: None, or `source`. steps: None: those of the
+    pool, at most 24 (`measured_steps`). Picked problems are measured more often, so they count more often here.
     Columns: group (`all`, or the source), stale_step, step, age int64, n int64 (problems), spearman float64.
     """
     pairs = _pairs(store, pool, benchmark, metric, steps)
@@ -60,13 +60,13 @@ def half_life(
     metric: Metric = "cosine",
     steps: Sequence[int] | None = None,
 ) -> pd.DataFrame:
-    """After how many steps a stale row has lost half of its rank agreement with a fresh one: the fit of
-    spearman = reliability 2^(-age / half_life) to the frame of `staleness`, whose arguments it takes.
+    """Half-life of rows in training steps: the age at which rank agreement with fresh rows is halved.
 
-    Columns: group (`all`, or the source), half_life float64 (steps; inf: no loss seen), low, high float64 (90 %
-    interval over ten blocks of problems; nan where there are too few), reliability float64 (agreement at age 0: the
-    noise of two measurements), n_problems, n_pairs int64, longest int64 (the longest age seen; beyond
-    it a half-life is an extrapolation). Groups seen at fewer than two ages are left out.
+    Fits spearman = reliability 2^(-age / half_life) to the frame of `staleness`; the arguments are the same. Columns:
+    group (`all`, or the source), half_life float64 (steps; inf: no loss seen), low, high float64 (90 % interval over
+    ten blocks of problems; nan if there are too few), reliability float64 (agreement at age 0, limited by the noise of
+    two measurements), n_problems, n_pairs int64, longest int64 (longest age seen; a longer half-life is an
+    extrapolation). Groups with fewer than two ages are left out.
     """
     pairs = _pairs(store, pool, benchmark, metric, steps)
     names = _groups(store, pool, by)
@@ -100,9 +100,9 @@ def half_life(
 
 
 def decay(ages: np.ndarray, rhos: np.ndarray, weights: np.ndarray) -> tuple[float, float]:
-    """(rate, start) of rho = start 2^(-rate age) by weighted least squares, rate >= 0 and start in [0, 1].
+    """Fit (rate, start) of rho = start 2^(-rate age) by weighted least squares, rate >= 0 and start in [0, 1].
 
-    For a rate the best start is linear; the rate is found on a grid over six decades, then refined.
+    For a given rate, the best start has a closed form. The rate is searched on a grid over six decades, then refined.
     """
     kept = np.isfinite(rhos)
     ages, rhos, weights = ages[kept].astype(float), rhos[kept], weights[kept].astype(float)
@@ -127,14 +127,14 @@ def decay(ages: np.ndarray, rhos: np.ndarray, weights: np.ndarray) -> tuple[floa
 def _pairs(
     store: Store, pool: str, benchmark: str, metric: Metric, steps: Sequence[int] | None
 ) -> list[tuple[int, int, np.ndarray, np.ndarray, np.ndarray]]:
-    """(stale step, step, problems, stale scores, fresh scores) of every pair of steps with problems of both."""
+    """(stale step, step, problems, stale scores, fresh scores) of each pair of steps with common problems."""
     places = {name: number for number, name in enumerate(store.problems(pool)["id"].to_pylist())}
     chosen = measured_steps(store, pool, steps, MOST_PAIRED)
     found = {step: target_at(store, benchmark, step) for step in chosen}
     targets = {step: one for step, one in found.items() if one is not None}
     fresh: dict[int, tuple[np.ndarray, np.ndarray]] = {}
     pairs = []
-    for step in reversed(targets):  # from the newest, so that the fresh scores of all later steps are there
+    for step in reversed(targets):  # newest first, so that the fresh scores of all later steps are known
         view = store.view(pool, step)
         positions = np.flatnonzero(view.live & (view.steps == step))
         if not len(positions):
@@ -152,7 +152,7 @@ def _pairs(
 
 
 def _groups(store: Store, pool: str, by: str | None) -> np.ndarray | None:
-    """The group of every problem of the pool's table; None: all in one."""
+    """Group of every problem of the pool's table; None: one group for all."""
     if by is None:
         return None
     if by != "source":
@@ -173,7 +173,7 @@ def _life(rate: float) -> float:
 
 
 def _interval(rate: float, blocks: list[np.ndarray]) -> tuple[float, float]:
-    """90 % interval of the half-life: the blocks' rates give the standard error of the rate."""
+    """90 % interval of the half-life, with the rate's standard error from the blocks' rates."""
     rates = np.array([decay(*block.T)[0] for block in blocks])
     if len(rates) < 3:
         return float("nan"), float("nan")

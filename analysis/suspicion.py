@@ -1,15 +1,15 @@
-"""Rewards that look broken: wrong ground truths pull against the rest, coin flips pull nowhere and pay half the time.
+"""Detection of broken rewards. Wrong ground truths have gradients against the rest; coin flips have random ones.
 
-Evidence, each scaled to a percentile within the problem's source, and combined by a weighted mean (docs/analysis.md):
+The evidence below is converted to percentiles within each source and combined by a weighted mean (docs/analysis.md):
 
-    estrangement  little pull along the mean gradient of the other problems of the same source
-    harm          little pull along the benchmark, in sources that as a whole pull along it
+    estrangement  small dot product with the mean gradient of the other problems of the same source
+    harm          small dot product with the benchmark, in sources whose mean dot product is positive
     coin          pass rate close to one half
-    halves        even and odd rollouts that disagree about the pull along the benchmark (where probes are stored)
-    p_value       rewards unrelated to that pull (where probes are stored; sources that pull along the benchmark)
+    halves        even and odd rollouts disagree about the dot product with the benchmark (needs stored probes)
+    p_value       rewards unrelated to that dot product (needs stored probes; in sources that help the benchmark)
 
-A pull is a dot product, not a cosine: rewards that do not depend on the response leave a short gradient whose direction
-is chance, and a cosine would hide how short it is.
+A pull is a dot product, not a cosine. If rewards do not depend on the response, the gradient is short and its direction
+is random; a cosine would hide that it is short.
 
 Dimension letters: P problems, D sketch dimensions.
 """
@@ -27,9 +27,9 @@ from gradstore.engine.searching.targets import target
 from gradstore.errors import RequestError
 
 WEIGHTS: Mapping[str, float] = {"estrangement": 1.0, "harm": 0.25, "coin": 0.25, "halves": 0.25, "p_value": 0.25}
-"""How much each piece of evidence counts."""
+"""Weight of each piece of evidence."""
 LEAST_OF_SOURCE = 20
-"""Sources with fewer live problems are put together when percentiles are taken."""
+"""Sources with fewer live problems are merged into one group for percentiles."""
 COLUMNS = [
     "rank", "id", "source", "suspicion", "score", "own", "pass_rate", "disagreement", "p_value", "why", "step",
 ]  # fmt: skip
@@ -45,12 +45,12 @@ def suspicious(
 ) -> pd.DataFrame:
     """Live problems of the pool's view at a step, the most suspicious first.
 
-    benchmark: None: without harm, halves and p_value. weights: evidence -> weight; what the store lacks is left out.
+    benchmark: None: without harm, halves and p_value. weights: evidence -> weight; missing evidence is left out.
     Columns: rank int64 (from 1), id, source, suspicion float64 (0 to 1: weighted mean of the evidence's percentiles),
     score float64 (cosine with the benchmark; nan without), own float64 (pull along its source: `own_pull`),
     pass_rate float64, disagreement float64 (|even - odd| / their standard error; nan without
     probes), p_value float64 (nan without probes), why str (the evidence beyond the 90th percentile, in words), step
-    int64 (of the row). RequestError where nothing is live, for unknown evidence, or a benchmark without a target.
+    int64 (of the row). RequestError if nothing is live, for unknown evidence, or for a benchmark without a target.
     """
     unknown = set(weights) - set(WEIGHTS)
     if unknown:
@@ -105,9 +105,9 @@ def suspicious(
 
 
 def own_pull(view: View, live: np.ndarray) -> np.ndarray:
-    """<g_i, m> / |m| over the median |g| of the source, m the mean gradient of its source's other problems: float64.
+    """<g_i, m> / |m| divided by the source's median |g|, with m the mean gradient of its other problems: float64 [P].
 
-    nan for the only one of its source. Two passes over the rows, in bounded memory.
+    nan for the only problem of a source. Two passes over the rows, in bounded memory.
     """
     sources, group_P = np.unique(view.problems["source"].to_numpy(zero_copy_only=False)[live], return_inverse=True)
     norms_P = view.norms[live].astype(np.float64)
@@ -131,18 +131,18 @@ def own_pull(view: View, live: np.ndarray) -> np.ndarray:
 
 
 def detection(frame: pd.DataFrame, bad: Collection[str], by: str = "suspicion") -> dict[str, float]:
-    """How well a column of the frame of `suspicious` finds problems known to be bad: AUC, precision, base rate.
+    """Detection quality of a column of the frame of `suspicious` for known bad problems: AUC, precision, base rate.
 
-    `auc`: chance that a bad problem ranks above a good one, ties counting half. `precision`: share of bad ones among
-    the first n, n the number of bad ones. `precision_10`: among the first tenth. `base`: share of bad ones.
-    nan where all or none are bad.
+    `auc`: probability that a bad problem ranks above a good one; ties count half. `precision`: share of bad ones among
+    the first n, with n the number of bad ones. `precision_10`: the same among the first tenth. `base`: share of bad
+    ones overall. nan if all or none are bad.
     """
     bad_P = frame["id"].astype(str).isin(set(bad)).to_numpy()
     return {"auc": auc(frame[by].to_numpy(float), bad_P), **_precisions(frame[by].to_numpy(float), bad_P)}
 
 
 def auc(scores_P: np.ndarray, bad_P: np.ndarray) -> float:
-    """Area under the ROC curve: chance that a bad one scores above a good one, ties counting half (Mann-Whitney)."""
+    """Area under the ROC curve: probability that a bad one scores above a good one; ties count half (Mann-Whitney)."""
     known = np.isfinite(scores_P)
     scores_P, bad_P = scores_P[known], bad_P[known]
     n_bad, n_good = int(bad_P.sum()), int((~bad_P).sum())
@@ -159,13 +159,13 @@ def _precisions(scores_P: np.ndarray, bad_P: np.ndarray) -> dict[str, float]:
 
 
 def _groups(sources: np.ndarray) -> np.ndarray:
-    """Number of each problem's group: its source, the small sources together."""
+    """Group number of each problem: its source, or -1 for all small sources together."""
     _, group_P, counts = np.unique(sources, return_inverse=True, return_counts=True)
     return np.where(counts[group_P] < LEAST_OF_SOURCE, -1, group_P)
 
 
 def _percentile(values_P: np.ndarray, group_P: np.ndarray) -> np.ndarray:
-    """Place of each value among the known ones of its group, 0 to 1; nan where unknown."""
+    """Percentile of each value among the known ones of its group, 0 to 1; nan where unknown."""
     found = np.full(len(values_P), np.nan)
     for group in np.unique(group_P):
         known = np.isfinite(values_P) & (group_P == group)

@@ -1,7 +1,7 @@
-"""How every problem of a pool scored at every step: the arrays that most of the analysis is made of.
+"""Scores of every problem of a pool at every step; most analyses start from these arrays.
 
-At step s a problem's score is that of its newest row at or before s against the benchmark's target at or before s:
-what a selection at that moment would have seen.
+At step s, a problem's newest row at or before s is scored against the benchmark's target at or before s. This is what a
+selection at that moment would have seen.
 
 Dimension letters: S steps, P problems (those with a row in the newest view), D sketch dimensions.
 """
@@ -22,7 +22,7 @@ STATE_NAMES = ("live", "no_signal", "failed", "unmeasured")
 
 
 MOST_STEPS = 64
-"""Steps of a pool that are looked at unless steps are given."""
+"""Maximum steps of a pool that are used, unless steps are given."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -36,34 +36,34 @@ class Trajectory:
     steps: np.ndarray
     """int64 [S], ascending."""
     scores_SP: np.ndarray
-    """float32; nan where the problem is not live, or the benchmark has no target yet."""
+    """float32 [S, P]; nan if the problem is not live, or the benchmark has no target yet."""
     norms_SP: np.ndarray
-    """float32; nan where there is no row."""
+    """float32 [S, P]; nan without a row."""
     pass_rates_SP: np.ndarray
-    """float32; nan unknown."""
+    """float32 [S, P]; nan if unknown."""
     states_SP: np.ndarray
-    """uint8: `State`, or UNMEASURED."""
+    """uint8 [S, P]: `State`, or UNMEASURED."""
     row_steps_SP: np.ndarray
-    """int64: the step at which the row used was computed; -1 where there is none."""
+    """int64 [S, P]: step at which the row used was computed; -1 without a row."""
 
     @property
     def fresh(self) -> np.ndarray:
-        """bool [S, P]: the row was computed at that very step."""
+        """bool [S, P]: whether the row was computed at exactly this step."""
         fresh_SP: np.ndarray = self.row_steps_SP == self.steps[:, None]
         return fresh_SP
 
     @property
     def measured(self) -> np.ndarray:
-        """float32 [S, P]: scores of the rows computed at that very step, nan elsewhere: each from its own rollouts."""
+        """float32 [S, P]: scores of rows computed at exactly this step, each from new rollouts; nan elsewhere."""
         return np.where(self.fresh, self.scores_SP, np.float32(np.nan))
 
 
 def trajectory(
     store: Store, pool: str, benchmark: str, metric: Metric = "cosine", steps: Sequence[int] | None = None
 ) -> Trajectory:
-    """Scores of the pool at each step (None: those of the benchmark).
+    """Score the pool at each step (None: the benchmark's steps).
 
-    Memory: 21 bytes a problem and step. RequestError for an unknown collection or metric, and where there is no step.
+    Memory: 21 bytes per problem and step. RequestError for an unknown collection or metric, or if there is no step.
     """
     chosen = steps_of(store, benchmark, steps)
     last = store.view(pool)
@@ -89,7 +89,7 @@ def trajectory(
 
 
 def steps_of(store: Store, collection: str, steps: Sequence[int] | None = None) -> np.ndarray:
-    """The steps asked for, or all at which the collection has rows: int64, ascending, distinct."""
+    """The given steps, or all steps at which the collection has rows: int64, ascending, distinct."""
     found = np.unique(np.asarray(list(store.steps(collection)) if steps is None else list(steps), np.int64))
     if not len(found):
         raise RequestError(f"collection {collection!r} has no rows yet, so no step: collect rollouts for it first")
@@ -99,8 +99,11 @@ def steps_of(store: Store, collection: str, steps: Sequence[int] | None = None) 
 def measured_steps(
     store: Store, collection: str, steps: Sequence[int] | None = None, most: int = MOST_STEPS
 ) -> list[int]:
-    """The steps asked for; or those at which the collection has rows, of more than `most` the ones with the most rows,
-    evenly among equals: a run that keeps every training step's rollouts has a thousand of them."""
+    """The given steps, or those at which the collection has rows, at most `most` of them.
+
+    The steps with the most rows are kept, evenly spaced among equals. (A run that keeps every training step's rollouts
+    has a thousand steps.)
+    """
     found = steps_of(store, collection, steps)
     if steps is not None or len(found) <= most:
         return [int(step) for step in found]
@@ -112,7 +115,7 @@ def measured_steps(
 
 
 def target_at(store: Store, benchmark: str, step: int | None) -> Target | None:
-    """The benchmark's target at or before a step; None where none of its problems is live then.
+    """The benchmark's target at or before a step; None if none of its problems is live then.
 
     RequestError for a benchmark that is not in the store.
     """

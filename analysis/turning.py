@@ -1,4 +1,4 @@
-"""Problems that turned from helpful to harmful, or the other way: a change of sign that noise does not explain.
+"""Problems that turned from helpful to harmful, or back: changes of sign, tested against noise.
 
 Dimension letters: S steps, P problems.
 """
@@ -32,19 +32,19 @@ def turning(
     noise: float | None = None,
     level: float = 0.1,
 ) -> pd.DataFrame:
-    """Problems whose mean alignment has one sign before a step and the other after it, the surest first.
+    """Problems whose mean alignment changes sign at a step, one row each, the most certain first.
 
-    Only scores of rows computed at their very step count: each from rollouts of its own. steps: None: those of the pool
-    (of very many the ones with most rows, `measured_steps`). split: the first step of "after" (None: the middle one of
-    the steps at which the pool was measured). noise: standard deviation of one measured score, the same for all (None:
-    each problem's own, `noise.moderated`). Both means have to differ from 0 on their side: p = max(p_before, p_after),
-    each one-sided (an intersection-union test, Berger 1982); q_value: Benjamini and Hochberg (1995) over the problems
-    measured on both sides, in both directions. significant: q_value <= level.
+    Only scores of rows computed at exactly their step count, so each comes from its own rollouts. steps: None: those of
+    the pool (`measured_steps`). split: the first step of "after" (None: the middle of the measured steps). noise:
+    standard deviation of one measured score, the same for all problems (None: per problem, `noise.moderated`). Both
+    means must differ from 0: p = max(p_before, p_after), each one-sided (an intersection-union test, Berger 1982).
+    q_value: Benjamini and Hochberg (1995) over the problems measured on both sides, in both directions. significant:
+    q_value <= level.
 
     Columns: id, source, turned (`harmful`, `helpful`), before, after float64 (mean scores), n_before, n_after int64,
     z_before, z_after float64 (the means as normal deviates), p_value, q_value float64, significant bool, split int64,
     noise float64 (standard deviation of one measurement, as used). Only problems that change sign have a row.
-    RequestError where the pool was measured at fewer than two steps.
+    RequestError if the pool was measured at fewer than two steps.
     """
     seen = trajectory(store, pool, benchmark, metric, measured_steps(store, pool, steps))
     measured_SP = seen.measured.astype(np.float64)
@@ -63,7 +63,7 @@ def turning(
         sigma_P, freedom_P = np.full(len(both), noise), np.full(len(both), np.inf)
     z_before_P = _deviates(before_P[both], n_before_P[both], sigma_P, freedom_P)
     z_after_P = _deviates(after_P[both], n_after_P[both], sigma_P, freedom_P)
-    # Each direction is a hypothesis of its own: two for every problem measured on both sides.
+    # Each direction is a separate hypothesis: two for every problem measured on both sides.
     p_values = {
         "harmful": np.maximum(stats.norm.sf(z_before_P), stats.norm.cdf(z_after_P)),
         "helpful": np.maximum(stats.norm.cdf(z_before_P), stats.norm.sf(z_after_P)),
@@ -98,7 +98,7 @@ def turning(
 
 
 def _halves(measured_SP: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mean of each problem's measurements (nan without any), how many, sum of squared deviations from the mean."""
+    """(mean of each problem's measurements, nan without any; their number; sum of squared deviations): [P] each."""
     n_P = np.isfinite(measured_SP).sum(axis=0)
     means_P = np.divide(np.nansum(measured_SP, axis=0), n_P, out=np.full(len(n_P), np.nan), where=n_P > 0)
     return means_P, n_P, np.nansum((measured_SP - means_P) ** 2, axis=0)

@@ -1,7 +1,7 @@
-"""A collection under constant change, whose every row is known: what it must hold after each change, and a check of it.
+"""A collection under constant change with known rows: expected content after each change, and a check of it.
 
-`changes(seed, content)` is a pure sequence of (change, content after it), so a process that is killed and the one that
-looks afterwards agree on what was going on. Row number `serial` of all ever appended is cos(serial * (1, 2, ...)).
+`changes(seed, content)` is a pure sequence of (change, content after it). So a killed process and the one that checks
+afterwards agree on the changes. The row with number `serial` (counting all appended rows) is cos(serial * (1, 2, ...)).
 """
 
 from collections.abc import Iterator
@@ -20,14 +20,14 @@ COLUMN_ROWS = 24
 
 @dataclass(frozen=True)
 class Content:
-    """What a reader must see."""
+    """Content that a reader must see."""
 
     newest: dict[str, tuple[int, int]] = field(default_factory=dict)
     """id -> (step, serial) of the newest row."""
     known: frozenset[str] = frozenset(f"p{i}" for i in range(N_PROBLEMS))
     """Ids in the problem table."""
     deleted: frozenset[str] = frozenset()
-    """Of these, the ones that the next compaction drops."""
+    """Ids of these that the next compaction drops."""
     added: int = N_PROBLEMS
     serial: int = 0
     step: int = 0
@@ -51,7 +51,7 @@ def create(path: Path) -> gradstore.Store:
 
 
 def changes(seed: int, content: Content, compactions: float = 0.15) -> Iterator[tuple[tuple, Content]]:
-    """Changes without end: appended rows, a few new problems, deletions, compactions."""
+    """Endless changes: appended rows, a few new problems, deletions, compactions."""
     random = np.random.default_rng(seed)
     while True:
         draw = random.random()
@@ -102,7 +102,7 @@ def do(store: gradstore.Store, change: tuple) -> None:
 
 
 def content_of(store: gradstore.Store) -> dict[str, tuple[int, int]]:
-    """What the store shows; ValueError if a row is not the one its number says."""
+    """The store's visible content, id -> (step, serial); ValueError if a row does not match its serial number."""
     view = store.view("pool")
     rows = sketch(view.n_rollouts)
     units = rows / np.linalg.norm(rows, axis=1, keepdims=True)
@@ -112,9 +112,9 @@ def content_of(store: gradstore.Store) -> dict[str, tuple[int, int]]:
 
 
 def check(path: Path, allowed: list[Content]) -> Content:
-    """Which of the allowed contents a store has, after verifying it, writing to it and verifying it again.
+    """Verify a store, write to it, verify it again; returns which of the allowed contents it has.
 
-    Raises ValueError saying what is lost or wrong.
+    Raises ValueError that says what is lost or wrong.
     """
     store = gradstore.open(path, mode="a")
     report = store.verify()
@@ -128,7 +128,7 @@ def check(path: Path, allowed: list[Content]) -> Content:
 
 
 def write_more(path: Path, content: Content) -> Content:
-    """The next writer must be able to go on, and leave nothing behind: ValueError if not. The content then."""
+    """Write once more; returns the new content. ValueError if the writer cannot continue or leaves files behind."""
     store = gradstore.open(path, mode="a")
     name = min(content.known)
     serial, step = np.array([content.serial]), content.step + 1

@@ -1,12 +1,12 @@
-"""Do bases fitted to the base policy still serve after training, and does measuring them say so?
+"""Do bases fitted to the base policy still rank well after training, and does the measurement detect it if not?
 
     python -m benchmarks.drift [--steps 40] [--seeds 3] [--dim 480]
 
-The demo's model is trained with GRPO on clean problems of the target family, 48 problems x 16 rollouts a step. Bases
-are fitted to a sample of problems and the benchmark before. Before and after, another part of the pool and the
-benchmark are rolled out anew, and the cosine scores of sketches compared with exact ones over the same layers. After
-training `engine.refit` does what `gradstore collect --refit auto` does: it measures the old bases on a sample
-against the benchmark, fits new ones where they have lost more than 0.01, and keeps these if they rank better.
+The demo's model is trained with GRPO on clean problems of the target family, 48 problems x 16 rollouts per step. Bases
+are fitted to a sample of problems and the benchmark before training. Before and after, another part of the pool and the
+benchmark are rolled out again, and cosine scores of sketches are compared with exact ones over the same layers. After
+training, `engine.refit` works like `gradstore collect --refit auto`. It measures the old bases on a sample against the
+benchmark, fits new ones if the old ones have lost more than 0.01, and keeps the new ones if they rank better.
 """
 
 import tempfile
@@ -24,11 +24,11 @@ from gradstore.cli.show import print_table, say
 from gradstore.demo import tasks
 from gradstore.demo.run import MODEL
 from gradstore.engine import Sketcher, SketchSpec, exact_dots, fit_projection, layer_gradients
+from gradstore.engine.assessing.fidelity import agreement
+from gradstore.engine.assessing.refit import refit
 from gradstore.engine.gradients.directions import validation_gradient
 from gradstore.engine.gradients.models import load_model
 from gradstore.engine.gradients.objectives import objective
-from gradstore.engine.reliability.fidelity import agreement
-from gradstore.engine.reliability.refit import refit
 from gradstore.engine.rollouts import Group
 from gradstore.engine.sketches.bases import create_store
 from gradstore.engine.sketches.exact_ranking import ExactRanking
@@ -41,7 +41,7 @@ def main(
     seeds: Annotated[int, typer.Option(help="Repeats.")] = 3,
     dim: Annotated[int, typer.Option(help="Dimensions of a sketch.")] = 480,
 ) -> None:
-    """Print fidelity before and after training, and what was measured and done about it."""
+    """Print fidelity before and after training, the measured loss, and the refit's decision."""
     torch.set_num_threads(1)
     rows: list[list[str]] = []
     for seed in range(seeds):
@@ -52,7 +52,7 @@ def main(
         def drawn(
             moment: int, model: nn.Module = model, seed: int = seed, problems: list = problems, bench: list = bench
         ) -> tuple[list[Group], list[Group], list[Group]]:
-            """Groups of the problems to rank, of the sample to fit to, and of the benchmark."""
+            """(groups of the problems to rank, of the sample to fit to, of the benchmark)."""
             sample = Sampler(model, seed + moment)
             return tuple(sample(some, N_ROLLOUTS) for some in (problems[:N_POOL], problems[N_POOL:], bench))  # type: ignore[return-value]
 
@@ -85,7 +85,7 @@ def main(
 
 
 def figures(sketcher: Sketcher, groups: list[Group], wanted: list[Group]) -> list[str]:
-    """Share of the benchmark solved, Spearman and top-5 % overlap of sketched with exact cosines."""
+    """Benchmark accuracy, Spearman correlation and top-5 % overlap between sketched and exact cosines."""
     live = [group for group in groups if group.has_signal]
     model, spec = sketcher.model, sketcher.spec
     exact_P = exact_dots(model, live, layer_gradients(model, wanted, spec), spec, norms=True).cosines[:, 0]
@@ -101,7 +101,7 @@ def figures(sketcher: Sketcher, groups: list[Group], wanted: list[Group]) -> lis
 
 
 def train(model: nn.Module, problems: list[dict], seed: int, steps: int) -> None:
-    """GRPO on the target family's clean problems."""
+    """Train with GRPO on the target family's clean problems."""
     clean = [p for p in problems if p["source"] == tasks.TARGET_FAMILY and tasks.CLEAN in p["tags"]]
     random, settings = np.random.default_rng(seed), objective("grpo")
     optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)

@@ -1,14 +1,14 @@
-"""Do scores say what training says? A small task with exact retraining, scored through a store.
+"""Do scores predict the effect of training? A small task with exact retraining, scored through a store.
 
-Digits and a perceptron: 60 models are trained on random halves of 1,000 images, and the sums of scores over each half
-compared with what the models say of 200 test images (LDS). The best images of a few test images are taken away and the
-model retrained (brittleness); one step is made on them (tail patch). A tenth of the labels is then made wrong, and
-images are ranked by how much they explain themselves (AUC). Gradients are the rows of a store, projected to 256
-dimensions; scores are those of its searches.
+Digits and a perceptron. LDS: 60 models are trained on random halves of 1,000 images, and the sums of scores over each
+half are compared with the models' outputs for 200 test images. Brittleness: the best images of a few test images are
+removed and the model is retrained. Tail patch: one training step on these best images. AUC: a tenth of the labels is
+made wrong, and images are ranked by self-influence. Gradients are projected to 256 dimensions and stored as rows;
+scores are those of the store's searches.
 
     python -m benchmarks.evaluation [--seeds 3] [--models 60] [--dim 256] [--out FILE.json]
 
-Where dattri can be imported, its metrics judge the same scores.
+If dattri can be imported, its metrics evaluate the same scores.
 """
 
 import json
@@ -32,7 +32,7 @@ from gradstore.engine.searching.query import Metric
 
 METRICS: dict[str, Metric] = {"dot": "dot", "cosine": "cosine", "fisher": "fisher"}
 N_QUERIES, REMOVED, STEP = 10, (50,), 10
-"""Test images of the removal, images removed, images of a step."""
+"""Number of test images with removal, numbers of removed images, images per training step."""
 WRONG_LABELS = 0.1
 
 
@@ -42,7 +42,7 @@ def main(
     dim: Annotated[int, typer.Option(help="Dimensions of a sketch.")] = 256,
     out: Annotated[Path | None, typer.Option(help="JSON file for the numbers.")] = None,
 ) -> None:
-    """Print mean and range over seeds of every score's figures."""
+    """Print the figures of every score, mean and range over seeds."""
     torch.set_num_threads(1)
     runs = []
     for seed in range(seeds):
@@ -106,7 +106,7 @@ def _dattri_lds(judge: object, scores_QP: np.ndarray, subsets_MP: np.ndarray, ou
 
 
 def _dattri() -> object | None:
-    """dattri's metrics, another implementation of the same definitions; None where it is not installed."""
+    """dattri's metrics, another implementation of the same definitions; None if it is not installed."""
     try:
         import dattri.metric
     except ImportError:

@@ -1,8 +1,8 @@
-"""How faithful sketches are, by kind and bytes: stored rows against exact cosine scores over the same layers.
+"""Fidelity of sketches by kind and size: scores of stored rows against exact cosine scores over the same layers.
 
 The demo's trained model, problems of its pool with a signal, 16 rollouts each, the target from its benchmark. Every row
-goes through a store, so that quantisation and the bytes of a row are those in use. Beside it: how well the exact scores
-repeat themselves with other rollouts of the same problems, which is what any ranking can hope for.
+goes through a store, so quantization and row size are those in real use. For comparison: how well exact scores agree
+with those of other rollouts of the same problems. This is the upper limit for any ranking.
 
     python -m benchmarks.fidelity [--pool 600] [--seed 0] [--seeds 3] [--only "both, int8, 480"] [--out FILE.json]
 """
@@ -24,11 +24,11 @@ from benchmarks.probe_table import Sampler
 from gradstore.cli.show import print_table, say
 from gradstore.demo import tasks
 from gradstore.demo.run import MODEL
+from gradstore.engine.assessing.fidelity import agreement
+from gradstore.engine.assessing.split_half import split, split_half
 from gradstore.engine.gradients.exact import exact_dots, layer_gradients
 from gradstore.engine.gradients.models import load_model
 from gradstore.engine.gradients.objectives import objective
-from gradstore.engine.reliability.fidelity import agreement
-from gradstore.engine.reliability.split_half import split, split_half
 from gradstore.engine.rollouts.group import Group
 from gradstore.engine.searching.query import search
 from gradstore.engine.searching.targets import target
@@ -49,7 +49,7 @@ def main(
     out: Annotated[Path | None, typer.Option(help="JSON file for the numbers.")] = None,
 ) -> None:
     """Print the table."""
-    torch.set_num_threads(1)  # layers this small lose more in waiting for a second thread than it brings
+    torch.set_num_threads(1)  # for layers this small, a second thread costs more than it gains
     found = [measured(one, pool, benchmark, rollouts, only) for one in range(seed, seed + seeds)]
     if out is not None:
         out.write_text(json.dumps(found, indent=2))
@@ -57,7 +57,7 @@ def main(
 
 
 def measured(seed: int, pool: int, benchmark: int, rollouts: int, only: str) -> dict:
-    """One seed: how each sketch agrees with exact scores, and how these repeat themselves. JSON-ready."""
+    """One seed: agreement of each sketch with exact scores, and repeatability of exact scores. JSON-able."""
     model = load_model(MODEL, device="cpu")
     sample = Sampler(model, seed)
     problems = tasks.pool(seed, pool)
@@ -65,7 +65,7 @@ def measured(seed: int, pool: int, benchmark: int, rollouts: int, only: str) -> 
     wanted = sample(tasks.benchmark(seed, benchmark), rollouts)
     gradient = layer_gradients(model, wanted, SPEC)
     exact_P = exact_dots(model, groups, gradient, SPEC, norms=True).cosines[:, 0]
-    live_P = ~np.isnan(exact_P)  # rewards that differ over one and the same response push nowhere
+    live_P = ~np.isnan(exact_P)  # if all responses are equal, the gradient is zero even if rewards differ
     groups, exact_P = [group for group, live in zip(groups, live_P, strict=True) if live], exact_P[live_P]
     say(f"seed {seed}: {len(groups)} of {pool} problems have a gradient")
     ids = [group.problem_id for group in groups]
@@ -85,7 +85,7 @@ def measured(seed: int, pool: int, benchmark: int, rollouts: int, only: str) -> 
 def sketchers(
     model: torch.nn.Module, groups: Sequence[Group], wanted: Sequence[Group], other: Sequence[Group], seed: int
 ) -> Iterator[tuple[str, str, int, Callable[[], Sketcher]]]:
-    """Name, row type, dimensions and maker of each kind compared. other: other rollouts of the benchmark."""
+    """(name, row dtype, dimensions, factory) of each kind compared. other: other rollouts of the benchmark."""
 
     def fitted(spec: SketchSpec, pool: Sequence[Group], bench: Sequence[Group]) -> Sketcher:
         return Sketcher(model, spec, fit_projection(model, pool, spec, benchmark=bench))
@@ -114,7 +114,7 @@ def sketchers(
 def stored_scores(
     sketcher: Sketcher, groups: Sequence[Group], wanted: Sequence[Group], dtype: str
 ) -> tuple[np.ndarray, int]:
-    """Cosine scores of the groups as a search of their store gives them, float64 [P], and the bytes of a row."""
+    """(cosine scores of the groups from a search of their store, float64 [P]; bytes per row)."""
     with tempfile.TemporaryDirectory() as folder:
         store = gradstore.create(
             Path(folder) / "store", dim=sketcher.dim, fingerprint=sketcher.fingerprint, dtype=dtype
@@ -138,7 +138,7 @@ def repeated(
     gradient: object,
     n: int,
 ) -> dict:
-    """The exact scores against those of other rollouts of the same problems, and between halves."""
+    """Agreement of exact scores with those of other rollouts of the same problems, and between halves."""
 
     def exactly(members: Sequence[Group]) -> np.ndarray:
         return exact_dots(model, members, gradient, SPEC, norms=True).cosines[:, 0]  # type: ignore[arg-type]
@@ -155,7 +155,7 @@ def repeated(
 
 
 def show(found: Sequence[dict]) -> None:
-    """A row for each sketch with every seed's figures, and the mean and spread of its top 5 % where seeds are many."""
+    """Print a row per sketch with every seed's figures; with four or more seeds also mean and standard deviation."""
 
     def each(numbers: Sequence[float], digits: int = 2) -> str:
         listed = ", ".join(f"{number:.{digits}f}" for number in numbers)

@@ -1,19 +1,20 @@
-"""What fitting a projection and measuring it cost, in sketches of one problem; a benchmark's collect; two ranks.
+"""Cost of fitting and measuring a projection, in units of one problem's sketch; a benchmark's collect; several ranks.
 
     python -m benchmarks.fitting [--repeats 5]
     python -m benchmarks.fitting --model FOLDER --rollouts pool.jsonl --benchmark-rollouts bench.jsonl
     python -m benchmarks.fitting --ranks 2
 
-One process, every job once a repeat, ratios within a repeat, median with the range. The unit is a sketch of one
-problem, from sketches of `--problems` problems, the size of the sample: three quarters are fitted to, the fourth is
-held out and measured (`collect` does the same, with 128). Without `--model` a model of the demo's shape has random
-weights; without `--rollouts` responses are random tokens: enough for times, but it says nothing of the correlation.
+One process runs every job once per repeat; ratios are within a repeat, shown as median and range. The unit is the time
+to sketch one problem, from sketches of `--problems` problems. This is also the size of the sample: three quarters are
+fitted to, one quarter is held out and measured (`collect` does the same, with 128). Without `--model`, a model of the
+demo's shape has random weights. Without `--rollouts`, responses are random tokens; this gives valid times but no
+meaningful correlation.
 
---quick, for models whose jobs take minutes: no run before those that count, the unit from 16 problems, and no row for
-the fit alone or with a benchmark.
+--quick, for models whose jobs take minutes: no warm-up run, the unit from 16 problems, and no row for the fit alone or
+with a benchmark.
 
---ranks: the fit alone, by one process and by so many FSDP2 ranks (gloo) that share the sample, one thread each. Every
-process is started anew for each repeat and times its fit alone, from a barrier on.
+--ranks: the fit alone, by one process and by this many FSDP2 ranks (gloo) that share the sample, one thread each. Every
+repeat starts new processes; each times only its fit, from a barrier on.
 """
 
 import json
@@ -37,8 +38,8 @@ from benchmarks.sketch import Shape, _qwen2
 from benchmarks.timing import interleaved
 from gradstore.cli.show import print_table
 from gradstore.engine import Sketcher, SketchSpec, collect
+from gradstore.engine.assessing.refit import FirstFit, first_fit, parts
 from gradstore.engine.gradients.models import load_model, load_tokenizer, vocabulary_size
-from gradstore.engine.reliability.refit import FirstFit, first_fit, parts
 from gradstore.engine.rollouts import Group, read_rollouts
 from gradstore.engine.sketches.bases import create_store
 from gradstore.engine.sketches.fitting import fit
@@ -46,7 +47,7 @@ from gradstore.engine.sketches.fitting import fit
 DEMO = Shape(_qwen2(128, 256, 3, 4, 64), 0, 16, 24, 8)
 UNIT = "sketches"
 _FEW = 16
-"""Problems of the unit with `--quick`."""
+"""Problems used to measure the unit with `--quick`."""
 
 
 def main(
@@ -66,7 +67,7 @@ def main(
     rank_number: Annotated[int, typer.Option("--rank-number", hidden=True)] = -1,
     meeting: Annotated[str, typer.Option(hidden=True)] = "",
 ) -> None:
-    """Prints the table."""
+    """Print the table."""
     if ranks > 1 and rank_number < 0:
         print_ranks(ranks, repeats, quick)
         return
@@ -85,7 +86,7 @@ def main(
 def print_costs(
     policy: nn.Module, spec: SketchSpec, pool: list[Group], bench: list[Group], repeats: int, quick: bool
 ) -> None:
-    """Fit, measuring and a benchmark's collect in sketches of one problem, and how well the fit does."""
+    """Print costs of the fit, its measurement and a benchmark's collect, and the quality of the fit."""
     found: dict[str, FirstFit] = {}
     sketcher = (
         Sketcher(policy, spec, fit(policy, pool[:_FEW], spec).projection)
@@ -135,7 +136,7 @@ def print_costs(
 
 
 def print_ranks(ranks: int, repeats: int, quick: bool) -> None:
-    """The fit by one process and by several ranks, in turn."""
+    """Print times of the fit by one process and by several ranks, measured alternately."""
     told: dict[int, dict] = {}
 
     def run(world: int) -> float:
@@ -156,7 +157,7 @@ def print_ranks(ranks: int, repeats: int, quick: bool) -> None:
 
 
 def as_rank(policy: nn.Module, groups: list[Group], spec: SketchSpec, world: int, rank: int, meeting: str) -> dict:
-    """Fits as one of the ranks; seconds from a barrier on, digest and energy held."""
+    """Fit as one of the ranks; returns seconds (from a barrier on), digest and captured energy."""
     if world > 1:
         dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)
         for layer in policy.model.layers:
@@ -173,7 +174,7 @@ def as_rank(policy: nn.Module, groups: list[Group], spec: SketchSpec, world: int
 
 
 def _started(world: int) -> dict:
-    """Starts this command once for each rank; the slowest one's seconds."""
+    """Start this command once per rank; returns the results with the slowest rank's seconds."""
     with tempfile.TemporaryDirectory() as folder:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         given = [*sys.argv[1:], "--ranks", str(world), "--meeting", str(Path(folder) / "meeting"), "--rank-number"]
@@ -203,7 +204,7 @@ def _groups(path: str, model: str, policy: nn.Module, n: int, shape: Shape, seed
 
 
 def _spread(values: np.ndarray, digits: int) -> list[str]:
-    """Median, and least to most."""
+    """(median, minimum to maximum) as text."""
     return [f"{np.median(values):.{digits}f}", f"{values.min():.{digits}f}-{values.max():.{digits}f}"]
 
 

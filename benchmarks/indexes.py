@@ -1,11 +1,11 @@
-"""Indexes on rows like those of gradients: recall against the exact scan, time, bytes, and what `auto` picks.
+"""Indexes on gradient-like rows: recall against the exact scan, time, bytes, and the choice of `auto`.
 
     python -m benchmarks.indexes [--dims 1024,4096,16384] [--kinds turbovec,rabitq,sq,ivf,flat] [--scale 1.0]
 
-Rows are low rank plus noise with log-normal norms: 32 directions of falling strength shared by all, noise of twice
-their strength in every row, norms exp(N(0, 1)). Queries are targets of 32 other benchmarks: means of 16 gradients made
-the same way that are not in the pool. Recall is the mean over them, the least one beside it. Times are of one query,
-interleaved with the exact scan and, where turbovec is installed, with its own search of the same rows for the same k,
+Rows are low rank plus noise with log-normal norms: 32 shared directions of decreasing strength, noise of twice their
+strength in every row, norms exp(N(0, 1)). Queries are targets of 32 other benchmarks: means of 16 gradients made the
+same way, which are not in the pool. Recall is shown as mean and minimum over the queries. Times are of one query,
+interleaved with the exact scan and, if turbovec is installed, with its own search of the same rows for the same k,
 which does not rescore.
 """
 
@@ -34,7 +34,7 @@ BLOCK = 4096
 
 
 def make_gradients(n: int, dim: int, random: np.random.Generator, base_RD: np.ndarray) -> np.ndarray:
-    """Low rank plus noise, heavy-tailed norms: float32 [n, D]."""
+    """Random gradients, low rank plus noise, with heavy-tailed norms: float32 [n, D]."""
     strength_R = np.linspace(1, 0.1, len(base_RD), dtype=np.float32)
     rows = (random.standard_normal((n, len(base_RD)), dtype=np.float32) * strength_R) @ base_RD
     rows += random.standard_normal((n, dim), dtype=np.float32) * np.float32(2 / np.sqrt(dim))
@@ -43,12 +43,12 @@ def make_gradients(n: int, dim: int, random: np.random.Generator, base_RD: np.nd
 
 
 def shared_directions(dim: int) -> np.ndarray:
-    """What all rows have in common, float32 [R, D]."""
+    """Directions shared by all rows, float32 [R, D]."""
     return np.random.default_rng(5).standard_normal((32, dim), dtype=np.float32) / np.float32(np.sqrt(dim))
 
 
 def make_view(folder: Path, n: int, dim: int) -> View:
-    """A store of such rows, int8."""
+    """View of a new int8 store of such rows."""
     random, base_RD = np.random.default_rng(0), shared_directions(dim)
     store = gradstore.create(folder / f"d{dim}", dim=dim, fingerprint={})
     ids = [f"p{i:07d}" for i in range(n)]
@@ -61,7 +61,7 @@ def make_view(folder: Path, n: int, dim: int) -> View:
 
 
 def recalls(view: View, index: Index | None, queries: np.ndarray, k: int, metric: str) -> tuple[float, float]:
-    """Mean and least share of the exact k best that a search with the index finds, largest and smallest."""
+    """(mean, minimum) share of the exact k best that a search with the index finds, for largest and smallest."""
     shares = []
     for query in queries:
         for largest in (True, False):
@@ -77,7 +77,7 @@ def main(
     scale: Annotated[float, typer.Option(help="Size of the stores, 1: 200 million numbers.")] = 1.0,
     repeats: Annotated[int, typer.Option(help="How often each is timed.")] = 7,
 ) -> None:
-    """Recall, time and bytes of every kind; the choices of `auto`."""
+    """Print recall, time and bytes of every kind, and the choices of `auto`."""
     wanted = [kind for kind in kinds.split(",") if kind and installed(kind)]
     for dim in map(int, dims.split(",")):
         with tempfile.TemporaryDirectory() as folder:
@@ -86,7 +86,7 @@ def main(
 
 
 def one_dim(view: View, kinds: list[str], repeats: int) -> None:
-    """The tables for one width of rows."""
+    """Print the tables for one row dimension."""
     random = np.random.default_rng(77)
     others = make_gradients(32 * 16, view.dim, random, shared_directions(view.dim))
     queries = others.reshape(32, 16, view.dim).mean(axis=1)
@@ -120,7 +120,7 @@ def one_dim(view: View, kinds: list[str], repeats: int) -> None:
     print_table(title, columns, rows, right=columns[2:6])
     print_times("one query, k = 100, cosine", interleaved(jobs, repeats), "turbovec alone" if len(jobs) > 2 else "scan")
     choices = []
-    solved_directly = min(view.dim, len(view)) <= LARGEST_MATRIX  # else a pass over the rows for each step and query
+    solved_directly = min(view.dim, len(view)) <= LARGEST_MATRIX  # else each step of each query passes over the rows
     for k in (100, len(view) // 20):
         for n_queries in (1, 1000):
             for metric in ("cosine", "dot", "fisher") if solved_directly else ("cosine", "dot"):

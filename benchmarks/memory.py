@@ -1,11 +1,11 @@
-"""Peak memory of the commands that run a model, beside what its weights take.
+"""Peak memory of the commands that run a model, compared with the memory of its weights.
 
     python -m benchmarks.memory --model FOLDER [--problems 20] [--rollouts 8]
 
-Each row is a process of its own, with the default settings: `load`, the model and nothing else; `collect` into a new
-store, whose projection is fitted; `train`, two rounds of all weights with probes, so that Adam's moments, a benchmark's
-gradient and a displaced copy of the weights meet. Problems and responses are made up, and the rewards are a coin's, so
-that nearly every problem has a gradient. On a GPU the peak is the host's.
+Each row is a separate process with the default settings. `load`: only the model. `collect`: into a new store, with a
+fitted projection. `train`: two rounds that train all weights with probes, so Adam's moments, a benchmark's gradient and
+a displaced copy of the weights are in memory together. Problems and responses are artificial, and rewards are coin
+flips, so that nearly every problem has a gradient. On a GPU, the peak is the host's.
 """
 
 import sys
@@ -30,16 +30,16 @@ TRAIN = [
     *("candidates=16", "selected=8", "train_batch=8", "steps=1", "rounds=2", "rollouts=4", "target_rollouts=4"),
     *("selector=lcb", "refresh=16", "fit_problems=8", "accept_coverage=0"),
 ]
-"""Settings of the rounds: all candidates are probed, and trained on in one step a round."""
+"""Settings of the rounds: all candidates are probed, and one training step per round uses all of them."""
 
 
 def coin(data_source: str, solution_str: str, ground_truth: str, extra_info: Any = None) -> float:
-    """A reward that has nothing to do with the answer, but is the same each time."""
+    """A reward that does not depend on correctness, but is deterministic."""
     return float(sum(map(ord, solution_str)) % 2)
 
 
 def problems(n: int, first: int = 0) -> list[dict[str, str]]:
-    """Problem records, n of them."""
+    """Make n problem records."""
     text = "A box holds {a} pens. {b} children take {c} each. How many pens are left in the box? Think step by step."
     return [
         {"id": f"p{i}", "prompt": text.format(a=50 + 7 * i, b=2 + i % 5, c=1 + i % 7), "ground_truth": str(i)}
@@ -48,7 +48,7 @@ def problems(n: int, first: int = 0) -> list[dict[str, str]]:
 
 
 def rollouts(records: Sequence[dict[str, str]], n: int, tokenizer: Any) -> Iterator[Rollout]:
-    """Responses of some fifty tokens, with random rewards."""
+    """Responses of about fifty tokens, with random rewards."""
     rng = np.random.default_rng(0)
     for record in records:
         prompt_ids = np.array(tokenizer(record["prompt"])["input_ids"])

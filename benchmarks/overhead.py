@@ -1,4 +1,4 @@
-"""What selection adds to training: seconds of a budgeted round without its rollouts, against the training it precedes.
+"""Overhead of selection: seconds of a budgeted round without its rollouts, relative to the training that follows.
 
     python -m benchmarks.overhead [--shape 13.8m] [--rounds 3] [--train-batch 16] [--benchmark 6] [--refresh 4]
     python -m benchmarks.overhead --refresh 8 --target-rollouts 8 --observe all
@@ -6,15 +6,14 @@
     python -m benchmarks.overhead --shape 63m --rounds 1 --repeats 2
     python -m benchmarks.overhead --shape qwen2.5-1.5b --device cuda
 
-The embedded trainer on random weights: prompts are random tokens, a response is paid if most of its tokens are even, so
-that groups have signal and the policy learns. Proportions are GradAlign's published ones (10 steps of 128 problems a
-round, a benchmark of 43), an eighth of them by default, with the selector `lcb` and a budgeted refresh in place of
-rolling out every candidate: one in 32, and half as many rollouts of a benchmark's problem as of a trained one, as in
-the study's `budgeted/4-lcb`. The training rollouts of the last pass over the picks are kept as rows (`observe`). `demo`
-is the study's small model and problems instead. The first round, which makes the store and fits the projection, is not
-counted.
+The embedded trainer runs on random weights. Prompts are random tokens; a response has reward 1 if most of its tokens
+are even, so groups have signal and the policy learns. Proportions are GradAlign's published ones (10 steps of 128
+problems per round, a benchmark of 43), by default an eighth of them. The selector is `lcb` with a budgeted refresh, as
+in the study's `budgeted/4-lcb`: one candidate in 32 is rolled out, and a benchmark problem gets half as many rollouts
+as a trained one. The training rollouts of the last pass over the picks become rows (`observe`). `demo` uses the study's
+small model and problems instead. The first round, which makes the store and fits the projection, is not counted.
 
-What keeping the training rollouts adds to the update is measured afterwards: updates with and without, in turn.
+Afterwards, updates with and without sketches are timed alternately, to measure the cost of `observe`.
 """
 
 import json
@@ -48,7 +47,7 @@ from gradstore.trainer.sampling.reward import Reward
 
 @dataclass(frozen=True)
 class Size:
-    """How much of everything a round has."""
+    """Sizes of a round: numbers of problems, rollouts, tokens and dimensions."""
 
     pool: int
     selected: int
@@ -94,7 +93,7 @@ def mostly_even(_: Mapping[str, Any], response: str, __: int) -> float:
 
 
 def made(shape: str, size: Size, device: str) -> tuple[LocalPolicy, list[dict[str, Any]], list[dict[str, Any]]]:
-    """The policy, the pool and the benchmark."""
+    """(policy, pool records, benchmark records)."""
     if shape == "demo":
         found = problems("imbalance", 5, pool=size.pool, validation=size.benchmark, test=1)
         policy = LocalPolicy(
@@ -116,7 +115,7 @@ def made(shape: str, size: Size, device: str) -> tuple[LocalPolicy, list[dict[st
 
 
 def measured(shape: str, size: Size, rounds: int, device: str, repeats: int) -> dict[str, list[float]]:
-    """Seconds of each stage, one number a round after the first."""
+    """Seconds of each stage, one number per round after the first."""
     policy, pool, benchmark = made(shape, size, device)
     learner = Learner(policy.model, UpdateSettings(lr=3e-5, token_budget=size.token_budget))
     settings = RoundSettings(
@@ -179,7 +178,7 @@ def _rounds(path: Path, last: int) -> list[gradstore.Round]:
 
 
 def share(stages: Mapping[str, Sequence[float]]) -> np.ndarray:
-    """Of each round: selection without its rollouts and observation, over the training's rollouts and updates."""
+    """Overhead per round: (selection without rollouts + observation) / (training's rollouts + updates)."""
     training = np.sum([own for name, own in stages.items() if name.startswith("training")], axis=0)
     added = [own for name, own in stages.items() if not name.startswith("training") and name != "selection: rollouts"]
     return np.sum(added, axis=0) / training
@@ -206,7 +205,7 @@ def main(
     given |= {"response": response, "prompt": response if SIZES[shape].prompt else None}
     given |= {"train_batch": train_batch, "selected": 2 * train_batch if train_batch else None}
     size = replace(SIZES[shape], **{name: value for name, value in given.items() if value is not None})
-    if processor:  # every stage is timed by one of the two
+    if processor:  # every stage is timed with one of these two clocks
         for clock in ("monotonic", "perf_counter"):
             setattr(time, clock, time.process_time)
     if threads:

@@ -1,7 +1,7 @@
 """Exit status, time and peak memory of a command.
 
-A small process of its own starts the command. Linux gives a started program the peak of the process that started it as
-its least value, so that a caller with torch loaded would hide what a light command takes.
+A small helper process starts the command. On Linux, a program's reported peak is at least that of the process that
+started it. So a caller with torch loaded would hide the peak of a light command.
 """
 
 import json
@@ -15,16 +15,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a command ended and what it took."""
+    """Exit status, costs and output of a command."""
 
     status: int
-    """Exit status; -N where signal N ended it."""
+    """Exit status; -N if signal N ended it."""
     seconds: float
-    """From start to end, imports included."""
+    """Wall seconds from start to end, imports included."""
     processor: float
-    """Seconds of all threads together; what other processes do moves them less."""
+    """Processor seconds of all threads together; other processes affect them less."""
     peak: int
-    """Largest resident size, bytes."""
+    """Peak resident size, bytes."""
     out: str
     """Standard output."""
     said: str
@@ -32,7 +32,7 @@ class Outcome:
 
 
 def outcome(command: Sequence[str]) -> Outcome:
-    """Runs a command to its end, whatever that is."""
+    """Run a command to its end, whether it succeeds or fails."""
     helper = [sys.executable, __file__, *command]
     done = subprocess.run(helper, check=True, capture_output=True, text=True)
     out, _, last = done.stdout.rstrip("\n").rpartition("\n")
@@ -40,7 +40,7 @@ def outcome(command: Sequence[str]) -> Outcome:
 
 
 def _main(command: Sequence[str]) -> None:
-    """Prints the command's output and, on a last line, how it ended and what it took."""
+    """Print the command's output and, on the last line, its exit status and costs as JSON."""
     started = time.monotonic()
     child = subprocess.Popen(command)
     _, status, usage = os.wait4(child.pid, 0)

@@ -1,10 +1,11 @@
-"""What `plan` says against what is measured: peak memory, and the time of each way to run a model over a plain pass.
+"""Accuracy of `plan`: planned against measured peak memory, and time of each stage relative to a plain pass.
 
     python -m benchmarks.plan [--shapes demo,13.8m,63m,smollm2-135m,qwen2.5-0.5b] [--repeats 3]
 
-Random weights in float32 on a CPU. Each measurement of memory has a process of its own: the most that it held beyond
-its size before the model was made, weights included. Times are processor time, the stages taken in turn; ratios are to
-a plain forward and backward with all weight gradients over the same rollouts, medians over the repeats.
+Random weights in float32 on a CPU. Each memory measurement runs in a separate process. It is the peak minus the
+process's size before the model was made, so it includes the weights. Times are processor times of interleaved stages;
+ratios are to a plain forward and backward pass with all weight gradients over the same rollouts, as medians over the
+repeats.
 """
 
 import subprocess
@@ -34,7 +35,7 @@ from gradstore.engine.sketches.fitting import PASSES
 
 SKETCH, EXACT, FORWARD, FIT = "sketch", "exact gradients", "forward", "fit"
 _BENCHMARK = 2
-"""Problems that exact gradients are scored against."""
+"""Number of benchmark problems for exact scores."""
 _DEMO: dict[str, Any] = {
     **KNOWN["SmolLM2-135M"],
     "hidden_size": 128,
@@ -54,7 +55,7 @@ MEASURED = {
 
 
 def ways(bench: Bench) -> dict[str, Callable[[], object]]:
-    """Each stage of a run over the bench's rollouts, in micro-batches as memory allows."""
+    """Stage name -> function that runs it over the bench's rollouts, with micro-batches as large as memory allows."""
     model, groups = bench.model, bench.groups
     spec = SketchSpec(basis="fitted")
     sketcher = Sketcher(model, SketchSpec(rank=memory.wide(spec.rank)))
@@ -71,7 +72,7 @@ def ways(bench: Bench) -> dict[str, Callable[[], object]]:
 
 
 def planned_work(shape: ModelShape, load: Workload, rank: int) -> dict[str, Work]:
-    """The same stages as `plan` counts them; a plain pass has prompts apart and logits everywhere."""
+    """Work of the same stages according to `plan`; a plain pass repeats prompts and computes logits everywhere."""
     return {
         PLAIN: costs.weight_gradients(shape, load, sharing=False, head_everywhere=True),
         SKETCH: costs.sketch(shape, load, memory.wide(rank)),
@@ -82,7 +83,7 @@ def planned_work(shape: ModelShape, load: Workload, rank: int) -> dict[str, Work
 
 
 def planned_memory(shape: ModelShape, load: Workload, rank: int, device: Hardware) -> dict[str, int]:
-    """Bytes at most, weights included."""
+    """Planned peak bytes per stage, weights included."""
     tokens = memory.recommended_tokens(shape, device)
     one, benchmark = (replace(load, n_problems=n) for n in (1, _BENCHMARK))
     return {
@@ -93,13 +94,13 @@ def planned_memory(shape: ModelShape, load: Workload, rank: int, device: Hardwar
 
 
 def held(name: str, stage: str) -> int:
-    """Bytes that this process holds at most while the stage runs, beyond those before the model was made."""
+    """Peak bytes of this process while the stage runs, minus those before the model was made."""
     tiny = Bench(SHAPES["tiny"], "cpu", 2048, 8)
-    ways(tiny)[SKETCH]()  # everything is imported
+    ways(tiny)[SKETCH]()  # so that everything is imported before the measurement
     before = _kilobytes("VmRSS")
     bench = Bench(MEASURED[name], "cpu", 2048, 8)
     job = ways(bench)[stage]
-    if stage == EXACT:  # `layer_gradients` keeps every layer's matrix, as its result; this is what `fidelity` runs
+    if stage == EXACT:  # `fidelity` runs this; `layer_gradients` would keep every layer's matrix as its result
         job = lambda: exact_against(bench.model, bench.groups[:_BENCHMARK], bench.groups)  # noqa: E731
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     job()
@@ -107,7 +108,7 @@ def held(name: str, stage: str) -> int:
 
 
 def timed(bench: Bench, repeats: int) -> dict[str, float]:
-    """Each stage's processor time over the plain pass's of the same round, median."""
+    """Each stage's processor time over the plain pass's in the same repeat, median."""
     jobs, rounds = ways(bench), []
     for number in range(repeats + 1):  # the first is not counted
         seconds = {}
@@ -130,7 +131,7 @@ def main(
     threads: Annotated[int, typer.Option(help="Threads of torch.")] = 2,
     one: Annotated[str, typer.Option(hidden=True, help="Print the bytes that this stage held at most.")] = "",
 ) -> None:
-    """Measured and planned, with the plan's relative error."""
+    """Print measured and planned values, with the plan's relative error."""
     torch.set_num_threads(threads)
     if one:
         print(held(shapes, one))

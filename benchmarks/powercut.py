@@ -1,13 +1,13 @@
-"""A disk that loses what was not synced: record what a program does to files, then build what a cut would leave.
+"""Simulated power cuts: record a program's file operations, then build the state a disk could have after a cut.
 
-`recorded` notes every change under a folder that goes through `os`: new files and folders, writes, sizes, names, and
-fsyncs. `Disk.after` replays the first n of them and keeps
+`recorded` logs every change under a folder that goes through `os`: new files and folders, writes, sizes, names, and
+fsyncs. `Disk.states` replays them, and `DiskState.build` keeps
 
-    of a file     the bytes that an fsync of it covered
-    of a folder   the names that an fsync of it covered
+    of a file     the bytes covered by an fsync of it
+    of a folder   the names covered by an fsync of it
 
-and of everything later nothing ("none"), or a random part ("some"): each write whole, torn at a sector of 512 bytes,
-or not at all, and each change of names or none of it. That is harsher than file systems with a journal are.
+Of later changes it keeps nothing, or a random part: each write whole, torn at a sector of 512 bytes, or not at all, and
+each change of names whole or not at all. This is harsher than journaling file systems are.
 """
 
 import os
@@ -59,7 +59,7 @@ class _File:
 class _Folder:
     durable: dict[str, int] = field(default_factory=dict)
     waiting: list[dict[str, int | None]] = field(default_factory=list)
-    """Changes of names, each all or nothing; None: the name goes."""
+    """Name changes that wait for an fsync, each all or nothing; None: the name is removed."""
 
     def after(self, keep: Callable[[], bool]) -> dict[str, int]:
         names: dict[str, int | None] = dict(self.durable)
@@ -70,7 +70,7 @@ class _Folder:
 
 
 class Disk:
-    """A folder's content, and the log of what happened to it."""
+    """A folder's initial content, and the log of changes to it."""
 
     def __init__(self, root: Path) -> None:
         self.root = os.path.realpath(root)
@@ -90,12 +90,12 @@ class Disk:
                 parent.durable[name] = node
 
     def mark(self, what: object) -> None:
-        """Note in the log what the program says."""
+        """Add a note of the program to the log."""
         with self._lock:
             self.log.append(("mark", what))
 
     def states(self) -> Iterator[tuple[int, "DiskState"]]:
-        """The disk after every event of the log; the same object each time, moved on."""
+        """Yield the disk state after each event of the log; it is the same object, updated each time."""
         state = DiskState(self._start)
         for number, event in enumerate(self.log):
             state.step(event)
@@ -120,7 +120,7 @@ class Disk:
 
 @dataclass
 class DiskState:
-    """What is durable, and what waits for an fsync."""
+    """State of a disk: durable data, and changes that wait for an fsync."""
 
     nodes: dict[int, "_File | _Folder"]
 
@@ -154,7 +154,7 @@ class DiskState:
             node.waiting = []
 
     def build(self, target: Path, random: np.random.Generator | None = None) -> None:
-        """The folder as it is after a cut now; random: keep a random part of what was not synced."""
+        """Write the folder as it would be after a cut now. random: keep a random part of the unsynced changes."""
         generator = np.random.default_rng(0) if random is None else random
 
         def keep() -> bool:
@@ -174,7 +174,7 @@ class DiskState:
 
 @contextmanager
 def recorded(root: Path) -> Iterator[Disk]:
-    """Record what this process does to the folder through `os`, from what it holds now, all of it taken as durable."""
+    """Record this process's changes to the folder through `os`; the initial content counts as durable."""
     disk = Disk(root)
     lock = disk._lock
     names = (

@@ -1,14 +1,14 @@
-"""What probe scores are worth when half of the pool pays by coin flip, and how exact they are.
+"""Quality of probe scores when half of the pool has coin-flip rewards, and their accuracy against exact dots.
 
     python -m benchmarks.probe_table --out DIR [--seeds 5] [--problems 400] [--take 80]
 
-The demo's policy in float32; for each seed a pool of clean and of coin-flip problems, half each, from all families, and
-a benchmark. The direction is the gradient of the benchmark from k rollouts a problem, the scores are from k rollouts of
-each pool problem, k = 16 and 64, and each rule takes its best problems. Reported are the share of coin-flip problems
-among them, and their mean true utility as a share of an oracle's: the dot of a problem's own gradient from 256 further
-rollouts with the benchmark's from 96 further ones, coin-flip problems counting zero. Probe dots are compared with exact
-ones, one backward a problem; the one-sided ones start from the log-probabilities that sampling recorded. Seeds that
-DIR/probe_table.jsonl has are not run again.
+The demo's policy in float32. Each seed has a benchmark and a pool of clean and coin-flip problems, half each, from all
+families. The direction is the benchmark's gradient from k rollouts per problem, and scores come from k rollouts per
+pool problem, k = 16 and 64. Each rule takes its best problems. Two numbers are reported: the share of coin-flip
+problems among them, and their mean true utility as a share of an oracle's. True utility is the dot of a problem's
+gradient from 256 further rollouts with the benchmark's from 96 further ones; it is zero for coin-flip problems. Probe
+dots are compared with exact ones (one backward pass per problem). One-sided probes start from the log-probabilities
+recorded at sampling. Seeds that are in DIR/probe_table.jsonl are not run again.
 """
 
 import json
@@ -35,9 +35,9 @@ from gradstore.engine.sketches.spec import SketchSpec
 from gradstore.trainer.sampling.backends.hugging_face import TransformersBackend
 
 COUNTS = (16, 64)
-"""Rollouts of a problem that a score is made from."""
+"""Rollouts per problem for a score."""
 TRUE_POOL, TRUE_BENCHMARK = 256, 96
-"""Rollouts of a problem that its true utility is made from."""
+"""Rollouts per problem for the true utility: pool, benchmark."""
 LEVELS = (0.01, 0.05, 0.2)
 """Levels at which p-values of coin-flip problems are counted."""
 RULES = ("random", "accgreedy", "cosine", "dot", "corr", "snr", "lcb", "shrunk", "fdr")
@@ -77,7 +77,7 @@ def main(
 
 
 def run(seed: int, n_problems: int, n_benchmark: int, take: int) -> dict[str, Any]:
-    """One seed: shares by rule and number of rollouts, and how the probe compares with exact dots."""
+    """One seed: shares by rule and number of rollouts, and the probe's agreement with exact dots."""
     model = load_model(MODEL, device="cpu")
     for parameter in model.parameters():
         parameter.requires_grad_(True)
@@ -104,7 +104,7 @@ def run(seed: int, n_problems: int, n_benchmark: int, take: int) -> dict[str, An
         for name, dots_P in (("central", batch.dots), ("one-sided", known.dots)):
             found["exact"].setdefault(name, {})[k] = float(np.corrcoef(dots_P[live], exact_P[live])[0, 1])
         found["calibration"][k] = probe.calibration.describe() if probe.calibration else None
-        # Coin-flip problems are the null hypothesis itself: p must be below a level in that share of them.
+        # The null hypothesis holds for coin-flip problems: a share `level` of them must have p below that level.
         p_P = batch.p_values[live & coin_P]
         found.setdefault("false_positives", {})[k] = [float(np.mean(p_P < level)) for level in LEVELS]
         found.setdefault("live", {})[k] = [int((live & coin_P).sum()), int((live & ~coin_P).sum())]
@@ -117,7 +117,7 @@ def run(seed: int, n_problems: int, n_benchmark: int, take: int) -> dict[str, An
 
 
 def choose_pool(seed: int, size: int) -> list[dict[str, Any]]:
-    """Clean and coin-flip problems, half each, the first of the demo's pool of the seed."""
+    """Clean and coin-flip problems, half each: the first of each kind in the demo's pool of this seed."""
     kinds: dict[str, list[dict[str, Any]]] = {tasks.CLEAN: [], tasks.COIN_FLIP: []}
     for record in tasks.pool(seed, size * 3):
         kept = kinds.get(record["tags"][0], [])
@@ -127,7 +127,7 @@ def choose_pool(seed: int, size: int) -> list[dict[str, Any]]:
 
 
 class Sampler:
-    """Rollouts of the demo's policy at temperature 1, paid as the demo pays."""
+    """Samples rollouts of the demo's policy at temperature 1, with the demo's rewards."""
 
     def __init__(self, model: torch.nn.Module, seed: int) -> None:
         self._seed = seed
@@ -135,7 +135,7 @@ class Sampler:
         self._backend = TransformersBackend(model, self._tokenizer, batch_tokens=16_384)
 
     def __call__(self, records: list[dict[str, Any]], n: int, first: int = 0) -> list[Group]:
-        """n rollouts of each problem, numbered from `first`: numbers decide coin flips and seeds."""
+        """Sample n rollouts per problem, numbered from `first`; the numbers determine coin flips and seeds."""
         prompts = [prompt_ids(self._tokenizer, record["prompt"], record["id"]) for record in records]
         responses = self._backend.generate(
             [list(map(int, ids)) for ids in prompts],
@@ -166,7 +166,7 @@ def first_rollouts(group: Group, n: int) -> Group:
 
 
 def exact_dots(model: torch.nn.Module, direction: Any, groups: list[Group]) -> tuple[np.ndarray, np.ndarray]:
-    """<g_i, V> and |g_i| by one backward a problem, float64 [P]."""
+    """(<g_i, V>, |g_i|) with one backward pass per problem, float64 [P] each."""
     runner = GradientPass(model, SketchSpec(objective=objective("gradalign"), token_budget=16_384))
     dots, norms = np.zeros(len(groups)), np.zeros(len(groups))
     for i, group in enumerate(groups):
@@ -178,7 +178,7 @@ def exact_dots(model: torch.nn.Module, direction: Any, groups: list[Group]) -> t
 
 
 def orders(batch: ProbeBatch, groups: list[Group], norms_P: np.ndarray, seed: int) -> dict[str, np.ndarray]:
-    """Rule -> the problems' positions, best first, ties by chance."""
+    """Rule -> positions of the problems, best first; ties are broken at random."""
     random = np.random.default_rng(seed)
     live, chance = batch.live, random.random(len(groups))
     cosine = np.where(live, batch.dots / np.where(norms_P > 0, norms_P, 1), -np.inf)
@@ -186,7 +186,7 @@ def orders(batch: ProbeBatch, groups: list[Group], norms_P: np.ndarray, seed: in
     keys: dict[str, Callable[[], tuple[np.ndarray, ...]]] = {
         "accgreedy": lambda: (chance, -np.abs(pass_rates - 0.5)),
         "cosine": lambda: (chance, cosine),
-        # Where fewer pass the cut than are taken, the rest follow by their dots.
+        # If too few problems pass the cut, the others follow by their dots.
         "fdr": lambda: (chance, batch.scores("dot"), batch.scores("fdr")),
     }
     return {
@@ -195,12 +195,12 @@ def orders(batch: ProbeBatch, groups: list[Group], norms_P: np.ndarray, seed: in
 
 
 def at(by_count: dict, k: int) -> Any:
-    """The entry for k rollouts; JSON makes text of the key."""
+    """The entry for k rollouts; after JSON the key is a string."""
     return by_count[k] if k in by_count else by_count[str(k)]
 
 
 def show(results: list[dict[str, Any]]) -> None:
-    """The table: mean and standard deviation over seeds."""
+    """Print the table: mean and standard deviation over seeds."""
     table = []
     for rule in RULES:
         row = [NAMES.get(rule, rule)]

@@ -1,9 +1,9 @@
-"""How long a query takes from the command line, start-up included, and where the time goes.
+"""Time of a query from the command line, start-up included, split into its parts.
 
     python -m benchmarks.query [--rows 20000] [--dim 4096] [--repeats 7]
 
-Makes an int8 store of random rows in a temporary folder, runs `gradstore query` on it in fresh processes and, in this
-process, interleaved: the exact scan, reading the same bytes once, and decoding them once. Printed with their spread.
+Makes an int8 store of random rows in a temporary folder and runs `gradstore query` on it in new processes. This process
+times, interleaved: the exact scan, reading the same bytes once, and decoding them once. Times have their spread.
 """
 
 import subprocess
@@ -63,7 +63,7 @@ def main(
 
 
 def make_store(path: Path, rows: int, dim: int) -> None:
-    """A pool of random rows and a benchmark of sixteen."""
+    """Make a store with a pool of random rows and a benchmark of sixteen."""
     random = np.random.default_rng(0)
     store = gradstore.create(path, dim=dim, fingerprint={"made": "at random"})
     for name, n in (("pool", rows), ("bench", 16)):

@@ -1,14 +1,14 @@
-"""The whole road on a real model's shape, one command of gradstore after the other: exit status, time, peak memory.
+"""All main commands of gradstore in order, on a real model's shape: exit status, time, peak memory.
 
     python -m benchmarks.real --model FOLDER [--out FILE]
     python -m benchmarks.real --shape qwen2.5-0.5b --tokenizer FOLDER [--out FILE]
 
-Each row is a process of its own: `load`, the model and nothing else; `plain`, a forward and backward with all weight
-gradients over the pool's rollouts, one problem at a time; then rollout, collect, query, select, fidelity, probe, train
-and report on a few sums in chat format. A shape gets random weights (float32), saved to a temporary folder, and the
-tokenizer of a folder whose ids its vocabulary holds; the reward goes by a response's length.
-Times and tokens a second hold imports and loading; `x plain` is processor time above that of `load`. On a GPU the peak
-is the host's. The command ends with status 1 if one of its commands failed.
+Each row is a separate process. `load`: only the model. `plain`: a forward and backward pass with all weight gradients
+over the pool's rollouts, one problem at a time. Then rollout, collect, query, select, fidelity, probe, train and report
+on a few sums in chat format. A shape gets random float32 weights, saved to a temporary folder, and the tokenizer of a
+given folder, whose ids must fit its vocabulary. The reward depends on a response's length. Times and tokens per second
+include imports and loading; `x plain` is processor time above that of `load`, relative to `plain`. On a GPU, the peak
+is the host's. The exit status is 1 if one of the commands failed.
 """
 
 import json
@@ -26,14 +26,14 @@ from benchmarks.peaks import Outcome, outcome
 from gradstore.cli.show import print_table, say
 
 SHAPES = {"smollm2-135m": "SmolLM2-135M", "qwen2.5-0.5b": "Qwen2.5-0.5B", "qwen3-0.6b": "Qwen3-0.6B"}
-"""Name here -> name in `gradstore.engine.planning.shapes.KNOWN`."""
+"""Short name -> name in `gradstore.engine.planning.shapes.KNOWN`."""
 ROUND = ["rounds=1", "steps=1", "selector=lcb", "refresh=all", "fit_problems=8", "accept_coverage=0"]
-"""Settings of the round: every candidate is measured and probed, and one step is trained on those picked."""
+"""Settings of the round: every candidate is measured and probed; one training step uses the picks."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is sampled."""
+    """Numbers of problems, rollouts and tokens to sample."""
 
     pool: int
     benchmark: int
@@ -42,12 +42,12 @@ class Sizes:
 
 
 def even(data_source: str, solution_str: str, ground_truth: str, extra_info: Any = None) -> float:
-    """A reward that half of the responses get, of random weights too: nearly every problem has a gradient."""
+    """A reward that about half of all responses get, even with random weights; nearly every problem has a gradient."""
     return float(len(solution_str) % 2 == 0)
 
 
 def problems(n: int, first: int) -> Iterator[dict[str, Any]]:
-    """Sums of two digits in chat format, as problem records; no two of the first 81 are alike."""
+    """Problem records of one-digit sums in chat format; the first 81 are distinct."""
     for i in range(first, first + n):
         a, b = 1 + i * 7 % 9, 1 + i * 7 // 9 % 9
         text = f"What is {a} plus {b}? Answer with a number."
@@ -55,7 +55,7 @@ def problems(n: int, first: int) -> Iterator[dict[str, Any]]:
 
 
 def save_random(name: str, tokenizer: str, folder: str) -> None:
-    """A model of this shape with random weights (seed 0), and a tokenizer beside it."""
+    """Save a model of this shape with random weights (seed 0), and a tokenizer, to the folder."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -71,7 +71,7 @@ def save_random(name: str, tokenizer: str, folder: str) -> None:
 
 
 def plain(model: str, rollouts: str) -> dict[str, float]:
-    """Times of the passes alone, loading left out, and the tokens of the rollouts."""
+    """Times of the passes without loading, and token counts of the rollouts."""
     import torch
 
     from gradstore.engine.gradients.models import load_model, load_tokenizer, vocabulary_size
@@ -97,7 +97,7 @@ def plain(model: str, rollouts: str) -> dict[str, float]:
 
 
 def commands(model: str, folder: Path, sizes: Sizes) -> dict[str, list[str]]:
-    """Row -> command, in the order in which they run; problems are in the folder, everything else goes there."""
+    """Row name -> command, in running order; the folder holds the problems and gets all output."""
     pool, bench, store = (str(folder / name) for name in ("pool.jsonl", "bench.jsonl", "store"))
     rolled = {name: str(folder / f"{name}-rollouts.jsonl") for name in ("pool", "bench")}
     of = ["--model", model]
@@ -127,7 +127,7 @@ def commands(model: str, folder: Path, sizes: Sizes) -> dict[str, list[str]]:
 
 
 def figures(found: dict[str, Outcome]) -> Iterator[dict[str, Any]]:
-    """A row per command: status, times in seconds, peak GB; where they are defined, tokens a second and x plain."""
+    """Yield a row per command: status, times in seconds, peak GB, and if defined tokens per second and x plain."""
     load, passes = found["load"], {} if found["plain"].status else json.loads(found["plain"].out)
     for name, done in found.items():
         took = {"seconds": done.seconds, "processor": done.processor}
@@ -141,7 +141,7 @@ def figures(found: dict[str, Outcome]) -> Iterator[dict[str, Any]]:
 
 
 def run(model: str, folder: Path, sizes: Sizes) -> dict[str, Outcome]:
-    """Every command's outcome; what failed says so at once, and the next one is tried all the same."""
+    """Run every command and return the outcomes; a failure is reported at once, and the next command still runs."""
     for name, n, first in (("pool", sizes.pool, 0), ("bench", sizes.benchmark, sizes.pool)):
         lines = [json.dumps(record) + "\n" for record in problems(n, first)]
         (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
@@ -166,7 +166,7 @@ def main(
     out: Annotated[Path | None, typer.Option(help="File to append the rows to, as JSON lines.")] = None,
     plain_: Annotated[str, typer.Option("--plain", hidden=True, help="Time plain passes over these rollouts.")] = "",
 ) -> None:
-    """Runs the road and prints its table."""
+    """Run all commands and print the table."""
     if plain_:
         print(json.dumps(plain(model, plain_)))
         return
@@ -194,7 +194,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
 
 
 _OPTIONAL = {"tokens_per_second": 0, "x_plain": 1}
-"""Figures that few rows have -> digits shown."""
+"""Optional figures of a row -> digits shown."""
 
 
 if __name__ == "__main__":

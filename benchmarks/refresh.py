@@ -1,10 +1,10 @@
-"""What a refresh budget finds, by how it is spent: a simulation of drifting scores, without a model or a store.
+"""Strategies for spending a refresh budget, compared in a simulation of drifting scores without a model or a store.
 
     python -m benchmarks.refresh
 
-P problems whose true scores wander (Ornstein-Uhlenbeck); each round measures some of them, believes what the staleness
-model says of all measurements so far, and picks n. Shown: the true mean score of the picks as a share of the best n's,
-mean over seeds and over the rounds after the third. `everything, newest` is GradAlign: all measured, none remembered.
+The true scores of P problems drift (Ornstein-Uhlenbeck). Each round measures some problems, combines all measurements
+so far by the staleness model, and picks n. Shown: the true mean score of the picks as a share of that of the best n,
+mean over seeds and over the rounds after the third. `everything, newest` is GradAlign: measure all, remember nothing.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ Choice = Callable[[Outlook, int, np.random.Generator], np.ndarray]
 
 
 def by_upper_bound(outlook: Outlook, budget: int, random: np.random.Generator) -> np.ndarray:
-    """The largest upper confidence bounds, ties at random."""
+    """Choose the problems with the largest upper confidence bounds; ties at random."""
     order = random.permutation(P)
     upper_P = outlook.mean + quantile(0.9) * outlook.sd
     return order[np.argsort(-upper_P[order], kind="stable")][:budget]
@@ -33,7 +33,7 @@ CHOICES: dict[str, Choice] = {
 
 
 def share_of_best(choice: Choice | None, budget: int, reliability: float, life: float, seed: int) -> float:
-    """Of one run; choice: None measures everything and remembers nothing."""
+    """Mean share for one run. choice: None measures everything and remembers nothing."""
     random = np.random.default_rng(seed)
     model = Staleness(0.0, 1.0, (1 - reliability) / reliability * N_ROLLOUTS, life)
     error, kept = np.sqrt(model.noise / N_ROLLOUTS), np.exp(-AGE / life)

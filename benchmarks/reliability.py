@@ -1,11 +1,10 @@
-"""What survives what: kills, flipped bits, full disks, power cuts, readers beside a writer. Prints the table of
-docs/reliability.md.
+"""Reliability tests for docs/reliability.md: kills, flipped bits, full disks, power cuts, concurrent readers.
 
     python -m benchmarks.reliability [--only kills,compactions,indexes,flips,full,cuts,live,clock]
                                      [--kills 200] [--flips 200] [--changes 60] [--seconds 60]
 
-Every trial ends in a check of every row and of every byte (`gradstore verify`), and in a writer that goes on. A trial
-that loses a row, shows a wrong one, or fails by itself ends the run with the reason.
+Every trial ends with a check of every row and byte (`gradstore verify`), and with a writer that continues. A trial that
+loses a row, shows a wrong one, or fails by itself ends the run with the reason.
 """
 
 import json
@@ -45,7 +44,7 @@ from gradstore.errors import GradstoreError
 
 
 def churn_until_killed(path: str, log: str, seed: int, content: Content, compactions: float) -> None:
-    """Change a store, saying in the log which change is next and which is done."""
+    """Change a store until killed; the log says which change is next and which is done."""
     out = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     store = gradstore.open(path, mode="a")
     for number, (change, _) in enumerate(changes(seed, content, compactions)):
@@ -55,7 +54,7 @@ def churn_until_killed(path: str, log: str, seed: int, content: Content, compact
 
 
 def index_until_killed(path: str, log: str, seed: int) -> None:
-    """Publish rows and build or extend the index kept beside them, over and over."""
+    """Repeatedly publish rows and build or extend their stored index, until killed."""
     from gradstore.engine.searching.indexes import index_for
 
     out = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
@@ -67,10 +66,10 @@ def index_until_killed(path: str, log: str, seed: int) -> None:
 
 
 def start(target: Callable, *arguments: object) -> BaseProcess:
-    """A process that has imported everything already."""
+    """Start a process that has already imported everything."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        # The last two pyarrow imports when it is first used: seconds in which a kill would hit nothing else.
+        # pyarrow imports the last two at its first use; that takes seconds, in which a kill would test nothing else.
         [
             "benchmarks.churn",
             "typer",
@@ -87,7 +86,7 @@ def start(target: Callable, *arguments: object) -> BaseProcess:
 
 
 def kills(folder: Path, trials: int, compactions: float = 0.15) -> str:
-    """One store, writers and compactions in turn, each killed at a random moment."""
+    """Kill writers and compactions of one store at random moments."""
     path, log = folder / "store", folder / "log"
     create(path)
     content, random, interrupted = Content(), np.random.default_rng(0), 0
@@ -110,7 +109,7 @@ def kills(folder: Path, trials: int, compactions: float = 0.15) -> str:
 
 
 def index_kills(folder: Path, trials: int) -> str:
-    """Killed while an index is built or written, the rows stay and the next search answers as the exact scan does."""
+    """Kill index builds and writes: rows must stay, and the next search must agree with the exact scan."""
     from gradstore.engine.searching.indexes import index_for
     from gradstore.engine.searching.query import search
 
@@ -139,7 +138,7 @@ def index_kills(folder: Path, trials: int) -> str:
 
 
 def flips(folder: Path, trials: int) -> str:
-    """One random bit of a random file changes: verify must name the file."""
+    """Flip one random bit of a random file: verify must name the file."""
     path, random = folder / "store", np.random.default_rng(0)
     store, content = create(path), Content()
     for number, (change, after) in enumerate(changes(1, content)):
@@ -167,7 +166,7 @@ def flips(folder: Path, trials: int) -> str:
 
 
 def full(folder: Path, trials: int) -> str:
-    """A small file system is written to until nothing fits; then room is made and the writer goes on."""
+    """Fill a small file system until a write fails; then free space, and the writer must continue."""
     random, changed = np.random.default_rng(0), 0
     for trial in range(trials):
         disk = folder / f"disk-{trial}"
@@ -196,7 +195,7 @@ def full(folder: Path, trials: int) -> str:
 
 
 def cuts(folder: Path, n_changes: int, every: int = 1, seed: int = 0) -> str:
-    """The power goes before and after every fsync; of what was not synced nothing, or a random part, stays."""
+    """Cut the power before and after every fsync; of unsynced data nothing, or a random part, stays."""
     path, random = folder / "store", np.random.default_rng(seed)
     store, content = create(path), Content()
     with recorded(path) as disk:
@@ -230,7 +229,7 @@ def cuts(folder: Path, n_changes: int, every: int = 1, seed: int = 0) -> str:
 
 
 def live(folder: Path, seconds: float, readers: int = 4) -> str:
-    """A writer publishes every 100 ms, and compacts now and then, while readers query without pause."""
+    """A writer publishes every 100 ms and sometimes compacts, while readers query without pause."""
     path = folder / "store"
     store = gradstore.create(path, dim=DIM, fingerprint={}, chunk_rows=64)
     store.add_problems("pool", records(0, N_PROBLEMS))
@@ -254,7 +253,7 @@ def live(folder: Path, seconds: float, readers: int = 4) -> str:
 
 
 def publish_until(path: str, log: str, stop: float) -> None:
-    """Every problem anew at each step, in two appends that become visible together."""
+    """Publish a new row of every problem at each step, in two appends that become visible together."""
     store, step = gradstore.open(path, mode="a"), 0
     with open(log, "a", encoding="utf-8", buffering=1) as out:
         while time.time() < stop:
@@ -273,7 +272,7 @@ def publish_until(path: str, log: str, stop: float) -> None:
 
 
 def query_until(path: str, log: str, stop: float, seed: int) -> None:
-    """Each answer must be the answer for one step, with every problem at that step."""
+    """Query without pause: each answer must contain every problem, all from the same step."""
     from gradstore.engine.searching.query import search
 
     query = np.random.default_rng(seed).standard_normal(DIM)
@@ -299,7 +298,7 @@ def query_until(path: str, log: str, stop: float, seed: int) -> None:
 
 
 def clock(folder: Path, trials: int) -> str:
-    """File times in 1970 and in 2100, and before each other's: a reader must see each publication all the same."""
+    """Set file times to the past and the future, in any order: a reader must still see each publication."""
     path, random = folder / "store", np.random.default_rng(0)
     store, content = create(path), Content()
     reader = gradstore.open(path)
@@ -338,7 +337,7 @@ def main(
     n_changes: Annotated[int, typer.Option("--changes", help="Changes in the log of the power cuts.")] = 60,
     seconds: Annotated[float, typer.Option(help="Length of the live run.")] = 60,
 ) -> None:
-    """Try everything and print what happened."""
+    """Run all parts and print the results."""
     parts: dict[str, tuple[str, Callable[[Path], str]]] = {
         "kills": ("kill -9: writers, deletions", lambda folder: kills(folder, kill - 2 * (kill // 4), 0.05)),
         "compactions": ("kill -9: mostly compactions", lambda folder: kills(folder, kill // 4, 0.6)),

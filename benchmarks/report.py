@@ -1,10 +1,10 @@
-"""How large the report of a large store is, how long it takes to make and how long to open.
+"""Size of a large store's report, time to make it, and time to open it.
 
     python -m benchmarks.report [--problems 100000] [--steps 3] [--dim 256] [--repeats 5] [--folder DIR]
 
 A pool with texts of about 600 characters, two benchmarks and a round at each step are made in a temporary folder and
-removed. Opened means: from going to the file until the page's script is through and its tables are there, and until the
-first figure is drawn too, in headless Chromium, a new context each time.
+removed afterwards. Opening is timed in headless Chromium, with a new context each time: until the page's script has
+finished and its tables are there, and until the first figure is drawn.
 """
 
 import shutil
@@ -33,7 +33,7 @@ def main(
     repeats: Annotated[int, typer.Option(help="Times the page is opened.")] = 5,
     folder: Annotated[Path | None, typer.Option(help="Where the temporary folder is made.")] = None,
 ) -> None:
-    """Make a store, its report, and open it."""
+    """Make a store and its report, open the report, and print sizes and times."""
     with tempfile.TemporaryDirectory(dir=folder) as made:
         store = synthetic(Path(made) / "store", problems, steps, dim)
         page = Path(made) / "report.html"
@@ -50,7 +50,7 @@ def main(
 
 
 def synthetic(path: Path, n: int, n_steps: int, dim: int, seed: int = 0) -> Store:
-    """A store of a pool in 20 sources, two benchmarks of 200 problems, and a round at each step."""
+    """Make a store: a pool in 20 sources, two benchmarks of 200 problems, and a round at each step."""
     random = np.random.default_rng(seed)
     layout = [[f"model.layers.{layer}.mlp", layer * dim // 8, (layer + 1) * dim // 8] for layer in range(8)]
     store = gradstore.create(path, dim=dim, fingerprint={"model": "synthetic", "layout": layout})
@@ -97,7 +97,7 @@ def _round(store: Store, ids: list[str], step: int, random: np.random.Generator)
 
 
 def opened(page: Path, repeats: int) -> tuple[np.ndarray, np.ndarray]:
-    """Seconds until the tables are there and until the first figure is drawn, [repeats] each."""
+    """(seconds until the tables are there, seconds until the first figure is drawn), [repeats] each."""
     from playwright.sync_api import sync_playwright
 
     program = shutil.which("chromium") or shutil.which("google-chrome")

@@ -1,11 +1,11 @@
-"""What a round decides and keeps by itself, as the pool grows: a policy that costs next to nothing in place of a model.
+"""Cost of a round's own work (plan, select, store) for growing pools, with a nearly free policy instead of a model.
 
     python -m benchmarks.rounds [--candidates 20000] [--dim 1024] [--rounds 3] [--budget 0.05]
 
-Rollouts are drawn rewards, a sketch is a problem's own direction and noise, a probe its dot with the benchmark's mean
-and noise: made in arrays, so that the seconds of `plan`, `select` and `store` are those of a run with a model. The
-first round looks at every candidate with 4 rollouts; each round measures the budget with 8, and keeps the training
-rollouts of what it picked, a twentieth.
+Rewards of rollouts are random. A sketch is the problem's direction plus noise, and a probe is its dot with the
+benchmark's mean plus noise, computed with arrays. So the seconds of `plan`, `select` and `store` are those of a run
+with a model. The first round takes 4 rollouts of every candidate. Each round measures its budget with 8 rollouts,
+picks a twentieth of the candidates, and stores the training rollouts of the picks.
 """
 
 import resource
@@ -34,7 +34,7 @@ RESPONSE = np.array([1])
 
 
 class CheapPolicy:
-    """Gradients of low rank with noise, the same for a problem at every step."""
+    """A policy with low-rank random gradients plus noise; a problem has the same gradient at every step."""
 
     def __init__(self, dim: int) -> None:
         self.step, self.dim = 0, dim
@@ -77,7 +77,7 @@ class CheapPolicy:
         return ProbeBatch.of(groups, derivatives, objective("gradalign"))
 
     def _gradients(self, groups: Sequence[Group]) -> np.ndarray:
-        """A problem's shares of the common directions follow from its number; the noise is drawn."""
+        """Gradients of the problems: shares of common directions, derived from the problem's number, plus noise."""
         numbers_P = np.array([int(group.problem_id[1:]) for group in groups])
         shares_PR = np.cos(numbers_P[:, None] * np.arange(1, 17) * 0.7).astype(np.float32)
         random = np.random.default_rng([self.step, len(groups)])
@@ -90,7 +90,7 @@ def main(
     rounds: Annotated[int, typer.Option(help="Rounds; the first looks at every candidate.")] = 3,
     budget: Annotated[float, typer.Option(help="Share of the candidates measured anew in a round.")] = 0.05,
 ) -> None:
-    """Seconds of each round's stages, and the most memory of the process."""
+    """Print seconds of each round's stages, and the process's peak memory."""
     picked, measured = candidates // 20, round(budget * candidates)
     settings = RoundSettings(
         selector="lcb",

@@ -1,14 +1,14 @@
-"""How fast a view is searched, and what it takes: one command, ratios within one run.
+"""Speed and memory of searching a view: one command, ratios within one run.
 
     python -m benchmarks.search [--only exact,history,bits] [--repeats 7] [--scale 1.0] [--folder DIR]
 
-exact    one query and sixteen, top 1,000 of 200,000 x 4096 int8, against a C loop that reads the same bytes with as
-         many threads, FAISS Flat on float32 rows, and a mapped float32 file with torch: a product for each module of
-         256 dimensions, as bergson's Attributor queries it, and one product with all, the best such a file can do.
-history  1,000,000 x 1024 int8 and five refreshes of 20 % each: open, view, query, memory, against one step alone.
-bits     10,000,000 x 256 of one bit.
+exact    1 and 16 queries, top 1,000 of 200,000 x 4096 int8. Compared with: a C loop that reads the same bytes with as
+         many threads; FAISS Flat on float32 rows; a memory-mapped float32 file with torch, once with a product per
+         module of 256 dimensions, as bergson's Attributor does, and once with a single product, the best possible.
+history  1,000,000 x 1024 int8 and five refreshes of 20 % each: open, view, query, memory, against a single step.
+bits     10,000,000 x 256 with one bit per dimension.
 
-`--scale` makes every store smaller. Stores are made in a temporary folder (of DIR) and removed.
+`--scale` makes every store smaller. Stores are made in a temporary folder (in DIR) and removed.
 """
 
 import ctypes
@@ -34,7 +34,7 @@ from gradstore.engine.searching.scan import scan_rows
 
 K = 1000
 MODULE_DIM = 256
-"""Dimensions of a module in a flat file of gradients projected to 16 x 16."""
+"""Dimensions per module in a flat file of gradients projected to 16 x 16."""
 _READ = """
 #include <stdint.h>
 #include <stddef.h>
@@ -47,7 +47,7 @@ uint64_t read_all(const uint64_t *p, size_t n) {
 
 
 def exact_section(folder: Path, scale: float, repeats: int) -> None:
-    """One query and sixteen against reading the bytes, FAISS Flat and a mapped float32 file."""
+    """Time 1 and 16 queries against reading the bytes, FAISS Flat and a memory-mapped float32 file."""
     import faiss
     import torch
 
@@ -104,7 +104,7 @@ def exact_section(folder: Path, scale: float, repeats: int) -> None:
 
 
 def history_section(folder: Path, scale: float, repeats: int) -> None:
-    """Five refreshes of a fifth of the problems: what the newest row of each costs."""
+    """Time a store after five refreshes of a fifth of the problems: cost of finding each problem's newest row."""
     problems, dim = int(1_000_000 * scale), 1024
     make_store(folder / "one", problems, dim)
     make_store(folder / "many", problems, dim, refreshes=[0.2] * 5)
@@ -132,7 +132,7 @@ def history_section(folder: Path, scale: float, repeats: int) -> None:
 
 
 def bits_section(folder: Path, scale: float, repeats: int) -> None:
-    """Ten million rows of 256 bits."""
+    """Time ten million rows of 256 bits."""
     problems, dim = int(10_000_000 * scale), 256
     view = make_store(folder / "bits", problems, dim, "1bit").view("pool")
     query = np.random.default_rng(1).standard_normal(dim).astype(np.float32)
@@ -145,7 +145,7 @@ def bits_section(folder: Path, scale: float, repeats: int) -> None:
 
 
 def print_memory(path: Path, dim: int) -> None:
-    """A fresh process that opens, queries and tells how long each took and its memory beside the mapped files."""
+    """Open and query in a new process; print the times, and its memory without the mapped files."""
     code = f"""
 import json, threading, time
 import numpy as np
@@ -176,7 +176,7 @@ print(json.dumps([*np.diff(times), most[0], anonymous()]))
 
 
 def c_reader(folder: Path) -> Callable[[np.ndarray], int]:
-    """A compiled loop over an array's bytes; ctypes lets go of the interpreter while it runs."""
+    """A compiled loop over an array's bytes; ctypes releases the GIL while it runs."""
     source, library = folder / "read.c", folder / "read.so"
     source.write_text(_READ)
     subprocess.run(["cc", "-O3", "-march=native", "-shared", "-fPIC", "-o", str(library), str(source)], check=True)

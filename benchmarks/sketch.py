@@ -1,23 +1,23 @@
-"""What a sketch costs next to a plain forward and backward over the same rollouts, in time and in memory.
+"""Cost of sketches in time and memory, relative to a plain forward and backward pass over the same rollouts.
 
     python -m benchmarks.sketch [--repeats 7] [--threads 2] [--token-budget 2048]
     python -m benchmarks.sketch --memory
     python -m benchmarks.sketch --device cuda --shape qwen2.5-1.5b
 
-One process, every method once a round, ratios to the plain pass of the same round, median with the spread. Models have
-random weights; `smollm2-135m` and `qwen3-moe` (a small mixture of experts) are timed on 1 and 4 problems x 16 rollouts,
-the others have the shape of Qwen2: `13.8m` (hidden 384, 6 layers, intermediate 1536, vocabulary 2000, float32, 8
-problems x 8 rollouts, prompt 96 and response 96 tokens) is the default, `qwen2.5-1.5b` is for a GPU (bfloat16, 4
-problems x 16 rollouts of 200 + 800 tokens). The plain pass takes 8 rollouts at a time (on a GPU 4); more do not make it
-faster. Tokens a second count every rollout's prompt and response. Forward alone, and forward with an input-gradient
-backward, show which share of a sketch is which. Where bergson is installed, its gradient collection (p = 16) is timed
-beside it; `--only bergson,sketch` asks for that, in an environment of its own:
+One process runs every method once per round. Ratios are to the plain pass of the same round, as median and spread.
+Models have random weights. `smollm2-135m` and `qwen3-moe` (a small mixture of experts) are timed on 1 and 4 problems x
+16 rollouts. The other models have the shape of Qwen2: `13.8m`, the default (hidden 384, 6 layers, intermediate 1536,
+vocabulary 2000, float32, 8 problems x 8 rollouts, prompt 96 and response 96 tokens), and `qwen2.5-1.5b`, for a GPU
+(bfloat16, 4 problems x 16 rollouts of 200 + 800 tokens). The plain pass takes 8 rollouts at a time (on a GPU 4); more
+do not make it faster. Tokens per second count every rollout's prompt and response. Forward alone, and forward with
+input-gradient backward, show the parts of a sketch's cost. If bergson is installed, its gradient collection (p = 16) is
+timed too. To compare with it, use `--only bergson,sketch` in a separate environment:
 
     python -m venv BENCH && BENCH/bin/pip install -c constraints.txt torch==2.13.0
     BENCH/bin/pip install -c constraints.txt -e . bergson==2.5.1
     BENCH/bin/python -m benchmarks.sketch --only bergson,sketch [--problems 2]
 
---memory: the most that each method held at once beyond the model, each in a process of its own.
+--memory: peak memory of each method beyond the model, each in a separate process.
 """
 
 import importlib.util
@@ -63,13 +63,13 @@ class Shape:
     """A model and the rollouts it is timed on."""
 
     model: dict[str, Any]
-    """Settings of a transformers configuration, `model_type` among them."""
+    """Settings of a transformers configuration, including `model_type`."""
     n_problems: int
     n_rollouts: int
     n_prompt: int
     n_response: int
     small: bool = True
-    """Whether every method is timed, the probe and exact dots in float32 too."""
+    """Whether all methods are timed, including the probe and exact dots in float32."""
 
     @property
     def n_tokens(self) -> int:
@@ -83,7 +83,7 @@ class Shape:
         return model.to(dtype).eval()
 
     def random_groups(self, n: int, seed: int, vocabulary: int) -> list[Group]:
-        """Random tokens, half of the rollouts of each problem rewarded."""
+        """Groups of random tokens; half of each problem's rollouts have reward 1."""
         random = np.random.default_rng(seed)
         return [
             Group(
@@ -135,7 +135,7 @@ SHAPES = {
 
 
 class Bench:
-    """A model, its rollouts, and the methods, each made when it is asked for."""
+    """A model, its rollouts, and the methods, each made on demand."""
 
     def __init__(self, shape: Shape, device: str, budget: int, plain_rollouts: int) -> None:
         self.shape, self.device, self.budget, self.plain_rollouts = shape, torch.device(device), budget, plain_rollouts
@@ -146,7 +146,7 @@ class Bench:
         return self.shape.random_groups(n, seed, self.shape.model["vocab_size"])
 
     def methods(self) -> dict[str, Callable[[], Callable[[], object]]]:
-        """Name -> what makes the method; what it needs beforehand is made then."""
+        """Name -> factory of the method; the factory also prepares what the method needs."""
         found = {
             PLAIN: lambda: self.plain,
             "forward, prompts shared": self.forward,
@@ -173,7 +173,7 @@ class Bench:
         self.model.zero_grad(set_to_none=True)
 
     def one_backward_a_problem(self) -> None:
-        """GradAlign's scorer, from its description: the full gradient of each problem, its norm and its dot."""
+        """GradAlign's scorer, as described in its paper: each problem's full gradient, its norm and its dot."""
         target = [torch.ones_like(parameter) for parameter in self.model.parameters()]
         for group in self.groups:
             for start in range(0, len(group.responses), self.plain_rollouts):
@@ -225,8 +225,11 @@ class Bench:
         return lambda: probe.derivatives(self.groups, base_logprobs=base)
 
     def bergson(self) -> Callable[[], object]:
-        """Its collector and loop as installed, as `bergson build` sets them up but with rows kept in memory: weights
-        frozen, the embedding alone requiring a gradient, its default of tokens in a batch, projections made once."""
+        """bergson's collector and loop, set up as by `bergson build`, except that rows stay in memory.
+
+        Weights are frozen and only the embedding requires a gradient; bergson's default of tokens per batch is used;
+        projections are made once.
+        """
         from bergson.collector.collector import CollectorComputer  # type: ignore[import-not-found]
         from bergson.collector.in_memory_collector import InMemoryCollector  # type: ignore[import-not-found]
         from bergson.config.config import IndexConfig  # type: ignore[import-not-found]
@@ -241,10 +244,10 @@ class Bench:
                 rows["advantage"].append(float(advantage))
                 rows["length"].append(len(group.prompt_ids) + len(response))
         data = Dataset.from_dict(rows)
-        at_once = max(1, 2048 // rows["length"][0])  # its own default of tokens in a batch
+        at_once = max(1, 2048 // rows["length"][0])  # bergson's default of tokens per batch
         batches = [list(range(i, min(i + at_once, len(data)))) for i in range(0, len(data), at_once)]
         folder, processor = tempfile.mkdtemp(), GradientProcessor(projection_dim=16)
-        logging.disable(logging.INFO)  # it logs its layers, every time
+        logging.disable(logging.INFO)  # bergson logs its layers in every run
 
         def run() -> None:
             flags = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
@@ -263,7 +266,7 @@ class Bench:
 
 
 class _Nothing:
-    """Observes no layer, so that only forward and input gradients are run."""
+    """An observer of no layers, so that only forward and input gradients are computed."""
 
     def on_input(self, layer: int, x_BTI: Tensor) -> None: ...
 
@@ -353,7 +356,7 @@ def show_times(bench: Bench, seconds: dict[str, list[float]], threads: int) -> N
 
 
 def show_memory(arguments: list[str]) -> None:
-    """Each method in a process of its own, against the plain pass."""
+    """Print each method's peak memory, measured in a separate process, against the plain pass."""
     peaks = {}
     for name in IN_MEMORY:
         command = [sys.executable, "-m", "benchmarks.sketch", *arguments, "--one", name]
@@ -363,13 +366,13 @@ def show_memory(arguments: list[str]) -> None:
 
 
 def held(job: Callable[[], object], device: torch.device) -> int:
-    """Most bytes held at once while the job ran, beyond those before it."""
+    """Peak bytes while the job runs, minus those before it."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         job()
         return torch.cuda.max_memory_allocated() - before
-    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak begins anew
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # resets the peak
     before = _kilobytes("VmRSS")
     job()
     return 1024 * (_kilobytes("VmHWM") - before)

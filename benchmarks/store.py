@@ -1,11 +1,11 @@
-"""How fast rows are written, against writing the same bytes to plain files: one command, ratios within one run.
+"""Speed of writing rows, relative to writing the same bytes to plain files: one command, ratios within one run.
 
     python -m benchmarks.store [--rows 200000] [--dim 4096] [--repeats 5] [--folder DIR]
 
-write    float32 sketches in memory to published rows, fsync included, against `write` of their codes to one file and an
-         fsync (the second of two in a row: the first may have to wait for memory), and against what is below the store
-         (encoding alone).
-append   64 rows and a publication in an open writer, against appending their codes to a file and an fsync.
+write    from float32 sketches in memory to published rows, fsync included. Compared with `write` of their codes to one
+         file and an fsync (the second of two in a row, because the first may have to wait for memory), and with
+         encoding alone.
+append   64 rows and a publication in an open writer. Compared with appending their codes to a file and an fsync.
 """
 
 import os
@@ -53,7 +53,7 @@ def main(
             return took
 
         def raw() -> float:
-            raw_file()  # Finds the memory that a virtual machine without use for it gave back to its host.
+            raw_file()  # warm-up: a virtual machine may first have to get unused memory back from its host
             return raw_file()
 
         def store() -> float:

@@ -1,4 +1,4 @@
-"""Large stores of random rows, quickly: through the store's own files and manifests, past the checks of its records."""
+"""Make large stores of random rows quickly: write the store's files and manifests directly, without record checks."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,9 +20,10 @@ BLOCK_ROWS = 16384
 def make_store(
     path: Path, problems: int, dim: int, dtype: str = "int8", refreshes: Sequence[float] = (), seed: int = 0
 ) -> gradstore.Store:
-    """A collection `pool`: every problem at step 0, then one step for each of `refreshes`, that share of them anew.
+    """A store with a collection `pool`: every problem at step 0, then one step per entry of `refreshes`.
 
-    Rows are one block of normal numbers whose dimensions are moved on by one from block to block.
+    An entry is the share of the problems that get a new row. Rows repeat one block of normal random numbers; each block
+    is shifted by one dimension.
     """
     random = np.random.default_rng(seed)
     store = gradstore.create(path, dim=dim, fingerprint={"made": "at random"}, dtype=dtype)

@@ -1,10 +1,9 @@
-"""How many of the demo's broken rewards are found from one step of 16 rollouts, and by which evidence.
+"""Detection of the demo's broken rewards from one step of 16 rollouts, by all evidence and by each piece of it.
 
     python -m benchmarks.suspicion [--seeds 3] [--pool 2000]
 
-The demo's pool has wrong ground truths and coin flips in every source; which they are stands in the tags, which
-nothing here looks at before the ranking is done. AUC against the clean problems; precision among the first n, n the
-number of broken ones.
+The demo's pool has wrong ground truths and coin flips in every source. Tags name them; the tags are read only after the
+ranking is done. AUC is against the clean problems; precision is among the first n, with n the number of broken ones.
 """
 
 import tempfile
@@ -50,7 +49,7 @@ def main(
 
 
 def measure(folder: Path, seed: int, n_pool: int) -> dict[str, dict[str, float]]:
-    """`detection` of all broken rewards, of each kind against the clean ones, and by each piece of evidence alone."""
+    """`detection` results: all broken rewards, each kind against the clean ones, and each piece of evidence alone."""
     torch.set_num_threads(1)
     problems = tasks.pool(seed, n_pool)
     store = collected(folder, seed, problems)
@@ -69,7 +68,7 @@ def measure(folder: Path, seed: int, n_pool: int) -> dict[str, dict[str, float]]
 
 
 def collected(folder: Path, seed: int, problems: list[dict]) -> Store:
-    """A store of the pool and the benchmark, 16 rollouts each at step 0."""
+    """Make a store of the pool and the benchmark, with 16 rollouts each at step 0."""
     model = load_model(MODEL, device="cpu")
     sample = Sampler(model, seed)
     spec = SketchSpec(basis="fitted", dim=DIM, seed=seed, token_budget=16_384, objective=objective("gradalign"))

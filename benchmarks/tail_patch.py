@@ -1,9 +1,9 @@
-"""One step on the problems a selector picks: does the demo's policy get better at the benchmark?
+"""Tail patch of selectors: does one training step on a selector's picks improve the demo's policy on the benchmark?
 
-The demo's model, problems of its pool with 16 rollouts each. Every selector picks 64 from a store; the policy takes one
-step of a fixed length along the picked problems' mean gradient, and the mean log-likelihood of the right answers to
-the benchmark's problems is measured before and after: no rollouts, so no noise of judging. The benchmark's own gradient
-and that of all clean problems of its family are the reference; the weights are put back after each step.
+The demo's model, problems of its pool with 16 rollouts each. Every selector picks 64 from a store, and the policy takes
+one step of a fixed length along the picks' mean gradient. The mean log-likelihood of the benchmark's right answers is
+measured before and after; it needs no rollouts, so it has no sampling noise. References: the benchmark's own gradient,
+and that of all clean problems of its family. The weights are restored after each step.
 
     python -m benchmarks.tail_patch [--seeds 3] [--pool 600] [--picked 64] [--out FILE.json]
 """
@@ -32,7 +32,7 @@ from gradstore.engine.selecting.selection import select
 
 SELECTORS = ("cosine", "dot", "fisher", "norm", "simacc", "accgreedy", "rand", "negsim")
 LENGTH = 0.03
-"""Of the step, in parameter space."""
+"""Length of the step in parameter space."""
 
 
 def main(
@@ -57,7 +57,7 @@ def main(
 
 
 def measure(seed: int, n_pool: int, n_picked: int) -> dict[str, float]:
-    """Change of the benchmark's mean log-likelihood of right answers, in nats, by what the step was made on."""
+    """Selector or reference -> change of the benchmark's mean log-likelihood of right answers, in nats."""
     problems, wanted = tasks.pool(seed, n_pool), tasks.benchmark(seed)
     model, tokenizer = load_model(MODEL, device="cpu"), load_tokenizer(MODEL)
     sample = Sampler(model, seed)
@@ -81,7 +81,7 @@ def measure(seed: int, n_pool: int, n_picked: int) -> dict[str, float]:
 
 
 def right_answers(tokenizer: Any, records: Sequence[dict], groups: dict[str, Group]) -> list[tuple[list[int], int]]:
-    """(token ids of prompt and right answer, length of the prompt) of each problem."""
+    """(token ids of prompt and right answer, prompt length) of each problem."""
     found = []
     for record in records:
         prompt = groups[record["id"]].prompt_ids.tolist()
@@ -92,7 +92,7 @@ def right_answers(tokenizer: Any, records: Sequence[dict], groups: dict[str, Gro
 
 @torch.no_grad()
 def log_likelihood(model: torch.nn.Module, answers: Sequence[tuple[list[int], int]]) -> float:
-    """Mean over the problems of the answer's log-likelihood, its tokens summed."""
+    """Log-likelihood of the answers, summed over tokens, mean over problems."""
     longest = max(len(ids) for ids, _ in answers)
     ids_PT = torch.zeros(len(answers), longest, dtype=torch.long)
     counted_PT = torch.zeros(len(answers), longest, dtype=torch.bool)

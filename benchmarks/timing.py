@@ -1,4 +1,4 @@
-"""Several ways of doing one thing, timed in turn: a machine that others use is slow for all of them alike."""
+"""Interleaved timing of alternatives, so that other load on the machine slows all of them equally."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -11,8 +11,8 @@ from gradstore.cli.show import print_table
 def interleaved(jobs: Mapping[str, Callable[[], object]], repeats: int, warm: int = 1) -> dict[str, np.ndarray]:
     """Seconds of each job, [repeats], after `warm` runs of each that are not counted.
 
-    A job that returns a float has timed itself. Each repeat has an order of its own: what one leaves in the caches
-    would else always serve the same one.
+    A job that returns a float has timed itself. Each repeat uses a different order; otherwise the same job would always
+    profit from what another leaves in the caches.
     """
     seconds: dict[str, list[float]] = {name: [] for name in jobs}
     for repeat in range(warm + repeats):
@@ -27,7 +27,7 @@ def interleaved(jobs: Mapping[str, Callable[[], object]], repeats: int, warm: in
 
 
 def print_times(title: str, seconds: Mapping[str, np.ndarray], base: str) -> None:
-    """Medians with their range, and each repeat's ratio to the same repeat of `base`: median and range."""
+    """Print median and range of the times, and of their ratios to `base` in the same repeat."""
     rows = []
     for name, values in seconds.items():
         ratio = values / seconds[base]

@@ -1,8 +1,14 @@
 """The command line's application, to which each file of this folder adds its commands."""
 
-from typing import Annotated
+import functools
+import inspect
+import logging
+from collections.abc import Callable
+from typing import Annotated, Any
 
 import typer
+
+from gradstore.cli.show import NOTICE, show_from
 
 app = typer.Typer(
     name="gradstore",
@@ -11,6 +17,34 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def command(name: str | None = None, **settings: Any) -> Callable[[Callable], Callable]:
+    """`app.command`, with the options that every command has, --verbose and --quiet."""
+
+    def register(function: Callable) -> Callable:
+        @functools.wraps(function)
+        def told(*args: Any, verbose: bool, quiet: bool, **others: Any) -> Any:
+            show_from(logging.WARNING if quiet else logging.INFO if verbose else NOTICE)
+            return function(*args, **others)
+
+        own = inspect.signature(function)
+        more = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=hint)
+            for name, hint in _TOLD.items()
+        ]
+        told.__signature__ = own.replace(parameters=[*own.parameters.values(), *more])  # type: ignore[attr-defined]
+        told.__annotations__ = {**function.__annotations__, **_TOLD}
+        app.command(name, **settings)(told)
+        return function
+
+    return register
+
+
+_TOLD = {
+    "verbose": Annotated[bool, typer.Option("--verbose", "-v", help="Say more of what is done.")],
+    "quiet": Annotated[bool, typer.Option("--quiet", "-q", help="No commentary and no progress bars, only warnings.")],
+}
 
 
 def _print_version(asked: bool) -> None:
@@ -28,3 +62,4 @@ def options(
     ] = False,
 ) -> None:
     """Sketches of problems' policy gradients: collect, search, select."""
+    show_from(NOTICE)

@@ -7,25 +7,24 @@ from typing import TYPE_CHECKING, Annotated, cast, get_args
 
 import typer
 
-from gradstore.cli.app import app
+from gradstore.cli.app import command
 from gradstore.cli.make import Device, Model, TemplateKwargs, template_arguments
 from gradstore.cli.rank import Json, StorePath
-from gradstore.cli.show import print_json, progress, say
+from gradstore.cli.show import print_json, progress, say, warn
 from gradstore.errors import RequestError
 
 if TYPE_CHECKING:
     from torch import nn
 
     from gradstore import Store
-    from gradstore.engine.gradients.coverage import Coverage
+    from gradstore.engine.assessing.refit import Refit
     from gradstore.engine.gradients.optimizer_direction import OptimizerDirection
-    from gradstore.engine.reliability.refit import Refit
     from gradstore.engine.rollouts import Group, RolloutSource
     from gradstore.engine.sketches.sketcher import Sketcher
-    from gradstore.engine.sketches.spec import SketchBatch, SketchSpec
+    from gradstore.engine.sketches.spec import SketchBatch
 
 
-@app.command()
+@command()
 def collect(
     store: StorePath,
     collection: Annotated[str, typer.Argument(help="Pool or benchmark the rollouts belong to.")],
@@ -135,11 +134,12 @@ def collect(
     """
     import gradstore
     from gradstore.attachments import read_coverage
+    from gradstore.engine.assessing.start import default_spec, start_store
     from gradstore.engine.gradients.logprobs import Reference
     from gradstore.engine.gradients.models import load_model, load_tokenizer, vocabulary_size
     from gradstore.engine.gradients.objectives import objective as preset
     from gradstore.engine.rollouts import read_rollouts
-    from gradstore.engine.sketches.bases import bases_in_use, basis_of, create_store, sketcher_of
+    from gradstore.engine.sketches.bases import bases_in_use, basis_of, sketcher_of
     from gradstore.engine.sketches.collector import Measure
     from gradstore.engine.sketches.collector import collect as run
     from gradstore.engine.sketches.spec import SketchSpec
@@ -155,7 +155,11 @@ def collect(
     if refit == "auto" and benchmark_rollouts is None:
         raise RequestError("--refit auto measures against the benchmark: give --benchmark-rollouts")
     opened = gradstore.open(store, mode="a") if store.exists() else None
-    spec = _new_spec(head, optimizer is not None) if opened is None else SketchSpec.of(opened.fingerprint)
+    spec = (
+        default_spec(head=head, optimizer=optimizer is not None)
+        if opened is None
+        else SketchSpec.of(opened.fingerprint)
+    )
     given = {
         "rank": rank,
         "right_rank": right_rank,
@@ -218,9 +222,23 @@ def collect(
     outcome = None
     known: list[SketchBatch] = []
     if opened is None:
-        spec, coverage = _coverage(policy, spec, source, accept_coverage, embeddings)
-        sketcher, known = _new_sketcher(policy, spec, source, fit_problems, wanted, adam, measure != "never")
-        opened = create_store(store, sketcher, dtype, coverage)
+        made = start_store(
+            store,
+            policy,
+            source,
+            spec,
+            benchmark=wanted,
+            dtype=dtype,
+            fit_problems=fit_problems,
+            measured=measure != "never",
+            optimizer=adam,
+            accept_coverage=accept_coverage,
+            embeddings=embeddings,
+            option="--accept-coverage ",
+            say=say,
+            bar=progress,
+        )
+        opened, sketcher, known = made.store, made.sketcher, made.rows
     else:
         sketcher = sketcher_of(opened, policy, spec, optimizer=adam)
         basis_of(opened, sketcher.fingerprint)
@@ -240,12 +258,12 @@ def collect(
             progress=advance,
         )
     if halves:
-        from gradstore.engine.reliability.stored_halves import collect_halves
+        from gradstore.engine.assessing.stored_halves import collect_halves
 
         collect_halves(opened, collection, source, sketcher=sketcher, step=version)
     if report.needs_refit:
-        say(
-            f"warning: the store's projection ranks these gradients with a correlation of {report.fidelity:.2f} to the "
+        warn(
+            f"the store's projection ranks these gradients with a correlation of {report.fidelity:.2f} to the "
             "exact ranking: the policy has moved from what it was fitted to; collect with --refit auto and "
             "--benchmark-rollouts for a new basis"
         )
@@ -262,40 +280,6 @@ def collect(
     )
     for problem_id, reason in report.failures:
         say(f"problem {problem_id!r} failed: {reason}")
-
-
-def _coverage(
-    policy: "nn.Module",
-    spec: "SketchSpec",
-    source: "RolloutSource",
-    accepted: float | None,
-    embeddings: bool | None,
-) -> "tuple[SketchSpec, Coverage]":
-    """The spec of a new store, with the embedding where nobody chose and it is needed, and what its sketches see, said
-    aloud; refused where that is little and nobody chose the layers."""
-    from gradstore.engine.gradients.coverage import least_of, measure, seeing_enough
-    from gradstore.engine.gradients.gradient_pass import GradientPass
-    from gradstore.engine.sketches.fitting import sample_groups
-
-    least, sample = least_of(spec, accepted), sample_groups(source, 8, spec.seed)
-    if embeddings is None:
-        chosen, coverage = seeing_enough(policy, spec, sample, least)
-        if chosen.embeddings:
-            say("the input embedding is sketched too: without it too little of the gradient would be seen")
-    else:
-        chosen, coverage = spec, measure(GradientPass(policy, spec), sample)
-    coverage.require(least, "--accept-coverage ")
-    say(coverage.sentence())
-    return chosen, coverage
-
-
-def _new_spec(head: bool, directions: bool) -> "SketchSpec":
-    """Settings of a new store. Bases are fitted to gradients, so that what is no gradient has random ones."""
-    from gradstore.engine.sketches.spec import SketchSpec
-
-    if head:
-        return SketchSpec(rank=64, right_rank=128, head_only=True)
-    return SketchSpec(basis="dense", rank=64) if directions else SketchSpec(basis="fitted")
 
 
 def _direction(
@@ -319,7 +303,7 @@ def _checked(
     fit: bool,
 ) -> "tuple[Sketcher, Refit]":
     """The sketcher that is to make the rows, after measuring the one that the store has, said aloud."""
-    from gradstore.engine.reliability.refit import refit
+    from gradstore.engine.assessing.refit import refit
     from gradstore.engine.sketches.fitting import sample_groups
 
     sample = sample_groups(source, n_sampled, sketcher.spec.seed)
@@ -336,50 +320,10 @@ def _checked(
             f"basis {found.basis} fitted: it ranks with {found.anew:.3f}, the one before with {found.fidelity:.3f}{was}"
         )
     elif found.anew is not None:
-        say(f"warning: the store's projection ranks with {found.fidelity:.3f}{was}, one fitted now no better: kept")
+        warn(f"the store's projection ranks with {found.fidelity:.3f}{was}, one fitted now no better: kept")
     else:
-        say(f"warning: the store's projection ranks with {found.fidelity:.3f}{was}: --refit auto fits a new basis")
+        warn(f"the store's projection ranks with {found.fidelity:.3f}{was}: --refit auto fits a new basis")
     return sketcher, found
-
-
-def _new_sketcher(
-    policy: "nn.Module",
-    spec: "SketchSpec",
-    source: "RolloutSource",
-    n_fitted: int,
-    wanted: "list[Group]",
-    adam: "OptimizerDirection | None",
-    measured: bool,
-) -> "tuple[Sketcher, list[SketchBatch]]":
-    """A sketcher for a new store; a fitted projection is fitted to a sample of the rollouts, and to the benchmark's.
-
-    Beside it the sketches that were made on the way.
-    """
-    from gradstore.engine.reliability.refit import first_fit, parts
-    from gradstore.engine.sketches.fitting import passed, sample_groups
-    from gradstore.engine.sketches.sketcher import Sketcher
-
-    if spec.basis == "fitted" and adam is not None:
-        raise RequestError(
-            "a projection is fitted to gradients, not to an optimizer's steps: use --basis dense or random"
-        )
-    if spec.basis != "fitted":
-        return Sketcher(policy, spec, optimizer=adam), []
-    checker = Sketcher(policy, replace(spec, basis="random"))
-    sample = sample_groups(source, n_fitted, spec.seed)
-    for group in (*sample, *wanted):
-        checker.check(group)
-    n_wanted = sum(group.has_signal for group in wanted)
-    with progress("fitting the projection", passed(len(parts(sample, measured=measured)[1]), n_wanted)) as advance:
-        found = first_fit(policy, spec, sample, wanted, measured=measured, progress=advance)
-    projection = found.sketcher.projection
-    fidelity = projection.fidelity
-    ranks = "" if fidelity is None else f", and rank others with a correlation of {fidelity:.3f} to the exact ranking"
-    say(
-        f"projection fitted to {found.n_fitted} problems: {projection.dim} dimensions hold "
-        f"{projection.captured:.0%} of their gradients' energy{ranks}"
-    )
-    return found.sketcher, found.rows
 
 
 def _given(settings: Mapping[str, object]) -> dict:

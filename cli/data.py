@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gradstore.cli.app import app
+from gradstore.cli.app import command
 from gradstore.cli.rank import Json
 from gradstore.cli.show import print_json, print_table, say
 from gradstore.errors import RequestError
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from gradstore.trainer.data.pool import Part
 
 
-@app.command()
+@command()
 def data(
     sources: Annotated[
         list[str] | None,

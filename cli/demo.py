@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gradstore.cli.app import app
+from gradstore.cli.app import command
 from gradstore.cli.rank import Json
 from gradstore.cli.show import duration, print_json, print_table, say, size
 from gradstore.errors import RequestError
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from gradstore.engine.planning.plan import Stage
 
 
-@app.command()
+@command()
 def demo(
     out: Annotated[
         Path | None,

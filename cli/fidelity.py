@@ -5,14 +5,14 @@ from typing import Annotated
 
 import typer
 
-from gradstore.cli.app import app
+from gradstore.cli.app import command
 from gradstore.cli.make import Device, Model
 from gradstore.cli.rank import Json, StorePath
 from gradstore.cli.show import print_json, print_table
 from gradstore.errors import RequestError
 
 
-@app.command()
+@command()
 def fidelity(
     store: StorePath,
     pool: Annotated[str, typer.Option("--pool", help="Collection whose ranking is measured.")],
@@ -33,9 +33,9 @@ def fidelity(
 ) -> None:
     """Compare stored cosine scores with exact ones on a sample, beside the exact scores' own reliability."""
     import gradstore
+    from gradstore.engine.assessing.fidelity import fidelity as measure
     from gradstore.engine.gradients.logprobs import Reference
     from gradstore.engine.gradients.models import load_model, load_tokenizer, vocabulary_size
-    from gradstore.engine.reliability.fidelity import fidelity as measure
     from gradstore.engine.rollouts import read_rollouts
     from gradstore.engine.sketches.spec import SketchSpec
 

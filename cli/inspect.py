@@ -5,13 +5,13 @@ from typing import Annotated, Literal, cast
 
 import typer
 
-from gradstore.cli.app import app
+from gradstore.cli.app import command
 from gradstore.cli.rank import Json, StorePath
 from gradstore.cli.show import print_json, print_table, say, size
 from gradstore.errors import RequestError
 
 
-@app.command()
+@command()
 def info(store: StorePath, json: Json = False) -> None:
     """What a store holds: collections, steps, states, bytes, fingerprint."""
     import gradstore
@@ -42,7 +42,7 @@ def info(store: StorePath, json: Json = False) -> None:
             say(f"{key}: {value}")
 
 
-@app.command()
+@command()
 def verify(store: StorePath, json: Json = False) -> None:
     """Check every stored byte against its checksum; exit status 1 if one is wrong."""
     import gradstore
@@ -73,7 +73,7 @@ def verify(store: StorePath, json: Json = False) -> None:
         raise typer.Exit(1)
 
 
-@app.command()
+@command()
 def compact(
     store: StorePath,
     collection: Annotated[str | None, typer.Option(help="Only this collection.")] = None,
@@ -93,7 +93,7 @@ def compact(
             print(f"{name}: {before} rows before, {after} after")
 
 
-@app.command("import")
+@command("import")
 def import_(
     store: StorePath,
     collection: Annotated[str, typer.Argument(help="Collection to add to.")],

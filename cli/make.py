@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from gradstore.cli.app import app
+from gradstore.cli.app import command
 from gradstore.cli.rank import Json
 from gradstore.cli.show import print_json, progress, say
 from gradstore.errors import RequestError
@@ -23,7 +23,7 @@ SkipUnreadable = Annotated[
 ]
 
 
-@app.command()
+@command()
 def rollout(
     problems: Annotated[Path, typer.Argument(help="Problem records, JSONL or Parquet, flat or verl's.")],
     model: Model,

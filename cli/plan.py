@@ -4,12 +4,12 @@ from typing import Annotated
 
 import typer
 
-from gradstore.cli.app import app
+from gradstore.cli.app import command
 from gradstore.cli.rank import Json
 from gradstore.cli.show import duration, print_json, print_table, size
 
 
-@app.command()
+@command()
 def plan(
     model: Annotated[str, typer.Option(help="Folder, config.json, or a known name such as Qwen/Qwen3-8B.")],
     pool: Annotated[int, typer.Option(help="Problems of the pool.")],

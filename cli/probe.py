@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from gradstore.cli.app import app
+from gradstore.cli.app import command
 from gradstore.cli.make import Device, Model
 from gradstore.cli.rank import Json, StorePath
 from gradstore.cli.show import print_json, print_table, progress, say
@@ -15,7 +15,7 @@ _WINDOW = 64
 """Problems probed and kept at once."""
 
 
-@app.command()
+@command()
 def probe(
     store: StorePath,
     pool: Annotated[str, typer.Option("--pool", help="Collection of the problems.")],

@@ -1,14 +1,11 @@
 """`query`, `select` and `selectors`: ask a store which problems align with a benchmark."""
 
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from gradstore.cli.app import app
+from gradstore.cli.app import command
 from gradstore.cli.show import first_words, print_json, print_table, say, short_layer
 from gradstore.errors import RequestError
 
@@ -36,7 +33,7 @@ Filter = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
-@app.command()
+@command()
 def query(
     store: StorePath,
     against: AgainstAny = None,
@@ -87,30 +84,29 @@ def query(
     score = cast("Metric", metric)
     kept = Where.parse(where) if where else None
     strength = DAMPING if damping is None else damping
-    with _warnings_said():
-        if several:
-            hits: Hits = search_fused(
-                view,
-                wanted,
-                top,
-                how=cast("Fusion", fuse or "mean"),
-                weights=weight or None,
-                metric=score,
-                largest=not smallest,
-                where=kept,
-                damping=strength,
-            )
-        else:
-            hits = search(
-                view,
-                wanted[0],
-                top,
-                metric=score,
-                largest=not smallest,
-                where=kept,
-                index=None if index == "scan" else index,
-                damping=strength,
-            )
+    if several:
+        hits: Hits = search_fused(
+            view,
+            wanted,
+            top,
+            how=cast("Fusion", fuse or "mean"),
+            weights=weight or None,
+            metric=score,
+            largest=not smallest,
+            where=kept,
+            damping=strength,
+        )
+    else:
+        hits = search(
+            view,
+            wanted[0],
+            top,
+            metric=score,
+            largest=not smallest,
+            where=kept,
+            index=None if index == "scan" else index,
+            damping=strength,
+        )
     newest = max(int(view.steps.max()), *(goal.steps[1] for goal in wanted)) if at is None else at
     problems = view.problems.take(hits.positions).to_pylist()
     shares = _largest_layers(view, hits.positions, wanted[0], score, layers, strength) if layers else [{}] * len(hits)
@@ -180,7 +176,7 @@ def query(
     )
 
 
-@app.command()
+@command()
 def select(
     store: StorePath,
     n: Annotated[int, typer.Option("-n", help="How many problems.")],
@@ -250,7 +246,7 @@ def select(
         say(f"{len(selection)} of {selection.n_candidates} candidates by {selection.selector}: {', '.join(written)}")
 
 
-@app.command()
+@command()
 def selectors(json: Json = False) -> None:
     """The selectors there are, those of other packages too."""
     from gradstore.engine.selecting.selectors import ALIASES, SELECTORS
@@ -280,16 +276,6 @@ def _chooses_among(selector: "Selector") -> str:
     if selector.needs_probes:
         return "probed"
     return "all" if selector.whole_pool else "live" if selector.live_only else "measured"
-
-
-@contextmanager
-def _warnings_said() -> Iterator[None]:
-    """Warnings of the block, such as an index that is refused, as lines for a person."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", UserWarning)
-        yield
-    for warning in caught:
-        say(f"warning: {warning.message}")
 
 
 def _pool(store: "Store", pool: str | None, against: list[str]) -> str:

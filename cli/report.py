@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from gradstore.cli.app import app
+from gradstore.cli.app import command
 from gradstore.cli.rank import Json, Pool, StorePath
 from gradstore.cli.show import print_json, say
 
@@ -23,7 +23,7 @@ Tokenizer = Annotated[
 ]
 
 
-@app.command()
+@command()
 def report(
     store: StorePath,
     out: Annotated[Path | None, typer.Option(help="File to write [default: report.html or report.md].")] = None,
@@ -75,7 +75,7 @@ def _tokenizer(name: str | None) -> object:
     return load_tokenizer(name)
 
 
-@app.command()
+@command()
 def serve(
     store: StorePath,
     against: AgainstAny = None,

@@ -2,9 +2,12 @@
 
 import io
 import json
+import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+
+log = logging.getLogger(__name__)
 
 
 def take_any_text() -> None:
@@ -47,9 +50,36 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     console.print(table)
 
 
+NOTICE = 25
+"""Level of running commentary: shown unless `--quiet`; between logging.INFO, which `--verbose` shows, and WARNING."""
+
+
+class _OnStandardError(logging.Handler):
+    """Prints records on standard error, as it is when they come."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        prefix = "warning: " if record.levelno == logging.WARNING else ""
+        print(f"{prefix}{record.getMessage()}", file=sys.stderr, flush=True)
+
+
+def show_from(level: int) -> None:
+    """Show what the packages log, from this level on, on standard error."""
+    logger = logging.getLogger("gradstore")
+    if not any(isinstance(handler, _OnStandardError) for handler in logger.handlers):
+        logger.addHandler(_OnStandardError())
+    logger.setLevel(level)
+
+
 def say(text: str) -> None:
     """A line of running commentary, on standard error, out of the way of `--json`."""
-    print(text, file=sys.stderr, flush=True)
+    if not logging.getLogger("gradstore").handlers:
+        show_from(NOTICE)
+    log.log(NOTICE, "%s", text)
+
+
+def warn(text: str) -> None:
+    """A warning, told as those of the packages are."""
+    log.warning("%s", text)
 
 
 @contextmanager
@@ -60,7 +90,7 @@ def progress(description: str, total: int | None) -> Iterator[Callable[[int], No
 
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+    with Progress(*columns, console=console, disable=not (console.is_terminal and log.isEnabledFor(NOTICE))) as bar:
         task = bar.add_task(description, total=total)
         yield lambda n: bar.advance(task, n)
 

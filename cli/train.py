@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from gradstore.cli.app import app
+from gradstore.cli.app import command
 from gradstore.cli.make import Device, SkipUnreadable, TemplateKwargs, template_arguments
 from gradstore.cli.rank import Json
 from gradstore.cli.show import print_json, progress, say
@@ -16,7 +16,7 @@ from gradstore.errors import RequestError
 LEARNING_RATE, LORA_LEARNING_RATE = 1e-6, 2e-5
 
 
-@app.command(context_settings={"ignore_unknown_options": True})
+@command(context_settings={"ignore_unknown_options": True})
 def train(
     context: typer.Context,
     settings: Annotated[

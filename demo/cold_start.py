@@ -1,9 +1,9 @@
-"""A cold start: a pretrained model is taught to answer as problems' ground truths do, in their form and nothing more.
+"""Cold start: supervised fine-tuning of a pretrained model on ground truths, so that it answers in their form only.
 
     python -m gradstore.demo.cold_start MODEL PROBLEMS OUT --steps 60 --batch 16
 
-Reinforcement sharpens what a model already does sometimes. Taught from truths of which some are wrong, the model gives
-right and wrong answers, so that both can be rewarded. The problems taught belong neither into a pool nor a benchmark.
+RL strengthens answers that a model already gives sometimes. Some of the truths used here are wrong, so the model learns
+to give both right and wrong answers, and rewards differ. Do not use these problems in a pool or a benchmark.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from gradstore.problems import read_problems
 
 
 class Taught:
-    """Training text: the problems in random order, pass after pass, each answered with its ground truth."""
+    """Training text: repeated passes over the problems in random order, each answered with its ground truth."""
 
     def __init__(self, tokenizer: Any, records: Sequence[Mapping[str, Any]], seed: int) -> None:
         self._random = Random(f"cold start {seed}")
@@ -58,10 +58,10 @@ def cold_start(
     notes: Mapping[str, str] | None = None,
     tell: Callable[[str], None] = lambda line: None,
 ) -> Path:
-    """Trains the model of folder `source` on the records' ground truths and writes it to `out`, whole or not at all.
+    """Train the model of folder `source` on the records' ground truths and write it to `out` atomically.
 
-    peak: highest learning rate. notes: text files to write beside the weights.
-    tell: gets a line every few seconds. RequestError where `out` is there already.
+    peak: highest learning rate. notes: text files (name -> text) to write next to the weights. tell: called with a line
+    of progress every few seconds. RequestError if `out` already exists.
     """
     if not records:
         raise RequestError("a cold start needs at least one problem")

@@ -1,8 +1,8 @@
-"""A short training run of the demo's model that leaves a store with history: rounds of measure, select, train.
+"""A short training run of the demo's model, in rounds of measure, select, train; it gives a store with history.
 
-The embedded trainer and the rounds of selection, as `gradstore train` runs them, aim at one benchmark; a second one is
-measured before each round and only looked at. It takes seconds at the sizes of a test: the report, the explorer and
-the tutorial are shown on it.
+It uses the embedded trainer and selection rounds, as in `gradstore train`. Selection uses one benchmark; a second one
+is measured before each round but not used. With test sizes it takes seconds. The report, the explorer and the tutorial
+use its store.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,9 +25,9 @@ from gradstore.trainer.round.settings import RoundSettings
 from gradstore.trainer.sampling.reward import Reward
 
 ROLLOUTS = "rollouts"
-"""Folder of the rollouts made for selection, in the run's folder."""
+"""Subfolder of the run for the rollouts made for selection."""
 TOKEN_BUDGET = 16_384
-"""Tokens of a micro-batch: layers this small lose more between micro-batches than in a CPU's caches."""
+"""Tokens per micro-batch; for layers this small, large micro-batches are faster although they exceed the CPU caches."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +41,11 @@ class CourseSettings:
     n_selected: int = 12
     n_rollouts: int = 8
     n_updates: int = 4
-    """Training steps of a round, each on everything picked."""
+    """Training steps per round, each on all picks."""
     learning_rate: float = 2e-4
     dim: int = 256
     token_budget: int | None = TOKEN_BUDGET
-    """None: as memory allows."""
+    """Tokens per micro-batch; None: as many as memory allows."""
     seed: int = 0
 
 
@@ -56,7 +56,7 @@ SHOWN = CourseSettings(n_pool=240, n_benchmark=40, n_rounds=4, n_selected=48, n_
 def run_course(folder: Path, settings: CourseSettings, tell: Callable[[str], None] = lambda line: None) -> Store:
     """Train for some rounds; `folder` is a run of the embedded trainer, with `store` and `rollouts/` in it.
 
-    tell: gets a line at the end of each round. Called again after an interruption it goes on from there.
+    tell: called with a line at the end of each round. A call after an interruption resumes the run.
     """
     model, tokenizer = settings.subject.load()
     pool = tasks.pool(settings.seed, settings.n_pool, settings.subject.families)
@@ -89,7 +89,7 @@ def run_course(folder: Path, settings: CourseSettings, tell: Callable[[str], Non
 
 
 class _Course(Rounds):
-    """Rounds that aim at sums, with a second family measured beside them."""
+    """Rounds whose benchmark is the target family; a second benchmark is measured before each round but not used."""
 
     def __init__(
         self, folder: Path, pool: Sequence[dict[str, Any]], rounds: RoundSettings, settings: CourseSettings
@@ -112,7 +112,7 @@ class _Course(Rounds):
 
 
 def _second_benchmark(settings: CourseSettings, pool: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Clean problems of the second family that the pool does not have."""
+    """Clean problems of the second family that are not in the pool."""
     subject, prompts = settings.subject, {str(record["prompt"]) for record in pool}
     others = tasks.pool(settings.seed + 1, 20 * settings.n_benchmark, subject.families)
     found = [

@@ -1,13 +1,12 @@
 """Train the demo's policy from scratch: `python -m gradstore.demo.pretrain --out DIR`, minutes on two cores.
 
-Reinforcement sharpens what a model can already do, so the demo needs a policy that knows how to be right and
-mostly is not. It is made with a *latent switch*: of the training prompts 40 % begin with T and are answered
-right, 20 % begin with S and are answered with the family's slip, and 40 % begin with ? and are answered right
-30 % of the time, else with the slip. All problems of the demo begin with ?. Questions held out for benchmarks
-are left out.
+RL strengthens what a model can already do. So the demo needs a policy that can answer right but mostly does not.
+It is trained with a *latent switch*. 40 % of the training prompts begin with T and have the right answer; 20 % begin
+with S and have the family's slip; 40 % begin with ? and have the right answer 30 % of the time, else the slip. All
+problems of the demo begin with ?. Questions held out for benchmarks are not used here.
 
-The tokenizer is made here too: one token for every byte (so for every digit and for "\\n"), one for every
-recurring phrase of the questions, and the chat markers. The model is a Qwen2 of transformers, saved in bf16.
+This module also makes the tokenizer: one token per byte (so per digit and "\\n"), one per recurring phrase of the
+questions, and the chat markers. The model is a transformers Qwen2, saved in bf16.
 """
 
 import argparse
@@ -38,22 +37,22 @@ CHAT_TEMPLATE = (
     "{% else %}{{ '<|im_start|>' + message['content'] + '<|im_end|>' }}{% endif %}"
     "{% endfor %}"
 )
-"""Roles take turns, so their names are left out: a prompt costs two tokens beyond its text."""
+"""Roles alternate, so the template omits their names: a prompt has only two tokens besides its text."""
 
 MODE_SHARES = {"T": 0.4, "S": 0.2, "?": 0.4}
 RIGHT_SHARE = {"T": 1.0, "S": 0.0, "?": 0.3}
-"""How often a training prompt of each mode is answered right; otherwise with the slip."""
+"""Share of right answers among training prompts, by mode; the others are slips."""
 
 FAMILY_TURNS = (*tasks.FAMILIES, "simple_equations")
-"""Families take turns in a training batch; equations are the slowest to learn and come twice."""
+"""Order of families in a training batch; equations occur twice because they are the slowest to learn."""
 
 ENTRIES_PER_FAMILY = 20_000
 IGNORED = -100
-"""Label of the tokens that the loss leaves out: the prompt and the padding."""
+"""Label of tokens that the loss ignores: the prompt and the padding."""
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Bytes, the families' phrases and the markers; ids do not depend on anything random."""
+    """Tokenizer with bytes, the families' phrases and the chat markers; its ids are deterministic."""
     markers = [PAD, EOS, START, END]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate(markers + alphabet)}
@@ -67,7 +66,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         tokenizer_object=tokenizer,
         pad_token=PAD,
         eos_token=EOS,
-        # Nothing is unknown to a vocabulary of bytes; unset, AutoTokenizer's Qwen2 class would add a token.
+        # A byte vocabulary has no unknown text; without this, AutoTokenizer's Qwen2 class would add a token.
         unk_token=PAD,
         additional_special_tokens=[START, END],
         clean_up_tokenization_spaces=False,
@@ -103,11 +102,11 @@ def make_model(tokenizer: PreTrainedTokenizerFast, seed: int, **shape: int) -> Q
 
 
 Line = tuple[dict[str, list[int]], list[int], list[int]]
-"""Token ids of a question's prompt in each mode, of the right answer and of the slip."""
+"""(mode -> token ids of the question's prompt, token ids of the right answer, token ids of the slip)."""
 
 
 class Corpus:
-    """Training text: questions of all families, drawn with a mode and an answer that the mode calls for."""
+    """Training text: questions of all families, each with a random mode and an answer according to it."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, seed: int) -> None:
         self._random = Random(f"corpus {seed}")
@@ -144,7 +143,7 @@ class Corpus:
 
 
 def padded(lines: Sequence[tuple[list[int], list[int]]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and labels, int64 [B, T] each, of prompts and answers; only the answers are learnt."""
+    """Token ids and labels, int64 [B, T] each, of prompts and answers; only answers have labels."""
     longest = max(len(prompt) + len(answer) for prompt, answer in lines)
     ids_BT = torch.full((len(lines), longest), pad)
     labels_BT = torch.full((len(lines), longest), IGNORED)
@@ -156,12 +155,12 @@ def padded(lines: Sequence[tuple[list[int], list[int]]], pad: int) -> tuple[torc
 
 
 def chat(messages: Sequence[dict[str, str]]) -> str:
-    """What the chat template makes of one user message."""
+    """The chat template's text for one user message."""
     return START + messages[0]["content"] + END
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Linear warm-up over the first 5 % of the steps, then a cosine down to a hundredth of the peak."""
+    """Learning rate: linear warm-up over the first 5 % of the steps, then cosine decay to a hundredth of the peak."""
     warm = max(1, steps // 20)
     if step < warm:
         return peak * (step + 1) / warm
@@ -169,7 +168,7 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 
 
 class Batches(Protocol):
-    """Where training text comes from; `Corpus` is one."""
+    """Source of training text; `Corpus` implements it."""
 
     def batch(self, size: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Token ids and labels, int64 [B, T] each, padded on the right."""
@@ -184,7 +183,7 @@ def train(
     peak: float,
     tell: Callable[[str], None] = lambda line: print(line, flush=True),
 ) -> None:
-    """AdamW on the answers' tokens; tells a line every few seconds."""
+    """Train on the answers' tokens with AdamW. tell: called with a line of progress every few seconds."""
     decayed = [weight for weight in model.parameters() if weight.ndim == 2]
     plain = [weight for weight in model.parameters() if weight.ndim != 2]
     optimizer = torch.optim.AdamW(
@@ -211,7 +210,7 @@ def train(
 
 @torch.no_grad()
 def measure(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, *, per_family: int = 200) -> dict[str, Any]:
-    """Per family and mode: share of the greedy and of the sampled (temperature 1) answers right, or slipped."""
+    """Share of right answers and of slips, greedy and sampled at temperature 1, per family and mode."""
     torch.manual_seed(0)
     table: dict[str, Any] = {}
     records: dict[str, list[dict[str, Any]]] = {name: [] for name in tasks.FAMILIES}
@@ -236,7 +235,7 @@ def measure(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, *, per_
 
 
 def save(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
-    """Weights in bf16, tokenizer, configuration, and the settings that generate the demo's rollouts."""
+    """Save the weights in bf16, the tokenizer, the configuration, and the generation settings of the demo."""
     model.generation_config = GenerationConfig(
         do_sample=True,
         temperature=1.0,

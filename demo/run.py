@@ -1,13 +1,13 @@
-"""The main job from end to end, on a small model and problems whose defects are known.
+"""Compare selectors end to end, on a small model and problems with known defects.
 
-For each seed: draw a pool and a benchmark, roll both out, collect the sketches into a store, measure the target, query,
-and let every selector choose a tenth of the pool. What a selector chose is then compared with what the problems are:
-of the target's family or not, paid rightly or not. Every stage goes on where an interrupted run stopped.
+For each seed: draw a pool and a benchmark, roll both out, collect sketches into a store, compute the target, query, and
+let every selector pick a tenth of the pool. The picks are then compared with the problems' known kinds: of the target
+family or not, with a right reward or a broken one. Every stage resumes after an interruption.
 """
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,18 +19,15 @@ from torch import nn
 import gradstore
 from gradstore.analysis.composition import source_shares, tag_shares
 from gradstore.demo import tasks
-from gradstore.engine.gradients.coverage import measure
-from gradstore.engine.gradients.gradient_pass import GradientPass
+from gradstore.engine.assessing.start import start_store
 from gradstore.engine.gradients.models import load_model, load_tokenizer
 from gradstore.engine.rollouts import read_rollouts
 from gradstore.engine.searching.query import search
 from gradstore.engine.searching.targets import target
 from gradstore.engine.selecting.selection import select
 from gradstore.engine.selecting.selectors import SELECTORS
-from gradstore.engine.sketches.bases import create_store, sketcher_of
+from gradstore.engine.sketches.bases import sketcher_of
 from gradstore.engine.sketches.collector import collect
-from gradstore.engine.sketches.fitting import fit_projection, sample_groups
-from gradstore.engine.sketches.sketcher import Sketcher
 from gradstore.engine.sketches.spec import SketchSpec
 from gradstore.trainer.sampling.backends.hugging_face import TransformersBackend
 from gradstore.trainer.sampling.reward import Reward
@@ -38,24 +35,24 @@ from gradstore.trainer.sampling.rollout import rollout
 
 MODEL = Path(__file__).parent / "model"
 SEEN = 0.8
-"""Least share of its gradient that sketches must see: a vocabulary this small leaves an eighth to the lookup."""
+"""Minimum share of the gradient that sketches must see; in this model, the embedding has an eighth of the gradient."""
 
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """The policy that is shown, and the problems that it can learn."""
+    """The demo's policy, and the problems that it can learn."""
 
     model: Path = MODEL
     families: tasks.Configs = field(default_factory=lambda: tasks.CONFIGS)
-    """Of the pool; the target family is one of them."""
+    """Families of the pool; the target family is one of them."""
     second_family: str = "spell_backward"
-    """Family of the second benchmark of a training run, which is only looked at."""
+    """Family of a training run's second benchmark, which is measured but not used for selection."""
     second_benchmark: str = "spelling"
     """Name of that benchmark."""
     least_seen: float = SEEN
-    """Least share of its gradient that sketches must see."""
+    """Minimum share of the gradient that sketches must see."""
     n_threads: int | None = 1
-    """Of torch; None: as many as it takes. Small layers lose more in waiting for a second thread than it brings."""
+    """Threads of torch; None: torch's default. For small layers, a second thread costs more than it gains."""
 
     def load(self) -> tuple[nn.Module, Any]:
         """The model and its tokenizer; sets the number of threads."""
@@ -78,25 +75,25 @@ class DemoSettings:
     n_fitted: int = 200
     batch_tokens: int = 16_384
     chunk: int = 256
-    """Problems that are rolled out at once: what an interruption can cost."""
+    """Problems rolled out at once; an interruption loses at most this much work."""
 
 
 @dataclass(slots=True)
 class DemoResult:
-    """What one seed showed."""
+    """Results of one seed."""
 
     seed: int
     seconds: dict[str, float] = field(default_factory=dict)
-    """Wall time of each stage."""
+    """Wall time of each stage, in seconds."""
     shares: dict[str, dict[str, float]] = field(default_factory=dict)
-    """Selector -> share of the target family, of broken rewards, and of each kind of them, among its picks."""
+    """Selector -> shares among its picks: target family, broken rewards, and each kind of broken reward."""
     bytes_per_problem: float = 0.0
     dim: int = 0
     states: dict[str, int] = field(default_factory=dict)
 
     @contextmanager
     def stage(self, name: str, tell: Callable[[str], None]) -> Iterator[None]:
-        """Times a stage and tells of its end."""
+        """Time a stage and report its end."""
         started = time.monotonic()
         yield
         self.seconds[name] = time.monotonic() - started
@@ -104,7 +101,7 @@ class DemoResult:
 
 
 def run_demo(folder: Path, seed: int, settings: DemoSettings, tell: Callable[[str], None]) -> DemoResult:
-    """The whole job for one seed, in its own folder; `tell` gets a line at the end of each stage."""
+    """Run all stages for one seed, in its own folder; `tell` is called with a line at the end of each stage."""
     folder.mkdir(parents=True, exist_ok=True)
     result = DemoResult(seed)
     model, tokenizer = settings.subject.load()
@@ -133,13 +130,19 @@ def run_demo(folder: Path, seed: int, settings: DemoSettings, tell: Callable[[st
         store = gradstore.open(path, mode="a")
     else:
         with result.stage("fitting the projection", tell):
-            spec = SketchSpec(basis="fitted", dim=settings.dim, seed=seed)
-            sample = sample_groups(read_rollouts(folder / "pool.jsonl"), settings.n_fitted, seed)
-            coverage = measure(GradientPass(model, spec), sample)
-            tell(f"seed {seed}: {coverage.sentence()}")
-            coverage.require(settings.subject.least_seen)
-            projection = fit_projection(model, sample, spec, counted("fitting", None, tell))
-            store = create_store(path, Sketcher(model, spec, projection), coverage=coverage)
+            made = start_store(
+                path,
+                model,
+                read_rollouts(folder / "pool.jsonl"),
+                SketchSpec(basis="fitted", dim=settings.dim, seed=seed),
+                fit_problems=settings.n_fitted,
+                measured=False,
+                accept_coverage=settings.subject.least_seen,
+                embeddings=False,
+                say=lambda line: tell(f"seed {seed}: {line}"),
+                bar=lambda title, total: nullcontext(counted(title, total, tell)),
+            )
+            store = made.store
     sketcher = sketcher_of(store, model)
     for name in problems:
         with result.stage(f"sketches of the {name}", tell):
@@ -165,7 +168,7 @@ def run_demo(folder: Path, seed: int, settings: DemoSettings, tell: Callable[[st
 
 
 def counted(name: str, total: int | None, tell: Callable[[str], None], every: float = 20.0) -> Callable[[int], None]:
-    """Takes how many more problems are done, and tells how many that makes every so many seconds."""
+    """A progress callback(number of newly finished problems) that reports the total every `every` seconds."""
     done, last = 0, time.monotonic()
 
     def advance(n: int) -> None:
@@ -187,7 +190,7 @@ def _shares(store: gradstore.Store, ids: list[str]) -> dict[str, float]:
 
 
 def summary(results: list[DemoResult]) -> dict:
-    """Mean and standard deviation over seeds of every share, with the times and sizes; JSON-ready."""
+    """Mean and standard deviation of every share over seeds, with times and sizes; JSON-able."""
     shares: dict[str, dict[str, list[float]]] = {}
     for name in results[0].shares:
         shares[name] = {}

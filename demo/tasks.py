@@ -1,12 +1,12 @@
 """The demo's problems: five families from reasoning-gym, a pool with known defects and a held-out benchmark.
 
-A family is one reasoning-gym dataset at a size that a model of under a million parameters can learn, plus a
-*slip*: the systematic mistake that the demo's policy mostly makes on it. The pool mixes the families, one of
-them the target, and has known defects in every family: for some problems the ground truth is wrong (it is the
-slip, so the slip is what gets paid), for others the reward is a coin flip that does not look at the response.
-The rest is clean and paid by reasoning-gym's own verifier. Which problem is which stands in its tags, for
-evaluation alone: no selector may look. The benchmark holds clean problems of the target family, from
-questions that no pool has and the policy was not trained on. Everything is a pure function of a seed.
+A family is one reasoning-gym dataset, small enough for a model of under a million parameters, plus a *slip*: the
+systematic mistake that the demo's policy mostly makes. The pool mixes the families; one of them is the target. Every
+family has known defects: some problems have a wrong ground truth (the slip, so the slip is rewarded), others have a
+coin-flip reward that ignores the response. The rest is clean, with rewards from reasoning-gym's own verifier. A
+problem's tag names its kind, for evaluation only; selectors must not use it. The benchmark holds clean problems of the
+target family, with questions that are in no pool and were not used to train the policy. Everything is a pure function
+of a seed.
 """
 
 import hashlib
@@ -50,7 +50,7 @@ class Family:
     config: dict[str, Any]
     """Configuration of the dataset, without seed and size."""
     slip: Callable[[str], str]
-    """From the right answer to the mistaken one; never the right answer itself."""
+    """Maps the right answer to the mistaken one, which always differs."""
     phrases: tuple[str, ...]
     """Recurring text of the questions; the demo's tokenizer has a token for each (digits stay single tokens)."""
 
@@ -121,13 +121,13 @@ SMALL_NUMBERS: Configs = {
     "basic_arithmetic": FAMILIES["basic_arithmetic"].config | {"min_digits": 1},
     "products": FAMILIES["products"].config | {"max_terms": 2},
 }
-"""What a language model of 135 million weights can do in its head, or nearly."""
+"""Families that a language model with 135 million weights can mostly solve without writing out steps."""
 
 OPERATORS = (" + ", " - ", " * ", " = ")
 """Recurring text of more than one family's questions."""
 
 MODES = ("T", "S", "?")
-"""The latent switch, first character of a prompt: answer truly, answer with the slip, or as habit has it."""
+"""First character of a prompt, the latent switch: answer right (T), with the slip (S), or as usual (?)."""
 
 
 def prompt(question: str, mode: str = "?") -> list[dict[str, str]]:
@@ -136,9 +136,10 @@ def prompt(question: str, mode: str = "?") -> list[dict[str, str]]:
 
 
 def entries(family: str, draw: str, configs: Configs = CONFIGS) -> Iterator[dict[str, Any]]:
-    """reasoning-gym's entries (question, answer, metadata) of a family, without end.
+    """Endless reasoning-gym entries (question, answer, metadata) of a family.
 
-    A small family repeats its questions soon: the caller drops those it has. Draws of other names are unrelated.
+    A small family soon repeats its questions; the caller must drop duplicates. Different `draw` names give unrelated
+    entries.
     """
     first = int.from_bytes(hashlib.blake2b(f"{family} {draw}".encode(), digest_size=6).digest(), "big")
     # reasoning-gym draws entry i with seed + i, so seeds close together would give the same entries.
@@ -148,18 +149,17 @@ def entries(family: str, draw: str, configs: Configs = CONFIGS) -> Iterator[dict
 def held_out(question: str) -> bool:
     """Whether a question is kept for benchmarks: one in eight, by a hash of the text, whatever the seed.
 
-    Pools and the policy's own training take from the others, so no benchmark problem was ever trained on.
+    Pools and the policy's own training use only the other questions, so no benchmark problem was ever trained on.
     """
     return hashlib.blake2b(question.encode(), digest_size=1).digest()[0] < 32
 
 
 def pool(seed: int = 0, size: int = POOL_SIZE, families: Configs = CONFIGS) -> list[dict[str, Any]]:
-    """The training pool: canonical problem records, the families in equal parts and mixed, prompts all different.
+    """The training pool: canonical problem records, families in equal parts, shuffled, with distinct prompts.
 
-    Within every family the shares of `SHARES` hold to the nearest problem; a record's one tag names its kind.
-    Its `ground_truth` is the right answer, or the slip where the truth is wrong. `extra` holds the
-    reasoning-gym entry (`reasoning_gym`: dataset, question, the true answer, metadata), the slip, and for a coin flip
-    the seed of its coin (`coin`).
+    Every family has the shares of `SHARES`, rounded to whole problems; a record's only tag names its kind. Its
+    `ground_truth` is the right answer, or the slip if the kind is a wrong truth. `extra` holds the reasoning-gym entry
+    (`reasoning_gym`: dataset, question, the true answer, metadata), the slip, and for a coin flip its seed (`coin`).
     """
     records = []
     for name, count in _equal_parts(size, families):
@@ -176,9 +176,9 @@ def pool(seed: int = 0, size: int = POOL_SIZE, families: Configs = CONFIGS) -> l
 
 
 def taught(seed: int, size: int, families: Configs, besides: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Problems for a cold start, none of them among `besides` or held out; every second one's truth is the slip.
+    """Problems for a cold start, none in `besides` or held out; every second one has the slip as its truth.
 
-    A small family's questions come more than once.
+    Questions of a small family occur more than once.
     """
     seen = {one["extra"]["reasoning_gym"]["question"] for one in besides}
     records = []
@@ -191,7 +191,7 @@ def taught(seed: int, size: int, families: Configs, besides: Sequence[Mapping[st
 
 
 def _equal_parts(size: int, families: Configs) -> list[tuple[str, int]]:
-    """So many problems of each family, equal but for rounding."""
+    """(family, number of problems) pairs, equal except for rounding."""
     n = len(families)
     return [(name, size * (i + 1) // n - size * i // n) for i, name in enumerate(families)]
 
@@ -203,10 +203,10 @@ def benchmark(seed: int = 0, size: int = BENCHMARK_SIZE, families: Configs = CON
 
 
 def reward(record: Mapping[str, Any], response_text: str, rollout_index: int) -> float:
-    """What the demo pays for a response: 1.0 or 0.0.
+    """The demo's reward for a response: 1.0 or 0.0.
 
-    A coin-flip problem pays by a seeded hash of its id and the rollout's index. Every other problem pays when
-    reasoning-gym's verifier, given the record's ground truth, gives full marks: so a wrong truth pays the slip.
+    For a coin-flip problem it is a seeded hash of its id and the rollout's index. For others it is 1.0 if
+    reasoning-gym's verifier gives full marks for the record's ground truth; so a wrong truth rewards the slip.
     """
     coin = record["extra"].get("coin")
     if coin is not None:
@@ -229,7 +229,7 @@ def _verifier(dataset: str) -> Callable[[str, dict[str, Any]], float]:
 
 
 def distinct(family: str, draw: str, count: int, configs: Configs = CONFIGS, *, kept: bool) -> list[dict[str, Any]]:
-    """The first `count` entries with questions that are different and held out, or not."""
+    """The first `count` entries with distinct questions. kept: True: held-out questions; False: the others."""
     found: dict[str, dict[str, Any]] = {}
     for entry in islice(entries(family, draw, configs), 100 * count + 1000):
         if len(found) == count:
@@ -240,10 +240,10 @@ def distinct(family: str, draw: str, count: int, configs: Configs = CONFIGS, *, 
 
 
 def record(problem_id: str, entry: dict[str, Any], kind: str, seed: int) -> dict[str, Any]:
-    """The canonical problem record of a reasoning-gym entry, with the defect that `kind` names; seed: of its coin."""
+    """Canonical problem record of a reasoning-gym entry with the defect `kind`. seed: of its coin."""
     family = entry["metadata"]["source_dataset"]
     slip = FAMILIES[family].slip(entry["answer"])
-    # Through JSON, so that a record is the same before and after a store or a file held it (tuples become lists).
+    # Convert via JSON, so that a record stays the same when a store or a file holds it (tuples become lists).
     metadata = json.loads(json.dumps(entry["metadata"]))
     extra: dict[str, Any] = {
         "reasoning_gym": {

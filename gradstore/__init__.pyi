@@ -17,7 +17,6 @@ from .engine import FusedHits as FusedHits
 from .engine import History as History
 from .engine import Hits as Hits
 from .engine import Index as Index
-from .engine import IndexWarning as IndexWarning
 from .engine import LayerGradients as LayerGradients
 from .engine import Objective as Objective
 from .engine import OptimizerDirection as OptimizerDirection
@@ -32,6 +31,7 @@ from .engine import Selector as Selector
 from .engine import SketchBatch as SketchBatch
 from .engine import Sketcher as Sketcher
 from .engine import SketchSpec as SketchSpec
+from .engine import Start as Start
 from .engine import StoredHalves as StoredHalves
 from .engine import Target as Target
 from .engine import Where as Where
@@ -40,6 +40,7 @@ from .engine import bases_in_use as bases_in_use
 from .engine import collect as collect
 from .engine import collect_halves as collect_halves
 from .engine import create_store as create_store
+from .engine import default_spec as default_spec
 from .engine import exact_dots as exact_dots
 from .engine import exact_scores as exact_scores
 from .engine import fidelity as fidelity
@@ -57,6 +58,7 @@ from .engine import search_fused as search_fused
 from .engine import select as select
 from .engine import sketch_scores as sketch_scores
 from .engine import sketcher_of as sketcher_of
+from .engine import start_store as start_store
 from .engine import stored_halves as stored_halves
 from .engine import target as target
 from .engine import validation_gradient as validation_gradient

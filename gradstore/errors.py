@@ -24,11 +24,11 @@ class NotAStoreError(RequestError):
 class FingerprintError(RequestError):
     """Rows made another way than the store's were offered; names every field that differs with both values."""
 
-    def __init__(self, stored: dict, offered: dict, where: str) -> None:
-        super().__init__(
-            f"{where}: fingerprint differs: {'; '.join(_differences(stored, offered))}. "
-            "Use the store's settings, or another store"
-        )
+    @classmethod
+    def between(cls, stored: dict, offered: dict, where: str) -> "FingerprintError":
+        """The error for two fingerprints; `where` names the store or the sketcher."""
+        differences = "; ".join(_differences(stored, offered))
+        return cls(f"{where}: fingerprint differs: {differences}. Use the store's settings, or another store")
 
 
 class LockedError(GradstoreError):

@@ -89,7 +89,7 @@ def open(path: str | Path, mode: Mode = "r", fingerprint: dict | None = None) ->
     if fingerprint is not None:
         offered = check_fingerprint(fingerprint)
         if offered != header.fingerprint:
-            raise FingerprintError(header.fingerprint, offered, str(path))
+            raise FingerprintError.between(header.fingerprint, offered, str(path))
     return Store(path, header, mode)
 
 

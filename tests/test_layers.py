@@ -1,5 +1,6 @@
 """Imports go one way, and light things stay light."""
 
+import importlib
 import subprocess
 import sys
 
@@ -76,3 +77,15 @@ def test_light_imports(code: str, absent: list[str]) -> None:
     check = f"{code}; import sys; print([name for name in {absent!r} if name in sys.modules])"
     found = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True, cwd=ROOT)
     assert found.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("package", ["gradstore", "gradstore.engine"])
+def test_public_names_are_no_modules(package: str) -> None:
+    """Importing a module puts it where a public name of the same spelling belongs."""
+    loaded = importlib.import_module(package)
+    inside = {name.removeprefix(f"{package}.").split(".")[0] for name in files() if name.startswith(f"{package}.")}
+    folders = {*FOLDERS[1:]} if package == "gradstore" else set()
+    assert not (set(loaded.__all__) - folders) & inside
+    assert set(loaded.__all__) <= set(dir(loaded))
+    for name in loaded.__all__:
+        assert getattr(loaded, name) is not None

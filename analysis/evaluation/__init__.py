@@ -1,4 +1,4 @@
-"""Do scores say what training says? LDS, mislabel detection, removal and retraining, one step on the best problems.
+"""Evaluation of scores against training: LDS, mislabel detection, removal and retraining, tail patch.
 
-Each judge takes plain arrays, so that anything a store scores can be judged; `score_matrix` gets them from a store.
+Each evaluation takes plain arrays, so it works for any score; `score_matrix` computes them from a store.
 """

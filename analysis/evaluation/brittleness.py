@@ -1,6 +1,6 @@
-"""Removal and retraining: how much worse does a query get when its best problems are taken away?
+"""Brittleness: how much worse does a query get when its best problems are removed and the model is retrained?
 
-Against as many problems drawn at random. Dimension letters: Q queries, P problems, K numbers removed.
+The baseline removes as many random problems. Dimension letters: Q queries, P problems, K numbers removed.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,12 +17,12 @@ Retrain = Callable[[np.ndarray], np.ndarray]
 def brittleness(
     scores_QP: np.ndarray, retrain: Retrain, removed: Sequence[int] = (10, 50, 100), *, seed: int = 0
 ) -> pd.DataFrame:
-    """For each query, and each number removed, the output without the query's best problems and without random ones.
+    """A query's output after removing its best problems, compared with removing random ones.
 
-    Columns: query, removed int64, whole (output of the model trained on everything), without_best, without_random
-    float64, effect float64 (without_random - without_best: above 0 where scores know what mattered).
-    One model is trained for each query and number, one for each number at random, and one on everything.
-    RequestError where more are to be removed than there are.
+    One row per query and number removed. Columns: query, removed int64, whole (output of the model trained on all
+    problems), without_best, without_random float64, effect float64 (without_random - without_best; above 0 if the
+    scores found problems that mattered). Trained models: one per query and number, one per number at random, one on all
+    problems. RequestError for a number outside 1 to P - 1.
     """
     n_queries, n_problems = scores_QP.shape
     if max(removed) >= n_problems or min(removed) < 1:

@@ -1,9 +1,9 @@
-"""A small task with a known answer: handwritten digits, a perceptron with one hidden layer, exact retraining.
+"""A small task for exact retraining: handwritten digits and a perceptron with one hidden layer.
 
-scikit-learn's 1,797 digits need no download. Many models, one for each training set, are trained at once as batched
-matrix products, full batch and from the same initial weights, so that a difference in output is due to the training
-set alone. The gradient of an image is that of its log-likelihood at the model trained on everything; its parts, outer
-products as in any linear layer, are projected by the engine's projection and kept in a store as those of a problem.
+scikit-learn's 1,797 digits need no download. Many models, one per training set, are trained at once as batched matrix
+products, with full batches and the same initial weights. So outputs differ only because of the training set. An image's
+gradient is that of its log-likelihood at the model trained on all images. The engine's projection sketches it like a
+problem's gradient (outer products, as in any linear layer), and a store keeps it.
 
 Dimension letters: M models, P images of the training set, Q test images, I inputs and one for the bias, H hidden units,
 C classes, D sketch dimensions.
@@ -36,14 +36,14 @@ class DigitsTask:
     learning_rate: float = 0.5
     momentum: float = 0.9
     weight_decay: float = 1.5e-3
-    """Times half the squared weights, added to the mean loss."""
+    """L2 penalty: this factor times half the squared weights is added to the mean loss."""
     wrong_labels: float = 0.0
-    """Share of the training images that get another label."""
+    """Share of the training images with a wrong label."""
     seed: int = 0
 
     @cached_property
     def data(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(train images [P, I], labels [P], test images [Q, I], labels [Q]), float64 in [0, 1] with a 1 behind."""
+        """(train images [P, I], labels [P], test images [Q, I], labels [Q]); images float64 in [0, 1], then a 1."""
         from sklearn.datasets import load_digits
 
         images, labels = load_digits(return_X_y=True)
@@ -59,14 +59,14 @@ class DigitsTask:
 
     @cached_property
     def wrong(self) -> np.ndarray:
-        """Which training images got another label, bool [P]."""
+        """Training images with a wrong label, bool [P]."""
         wrong_P = np.zeros(self.n_train, bool)
         n = round(self.wrong_labels * self.n_train)
         wrong_P[np.random.default_rng([self.seed, 1]).choice(self.n_train, n, replace=False)] = True
         return wrong_P
 
     def train(self, subsets_MP: np.ndarray) -> Weights:
-        """One model for each training set, all from the same initial weights."""
+        """Train one model per training set (bool [M, P]), all from the same initial weights."""
         images_PI, labels_P, _, _ = self.data
         subsets = torch.tensor(subsets_MP, dtype=torch.float64)
         shares_MP = subsets / subsets.sum(dim=1, keepdim=True)
@@ -83,7 +83,7 @@ class DigitsTask:
         return first, second
 
     def outputs(self, weights: Weights, which: str = "test") -> np.ndarray:
-        """Log-likelihood of the right label of every test (or `train`) image, float64 [M, Q]."""
+        """Log-likelihood of each test (or `train`) image's label, float64 [M, Q]."""
         images_PI, labels_P, images_QI, labels_Q = self.data
         inputs, labels = (images_QI, labels_Q) if which == "test" else (images_PI, labels_P)
         _, logits = _forward(inputs, weights)
@@ -91,17 +91,17 @@ class DigitsTask:
         return torch.log_softmax(logits, dim=2).gather(2, chosen)[:, :, 0].numpy()
 
     def retrain(self, subsets_MP: np.ndarray, at_once: int = 50) -> np.ndarray:
-        """Outputs on the test images of the models trained on each set, float64 [M, Q]."""
+        """Train a model on each set; its outputs on the test images, float64 [M, Q]."""
         parts = [subsets_MP[start : start + at_once] for start in range(0, len(subsets_MP), at_once)]
         return np.concatenate([self.outputs(self.train(part)) for part in parts])
 
     @cached_property
     def whole(self) -> Weights:
-        """The model trained on everything."""
+        """The model trained on all images."""
         return self.train(np.ones((1, self.n_train), bool))
 
     def patch(self, places: np.ndarray, rate: float = 0.1) -> np.ndarray:
-        """Change of every test image's output after one step of ascent on some training images: float64 [Q]."""
+        """Change of each test image's output after one gradient step on some training images: float64 [Q]."""
         images_PI, labels_P, _, _ = self.data
         first, second = self.whole
         some = torch.tensor(np.asarray(places))
@@ -115,7 +115,7 @@ class DigitsTask:
         return (self.outputs(moved) - self.outputs(self.whole))[0]
 
     def cores(self, which: str = "train") -> np.ndarray:
-        """Exact gradients of the log-likelihoods at the whole model: float64 [P, H I + C (H + 1)]."""
+        """Exact gradients of the log-likelihoods at the model trained on all images: float64 [P, H I + C (H + 1)]."""
         images_PI, labels_P, images_QI, labels_Q = self.data
         inputs, labels = (images_PI, labels_P) if which == "train" else (images_QI, labels_Q)
         hidden, error = _errors(inputs, labels, self.whole)
@@ -155,7 +155,7 @@ class DigitsTask:
 
 
 def folded(projection: Projection, cores_PC: np.ndarray) -> np.ndarray:
-    """Sketches of gradients whose sides are kept whole: float64 [P, D]."""
+    """Sketch exact gradients by the projection's fold: float64 [P, D]."""
     fold = projection.fold
     sketches_PD = np.zeros((len(cores_PC), projection.dim))
     if fold is None:
@@ -165,7 +165,7 @@ def folded(projection: Projection, cores_PC: np.ndarray) -> np.ndarray:
 
 
 def _forward(inputs_PI: torch.Tensor, weights: Weights) -> tuple[torch.Tensor, torch.Tensor]:
-    """Hidden units with a 1 behind [M, P, H + 1], and logits [M, P, C]."""
+    """Hidden units with a 1 appended [M, P, H + 1], and logits [M, P, C]."""
     first, second = weights
     hidden = torch.tanh(inputs_PI @ first.transpose(1, 2))
     hidden = torch.cat([hidden, torch.ones_like(hidden[:, :, :1])], dim=2)
@@ -173,6 +173,6 @@ def _forward(inputs_PI: torch.Tensor, weights: Weights) -> tuple[torch.Tensor, t
 
 
 def _errors(inputs_PI: torch.Tensor, labels_P: torch.Tensor, weights: Weights) -> tuple[torch.Tensor, torch.Tensor]:
-    """Hidden units [M, P, H + 1], and derivatives of the log-likelihoods by the logits [M, P, C]."""
+    """Hidden units [M, P, H + 1], and derivatives of the log-likelihoods with respect to the logits [M, P, C]."""
     hidden, logits = _forward(inputs_PI, weights)
     return hidden, torch.nn.functional.one_hot(labels_P, N_CLASSES) - torch.softmax(logits, dim=2)

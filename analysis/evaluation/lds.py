@@ -1,4 +1,4 @@
-"""The linear datamodeling score: does the sum of scores over a training set predict what training on it gives?
+"""Linear datamodeling score (LDS): does the sum of scores over a training set predict the trained model's output?
 
 Park et al., TRAK, ICML 2023 (arXiv 2303.14186), section 4. Dimension letters: Q queries, P problems, M training sets.
 """
@@ -10,11 +10,11 @@ from gradstore.errors import RequestError
 
 
 def lds(scores_QP: np.ndarray, subsets_MP: np.ndarray, outputs_MQ: np.ndarray) -> np.ndarray:
-    """Spearman over training sets of sum of scores and the output of the model trained on the set: float64 [Q].
+    """Spearman, over training sets, between the sum of scores and the trained model's output: float64 [Q].
 
-    scores_QP: a problem that should raise the query's output has a high score. subsets_MP: bool, which problems each
-    model was trained on. outputs_MQ: each model's output for each query (its log-likelihood, say). A problem without a
-    score (nan) counts 0. RequestError where shapes do not fit, or for fewer than three sets.
+    scores_QP: high for a problem that should raise the query's output. subsets_MP: bool, the problems that each model
+    was trained on. outputs_MQ: each model's output for each query (for example its log-likelihood). A problem without a
+    score (nan) counts as 0. RequestError if shapes do not fit, or for fewer than three sets.
     """
     (n_queries, n_problems), n_sets = scores_QP.shape, len(subsets_MP)
     if subsets_MP.shape != (n_sets, n_problems) or outputs_MQ.shape != (n_sets, n_queries):

@@ -1,4 +1,4 @@
-"""Finding wrong labels: problems whose score says that they are explained by nothing but themselves."""
+"""Mislabel detection: AUC of a suspicion score, such as self-influence, for wrong labels."""
 
 import numpy as np
 
@@ -7,10 +7,10 @@ from gradstore.errors import RequestError
 
 
 def mislabel_auc(suspicion_P: np.ndarray, wrong_P: np.ndarray) -> float:
-    """Chance that a wrong label scores above a right one, ties counting half; nan scores are left out.
+    """AUC: probability that a wrong label scores above a right one; ties count half, nan scores are left out.
 
-    suspicion_P: high for those suspected, such as `scores.self_influence`. wrong_P: bool, the truth.
-    RequestError where shapes do not fit, or all or none are wrong.
+    suspicion_P: high for suspicious problems, for example `scores.self_influence`. wrong_P: bool, the truth.
+    RequestError if shapes do not fit, or if all or none are wrong.
     """
     if np.shape(suspicion_P) != np.shape(wrong_P):
         raise RequestError(f"scores {np.shape(suspicion_P)} and labels {np.shape(wrong_P)} do not fit")

@@ -1,4 +1,4 @@
-"""Scores of a pool against every problem of a benchmark, each a target of its own.
+"""Scores of a pool against each problem of a benchmark; every benchmark problem is a separate query.
 
 Dimension letters: Q queries, P problems of the pool, D sketch dimensions.
 """
@@ -16,7 +16,7 @@ def score_matrix(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(ids of the pool [P], ids of the benchmark [Q], scores float32 [Q, P]); nan for problems that are not live.
 
-    Queries are the benchmark's gradients, not their mean. RequestError where no problem of the benchmark is live.
+    Queries are the benchmark's gradients, not their mean. RequestError if no problem of the benchmark is live.
     """
     view, wanted = store.view(pool, at), store.view(benchmark, at)
     live = np.flatnonzero(wanted.live)
@@ -28,8 +28,10 @@ def score_matrix(
 
 
 def self_influence(store: Store, pool: str, at: int | None = None, damping: float = DAMPING) -> np.ndarray:
-    """g_i^T (M/n + lambda I)^-1 g_i of every problem, float64 [P]; nan where not live: how much a problem explains
-    itself. Large for those that nothing else explains, such as wrong labels."""
+    """Self-influence g_i^T (M/n + lambda I)^-1 g_i of every problem, float64 [P]; nan where not live.
+
+    It is large for problems that no other problem explains, such as those with wrong labels.
+    """
     view = store.view(pool, at)
     live = view.live_positions
     found_P = np.full(len(view), np.nan)

@@ -1,4 +1,4 @@
-"""One step on the best problems: does the query gain more than from as many at random?
+"""Tail patch: does one training step on a query's best problems help it more than one on random problems?
 
 The tail-patch check of Chang et al., "Scalable Influence and Fact Tracing" (arXiv 2410.17413), for any score.
 Dimension letters: Q queries, P problems.
@@ -12,12 +12,12 @@ import pandas as pd
 from gradstore.errors import RequestError
 
 Patch = Callable[[np.ndarray], np.ndarray]
-"""Places of problems, int64 [k] -> change of every query's output, float [Q], after one step on them from the trained
-model; the model is put back."""
+"""Positions of problems, int64 [k] -> change of each query's output, float [Q], after one training step on them from
+the trained model. The model must be restored afterwards."""
 
 
 def tail_patch(scores_QP: np.ndarray, patch: Patch, k: int = 10, *, repeats: int = 5, seed: int = 0) -> pd.DataFrame:
-    """For each query the gain of one step on its k best problems, its k worst, and k at random (mean over draws).
+    """Gain of one step on a query's k best problems, its k worst, and k random ones (mean over draws), per query.
 
     Columns: query int64, best, worst, random float64 (change of the query's output), effect float64 (best - random).
     RequestError for k outside 1 to P.

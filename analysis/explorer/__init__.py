@@ -1,7 +1,7 @@
-"""A local explorer of a store in the browser: `serve(store)`, on Dash.
+"""Local browser app to explore a store, made with Dash: `serve(store)`.
 
-catalogue.py answers the questions as plain values; ranking, problem and comparison show them; access.py decides who
-may ask.
+catalogue.py computes the results as plain values; ranking, problem and comparison show them; access.py controls who may
+connect.
 """
 
 import errno
@@ -28,11 +28,11 @@ def serve(
     port: int = PORT,
     tell: Callable[[str], None] = print,
 ) -> None:
-    """Answer in the browser until interrupted; `tell` gets the address once.
+    """Serve the explorer until interrupted; `tell` is called once with the address.
 
-    pool, benchmarks, rollouts, tokenizer: as for the report. host: loopback, or another address, for which a token is
-    made and must come with every request. port: 0 takes a free one. RequestError where the port is taken or what the
-    explorer needs is not installed.
+    pool, benchmarks, rollouts, tokenizer: as for the report. host: loopback, or another address; then a token is
+    created that every request must carry. port: 0 takes a free one. RequestError if the port is taken or a required
+    package is not installed.
     """
     if not 0 <= port < 65536:
         raise RequestError(f"port is {port}, expected 0 to 65535")

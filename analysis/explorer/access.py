@@ -1,8 +1,8 @@
-"""Who may ask: on loopback whoever sits at this machine, elsewhere whoever has the token.
+"""Access control: on loopback any local user may connect, on other addresses only holders of the token.
 
-The token is looked for in the Authorization header, in a cookie, and once in the address, from where it moves to the
-cookie and disappears. On loopback the Host header must name this machine, so that a page from elsewhere cannot reach
-the explorer through a name of its own (DNS rebinding).
+The token may be in the Authorization header, in a cookie, or once in the address; from there it is moved to the cookie.
+On loopback, the Host header must name this machine. Otherwise a foreign page could reach the explorer through its own
+host name (DNS rebinding).
 """
 
 import hmac
@@ -37,12 +37,12 @@ def new_token() -> str:
 
 
 def same(given: str, token: str) -> bool:
-    """Whether the token given is the token, in a time that does not depend on where they differ."""
+    """Compare a given token with the right one in constant time."""
     return hmac.compare_digest(given.encode(), token.encode())
 
 
 def guard(server: "Flask", token: str | None) -> None:
-    """Have every request to the server checked; token None: loopback only."""
+    """Check every request to the server. token: None: loopback only."""
     from flask import Response, redirect, request
 
     def check() -> Any:

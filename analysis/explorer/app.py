@@ -1,4 +1,4 @@
-"""The explorer as a Dash app: an address for each of three views, one theme for all."""
+"""The explorer as a Dash app: three views, each with its own address, and one theme for all."""
 
 from typing import Any
 
@@ -12,8 +12,10 @@ _VIEWS = (("/", "Rank"), ("/problem", "Problem"), ("/compare", "Compare"))
 
 
 def make_app(catalogue: Catalogue, token: str | None = None) -> Dash:
-    """The app over a catalogue; token: what every request must bring, None on loopback. Nothing is fetched from "
-    "afar."""
+    """Make the app for a catalogue. token: every request must carry it; None: on loopback.
+
+    The pages load nothing from other servers.
+    """
     app = Dash(
         "gradstore-explorer",
         title="gradstore",

@@ -1,7 +1,7 @@
-"""What the explorer asks of a store: rankings with filters and text search, one problem, two rankings side by side.
+"""The explorer's queries to a store: rankings with filters and text search, one problem, two rankings side by side.
 
-Plain functions over plain values, so that they are tested without a browser. Scores of a (benchmark, step, metric) are
-kept until something new is published.
+They return plain values, so they are tested without a browser. Scores of a (benchmark, step, metric) are cached until
+something new is published.
 
 Dimension letters: P problems of the pool.
 """
@@ -31,15 +31,15 @@ _KEPT = 16
 
 @dataclass(frozen=True, slots=True)
 class Filter:
-    """Which problems to show."""
+    """Filter of the problems to show."""
 
     sources: tuple[str, ...] = ()
     tags: tuple[str, ...] = ()
     pass_rate: tuple[float, float] = (0.0, 1.0)
     states: tuple[str, ...] = ()
-    """Any of these; empty: all."""
+    """Problems in any of these states; empty: all."""
     text: str = ""
-    """In the problem's text or id, in any case."""
+    """Search text in the problem's text or id; case is ignored."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -47,18 +47,18 @@ class Comparison:
     """Two rankings of the problems that are live in both."""
 
     frame: pd.DataFrame
-    """id, source, left, right (scores), left_rank, right_rank (from 1), moved (places won)."""
+    """Columns: id, source, left, right (scores), left_rank, right_rank (from 1), moved (ranks gained)."""
     spearman: float
     jaccard: float
     k: int
     only_left: int
-    """Problems that have a score on the left alone."""
+    """Number of problems with a score only on the left."""
     only_right: int
 
 
 @dataclass(eq=False)
 class Catalogue:
-    """A store opened for looking at: one pool, its benchmarks, and rollout files."""
+    """Read access to a store: one pool, its benchmarks, and rollout files."""
 
     store: Store
     pool: str
@@ -81,7 +81,7 @@ class Catalogue:
         return sorted(set(flat.to_pylist()))
 
     def scored(self, benchmark: str, step: int | None, metric: str) -> pd.DataFrame:
-        """Every problem of the pool: id, source, score (nan: not ranked), state, pass_rate, age, in order of addition.
+        """Frame of all problems: id, source, score (nan: not ranked), state, pass_rate, age, in order of addition.
 
         RequestError for an unknown benchmark or metric.
         """
@@ -97,7 +97,7 @@ class Catalogue:
     def ranked(
         self, benchmark: str, step: int | None, metric: str, wanted: Filter, *, largest: bool = True
     ) -> pd.DataFrame:
-        """The problems that pass the filter, best first, those without a score last; ties by id."""
+        """Problems that pass the filter, best first; ties by id, problems without a score last."""
         frame = self.scored(benchmark, step, metric)
         frame = frame[self._mask(frame, wanted)]
         return frame.sort_values(["score", "id"], ascending=[not largest, True], na_position="last", kind="stable")
@@ -111,7 +111,7 @@ class Catalogue:
         return self.store.records(self.pool, [problem_id])[0]
 
     def history(self, problem_id: str, metric: str) -> pd.DataFrame:
-        """step, benchmark, score, state, pass_rate, norm, n_rollouts, age of one problem at every step."""
+        """Frame of one problem at every step: step, benchmark, score, state, pass_rate, norm, n_rollouts, age."""
         self.record(problem_id)
         rows = []
         for step in self.steps:
@@ -135,15 +135,17 @@ class Catalogue:
         return pd.DataFrame(rows, columns=columns)
 
     def nearest(self, problem_id: str, step: int | None, k: int = 10) -> pd.DataFrame:
-        """The problems whose gradients are most like this one's: id, source, cosine, pass_rate; empty without a "
-        "gradient."""
+        """The k problems with the most similar gradients: id, source, cosine, pass_rate.
+
+        Empty if the problem has no gradient.
+        """
         view = self.store.view(self.pool, step)
         place = int(view.find([problem_id])[0])
         columns = ["id", "source", "cosine", "pass_rate"]
         if place < 0 or not view.live[place]:
             return pd.DataFrame(columns=columns)
         query = view.rows(np.array([place]))[0]
-        if view.n_bases > 1:  # rows of other bases have no dimensions in common with it
+        if view.n_bases > 1:  # rows of other bases share no dimensions with this one
             basis = int(view.bases[place])
             view = self.store.view(self.pool, step, basis=basis)
             query = laid_out({basis: query}, view.n_bases)
@@ -161,7 +163,7 @@ class Catalogue:
         )
 
     def rollouts(self, problem_id: str) -> list[Transcript]:
-        """The problem's rollouts in the files given; empty without files."""
+        """The problem's rollouts from the given files; empty without files."""
         return [] if self.transcripts is None else self.transcripts.of(problem_id)
 
     def probes(self, problem_id: str) -> list[dict[str, Any]]:
@@ -171,7 +173,7 @@ class Catalogue:
         return rows
 
     def compare(self, left: tuple[str, int | None], right: tuple[str, int | None], metric: str) -> Comparison:
-        """Two rankings, each of a (benchmark, step)."""
+        """Compare two rankings, each given by (benchmark, step)."""
         a, b = self.scored(*left, metric), self.scored(*right, metric)
         both = a["score"].notna() & b["score"].notna()
         frame = pd.DataFrame({"id": a["id"], "source": a["source"], "left": a["score"], "right": b["score"]})[
@@ -236,7 +238,7 @@ class Catalogue:
 
 
 def text_of(record: dict[str, Any]) -> str:
-    """A problem's text to read: its prompt, or its messages one under the other."""
+    """A problem's text for display: its prompt, or its chat messages joined by blank lines."""
     prompt = record["prompt"]
     if isinstance(prompt, str):
         return prompt

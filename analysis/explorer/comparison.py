@@ -26,7 +26,7 @@ _MOST_POINTS = 4000
 
 
 def layout(catalogue: Catalogue) -> Any:
-    """Two choices above, what they agree on below."""
+    """Controls for the two rankings above, their comparison below."""
     if not catalogue.benchmarks:
         return note("No benchmark in this store has a target, so there is nothing to compare.")
     first, steps = catalogue.benchmarks[0], catalogue.steps
@@ -63,7 +63,7 @@ def layout(catalogue: Catalogue) -> Any:
 
 
 def register(app: Dash, catalogue: Catalogue) -> None:
-    """The view's callback."""
+    """Register the view's callback."""
 
     @app.callback(
         Output("comparison", "children"),

@@ -1,4 +1,4 @@
-"""The explorer's building blocks: tables, figures and controls that read well and can be reached by keyboard."""
+"""The explorer's building blocks: accessible tables, figures and controls, usable by keyboard."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,9 +16,9 @@ _CONFIG = {
     "showSendToCloud": False,
     "modeBarButtonsToRemove": ["sendChartToCloud", "sendDataToCloud", "lasso2d", "select2d", "autoScale2d"],
 }
-"""Nothing that sends a figure elsewhere."""
+"""plotly configuration without the buttons that send a figure elsewhere."""
 NEWEST = "newest"
-"""Value of the step control that means the newest rows of all."""
+"""Value of the step control for the newest rows."""
 _INK = {"light": ("#1b1f27", "#e4e7ed", "#ffffff"), "dark": ("#e8ebf1", "#2c3340", "#1a1e26")}
 
 
@@ -76,13 +76,13 @@ def figure(described: Figure, theme: str) -> Any:
 
 
 def labelled(label: str, control: Any, wide: bool = False) -> Any:
-    """A control under its label."""
+    """A control with its label above it."""
     name = f"{control.id}-label"
     return html.Div([html.Label(label, id=name, htmlFor=control.id), control], className="wide" if wide else "")
 
 
 def choice(name: str, values: Sequence[str], chosen: Any, **more: Any) -> Any:
-    """A list to choose one or several from; what was chosen stays when the view is left."""
+    """A dropdown for one or several values; the choice persists when the user leaves the view."""
     return dcc.Dropdown(
         id=name,
         options=[{"label": value or "(none)", "value": value} for value in values],
@@ -95,7 +95,7 @@ def choice(name: str, values: Sequence[str], chosen: Any, **more: Any) -> Any:
 
 
 def step_choice(name: str, steps: Sequence[int], chosen: str = NEWEST) -> Any:
-    """A list of steps, the newest first."""
+    """A dropdown of steps, the newest first."""
     options = [{"label": "newest", "value": NEWEST}]
     options += [{"label": f"step {step}", "value": str(step)} for step in reversed(steps)]
     return dcc.Dropdown(
@@ -104,17 +104,17 @@ def step_choice(name: str, steps: Sequence[int], chosen: str = NEWEST) -> Any:
 
 
 def step_of(value: str | None) -> int | None:
-    """The step a control's value means; None: the newest rows."""
+    """The step for a control's value; None: the newest rows."""
     return None if value in (None, NEWEST) else int(str(value))
 
 
 def note(text: str) -> Any:
-    """One line in place of what cannot be shown."""
+    """A line of text in place of missing content."""
     return html.P(text, className="missing")
 
 
 def pages(n_rows: int, page: int, size: int) -> tuple[int, str, bool, bool]:
-    """The page that there is, the line that tells, and whether there is none before and none after."""
+    """(valid page number, line of text about it, whether it is the first page, whether it is the last)."""
     last = max(0, (n_rows - 1) // size)
     page = min(max(page, 0), last)
     first = page * size

@@ -1,4 +1,4 @@
-"""One problem: its text, its history, the problems most like it, its probes and its rollouts."""
+"""View of one problem: its text, its history, its nearest problems, its probes and its rollouts."""
 
 from typing import Any
 from urllib.parse import parse_qs
@@ -27,7 +27,7 @@ _NEAREST = 10
 
 
 def layout(catalogue: Catalogue, search: str) -> Any:
-    """The problem whose id the address names, or a place to give one."""
+    """The view for the problem id in the address, with an input to enter another id."""
     problem_id = parse_qs(search.lstrip("?")).get("id", [""])[0]
     keep: dict[str, Any] = {"persistence": True, "persistence_type": "session"}
     return html.Div(
@@ -62,7 +62,7 @@ def layout(catalogue: Catalogue, search: str) -> Any:
 
 
 def register(app: Dash, catalogue: Catalogue) -> None:
-    """The view's callback."""
+    """Register the view's callback."""
 
     @app.callback(
         Output("problem-view", "children"),

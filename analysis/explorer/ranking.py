@@ -90,7 +90,7 @@ def layout(catalogue: Catalogue) -> Any:
 
 
 def register(app: Dash, catalogue: Catalogue) -> None:
-    """The view's callback."""
+    """Register the view's callback."""
 
     @app.callback(
         Output("ranking-figure", "children"),

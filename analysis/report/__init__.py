@@ -1,7 +1,7 @@
-"""A page of what a store holds and how it came to be: `write_report(store, "report.html")`.
+"""Report page about a store's content and history: `write_report(store, "report.html")`.
 
-findings.py gathers the frames of `analysis`; holdings, movement, listing, makeup, concerns and choices turn them into
-the sections of a page, as the plain values of pieces.py; rendering.py, interactive.py and printed.py write those out.
+findings.py computes the frames of `analysis`. holdings, movement, listing, makeup, concerns and choices turn them into
+page sections, made of the plain values of pieces.py. rendering.py, interactive.py and printed.py write these out.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ FORMATS = ("html", "md")
 
 
 def check_installed() -> None:
-    """RequestError, naming the extra, where what the report needs is not installed."""
+    """RequestError, with the name of the extra, if a package that the report needs is not installed."""
     try:
         import jinja2  # noqa: F401
         import plotly  # noqa: F401
@@ -41,12 +41,12 @@ def write_report(
     n_listed: int = 50,
     tell: Callable[[str], None] = lambda line: None,
 ) -> "Page":
-    """Write the report of a store to `out` and return the page as values.
+    """Write the report of a store to `out`; returns the page as plain values.
 
-    pool, benchmarks: None and empty take the collection with rounds (else the largest) and all others. format: html or
-    md. figures: a folder for every figure as SVG and PNG. rollouts: rollout files whose responses are shown with the
-    problems; tokenizer: where they are token ids alone. n_listed: problems from each end of a ranking.
-    RequestError for what is not there, and where what the report needs is not installed.
+    pool: None: the collection with rounds, else the largest. benchmarks: empty: all other collections. format: html or
+    md. figures: folder for every figure as SVG and PNG. rollouts: rollout files whose responses are shown with the
+    problems. tokenizer: needed for responses stored only as token ids. n_listed: problems listed from each end of a
+    ranking. RequestError for missing data or files, and if a required package is not installed.
     """
     if format not in FORMATS:
         raise RequestError(f"report format {format!r} is not one of {', '.join(FORMATS)}")

@@ -1,4 +1,4 @@
-"""The page, section by section, from what was found in the store."""
+"""Assemble the page, section by section, from the findings."""
 
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -15,7 +15,7 @@ from gradstore.errors import RequestError
 def assemble(
     found: Findings, transcripts: Transcripts | None = None, tell: Callable[[str], None] = lambda line: None
 ) -> Page:
-    """Every section of the report; `tell` gets the title of each as it is begun."""
+    """Make every section of the report; `tell` is called with each section's title before it is made."""
     makers: list[tuple[str, str, Callable[[], Section]]] = [
         ("holdings", "What the store holds", lambda: holdings.holdings(found)),
         ("timeline", "Timeline", lambda: holdings.timeline(found)),
@@ -35,7 +35,7 @@ def assemble(
         tell(title)
         try:
             sections.append(make())
-        except RequestError as error:  # such as rows of several bases: the page says so, and goes on
+        except RequestError as error:  # for example rows of several bases: the section shows the reason
             sections.append(Section(key, title, missing=f"This store cannot tell: {error}"))
     path = found.store.path.resolve()
     model = found.store.fingerprint.get("model")

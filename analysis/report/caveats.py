@@ -1,4 +1,4 @@
-"""What a reader should know before believing the page, each as one plain sentence."""
+"""Caveats at the top of the page, each as one plain sentence."""
 
 import numpy as np
 
@@ -8,17 +8,17 @@ from gradstore.analysis.report.pieces import written
 from gradstore.attachments import read_coverage
 
 MUCH = 0.25
-"""Share of the pool from which something is worth a sentence."""
+"""Share of the pool above which something gets a sentence."""
 UNRELIABLE = 0.7
 SEEN = 0.95
-"""Coverage of the gradient below which a ranking may be another than that of all that trains."""
+"""Gradient coverage below which a ranking may differ from that of the full gradient."""
 FEW_LIVE = 20
 ENOUGH_STEPS = 5
-"""Steps from which a noise floor that is extrapolated to age 0 is worth a warning."""
+"""Minimum measured steps for a drift warning based on a noise floor extrapolated to age 0."""
 
 
 def caveats(found: Findings) -> list[str]:
-    """Warnings in the order of their weight; empty when there is nothing to say."""
+    """Warnings, the most important first; empty if there are none."""
     lines = _coverage(found)
     lines += _states(found)
     lines += _benchmarks(found)

@@ -1,4 +1,4 @@
-"""Selections round by round: what was taken, what other selectors would have taken, and what it cost."""
+"""Sections on selections, round by round: the picks, what other selectors would have picked, and costs."""
 
 from dataclasses import replace
 
@@ -13,7 +13,7 @@ _SHOWN = ("cosine", "accgreedy", "rand", curricula.TRAINED, curricula.BEST)
 
 
 def selections(found: Findings) -> Section:
-    """Every recorded round, and the counterfactual curricula."""
+    """Section on every recorded round and on counterfactual curricula."""
     if not found.rounds:
         missing = "No selection round is recorded in this store; `gradstore train` and the round driver record them."
         return Section("selections", "Selections", missing=missing)
@@ -77,7 +77,7 @@ def _rounds(found: Findings) -> Table:
 
 def _gained(found: Findings, frame: pd.DataFrame) -> Figure:
     used = {str(one.about.get("selector")) for one in found.rounds}
-    shown = [name for name in _SHOWN if used != {name}]  # its line would be that of what was trained on
+    shown = [name for name in _SHOWN if used != {name}]  # it would repeat the line of the trained picks
     frame = pd.concat([frame[frame["selector"] == name] for name in shown])
     says = (
         f"Mean {found.metric} of the picks with {found.main}, judged in hindsight. The dashed line is the most that "
@@ -124,7 +124,7 @@ def _compared(found: Findings, frame: pd.DataFrame, judged: pd.DataFrame) -> Tab
 
 
 def costs(found: Findings) -> Section:
-    """Seconds of each stage, round by round."""
+    """Section on the seconds of each stage, round by round."""
     timed = [one for one in found.rounds if one.about.get("costs")]
     if not timed:
         return Section("costs", "Costs", missing="No round recorded what its stages cost.")

@@ -1,4 +1,4 @@
-"""What a researcher would want to look into: layers, benchmarks that disagree, turned problems, suspicious rewards."""
+"""Sections on possible problems: layers, conflicting benchmarks, turned problems, suspicious rewards."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,7 +15,7 @@ _LISTED = 100
 
 
 def through_layers(found: Findings) -> Section:
-    """Share of the score that goes through each layer, over steps."""
+    """Section on each layer's share of the score, over steps."""
     if not found.benchmarks:
         return Section("layers", "Layers", missing="No benchmark has a target, so no layer has a share.")
     if len(found.store.layers) < 2:
@@ -59,7 +59,7 @@ def short(layer: str) -> str:
 
 
 def disagreeing(found: Findings) -> Section:
-    """Cosines between the benchmarks' targets, and the problems that help one and harm another."""
+    """Section on cosines between the benchmarks' targets, and problems that help one and harm another."""
     if len(found.benchmarks) < 2:
         return Section("conflicts", "Conflicts", missing="Conflicts need two benchmarks; the store has fewer.")
     frame = conflict.conflict(found.store, found.benchmarks, found.pool, metric=found.metric)
@@ -101,7 +101,7 @@ def _contested(found: Findings, frame: pd.DataFrame, a: str, b: str) -> Table:
 
 
 def turned(found: Findings) -> Section:
-    """Problems whose alignment changed its sign during training."""
+    """Section on problems whose alignment changed sign during training."""
     missing = "Nothing can have turned: the pool was measured at one step."
     if not found.benchmarks or len(found.store.steps(found.pool)) < 2:
         return Section("turned", "Turned problems", missing=missing)
@@ -132,7 +132,7 @@ def turned(found: Findings) -> Section:
 
 
 def suspects(found: Findings) -> Section:
-    """Problems whose rewards look broken."""
+    """Section on problems whose rewards look broken."""
     try:
         frame = suspicion.suspicious(found.store, found.pool, found.main if found.benchmarks else None)
     except RequestError as error:

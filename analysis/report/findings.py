@@ -1,6 +1,6 @@
-"""Everything a report says, computed once from the store: which collections, at which steps, and the frames about them.
+"""The report's data, computed once from the store: collections, steps, and the analysis frames.
 
-Frames are computed when first asked for, so that a section that is left out costs nothing.
+A frame is computed at its first use, so a section that is left out costs nothing.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ class Findings:
     store: Store
     pool: str
     benchmarks: tuple[str, ...]
-    """Those with at least one live problem, the most important first."""
+    """Benchmarks with at least one live problem, the most important first."""
     metric: Metric
     n_listed: int = 50
     """Problems shown from each end of a ranking."""
@@ -33,7 +33,7 @@ class Findings:
 
     @property
     def main(self) -> str:
-        """The benchmark that one-benchmark sections are about."""
+        """The benchmark used in sections that show only one."""
         return self.benchmarks[0]
 
     @cached_property
@@ -46,7 +46,7 @@ class Findings:
 
     @cached_property
     def picked(self) -> dict[int, set[str]]:
-        """Ids that each round picked, by the round's number."""
+        """Round number -> ids picked."""
         return {one.number: set(one.picks) for one in self.rounds}
 
     @cached_property
@@ -63,27 +63,27 @@ class Findings:
 
     @cached_property
     def newest(self) -> dict[str, pd.DataFrame]:
-        """For each benchmark the newest step's rows, in the order of the view."""
+        """Benchmark -> rows of the newest step, in the order of the view."""
         return {name: frame[frame["step"] == self.steps[-1]] for name, frame in self.alignments.items()}
 
     @cached_property
     def n_picked(self) -> int:
-        """Problems a round picked, or a tenth of the pool where no round is recorded."""
+        """Number of problems the last round picked; a tenth of the pool if no round is recorded."""
         if self.rounds:
             return max(1, len(self.rounds[-1].picks))
         return max(1, len(self.store.view(self.pool)) // 10)
 
     def problems(self, ids: Sequence[str]) -> list[dict[str, Any]]:
-        """Records of some problems, with `prompt` as text to show."""
+        """Records of some problems, with `prompt` as text for display."""
         return self.store.view(self.pool).problems_of(list(ids)).to_pylist()
 
 
 def find(
     store: Store, pool: str | None = None, benchmarks: Sequence[str] = (), metric: str = "cosine", n_listed: int = 50
 ) -> Findings:
-    """What the report is about; pool: None takes the collection with rounds, else the largest one.
+    """Choose the report's pool and benchmarks. pool: None: the collection with rounds, else the largest one.
 
-    RequestError for a collection or metric that is not there, and for a store without rows.
+    RequestError for an unknown collection or metric, and for a store without rows.
     """
     if metric not in ("cosine", "dot", "fisher"):
         raise RequestError(f"metric {metric!r} is not one of cosine, dot, fisher")
@@ -106,14 +106,14 @@ def find(
 
 
 def _benchmarks(store: Store, pool: str) -> list[str]:
-    """All other collections, those that rounds selected for first."""
+    """All other collections; those that rounds used as benchmarks come first."""
     rounds = store.rounds(pool)
     used = [name for name in (rounds[-1].about.get("benchmarks") or []) if name in store.collections] if rounds else []
     return [*used, *(name for name in store.collections if name != pool and name not in used)]
 
 
 def mean_or_nan(values: Any) -> float:
-    """Mean of the finite values; nan where there are none."""
+    """Mean of the finite values; nan if there are none."""
     found = np.asarray(values, float)
     found = found[np.isfinite(found)]
     return float(found.mean()) if len(found) else float("nan")

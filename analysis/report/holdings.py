@@ -1,4 +1,4 @@
-"""What the store holds, and how it came to be over the steps."""
+"""Sections on the store's content and its history over the steps."""
 
 from dataclasses import replace
 from typing import Any
@@ -17,11 +17,11 @@ STATE_WORDS = {
     "failed": "failed",
     "unmeasured": "not measured",
 }
-"""How the state of a problem is called on the page."""
+"""Problem state -> its name on the page."""
 
 
 def holdings(found: Findings) -> Section:
-    """Collections and how the sketches were made."""
+    """Section on the collections and the settings of the sketches."""
     rows = []
     for name, about in found.about["collections"].items():
         steps = about["steps"]
@@ -66,7 +66,7 @@ def holdings(found: Findings) -> Section:
 
 
 def timeline(found: Findings) -> Section:
-    """States, alignment and pass rates over steps."""
+    """Section on states, alignment and pass rates over steps."""
     blocks: list[Figure | Table] = []
     if found.benchmarks:
         frame = alignment.states(found.alignments[found.main])
@@ -138,7 +138,7 @@ def _mean_rate(found: Findings, name: str, step: int) -> float:
 
 
 def axis_of(found: Findings) -> str:
-    """What the scores of the chosen metric are, for an axis."""
+    """Axis label for scores of the chosen metric."""
     return {
         "cosine": "Cosine with the target",
         "dot": "Inner product with the target",

@@ -1,4 +1,4 @@
-"""A figure as plotly's JSON: traces and a layout, without colours of a theme, which whoever shows it puts in."""
+"""Convert a figure to plotly's JSON: traces and a layout, without theme colours, which the caller adds."""
 
 from html import escape
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from gradstore.analysis.report.pieces import Figure, Series
 
 PALETTE = ("#3b78d8", "#d9822b", "#2c9f74", "#c2477f", "#8266cf", "#9c7a1f", "#2b97b0", "#8c5a3c", "#c75146", "#6b8f2a")
-"""Of middle lightness, so that they stand out on white and on black."""
+"""Colours of medium lightness, visible on white and on black."""
 
 SEQUENTIAL = [[0.0, "#eaf1fb"], [0.5, "#7fa9e6"], [1.0, "#1d4f9f"]]
 DIVERGING = [[0.0, "#b3446c"], [0.5, "#e9e9ec"], [1.0, "#2b74c9"]]
@@ -16,7 +16,7 @@ _MOST_TICKS = 12
 
 
 def drawn(figure: Figure) -> dict[str, Any]:
-    """{"data", "layout", "size"} for `Plotly.newPlot` or `plotly.graph_objects.Figure`; size is low, usual or tall."""
+    """{"data", "layout", "size"} for `Plotly.newPlot` or `plotly.graph_objects.Figure`; size: low, usual or tall."""
     layout: dict[str, Any] = {
         "font": {"family": _FONT, "size": 13},
         "paper_bgcolor": "rgba(0,0,0,0)",
@@ -66,7 +66,7 @@ def drawn(figure: Figure) -> dict[str, Any]:
 
 
 def colours(figure: Figure) -> list[str]:
-    """The colour of each series; among points a dashed one has that of the series before, which it is fitted to."""
+    """Colour of each series. In a point figure, a dashed series is a fit and has the colour of the previous series."""
     found, place = [], -1
     for series in figure.series:
         fitted = figure.drawing == "points" and series.dashed
@@ -158,7 +158,7 @@ def _size(figure: Figure) -> str:
 
 
 def _finite(value: Any) -> Any:
-    """plotly's JSON has no nan; a gap is null."""
+    """Replace nan and infinity by None, because plotly's JSON has no nan; null is a gap."""
     return None if value is None or value != value or value in (float("inf"), float("-inf")) else value
 
 

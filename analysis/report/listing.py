@@ -1,4 +1,4 @@
-"""The problems at both ends of the ranking, with their text, history and rollouts."""
+"""Section on the best and worst problems of the ranking, with their text, history and rollouts."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ _LONGEST_PROMPT = 20_000
 
 
 def extremes(found: Findings, transcripts: Transcripts | None) -> Section:
-    """The best and worst aligned problems of each benchmark."""
+    """Section on the best and worst aligned problems of each benchmark."""
     if not found.benchmarks:
         return Section("problems", "Problems", missing="No benchmark has a target, so problems cannot be ranked.")
     blocks = []
@@ -81,7 +81,7 @@ def _facts(record: dict[str, Any], line: dict[str, Any], history: list[tuple[str
 
 
 def history_lines(found: Findings, ids: list[str]) -> dict[str, list[tuple[str, str]]]:
-    """For each problem (name, text) of its scores over steps, one line a benchmark, and of the rounds that took it."""
+    """Problem id -> (name, text) lines: scores over steps, one line per benchmark; rounds that picked it."""
     lines: dict[str, list[tuple[str, str]]] = {name: [] for name in ids}
     for benchmark, frame in found.alignments.items():
         mine = frame[frame["id"].isin(ids)]

@@ -1,4 +1,4 @@
-"""What the pool is made of: its sources, and groups of problems whose gradients point the same way."""
+"""Sections on the pool's composition: its sources, and clusters of problems with similar gradients."""
 
 from dataclasses import replace
 
@@ -14,11 +14,11 @@ from gradstore.errors import RequestError
 MOST_SOURCES = 20
 MOST_LINES = 8
 MOST_POINTS = 4000
-"""Points of the map: more would only lie on each other."""
+"""Maximum points of the map; more would only overlap."""
 
 
 def sources(found: Findings) -> Section:
-    """Alignment and state by source, over steps; and what the picks were made of."""
+    """Section on alignment and state by source, over steps, and on the composition of the picks."""
     blocks: list[Figure | Table] = []
     if found.benchmarks:
         frame = _with_few_sources(found.alignments[found.main])
@@ -53,7 +53,7 @@ def sources(found: Findings) -> Section:
 
 
 def _with_few_sources(frame: pd.DataFrame) -> pd.DataFrame:
-    """The largest sources by name, the others together."""
+    """Keep the largest sources; merge the others into "other"."""
     counts = frame["source"].value_counts()
     if len(counts) <= MOST_SOURCES:
         return frame
@@ -93,7 +93,7 @@ def _table(found: Findings) -> Table:
 
 
 def clustered(found: Findings) -> Section:
-    """Clusters of gradients: a map and what each is made of."""
+    """Section on clusters of gradients: a map, and the composition of each cluster."""
     try:
         frame = clusters.clusters(found.store, found.pool, seed=found.seed)
     except RequestError as error:

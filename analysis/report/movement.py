@@ -1,4 +1,4 @@
-"""How targets and rankings moved over steps, against what noise alone would do, and through which layers."""
+"""Section on drift: how targets and rankings moved over steps, compared with noise."""
 
 import math
 from dataclasses import replace
@@ -9,7 +9,7 @@ from gradstore.analysis.report.pieces import Column, Figure, Section, Table
 
 
 def drifting(found: Findings) -> Section:
-    """Targets, rankings and how long a sketch stays good."""
+    """Section on the drift of targets and rankings, and on the half-life of sketches."""
     lead = (
         "How far the direction a benchmark asks for, and the ranking of the pool, moved between steps. The dashed "
         "line is the noise floor: the agreement that two measurements of an unchanged policy would show. Only what "

@@ -1,7 +1,7 @@
-"""What a page is made of, as plain values: figures, tables and sections, apart from any way of drawing them.
+"""Parts of a page as plain values: figures, tables and sections, independent of how they are drawn.
 
-A figure is described once, with its axes, its series and what it says in words. The page draws it with plotly, papers
-get it from matplotlib, and Markdown and screen readers get its numbers as a table; all of them from the same values.
+A figure is described once: its axes, its series and its caption. The page draws it with plotly, print output uses
+matplotlib, and Markdown and screen readers get its numbers as a table, all from the same values.
 """
 
 import math
@@ -11,7 +11,7 @@ from decimal import ROUND_HALF_UP, Decimal
 from typing import Any, Literal
 
 Kind = Literal["text", "id", "integer", "number", "signed", "percent", "seconds", "bytes"]
-"""How a column's or an axis's values are written (`written`)."""
+"""Number format of a column or an axis (`written`)."""
 
 Drawing = Literal["lines", "bars", "stacked bars", "points", "heatmap"]
 
@@ -24,14 +24,14 @@ class Series:
     x: Sequence[Any]
     y: Sequence[Any]
     low: Sequence[float] | None = None
-    """Lower edge of a band around the line, as long as y."""
+    """Lower edge of a band around the line; same length as y."""
     high: Sequence[float] | None = None
     hover: Sequence[str] | None = None
-    """A text for each point, instead of its coordinates."""
+    """Hover text of each point, instead of its coordinates."""
     dashed: bool = False
-    """A reference, such as a noise floor, rather than a measurement; among points the curve fitted to those before."""
+    """Whether it is a reference, such as a noise floor; in a point figure, the curve fitted to the previous series."""
     large: Sequence[bool] | None = None
-    """Which points are drawn larger."""
+    """Whether each point is drawn larger."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,10 +39,10 @@ class Figure:
     """A figure. In a heatmap each series is a row: `y` holds its values and `name` labels it."""
 
     key: str
-    """Names the figure's element and its file."""
+    """Name of the figure's page element and its file."""
     title: str
     says: str
-    """What it shows, in words: the caption, and what is read aloud."""
+    """Caption; also the text for screen readers."""
     drawing: Drawing
     series: Sequence[Series]
     x_label: str
@@ -50,18 +50,18 @@ class Figure:
     y_kind: Kind = "number"
     y_range: tuple[float, float] | None = None
     categories: bool = False
-    """Whether x holds names, or steps that stand at equal distances, rather than numbers."""
+    """Whether x holds names, or steps drawn at equal distances, instead of numbers."""
     horizontal: bool = False
-    """Bars that lie: for names too long to stand under a bar."""
+    """Whether bars are horizontal; for names too long to fit under a bar."""
     with_table: bool = True
-    """Whether the numbers are given as a table behind the figure; not for thousands of points."""
+    """Whether a table of the numbers is available with the figure; False for thousands of points."""
 
     @property
     def n_points(self) -> int:
         return sum(len(series.x) for series in self.series)
 
     def table(self) -> "Table":
-        """The figure's numbers, one row an x, one column a series."""
+        """The figure's numbers, one row per x value, one column per series."""
         xs: dict[Any, None] = {}
         for series in self.series:
             xs.update(dict.fromkeys(series.x))
@@ -83,14 +83,14 @@ class Column:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """A table; long ones are shown a page at a time."""
+    """A table; long ones are shown in pages."""
 
     key: str
     title: str
     columns: Sequence[Column]
     rows: Sequence[Sequence[Any]]
     details: Sequence[dict[str, Any]] | None = None
-    """For each row what opens under it: {"text": ..., "facts": [[name, value], ...], "rollouts": [...]}."""
+    """Expandable details of each row: {"text": ..., "facts": [[name, value], ...], "rollouts": [...]}."""
     says: str = ""
 
 
@@ -104,9 +104,9 @@ class Section:
     """One or two sentences on how to read it."""
     blocks: Sequence[Figure | Table] = ()
     missing: str = ""
-    """Why there is nothing to show, in one line."""
+    """Reason why the section is empty, in one line; "" if it is not."""
     paired: bool = False
-    """Whether its figures stand two beside each other where there is room."""
+    """Whether figures are shown in pairs side by side, if there is room."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,11 +116,11 @@ class Page:
     title: str
     subtitle: str
     tiles: Sequence[tuple[str, str]]
-    """(name, value) of the numbers at the top."""
+    """(name, value) of the key numbers at the top."""
     warnings: Sequence[str]
     sections: Sequence[Section] = field(default_factory=list)
     made: str = ""
-    """When and by what version the page was made."""
+    """Date, and version that made the page."""
 
     @property
     def figures(self) -> list[Figure]:
@@ -128,7 +128,7 @@ class Page:
 
 
 def written(value: Any, kind: Kind) -> str:
-    """A value as a person reads it; an en dash for what is not there. page.js writes numbers the same way."""
+    """Format a value for display; an en dash if it is missing. page.js formats numbers the same way."""
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return "–"
     match kind:
@@ -148,7 +148,7 @@ def written(value: Any, kind: Kind) -> str:
 
 
 def _fixed(value: float, digits: int) -> str:
-    """With so many decimals, a half away from zero, as JavaScript's toFixed has it (and Python's formats have not)."""
+    """Format with `digits` decimals, rounding halves away from zero like JavaScript's toFixed (unlike Python)."""
     return f"{Decimal(float(value)).quantize(Decimal(1).scaleb(-digits), ROUND_HALF_UP):f}"
 
 

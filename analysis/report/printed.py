@@ -1,4 +1,4 @@
-"""A figure for paper: SVG or PNG by matplotlib, which needs no browser and no screen."""
+"""Figures for print: SVG or PNG with matplotlib, without a browser or a screen."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +28,7 @@ _STYLE: dict[str, Any] = {
 
 
 def print_figures(figures: list[Figure], folder: Path, formats: tuple[str, ...] = FORMATS) -> list[Path]:
-    """Every figure as KEY.svg and KEY.png (200 dots an inch) in the folder; returns the paths."""
+    """Write every figure as KEY.svg and KEY.png (200 dots per inch) to the folder; returns the paths."""
     import matplotlib
     from matplotlib.figure import Figure as Canvas
 

@@ -1,4 +1,4 @@
-"""A page as one HTML file that needs nothing else, or as Markdown."""
+"""Render a page as one self-contained HTML file, or as Markdown."""
 
 import json
 import math
@@ -14,7 +14,7 @@ _RIGHT = {"integer", "number", "signed", "percent", "seconds", "bytes"}
 
 
 def to_html(page: Page) -> str:
-    """The page with its style, scripts, data and plotly inside; nothing is fetched when it is opened."""
+    """The page as HTML, with style, scripts, data and plotly inside; opening it fetches nothing."""
     from jinja2 import Environment, FileSystemLoader, select_autoescape
     from markupsafe import Markup
     from plotly.offline import get_plotlyjs
@@ -35,9 +35,9 @@ def to_html(page: Page) -> str:
 
 
 def to_markdown(page: Page, figures: Path | None = None, base: Path | None = None) -> str:
-    """The page as GitHub-flavoured Markdown; figures are linked where `figures` holds KEY.png, and told as tables.
+    """The page as GitHub-flavoured Markdown; figures become tables, with a link to KEY.png if `figures` has it.
 
-    base: the folder the Markdown file will stand in, from which links are made.
+    base: folder of the Markdown file; links are relative to it.
     """
     lines = [f"# {_inline(page.title)}", "", _inline(page.subtitle), ""]
     lines += [f"- **{name}**: {_inline(value)}" for name, value in page.tiles]
@@ -64,7 +64,7 @@ def to_markdown(page: Page, figures: Path | None = None, base: Path | None = Non
 
 
 def _embedded(page: Page) -> str:
-    """The figures and tables as JSON that cannot end its script element."""
+    """The figures and tables as JSON, escaped so that it cannot close its script element."""
     figures: dict[str, Any] = {}
     tables: dict[str, Any] = {}
     for section in page.sections:
@@ -89,7 +89,7 @@ def _table(table: Table) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """The same with numpy's numbers as Python's, floats to six digits, and null for what is not finite."""
+    """Convert numpy numbers to Python's, round floats to six digits, and replace non-finite values by None."""
     if isinstance(value, dict):
         return {str(key): _plain(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
@@ -118,7 +118,7 @@ def _cell(text: str) -> str:
 
 
 def _inline(text: str) -> str:
-    """Text that Markdown shows as it is: no markup of a problem's own comes through."""
+    """Escape text for Markdown, so that a problem's own markup has no effect."""
     for sign in "\\`*_[]<>#":
         text = text.replace(sign, f"\\{sign}" if sign not in "<>" else {"<": "&lt;", ">": "&gt;"}[sign])
     return text

@@ -1,8 +1,7 @@
-"""Rollouts as texts to read: the rows of rollout files, of several steps together, found by problem.
+"""Rollouts as readable texts: rows of rollout files, of one or several steps, looked up by problem.
 
-Files are gone through once to note where each problem's rows stand; texts are read when asked for. Nothing is
-tokenised: a response that is known as token ids alone is shown through a tokenizer, where one is given, else as its
-ids.
+Files are read once to index each problem's rows; texts are read on demand. A response stored only as token ids is
+decoded if a tokenizer is given, else its ids are shown. Nothing is tokenized.
 """
 
 from collections import Counter, defaultdict
@@ -16,33 +15,33 @@ from gradstore.engine.rollouts.rollout import FORMATS, Rollout, detect_format, r
 from gradstore.errors import RequestError
 
 TOKEN_SHARES = "token_shares"
-"""Field of a rollout's `extra`: for each response id its share of the rollout's alignment, as numbers."""
+"""Field of a rollout's `extra`: share of each response token in the rollout's alignment, as numbers."""
 
 _COLUMNS = sorted({name.split(".")[0] for names in FORMATS.values() for alias in names.values() for name in alias})
 
 
 @dataclass(frozen=True, slots=True)
 class Transcript:
-    """One rollout to read."""
+    """One rollout as readable text."""
 
     number: int
-    """Its place among the problem's rollouts of the step, from 0."""
+    """Index among the problem's rollouts of the step, from 0."""
     text: str
     reward: float
     step: int | None
     logprobs: tuple[float, ...] | None
-    """One a response token."""
+    """One value per response token."""
     shares: tuple[float, ...] | None
-    """One a response token: its share of the rollout's alignment."""
+    """One value per response token: its share of the rollout's alignment."""
     tokens: tuple[str, ...] | None
-    """The response token by token; None without token ids or a tokenizer."""
+    """Texts of the response's tokens; None without token ids or a tokenizer."""
 
 
 class Transcripts:
     """Rollout files opened for reading by problem."""
 
     def __init__(self, paths: Sequence[str | Path], tokenizer: Any = None) -> None:
-        """paths: files in any format of docs/rollouts.md, or folders of them. RequestError for what cannot be read."""
+        """paths: files in any format of docs/rollouts.md, or folders of them. RequestError for unreadable files."""
         self._tokenizer = tokenizer
         self._places: dict[str, list[tuple[int, int, int]]] = defaultdict(list)
         self._files: list[tuple[RowFile, str]] = []
@@ -54,7 +53,7 @@ class Transcripts:
         return sum(map(len, self._places.values()))
 
     def of(self, problem_id: str) -> list[Transcript]:
-        """The rollouts of a problem in the order of the files; empty where there are none."""
+        """The rollouts of a problem in the order of the files; empty if there are none."""
         found: list[Transcript] = []
         counts: Counter[int | None] = Counter()
         for file, place, size in self._places.get(problem_id, []):
@@ -99,8 +98,10 @@ class Transcripts:
 
 
 def chosen(transcripts: Iterable[Transcript], n: int, longest: int) -> list[dict[str, Any]]:
-    """At most n rollouts of the newest step, rewarded and unrewarded ones in turn, their texts cut at `longest`
-    characters; JSON-ready."""
+    """At most n rollouts of the newest step, alternately rewarded and unrewarded, JSON-able.
+
+    Texts are cut at `longest` characters.
+    """
     found = list(transcripts)
     steps = [one.step for one in found if one.step is not None]
     if steps:

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.study run` and `report`: the study and its page. Started again, `run` does what is missing."""
+"""`python -m benchmarks.study run` and `report`: run the study, write its page. `run` skips finished runs."""
 
 import logging
 import sys
@@ -21,7 +21,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_
 RESULTS = Path("docs/study/results.jsonl")
 PAGE = Path("docs/study.md")
 SEEDS = "0-4,7-11"
-"""Seeds 5 and 6 are those that settings were chosen on."""
+"""Default seeds, without 5 and 6, on which the settings were chosen."""
 
 
 @app.command()
@@ -32,11 +32,11 @@ def run(
     seeds: Annotated[str, typer.Option(help="Of each, numbers and ranges by commas.")] = SEEDS,
     short: Annotated[bool, typer.Option("--short", help="A miniature, some minutes long, for tests.")] = False,
 ) -> None:
-    """Run what is missing, one row a finished run."""
+    """Do the missing runs; each finished run adds one row."""
     settings = SHORT if short else StudySettings()
     logging.getLogger("gradstore.trainer.round").setLevel(
         logging.ERROR
-    )  # rounds with too few candidates are in the rows
+    )  # no log lines about rounds with too few candidates: the rows have this information
     with alone(out):
         done = {key(row) for row in read_results(out, settings)}
         wanted = plan(arms.split(","), methods.split(","), numbers(seeds))
@@ -59,7 +59,7 @@ def report(
     page: Annotated[Path, typer.Option(help="Page to write; figures go into its `study` folder.")] = PAGE,
     short: Annotated[bool, typer.Option("--short", help="The results are a miniature's.")] = False,
 ) -> None:
-    """Write the page: tables, figures, what was wanted and what came."""
+    """Write the page: tables, figures, and findings."""
     from benchmarks.study.report import write_page
 
     rows = read_results(results, SHORT if short else StudySettings())

@@ -1,7 +1,7 @@
-"""Accuracy without sampling: how likely the policy is to give each problem's right answer.
+"""Expected accuracy without sampling: the policy's probability of each problem's right answer.
 
-The share of right answers at temperature 1 is the probability of the answer's tokens and the end token, to be had from
-one forward pass. It has no sampling noise, so that curves differ by training alone. (The verifier also pays a few other
+The share of right answers at temperature 1 is the probability of the answer's tokens and the end token; one forward
+pass computes it. It has no sampling noise, so curves differ only by training. (The verifier also accepts a few other
 spellings, with spaces or leading zeros; they do not count here.)
 
 Dimension suffixes: B sequences, T tokens.
@@ -17,7 +17,7 @@ from gradstore.engine.rollouts.tokens import prompt_ids, response_ids
 
 @torch.no_grad()
 def expected_accuracy(model: Any, tokenizer: Any, records: Sequence[Mapping[str, Any]]) -> float:
-    """Mean over the problems of the probability of the right answer at temperature 1; a reasoning-gym entry each."""
+    """Mean probability of the right answer at temperature 1; the problems must have reasoning-gym entries."""
     sequences, n_prompts = [], []
     for record in records:
         prompt = prompt_ids(tokenizer, record["prompt"], record["id"])

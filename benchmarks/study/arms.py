@@ -1,16 +1,16 @@
-"""The study's problems: pools that random picks learn little from, each in its own way, and a benchmark.
+"""The study's problems: a benchmark, and pools where random picks teach little, for a different reason in each arm.
 
 All arms have the target family and the four other families of the demo (demo/tasks.py), whose slips need other
-corrections: on the demo's model, training on `basic_arithmetic` moves the target family the wrong way, training on
-`products` a little the right way. An arm says what share of the pool is what:
+corrections. On the demo's model, training on `basic_arithmetic` makes the target family worse, and training on
+`products` makes it slightly better. An arm defines the pool's composition:
 
-- `wrong_truths`: half target family; in every family half of the ground truths are wrong: the slip is paid.
-- `coin_flips`: half target family; in every family 80 % of the problems pay by coin flip.
+- `wrong_truths`: half target family; in every family half of the ground truths are wrong, so the slip is rewarded.
+- `coin_flips`: half target family; in every family 80 % of the problems have coin-flip rewards.
 - `imbalance`: all rewards right, 10 % target family.
-- `low_utility`: 12.5 % useful; a quarter is trivially easy (asked so that the policy is always right), a quarter has
-  no answer that is ever paid, the rest are other families.
+- `low_utility`: 12.5 % useful; a quarter is trivially easy (its prompts make the policy always right), a quarter never
+  gives a reward, the rest are other families.
 
-A problem's one tag names its kind; only the oracle and the evaluation look.
+A problem's only tag names its kind; only the oracle and the evaluation use it.
 """
 
 from collections.abc import Mapping
@@ -28,13 +28,13 @@ NO_ANSWER = "no answer"
 
 @dataclass(frozen=True, slots=True)
 class Arm:
-    """What a pool is made of."""
+    """Composition of a pool."""
 
     title: str
     target_share: float
-    """Share of the pool in the target family; the other families have equal parts of the rest."""
+    """Share of the target family in the pool; the other families have equal parts of the rest."""
     kinds: Mapping[str, float]
-    """Share of each kind within every family (`of_target`: within the target family); the rest is clean."""
+    """Share of each kind within every family (`of_target`: only within the target family); the rest is clean."""
     of_target: bool = False
     others_are_bad: bool = False
     """Whether a problem of another family counts as a bad pick."""
@@ -60,13 +60,13 @@ class Problems:
 
     pool: list[dict[str, Any]]
     validation: list[dict[str, Any]]
-    """The benchmark that rounds aim at."""
+    """The benchmark used for selection."""
     test: list[dict[str, Any]]
-    """Held out from everything; what accuracy is measured on."""
+    """Held-out problems on which accuracy is measured."""
 
 
 def problems(arm: str, seed: int, *, pool: int, validation: int, test: int) -> Problems:
-    """The problems of an arm, so many each; the same for every method. RequestError for an unknown arm."""
+    """Make an arm's problems with the given counts, the same for every method. RequestError for an unknown arm."""
     if arm not in ARMS:
         raise RequestError(f"arm {arm!r} is not one of {', '.join(ARMS)}")
     about = ARMS[arm]
@@ -82,18 +82,18 @@ def problems(arm: str, seed: int, *, pool: int, validation: int, test: int) -> P
 
 
 def is_useful(record: Mapping[str, Any]) -> bool:
-    """Of the target family, learnable, with the right reward: what an oracle picks."""
+    """Whether an oracle would pick the problem: target family, learnable, right reward."""
     return record["source"] == tasks.TARGET_FAMILY and record["tags"] == [tasks.CLEAN]
 
 
 def is_bad(arm: str, record: Mapping[str, Any]) -> bool:
-    """What the arm puts into the pool to be avoided."""
+    """Whether the problem is one that the arm put into the pool to be avoided."""
     off_topic = ARMS[arm].others_are_bad and record["source"] != tasks.TARGET_FAMILY
     return record["tags"] != [tasks.CLEAN] or off_topic
 
 
 def _family(name: str, count: int, kinds: Mapping[str, float], seed: int) -> list[dict[str, Any]]:
-    """So many problems of a family with their kinds, whose numbers are exact."""
+    """`count` problems of a family, with exact numbers of each kind."""
     each = [kind for kind, share in kinds.items() for _ in range(round(count * share))]
     each += [tasks.CLEAN] * (count - len(each))
     Random(f"study kinds {name} {seed}").shuffle(each)

@@ -1,4 +1,4 @@
-"""Figures of the study as SVG: the same rows give the same file."""
+"""Figures of the study as SVG; the same rows give the same file."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,12 +9,12 @@ from benchmarks.study.statistics import curve, of, share
 from gradstore.errors import RequestError
 
 SHOWN = ("oracle", "random", "accgreedy", "gradalign", "lcb", "budgeted-lcb")
-"""Methods of the curves; all twelve would hide each other."""
+"""Methods shown in the curves; all twelve would hide each other."""
 COLOURS = ("#888888", "#000000", "#cc3311", "#0077bb", "#009988", "#ee7733")
 
 
 def draw_curves(rows: Sequence[dict[str, Any]], arms: Sequence[str], path: Path) -> None:
-    """Accuracy by training step, an axis an arm, 95 % intervals shaded."""
+    """Draw accuracy by training step, one panel per arm, with 95 % intervals shaded."""
     plt = _pyplot()
     figure, axes = plt.subplots(1, len(arms), figsize=(3.4 * len(arms), 3.4), sharey=True, squeeze=False)
     for axis, arm in zip(axes[0], arms, strict=True):
@@ -36,7 +36,7 @@ def draw_curves(rows: Sequence[dict[str, Any]], arms: Sequence[str], path: Path)
 
 
 def draw_picks(rows: Sequence[dict[str, Any]], arms: Sequence[str], methods: Sequence[str], path: Path) -> None:
-    """Share of bad problems among the picks, an axis an arm, a bar a method."""
+    """Draw the share of bad problems among the picks, one panel per arm, one bar per method."""
     plt = _pyplot()
     figure, axes = plt.subplots(
         1, len(arms), figsize=(3.4 * len(arms), 0.26 * len(methods) + 1), sharey=True, squeeze=False

@@ -1,4 +1,4 @@
-"""What the study was to show, in sentences with the figures that decide them."""
+"""The study's questions, answered in sentences with the deciding figures."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +15,7 @@ Rows = Sequence[dict[str, Any]]
 
 
 def findings(rows: Rows, arms: Sequence[str]) -> list[str]:
-    """One line a question, for those whose runs are there."""
+    """One line per question, for questions whose runs are finished."""
     methods = {row["method"] for row in rows}
     found = _ladder(rows, arms, "oracle", "random", "An oracle that knows the useful problems beats random picks")
     for other in ("random", "accgreedy"):
@@ -38,8 +38,8 @@ def findings(rows: Rows, arms: Sequence[str]) -> list[str]:
 
 
 def _ladder(rows: Rows, arms: Sequence[str], one: str, other: str, claim: str) -> list[str]:
-    """Where one method is above another, where their intervals are apart, and where that of the difference, seed by
-    seed, is above 0."""
+    """Compare two methods: arms where one is above the other, where their intervals do not overlap, and where the
+    interval of the seed-by-seed difference is above 0."""
     above, apart, surely, told = [], [], [], []
     for arm in arms:
         ours, theirs = of(rows, arm, one), of(rows, arm, other)
@@ -86,6 +86,6 @@ def _final(rows: Rows, arm: str, name: str) -> float:
 
 
 def _signed(value: Estimate) -> str:
-    """A difference, seed by seed, with its interval."""
+    """A seed-by-seed difference and its interval as text."""
     interval = "" if np.isnan(value.half) else f" [{value.low:+.3f}, {value.high:+.3f}]"
     return f"{value.mean:+.3f}{interval}"

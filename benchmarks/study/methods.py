@@ -1,4 +1,4 @@
-"""The ways to pick that are compared. All but the oracle are rounds of the product, with one setting or two changed."""
+"""The selection methods compared. All except the oracle are gradstore's rounds with one or two settings changed."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ from gradstore.trainer.sampling.backends import derived_seed
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """A way to pick."""
+    """A selection method."""
 
     title: str
     rounds: Mapping[str, Any] = field(default_factory=dict)
@@ -46,16 +46,16 @@ DEFAULT_METHODS = (
     *("oracle", "random", "accgreedy", "gradalign", "lcb", "budgeted-lcb", "fdr", "dot", "shrunk", "snr"),
     *("dynamic", "learnalign", "budgeted/2-lcb", "budgeted/4-lcb"),
 )
-"""In the order they are run."""
+"""Default methods, in running order."""
 
 BUDGETED = "budgeted"
-"""Beginning of the names of budgeted refreshes: `budgeted-lcb` picks by `lcb`, `budgeted/4-lcb` with a quarter of the
+"""Name prefix of methods with a budgeted refresh: `budgeted-lcb` picks by `lcb`; `budgeted/4-lcb` has a quarter of the
 budget."""
 
 
 def method(name: str, budgeted: Mapping[str, int]) -> Method:
-    """The method of this name; `budgeted-SELECTOR` has the round settings `budgeted`, `budgeted/N-SELECTOR` an n-th of
-    their budget. RequestError for another."""
+    """The method of this name. `budgeted-SELECTOR` has the round settings `budgeted`; `budgeted/N-SELECTOR` has 1/N of
+    their budget. RequestError for an unknown name."""
     if name in METHODS:
         return METHODS[name]
     parts = re.fullmatch(rf"{BUDGETED}(?:/([1-9]\d*))?-(.+)", name)
@@ -80,7 +80,7 @@ class Chosen:
 
 
 class Oracle:
-    """Draws from the problems that help, as a round would give them."""
+    """Picks random problems among the useful ones, with the interface of `Rounds`."""
 
     def __init__(self, pool: Sequence[Mapping[str, Any]], n: int, seed: int) -> None:
         self._useful = [record["id"] for record in pool if is_useful(record)]
@@ -95,7 +95,7 @@ class Oracle:
         return Chosen([self._useful[i] for i in picks], np.zeros(self._n, np.int64), np.ones(self._n))
 
     def observe(self, policy: Any, seen: Sequence[Group] | SketchBatch) -> None:
-        """Nothing is kept."""
+        """Do nothing: the oracle stores no rollouts."""
 
     def state_dict(self) -> dict[str, Any]:
         return {"rounds": self._done}

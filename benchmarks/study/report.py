@@ -1,4 +1,4 @@
-"""The page of the study from its rows: tables, figures, and what was wanted beside what came."""
+"""Write the study's page from its rows: tables, figures and findings."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -24,11 +24,11 @@ from benchmarks.study.statistics import (
 from gradstore.errors import RequestError
 
 NOTES = "notes.md"
-"""Beside the figures: what was found out by hand, taken into the page as it is."""
+"""File next to the figures with findings written by hand; the page includes it unchanged."""
 
 
 def write_page(rows: Sequence[dict[str, Any]], page: Path, settings: StudySettings) -> None:
-    """Write the page and, in the folder of its name, its figures. RequestError when there are no rows."""
+    """Write the page, and its figures in the folder of the same name. RequestError if there are no rows."""
     if not rows:
         raise RequestError("no results of these settings: run the study first (python -m benchmarks.study run)")
     folder = page.with_suffix("")
@@ -82,7 +82,7 @@ def _arm_table(rows: Sequence[dict[str, Any]], arm: str, methods: Sequence[str])
 
 
 def _cost_table(rows: Sequence[dict[str, Any]], arms: Sequence[str], methods: Sequence[str]) -> str:
-    """Seconds and rollouts over all arms; medians, as other work on the machine lengthens some runs."""
+    """Table of seconds and rollouts over all arms; medians, because other load on the machine slows some runs."""
     reference = [selection_rollouts(row) for row in rows if row["method"] == "gradalign"]
     lines = [
         "## What selection costs\n",

@@ -1,6 +1,6 @@
-"""The file of results: one JSON object a line, one line a finished run, appended durably.
+"""The file of results: one JSON object per line, one line per finished run, appended durably.
 
-A last line torn by a kill is dropped.
+An incomplete last line, left by a kill, is dropped.
 """
 
 import fcntl
@@ -17,16 +17,16 @@ from gradstore.durable import writing
 from gradstore.errors import LockedError, RequestError
 
 Key = tuple[str, str, int]
-"""Arm, method, seed."""
+"""(arm, method, seed)."""
 
 
 def plan(arms: Iterable[str], methods: Iterable[str], seeds: Iterable[int]) -> list[Key]:
-    """All runs, seeds outermost, so that a study that is stopped has compared like with like."""
+    """All runs, with seeds as the outer loop, so that a stopped study still compares methods on the same seeds."""
     return [(arm, method, seed) for seed in seeds for arm in arms for method in methods]
 
 
 def numbers(text: str) -> list[int]:
-    """The numbers that "0-4,7" means, in order, each once. RequestError for anything else."""
+    """Parse a list of numbers and ranges such as "0-4,7"; ascending, distinct. RequestError for other text."""
     found: set[int] = set()
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
@@ -37,9 +37,9 @@ def numbers(text: str) -> list[int]:
 
 
 def read_results(path: Path, settings: StudySettings | None = None) -> list[dict[str, Any]]:
-    """The rows of a file, of one study's settings where they are given; none where there is no file.
+    """The rows of a file; empty if there is no file. settings: only rows with these settings; None: all.
 
-    RequestError for a line that is no row.
+    RequestError for a line that is not a row.
     """
     if not path.exists():
         return []
@@ -48,7 +48,7 @@ def read_results(path: Path, settings: StudySettings | None = None) -> list[dict
     lines = path.read_bytes().splitlines(keepends=True)
     for number, line in enumerate(lines, 1):
         if not line.endswith(b"\n"):
-            break  # a kill tore it; the run is done again
+            break  # incomplete because of a kill; the run is repeated
         try:
             row = json.loads(line)
             if wanted is None or row["settings"] == wanted:
@@ -63,7 +63,7 @@ def key(row: dict[str, Any]) -> Key:
 
 
 def append_result(path: Path, row: dict[str, Any]) -> None:
-    """Add a row, on the disk when this returns."""
+    """Append a row durably: it is on the disk when this returns."""
     with writing(path), path.open("ab+") as file:
         _drop_torn(file)
         file.write(json.dumps(row).encode() + b"\n")
@@ -73,7 +73,7 @@ def append_result(path: Path, row: dict[str, Any]) -> None:
 
 @contextmanager
 def alone(path: Path) -> Iterator[None]:
-    """Holds a file of results against another study; LockedError when one is writing it."""
+    """Lock a file of results; LockedError if another study is writing it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with writing(path), path.open("ab") as file:
         try:

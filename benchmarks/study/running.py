@@ -1,4 +1,4 @@
-"""One run of the study: an arm, a method, a seed; its row of results."""
+"""One run of the study (an arm, a method, a seed) and its row of results."""
 
 import tempfile
 import time
@@ -29,32 +29,32 @@ from gradstore.trainer.sampling.reward import Reward
 
 @dataclass(frozen=True, slots=True)
 class StudySettings:
-    """What every run of a study shares; no method has settings of its own."""
+    """Settings shared by all runs of a study; methods change only their round settings."""
 
     pool: int = 320
     """Problems of the pool, all of them candidates in every round."""
     validation: int = 32
-    """Problems of the benchmark that rounds aim at."""
+    """Problems of the benchmark used for selection."""
     test: int = 400
-    """Held-out problems that accuracy is measured on."""
+    """Held-out problems on which accuracy is measured."""
     selected: int = 16
-    """Problems picked in a round: a twentieth of the pool, as in the published runs of GradAlign."""
+    """Problems picked per round: a twentieth of the pool, as in the published runs of GradAlign."""
     rounds: int = 8
     steps: int = 4
-    """GRPO steps of a round."""
+    """GRPO steps per round."""
     train_batch: int = 16
-    """Problems of a step."""
+    """Problems per step."""
     rollouts: int = 16
-    """Responses to each problem, in selection, on the benchmark and in training."""
+    """Rollouts per problem, in selection, on the benchmark and in training."""
     first_look: int = 4
-    """Rollouts of every problem of the pool that a budgeted refresh begins with, in its first round."""
+    """Rollouts per pool problem in the first round of a budgeted refresh."""
     budget: int = 44
-    """Problems that a budgeted refresh rolls out anew in a round."""
+    """Problems that a budgeted refresh rolls out again per round."""
     budget_target: int = 8
-    """Its responses to each problem of the benchmark: half as many, for what they cost goes to candidates."""
+    """Rollouts per benchmark problem with a budgeted refresh: half as many, to spend more on candidates."""
     lr: float = 3e-5
     objective: str = "grpo"
-    """Preset that the policy is trained with; gradients for selection are under `gradalign`."""
+    """Objective preset for training; gradients for selection use `gradalign`."""
     rank: int = 8
     dim: int = 512
     window: int = 32
@@ -63,28 +63,28 @@ class StudySettings:
 
     @property
     def budgeted(self) -> dict[str, int]:
-        """Settings of a budgeted refresh's rounds."""
+        """Round settings of a budgeted refresh."""
         return {"refresh": self.budget, "first_look": self.first_look, "target_rollouts": self.budget_target}
 
 
 SHORT = StudySettings(pool=80, validation=16, test=100, selected=8, rounds=3, steps=2, train_batch=8, budget=8, lr=1e-4)
-"""A miniature that takes seconds a run: every path of the study, no claim."""
+"""A miniature for tests, seconds per run: it runs every path of the study, but its results mean nothing."""
 
 
 @dataclass(slots=True)
 class Meter:
-    """What selection cost, round by round."""
+    """Costs of selection, round by round."""
 
     rollouts: list[int] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
-    """All of a selection round."""
+    """Wall seconds of each selection round."""
     rollout_seconds: list[float] = field(default_factory=list)
-    """Its rollouts."""
+    """Seconds of these that were spent on rollouts."""
     observe_seconds: float = 0.0
 
 
 class MeteredPolicy(LocalPolicy):
-    """Counts the rollouts it is asked for and their time."""
+    """A policy that counts its rollouts and measures their time."""
 
     n_rollouts = 0
     seconds = 0.0
@@ -98,7 +98,7 @@ class MeteredPolicy(LocalPolicy):
 
 
 class MeteredChooser:
-    """Measures what each round costs and keeps its picks."""
+    """Wraps a chooser, measures each round's cost and keeps its picks."""
 
     def __init__(self, chooser: Chooser) -> None:
         self._chooser, self.meter = chooser, Meter()
@@ -126,12 +126,12 @@ class MeteredChooser:
 
 
 def run_one(arm: str, name: str, seed: int, settings: StudySettings) -> dict[str, Any]:
-    """Train once and say what came of it, JSON-able. The same call gives the same row, save for seconds."""
+    """Train once and return the row of results, JSON-able. The same call gives the same row, except for seconds."""
     started = time.monotonic()
     about = method(name, settings.budgeted)
     found = problems(arm, seed, pool=settings.pool, validation=settings.validation, test=settings.test)
     records = {record["id"]: record for record in found.pool}
-    torch.set_num_threads(1)  # layers this small lose more in waiting for a second thread than it brings
+    torch.set_num_threads(1)  # for layers this small, a second thread costs more than it gains
     model, tokenizer = load_model(MODEL, device="cpu"), load_tokenizer(MODEL)
     sampling = Sampling(max_new_tokens=8, batch_tokens=1 << 20)
     policy = MeteredPolicy(model, tokenizer, Reward("study", tasks.reward), sampling, token_budget=TOKEN_BUDGET)
@@ -173,7 +173,7 @@ def run_one(arm: str, name: str, seed: int, settings: StudySettings) -> dict[str
 
 
 def round_settings(settings: StudySettings, seed: int, changes: Mapping[str, Any]) -> RoundSettings:
-    """The study's rounds with a method's changes."""
+    """The study's round settings with a method's changes."""
     common: dict[str, Any] = {
         "selected": settings.selected,
         "train_batch": settings.train_batch,
@@ -181,7 +181,7 @@ def round_settings(settings: StudySettings, seed: int, changes: Mapping[str, Any
         "rounds": settings.rounds,
         "rollouts": settings.rollouts,
         "target_rollouts": settings.rollouts,
-        "observe": "none",  # nothing but a budgeted refresh has a use for them
+        "observe": "none",  # only a budgeted refresh uses observed rows
         "seed": seed,
         "window": settings.window,
         "fit_problems": settings.fit_problems,

@@ -1,4 +1,4 @@
-"""What the rows of a study say: means over seeds with 95 % intervals, and whether two methods are apart."""
+"""Statistics of a study's rows: means over seeds with 95 % intervals, and comparisons of two methods."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,11 +10,11 @@ from scipy import stats  # type: ignore[import-untyped]
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A mean over seeds."""
+    """A mean over seeds, with the half-width of its 95 % interval."""
 
     mean: float
     half: float
-    """Half the 95 % t interval; nan for fewer than two seeds."""
+    """Half-width of the 95 % t interval; nan for fewer than two seeds."""
     n: int
 
     @property
@@ -26,7 +26,7 @@ class Estimate:
         return self.mean + self.half
 
     def above(self, other: "Estimate") -> bool:
-        """Whether the intervals are apart, this one the higher; never with an unknown interval."""
+        """Whether this interval lies entirely above the other; False if an interval is unknown."""
         return self.low > other.high
 
 
@@ -40,7 +40,7 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 
 def of(rows: Sequence[dict[str, Any]], arm: str, method: str) -> list[dict[str, Any]]:
-    """The rows of a method in an arm, by seed."""
+    """The rows of a method in an arm, sorted by seed."""
     found = [row for row in rows if row["arm"] == arm and row["method"] == method]
     return sorted(found, key=lambda row: row["seed"])
 
@@ -50,28 +50,28 @@ def final_accuracy(rows: Sequence[dict[str, Any]]) -> Estimate:
 
 
 def curve(rows: Sequence[dict[str, Any]]) -> list[Estimate]:
-    """Accuracy before the first round and after each."""
+    """Accuracy before the first round and after each round."""
     return [estimate(list(values)) for values in zip(*(row["accuracy"] for row in rows), strict=True)]
 
 
 def difference(rows: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]]) -> Estimate:
-    """Final accuracy less the other's, seed by seed: both had the same problems and the same seeds."""
+    """Difference in final accuracy, seed by seed: both methods had the same problems and seeds."""
     of_other = {row["seed"]: row["accuracy"][-1] for row in others}
     return estimate([row["accuracy"][-1] - of_other[row["seed"]] for row in rows if row["seed"] in of_other])
 
 
 def share(rows: Sequence[dict[str, Any]], what: str) -> Estimate:
-    """Share of the picks that are bad, or useful, over all rounds."""
+    """Share of the picks that are `what` ("bad" or "useful"), over all rounds."""
     return estimate([float(np.mean(row[what])) for row in rows])
 
 
 def selection_rollouts(row: dict[str, Any]) -> int:
-    """All rollouts of a run that were made to select: candidates, a first look at them, and the benchmark."""
+    """Number of a run's rollouts for selection: first look, candidates, and the benchmark."""
     return int(sum(row["selection_rollouts"]))
 
 
 def selection_seconds(row: dict[str, Any]) -> float:
-    """Seconds of a run's rounds, without rollouts: gradients, probes, store, choice, and sketches of training's own."""
+    """Seconds of a run's rounds without rollouts: gradients, probes, store, selection, and observation."""
     return float(sum(row["selection_seconds"]) - sum(row["selection_rollout_seconds"]) + row["observe_seconds"])
 
 

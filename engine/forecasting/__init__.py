@@ -1,1 +1,1 @@
-"""What is believed of problems whose rows were not measured anew."""
+"""Forecasts for problems whose rows are old: their cosine, gradient norm and pass rate now."""

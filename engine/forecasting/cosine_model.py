@@ -1,10 +1,9 @@
-"""How much an old score still says: a model of how alignment drifts, measured from problems that were measured twice.
+"""Drift model of alignment scores: how reliable an old score is, fitted to problems that were measured twice.
 
-A problem's true score is taken to wander about the pool's mean with variance `signal`, correlated with itself by
-exp(-age / life) after `age` training steps (an Ornstein-Uhlenbeck process), and a row of n rollouts measures it with
-variance `noise` / n. What was measured long ago then pulls towards the mean, and its uncertainty grows towards the
-pool's spread. All rows of a problem count, each for what it is still worth: a Kalman filter of one dimension. Formulas:
-docs/methods.md, Budgeted refresh.
+A problem's true score follows an Ornstein-Uhlenbeck process around the pool's mean. Its variance is `signal`, its
+autocorrelation after `age` training steps exp(-age / life). A row of n rollouts measures it with variance `noise` / n.
+With age, the estimate returns to the pool's mean and its uncertainty grows to the pool's spread. A one-dimensional
+Kalman filter combines all rows of a problem. Formulas: docs/methods.md, Budgeted refresh.
 
 Dimension letters: P problems, N pairs of measurements, R reliabilities and L lives tried.
 """
@@ -22,11 +21,11 @@ from gradstore.engine.searching.targets import target
 from gradstore.errors import RequestError
 
 PRIOR_RELIABILITY = 0.5
-"""Share of a row's score variance that is signal, before anything was measured twice."""
+"""Prior share of a row's score variance that is signal."""
 PRIOR_LIFE = 50.0
-"""Steps after which the correlation is 1/e, before anything was measured twice."""
+"""Prior number of steps after which the correlation is 1/e."""
 _PRIOR_PAIRS = 10.0
-"""Pairs that the prior spread of the scores counts as."""
+"""Weight of the prior spread of the scores, in pairs."""
 _LIFE_SPREAD = 1.5
 """Standard deviation of the prior of log life."""
 _MOST_PAIRS = 5000
@@ -53,7 +52,7 @@ class Pairs:
 
     @classmethod
     def join(cls, parts: Sequence["Pairs"]) -> "Pairs":
-        """All pairs; of very many the last ones."""
+        """Concatenate pairs; keeps only the last _MOST_PAIRS."""
         columns = [
             np.concatenate([np.zeros(0), *(getattr(part, name) for part in parts)])[-_MOST_PAIRS:]
             for name in ("old", "new", "ages", "n_old", "n_new")
@@ -66,19 +65,21 @@ class Staleness:
     """The model's parameters, on the scale of the scores."""
 
     mean: float
-    """Of the pool's true scores."""
+    """Mean of the pool's true scores."""
     signal: float
     """Variance of the true scores over the pool."""
     noise: float
-    """Variance of a measurement with a single rollout; n rollouts have an n-th of it."""
+    """Variance of a measurement with a single rollout; n rollouts have noise / n."""
     life: float
     """Steps after which a score's correlation with itself is 1/e."""
     n_pairs: int = 0
-    """Pairs it was measured from; 0: the prior."""
+    """Number of pairs in the fit; 0: the prior alone."""
 
     def equivalent(self, mean_P: np.ndarray, sd_P: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The unbiased measurement that would have turned the prior into this belief: value and standard error, float64
-        [P]; for statistics that shrink by themselves. NaN where nothing is known beyond the prior."""
+        """Equivalent unbiased measurement: value and standard error, float64 [P]; NaN where only the prior is known.
+
+        Updating the prior with it gives this mean and sd. It is for statistics that apply their own shrinkage.
+        """
         with np.errstate(divide="ignore", invalid="ignore"):
             precision_P = 1 / sd_P**2 - 1 / self.signal
             precision_P = np.where(precision_P * self.signal > 1e-6, precision_P, np.nan)
@@ -86,12 +87,12 @@ class Staleness:
             return value_P, 1 / np.sqrt(precision_P)
 
     def describe(self) -> dict[str, Any]:
-        """As JSON can hold it."""
+        """The parameters as a dict for JSON."""
         return asdict(self)
 
 
 class Beliefs:
-    """The scores of P problems as far as measurements tell; they must come in the order of their steps."""
+    """Kalman filter over the scores of P problems; measurements must come in the order of their steps."""
 
     def __init__(self, model: Staleness, n: int) -> None:
         self.model = model
@@ -107,7 +108,7 @@ class Beliefs:
         return mean_P, np.sqrt(np.maximum(variance_P, 0.0))
 
     def measure(self, places: np.ndarray, step: int, scores: np.ndarray, rollouts: np.ndarray) -> None:
-        """Take in scores measured at a step, of distinct problems."""
+        """Update with the scores of distinct problems, measured at one step."""
         mean_P, sd_P = self.at(step)
         variance = sd_P[places] ** 2
         gain = variance / (variance + self.model.noise / np.maximum(rollouts, 1) + 1e-300)
@@ -117,11 +118,11 @@ class Beliefs:
 
 
 def fit(pairs: Pairs, scores_P: np.ndarray, rollouts_P: np.ndarray) -> Staleness:
-    """The most probable parameters given pairs; the prior where there are none.
+    """Fit the parameters to pairs (maximum a posteriori); without pairs, returns the prior.
 
-    scores_P, rollouts_P: the first score of each problem and its rollouts, NaN where there is none. What was measured
-    for the first time was not chosen for its score, so that these say what the pool's mean and spread are. For each
-    reliability and life of a grid, mean and signal have a closed form: weighted least squares of new - c old on 1 - c,
+    scores_P, rollouts_P: each problem's first score and its rollouts, NaN where there is none. First measurements are
+    not selected by score, so they estimate the pool's mean and spread without bias. A grid search covers reliability
+    and life. For each grid point, mean and signal have a closed form: weighted least squares of new - c old on 1 - c,
     c = exp(-age / life) signal / (signal + noise / n_old), and of the first scores on 1.
     """
     known_P = np.isfinite(scores_P)
@@ -159,11 +160,11 @@ def fit(pairs: Pairs, scores_P: np.ndarray, rollouts_P: np.ndarray) -> Staleness
 
 
 def measured_pairs(store: Store, pool: str, benchmarks: Sequence[str], now: int, offsets: Mapping[str, float]) -> Pairs:
-    """Cosines of problems that were measured twice, from the newest steps of the store up to `now`.
+    """Pairs of cosines of problems that were measured twice, from the newest steps of the store up to `now`.
 
-    A row is paired with the problem's newest row before it; both are live. Looked at are the newest steps at which a
-    benchmark was measured, and the newest of the others (where a trainer's own rollouts were kept). offsets: what is
-    taken off the scores of a problem, by id (its source's mean).
+    Each live row is paired with the newest earlier row of its problem, if that is live. Two groups of steps are read:
+    the newest with a benchmark measurement, and the newest without one (with a trainer's own rollouts).
+    offsets: by problem id, the value to subtract from its scores (its source's mean).
     """
     measured = [step for step in store.steps(pool) if step <= now]
     rounds = {step for name in benchmarks for step in store.steps(name)}
@@ -184,7 +185,7 @@ def direction_at(store: Store, benchmarks: Sequence[str], step: int) -> np.ndarr
 
 
 def sum_of_units(vectors: Sequence[np.ndarray]) -> np.ndarray:
-    """What several targets point along together, each counting alike, float64 [D]; a zero vector adds nothing."""
+    """Sum of the vectors, each scaled to unit length, float64 [D]; a zero vector adds nothing."""
     doubles = [vector.astype(np.float64) for vector in vectors]
     total_D: np.ndarray = np.sum([vector / (np.linalg.norm(vector) or 1.0) for vector in doubles], axis=0)
     return total_D

@@ -1,7 +1,7 @@
-"""Where the candidates of a round stand: their newest rows, and what all their rows say of their alignment now.
+"""Forecast of a round's candidates: their newest rows, and their expected alignment now, from all their rows.
 
-Everything is read from the store as of a step. Cosines of the stored sketches with the fresh target, row by row in the
-order of their steps, go through the staleness model; its source says what to expect of a problem that was not measured.
+Everything is read from the store as of a step. The drift model (cosine_model.py) takes the cosines of the stored
+sketches with the fresh target, row by row in the order of steps. A problem never measured gets its source's mean.
 
 Dimension letters: P candidates, D sketch dimensions.
 """
@@ -24,35 +24,35 @@ from gradstore.engine.selecting.membership import places
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Standing:
-    """Arrays of [P], in the candidates' order."""
+    """Forecast of P candidates at a step; arrays are [P], in the candidates' order."""
 
     ids: list[str]
     states: np.ndarray
     """`State` of the newest row, int64; -1: never measured."""
     steps: np.ndarray
-    """Of the newest row, int64; -1: never measured."""
+    """Step of the newest row, int64; -1: never measured."""
     pass_rates: np.ndarray
-    """Of the newest row, float64; nan where unknown."""
+    """Pass rate of the newest row, float64; nan where unknown."""
     n_rollouts: np.ndarray
-    """Of the newest row, int64; 0: never measured."""
+    """Rollouts of the newest row, int64; 0: never measured."""
     lengths: np.ndarray
-    """Expected norm now, float64; nan where no row was live."""
+    """Expected gradient norm now, float64; nan where no row was live."""
     length_sd: np.ndarray
-    """Its standard deviation, float64."""
+    """Standard deviation of `lengths`, float64."""
     mean: np.ndarray
     """Expected cosine now, float64."""
     sd: np.ndarray
-    """Its standard deviation, float64."""
+    """Standard deviation of `mean`, float64."""
     offsets: np.ndarray
-    """What the problem's source adds to the pool's mean cosine, float64."""
+    """Mean cosine of the problem's source minus the pool's, shrunk, float64."""
     signal: np.ndarray
     """Probability that new rollouts have a signal, float64."""
     model: Staleness | None
-    """None without a target: then `mean` is 0, and `sd` grows with the age of the newest row."""
+    """Drift model; None without a target: then `mean` is 0, and `sd` grows with the age of the newest row."""
     calibration: Calibration | None
-    """Of sketched dots by probes; None where there are too few."""
+    """Ratio of probed to sketched dots; None with too few probes."""
     motion: Motion | None
-    """How pass rates move; None without a target."""
+    """Model of how pass rates move; None without a target."""
     step: int
 
     def __len__(self) -> int:
@@ -60,19 +60,21 @@ class Standing:
 
     @property
     def live(self) -> np.ndarray:
-        """Whose newest row is live, bool."""
+        """True where the newest row is live, bool."""
         alive: np.ndarray = self.states == State.LIVE
         return alive
 
     @property
     def fresh(self) -> np.ndarray:
-        """Whose newest row is of this step, bool."""
+        """True where the newest row is from this step, bool."""
         now: np.ndarray = self.steps == self.step
         return now
 
     def scales(self, kind: str) -> np.ndarray:
-        """What a cosine is multiplied by for a kind of score: the norm unless it is `cosine`; the median norm where
-        none is known; float64."""
+        """Factor from a cosine to this kind of score, float64: 1 for `cosine`, else norm times calibration gain.
+
+        An unknown norm is replaced by the median of the known ones.
+        """
         if kind == "cosine":
             return np.ones(len(self))
         known = self.lengths[np.isfinite(self.lengths)]
@@ -80,7 +82,7 @@ class Standing:
         return lengths_P if self.calibration is None else lengths_P * self.calibration.gains
 
     def spreads(self, kind: str) -> np.ndarray:
-        """Standard deviation of a kind of score: of the cosine, and of the length unless it is `cosine`; float64."""
+        """Standard deviation of this kind of score, float64: from the cosine and, unless it is `cosine`, the norm."""
         from_cosine = self.sd * self.scales(kind)
         if kind == "cosine":
             return from_cosine
@@ -88,7 +90,7 @@ class Standing:
         return np.hypot(from_cosine, np.hypot(self.mean, self.sd) * gains_P * np.nan_to_num(self.length_sd))
 
     def outlook(self, kind: str, n_rollouts: int) -> Outlook:
-        """What the choice of a refresh goes by."""
+        """Input for the refresh choice (refresh_choice.py), for this kind of score and groups of n_rollouts."""
         scales_P = self.scales(kind)
         noise = 0.0 if self.model is None else np.sqrt(self.model.noise / n_rollouts)
         return Outlook(
@@ -110,10 +112,11 @@ def standing(
     trained: Sequence[Trained] = (),
     probed: Sequence[Probed] = (),
 ) -> Standing:
-    """Where problems stand at a step, against a direction (None: without one).
+    """Forecast problems at a step, against a direction (None: without a target).
 
-    benchmarks: whose targets at past steps the staleness model is fitted with. n_rollouts: of a new group. trained:
-    what the steps since the first round went along. probed: probes of the steps before, newest first.
+    benchmarks: the drift model is fitted to their targets at past steps. n_rollouts: size of a new group. forgetting:
+    factor per step for older rollouts (History). by_source: give each source its own mean cosine. trained: the
+    directions of past training steps. probed: probes of earlier steps, newest first.
     """
     view = store.view(pool, step)
     place_P = places(list(ids), view.ids)
@@ -181,10 +184,10 @@ def standing(
 
 
 def source_offsets(scores_P: np.ndarray, sources_P: np.ndarray) -> np.ndarray:
-    """Mean score of each problem's source less that of all, shrunk by how much sources differ; float64 [P].
+    """Shrunken difference between the mean score of each problem's source and the overall mean, float64 [P].
 
-    A source with m scores keeps m / (m + within / between) of its difference; the variances by moments (one-way random
-    effects). NaN scores do not count; zeros where sources do not differ by more than chance.
+    A source with m scores keeps m / (m + within / between) of its difference; both variances are moment estimates
+    (one-way random effects). NaN scores do not count. All zeros if sources differ by no more than chance.
     """
     known_P = np.isfinite(scores_P)
     names, source_P = np.unique(sources_P, return_inverse=True)

@@ -1,4 +1,4 @@
-"""The live rows of candidates as a round reads them: step by step, along some directions.
+"""Live rows of a round's candidates, grouped by step, with their cosines to some directions.
 
 Dimension letters: N rows, Q directions, D sketch dimensions.
 """
@@ -14,7 +14,7 @@ from gradstore.engine.searching.query import score_rows
 from gradstore.engine.selecting.membership import places
 
 _STEPS_BACK = 32
-"""Newest steps whose rows are read one by one; of older rows a problem's newest counts."""
+"""Newest steps of which every row is read; before them, only each problem's newest row."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -23,9 +23,9 @@ class Rows:
 
     step: int
     places: np.ndarray
-    """Of their problems among the candidates, int64 [N]."""
+    """Index of each row's problem among the candidates, int64 [N]."""
     cosines: np.ndarray
-    """With each query, float64 [Q, N]."""
+    """Cosine of each row with each query, float64 [Q, N]."""
     norms: np.ndarray
     """float64 [N]."""
     slack: np.ndarray
@@ -33,11 +33,11 @@ class Rows:
     counts: np.ndarray
     """Rollouts, float64 [N]."""
     rollouts: np.ndarray
-    """Effective ones (motion.py), float64 [N]."""
+    """Effective rollouts (`effective` in pass_rates.py), float64 [N]."""
 
 
 def live_rows(store: Store, pool: str, ids: Sequence[str], units_QD: np.ndarray, now: int) -> list[Rows]:
-    """Every live row of the newest steps, after each problem's newest one before them, oldest first."""
+    """All live rows of the newest _STEPS_BACK steps, and each problem's newest row before them; oldest first."""
     steps = [step for step in store.steps(pool) if step <= now]
     recent = steps[-_STEPS_BACK:]
     moments = [] if len(steps) == len(recent) else [steps[-_STEPS_BACK - 1]]

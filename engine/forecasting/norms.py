@@ -1,6 +1,6 @@
-"""How long the candidates' gradients are now: contrasts from their rows, pass rates from their motion.
+"""Expected gradient norms of the candidates now: contrast from their rows times p (1 - p) from the pass-rate model.
 
-The direction that a round's picks had when they were picked is what its training steps pushed along.
+A round's training steps are taken to follow the mean gradient that its picks had when they were picked.
 
 Dimension letters: P candidates, M measurements, R rounds, K picks, D sketch dimensions.
 """
@@ -17,12 +17,12 @@ from gradstore.engine.forecasting.pass_rates import Motion, Rates, fit_motion, f
 from gradstore.engine.selecting.membership import places
 
 _ROUNDS_BACK = 16
-"""Newest rounds whose picks are taken to have moved pass rates."""
+"""Newest rounds whose training is assumed to have moved pass rates."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Trained:
-    """What some steps trained on."""
+    """Training direction from step `start` to step `stop`."""
 
     start: int
     stop: int
@@ -31,7 +31,10 @@ class Trained:
 
 
 def trained_toward(store: Store, pool: str, step: int) -> list[Trained]:
-    """The directions of the last rounds' picks, as far as they had gradients; empty in a store of several bases."""
+    """Training directions of the last rounds, oldest first; empty in a store with several bases.
+
+    Each is the mean gradient of the round's live picks; rounds without live picks are left out.
+    """
     found, stop = [], step
     for number in range(store.count_rounds(pool) - 1, -1, -1)[:_ROUNDS_BACK]:
         past = store.round(pool, number)
@@ -54,7 +57,7 @@ def trained_toward(store: Store, pool: str, step: int) -> list[Trained]:
 def lengths(
     history: pa.Table, ids: Sequence[str], rows: Sequence[Rows], pulls: Sequence[Trained], now: int
 ) -> tuple[np.ndarray, np.ndarray, Motion]:
-    """Expected norms now and their standard deviations, float64 [P], NaN where there is no live row; how rates move."""
+    """Expected norms now and their sds, float64 [P], NaN without a live row; also returns the pass-rate model."""
     n = len(ids)
     weight_P, length_P, along_RP = np.zeros(n), np.zeros(n), np.zeros((len(pulls), n))
     for row in rows:
@@ -81,7 +84,7 @@ def lengths(
 
 
 def measured_rates(history: pa.Table, ids: Sequence[str]) -> Rates:
-    """The last row of each problem at each step, in the order of the steps; those without a pass rate are left out."""
+    """Last row per problem and step, in the order of the steps; rows without a pass rate are left out."""
     place_M = places(history["id"], list(ids))
     step_M, rate_M, count_M = (history[name].to_numpy() for name in ("step", "pass_rate", "n_rollouts"))
     sound = np.flatnonzero((place_M >= 0) & (rate_M >= 0) & (rate_M <= 1) & (count_M > 0))

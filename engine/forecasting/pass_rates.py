@@ -1,8 +1,8 @@
-"""How pass rates move between measurements, those of problems that are not trained on too.
+"""Model of how pass rates change between measurements, also for problems that are not trained on.
 
-The policy gradient of a problem with rewards of 0 and 1 is the gradient of its pass rate p: p (1 - p) times a contrast,
-the mean score of right responses less that of wrong ones. A training step along the unit direction G therefore adds
-about eta <contrast, G> to log p / (1 - p). eta, and how much else moves pass rates, are fitted to problems whose rate
+With rewards 0 and 1, a problem's policy gradient is the gradient of its pass rate p: p (1 - p) times a contrast. The
+contrast is the mean score of right responses minus that of wrong ones. A training step along the unit direction G
+therefore adds about eta <contrast, G> to log p / (1 - p). eta and the random drift are fitted to problems whose rate
 was measured twice. Formulas: docs/methods.md, Budgeted refresh.
 
 Dimension letters: P problems, M measurements in the order of their steps, N pairs of successive ones of a problem.
@@ -15,18 +15,18 @@ import numpy as np
 
 _NODES, _WEIGHTS = np.polynomial.hermite_e.hermegauss(16)
 _DRIFTS = np.geomspace(1e-3, 0.3, 13)
-"""Variances a step that are tried, of log odds."""
+"""Grid for the drift: variance of log odds per step."""
 _PRIOR_DRIFT, _DRIFT_SPREAD = 0.02, 1.5
-"""Median, and standard deviation of the logarithm, of the prior of the drift."""
+"""Log-normal prior of the drift: its median, and the standard deviation of its logarithm."""
 _NEWTON = 8
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Rates:
-    """Pass rates as they were measured, M rows in the order of their steps, at most one a problem and step."""
+    """Measured pass rates: M rows in the order of their steps, at most one row per problem and step."""
 
     places: np.ndarray
-    """Of the problems, int64 [M]."""
+    """Index of each row's problem, int64 [M]."""
     steps: np.ndarray
     """int64 [M]."""
     rates: np.ndarray
@@ -35,33 +35,33 @@ class Rates:
     """float64 [M]."""
 
     def log_odds(self) -> tuple[np.ndarray, np.ndarray]:
-        """Each row's own estimate and its variance, half an answer added on either side, float64 [M]."""
+        """Log odds of each row and their variance, float64 [M]; half a right and half a wrong answer are added."""
         right_M, wrong_M = (share * self.rollouts + 0.5 for share in (self.rates, 1 - self.rates))
         return np.log(right_M / wrong_M), 1 / right_M + 1 / wrong_M
 
 
 @dataclass(frozen=True, slots=True)
 class Motion:
-    """How log odds are spread over the pool and how they move."""
+    """Parameters of the pass-rate model: the pool's mean and variance of log odds, drift and pull."""
 
     mean: float
     variance: float
     drift: float
-    """Variance that a step adds."""
+    """Variance of log odds added per step."""
     pull: float
-    """What a unit of push adds: eta."""
+    """Change of log odds per unit of push: eta."""
 
     def describe(self) -> dict[str, Any]:
-        """As JSON can hold it."""
+        """The parameters as a dict for JSON."""
         return asdict(self)
 
 
 def fit_motion(rates: Rates, pushes_M: np.ndarray) -> Motion:
-    """Spread from the problems' first rows, drift and pull from pairs of successive rows.
+    """Fit mean and variance to the problems' first rows, drift and pull to pairs of successive rows.
 
-    pushes_M: the push on each row's problem from step 0 to the row's step. The pull is weighted least squares of the
-    change of log odds on the push between, 0 if it is negative, and times 1 - 1 / z^2 for a pull of z standard errors,
-    0 for z below 1 (James and Stein 1961, of one dimension with a known sign).
+    pushes_M: the push on each row's problem from step 0 to the row's step. The pull is the weighted least-squares slope
+    of the change of log odds on the push between; a negative one becomes 0. A pull of z standard errors is multiplied
+    by 1 - 1 / z^2, or by 0 for z below 1 (James and Stein 1961, in one dimension with a known sign).
     """
     odds_M, variance_M = rates.log_odds()
     if not len(odds_M):
@@ -93,9 +93,9 @@ def fit_motion(rates: Rates, pushes_M: np.ndarray) -> Motion:
 
 
 def forecast(motion: Motion, rates: Rates, pushes_M: np.ndarray, pushes_P: np.ndarray, now: int) -> "Forecast":
-    """Log odds of every problem now: normal with drift between rows, each row taken in at its most probable value.
+    """Filter the rows step by step; returns each problem's normal distribution of log odds now (Laplace updates).
 
-    pushes_M, pushes_P: the push on each row's problem up to the row's step, and on each problem up to now.
+    pushes_M: the push on each row's problem up to the row's step. pushes_P: the push on each problem up to now.
     """
     n = len(pushes_P)
     mean_P, variance_P = np.full(n, motion.mean), np.full(n, motion.variance)
@@ -112,7 +112,7 @@ def forecast(motion: Motion, rates: Rates, pushes_M: np.ndarray, pushes_P: np.nd
 
 
 def _updated(prior: np.ndarray, spread: np.ndarray, rate: np.ndarray, n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mode and curvature of a normal prior times n answers of which a share is right (Laplace)."""
+    """Laplace approximation of the posterior: mode and variance, for a normal prior and n answers with a pass rate."""
     value = prior.copy()
     for _ in range(_NEWTON):
         p = 1 / (1 + np.exp(-value))
@@ -141,12 +141,15 @@ class Forecast:
 
 
 def slack(rates: np.ndarray) -> np.ndarray:
-    """p (1 - p), float64; nan where the rate is unknown or no share."""
+    """p (1 - p), float64; nan where the rate is unknown or outside [0, 1]."""
     sound = (rates >= 0) & (rates <= 1)
     return np.where(sound, rates * (1 - rates), np.nan)
 
 
 def effective(rollouts: np.ndarray, rates: np.ndarray) -> np.ndarray:
-    """Rollouts at a pass rate of 1/2 that tell as much of a contrast: 4 n p (1 - p); n where the rate is unknown."""
+    """Effective rollouts 4 n p (1 - p): as many at pass rate 1/2 measure a contrast equally well; n if p is unknown.
+
+    Also n where p is 0 or 1.
+    """
     weight = 4 * slack(rates)
     return rollouts * np.where(weight > 0, weight, 1.0)

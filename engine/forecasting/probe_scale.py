@@ -1,9 +1,9 @@
-"""What a sketched dot is worth as a probed one: problem by problem, from the probes of the last rounds.
+"""Per-problem ratio of probed to sketched dot products, from the probes of the last rounds.
 
-A sketch keeps the part of a gradient that its projection was fitted to, and the policy moves away from there, for some
-problems sooner than for others. Problems that were probed have both dots, along the target of their step. What their
-ratio says of another problem counts by how much the two sketches point the same way. Formulas: docs/methods.md,
-Budgeted refresh.
+A sketch keeps the part of a gradient that its projection was fitted to. As the policy changes, that part shrinks, for
+some problems sooner than for others. Probed problems have both dots, along the target of their step. Another problem's
+ratio is a regression on theirs, weighted by the similarity of the sketches. Formulas: docs/methods.md, Budgeted
+refresh.
 
 Dimension letters: P problems, K probed ones, D sketch dimensions.
 """
@@ -27,21 +27,21 @@ _FEWEST = 3
 _MOST = 1024
 """Newest probes that count: each is compared with every problem."""
 _AT_ONCE = 1 << 20
-"""Pairs of a problem and a probe that are compared at once."""
+"""Pairs of a problem and a probe per block."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Calibration:
-    """Probed over sketched dots."""
+    """Ratio of probed to sketched dots, per problem."""
 
     gains: np.ndarray
-    """Of each problem, float64 [P]; a sketched dot is norm x cosine x the sketched target's length."""
+    """Ratio for each problem, float64 [P]; a sketched dot is norm x cosine x the sketched target's length."""
     left: float
-    """Variance of a cosine that the sketch, not the rollouts, is off by."""
+    """Residual variance of a cosine: the error of the sketch, without that of the rollouts."""
     length: float
-    """Of the sketched target now; 1 where the benchmarks are several."""
+    """Length of the sketched target now; 1 with several benchmarks."""
     n: int
-    """Probes it is from."""
+    """Number of probes used."""
 
     def describe(self) -> dict[str, Any]:
         """As JSON can hold it."""
@@ -50,10 +50,9 @@ class Calibration:
 
 
 class LocalRatios:
-    """Slopes of probed on sketched dots through the origin, for any problem from those that were probed.
+    """Locally weighted regression of probed on sketched dots, through the origin; slopes are at least 0.
 
-    Problem k counts similar^2, nothing where that is negative, and all together once more as if they were one problem
-    that is wholly alike. 0 at least.
+    Probed problem k has the weight max(cos, 0)^2. The global slope is added as one pseudo-problem of weight 1.
     """
 
     def __init__(self, rows_KD: np.ndarray, sketched_K: np.ndarray, probed_K: np.ndarray) -> None:
@@ -64,10 +63,10 @@ class LocalRatios:
         self._rows_KD = rows_KD
         self._sums_K2 = np.stack([products_K, squares_K], axis=1).astype(np.float32)
         self.usual = max(self._usual, 0.0)
-        """Of all, and of a problem that is like none."""
+        """Global slope, at least 0; also the slope of a problem that is similar to no probed one."""
 
     def __call__(self, rows_PD: np.ndarray) -> np.ndarray:
-        """Of problems with these unit sketches, float64 [P]; memory for P x K numbers."""
+        """Slopes for problems with these unit sketches, float64 [P]; memory for P x K numbers."""
         similar_PK = rows_PD @ self._rows_KD.T
         np.maximum(similar_PK, 0.0, out=similar_PK)
         np.square(similar_PK, out=similar_PK)
@@ -91,14 +90,14 @@ class Probed:
 
 
 def probed_before(store: Store, pool: str, benchmarks: Sequence[str], step: int) -> list[Probed]:
-    """The probes of the newest steps before one, along the benchmarks' target."""
+    """Probes of the newest steps before `step`, along the benchmarks' target, newest first."""
     steps = sorted({at for name in benchmarks for at in store.steps(name) if at < step}, reverse=True)
     found = (probed_at(store, pool, benchmarks, at) for at in steps[: _STEPS_BACK - 1])
     return [probed for probed in found if probed is not None]
 
 
 def probed_at(store: Store, pool: str, benchmarks: Sequence[str], step: int) -> Probed | None:
-    """The probes of a step along the benchmarks' target; None where there are none that can be compared."""
+    """Probes of a step along the benchmarks' target; None if none can be compared with a sketch."""
     try:
         batch = ProbeBatch.load(store, pool, step=step, target="+".join(benchmarks))
         direction_D, length = aim(store, benchmarks, step)
@@ -118,9 +117,9 @@ def probed_at(store: Store, pool: str, benchmarks: Sequence[str], step: int) -> 
 
 
 def calibrate(view: View, ids: Sequence[str], probes: Sequence[Probed], length: float) -> Calibration | None:
-    """Gains for problems by their newest rows in a view; None with fewer than 3 probes.
+    """Calibration of problems from their newest rows in a view; None with fewer than 3 probes.
 
-    probes: of several steps, newest first. length: of the target now.
+    probes: probes of several steps, newest first. length: length of the target now.
     """
     if sum(len(own.dots) for own in probes) < _FEWEST:
         return None
@@ -141,7 +140,7 @@ def calibrate(view: View, ids: Sequence[str], probes: Sequence[Probed], length: 
 
 
 def aim(store: Store, benchmarks: Sequence[str], step: int) -> tuple[np.ndarray, float]:
-    """Unit direction [D] of the benchmarks at a step and what its length counts for: 1 where they are several."""
+    """Unit direction of the benchmarks at a step, float32 [D], and the target's length: 1 with several benchmarks."""
     vectors = [target(store, name, step).vector for name in benchmarks]
     total_D = sum_of_units(vectors)
     length = float(np.linalg.norm(vectors[0].astype(np.float64))) if len(vectors) == 1 else 1.0

@@ -1,10 +1,10 @@
-"""Which candidates to roll out anew within a budget: pure functions of what is believed of each.
+"""Choice of the candidates to measure again (new rollouts) within a budget: pure functions of the forecast.
 
-A measurement is worth what it is expected to add to the choice of the top n: much where a score may lie on either side
-of the cut, because it is near, old, or was never measured; next to nothing where the problem is in or out anyway. Most
-of the budget goes by that; a share goes to problems never measured, whatever is expected of them, and a share is kept
-until the scores are in, for those that still straddle the cut. Problems that are expected to have no signal are left
-out. Formulas and sources: docs/methods.md, Budgeted refresh.
+A measurement's value is its expected gain for the choice of the top n. It is large where the score may lie on either
+side of the cut: near the cut, old, or never measured. It is almost zero where the problem is clearly in or out. Most of
+the budget follows this value. One share goes to random problems never measured. Another share waits until the scores
+are in, for problems that still straddle the cut. Problems that probably have no signal are left out. Formulas and
+sources: docs/methods.md, Budgeted refresh.
 
 Dimension letters: P candidates.
 """
@@ -19,33 +19,33 @@ from scipy.stats import norm  # type: ignore[import-untyped]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Outlook:
-    """What is believed of the candidates before anything is rolled out."""
+    """Forecast of the candidates before any new rollouts."""
 
     mean: np.ndarray
-    """Expected score of each, float64 [P]; the prior's where never measured."""
+    """Expected score, float64 [P]; the prior mean where never measured."""
     sd: np.ndarray
-    """Its standard deviation, float64 [P]."""
+    """Standard deviation of `mean`, float64 [P]."""
     noise: np.ndarray
     """Standard deviation of one more measurement, float64 [P]."""
     signal: np.ndarray
     """Probability that a group of new rollouts has a signal, float64 [P]."""
     measured: np.ndarray
-    """Which have a row, bool [P]."""
+    """True where the candidate has a row, bool [P]."""
     pickable: np.ndarray
-    """Which could be picked as they are: those whose newest row is live, bool [P]."""
+    """True where the candidate can be picked without new rollouts: its newest row is live, bool [P]."""
 
 
 def quantile(confidence: float) -> float:
-    """Standard deviations on either side of a normal mean that hold this share."""
+    """Half-width, in standard deviations, of the central interval of a normal that holds this share."""
     return float(norm.ppf((1 + confidence) / 2))
 
 
 def pass_rate_prior(history: pa.Table) -> float:
-    """The symmetric Beta prior of a problem's pass rate, fitted to a collection's history; 1 (uniform) without any.
+    """Parameter a = b of a Beta prior for pass rates, fitted to a collection's history; 1 (uniform) without any.
 
-    The a = b that makes the right answers of all problems most probable, those of one problem together a beta-binomial
-    draw, on a grid from 0.05 to 2. Where most problems are always solved or never it is small, and a few equal groups
-    then say much.
+    Maximum likelihood on a grid from 0.05 to 2; the right answers of one problem together are a beta-binomial draw.
+    The result is small if most problems are always or never solved. Then a few all-right or all-wrong groups are strong
+    evidence.
     """
     rates, counts = history["pass_rate"].to_numpy().astype(float), history["n_rollouts"].to_numpy().astype(float)
     known = np.isfinite(rates) & (counts > 0)
@@ -59,17 +59,16 @@ def pass_rate_prior(history: pa.Table) -> float:
 
 
 def cut(scores_P: np.ndarray, n: int) -> float:
-    """Halfway between the n-th and the next score; -inf where there are no more than n finite ones."""
+    """Midpoint between the n-th and the next best score; -inf with at most n finite scores."""
     ranked = np.sort(scores_P[np.isfinite(scores_P)])[::-1]
     return float(ranked[n - 1 : n + 1].mean()) if len(ranked) > n else -np.inf
 
 
 def worth(mean_P: np.ndarray, sd_P: np.ndarray, noise_P: np.ndarray, line: float) -> np.ndarray:
-    """What one more measurement of each candidate is expected to add to the sum of the picks' scores, float64 [P].
+    """Knowledge gradient: expected gain in the sum of the picks' scores from one more measurement, float64 [P].
 
-    The knowledge gradient for a choice against a fixed alternative `line` (Frazier, Powell, Dayanik 2008):
-    s (phi(u) - u Phi(-u)) with u = |mean - line| / s and s = sd^2 / sqrt(sd^2 + noise^2), the standard deviation of
-    what the mean will be after it.
+    For a choice against a fixed alternative `line` (Frazier, Powell, Dayanik 2008): s (phi(u) - u Phi(-u)) with
+    u = |mean - line| / s. s = sd^2 / sqrt(sd^2 + noise^2) is the standard deviation of the mean after the measurement.
     """
     move_P = sd_P**2 / np.sqrt(sd_P**2 + noise_P**2 + 1e-300)
     u_P = np.abs(mean_P - line) / np.where(move_P > 0, move_P, 1.0)
@@ -79,11 +78,12 @@ def worth(mean_P: np.ndarray, sd_P: np.ndarray, noise_P: np.ndarray, line: float
 def choose(
     outlook: Outlook, n: int, budget: int, explore: float, max_no_signal: float, random: np.random.Generator
 ) -> np.ndarray:
-    """Places of the candidates to roll out for a choice of n, at most `budget`, int64, the most worth first.
+    """Choose at most `budget` candidates to roll out, for a later choice of n; returns their places, int64.
 
-    A share `explore` of the budget goes to candidates never measured, drawn at random; the rest by `worth` times the
-    probability of a signal, ties at random. The cut is that of what could be picked now, or of all where that is too
-    little. None whose probability of no signal exceeds max_no_signal; fewer than the budget when no more are left.
+    Most valuable first; a random share `explore` of the budget, of candidates never measured, comes last. The others
+    are ranked by `worth` times the probability of a signal, ties at random. The cut is that of the pickable candidates,
+    or of all candidates if at most n are pickable. Candidates whose probability of no signal exceeds max_no_signal are
+    left out, so there may be fewer than the budget.
     """
     shuffled_P = random.permutation(len(outlook.mean))
     open_P = 1 - outlook.signal <= max_no_signal
@@ -100,9 +100,9 @@ def choose(
 
 
 def straddling(mean_P: np.ndarray, sd_P: np.ndarray, noise_P: np.ndarray, n: int, confidence: float) -> np.ndarray:
-    """Places of the candidates whose interval holds the cut of the top n, the most worth measuring first, int64.
+    """Places of the candidates whose interval contains the cut of the top n, int64, most valuable to measure first.
 
-    NaN means are no candidates. Empty: the top n is settled at this confidence.
+    A NaN mean excludes a candidate. Empty: the top n is settled at this confidence.
     """
     line = cut(mean_P, n)
     if not np.isfinite(line):

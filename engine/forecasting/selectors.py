@@ -1,8 +1,8 @@
-"""Selectors over rows of every age: what the budgeted refresh ranks by, where GradAlign ranks fresh rows alone.
+"""Selectors over rows of every age, for the budgeted refresh; GradAlign ranks fresh rows only.
 
 `cosine` and `dot` become the expected score now, times the probability of a signal for a problem not measured at this
-step. The selectors that go by probes see, beside the probes of this step, what the other problems' old sketches are
-worth as one, with the larger standard error. Every other selector takes the stored rows as they are.
+step. For probe-based selectors, problems without a probe at this step get a pseudo-probe from old sketches, with a
+larger standard error. Every other selector uses the stored rows unchanged.
 
 Dimension letters: P candidates, K of them with a probe of this step.
 """
@@ -22,11 +22,11 @@ from gradstore.engine.selecting.membership import places
 from gradstore.engine.selecting.mixture import Part
 
 AGED = ("cosine", "dot")
-"""Selectors whose scores are aged."""
+"""Selectors whose scores are replaced by a forecast."""
 
 
 def aged_parts(parts: Sequence[Part], now: Standing, length: float, confidence: float) -> list[Part]:
-    """The parts of a mixture with the scores of AGED taken from the standing; length: of the target."""
+    """The parts of a mixture, with the selectors in AGED scored by the forecast `now`; length: the target's length."""
     return [
         replace(part, selector=_aged(part.selector, now, length, confidence)) if part.selector.name in AGED else part
         for part in parts
@@ -34,7 +34,7 @@ def aged_parts(parts: Sequence[Part], now: Standing, length: float, confidence: 
 
 
 def aged_scores(kind: str, now: Standing, length: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
-    """Expected score and its standard deviation, float64 [P]; NaN where the problem cannot be picked as it is."""
+    """Expected score and its standard deviation, float64 [P]; score NaN where the newest row is not live."""
     scales_P = now.scales(kind) * (1.0 if kind == "cosine" else length)
     chance_P = np.where(now.fresh, 1.0, now.signal)
     mean_P = now.mean * scales_P
@@ -54,12 +54,12 @@ def _aged(selector: Selector, now: Standing, length: float, confidence: float) -
 
 
 def with_old_sketches(probes: ProbeBatch, now: Standing, length: float = 0.0) -> ProbeBatch:
-    """The probes, and for other live candidates what their sketches are worth as one.
+    """Add pseudo-probes, made from old sketches, for live candidates without a probe.
 
-    A sketch's dot, cosine x length now, is brought to the probes' scale by the standing's calibration, and what that
-    leaves unexplained adds to the standard error, as does how unsure the length is. Without a calibration the scale is
-    taken to be `length`, the target's: probe and sketch then measure the same dot. Candidates of which nothing is known
-    beyond the prior get none, and so do all where there is no scale.
+    The forecast's calibration scales a sketched dot (cosine x norm now) to a probed one. Its residual variance and the
+    uncertainty of the norm increase the standard error. Without a calibration the scale is `length`, the target's
+    length: probe and sketch then measure the same dot. A candidate with no information beyond the prior, or with a
+    scale of 0, gets no pseudo-probe.
     """
     if now.model is None:
         return probes
@@ -87,7 +87,7 @@ def with_old_sketches(probes: ProbeBatch, now: Standing, length: float = 0.0) ->
 
 
 def _as_probes(now: Standing, length: float) -> tuple[np.ndarray, np.ndarray]:
-    """Dot and standard error of the measurement that each live sketch is worth, float64 [P]; NaN where it is none."""
+    """Pseudo-probe of each live candidate: dot and standard error, float64 [P]; dot NaN where there is none."""
     assert now.model is not None
     scale_P, left = np.full(len(now), length), 0.0
     if now.calibration is not None:

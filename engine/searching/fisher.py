@@ -1,20 +1,20 @@
 """Preconditioning a query by the second moment of a view: score_i = g_i^T (M/n + lambda I)^-1 q (docs/methods.md).
 
-Only the query changes, so every scan and index serves. M = sum of g g^T over the view's n live rows is summed block by
-block, products in float32, the sum in float64. How the damped system is solved depends on the smaller side:
+Only the query changes, so every scan and index works as before. M is the sum of g g^T over the view's n live rows; it
+is computed block by block, products in float32, the sum in float64. The solver depends on the smaller side:
 
     D <= 8192            M [D, D] and a direct solve
     n <= 8192, n < D     Woodbury through the Gram matrix [n, n]
-    else                 conjugate gradients, a pass over the rows for each step, nothing larger than a row kept
+    else                 conjugate gradients: one pass over the rows per step, memory for a few vectors [D]
 
-M and the Gram matrix are kept for the rows they were made of, in memory and beside the collection.
+M and the Gram matrix are cached for their set of rows, in memory and in the collection's folder.
 
 P rows of a block, N live rows, D sketch dimensions.
 """
 
+import logging
 import os
 import secrets
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,10 +28,12 @@ from gradstore.engine.searching.blocks import blocks_of, only_basis
 from gradstore.errors import GradstoreError, RequestError
 from gradstore.layout import COLLECTIONS, INDEXES
 
+log = logging.getLogger(__name__)
+
 DAMPING = 0.1
 """Lambda in units of the mean eigenvalue of M/n."""
 LARGEST_MATRIX = 8192
-"""Rows and columns of a matrix that is formed and solved."""
+"""Largest side of a matrix that is formed and solved."""
 _BLOCK_BYTES = 64 << 20
 _TOLERANCE = 1e-7
 _MOST_STEPS = 2000
@@ -58,7 +60,7 @@ def preconditioned(view: View, query: np.ndarray, damping: float = DAMPING) -> n
 
 
 def _in_its_basis(view: View, queries_QW: np.ndarray, damping: float) -> np.ndarray:
-    """Queries of several blocks, that of the rows' basis preconditioned and the others not known."""
+    """Precondition the block of the rows' basis; the other blocks become NaN (unknown)."""
     basis = only_basis(view, "fisher")
     block_QD = blocks_of(queries_QW, view.dim, view.n_bases)[basis]
     solved_QBD = np.full((len(queries_QW), view.n_bases, view.dim), np.nan, np.float32)
@@ -163,7 +165,7 @@ def _solve(matrix: np.ndarray, right: np.ndarray) -> np.ndarray:
 def _kept(
     view: View, live: np.ndarray, name: str, shape: tuple[int, int], make: Callable[[], np.ndarray]
 ) -> np.ndarray:
-    """The matrix of exactly these rows: from memory, from beside the collection, or made and kept."""
+    """The matrix of exactly these rows: from memory, from the collection's folder, or computed and cached."""
     rows = crc32c(np.ascontiguousarray(view.row_numbers[live]))
     key = f"{name}-g{view.generation}-{len(live)}-{rows:08x}-{crc32c(view.norms[live]):08x}"
     collection = view.store.path.resolve() / COLLECTIONS / view.collection
@@ -183,7 +185,7 @@ def _kept(
 
 
 def _read(folder: Path, key: str, shape: tuple[int, int]) -> np.ndarray | None:
-    """A kept matrix if its bytes are those its name tells."""
+    """Read a cached matrix whose size and checksum (in the file name) match; None without one."""
     for path in folder.glob(f"{key}-*.f64"):
         matrix = np.fromfile(path, "<f8")
         if matrix.size == shape[0] * shape[1] and path.stem.endswith(f"-{crc32c(matrix):08x}"):
@@ -192,7 +194,7 @@ def _read(folder: Path, key: str, shape: tuple[int, int]) -> np.ndarray | None:
 
 
 def _write(folder: Path, name: str, key: str, matrix: np.ndarray) -> None:
-    """Keep a matrix, in place of the one of other rows. It is only a saving of time: no place for it is no error."""
+    """Cache a matrix on disk and remove the one of other rows. The cache only saves time: a failed write only warns."""
     temporary = folder / f"writing-{secrets.token_hex(8)}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -208,4 +210,4 @@ def _write(folder: Path, name: str, key: str, matrix: np.ndarray) -> None:
                 other.unlink(missing_ok=True)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        warnings.warn(f"{folder}: the {name} matrix is not kept ({error.strerror})", stacklevel=2)
+        log.warning("%s: the %s matrix is not kept (%s)", folder, name, error.strerror)

@@ -1,7 +1,7 @@
-"""One ranking from many benchmarks: scores against each target in one pass, then combined.
+"""Fusion of several benchmarks into one ranking: score against all targets in one pass, then combine the scores.
 
-    mean      sum_q w_q s_qi / sum_q w_q               large scores of one benchmark can carry a problem
-    minimum   min_q s_qi                               a problem counts by the benchmark it helps least
+    mean      sum_q w_q s_qi / sum_q w_q               one benchmark's large scores can dominate
+    minimum   min_q s_qi                               the benchmark that a problem helps least decides
     rrf       sum_q w_q / (c + rank_q(i))              only the order within each benchmark counts
 
 RRF: Cormack, Clarke, Buettcher, SIGIR 2009, with their c = 60; c = 0 is CROPI's sum of 1/rank (arXiv 2510.26491).
@@ -43,10 +43,10 @@ def fuse_scores(
     weights: Sequence[float] | None = None,
     constant: float = RRF_CONSTANT,
 ) -> np.ndarray:
-    """Combined score, higher is better, float64 [P]; NaN where any score is.
+    """Combine scores into one per problem, higher is better, float64 [P]; NaN where any score is NaN.
 
-    scores_QP: float [Q, P], higher is better. weights: one a target, not negative; `minimum` takes none. Equal scores
-    have equal ranks (the best of the places they share), counted from 1. RequestError for other methods or weights.
+    scores_QP: float [Q, P], higher is better. weights: one per target, not negative; `minimum` takes none. Ranks count
+    from 1; equal scores share the best of their ranks. RequestError for an unknown method or invalid weights.
     """
     if how not in FUSIONS:
         raise RequestError(f"fusion {how!r} is not one of {', '.join(FUSIONS)}")
@@ -93,7 +93,7 @@ def search_each(
 
 
 def _n_unknown(view: View, query_W: np.ndarray, eligible: np.ndarray) -> int:
-    """Eligible problems whose row is in a basis that the query is not known in."""
+    """Number of eligible problems whose row is in a basis where the query is unknown."""
     known_B = ~np.isnan(query_W.reshape(view.n_bases, -1)).any(axis=1)
     return 0 if known_B.all() else int((~known_B[view.bases[eligible]]).sum())
 
@@ -113,8 +113,8 @@ def search_fused(
 ) -> FusedHits:
     """The k problems with the best combined score over all targets, ties by id; other arguments as in `search`.
 
-    largest False turns every score around before they are combined: the problems that all benchmarks rank low.
-    Exact, in one pass over the rows. Memory: two floats a problem and target.
+    largest=False negates every score before the combination: it finds problems that all benchmarks rank low.
+    Exact, in one pass over the rows. Memory: two floats per problem and target.
     """
     queries_QD, eligible = _asked(view, queries, k, metric, where, damping)
     scores_QP = score_rows(view, queries_QD, metric, eligible)
@@ -140,7 +140,7 @@ def _asked(
     where: Where | np.ndarray | None,
     damping: float,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Query vectors [Q, D] and the positions of the problems to be ranked."""
+    """Check the request; returns query vectors [Q, D] and the positions of the problems to rank."""
     if k < 1:
         raise RequestError(f"k is {k}, expected at least 1")
     if not len(queries):
@@ -149,5 +149,5 @@ def _asked(
 
 
 def _ranks(scores_QP: np.ndarray) -> np.ndarray:
-    """Place of each score in its row, 1 the largest, equal scores the same: float64."""
+    """Rank of each score in its row, float64: 1 is the largest, equal scores have equal ranks."""
     return np.stack([np.searchsorted(np.sort(-scores_P), -scores_P) + 1.0 for scores_P in scores_QP])

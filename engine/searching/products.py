@@ -1,14 +1,14 @@
-"""Products of codes as they are stored with queries: what a scan (scan.py) does with a block of rows.
+"""Inner products of stored codes with queries, without decoding; a scan (scan.py) calls them for each block of rows.
 
     q  =  w0 q0 + w1 q1 + ...          row . q  =  scale * (w0 (codes . q0) + w1 (codes . q1) + ...)
 
-A query is written as a sum of a few vectors in the rows' own type (its digits), codes are multiplied with digits in
-whole numbers, and the digits' products are weighed and added. int8 rows take three digits, int4 rows six, fp16 rows two
-and fp32 rows one: what is left of q after them is below 1.3e-7 of its largest entry, less than float32 products lose.
-Rows of one bit are unpacked to bytes -1 and 1, a block that fits in the cache at a time.
+A query is a weighted sum of a few vectors in the rows' own type, its digits. Codes are multiplied with digits in
+integer arithmetic (fp16 and fp32 rows: in floats); the products are then weighted and added. int8 rows take three
+digits, int4 rows six, fp16 rows two and fp32 rows one. The rest of q is below 1.3e-7 of its largest entry, less than
+the rounding of float32 products. 1-bit rows are unpacked to bytes -1 and 1, one cache-sized block at a time.
 
-Products are numkong's; of bytes, where the processor has AVX512-VNNI and no AMX, those of _products.c, which are the
-same whole numbers sooner. An installation without a C compiler has the same scores.
+numkong computes the products. For bytes, if the processor has AVX512-VNNI and no AMX, _products.c computes the same
+integers faster. An installation without a C compiler gets the same scores.
 
 Q queries, D sketch dimensions, W columns of codes, G digits of a query, C digits of all queries, N rows of a block.
 """
@@ -25,41 +25,40 @@ import numpy as np
 log = logging.getLogger(__name__)
 
 SAFE_COLUMNS = (2**31 - 1) // 127**2
-"""Columns over which products of int8 cannot leave int32."""
+"""Most columns for which a sum of int8 products cannot overflow int32."""
 _UNPACKED_BYTES = 1 << 20
-"""Of a block of one-bit rows as bytes: fits in the cache."""
+"""Size of a block of unpacked 1-bit rows: fits in the cache."""
 _COLUMNS_AT_ONCE = 4
-"""numkong's kernels take four vectors at a time; three took an eighth longer than four."""
+"""numkong's kernels process four vectors at a time; three took an eighth longer than four."""
 _LANES = 16
 _LINE = 64
 _NARROW = (3, 6)
-"""Vectors that _products.c multiplies place by place; more are its lanes."""
+"""Numbers of vectors that _products.c multiplies element by element; more vectors become SIMD lanes."""
 _FEW_QUERIES = 5
-"""Their three digits fit in the lanes of one register: one alone would save nothing."""
+"""With so few queries all three digits fit in one register: using only the first digit would save nothing."""
 _MOST_COLUMNS = 48
-"""Digits that _products.c multiplies together."""
+"""Most digit vectors that _products.c multiplies at once."""
 PICKED_AT_ONCE = _MOST_COLUMNS
-"""Queries whose first digits it does."""
+"""Most queries per `picking`: it multiplies one digit vector per query."""
 _ROUNDED = 1e-6
-"""Of a query's length: more than the rounding of scores and of rows' lengths to float32."""
+"""Rounding allowance, as a share of a query's length: above the float32 rounding of scores and row lengths."""
 
 Kind = Literal["int8", "int4", "float16", "float32"]
 Product = Callable[[np.ndarray, np.ndarray, np.ndarray], None]
-"""codes [N, W], scale float32 [N] -> products of codes * scale with every query, into float32 [Q, N]."""
+"""(codes [N, W], scale float32 [N], out float32 [Q, N]): writes the products of codes * scale with every query."""
 ProductOf = Callable[[np.ndarray], Product]
-"""float32 queries [Q, D] -> products with them."""
+"""float32 queries [Q, D] -> their Product."""
 ProductApart = Callable[[list[np.ndarray], np.ndarray, np.ndarray, np.ndarray, np.ndarray], None]
-"""Product of rows that lie apart: arrays of codes, then in which of them and where in it each row is, int64 [N]."""
+"""Product of scattered rows: arrays of codes, each row's array and its place there, int64 [N]; scale and out follow."""
 Pick = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray, np.ndarray]]
-"""codes [M, W]; places among them, int64 [N], with their scale, float32, and weights, float64 [N]; the least score that
-each query wants, float32 [Q] -> of every product * weight that is no less: its query, its number among the places and
-itself."""
+"""(codes [M, W], rows int64 [N], scale float32 [N], weights float64 [N], least score per query float32 [Q]) -> the
+pairs whose product * weight reaches the least score: query uint8, index into rows int32, score float32."""
 
 
 def digits_of(queries_QD: np.ndarray, largest: int, n_digits: int) -> tuple[np.ndarray, np.ndarray]:
-    """Queries as sums of whole numbers: int8 digits [G, Q, D] in [-largest, largest], weights float64 [G, Q].
+    """Write queries as weighted sums of integers: int8 digits [G, Q, D] in [-largest, largest], weights float64 [G, Q].
 
-    A digit's step is the one before it over 2 * largest, at most half of which was left over.
+    The rest after a digit is at most half its step, so the next step is this step / (2 * largest).
     """
     digits, weights = np.empty((n_digits, *queries_QD.shape), np.int8), np.empty((n_digits, len(queries_QD)))
     kernel = _kernel() if (largest, n_digits) == (127, 3) else None
@@ -84,7 +83,7 @@ def int8_product(queries_QD: np.ndarray) -> Product:
 
 
 def int8_product_apart(queries_QD: np.ndarray) -> ProductApart | None:
-    """Products of rows where they lie, the same as `int8_product` of copies; None without the kernel."""
+    """Product of scattered rows without copying them, equal to `int8_product` of copies; None without the kernel."""
     kernel, width = _kernel(), queries_QD.shape[1]
     if kernel is None or width > SAFE_COLUMNS or 3 * len(queries_QD) > _MOST_COLUMNS:
         return None
@@ -145,7 +144,7 @@ def _kernel() -> ModuleType | None:
 
 
 def _compiled_product(digits_GQW: np.ndarray, weights_GQ: np.ndarray) -> Product | None:
-    """Products with int8 digits by `_products.c`; None where numkong does them, or does them sooner."""
+    """Product with int8 digits by `_products.c`; None where it cannot be used or numkong is faster."""
     kernel, width = _kernel(), digits_GQW.shape[2]
     if kernel is None or width > SAFE_COLUMNS or (weights_GQ.size > _NARROW[-1] and _has_tiles()):
         return None
@@ -164,11 +163,11 @@ def _has_tiles() -> bool:
 
 
 def picking(queries_QD: np.ndarray) -> Pick | None:
-    """The rows whose products with a query are large enough, which most are seen not to be by the query's first digit.
+    """Pick function that finds the rows whose scores reach a threshold; the first digit alone rules out most rows.
 
-    What the others may add to the score of a row of at most unit length is the length of what the first leaves of the
-    query (Cauchy-Schwarz); scores are those of `int8_product` to the last bit. At most PICKED_AT_ONCE queries. None
-    without the kernel, where numkong is faster, and for so few queries that it would save nothing.
+    For a row of at most unit length, the other digits add at most the length of the query's rest after the first digit
+    (Cauchy-Schwarz). Scores equal those of `int8_product` bit for bit. At most PICKED_AT_ONCE queries. None without the
+    kernel, where numkong is faster, or for at most _FEW_QUERIES queries (no gain).
     """
     kernel, (n_queries, width) = _kernel(), queries_QD.shape
     if kernel is None or width > SAFE_COLUMNS or n_queries <= _FEW_QUERIES or _has_tiles():
@@ -194,8 +193,7 @@ def picking(queries_QD: np.ndarray) -> Pick | None:
 
 
 def _ordered(digits_CW: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """int8 digits as `_products.c` reads so many, with columns beside them that change nothing; and where the sums of
-    each column start, int32."""
+    """int8 digits in the layout that `_products.c` reads for this number, zero-padded; and each sum's start, int32."""
     n = len(digits_CW)
     columns = next((most for most in _NARROW if n <= most), None)
     if columns is None:
@@ -215,7 +213,7 @@ def _wide(digits_CW: np.ndarray) -> np.ndarray:
 
 
 def _filled_up(digits_CW: np.ndarray, columns: int, places: int) -> np.ndarray:
-    """With zeros up to multiples of so many columns and places."""
+    """Pad with zeros to multiples of `columns` and `places`."""
     n, width = digits_CW.shape
     if n % columns == 0 and width % places == 0:
         return digits_CW
@@ -225,7 +223,7 @@ def _filled_up(digits_CW: np.ndarray, columns: int, places: int) -> np.ndarray:
 
 
 def _weighed(digits: np.ndarray, weights_GQ: np.ndarray, kind: Kind, safe_columns: int | None = None) -> Product:
-    """Products with digits [G, Q, W] of numkong's type `kind`, weighed and added over the digits."""
+    """Product by numkong with digits [G, Q, W] of type `kind`: a weighted sum over the digits."""
     n_digits, n_queries, width = digits.shape
     flat = digits.reshape(n_digits * n_queries, width)
     flat = np.ascontiguousarray(np.pad(flat, ((0, -len(flat) % _COLUMNS_AT_ONCE), (0, 0))))
@@ -253,7 +251,7 @@ def _pack(rows: np.ndarray, kind: Kind) -> "numkong.PackedMatrix":
 
 
 def _tensor(rows: np.ndarray, kind: Kind) -> "numkong.Tensor | np.ndarray":
-    """Rows as numkong takes them: numpy has no type for two numbers a byte."""
+    """Rows as numkong accepts them: numpy has no type for two numbers per byte."""
     if kind != "int4":
         return rows
     return numkong.from_pointer(rows.ctypes.data, rows.shape, kind, strides=rows.strides, owner=rows)

@@ -72,7 +72,7 @@ def basis_of(store: Store, fingerprint: dict) -> int:
     for basis in reversed(store.bases):
         if fingerprint_in(store, basis.number) == fingerprint:
             return basis.number
-    raise FingerprintError(fingerprint_in(store), fingerprint, str(store.path))
+    raise FingerprintError.between(fingerprint_in(store), fingerprint, str(store.path))
 
 
 def add_basis(store: Store, sketcher: Sketcher, about: Mapping[str, object] | None = None) -> int:
@@ -87,7 +87,7 @@ def add_basis(store: Store, sketcher: Sketcher, about: Mapping[str, object] | No
     projection = theirs["projection"]
     ours["projection"] = {**ours.get("projection", {}), "basis": projection["basis"]}
     if theirs != ours or projection["kind"] != "fitted":
-        raise FingerprintError(store.fingerprint, files.fingerprint, str(store.path))
+        raise FingerprintError.between(store.fingerprint, files.fingerprint, str(store.path))
     segments = [(name, start, stop) for name, start, stop in layout]
     return store.add_basis(projection["basis"], segments, dict(about or {}), files.attachments)
 
@@ -112,7 +112,7 @@ def sketcher_from(
     projection = _projection(fingerprint, attachments) if spec.basis == "fitted" else None
     sketcher = Sketcher(model, spec, projection)
     if sketcher.fingerprint != fingerprint:
-        raise FingerprintError(fingerprint, sketcher.fingerprint, "the sketcher")
+        raise FingerprintError.between(fingerprint, sketcher.fingerprint, "the sketcher")
     return sketcher
 
 
@@ -132,7 +132,7 @@ def sketcher_of(
     kind = store.fingerprint.get("projection", {}).get("kind")
     if kind is not None and spec.basis != kind:
         offered = {"projection": {"kind": spec.basis}}
-        raise FingerprintError({"projection": {"kind": kind}}, offered, str(store.path))
+        raise FingerprintError.between({"projection": {"kind": kind}}, offered, str(store.path))
     return Sketcher(model, spec, load_projection(store, basis) if spec.basis == "fitted" else None, optimizer)
 
 

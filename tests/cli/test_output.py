@@ -147,3 +147,21 @@ def test_whole_file(tmp_path: Path) -> None:
     with _full_after(10), pytest.raises(GradstoreError, match=f"{path}: "):
         write_text_file(path, "x" * 100)
     assert path.read_text(encoding="utf-8") == "new"
+
+
+@pytest.mark.parametrize("quiet", [True, False])
+def test_quiet_and_verbose(store: Path, model_folder: Path, tmp_path: Path, cli, write_lines, quiet: bool) -> None:
+    """Commentary goes with --quiet, warnings and results stay; --verbose and the default show it."""
+    rows = [
+        {"problem_id": f"x{i}", "prompt": f"{i}=", "response": str(j), "reward": float(j)}
+        for i in range(3)
+        for j in range(2)
+    ]
+    path = write_lines(tmp_path / "x.jsonl", rows)
+    words = ("collect", store, "x", path, "--model", model_folder, "--rank", 4)
+    status, _, err = cli(*words, "-q" if quiet else "-v")
+    assert status == 0
+    assert ("problems collected" in err) != quiet
+    status, out, err = cli("query", store, "--pool", "x", "--against", "bench", "-q", "--json")
+    assert (status, err) == (0, "")
+    assert json.loads(out)

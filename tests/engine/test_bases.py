@@ -10,7 +10,7 @@ from scipy.stats import spearmanr
 
 from gradstore import engine
 from gradstore.engine import Sketcher, SketchSpec, exact_dots, fit_projection, layer_gradients, search, select, target
-from gradstore.engine.reliability.refit import refit
+from gradstore.engine.assessing.refit import refit
 from gradstore.engine.searching.fusion import search_each, search_fused
 from gradstore.engine.searching.shares import layer_contributions
 from gradstore.engine.sketches.bases import (

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from gradstore.engine import Sketcher, SketchSpec, collect, create_store, reliability, sketch_scores, target
-from gradstore.engine.reliability.split_half import split
-from gradstore.engine.reliability.stored_halves import collect_halves, stored_halves
+from gradstore.engine.assessing.split_half import split
+from gradstore.engine.assessing.stored_halves import collect_halves, stored_halves
 from gradstore.errors import RequestError
 
 

@@ -7,7 +7,7 @@ import pytest
 from scipy.stats import spearmanr
 
 from gradstore.engine import Sketcher, SketchSpec, collect, exact_dots, layer_gradients
-from gradstore.engine.reliability.refit import ENOUGH, first_fit, parts
+from gradstore.engine.assessing.refit import ENOUGH, first_fit, parts
 from gradstore.engine.rollouts import Group, read_rollouts
 from gradstore.engine.sketches.bases import create_store
 from gradstore.engine.sketches.exact_ranking import ExactRanking, Rows

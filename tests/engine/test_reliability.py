@@ -10,9 +10,8 @@ from scipy.stats import spearmanr
 
 import gradstore
 from gradstore.engine import Sketcher, SketchSpec, collect
-from gradstore.engine.gradients.exact import exact_dots, layer_gradients
-from gradstore.engine.reliability.fidelity import agreement, fidelity
-from gradstore.engine.reliability.split_half import (
+from gradstore.engine.assessing.fidelity import agreement, fidelity
+from gradstore.engine.assessing.split_half import (
     exact_scores,
     permuted,
     reliability,
@@ -21,6 +20,7 @@ from gradstore.engine.reliability.split_half import (
     split,
     split_half,
 )
+from gradstore.engine.gradients.exact import exact_dots, layer_gradients
 from gradstore.engine.rollouts import Group, read_rollouts
 from gradstore.errors import RequestError
 

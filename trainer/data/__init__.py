@@ -1,4 +1,4 @@
-"""Problem files from public data sets and from reasoning-gym, mixed, cleaned, and spoiled on purpose for studies.
+"""Build problem files from public data sets and reasoning-gym: mix, deduplicate, and corrupt on purpose for studies.
 
-`gradstore.trainer.data.pool.build` does it all; `gradstore data` is its command line. docs/data.md lists the data sets.
+Entry point: `gradstore.trainer.data.pool.build`; command line: `gradstore data`. docs/data.md lists the data sets.
 """

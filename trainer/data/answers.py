@@ -1,6 +1,6 @@
-"""A data set's answer column to the ground truth a reward compares with, each form by one small function.
+"""Convert a data set's answer column to the ground truth for a reward; one small function per form.
 
-Every function raises ValueError, saying what was expected, when the answer is not of its form.
+Each function raises ValueError, with the expected form, when the answer does not have it.
 """
 
 import math
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def plain(value: Any) -> str:
-    """Text, a number or a truth value as it is; 142.0, as a table of floats has it, is 142."""
+    """Text, a number or a truth value as text; 142.0 (from a float column) becomes 142."""
     if isinstance(value, float):
         if not math.isfinite(value):
             raise ValueError(f"answer {value} is not finite")
@@ -23,7 +23,7 @@ def plain(value: Any) -> str:
 
 
 def boxed(solution: Any) -> str:
-    r"""What the last \boxed{...} or \fbox{...} of a solution holds, its braces balanced; `\boxed 7` is 7."""
+    r"""Content of a solution's last \boxed{...} or \fbox{...}, with balanced braces; `\boxed 7` gives 7."""
     text = plain(solution)
     place, mark = max((text.rfind(mark), mark) for mark in ("\\boxed", "\\fbox"))
     if place < 0:
@@ -40,13 +40,13 @@ def boxed(solution: Any) -> str:
 
 
 def boxed_or_plain(value: Any) -> str:
-    """The boxed answer where there is one, else the text."""
+    """The boxed answer if there is one, else the text."""
     text = plain(value)
     return boxed(text) if "\\boxed" in text or "\\fbox" in text else text
 
 
 def after_hashes(solution: Any) -> str:
-    """GSM8K's form: the number after the last ####, without the commas between thousands."""
+    """GSM8K's form: the number after the last ####, without thousands separators."""
     _, hashes, answer = plain(solution).rpartition("####")
     if not hashes:
         raise ValueError("the solution has no #### before its answer")
@@ -54,7 +54,7 @@ def after_hashes(solution: Any) -> str:
 
 
 def after_phrase(response: Any) -> str:
-    """MetaMathQA's form: what follows the last `The answer is:`."""
+    """MetaMathQA's form: the text after the last `The answer is:`."""
     _, phrase, answer = plain(response).rpartition("The answer is:")
     if not phrase:
         raise ValueError("the response has no 'The answer is:'")

@@ -1,6 +1,6 @@
-"""The public data sets that are known by name: where each lies on the hub, its columns, and what its answers look like.
+"""Catalogue of public data sets: hub repository, columns and answer form of each.
 
-One entry a data set; docs/data.md says against what each schema was checked. Adding one is adding an entry.
+To add a data set, add an entry. docs/data.md says how each schema was checked.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,45 +15,45 @@ LETTER = "Please reason step by step, and put the letter of the right option wit
 
 DAPO_BEFORE = "is the answer to the problem.\n\n"
 DAPO_AFTER = "\n\nRemember to put your answer on its own line"
-"""DAPO's prompts are wrapped in an instruction of its own: what stands between these is the problem."""
+"""DAPO wraps each problem in its own instruction; the problem is the text between these two strings."""
 
 
 @dataclass(frozen=True, slots=True)
 class DataSet:
-    """One data set: where it is, and how its rows become problems."""
+    """One data set: its location, and how its rows become problems."""
 
     name: str
-    """The name it is asked for by, and its problems' source."""
+    """Name on the command line; also the `source` of its problems."""
     hub: str
-    """Repository on the hub."""
+    """Hugging Face hub repository."""
     split: str
-    """The split that is meant when none is asked for."""
+    """Default split."""
     question: str
     """Column of the question."""
     answer: str
     """Column of the answer."""
     configs: tuple[str, ...] = ()
-    """Configurations on the hub, one after the other; none: its default."""
+    """Configurations on the hub, read one after the other; empty: the default configuration."""
     id: str | None = None
     """Column of a stable id; None: a hash of the question."""
     topic: str | None = None
-    """Column that becomes a tag."""
+    """Column whose value becomes a tag; None: no such tag."""
     options: str | None = None
-    """Column with the list of options of a multiple choice."""
+    """Column with the list of multiple-choice options."""
     read_question: Callable[[Any], str] | None = None
-    """From the question's column to its text, where it is not text."""
+    """Converts the question column's value to text; None: it is text already."""
     read_answer: Callable[[Any], str] = answers.plain
-    """From the answer's column to the ground truth."""
+    """Converts the answer column's value to the ground truth."""
     keep: Callable[[Mapping[str, Any]], bool] | None = None
-    """Whether a row belongs to the data set; what does not is counted as left out."""
+    """Whether to keep a row; other rows are counted as not kept. None: keep all."""
     needs: tuple[str, ...] = ()
     """Further columns that `keep` reads."""
     instruction: str = BOXED
-    """What follows the question in the prompt."""
+    """Text after the question in the prompt."""
     ability: str = "math"
-    """verl's ability; the problems' first tag."""
+    """verl's `ability` field, and the problems' first tag."""
     reward: str = "math"
-    """The reward that can judge its answers: what `--reward auto` uses."""
+    """The reward that can grade its answers; `--reward auto` uses it."""
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -66,7 +66,7 @@ class DataSet:
 
 
 def _dapo_question(messages: Any) -> str:
-    """The problem within DAPO's own instruction, in the first message with the user's role."""
+    """The problem without DAPO's instruction, from the first user message."""
     content = next((m["content"] for m in messages if m.get("role") == "user"), "") if messages else ""
     return str(content).split(DAPO_BEFORE, 1)[-1].rsplit(DAPO_AFTER, 1)[0].strip()
 
@@ -123,6 +123,6 @@ DATA_SETS: dict[str, DataSet] = {
 }  # fmt: skip
 
 TOGETHER: dict[str, tuple[str, ...]] = {"aime": ("aime24", "aime25")}
-"""Names that stand for several data sets, one after the other."""
+"""Names for several data sets, read one after the other."""
 
 NAMES = sorted((*DATA_SETS, *TOGETHER))

@@ -1,11 +1,11 @@
-"""Rewards spoiled on purpose, for studies of selection under unreliable rewards: wrong ground truths and coin flips.
+"""Corrupt rewards on purpose, for studies of selection with unreliable rewards: wrong ground truths and coin flips.
 
 - `wrong_truth`: the problem gets the ground truth of another problem of its source (for reasoning-gym the whole entry),
-  one that the right answer is not paid for. What was right is kept under `extra["true_ground_truth"]`.
-- `coin_flip`: `extra["coin"]` holds a seed, and every built-in reward pays 0 or 1 whatever the response.
+  one that its right answer does not satisfy. `extra["true_ground_truth"]` keeps the right one.
+- `coin_flip`: `extra["coin"]` holds a seed, and every built-in reward is 0 or 1 whatever the response.
 
-Which problems: of every source the stated share, those with the smallest hash of (seed, id). So a larger share contains
-a smaller one, and other problems of the pool change nothing. A tag says what each problem is, for evaluation alone.
+In each source, the problems with the smallest hash of (seed, id) are corrupted. So a larger share contains a smaller
+one, and other problems do not change this order. A tag names each problem's kind, for evaluation only.
 """
 
 import hashlib
@@ -21,28 +21,28 @@ from gradstore.trainer.sampling.rewards import load_reward
 CLEAN, WRONG_TRUTH, COIN_FLIP = "clean", "wrong_truth", "coin_flip"
 KINDS = (WRONG_TRUTH, COIN_FLIP)
 TRIES = 200
-"""How many other problems' ground truths are tried before a problem is said to have no wrong one."""
+"""Maximum number of other ground truths tried for a problem before an error is raised."""
 
 
 @dataclass(frozen=True, slots=True)
 class Corruption:
-    """A share of the problems to spoil."""
+    """A kind of corruption and the share of problems that get it."""
 
     kind: str
     """wrong_truth or coin_flip."""
     share: float
-    """Of every source's problems, 0 to 1."""
+    """Share of each source's problems, 0 to 1."""
     source: str | None = None
-    """Only this source's problems; None: all."""
+    """Corrupt only this source; None: all sources."""
 
 
 def corrupted(
     records: Sequence[Mapping[str, Any]], corruptions: Sequence[Corruption], seed: int
 ) -> list[dict[str, Any]]:
-    """The records in their order, of every source the stated shares spoiled, each tagged with what it is.
+    """Corrupt the stated shares of each source; returns all records in their order, each tagged with its kind.
 
-    Shares hold to the nearest problem. Raises RequestError for shares that are more than the whole, a source that is
-    not there, and a problem for which no other problem's ground truth is wrong.
+    Shares are rounded to whole problems. Raises RequestError for shares that sum to more than 1, an unknown source, and
+    a problem for which no wrong ground truth is found.
     """
     for corruption in corruptions:
         _check(corruption, records)
@@ -86,14 +86,14 @@ def _coin(record: Mapping[str, Any], seed: int) -> dict[str, Any]:
 
 
 def _wrong(record: Mapping[str, Any], others: Sequence[Mapping[str, Any]], seed: int) -> dict[str, Any]:
-    """The record with another problem's ground truth, one that its right answer is not paid for."""
+    """The record with another problem's ground truth, for which its right answer gets no reward."""
     random = Random(f"wrong {seed} {record['id']}")
     for _ in range(TRIES):
         donor = random.choice(others)
         if donor["ground_truth"] == record["ground_truth"]:
             continue
         extra = dict(record["extra"]) | {"true_ground_truth": record["ground_truth"]}
-        if "verl" in extra:  # a ground truth that is not text stands there too
+        if "verl" in extra:  # a ground truth that is not text is stored here too
             rewarded = {k: v for k, v in (extra["verl"].get("reward_model") or {}).items() if k != "ground_truth"}
             extra["verl"] = extra["verl"] | {"reward_model": rewarded}
         entry = detail(donor, "reasoning_gym")
@@ -109,13 +109,13 @@ def _wrong(record: Mapping[str, Any], others: Sequence[Mapping[str, Any]], seed:
 
 
 def _pays(record: Mapping[str, Any], answer: str) -> bool:
-    """Whether the record's own reward pays for this answer; where it has none of the rules, the texts are compared."""
+    """Whether the record's reward accepts this answer; without a rule-based reward, the texts are compared."""
     reward = detail(record, "reward")
     if reward == "reasoning-gym":
         return load_reward(reward)(record, f"<answer>{answer}</answer>", 0) >= 1.0
     if reward == "math":
         try:
             return load_reward(reward)(record, f"\\boxed{{{answer}}}", 0) > 0.0
-        except RequestError:  # a ground truth that math-verify cannot read pays for nothing
+        except RequestError:  # math-verify cannot read the ground truth, so no answer is accepted
             return False
     return record["ground_truth"].strip().casefold() == answer.strip().casefold()

@@ -1,4 +1,4 @@
-"""Problem records to a file that trainers read, with a note of how it was made beside it."""
+"""Write problem records to a file for trainers, and a note about how it was made next to it."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -16,12 +16,12 @@ FORMS = ("verl", "flat")
 
 
 def about_path(path: Path) -> Path:
-    """Where the note of how a file was made stands."""
+    """Path of the note about how a file was made."""
     return path.with_name(path.name + ".about.json")
 
 
 def check_out(path: Path, form: str) -> None:
-    """RequestError for a form or a suffix that is none, a folder that is not there, a file that is."""
+    """RequestError for an unknown form or suffix, a missing folder, or a file that already exists."""
     if form not in FORMS:
         raise RequestError(f"unknown form {form!r}, expected {' or '.join(FORMS)}")
     if path.suffix not in (".jsonl", ".parquet"):
@@ -34,10 +34,10 @@ def check_out(path: Path, form: str) -> None:
 
 
 def write_problems(path: Path, records: Sequence[Mapping[str, Any]], about: Mapping[str, Any], form: str) -> None:
-    """Writes the records, whole or not at all, and `about` as JSON beside them.
+    """Write the records atomically, and `about` as JSON next to them.
 
-    form: "verl" (data_source, prompt, ability, reward_model, extra_info) or "flat" (the canonical fields). Both are
-    read by `gradstore.read_problems`. Raises RequestError as `check_out`.
+    form: "verl" (data_source, prompt, ability, reward_model, extra_info) or "flat" (the canonical fields).
+    `gradstore.read_problems` reads both. Raises RequestError as in `check_out`.
     """
     check_out(path, form)
     rows = [to_verl(dict(record)) if form == "verl" else dict(record) for record in records]
@@ -51,5 +51,5 @@ def write_problems(path: Path, records: Sequence[Mapping[str, Any]], about: Mapp
             except pa.ArrowException as error:
                 reason = str(error).splitlines()[0]
                 raise RequestError(f"{path}: these problems fit no table ({reason}): write .jsonl") from None
-        # first: problems that are there without the note of how they were made look finished
+        # before the problems appear: a problem file without its note would look finished
         write_text_file(about_path(path), json.dumps(about, indent=1, ensure_ascii=False) + "\n")

@@ -1,4 +1,4 @@
-"""Problems of reasoning-gym's tasks: drawn from a seed, no network, each with the entry its verifier needs."""
+"""Problems of reasoning-gym's tasks: generated from a seed, no network, each with the entry that its verifier needs."""
 
 import hashlib
 import json
@@ -16,18 +16,17 @@ PREFIX = "reasoning-gym"
 
 
 def check(task: str, config: Mapping[str, Any]) -> None:
-    """RequestError for a task or a setting that reasoning-gym does not have."""
+    """RequestError for a task or setting that reasoning-gym does not have."""
     _created(task, 0, 1, config)
 
 
 def draw(
     task: str, count: int, seed: int, config: Mapping[str, Any], instruction: str | None = None
 ) -> Iterator[dict[str, Any]]:
-    """Problems of a task, enough for `count` different ones where the task has them; questions may repeat.
+    """Generate problems of a task, enough for `count` different ones if the task has them; questions may repeat.
 
-    config: the task's own settings. instruction: what follows the question, instead of `prompts.GYM`.
-    The same task, seed and settings give the same problems again, whatever the count; neighbouring seeds have nothing
-    in common.
+    config: the task's own settings. instruction: text after the question, instead of `prompts.GYM`.
+    The same task, seed and settings give the same problems, whatever the count. Neighbouring seeds are unrelated.
     """
     instruction = GYM if instruction is None else instruction
     # reasoning-gym draws entry i with seed + i, so seeds close together would give the same entries; some tasks
@@ -39,10 +38,10 @@ def draw(
 
 
 def _entries(task: str, seed: int, size: int, config: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """A task's entries as JSON has them, the same in every process.
+    """A task's entries as JSON values, the same in every process.
 
-    A few tasks go through sets of text, whose order is another in each process: they are drawn in one with a fixed
-    hash seed.
+    A few tasks iterate over sets of strings, whose order depends on the process's hash seed. So entries are generated
+    in a subprocess with a fixed hash seed.
     """
     if os.environ.get("PYTHONHASHSEED") == "0":
         yield from islice(_created(task, seed, size, config), size)
@@ -68,8 +67,8 @@ def _entries(task: str, seed: int, size: int, config: Mapping[str, Any]) -> Iter
 
 
 def serve() -> None:
-    """Draws what standard input asks for, [task, seed, size, config], as lines of JSON on standard output."""
-    out, sys.stdout = sys.stdout, sys.stderr  # some tasks print
+    """Subprocess: read [task, seed, size, config] from stdin, write the entries to stdout as lines of JSON."""
+    out, sys.stdout = sys.stdout, sys.stderr  # some tasks print to stdout
     task, seed, size, config = json.load(sys.stdin)
     for entry in islice(_created(task, seed, size, config), size):
         out.write(json.dumps(entry) + "\n")
@@ -102,6 +101,6 @@ def _record(task: str, entry: Mapping[str, Any], config: Mapping[str, Any], inst
         "prompt": [{"role": "user", "content": "\n\n".join(filter(None, (question, instruction)))}],
         "ground_truth": "" if entry["answer"] is None else str(entry["answer"]),
         "tags": ["reasoning", task],
-        # as text: entries of different tasks have nothing in common that a table's column could hold
+        # as JSON text: entries of different tasks have different schemas, which one table column cannot hold
         "extra": {"reward": PREFIX, "reasoning_gym": json.dumps(kept)},
     }

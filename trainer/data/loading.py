@@ -1,7 +1,7 @@
-"""Rows of a data set, from the hub or from local files of the same schema, to problem records.
+"""Load a data set's rows, from the hub or from local files of the same schema, as problem records.
 
-A row that has no usable question or answer is left out and counted; a row without a column that the schema has is
-another schema, and an error.
+A row without a usable question or answer is left out and counted. A row without one of the schema's columns is an
+error.
 """
 
 import hashlib
@@ -21,15 +21,15 @@ SUFFIXES = (".parquet", ".jsonl")
 
 @dataclass
 class Loaded:
-    """What a data set gave."""
+    """A loaded data set: its problems, and counts of the rows left out."""
 
     records: list[dict[str, Any]]
-    """Canonical problem records, in the data set's order, each question once."""
+    """Canonical problem records in the data set's order; each question occurs once."""
     rows: int = 0
     duplicates: int = 0
-    """Rows with a question that an earlier one has, to the letter; some data sets repeat theirs a hundred times."""
+    """Rows whose question is identical to an earlier one; some data sets repeat each question a hundred times."""
     not_kept: int = 0
-    """Rows that are not part of the data set as it is meant (another year, a question about a picture)."""
+    """Rows excluded by the data set's definition (another year, a question about a picture)."""
     unusable: Counter[str] = field(default_factory=Counter)
     """Rows without a usable question or answer, by reason."""
 
@@ -37,11 +37,11 @@ class Loaded:
 def load(
     source: DataSet, *, split: str | None = None, local: Path | None = None, instruction: str | None = None
 ) -> Loaded:
-    """A data set's problems.
+    """Load a data set's problems.
 
-    split: instead of the usual one. local: a file or a folder of files with the data set's columns, instead of the hub.
-    instruction: what follows the question in the prompt, instead of the usual text; "" for nothing.
-    Raises RequestError for a split or a file that is not there or has other columns; GradstoreError when the hub cannot
+    split: None: the default split. local: a file, or a folder of files, with the data set's columns, to read instead of
+    the hub. instruction: text after the question in the prompt; None: the data set's own; "": nothing.
+    Raises RequestError for a split or file that does not exist or has other columns; GradstoreError when the hub cannot
     be reached.
     """
     split = split or source.split
@@ -66,7 +66,7 @@ def load(
             continue
         loaded.duplicates += digest in read
         read.setdefault(digest, record)
-    # ids of the data set's own where they tell problems apart; a hash where they do not
+    # use the data set's own ids; append a hash where an id is not unique
     uses = Counter(record["id"] for record in read.values())
     for digest, record in read.items():
         if uses[record["id"]] > 1:
@@ -87,7 +87,7 @@ def _record(source: DataSet, row: Mapping[str, Any], split: str, instruction: st
     digest = hashlib.blake2b(question.encode(), digest_size=8).hexdigest()
     own = None if source.id is None else row[source.id]
     extra = {"reward": source.reward, "split": split}
-    if source.reward == "judge":  # verl shows a reward function everything but the prompt, which a judge must know
+    if source.reward == "judge":  # a judge needs the question, and verl does not pass the prompt to reward functions
         extra["question"] = question
     topic = "" if source.topic is None or row[source.topic] is None else str(row[source.topic])
     return digest, {
@@ -137,7 +137,7 @@ def _hub_rows(source: DataSet, split: str) -> Iterable[tuple[str, Mapping[str, A
             raise RequestError(f"{source.name}: {name} has no such data: {_first_line(error)}") from None
         present = [column for column in source.columns if column in table.column_names]
         number = 0
-        # as Arrow has it: nothing is decoded (pictures), and columns that are not needed are not read
+        # Arrow format: pictures are not decoded, and columns that are not needed are not read
         for batch in table.select_columns(present).with_format("arrow").iter(BATCH):
             for row in batch.to_pylist():
                 number += 1

@@ -1,7 +1,7 @@
-"""A pool of problems from several sources: whole or by count, without duplicates, without a benchmark's problems.
+"""Build a pool of problems from several sources: all or a number of each, without duplicates or benchmark problems.
 
-Each source is drawn with a seed of its own (the seed and its name), so that adding a source or changing another one's
-count changes none of its draws, except for problems that two sources share.
+Each source is drawn with its own seed, from the pool's seed and the source's name. So adding a source, or changing
+another source's count, does not change its draws, except for problems that two sources share.
 """
 
 from collections import Counter
@@ -23,66 +23,66 @@ from gradstore.trainer.data.prompts import prompt_key
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One source and how much of it."""
+    """One source and the number of problems to take from it."""
 
     name: str
     """A data set's name, `reasoning-gym:TASK`, or the path of a problem file."""
     count: int | None = None
-    """Problems to draw; None: all, in their own order. reasoning-gym has no end and needs a count."""
+    """Problems to draw; None: all, in their own order. reasoning-gym is endless, so it needs a count."""
     split: str | None = None
-    """Split of a data set, instead of its usual one."""
+    """Split of a data set; None: its default."""
 
     @property
     def label(self) -> str:
-        """The part as it is asked for, without the count."""
+        """Name and split (NAME@SPLIT), without the count."""
         return self.name if self.split is None else f"{self.name}@{self.split}"
 
 
 @dataclass(frozen=True)
 class Options:
-    """What applies to the whole pool."""
+    """Options of the whole pool."""
 
     seed: int = 0
     local: Mapping[str, Path] = field(default_factory=dict)
-    """Files or folders to read instead of the hub, by data set."""
+    """Data set -> file or folder to read instead of the hub."""
     config: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """Settings of reasoning-gym tasks, by task."""
+    """reasoning-gym task -> its settings."""
     exclude: Sequence[Path] = ()
-    """Problem files whose prompts must not be in the pool: held-out benchmarks."""
+    """Problem files, such as held-out benchmarks, whose prompts are excluded from the pool."""
     corruptions: Sequence[Corruption] = ()
     instruction: str | None = None
-    """What follows every question, instead of the data sets' own texts; "" for nothing."""
+    """Text after every question; None: the data sets' own texts; "": nothing."""
 
 
 @dataclass
 class PartReport:
-    """What became of one source's rows."""
+    """Counts of one source's rows: taken, and left out by reason."""
 
     name: str
     rows: int = 0
     not_kept: int = 0
-    """Rows of another year, about pictures, ...: not part of the data set as meant."""
+    """Rows excluded by the data set's definition (another year, a picture, ...)."""
     unusable: dict[str, int] = field(default_factory=dict)
     """Rows without a usable question or answer, by reason."""
     duplicates: int = 0
-    """Problems asked before, in this source or an earlier one."""
+    """Problems that already occurred, in this source or an earlier one."""
     excluded: int = 0
-    """Problems that a held-out file has."""
+    """Problems that are in a held-out file."""
     taken: int = 0
 
 
 @dataclass
 class Pool:
-    """The problems and where they came from."""
+    """The pool's problems, and a report per source."""
 
     records: list[dict[str, Any]]
     """Canonical problem records."""
     parts: list[PartReport]
     notes: list[str] = field(default_factory=list)
-    """What a person should know of how the problems were put together."""
+    """Messages to the user about how the problems were combined."""
 
     def describe(self) -> dict[str, Any]:
-        """The report as JSON: problems by source and by tag, and what became of each part's rows."""
+        """The report as JSON: problems by source and by tag, and the counts of each part."""
         return {
             "problems": len(self.records),
             "sources": dict(sorted(Counter(record["source"] for record in self.records).items())),
@@ -93,10 +93,10 @@ class Pool:
 
 
 def build(parts: Sequence[Part], options: Options) -> Pool:
-    """The pool of these parts. A single part keeps its order when it is taken whole; several are shuffled together.
+    """Build the pool. A single part taken whole keeps its order; several parts are shuffled together.
 
-    Raises RequestError for a name that is not known, a count that a source does not have, and whatever is wrong with
-    a file; GradstoreError when the hub cannot be reached.
+    Raises RequestError for an unknown name, a count larger than the source, and an invalid file; GradstoreError when
+    the hub cannot be reached.
     """
     if not parts:
         raise RequestError(f"no data set named, expected some of {', '.join(NAMES)}, reasoning-gym:TASK or a file")
@@ -145,7 +145,7 @@ def build(parts: Sequence[Part], options: Options) -> Pool:
 
 
 def _check(parts: Sequence[Part], options: Options) -> None:
-    """What can be refused before anything is loaded."""
+    """RequestError for mistakes that can be found before loading anything."""
     known = set()
     for part in parts:
         known |= {part.name, *(source.name for source in _data_sets(part))}
@@ -170,7 +170,7 @@ def _check(parts: Sequence[Part], options: Options) -> None:
 
 
 def _data_sets(part: Part) -> list[DataSet]:
-    """The catalogue's entries that a part means; none for reasoning-gym and files."""
+    """The catalogue entries of a part; empty for reasoning-gym and files."""
     if _is_gym(part.name) or _is_file(part.name):
         return []
     if part.name not in (*DATA_SETS, *TOGETHER):
@@ -192,7 +192,7 @@ def _is_file(name: str) -> bool:
 def _candidates(
     part: Part, options: Options, report: PartReport, files: Mapping[str, list[dict[str, Any]]]
 ) -> Iterable[dict[str, Any]]:
-    """A part's problems, counted in its report."""
+    """Yield a part's problems and count its rows in the report."""
     if _is_gym(part.name):
         task, count = part.name.partition(":")[2], part.count or 0
         for record in gym.draw(task, count, options.seed, options.config.get(task, {}), options.instruction):
@@ -213,10 +213,10 @@ def _candidates(
 
 
 def _files_with_own_ids(paths: Sequence[str]) -> tuple[dict[str, list[dict[str, Any]]], list[str]]:
-    """The problems of several files, with ids that tell them apart, and what was done for that, to be said.
+    """Read several problem files and make their ids unique; returns (path -> records, notes for the user).
 
-    verl's files count their rows from 0, each. Where one id means different prompts in two files, all ids of both get
-    the problem's source in front, or where that does not tell them apart the file's name, or its whole path.
+    verl's files number their rows from 0, so ids can clash. If one id has different prompts in two files, all ids of
+    both get a prefix: the problem's source, or if that is not enough the file's name, or its whole path.
     """
     files = {path: read_problems(path) for path in paths}
     asked: dict[str, dict[str, str]] = {}

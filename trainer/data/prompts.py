@@ -1,4 +1,4 @@
-"""When two prompts ask the same: their text without case, spacing and the instructions that are put around it."""
+"""Detect prompts that ask the same: compare their text without case, spacing and the added instructions."""
 
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
@@ -8,11 +8,11 @@ from gradstore.problems import message_text
 from gradstore.trainer.data.catalogue import BOXED, LETTER, TRUE_FALSE
 
 GYM = "Think step by step, then give only the final answer within <answer> and </answer>."
-"""What follows the question of a reasoning-gym problem: its verifiers read the answer from these tags."""
+"""Text after the question of a reasoning-gym problem; its verifiers read the answer from these tags."""
 
 
 def prompt_text(prompt: str | Sequence[Mapping[str, Any]]) -> str:
-    """A prompt's text: of messages what the user says."""
+    """A prompt's text; for chat messages, the user's messages (all messages if there are none)."""
     if isinstance(prompt, str):
         return prompt
     said = [m["content"] for m in prompt if m["role"] == "user"] or [m["content"] for m in prompt]
@@ -20,9 +20,9 @@ def prompt_text(prompt: str | Sequence[Mapping[str, Any]]) -> str:
 
 
 def prompt_key(prompt: str | Sequence[Mapping[str, Any]], instructions: Iterable[str] = ()) -> str:
-    """The same text for prompts that ask the same, whatever the case, the spacing and the known instructions.
+    """Comparison key, equal for prompts that differ only in case, spacing and known instructions.
 
-    instructions: further texts that do not count at the start or end of a prompt.
+    instructions: further texts to remove from the start or end of a prompt.
     """
     key = _plain(prompt_text(prompt))
     for instruction in sorted(map(_plain, (BOXED, TRUE_FALSE, LETTER, GYM, *instructions)), key=len, reverse=True):

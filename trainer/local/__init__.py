@@ -1,1 +1,1 @@
-"""GRPO with transformers on one machine: policy, update, loop and checkpoints, small enough to read in one sitting."""
+"""GRPO with transformers on one machine: policy, update, training loop and checkpoints, in a few short files."""

@@ -1,7 +1,7 @@
-"""One file from which a run goes on exactly where it was: trained weights, optimizer, and where in the rounds it is.
+"""Checkpoint in one file, for an exact resume: trained weights, optimizer state, position in the rounds.
 
-The file is replaced whole and durably, so a kill at any moment leaves the old one or the new. There is no random state:
-every draw of a run is seeded by the run's seed and the number of the step or round.
+Saving replaces the whole file durably, so a kill at any moment leaves either the old or the new file. There is no
+random state: every draw is seeded by the run's seed and the number of the step or round.
 """
 
 import json
@@ -19,22 +19,22 @@ FORMAT = 1
 
 
 def save_checkpoint(path: Path, learner: Learner, progress: dict[str, Any]) -> None:
-    """Weights that train, optimizer state, and `progress` (JSON-able)."""
+    """Save the trained weights, the optimizer state and `progress` (JSON-able)."""
     weights = {name: weight.detach() for name, weight in learner.parameters.items()}
     state = {"format": FORMAT, "weights": weights, "learner": learner.state_dict(), "progress": json.dumps(progress)}
     with replacing_file(path) as file:
         try:
-            torch.save(state, file)  # a tensor at a time: the file is three times the weights
+            torch.save(state, file)  # writes one tensor at a time: the file is three times the size of the weights
         except RuntimeError as error:
-            if isinstance(error.__context__, OSError):  # a full disk, which torch reports as its own error
+            if isinstance(error.__context__, OSError):  # torch wraps the error of a full disk in its own
                 raise error.__context__ from None
             raise
 
 
 def load_checkpoint(path: Path, learner: Learner) -> dict[str, Any]:
-    """Put a checkpoint's weights and optimizer state into the learner; the progress it was saved with.
+    """Load a checkpoint's weights and optimizer state into the learner; returns the saved progress.
 
-    RequestError for a file that is no checkpoint, or one of other parameters.
+    RequestError for a file that is not a checkpoint, or a checkpoint of other parameters.
     """
     try:
         with reading(path):

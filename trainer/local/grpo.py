@@ -1,8 +1,8 @@
-"""The update: gradients of the engine's objective, averaged over a step's problems, into Adam.
+"""The policy update: Adam on the engine's objective gradient, averaged over a step's problems.
 
-What trains the policy is what the engine sketches: the gradient of a step is the mean of its problems' gradients as
-`engine.validation_gradient` gives them, those without signal counting as zero, so that a problem's alignment says what
-training on it does. Prompts are run once for all their rollouts, and equal responses once with the sum of their
+The update uses the same gradients that the engine sketches, so a problem's alignment predicts the effect of training on
+it. A step's gradient is the mean of its problems' gradients as in `engine.validation_gradient`; problems without signal
+count as zero. Each prompt is run once for all its rollouts. Equal responses are run once, with the sum of their
 weights.
 """
 
@@ -29,27 +29,27 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class UpdateSettings:
-    """How a step's rollouts become an update of the weights."""
+    """Settings of the weight update from a step's rollouts."""
 
     lr: float = 1e-6
     """Learning rate."""
     warmup: int = 0
-    """Steps over which the learning rate rises from zero."""
+    """Optimizer steps over which the learning rate rises linearly to `lr`."""
     weight_decay: float = 0.0
-    """Decoupled, as in AdamW; 0 is Adam."""
+    """Decoupled weight decay, as in AdamW; 0: plain Adam."""
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     clip_grad: float | None = 1.0
-    """Largest norm of the gradient; None: as it comes."""
+    """Maximum gradient norm; None: no clipping."""
     objective: Objective = field(default_factory=lambda: objective("grpo"))
     minibatches: int = 1
-    """Updates a step's problems are dealt to. With more than one the later ones are off-policy: PPO's clipped
-    surrogate is used, against the log-probabilities the responses were sampled with."""
+    """Number of updates per step; the step's problems are split among them. With more than one, later updates are
+    off-policy and use PPO's clipped surrogate against the log-probabilities recorded at sampling."""
     clip_low: float = 0.2
     clip_high: float = 0.2
-    """Bounds of PPO's ratio, below and above 1; with minibatches > 1 only."""
+    """PPO clips the ratio to [1 - clip_low, 1 + clip_high]; only used if minibatches > 1."""
     token_budget: int | None = None
-    """Tokens of a micro-batch, with padding; None: as memory allows (engine/gradients/budget.py)."""
+    """Tokens per micro-batch, padding included; None: as many as memory allows (engine/gradients/budget.py)."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.lr < float("inf"):
@@ -63,7 +63,7 @@ class UpdateSettings:
 
 
 class Learner:
-    """A model with its optimizer; every parameter that requires a gradient is trained."""
+    """A model and its optimizer; trains every parameter that requires a gradient."""
 
     def __init__(self, model: nn.Module, settings: UpdateSettings) -> None:
         """RequestError when no parameter trains."""
@@ -78,7 +78,7 @@ class Learner:
             eps=settings.eps,
             weight_decay=settings.weight_decay,
             fused=True if all(weight.is_cuda for weight in self.parameters.values()) else None,
-        )  # a GPU's other ways make a copy of all weights in between
+        )  # on a GPU, the other implementations make a temporary copy of all weights
         self.updates = 0
         rule = settings.objective
         if settings.minibatches > 1:
@@ -87,11 +87,11 @@ class Learner:
         self._pass = GradientPass(model, SketchSpec(objective=rule, token_budget=settings.token_budget))
 
     def step(self, groups: Sequence[Group], seed: int = 0, weights: Sequence[float] | None = None) -> dict[str, float]:
-        """One training step on a batch of groups; metrics of it. seed: how the minibatches are dealt.
+        """Do one training step on a batch of groups; returns its metrics.
 
-        The rollouts are of the policy as it is. Nothing moves on a minibatch without any signal. weights: what each
-        group's part of the mean is multiplied by; None: all count alike. RequestError for a group that the model cannot
-        run, or when the gradient is not finite: the policy is then as before it.
+        groups: rollouts of the current policy. seed: for splitting the groups into minibatches. weights: factor of each
+        group's term in the mean; None: all 1. A minibatch without signal changes nothing. RequestError for a group that
+        the model cannot run, or when the gradient is not finite; that update is then not applied.
         """
         dealt, shares = self._dealt(groups, seed, weights)
         return self._step(dealt, shares, None)
@@ -99,10 +99,10 @@ class Learner:
     def step_and_sketch(
         self, groups: Sequence[Group], sketcher: Sketcher, seed: int = 0, weights: Sequence[float] | None = None
     ) -> tuple[dict[str, float], SketchBatch]:
-        """The same step, and sketches of its problems by the policy before it, from the backward pass of the update.
+        """`step`, plus sketches of its problems under the policy before the update, from the update's backward pass.
 
-        Several groups of a problem have one sketch together. With minibatches, and for problems whose sketch the pass
-        does not give (engine/sketches/from_training_pass.py), a pass is run for sketches alone.
+        Several groups of one problem share one sketch. A separate pass makes the sketches if there are minibatches, and
+        for problems that the update's pass cannot sketch (engine/sketches/from_training_pass.py).
         """
         dealt, shares = self._dealt(groups, seed, weights)
         along = SketchesFromTrainingPass(sketcher, dealt, self._pass.spec.objective, shares)
@@ -114,7 +114,7 @@ class Learner:
     def _dealt(
         self, groups: Sequence[Group], seed: int, weights: Sequence[float] | None
     ) -> tuple[list[Group], list[float] | None]:
-        """The groups and their weights in the order in which minibatches are cut from them."""
+        """The groups and weights, shuffled by `seed`; minibatches are consecutive parts of this order."""
         order = np.random.default_rng(seed).permutation(len(groups)).tolist()
         return [groups[i] for i in order], None if weights is None else [weights[i] for i in order]
 
@@ -138,12 +138,12 @@ class Learner:
     def _update(
         self, groups: Sequence[Group], shares: Sequence[float] | None, along: SketchesFromTrainingPass | None
     ) -> float:
-        """One optimizer step on the mean of the groups' gradients; its norm before clipping."""
+        """One optimizer step on the mean of the groups' gradients; returns the gradient norm before clipping."""
         sums = summed_gradient(self._pass, groups, along.watch if along else None, shares)
         if not sums:
             return 0.0
         for name, weight in self.parameters.items():
-            if name in sums:  # the engine's gradients ascend, an optimizer descends
+            if name in sums:  # the engine's gradients point uphill, an optimizer steps downhill
                 weight.grad = sums[name].mul_(-1 / len(groups)).to(weight.dtype)
         weights = self.parameters.values()
         norm = float(nn.utils.get_total_norm([weight.grad for weight in weights if weight.grad is not None]))

@@ -1,4 +1,4 @@
-"""Low-rank adapters to train instead of a model's weights, by PEFT."""
+"""LoRA adapters (PEFT) to train instead of the model's weights."""
 
 from typing import Any
 
@@ -9,9 +9,9 @@ from gradstore.errors import RequestError
 
 
 def with_adapters(model: nn.Module, rank: int, seed: int = 0) -> Any:
-    """The model with a LoRA adapter of this rank on every linear layer but the output's; only adapters train.
+    """Add a LoRA adapter of this rank to every linear layer except the output layer; only the adapters train.
 
-    seed: of the adapters' first values. RequestError when PEFT is not installed.
+    seed: for the adapters' initial values. RequestError when PEFT is not installed.
     """
     try:
         from peft import LoraConfig, get_peft_model

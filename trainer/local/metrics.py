@@ -1,4 +1,4 @@
-"""What a run measured, one JSON object a line, and the same in TensorBoard where that is installed."""
+"""Metrics of a run, one JSON object per line; also written to TensorBoard if it is installed."""
 
 import importlib.util
 import json
@@ -13,10 +13,10 @@ log = logging.getLogger(__name__)
 
 
 class Metrics:
-    """Appends to `metrics.jsonl` in a folder and to TensorBoard's event files in its `tensorboard`."""
+    """Appends to a folder's `metrics.jsonl` and to TensorBoard event files in its subfolder `tensorboard`."""
 
     def __init__(self, folder: Path, step: int = 0) -> None:
-        """step: the step a resumed run goes on from; rows of later steps, of an interrupted run, are dropped."""
+        """step: the step from which a resumed run continues; rows of later steps are dropped."""
         self._path = folder / "metrics.jsonl"
         if self._path.exists():
             kept = [line for line in self._path.read_bytes().splitlines(keepends=True) if _step_of(line) <= step]
@@ -30,7 +30,7 @@ class Metrics:
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def add(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
-        """A row: `kind` says of what, `step` the training steps done."""
+        """Add one row. kind: what was measured, such as "step" or "round". step: training steps done."""
         with writing(self._path), self._path.open("a") as file:
             file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
         if self._board is not None:
@@ -48,4 +48,4 @@ def _step_of(line: bytes) -> float:
     try:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
-        return float("inf")  # torn by a kill
+        return float("inf")  # incomplete because of a kill

@@ -1,7 +1,7 @@
-"""The policy of the embedded trainer as a selection round sees it: one model in memory, asked to roll out and measure.
+"""Policy of the embedded trainer for selection rounds: one model in memory that rolls out, sketches and probes.
 
-Every call is a function of the weights as they are and its arguments; nothing is drawn from a global generator, so a
-resumed run needs no random state.
+Every result depends only on the current weights and the arguments. Nothing uses a global random generator, so a resumed
+run needs no random state.
 """
 
 from collections.abc import Mapping, Sequence
@@ -33,19 +33,19 @@ from gradstore.trainer.sampling.reward import Reward
 from gradstore.trainer.sampling.rollout import checked_prompts
 
 CHECKED = 2
-"""Validation problems on which a probe chooses its step and is checked against exact dots; a step that is taken over
-from the round before is checked on the first."""
+"""Validation problems used to choose a probe's step size and to check it against exact dots. A step size from the
+previous round is checked on the first of them only."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How responses are sampled."""
+    """Settings for sampling responses."""
 
     max_new_tokens: int = 1024
     temperature: float = 1.0
     top_p: float = 1.0
     batch_tokens: int | None = None
-    """Tokens, prompts and responses together, that are sampled at once; None: as memory allows."""
+    """Tokens (prompts and responses) sampled at once; None: as many as memory allows."""
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     """Arguments of the chat template."""
 
@@ -63,16 +63,16 @@ class LocalPolicy:
         token_budget: int | None = None,
         reference: Reference | None = None,
     ) -> None:
-        """token_budget: tokens of a micro-batch when gradients are measured, with padding; None: as memory allows.
-        reference: gives its log-probabilities to all rollouts, for objectives with a KL term to it."""
+        """token_budget: tokens per micro-batch for gradients, padding included; None: as many as memory allows.
+        reference: reference model that adds its log-probabilities to all rollouts, for objectives with a KL term."""
         self.model, self.tokenizer, self.reward = model, tokenizer, reward
         self.sampling, self.token_budget, self.reference = sampling or Sampling(), token_budget, reference
         self.backend = TransformersBackend(model, tokenizer, batch_tokens=self.sampling.batch_tokens)
         self.step = 0
-        """Training steps done; whoever trains the model counts."""
+        """Training steps done; the training loop must update it."""
         self._sketcher: Sketcher | None = None
         self._aimed: tuple[int, list[Group], dict[str, Tensor]] | None = None
-        """Step, validation groups and the sum of their gradients, until there is a probe along it."""
+        """(step, validation groups, sum of their gradients); None once a probe is made from it."""
         self._probe: tuple[int, Probe] | None = None
 
     def roll_out(self, problems: Sequence[Mapping[str, Any]], n: int, *, seed: int) -> list[Group]:
@@ -120,16 +120,16 @@ class LocalPolicy:
         return self.sketcher.sketch(groups)
 
     def aim(self, groups: Sequence[Group]) -> SketchBatch:
-        self._probe = self._aimed = None  # the old direction is freed before there is another
+        self._probe = self._aimed = None  # free the old direction before making a new one
         batch, sums = sketched_and_summed(self.sketcher, groups)
         self._aimed = self.step, list(groups), sums
         return batch
 
     def probe(self, groups: Sequence[Group], like: Calibration | None = None) -> ProbeBatch:
-        """Groups are rollouts of the policy as it is, so their log-probabilities are known and one forward serves.
+        """Probe groups of the current policy; their known log-probabilities save one of two forward passes.
 
-        The step is calibrated on validation groups: the same in a resumed run, whichever groups it probes first.
-        RequestError where `aim` was not called at this step.
+        The step size is calibrated on the validation groups, so a resumed run uses the same one whichever groups it
+        probes first. RequestError if `aim` was not called at this step.
         """
         if self._aimed is not None and self._aimed[0] == self.step:
             _, validation, sums = self._aimed
@@ -142,11 +142,11 @@ class LocalPolicy:
         return self._probe[1].probe(groups, self._known_logprobs(groups))
 
     def forget_direction(self) -> None:
-        """Free what `aim` left for probes, which is as large as the weights: a round is decided, training begins."""
+        """Free the probe direction, which is as large as the weights; call it after a round, before training."""
         self._probe = self._aimed = None
 
     def _checked(self, spec: SketchSpec) -> SketchSpec:
-        """With this policy's micro-batches; RequestError where it has a KL term to another reference than this one."""
+        """The spec with this policy's token budget; RequestError if its KL term needs another reference model."""
         own = None if self.reference is None else self.reference.digest
         if spec.objective.kl_beta and (own is None or spec.objective.reference not in (None, own)):
             raise RequestError(
@@ -156,18 +156,18 @@ class LocalPolicy:
         return replace(spec, token_budget=self.token_budget)
 
     def _known_logprobs(self, groups: Sequence[Group]) -> list[Sequence[np.ndarray]] | None:
-        """Of rollouts of the policy as it is, where they are at the objective's temperature."""
+        """Log-probabilities of the groups' rollouts; None if one is missing or the objective's temperature is not 1."""
         known = [group.logprobs for group in groups if group.logprobs is not None]
         return known if self.objective.temperature == 1.0 and len(known) == len(groups) else None
 
     @property
     def objective(self) -> Objective:
-        """The sketcher's, under which probes measure too."""
+        """The sketcher's objective; probes use it too."""
         return self.sketcher.spec.objective
 
     @property
     def sketcher(self) -> Sketcher:
-        """Of `fit` or `use`; RequestError before either."""
+        """The sketcher from `fit` or `use`; RequestError before either was called."""
         if self._sketcher is None:
             raise RequestError("the policy has no sketcher yet: call `fit`, or `use` with a store's, first")
         return self._sketcher

@@ -1,7 +1,7 @@
-"""The loop: each round picks problems, then GRPO steps on them; checkpoints on the way, so that a kill costs little.
+"""The training loop: each round picks problems, GRPO steps train on them, checkpoints limit what a kill can cost.
 
-A run is a function of its settings: every draw is seeded by the run's seed and the number of the step or round, so a
-run that was killed and resumed ends with the weights of an undisturbed one, bit for bit (on the same machine).
+A run is deterministic: every draw is seeded by the run's seed and the number of the step or round. A run that was
+killed and resumed ends with the same weights as an uninterrupted one, bit for bit (on the same machine).
 """
 
 import time
@@ -23,11 +23,11 @@ from gradstore.trainer.round.settings import RoundSettings
 from gradstore.trainer.sampling.backends import derived_seed
 
 ORDER, ROLLOUTS, MINIBATCHES = range(3)
-"""What a seed is drawn for."""
+"""Purposes of derived seeds."""
 
 
 class Picks(Protocol):
-    """What a round chose; `engine.Selection` is one."""
+    """Picks of a round; `engine.Selection` implements it."""
 
     @property
     def ids(self) -> list[str]: ...
@@ -40,7 +40,7 @@ class Picks(Protocol):
 
 
 class Chooser(Protocol):
-    """Picks the problems of each round; `gradstore.trainer.round.driver.Rounds` is one."""
+    """Picks the problems of each round; `gradstore.trainer.round.driver.Rounds` implements it."""
 
     def next(self, policy: Any) -> Picks: ...
 
@@ -67,18 +67,18 @@ class Training:
         save_every: int = 0,
         resume: bool = False,
     ) -> None:
-        """settings: what the chooser's rounds were made with; their steps and batches are what is trained. rollouts:
-        responses to each problem of a step, where the selection does not say. save_every: steps between checkpoints; 0:
-        at the end of each round. RequestError when the folder holds a run and `resume` is not asked for."""
+        """settings: the settings of the chooser's rounds; they give the number of steps and the batch size. rollouts:
+        rollouts per problem, if the selection does not set a number. save_every: steps between checkpoints; 0: save
+        only at the end of each round. RequestError when the folder already holds a run and `resume` is False."""
         self._rollouts, self._save_every = rollouts, save_every
         self.policy, self.learner, self.chooser, self.settings = policy, learner, chooser, settings
         self._records = {record["id"]: record for record in records}
         self._path = folder / "checkpoint.pt"
-        self._round, self._done = 0, 0  # round under way, steps of it that are done
+        self._round, self._done = 0, 0  # current round, number of its steps done
         self._picks: list[tuple[str, int]] = []
-        self._weights: dict[str, float] = {}  # of picks that do not count as 1
+        self._weights: dict[str, float] = {}  # of picks whose weight is not 1
         self.seconds = 0.0
-        """Of training steps in this process: rollouts and updates (and the projections of their sketches)."""
+        """Seconds of this process's training steps: rollouts and updates (including the projections of sketches)."""
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
         if self._path.exists() and not resume:
@@ -88,7 +88,7 @@ class Training:
         self.metrics = Metrics(folder, policy.step)
 
     def run(self, after_step: Callable[[int], None] | None = None) -> None:
-        """Train until the last round; after_step is told the number of steps done."""
+        """Train until the last round. after_step: callback(number of steps done)."""
         while self._round < self.settings.rounds:
             if not self._done:
                 started = time.monotonic()
@@ -145,7 +145,7 @@ class Training:
         return self.settings.observes((step + 1) * self.settings.train_batch, len(self._picks))
 
     def _batches(self) -> list[list[tuple[str, int]]]:
-        """The picks of this round in passes, each in an order of its own, cut into steps."""
+        """Passes over the round's picks, each shuffled differently, cut into steps of (problem id, rollouts)."""
         needed = self.settings.train_batch * self.settings.steps
         if not self._picks or needed % len(self._picks):
             raise RequestError(
@@ -175,7 +175,7 @@ class Training:
         self.policy.step = progress["step"]
         self._round, self._done = progress["round"], progress["done"]
         self._picks = [(name, n) for name, n in progress["picks"]]
-        self._weights = progress.get("weights", {})  # checkpoints from before there were any have none
+        self._weights = progress.get("weights", {})  # old checkpoints have no weights
         self.chooser.load_state_dict(progress["chooser"])
         if self._done and any(map(self._observes, range(self._done, self.settings.steps))):
-            self.chooser.observe(self.policy, [])  # opens the store: the policy sketches as its rows were made
+            self.chooser.observe(self.policy, [])  # opens the store, so that the policy uses its sketcher

@@ -1,1 +1,1 @@
-"""The selection round of a training run, the same for every trainer: see driver.py."""
+"""Selection rounds of a training run, shared by all trainers; driver.py is the entry point."""

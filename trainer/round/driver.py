@@ -4,11 +4,11 @@
     while training:
         picks = rounds.next(policy)             # before the first step of each round
         ...                                     # settings.steps training steps on the picks
-        rounds.observe(policy, groups)          # the step's own rollouts, or their sketches, are kept
+        rounds.observe(policy, groups)          # keep the step's own rollouts, or their sketches
 
-What a round decided is in the store when `next` returns, and the store is all there is to go on from: a process that
-was killed at any moment, started again from the trainer's own saved state, picks what an undisturbed one would. A round
-that is recorded is read back; one that was interrupted is completed. docs/rounds.md has the whole of it.
+The store holds a round's decisions when `next` returns. A resumed process needs only the store and the trainer's
+checkpoint: killed at any moment, it makes the same picks as an uninterrupted run. A recorded round is read back; an
+interrupted one is completed. docs/rounds.md explains rounds in full.
 """
 
 import json
@@ -33,7 +33,7 @@ from gradstore.trainer.round.runner import RoundRunner, Run
 from gradstore.trainer.round.settings import RoundSettings
 
 _FREE = ("rounds", "window", "observe", "accept_coverage")
-"""Settings that a run may go on with changed."""
+"""Settings that may change when a run is resumed."""
 
 
 class Rounds:
@@ -51,13 +51,13 @@ class Rounds:
         export: str | Path | None = None,
         dtype: str = "int8",
     ) -> None:
-        """store: path of the run's store, made in the first round if it is not there; one a run, but rows that were
-        collected at step 0 before are welcome. pool, benchmarks: problem records. name: of the pool's collection.
-        logger: receives each round in numbers. export: a folder for the rollouts made for selection, as rollout files.
-        dtype: of a new store's rows.
+        """store: path of the run's store; the first round creates it if it does not exist. Each run needs its own
+        store, which may already hold rows collected at step 0. pool, benchmarks: problem records. name: name of the
+        pool's collection. logger: receives each round's scalars. export: folder for rollout files of the rollouts made
+        for selection. dtype: dtype of a new store's rows.
 
-        RequestError for settings that do not fit the pool, records that are wrong, a selector that needs a target
-        where there is no benchmark.
+        RequestError for settings that do not fit the pool, for invalid records, and for a selector that needs a target
+        when there is no benchmark.
         """
         names = [check_name(name), *map(check_name, benchmarks)]
         if len(set(names)) < len(names):
@@ -83,7 +83,7 @@ class Rounds:
 
     @property
     def settings(self) -> RoundSettings:
-        """With every count filled in."""
+        """The run's settings, with every count filled in."""
         return self._run.settings
 
     @property
@@ -101,10 +101,10 @@ class Rounds:
         return selection_of(self._store.round(self._run.pool, self._done - 1))
 
     def next(self, policy: Policy) -> Selection:
-        """Do the next round with the policy as it is, record it, and return its picks, best first.
+        """Do the next round with the current policy, record it, and return its picks, best first.
 
-        A round that the store has already is returned as recorded. RequestError when all rounds are done, or when the
-        store's round is of another step or other settings.
+        A round that the store already holds is returned as recorded. RequestError when all rounds are done, or when the
+        stored round has another step or other settings.
         """
         number = self._done
         if number >= self.settings.rounds:
@@ -135,13 +135,13 @@ class Rounds:
         return selection_of(found)
 
     def observe(self, policy: Policy, seen: Sequence[Group] | SketchBatch) -> int:
-        """Keep sketches of the trainer's own rollouts as rows at the policy's step; returns how many were new.
+        """Store sketches of the trainer's own rollouts as rows at the policy's step; returns the number of new rows.
 
-        seen: groups, one a problem, before the update, while the policy is the one that made them: they are sketched
-        here. Or their sketches, where the trainer had them from its own backward pass (sketches/from_training_pass.py),
-        by the sketcher of `policy`'s `fit` or `use`. A problem that has a row at this step already is left as it is, so
-        that steps done again after an interruption change nothing. RequestError before the first round, and for a
-        problem that is not in the pool.
+        seen: groups, one per problem, before the update, so that the policy is still the one that sampled them; this
+        call sketches them. Or their sketches, if the trainer's own backward pass made them
+        (sketches/from_training_pass.py) with the sketcher of `policy`'s `fit` or `use`. A problem that already has a
+        row at this step keeps it, so repeating a step after an interruption changes nothing. RequestError before the
+        first round, and for a problem that is not in the pool.
         """
         store = self._open(policy)
         if store is None:
@@ -163,11 +163,11 @@ class Rounds:
         return len(new)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a trainer keeps with its weights to go on from them: plain values."""
+        """State to save with the trainer's checkpoint, as plain values."""
         return {"rounds": self._done, "settings": _plain(self.settings)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state_dict` was taken; RequestError for the state of other settings."""
+        """Resume from a `state_dict`; RequestError if it was saved with other settings."""
         if not {"rounds", "settings"} <= state.keys():
             raise RequestError("this is not a state of selection rounds: it has no member `rounds` or `settings`")
         _check_same(dict(state["settings"]), _plain(self.settings), "the saved state")
@@ -180,7 +180,7 @@ class Rounds:
         return self._store
 
     def _recorded(self, store: Store, number: int, policy: Policy) -> Round | None:
-        """The round, if an earlier process recorded it."""
+        """The round, if an earlier process recorded it; None otherwise."""
         pool = self._run.pool
         recorded = store.count_rounds(pool)
         if number > recorded:
@@ -200,7 +200,7 @@ class Rounds:
         return found
 
     def _kept_choice(self, store: Store | None, number: int) -> Round | None:
-        """The round whose choice stays, for a run that chooses once."""
+        """The round whose picks are reused (setting `once`); None when this round must choose."""
         chosen_in = self.settings.warm_up
         if store is None or not self.settings.once or number <= chosen_in:
             return None
@@ -208,7 +208,7 @@ class Rounds:
 
 
 _NOTHING = {"n_rolled_out": 0, "rollouts": 0, "target_rollouts": 0, "costs": {}, "tokens": 0, "warnings": []}
-"""What a round costs that keeps an earlier choice."""
+"""Zero costs, for a round that reuses earlier picks."""
 
 
 def _by_id(records: Sequence[Mapping[str, Any]], where: str) -> dict[str, dict[str, Any]]:
@@ -222,7 +222,7 @@ def _by_id(records: Sequence[Mapping[str, Any]], where: str) -> dict[str, dict[s
 
 
 def _plain(settings: RoundSettings) -> dict[str, Any]:
-    """As it reads back from JSON."""
+    """The settings as JSON returns them."""
     plain: dict[str, Any] = json.loads(json.dumps(settings.describe()))
     return plain
 

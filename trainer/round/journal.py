@@ -1,8 +1,8 @@
-"""What the round under way has decided so far, kept in the store's folder until the round is recorded.
+"""Journal of the current round's plans, kept in the store's folder until the round is recorded.
 
-What to roll out depends on what is stored, and rows are stored as the round goes on; so each plan is written down,
-durably, before its first rollout, with how often each of its problems had been measured then. A round that was
-interrupted finds its plans again and completes them.
+A plan depends on the stored rows, and the round itself adds rows. So each plan is written durably before its first
+rollout, with the number of rows and probes that each problem had then. After an interruption, the round reads its plans
+back and completes them.
 """
 
 import json
@@ -20,33 +20,33 @@ from gradstore.errors import DamagedError
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Problems to roll out together, and what there was of them at the round's step before."""
+    """Problems to roll out together, with their counts of rows and probes when the plan was made."""
 
     ids: list[str]
     rows: list[int]
-    """Rows of each at the round's step when the plan was made."""
+    """Rows of each problem at the round's step when the plan was made."""
     probes: list[int]
-    """Probes of each along the round's target likewise."""
+    """Probes of each problem along the round's target when the plan was made."""
 
 
 class Journal:
-    """The plans of one round, in order; an earlier round's are forgotten."""
+    """The plans of one round, in order; plans of earlier rounds are ignored."""
 
     def __init__(self, store: Store, pool: str, number: int, step: int, target: str) -> None:
-        """target: what probes are kept under."""
+        """target: the name under which probes are stored."""
         self._path = store.path / f"round-of-{pool}.json"
         self._head = {"round": number, "step": step, "target": target}
         self.calibration: Calibration | None = None
-        """How the round's probe was calibrated; None before its first use."""
+        """Calibration of the round's probe; None before its first use."""
         self.plans: list[Plan] = self._read()
         history = store.history(pool, step)
         self.rows = Counter(history.filter(pc.equal(history["step"], step))["id"].to_pylist())
-        """How many rows at the round's step each problem has now; whoever adds some counts them here."""
+        """Current number of rows per problem at the round's step; code that adds rows must update it."""
         self.probes = Counter(store.probes(pool, step=step, target=target)["id"].to_pylist())
-        """How many probes along the round's target each problem has now, likewise."""
+        """Current number of probes per problem along the round's target; code that adds probes must update it."""
 
     def plan(self, number: int, make: Callable[[], Sequence[str]]) -> Plan:
-        """The plan of this number: the one written down, or a new one of the problems that `make` gives."""
+        """Plan `number`: the one in the journal, or a new one for the problems that `make` returns."""
         if number < len(self.plans):
             return self.plans[number]
         ids = list(make())
@@ -55,7 +55,7 @@ class Journal:
         return self.plans[number]
 
     def calibrated(self, found: Calibration | None) -> None:
-        """Keep how the probe was calibrated, before anything it found is stored; the same all through a round."""
+        """Write the probe's calibration before any of its results is stored; a round keeps its first calibration."""
         if self.calibration is None and found is not None:
             self.calibration = found
             self._write()
@@ -66,7 +66,7 @@ class Journal:
         replace_file(self._path, canonical_json({**self._head, "plans": plans, "calibration": calibration}))
 
     def close(self) -> None:
-        """The round is recorded."""
+        """Delete the journal, once the round is recorded."""
         with writing(self._path):
             self._path.unlink(missing_ok=True)
 

@@ -1,8 +1,8 @@
-"""Rolling out, sketching and probing the problems of a round, window by window, each kept as soon as it is done.
+"""Roll out, sketch and probe the problems of a round, window by window; each window is stored when it is done.
 
-A window's rollouts depend on the policy, the seed and the window's problems alone. A window whose rows are there
-already is not done again; where its rollouts are needed once more (to probe along, to add to) they are made anew, the
-same.
+A window's rollouts depend only on the policy, the seed and the window's problems. A window whose rows are already
+stored is skipped. If its rollouts are needed again (as a probe direction, or to add more rollouts), they are sampled
+again and come out the same.
 """
 
 import time
@@ -27,12 +27,12 @@ from gradstore.trainer.sampling.backends import derived_seed
 
 @dataclass(slots=True)
 class Costs:
-    """What a round took."""
+    """Costs of a round: time and tokens."""
 
     seconds: dict[str, float] = field(default_factory=dict)
-    """Wall time by stage."""
+    """Wall time by stage, in seconds."""
     tokens: int = 0
-    """That went through the model for sketches."""
+    """Tokens that went through the model for sketches."""
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -44,7 +44,7 @@ class Costs:
 
 
 class Windows:
-    """The rollouts of some problems in windows of fixed size, made when asked for and kept while wanted."""
+    """Rollouts of some problems in windows of fixed size, sampled on demand and optionally kept in memory."""
 
     def __init__(
         self,
@@ -56,7 +56,8 @@ class Windows:
         costs: Costs,
         export: Path | None,
     ) -> None:
-        """seed: what the seeds of the windows derive from. export: beginning of the paths rollouts are written to."""
+        """n: rollouts per problem. size: problems per window. seed: each window's seed is derived from it. export: path
+        prefix of the rollout files."""
         self._policy, self._records, self._n, self._size = policy, records, n, size
         self._seed, self._costs, self._export = seed, costs, export
         self._kept: dict[int, list[Group]] = {}
@@ -69,7 +70,7 @@ class Windows:
         return [record["id"] for record in self._records[window * self._size : (window + 1) * self._size]]
 
     def groups(self, window: int, *, keep: bool = False) -> list[Group]:
-        """The window's rollouts, in its order."""
+        """The window's rollouts, one group per problem, in the window's order."""
         if window in self._kept:
             return self._kept[window] if keep else self._kept.pop(window)
         records = self._records[window * self._size : (window + 1) * self._size]
@@ -89,7 +90,7 @@ class Windows:
         return groups
 
     def group(self, problem_id: str) -> Group:
-        """One problem's rollouts; its window is kept."""
+        """One problem's rollouts; its window stays in memory."""
         place = self._place_of[problem_id]
         return self.groups(place // self._size, keep=True)[place % self._size]
 
@@ -98,7 +99,7 @@ class Windows:
 
 
 def sketch_collection(store: Store, collection: str, windows: Windows, policy: Policy, costs: Costs) -> None:
-    """Rows of a benchmark at the policy's step, for the problems that have none."""
+    """Store rows of a benchmark at the policy's step, for the problems that have none."""
     done = _measured_at(store, collection, policy.step)
     for window in range(len(windows)):
         todo = [name not in done for name in windows.ids(window)]
@@ -108,8 +109,10 @@ def sketch_collection(store: Store, collection: str, windows: Windows, policy: P
 
 
 def sketch_benchmarks(store: Store, windows_of: Mapping[str, Windows], policy: Policy, costs: Costs) -> None:
-    """Rows of all benchmarks at the policy's step, from the passes that give probes their direction; those that are
-    there already are measured again for that, and left as they are."""
+    """Store rows of all benchmarks at the policy's step, from the same passes that compute the probe direction.
+
+    Problems that already have rows are measured again for the direction; their rows stay unchanged.
+    """
     groups = [group for own in windows_of.values() for window in range(len(own)) for group in own.groups(window)]
     with costs.stage("sketch"):
         batch = policy.aim(groups)
@@ -130,7 +133,7 @@ def _measured_at(store: Store, collection: str, step: int) -> set[str]:
 
 
 class Measured:
-    """The candidates of a round measured plan by plan; more rollouts of a problem join those it had in this round."""
+    """Measures a round's candidates plan by plan; a problem's new rollouts join its earlier ones of the round."""
 
     def __init__(
         self,
@@ -142,14 +145,14 @@ class Measured:
         probes: bool,
         like: Calibration | None = None,
     ) -> None:
-        """probes: probe too, along what the policy was aimed at. like: how an earlier round's probe was calibrated."""
+        """probes: also probe, along the direction of `policy.aim`. like: calibration of an earlier round's probe."""
         self._store, self._pool, self._policy, self._journal = store, pool, policy, journal
         self._costs, self._probes, self._like = costs, probes, like
         self._before: list[Windows] = []
 
     def run(self, plan: Plan, windows: Windows, target: str, *, keep: bool, probe: bool = True) -> None:
-        """Measure the plan's problems; target: what probes are kept under. keep: rollouts may be joined later. probe:
-        False for rows alone."""
+        """Measure the plan's problems. target: the name under which probes are stored. keep: keep rollouts in memory to
+        join them later. probe: False to store rows only."""
         journal = self._journal
         planned_rows, planned_probes = (dict(zip(plan.ids, counts, strict=True)) for counts in (plan.rows, plan.probes))
         for window in range(len(windows)):
@@ -172,7 +175,7 @@ class Measured:
         self._before.append(windows)
 
     def _joined(self, group: Group) -> Group:
-        """The problem's rollouts of this round up to here."""
+        """All rollouts of the problem so far in this round."""
         earlier = [windows.group(group.problem_id) for windows in self._before if windows.holds(group.problem_id)]
         return joined([*earlier, group])
 

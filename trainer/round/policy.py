@@ -1,8 +1,8 @@
-"""What a trainer lends the round: its live policy, asked to roll out, to sketch and to probe.
+"""Interface between a round and a trainer: the live policy rolls out, sketches and probes.
 
-One implementation stands beside each trainer. Everything that crosses this line is a plain value, so that the policy
-may live in another process, or be sharded over several. Calls that take a seed give the same answer again for the same
-policy and arguments; a resumed run depends on it.
+Each trainer has its own implementation. All arguments and results are plain values, so the policy may run in another
+process or be sharded over several. Calls with a seed are deterministic: the same policy and arguments give the same
+result. Resuming a run depends on this.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ from gradstore.engine.sketches.spec import SketchBatch, SketchSpec
 
 
 class Policy(Protocol):
-    """The policy being trained, as it is now."""
+    """The policy being trained, with its current weights."""
 
     @property
     def step(self) -> int:
@@ -24,42 +24,42 @@ class Policy(Protocol):
         ...
 
     def roll_out(self, problems: Sequence[Mapping[str, Any]], n: int, *, seed: int) -> list[Group]:
-        """n scored rollouts of each problem, in the problems' order.
+        """Sample and score n rollouts per problem; one group per problem, in the problems' order.
 
         problems: canonical records (docs/format.md, Problems). A group's problem_id is its record's id. A problem's
-        rollouts may depend on the others of the call.
+        rollouts may depend on the other problems of the call.
         """
         ...
 
     def fit(self, spec: SketchSpec, groups: Sequence[Group], benchmark: Sequence[Group] = ()) -> SketcherFiles:
         """Make the run's sketcher and use it from now on.
 
-        A fitted basis is fitted to the groups that have a signal, and to the benchmark's, whose mean gradient has a
-        dimension of its own; other bases need none. Returns what a store of its
-        rows is made from, with what the sketches see of the gradient by the first groups: engine/sketches/bases.py,
-        `files_of(sketcher, coverage)`; `gradstore.engine.gradients.coverage.measure`.
+        A fitted basis is fitted to the groups with a signal and to the benchmark's groups, whose mean gradient gets a
+        dimension of its own. Other bases need no groups. Returns the files from which a store is created, including the
+        coverage (share of the gradient that the sketches see) measured on the first groups. See `files_of(sketcher,
+        coverage)` in engine/sketches/bases.py and `gradstore.engine.gradients.coverage.measure`.
         """
         ...
 
     def use(self, fingerprint: dict, attachments: Mapping[str, bytes]) -> None:
-        """Use the sketcher of a store that is there: `gradstore.engine.sketches.bases.sketcher_from`.
+        """Use the sketcher of an existing store: `gradstore.engine.sketches.bases.sketcher_from`.
 
-        FingerprintError where this policy's rows would not be comparable with the store's.
+        FingerprintError if this policy's rows would not be comparable with the store's.
         """
         ...
 
     def sketch(self, groups: Sequence[Group]) -> SketchBatch:
-        """Sketches of the groups, in their order, by the sketcher of `fit` or `use`."""
+        """Sketch the groups with the sketcher of `fit` or `use`; one row per group, in their order."""
         ...
 
     def aim(self, groups: Sequence[Group]) -> SketchBatch:
-        """Sketches of validation groups, as by `sketch`; probes go along their mean gradient until the next call."""
+        """Sketch validation groups, like `sketch`, and set the probe direction to their mean gradient."""
         ...
 
     def probe(self, groups: Sequence[Group], like: Calibration | None = None) -> ProbeBatch:
-        """Each rollout's derivative along the gradient that `aim` was last given at this step, in the groups' order.
+        """Derivative of each rollout along the direction of the last `aim` at this step, in the groups' order.
 
-        The objective is the sketcher's. like: how the probe was calibrated at an earlier step, where to begin. Called
-        several times a round; answers do not depend on the calls before.
+        The objective is the sketcher's. like: calibration of the probe at an earlier step, as the starting point. A
+        round calls this several times; results do not depend on earlier calls.
         """
         ...

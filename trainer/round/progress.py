@@ -1,4 +1,4 @@
-"""Where a round's numbers go besides the store: any callable of (values by name, step)."""
+"""Loggers for a round's scalars, in addition to the store: any callable of (values by name, step)."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 from gradstore.errors import RequestError
 
 Logger = Callable[[Mapping[str, float], int], None]
-"""Receives {name: value} and the policy's step."""
+"""Callable({name: value}, the policy's step)."""
 
 
 def tensorboard(folder: str | Path) -> Logger:
@@ -26,7 +26,7 @@ def tensorboard(folder: str | Path) -> Logger:
 
 
 def to_each(*loggers: Logger) -> Logger:
-    """A logger that hands everything to several."""
+    """A logger that passes all values to each of `loggers`."""
 
     def log(values: Mapping[str, float], step: int) -> None:
         for logger in loggers:

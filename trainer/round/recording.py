@@ -1,4 +1,4 @@
-"""A round as it is recorded (docs/format.md, docs/rounds.md), read back as a Selection, and summed up in scalars."""
+"""The record of a round (docs/format.md, docs/rounds.md): its table and metadata, read back as Selection or scalars."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -14,14 +14,14 @@ from gradstore.engine.selecting.selection import Selection
 from gradstore.trainer.round.settings import RoundSettings
 
 FILLED = "(random)"
-"""What picked a problem that was drawn because too few could be ranked."""
+"""Value of `picked_by` for problems drawn at random because too few could be ranked."""
 _MUCH_WITHOUT_SIGNAL = 0.3
 
 
 def round_table(
     now: Standing, scored: Selection, chosen: Selection, filled: Sequence[str], rolled_out: set[str]
 ) -> pa.Table:
-    """One row a candidate, in the order drawn."""
+    """The round's table: one row per candidate, in the order they were drawn."""
     score_of = dict(zip(scored.ids, zip(scored.scores, scored.low, scored.high, strict=True), strict=True))
     score_of |= dict(zip(chosen.ids, zip(chosen.scores, chosen.low, chosen.high, strict=True), strict=True))
     pick_of = {name: (place, chosen.weights[place], chosen.rollouts[place]) for place, name in enumerate(chosen.ids)}
@@ -68,7 +68,7 @@ def about_round(
     refreshed: Mapping[str, Any],
     warnings: Sequence[str],
 ) -> dict[str, Any]:
-    """What the round was; docs/rounds.md lists the members."""
+    """The round's metadata; docs/rounds.md lists the members."""
     names = {int(state): state.name.lower() for state in State} | {-1: "unmeasured"}
     counted = Counter(names[state] for state in now.states.tolist())
     counts = {name: counted.get(name, 0) for name in names.values()}
@@ -112,7 +112,7 @@ def about_round(
 
 
 def selection_of(found: Round) -> Selection:
-    """The picks of a recorded round, the same whether it was done just now or read back."""
+    """The picks of a recorded round, identical for a new round and one read back."""
     ranks = found.table["picked"].to_numpy()
     rows = np.flatnonzero(ranks >= 0)
     rows = rows[np.argsort(ranks[rows], kind="stable")]
@@ -132,7 +132,7 @@ def selection_of(found: Round) -> Selection:
 
 
 def scalars(found: Round, before: Round | None) -> dict[str, float]:
-    """A round in numbers, for a logger. before: the round before it, for the share of picks kept."""
+    """The scalars of a round, for a logger. before: the previous round, to compute the share of picks kept."""
     about, table = found.about, found.table
     picked = table["picked"].to_numpy() >= 0
     scores, steps = table["score"].to_numpy(), table["step"].to_numpy()

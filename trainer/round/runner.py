@@ -1,8 +1,8 @@
-"""One round from its candidates to its record, stage by stage, each of which finds what an interruption left.
+"""Runs one round, from drawing candidates to recording picks. Each stage can resume after an interruption.
 
-    target    the benchmarks' problems rolled out with the policy as it is, sketched, aggregated
-    refresh   candidates rolled out anew, sketched, probed: all of them, or the most worth within a budget
-    select    picks by the selector, over this step's rows or, within a budget, over rows of every age
+    target    roll out the benchmarks' problems with the current policy, sketch them, aggregate
+    refresh   roll out candidates again, sketch and probe them: all, or the most useful ones within a budget
+    select    the selector picks, from this step's rows or, with a budget, from rows of every age
 
 Dimension letters: P candidates, D sketch dimensions.
 """
@@ -41,14 +41,14 @@ from gradstore.trainer.sampling.backends import derived_seed
 log = logging.getLogger(__name__)
 
 _DRAW, _BENCHMARK, _POOL, _PLAN, _SELECT, _FILL = range(6)
-"""What a derived seed is for."""
+"""Purposes of derived seeds."""
 _BATCHES = 4
-"""Into how many the rollouts kept for the cut are divided."""
+"""Number of batches that the `boundary` share of the budget is divided into."""
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What all rounds of a run share."""
+    """Data shared by all rounds of a run."""
 
     path: Path
     pool: str
@@ -65,7 +65,7 @@ class Run:
 
     @property
     def needs_rows(self) -> bool:
-        """Whether the selector looks at gradients, probes or pass rates of this step at all."""
+        """Whether the selector uses gradients, probes or pass rates of this step."""
         return any(not part.selector.whole_pool or part.selector.needs_probes for part in self.parts)
 
     @property
@@ -77,7 +77,7 @@ class Run:
         return self.needs_probes or any(part.selector.needs_target for part in self.parts)
 
     def open(self, policy: Policy) -> Store | None:
-        """The run's store if it is there, with the policy sketching as its rows were made."""
+        """Open the run's store and give its sketcher to the policy; None if there is no store yet."""
         if not (self.path / "zarr.json").exists():
             return None
         store = gradstore.open(self.path, "a")
@@ -122,7 +122,10 @@ class RoundRunner:
         self.refreshed: dict[str, Any] = {}
 
     def make_store(self) -> tuple[Store, Windows | None]:
-        """A new store for the policy's sketches, and the first candidates' rollouts if the basis was fitted to them."""
+        """A new store for the policy's sketches, and the first candidates' rollouts if the basis was fitted to them.
+
+        RequestError if the sketches see too little of the gradient (setting `accept_coverage`).
+        """
         run, settings = self.context, self.settings
         if self.fits:
             windows = self._plan_windows(self.candidates if self.look else self._first_plan(None), 0)
@@ -137,7 +140,7 @@ class RoundRunner:
                 files = self.policy.fit(settings.spec, groups, benchmark)
             first: Windows | None = windows
         else:
-            # Without rollouts there is nothing to fit to: a seeded basis of the same size keeps what is observed.
+            # Without rollouts no basis can be fitted: use a seeded one of the same size for observed rollouts.
             spec = settings.spec if settings.spec.basis != "fitted" else replace(settings.spec, basis="dense")
             files, first = self.policy.fit(spec, []), None
         if files.coverage is None:
@@ -150,7 +153,7 @@ class RoundRunner:
         return store, first
 
     def run(self, store: Store, first: Windows | None = None) -> None:
-        """Do the round, or what is left of it, and record it in the store."""
+        """Do the round, or the rest of an interrupted one, and record it in the store."""
         run = self.context
         journal = Journal(store, run.pool, self.number, self.step, self.target_key)
         if run.needs_probes and self.windows_of:
@@ -193,8 +196,8 @@ class RoundRunner:
             self.targets.append(target(store, name, self.step, self.settings.aggregate))
 
     def _refresh(self, store: Store, journal: Journal, first: Windows | None) -> None:
-        """Measure what is planned: in the first round a look at all candidates, then those chosen, then, within a
-        budget, those that straddle the cut."""
+        """Measure the planned candidates: a first look at all (first round only), then the chosen ones, then, with a
+        budget, those whose interval straddles the cut."""
         probes = self.context.needs_probes and bool(self.targets)
         like = self._calibration_before(store) if probes else None
         measured = Measured(store, self.context.pool, self.policy, journal, self.costs, probes, like)
@@ -224,17 +227,17 @@ class RoundRunner:
         self.refreshed["settled"] = settled
 
     def _calibration_before(self, store: Store) -> Calibration | None:
-        """How the probe of the round before was calibrated."""
+        """Calibration of the previous round's probe; None if there is none."""
         kept = store.round(self.context.pool, self.number - 1).about.get("probe") if self.number else None
         return None if kept is None else Calibration.of(kept)
 
     def _unmeasured(self, store: Store) -> list[str]:
-        """Candidates without a row."""
+        """Candidates that have no row yet."""
         known = set(store.view(self.context.pool, self.step).ids.tolist())
         return [name for name in self.candidates if name not in known]
 
     def _first_plan(self, store: Store | None) -> list[str]:
-        """The candidates to roll out before anything is known of this step; store: None while there is none."""
+        """The candidates to roll out first at this step. store: None if it does not exist yet."""
         settings = self.settings
         if not self.measures:
             return self.candidates[: settings.fit_problems]
@@ -254,7 +257,7 @@ class RoundRunner:
             return [self.candidates[place] for place in places]
 
     def _at_the_cut(self, store: Store, left: int) -> list[str]:
-        """The next candidates to roll out (again) because it is open whether they are picked; none when settled."""
+        """The next candidates near the cut to roll out (again); an empty list when the picks are settled."""
         assert self.budget is not None
         with self.costs.stage("plan"):
             now = self._standing(store)
@@ -268,7 +271,7 @@ class RoundRunner:
             return [self.candidates[place] for place in unsure[: min(left, batch)]]
 
     def _kind(self) -> str:
-        """On which scale a refresh is worth something: the cosine's where the selector ranks by that."""
+        """Scale of the scores: "cosine" if every part of the selector ranks by cosine, else "dot"."""
         return "cosine" if all(part.selector.name == "cosine" for part in self.context.parts) else "dot"
 
     def _standing(self, store: Store) -> Standing:
@@ -291,7 +294,7 @@ class RoundRunner:
         )
 
     def _past(self, store: Store) -> tuple[list[Trained], list[Probed]]:
-        """What the training up to now went along, and what was probed before: the same all through the round."""
+        """Directions trained on so far, and earlier probes; computed once per round."""
         if self._known is None:
             pool, names = self.context.pool, list(self.windows_of)
             self._known = [], []
@@ -300,16 +303,19 @@ class RoundRunner:
         return self._known
 
     def _length(self) -> float:
-        """Of the target as the selectors see it."""
+        """Norm of the target as the selectors see it."""
         vectors = [goal.vector for goal in self.targets]
         return float(np.linalg.norm(vectors[0].astype(np.float64) if len(vectors) == 1 else sum_of_units(vectors)))
 
     def _scale(self) -> float:
-        """What turns a sketch's norm x cosine into a probe's dot: one mean gradient's length; 0 where it is another."""
+        """Factor from a sketch's norm x cosine to a probe's dot: the mean target's norm.
+
+        0 for several targets or another `aggregate`, where no such factor exists.
+        """
         return self._length() if len(self.targets) == 1 and self.settings.aggregate == "mean" else 0.0
 
     def _select(self, store: Store, parts: list[Part], probes: ProbeBatch | None) -> tuple[Selection, Selection]:
-        """Every candidate ranked by the selector alone, and the picks."""
+        """All candidates ranked by the selector alone, and the picks."""
         settings = self.settings
         common: dict[str, Any] = {
             "at": self.step,
@@ -335,7 +341,7 @@ class RoundRunner:
         return scored, chosen
 
     def _fill(self, now: Standing, chosen: Selection) -> list[str]:
-        """Candidates drawn at random where too few can be ranked: those never measured first, then any not picked."""
+        """Random picks if too few candidates can be ranked: never measured ones first, then any others not picked."""
         missing = self.n - len(chosen)
         if missing <= 0:
             return []
@@ -344,7 +350,7 @@ class RoundRunner:
         )
         taken = set(chosen.ids)
         order = self._random(_FILL).permutation(len(self.candidates)).tolist()
-        order.sort(key=lambda place: now.states[place] >= 0)  # stable: those never measured stay shuffled
+        order.sort(key=lambda place: now.states[place] >= 0)  # stable: never measured ones come first, still shuffled
         return [self.candidates[place] for place in order if self.candidates[place] not in taken][:missing]
 
     def _record(
@@ -387,7 +393,7 @@ class RoundRunner:
         return self._windows(records, self._rollouts(number), (_POOL, number), f"{self.context.pool}-{number}")
 
     def _rollouts(self, number: int) -> int:
-        """Of each problem of the round's plan of this number."""
+        """Rollouts per problem in the round's plan `number`."""
         return self.look if self.look and number == 0 else self.settings.rollouts
 
     def _windows(self, records: Sequence[Mapping[str, Any]], n: int, seed: tuple[int, ...], name: str) -> Windows:

@@ -1,4 +1,4 @@
-"""Settings of selection rounds, under this project's names and GradAlign's.
+"""Settings of selection rounds; GradAlign's names are accepted too.
 
 chunk_size -> candidates      n_samples_train -> rollouts         train_batch_size -> train_batch
 k -> ratio = 1/k              n_samples_val -> target_rollouts    iters_per_select -> steps
@@ -28,79 +28,80 @@ GRADALIGN_NAMES = {
     "num_selections": "rounds",
     "mode": "selector",
 }
-"""What GradAlign's command line calls a setting, and its name here; `k` is one over the ratio."""
+"""GradAlign's command-line name -> name here; `k` is 1 / ratio."""
 
 
 _SHARES = ("ratio", "confidence", "forgetting", "max_no_signal", "explore", "boundary", "accept_coverage")
 Observe = Literal["last", "all", "none"]
-"""Which training rollouts become rows: those of the last pass over a round's picks, of every step, or none."""
+"""Training rollouts that become rows: those of the last pass over a round's picks, of every step, or none."""
 
 
 @dataclass(frozen=True, slots=True)
 class RoundSettings:
-    """How each round chooses. Two runs with the same settings, policy and records pick the same problems."""
+    """Settings of the selection rounds. Runs with the same settings, policy and records pick the same problems."""
 
     candidates: int | None = None
     """Problems drawn from the pool for each round; None: the whole pool."""
     selected: int | None = None
-    """Problems picked in a round; give this or `ratio`."""
+    """Problems picked per round; give this or `ratio`."""
     ratio: float | None = None
-    """Share of the candidates that is picked."""
+    """Share of the candidates that is picked; give this or `selected`."""
     train_batch: int = 128
-    """Problems of a training step."""
+    """Problems per training step."""
     steps: int = 10
-    """Training steps after each round, before the next."""
+    """Training steps between a round and the next."""
     rounds: int = 100
     """Rounds of the whole run."""
     rollouts: int = 32
-    """Responses to each candidate that is rolled out."""
+    """Rollouts per candidate that is rolled out."""
     target_rollouts: int = 16
-    """Responses to each problem of the benchmarks."""
+    """Rollouts per benchmark problem."""
     selector: str = "cosine"
     """Any of engine.SELECTORS, an alias of GradAlign's, or a mixture such as `cosine:0.7+rand:0.3`."""
     refresh: Literal["all"] | int = "all"
-    """Candidates rolled out anew in a round: all of them (GradAlign), or a budget of so many problems."""
+    """Candidates rolled out again in each round: `all` (as in GradAlign), or a budget, the number of problems."""
     refresh_first: Literal["all"] | int | None = None
-    """Likewise in the first round that measures, when little is stored yet; None: as in the others."""
+    """`refresh` for the first round that measures, when the store holds little; None: same as `refresh`."""
     first_look: int = 0
-    """With a budget, responses to each candidate without a row, before the plan of the first round that measures."""
+    """With a budget: rollouts per candidate without a row, before the first measuring round is planned; 0: none."""
     warm_up: int = 0
-    """Rounds at the start that pick at random and roll nothing out (LearnAlign's warm-up training)."""
+    """Number of first rounds that pick at random without rollouts (LearnAlign's warm-up training)."""
     once: bool = False
-    """Choose in the first round after the warm-up and keep that choice (LearnAlign's static use)."""
+    """Select only once, in the first round after the warm-up, and reuse its picks (LearnAlign's static use)."""
     confidence: float = 0.9
-    """Of the intervals, and at which the top n counts as settled."""
+    """Confidence level of the score intervals, and the level at which the top n counts as settled."""
     observe: Observe = "last"
-    """Which of the training rollouts that follow become rows: `last`, each pick's newest of the round; `all`, those of
-    every step; `none`."""
+    """Training rollouts that become rows: `last`, each pick's newest of the round; `all`, those of every step; or
+    `none`."""
     forgetting: float = 0.98
-    """What a rollout counts for less in the history of pass rates with each training step since."""
+    """Discount per training step of a rollout's weight in the pass-rate history; 1: no discount."""
     max_no_signal: float = 0.9
-    """With a budget, a problem this likely to have no signal is not rolled out."""
+    """With a budget: problems with a higher probability of no signal are not rolled out."""
     explore: float = 0.1
-    """With a budget, share of it kept for problems that were never measured."""
+    """Share of the budget reserved for problems that were never measured."""
     boundary: float = 0.1
-    """With a budget, share of it kept for more rollouts of problems whose interval straddles the cut."""
+    """Share of the budget reserved for more rollouts of problems whose interval straddles the cut."""
     aggregate: Aggregate = "mean"
-    """How a benchmark's gradients become its target."""
+    """How a benchmark's gradients are aggregated into its target."""
     temperature: float | None = None
-    """Soft sampling of the picks; None: the best ones."""
+    """Temperature for sampling the picks by score; None: take the best."""
     quotas: Mapping[str, float] | None = None
     """Share of the picks by source."""
     diversity: Diversity | None = None
-    """Spread of the picks."""
+    """Diversity rule for the picks; None: no rule."""
     by_source: bool = True
-    """With a budget, expect of a problem what its source's problems show, until it is measured itself."""
+    """With a budget: predict an unmeasured problem from the other problems of its source."""
     seed: int = 0
-    """Everything drawn at random follows from it and the round's number."""
+    """Seed of the run; every random draw depends only on it and the round's number."""
     spec: SketchSpec = field(default_factory=lambda: SketchSpec(basis="fitted"))
-    """How gradients become sketches, for a store that is new."""
+    """How gradients become sketches; used when the store is created."""
     accept_coverage: float | None = None
-    """Least share of the gradient that a new store's sketches must see; None: 0.95, of chosen layers none."""
+    """Minimum share of the gradient that a new store's sketches must see. None: 0.95, or no minimum for chosen
+    layers."""
     window: int = 256
-    """Problems rolled out and sketched at once: what an interruption can cost."""
+    """Problems rolled out and sketched at once; an interruption loses at most this much work."""
     fit_problems: int = 200
-    """Candidates of the first round that a fitted projection is fitted to, beside the benchmarks' problems."""
+    """Number of first-round candidates used to fit the projection, in addition to the benchmarks' problems."""
 
     def __post_init__(self) -> None:
         if (self.selected is None) == (self.ratio is None):
@@ -145,9 +146,9 @@ class RoundSettings:
 
     @classmethod
     def from_names(cls, values: Mapping[str, Any]) -> "RoundSettings":
-        """Settings by name, GradAlign's names among them; texts are read as what the setting is.
+        """Settings from a mapping of names (ours or GradAlign's) to values; strings are parsed to the setting's type.
 
-        RequestError for a name that is not known, a setting given under two names, a value that cannot be.
+        RequestError for an unknown name, a setting given under two names, or an invalid value.
         """
         known = {setting.name for setting in fields(cls)}
         found: dict[str, Any] = {}
@@ -167,10 +168,10 @@ class RoundSettings:
         return cls(**found)
 
     def n_selected(self, n_candidates: int) -> int:
-        """Problems picked from so many candidates, checked against the training that follows.
+        """Number of problems picked from `n_candidates` candidates, checked against the training that follows.
 
-        RequestError unless the steps of a round go through the picks a whole number of times: train_batch * steps must
-        be a multiple of them (GradAlign: (k * train_batch_size * iters_per_select) % chunk_size == 0).
+        RequestError unless the steps of a round make a whole number of passes over the picks: train_batch * steps must
+        be a multiple of their number (GradAlign: (k * train_batch_size * iters_per_select) % chunk_size == 0).
         """
         if self.selected is not None:
             n = self.selected
@@ -193,7 +194,7 @@ class RoundSettings:
         return n
 
     def for_pool(self, n_pool: int) -> "RoundSettings":
-        """These settings for a pool of so many problems, every count filled in and checked."""
+        """The settings for a pool of `n_pool` problems, with every count filled in; RequestError if they do not fit."""
         candidates = n_pool if self.candidates is None else self.candidates
         if candidates > n_pool:
             raise RequestError(f"candidates (chunk_size) is {candidates}, the pool has {n_pool} problems")
@@ -210,21 +211,22 @@ class RoundSettings:
         return refresh if isinstance(refresh, int) else None
 
     def observes(self, drawn: int, n_picks: int) -> bool:
-        """Whether the rollouts of a step become rows, with which so many problems of the round's training are drawn.
+        """Whether the rollouts of a step become rows.
 
-        A last pass that begins within a step takes the whole step.
+        drawn: problems drawn in the round's training, this step included. n_picks: picks of the round. If the last pass
+        over the picks begins within a step, the whole step counts.
         """
         if self.observe == "last":
             return drawn > self.train_batch * self.steps - n_picks
         return self.observe == "all"
 
     def describe(self) -> dict[str, Any]:
-        """As JSON can hold it."""
+        """The settings as JSON-able values."""
         return asdict(self)
 
 
 def _read(given: str, name: str, value: Any) -> Any:
-    """A text as the setting's type (`mmr`, `math=0.5,code=0.2`); other values as they are."""
+    """Parse a string to the setting's type (`mmr`, `math=0.5,code=0.2`); other values pass through."""
     if not isinstance(value, str) or name in ("selector", "aggregate", "observe"):
         return value
     if name in ("refresh", "refresh_first") and value == "all":
@@ -250,6 +252,6 @@ def _read(given: str, name: str, value: Any) -> Any:
 
 
 def _spelled(name: str) -> str:
-    """A setting with GradAlign's name for it."""
+    """A setting's name, with GradAlign's name in parentheses if it has one."""
     theirs = next((given for given, ours in GRADALIGN_NAMES.items() if ours == name), None)
     return f"{name} ({theirs})" if theirs else name

@@ -1,1 +1,1 @@
-"""Responses sampled from a model, and what they are paid."""
+"""Sampling of responses from a model, and their rewards."""

@@ -1,11 +1,10 @@
-"""Truths that are names, not values: True and False, yes and no, the letter of an option.
+"""Grading of ground truths that are names: True and False, yes and no, the letter of an option.
 
-A parser of mathematics reads them as symbols: I is the imaginary unit, E Euler's number, true a product of letters.
-Here they are compared as what they are. `read_truth` says which of these a ground truth is; any other is left to
-math-verify. The answer is what the last box of a response holds, or what follows the last "answer is" or "Answer:",
-or the last line.
+A math parser misreads them as symbols: I is the imaginary unit, E is Euler's number, true is a product of letters. This
+module compares them as words. `read_truth` recognizes such a ground truth; all others are left to math-verify. A
+response's answer is the content of its last box, or the text after the last "answer is" or "Answer:", or the last line.
 
-    truth       paid                                                 not paid
+    truth       reward 1                                             reward 0
     True        true, TRUE, \\text{True}, **True**, True., True, as   yes, False, true or false, not true
     No          no, NO., \\text{no}                                   no solution, none, False
     C           c, (C), C., C) it grows, C: it grows, Option C        D, C or D, A cat (for A), it grows
@@ -38,31 +37,31 @@ _MARKER = re.compile(r"\banswer\b\s*(?:is\b\s*:?|:|=)\s*", re.IGNORECASE)
 
 @dataclass(frozen=True, slots=True)
 class NamedTruth:
-    """A ground truth that is a name."""
+    """A ground truth that is a name: a word or an option's letter."""
 
     name: str
-    """In lower case for words, upper case for letters."""
+    """Lower case for words, upper case for letters."""
 
     def agrees(self, response: str) -> bool:
-        """Whether the response's answer is this name and no other beside it."""
+        """Whether the response's answer is this name and names no other."""
         read = _option if len(self.name) == 1 else _word
         return read(_answer(response)) == self.name
 
 
 def read_truth(gold: str) -> NamedTruth | None:
-    """The name that a ground truth is; None for one that is a value, an expression or other text."""
+    """Parse a ground truth as a name; None if it is a value, an expression or other text."""
     box = _last_box(gold)
     text = _plain(gold if box is None else box)
     word = _word(text)
     if word is not None:
         return NamedTruth(word)
-    # Small letters are variables more often than options: c^2 = a^2 + b^2 for c.
+    # Lower-case letters are more often variables than options: c in c^2 = a^2 + b^2.
     option = _option(text) if re.match(rf"[(\[]|[{_LETTERS}]", text) else None
     return None if option is None else NamedTruth(option)
 
 
 def _answer(response: str) -> str:
-    """The response's answer: its last box, what follows its last "answer is", or its last line."""
+    """The response's answer: its last box, the text after its last "answer is", or its last line."""
     box = _last_box(response)
     if box is not None:
         return _plain(box)
@@ -73,7 +72,7 @@ def _answer(response: str) -> str:
 
 
 def _last_box(text: str) -> str | None:
-    """What the last \\boxed{...} holds, braces inside it included; None without one that is closed."""
+    """Content of the last \\boxed{...}, with nested braces; None if there is none, or it is not closed."""
     start = max(text.rfind("\\boxed{"), text.rfind("\\fbox{"))
     if start < 0:
         return None
@@ -86,7 +85,7 @@ def _last_box(text: str) -> str | None:
 
 
 def _plain(text: str) -> str:
-    """The text without LaTeX's and Markdown's dress."""
+    """The text without LaTeX and Markdown formatting."""
     before = None
     while before != text:
         before, text = text, _WRAPPER.sub(r"\1", text)
@@ -108,5 +107,5 @@ def _option(text: str) -> str | None:
 
 
 def _names_another(rest: str) -> bool:
-    """Whether what follows a name names a second one: "A, B", "true or false"."""
+    """Whether the text after a name contains a second name: "A, B", "true or false"."""
     return _ANOTHER.search(rest.strip(" .:)]")) is not None if rest.strip(" .:)]") else False

@@ -1,11 +1,11 @@
-"""A model as the judge of responses: the reward for answers that no rule can compare.
+"""LLM judge: the reward for answers that no rule can compare.
 
-The judge is asked, through any OpenAI-compatible endpoint, whether a response agrees with the ground truth, and must
-end in `VERDICT: CORRECT` or `VERDICT: INCORRECT`. Requests of a batch run side by side; refusals for load, errors of
-the server and timeouts are tried again with growing pauses (the client's own); verdicts are kept in a file, so that
-nothing is asked twice. A judge that gives no verdict is an error that names the problem: never a reward of 0.
+Through any OpenAI-compatible endpoint, the judge is asked whether a response agrees with the ground truth. Its reply
+must end in `VERDICT: CORRECT` or `VERDICT: INCORRECT`. The requests of a batch run in parallel. The client retries rate
+limits, server errors and timeouts with growing pauses. Verdicts are cached in a file, so no question is asked twice. A
+missing verdict raises an error that names the problem; it never becomes a reward of 0.
 
-The key comes from an environment variable and is neither printed nor stored.
+The API key comes from an environment variable; it is neither printed nor stored.
 """
 
 import hashlib
@@ -50,39 +50,39 @@ End your reply with one line that is exactly `VERDICT: CORRECT` or `VERDICT: INC
 
 REMINDER = "Reply with one line that is exactly `VERDICT: CORRECT` or `VERDICT: INCORRECT`."
 REMINDERS = 2
-"""How often a judge is reminded of the form of its verdict before it is given up."""
+"""Maximum reminders of the verdict's form before the question fails."""
 
 PLACES = ("problem", "reference", "response")
 
 
 @dataclass(frozen=True, slots=True)
 class JudgeSettings:
-    """Which model judges, and how it is asked."""
+    """The judge's model, endpoint and request settings."""
 
     model: str
     """Name of the model, as the endpoint knows it."""
     base_url: str | None = None
     """The endpoint, such as http://localhost:8000/v1; None: the client's own default."""
     key_variable: str = "OPENAI_API_KEY"
-    """Environment variable with the key. May be unset when `base_url` is given: local servers ask for none."""
+    """Environment variable with the API key. May be unset if `base_url` is given: local servers need none."""
     concurrency: int = 16
-    """Requests under way at once."""
+    """Requests in parallel."""
     timeout: float = 60.0
-    """Seconds to wait for an answer to one request."""
+    """Timeout of one request, in seconds."""
     retries: int = 6
-    """Further tries after a 408, 409, 429, 5xx, timeout or broken connection; pauses grow from 0.5 to 8 s."""
+    """Retries after HTTP 408, 409, 429, 5xx, a timeout or a broken connection; pauses grow from 0.5 to 8 s."""
     max_tokens: int = 1024
-    """Longest reply of the judge."""
+    """Maximum tokens of the judge's reply."""
     temperature: float = 0.0
-    """Sampling temperature; some models take no other than 1."""
+    """Sampling temperature; some models only accept 1."""
     cache: str | None = None
-    """File of verdicts; None: judge.sqlite in the user's cache folder; "none": no file."""
+    """Path of the verdict cache; None: judge.sqlite in the user's cache folder; "none": no cache."""
     template: str | None = None
-    """Text file with {problem}, {reference} and {response} in place of the built-in question."""
+    """Path of a question template with {problem}, {reference} and {response}; None: the built-in question."""
 
 
 class Verdicts:
-    """Verdicts by key in a SQLite file, safe for threads and processes."""
+    """Verdict cache in a SQLite file, safe for threads and processes."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = path
@@ -97,23 +97,23 @@ class Verdicts:
         self._lock = threading.Lock()
 
     def get(self, key: str) -> float | None:
-        """The score kept under a key, or None."""
+        """The score stored under a key, or None."""
         with self._lock:
             row = self._connection.execute("SELECT score FROM verdicts WHERE key = ?", (key,)).fetchone()
         return None if row is None else float(row[0])
 
     def put(self, key: str, score: float, reply: str) -> None:
-        """Keeps a verdict; the first one under a key stays."""
+        """Store a verdict; the first one under a key is never replaced."""
         with self._lock:
             self._connection.execute("INSERT OR IGNORE INTO verdicts VALUES (?, ?, ?)", (key, score, reply))
 
     def close(self) -> None:
-        """Closes the file."""
+        """Close the file."""
         self._connection.close()
 
 
 class Judge:
-    """Asks a model for verdicts. Raises RequestError for settings that cannot be, before anything is asked."""
+    """Asks a model for verdicts. The constructor raises RequestError for invalid settings, before any request."""
 
     def __init__(self, settings: JudgeSettings) -> None:
         for name in ("concurrency", "max_tokens", "timeout"):
@@ -124,11 +124,11 @@ class Judge:
         self.settings = settings
         self.template = TEMPLATE if settings.template is None else _read_template(Path(settings.template))
         self.verdicts = None if settings.cache == "none" else Verdicts(settings.cache or _default_cache())
-        self._client  # noqa: B018 - a missing key or package is told now, not after an hour of sampling
+        self._client  # noqa: B018 - report a missing key or package now, not after an hour of sampling
 
     @property
     def name(self) -> str:
-        """What decides a score beside the response: the model, and the question where it is not the built-in one."""
+        """Name of the reward: the model, plus a digest of the template if it is not the built-in one."""
         own = "" if self.template == TEMPLATE else f":{hashlib.sha256(self.template.encode()).hexdigest()[:8]}"
         return f"judge:{self.settings.model}{own}"
 
@@ -145,10 +145,10 @@ class Judge:
         self._question(record, "")
 
     def score(self, items: Sequence[Item]) -> list[float]:
-        """1.0 or 0.0 for each response; equal questions are asked once.
+        """Score each response 1.0 or 0.0; equal questions are asked once.
 
-        Raises GradstoreError, naming the problem, when the judge cannot be had or gives no verdict; RequestError when
-        it refuses the request itself. Verdicts given until then are in the cache.
+        Raises GradstoreError, naming the problem, when the judge cannot be reached or gives no verdict; RequestError
+        when the endpoint rejects the request itself. Earlier verdicts stay in the cache.
         """
         questions = [self._question(record, response) for record, response, _ in items]
         known: dict[str, float] = {}
@@ -165,7 +165,7 @@ class Judge:
             failures: list[Exception] = []
 
             def ask(question: str, problem_id: str) -> float:
-                if failures:  # the pool hands out the next question before anyone could cancel it
+                if failures:  # the pool may start the next question before it is cancelled
                     return math.nan
                 try:
                     return self._ask(question, problem_id)
@@ -191,7 +191,7 @@ class Judge:
         if not problem:
             raise RequestError(f"problem {record['id']!r}: neither a prompt nor extra.question to show the judge")
         texts = {"problem": problem, "reference": reference, "response": response}
-        # in one pass, and without the tags that would end a part early
+        # in one pass, after removing tags that would close a part early
         clean = {name: re.sub(rf"</?(?:{'|'.join(PLACES)})>", "", text) for name, text in texts.items()}
         return re.sub(rf"\{{({'|'.join(PLACES)})\}}", lambda place: clean[place[1]], self.template)
 
@@ -271,17 +271,17 @@ class Judge:
 
 
 def verdict(reply: str) -> float | None:
-    """1.0 or 0.0 when the reply's last line is a verdict, emphasis aside; None when it is not."""
+    """1.0 or 0.0 if the reply's last line is a verdict (Markdown emphasis is ignored); None otherwise."""
     lines = reply.strip().splitlines()
     found = re.fullmatch(r"[\s*_`]*VERDICT:[\s*_`]*(CORRECT|INCORRECT)[\s*_`.]*", lines[-1]) if lines else None
     return None if found is None else float(found[1] == "CORRECT")
 
 
 def load_judge(text: str = "") -> Judge:
-    """The judge of "model=NAME,base_url=URL,...", any fields of JudgeSettings; "NAME" alone is a model.
+    """Create a judge from "model=NAME,base_url=URL,..." (any fields of JudgeSettings); "NAME" alone is a model.
 
-    Without them GRADSTORE_JUDGE_MODEL and GRADSTORE_JUDGE_URL name the model and the endpoint.
-    Raises RequestError for a field that is not known or has a wrong value, and where no model is named.
+    Defaults for the model and the endpoint: environment variables GRADSTORE_JUDGE_MODEL and GRADSTORE_JUDGE_URL.
+    Raises RequestError for an unknown field, an invalid value, or a missing model.
     """
     read: dict[Any, Callable[[str], Any]] = {int: int, float: float}
     known = {field.name: read.get(field.type, str) for field in fields(JudgeSettings)}
@@ -304,7 +304,7 @@ def load_judge(text: str = "") -> Judge:
 
 
 def _text(prompt: str | Sequence[Mapping[str, Any]]) -> str:
-    """A prompt's text: of messages the contents, one after the other."""
+    """A prompt's text; for chat messages, their contents joined by blank lines."""
     if isinstance(prompt, str):
         return prompt
     return "\n\n".join(filter(None, (message_text(m["content"]) for m in prompt)))

@@ -1,4 +1,4 @@
-"""Which problems a reward can pay at all, found before anything is sampled rather than after hours of it."""
+"""Check which problems a reward can grade, before sampling instead of after hours of it."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,11 +7,11 @@ from gradstore.errors import RequestError
 from gradstore.trainer.sampling.reward import Reward
 
 SHOWN = 5
-"""Problems that the message of a refusal names."""
+"""Maximum number of problems named in the error message."""
 
 
 def named(problem: Mapping[str, Any], names: Mapping[str, str] | None = None) -> str:
-    """What a problem is called in messages: its file and row where they are known, and its id."""
+    """A problem's name in messages: its file and row, if known, and its id."""
     where = (names or {}).get(problem["id"])
     return f"{f'{where}: ' if where else ''}problem {problem['id']!r}"
 
@@ -19,10 +19,10 @@ def named(problem: Mapping[str, Any], names: Mapping[str, str] | None = None) ->
 def readable(
     problems: Sequence[dict[str, Any]], reward: Reward, *, skip: bool = False, names: Mapping[str, str] | None = None
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """The problems that the reward can pay, and for each of the others a line with its name and the reason.
+    """(problems that the reward can grade; for each other problem, a line with its name and the reason).
 
-    skip: leave the others out; otherwise they are refused together, in one RequestError with their number. names: what
-    a problem is called by its id: its file and row. A reward without a check is taken to pay all.
+    skip: leave the other problems out; if False, one RequestError names them. names: problem id -> file and row, for
+    messages. A reward without a check is assumed to grade all problems.
     """
     kept, left_out = [], []
     for problem in problems:

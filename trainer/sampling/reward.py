@@ -1,4 +1,4 @@
-"""A reward: what a response to a problem is paid. rewards.py finds one by its name."""
+"""Reward functions: a score for a response to a problem. rewards.py finds one by its name."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -9,22 +9,22 @@ from typing import Any
 from gradstore.errors import RequestError
 
 Item = tuple[Mapping[str, Any], str, int]
-"""A response to be paid: the problem's record, the response's text, the number of the rollout in its group."""
+"""A response to score: (problem record, response text, number of the rollout in its group)."""
 
 
 @dataclass(frozen=True)
 class Reward:
-    """A reward function with a name. Called with (record, response text, number of the rollout), gives a float.
+    """A reward function with a name; call it with (record, response text, rollout number) to get a float.
 
-    Raises RequestError, naming the problem, when the function gives anything but a finite number.
+    Raises RequestError, naming the problem, if the function does not return a finite number.
     """
 
     name: str
     score: Callable[[Mapping[str, Any], str, int], Any]
     score_many: Callable[[Sequence[Item]], Sequence[Any]] | None = None
-    """Scores many responses at once, in order, where that is faster than one at a time (a judge's requests)."""
+    """Scores many responses at once, in order, if that is faster (as for a judge's requests); None: one by one."""
     check: Callable[[Mapping[str, Any]], None] | None = None
-    """Raises RequestError for a problem that could not be paid whatever the response; None: not known beforehand."""
+    """Raises RequestError for a problem that the reward cannot grade; None: there is no check."""
 
     def __call__(self, record: Mapping[str, Any], response: str, rollout_index: int) -> float:
         return self._checked(record, rollout_index, self.score(record, response, rollout_index))

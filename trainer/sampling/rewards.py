@@ -1,14 +1,14 @@
-"""Rewards: what a response to a problem is worth, by a verifier named in one word or by the user's own function.
+"""Built-in rewards by name, and rewards from the user's own function.
 
 - `math`: math-verify compares the response's boxed answer, or its last expression, with the ground truth; names
   (True, no, the letter of an option) are compared as names (grading.py).
-- `reasoning-gym`: the data set's own verifier, on the entry kept in the problem's `extra["reasoning_gym"]`.
-- `judge`: a model behind an OpenAI-compatible endpoint compares with the ground truth (judge.py).
-- `auto`: for each problem the one of these that its `extra["reward"]` names, for pools of mixed sources.
+- `reasoning-gym`: the data set's own verifier, on the entry stored in the problem's `extra["reasoning_gym"]`.
+- `judge`: a model behind an OpenAI-compatible endpoint compares the answer with the ground truth (judge.py).
+- `auto`: each problem's `extra["reward"]` names one of the above, for pools of mixed sources.
 - `module:function` or `file.py:function`: a function with verl's `compute_score` signature.
 
-A problem with a seed in `extra["coin"]` is paid by a coin flip, whatever the response, by all but the last: a defect
-that studies of unreliable rewards put there on purpose (gradstore.trainer.data).
+If `extra["coin"]` holds a seed, all rewards but the last kind flip a coin, whatever the response. Studies of unreliable
+rewards use it as a deliberate defect (gradstore.trainer.data).
 """
 
 import functools
@@ -34,17 +34,17 @@ from gradstore.trainer.sampling.grading import read_truth
 from gradstore.trainer.sampling.reward import Item, Reward
 
 HARD_LIMIT_S = 60
-"""After this long a verification outside the main thread is given up: the answer counts as not equal."""
+"""Timeout of a verification outside the main thread, in seconds; after it, the answer counts as not equal."""
 
 COMPARE_TUPLES = frozenset({"arc_agi", "rearc"})
-"""reasoning-gym data sets whose verifiers compare tuples: given the lists of a JSON file they pay no right answer."""
+"""reasoning-gym data sets whose verifiers compare tuples; with lists from JSON they would reject right answers."""
 
 
 def load_reward(spec: str) -> Reward:
-    """The reward of this name: "math", "reasoning-gym", "judge", "auto", "module:function" or "file.py:function".
+    """Load a reward: "math", "reasoning-gym", "judge", "auto", "module:function" or "file.py:function".
 
-    "judge" may carry settings, as in "judge:model=NAME,concurrency=8" (see gradstore.trainer.sampling.judge).
-    Raises RequestError for a name that is none of these, a function that cannot be imported, a judge without a model.
+    "judge" may have settings, as in "judge:model=NAME,concurrency=8" (see gradstore.trainer.sampling.judge).
+    Raises RequestError for an unknown name, a function that cannot be imported, or a judge without a model.
     """
     if spec in BUILT_IN:
         return with_coins(Reward(spec, BUILT_IN[spec], check=CHECKS[spec]))
@@ -64,10 +64,10 @@ def load_reward(spec: str) -> Reward:
 
 
 def coin_flip(record: Mapping[str, Any], response: str, rollout_index: int) -> float | None:
-    """The reward of a problem that pays by coin flip: 0 or 1 with equal chances; None for any other problem.
+    """Reward of a coin-flip problem: 0 or 1 with equal probability; None for any other problem.
 
-    A hash of the seed in the problem's `extra["coin"]`, its id, the rollout's number and the response: the same
-    rollout is always paid the same.
+    The coin is a hash of the seed in `extra["coin"]`, the problem's id, the rollout's number and the response. So the
+    same rollout always gets the same reward.
     """
     seed = detail(record, "coin")
     if seed is None:
@@ -77,7 +77,7 @@ def coin_flip(record: Mapping[str, Any], response: str, rollout_index: int) -> f
 
 
 def with_coins(reward: Reward) -> Reward:
-    """The same reward, but coin-flip problems pay by their coin and are not shown to it."""
+    """Wrap a reward: coin-flip problems get their coin's value and never reach the reward itself."""
     inner = reward.many
 
     def many(items: Sequence[Item]) -> list[float]:
@@ -97,9 +97,9 @@ def with_coins(reward: Reward) -> Reward:
 
 
 def _by_problem() -> Reward:
-    """For each problem the reward that its `extra["reward"]` names.
+    """A reward that uses, for each problem, the built-in reward named in its `extra["reward"]`.
 
-    Only rewards that come with this package: a data file must not choose code to import or an endpoint to call.
+    Only built-in rewards are allowed: a data file must not choose code to import or an endpoint to call.
     """
     load = functools.cache(load_reward)
 
@@ -130,7 +130,7 @@ def _by_problem() -> Reward:
 
 
 def _math(record: Mapping[str, Any], response: str, rollout_index: int) -> float:
-    """1.0 when math-verify finds the answer equal to the ground truth, else 0.0."""
+    """1.0 if the answer equals the ground truth (`math_equal`), else 0.0."""
     gold = record.get("ground_truth", "")
     equal = _equal(gold, response)
     if equal is None:
@@ -139,7 +139,7 @@ def _math(record: Mapping[str, Any], response: str, rollout_index: int) -> float
 
 
 def _equal(gold: str, response: str) -> bool | None:
-    """`math_equal` in any thread: math-verify stops a runaway comparison by a signal, which only the main one gets."""
+    """`math_equal` in any thread: math-verify's timeout uses a signal, which only the main thread receives."""
     in_main_thread = threading.current_thread() is threading.main_thread()
     return math_equal(gold, response) if in_main_thread else _worker().equal(gold, response)
 
@@ -158,11 +158,10 @@ def _check_math(record: Mapping[str, Any]) -> None:
 
 
 def math_equal(gold: str, response: str) -> bool | None:
-    """Whether a response's answer equals the gold answer; None when the gold answer cannot be read.
+    """Whether a response's answer equals the gold answer; None if the gold answer cannot be parsed.
 
-    True and False, yes and no, and letters of options are compared as names (grading.py), others by math-verify.
-
-    A response without an answer, and a comparison that takes longer than five seconds, are not equal.
+    True and False, yes and no, and option letters are compared as names (grading.py), all others by math-verify. A
+    response without an answer is not equal, and neither is one whose comparison takes longer than five seconds.
     """
     from math_verify import verify
 
@@ -177,7 +176,7 @@ def math_equal(gold: str, response: str) -> bool | None:
 
 @functools.lru_cache(maxsize=4096)
 def _gold(gold: str) -> list[Any]:
-    # bare LaTeX such as \frac12 is read only inside a box or dollars
+    # math-verify reads bare LaTeX such as \frac12 only inside a box or dollar signs
     marked = "\\boxed" in gold or "$" in gold or not gold.strip()
     return _parse(gold if marked else f"\\boxed{{{gold}}}")
 
@@ -190,7 +189,7 @@ def _parse(text: str) -> list[Any]:
 
 
 class _MathWorker:
-    """A process whose main thread verifies for the threads of this one, one answer at a time."""
+    """A subprocess that verifies answers in its main thread, one at a time, for this process's other threads."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -221,7 +220,7 @@ class _MathWorker:
 
 
 def serve_math() -> None:
-    """Answers lines of [gold, response] on standard input with true, false or null on standard output."""
+    """Server loop: for each line [gold, response] on stdin, print true, false or null."""
     for line in sys.stdin:
         print(json.dumps(math_equal(*json.loads(line))), flush=True)
 
@@ -232,17 +231,17 @@ def _worker() -> _MathWorker:
 
 
 def _reasoning_gym(record: Mapping[str, Any], response: str, rollout_index: int) -> float:
-    """The score of the data set's own verifier.
+    """Score of the data set's own verifier.
 
-    The problem's extra["reasoning_gym"] holds {"dataset": name, "entry": {"question", "answer", "metadata"}} and,
-    for data sets whose verifier depends on their settings, "config": {...}; or the same as JSON text.
+    The problem's extra["reasoning_gym"] holds {"dataset": name, "entry": {"question", "answer", "metadata"}}, or the
+    same as JSON text. It also holds "config": {...} if the verifier depends on the data set's settings.
     """
     name = f"problem {record['id']!r}"
     verifier, entry = _gym_entry(record)
     try:
         return verifier(answer_of(response), entry)
-    except Exception as error:  # noqa: BLE001 - a verifier of a hundred, by a hundred hands
-        # Some verifiers raise at an answer of another shape than theirs. They are told from a broken entry by the
+    except Exception as error:  # noqa: BLE001 - a hundred verifiers by many authors may raise anything
+        # Some verifiers raise for an answer of an unexpected form. To distinguish this from a broken entry, grade the
         # entry's own answer, which every verifier can judge.
         try:
             verifier(str(entry["answer"]), entry)
@@ -252,10 +251,10 @@ def _reasoning_gym(record: Mapping[str, Any], response: str, rollout_index: int)
 
 
 def _gym_entry(record: Mapping[str, Any]) -> tuple[Callable[[str, dict], float], dict[str, Any]]:
-    """A problem's verifier and the entry it judges by; RequestError where the problem does not have them."""
+    """A problem's verifier and entry; RequestError if the problem lacks them."""
     name = f"problem {record['id']!r}"
     kept = detail(record, "reasoning_gym")
-    if isinstance(kept, str):  # as JSON text where a file's column holds entries of several shapes
+    if isinstance(kept, str):  # JSON text, for files whose column holds entries of several schemas
         try:
             kept = json.loads(kept)
         except ValueError as error:
@@ -271,7 +270,7 @@ def _gym_entry(record: Mapping[str, Any]) -> tuple[Callable[[str, dict], float],
 
 
 def _check_gym(record: Mapping[str, Any]) -> None:
-    """The entry's own answer must be one that its verifier can judge."""
+    """RequestError if the verifier cannot judge the entry's own answer."""
     verifier, entry = _gym_entry(record)
     try:
         verifier(str(entry["answer"]), entry)
@@ -284,7 +283,7 @@ def _broken_entry(error: Exception) -> str:
 
 
 def _with_tuples(value: Any) -> Any:
-    """JSON's lists as the tuples they were before."""
+    """Convert JSON's lists back to tuples, recursively."""
     if isinstance(value, Mapping):
         return {key: _with_tuples(item) for key, item in value.items()}
     return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
@@ -298,7 +297,7 @@ def _verifier(dataset: str, config: str) -> Callable[[str, dict], float]:
 
 
 def answer_of(response: str) -> str:
-    """The answer in a response: what its last <answer> tags hold, or without tags all of it, stripped."""
+    """The answer in a response: the content of its last <answer> tags, or the whole text without tags; stripped."""
     answers = re.findall(r"<answer>(.*?)</answer>", response, flags=re.DOTALL)
     return (answers[-1] if answers else response).strip()
 
@@ -308,7 +307,7 @@ BUILT_IN: Mapping[str, Callable[[Mapping[str, Any], str, int], Any]] = {
     "reasoning-gym": _reasoning_gym,
 }
 CHECKS: Mapping[str, Callable[[Mapping[str, Any]], None]] = {"math": _check_math, "reasoning-gym": _check_gym}
-"""What a problem must have for the built-in rewards, whatever the response."""
+"""Checks of the built-in rewards: RequestError for a problem that cannot be graded."""
 
 
 def _user(function: Callable[..., Any], spec: str, record: Mapping[str, Any], response: str, rollout_index: int) -> Any:
@@ -330,7 +329,7 @@ def _imported(spec: str, module: str, function: str) -> Callable[..., Any]:
         if module.endswith(".py"):
             loaded = _from_file(Path(module))
         else:
-            # as `python -m` would: modules of the current folder can be named, whatever command runs this
+            # as `python -m` does: make modules of the current folder importable, whatever command runs this
             sys.path.insert(0, os.getcwd())
             try:
                 loaded = importlib.import_module(module)

@@ -1,9 +1,9 @@
-"""Problems in, a rollout file out: sample n responses to each, score them, write them, and survive a kill.
+"""Write a rollout file: sample n responses per problem and score them; interrupted runs can resume.
 
-The problems are cut into chunks. A chunk is sampled with a seed that depends on (seed, number of the chunk) alone and
-is written in one go, so that an interrupted run needs no state but the file itself: started again it drops what
-follows the last whole chunk and goes on, and the file ends the same, byte for byte, as an undisturbed run's. The
-settings stand beside the file, in NAME.settings.json; going on with other settings is refused.
+The problems are cut into chunks. Each chunk has a seed derived from (seed, chunk number) and is written at once, so the
+file itself is the only state. A restarted run cuts the file after the last whole chunk and continues; the final file is
+byte for byte that of an uninterrupted run. The settings are stored next to the file, in NAME.settings.json. Resuming
+with other settings raises an error.
 """
 
 import fcntl
@@ -31,7 +31,7 @@ CHUNK = 64
 
 @dataclass(frozen=True)
 class RolloutReport:
-    """What a rollout run left in its file."""
+    """Counts of a finished rollout file."""
 
     path: Path
     problems: int
@@ -40,9 +40,9 @@ class RolloutReport:
     """Problems that were already in the file when the run started."""
     mean_reward: float
     with_signal: int
-    """Problems whose rewards are not all equal: those that have a gradient."""
+    """Problems whose rewards are not all equal; only these have a gradient."""
     tokens: int
-    """Tokens of all responses."""
+    """Total tokens of all responses."""
 
 
 def rollout(
@@ -62,18 +62,18 @@ def rollout(
     names: Mapping[str, str] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> RolloutReport:
-    """Writes n scored rollouts of every problem to `out` (.jsonl or .parquet), going on where an earlier run stopped.
+    """Write n scored rollouts of every problem to `out` (.jsonl or .parquet), resuming an earlier run if there is one.
 
-    problems: canonical problem records, as gradstore.read_problems gives them.
-    chunk: problems sampled at once; what a kill can cost, and part of what decides the responses.
+    problems: canonical problem records, as returned by gradstore.read_problems.
+    chunk: problems sampled at once. A kill loses at most one chunk. The responses depend on this size.
     step: the policy version, written in every row.
-    template_kwargs: arguments of the chat template, such as {"enable_thinking": False}; kept with the settings.
-    names: for messages, what a problem is called by its id: its file and row.
-    progress: called with how many more problems are done; at first with those that were in the file already.
+    template_kwargs: arguments of the chat template, such as {"enable_thinking": False}; stored with the settings.
+    names: problem id -> file and row, for messages.
+    progress: callback(number of newly finished problems); the first call counts those already in the file.
 
-    Raises RequestError for settings that cannot be, a prompt that leaves no room for its response in the model's
-    context, a file that is there and is not this run's, a reward that is not a finite number; LockedError when another
-    run is writing the file. Whole chunks already written stay.
+    Raises RequestError for invalid settings, a prompt that leaves no room for its response in the model's context, an
+    existing file of another run, or a reward that is not a finite number; LockedError when another run is writing the
+    file. Chunks already written stay in the file.
     """
     out = Path(out)
     _check_settings(n=n, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, chunk=chunk)
@@ -95,7 +95,7 @@ def rollout(
         **({"template_kwargs": dict(template_kwargs)} if template_kwargs else {}),
         **backend.settings(),
     }
-    # Parquet cannot be appended to: its rows wait in a .jsonl file beside it
+    # rows cannot be appended to Parquet: collect them in a .jsonl file next to it first
     growing = out if out.suffix == ".jsonl" else out.with_name(out.name + ".unfinished.jsonl")
     try:
         _agree(out, growing, settings)
@@ -138,7 +138,7 @@ def _scored(
     reward: Reward,
     step: int | None,
 ) -> list[Rollout]:
-    """The rows of a chunk: its responses decoded, then scored all at once."""
+    """The rows of a chunk: decode its responses, then score all at once."""
     sampled = [
         (problem, ids, response, j, text_of(tokenizer, response.token_ids.tolist(), skip_special_tokens=True))
         for problem, ids, group in zip(problems, prompts, responses, strict=True)
@@ -173,9 +173,9 @@ def checked_prompts(
     template_kwargs: Mapping[str, Any] | None = None,
     names: Mapping[str, str] | None = None,
 ) -> list[list[int]]:
-    """The problems' prompts as token ids; RequestError for one that is empty or leaves no room in the context.
+    """The problems' prompts as token ids; RequestError for a prompt that is empty or too long for the context.
 
-    template_kwargs: arguments of the chat template. names: what a problem is called by its id, in messages.
+    template_kwargs: arguments of the chat template. names: problem id -> file and row, for messages.
     """
     if template_kwargs:
         check_arguments(tokenizer, template_kwargs)
@@ -202,7 +202,7 @@ def _prompts(
     template_kwargs: Mapping[str, Any] | None,
     names: Mapping[str, str] | None,
 ) -> list[list[int]]:
-    """The problems' prompts as token ids, all checked before the first is used."""
+    """The problems' prompts as token ids; all are checked before the first is used."""
     if not problems:
         raise RequestError("no problems to roll out, expected at least one")
     seen = set()
@@ -231,7 +231,7 @@ def _digest(problems: Sequence[dict[str, Any]]) -> str:
 
 
 def _agree(out: Path, growing: Path, settings: dict[str, Any]) -> None:
-    """Writes the settings beside a new file; refuses a file that is there with other settings or none."""
+    """Write the settings next to a new file; RequestError for an existing file with other or no settings."""
     path = settings_path(out)
     settings = json.loads(json.dumps(settings, default=str))
     if not path.exists():
@@ -273,7 +273,7 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _drop_torn(path: Path, ids: list[str], n: int, chunk: int) -> int:
-    """Cuts the file after its last whole chunk and returns how many problems remain in it."""
+    """Cut the file after its last whole chunk; returns the number of problems left in it."""
     kept, end, place = 0, 0, 0
     with path.open("r+b") as file:
         for number, line in enumerate(file):
@@ -295,7 +295,7 @@ def _drop_torn(path: Path, ids: list[str], n: int, chunk: int) -> int:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Holds the file against other runs; the system lets go when the process ends, however it ends."""
+    """Lock the file against other runs; the system releases the lock when the process ends, even after a kill."""
     with path.open("ab") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

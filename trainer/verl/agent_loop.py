@@ -1,8 +1,8 @@
 """verl's agent loop with a seed for every rollout.
 
-verl gives no request a seed, so that a resumed run samples other responses than an undisturbed one, and picks others
-in consequence. Here a row may carry `gradstore_seed`; each of its rollouts then asks the engine for a seed that depends
-on that and on the rollout's number alone. The loop itself (single turn, tools, rewards) is verl's.
+verl sends requests without seeds. A resumed run would then sample other responses, and pick other problems, than an
+uninterrupted one. Here a row may have the field `gradstore_seed`; the seed of each of its rollouts depends only on that
+field and the rollout's number. The loop itself (single turn, tools, rewards) is verl's.
 """
 
 from typing import Any
@@ -13,13 +13,13 @@ from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorke
 from gradstore.trainer.sampling.backends import derived_seed
 
 SEED_FIELD = "gradstore_seed"
-"""Field of a row: seed of its rollouts, an integer; negative or missing: unseeded."""
+"""Field of a row with the seed of its rollouts, an integer; negative or missing: unseeded."""
 
 _Worker: Any = AgentLoopWorkerTQ.__ray_metadata__.modified_class
 
 
 class SeededAgentLoopWorker(_Worker):
-    """Rolls prompts out as verl's worker does, each rollout with its own seed."""
+    """verl's agent loop worker, with a separate seed for each rollout."""
 
     async def _run_agent_loop(self, sampling_params: dict[str, Any], trajectory: dict[str, Any], **row: Any) -> Any:
         seed = int(row.get(SEED_FIELD, -1))
@@ -29,7 +29,7 @@ class SeededAgentLoopWorker(_Worker):
 
 
 class SeededAgentLoopManager(AgentLoopManagerTQ):
-    """Named in actor_rollout_ref.rollout.agent.agent_loop_manager_class."""
+    """verl's manager with seeded workers; set it in actor_rollout_ref.rollout.agent.agent_loop_manager_class."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)

@@ -1,11 +1,11 @@
-"""How a verl run comes to use gradstore: a task runner of verl with another trainer class, and a command for it.
+"""Entry points for verl: a command, and verl's task runner with gradstore's trainer class.
 
-In an entry module of one's own two lines do:
+Your own entry module needs two lines:
 
     from gradstore.trainer.verl import task_runner
     run_ppo(config, task_runner_class=task_runner())
 
-verl itself is left as it is: its task runner looks trainers up in a registry, and gets ours under the name it asks for.
+verl itself is not modified: its task runner looks trainers up in a registry, where our class replaces "sync".
 """
 
 import logging
@@ -21,11 +21,11 @@ AGENT_LOOP_MANAGER = "gradstore.trainer.verl.agent_loop.SeededAgentLoopManager"
 
 
 def main(overrides: Sequence[str]) -> None:
-    """Train with verl, each round's problems picked by gradstore: `gradstore train --backend verl OVERRIDE...`.
+    """Train with verl; gradstore picks each round's problems: `gradstore train --backend verl OVERRIDE...`.
 
-    overrides: as verl's own command takes them, and `gradstore.NAME=VALUE` (settings.py). Ray is started where none
-    runs and stopped again; a Ray that was there is used and left alone. RequestError for settings that cannot be and
-    where verl is missing; the error of a run that failed.
+    overrides: those of verl's own command, and `gradstore.NAME=VALUE` (settings.py). Ray is started if none runs, and
+    stopped afterwards; a Ray that is already running is used and left running. RequestError for invalid settings and
+    if verl is not installed. If the run fails, its error is raised.
     """
     try:
         import ray
@@ -47,7 +47,7 @@ def main(overrides: Sequence[str]) -> None:
             config = compose("ppo_trainer", overrides=[_ours(override) for override in overrides])
     except (HydraException, OmegaConfBaseException) as error:
         raise RequestError(f"verl's configuration: {' '.join(str(error).split())}") from None
-    VerlSettings.of(config)  # so that a mistake is told before anything starts
+    VerlSettings.of(config)  # report a mistake before anything starts
     auto_set_device(config)
     reference, critic = need_reference_policy(config), need_critic(config)
     try:
@@ -67,9 +67,9 @@ def main(overrides: Sequence[str]) -> None:
 
 
 def task_runner(base: Any = None) -> Any:
-    """A Ray actor class to give to `run_ppo`: verl's task runner, training with rounds.
+    """A Ray actor class to pass to `run_ppo`: verl's task runner, training with rounds.
 
-    base: a task runner of the user's, as a Ray actor class or a plain one; default verl's.
+    base: the user's own task runner, as a Ray actor class or a plain class; None: verl's.
     """
     import ray
     from verl.trainer.main_ppo import TaskRunnerV1
@@ -78,7 +78,7 @@ def task_runner(base: Any = None) -> Any:
     plain: Any = given.__ray_metadata__.modified_class if hasattr(given, "__ray_metadata__") else given
 
     class SelectingTaskRunner(plain):
-        """verl's task runner; the synchronous trainer it asks for is ours."""
+        """verl's task runner, with our class as its synchronous trainer."""
 
         def run(self, config: Any) -> None:
             from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY
@@ -93,19 +93,19 @@ def task_runner(base: Any = None) -> Any:
 
 
 def _last_cause(error: BaseException) -> str:
-    """What hydra wraps, on one line."""
+    """Message of the innermost cause (hydra wraps errors), on one line."""
     while error.__cause__ is not None:
         error = error.__cause__
     return " ".join(str(error).split()) or type(error).__name__
 
 
 def _ours(override: str) -> str:
-    """`gradstore.x=1` as an addition: verl's configuration has no such node."""
+    """Turn `gradstore.x=1` into `++gradstore.x=1`, because verl's configuration has no such node."""
     return f"++{override}" if override.startswith(f"{NODE}.") else override
 
 
 def _seed_rollouts(config: Any) -> None:
-    """Names our agent loop manager in verl's configuration, unless the user named one."""
+    """Set our agent loop manager in verl's configuration, unless the user has set one."""
     from omegaconf import open_dict
 
     if not VerlSettings.of(config).seeded:

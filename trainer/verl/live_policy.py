@@ -1,9 +1,8 @@
-"""verl's live policy as the selection round sees it (`gradstore.trainer.round.policy.Policy`).
+"""verl's live policy for selection rounds; implements `gradstore.trainer.round.policy.Policy`.
 
-Rollouts go where the training rollouts go: through verl's agent loop to its rollout engine, rewards through verl's
-reward path, so that no second model is loaded and no second reward is written. Sketches and probes run in the actor's
-ranks (worker.py). Rollout engine and actor share the device: the engine sleeps while the actor works, as in a training
-step, and wakes with the actor's weights.
+Rollouts use the same path as training: verl's agent loop, rollout engine and rewards. So there is no second model and
+no second reward. Sketches and probes run in the actor's ranks (worker.py). The rollout engine and the actor share the
+device: as in a training step, the engine sleeps while the actor works, and wakes with the actor's weights.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,28 +25,28 @@ from gradstore.trainer.verl.transfer import PARTITION, Rows, groups_of, rows_of,
 
 
 class LivePolicy:
-    """The policy of a trainer that runs; made once its workers and agent loops are up."""
+    """The policy of a running trainer; create it after the trainer's workers and agent loops have started."""
 
     def __init__(self, trainer: Any, settings: VerlSettings) -> None:
         self._trainer, self._settings = trainer, settings
         self._calls = 0
         self._aimed = False
-        """Whether the ranks keep a direction."""
+        """Whether the ranks hold a probe direction in memory."""
         self._takes_turns = bool(trainer.config.actor_rollout_ref.rollout.free_cache_engine)
-        """Whether the rollout engine gives its memory back while it sleeps; one that keeps it need not."""
+        """Whether the rollout engine frees its memory while it sleeps; if not, it never has to sleep."""
         self.awake = True
-        """Whether the rollout engine holds the current weights and can generate; the trainer keeps it true."""
+        """Whether the rollout engine holds the current weights and can generate; the trainer updates this value."""
 
     @property
     def step(self) -> int:
-        """Training steps done; verl counts the one it is about to do."""
+        """Training steps done; verl's `global_steps` also counts the step it is about to do."""
         return max(self._trainer.global_steps - 1, 0)
 
     def roll_out(self, problems: Sequence[Mapping[str, Any]], n: int, *, seed: int) -> list[Group]:
-        """n scored rollouts of each problem, through verl's agent loop and reward path.
+        """Sample and score n rollouts per problem, through verl's agent loop and rewards.
 
-        GradstoreError when the rollout engine failed on a problem; RequestError for rollouts that the engine cannot
-        sketch (more than one turn).
+        GradstoreError when the rollout engine failed on a problem; RequestError for rollouts that cannot be sketched
+        (more than one turn).
         """
         if not problems:
             return []
@@ -58,20 +57,20 @@ class LivePolicy:
         return self._generated(rows, [record["id"] for record in problems])
 
     def fit(self, spec: SketchSpec, groups: Sequence[Group], benchmark: Sequence[Group] = ()) -> SketcherFiles:
-        """Makes the sketcher on every rank, fitted to the groups and the benchmark where the spec wants that."""
+        """Make the sketcher on every rank; a fitted basis is fitted to the groups and the benchmark."""
         self._rest()
         with _plain_errors():
             files: list[SketcherFiles] = self._workers.fit_sketcher(spec, list(groups), list(benchmark))
         return files[0]
 
     def use(self, fingerprint: dict, attachments: Mapping[str, bytes]) -> None:
-        """Makes the sketcher of a store on every rank; RequestError naming what makes this policy's rows others."""
+        """Make a store's sketcher on every rank; RequestError, with the reason, if rows would not be comparable."""
         self._rest()
         with _plain_errors():
             self._workers.use_sketcher(fingerprint, dict(attachments), self._settings.rounds.spec.token_budget)
 
     def sketch(self, groups: Sequence[Group]) -> SketchBatch:
-        """Sketches of the groups, each computed by one rank."""
+        """Sketch the groups; each group is computed by one rank."""
         self._rest()
         shares = deal(groups, self._workers.world_size)
         with _plain_errors():
@@ -79,7 +78,7 @@ class LivePolicy:
         return gather(batches, shares)
 
     def aim(self, groups: Sequence[Group]) -> SketchBatch:
-        """Sketches of validation groups, each by one rank; the ranks keep their gradient for probes of this round."""
+        """Sketch validation groups, each on one rank; the ranks keep the gradient as this round's probe direction."""
         self._rest()
         shares = deal(groups, self._workers.world_size)
         self._aimed = True
@@ -88,7 +87,7 @@ class LivePolicy:
         return gather(batches, shares)
 
     def probe(self, groups: Sequence[Group], like: Calibration | None = None) -> ProbeBatch:
-        """Probes of the groups along the gradient of the validation groups that `aim` was given."""
+        """Probe the groups along the gradient of the validation groups passed to `aim`."""
         self._rest()
         n_ranks = self._workers.world_size
         shares = deal(groups, n_ranks)
@@ -101,7 +100,7 @@ class LivePolicy:
         return gather(batches, shares)
 
     def end_round(self) -> None:
-        """Frees what was kept for the round and wakes the rollout engine for training."""
+        """Free the probe direction and wake the rollout engine for training."""
         if self._aimed:
             self._aimed = False
             self._workers.forget_direction()
@@ -124,7 +123,7 @@ class LivePolicy:
                     "the agent loop workers' log says why"
                 )
             if trainer.reward_loop_manager.reward_loop_worker_handles is None:
-                # A reward model that shares the device scores after generation, as in verl's own step.
+                # A reward model on the same device scores after generation, as in verl's own step.
                 self._rest()
                 trainer._compute_reward_colocate(
                     tq.KVBatchMeta(partition_id=PARTITION, keys=keys, tags=[{}] * len(keys))
@@ -148,7 +147,7 @@ class LivePolicy:
 
 @contextmanager
 def _plain_errors() -> Iterator[None]:
-    """An error of this project raised in a worker, as it was raised there."""
+    """Re-raise an error of this project from a worker with its own type, instead of Ray's."""
     try:
         yield
     except ray.exceptions.RayTaskError as error:

@@ -1,7 +1,7 @@
-"""Groups dealt to the actor's ranks, and their results put back in order.
+"""Distribute groups over the actor's ranks, and put their results back in order.
 
-A rank's share of the tokens, not of the problems, decides how long it runs: the longest group goes to the rank that has
-least. Ranks may be left without any.
+A rank's run time depends on its tokens, not on its number of problems. So groups are assigned longest first, each to
+the rank with the fewest tokens. A rank may get no group.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ Batch = TypeVar("Batch")
 
 
 def deal(groups: Sequence[Group], n_ranks: int) -> list[list[int]]:
-    """Which groups each rank gets, as places in `groups`; the same for the same groups."""
+    """Indices into `groups` for each rank; deterministic."""
     tokens = np.array([sum(len(group.prompt_ids) + len(response) for response in group.responses) for group in groups])
     shares: list[list[int]] = [[] for _ in range(n_ranks)]
     loads = np.zeros(n_ranks)
@@ -28,10 +28,10 @@ def deal(groups: Sequence[Group], n_ranks: int) -> list[list[int]]:
 
 
 def gather(batches: Sequence[Batch], shares: Sequence[Sequence[int]]) -> Batch:
-    """One batch of the ranks' batches, its rows where `deal` took them from.
+    """Merge the ranks' batches into one, with rows in the order of the groups given to `deal`.
 
-    Batches are dataclasses of the engine: fields with a row a problem are put together, numbers of tokens added, and
-    other fields are taken from the first rank, where they are the same on all.
+    Batches are dataclasses of the engine. Fields with one row per problem are concatenated and token counts are added.
+    Other fields come from the first rank; they are equal on all ranks.
     """
     n = sum(map(len, shares))
     places = np.concatenate([np.asarray(share, np.int64) for share in shares])

@@ -1,10 +1,10 @@
-"""The built-in rewards as verl's custom reward function, so that training pays what the sketches were made of.
+"""The built-in rewards as verl's custom reward function, so that training and sketches use the same rewards.
 
     reward.custom_reward_function.path=$(python -c 'import gradstore.trainer.verl.reward as r; print(r.__file__)')
     reward.custom_reward_function.name=compute_score
 
-Each problem is paid by the reward that its `extra_info["reward"]` names (files of `gradstore data` have it), or all by
-one: `+reward.custom_reward_function.reward_kwargs.reward=math`.
+Each problem's `extra_info["reward"]` names its reward (files of `gradstore data` have this field). To use one reward
+for all: `+reward.custom_reward_function.reward_kwargs.reward=math`.
 """
 
 import functools
@@ -24,9 +24,9 @@ def compute_score(
     reward: str = "auto",
     **_: Any,
 ) -> float:
-    """What `gradstore.trainer.sampling.rewards.load_reward(reward)` pays; verl calls it by these names.
+    """Score a response with `gradstore.trainer.sampling.rewards.load_reward(reward)`; verl passes these arguments.
 
-    Raises RequestError, naming the problem by `extra_info["index"]`, as the reward itself does.
+    Raises RequestError like the reward itself, with `extra_info["index"]` as the problem's name.
     """
     info = dict(extra_info or {})
     record = {

@@ -1,9 +1,9 @@
-"""The order in which verl's data loader draws from the pool: what the rounds picked, and nothing else.
+"""Sampler of verl's data loader: draws the rounds' picks from the pool, and nothing else.
 
-After each round the picks are fed in, as many times over as the steps until the next round go through them, each time
-in a new order. What was fed and how far the loader has drawn is the sampler's state, which verl's `StatefulDataLoader`
-keeps in every checkpoint: a resumed run draws on at the very next problem. The loader must not draw ahead
-(data.dataloader_num_workers=0), or problems that were never trained on would count as drawn.
+After each round the picks are fed in, once per pass until the next round, each pass in a new order. The sampler's state
+is the fed order and the number of draws. verl's `StatefulDataLoader` saves it in every checkpoint, so a resumed run
+continues with the very next problem. The loader must not draw ahead (data.dataloader_num_workers=0): otherwise problems
+would count as drawn without being trained on.
 """
 
 import hashlib
@@ -17,10 +17,10 @@ from gradstore.errors import RequestError
 
 
 class RoundSampler(Sampler[int]):
-    """Gives the pool's row numbers of the problems that were fed, in that order."""
+    """Yields the pool's row numbers of the fed problems, in the order they were fed."""
 
     def __init__(self, ids: Sequence[str]) -> None:
-        """ids: the pool's problem ids, in the order of its rows; RequestError where one occurs twice."""
+        """ids: the pool's problem ids, in the order of its rows; RequestError if an id occurs twice."""
         self._row_of = {name: row for row, name in enumerate(ids)}
         if len(self._row_of) < len(ids):
             twice = next(name for row, name in enumerate(ids) if self._row_of[name] != row)
@@ -41,28 +41,28 @@ class RoundSampler(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         while self._drawn < len(self._order):
             name = self._order[self._drawn]
-            # Counted before it is handed over: the loader takes its snapshot between two draws.
+            # Count the draw before yielding: the loader takes its snapshot between two draws.
             self._drawn += 1
             yield self._row_of[name]
 
     @property
     def left(self) -> int:
-        """Draws until a round must feed more."""
+        """Remaining draws before a round must feed more."""
         return len(self._order) - self._drawn
 
     @property
     def order(self) -> list[str]:
-        """Ids of everything fed since the last round, in the order they are drawn."""
+        """Ids fed by the last round, in drawing order."""
         return list(self._order)
 
     @property
     def rollouts(self) -> dict[str, int]:
-        """Rollouts of the problems that should not get as many as verl is set to."""
+        """Rollouts per problem id, for problems that do not use verl's default number."""
         return dict(self._rollouts)
 
     @property
     def weights(self) -> dict[str, float]:
-        """Of the problems whose part in a step's loss is not the usual one."""
+        """Loss weight per problem id, for problems whose weight is not 1."""
         return dict(self._weights)
 
     def feed(
@@ -71,10 +71,9 @@ class RoundSampler(Sampler[int]):
         rollouts: Mapping[str, int] | None = None,
         weights: Mapping[str, float] | None = None,
     ) -> None:
-        """Draw these next, the old ones being used up; RequestError for an id outside the pool, or when it is early.
+        """Set the ids to draw next; RequestError if earlier ones are not used up, or for an id outside the pool.
 
-        rollouts: of the problems that should not get as many as verl is set to. weights: of those that should not
-        count as 1.
+        rollouts: for problems that do not use verl's default number. weights: for problems whose weight is not 1.
         """
         if self.left:
             raise RequestError(f"the sampler was fed with {self.left} problems still to draw")
@@ -85,17 +84,16 @@ class RoundSampler(Sampler[int]):
         self._rollouts, self._weights = dict(rollouts or {}), dict(weights or {})
 
     def keep(self, rounds: dict[str, Any]) -> None:
-        """What the rounds need to go on, kept in the sampler's state."""
+        """Store the rounds' state in the sampler's state."""
         self._rounds = rounds
 
     @property
     def rounds(self) -> dict[str, Any]:
-        """What `keep` was given last; empty for a run that has had no round."""
+        """The state last passed to `keep`; empty before the first round."""
         return self._rounds
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values: what was fed, how far it is drawn, rollouts and weight of each, the rounds' state, the pool's
-        digest."""
+        """State as plain values: fed ids, number drawn, rollouts and weights, the rounds' state, the pool's digest."""
         return {
             "pool": self._pool,
             "order": list(self._order),
@@ -106,7 +104,7 @@ class RoundSampler(Sampler[int]):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on where `state_dict` was taken; RequestError for the state of another pool or of another sampler."""
+        """Resume from a `state_dict`; RequestError if it is of another pool or another sampler."""
         if not {"pool", "order", "drawn", "rollouts", "rounds"} <= state.keys():
             raise RequestError(
                 "the checkpoint's sampler was not made by gradstore: resume it without gradstore, "
@@ -118,13 +116,13 @@ class RoundSampler(Sampler[int]):
             )
         self._order, self._drawn = list(state["order"]), int(state["drawn"])
         self._rollouts, self._rounds = dict(state["rollouts"]), dict(state["rounds"])
-        self._weights = dict(state.get("weights", {}))  # checkpoints from before there were any have none
+        self._weights = dict(state.get("weights", {}))  # old checkpoints have no weights
 
 
 def drawing_order(picks: Sequence[str], n_draws: int, seed: int) -> list[str]:
-    """The picks over and over until there are n_draws, each time through in an order of its own.
+    """Repeat the picks until there are n_draws ids, each pass shuffled differently.
 
-    RequestError unless n_draws is a multiple of the picks: each is trained on equally often.
+    RequestError unless n_draws is a multiple of the number of picks, so that each is trained on equally often.
     """
     if not len(picks) or n_draws % len(picks):
         raise RequestError(f"{n_draws} draws are not a multiple of {len(picks)} picks")

@@ -3,12 +3,12 @@
     data.sampler.class_path=pkg://gradstore.trainer.verl.sampler_07 data.sampler.class_name=StoreSampler
     data.dataloader_num_workers=0 +data.gradstore.store=run/store +data.gradstore.selected=256 ...
 
-verl 0.7 gives a sampler neither its policy nor its workers, so that sketches are made outside: the rollouts of every
-step are left as a rollout file, `gradstore collect` sketches them with a saved checkpoint, and whenever its picks are
-used up the sampler chooses anew from what the store holds by then. verl 0.9 needs none of this (trainer/verl).
+A sampler of verl 0.7 has no access to the policy or the workers, so sketches are made outside of the run. The sampler
+writes each step's rollouts to a file, and `gradstore collect` sketches them with a saved checkpoint. When its picks are
+used up, the sampler selects again from the store's current rows. verl 0.9 does not need this (trainer/verl).
 
-verl 0.7 writes its checkpoint before it tells the sampler of the step. Nothing here depends on that: choices are made
-when the loader draws, and what was drawn is the state.
+verl 0.7 writes its checkpoint before it calls the sampler's `update`. This makes no difference: selections happen when
+the loader draws, and the state is the number of draws.
 """
 
 import logging
@@ -39,25 +39,25 @@ class StoreSettings:
     """The node `data.gradstore` of verl's configuration."""
 
     store: str
-    """The store that is chosen from; it may grow while the run goes on."""
+    """Path of the store to select from; it may grow during the run."""
     selected: int
-    """Problems picked at a time."""
+    """Problems picked per selection."""
     steps: int = 10
-    """Training steps on them."""
+    """Training steps per selection."""
     selector: str = "cosine"
     """Any of engine.SELECTORS, or a mixture."""
     pool: str = "pool"
-    """Collection of the store that data.train_files is in."""
+    """Collection of the store that holds the problems of data.train_files."""
     benchmarks: tuple[str, ...] = ("validation",)
     """Collections whose gradients are the targets."""
     seed: int = 0
-    """Everything drawn at random follows from it and the number of the choice."""
+    """Seed; every random draw depends only on it and the selection's number."""
     rollouts: str | None = None
-    """Folder for the rollouts of every step, step-000000.jsonl and so on; None: they are not kept."""
+    """Folder for each step's rollouts, step-000000.jsonl and so on; None: do not keep them."""
 
     @classmethod
     def of(cls, data_config: Mapping[str, Any]) -> "StoreSettings":
-        """RequestError for a setting that is missing or unknown, and for a loader that draws ahead."""
+        """Read the settings; RequestError for a missing or unknown setting, and for a loader that draws ahead."""
         given = dict(data_config.get("gradstore") or {})
         known = [field.name for field in fields(cls)]
         for name in given:
@@ -77,12 +77,12 @@ class StoreSettings:
 
 
 class StoreSampler(RoundSampler, AbstractCurriculumSampler):
-    """Draws what a selector picks from the store, and keeps each step's rollouts."""
+    """Draws a selector's picks from the store, and writes each step's rollouts."""
 
     def __init__(self, data_source: Sized, data_config: Mapping[str, Any]) -> None:
-        """Called by verl. data_source: its dataset; data_config: the `data` node of its configuration.
+        """verl calls this. data_source: verl's dataset. data_config: the `data` node of verl's configuration.
 
-        RequestError for settings that cannot be, and for a store without the pool or without a benchmark.
+        RequestError for invalid settings, and for a store without the pool or a benchmark.
         """
         self._settings = StoreSettings.of(data_config)
         self._batch = int(data_config["train_batch_size"])
@@ -98,13 +98,13 @@ class StoreSampler(RoundSampler, AbstractCurriculumSampler):
         drawing_order(["any"] * self._settings.selected, self._batch * self._settings.steps, 0)
 
     def __iter__(self) -> Iterator[int]:
-        """Without end: verl counts the steps."""
+        """Yield row numbers without end; verl counts the steps."""
         while True:
             yield from super().__iter__()
             self._choose()
 
     def update(self, batch: Any) -> None:
-        """Called by verl after each step with its batch, one row a rollout: keeps the rollouts."""
+        """Write the rollouts of a step's batch, one row per rollout; verl calls this after each step."""
         if self._settings.rollouts is None:
             return
         step = (self._choices - 1) * self._settings.steps + self._drawn // self._batch - 1
@@ -112,18 +112,18 @@ class StoreSampler(RoundSampler, AbstractCurriculumSampler):
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"step-{step:06d}.jsonl"
         if path.exists():
-            return  # of this step before an interruption, sampled by the same policy
+            return  # written before an interruption, by the same policy
         unfinished = path.with_name(f"unfinished-{path.name}")
         with write_rollouts(unfinished) as writer:
             writer.append(self._rows(batch, step))
         unfinished.replace(path)
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values: what was chosen, how far it is drawn, and how often was chosen."""
+        """State as plain values: that of `RoundSampler`, and the number of selections."""
         return {**super().state_dict(), "choices": self._choices}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on where `state_dict` was taken; RequestError for the state of another pool."""
+        """Resume from a `state_dict`; RequestError if it is of another pool."""
         super().load_state_dict(state)
         self._choices = int(state["choices"])
 
@@ -141,7 +141,7 @@ class StoreSampler(RoundSampler, AbstractCurriculumSampler):
         self._choices += 1
 
     def _rows(self, batch: Any, step: int) -> list[Rollout]:
-        """The batch's rows as rollouts, a problem's together."""
+        """The batch's rows as rollouts, grouped by problem."""
         tensors, others = batch.batch, batch.non_tensor_batch
         names = [_id_of(info, i) for i, info in enumerate(others["extra_info"])]
         width = tensors["prompts"].shape[1]
@@ -176,7 +176,7 @@ class StoreSampler(RoundSampler, AbstractCurriculumSampler):
 
 
 def _id_of(info: Mapping[str, Any], row: int) -> str:
-    """As `from_verl` reads it."""
+    """Problem id of a row's extra_info, read as in `from_verl`."""
     value = info.get("index") if info.get("index") is not None else info.get("id")
     if value is None:
         raise RequestError(f"batch, row {row + 1}: extra_info has no `index`: its problem cannot be told")

@@ -1,8 +1,8 @@
-"""verl's synchronous trainer with a round of selection whenever the picks of the last one are used up.
+"""verl's synchronous trainer with a selection round whenever the last round's picks are used up.
 
-A round comes before the step that needs it, with the rollout engine awake and the newest weights in it, so that it is
-decided by the state of the sampler alone: a run resumed anywhere does the rounds an undisturbed one would. Rollouts of
-training steps are sketched before the update, by the policy that made them.
+A round runs before the step that needs it, when the rollout engine is awake and has the newest weights. Only the
+sampler's state decides when, so a resumed run does the same rounds as an uninterrupted one. Rollouts of training steps
+are sketched before the update, by the policy that sampled them.
 """
 
 import logging
@@ -43,24 +43,24 @@ log = logging.getLogger(__name__)
 
 _ACTORS = (Role.Actor, Role.ActorRollout, Role.ActorRolloutRef)
 _TRAINING = 1
-"""Tells the seeds of training rollouts from those of a round's."""
+"""Seed component that separates training rollouts from rollouts of rounds."""
 
 
 class SelectingTrainer(PPOTrainerSync):
-    """Trains on what the rounds pick."""
+    """verl's synchronous trainer, training on the rounds' picks."""
 
     def __init__(self, config: Any) -> None:
         self.settings = VerlSettings.of(config)
         super().__init__(config)
         self._problem_of: dict[str, str] = {}
-        """Problem id of each row of the step under way, by uid."""
+        """uid -> problem id, for the rows of the current step."""
         self._weight_of: dict[str, float] = {}
-        """Weights of those that do not count as 1."""
+        """uid -> weight, for rows whose weight is not 1."""
         self._policy: LivePolicy | None = None
         self._of_round: dict[str, float] = {}
-        """The last round in numbers, until verl's logger has them."""
+        """Scalars of the last round, until they are passed to verl's logger."""
 
-    # What verl sets up, with our sampler and our workers
+    # verl's set-up, with our sampler and our workers
 
     def _init_dataloader(self) -> None:
         rounds = self.settings.rounds
@@ -74,7 +74,7 @@ class SelectingTrainer(PPOTrainerSync):
                 f"{self.config.data.train_batch_size}"
             )
         with open_dict(self.config):
-            # Rounds count, not passes through the pool: verl must not stop at the end of one.
+            # The rounds decide the length of the run: verl must not stop after a pass through the pool.
             enough = math.ceil(self.total_training_steps / self.steps_per_epoch) + 1
             self.config.trainer.total_epochs = max(self.config.trainer.total_epochs, enough)
         records = records_of(self.train_dataset, "data.train_files")
@@ -105,7 +105,7 @@ class SelectingTrainer(PPOTrainerSync):
         super()._load_checkpoint()
         if self.global_steps == 0:
             return
-        # The loader restores its sampler when it is first iterated; the next round is decided by the sampler.
+        # The loader restores its sampler's state only when it is first iterated, and the rounds need that state.
         self.train_dataloader_it = iter(self.train_dataloader)
         if not self.sampler.rounds:
             raise RequestError(
@@ -118,7 +118,7 @@ class SelectingTrainer(PPOTrainerSync):
 
     @property
     def policy(self) -> LivePolicy:
-        """The live policy, as rounds see it."""
+        """The live policy for the rounds."""
         if self._policy is None:
             self._policy = LivePolicy(self, self.settings)
         return self._policy
@@ -180,7 +180,7 @@ class SelectingTrainer(PPOTrainerSync):
         self.policy.awake = True
 
     def _balance_batch(self, batch: Any, metrics: dict[str, Any], *args: Any, **options: Any) -> Any:
-        # Rollouts arrive in any order; sums over a batch would differ in their last digits from run to run.
+        # Rollouts arrive in any order; without sorting, sums over a batch would differ between runs in the last digits.
         batch.reorder(sorted(range(len(batch.keys)), key=lambda i: place_of(batch.keys[i])))
         return super()._balance_batch(batch, metrics, *args, **options)
 

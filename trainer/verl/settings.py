@@ -1,8 +1,8 @@
 """gradstore's settings of a verl run: the `gradstore` node of verl's configuration.
 
-They are given like verl's own, as overrides (`gradstore.store=...`, or `+gradstore.store=...` where the entry module is
-the user's). Settings of the rounds stand beside those of the integration; GradAlign's names are understood. What verl's
-configuration says already (batch, rollouts) is taken from there.
+Give them like verl's own, as overrides: `gradstore.store=...`, or `+gradstore.store=...` with your own entry module.
+The node holds the settings of the rounds and of the integration; GradAlign's names are accepted. The batch size and the
+number of rollouts default to verl's own settings.
 """
 
 from collections.abc import Mapping
@@ -22,28 +22,28 @@ _COARSE_PROBE_RANK = 64
 
 @dataclass(frozen=True, slots=True)
 class VerlSettings:
-    """What the integration needs to know; the rest is verl's."""
+    """Settings of the integration; everything else is in verl's configuration."""
 
     store: Path
-    """Folder of the store: made in the first round, gone on with after that."""
+    """Folder of the store; the first round creates it, later ones add to it."""
     rounds: RoundSettings
-    """How each round chooses."""
+    """Settings of the selection rounds."""
     benchmarks: Mapping[str, list[str]]
-    """Name -> files in verl's form; without any, data.val_files as `validation`."""
+    """Benchmark name -> files in verl's form; default: data.val_files as `validation`."""
     pool: str = "pool"
-    """Name of data.train_files' collection in the store."""
+    """Name of the store's collection for data.train_files."""
     seeded: bool = True
-    """Every rollout asks for a seed of its own, which an exact resume depends on."""
+    """Whether every rollout gets its own seed; an exact resume needs this."""
     logprobs: bool = False
-    """Whether the rollout engine's log-probabilities are those of the policy at temperature 1; verl's settings say."""
+    """Whether the rollout engine's log-probabilities are the policy's at temperature 1; from verl's settings."""
     probe_rank: int | None = None
-    """Rank of the branch that probes move along; None: the weights themselves are moved (float32 only)."""
+    """Rank of the low-rank branch that probes move along; None: move the weights themselves (float32 only)."""
 
     @classmethod
     def of(cls, config: Any) -> "VerlSettings":
-        """Read and checked from verl's configuration (an OmegaConf node or a dict of dicts).
+        """Read and check the settings from verl's configuration (an OmegaConf node or a dict of dicts).
 
-        RequestError for a setting that is missing, unknown, or at odds with verl's.
+        RequestError for a setting that is missing, unknown, or contradicts verl's.
         """
         given = {name: value for name, value in _plain(config).get(NODE, {}).items() if value is not None}
         if "store" not in given:
@@ -97,7 +97,7 @@ class VerlSettings:
 
 
 def _plain(config: Any) -> dict[str, Any]:
-    """The configuration as dicts, interpolations resolved."""
+    """The configuration as nested dicts, with interpolations resolved."""
     if isinstance(config, dict):
         return config
     from omegaconf import OmegaConf
@@ -107,7 +107,7 @@ def _plain(config: Any) -> dict[str, Any]:
 
 
 def _spec(given: Mapping[str, Any]) -> SketchSpec:
-    """`gradstore.spec`: fields of SketchSpec, its objective a preset's name or fields of Objective."""
+    """Parse `gradstore.spec`: fields of SketchSpec; the objective is a preset's name or fields of Objective."""
     known = {field.name for field in fields(SketchSpec)}
     unknown = sorted(given.keys() - known)
     if unknown:
@@ -124,7 +124,7 @@ def _spec(given: Mapping[str, Any]) -> SketchSpec:
 
 
 def _take_over(given: dict[str, Any], name: str, value: Any, where: str) -> None:
-    """verl's value for a setting both have; RequestError where the round was given another."""
+    """Take verl's value for a setting that both have; RequestError if the round was given a different one."""
     spelled = [key for key in (name, *(k for k, ours in GRADALIGN_NAMES.items() if ours == name)) if key in given]
     for key in spelled:
         if int(given[key]) != int(value):
@@ -136,7 +136,7 @@ def _take_over(given: dict[str, Any], name: str, value: Any, where: str) -> None
 
 
 def _refuse_old_names(config: Any, place: str = "") -> None:
-    """RequestError for a module that is named as before it moved into gradstore."""
+    """RequestError for a module's old name, from before it moved into gradstore."""
     if isinstance(config, Mapping):
         for name, value in config.items():
             _refuse_old_names(value, f"{place}.{name}" if place else str(name))
@@ -149,11 +149,11 @@ def _refuse_old_names(config: Any, place: str = "") -> None:
 
 
 _MOVED = {"trainer.verl_reward": "gradstore.trainer.verl.reward", "trainer.verl": "gradstore.trainer.verl"}
-"""Module before -> now."""
+"""Old module name -> new name."""
 
 
 def _check_verl(verl: Mapping[str, Any]) -> None:
-    """RequestError for a configuration of verl under which rounds or sketches cannot work."""
+    """RequestError for a verl configuration in which rounds or sketches cannot work."""
     actor, data, trainer = verl["actor_rollout_ref"]["actor"], verl["data"], verl["trainer"]
     mode = trainer.get("v1", {}).get("trainer_mode", "sync")
     if not trainer.get("use_v1", True) or mode != "sync":
@@ -193,7 +193,7 @@ def _check_verl(verl: Mapping[str, Any]) -> None:
 
 
 def _check_queue(verl: Mapping[str, Any], rounds: RoundSettings) -> None:
-    """RequestError where the rollouts of one window do not fit in verl's queue."""
+    """RequestError if the rollouts of one window do not fit in verl's queue."""
     backend = verl.get("transfer_queue", {}).get("backend", {})
     if backend.get("storage_backend") != "SimpleStorage":
         return
@@ -207,7 +207,7 @@ def _check_queue(verl: Mapping[str, Any], rounds: RoundSettings) -> None:
 
 
 def _exact_logprobs(rollout: Mapping[str, Any]) -> bool:
-    """Whether recorded log-probabilities are the policy's own: nothing scaled, nothing cut off."""
+    """Whether recorded log-probabilities are the policy's own: temperature 1, no top-p or top-k."""
     return bool(
         rollout.get("calculate_log_probs")
         and rollout.get("temperature") == 1

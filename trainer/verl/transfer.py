@@ -1,7 +1,7 @@
-"""Between records, verl's TransferQueue and groups: how a problem becomes rows for verl, and its rollouts a group.
+"""Conversion between problem records, rows of verl's TransferQueue, and rollout groups.
 
-A rollout's key is UID_SESSION_OUTPUT: the row it was sampled for, the number of the rollout, the turn's output. Uids
-are ours and sort as the rows do, so that a batch can be put in the same order in every run.
+A rollout's key is UID_SESSION_OUTPUT: its row, its number, the turn's output. gradstore makes the uids; they sort like
+the rows, so a batch has the same order in every run.
 """
 
 import copy
@@ -26,7 +26,7 @@ from gradstore.trainer.verl.agent_loop import SEED_FIELD
 
 PARTITION = "train"
 ROLLOUTS_FIELD = "__rollout_n__"
-"""Field of a row: how often verl's agent loop rolls it out, where that is not rollout.n."""
+"""Field of a row with its number of rollouts, if that is not rollout.n."""
 FIELDS = ["prompts", "responses", "response_mask", "rm_scores"]
 LOGPROBS = "rollout_log_probs"
 _LONGEST_WAIT = 1.0
@@ -41,7 +41,7 @@ class Rows:
 
 
 def records_of(dataset: Any, where: str) -> list[dict[str, Any]]:
-    """Canonical records of verl's dataset, in its order; RequestError for rows without an id or of another kind."""
+    """Canonical records of verl's dataset, in its order; RequestError for rows without an id or with other fields."""
     if not hasattr(dataset, "dataframe"):
         raise RequestError(f"{where}: dataset class {type(dataset).__name__} has no `dataframe` to read problems from")
     records = []
@@ -60,9 +60,9 @@ def rows_of(
     n: int,
     seed: tuple[int, ...] | None,
 ) -> Rows:
-    """The problems as the trainer's dataset would give them, to be rolled out n times each.
+    """Rows for verl's agent loop, as the trainer's dataset would make them, with n rollouts per problem.
 
-    dataset: lends its class's way from a record to a row. seed: what each row's seed follows from; None: unseeded.
+    dataset: its class converts the records to rows. seed: each row's seed is derived from it; None: unseeded.
     """
     view = copy.copy(dataset)
     view.dataframe = [_fields(record, dataset.prompt_key) for record in problems]
@@ -75,12 +75,12 @@ def rows_of(
 
 
 def row_seeds(seed: tuple[int, ...] | None, n: int) -> np.ndarray:
-    """A seed for each of n rows, object [n]; -1 where nothing is to be seeded."""
+    """A seed for each of n rows, object [n]; -1 if seed is None."""
     return np.array([-1 if seed is None else derived_seed(*seed, i) for i in range(n)], dtype=object)
 
 
 def wait_for(uids: Sequence[str]) -> tuple[list[str], set[str]]:
-    """Waits until every prompt has been rolled out; (keys of the rollouts, in order, and uids that failed)."""
+    """Wait until every prompt has been rolled out; returns (keys of the rollouts in order, uids that failed)."""
     wanted, pause = set(uids), 0.05
     while True:
         tags = tq.kv_list(PARTITION).get(PARTITION, {})
@@ -94,11 +94,11 @@ def wait_for(uids: Sequence[str]) -> tuple[list[str], set[str]]:
 
 
 def groups_of(keys: Sequence[str], id_of: Mapping[str, str], logprobs: bool) -> dict[str, Group]:
-    """The groups of rollouts in the queue, by uid.
+    """Read groups of rollouts from the queue; returns uid -> group.
 
-    id_of: uid -> problem id. logprobs: take over those of the rollout engine. RequestError for a rollout with more than
-    one output, or with tokens in its response that the policy did not write (a tool's): the gradient of such a group is
-    not this engine's.
+    id_of: uid -> problem id. logprobs: keep the rollout engine's log-probabilities. RequestError for a rollout with
+    more than one output, or with response tokens that the policy did not write (a tool's): this engine cannot compute
+    the gradient of such a group.
     """
     keys = sorted(keys, key=place_of)
     wanted = [*FIELDS, LOGPROBS] if logprobs else FIELDS
@@ -130,7 +130,7 @@ def groups_of(keys: Sequence[str], id_of: Mapping[str, str], logprobs: bool) -> 
 
 
 def weigh(keys: Sequence[str], weights: Sequence[float]) -> None:
-    """Multiplies the advantages of each rollout in the queue by a weight of its own."""
+    """Multiply the advantages of each rollout in the queue by the rollout's weight."""
     given = tq.kv_batch_get(keys=list(keys), partition_id=PARTITION, select_fields=["advantages"])["advantages"]
     rows = [row * weight for row, weight in zip(given.unbind(0), weights, strict=True)]
     scaled = torch.nested.as_nested_tensor(rows, layout=torch.jagged)
@@ -140,7 +140,7 @@ def weigh(keys: Sequence[str], weights: Sequence[float]) -> None:
 
 
 def joined(groups: Sequence[Group]) -> list[Group]:
-    """One group a problem, where a step had one several times; in the order of their first."""
+    """Join several groups of the same problem into one; problems are in the order of their first group."""
     parts: dict[str, list[Group]] = {}
     for each in groups:
         parts.setdefault(each.problem_id, []).append(each)
@@ -148,12 +148,12 @@ def joined(groups: Sequence[Group]) -> list[Group]:
 
 
 def uid_of(key: str) -> str:
-    """The row a rollout was sampled for."""
+    """uid of the row that a rollout was sampled for."""
     return key.split("_", 1)[0]
 
 
 def place_of(key: str) -> tuple[str, int, int]:
-    """Where a rollout stands among all: by row, by rollout, by output."""
+    """Sort key of a rollout: (uid, rollout number, output number)."""
     uid, session, output = key.rsplit("_", 2)
     return uid, int(session), int(output)
 

@@ -1,8 +1,8 @@
-"""verl's actor worker with sketches and probes: they run where the policy lives, on the weights as they are sharded.
+"""verl's actor worker with sketches and probes, computed in place on the sharded weights.
 
-Nothing is merged, copied or saved for it, and no gradient is reduced among the ranks: each rank runs the problems it
-is handed, in step with the others. The driver calls these methods with one list of groups for each rank
-(`gradstore.trainer.verl.ranks`); what comes back are plain values.
+Weights are not merged, copied or saved, and gradients are not reduced among the ranks. Each rank runs its own problems,
+in step with the others. The driver calls these methods with one list of groups per rank
+(`gradstore.trainer.verl.ranks`); the results are plain values.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,16 +31,16 @@ from gradstore.errors import GradstoreError, RequestError
 
 
 class SketchingWorker(ActorRolloutRefWorker):
-    """One rank of the actor. Every method is called on all ranks together."""
+    """One rank of the actor. Every method must be called on all ranks together."""
 
     _sketcher: Sketcher | None = None
     _aimed: tuple[list[Group], int, dict[str, Tensor]] | None = None
-    """This rank's validation groups, how many all ranks have and the sum of their gradients, until there is a probe."""
+    """(this rank's validation groups, number on all ranks, sum of gradients); None once a probe is made from it."""
     _probe: Probe | None = None
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def fit_sketcher(self, spec: SketchSpec, groups: Sequence[Group], benchmark: Sequence[Group]) -> SketcherFiles:
-        """Makes the sketcher, fitting a projection to the groups where the spec wants one; the same on every rank."""
+        """Make the sketcher, the same on every rank; a fitted basis is fitted to the groups and the benchmark."""
         with self._live_policy() as model:
             coverage = measure(GradientPass(model, spec), groups)
             fitted = spec.basis == "fitted"
@@ -51,21 +51,21 @@ class SketchingWorker(ActorRolloutRefWorker):
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def use_sketcher(self, fingerprint: dict, attachments: Mapping[str, bytes], token_budget: int | None) -> None:
-        """Makes the sketcher of a store; RequestError where its rows would not be comparable with this model's."""
+        """Make a store's sketcher; RequestError if the store's rows would not be comparable with this model's."""
         with self._live_policy() as model:
             spec = replace(SketchSpec.of(fingerprint), token_budget=token_budget)
             self._sketcher = sketcher_from(model, fingerprint, attachments, spec)
 
     @register(dispatch_mode=Dispatch.DP_COMPUTE)
     def sketch_groups(self, groups: Sequence[Group]) -> SketchBatch:
-        """Sketches of this rank's groups."""
+        """Sketch this rank's groups."""
         with self._live_policy():
             return self._made().sketch(groups)
 
     @register(dispatch_mode=Dispatch.DP_COMPUTE)
     def aim(self, groups: Sequence[Group]) -> SketchBatch:
-        """Sketches of this rank's validation groups; probes go along the gradient of all ranks' until the next call."""
-        self._aimed = self._probe = None  # the old direction is freed before there is another
+        """Sketch this rank's validation groups; set the probe direction to the gradient of all ranks' groups."""
+        self._aimed = self._probe = None  # free the old direction before making a new one
         with self._live_policy() as model:
             batch, sums = sketched_and_summed(self._made(), groups)
             self._aimed = list(groups), int(total(model, [len(groups)])[0]), sums
@@ -73,10 +73,10 @@ class SketchingWorker(ActorRolloutRefWorker):
 
     @register(dispatch_mode=Dispatch.DP_COMPUTE)
     def probe_groups(self, groups: Sequence[Group], rank: int | None, like: Calibration | None) -> ProbeBatch:
-        """Probes this rank's groups along the gradient that `aim` was last given.
+        """Probe this rank's groups along the direction of the last `aim`.
 
-        The step is calibrated on the validation groups, from `like` on, at the first call. rank: move along the
-        direction cut to this rank, for weights coarser than float32 (`engine.Probe`).
+        The first call calibrates the step size on the validation groups, starting from `like`. rank: use a low-rank
+        approximation of the direction with this rank, for weights coarser than float32 (`engine.Probe`).
         """
         spec = self._made().spec
         with self._live_policy() as model:
@@ -92,7 +92,7 @@ class SketchingWorker(ActorRolloutRefWorker):
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def forget_direction(self) -> None:
-        """Frees the direction kept for probing: as large as this rank's part of the weights."""
+        """Free the probe direction, which is as large as this rank's shard of the weights."""
         self._aimed = self._probe = None
 
     def _made(self) -> Sketcher:
@@ -102,7 +102,7 @@ class SketchingWorker(ActorRolloutRefWorker):
 
     @contextmanager
     def _live_policy(self) -> Iterator[nn.Module]:
-        """The actor's model, on its device and in its shards; offloaded again afterwards where verl had it so."""
+        """The actor's sharded model, on its device; offloaded again afterwards if verl had offloaded it."""
         if self.actor is None:
             raise RequestError(f"worker of role {self.role!r} has no actor to sketch with")
         engine: Any = self.actor.engine
@@ -112,5 +112,5 @@ class SketchingWorker(ActorRolloutRefWorker):
                 yield engine.module
                 reshard(engine.module)
         except GradstoreError as error:
-            # Errors with constructors of their own do not survive the way back to the driver.
+            # Errors with their own constructors cannot be unpickled by the driver.
             raise (RequestError if isinstance(error, RequestError) else GradstoreError)(str(error)) from None

@@ -13,6 +13,6 @@ Every score returned is computed from the stored row; an index only decides whic
 
 from gradstore.engine.searching.indexes.index import Index
 from gradstore.engine.searching.indexes.kinds import KINDS
-from gradstore.engine.searching.indexes.serve import IndexWarning, index_for
+from gradstore.engine.searching.indexes.serve import index_for
 
-__all__ = ["KINDS", "Index", "IndexWarning", "index_for"]
+__all__ = ["KINDS", "Index", "index_for"]

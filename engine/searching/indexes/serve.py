@@ -1,7 +1,7 @@
 """The index that serves a question: opened, extended by what was published since, built, or refused."""
 
+import logging
 import threading
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from weakref import WeakKeyDictionary
@@ -19,12 +19,9 @@ from gradstore.errors import GradstoreError, RequestError
 _SAVE_SHARE = 1 / 64
 """Share of new entries from which an extended index is written again; fewer are quicker to add than to write."""
 
+log = logging.getLogger(__name__)
 _open: WeakKeyDictionary[Store, dict[Path, Kept]] = WeakKeyDictionary()
 _lock = threading.RLock()
-
-
-class IndexWarning(UserWarning):
-    """An index that was asked for does not serve, and why; the exact scan does."""
 
 
 def index_for(
@@ -42,7 +39,7 @@ def index_for(
 
     kind: one of KINDS; `auto`: the fastest way of answering n_queries queries, which may be `scan`. metric: cosine,
     dot or fisher. recall: least mean recall at k, in the self-test, against the exact scan; an index below it is
-    refused with an IndexWarning, and that is remembered. queries: float [Q, D], to test with instead of sampled ones.
+    refused with a warning, and that is remembered. queries: float [Q, D], to test with instead of sampled ones.
     keep: use and leave the index in the collection's folder; where that cannot be written it lives in memory alone.
     RequestError for an unknown kind or one whose library is missing.
     """
@@ -148,7 +145,7 @@ def _kept_on_disk(folder: IndexFolder, make: Callable[[Kept | None], Kept], kept
             if writable:
                 folder.write(kept)
         except GradstoreError as error:
-            warnings.warn(f"the {folder.kind} index is not kept: {error}", IndexWarning, stacklevel=4)
+            log.warning("the %s index is not kept: %s", folder.kind, error)
     return kept
 
 
@@ -156,10 +153,11 @@ def _offer(kept: Kept, kind: str, k: int, n_live: int, recall: float) -> Index |
     refusal = _refusal(kept, k, n_live, recall)
     if refusal is None:
         return kept.index
-    warnings.warn(
-        f"the {kind} index is refused: recall {refusal.recall:.3f} at k {refusal.k} in its self-test, "
-        f"asked for {recall}; the exact scan serves",
-        IndexWarning,
-        stacklevel=3,
+    log.warning(
+        "the %s index is refused: recall %.3f at k %d in its self-test, asked for %s; the exact scan serves",
+        kind,
+        refusal.recall,
+        refusal.k,
+        recall,
     )
     return None

@@ -1,7 +1,7 @@
-"""What samples the responses: one small interface, one module per inference library.
+"""Sampling back ends: one small interface, one module per inference library.
 
-A back end turns prompts into sampled responses with the log-probability of every sampled token under the policy as it
-is (temperature 1, no truncation), whatever temperature they were sampled at: what importance weights need.
+A back end turns prompts into sampled responses. It also returns the log-probability of every sampled token under the
+policy itself (temperature 1, no truncation), whatever the sampling temperature. Importance weights need this.
 """
 
 import hashlib
@@ -33,7 +33,7 @@ class Backend(Protocol):
     tokenizer: Any
     """The policy's transformers tokenizer."""
     context: int | None
-    """The most tokens a prompt and its response may have together; None when the model sets no limit."""
+    """Maximum tokens of a prompt plus its response; None when the model sets no limit."""
 
     def generate(
         self,
@@ -45,14 +45,17 @@ class Backend(Protocol):
         top_p: float,
         seed: int,
     ) -> list[list[Response]]:
-        """n responses to each prompt, in the prompts' order; the same call gives the same responses again.
+        """Sample n responses per prompt, in the prompts' order; the same call returns the same responses.
 
-        prompts: token ids, each with at least one. temperature 0 takes the most probable token always.
+        prompts: token ids, at least one per prompt. temperature: 0 always takes the most probable token.
         """
         ...
 
     def settings(self) -> dict[str, Any]:
-        """What decides the responses beside the call: library, weights, dtype. JSON-able; kept with the rollouts."""
+        """Settings that affect responses besides the call's arguments (library, weights, dtype), JSON-able.
+
+        They are stored with the rollouts.
+        """
         ...
 
 
@@ -63,9 +66,9 @@ BACKENDS = {
 
 
 def load_backend(name: str, model: str | Path, **options: Any) -> Backend:
-    """The back end of this name with a model's weights loaded; options are those of its `load`.
+    """Create the back end `name` with a model's weights loaded; options are passed to its `load`.
 
-    Raises RequestError for an unknown name, a library that is not installed, a model that cannot be loaded.
+    Raises RequestError for an unknown name, a library that is not installed, or a model that cannot be loaded.
     """
     if name not in BACKENDS:
         raise RequestError(f"unknown back end {name!r}, expected {' or '.join(BACKENDS)}")
@@ -74,7 +77,7 @@ def load_backend(name: str, model: str | Path, **options: Any) -> Backend:
 
 
 def end_tokens(generation_config: Any, tokenizer: Any) -> list[int]:
-    """Ids of the tokens that end a response: those of the model's generation config and the tokenizer's."""
+    """Ids of the tokens that end a response, from the model's generation config and the tokenizer."""
     ids = getattr(generation_config, "eos_token_id", None)
     listed = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
     if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in listed:
@@ -83,10 +86,10 @@ def end_tokens(generation_config: Any, tokenizer: Any) -> list[int]:
 
 
 def derived_seed(seed: int, *parts: int) -> int:
-    """A seed of 63 bits for a part of a run, unrelated to that of any other part.
+    """A 63-bit seed for a part of a run, unrelated to the seed of any other part.
 
-    Never seed + part: the streams of neighbouring seeds can be shared, as between vLLM's requests, whose rollout j is
-    sampled with seed + j.
+    Do not use seed + part instead: neighbouring seeds can share random streams. For example, vLLM samples rollout j of
+    a request with seed + j.
     """
     text = ",".join(map(str, (seed, *parts)))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) >> 1

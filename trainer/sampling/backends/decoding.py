@@ -1,12 +1,13 @@
-"""Sampling many responses to each prompt without computing anything twice.
+"""Batched sampling of many responses per prompt with a shared KV cache: nothing is computed twice.
 
-Rollouts of a problem that are equal so far are one row: a prompt is prefilled once, and a row is split only where its
-rollouts sample different tokens. After a few tokens of free text every rollout is a row of its own and this is plain
-batched decoding; short answers of a policy that has made up its mind cost a fraction. Rows whose rollouts have all
-ended are dropped.
+Rollouts of a problem with the same tokens so far share one row. A prompt is prefilled once; a row is split only when
+its rollouts sample different tokens. After a few tokens of free text, every rollout has its own row, as in plain
+batched decoding. Short answers of a confident policy cost a fraction of that. Rows whose rollouts have all ended are
+dropped.
 
-The tokens come from uniform numbers drawn beforehand for each rollout, by inversion of the cumulative distribution, in
-one pass over the vocabulary: a rollout does not depend on which others are sampled beside it, save by rounding.
+Each rollout has its own uniform numbers, drawn beforehand; tokens come from them by inverting the cumulative
+distribution, in one pass over the vocabulary. So a rollout does not depend on the others in its batch, except by
+rounding.
 
 Dimension suffixes: R rollouts, U rows (different beginnings), S tokens of prompts and responses, T response tokens,
 V vocabulary, K blocks of it, B tokens of a block.
@@ -22,14 +23,14 @@ from torch import Tensor
 from transformers import DynamicCache
 
 DEAD_SHARE = 0.125
-"""Rows that have ended are dropped from the cache when they are this share of it; dropping copies the cache."""
+"""Ended rows are dropped from the cache when they reach this share of it; dropping copies the cache."""
 
 _ENTRIES = 1 << 22
-"""Entries of the vocabulary's rows that are worked on at once: more leave a CPU's caches, and double memory."""
+"""Logits (rows x vocabulary) processed at once: more would not fit a CPU's caches, and would double the memory."""
 
 
 def decodes(model: Any) -> bool:
-    """Whether the model's cache can be indexed by row; models with a recurrent state cannot be split."""
+    """Whether the rows of the model's cache can be selected; models with a recurrent state do not allow it."""
     stateful = getattr(model, "_is_stateful", False) or model.config.is_encoder_decoder
     return not stateful and model._supports_default_dynamic_cache()
 
@@ -45,10 +46,11 @@ def sample(
     pad_id: int,
     end_ids: Sequence[int],
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Token ids int64 [R, T], their log-probabilities at temperature 1 float32 [R, T], and lengths int64 [R].
+    """Sample a response per rollout: token ids int64 [R, T], log-probabilities float32 [R, T], lengths int64 [R].
 
-    draws_RT: uniform numbers in [0, 1), float64; T is the most tokens of a response. prompt_R: the prompt of each
-    rollout, ascending. temperature 0 takes the most probable token. What follows a rollout's end is not meaningful.
+    The log-probabilities are at temperature 1. Values after a rollout's end are meaningless. draws_RT: uniform numbers
+    in [0, 1), float64; T is the maximum response length. prompt_R: index of each rollout's prompt, ascending.
+    temperature: 0 takes the most probable token.
     """
     device = model.device
     logits_of = _step(model)
@@ -60,7 +62,7 @@ def sample(
     ids_RT = torch.full((n_rollouts, n_tokens), pad_id, device=device)
     logprobs_RT = torch.zeros(n_rollouts, n_tokens, device=device)
     length_R = torch.full((n_rollouts,), n_tokens, device=device)
-    alive_R = torch.arange(n_rollouts, device=device)  # rollouts that go on; row_R is the row of each
+    alive_R = torch.arange(n_rollouts, device=device)  # unfinished rollouts; row_R is the row of each
     cache = DynamicCache(config=model.config)
     for t in range(n_tokens):
         logits_UV = logits_of(ids_US, mask_US, cache).float()
@@ -84,7 +86,7 @@ def sample(
 def _split(
     row_R: Tensor, token_R: Tensor, n_rows: int, n_vocabulary: int, pad_id: int
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    """The row that each new row continues (None: as they stand), the new row of each rollout, and each row's token."""
+    """(old row of each new row, or None if rows stay unchanged; new row of each rollout; next token of each row)."""
     keys_U, new_R = torch.unique(row_R * n_vocabulary + token_R, return_inverse=True)
     parents_U, tokens_U = keys_U // n_vocabulary, keys_U % n_vocabulary
     distinct = len(torch.unique_consecutive(parents_U)) == len(parents_U)
@@ -96,9 +98,10 @@ def _split(
 
 
 def chosen(logits_UV: Tensor, row_R: Tensor, draw_R: Tensor, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
-    """One token for each rollout from its row's distribution, int64 [R], and its log-probability at temperature 1.
+    """Sample one token per rollout from its row's logits: ids int64 [R] and log-probabilities at temperature 1.
 
-    logits_UV: float32. draw_R: uniform in [0, 1), float64: the token is where the cumulative distribution passes it.
+    logits_UV: float32. draw_R: uniform in [0, 1), float64. The token is the first whose cumulative probability exceeds
+    the draw.
     """
     size = max(1, _ENTRIES // logits_UV.shape[1])
     if len(logits_UV) <= size:
@@ -115,7 +118,7 @@ def _chosen_of_part(
     logits_UV: Tensor, row_R: Tensor, draw_R: Tensor, temperature: float, top_p: float
 ) -> tuple[Tensor, Tensor]:
     largest_U, greedy_U = logits_UV.max(-1)
-    # exp(logit - largest): its sum is the softmax's at temperature 1, and the sampling weights where that is asked for
+    # exp(logit - largest): its sum is the softmax denominator at temperature 1; at that temperature also the weights
     weights_UV = (logits_UV - largest_U[:, None]).exp_()
     log_total_U = largest_U + weights_UV.sum(-1).log_()
     if not temperature:
@@ -128,20 +131,20 @@ def _chosen_of_part(
 
 
 def _nucleus(weights_UV: Tensor, top_p: float) -> Tensor:
-    """The weights of the smallest set of tokens that reaches top_p, 0 elsewhere, float64."""
+    """Probabilities of the smallest set of tokens whose sum reaches top_p, 0 elsewhere, float64."""
     probs_UV = weights_UV.double()
     probs_UV /= probs_UV.sum(-1, keepdim=True)
     sorted_UV, order_UV = probs_UV.sort(-1, descending=True)
-    # a token stays while those before it do not reach top_p
+    # keep a token if the more probable ones together do not reach top_p
     sorted_UV[sorted_UV.cumsum(-1) - sorted_UV >= top_p] = 0.0
     return torch.zeros_like(probs_UV).scatter_(-1, order_UV, sorted_UV)
 
 
 def _drawn(weights_UV: Tensor, row_R: Tensor, draw_R: Tensor) -> Tensor:
-    """The token at which the weights of a rollout's row, summed from the first, pass draw times their total.
+    """Per rollout, the first token where the cumulative weight of its row exceeds draw x total weight.
 
-    Looked up in two steps, the block of tokens and the token in it: the vocabulary is gone through once, and only sums
-    of blocks are added up in float64. A token of weight 0 is never drawn.
+    The search has two steps: first the block of tokens, then the token in the block. So the vocabulary is read once,
+    and only block sums are cumulated in float64. A token of weight 0 is never drawn.
     """
     n_vocabulary = weights_UV.shape[1]
     width = 1 << (n_vocabulary.bit_length() + 1) // 2  # about as many blocks as tokens in each
@@ -151,13 +154,13 @@ def _drawn(weights_UV: Tensor, row_R: Tensor, draw_R: Tensor) -> Tensor:
     reached_RK = reached_UK[row_R]
     total_R = reached_RK[:, -1:]
     target_R = draw_R[:, None] * total_R
-    # a product that is rounded up to the total belongs to the last block that has any weight
+    # a product that rounds up to the total belongs to the last block with any weight
     block_R = torch.minimum((reached_RK <= target_R).sum(-1), (reached_RK < total_R).sum(-1))
     before_R = torch.where(block_R > 0, reached_RK.gather(1, (block_R - 1).clamp(min=0)[:, None])[:, 0], 0.0)
     places_RB = block_R[:, None] * width + torch.arange(width, device=row_R.device)
     within_RB = weights_UV[row_R[:, None], places_RB.clamp(max=n_vocabulary - 1)].double()
     within_RB.masked_fill_(places_RB >= n_vocabulary, 0.0)
-    # The block's own sum may be rounded another way: a draw beyond it is its last token's.
+    # The block's own sum may round differently: a draw beyond it takes the block's last token.
     last_R = width - 1 - (within_RB > 0).flip(-1).int().argmax(-1)
     place_R = (within_RB.cumsum_(-1) <= target_R - before_R[:, None]).sum(-1)
     return block_R * width + torch.minimum(place_R, last_R)
@@ -174,7 +177,7 @@ def _padded_left(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.de
 
 
 def _step(model: Any) -> Callable[[Tensor, Tensor, DynamicCache], Tensor]:
-    """The forward of new tokens: (ids [U, new], mask [U, S], cache) to the last position's logits [U, V]."""
+    """The forward pass of new tokens: (ids [U, new], mask [U, S], cache) -> logits [U, V] of the last position."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     takes = inspect.signature(base.forward).parameters
     only_last = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}

@@ -1,13 +1,12 @@
-"""Rollouts by transformers: any causal LM, on CPU or one GPU, nothing else to install.
+"""Sampling with transformers: any causal LM, on CPU or one GPU, no other package needed.
 
 Rollouts are sorted by prompt length, cut into batches of at most `batch_tokens` tokens, padded on the left and sampled
-with the key-value cache, each prompt and each beginning that rollouts share computed once (decoding.py). Models whose
-state is more than a cache go through transformers' own `generate`.
+with the KV cache. Each prompt and each shared prefix is computed once (decoding.py). Models whose state is more than a
+KV cache use transformers' own `generate`.
 
-The log-probabilities are taken at each step from the logits that the token was sampled from, before temperature and
-top-p; only one step's logits are held at a time, as all steps' would be steps x batch x vocabulary. The model's own
-sampling defaults (repetition penalty, top-k and so on) are set aside: they would sample from another distribution than
-the policy's.
+Log-probabilities come from each step's logits, before temperature and top-p. Only one step's logits are in memory,
+because all steps would need steps x batch x vocabulary. The model's own sampling defaults (repetition penalty, top-k
+and so on) are ignored: they would change the distribution that is sampled from.
 
 Dimension suffixes: B sequences, R rollouts, T tokens, V vocabulary.
 """
@@ -33,27 +32,27 @@ from gradstore.trainer.sampling.backends.decoding import decodes, sample
 log = logging.getLogger(__name__)
 
 LOGIT_BYTES = 1 << 29
-"""Most bytes of one step's logits in float32: what bounds the rollouts of a batch where the vocabulary is large."""
+"""Maximum bytes of one step's float32 logits; limits the rollouts per batch if the vocabulary is large."""
 
 _Rollout = tuple[int, int, int]
-"""Prompt tokens, problem, number."""
+"""(prompt tokens, problem, rollout number)."""
 
 
 class TransformersBackend:
     """Samples from a model in memory.
 
-    The model is put in eval mode while it generates and left as it was, so that a trainer may hand in the policy that
+    The model is in eval mode while it generates; its mode is restored afterwards. So a trainer may pass the policy that
     it is training.
     """
 
     def __init__(self, model: Any, tokenizer: Any, *, batch_tokens: int | None = None) -> None:
-        """batch_tokens: the most tokens, prompts and responses together, that one batch may grow to; None: what memory
-        allows, as it is now."""
+        """batch_tokens: maximum tokens (prompts and responses) per batch; None: as many as the free memory allows
+        now."""
         if batch_tokens is not None and batch_tokens < 1:
             raise RequestError(f"batch_tokens is {batch_tokens}, expected 1 or more")
         self.model, self.tokenizer = model, tokenizer
         self._batch_tokens = self._fitting = sampled_tokens(model) if batch_tokens is None else batch_tokens
-        """Tokens that there was memory for."""
+        """Tokens per batch that fit in memory, as far as known."""
         text_config = model.config.get_text_config()
         self._most_rollouts = max(1, LOGIT_BYTES // (4 * text_config.vocab_size))
         self.context: int | None = getattr(text_config, "max_position_embeddings", None)
@@ -70,7 +69,7 @@ class TransformersBackend:
         dtype: str = "auto",
         batch_tokens: int | None = None,
     ) -> "TransformersBackend":
-        """device: as torch names it; None takes the GPU where there is one. dtype: "auto" is the checkpoint's."""
+        """device: torch's name for it; None: the GPU if there is one. dtype: "auto" is the checkpoint's dtype."""
         policy = load_model(model, device=device, dtype=dtype)
         return cls(policy, load_tokenizer(model), batch_tokens=batch_tokens)
 
@@ -114,7 +113,7 @@ class TransformersBackend:
         return responses
 
     def _batches(self, rollouts: list[_Rollout], max_new_tokens: int) -> Iterator[list[_Rollout]]:
-        """Cuts rollouts (prompt tokens, problem, number), sorted by length, where the token budget is full."""
+        """Cut rollouts, sorted by prompt length, into batches within the token budget."""
         batch: list[_Rollout] = []
         for rollout in rollouts:
             tokens = (rollout[0] + max_new_tokens) * (len(batch) + 1)
@@ -128,7 +127,7 @@ class TransformersBackend:
     def _decoded(
         self, batch: list[_Rollout], decode: Callable[[list[_Rollout], int], list[Response]], max_new_tokens: int
     ) -> Iterator[tuple[_Rollout, Response]]:
-        """Every rollout of a batch with its response; where there is no memory for all of them, half and half."""
+        """Every rollout of a batch with its response; a batch that runs out of memory is halved and tried again."""
         waiting = [batch]
         while waiting:
             part, found = waiting.pop(), None
@@ -141,7 +140,7 @@ class TransformersBackend:
             if found is not None:
                 yield from zip(part, found, strict=True)
                 continue
-            release()  # the error, which held the batch's cache, is gone here
+            release()  # the error object, which kept the batch's cache alive, is gone here
             if len(part) == 1:
                 raise RequestError(
                     f"one rollout of {part[0][0]} tokens of prompt and {max_new_tokens} of response does not fit into "
@@ -162,7 +161,7 @@ class TransformersBackend:
         top_p: float,
         seed: int,
     ) -> list[Response]:
-        """A response for each rollout (prompt tokens, problem, number) of a batch."""
+        """Sample a response for each rollout of a batch."""
         places = {p: u for u, p in enumerate(dict.fromkeys(p for _, p, _ in batch))}
         draws_RT = torch.empty(len(batch), max_new_tokens, dtype=torch.float64)
         generator = torch.Generator()
@@ -186,7 +185,7 @@ class TransformersBackend:
         return Response(ids_T, logprobs_T[:length].astype(np.float32), reason)
 
     def _generate(self, prompts: list[list[int]], config: Any) -> list[Response]:
-        """One response to each prompt of a batch, by the model's own loop."""
+        """One response per prompt of a batch, by transformers' own `generate`."""
         width = max(map(len, prompts))
         ids_BT = torch.full((len(prompts), width), config.pad_token_id)
         mask_BT = torch.zeros_like(ids_BT)
@@ -219,7 +218,7 @@ class TransformersBackend:
 
 
 class _LogprobRecorder:
-    """Keeps each step's logits until the token is known, then that token's log-probability alone."""
+    """Keeps each step's logits until the token is sampled, then only that token's log-probability."""
 
     def __init__(self) -> None:
         self._logits_BV: torch.Tensor | None = None
@@ -269,7 +268,7 @@ def _eval(model: Any) -> Iterator[None]:
 
 @contextmanager
 def _own_sampling(model: Any, config: Any) -> Iterator[None]:
-    """Hides the model's generation defaults, which `generate` merges into every config it is given."""
+    """Replace the model's generation defaults for a while: `generate` merges them into every config it gets."""
     defaults = model.generation_config
     model.generation_config = config
     try:
@@ -280,6 +279,6 @@ def _own_sampling(model: Any, config: Any) -> Iterator[None]:
 
 @contextmanager
 def _own_randomness(device: torch.device) -> Iterator[None]:
-    """Seeding inside leaves torch's generators outside as they were."""
+    """Restore torch's global random state on exit, so that seeding inside has no effect outside."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         yield

@@ -1,7 +1,7 @@
-"""Rollouts by vLLM, for GPUs: the same interface and the same conventions as the transformers back end.
+"""Sampling with vLLM, for GPUs: same interface and conventions as the transformers back end.
 
-vLLM comes with `gradstore[gpu]`. Responses repeat on the same machine with the same call; vLLM promises no more than
-that, as its batches depend on memory and on its version.
+Install vLLM with `gradstore[gpu]`. The same call returns the same responses only on the same machine: vLLM's batches
+depend on memory and on its version.
 """
 
 import hashlib
@@ -35,7 +35,7 @@ class VllmBackend:
         max_model_len: int | None = None,
         **engine_options: Any,
     ) -> "VllmBackend":
-        """max_model_len: the most tokens of a sequence, less than the model's own limit saves memory.
+        """max_model_len: maximum tokens per sequence; a value below the model's own limit saves memory.
 
         engine_options: further arguments of `vllm.LLM` (tensor_parallel_size, gpu_memory_utilization, ...).
         """
@@ -53,7 +53,7 @@ class VllmBackend:
                 model=str(model),
                 dtype=dtype,
                 max_model_len=max_model_len,
-                generation_config="vllm",  # not the model's own sampling defaults: the policy's distribution
+                generation_config="vllm",  # not the model's own sampling defaults, which change the distribution
                 logprobs_mode="raw_logprobs",  # at temperature 1, before top-p
                 disable_log_stats=True,
                 **engine_options,
@@ -87,7 +87,7 @@ class VllmBackend:
                 max_tokens=max_new_tokens,
                 seed=derived_seed(seed, number),
                 stop_token_ids=self._end_ids,
-                logprobs=0,  # of the sampled token alone
+                logprobs=0,  # only the sampled token's
                 detokenize=False,
             )
             for number in range(len(prompts))
@@ -112,13 +112,13 @@ def _generation_config(model: str | Path) -> Any:
     try:
         return transformers.GenerationConfig.from_pretrained(model)
     except OSError:
-        return None  # a model need not have one
+        return None  # the file is optional
 
 
 def folder_digest(folder: Path) -> str:
-    """16 hexadecimal digits over the weight files of a model's folder: names, sizes, 64 evenly spaced blocks of each.
+    """Digest of a model folder's weight files, 16 hexadecimal digits: names, sizes, 64 evenly spaced blocks per file.
 
-    A model that is not a local folder is named by its hub id alone: "".
+    "" if the model is not a local folder; then only its hub id identifies it.
     """
     if not folder.is_dir():
         return ""

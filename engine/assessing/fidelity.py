@@ -14,8 +14,8 @@ from scipy.stats import spearmanr  # type: ignore[import-untyped]
 from torch import nn
 
 from gradstore import Store
+from gradstore.engine.assessing.split_half import SplitHalf, split, split_half
 from gradstore.engine.gradients.exact import exact_against
-from gradstore.engine.reliability.split_half import SplitHalf, split, split_half
 from gradstore.engine.rollouts.source import RolloutSource
 from gradstore.engine.searching.query import search
 from gradstore.engine.searching.ranking import best

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from gradstore import Store, View
-from gradstore.engine.reliability.split_half import SplitHalf, split, split_half
+from gradstore.engine.assessing.split_half import SplitHalf, split, split_half
 from gradstore.engine.rollouts.group import Group
 from gradstore.engine.rollouts.source import RolloutSource
 from gradstore.engine.searching.query import Metric, eligible_positions, query_vectors, score_rows

@@ -1,0 +1,24 @@
+"""Errors reach another process whole: workers' exceptions are pickled on their way."""
+
+import pickle
+
+import pytest
+
+from gradstore import errors
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        errors.FingerprintError.between({"seed": 0}, {"seed": 1}, "store"),
+        *[
+            kind("row 3: wrong")
+            for kind in vars(errors).values()
+            if isinstance(kind, type) and issubclass(kind, errors.GradstoreError)
+        ],
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_errors_survive_pickling(error: errors.GradstoreError) -> None:
+    again = pickle.loads(pickle.dumps(error))
+    assert (type(again), str(again), again.exit_status) == (type(error), str(error), error.exit_status)
