@@ -1,7 +1,7 @@
 """Reliability of a pool's scores, estimated from the halves of stored probes, or else from repeated rows.
 
 A score is an estimate from a few rollouts. Its rank reliability is the Spearman correlation between two separate sets
-of rollouts of the same problems under the same policy. Two rankings that agree this well show no drift.
+of rollouts of the same problems under the same policy. Rankings that agree at least this well show no drift.
 
 Dimension letters: P problems, G rollouts.
 """
