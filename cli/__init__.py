@@ -9,7 +9,7 @@ import sys
 from gradstore.cli.app import app
 from gradstore.errors import GradstoreError
 
-EXTRA_OF = dict.fromkeys(("torch", "transformers", "safetensors", "math_verify", "reasoning_gym"), "models")
+EXTRA_OF = dict.fromkeys(("torch", "transformers", "safetensors", "jinja2", "math_verify", "reasoning_gym"), "models")
 """Module that a plain installation lacks -> the extra that brings it."""
 
 
