@@ -1,4 +1,4 @@
-"""`python -m gradstore` is the `gradstore` command."""
+"""Entry point: `python -m gradstore` runs the `gradstore` command."""
 
 from gradstore.cli import main
 

@@ -1,8 +1,8 @@
-"""Numbered files that are only ever added: what a collection keeps beside its rows and never changes.
+"""Append-only numbered Parquet files of a collection, such as probes and rounds; they never change.
 
-A folder of `part-NNNNNN-XXXXXXXX.parquet`, each named by its number, counted from 0, and the CRC-32C of its bytes. A
-part is there when it has its name, so nothing else has to be published; a number that is missing below the last one, or
-bytes that do not give the name, are damage. Such a folder belongs to no generation: compaction leaves it as it is.
+A folder of `part-NNNNNN-XXXXXXXX.parquet`. The name has the part's number, counted from 0, and the CRC-32C of its
+bytes. The final rename publishes a part; no manifest is involved. A missing number below the last one, or bytes that do
+not match the name, are damage. Such a folder belongs to no generation: compaction does not change it.
 """
 
 import re
@@ -24,13 +24,15 @@ def add_part(folder: Path, data: bytes) -> int:
 
 
 def count_parts(folder: Path) -> int:
-    """How many parts there should be: one more than the largest number."""
+    """Number of parts there should be: the largest number plus one."""
     return max((number for number, _, _ in _parts(folder)), default=-1) + 1
 
 
 def read_parts(folder: Path, first: int = 0, stop: int | None = None, skip: Collection[str] = ()) -> dict[str, bytes]:
-    """Bytes of the parts from `first` up to `stop` by file name, in order; DamagedError for one that changed or is
-    missing. skip: names of parts to leave out, unread."""
+    """File name -> bytes of the parts from `first` up to (not including) `stop`, in order.
+
+    skip: names of parts that are not read. DamagedError if a part changed or is missing.
+    """
     found = {}
     for path, data, fault in check_parts(folder, first, stop, skip):
         if fault:
@@ -42,7 +44,7 @@ def read_parts(folder: Path, first: int = 0, stop: int | None = None, skip: Coll
 def check_parts(
     folder: Path, first: int = 0, stop: int | None = None, skip: Collection[str] = ()
 ) -> list[tuple[Path, bytes, str]]:
-    """(file, bytes, what is wrong with it or nothing) of every part but those to skip, missing ones too, in order."""
+    """Check every part, missing ones too, except those to skip: (file, bytes, fault, "" if none), in order."""
     found = {number: (crc, path) for number, crc, path in _parts(folder)}
     end = max(found, default=-1) + 1
     checked = []
@@ -61,7 +63,7 @@ def check_parts(
 
 
 def strangers(folder: Path) -> list[Path]:
-    """What lies in the folder and is no part."""
+    """Files in the folder that are not parts."""
     if not folder.is_dir():
         return []
     return sorted(path for path in folder.iterdir() if not _PART.fullmatch(path.name))

@@ -1,8 +1,7 @@
-"""Rows onto disk: the newest chunk file of every array, preallocated, written in place past the published
-rows.
+"""Appender: writes rows in place to the newest, preallocated chunk file of every array, after the published rows.
 
-Nothing here is visible to a reader until a manifest with the new row count and checksums is published; `sync`
-is what must happen before that, or `syncing`, beside the manifest's own way to the disk.
+A reader sees nothing of this until a manifest with the new row count and checksums is published. Call `sync` before
+that, or publish inside `syncing`, which syncs rows and manifest in parallel.
 """
 
 import errno
@@ -32,28 +31,28 @@ from gradstore.durable import (
 from gradstore.layout import IN_USE, PROBLEMS, ZARR, RowArray, group_json
 
 _WRITES_WAITING = 2
-"""Calls of `write` whose rows may be on their way: more would only hold memory."""
+"""Most pending calls of `write`: more would only hold memory."""
 _LARGE = 1 << 20
-"""Bytes of a write from which it goes past the page cache, beside others."""
+"""Writes of at least this many bytes bypass the page cache and run in parallel."""
 _LARGE_WAITING = 4
-"""Large writes on their way to the disk: enough to keep it busy."""
+"""Most pending large writes: enough to keep the disk busy."""
 _DISK_THREADS = 9
 _SYNCS_WAITING = 90
-"""Files that may wait to be synced; each holds a descriptor."""
+"""Most files waiting for a sync; each holds a descriptor."""
 
 
 @dataclass
 class _OpenChunk:
-    """A chunk file that more rows are written to."""
+    """A chunk file that is still being written."""
 
     path: Path
     descriptor: int
     large: list[Future] = field(default_factory=list)
-    """Writes on their way: to be waited for before a sync."""
+    """Pending large writes; a sync waits for them first."""
 
     def sync(self) -> None:
         if self.large:
-            wait(self.large)  # all of them, before one's error lets the file be closed under another
+            wait(self.large)  # Wait for all: an error of one closes the file that others still write to.
             for write in self.large:
                 write.result()
             self.large.clear()
@@ -68,11 +67,11 @@ class _OpenChunk:
 
 
 class Appender:
-    """Appends rows to all arrays of one generation; checksums grow with the bytes.
+    """Appends rows to all arrays of one generation and updates the checksums with every write.
 
-    Where they are many, one thread of its own takes them, in order, while the caller makes the next rows; it opens
-    files and takes checksums, and others write what is large and sync finished chunks. What goes wrong there is raised
-    by the next `write` or by `sync`, which must not be skipped.
+    Large appends run in a writer thread, in order, while the caller prepares the next rows. That thread opens files and
+    computes checksums; other threads write large blocks and sync finished chunks. The next `write` or `sync` raises
+    their errors, so `sync` must not be skipped.
     """
 
     def __init__(self, generation: Path, arrays: tuple[RowArray, ...], rows: int, chunks: Mapping) -> None:
@@ -93,19 +92,19 @@ class Appender:
 
     @property
     def chunks(self) -> dict[str, tuple[int, ...]]:
-        """Checksums of all rows up to the last `settle`, as a manifest keeps them."""
+        """Checksums of all rows up to the last `settle`, in the manifest's form."""
         return {name: tuple(crcs) for name, crcs in self._crcs.items()}
 
     def write(self, columns: Mapping[str, np.ndarray]) -> None:
-        """Append rows: one entry of every array for each, not yet durable and not yet visible.
+        """Append rows, with one entry per row in every array; they are not yet durable and not yet visible.
 
-        The arrays are this object's from now on.
+        The caller must not change the arrays afterwards.
         """
         few = columns["codes"].nbytes < _LARGE
         self._wait(0 if few else _WRITES_WAITING - 1)
         self.rows += len(columns["problem"])
         if few:
-            self._write(columns)  # Sooner done than handed over.
+            self._write(columns)  # For few rows this is faster than a thread switch.
         else:
             self._writes.append(self._writer.submit(self._write, columns))
 
@@ -115,12 +114,12 @@ class Appender:
             pass
 
     def settle(self) -> None:
-        """Wait until every row so far is with the system; `chunks` is up to date from here on."""
+        """Wait until all rows so far are handed to the operating system; `chunks` is then up to date."""
         self._wait(0)
 
     @contextmanager
     def syncing(self) -> Iterator[None]:
-        """Every row so far goes to the disk while the block runs, and is there when it ends."""
+        """Context manager: syncs every row so far to disk while the block runs; all are durable when it ends."""
         self.settle()
         if self._dirty:
             self._syncs.extend(self._disk.submit(opened.sync) for opened in self._open.values() if opened.large)
@@ -133,7 +132,7 @@ class Appender:
         self._grown.clear()
 
     def close(self) -> None:
-        """Let go of the files; what has not been synced may or may not be on the disk."""
+        """Close the files; bytes that were not synced may or may not be on disk."""
         self._writer.shutdown(cancel_futures=True)
         self._disk.shutdown()
         for opened in self._open.values():
@@ -141,7 +140,7 @@ class Appender:
         self._open.clear()
 
     def _wait(self, most: int) -> None:
-        """Until at most so many writes are on their way; raises the first error."""
+        """Wait until at most `most` writes are pending; raises the first error."""
         while len(self._writes) > most:
             self._writes[0].result()
             self._writes.popleft()
@@ -153,7 +152,7 @@ class Appender:
 
     def _write(self, columns: Mapping[str, np.ndarray]) -> None:
         if self._broken:
-            return  # Nothing is written behind what could not be written.
+            return  # After a failed write no more rows may follow.
         self._broken = True
         for array in self._arrays:
             self._put(array, np.ascontiguousarray(columns[array.name], dtype=array.dtype))
@@ -161,7 +160,7 @@ class Appender:
         self._broken = False
 
     def _put(self, array: RowArray, entries: np.ndarray) -> None:
-        """All entries of one array, chunk file by chunk file."""
+        """Write all entries of one array, chunk file by chunk file."""
         crcs = self._crcs[array.name]
         done = 0
         while done < len(entries):
@@ -181,7 +180,7 @@ class Appender:
                 self._syncs.append(self._disk.submit(self._open.pop(array.name).sync_and_close))
 
     def _write_part(self, opened: _OpenChunk, part: np.ndarray, offset: int) -> None:
-        """Whole pages, if they are many, go past the page cache."""
+        """Write a part of a chunk; large page-aligned parts bypass the page cache."""
         if part.nbytes < _LARGE or (part.ctypes.data | part.nbytes | offset) % PAGE:
             with writing(opened.path):
                 write_all(opened.descriptor, part, offset)
@@ -204,7 +203,7 @@ class Appender:
 
 
 def create_generation(generation: Path, arrays: tuple[RowArray, ...]) -> None:
-    """An empty generation folder: a Zarr group with every array at zero rows, and a folder for problems."""
+    """Create an empty generation folder: a Zarr group with every array at zero rows, and a folder for problems."""
 
     def create_array(array: RowArray) -> None:
         make_folder(generation / array.name)
@@ -218,7 +217,7 @@ def create_generation(generation: Path, arrays: tuple[RowArray, ...]) -> None:
 
 
 def show_rows(generation: Path, arrays: tuple[RowArray, ...], rows: int) -> None:
-    """Let the arrays' zarr.json show `rows` rows, for readers that know Zarr but not the manifest."""
+    """Set the row count in the arrays' zarr.json, for readers that know Zarr but not the manifest."""
 
     def show(array: RowArray) -> None:
         path = generation / array.name / ZARR
@@ -232,7 +231,7 @@ def show_rows(generation: Path, arrays: tuple[RowArray, ...], rows: int) -> None
 
 
 def clear_beyond(generation: Path, arrays: tuple[RowArray, ...], rows: int) -> None:
-    """Remove what lies beyond the published rows: later chunk files, and the last chunk's tail."""
+    """Remove unpublished bytes: delete later chunk files and zero the tail of the last chunk."""
     for array in arrays:
         full, within = divmod(rows, array.chunk_rows)
         folder = generation / array.name
@@ -265,7 +264,7 @@ def _write_large(path: Path, descriptor: int, part: np.ndarray, offset: int) -> 
         try:
             write_past_cache(path, part, offset)
         except OSError as error:
-            if error.errno != errno.EINVAL:  # What file systems and disks say that cannot do this.
+            if error.errno != errno.EINVAL:  # EINVAL: the file system or disk does not support direct writes.
                 raise
             write_all(descriptor, part, offset)
 

@@ -1,6 +1,6 @@
-"""Files a store keeps whole and never changes, such as fitted bases: `attachments/<name>.<crc32c>`.
+"""Attachments: immutable files of a store, such as fitted bases: `attachments/<name>.<crc32c>`.
 
-The checksum of the bytes is in the file's name, so that a reader and `verify` can tell damage without an index.
+The checksum of the bytes is in the file's name, so a reader and `verify` can detect damage without an index.
 """
 
 import json
@@ -14,18 +14,18 @@ from gradstore.errors import DamagedError, RequestError
 
 ATTACHMENTS = "attachments"
 COVERAGE = "coverage.json"
-"""Name of what a store keeps of how much its sketches see."""
+"""Attachment with the measured coverage of the store's sketches."""
 _FILE = re.compile(r"(.+)\.([0-9a-f]{8})")
 
 
 def write_attachment(store: Path, name: str, data: bytes) -> None:
-    """Keep the bytes under a name, durably; an attachment never changes."""
+    """Store bytes under a name, durably; an attachment never changes."""
     make_folder(store / ATTACHMENTS)
     replace_file(store / ATTACHMENTS / f"{name}.{crc32c(data):08x}", data)
 
 
 def read_attachment(store: Path, name: str) -> bytes:
-    """The bytes kept under a name; RequestError where there are none, DamagedError where they changed."""
+    """Read the attachment with this name; RequestError if there is none, DamagedError if its bytes changed."""
     path = _find(store, name)
     if path is None:
         raise RequestError(f"{store}: keeps no attachment {name!r}")
@@ -38,7 +38,7 @@ def read_attachment(store: Path, name: str) -> bytes:
 
 @contextmanager
 def adding(store: Path) -> Iterator[None]:
-    """Nobody else adds attachments for the duration: what is there is looked at, and added to, at one moment."""
+    """Lock against other processes that add attachments, so that check and write are one atomic step."""
     folder = store / ATTACHMENTS
     make_folder(folder)
     with writing(folder), alone(folder):
@@ -46,20 +46,22 @@ def adding(store: Path) -> Iterator[None]:
 
 
 def keep_coverage(store: Path, data: bytes) -> None:
-    """Keep what was measured of the store's sketches, unless something is kept already."""
+    """Store the measured coverage of the store's sketches, unless the store has one already."""
     with adding(store):
         if _find(store, COVERAGE) is None:
             write_attachment(store, COVERAGE, data)
 
 
 def read_coverage(store: Path) -> dict | None:
-    """How much of what trains the store's sketches see (docs/format.md), measured when it was made; None where it was
-    not. DamagedError where the bytes changed."""
+    """Coverage: the part of the trained gradient that the sketches contain (docs/format.md); None if not measured.
+
+    It was measured when the store was made. DamagedError if the bytes changed.
+    """
     return None if _find(store, COVERAGE) is None else json.loads(read_attachment(store, COVERAGE))
 
 
 def damaged_attachments(store: Path) -> Iterator[tuple[Path, str]]:
-    """Each attachment whose bytes are not those its name promises, with what is wrong."""
+    """Each damaged or unknown file among the attachments, with a description of the fault."""
     for path in sorted((store / ATTACHMENTS).glob("*")):
         if path.name.startswith(TEMPORARY):
             continue

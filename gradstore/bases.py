@@ -1,10 +1,10 @@
-"""The bases of a store: the projections its rows were made with, numbered from 0, each frozen.
+"""Bases of a store: the frozen projections that its rows were made with, numbered from 0.
 
-A store begins with one, which its fingerprint names. When a projection no longer serves, another is fitted and added,
-and rows made from then on are in that one; rows of older bases stay, and are scored against targets in their own. A
-basis is an attachment `basis-NNNNNN.json`, written after the files it needs; nothing of it ever changes.
+A store begins with one basis, which its fingerprint names. When a projection fits the gradients no longer, a new one is
+fitted and added, and later rows are in the new basis. Older rows stay and are scored against targets in their own
+basis. A basis is an attachment `basis-NNNNNN.json`, written after the files it needs; it never changes.
 
-A query of a store with B bases of D dimensions is one vector of B * D: one block for each basis.
+A query of a store with B bases of D dimensions is one vector of B * D: one block per basis.
 """
 
 import json
@@ -26,17 +26,17 @@ class Basis:
     """One projection of a store."""
 
     number: int
-    """0 for the one that the store was made with."""
+    """0 for the basis that the store was created with."""
     digest: str
-    """Of the projection; empty for the first basis of a store whose fingerprint names none."""
+    """Digest of the projection; empty for the first basis if the fingerprint names none."""
     layout: list[tuple[str, int, int]]
-    """(layer, start, stop) of the dimensions that each layer fills."""
+    """(layer, start, stop): each layer's range of dimensions."""
     about: dict[str, Any]
-    """When and why it was added, as JSON can hold it."""
+    """When and why the basis was added, JSON-compatible."""
 
 
 def first_basis(fingerprint: dict, dim: int) -> Basis:
-    """Basis 0, from the fingerprint."""
+    """Build basis 0 from the fingerprint."""
     projection = fingerprint.get("projection")
     digest = projection.get("basis", "") if isinstance(projection, dict) else ""
     layout = fingerprint.get("layout", [["all", 0, dim]])
@@ -44,7 +44,7 @@ def first_basis(fingerprint: dict, dim: int) -> Basis:
 
 
 def added_bases(store: Path) -> list[Basis]:
-    """Bases 1, 2, ... in order; DamagedError where one is missing or its bytes changed."""
+    """Bases 1, 2, ... in order; DamagedError if one is missing or its bytes changed."""
     folder = store / ATTACHMENTS
     if not folder.is_dir():
         return []
@@ -66,9 +66,9 @@ def add_basis(
     about: Mapping[str, Any],
     attachments: Mapping[str, bytes],
 ) -> int:
-    """Keep a further basis and the files it needs, durably; returns its number. One that is there is not added again.
+    """Add a basis and the files it needs, durably; returns its number. A known digest returns the existing number.
 
-    attachments: files by names that the store does not have yet, or has with the same bytes.
+    attachments: files by name; the store must not have a name yet, or have it with the same bytes.
     """
     with adding(store):
         bases = added_bases(store)

@@ -1,12 +1,12 @@
-"""How many dimensions, in how many bits each, for the bytes one can spend on a row.
+"""Row budget: chooses dimensions and dtype for a given number of bytes per row.
 
-What a stored row says about a gradient's cosine has two errors, both falling with the number of dimensions d:
+A cosine computed from stored rows has two errors. Both fall with the number of dimensions d:
 
     of the sketch        variance 1 / d              (a random projection to d dimensions)
     of the stored bits   variance INFLATION / d      (a quantiser for normal numbers)
 
-So the variance is (1 + INFLATION) / d. A bit a dimension has 1.57 / d, and for the same bytes eight times the
-dimensions of int8: many dimensions of few bits win as long as a gradient has dimensions to give.
+The total variance is (1 + INFLATION) / d. One bit per dimension has 1.57 / d, but for the same bytes eight times the
+dimensions of int8. Many dimensions of few bits are better, as long as the gradient has enough dimensions.
 """
 
 from dataclasses import dataclass
@@ -16,15 +16,15 @@ from gradstore.errors import RequestError
 from gradstore.layout import row_arrays
 
 INFLATION = {"1bit": pi / 2 - 1, "int4": 0.0120, "int8": 8e-5, "fp16": 2e-7, "fp32": 0.0}
-"""Variance that quantising adds, as a share of the sketch's own. One bit: the cosine of a normal row with its signs
-is sqrt(2/pi). int4: distortion 0.0118 of the 15-level quantiser (J. Max 1960, table II). int8, fp16: measured."""
+"""Variance added by quantisation, relative to the sketch's own. 1bit: the cosine of a normal row with its signs is
+sqrt(2/pi). int4: distortion 0.0118 of the 15-level quantiser (J. Max 1960, table II). int8, fp16: measured."""
 _BITS = {"1bit": 1, "int4": 4, "int8": 8, "fp16": 16, "fp32": 32}
 _MULTIPLE = 64
 
 
 @dataclass(frozen=True, slots=True)
 class RowFormat:
-    """`dim` and `dtype` for `gradstore.create`."""
+    """Result of `row_format`: `dim` and `dtype` for `gradstore.create`, with their sizes and error."""
 
     dim: int
     dtype: str
@@ -33,14 +33,14 @@ class RowFormat:
     row_bytes: int
     """Bytes of a row in all arrays."""
     cosine_error: float
-    """Expected standard deviation of a cosine from the unsketched one, where that is small."""
+    """Expected standard deviation of the error of a cosine, for small cosines."""
 
 
 def row_format(code_bytes: int, max_dim: int | None = None) -> RowFormat:
-    """The dimensions and the type with the smallest error of a cosine whose codes fit in `code_bytes` bytes a row.
+    """Dimensions and dtype with the smallest cosine error whose codes fit in `code_bytes` bytes per row.
 
-    max_dim: dimensions the sketch can have at most (what the projection can afford, or the model's gradient has);
-    None: any number. Dimensions are a multiple of 64 where they are more than 64.
+    max_dim: largest number of dimensions (limited by the cost of the projection, or the model's gradient); None: no
+    limit. Above 64, dimensions are a multiple of 64. RequestError unless both are integers of at least 1.
     """
     for name, value in (("code_bytes", code_bytes), ("max_dim", 1 if max_dim is None else max_dim)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:

@@ -1,7 +1,6 @@
-"""Rows off disk: small arrays read whole and checked, codes mapped chunk by chunk and never copied as a
-whole.
+"""Reading rows from disk: small arrays are read whole and checked; codes are memory-mapped, one chunk at a time.
 
-A mapping holds a file descriptor, so only the most recently used stay open.
+A mapping holds a file descriptor, so only the most recently used mappings stay open.
 """
 
 import mmap
@@ -20,9 +19,9 @@ from gradstore.layout import RowArray
 
 
 def read_column(generation: Path, array: RowArray, rows: int, crcs: tuple[int, ...]) -> np.ndarray:
-    """All published entries of a one-dimensional array, checked against their checksums.
+    """Read all published entries of a one-dimensional array and check their checksums.
 
-    Raises DamagedError naming the chunk file whose bytes are not those that were published.
+    Raises DamagedError that names the chunk file if its bytes do not match.
     """
     column = np.empty(rows, dtype=array.dtype)
     for chunk, start in enumerate(range(0, rows, array.chunk_rows)):
@@ -36,7 +35,7 @@ def read_column(generation: Path, array: RowArray, rows: int, crcs: tuple[int, .
 
 
 def map_chunk(generation: Path, array: RowArray, chunk: int, rows: int) -> np.ndarray:
-    """The first `rows` rows of a chunk as a read-only array over the mapped file."""
+    """Map the first `rows` rows of a chunk file as a read-only array; DamagedError if the file is shorter."""
     path = generation / array.name / array.chunk_file(chunk)
     size = rows * array.row_bytes
     with reading(path):

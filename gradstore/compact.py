@@ -1,8 +1,8 @@
-"""Rewriting a collection without its dead rows.
+"""Compaction: rewrites a collection without its dead rows.
 
-A new generation of files is written beside the old one, made durable, and published like any other change; a
-crash before that leaves the old one in place. Bytes are checked against their checksums on the way, so that
-damage is not copied under a new checksum.
+It writes a new generation of files next to the old one, makes it durable, and publishes it like any other change. A
+crash before that leaves the old generation in place. Bytes are checked against their checksums during the copy, so
+damage never gets a new, valid checksum.
 """
 
 from dataclasses import asdict, dataclass
@@ -24,7 +24,7 @@ from gradstore.snapshot import Snapshot
 
 @dataclass(frozen=True)
 class CompactedCollection:
-    """What compaction did to one collection."""
+    """Result of compacting one collection."""
 
     name: str
     rows_before: int
@@ -33,14 +33,14 @@ class CompactedCollection:
     problems_after: int
     bytes_before: int
     bytes_after: int
-    """Of the published files; old ones that a reader still uses are not counted."""
+    """Bytes of the published files; old files that a reader still uses are not counted."""
     kept_for_readers: tuple[str, ...]
-    """Old generations that a reader uses; a later writer removes them."""
+    """Old generations that a reader still uses; a later writer removes them."""
 
 
 @dataclass(frozen=True)
 class CompactReport:
-    """What compaction did."""
+    """Result of a compaction, per collection."""
 
     collections: tuple[CompactedCollection, ...]
 
@@ -50,7 +50,7 @@ class CompactReport:
         return {done.name: (done.rows_before, done.rows_after) for done in self.collections}
 
     def describe(self) -> dict:
-        """As JSON can hold it."""
+        """The report as a dict for JSON."""
         return {done.name: asdict(done) for done in self.collections}
 
 
@@ -85,7 +85,7 @@ def _compact(header: Header, folder: Path, keep: str) -> CompactedCollection:
 
 
 def _current(snapshot: Snapshot) -> np.ndarray:
-    """Which rows are a problem's newest, bool [rows]; in every basis that it was measured in at that step."""
+    """True for each problem's newest rows, bool [rows]: one per basis measured at the problem's newest step."""
     newest = snapshot.newest(None)
     step = snapshot.column("step")
     kept = np.zeros(snapshot.manifest.rows, dtype=bool)
@@ -120,7 +120,7 @@ def _rewrite(session: Session, snapshot: Snapshot, kept_rows: np.ndarray, kept_p
 
 
 def _runs(basis_of_rows: np.ndarray) -> tuple[tuple[int, int], ...]:
-    """Bases as a manifest keeps them: where they change."""
+    """Run-length form of the bases for a manifest: (row, basis) at each change."""
     starts = np.flatnonzero(np.diff(basis_of_rows, prepend=0))
     return tuple((int(row), int(basis_of_rows[row])) for row in starts)
 

@@ -1,4 +1,4 @@
-"""What is in a collection, in numbers: what `Store.info` and `gradstore info` tell."""
+"""Statistics of a collection, for `Store.info` and `gradstore info`."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from gradstore.state import State
 
 
 def describe(folder: Path, snapshot: Snapshot) -> dict[str, Any]:
-    """The collection in a folder as JSON can hold it; states are those of each problem's newest row."""
+    """Describe the collection in a folder as a dict for JSON; states count each problem's newest row."""
     newest = snapshot.newest(None)
     states = snapshot.column("state")[newest[newest >= 0]]
     holder = read_holder(folder)

@@ -1,8 +1,7 @@
-"""File operations that survive a crash, and the one place where an OSError becomes a sentence.
+"""File operations that survive a crash, and the conversion of an OSError to a one-line error message.
 
-A file is durable when its bytes and the folder entry that names it are both on the disk: `replace_file` does
-the four steps (write a temporary file, fsync, rename, fsync of the folder) that make a reader see either the
-old content or the new, never a mixture.
+A file is durable when its bytes and its folder entry are both on disk. `replace_file` does this in four steps: write a
+temporary file, fsync, rename, fsync of the folder. A reader sees either the old content or the new, never a mixture.
 """
 
 import errno
@@ -24,7 +23,7 @@ import google_crc32c
 from gradstore.errors import DamagedError, GradstoreError, RequestError
 
 TEMPORARY = ".tmp-"
-"""Prefix of files that were being written; the next writer removes what a crash left."""
+"""Prefix of unfinished files; after a crash the next writer removes them."""
 
 PAGE = 4096
 _FULL = {errno.ENOSPC, errno.EDQUOT}
@@ -33,7 +32,7 @@ _REFUSED = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST,
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn an OSError of the block into one line that names the file and what to do."""
+    """Convert an OSError of the block to a one-line error that names the file and says what to do."""
     try:
         yield
     except OSError as error:
@@ -50,7 +49,7 @@ def writing(path: Path) -> Iterator[None]:
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turn an OSError of the block into one line: a stored file that is missing is damage."""
+    """Convert an OSError of the block to a one-line error; a missing stored file is a DamagedError."""
     try:
         yield
     except FileNotFoundError as error:
@@ -61,7 +60,7 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def at_once(work: Callable[[Any], None], items: Iterable[Any]) -> None:
-    """Do something that waits for the disk for several files together: their fsyncs then share its commits.
+    """Run disk-bound work for several items in threads, so that their fsyncs share the file system's commits.
 
     The first exception is raised when all are done.
     """
@@ -75,15 +74,15 @@ def at_once(work: Callable[[Any], None], items: Iterable[Any]) -> None:
 
 
 Done = tuple[int, BaseException | None]
-"""A descriptor that was synced, or why it was not."""
+"""(descriptor, None) after a sync, or (descriptor, error)."""
 _SYNCS_AT_ONCE = 10
 
 
 @contextmanager
 def syncing_beside(path_of: Mapping[int, Path]) -> Iterator[None]:
-    """Open files go to the disk while the block runs, each in a thread of its own, and are there when it ends.
+    """Context manager: syncs open files to disk in background threads while the block runs; waits for them at the end.
 
-    path_of: descriptor -> the file's path, for what goes wrong. After an error of the block none is still under way.
+    path_of: descriptor -> the file's path, for error messages. It also waits for all syncs if the block raises.
     """
     done: SimpleQueue[Done] = SimpleQueue()
     jobs = _syncers(os.getpid())
@@ -101,8 +100,10 @@ def syncing_beside(path_of: Mapping[int, Path]) -> Iterator[None]:
 
 @cache
 def _syncers(_process: int) -> "SimpleQueue[tuple[int, SimpleQueue[Done]]]":
-    """What threads kept for this take files from: they begin in half the time an executor's do, which is a tenth of a
-    small publication. A forked process has none of its parent's."""
+    """Job queue of the sync threads of this process; a forked process starts its own threads.
+
+    They start a job in half the time of an executor's threads, which saves a tenth of a small publication.
+    """
     jobs: SimpleQueue[tuple[int, SimpleQueue[Done]]] = SimpleQueue()
 
     def work() -> None:
@@ -110,7 +111,7 @@ def _syncers(_process: int) -> "SimpleQueue[tuple[int, SimpleQueue[Done]]]":
             descriptor, done = jobs.get()
             try:
                 os.fdatasync(descriptor)
-            except BaseException as error:  # noqa: BLE001 (whoever waits raises it)
+            except BaseException as error:  # noqa: BLE001 (the waiting thread raises it)
                 done.put((descriptor, error))
             else:
                 done.put((descriptor, None))
@@ -121,7 +122,7 @@ def _syncers(_process: int) -> "SimpleQueue[tuple[int, SimpleQueue[Done]]]":
 
 
 def fsync_folder(folder: Path) -> None:
-    """Make the names in a folder durable."""
+    """fsync a folder: makes its file names durable."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -130,7 +131,7 @@ def fsync_folder(folder: Path) -> None:
 
 
 def write_all(descriptor: int, data: Any, offset: int) -> None:
-    """pwrite every byte of a buffer, however many calls that takes."""
+    """Write every byte of a buffer at the offset, with as many pwrite calls as needed."""
     view = memoryview(data).cast("B")
     while view.nbytes:
         written = os.pwrite(descriptor, view, offset)
@@ -139,9 +140,9 @@ def write_all(descriptor: int, data: Any, offset: int) -> None:
 
 
 def write_past_cache(path: Path, data: Any, offset: int) -> None:
-    """Write to an existing file without a copy in memory: whole pages, from memory that begins at one.
+    """Write to an existing file with direct I/O, past the page cache: whole pages, from page-aligned memory.
 
-    OSError EINVAL where a file system cannot do that or a disk asks for more.
+    OSError EINVAL if the file system does not support it or the disk needs a larger alignment.
     """
     descriptor = os.open(path, os.O_WRONLY | getattr(os, "O_DIRECT", 0))
     try:
@@ -151,10 +152,10 @@ def write_past_cache(path: Path, data: Any, offset: int) -> None:
 
 
 def replace_file(path: Path, data: bytes, beside: AbstractContextManager[None] | None = None) -> None:
-    """Give a file new content so that a crash at any moment leaves the old content or the new.
+    """Replace a file's content atomically: after a crash at any moment it has the old content or the new.
 
-    beside: entered when the new content is written and left when it is on the disk, before it shows: what else must be
-    there goes to the disk meanwhile. If it raises, the old content stays.
+    beside: context manager around the fsync of the new content, for other syncs that must finish before the rename. If
+    it raises, the old content stays.
     """
     with replacing_file(path, beside) as file:
         write_all(file.fileno(), data, 0)
@@ -162,7 +163,7 @@ def replace_file(path: Path, data: bytes, beside: AbstractContextManager[None] |
 
 @contextmanager
 def replacing_file(path: Path, beside: AbstractContextManager[None] | None = None) -> Iterator[BinaryIO]:
-    """A file to write the new content to, which shows when the block ends; after an error of it the old one stays."""
+    """Context manager: yields a file for the new content, renamed into place at the end; not if the block raises."""
     temporary = path.with_name(f"{TEMPORARY}{path.name}")
     with writing(path):
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
@@ -179,11 +180,11 @@ def replacing_file(path: Path, beside: AbstractContextManager[None] | None = Non
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A path to write a file at that a person named; it becomes `path` when the block ends, whole and durable.
+    """Context manager to write a user's output file: yields a temporary path, renamed to `path`, durably, at the end.
 
-    When the block raises, `path` is as it was and nothing is left beside it. What is no ordinary file, such as
-    /dev/stdout, is written in place. An OSError becomes one line with the path; RequestError where its folder is not
-    there.
+    If the block raises, `path` is unchanged and the temporary file is removed. A path that is not an ordinary file,
+    such as /dev/stdout, is written in place. An OSError becomes one line with the path. RequestError if its folder does
+    not exist.
     """
     if not path.parent.is_dir():
         raise RequestError(f"{path}: the folder {path.parent} does not exist")
@@ -194,7 +195,7 @@ def whole_file(path: Path) -> Iterator[Path]:
             yield path
         return
     final = path.resolve()
-    # the suffix stays: some writers tell the format by it
+    # Keep the suffix: some writers choose the format by it.
     unfinished = final.with_name(f"{TEMPORARY}{os.getpid()}-{final.name}")
     try:
         with writing(path):
@@ -208,7 +209,7 @@ def whole_file(path: Path) -> Iterator[Path]:
                 os.rename(unfinished, final)
                 fsync_folder(final.parent)
             except OSError as error:
-                error.filename = str(path)  # not the temporary name, which is gone when this is read
+                error.filename = str(path)  # Not the temporary name: that file no longer exists.
                 raise
     finally:
         unfinished.unlink(missing_ok=True)
@@ -216,7 +217,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """No other process is in the block of this folder meanwhile; the kernel lets go of the lock of one that dies."""
+    """Exclusive lock on a folder, across processes; the kernel releases it if the process dies."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -227,10 +228,10 @@ def alone(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """A folder to write files into that becomes `folder` when the block ends, whole and durable.
+    """Context manager to write a folder: yields a temporary folder, renamed to `folder`, durably, at the end.
 
-    When the block raises, or the process dies in it, `folder` is not there; what is left is removed by the next call.
-    Only one process may be in the block. RequestError where `folder` is there already.
+    If the block raises or the process dies, `folder` does not exist; the next call removes the temporary folder.
+    Only one process may be in the block. RequestError if `folder` already exists.
     """
     if folder.exists():
         raise RequestError(f"{folder}: is there already; choose another folder or remove it")
@@ -251,13 +252,13 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
 
 def write_text_file(path: Path, text: str) -> None:
-    """Writes a text file in UTF-8, whole or not at all (see `whole_file`)."""
+    """Write a text file in UTF-8 atomically (see `whole_file`)."""
     with whole_file(path) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
 
 
 def make_folder(folder: Path) -> None:
-    """Create a folder that may exist already, durably."""
+    """Create a folder durably, unless it exists."""
     with writing(folder):
         if not folder.is_dir():
             folder.mkdir()
@@ -265,7 +266,7 @@ def make_folder(folder: Path) -> None:
 
 
 def preallocate(descriptor: int, size: int) -> None:
-    """Give a file its final size with its blocks reserved, so that a full disk shows here and not mid-row."""
+    """Reserve a file's final size on disk, so that a full disk raises here and not in the middle of a row."""
     try:
         os.posix_fallocate(descriptor, 0, size)
     except (AttributeError, OSError) as error:
@@ -282,5 +283,5 @@ def crc32c(data: Any, start: int = 0) -> int:
 
 
 def canonical_json(value: object) -> bytes:
-    """The one serialisation of a JSON value that checksums are taken over: sorted names, no spaces, ASCII."""
+    """Canonical JSON, the input of all checksums of JSON values: sorted names, no spaces, ASCII."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()

@@ -1,4 +1,4 @@
-"""The root of a store: what every row in it has in common, kept in the attributes of the root Zarr group."""
+"""Header of a store: the settings common to all rows, stored in the attributes of the root Zarr group."""
 
 import json
 from dataclasses import dataclass
@@ -25,20 +25,20 @@ from gradstore.layout import (
 
 @dataclass(frozen=True)
 class Header:
-    """Fixed when the store is created."""
+    """Settings of a store, fixed at its creation."""
 
     dim: int
     dtype: str
     chunk_rows: int
     fingerprint: dict
     columns: tuple[str, ...] = ()
-    """Columns of the rows beyond those that all have."""
+    """Optional columns of the rows."""
     column_rows: int | None = None
-    """Rows of a chunk of every array but codes; None: as many as of codes."""
+    """Rows per chunk of every array except codes; None: the same as for codes."""
 
     @property
     def format(self) -> int:
-        """Version of the on-disk format that the root states."""
+        """Version of the on-disk format in the root."""
         return _format(self.columns, self.column_rows)
 
     def to_bytes(self) -> bytes:
@@ -66,10 +66,9 @@ def _format(columns: tuple[str, ...], column_rows: int | None) -> int:
 
 
 def read_header(path: Path) -> Header:
-    """The header of the store at `path`.
+    """Read the header of the store at `path`.
 
-    Raises NotAStoreError where there is no store or one of a newer format, DamagedError where its bytes
-    changed.
+    Raises NotAStoreError if there is no store or its format is newer, DamagedError if its bytes changed.
     """
     file = path / ZARR
     if not path.exists():
@@ -101,7 +100,7 @@ def read_header(path: Path) -> Header:
 
 
 def check_fingerprint(fingerprint: object) -> dict:
-    """The fingerprint as it reads back from disk (tuples become lists), or a RequestError."""
+    """Return the fingerprint as it reads back from disk (tuples become lists); RequestError if JSON cannot hold it."""
     if not isinstance(fingerprint, dict):
         raise RequestError(f"fingerprint must be a dict of settings, not {type(fingerprint).__name__}")
     try:
@@ -114,9 +113,9 @@ def check_fingerprint(fingerprint: object) -> dict:
 def check_shape(
     dim: object, dtype: object, chunk_rows: object, column_rows: object
 ) -> tuple[int, str, int, int | None]:
-    """Dimensions, stored dtype and rows of a chunk of codes and of the other arrays, or a RequestError.
+    """Check and return dim, dtype, chunk_rows (codes) and column_rows (other arrays), or raise RequestError.
 
-    Without a number of its own every other array has chunks of as many rows as are asked for of codes.
+    If only chunk_rows is given, it holds for all arrays (column_rows None). If neither is given, both get defaults.
     """
     whole = _positive("dim", dim)
     if dtype not in DTYPES:

@@ -1,6 +1,6 @@
-"""The history of a collection: one line for every row ever written, without the sketches.
+"""History of a collection: a table with one line per row ever written, without the sketches.
 
-How often a problem was measured, when, and how it went: what pass-rate predictors, staleness models and reports go by.
+It says when each problem was measured and with what result. Pass-rate predictors, staleness models and reports use it.
 All columns are arrays; a million rows take a fraction of a second.
 """
 
@@ -23,7 +23,7 @@ SCHEMA = pa.schema(
 
 
 def history_table(snapshot: Snapshot, at: int | None = None) -> pa.Table:
-    """Rows at or before step `at` (None: all) that are not deleted, by step, then in order of appending."""
+    """Rows at or before step `at` (None: all) that are not deleted, sorted by step, then by order of appending."""
     steps = snapshot.column("step")
     kept = snapshot.alive()
     if at is not None:

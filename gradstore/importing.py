@@ -1,4 +1,4 @@
-"""Put problems and sketches made elsewhere into a store, checked whole before anything is written."""
+"""Import of problems and sketches from other tools into a store; a file is checked completely before any write."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ from gradstore.store import open as open_store
 
 
 def import_problems(store_path: Path, collection: str, problems_path: Path) -> int:
-    """Add the problems of a JSONL or Parquet file to a collection of an existing store; how many were new."""
+    """Add the problems of a JSONL or Parquet file to a collection of an existing store; returns how many were new."""
     return open_store(store_path, mode="a").add_problems(collection, read_problems(problems_path))
 
 
@@ -27,10 +27,10 @@ def import_sketches(
     fingerprint_path: Path | None = None,
     dtype: str = "int8",
 ) -> tuple[int, int]:
-    """Append the rows of a Parquet file (id, sketch, and maybe norm, pass_rate, n_rollouts) at a step.
+    """Append the rows of a Parquet file (id, sketch; optional: norm, pass_rate, n_rollouts) at a step.
 
-    Creates the store when there is none, which needs fingerprint_path: a JSON object saying how the sketches were
-    made. Where the store exists, a fingerprint given must be the store's. Returns problems and rows added.
+    If there is no store, creates one; this needs fingerprint_path, a JSON object that says how the sketches were made.
+    If the store exists, a given fingerprint must equal the store's. Returns the numbers of problems and rows added.
     """
     table = _read_parquet(sketches_path)
     sketches = _matrix(table, sketches_path)

@@ -1,7 +1,7 @@
-"""Values that a record may hold: what JSON can write and UTF-8 can encode. What is not is named by its path.
+"""Check that a record can be stored as JSON in UTF-8; an error names the invalid part by its path.
 
-Half a surrogate pair is left where a tool cut text between two UTF-16 units; JSON can spell it, no file and no
-tokenizer can take it. Bytes and dates come from columns of pictures and the like.
+Half a surrogate pair appears where a tool cut text between two UTF-16 units. JSON can spell it, but files and
+tokenizers cannot encode it. Bytes and dates come from columns such as images.
 """
 
 import json
@@ -12,9 +12,9 @@ from gradstore.errors import RequestError
 
 
 def check_keepable(value: Any, where: str, path: str = "") -> None:
-    """RequestError for a part that JSON or UTF-8 cannot hold: `where`, then the part's path, that begins with `path`.
+    """Raise RequestError if JSON or UTF-8 cannot hold a part of the value; names `where` and the part's path.
 
-    With an empty path the value is a whole record, and the names of its fields begin the paths.
+    The path begins with `path`. If that is empty, the value is a whole record and paths begin with its field names.
     """
     try:
         json.dumps(value, ensure_ascii=False).encode()
@@ -25,7 +25,7 @@ def check_keepable(value: Any, where: str, path: str = "") -> None:
 
 
 def half_pair(text: str) -> int | None:
-    """Where the text has half a surrogate pair; None for text that can be encoded."""
+    """Index of the first half surrogate pair in the text; None if the text can be encoded."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -34,7 +34,7 @@ def half_pair(text: str) -> int | None:
 
 
 def fault(value: Any, path: str = "") -> str | None:
-    """What is wrong with the first part of a value that cannot be kept, by its path, such as images[0].bytes."""
+    """Describe the first part of a value that cannot be stored, with its path, e.g. images[0].bytes; None if valid."""
     if isinstance(value, str):
         place = half_pair(value)
         return None if place is None else f"field {path!r} has half a surrogate pair at character {place}"

@@ -1,8 +1,8 @@
-"""Names, dtypes and Zarr metadata of everything a store keeps on disk (docs/format.md).
+"""On-disk layout of a store: names, dtypes and Zarr metadata (docs/format.md).
 
-`row_arrays` is the single schema table: an array added there is written, checksummed, verified and compacted
-without further code. Every array is a plain Zarr v3 array with the core codec `bytes` alone, so a chunk file
-is the array's memory and can be mapped.
+`row_arrays` is the single schema table: an array added there is written, checksummed, verified and compacted without
+further code. Every array is a plain Zarr v3 array with only the core codec `bytes`. A chunk file therefore has the
+array's memory layout and can be memory-mapped.
 """
 
 import json
@@ -17,13 +17,13 @@ from gradstore.errors import RequestError
 FORMAT = 1
 """Version of the on-disk format; a reader refuses a newer one."""
 FORMAT_OF_BASES = 2
-"""Version that the manifest states of a collection with rows of more than the first basis."""
+"""Format version in the manifest of a collection that has rows in a later basis than the first."""
 FORMAT_OF_COLUMNS = 2
-"""Version that the root states of a store whose rows have further columns."""
+"""Format version in the root of a store with optional columns."""
 FORMAT_OF_COLUMN_ROWS = 3
-"""Version that the root states of a store whose chunks of codes have other numbers of rows than the rest."""
+"""Format version in the root of a store whose codes and other arrays have different chunk sizes in rows."""
 COLUMNS = {"ess": "float32"}
-"""Columns that rows have only where the root names them."""
+"""Optional columns, present when listed in the root metadata."""
 
 MANIFEST = "manifest.json"
 LOCK = "LOCK"
@@ -33,17 +33,17 @@ PROBLEMS = "problems"
 PROBES = "probes"
 ROUNDS = "rounds"
 WITHOUT_CODES = "without-codes"
-"""An empty file at the root of what `open_remote` keeps: such a folder is no store of its own."""
+"""Empty file that marks a folder made by `open_remote`: it has no codes, so it is not a complete store."""
 INDEXES = "indexes"
-"""Folder of a collection for what is derived from its rows and can be made again; not part of the format."""
+"""Folder of a collection for data derived from its rows, which can be rebuilt; not part of the format."""
 ZARR = "zarr.json"
 
 CHUNK_BYTES = 8 << 20
-"""Aimed size of a chunk of codes: streams well, and is little to preallocate for a small collection."""
+"""Target size of a chunk of codes: large enough to stream well, small enough to preallocate for a small collection."""
 MAX_CHUNK_ROWS = 16384
 COLUMN_ROWS = 1 << 16
-"""Rows of a chunk of the other arrays: 2 MB in all of them together. As few rows as codes have would make hundreds of
-files of a few kilobytes, each to be made and synced."""
+"""Rows per chunk of the other arrays: 2 MB for all of them together. With as few rows as codes have, there would be
+hundreds of files of a few kilobytes to create and sync."""
 
 _CODES = {
     "int8": ("int8", 1.0),
@@ -60,26 +60,26 @@ _GENERATION = re.compile(r"g(0|[1-9][0-9]*)")
 
 @dataclass(frozen=True, slots=True)
 class RowArray:
-    """One array with one entry (or one run of `width` entries) a row."""
+    """An array with one entry (or `width` entries) per row."""
 
     name: str
     dtype: np.dtype
     """Little-endian element type."""
     width: int | None = None
-    """Elements a row; None for a one-dimensional array."""
+    """Elements per row; None for a one-dimensional array."""
     chunk_rows: int = 1
-    """Rows of a chunk file."""
+    """Rows per chunk file."""
 
     @property
     def chunk_bytes(self) -> int:
         return self.chunk_rows * self.row_bytes
 
     def chunks(self, rows: int) -> int:
-        """Chunk files that so many rows take."""
+        """Number of chunk files for `rows` rows."""
         return -(-rows // self.chunk_rows)
 
     def rows_in(self, chunk: int, rows: int) -> int:
-        """Of so many rows those that are in one chunk."""
+        """How many of `rows` fall in this chunk."""
         return min(self.chunk_rows, rows - chunk * self.chunk_rows)
 
     @property
@@ -93,7 +93,7 @@ class RowArray:
         return f"c.{chunk}" if self.width is None else f"c.{chunk}.0"
 
     def zarr_json(self, rows: int) -> bytes:
-        """The exact bytes of the array's zarr.json when it shows `rows` rows."""
+        """The exact bytes of the array's zarr.json for `rows` rows."""
         return _text(
             {
                 "zarr_format": 3,
@@ -118,7 +118,7 @@ def row_arrays(
 ) -> tuple[RowArray, ...]:
     """The schema: every array of a collection for sketches of `dim` dimensions stored as `dtype`, codes first.
 
-    columns: names of COLUMNS that the rows have too. chunk_rows, column_rows: of codes, of the other arrays.
+    columns: optional columns, from COLUMNS. chunk_rows: rows per chunk of codes. column_rows: of the other arrays.
     """
     code_dtype, share = _CODES[dtype]
     table = (
@@ -140,7 +140,7 @@ def row_arrays(
 
 
 def default_chunk_rows(dim: int, dtype: str) -> int:
-    """The largest power of two of rows whose codes fit in `CHUNK_BYTES`, at most `MAX_CHUNK_ROWS`."""
+    """Rows per chunk of codes: the largest power of two that fits in `CHUNK_BYTES`, at most `MAX_CHUNK_ROWS`."""
     fitting = max(1, CHUNK_BYTES // row_arrays(dim, dtype)[0].row_bytes)
     return int(min(MAX_CHUNK_ROWS, 1 << (fitting.bit_length() - 1)))
 
@@ -151,7 +151,7 @@ def group_json(attributes: dict) -> bytes:
 
 
 def check_name(name: object) -> str:
-    """A collection's name, or a RequestError saying what a name may be."""
+    """Check and return a collection's name; RequestError states the rule for names."""
     if not isinstance(name, str) or not _NAME.fullmatch(name) or len(name) > 200:
         rule = "use letters, digits, '.', '_' and '-', not starting with a dot, at most 200 of them"
         raise RequestError(f"collection name {name!r} is not possible: {rule}")

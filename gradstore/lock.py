@@ -1,8 +1,8 @@
-"""Who writes, and who reads what: advisory locks that the kernel drops when their holder dies.
+"""Locks of writers and readers: advisory file locks that the kernel releases when the process dies.
 
-`WriterLock` gives a collection one writer. Its file also says who that is, from the moment the writer opens
-to the moment it has cleaned up: content in a file that nobody holds is the trace of an interrupted writer. A
-`Lease` keeps a generation of files from being removed while a reader maps them.
+`WriterLock` allows one writer per collection. Its file also names the writer, from opening until it has cleaned up. So
+content in an unlocked file shows that a writer was interrupted. A `Lease` prevents the removal of a generation of files
+while a reader maps them.
 """
 
 import datetime
@@ -20,9 +20,9 @@ from gradstore.layout import IN_USE, LOCK
 
 
 class WriterLock:
-    """The right to write to one collection, held until `release`.
+    """Exclusive lock for writing to one collection, held until `release`; LockedError names another holder.
 
-    `interrupted` is the text that an earlier writer left by dying, empty if it closed properly.
+    `interrupted`: the text left by an earlier writer that died; empty if it closed properly.
     """
 
     def __init__(self, collection: Path) -> None:
@@ -53,7 +53,7 @@ class WriterLock:
                 raise
 
     def release(self, *, clean: bool) -> None:
-        """Give the lock back. `clean`: nothing of this writer is left beyond the published rows."""
+        """Release the lock. `clean`: this writer left nothing beyond the published rows."""
         if not self._release.alive:
             return
         try:
@@ -64,14 +64,14 @@ class WriterLock:
             self._release()
 
     def _write(self, content: bytes) -> None:
-        # Never empty in between: an empty file would say that an interrupted writer had cleaned up.
+        # The file is never empty in between: an empty file means that the last writer has cleaned up.
         write_all(self._descriptor, content, 0)
         os.ftruncate(self._descriptor, len(content))
         os.fsync(self._descriptor)
 
 
 def read_holder(collection: Path) -> str:
-    """What the lock file says: its writer, running or interrupted; empty if the last one closed properly."""
+    """Text of the lock file: names a running or interrupted writer; empty if the last one closed properly."""
     try:
         return (collection / LOCK).read_text(errors="replace")
     except OSError:
@@ -96,7 +96,7 @@ def is_running(content: str) -> bool:
 
 
 def describe_holder(content: str) -> str:
-    """The lock file's content as words, empty for an empty file."""
+    """Describe the lock file's content in words; empty for an empty file."""
     if not content:
         return ""
     try:
@@ -117,21 +117,21 @@ def _this_process() -> bytes:
 
 
 class Lease:
-    """A reader's claim on a generation; it ends when the object is collected or closed."""
+    """A reader's shared lock on a generation; it ends when the object is closed or garbage-collected."""
 
     def __init__(self, descriptor: int | None) -> None:
         self.close = weakref.finalize(self, os.close, descriptor) if descriptor is not None else lambda: None
 
 
 def take_lease(generation: Path) -> Lease | None:
-    """A claim on a generation's files, or None if they are being removed or are gone."""
+    """Take a lease on a generation's files; None if they are being removed or no longer exist."""
     path = generation / IN_USE
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
         return None
     except OSError:
-        return Lease(None)  # A medium that refuses even this cannot be compacted either.
+        return Lease(None)  # Not readable, e.g. on read-only media: those cannot be compacted either.
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
         if os.fstat(descriptor).st_nlink:
@@ -145,7 +145,7 @@ def take_lease(generation: Path) -> Lease | None:
 
 
 def claim_for_removal(generation: Path) -> int | None:
-    """An exclusive lock on a generation that no reader uses, as an open descriptor; None if one does."""
+    """Lock a generation exclusively, for removal; returns an open descriptor, or None if a reader uses it."""
     descriptor = os.open(generation / IN_USE, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

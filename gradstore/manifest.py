@@ -1,7 +1,7 @@
-"""The manifest: the one file that says which rows of a collection exist and what their bytes are.
+"""Manifest: the file that lists which rows of a collection exist, with the checksums of their bytes.
 
-Publishing is replacing it. The file is `{"crc32c":"xxxxxxxx","manifest":BODY}` and a newline, where BODY is
-the canonical JSON the checksum is taken over, so a change of any byte of the file shows.
+A writer publishes by replacing this file. Its content is `{"crc32c":"xxxxxxxx","manifest":BODY}` and a newline. The
+checksum is over BODY, which is canonical JSON, so any changed byte of the file is detected.
 """
 
 import json
@@ -20,7 +20,7 @@ _TAIL = b"}\n"
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A Parquet file with consecutive problems."""
+    """Entry of a Parquet file with consecutive problems."""
 
     file: str
     rows: int
@@ -30,23 +30,23 @@ class Part:
 
 @dataclass(frozen=True)
 class Manifest:
-    """One published moment of a collection."""
+    """Published state of a collection at one commit."""
 
     commit: int = 0
-    """Counts publications; 0 before the first."""
+    """Number of publications so far; 0 before the first."""
     generation: int = 0
     """The folder `g<generation>` holds the arrays and the problems."""
     rows: int = 0
-    """Rows that exist; bytes beyond them mean nothing."""
+    """Number of published rows; bytes after them have no meaning."""
     chunks: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    """For each array the CRC-32C of the published bytes of each of its chunks."""
+    """Array name -> CRC-32C of the published bytes of each chunk."""
     parts: tuple[Part, ...] = ()
     tombstones: dict[int, int] = field(default_factory=dict)
-    """problem -> row before which all its rows are deleted."""
+    """problem -> row number; all rows of the problem before it are deleted."""
     reasons: tuple[str, ...] = ("",)
-    """Texts that the array `reason` points at."""
+    """Texts of failure reasons; the array `reason` holds indices into them."""
     bases: tuple[tuple[int, int], ...] = ()
-    """(row, basis): the rows from there on are in that basis, up to the next entry; before the first they are in 0."""
+    """(row, basis): rows from this one up to the next entry are in this basis; rows before the first are in basis 0."""
 
     @property
     def folder(self) -> str:
@@ -74,7 +74,7 @@ class Manifest:
 
     @classmethod
     def from_bytes(cls, raw: bytes, file: Path) -> "Manifest":
-        """Raises DamagedError if any byte differs from what was written."""
+        """Parse a manifest; DamagedError if any byte changed, NotAStoreError for a newer format."""
         body = raw[_HEAD_BYTES : -len(_TAIL)]
         if raw[:_HEAD_BYTES] != _HEAD % crc32c(body) or raw[-len(_TAIL) :] != _TAIL:
             raise DamagedError(f"{file}: damaged: the manifest does not match its checksum")
@@ -97,7 +97,7 @@ class Manifest:
 
 
 def read_manifest(collection: Path) -> Manifest:
-    """The newest published manifest of a collection's folder."""
+    """Read the newest published manifest of a collection's folder."""
     file = collection / MANIFEST
     with reading(file):
         raw = file.read_bytes()
@@ -105,8 +105,8 @@ def read_manifest(collection: Path) -> Manifest:
 
 
 def publish_manifest(collection: Path, manifest: Manifest, beside: AbstractContextManager[None] | None = None) -> None:
-    """Make a manifest, and with it everything it names, the collection's content.
+    """Publish a manifest: it and everything it names become the collection's content.
 
-    beside: when it is left, everything that the manifest names is on the disk (`replace_file`).
+    beside: context manager; at its exit everything that the manifest names must be on disk (see `replace_file`).
     """
     replace_file(collection / MANIFEST, manifest.to_bytes(), beside)

@@ -1,4 +1,4 @@
-"""Adding problems to a collection: records are checked; one that is there already must be the same in every field."""
+"""Adding problems to a collection: records are checked; a stored problem must be equal in every field."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 
 def add_problems(header: Header, folder: Path, records: Iterable[dict], known: ProblemTable | None) -> int:
-    """Add records to the collection in a folder, made if it is new; returns how many were not there before.
+    """Add records to the collection in a folder (created if new); returns the number of new problems.
 
-    known: the problems as a reader sees them, None for a new collection; where they are all known nothing is locked.
-    RequestError naming id and field for a record that is wrong, given twice, or differs from the one stored.
+    known: the problems that a reader sees; None for a new collection. If all records are known, no lock is taken.
+    RequestError names id and field of a record that is invalid, given twice, or different from the stored one.
     """
     collection = folder.name
     checked = [canonical(record, f"collection {collection!r}, record {n}") for n, record in enumerate(records)]
@@ -43,7 +43,7 @@ def add_problems(header: Header, folder: Path, records: Iterable[dict], known: P
                 for file in unneeded:
                     file.unlink()
                 for place in {file.parent for file in unneeded}:
-                    fsync_folder(place)  # before the lock says that nothing is left to clear
+                    fsync_folder(place)  # Before the lock file is emptied: empty means nothing is left to clear.
     return len(new)
 
 

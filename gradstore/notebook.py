@@ -1,16 +1,16 @@
-"""How views, hits and selections look in a notebook: a line of facts and a small table, everything escaped."""
+"""Notebook display of views, hits and selections: a line of facts and a small table, all text escaped."""
 
 from collections.abc import Sequence
 from html import escape
 
 SHOWN = 10
-"""Rows of a table; the rest is counted."""
+"""Most rows shown in a table; further rows are only counted."""
 
 _CELL = "padding: 2px 10px; text-align: {side};"
 
 
 def html_table(title: str, facts: str, columns: Sequence[str], rows: Sequence[Sequence[object]], n_rows: int) -> str:
-    """HTML for `_repr_html_`: title and facts above, at most SHOWN of n_rows rows; numbers stand on the right."""
+    """HTML for `_repr_html_`: title and facts, then at most SHOWN of n_rows rows; numbers are right-aligned."""
     heads = "".join(f'<th scope="col" style="{_CELL.format(side="left")}">{escape(name)}</th>' for name in columns)
     lines = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows[:SHOWN])
     more = f"<div>… {n_rows - SHOWN:,} more</div>" if n_rows > SHOWN else ""

@@ -1,7 +1,8 @@
-"""Columns of Parquet files, whoever wrote them, as the plain Arrow types that every kernel takes.
+"""Conversion of Parquet columns from any writer to the plain Arrow types that every kernel supports.
 
 Polars, Delta Lake and pandas write views (string_view, list_view), dictionaries and run-end encoded columns. Arrow
-reads them but cannot take rows of all of them. They hold the same values as plain columns: cast once, on reading.
+reads them, but `take` does not support all of them. They hold the same values as plain columns, so they are cast once,
+on reading.
 """
 
 from typing import TYPE_CHECKING
@@ -11,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def plain_table(table: "pa.Table") -> "pa.Table":
-    """The table with every column in its plain type (see `plain_type`); the table itself where all are plain."""
+    """Cast every column to its plain type (see `plain_type`); returns the same table if all are plain."""
     import pyarrow as pa
 
     schema = pa.schema([field.with_type(plain_type(field.type)) for field in table.schema])
@@ -20,7 +21,7 @@ def plain_table(table: "pa.Table") -> "pa.Table":
     columns = []
     for field, column in zip(schema, table.columns, strict=True):
         if "list_view" in str(column.type) or "run_end_encoded" in str(column.type):
-            # Arrow's cast gives null list views offsets that run backwards (seen with pyarrow 26), and run-ends none
+            # Arrow cannot cast run-ends, and gives null list views offsets that decrease (seen with pyarrow 26).
             columns.append(pa.array(column.to_pylist(), field.type))
         else:
             columns.append(column.cast(field.type))
@@ -28,9 +29,9 @@ def plain_table(table: "pa.Table") -> "pa.Table":
 
 
 def plain_type(kind: "pa.DataType") -> "pa.DataType":
-    """The plain type with the same values: views, dictionaries and run-ends undone, inside lists and structs too.
+    """The plain type with the same values, without views, dictionaries and run-ends, also inside lists and structs.
 
-    Texts, bytes and lists that change get 64-bit offsets: a column of views may hold more than two gigabytes.
+    Converted texts, bytes and lists get 64-bit offsets: a column of views may hold more than two gigabytes.
     """
     import pyarrow.types as is_
     from pyarrow import field, large_binary, large_list, large_string, list_, map_, struct

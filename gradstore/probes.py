@@ -1,7 +1,7 @@
-"""Probes kept beside the rows: each rollout's derivative along a target, with its reward.
+"""Storage of probes: each rollout's derivative along a target, with its reward.
 
-Parquet parts in the collection's folder `probes/`, one for each addition, never changed; gradstore/additions.py has the
-naming and the durability.
+Probes are immutable Parquet parts in the collection's folder `probes/`, one part per addition. gradstore/additions.py
+defines naming and durability.
 """
 
 import io
@@ -31,7 +31,7 @@ SCHEMA = pa.schema(
         pa.field("lengths", pa.list_(pa.int32()), nullable=False),
     ]
 )
-"""One row a problem and addition; docs/format.md says what each column means."""
+"""One row per problem and addition; docs/format.md explains the columns."""
 
 
 def to_table(
@@ -46,7 +46,7 @@ def to_table(
     objective: dict[str, Any],
     where: str,
 ) -> pa.Table:
-    """The rows of an addition; RequestError, naming the problem, where counts differ or a reward is not finite."""
+    """Build the rows of an addition; RequestError names the problem if counts differ or a reward is not finite."""
     counts = {"derivatives": len(derivatives), "rewards": len(rewards), "lengths": len(lengths)}
     for name, count in counts.items():
         if count != len(ids):
@@ -84,18 +84,20 @@ def add_part(collection: Path, table: pa.Table) -> int:
 
 
 class ProbeParts:
-    """The additions of a collection. A part never changes, so what one holds is remembered by its name, and a run of
-    many rounds reads those of the step it asks for alone."""
+    """Reader of a collection's probe parts; remembers the steps and targets of each part it has read.
+
+    Parts never change. A run of many rounds therefore reads only new parts and those of the requested step.
+    """
 
     def __init__(self, collection: Path) -> None:
         self._folder = collection / PROBES
         self._held: dict[str, set[tuple[int, str]]] = {}
-        """Steps and targets of each part that was read, by file name."""
+        """File name -> (step, target) pairs of a part that was read."""
 
     def read(self, step: int | None, target: str | None, without: Sequence[str]) -> pa.Table:
-        """Rows in order of addition, of a step and along a target (None: of all), without those of some problems.
+        """Rows of a step and a target (None: of all), in order of addition, without the problems in `without`.
 
-        DamagedError for a part with such rows that is not as it was written, or for one that is missing.
+        DamagedError if a part with such rows changed, or if a part is missing.
         """
 
         def asked(held: tuple[int, str]) -> bool:

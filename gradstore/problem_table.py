@@ -1,7 +1,7 @@
-"""The problems of a generation: Parquet parts whose rows, in order, are what the array `problem` points at.
+"""Problem table of a generation: Parquet parts; the array `problem` holds indices into their rows, in order.
 
-Few large parts stay few: a new part swallows the ones before it that are not more than twice its size, so
-adding problems a handful at a time rewrites each only a logarithmic number of times.
+The number of parts stays small: a new part merges the parts before it that are at most twice its size. So adding
+problems a few at a time rewrites each problem only a logarithmic number of times.
 """
 
 import io
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 _FEW = 500
-"""Texts that are read one by one sooner than a kernel of Arrow is found and called."""
+"""Up to this number of texts, reading them one by one is faster than a call of an Arrow kernel."""
 PART_ROWS = 65536
-"""A part of this many problems is not rewritten any more."""
+"""Most problems per part; a full part is not merged again."""
 
 
 def table_schema() -> "pa.Schema":
-    """Columns of a part. Large strings: a million prompts pass the two gigabytes of 32-bit offsets."""
+    """Columns of a part. Large strings, because a million prompts exceed the two gigabytes of 32-bit offsets."""
     import pyarrow as pa
 
     text = pa.large_string()
@@ -48,7 +48,7 @@ def table_schema() -> "pa.Schema":
 
 
 def to_table(records: Sequence[dict]) -> "pa.Table":
-    """Canonical records as rows; a chat prompt is kept as JSON, its last user message as the text to show."""
+    """Convert canonical records to rows; for a chat prompt, `messages` is JSON and `prompt` the last user message."""
     import pyarrow as pa
 
     columns: dict[str, list] = {name: [] for name in table_schema().names}
@@ -64,7 +64,7 @@ def to_table(records: Sequence[dict]) -> "pa.Table":
 
 
 def to_records(table: "pa.Table") -> list[dict]:
-    """The canonical records of (some rows of) a problem table."""
+    """Convert rows of a problem table back to canonical records."""
     return [
         {
             "id": row["id"],
@@ -79,19 +79,19 @@ def to_records(table: "pa.Table") -> list[dict]:
 
 
 class ProblemTable:
-    """The problems that one manifest names, loaded when first asked for."""
+    """The problems that one manifest names; loaded on first use."""
 
     def __init__(self, collection: Path, manifest: Manifest) -> None:
         self._collection = collection
         self._manifest = manifest
         self._part_ids: dict[int, pa.Array] = {}
-        self._after = 0  # The row after those that were last asked for.
+        self._after = 0  # The row after the last requested ones.
 
     def __len__(self) -> int:
         return self._manifest.n_problems
 
     def serves(self, manifest: Manifest) -> bool:
-        """Whether these are the problems that another manifest of the collection names."""
+        """Whether another manifest of the collection names the same problems."""
         return (manifest.generation, manifest.parts) == (self._manifest.generation, self._manifest.parts)
 
     @cached_property
@@ -105,7 +105,7 @@ class ProblemTable:
         return self.id_column.to_numpy(zero_copy_only=False).astype(object)
 
     def ids_at(self, rows: np.ndarray) -> np.ndarray:
-        """Ids of some problems, object array of str; reads the parts these are in and makes strings of them alone."""
+        """Ids of some problems, object array of str; reads only their parts and decodes only these ids."""
         if "id_column" in self.__dict__:
             return _texts(self.id_column, rows)
         ids = np.empty(len(rows), dtype=object)
@@ -121,7 +121,7 @@ class ProblemTable:
         return ids
 
     def _join_parts(self, starts: np.ndarray) -> None:
-        """All ids as one column, of which the parts are views from here on."""
+        """Join the ids of all parts into one column; the parts become views of it."""
         import pyarrow as pa
 
         self.id_column = pa.concat_arrays([self._part_ids[number] for number in range(len(self._part_ids))])
@@ -136,7 +136,7 @@ class ProblemTable:
             try:
                 table = _read_part(self._collection, self._manifest, part, ["id"])
             except DamagedError:
-                # Merged with others since, perhaps: then the whole column is read where it is now.
+                # A later writer may have merged the part: then read the whole column from the newer parts.
                 start = sum(earlier.rows for earlier in self._manifest.parts[:number])
                 table = self._load(["id"]).slice(start, part.rows)
             self._part_ids[number] = table["id"].combine_chunks()
@@ -152,9 +152,9 @@ class ProblemTable:
         return self._load(None)
 
     def rows_of(self, ids: Sequence[str], where: str) -> np.ndarray:
-        """Rows of ids, int64; RequestError naming the first that is not there."""
+        """Rows of the ids, int64; RequestError names the first unknown id."""
         rows = self._after + np.arange(len(ids))
-        # Collections are mostly appended in their order, and comparing is ten times faster than looking up.
+        # Rows are mostly appended in the order of problems, and comparing is ten times faster than a lookup.
         if self.ids[self._after : self._after + len(ids)].tolist() != list(ids):
             rows = self._looked_up(ids, where)
         if len(rows):
@@ -189,7 +189,7 @@ class ProblemTable:
 
 
 def _texts(column: "pa.Array", rows: np.ndarray) -> np.ndarray:
-    """Some of a column of large strings without nulls, object array of str."""
+    """Texts at some rows of a large-string column without nulls, object array of str."""
     if len(rows) > _FEW:
         return column.take(rows).to_numpy(zero_copy_only=False).astype(object)
     _, offsets, text = column.buffers()
@@ -199,9 +199,9 @@ def _texts(column: "pa.Array", rows: np.ndarray) -> np.ndarray:
 
 
 def add_to_parts(collection: Path, manifest: Manifest, table: "pa.Table") -> tuple[tuple[Part, ...], list[Path]]:
-    """Write new problems behind those of a manifest, durably.
+    """Write new problems after those of a manifest, durably.
 
-    Returns the parts that the next manifest should name, and the files that are then no longer needed.
+    Returns the parts for the next manifest, and the files that are no longer needed once it is published.
     """
     import pyarrow as pa
 
@@ -222,7 +222,7 @@ def add_to_parts(collection: Path, manifest: Manifest, table: "pa.Table") -> tup
 
 
 def write_part(folder: Path, number: int, table: "pa.Table") -> Part:
-    """One durable Parquet file with pages that carry their own checksums."""
+    """Write one Parquet file durably, with a checksum in every page."""
     import pyarrow.parquet as pq
 
     buffer = io.BytesIO()
@@ -234,7 +234,7 @@ def write_part(folder: Path, number: int, table: "pa.Table") -> Part:
 
 
 def _read_part(collection: Path, manifest: Manifest, part: Part, columns: list[str] | None) -> "pa.Table":
-    """A part's columns; the pages read are checked against their own checksums."""
+    """Read columns of a part; checks the checksum of every page read."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

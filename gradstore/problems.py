@@ -1,9 +1,8 @@
-"""Problem records: one canonical dict, the files it is read from, and verl's form of it.
+"""Problem records: the canonical dict, readers of JSONL and Parquet files, and conversion from and to verl's format.
 
-A canonical record is {"id", "source", "prompt", "ground_truth", "tags", "extra"}. `read_problems` accepts
-JSONL and Parquet, with flat fields or with verl's (data_source, prompt, ability, reward_model, extra_info).
-What a verl record has beyond the canonical fields is kept under extra["verl"], so that `to_verl` gives the
-record back.
+A canonical record is {"id", "source", "prompt", "ground_truth", "tags", "extra"}. `read_problems` accepts JSONL and
+Parquet, with flat fields or with verl's (data_source, prompt, ability, reward_model, extra_info). Other fields of a
+verl record are stored under extra["verl"], so that `to_verl` restores the record.
 """
 
 import json
@@ -20,7 +19,7 @@ FIELDS = ("id", "source", "prompt", "ground_truth", "tags", "extra")
 
 
 def canonical(record: Any, where: str) -> dict:
-    """A record with every canonical field, checked; `where` begins the message of the RequestError."""
+    """Check a record and fill in every canonical field; RequestError, beginning with `where`, for an invalid one."""
     if not isinstance(record, dict):
         raise RequestError(f"{where}: a problem must be a dict of fields, not {type(record).__name__}")
     problem_id = record.get("id")
@@ -53,16 +52,16 @@ def canonical(record: Any, where: str) -> dict:
 
 
 def read_problems(path: str | Path) -> list[dict]:
-    """Canonical records of a JSONL or Parquet file, in the file's order.
+    """Read the canonical records of a JSONL or Parquet file, in the file's order.
 
-    Raises RequestError naming the file, the line or row (counted from 1) and the field that is wrong; for an
-    id that occurs twice it names both places.
+    RequestError names the file, the line or row (counted from 1) and the invalid field; for a repeated id it names both
+    places.
     """
     return [record for _, record in placed_problems(path)]
 
 
 def placed_problems(path: str | Path) -> list[tuple[str, dict]]:
-    """(file and line or row, canonical record) of every problem of a file, in its order; raises as read_problems."""
+    """Like `read_problems`, but each record comes with its place: ("FILE, line N" or "FILE, row N", record)."""
     path = Path(path)
     records = []
     seen: dict[str, str] = {}
@@ -89,12 +88,12 @@ def read_records(path: Path) -> Iterator[tuple[str, dict]]:
 
 
 def is_verl(record: dict) -> bool:
-    """Whether a record has verl's fields rather than flat ones."""
+    """Whether a record has verl's fields instead of flat ones."""
     return "reward_model" in record or "data_source" in record or "extra_info" in record
 
 
 def from_verl(record: dict, where: str) -> dict:
-    """The canonical form of a verl record; id from extra_info.index, else extra_info.id, else top level."""
+    """Convert a verl record to canonical form; id: extra_info.index, else extra_info.id, else from the top level."""
     check_keepable(record, where)
     rest = {name: value for name, value in record.items() if name not in ("data_source", "prompt")}
     for field in ("extra_info", "reward_model"):
@@ -127,10 +126,10 @@ def from_verl(record: dict, where: str) -> dict:
 
 
 def to_verl(record: dict) -> dict:
-    """verl's form of a canonical record: data_source, prompt messages, ability, reward_model, extra_info.
+    """Convert a canonical record to verl's form: data_source, prompt messages, ability, reward_model, extra_info.
 
-    A record that was read from a verl file comes back as it was; extra_info gets the id as `index` if it had
-    none, and `tags` where they are more than the one that is the ability.
+    A record read from a verl file is restored unchanged, except that extra_info gets the id as `index` if it had none.
+    extra_info also gets `tags` if there are other tags than the ability.
     """
     record = canonical(record, "to_verl")
     rest = dict(record["extra"].get("verl", {}))
@@ -154,14 +153,14 @@ def to_verl(record: dict) -> dict:
 
 
 def _verl_tags(ability: Any, info: Mapping[str, Any]) -> list[str]:
-    """A verl record's tags: its ability, and what its extra_info calls tags."""
+    """Tags of a verl record: its ability and the `tags` of its extra_info."""
     others = info.get("tags")
     named = [ability, *(others if isinstance(others, list | tuple) else [])]
     return list(dict.fromkeys(tag for tag in named if isinstance(tag, str) and tag))
 
 
 def detail(record: Mapping[str, Any], name: str) -> Any:
-    """A problem's own field: from `extra`, or from the extra_info of the verl record it was read from; else None."""
+    """Value of a problem's extra field: from `extra`, else from the extra_info of its verl record, else None."""
     extra = record.get("extra") or {}
     if extra.get(name) is not None:
         return extra[name]
@@ -170,7 +169,7 @@ def detail(record: Mapping[str, Any], name: str) -> Any:
 
 
 def with_id(record: Mapping[str, Any], problem_id: str) -> dict:
-    """The record under another id, which `to_verl` gives back too."""
+    """Copy of the record with another id; `to_verl` also returns the new id."""
     renamed = {**record, "id": problem_id}
     verl = record["extra"].get("verl")
     if verl and (verl.get("extra_info") or {}).get("index") is not None:
@@ -180,7 +179,7 @@ def with_id(record: Mapping[str, Any], problem_id: str) -> dict:
 
 
 def message_text(content: Any) -> str:
-    """The text of a chat message's content: of parts the texts, by line ends; "" of null and of pictures."""
+    """Text of a chat message's content; text parts are joined by newlines; "" for null and images."""
     if isinstance(content, list | tuple):
         texts = [
             part if isinstance(part, str) else part.get("text") for part in content if isinstance(part, str | dict)
@@ -248,7 +247,7 @@ def _prompt(prompt: Any, where: str) -> str | list[dict]:
 
 
 def _object(value: Any, field: str, where: str) -> dict:
-    """A field that is an object; Parquet files often keep it as JSON text."""
+    """Value of an object field as a dict; also parses JSON text, which Parquet files often contain."""
     if isinstance(value, str):
         try:
             value = json.loads(value)
@@ -266,7 +265,7 @@ def _optional(record: dict, field: str, default: Any) -> Any:
 
 
 def _id_text(value: Any, field: str, where: str) -> str:
-    """An id as text; whole numbers are common in verl's data, and pandas turns them into floats."""
+    """Convert an id to text; verl's data often has integers, and pandas turns them into floats."""
     if isinstance(value, float) and math.isfinite(value) and value == int(value):
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, str | int) or value == "":

@@ -1,15 +1,15 @@
-"""Rows to codes and back: codes of a row's direction, a scale that makes them unit length, a norm.
+"""Quantisation of rows: encodes a row as codes of its direction, a scale to unit length and a norm; and decodes it.
 
     int8   codes = rint(127 row / max|row|)
-    int4   codes = clip(rint(row / step), -7, 7), two a byte, the first in the low four bits, two's complement
-    1bit   a bit a dimension, 1 where row > 0, eight a byte, the first in the lowest bit; as a number 2 bit - 1
+    int4   codes = clip(rint(row / step), -7, 7), two per byte, the first in the low four bits, two's complement
+    1bit   one bit per dimension, 1 where row > 0, eight per byte, the first in the lowest bit; its value is 2 bit - 1
     fp16   codes = row / |row|        (raw rows would underflow: gradients are small)
     fp32   codes = row / |row|
 
-For every dtype `scale = 1 / |codes|`, so a decoded row `codes * scale` has length 1 and a cosine with it is
-not biased by the quantisation of its length. A row of zeros has codes, scale and norm 0.
+For every dtype `scale = 1 / |codes|`, so a decoded row `codes * scale` has length 1, and quantisation of the length
+does not bias a cosine. A row of zeros has codes, scale and norm 0.
 
-D sketch dimensions, P rows (problems), W bytes or elements of codes a row.
+D sketch dimensions, P rows (problems), W bytes or elements of codes per row.
 """
 
 import logging
@@ -31,28 +31,28 @@ GAUSS_STEP = 0.3534
 deviation: J. Max, "Quantizing for minimum distortion", IRE Trans. Inf. Theory 6 (1960), table II, N = 15."""
 
 _INT4_BLENDS = (0.0, 0.25, 0.5, 0.75, 1.0)
-"""int4 steps tried a row, as positions on the logarithmic scale from the Gaussian step to max/7: rows of real
-gradients have heavier tails than a Gaussian, and how much heavier differs from row to row."""
+"""int4 steps tried per row, as positions on a log scale from the Gaussian step to max/7. Rows of real gradients have
+heavier tails than a Gaussian, and the weight of the tails differs from row to row."""
 
 _BLOCK_BYTES = 1 << 19
-"""Rows are encoded in blocks that stay in the processor's cache through all passes."""
+"""Size of a block of rows: all passes over a block stay in the processor's cache."""
 
 _TINY = np.float32(1e-30)
-"""127 over a peak above this is finite."""
+"""For a peak above this, 127 / peak is finite."""
 _TASK_BLOCKS = 8
-"""Blocks that one thread takes at a time."""
+"""Blocks per task of a thread."""
 
 _NIBBLES = np.array([value - 16 if value > 7 else value for value in range(16)], dtype=np.float32)
 _PAIRS = np.stack([np.tile(_NIBBLES, 16), np.repeat(_NIBBLES, 16)], axis=1).copy().view(np.uint64).ravel()
-"""For each byte the two float32 values it holds, as one 8-byte entry."""
+"""Lookup table: byte -> its two int4 values as float32, in one 8-byte entry."""
 
 
 def encode(rows_P_D: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Codes [P, W], scale float32 [P], L2 norm float64 [P] and peak float32 [P] of float32 rows.
+    """Encode float32 rows: codes [P, W], scale float32 [P], L2 norm float64 [P] and peak float32 [P].
 
-    rows_P_D is contiguous. The peak is a row's largest absolute value, not finite exactly where the row is not; such a
-    row has codes and scale 0, as a row of zeros has. The arithmetic is on rows scaled to a common peak, so neither huge
-    nor tiny rows overflow or vanish. Many rows are encoded by all cores.
+    rows_P_D is contiguous. The peak is a row's largest absolute value. It is not finite exactly if the row is not; such
+    a row gets codes and scale 0, like a row of zeros. Rows are first scaled to a common peak, so huge rows do not
+    overflow and tiny rows do not underflow. With many rows, all cores work.
     """
     n_rows, dim = rows_P_D.shape
     array = row_arrays(dim, dtype)[0]
@@ -98,7 +98,7 @@ def encode(rows_P_D: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray, np
 
 
 def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Like np.empty, but beginning at a page, as writes past the page cache must."""
+    """Like np.empty, but page-aligned, as direct writes past the page cache require."""
     size = math.prod(shape) * dtype.itemsize
     memory = np.empty(size + PAGE, dtype=np.uint8)
     start = -memory.ctypes.data % PAGE
@@ -107,13 +107,13 @@ def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 @cache
 def _threads(_process: int) -> ThreadPoolExecutor:
-    """One for each core, kept from call to call; a forked process has none of its parent's threads."""
+    """Thread pool with one thread per core, reused between calls; a forked process makes its own."""
     return ThreadPoolExecutor(len(os.sched_getaffinity(0)), "encode")
 
 
 @cache
 def _compiled() -> Callable[..., None] | None:
-    """The encoder of `_encode.c`; None where it was not built, and then numpy does the same work."""
+    """The compiled encoder of `_encode.c`; None if it was not built: then numpy does the same work."""
     try:
         from gradstore._encode import encode_int8
     except ImportError:
@@ -123,7 +123,7 @@ def _compiled() -> Callable[..., None] | None:
 
 
 def decode(codes: np.ndarray, scale: np.ndarray, dtype: str, out: np.ndarray) -> None:
-    """Unit rows of codes [P, W] and scale [P] into `out`, float32 [P, D]."""
+    """Decode codes [P, W] and scale [P] to unit rows, written to `out`, float32 [P, D]."""
     if dtype == "int4":
         dim = out.shape[1]
         pairs = _PAIRS[codes].view(np.float32)
@@ -160,7 +160,7 @@ def _sign(scaled: np.ndarray, _length: np.ndarray, codes: np.ndarray) -> np.ndar
 
 
 def _int4(scaled: np.ndarray, length: np.ndarray, codes: np.ndarray) -> np.ndarray:
-    """Per row the step among the candidates whose codes have the largest cosine with the row."""
+    """int4 codes; tries several steps per row and keeps the one whose codes have the largest cosine with the row."""
     dim = scaled.shape[1]
     narrow = np.maximum(GAUSS_STEP * length / np.sqrt(dim), 1e-30)
     best = np.zeros_like(scaled)

@@ -1,13 +1,13 @@
-"""A store on an object store, read through a local copy that is brought up to date, or in place.
+"""Reading a store from object storage: as a local copy (`mirror`) or in place (`open_remote`).
 
-Rows below the published count never change, and every chunk's checksum is in the manifest: so a copy takes the
-manifest, fetches the chunks and problem parts whose checksums it does not have yet, checks them, and publishes the same
-manifest locally. What is then searched are mapped local files, as fast as ever, and a refresh costs what was added.
+`mirror`: published rows never change, and every chunk's checksum is in the manifest. A refresh therefore fetches the
+manifest and only the chunks and problem parts with new checksums. It checks them and publishes the same manifest
+locally. Searches then use mapped local files at full speed, and a refresh costs only what was added.
 
-In place (`open_remote`) everything but the rows' codes is copied: steps, norms, problems, a few dozen bytes a row. A
-chunk of codes is fetched and checked whenever a scan comes to it, and memory holds a few at a time.
+`open_remote` copies everything except the rows' codes: steps, norms, problems, a few dozen bytes per row. A scan
+fetches and checks each chunk of codes that it reads; memory holds a few chunks at a time.
 
-Any of zarr's stores serves as the source: `zarr.storage.ObjectStore` (obstore: S3, Google Cloud, Azure, HTTP),
+The source is any zarr store: `zarr.storage.ObjectStore` (obstore: S3, Google Cloud, Azure, HTTP),
 `zarr.storage.FsspecStore`, `LocalStore`. To put a store there, upload its folder, manifests last.
 """
 
@@ -52,9 +52,9 @@ _ATTEMPTS = 5
 def mirror(source: "ZarrStore", path: str | Path, collections: list[str] | None = None) -> Store:
     """Bring a local copy of a store at `path` up to date with `source`, and open it for reading.
 
-    source: the store's root as a zarr store. collections: names; None: all there are. Views that are open stay as they
-    are. Raises NotAStoreError if the source holds no store, RequestError if another one is at `path`, DamagedError for
-    bytes that do not match their checksums.
+    source: the store's root as a zarr store. collections: names; None: all. Open views do not change. Raises
+    NotAStoreError if the source holds no store, RequestError if `path` holds another one, DamagedError for bytes that
+    do not match their checksums.
     """
     path = Path(path)
     if (path / WITHOUT_CODES).exists():
@@ -66,10 +66,10 @@ def mirror(source: "ZarrStore", path: str | Path, collections: list[str] | None 
 
 
 def open_remote(source: "ZarrStore", path: str | Path, collections: list[str] | None = None) -> Store:
-    """Open a store where it is, for reading, as it is now; `path` keeps what is small of it.
+    """Open a remote store in place, for reading, in its current state; copies everything except codes to `path`.
 
-    Arguments and errors as of `mirror`. Every scan fetches the chunks of codes that it reads: for a few questions to a
-    store too large to copy. DamagedError when a chunk's bytes do not match their checksum or a compaction removed it.
+    Arguments and errors as in `mirror`. Every scan fetches the chunks of codes that it reads. Use it for a few searches
+    in a store too large to copy. DamagedError if a chunk does not match its checksum or a compaction removed it.
     """
     path = Path(path)
     if (path / ZARR).exists() and not (path / WITHOUT_CODES).exists():
@@ -89,7 +89,7 @@ def open_remote(source: "ZarrStore", path: str | Path, collections: list[str] | 
 
 
 class FetchedRows:
-    """The published rows of one array by chunk, fetched when they are asked for; the last few are kept."""
+    """The published rows of one array by chunk, fetched on access; the last few chunks are cached."""
 
     def __init__(self, source: "ZarrStore", collection: str, array: RowArray, manifest: Manifest) -> None:
         self._source, self._collection, self._array, self._manifest = source, collection, array, manifest
@@ -120,7 +120,7 @@ class FetchedRows:
 
 
 def _prepare(source: "ZarrStore", path: Path) -> Header:
-    """The folder of a copy, with everything that is not of a collection."""
+    """Prepare the folder of a copy: everything outside the collections."""
     root = _get(source, [ZARR])[0]
     if root is None:
         raise NotAStoreError(f"{source}: there is no gradstore store here (no {ZARR})")
@@ -136,7 +136,7 @@ def _prepare(source: "ZarrStore", path: Path) -> Header:
 
 
 def _copy_attachments(source: "ZarrStore", path: Path) -> None:
-    """Those that are not there yet; their names say what their bytes must be."""
+    """Copy missing attachments; their names contain the checksum of their bytes."""
     for file in _listed(source, ATTACHMENTS):
         if (path / ATTACHMENTS / file).exists():
             continue
@@ -148,7 +148,7 @@ def _copy_attachments(source: "ZarrStore", path: Path) -> None:
 
 
 def _copy_additions(source: "ZarrStore", folder: Path, where: str) -> None:
-    """Probes and rounds that are not there yet; their names, too, say what their bytes must be."""
+    """Copy missing probes and rounds; their names contain the checksum of their bytes."""
     for kind in (PROBES, ROUNDS):
         missing = [file for file in _listed(source, f"{where}/{kind}") if not (folder / kind / file).exists()]
         if missing:
@@ -163,7 +163,7 @@ def _copy_additions(source: "ZarrStore", folder: Path, where: str) -> None:
 
 
 def _bring_up_to_date(source: "ZarrStore", header: Header, path: Path, name: str, arrays: tuple[RowArray, ...]) -> None:
-    """One collection; while it is read the source may publish, and even compact: then the newer manifest is taken."""
+    """Update the copy of one collection; if the source publishes or compacts meanwhile, retry with the new manifest."""
     where = f"{COLLECTIONS}/{name}"
     for attempt in range(_ATTEMPTS):
         raw = _get(source, [f"{where}/{MANIFEST}"])[0]
@@ -202,7 +202,7 @@ def _copy(
 
 
 def _missing(manifest: Manifest, known: Manifest, arrays: tuple[RowArray, ...]) -> Iterator[tuple[str, int, int, int]]:
-    """(file, published bytes, size of the file, checksum) of what a manifest names and the copy does not have."""
+    """Files that a manifest names and the copy lacks: (file, published bytes, size of the file, checksum)."""
     same = known.generation == manifest.generation
     for array in arrays:
         before = known.chunks.get(array.name, ()) if same else ()
@@ -218,7 +218,7 @@ def _missing(manifest: Manifest, known: Manifest, arrays: tuple[RowArray, ...]) 
 
 
 def _get(source: "ZarrStore", keys: list[str]) -> list[bytes | None]:
-    """The content of some keys, fetched together; None where there is none."""
+    """Fetch the values of several keys concurrently; None for a missing key."""
     from zarr.core.buffer import default_buffer_prototype
     from zarr.core.sync import sync
 
@@ -235,7 +235,7 @@ def _collections(source: "ZarrStore") -> list[str]:
 
 
 def _listed(source: "ZarrStore", folder: str) -> list[str]:
-    """Names in a folder, sorted, without those that begin with a dot."""
+    """Names in a folder, sorted, without names that begin with a dot."""
     from zarr.core.sync import sync
 
     async def names() -> list[str]:

@@ -1,7 +1,7 @@
-"""Selection rounds kept with the pool they chose from: what was asked, what every candidate scored, what was picked.
+"""Storage of selection rounds with their pool: the settings, every candidate's score, and the picks.
 
-Parquet parts in the collection's folder `rounds/` (gradstore/additions.py has the naming and the durability); a round's
-number is its part's. The table has one row a candidate; what the round was is JSON in the file's metadata.
+A round is one Parquet part in the collection's folder `rounds/` (gradstore/additions.py defines naming and durability);
+its number is the part's. The table has one row per candidate; the round's settings are JSON in the file's metadata.
 """
 
 import io
@@ -37,21 +37,21 @@ SCHEMA = pa.schema(
         pa.field("rollouts", pa.int64(), nullable=False),
     ]
 )
-"""One row a candidate; docs/format.md says what each column means."""
+"""One row per candidate; docs/format.md explains the columns."""
 
 _ABOUT = b"gradstore.round"
 
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """One selection round as it was recorded."""
+    """A recorded selection round."""
 
     number: int
     """Counted from 0 within the collection."""
     about: dict[str, Any]
     """Step, selector, seed, target, commit, settings, counts, costs, warnings: docs/rounds.md lists the members."""
     table: pa.Table
-    """One row a candidate (SCHEMA)."""
+    """One row per candidate (SCHEMA)."""
 
     @property
     def picks(self) -> list[str]:
@@ -63,7 +63,7 @@ class Round:
 
 
 def to_bytes(about: Mapping[str, Any], table: pa.Table, where: str) -> bytes:
-    """The Parquet file of a round; RequestError where the table or `about` is not what a round has."""
+    """Check a round and encode it as a Parquet file; RequestError if the table or `about` is invalid."""
     if set(table.column_names) != set(SCHEMA.names):
         missing = sorted(set(SCHEMA.names) - set(table.column_names))
         extra = sorted(set(table.column_names) - set(SCHEMA.names))
@@ -98,13 +98,13 @@ def add_round(collection: Path, data: bytes) -> int:
 
 
 def read_rounds(collection: Path, first: int = 0, stop: int | None = None) -> list[Round]:
-    """Rounds from `first` up to `stop`, oldest first; DamagedError for one that changed or is missing."""
+    """Rounds from `first` up to (not including) `stop`, oldest first; DamagedError if one changed or is missing."""
     parts = additions.read_parts(collection / ROUNDS, first, stop)
     return [_from_bytes(data, number, collection) for number, data in enumerate(parts.values(), first)]
 
 
 def read_round(collection: Path, number: int, where: str) -> Round:
-    """One round; negative numbers count from the newest. RequestError where there is none."""
+    """One round; negative numbers count from the newest. RequestError if there is no such round."""
     count = count_rounds(collection)
     if not -count <= number < count:
         raise RequestError(f"{where} has {count} rounds, there is no round {number}")
@@ -112,7 +112,7 @@ def read_round(collection: Path, number: int, where: str) -> Round:
 
 
 def count_rounds(collection: Path) -> int:
-    """How many rounds were recorded; nothing is read."""
+    """Number of recorded rounds; lists names, reads no file."""
     return additions.count_parts(collection / ROUNDS)
 
 

@@ -1,8 +1,6 @@
-"""An exclusive writing session on one collection: lock, clean up after an interrupted writer, publish, let
-go.
+"""Exclusive writing session on one collection: lock, clean up after an interrupted writer, publish, unlock.
 
-Everything that changes a collection (adding problems, appending rows, deleting, compacting) happens inside
-one.
+Every change of a collection (adding problems, appending rows, deleting, compacting) happens inside a session.
 """
 
 import os
@@ -24,10 +22,9 @@ from gradstore.manifest import Manifest, publish_manifest, read_manifest
 
 
 class Session:
-    """Context manager; `manifest` is always the newest published one.
+    """Writing session, a context manager; `manifest` is always the newest published one.
 
-    Leaving by an exception leaves the lock's text behind if cleaning up fails too; the next session then
-    cleans up.
+    If the block raises and the clean-up also fails, the lock file keeps its text; the next session then cleans up.
     """
 
     def __init__(self, header: Header, collection: Path, *, create: bool = False) -> None:
@@ -41,8 +38,8 @@ class Session:
                 f"there is no collection {collection.name!r}; the store has {', '.join(known) or 'none'}"
             )
         self.unpublished = False
-        """Whether bytes may lie on disk that no manifest names."""
-        self._in_doubt = False  # A failed publication: which manifest the disk will show is not known.
+        """True if the disk may hold bytes that no manifest names."""
+        self._in_doubt = False  # True after a failed publication: the disk may show either manifest.
         self._lock = WriterLock(collection)
         try:
             self.manifest = self._recover()
@@ -58,7 +55,7 @@ class Session:
         if error is None:
             self.close()
             return
-        # The first error is the one to tell; what could not be cleared now the next writer clears.
+        # Raise the first error; the next writer clears what could not be cleared now.
         with suppress(GradstoreError, OSError):
             self.close()
 
@@ -67,9 +64,9 @@ class Session:
         return self.collection / self.manifest.folder
 
     def publish(self, *, syncing: AbstractContextManager[None] | None = None, **changes: Any) -> Manifest:
-        """Make changed fields of the manifest the collection's content, under the next commit number.
+        """Publish the manifest with changed fields, under the next commit number.
 
-        syncing: brings what the manifest names to the disk, beside the manifest itself.
+        syncing: context manager that syncs the files named by the manifest, in parallel with the manifest itself.
         """
         manifest = replace(self.manifest, commit=self.manifest.commit + 1, **changes)
 
@@ -86,7 +83,7 @@ class Session:
         return manifest
 
     def close(self) -> None:
-        """Clear what was written and not published, show the published rows to other Zarr readers, unlock."""
+        """Remove unpublished bytes, update zarr.json for other Zarr readers, and unlock."""
         clean = False
         try:
             if self._in_doubt:
@@ -103,7 +100,7 @@ class Session:
         if not (self.collection / MANIFEST).exists():
             return self._first_manifest()
         if self._lock.interrupted:
-            # The manifest that shows must be the one that stays before anything that an older one names goes.
+            # Make the visible manifest durable before removing anything that an older one names.
             with writing(self.collection):
                 fsync_folder(self.collection)
         self.manifest = read_manifest(self.collection)
@@ -112,7 +109,7 @@ class Session:
         return self.manifest
 
     def _first_manifest(self) -> Manifest:
-        """A collection begins to exist with its first manifest; before that only folders lie here."""
+        """Create and publish the first manifest; with it the collection begins to exist."""
         create_generation(self.collection / generation_name(0), self.header.arrays)
         replace_file(self.collection / ZARR, group_json({}))
         manifest = Manifest(commit=1, chunks={array.name: () for array in self.header.arrays})
@@ -137,7 +134,7 @@ class Session:
         self.remove_unused_generations()
 
     def remove_unused_generations(self) -> list[str]:
-        """Remove the unpublished generations that no reader uses; returns the names of those that stay."""
+        """Remove all generations except the published one, unless a reader uses them; returns those that stay."""
         kept = []
         for number in generations(self.collection):
             folder = self.collection / generation_name(number)
@@ -149,7 +146,7 @@ class Session:
                     kept.append(folder.name)
                     continue
                 try:
-                    # First the file that leases are taken on: no reader begins to use a folder half gone.
+                    # Remove the lease file first, so that no reader starts on a half-removed folder.
                     (folder / IN_USE).unlink()
                     shutil.rmtree(folder)
                     fsync_folder(self.collection)

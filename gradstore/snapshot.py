@@ -1,4 +1,4 @@
-"""One published moment of a collection as a reader sees it: rows, and a claim on the files they are in."""
+"""Snapshot: a reader's fixed state of a collection at one commit, with a lease on its files."""
 
 import time
 from itertools import pairwise
@@ -19,7 +19,7 @@ _ATTEMPTS = 100
 
 
 class Snapshot:
-    """Rows [0, manifest.rows) of one generation. They never change while this object lives."""
+    """Rows [0, manifest.rows) of one generation; they never change while this object exists."""
 
     def __init__(self, header: Header, collection: Path, manifest: Manifest, lease: Lease | None = None) -> None:
         self.header = header
@@ -33,7 +33,7 @@ class Snapshot:
         self.codes: CodeRows = MappedRows(self._generation, self._arrays["codes"], manifest.rows)
 
     def column(self, name: str) -> np.ndarray:
-        """Every published entry of a one-dimensional array, read and checked once."""
+        """All published entries of a one-dimensional array; read and checked once, then cached."""
         if name not in self._columns:
             manifest = self.manifest
             self._columns[name] = read_column(
@@ -45,7 +45,7 @@ class Snapshot:
         return self._columns[name]
 
     def alive(self) -> np.ndarray:
-        """Which rows are not deleted, bool [rows]."""
+        """True for rows that are not deleted, bool [rows]."""
         if not self.manifest.tombstones:
             return np.ones(self.manifest.rows, dtype=bool)
         dead_before = np.zeros(self.manifest.n_problems, dtype=np.int64)
@@ -54,7 +54,7 @@ class Snapshot:
         return alive
 
     def rows_by_step(self) -> dict[int, int]:
-        """Step -> rows, ascending, without deleted ones."""
+        """Step -> number of rows that are not deleted, ascending."""
         steps, counts = np.unique(self.column("step")[self.alive()], return_counts=True)
         return dict(zip(steps.tolist(), counts.tolist(), strict=True))
 
@@ -66,9 +66,10 @@ class Snapshot:
         return np.repeat(numbers.astype(np.uint16), np.diff(np.append(starts, self.manifest.rows)))
 
     def newest(self, at: int | None, basis: int | None = None) -> np.ndarray:
-        """For each problem its newest row at or before step `at` (None: any), -1 where there is none; int64.
+        """Newest row of each problem at or before step `at` (None: of all), int64 [n_problems]; -1 without a row.
 
-        Newest is the largest step, and among rows of that step the last one appended. basis: of its rows alone.
+        The newest row has the largest step; among rows of that step it is the last one appended. basis: use only rows
+        in this basis.
         """
         newest = np.full(self.manifest.n_problems, -1, dtype=np.int64)
         step = self.column("step")
@@ -86,11 +87,11 @@ class Snapshot:
         steps = step[rows]
         if np.any(steps[1:] < steps[:-1]):
             rows = rows[np.argsort(steps, kind="stable")]
-        newest[self.column("problem")[rows]] = rows  # Where a problem occurs again, the last assignment stays.
+        newest[self.column("problem")[rows]] = rows  # For repeated problems, the last assignment wins.
         return newest
 
     def deleted(self) -> np.ndarray:
-        """Rows of the problem table that are deleted and were not appended again, int64, ascending."""
+        """Problem-table rows of problems that were deleted and not appended again, int64, ascending."""
         tombstones = self.manifest.tombstones
         if not tombstones:
             return np.zeros(0, dtype=np.int64)
@@ -119,14 +120,14 @@ class Snapshot:
         return out
 
     def places(self, rows: np.ndarray) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
-        """Mapped codes of the chunks that some rows are in; int64 [n] which of these each is in, and where in it."""
+        """Mapped codes of the chunks that contain the rows; each row's chunk among these and place in it, int64 [n]."""
         chunk_of, within_of = np.divmod(rows, self.header.chunk_rows)
         number_of: dict[int, int] = {}
         which = [number_of.setdefault(chunk, len(number_of)) for chunk in chunk_of.tolist()]
         return [self.codes.chunk(chunk) for chunk in number_of], np.array(which, np.int64), within_of
 
     def code_rows(self, rows: np.ndarray) -> np.ndarray:
-        """Copied codes of some rows, [len(rows), W]."""
+        """Codes of some rows, copied, [len(rows), W]."""
         if (rows[1:] < rows[:-1]).any():
             order = np.argsort(rows)
             return self.code_rows(rows[order])[np.argsort(order)]
@@ -136,14 +137,16 @@ class Snapshot:
         cuts = [0, *(np.flatnonzero(np.diff(chunk_of)) + 1).tolist(), len(rows)]
         for start, stop in pairwise(cuts) if len(rows) else ():
             part = slice(start, stop)
-            # "clip" spares a copy: numpy then writes to `out` without looking at every index first.
+            # mode="clip" saves a copy: numpy then writes directly to `out`.
             np.take(self.codes.chunk(int(chunk_of[start])), within_of[part], axis=0, out=codes[part], mode="clip")
         return codes
 
 
 def open_snapshot(header: Header, collection: Path) -> Snapshot:
-    """The newest published moment. A compaction may replace the files between reading the manifest and
-    claiming them; then the newer manifest is read."""
+    """Open a snapshot of the newest commit; DamagedError if its files are missing.
+
+    A compaction may replace the files between reading the manifest and taking the lease; then it reads the newer one.
+    """
     for attempt in range(_ATTEMPTS):
         manifest = read_manifest(collection)
         generation = collection / manifest.folder
@@ -151,7 +154,7 @@ def open_snapshot(header: Header, collection: Path) -> Snapshot:
         if lease is not None:
             return Snapshot(header, collection, manifest, lease)
         if attempt and generation.is_dir() and not (generation / IN_USE).exists():
-            # A copy of a store may lack the empty file that leases are taken on; its rows are there.
+            # A copy of a store may lack the empty lease file; its rows are complete.
             if read_manifest(collection).generation == manifest.generation:
                 return Snapshot(header, collection, manifest)
         elif attempt:

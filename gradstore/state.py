@@ -1,10 +1,10 @@
-"""What a stored row says about its problem at its step."""
+"""State of a stored row: live (with a gradient), no signal, or failed."""
 
 from enum import IntEnum
 
 
 class State(IntEnum):
-    """Only live rows are ranked; the others are counted and shown."""
+    """State of a row. Only live rows are ranked; the others are counted and shown."""
 
     LIVE = 0
     """The row holds a gradient."""

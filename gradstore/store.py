@@ -1,4 +1,4 @@
-"""A store: collections of problems, and the history of their sketches, under one fingerprint."""
+"""Store: collections of problems and the history of their sketches, under one fingerprint."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -45,14 +45,14 @@ def create(
     column_rows: int | None = None,
     attachments: Mapping[str, bytes] | None = None,
 ) -> "Store":
-    """Make an empty store for sketches of `dim` dimensions and open it for writing.
+    """Create an empty store for sketches of `dim` dimensions and open it for writing.
 
-    fingerprint: every setting that a row depends on; must be what JSON can keep. Where its objective weighs by
-    importance, rows keep their effective sample size too.
+    fingerprint: every setting that a row depends on, JSON-compatible. If its objective uses importance weights, rows
+    also store their effective sample size.
     dtype: how rows are stored: int8, int4, 1bit, fp16 or fp32.
-    chunk_rows: rows a chunk file; None: as many as fit in 8 MiB of codes, 65,536 of everything else.
-    column_rows: rows a chunk file of everything but codes, where it is to be another number.
-    attachments: files that the store keeps for good, by name, such as a fitted projection.
+    chunk_rows: rows per chunk file; None: as many as fit in 8 MiB of codes, 65,536 for the other arrays.
+    column_rows: rows per chunk file of all arrays except codes, if different.
+    attachments: permanent files of the store, by name, such as a fitted projection.
     Raises RequestError if something is already at `path`.
     """
     path = Path(path)
@@ -77,8 +77,8 @@ def create(
 def open(path: str | Path, mode: Mode = "r", fingerprint: dict | None = None) -> "Store":
     """Open the store at `path` for reading ("r") or for reading and writing ("a").
 
-    fingerprint: the settings of the rows that will be offered; FingerprintError names every field that
-    differs. Raises NotAStoreError where there is no store, or one of a newer format.
+    fingerprint: the settings of the rows that the caller will add; FingerprintError names every field that differs
+    from the store's. Raises NotAStoreError if there is no store or its format is newer.
     """
     if mode not in ("r", "a"):
         raise RequestError(f"mode {mode!r} is not known; use 'r' to read or 'a' to read and write")
@@ -94,10 +94,10 @@ def open(path: str | Path, mode: Mode = "r", fingerprint: dict | None = None) ->
 
 
 class Store:
-    """Made by `gradstore.create` and `gradstore.open`."""
+    """A store on disk; create or open it with `gradstore.create` or `gradstore.open`."""
 
     def __init__(self, path: Path, header: Header, mode: Mode, codes_of: CodesOf | None = None) -> None:
-        """codes_of: (folder of a collection, manifest) -> its codes, where they are not files in the folder."""
+        """codes_of: (folder of a collection, manifest) -> its codes; for codes that are not files in the folder."""
         self.path = path
         self.mode = mode
         self._header = header
@@ -124,17 +124,17 @@ class Store:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes a stored row takes, in all arrays together."""
+        """Bytes per stored row, summed over all arrays."""
         return sum(array.row_bytes for array in self._header.arrays)
 
     @property
     def layers(self) -> list[tuple[str, int, int]]:
-        """(name, start, stop) of the dimensions of each layer, in the newest basis."""
+        """(name, start, stop): each layer's range of dimensions, in the newest basis."""
         return self.bases[-1].layout
 
     @property
     def bases(self) -> list[Basis]:
-        """The projections that rows are made with, oldest first; new rows are in the last."""
+        """The projections of the store, oldest first; new rows use the last one."""
         return [first_basis(self.fingerprint, self.dim), *added_bases(self.path)]
 
     def add_basis(
@@ -144,10 +144,10 @@ class Store:
         about: Mapping[str, Any] | None = None,
         attachments: Mapping[str, bytes] | None = None,
     ) -> int:
-        """Keep a further projection of the same dimensions, for the rows to come; returns its number.
+        """Add a projection with the same number of dimensions, for later rows; returns its number.
 
-        digest: of the projection; one that the store has is not added again. layout: (layer, start, stop) of the
-        dimensions each layer fills. attachments: the files it needs, by name. RequestError for a layout that does not
+        digest: digest of the projection; a known digest returns the existing number. layout: (layer, start, stop), each
+        layer's range of dimensions. attachments: the files it needs, by name. RequestError for a layout that does not
         fit the store's dimensions.
         """
         self._refuse_read_only()
@@ -160,14 +160,14 @@ class Store:
 
     @property
     def collections(self) -> list[str]:
-        """Names, sorted."""
+        """Names of the collections, sorted."""
         return sorted(entry.parent.name for entry in (self.path / COLLECTIONS).glob(f"*/{MANIFEST}"))
 
     def add_problems(self, collection: str, records: Iterable[dict]) -> int:
-        """Add problem records, making the collection if it is new; returns how many were not there before.
+        """Add problem records (creates the collection if it is new); returns the number of new problems.
 
-        A record that is there already, the same in every field, is no error.
-        Raises RequestError naming id and field for a record that is wrong or differs from the one stored.
+        A record that is already stored, equal in every field, is accepted and not counted.
+        RequestError names id and field of a record that is invalid or differs from the stored one.
         """
         self._refuse_read_only()
         folder = self._folder(collection)
@@ -175,7 +175,7 @@ class Store:
         return add_problems(self._header, folder, records, known)
 
     def problems(self, collection: str) -> "pa.Table":
-        """Every problem ever added (until a compaction drops the deleted ones), in order of addition.
+        """Table of every problem ever added (until a compaction drops the deleted ones), in order of addition.
 
         Columns: id, source, prompt (text to show), messages (JSON, null for a text prompt), ground_truth,
         tags, extra (JSON).
@@ -183,21 +183,21 @@ class Store:
         return self._snapshot(collection).problems.table
 
     def records(self, collection: str, ids: Sequence[str] | None = None) -> list[dict]:
-        """Canonical records of some problems, in order; None: of all; RequestError for an unknown id."""
+        """Canonical records of some problems, in the order of ids (None: of all); RequestError for an unknown id."""
         problems = self._snapshot(collection).problems
         if ids is None:
             return to_records(problems.table)
         return to_records(problems.table.take(problems.rows_of(list(ids), f"collection {collection!r}")))
 
     def deleted(self, collection: str) -> list[str]:
-        """Ids of the problems that are deleted and were not appended again."""
+        """Ids of the problems that were deleted and not appended again since."""
         snapshot = self._snapshot(collection)
         return list(snapshot.problems.ids[snapshot.deleted()])
 
     def writer(self, collection: str, *, step: int) -> Writer:
-        """A context manager that appends rows computed at `step`; one writer a collection at a time.
+        """Context manager that appends rows computed at `step`; one writer per collection at a time.
 
-        Entering it raises LockedError, naming the holder, while another writer is open.
+        Entering it raises LockedError, which names the holder, while another writer is open.
         """
         self._refuse_read_only()
         n_bases = len(self.bases)
@@ -217,11 +217,12 @@ class Store:
         target_commit: int = 0,
         objective: dict[str, Any] | None = None,
     ) -> None:
-        """Keep each rollout's derivative along a target, with its reward and its length in tokens, beside the rows.
+        """Store probes: each rollout's derivative along a target, with its reward and its length in tokens.
 
-        derivatives, rewards, lengths: one array a problem, one number a rollout; a derivative may be nan (not run).
-        step: of the policy. target, target_commit: the benchmark and its commit. objective: what the derivatives are
-        of. RequestError for an unknown id, one given twice, counts that disagree or a reward that is not finite.
+        derivatives, rewards, lengths: one array per problem, one number per rollout; a derivative may be nan (not run).
+        step: the policy's step. target, target_commit: the benchmark and its commit. objective: settings of the
+        objective that was differentiated. RequestError for an unknown or repeated id, counts that differ, or a reward
+        that is not finite.
         """
         from gradstore import probes
 
@@ -241,10 +242,10 @@ class Store:
         self._add(collection, list(ids), where, lambda folder: probes.add_part(folder, table))
 
     def probes(self, collection: str, *, step: int | None = None, target: str | None = None) -> "pa.Table":
-        """Probes in order of addition, of problems that are not deleted; None: of every step, along every target.
+        """Stored probes in order of addition, of problems that are not deleted; step or target None: of all.
 
-        Columns: id, step, target, target_commit, objective (JSON), derivatives, rewards, lengths (lists, one number a
-        rollout). DamagedError where a part is damaged or missing.
+        Columns: id, step, target, target_commit, objective (JSON), derivatives, rewards, lengths (lists, one number per
+        rollout). DamagedError if a part is damaged or missing.
         """
         from gradstore import probes
 
@@ -254,8 +255,8 @@ class Store:
     def add_round(self, collection: str, about: Mapping[str, Any], table: "pa.Table") -> int:
         """Record a selection round of a pool and return its number, counted from 0.
 
-        about: what the round was, as JSON can hold it. table: one row a candidate, columns as in docs/format.md.
-        RequestError for other columns, an unknown id or one given twice.
+        about: settings and results of the round, JSON-compatible. table: one row per candidate, columns as in
+        docs/format.md. RequestError for other columns, or an unknown or repeated id.
         """
         from gradstore import rounds
 
@@ -265,25 +266,25 @@ class Store:
         return self._add(collection, table["id"].to_pylist(), where, lambda folder: rounds.add_round(folder, data))
 
     def rounds(self, collection: str) -> "list[Round]":
-        """Every recorded round of a pool, oldest first; DamagedError where one is damaged or missing."""
+        """Every recorded round of a pool, oldest first; DamagedError if one is damaged or missing."""
         from gradstore import rounds
 
         return rounds.read_rounds(self._folder(collection))
 
     def count_rounds(self, collection: str) -> int:
-        """How many rounds of a pool are recorded; reads none."""
+        """Number of recorded rounds of a pool; reads none of them."""
         from gradstore import rounds
 
         return rounds.count_rounds(self._folder(collection))
 
     def round(self, collection: str, number: int) -> "Round":
-        """One recorded round; negative numbers count from the newest. RequestError where there is none."""
+        """One recorded round; negative numbers count from the newest. RequestError if there is no such round."""
         from gradstore import rounds
 
         return rounds.read_round(self._folder(collection), number, f"collection {collection!r}")
 
     def delete(self, collection: str, ids: Sequence[str]) -> None:
-        """Hide every row so far of some problems from all later views; they may be appended again."""
+        """Delete all current rows of some problems: later views do not show them. They may be appended again."""
         self._refuse_read_only()
         with Session(self._header, self._folder(collection)) as session:
             problems = self._problem_table(collection, session.manifest)
@@ -293,23 +294,23 @@ class Store:
                 session.publish(tombstones=tombstones)
 
     def view(self, collection: str, at: int | None = None, *, basis: int | None = None) -> View:
-        """For each problem its newest row at or before step `at` (None: the newest of all).
+        """View of the newest row of each problem at or before step `at` (None: the newest of all).
 
-        basis: of the rows in that basis alone; None: of all.
+        basis: use only rows in this basis; None: rows in all bases.
         """
         if at is not None and (isinstance(at, bool) or not hasattr(at, "__index__")):
             raise RequestError(f"at must be a step (a whole number) or None, not {at!r}")
         return View(self, self._snapshot(collection), collection, None if at is None else at.__index__(), basis)
 
     def steps(self, collection: str) -> dict[int, int]:
-        """Rows at each step, ascending, without deleted ones."""
+        """Step -> number of rows, ascending, without deleted rows."""
         return self._snapshot(collection).rows_by_step()
 
     def history(self, collection: str, at: int | None = None) -> "pa.Table":
-        """Every row ever at or before step `at` (None: all), oldest first, of problems that are not deleted.
+        """Table of all rows at or before step `at` (None: all), oldest first, without deleted rows.
 
-        Columns: id, step, state (live, no_signal, failed), norm, pass_rate (nan: unknown), n_rollouts. Rows of a step
-        stand in the order they were appended. `compact(keep="newest")` drops superseded rows here too.
+        Columns: id, step, state (live, no_signal, failed), norm, pass_rate (nan: unknown), n_rollouts. Rows of one step
+        are in the order of appending. `compact(keep="newest")` drops superseded rows here too.
         """
         from gradstore.history import history_table
 
@@ -320,16 +321,15 @@ class Store:
         return self._snapshot(collection).manifest.commit
 
     def verify(self) -> "Report":
-        """Check every stored byte against its checksum; safe while a writer is at work."""
+        """Check every stored byte against its checksum; safe while another process writes."""
         from gradstore.verify import verify
 
         return verify(self.path, self._header)
 
     def compact(self, collection: str | None = None, *, keep: Literal["all", "newest"] = "all") -> "CompactReport":
-        """Rewrite a collection (None: all) without deleted rows and problems; keep="newest": without
-        superseded rows.
+        """Rewrite a collection (None: all) without deleted rows and problems; "newest": also without superseded rows.
 
-        Views that are open stay as they are; the old files go when no reader uses them.
+        Open views do not change; the old files are removed when no reader uses them.
         """
         from gradstore.compact import compact
 
@@ -343,7 +343,7 @@ class Store:
         return compact(self._header, [self._folder(name) for name in names], keep)
 
     def info(self) -> dict[str, Any]:
-        """What is in the store, as JSON can hold it."""
+        """Description of the store's settings and contents, as a dict for JSON."""
         return {
             "path": str(self.path),
             "format": self._header.format,
@@ -360,7 +360,7 @@ class Store:
         return self.path / COLLECTIONS / check_name(collection)
 
     def _snapshot(self, collection: str) -> Snapshot:
-        """The newest published moment; the one from last time if nothing was published since."""
+        """Snapshot of the newest commit; returns the cached one if nothing was published since."""
         folder = self._folder(collection)
         if not (folder / MANIFEST).exists():
             known = ", ".join(self.collections) or "none"
@@ -376,14 +376,14 @@ class Store:
         return snapshot
 
     def _problem_table(self, collection: str, manifest: Manifest) -> ProblemTable:
-        """The problems that a manifest names; those read last if they are the same, which rows do not change."""
+        """Problem table of a manifest; returns the cached one if the problems are the same (new rows do not matter)."""
         known = self._problem_tables.get(collection)
         if known is None or not known.serves(manifest):
             known = self._problem_tables[collection] = ProblemTable(self._folder(collection), manifest)
         return known
 
     def _add(self, collection: str, ids: list[str], where: str, write: Callable[[Path], int]) -> int:
-        """Write what stands beside the rows of known problems; returns its number."""
+        """Write an addition (probes or a round) for known problems, under the lock; returns its number."""
         with Session(self._header, self._folder(collection)) as session:
             self._problem_table(collection, session.manifest).rows_of(ids, where)
             session.unpublished = True
@@ -403,7 +403,7 @@ def _check_step(step: Any) -> int:
 
 
 def _is_blank(path: Path) -> bool:
-    """An empty folder, or what an interrupted `create` left."""
+    """Whether this is an empty folder, or one left by an interrupted `create`."""
     if not path.is_dir():
         return False
     ours = {COLLECTIONS, f"{COLLECTIONS}/{ZARR}", ATTACHMENTS}

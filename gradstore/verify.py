@@ -1,9 +1,9 @@
-"""Checking every stored byte.
+"""Verification of a store: checks every stored byte.
 
-Published bytes must match the manifest's checksums, each metadata file must be the exact text that the format
-gives it, and what lies beyond the published rows must be zeros or absent. Only the last may differ while a
-writer is at work or after one was interrupted, which the lock file tells: then it is a note, for the next
-writer clears it.
+Published bytes must match the manifest's checksums. Each metadata file must be exactly the text that the format
+defines. Bytes after the published rows must be zeros or absent. Only these last may differ while a writer is active or
+after one was interrupted; the lock file shows this. Then the report has a note, not a finding, because the next writer
+clears them.
 """
 
 from collections.abc import Iterator
@@ -38,22 +38,22 @@ _ATTEMPTS = 5
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that is not as it was written."""
+    """A fault: a file that is not as it was written."""
 
     file: str
-    """Relative to the store."""
+    """Path relative to the store."""
     chunk: int | None
-    """Number of the chunk, for a chunk file."""
+    """Chunk number, for a chunk file; otherwise None."""
     message: str
 
 
 @dataclass
 class Report:
-    """What a verification saw."""
+    """Result of a verification."""
 
     findings: list[Finding] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    """What is no damage but worth knowing: writers at work, what they left, files of others."""
+    """Information that is not damage: active writers, leftovers of interrupted ones, unknown files."""
     chunks_checked: int = 0
     bytes_checked: int = 0
 
@@ -63,7 +63,7 @@ class Report:
 
 
 def verify(path: Path, header: Header | None = None) -> Report:
-    """Check a whole store. A root that cannot be read raises, as opening the store does."""
+    """Check a whole store. Raises the same errors as `open` if the root cannot be read."""
     report = Report()
     header = read_header(path) if header is None else header
     _Checker(path, header, report).check()
@@ -128,7 +128,7 @@ class _Checker:
             self._find(path, chunk, f"{size} bytes, a chunk has {full}")
 
     def _zarr_json(self, folder: Path, manifest: Manifest, array: RowArray) -> None:
-        """The text may show fewer rows while a writer is open: it is brought up to date when that closes."""
+        """Check an array's zarr.json; it may show fewer rows while a writer is open, which updates it at its close."""
         path = folder / manifest.folder / array.name / ZARR
         text = self._bytes(path, None)
         if text is None or text == array.zarr_json(manifest.rows):
@@ -144,7 +144,7 @@ class _Checker:
             self._find(path, None, f"shows {shown} rows, the collection has {newest.rows}")
 
     def _parts(self, folder: Path, manifest: Manifest) -> None:
-        """Parts are merged as problems are added: one that is gone may just have been replaced."""
+        """Check the problem parts; a missing part may have been merged meanwhile, so it reads the newer manifest."""
         for _ in range(_ATTEMPTS):
             missing = [part for part in manifest.parts if not self._part_path(folder, manifest, part).exists()]
             newest = read_manifest(folder)
@@ -172,7 +172,7 @@ class _Checker:
                 self._find(folder / name, None, str(error))
 
     def _beyond(self, folder: Path) -> None:
-        """What lies beyond the published rows, looked at while no writer comes or goes."""
+        """Check the bytes after the published rows; retries if a writer opens or closes meanwhile."""
         for _ in range(_ATTEMPTS):
             before = read_holder(folder)
             manifest = read_manifest(folder)
@@ -217,7 +217,7 @@ class _Checker:
                     yield self._finding(path, chunks - 1, "bytes beyond the published rows are not zero")
 
     def _strangers(self, folder: Path, manifest: Manifest) -> None:
-        """Files that the store does not know, for a person to look at."""
+        """Add a note for each file that does not belong to the store."""
         known = {MANIFEST, LOCK, ZARR, INDEXES, PROBES, ROUNDS, *map(generation_name, generations(folder))}
         strange = [path for path in sorted(folder.iterdir()) if path.name not in known]
         parts = {part.file for part in manifest.parts}

@@ -1,6 +1,6 @@
-"""A view: for each problem of a collection its newest row at or before a step. Every query names one.
+"""View: the newest row of each problem of a collection at or before a step. Every query runs on a view.
 
-It is fixed when it is made: rows published later, deletions and compactions do not change it.
+A view is fixed when it is created: rows published later, deletions and compactions do not change it.
 
 D sketch dimensions, N problems of the view.
 """
@@ -23,35 +23,35 @@ if TYPE_CHECKING:
     from gradstore.store import Store
 
 _BLOCK_BYTES = 4 << 20
-"""Decoded bytes of a block: small enough for the allocator to hand the same memory out again."""
+"""Size of a decoded block: small enough for the allocator to reuse the same memory."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Piece:
-    """Some rows of one chunk file, as they are stored."""
+    """Some stored rows of one chunk file, not decoded."""
 
     positions: np.ndarray
-    """Places in the view, int64 [n], in the order of the rows."""
+    """Positions in the view, int64 [n], in the order of the rows."""
     rows: np.ndarray
     """Row numbers, int64 [n], ascending."""
     _snapshot: Snapshot
 
     @property
     def scale(self) -> np.ndarray:
-        """Decoded row = codes * scale, float32 [n]."""
+        """Scale of each row, float32 [n]: decoded row = codes * scale."""
         first, last = int(self.rows[0]), int(self.rows[-1])
         column = self._snapshot.column("scale")
         return column[first : last + 1] if last - first + 1 == len(self.rows) else column[self.rows]
 
     def span(self) -> tuple[np.ndarray, np.ndarray]:
-        """Mapped codes of all rows from the first to the last [m, W], read-only; which of them are meant [n]."""
+        """Mapped codes from the first row to the last [m, W], read-only; and the indices of this piece's rows [n]."""
         chunk, first = divmod(int(self.rows[0]), self._snapshot.header.chunk_rows)
         stop = first + int(self.rows[-1] - self.rows[0]) + 1
         return self._snapshot.codes.chunk(chunk)[first:stop], self.rows - self.rows[0]
 
 
 class View:
-    """The problems with a row at or before `at`, whatever its state, in order of addition."""
+    """The newest row at or before `at` of each problem that has one, in any state; in order of addition."""
 
     def __init__(
         self, store: "Store", snapshot: Snapshot, collection: str, at: int | None, basis: int | None = None
@@ -90,17 +90,17 @@ class View:
 
     @property
     def commit(self) -> int:
-        """The publication this view was made from."""
+        """Commit number that this view was made from."""
         return self._snapshot.manifest.commit
 
     @property
     def generation(self) -> int:
-        """Number of the files this view reads; rows of one generation never change."""
+        """Number of the generation of files that this view reads; rows of one generation never change."""
         return self._snapshot.manifest.generation
 
     @property
     def row_numbers(self) -> np.ndarray:
-        """Row of the generation that each problem's row is, int64 [N]."""
+        """Row number of each problem's row within the generation, int64 [N]."""
         return self._row_N
 
     @property
@@ -109,7 +109,7 @@ class View:
 
     @property
     def layers(self) -> list[tuple[str, int, int]]:
-        """(name, start, stop) of each layer's dimensions."""
+        """(name, start, stop): each layer's range of dimensions."""
         return self.store.layers
 
     @cached_property
@@ -119,17 +119,17 @@ class View:
 
     @cached_property
     def n_bases(self) -> int:
-        """Bases of the store: a query of several has a block of dimensions for each."""
+        """Number of bases of the store; a query has one block of dimensions per basis."""
         return len(self.store.bases)
 
     @cached_property
     def live_bases(self) -> list[int]:
-        """Numbers of the bases that live rows of this view are in, ascending."""
+        """Numbers of the bases of this view's live rows, ascending."""
         return [0] if not self._snapshot.manifest.bases else np.unique(self.bases[self.live]).tolist()
 
     @cached_property
     def ids(self) -> np.ndarray:
-        """Object array of str [N]."""
+        """Problem ids, object array of str [N]."""
         return self._snapshot.problems.ids[self._problem_N]
 
     @cached_property
@@ -149,25 +149,25 @@ class View:
 
     @cached_property
     def live(self) -> np.ndarray:
-        """Which rows hold a gradient, bool [N]."""
+        """True for rows with a gradient, bool [N]."""
         live: np.ndarray = self.states == State.LIVE
         return live
 
     @cached_property
     def live_positions(self) -> np.ndarray:
-        """Places of the rows that hold a gradient, int64, ascending, read-only."""
+        """Positions of the rows with a gradient, int64, ascending, read-only."""
         positions = np.flatnonzero(self.live)
         positions.flags.writeable = False
         return positions
 
     @cached_property
     def pass_rates(self) -> np.ndarray:
-        """Share of the rollouts that were right, float32 [N]; nan where unknown."""
+        """Share of right rollouts, float32 [N]; nan where unknown."""
         return self._column("pass_rate")
 
     @cached_property
     def n_rollouts(self) -> np.ndarray:
-        """Rollouts the gradient was computed from, int32 [N]."""
+        """Number of rollouts that each gradient was computed from, int32 [N]."""
         return self._column("n_rollouts")
 
     @cached_property
@@ -179,21 +179,21 @@ class View:
 
     @cached_property
     def reasons(self) -> list[str]:
-        """Why a row failed, empty where it did not; [N]."""
+        """Reason of each failed row, "" for other rows; [N]."""
         texts = self._snapshot.manifest.reasons
         return [texts[number] for number in self._column("reason")]
 
     @cached_property
     def problems(self) -> "pa.Table":
-        """The problems' records, one row a position."""
+        """Table of the problems' records, one row per position."""
         return self._snapshot.problems.table.take(self._problem_N)
 
     def ids_at(self, positions: Any) -> np.ndarray:
-        """Ids at some positions, object array of str; far cheaper than `ids` where few are asked for."""
+        """Ids at some positions, object array of str; much cheaper than `ids` for a few positions."""
         return self._snapshot.problems.ids_at(self._problem_N[self._checked(positions)])
 
     def pieces(self, positions: Any = None) -> list[Piece]:
-        """The stored rows at some distinct positions (None: all), chunk file by chunk file, not decoded."""
+        """Stored rows at some distinct positions (None: all), one Piece per chunk file, not decoded."""
         row_order = self._row_order
         every = positions is None
         if not every:
@@ -211,28 +211,31 @@ class View:
         return [Piece(places[a:b], rows[a:b], self._snapshot) for a, b in pairwise(cuts.tolist()) if b > a]
 
     def codes(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The stored rows at a few positions, copied and not decoded: codes [n, W] and scale float32 [n]."""
+        """Stored rows at a few positions, copied but not decoded: codes [n, W] and scale float32 [n]."""
         rows = self._row_N[positions]
         return self._snapshot.code_rows(rows), self._snapshot.column("scale")[rows]
 
     def places(self, positions: np.ndarray) -> tuple[list[np.ndarray], np.ndarray, np.ndarray, np.ndarray]:
-        """Where the stored rows at a few positions lie: mapped codes of chunks, read-only; in which of them each row is
-        and where in it, int64 [n]; and scale float32 [n]."""
+        """Addresses of the stored rows at a few positions, without a copy.
+
+        Mapped codes of the chunks, read-only; each row's chunk among these and its place in it, both int64 [n]; and
+        scale float32 [n].
+        """
         rows = self._row_N[positions]
         return *self._snapshot.places(rows), self._snapshot.column("scale")[rows]
 
     def rows(self, positions: Any) -> np.ndarray:
         """Unit rows at some positions, float32 [len(positions), D]; zeros where not live.
 
-        RequestError, as of everything that decodes rows, where live ones are in several bases: they have no common
-        dimensions. `store.view(..., basis=...)` has those of one.
+        RequestError if the live rows are in several bases, which have no common dimensions. This holds for every method
+        that decodes rows. Use `store.view(..., basis=...)` for the rows of one basis.
         """
         order = self._checked(positions)
         self._refuse_several_bases(order)
         return self._snapshot.unit_rows(self._row_N[order])
 
     def scan(self, positions: Any = None, block_rows: int | None = None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Blocks of (positions int64 [n], unit rows float32 [n, D]) in the order given, in bounded memory."""
+        """Iterate over blocks (positions int64 [n], unit rows float32 [n, D]), in the given order; bounded memory."""
         order = np.arange(len(self)) if positions is None else self._checked(positions)
         if block_rows is None:
             block_rows = max(1, _BLOCK_BYTES // (4 * self.dim))
@@ -244,12 +247,12 @@ class View:
             yield block, self._snapshot.unit_rows(self._row_N[block])
 
     def blocks(self, block_rows: int | None = None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Blocks of (ids object [n], unit rows float32 [n, D]) over the whole view, in bounded memory."""
+        """Iterate over the whole view in blocks (ids object [n], unit rows float32 [n, D]), in bounded memory."""
         for positions, rows_N_D in self.scan(block_rows=block_rows):
             yield self.ids[positions], rows_N_D
 
     def take(self, ids: Sequence[str]) -> np.ndarray:
-        """Unit rows of some problems in the order asked, float32 [len(ids), D]."""
+        """Unit rows of some problems, in the order of ids, float32 [len(ids), D]."""
         return self.rows(self.positions(ids))
 
     def positions(self, ids: Sequence[str]) -> np.ndarray:
@@ -264,12 +267,12 @@ class View:
             ) from None
 
     def find(self, ids: Sequence[str]) -> np.ndarray:
-        """Positions of some problems, int64; -1 for one that is not in the view."""
+        """Positions of some problems, int64; -1 for an id that is not in the view."""
         index = self._position_of
         return np.fromiter((index.get(problem_id, -1) for problem_id in ids), dtype=np.int64, count=len(ids))
 
     def problems_of(self, ids: Sequence[str]) -> "pa.Table":
-        """Records of some problems in the order asked; RequestError for an id that is not in the view."""
+        """Records of some problems, in the order of ids; RequestError for an id that is not in the view."""
         return self._snapshot.problems.table.take(self._problem_N[self.positions(ids)])
 
     @cached_property
@@ -278,7 +281,7 @@ class View:
 
     @cached_property
     def _row_order(self) -> np.ndarray | None:
-        """Positions in the order of their rows; None where that is the order they are in."""
+        """Positions sorted by row number; None if the rows are already sorted."""
         if bool(np.all(self._row_N[1:] > self._row_N[:-1])):
             return None
         return np.argsort(self._row_N)

@@ -1,4 +1,4 @@
-"""Appending sketches: check everything, quantise, write, and publish when the context closes.
+"""Writer: appends sketches; checks and quantises them, writes them, and publishes when the context closes.
 
 D sketch dimensions, P problems of one append.
 """
@@ -22,14 +22,14 @@ from gradstore.session import Session
 from gradstore.state import State
 
 MAX_REASONS = 1000
-"""Distinct reasons a collection keeps: the manifest carries them, and texts with numbers never repeat."""
+"""Most distinct reasons per collection: the manifest holds them all, and texts with numbers never repeat."""
 _NO_MORE_REASONS = f"(not kept: the collection already has {MAX_REASONS} different reasons)"
 _REASON_LENGTH = 500
 
 
 @dataclass(frozen=True)
 class _Rows:
-    """One checked append."""
+    """Checked and encoded rows of one append."""
 
     columns: dict[str, np.ndarray]
     reasons: tuple[str, ...]
@@ -38,9 +38,9 @@ class _Rows:
 class Writer:
     """Appends rows of one step to one collection; use it as a context manager.
 
-    Rows are written to the disk in the background; the append or publication after one that could not be written
-    raises its error. Rows become visible together when the context closes, or earlier by `publish`. An exception
-    inside the context publishes nothing more, and what was appended since the last publication is cleared.
+    Rows are written to disk in the background; if a write fails, the next append or publication raises its error. Rows
+    become visible together when the context closes, or earlier by `publish`. After an exception inside the context,
+    nothing more is published, and rows appended since the last publication are removed.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Writer:
         n_bases: int,
         problems: Callable[[Manifest], ProblemTable],
     ) -> None:
-        """problems: those that a manifest of the collection names."""
+        """problems: manifest of the collection -> its problem table."""
         self._header = header
         self._collection = collection
         self._where = where
@@ -90,7 +90,7 @@ class Writer:
 
     @property
     def commit(self) -> int:
-        """Number of the newest publication."""
+        """Commit number of the newest publication."""
         return self._open().manifest.commit
 
     def append(
@@ -111,15 +111,15 @@ class Writer:
 
         sketches: [P, D], any real dtype; the raw projected gradients.
         norms: [P], the gradients' norms; None: the L2 norms of the sketches.
-        whole_norms: [P], instead of norms: of the gradients that the sketches hold a part of, no less than their own.
-            Such rows decode to sketch / whole norm, shorter than 1 by what the sketch left out, so that cosines are
-            those of the gradients, and dots those of the sketches.
+        whole_norms: [P], instead of norms, for sketches that hold only a part of a gradient: the norm of the whole
+            gradient, at least that of the sketch. Such a row decodes to sketch / whole norm, which is shorter than 1.
+            Cosines are then those of the whole gradients, and dots those of the sketches.
         state: one for all or [P]; None: live where the norm is positive, no_signal where it is zero.
             Rows that are not live are stored as zeros.
         pass_rate: [P] in [0, 1] or nan (unknown).  n_rollouts: [P] counts.  reason: why a row failed.
         ess: [P], effective sample sizes in rollouts, nan (unknown); for stores of off-policy rows.
-        basis: number of the store's basis that the rows are in; to be said where the store has several.
-        Raises RequestError naming the id and the field; then nothing of this call is appended.
+        basis: number of the rows' basis; required if the store has several.
+        RequestError names the id and the field; then nothing of this call is appended.
         """
         session = self._open()
         self._refuse_failed()
@@ -264,7 +264,7 @@ class Writer:
     def _states(self, state: Any, ids: list[str], sizes_P: np.ndarray) -> np.ndarray:
         n = len(ids)
         if state is None:
-            # A size that is nan counts as live here, so that the checks of live rows name it.
+            # A nan size counts as live here, so that the checks of live rows report it.
             return np.where(sizes_P == 0, State.NO_SIGNAL, State.LIVE).astype(np.uint8)
         states = [state] * n if isinstance(state, int | np.integer) else list(state)
         if len(states) != n:
@@ -299,7 +299,7 @@ class Writer:
         return sizes.astype(np.float32)
 
     def _numbers(self, values: Any, field: str, ids: list[str]) -> np.ndarray:
-        """One number a problem (a single one counts for all), float64 [P]."""
+        """Convert to one number per problem (a scalar is used for all), float64 [P]."""
         try:
             numbers = np.asarray(values, dtype=np.float64)
         except (TypeError, ValueError) as error:

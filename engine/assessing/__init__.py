@@ -1,1 +1,1 @@
-"""How far rankings by sketches can be trusted: against exact gradients, and between halves of the rollouts."""
+"""Quality of rankings by sketches: fidelity to exact gradients, and split-half reliability of the rollouts."""

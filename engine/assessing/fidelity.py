@@ -1,7 +1,7 @@
-"""How faithful stored sketches are: their ranking against the exact one over the same layers, on a sample.
+"""Fidelity of stored sketches: agreement of their ranking with the exact one over the same layers, on a sample.
 
-Beside it stands the reliability of the exact ranking itself, between halves of the rollouts: where that is lower, a
-finer sketch would rank no better.
+The split-half reliability of the exact ranking is reported as well. If it is lower than the agreement, a finer sketch
+would rank no better.
 
 Dimension letters: P problems.
 """
@@ -31,30 +31,30 @@ class Agreement:
     n_problems: int
     spearman: float
     top_5_percent: float
-    """Share of the exact scores' best 5 % that are among the best 5 % found."""
+    """Recall of the exact scores' best 5 % among the best 5 % found."""
     k: int
     top_k: float
-    """The same for the best k."""
+    """The same recall for the best k."""
 
 
 @dataclass(frozen=True, slots=True)
 class Fidelity:
-    """Stored sketches against exact scores, and the exact scores' own reliability."""
+    """Agreement of stored sketches with exact scores, and the reliability of the exact scores."""
 
     agreement: Agreement
     halves: SplitHalf | None
-    """Exact scores of even against odd rollouts; None when not asked for."""
+    """Agreement of exact scores from even and from odd rollouts; None unless requested."""
     row_bytes: int
-    """Bytes a row takes in the store."""
+    """Bytes per row in the store."""
 
     def describe(self) -> dict:
-        """JSON-ready."""
+        """The results as a dict for JSON."""
         halves = None if self.halves is None else self.halves.describe()
         return {**asdict(self.agreement), "row_bytes": self.row_bytes, "reliability": halves}
 
 
 def agreement(found_P: np.ndarray, exact_P: np.ndarray, ids: Sequence[str], k: int | None = None) -> Agreement:
-    """Spearman and overlaps of two sets of scores of the same problems, float [P] without NaN, ties by id.
+    """Spearman correlation and top-k overlaps of two scores per problem, float [P] without NaN, ties by id.
 
     k: default a tenth of the problems. RequestError for fewer than three problems.
     """
@@ -85,13 +85,13 @@ def fidelity(
     seed: int = 0,
     halves: bool = True,
 ) -> Fidelity:
-    """Cosine scores of a pool's stored rows against exact cosines over the layers the store's settings choose.
+    """Compare cosines of a pool's stored rows with exact cosines, over the layers in the store's settings.
 
-    model, rollouts, benchmark_rollouts: what the rows of pool and benchmark were made from. sample: live problems
-    measured exactly, drawn with the seed; None: all. Cost: a backward with weight gradients over the sample's rollouts,
-    twice that with halves, and over the benchmark's. Of rows in head mode the exact scores are over every layer: that
-    is what they stand for. Memory beside the model: two blocks of layers' full gradients (full_gradients.py).
-    RequestError when fewer than three live problems have rollouts.
+    model, rollouts, benchmark_rollouts: the sources of the rows of pool and benchmark. sample: number of live problems
+    measured exactly, drawn with the seed; None: all. Cost: a backward pass with weight gradients over the sample's
+    rollouts (twice that with halves) and over the benchmark's. Rows in head mode approximate the gradient of every
+    layer, so their exact scores use every layer. Memory beyond the model: two blocks of layers' full gradients
+    (full_gradients.py). RequestError when fewer than three live problems have rollouts.
     """
     view = store.view(pool, at)
     known = set(rollouts.problem_ids)

@@ -1,9 +1,9 @@
-"""How far a ranking can be trusted: the same scores from the odd and the even rollouts, and from shuffled rewards.
+"""Split-half reliability of scores, from odd and even rollouts, and a noise floor, from shuffled rewards.
 
 A score is an estimate from a few rollouts. Two halves of them give two independent estimates, each with its own
-baseline; how well they agree over problems is the reliability of half the rollouts, and the Spearman-Brown formula
-carries it to all of them. No sketch can rank better than the scores it approximates repeat themselves. Rewards
-shuffled within each group keep everything but what they say about the responses: the scores then are the noise floor.
+baseline. Their correlation over problems is the reliability of half the rollouts; the Spearman-Brown formula
+extrapolates it to all rollouts. It bounds how well a sketch of these scores can rank. Shuffling rewards within each
+group removes only their relation to the responses: scores from shuffled rewards are the noise floor.
 
 Dimension letters: P problems.
 """
@@ -25,25 +25,25 @@ from gradstore.errors import RequestError
 from gradstore.state import State
 
 Score = Callable[[Sequence[Group]], np.ndarray]
-"""Scores of groups, float64 [P], NaN for those that have none (no signal, failed)."""
+"""Groups -> scores, float64 [P]; NaN for a group without a score (no signal, failed)."""
 
 
 @dataclass(frozen=True, slots=True)
 class SplitHalf:
-    """How well the scores of two halves agree, and what follows for the whole."""
+    """Agreement of the scores of two halves, and the resulting reliability of the whole."""
 
     n_problems: int
     pearson: float
-    """Correlation of the halves' scores."""
+    """Pearson correlation of the halves' scores."""
     spearman: float
-    """Of their ranks."""
+    """Spearman (rank) correlation of the halves' scores."""
     reliability: float
-    """Expected correlation of the scores from all rollouts with those from as many new ones (Spearman-Brown)."""
+    """Expected correlation between scores from all rollouts and from equally many new rollouts (Spearman-Brown)."""
     rank_reliability: float
-    """The same for ranks: the Spearman two independent sets of rollouts would show."""
+    """The same for ranks: the expected Spearman correlation of two independent sets of rollouts."""
 
     def describe(self) -> dict:
-        """JSON-ready."""
+        """The results as a dict for JSON."""
         return asdict(self)
 
 
@@ -53,23 +53,23 @@ class Reliability:
 
     ids: list[str]
     scores: np.ndarray
-    """From all rollouts, float64 [P]; NaN without signal."""
+    """Scores from all rollouts, float64 [P]; NaN without signal."""
     standard_errors: np.ndarray
     """Half the difference of the halves' scores, float64 [P]: one degree of freedom each."""
     standard_error: float
-    """Root mean square of them: the standard error of a typical score, known far better than that of each."""
+    """Root mean square of `standard_errors`: error of a typical score, much more precise than each single one."""
     halves: SplitHalf
     floor: np.ndarray
-    """Scores under shuffled rewards, float64, those of every permutation together."""
+    """Scores under shuffled rewards, float64, all permutations concatenated."""
 
     @property
     def noise_floor(self) -> float:
-        """The 95th percentile of |score| under shuffled rewards: what chance alone reaches."""
+        """95th percentile of |score| under shuffled rewards; NaN without permutations."""
         found = self.floor[~np.isnan(self.floor)]
         return float(np.quantile(np.abs(found), 0.95)) if len(found) else float("nan")
 
     def describe(self) -> dict:
-        """JSON-ready, without the scores."""
+        """The results without the single scores, as a dict for JSON."""
         live = ~np.isnan(self.scores)
         return {
             **self.halves.describe(),
@@ -83,9 +83,9 @@ class Reliability:
 def reliability(score: Score, groups: Sequence[Group], *, seed: int = 0, permutations: int = 1) -> Reliability:
     """Score the groups, their odd and even rollouts, and the groups with rewards shuffled within each.
 
-    score: how groups are scored, such as `sketch_scores(sketcher, target)` or `exact_scores(model, target)`.
-    Groups without signal are left out; a half without signal has measured nothing and scores 0. Cost: each group is
-    run 2 + permutations times. RequestError for fewer than three live groups, or groups with a single rollout.
+    score: a scoring function such as `sketch_scores(sketcher, target)` or `exact_scores(model, target)`.
+    Groups without signal are left out; a half without signal scores 0. Cost: each group is run 2 + permutations times.
+    RequestError for fewer than three live groups, or a group with a single rollout.
     """
     for group in groups:
         if len(group.responses) < 2:
@@ -122,12 +122,12 @@ def spearman_brown(correlation: float) -> float:
 
 
 def split(groups: Sequence[Group]) -> tuple[list[Group], list[Group]]:
-    """The groups' even rollouts (first, third, ...) and their odd ones, each half with a baseline of its own."""
+    """Split each group into even rollouts (first, third, ...) and odd ones; each half has its own baseline."""
     return [_part(group, 0) for group in groups], [_part(group, 1) for group in groups]
 
 
 def permuted(groups: Sequence[Group], seed: int) -> list[Group]:
-    """The groups with rewards shuffled within each; the order depends on the seed and the group alone."""
+    """Shuffle the rewards within each group; the order depends only on the seed and the group's id."""
     shuffled = []
     for group in groups:
         random = np.random.default_rng([seed, *group.problem_id.encode()])
@@ -136,7 +136,7 @@ def permuted(groups: Sequence[Group], seed: int) -> list[Group]:
 
 
 def sketch_scores(sketcher: Sketcher, target: Target | np.ndarray, metric: Metric = "cosine") -> Score:
-    """Scores from sketches against a target in sketch space, as a search of a store would give them."""
+    """Scoring function: sketches against a target in sketch space, equal to a search in a store."""
     target_D = direction(target, sketcher.dim, metric)
 
     def score(groups: Sequence[Group]) -> np.ndarray:
@@ -153,7 +153,7 @@ def sketch_scores(sketcher: Sketcher, target: Target | np.ndarray, metric: Metri
 def exact_scores(
     model: nn.Module, target: LayerGradients, spec: SketchSpec | None = None, metric: Metric = "cosine"
 ) -> Score:
-    """Exact scores over the layers the spec sketches."""
+    """Scoring function: exact scores over the layers that the spec sketches."""
 
     def score(groups: Sequence[Group]) -> np.ndarray:
         batch = exact_dots(model, groups, target, spec, norms=metric == "cosine")

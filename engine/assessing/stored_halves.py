@@ -1,8 +1,8 @@
-"""Halves of the rollouts kept in the store, so that any ranking's reliability can be had from the store alone.
+"""Sketches of rollout halves in the store, to compute the reliability of any ranking from the store alone.
 
-The even and the odd rollouts of a pool are collections of their own, `NAME.even` and `NAME.odd`: rows like any others,
-with their steps, searched, compacted, verified and mirrored like them. A ranking of both by the same target shows how
-far the ranking of the whole repeats itself (halves.py), and the two rows of a problem how far its gradient does. They
+The even and the odd rollouts of a pool are two more collections, `NAME.even` and `NAME.odd`. Their rows have steps and
+are searched, compacted, verified and mirrored like all others. Ranking both by the same target gives the reliability of
+the whole ranking (split_half.py). The cosine of a problem's two rows shows how reproducible its gradient is. The halves
 cost as much again as the pool itself, in time and in bytes.
 
 P problems.
@@ -28,24 +28,24 @@ HALVES = (".even", ".odd")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StoredHalves:
-    """How far the problems of a pool agree with themselves."""
+    """Reliability of a pool from its stored halves."""
 
     ids: list[str]
-    """Problems with a gradient in the whole, at the halves' step."""
+    """Ids of the problems with a gradient in the whole, at the halves' step."""
     agreement: np.ndarray
-    """Cosine of the gradients of even and odd rollouts, float64 [P]; NaN where a half has none."""
+    """Cosine between the gradients of even and odd rollouts, float64 [P]; NaN if a half has no gradient."""
     standard_errors: np.ndarray
     """Half the difference of the halves' scores, float64 [P]: one degree of freedom each."""
     ranking: SplitHalf
-    """Agreement of the halves' rankings by the target, and the reliability of the whole that follows."""
+    """Agreement of the halves' rankings by the target, and the resulting reliability of the whole."""
 
 
 def collect_halves(
     store: Store, collection: str, groups: RolloutSource | Iterable[Group], *, sketcher: Sketcher, step: int
 ) -> list[CollectReport]:
-    """Sketch the even and the odd rollouts of groups into `NAME.even` and `NAME.odd`; arguments as of `collect`.
+    """Sketch the even and the odd rollouts of groups into `NAME.even` and `NAME.odd`; arguments as in `collect`.
 
-    The collection must have the problems. Groups with a single rollout have no halves: RequestError.
+    RequestError for a problem that is not in the collection, or a group with a single rollout.
     """
     records = {record["id"]: record for record in store.records(collection)}
     members = list(groups.groups() if isinstance(groups, RolloutSource) else groups)
@@ -66,8 +66,8 @@ def stored_halves(
 ) -> StoredHalves:
     """Reliability of a pool's ranking by a target, from the halves in the store.
 
-    Counted are problems whose whole and halves have rows of the same step and basis. A half without signal has measured
-    nothing and scores 0. RequestError where there are no halves, or fewer than three such problems.
+    Uses the problems whose whole and halves have rows of the same step and basis. A half without signal scores 0.
+    RequestError without stored halves, or with fewer than three such problems.
     """
     missing = [collection + suffix for suffix in HALVES if collection + suffix not in store.collections]
     if missing:

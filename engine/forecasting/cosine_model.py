@@ -41,7 +41,7 @@ class Pairs:
     new: np.ndarray
     """Score of the newer row, float64 [N]."""
     ages: np.ndarray
-    """Steps between them, float64 [N]."""
+    """Steps between the two rows, float64 [N]."""
     n_old: np.ndarray
     """Rollouts of the older row, float64 [N]."""
     n_new: np.ndarray

@@ -27,7 +27,7 @@ class Rows:
     cosines: np.ndarray
     """Cosine of each row with each query, float64 [Q, N]."""
     norms: np.ndarray
-    """float64 [N]."""
+    """Gradient norms, float64 [N]."""
     slack: np.ndarray
     """p (1 - p), float64 [N]; nan where unknown."""
     counts: np.ndarray

@@ -44,7 +44,7 @@ class Calibration:
     """Number of probes used."""
 
     def describe(self) -> dict[str, Any]:
-        """As JSON can hold it."""
+        """Summary as a dict for JSON: quantiles of the gains, residual variance and number of probes."""
         low, usual, high = np.quantile(self.gains, (0.1, 0.5, 0.9)).tolist()
         return {"gain": usual, "gain_low": low, "gain_high": high, "left": self.left, "n_probes": self.n}
 
@@ -77,7 +77,7 @@ class LocalRatios:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Probed:
-    """Live probes of one step whose problems have a row of that step, both on the scale of cosines."""
+    """Live probes of one step and the sketches of their problems at that step; both dots are divided by the norm."""
 
     rows: np.ndarray
     """Unit sketches, float32 [K, D]."""
@@ -86,7 +86,7 @@ class Probed:
     dots: np.ndarray
     """Probed dot over the norm, float64 [K]."""
     errors: np.ndarray
-    """Its standard error, float64 [K]."""
+    """Standard error of the probed dot over the norm, float64 [K]."""
 
 
 def probed_before(store: Store, pool: str, benchmarks: Sequence[str], step: int) -> list[Probed]:

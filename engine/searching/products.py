@@ -134,7 +134,7 @@ def _bit_product(queries_QD: np.ndarray) -> Product:
 
 @cache
 def _kernel() -> ModuleType | None:
-    """`_products.c`, where it was built and this processor has what it needs."""
+    """The compiled module of `_products.c`; None if it was not built or this processor does not support it."""
     try:
         from gradstore.engine.searching import _products
     except ImportError:

@@ -1,9 +1,9 @@
-"""Which problems of a view align most, or least, with a direction.
+"""Search: the problems of a view that align most, or least, with a direction.
 
-The rows of a view are unit vectors with their norms beside them: cosine is a matrix product with the unit target,
-dot the same times the norm. The exact scan (scan.py) reads every live row once, as it is stored, in bounded memory. An
-index (engine/indexes) looks at fewer bytes and pays off when the same collection is asked many times; the scores it
-returns are the scan's. fisher is dot with a query preconditioned by the view's second moment.
+A view stores unit rows and their norms. cosine is a matrix product with the unit target; dot is the same times the
+norm. fisher is dot with a query preconditioned by the view's second moment. The exact scan (scan.py) reads every live
+row once, as it is stored, in bounded memory. An index (indexes/) reads fewer bytes and is worth building for many
+searches of one collection; its scores are those of the scan.
 """
 
 import math
@@ -31,15 +31,15 @@ class Hits:
     """The problems found, best first."""
 
     ids: np.ndarray
-    """str [K]."""
+    """Problem ids, str [K]."""
     scores: np.ndarray
-    """float32 [K]."""
+    """Scores, float32 [K]."""
     positions: np.ndarray
-    """Their places in the view, int64 [K]."""
+    """Positions of the hits in the view, int64 [K]."""
     n_eligible: int
-    """Live problems that passed the filter: fewer than asked when smaller than k."""
+    """Live problems that passed the filter; if below k, there are fewer hits than asked for."""
     n_unknown: int = field(default=0, kw_only=True)
-    """Eligible problems without a score: their rows are in a basis that the target was not measured in."""
+    """Eligible problems without a score: the target was not measured in the basis of their rows."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -66,12 +66,12 @@ def search(
 ) -> Hits:
     """The k live problems of the view with the largest (or smallest) score, ties by id.
 
-    query: a target or a float vector [D] (of a store with several bases: in the newest). metric: `cosine` of gradient
-    and query; `dot`, gradient times query; `fisher`, g^T (M/n + lambda I)^-1 q with the second moment M of the view's n
-    live rows. damping: lambda over the mean eigenvalue of M/n. where: a filter, or a bool mask [P] over the view.
-    index: None scans every row and is exact; a kind of index or `auto` opens or builds one beside the collection
-    (`index_for` has the terms); an Index searches that one. Whatever an index finds has the score of the scan. Where it
-    does not serve (a larger k than it was tested for, a filter that leaves few) the scan does.
+    query: a target or a float vector [D] (in a store with several bases: in the newest basis). metric: `cosine` of
+    gradient and query; `dot`, gradient times query; `fisher`, g^T (M/n + lambda I)^-1 q with the second moment M of the
+    view's n live rows. damping: lambda over the mean eigenvalue of M/n. where: a filter, or a bool mask [P] over the
+    view. index: None scans every row and is exact; a kind of index or `auto` opens or builds one in the collection's
+    folder (see `index_for`); an Index is used directly. Hits of an index have the exact scores of the scan. The scan
+    replaces an index that cannot answer (k above its tested k, or a filter that leaves few rows).
     Only live problems are ranked. RequestError for k below 1, a wrong dimension, a zero or non-finite query.
     """
     if k < 1:
@@ -95,7 +95,7 @@ def search(
 
 
 def eligible_positions(view: View, where: Where | np.ndarray | None) -> np.ndarray:
-    """Places in the view of the live problems that pass the filter, int64, ascending."""
+    """Positions in the view of the live problems that pass the filter, int64, ascending."""
     if where is None:
         return view.live_positions
     return np.flatnonzero(
@@ -106,9 +106,9 @@ def eligible_positions(view: View, where: Where | np.ndarray | None) -> np.ndarr
 def query_vectors(
     view: View, queries: Sequence[Target | np.ndarray], metric: Metric, damping: float = DAMPING
 ) -> np.ndarray:
-    """What the rows are multiplied with, float32 [Q, D]: unit queries for cosine, preconditioned ones for fisher.
+    """Query vectors to multiply the rows with, float32 [Q, D]: unit length for cosine, preconditioned for fisher.
 
-    Of a store with several bases [Q, bases * D], a block for each (blocks.py).
+    In a store with several bases [Q, bases * D], one block per basis (blocks.py).
     """
     wide = [query.query(view) if isinstance(query, Target) else _newest(query, view) for query in queries]
     queries_QD = np.stack([direction(query, view.dim, metric) for query in wide])
@@ -116,8 +116,10 @@ def query_vectors(
 
 
 def direction(query: Target | np.ndarray, dim: int, metric: Metric) -> np.ndarray:
-    """The query as float32 [D], of unit length for cosine, checked. One of several blocks: each by itself, those of
-    NaN left as they are."""
+    """Check the query and return it as float32 [D], of unit length for cosine.
+
+    With several blocks, each is checked and scaled separately; blocks of NaN stay.
+    """
     if metric not in ("cosine", "dot", "fisher"):
         raise RequestError(f"metric {metric!r} is not one of cosine, dot, fisher")
     query_D = np.asarray(query.vector if isinstance(query, Target) else query, np.float32)
@@ -133,7 +135,7 @@ def direction(query: Target | np.ndarray, dim: int, metric: Metric) -> np.ndarra
 
 
 def _newest(query: np.ndarray, view: View) -> np.ndarray:
-    """A vector as it stands, or, in a store with several bases, as the block of the newest."""
+    """The vector unchanged; in a store with several bases a vector [D] becomes the block of the newest basis."""
     query_D = np.asarray(query, np.float32)
     if view.n_bases == 1 or query_D.shape != (view.dim,):
         return query_D

@@ -1,21 +1,21 @@
-"""The k best of many scores, ties broken by id, whatever order the problems are stored in."""
+"""Top-k of many scores, ties broken by id, independent of the storage order."""
 
 from collections.abc import Callable
 
 import numpy as np
 
 _SAMPLE = 4096
-"""Of many keys, to guess a bound from."""
+"""Sample size for the first bound on the k-th smallest key."""
 
 _FEW = 2
-"""So many times the wanted keys are sorted sooner than cut down to the wanted."""
+"""Up to this multiple of k, sorting all keys is faster than selecting first."""
 
 
 def best(scores_P: np.ndarray, k: int, id_of: Callable[[np.ndarray], np.ndarray], largest: bool = True) -> np.ndarray:
     """Positions of the k best finite scores, best first, equal scores in the order of their ids; int64 [<= k].
 
-    scores_P: float [P]; NaN marks what must not be ranked. id_of: the ids at given positions, asked only for the
-    few that can be among the k.
+    scores_P: float [P]; NaN excludes a problem. id_of: callback from positions to ids; called only if there are ties,
+    with the few contenders for the k.
     """
     keys_P = -scores_P if largest else scores_P
     bound = kth_smallest(keys_P, k) if len(keys_P) > _FEW * k else np.inf
@@ -28,9 +28,9 @@ def best(scores_P: np.ndarray, k: int, id_of: Callable[[np.ndarray], np.ndarray]
 
 
 def kth_smallest(keys_P: np.ndarray, k: int) -> float:
-    """The k-th smallest of the keys that are not NaN: their largest where they are fewer, NaN where there are none.
+    """The k-th smallest key, NaN keys ignored; with fewer than k keys the largest, with none NaN.
 
-    Of many keys a sample tells a bound that a few are below; where those are k or more, only they are looked at.
+    For many keys, a sample gives a likely upper bound. If at least k keys are within it, only those are searched.
     """
     sample = keys_P[:: max(1, len(keys_P) // _SAMPLE)]
     rank = 2 * k * len(sample) // max(1, len(keys_P)) + 16

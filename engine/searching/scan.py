@@ -1,10 +1,10 @@
-"""The exact scan: products of stored rows with queries, straight from the mapped chunk files.
+"""Exact scan: products of stored rows with queries, directly from the memory-mapped chunk files.
 
-Rows are never decoded: codes are multiplied with the digits of queries (products.py). A digit more costs almost nothing
-where one query is bound by reading the rows; sixteen queries are bound by arithmetic.
+Rows are never decoded: codes are multiplied with the digits of queries (products.py). For one query, reading the rows
+is the bottleneck, so one more digit costs almost nothing. For sixteen queries, arithmetic is the bottleneck.
 
-Rows that a query does not want (superseded, deleted, not live, filtered out) are skipped by whole chunks, scored
-and thrown away where they lie among wanted ones, and only where few of a chunk are wanted are those copied together.
+Unwanted rows are superseded, deleted, not live or filtered out. Chunks without a wanted row are skipped. Unwanted rows
+between wanted ones are scored and discarded. If few rows of a chunk are wanted, those are copied together first.
 
 P problems of a view, Q queries, D sketch dimensions, W columns of codes, N rows of a block or pairs of row and query.
 """
@@ -22,26 +22,25 @@ from gradstore.engine.searching.ranking import best
 from gradstore.view import Piece
 
 QUERIES_AT_ONCE = 16
-"""More queries are answered in several passes: beyond this the arithmetic, not the reading, is what takes time."""
+"""Queries per pass; with more, arithmetic takes the time, not reading."""
 _FEW = 4096
-"""Rows that one core scores sooner than threads begin."""
+"""Below this number of rows, one core is faster than starting threads."""
 _MANY = 0.1
-"""From this share of the rows on that a query asks for, looking for the best saves nothing."""
+"""If k is above this share of the rows, a threshold saves nothing: score all."""
 _SAMPLE = 2048
-"""Rows from whose scores it is guessed what the best reach."""
+"""Sample size for the top-k threshold."""
 _RANKS_MORE = 16
-"""That the guess is below twice as many rows as are wanted: a small sample errs by as much."""
+"""Ranks added to the threshold's rank in the sample (that of the best 2 k rows), against sampling error."""
 _SPARSE = 0.25
-"""Below this share of wanted rows between the first and the last wanted one of a chunk, they are copied together."""
+"""Below this share of wanted rows, from the first to the last wanted one of a chunk, they are copied together."""
 
 
 def scan_rows(view: View, queries_QD: np.ndarray, positions: np.ndarray | None = None) -> np.ndarray:
     """Products of unit rows with queries: float32 [Q, P], NaN for problems that are not at the positions.
 
-    queries_QD: float [Q, D], finite; of a store with several bases also [Q, bases * D] (blocks.py), each row being
-    multiplied with the block of its own basis, NaN where that is not known. positions: int64, distinct, in any order;
-    None: all. Every core takes chunk files in turn. Memory beyond the result: one block of products a core, and two
-    whole numbers a position.
+    queries_QD: float [Q, D], finite. With several bases also [Q, bases * D] (blocks.py): each row is multiplied with
+    the block of its own basis, NaN if that is unknown. positions: int64, distinct, in any order; None: all. Every core
+    takes chunk files in turn. Memory beyond the result: one block of products per core, two integers per position.
     """
     queries_QD = np.asarray(queries_QD, np.float32)
     if view.n_bases > 1:
@@ -50,8 +49,10 @@ def scan_rows(view: View, queries_QD: np.ndarray, positions: np.ndarray | None =
 
 
 def scan_at(view: View, queries_QD: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """Products of the unit rows at a few positions with queries, in their order: float32 [Q, n]. In a store with one
-    basis, and, where rows are not scored where they lie, in memory for copies of them."""
+    """Products of the unit rows at a few positions with queries, in that order: float32 [Q, n]; for one basis only.
+
+    Where the kernel cannot read scattered rows, they are copied into memory first.
+    """
     queries_QD = np.asarray(queries_QD, np.float32)
     scores_QN = np.empty((len(queries_QD), len(positions)), np.float32)
     for start in range(0, len(queries_QD), QUERIES_AT_ONCE) if len(positions) else ():
@@ -71,11 +72,11 @@ def scan_best(
     positions: np.ndarray | None = None,
     weights_P: np.ndarray | None = None,
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Each query's k largest scores, as `best` of `scan_rows` has them: their positions, int64, and float32 scores.
+    """Top-k of each query, equal to `best` of `scan_rows`: positions, int64, and scores, float32.
 
-    weights_P: positive, what the products of each row are multiplied with; None: 1. Several queries guess from a sample
-    of the rows what score a query's k best reach, and look only for rows that reach it (`picking`). Where those are
-    fewer than k after all, the query is answered from every score.
+    weights_P: positive factor for the products of each row; None: 1. For several queries, a sample of the rows gives a
+    threshold per query, and only rows that reach it are collected (`picking`). If fewer than k rows reach it, all rows
+    are scored for that query.
     """
     queries_QD = np.asarray(queries_QD, np.float32)
     positions = np.arange(len(view)) if positions is None else np.asarray(positions)
@@ -93,7 +94,7 @@ def scan_best(
 
 
 Found = list[tuple[np.ndarray, np.ndarray]]
-"""For each query positions, int64, and their float32 scores."""
+"""Per query: positions, int64, and their scores, float32."""
 
 
 def _best_of_all(view: View, queries_QD: np.ndarray, k: int, positions: np.ndarray, weights_P: np.ndarray) -> Found:
@@ -124,7 +125,7 @@ def _best_of_near(
 
 
 def _no_less(view: View, pick: Pick, positions: np.ndarray, weights_P: np.ndarray, least_Q: np.ndarray) -> Found:
-    """Of the rows at some positions those that reach each query's least score."""
+    """Rows at the positions whose score reaches the query's least score, for each query."""
 
     def look(piece: Piece) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         codes, within = piece.span()
@@ -176,7 +177,7 @@ def _in_one_basis(view: View, queries_QD: np.ndarray, positions: np.ndarray | No
 
 
 def _score(piece: Piece, product: Product, some_QP: np.ndarray) -> None:
-    """Products of a piece's rows with the queries, to their places."""
+    """Write the products of a piece's rows with the queries to some_QP, at the rows' positions."""
     codes, within = piece.span()
     places, scale = _as_slice(piece.positions), piece.scale
     if len(within) == len(codes) and isinstance(places, slice):
@@ -194,7 +195,7 @@ def _score(piece: Piece, product: Product, some_QP: np.ndarray) -> None:
 
 
 def _as_slice(places: np.ndarray) -> slice | np.ndarray:
-    """Places as a slice where they are consecutive: assigning to it is many times faster."""
+    """Places as a slice if they are consecutive: assignment to a slice is many times faster."""
     first, last = int(places[0]), int(places[-1])
     consecutive = last - first + 1 == len(places) and bool(np.all(places[1:] > places[:-1]))
     return slice(first, last + 1) if consecutive else places

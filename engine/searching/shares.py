@@ -1,4 +1,4 @@
-"""Through which layers a problem aligns with a target: its score, split into one term per layer."""
+"""Layer contributions: a problem's score with a target, split into one term per layer."""
 
 import numpy as np
 
@@ -12,10 +12,10 @@ from gradstore.errors import RequestError
 def layer_contributions(
     view: View, positions: np.ndarray, query: Target | np.ndarray, metric: Metric = "cosine", damping: float = DAMPING
 ) -> np.ndarray:
-    """Each layer's term of the scores at the given positions; float32 [K, layers], rows summing to the score.
+    """Split the scores at the positions into one term per layer; float32 [K, layers], each row sums to the score.
 
-    A layer fills a range of sketch dimensions (`view.layers`); its term is the inner product over that range. The
-    layers with the largest terms are what GradAlign records as `h_sorted`.
+    A layer has a range of sketch dimensions (`view.layers`); its term is the inner product over that range. GradAlign
+    records the layers with the largest terms as `h_sorted`.
     """
     query_D = query_vectors(view, [query], metric, damping)[0]
     if view.n_bases > 1:

@@ -1,4 +1,4 @@
-"""The direction a benchmark wants the policy to go: the aggregated gradient of its problems, in sketch space."""
+"""Targets: the aggregated gradient of a benchmark's problems, in sketch space."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -17,7 +17,7 @@ class Target:
     """A query vector and where it came from."""
 
     vector: np.ndarray
-    """float32 [D], in the newest basis that the benchmark was measured in."""
+    """float32 [D], in the newest basis in which the benchmark was measured."""
     benchmark: str
     steps: tuple[int, int]
     """Oldest and newest step among the rows used; equal when the benchmark was measured in one go."""
@@ -25,23 +25,23 @@ class Target:
     n_problems: int
     """Problems that entered the mean."""
     n_live: int
-    """Those of them with a gradient."""
+    """Problems of these that have a gradient."""
     commit: int
     """Commit of the benchmark's collection."""
     learning_rate: float | None = None
-    """Of the training at its step: how much the step counts for the selector `less`; None: as much as every other."""
+    """Learning rate of the training at this step: the step's weight for the selector `less`; None: equal weights."""
 
     vectors: dict[int, np.ndarray] = field(default_factory=dict)
-    """The vector in each basis that every problem's newest measurement is in; empty: `vector` alone."""
+    """Vector per basis, for the bases that contain every problem's newest measurement; empty: `vector` only."""
 
     def query(self, view: View) -> np.ndarray:
-        """What rows of the view are multiplied with: `vector`, or a block for each basis of the store (blocks.py)."""
+        """Query for the rows of the view: `vector`, or one block per basis of the store (blocks.py)."""
         if view.n_bases == 1:
             return self.vector
         return laid_out(self.vectors or {view.n_bases - 1: self.vector}, view.n_bases)
 
     def describe(self) -> dict:
-        """Everything but the vector, for records and `--json`."""
+        """All fields except the vectors, for records and `--json`."""
         return {
             "benchmark": self.benchmark,
             "steps": list(self.steps),
@@ -57,9 +57,9 @@ class Target:
 def target(store: Store, benchmark: str, at: int | None = None, aggregate: Aggregate = "mean") -> Target:
     """Aggregate the newest gradient of every problem of a benchmark at or before step `at`.
 
-    mean: mean gradient, problems without signal counting as zero (GradAlign, arXiv 2602.21492). unit_mean: mean of
-    the live problems' unit gradients, so that no problem weighs more than another. Failed problems are left out.
-    In a store with several bases there is a vector for each that all of these measurements are in.
+    mean: mean gradient; problems without signal count as zero (GradAlign, arXiv 2602.21492). unit_mean: mean of the
+    live problems' unit gradients, so that all problems have equal weight. Failed problems are left out.
+    In a store with several bases, each basis that contains all of these measurements gets a vector.
     RequestError when no problem of the benchmark is live.
     """
     if aggregate not in ("mean", "unit_mean"):
@@ -93,7 +93,7 @@ def target(store: Store, benchmark: str, at: int | None = None, aggregate: Aggre
 def _in_each_basis(
     store: Store, newest: View, at: int | None, aggregate: Aggregate, n_problems: int
 ) -> dict[int, np.ndarray]:
-    """Basis -> vector, for the bases in which every live problem has a row of the step of its newest."""
+    """Basis -> vector, for the bases where every live problem has a live row from its newest step."""
     names, steps = newest.ids[newest.live].tolist(), newest.steps[newest.live]
     vectors = {}
     for basis in range(newest.n_bases):
@@ -110,7 +110,7 @@ def _in_each_basis(
 
 
 def _mean(view: View, positions: np.ndarray, aggregate: Aggregate, n_problems: int) -> np.ndarray:
-    """Sum of the gradients (or unit gradients) at the positions over n_problems, float32 [D]."""
+    """Sum of the gradients (or unit gradients) at the positions, divided by n_problems, float32 [D]."""
     total_D = np.zeros(view.dim)
     for block, units_PD in view.scan(positions):
         weights_P = view.norms[block] if aggregate == "mean" else np.ones(len(block), np.float32)

@@ -1,4 +1,4 @@
-"""Filters on what a problem is: its source, its tags, its pass rate."""
+"""Filters on problems: by source, tags and pass rate."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,18 +12,18 @@ from gradstore.errors import RequestError
 
 @dataclass(frozen=True, slots=True)
 class Where:
-    """Problems that satisfy every condition given."""
+    """A filter: a problem passes if it satisfies every condition given."""
 
     sources: tuple[str, ...] = ()
-    """Any of these sources."""
+    """The problem must have one of these sources."""
     tags: tuple[str, ...] = ()
-    """All of these tags."""
+    """The problem must have all of these tags."""
     pass_rate: tuple[float, float] | None = None
-    """Lowest and highest pass rate, both included; an unknown pass rate is in no range."""
+    """Lowest and highest pass rate, both included; an unknown pass rate never passes."""
 
     @classmethod
     def parse(cls, terms: Iterable[str]) -> "Where":
-        """From texts such as `source=gsm8k`, `tag=algebra`, `pass_rate=0.2..0.8`; RequestError for another form."""
+        """Parse texts such as `source=gsm8k`, `tag=algebra`, `pass_rate=0.2..0.8`; RequestError for another form."""
         sources, tags, pass_rate = [], [], None
         for term in terms:
             name, _, value = term.partition("=")

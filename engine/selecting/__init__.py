@@ -1,1 +1,1 @@
-"""Selectors, selections and their export."""
+"""Selectors (scores for problems), selections (the chosen problems) and their export."""

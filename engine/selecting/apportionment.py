@@ -1,4 +1,4 @@
-"""Whole numbers of picks from shares, so that counts add up to what was asked.
+"""Apportionment: turns shares into integer numbers of picks that sum to the requested total.
 
 A parts of a mixture, S sources.
 """
@@ -7,9 +7,9 @@ import numpy as np
 
 
 def apportion(n: int, shares: np.ndarray) -> np.ndarray:
-    """n split in proportion to shares, int64 of their shape, summing to n.
+    """Split n in proportion to shares: int64 of the shape of shares, sum n.
 
-    Largest remainders (Hamilton's method): each share is rounded down, and what is left goes to the largest
+    Largest remainders (Hamilton's method): each count is rounded down, and the picks left over go to the largest
     remainders, ties to the earlier. shares: float64, not negative, not all zero.
     """
     exact = n * np.asarray(shares, np.float64) / np.sum(shares)
@@ -20,11 +20,11 @@ def apportion(n: int, shares: np.ndarray) -> np.ndarray:
 
 
 def cross(rows_A: np.ndarray, columns_S: np.ndarray) -> np.ndarray:
-    """A table with the given sums of rows and columns, each cell in proportion, rounded up or down; int64 [A, S].
+    """Integer table with the given row and column sums and proportional cells, rounded up or down; int64 [A, S].
 
-    rows_A, columns_S: int64 with the same sum n. Cells are rows_A x columns_S / n; the table rounded to whole numbers
-    is a corner of the transport polytope between their floors and ceilings, which always exists (controlled rounding),
-    and the one found rounds those cells up that have the largest remainders in sum.
+    rows_A, columns_S: int64 with the same sum n. Exact cells are rows_A x columns_S / n. The rounded table is a vertex
+    of the transport polytope between their floors and ceilings, which always exists (controlled rounding). Among these,
+    it rounds up the cells with the largest sum of remainders.
     """
     from scipy.optimize import linprog  # type: ignore[import-untyped]
 

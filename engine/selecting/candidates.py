@@ -1,8 +1,8 @@
-"""What a selector sees, what it answers, and how it says what it needs.
+"""Interface of a selector: its input (Candidates), its result (Scored) and its declaration (Selector).
 
 A selector is a function of `Candidates`: the problems it may choose among, with their stored gradients, the targets,
-the probes and the history of their pass rates. It answers with one score a candidate, or with a `Scored` when it knows
-more than that. docs/selectors.md shows how to write one.
+the probes and the history of their pass rates. It returns one score per candidate, or a `Scored` with intervals,
+weights or rollouts as well. docs/selectors.md shows how to write one.
 
 P candidates, Q queries, D sketch dimensions.
 """
@@ -33,25 +33,25 @@ class Candidates:
     ids: np.ndarray
     """str [P]."""
     positions: np.ndarray
-    """Places of the candidates in the view, int64 [P]; -1 for a problem never measured (whole-pool selectors)."""
+    """Positions of the candidates in the view, int64 [P]; -1 for a problem never measured (whole-pool selectors)."""
     target_D: np.ndarray | None
-    """float32 [D]: the target; of several the sum of their unit vectors; None where none was given. In a store with
-    several bases it has a block of dimensions for each, as every query may (engine/searching/blocks.py)."""
+    """float32 [D]: the target, or the sum of the unit vectors of several targets; None without a target. In a store
+    with several bases it has one block of dimensions per basis, like every query (engine/searching/blocks.py)."""
     random: np.random.Generator
     targets: tuple[Target, ...] = ()
     probes: "ProbeBatch | None" = None
-    """Derivatives along the target, for some of the candidates and perhaps others; None unless asked for."""
+    """Derivatives along the target, for some candidates and perhaps other problems; None unless requested."""
     confidence: float = 0.95
-    """Of the intervals."""
+    """Confidence level of the intervals."""
     forgetting: float = 1.0
-    """What a rollout counts for less in the history with each step of the policy since."""
+    """Factor per policy step on the weight of older rollouts in the history; 1 forgets nothing."""
 
     def __len__(self) -> int:
         return len(self.positions)
 
     @cached_property
     def norms(self) -> np.ndarray:
-        """Length of each gradient, float64 [P]; NaN where never measured."""
+        """Norm of each gradient, float64 [P]; NaN where never measured."""
         return self._at(self.view.norms)
 
     @cached_property
@@ -61,7 +61,7 @@ class Candidates:
 
     @cached_property
     def history(self) -> "History":
-        """Posterior of each candidate's pass rate, number and last step of its measurements, as of the view."""
+        """Posterior of each candidate's pass rate, and the number and last step of its measurements, as of the view."""
         from gradstore.engine.selecting.history import History
 
         view = self.view
@@ -69,8 +69,10 @@ class Candidates:
         return History.of(table, self.ids, now=view.at, forgetting=self.forgetting)
 
     def cosines(self, query_D: np.ndarray | None) -> np.ndarray:
-        """Cosine of every candidate with a direction, float64 [P]; all zero for a direction of length zero, NaN where
-        never measured."""
+        """Cosine of every candidate with a direction, float64 [P]; NaN where never measured.
+
+        All zero for a direction of length zero. RequestError for None.
+        """
         if query_D is None:
             raise RequestError("this selector needs a target")
         return self.cosines_with(query_D[None])[0]
@@ -87,7 +89,7 @@ class Candidates:
         return self._at(lengths_at(self.view, query_D[None])[0])
 
     def weighted_sum(self, weights_P: np.ndarray) -> np.ndarray:
-        """Sum of the candidates' unit gradients times their weights, float64 [D]; those never measured add nothing."""
+        """Sum of the candidates' unit gradients times their weights, float64 [D]; candidates never measured add 0."""
         measured_P = self.positions >= 0
         weights_P = weights_P[measured_P]
         total_D, done = np.zeros(self.view.dim), 0
@@ -103,17 +105,17 @@ class Candidates:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Scored:
-    """What a selector answers when it knows more than a score. Arrays of [P], in the candidates' order."""
+    """Result of a selector: scores, with optional intervals, weights and rollouts; arrays [P], in candidates' order."""
 
     scores: np.ndarray
-    """float64; higher is better, NaN is not to be picked."""
+    """float64; higher is better, NaN excludes a candidate."""
     low: np.ndarray | None = None
-    """Interval of the score at `Candidates.confidence`, float64; NaN or None: unknown."""
+    """Lower end of the score's interval at `Candidates.confidence`, float64 (`high`: upper); NaN or None: unknown."""
     high: np.ndarray | None = None
     weights: np.ndarray | None = None
-    """How much each should count in training, float64; None: all 1."""
+    """Training weight of each candidate, float64; None: all 1."""
     rollouts: np.ndarray | None = None
-    """Rollouts each should get in training, int64; 0 or None: as many as the trainer is set to."""
+    """Training rollouts for each candidate, int64; 0 or None: the trainer's own setting."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +124,7 @@ class Selector:
 
     name: str
     score: Callable[[Candidates], np.ndarray | Scored]
-    """Candidates -> float64 [P], or Scored; higher is better, what is not finite is not to be picked."""
+    """Candidates -> float64 [P], or Scored; higher is better, a score that is not finite excludes a candidate."""
     formula: str
     needs_target: bool = False
     live_only: bool = True
@@ -130,4 +132,4 @@ class Selector:
     whole_pool: bool = False
     """True: every problem of the collection is a candidate, measured or not."""
     needs_probes: bool = False
-    """True: `Candidates.probes` is there: those given, or else those stored last along the target's benchmark."""
+    """True: `Candidates.probes` is set: the caller's probes, or else the newest stored ones along the benchmark."""

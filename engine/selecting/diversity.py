@@ -1,12 +1,12 @@
-"""Re-ranking the best candidates so that the picks are not all the same problem in other words.
+"""Diversity re-ranking of the best candidates, against picks that are near-duplicates of each other.
 
     mmr      maximal marginal relevance (Carbonell and Goldstein, SIGIR 1998): the next pick is the candidate with the
              largest w r_i - (1 - w) max_j cos(g_i, g_j), j over the picks, r the score scaled to 0..1
     kmeans   strata from scikit-learn's k-means of the unit gradients: the best of each stratum in turn
 
-Cost, for n picks among K candidates of D dimensions: the K rows in float32 (4 K D bytes); mmr n K D multiplications,
-kmeans about 20 K D times the number of strata. With K = 4 n = 1,024 and D = 4,096 either is a second or less; at
-n = 10,000 mmr takes 1.6e12 multiplications, minutes, and kmeans with its 100 strata less.
+Cost, for n picks among K candidates of D dimensions: memory for K rows in float32 (4 K D bytes). mmr takes n K D
+multiplications, kmeans about 20 K D times the number of strata. With K = 4 n = 1,024 and D = 4,096 either takes at most
+a second. At n = 10,000 mmr takes 1.6e12 multiplications (minutes); kmeans with its 100 strata takes less.
 
 K candidates, D sketch dimensions.
 """
@@ -23,15 +23,15 @@ Method = Literal["mmr", "kmeans"]
 
 @dataclass(frozen=True, slots=True)
 class Diversity:
-    """How picks are spread out."""
+    """Settings of the diversity re-ranking."""
 
     method: Method = "mmr"
     relevance: float = 0.5
-    """mmr: weight of the score, 1 is the plain ranking, 0 looks at diversity alone."""
+    """mmr: weight of the score; 1 is the plain ranking, 0 is diversity only."""
     strata: int = 0
     """kmeans: number of strata; 0: the square root of the number of picks."""
     candidates: int = 4
-    """Candidates looked at for each pick."""
+    """Number of best candidates to re-rank, per pick."""
 
     def __post_init__(self) -> None:
         if self.method not in ("mmr", "kmeans"):
@@ -55,7 +55,7 @@ class Diversity:
         return in_turn(kmeans_strata(units_KD, strata, seed), n)
 
     def describe(self) -> dict:
-        """As JSON can hold it."""
+        """The settings as a dict for JSON."""
         return asdict(self)
 
 
@@ -67,7 +67,7 @@ def mmr(units_KD: np.ndarray, scores_K: np.ndarray, n: int, relevance: float = 0
     open_K = np.ones(len(scores_K), bool)
     picks = np.empty(n, np.int64)
     for i in range(n):
-        # The first pick has nothing to differ from: the best score, whatever the weight.
+        # No earlier pick to compare with: the first pick is the best score, for any weight.
         value_K = scaled_K if i == 0 else relevance * scaled_K - (1 - relevance) * nearest_K
         picks[i] = np.argmax(np.where(open_K, value_K, -np.inf))
         open_K[picks[i]] = False
@@ -83,7 +83,7 @@ def kmeans_strata(units_KD: np.ndarray, n_strata: int, seed: int = 0) -> np.ndar
 
 
 def in_turn(strata_K: np.ndarray, n: int) -> np.ndarray:
-    """Places of n picks, best first: each stratum's best, then each one's second, ...; int64 [n]."""
+    """Places of n picks: the best of each stratum, then the second of each, ...; int64 [n]."""
     place_K = np.empty(len(strata_K), np.int64)
     for stratum in np.unique(strata_K):
         members = np.flatnonzero(strata_K == stratum)

@@ -1,4 +1,4 @@
-"""A selection as files a trainer reads: verl's train.parquet and train.jsonl, and selection.json beside them."""
+"""Export of a selection to files for a trainer: verl's train.parquet and train.jsonl, and selection.json."""
 
 import json
 from pathlib import Path
@@ -15,8 +15,8 @@ from gradstore.errors import RequestError
 def write_selection(store: Store, selection: Selection, folder: Path) -> list[str]:
     """Write the chosen problems, best first; returns the paths written.
 
-    train.parquet, train.jsonl: verl records, `extra_info.index` being the problem's id. selection.json: settings,
-    scores, target and store commit. RequestError when the folder is there and holds a selection already.
+    train.parquet, train.jsonl: verl records; `extra_info.index` is the problem's id. selection.json: settings,
+    scores, target and store commit. RequestError if the folder already contains a selection.
     """
     if (folder / "selection.json").exists():
         raise RequestError(f"{folder}: holds a selection already; choose another folder or remove it")

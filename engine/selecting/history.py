@@ -1,10 +1,10 @@
-"""What was measured of each candidate before: a Beta posterior of its pass rate, how often, and when last.
+"""Measurement history of each candidate: Beta posterior of its pass rate, number of measurements and last step.
 
     a = prior + sum_m w_m n_m p_m        b = prior + sum_m w_m n_m (1 - p_m)        w_m = forgetting^(now - step_m)
 
-over the measurements m of a problem, n rollouts with pass rate p each. MoPPS (arXiv 2507.04632) forgets with every
-update of a problem; here it is with every step of the policy, so that the rows of one step count alike and a problem
-that was not looked at for long is open again. Formulas: docs/methods.md.
+The sums are over the measurements m of a problem, with n_m rollouts and pass rate p_m. MoPPS (arXiv 2507.04632) forgets
+with every update of a problem. Here forgetting follows the policy's steps: rows of one step have equal weight, and a
+problem that was not measured for a long time becomes uncertain again. Formulas: docs/methods.md.
 
 P candidates, M measurements.
 """
@@ -22,16 +22,16 @@ from gradstore.errors import RequestError
 
 @dataclass(frozen=True, slots=True, eq=False)
 class History:
-    """One entry a candidate, in their order; those never measured have the prior."""
+    """Posteriors and counts, one entry per candidate, in their order; candidates never measured have the prior."""
 
     a: np.ndarray
-    """Prior and weighted rollouts that were right, float64 [P]."""
+    """Prior plus the weighted number of right rollouts, float64 [P]."""
     b: np.ndarray
-    """Prior and weighted rollouts that were wrong, float64 [P]."""
+    """Prior plus the weighted number of wrong rollouts, float64 [P]."""
     last_step: np.ndarray
     """Step of the newest row, int64 [P]; -1: never measured."""
     n_measurements: np.ndarray
-    """Rows, of any state, int64 [P]."""
+    """Number of rows, in any state, int64 [P]."""
 
     @classmethod
     def of(
@@ -43,12 +43,12 @@ class History:
         forgetting: float = 1.0,
         prior: float = 1.0,
     ) -> "History":
-        """From `Store.history`, for some problems.
+        """Build from a table of `Store.history`, for the problems `ids`.
 
-        now: the policy's step; None: the newest in the table. forgetting: what a rollout counts for less with each step
-        since, in (0, 1]; 1 forgets nothing. prior: a and b before the first rollout; 1 is uniform. Rows without a pass
-        rate or a number of rollouts count as measurements, but leave the posterior alone. RequestError for settings
-        outside their range.
+        now: the policy's step; None: the newest in the table. forgetting: factor per step on the weight of a rollout,
+        in (0, 1]; 1 forgets nothing. prior: a and b before the first rollout; 1 is uniform. Rows without a pass rate or
+        a number of rollouts count as measurements, but do not change the posterior. RequestError for settings outside
+        their range.
         """
         if not 0 < forgetting <= 1:
             raise RequestError(f"forgetting is {forgetting}, expected a number above 0 and at most 1")
@@ -77,7 +77,7 @@ class History:
 
     @property
     def pass_rates(self) -> np.ndarray:
-        """Posterior means, float64 [P]; the prior's where never measured."""
+        """Posterior mean pass rates, float64 [P]; the prior mean where never measured."""
         return self.a / (self.a + self.b)
 
     def signal_probability(self, n_rollouts: int) -> np.ndarray:

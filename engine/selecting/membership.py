@@ -1,4 +1,4 @@
-"""Where some ids stand among others, by hashing them all at once."""
+"""Lookup of ids in a list of other ids, vectorised with one hash table."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 def places(
     ids: Sequence[str] | np.ndarray | pa.ChunkedArray, among: Sequence[str] | np.ndarray | pa.ChunkedArray
 ) -> np.ndarray:
-    """Place of each id among others (the first, if it is there twice), -1 where it is not; int64 [len(ids)]."""
+    """Index of each id in `among` (the first, if it occurs twice), -1 if missing; int64 [len(ids)]."""
     found = pc.index_in(_strings(ids), value_set=_strings(among))
     return found.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
 

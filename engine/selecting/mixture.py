@@ -1,7 +1,7 @@
-"""Mixtures of selectors: `cosine:0.7+rand:0.3` has seven tenths of the picks from one and the rest from the other.
+"""Mixtures of selectors: in `cosine:0.7+rand:0.3`, cosine makes 70% of the picks and rand 30%.
 
-The parts pick in the order they are named, each its best among what those before it left, so that no problem is picked
-twice and each part gets its number.
+The parts pick in the order of their names in the text. Each part takes its best problems among those not yet picked, so
+no problem is picked twice and each part gets its number of picks.
 """
 
 from collections.abc import Sequence
@@ -23,10 +23,10 @@ class Part:
 
 
 def parts_of(selector: str | Selector | Sequence[Part]) -> list[Part]:
-    """The parts of a mixture, shares summing to 1; one part for a plain name or a Selector; parts as they are.
+    """Parse a mixture into parts with shares that sum to 1; a sequence of parts is returned unchanged.
 
-    A text is `NAME` or `NAME:WEIGHT+NAME:WEIGHT+...`; a weight left out is 1. RequestError for an unknown name, one
-    given twice, or a weight that is not a number above 0.
+    A plain name or a Selector gives one part. A text is `NAME` or `NAME:WEIGHT+NAME:WEIGHT+...`; the default weight is
+    1. RequestError for an unknown or repeated name, or a weight that is not a number above 0.
     """
     if isinstance(selector, Selector):
         return [Part(selector, 1.0)]

@@ -1,4 +1,4 @@
-"""The picks of a selection: each part of a mixture takes its number from each source, and no problem is taken twice.
+"""Picks of a selection: each part of a mixture takes its number of problems from each source, and none twice.
 
 P candidates of one part, A parts, S groups of sources.
 """
@@ -18,11 +18,11 @@ from gradstore.engine.selecting.quotas import OTHERS, group_sizes
 from gradstore.errors import RequestError
 
 Take = Callable[[np.ndarray, int], np.ndarray]
-"""(keys [P], NaN not to be taken; how many) -> places of at most that many, best first."""
+"""(keys [P], NaN excludes; n) -> places of at most n picks, best first."""
 
 
 def numbers_of_picks(n: int, parts: list[Part], quotas: Mapping[str, float] | None) -> np.ndarray:
-    """Picks of each part from each group of sources, int64 [A, S]; without quotas there is one group."""
+    """Number of picks of each part from each group of sources, int64 [A, S]; without quotas there is one group."""
     by_part_A = apportion(n, np.array([part.share for part in parts]))
     if quotas is None:
         return by_part_A[:, None]
@@ -30,7 +30,7 @@ def numbers_of_picks(n: int, parts: list[Part], quotas: Mapping[str, float] | No
 
 
 def taker(candidates: Candidates, diversity: Diversity | None, seed: int) -> Take:
-    """How the best are taken: ties by id, or spread out."""
+    """Function that takes the best candidates: the plain ranking with ties by id, or a diverse one."""
 
     def id_of(places_P: np.ndarray) -> np.ndarray:
         return candidates.ids[places_P]
@@ -52,10 +52,10 @@ def taker(candidates: Candidates, diversity: Diversity | None, seed: int) -> Tak
 def pick_from_groups(
     keys_P: np.ndarray, n_S: np.ndarray, group_P: np.ndarray | None, take: Take, ids_P: np.ndarray, in_order: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Places of the picks, int64, and how many each group gave, int64 [S].
+    """Pick from each group; returns places of the picks, int64, and the number found in each group, int64 [S].
 
-    n_S: picks asked of each group. group_P: each candidate's, None: all are of the only one. in_order: the picks of all
-    groups together by their keys, ties by id; else group after group.
+    n_S: picks requested from each group. group_P: group of each candidate; None: there is only one group. in_order:
+    sort the picks of all groups together by key, ties by id; otherwise group after group.
     """
     chosen: list[np.ndarray] = [
         take(keys_P if group_P is None else np.where(group_P == group, keys_P, np.nan), int(n))
@@ -72,7 +72,7 @@ def pick_from_groups(
 def refuse_shortage(
     part: Part, n_S: np.ndarray, found_S: np.ndarray, collection: str, quotas: Mapping[str, float] | None, census: str
 ) -> None:
-    """RequestError that names the first group of sources with too few candidates, if there is one."""
+    """Raise RequestError if a group of sources has too few candidates; names the first one."""
     short = np.flatnonzero(found_S < n_S)
     if not len(short):
         return
@@ -89,7 +89,7 @@ def refuse_shortage(
 
 
 class Picks:
-    """What was picked so far, part after part."""
+    """Collects the picks of a selection, part after part."""
 
     def __init__(self) -> None:
         self._ids: list[np.ndarray] = []
@@ -100,21 +100,21 @@ class Picks:
         self._could: list[np.ndarray] = []
 
     def free(self, candidates: Candidates, keys_P: np.ndarray) -> np.ndarray:
-        """The keys, NaN where a problem is taken already; counts the others as candidates of the selection."""
+        """Set the keys of picked problems to NaN; counts all problems with a key as candidates of the selection."""
         self._could.append(candidates.ids[~np.isnan(keys_P)])
         if not self._ids:
             return keys_P
         return np.where(places(candidates.ids, np.concatenate(self._ids)) >= 0, np.nan, keys_P)
 
     def add(self, selector: Selector, candidates: Candidates, scored: Scored, picked: np.ndarray) -> None:
-        """What a selector picked, as places among its candidates."""
+        """Add a selector's picks; picked: places among its candidates."""
         self._ids.append(candidates.ids[picked])
         self._picked_by += [selector.name] * len(picked)
         for name, column in self._numbers.items():
             column.append(getattr(scored, name)[picked])
 
     def columns(self) -> dict[str, Any]:
-        """The fields of a Selection that say what was picked."""
+        """Fields of the Selection that describe the picks."""
         could = self._could[0] if len(self._could) == 1 else np.unique(np.concatenate(self._could).astype(str))
         return {
             "ids": [str(problem_id) for ids in self._ids for problem_id in ids],
@@ -125,9 +125,9 @@ class Picks:
 
 
 def answer(selector: Selector, candidates: Candidates) -> Scored:
-    """What a selector says of its candidates, checked and filled in: every array is there, scores not finite are NaN.
+    """Run a selector; checks its result and fills in defaults, so that no array is None; non-finite scores become NaN.
 
-    RequestError where an array has another length than the candidates, or a weight or number of rollouts cannot be.
+    RequestError if an array has not one entry per candidate, or for an invalid weight or number of rollouts.
     """
     given = selector.score(candidates)
     given = given if isinstance(given, Scored) else Scored(given)

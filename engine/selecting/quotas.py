@@ -1,7 +1,7 @@
-"""Quotas: what share of the picks each source has.
+"""Quotas: the share of the picks for each source.
 
-Sources that are named get their share of the picks, to the nearest whole number; what their shares leave of 1 goes to
-the sources that are not named. P candidates, S groups of them.
+A named source gets its share of the picks, rounded to an integer. The rest, 1 minus the sum of the shares, goes to the
+sources without a quota. P candidates, S groups of them.
 """
 
 from collections.abc import Iterable, Mapping
@@ -15,7 +15,7 @@ OTHERS = "sources without a quota"
 
 
 def check_quotas(quotas: Mapping[str, float], sources: np.ndarray) -> None:
-    """RequestError for shares that are not in [0, 1] or sum to more than 1, and for a source that nobody has."""
+    """Check quotas; RequestError for shares outside [0, 1] or with a sum above 1, and for an unknown source."""
     if not quotas:
         raise RequestError("no quota given: name at least one source and its share, or leave quotas out")
     for source, share in quotas.items():
@@ -30,13 +30,13 @@ def check_quotas(quotas: Mapping[str, float], sources: np.ndarray) -> None:
 
 
 def group_sizes(quotas: Mapping[str, float], n: int) -> dict[str, int]:
-    """Picks of each named source and, last, of all others together, summing to n."""
+    """Number of picks for each named source and, last, for all others together; the sum is n."""
     shares = [*quotas.values(), max(0.0, 1 - sum(quotas.values()))]
     return dict(zip([*quotas, OTHERS], apportion(n, np.array(shares)).tolist(), strict=True))
 
 
 def parse_quotas(terms: Iterable[str]) -> dict[str, float]:
-    """From texts such as `gsm8k=0.5`; RequestError for another form or a source named twice."""
+    """Parse texts such as `gsm8k=0.5`; RequestError for another form or a repeated source."""
     quotas: dict[str, float] = {}
     for term in terms:
         source, _, share = term.rpartition("=")
@@ -53,7 +53,7 @@ def parse_quotas(terms: Iterable[str]) -> dict[str, float]:
 
 
 def groups_of(quotas: Mapping[str, float], sources_P: np.ndarray) -> np.ndarray:
-    """Group of each candidate: the place of its source among the quotas, or their number; int64 [P]."""
+    """Group of each candidate: the index of its source among the quotas, or len(quotas) without one; int64 [P]."""
     group_P = np.full(len(sources_P), len(quotas), np.int64)
     for group, source in enumerate(quotas):
         group_P[sources_P == source] = group

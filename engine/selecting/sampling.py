@@ -1,4 +1,4 @@
-"""Soft sampling: picks drawn without replacement, the better the likelier.
+"""Soft sampling: random picks without replacement; better scores have a higher probability.
 
 P candidates.
 """
@@ -9,12 +9,11 @@ from gradstore.errors import RequestError
 
 
 def softened(scores_P: np.ndarray, temperature: float, random: np.random.Generator) -> np.ndarray:
-    """Keys whose n largest are a draw of n candidates, one after the other, with chances exp(score / (T sd)).
+    """Random keys, float64 [P]: the n largest are a draw without replacement, with weights exp(score / (T sd)).
 
     The Gumbel top-k trick (Kool, van Hoof, Welling, ICML 2019): score / sd + T Gumbel noise. sd is the standard
-    deviation of the candidates' scores, so that a temperature means the same for every selector and target. 0 is the
-    ranking itself; at 1 a score one sd higher is e times likelier; large is uniform. float64 [P], NaN where the score
-    is.
+    deviation of the candidates' scores, so a temperature means the same for every selector and target. T = 0 keeps the
+    ranking. At T = 1 a score one sd higher is e times likelier. A large T is close to uniform. NaN scores stay NaN.
     """
     if not 0 <= temperature < np.inf:
         raise RequestError(f"temperature is {temperature}, expected a finite number of at least 0")

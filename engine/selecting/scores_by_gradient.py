@@ -1,5 +1,6 @@
-"""Selectors that go by stored gradients: alignment with a target, with several, with each other. docs/methods.md has
-every formula with its source.
+"""Selectors based on stored gradients: alignment with one target, with several, or among the candidates.
+
+Formulas and sources: docs/methods.md.
 
 P candidates, Q targets, D sketch dimensions.
 """
@@ -47,7 +48,7 @@ def _chunk_mean(candidates: Candidates) -> np.ndarray:
 
 
 def _learnalign(candidates: Candidates) -> np.ndarray:
-    """The mean over j of V_i V_j cos(g_i, g_j) in one pass; a problem of unknown pass rate is no candidate."""
+    """Mean over j of V_i V_j cos(g_i, g_j), computed with one mean vector; NaN where the pass rate is unknown."""
     value_P = candidates.pass_rates * (1 - candidates.pass_rates)
     known = int(np.count_nonzero(~np.isnan(value_P)))
     mean_D = candidates.weighted_sum(np.nan_to_num(value_P)) / max(known, 1)
@@ -69,7 +70,8 @@ def _less(candidates: Candidates) -> np.ndarray:
 def _over_steps(candidates: Candidates, goals: list[Target]) -> np.ndarray:
     """Mean over steps, weighted by learning rates, of the mean cosine with a benchmark's problems, float64 [P].
 
-    A problem without signal at a step has 0 there; one not measured by then, or failed, has a mean over the others.
+    A problem without signal at a step scores 0 there. Steps where it failed or was not measured yet are left out of its
+    mean.
     """
     view, name = candidates.view, goals[0].benchmark
     store = view.store
@@ -87,10 +89,10 @@ def _over_steps(candidates: Candidates, goals: list[Target]) -> np.ndarray:
 
 
 def _learning_rates(candidates: Candidates, goals: list[Target]) -> list[tuple[int, float]]:
-    """(step, learning rate) of each step that counts for a benchmark.
+    """Steps used for a benchmark, as (step, learning rate).
 
-    Those of its targets where learning rates or several targets are given; else every step it was measured at, up to
-    the target's and the view's, all alike.
+    With several targets or with learning rates: the targets' steps. With one target and no learning rate: every step at
+    which the benchmark was measured, up to the target's and the view's step, with rate 1.
     """
     view, name = candidates.view, goals[0].benchmark
     given = [goal.learning_rate for goal in goals]

@@ -1,4 +1,4 @@
-"""Selectors that look at no gradient: chance, the last pass rate, and what the history predicts of the next one."""
+"""Selectors without gradients: random, by the last pass rate, or by the Beta posterior of the pass rate."""
 
 import numpy as np
 

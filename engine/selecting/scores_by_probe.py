@@ -1,7 +1,7 @@
-"""Selectors that go by probes: each rollout's derivative along the target, so that a score comes with its interval.
+"""Selectors based on probes (each rollout's derivative along the target); every score has a confidence interval.
 
-Statistics that look at the whole pool (shrinkage, the false-discovery cut, the floor of a standard error) look at the
-candidates that were probed and are live. A candidate without a probe is not ranked.
+Pool statistics (shrinkage, the false-discovery cut, the floor of a standard error) are computed over the candidates
+with a live probe. A candidate without a probe is not ranked.
 
 P candidates, K of them with a live probe.
 """
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def stored_probes(view: View, benchmark: str) -> tuple["ProbeBatch", int]:
-    """The probes stored along a benchmark at the newest step of the view, and that step; RequestError without any."""
+    """Load the newest stored probes along a benchmark, as of the view, and their step; RequestError without any."""
     from gradstore.engine.probing.batch import ProbeBatch
 
     steps = view.store.probes(view.collection, target=benchmark)["step"].to_numpy()

@@ -1,7 +1,7 @@
-"""Choose n problems of a collection: filter, score with a selector or a mixture, rank with ties by id.
+"""Selection of n problems of a collection: filter, score with a selector or a mixture, rank with ties by id.
 
-The picks form a table of parts of the mixture by sources with a quota; a plain selection has one cell. Each cell takes
-its number of best candidates among those that no earlier cell took.
+The numbers of picks form a table, parts of the mixture by sources with a quota; a plain selection has one cell. Each
+cell takes its number of best candidates among those not taken by an earlier cell.
 """
 
 from collections.abc import Mapping, Sequence
@@ -30,25 +30,25 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Selection:
-    """The problems chosen, and everything needed to choose them again. Best first; of a mixture part after part."""
+    """Chosen problems, best first (for a mixture, part after part), and all settings needed to repeat the choice."""
 
     collection: str
     selector: str
-    """Its name; of a mixture the parts with their shares."""
+    """Name of the selector; for a mixture, the parts with their shares."""
     ids: list[str]
     scores: np.ndarray
     """float64 [n]."""
     low: np.ndarray
-    """Interval of each score at `confidence`, float64 [n]; NaN where the selector knows none."""
+    """Lower end of each score's interval at `confidence`, float64 [n] (`high`: upper); NaN if the selector has none."""
     high: np.ndarray
     weights: np.ndarray
-    """How much each should count in training, float64 [n]; 1 unless the selector says otherwise."""
+    """Training weight of each problem, float64 [n]; 1 unless the selector sets it."""
     rollouts: np.ndarray
-    """Rollouts each should get in training, int64 [n]; 0: as many as the trainer is set to."""
+    """Training rollouts for each problem, int64 [n]; 0: the trainer's own setting."""
     picked_by: list[str]
-    """Selector that chose each; all the same but for a mixture."""
+    """Selector that chose each problem; differs only in a mixture."""
     n_candidates: int
-    """Problems the selector could choose among."""
+    """Number of problems the selector could choose among."""
     n_asked: int
     at: int | None
     seed: int
@@ -62,16 +62,16 @@ class Selection:
     quotas: dict[str, float] | None = None
     confidence: float = 0.95
     probe_step: int | None = None
-    """Step of the stored probes that were used; None: none were, or the caller gave them."""
+    """Step of the stored probes used; None without probes, or if the caller gave them."""
 
     def __len__(self) -> int:
         return len(self.ids)
 
     @property
     def relative_weights(self) -> np.ndarray:
-        """The weights scaled to a mean of 1, as trainers multiply each problem's part by them, float64 [n].
+        """The weights scaled to a mean of 1, float64 [n]; trainers multiply each problem's loss term by them.
 
-        RequestError where all are zero.
+        RequestError if all weights are zero.
         """
         if not self.weights.any():
             raise RequestError(f"selector {self.selector!r} gave every problem it picked the weight 0")
@@ -91,11 +91,11 @@ class Selection:
 
     @property
     def target(self) -> dict | None:
-        """The target, if there was one and no more."""
+        """The target, if there was exactly one; otherwise None."""
         return self.targets[0] if len(self.targets) == 1 else None
 
     def describe(self) -> dict:
-        """JSON-ready: settings, store commit, and what is known of every problem chosen."""
+        """Dict for JSON: settings, store commit, and one record per chosen problem."""
         return {
             "collection": self.collection,
             "selector": self.selector,
@@ -148,15 +148,15 @@ def select(
 ) -> Selection:
     """The n best problems of a collection for a selector, seen as of step `at`.
 
-    target: one, or several, which count alike unless the selector combines them in its own way (`less`, `cropi`).
-    selector: a name, a mixture such as `cosine:0.7+rand:0.3`, or a Selector.
-    candidates: choose among these ids only (a round's chunk). seed: drives everything that is drawn at random.
-    diversity: pick n among the best few times n so that they differ (engine.Diversity has the formulas and the cost);
-    problems without a gradient are left out then.
-    probes: for the selectors that go by them; None: those stored at the newest step along the target's benchmark.
-    temperature: draw the picks, the better the likelier, in units of the scores' standard deviation; None or 0: take
-    the best. quotas: share of the picks of each source named, the rest being the other sources'. confidence: of
-    intervals. forgetting: for selectors that go by history, what a rollout counts for less with each step since.
+    target: one or several; several have equal weight unless the selector combines them in its own way (`less`,
+    `cropi`). selector: a name, a mixture such as `cosine:0.7+rand:0.3`, or a Selector.
+    candidates: choose among these ids only (a round's chunk). seed: seed of all random draws.
+    diversity: re-rank the best few times n so that the picks differ (engine.Diversity has the formulas and the cost);
+    problems without a gradient are then left out.
+    probes: for probe-based selectors; None: the newest stored ones along the target's benchmark.
+    temperature: soft sampling (sampling.py), in units of the scores' standard deviation; None or 0: take the best.
+    quotas: share of the picks for each named source; the other sources get the rest. confidence: level of the
+    intervals. forgetting: for history-based selectors, factor per step on the weight of older rollouts.
     RequestError when fewer than n can be chosen, unless allow_fewer; when the quotas cannot be met; when the selector
     needs a target or probes and there are none; for an unknown selector or candidate.
     """
@@ -216,7 +216,7 @@ def _check(parts: list[Part], targets: list[Target], n: int, seed: int, confiden
 
 
 def _one_benchmark(parts: list[Part], targets: list[Target]) -> str:
-    """The benchmark whose stored probes are meant."""
+    """The one benchmark of the targets, for loading its stored probes; RequestError unless there is exactly one."""
     name = next(part.selector.name for part in parts if part.selector.needs_probes)
     benchmarks = {goal.benchmark for goal in targets}
     if len(benchmarks) != 1:
@@ -227,7 +227,7 @@ def _one_benchmark(parts: list[Part], targets: list[Target]) -> str:
 
 
 def _direction(targets: list[Target], view: View) -> np.ndarray | None:
-    """What `Candidates.target_D` says."""
+    """The value of `Candidates.target_D`."""
     if len(targets) < 2:
         return direction(targets[0].query(view), view.dim, "dot") if targets else None
     return np.stack([direction(goal.query(view), view.dim, "cosine") for goal in targets]).sum(axis=0)
@@ -241,7 +241,7 @@ def _candidates(
     among: Sequence[str] | None,
     quotas: Mapping[str, float] | None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """Ids of the problems the selector may choose among, places in the view (-1: never measured), groups of sources."""
+    """Problems the selector may choose among: ids, positions in the view (-1: never measured), groups of sources."""
     problems = None
     if selector.whole_pool:
         problems = store.problems(view.collection)
@@ -265,7 +265,7 @@ def _candidates(
 
 
 def _check_known(store: Store, view: View, ids: Sequence[str]) -> None:
-    """RequestError for a candidate that the collection does not have; one never measured is no mistake."""
+    """RequestError for a candidate that is not in the collection; a candidate never measured is allowed."""
     missing = [problem_id for problem_id, place in zip(ids, places(ids, view.ids), strict=True) if place < 0]
     if missing:
         known = places(missing, store.problems(view.collection)["id"])

@@ -1,7 +1,7 @@
-"""The selectors by name: the built-in ones, then those other packages register.
+"""Registry of selectors by name: the built-in ones, then those registered by other packages.
 
-Users add their own through the entry-point group `gradstore.selectors`, naming an `engine.Selector`; docs/selectors.md
-has a whole package of that kind. An entry is imported when its selector is asked for, not before.
+Users add their own through the entry-point group `gradstore.selectors`; an entry names an `engine.Selector`.
+docs/selectors.md shows a complete package. An entry is imported only when its selector is requested.
 """
 
 from collections.abc import Iterator, Mapping
@@ -16,7 +16,7 @@ from gradstore.errors import RequestError
 
 GROUP = "gradstore.selectors"
 ALIASES = {"sim": "cosine", "align": "chunk_mean", "random": "rand"}
-"""GradAlign's mode names; those not listed are the same here."""
+"""GradAlign's mode names that differ from ours."""
 
 
 class Registry(Mapping[str, Selector]):
@@ -28,7 +28,7 @@ class Registry(Mapping[str, Selector]):
 
     @cached_property
     def _entries(self) -> dict[str, EntryPoint]:
-        """What other packages register, by name."""
+        """Entry points registered by other packages, by name."""
         found: dict[str, EntryPoint] = {}
         for entry in entry_points(group=GROUP):
             if entry.name in self._built_in or entry.name in ALIASES or found.get(entry.name, entry) != entry:

@@ -1,14 +1,14 @@
 """Indexes over the rows of a collection: approximate candidates first, exact scores from the stored rows second.
 
-    kinds.py       what an index kind must do, and the kinds by name
+    kinds.py       the interface of an index kind, and the kinds by name
     faiss_kinds.py, turbovec_kind.py   the kinds
-    rows.py        Index: which stored row each entry is, extension by new rows, search with rescoring
-    recall.py      the self-test every build ends in; it also sets how many candidates are fetched
-    folder.py      an index beside its collection, on disk
-    auto.py        which way of answering is the fastest for N, D, k, queries and device
+    index.py       Index: maps entries to stored rows, adds new rows, searches and rescores
+    recall.py      self-test at the end of every build; it also sets how many candidates are fetched
+    folder.py      an index on disk, in its collection's folder
+    auto.py        choice of the fastest way to answer, given N, D, k, queries and device
     serve.py       index_for: open, extend, build or refuse
 
-Every score returned is computed from the stored row; an index only decides which rows are looked at.
+Every returned score is computed from the stored row; an index only decides which rows are read.
 """
 
 from gradstore.engine.searching.indexes.index import Index

@@ -1,30 +1,30 @@
-"""Which way of answering is the fastest: a model of the time of each, with constants measured on two cores.
+"""Cost model that chooses the fastest way to answer: scan or an index kind; constants measured on two cores.
 
-Only ratios matter, and they follow the bytes a kind reads. FAISS's quantised kinds on the CPU are slower than scanning
-the stored rows and are chosen by name alone (docs/benchmarks.md).
+Only ratios matter, and they follow the bytes that a kind reads. FAISS's quantised kinds on the CPU are slower than a
+scan of the stored rows, so `auto` never chooses them (docs/benchmarks.md).
 """
 
 from collections.abc import Collection
 from dataclasses import dataclass
 
 _SCAN_CALL, _SCAN = 2e-3, 5e-11
-"""Seconds for each query, and for each stored number of it."""
+"""Seconds per query, and per query and stored number."""
 _TURBOVEC_CALL, _TURBOVEC, _TURBOVEC_CANDIDATE = 2e-3, 1e-11, 1e-5
-"""The same, and seconds for each candidate fetched."""
+"""The same, and seconds per candidate fetched."""
 _TURBOVEC_BUILD = 12e-9
-"""Seconds for each number of a row: quantising, and the self-test."""
+"""Seconds per stored number: quantisation and the self-test."""
 _TURBOVEC_FACTOR = 2.0
 _TURBOVEC_K = 300
-"""Beyond so many, what is fetched to rescore leaves turbovec's fast path (about 1,000 results)."""
+"""Largest k: with more, the candidates to rescore exceed turbovec's fast path (about 1,000 results)."""
 _GPU_PASS = 1e-12
 _GPU_BUILD = 1e-9
 _SMALL = 4_000_000
-"""Stored numbers that a scan goes through faster than a person notices."""
+"""Stored numbers below which a scan takes no noticeable time."""
 
 
 @dataclass(frozen=True, slots=True)
 class Situation:
-    """What the choice depends on."""
+    """Input of the choice: sizes, number of queries, built kinds and GPU memory."""
 
     n_rows: int
     dim: int
@@ -37,7 +37,7 @@ class Situation:
 
 
 def seconds(situation: Situation, kind: str) -> float:
-    """Expected time for all the queries, one after the other, building included where it is not built."""
+    """Expected seconds for all queries, one after the other, plus the build if the kind is not built yet."""
     numbers, queries = situation.n_rows * situation.dim, situation.n_queries
     if kind == "scan":
         return queries * (_SCAN_CALL + numbers * _SCAN)
@@ -49,7 +49,7 @@ def seconds(situation: Situation, kind: str) -> float:
 
 
 def choose(situation: Situation, available: Collection[str]) -> str:
-    """`scan`, or the kind that answers sooner. available: kinds whose library is installed."""
+    """Return the fastest way: `scan` or a kind. available: kinds whose library is installed."""
     ways = ["scan"]
     numbers = situation.n_rows * situation.dim
     if numbers > _SMALL:

@@ -1,7 +1,7 @@
-"""FAISS: Flat, scalar quantiser, RaBitQ, inverted lists; on the GPU where faiss-gpu sees one and can.
+"""FAISS kinds: Flat, scalar quantiser, RaBitQ, inverted lists; on the GPU if faiss-gpu finds one and supports the kind.
 
-Quantised entries are unit rows: FAISS's ranges are per dimension and its cells are by distance, and heavy-tailed
-norms ruin both. Files are mapped when opened for reading.
+Quantised entries are unit rows. FAISS fits ranges per dimension and cells by distance; heavy-tailed norms would spoil
+both. Files are memory-mapped when opened for reading.
 """
 
 from importlib import import_module
@@ -13,10 +13,10 @@ import numpy as np
 from gradstore.engine.searching.indexes.kinds import Effort, Kind
 
 faiss: Any = import_module("faiss")
-"""As Any: the types that come with FAISS know the C++ signatures, not the Python ones."""
+"""Typed as Any: FAISS's own stubs describe the C++ signatures, not the Python ones."""
 
 _GPU_K = 2048
-"""Most results a FAISS GPU search gives."""
+"""Most results per query of a FAISS GPU search."""
 
 
 class FaissKind(Kind):
@@ -81,7 +81,7 @@ class FaissKind(Kind):
 
 
 class Flat(FaissKind):
-    """float32 rows, exact: 4 bytes a dimension."""
+    """float32 rows, exact: 4 bytes per dimension."""
 
     name = "flat"
     exact = True
@@ -96,7 +96,7 @@ class Flat(FaissKind):
 
 
 class ScalarQuantizer(FaissKind):
-    """8 bits a dimension."""
+    """8 bits per dimension."""
 
     name = "sq"
 
@@ -105,7 +105,7 @@ class ScalarQuantizer(FaissKind):
 
 
 class RaBitQ(FaissKind):
-    """1 bit a dimension, queries in 8 bits (arXiv 2405.12497)."""
+    """1 bit per dimension, queries in 8 bits (arXiv 2405.12497)."""
 
     name = "rabitq"
 
@@ -121,8 +121,8 @@ class RaBitQ(FaissKind):
 
 
 class RaBitQFastScan(FaissKind):
-    """1 bit a dimension in FAISS's SIMD layout. At thousands of dimensions its answers are wrong without a word;
-    it is here because the self-test that refuses it must be seen to."""
+    """1 bit per dimension in FAISS's SIMD layout. At thousands of dimensions its answers are silently wrong;
+    it is here to show that the self-test refuses it."""
 
     name = "rabitq_fastscan"
     masks = False
@@ -135,7 +135,7 @@ class RaBitQFastScan(FaissKind):
 
 
 class InvertedLists(FaissKind):
-    """8-bit rows in about 4 sqrt(N) lists; the self-test picks how many are looked into."""
+    """8-bit rows in about 4 sqrt(N) lists; the self-test picks how many lists a search reads."""
 
     name = "ivf"
     on_gpu = True
@@ -143,7 +143,7 @@ class InvertedLists(FaissKind):
     def make(self) -> Any:
         n_lists = int(max(1, min(4 * np.sqrt(self.n_expected), self.n_expected / 39)))
         made = faiss.index_factory(self.dim, f"IVF{n_lists},SQ8", faiss.METRIC_INNER_PRODUCT)
-        made.cp.min_points_per_centroid = 1  # Fewer than it likes cost recall, which the self-test sees to.
+        made.cp.min_points_per_centroid = 1  # Too few points cost recall, which the self-test measures.
         return made
 
     def parameters(self, effort: Effort, selector: Any) -> Any:

@@ -1,8 +1,8 @@
-"""An index beside its collection: `collections/NAME/indexes/KIND-METRIC/`.
+"""An index on disk, in its collection's folder: `collections/NAME/indexes/KIND-METRIC/`.
 
-`index.json` names the files that count, with their checksums; it is replaced in one step after they are on the disk.
-Whatever else lies there is the rest of a build that was interrupted, opens nowhere and goes with the next one. Nothing
-here is part of the store: the folder may be removed at any time.
+`index.json` names the valid files, with their checksums; it is replaced atomically after they are on disk. Other files
+are left over from an interrupted build: no reader opens them, and the next build removes them. Nothing here is part of
+the store: the folder may be removed at any time.
 """
 
 import fcntl
@@ -30,7 +30,7 @@ _ATTEMPTS = 3
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """An index that did not reach the recall asked."""
+    """Record of an index that did not reach the requested recall."""
 
     k: int
     recall: float
@@ -40,19 +40,19 @@ class Refusal:
 
 @dataclass(slots=True)
 class Kept:
-    """What a folder holds."""
+    """Content of an index folder."""
 
     index: Index | None
-    """None: refused at every k."""
+    """The index; None: refused at every k."""
     recall: float
-    """Asked when it was tested."""
+    """Recall requested when it was tested."""
     refusals: tuple[Refusal, ...] = ()
     n_saved: int = 0
-    """Entries that are on disk."""
+    """Number of entries on disk."""
 
 
 class IndexFolder:
-    """The place of one kind of index for one metric of a collection."""
+    """Folder of one kind of index for one metric of a collection."""
 
     def __init__(self, view: View, kind: str, metric: str) -> None:
         self.kind = kind
@@ -63,7 +63,7 @@ class IndexFolder:
 
     @contextmanager
     def building(self) -> Iterator[bool]:
-        """One builder at a time; others wait. False where the folder cannot be written."""
+        """Lock for one builder at a time; others wait. Yields False if the folder cannot be written."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(self.path / "LOCK", os.O_RDWR | os.O_CREAT, 0o666)
@@ -77,18 +77,18 @@ class IndexFolder:
             os.close(descriptor)
 
     def read(self) -> Kept | None:
-        """What was kept for this generation, if it is whole; None otherwise."""
+        """Read the index of this generation; None if there is none or it is damaged."""
         for _ in range(_ATTEMPTS):
             try:
                 return self._read()
             except FileNotFoundError:
                 continue  # Never built, or replaced between the two reads.
             except (OSError, ValueError, KeyError, TypeError):
-                return None  # Nowhere to keep one, or damaged: it is built anew.
+                return None  # No such folder, or damaged: the caller builds a new one.
         return None
 
     def exists(self) -> bool:
-        """Whether an index, not a refusal, is kept; its content is checked when it is read."""
+        """Whether the folder has an index, not only a refusal; `read` checks its content."""
         try:
             body = json.loads((self.path / "index.json").read_bytes())["index"]
         except (OSError, ValueError, KeyError, TypeError):
@@ -96,7 +96,7 @@ class IndexFolder:
         return bool(body.get("files")) and body.get("generation") == self._generation
 
     def write(self, kept: Kept) -> None:
-        """Publish; call inside `building`. Files already there and unchanged are kept."""
+        """Publish the index; call inside `building`. Unchanged files are reused."""
         files: dict[str, Any] = {}
         index = kept.index
         if index is not None:
@@ -165,7 +165,7 @@ class IndexFolder:
                 if name == "entries":
                     try:
                         index.kind.save(path)
-                    except RuntimeError as error:  # FAISS's word for a failed write
+                    except RuntimeError as error:  # FAISS raises this for a failed write.
                         raise GradstoreError(f"{path}: writing failed ({str(error)[:200]})") from error
                 else:
                     buffer = io.BytesIO()

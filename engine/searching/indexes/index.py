@@ -1,8 +1,8 @@
-"""An index over stored rows: which row each entry is, and search with the stored rows having the last word.
+"""Index over stored rows: maps entries to rows, proposes candidates and rescores them with the stored rows.
 
-Entries are rows of one generation of a collection, and those never change, so an entry is never wrong, only
-superseded or deleted. A search names a view: entries that are not among its live rows are masked, live rows that have
-no entry yet are added first. The same index thus serves every view of the collection.
+Entries are rows of one generation of a collection. Those never change, so an entry is never wrong, only superseded or
+deleted. A search takes a view: entries that are not among its live rows are masked, and live rows without an entry are
+added first. The same index therefore serves every view of the collection.
 
 P problems of the view, N entries, M candidates, Q queries, D sketch dimensions.
 """
@@ -22,25 +22,25 @@ from gradstore.layout import COLLECTIONS
 
 _TRAINING_ROWS = 16384
 _MOST_SUPERSEDED = 0.5
-"""Share of entries outside the view beyond which building anew is the better answer."""
+"""Above this share of entries outside the view, a new build is better."""
 _RETEST_GROWTH = 1.125
 
 
 @dataclass(frozen=True, slots=True)
 class Tested:
-    """What the self-test found for one k."""
+    """Result of the self-test for one k."""
 
     k: int
     recall: float
-    """Mean share of the exact k best that the search found, over the sort of query where it is least."""
+    """Mean recall at k against the exact scan, for the sort of query where it is lowest."""
     worst: float
-    """That of the worst query."""
+    """Recall of the worst query."""
     effort: Effort
 
 
 @dataclass(slots=True, eq=False)
 class Index:
-    """Made by `Index.build` or `engine.index_for`."""
+    """An index of one kind and metric; create it with `Index.build` or `engine.index_for`."""
 
     kind: Kind
     rows: Rows
@@ -51,11 +51,11 @@ class Index:
     entry_rows: np.ndarray
     """Row number of each entry, int64 [N]."""
     entry_norms: np.ndarray
-    """Norm of each entry's gradient, float32 [N]: if a row is not the one that was indexed, this differs."""
+    """Norm of each entry's gradient, float32 [N]; a difference shows that a stored row is not the indexed one."""
     tested: tuple[Tested, ...] = ()
     """Passed self-tests, of ascending k; none for an exact kind."""
     n_tested: int = 0
-    """Entries when it was tested."""
+    """Number of entries at the last self-test."""
     _seen: dict = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -82,13 +82,13 @@ class Index:
         return len(self.entry_rows)
 
     def holds(self, view: View) -> bool:
-        """Whether it is of the view's collection, in the same files."""
+        """Whether the index belongs to the view's collection and generation."""
         return (collection_folder(view), view.generation) == (self.collection, self.generation)
 
     def extend(self, view: View) -> int:
         """Add the view's live rows that have no entry; returns how many.
 
-        RequestError if the view is of another collection or generation, or if the stored rows are not those indexed.
+        RequestError if the view is of another collection or generation.
         """
         if self._seen.get("view", _no_view)() is view and self._seen.get("complete") == len(self):
             return 0
@@ -104,7 +104,10 @@ class Index:
         return len(missing)
 
     def positions(self, view: View) -> np.ndarray:
-        """Place in the view of each entry, int64 [N]; -1 for an entry that is not a live row of it."""
+        """Position of each entry in the view, int64 [N]; -1 for an entry that is not a live row of the view.
+
+        RequestError if the stored rows are not the indexed ones.
+        """
         key = (view.commit, view.at, len(self))
         if self._seen.get("key") != key:
             where_R = np.full(int(max(view.row_numbers.max(initial=-1), self.entry_rows.max(initial=-1))) + 1, -1)
@@ -119,31 +122,30 @@ class Index:
         return positions
 
     def worn(self, view: View) -> bool:
-        """Whether most entries are superseded or deleted, so that it should be built anew."""
+        """Whether most entries are superseded or deleted, so that a new build is needed."""
         self.positions(view)
         return len(self) > 0 and float(self._seen["share"]) < 1 - _MOST_SUPERSEDED
 
     def due(self) -> bool:
-        """Whether it has grown so much that the self-test must be passed again."""
+        """Whether the index has grown so much that it must pass the self-test again."""
         return not self.kind.exact and len(self) > _RETEST_GROWTH * self.n_tested
 
     def effort(self, k: int) -> tuple[int, Effort] | None:
-        """Candidates to fetch and lists to look into for the k best; None beyond the largest k tested."""
+        """Number of candidates to fetch for the k best, and the Effort; None above the largest k tested."""
         if self.kind.exact:
             return k, Effort()
         above = [tested for tested in self.tested if tested.k >= k]
         if not above:
             return None
-        # With growing k fewer candidates for each are enough, so the factor is that of the next smaller k tested.
+        # A larger k needs fewer candidates per result, so the factor of the next smaller tested k is safe.
         low, high = next((tested for tested in reversed(self.tested) if tested.k <= k), self.tested[0]), above[0]
         probes = max(low.effort.probes, high.effort.probes)
         return fetch(low.effort, max(k, low.k)), Effort(low.effort.factor, probes)
 
     def serves(self, view: View, k: int, metric: str, n_eligible: int) -> bool:
-        """Whether it answers for this k among so many rows of the view; where not, an exact scan is due.
+        """Whether the index can answer for this k and number of eligible rows; if not, use the exact scan.
 
-        Rows published since are added first. RequestError for a view of another collection or generation, or another
-        metric.
+        New rows are added first. RequestError for a view of another collection or generation, or another metric.
         """
         if metric != self.metric:
             raise RequestError(f"the index was built for {self.metric}, asked for {metric}")
@@ -165,9 +167,9 @@ class Index:
     def search_many(
         self, view: View, queries_QD: np.ndarray, k: int, metric: str, largest: bool, eligible: np.ndarray
     ) -> list[tuple[np.ndarray, np.ndarray]]:
-        """For each query positions int64 [<= k] and scores float32 of the best eligible rows.
+        """Positions int64 [<= k] and scores float32 of the best eligible rows, for each query.
 
-        Scores are those of the stored rows, as a scan gives them. Ask `serves` first.
+        Scores are computed from the stored rows and equal those of a scan. Call `serves` first.
         """
         k = min(k, len(eligible))
         if k == 0:
@@ -183,18 +185,18 @@ class Index:
     def candidates(
         self, view: View, queries_QD: np.ndarray, m: int, effort: Effort, largest: bool, eligible: np.ndarray
     ) -> list[np.ndarray]:
-        """For each query the positions of about the m best eligible rows by the index's own scores."""
+        """Positions of about the m best eligible rows by the index's own scores, for each query."""
         positions_N = self.positions(view)
         mask_N = None
         if len(eligible) < len(self):
             chosen = np.zeros(len(view) + 1, bool)
-            chosen[eligible] = True  # The last entry stays False: it is what -1 points at.
+            chosen[eligible] = True  # The last entry stays False: -1 points at it.
             mask_N = chosen[positions_N]
         sign = np.float32(1 if largest else -1)
         if self.metric == "cosine":
             _, entries_QM = self.kind.search(sign * queries_QD, m, effort, mask_N)
             return [positions_N[entries[entries >= 0]] for entries in entries_QM]
-        # The error of an inner product grows with the norm, so the rows of the largest norms are always looked at.
+        # The error of an inner product grows with the norm, so rows with the largest norms are always candidates.
         heaviest = self._heaviest(view, eligible, m)
         found = []
         if self.rows == "gradient":
@@ -237,14 +239,14 @@ def _no_view() -> None:
 
 
 def fetch(effort: Effort, k: int) -> int:
-    """Candidates to look at for the k best."""
+    """Number of candidates to fetch for the k best."""
     return int(np.ceil(k * effort.factor)) + 8
 
 
 def _rescored(
     view: View, query_D: np.ndarray, k: int, metric: str, largest: bool, candidates: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The k best of the candidates by the stored rows."""
+    """The k best of the candidates, rescored with the stored rows."""
     candidates = np.sort(candidates)
     scores = scan_at(view, query_D[None], candidates)[0]
     if metric != "cosine":
@@ -254,5 +256,5 @@ def _rescored(
 
 
 def collection_folder(view: View) -> Path:
-    """Where the view's collection lies, absolute."""
+    """Absolute path of the view's collection folder."""
     return view.store.path.resolve() / COLLECTIONS / view.collection

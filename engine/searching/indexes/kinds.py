@@ -1,4 +1,4 @@
-"""What an index kind must do, and the kinds by name.
+"""Interface of an index kind, and the kinds by name.
 
 Q queries, N entries, M candidates, D sketch dimensions.
 """
@@ -16,29 +16,29 @@ import numpy as np
 from gradstore.errors import RequestError
 
 Rows = Literal["unit", "gradient"]
-"""What the entries are: unit rows, or unit rows times their norms."""
+"""Content of the entries: unit rows, or unit rows times their norms."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class Effort:
-    """How much of the index a search looks at; the recall self-test picks the smallest that is enough."""
+    """How much of the index a search reads; the self-test picks the smallest effort with enough recall."""
 
     factor: float = 1.0
-    """Candidates fetched for each one asked."""
+    """Candidates fetched per requested result."""
     probes: int = 0
-    """Lists looked into, for kinds that have lists."""
+    """Inverted lists read, for kinds that have lists."""
 
 
 class Kind(ABC):
-    """Entries numbered in the order they were added; finds those with the largest inner product with a query."""
+    """Base class of index kinds: finds the entries with the largest inner products; numbers them in order of `add`."""
 
     name: ClassVar[str]
     masks: ClassVar[bool] = True
-    """Can search among some entries only."""
+    """True: a search can be restricted to some entries."""
     exact: ClassVar[bool] = False
     scaled: ClassVar[bool] = False
-    """Keeps its accuracy on gradients of heavy-tailed norms. Else a search by inner product asks for the cosine of
-    every entry, and the norms come in afterwards."""
+    """True: stays accurate on gradients with heavy-tailed norms. False: a search by inner product first gets the
+    cosine of every entry, then multiplies by the norms."""
 
     def __init__(self, dim: int, n_expected: int) -> None:
         self.dim = dim
@@ -46,7 +46,7 @@ class Kind(ABC):
 
     @abstractmethod
     def __len__(self) -> int:
-        """Entries."""
+        """Number of entries."""
 
     @abstractmethod
     def add(self, rows_PD: np.ndarray) -> None:
@@ -65,13 +65,13 @@ class Kind(ABC):
     @classmethod
     @abstractmethod
     def load(cls, path: Path) -> "Kind":
-        """Open what `save` wrote; mapped rather than read where the library can."""
+        """Open a file written by `save`; memory-mapped if the library can."""
 
     def train(self, sample_PD: np.ndarray) -> None:  # noqa: B027 - most kinds learn nothing
-        """Learn from some rows, once, before anything is added."""
+        """Train on a sample of rows, once, before the first `add`."""
 
     def efforts(self) -> list[Effort]:
-        """What the self-test tries, cheapest first."""
+        """Efforts that the self-test tries, cheapest first."""
         return [Effort(1.5), Effort(2), Effort(3), Effort(5), Effort(8), Effort(16)]
 
 
@@ -92,16 +92,16 @@ KINDS: Mapping[str, str] = {
     "ivf": "inverted lists of 8-bit rows (FAISS)",
     "turbovec": "4 bits a dimension (turbovec)",
 }
-"""The kinds of index and what they keep."""
+"""The kinds of index and a description of their entries."""
 
 
 def installed(name: str) -> bool:
-    """Whether the library behind a kind is there, without importing it."""
+    """Whether the library of a kind is installed; does not import it."""
     return find_spec(_MODULE_OF[name][2]) is not None
 
 
 def kind_class(name: str) -> type[Kind]:
-    """The class of a kind; RequestError for an unknown one or one whose library is not installed."""
+    """The class of a kind; RequestError if the kind is unknown or its library is not installed."""
     if name not in _MODULE_OF:
         raise RequestError(f"index {name!r} is not one of {', '.join(KINDS)}")
     module, attribute, library = _MODULE_OF[name]

@@ -1,9 +1,9 @@
-"""The self-test a build ends in: what share of the exact best does the index find, and with how little effort?
+"""Recall self-test at the end of a build: it measures recall against the exact scan and sets the search effort.
 
-Asked are the kinds of query that occur: means of sixteen problems' gradients (targets), single rows, and targets half
-of which lies outside of what the collection has in common (another benchmark's), each preconditioned where the metric
-is fisher, for the largest and for the smallest scores, against an exact scan of the same view. The cheapest effort
-whose mean recall is at least the one asked, for each sort of query and each direction by itself, is used from then on.
+There are three sorts of query: means of sixteen problems' gradients (targets), single rows, and targets blended half
+with random directions (like another benchmark's). For fisher they are preconditioned. Each is searched for the largest
+and for the smallest scores and compared with an exact scan of the same view. The index then uses the cheapest effort
+whose mean recall reaches the requested one for every sort of query and both directions.
 
 Q queries, P problems, D sketch dimensions.
 """
@@ -17,11 +17,11 @@ from gradstore.engine.searching.indexes.kinds import Effort
 from gradstore.engine.searching.scan import scan_rows
 
 _QUERIES = 8
-"""Of each of the three sorts."""
+"""Queries per sort."""
 
 
 def rung(k: int, n_live: int) -> int:
-    """The k that is tested when k is asked: the next of 100, 300, 1000, 3000, ..., at most all rows."""
+    """The k to test for a requested k: the next of 100, 300, 1000, 3000, ..., at most all rows."""
     for power in range(2, 12):
         for tested in (10**power, 3 * 10**power):
             if tested >= k:
@@ -30,15 +30,15 @@ def rung(k: int, n_live: int) -> int:
 
 
 def self_test(index: Index, view: View, recall: float, k: int, queries_QD: np.ndarray | None = None) -> Tested:
-    """The cheapest effort whose mean recall at k is at least the one asked for every sort, or the best there is.
+    """Find the cheapest effort whose mean recall at k reaches `recall` for every sort, else the one with most recall.
 
-    queries_QD: ask these, unit length, instead of sampled ones.
+    queries_QD: test with these, unit length, instead of sampled ones.
     """
     live = view.live_positions
     sampled = queries_QD is None
     queries_QD = sample_queries(view, live) if queries_QD is None else queries_QD
     if sampled and index.metric == "fisher":
-        # Preconditioned queries keep away from the rows of the largest norms: the hardest by inner product.
+        # Preconditioned queries point away from the rows with the largest norms: the hardest case by inner product.
         queries_QD = _unit(preconditioned(view, queries_QD))
     scores_QP = _exact(index, view, queries_QD, live)
     wanted = {sign: [live[np.argpartition(-sign * scores_P, k - 1)[:k]] for scores_P in scores_QP] for sign in (1, -1)}
@@ -66,7 +66,7 @@ def self_test(index: Index, view: View, recall: float, k: int, queries_QD: np.nd
 
 
 def sample_queries(view: View, live: np.ndarray, seed: int = 0) -> np.ndarray:
-    """float32 [Q, D], unit length: means of sixteen gradients, single rows, means blended with random directions."""
+    """Sample queries, float32 [Q, D], unit length: means of sixteen gradients, single rows, means plus random units."""
     random = np.random.default_rng(seed)
     picked = [random.choice(live, size=min(16, len(live)), replace=False) for _ in range(_QUERIES)]
     means_QD = _unit(np.stack([view.norms[np.sort(chosen)] @ view.rows(np.sort(chosen)) for chosen in picked]))

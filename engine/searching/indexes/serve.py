@@ -1,4 +1,4 @@
-"""The index that serves a question: opened, extended by what was published since, built, or refused."""
+"""index_for: provides the index for a search; opens, extends, builds or refuses it."""
 
 import logging
 import threading
@@ -17,7 +17,7 @@ from gradstore.engine.searching.indexes.recall import rung, self_test
 from gradstore.errors import GradstoreError, RequestError
 
 _SAVE_SHARE = 1 / 64
-"""Share of new entries from which an extended index is written again; fewer are quicker to add than to write."""
+"""Share of new entries above which an extended index is written again; below it, adding them again is faster."""
 
 log = logging.getLogger(__name__)
 _open: WeakKeyDictionary[Store, dict[Path, Kept]] = WeakKeyDictionary()
@@ -35,13 +35,13 @@ def index_for(
     queries: np.ndarray | None = None,
     keep: bool = True,
 ) -> Index | None:
-    """The index to search this view with, or None where the exact scan is to serve.
+    """The index to search this view with, or None if the exact scan should answer.
 
-    kind: one of KINDS; `auto`: the fastest way of answering n_queries queries, which may be `scan`. metric: cosine,
-    dot or fisher. recall: least mean recall at k, in the self-test, against the exact scan; an index below it is
-    refused with a warning, and that is remembered. queries: float [Q, D], to test with instead of sampled ones.
-    keep: use and leave the index in the collection's folder; where that cannot be written it lives in memory alone.
-    RequestError for an unknown kind or one whose library is missing.
+    kind: one of KINDS; `auto`: the fastest way to answer n_queries queries, which may be `scan`. metric: cosine, dot
+    or fisher. recall: least mean recall at k, in the self-test, against the exact scan. An index below it is refused
+    with a warning, and the refusal is remembered. queries: float [Q, D], test queries instead of sampled ones.
+    keep: read and write the index in the collection's folder; if that is not writable, the index is only in memory.
+    RequestError for an unknown kind or a missing library.
     """
     n_live = int(view.live.sum())
     k = min(k, n_live)
@@ -78,7 +78,7 @@ def _chosen(view: View, n_live: int, k: int, metric: str, n_queries: int) -> str
 
 
 def _gpu_bytes() -> int:
-    """Free memory of the GPU if FAISS sees one."""
+    """Free memory of the GPU in bytes; 0 if FAISS finds none."""
     if not Path("/dev/nvidia0").exists() or not installed("flat"):
         return 0
     import faiss
@@ -91,7 +91,7 @@ def _gpu_bytes() -> int:
 
 
 def _usable(kept: Kept, view: View, k: int, n_live: int, recall: float) -> bool:
-    """Whether nothing has to be built, tested or written; rows published since are added here."""
+    """Whether no build, test or write is needed; adds new rows."""
     if _refusal(kept, k, n_live, recall) is not None:
         return True
     index = kept.index
@@ -102,7 +102,7 @@ def _usable(kept: Kept, view: View, k: int, n_live: int, recall: float) -> bool:
 
 
 def _refusal(kept: Kept, k: int, n_live: int, recall: float) -> Refusal | None:
-    """A refusal that still counts: of a recall and a k no larger, of about as many rows."""
+    """A refusal that still applies: its recall is below the requested, its k no larger, its row count similar."""
     for refusal in kept.refusals:
         if recall > refusal.recall and rung(k, n_live) >= refusal.k and 0.8 < n_live / max(1, refusal.n_rows) < 1.25:
             return refusal
@@ -112,7 +112,7 @@ def _refusal(kept: Kept, k: int, n_live: int, recall: float) -> Refusal | None:
 def _made(
     kept: Kept | None, view: View, kind: str, metric: str, k: int, recall: float, queries: np.ndarray | None
 ) -> Kept:
-    """The index extended or built, and tested at k."""
+    """Extend or build the index and test it at k."""
     index = kept.index if kept is not None else None
     if kept is None or index is None or not index.holds(view) or index.worn(view):
         index = Index.build(view, kind, metric)
@@ -138,7 +138,7 @@ def _made(
 
 
 def _kept_on_disk(folder: IndexFolder, make: Callable[[Kept | None], Kept], kept: Kept | None) -> Kept:
-    """Make it under the folder's lock and write it; in memory alone where that is not possible."""
+    """Make the index under the folder's lock and write it; if it cannot be written, it stays in memory only."""
     with folder.building() as writable:
         kept = make(kept or folder.read())
         try:

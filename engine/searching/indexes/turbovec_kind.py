@@ -1,6 +1,6 @@
-"""turbovec: TurboQuant codes of 4 bits a dimension (arXiv 2504.19874), the length of every row kept apart.
+"""turbovec kind: TurboQuant codes of 4 bits per dimension (arXiv 2504.19874); row lengths are stored separately.
 
-It normalises rows itself, so gradients of heavy-tailed norms lose nothing.
+turbovec normalises rows itself, so gradients with heavy-tailed norms lose no accuracy.
 """
 
 from pathlib import Path
@@ -17,7 +17,7 @@ _LARGEST_DIM = 16384
 
 
 class Turbovec(Kind):
-    """A TurboQuantIndex; rows are filled up with zeros to a multiple of 8 dimensions."""
+    """A TurboQuantIndex; rows are zero-padded to a multiple of 8 dimensions."""
 
     name = "turbovec"
     scaled = True
