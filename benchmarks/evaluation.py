@@ -21,8 +21,8 @@ import numpy as np
 import torch
 import typer
 
+from benchmarks.digits import DigitsTask
 from gradstore.analysis.evaluation.brittleness import brittleness
-from gradstore.analysis.evaluation.digits import DigitsTask
 from gradstore.analysis.evaluation.lds import lds, random_subsets
 from gradstore.analysis.evaluation.mislabel import mislabel_auc
 from gradstore.analysis.evaluation.scores import score_matrix, self_influence

@@ -6,8 +6,8 @@ import torch
 from scipy.stats import spearmanr
 from sklearn.metrics import roc_auc_score
 
+from benchmarks.digits import DigitsTask, folded
 from gradstore.analysis.evaluation.brittleness import brittleness
-from gradstore.analysis.evaluation.digits import DigitsTask, folded
 from gradstore.analysis.evaluation.lds import lds, random_subsets
 from gradstore.analysis.evaluation.mislabel import mislabel_auc
 from gradstore.analysis.evaluation.scores import score_matrix, self_influence
