@@ -72,11 +72,12 @@ def test_kl_term(cli, tmp_path, model_folder, files, tiny_model, accepted) -> No
 
 def test_optimizer_direction(cli, tmp_path, model_folder, files, tiny_model, accepted) -> None:
     """Adam's step instead of the gradient, from a checkpoint; rows of the plain gradient do not belong beside it."""
-    optimizer = torch.optim.Adam(tiny_model.parameters())
-    for parameter in tiny_model.parameters():
-        parameter.grad = torch.randn_like(parameter) * 1e-3
+    trained = copy.deepcopy(tiny_model)  # the session's model stays as it is
+    optimizer = torch.optim.Adam(trained.parameters())
+    random = torch.Generator().manual_seed(0)
+    for parameter in trained.parameters():
+        parameter.grad = 1e-3 * torch.randn(parameter.shape, generator=random)
     optimizer.step()
-    tiny_model.zero_grad(set_to_none=True)
     torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
     arguments = ["collect", tmp_path / "s", "pool", files["pool"], "--model", model_folder]
     adam = ["--optimizer", tmp_path / "optimizer.pt", "--formula", "precondition"]
