@@ -1,4 +1,4 @@
-"""PEFT adapters on a model: which are in use, what identifies them, and which can be sketched.
+"""PEFT adapters of a model: which are active, what identifies them, and which can be sketched.
 
 A sketch sees linear layers whose gradient comes from the layer's own inputs and outputs. The two matrices of plain LoRA
 are such layers, whatever scales their product (alpha / rank, rsLoRA, patterns by layer). Other adapters train something
@@ -38,20 +38,20 @@ def is_trained(name: str, active: list[str]) -> bool:
 
 
 def is_idle(name: str, active: list[str]) -> bool:
-    """Whether a module of this name takes no part in the forward: another adapter's, or replaced by a trained copy."""
+    """Whether a module is unused in the forward: it belongs to an inactive adapter, or a trained copy replaces it."""
     found = _TRAINED.search(name)
     replaced = bool(active) and _REPLACED.search(name) is not None
     return replaced or (found is not None and found[1] not in active)
 
 
 def active_copy(module: nn.Module, active: list[str]) -> nn.Module:
-    """The copy of a module that `modules_to_save` trains in its place; the module itself where there is none."""
+    """The copy of a module that `modules_to_save` trains instead of it; the module itself if there is no copy."""
     copies = getattr(module, "modules_to_save", None)
     return next((copies[name] for name in active if copies is not None and name in copies), module)
 
 
 def check_adapters(model: nn.Module) -> None:
-    """RequestError naming an adapter that cannot be sketched exactly, or one that is merged or disabled."""
+    """Raise RequestError for an adapter that cannot be sketched exactly, or that is merged or disabled."""
     active = active_adapters(model)
     for name in active:
         kind = str(cast(Any, model).peft_config[name].peft_type.value)
@@ -76,8 +76,8 @@ def check_adapters(model: nn.Module) -> None:
 def adapter_identity(model: nn.Module) -> dict | None:
     """Kind, rank and scaling of each active adapter, which must be LoRA; None without adapters.
 
-    `alpha` is the scaling that acts times the rank: alpha as given, or alpha x sqrt(rank) under rsLoRA. An adapter
-    whose layers differ in rank or scaling has a digest of both by layer instead.
+    `alpha` is the effective scaling times the rank: alpha as given, or alpha x sqrt(rank) under rsLoRA. If layers
+    differ in rank or scaling, the distinct pairs and a digest over the layers replace the two numbers.
     """
     return {name: _identity(model, name) for name in active_adapters(model)} or None
 
@@ -97,12 +97,12 @@ def _identity(model: nn.Module, adapter: str) -> dict:
 
 
 def _whole(alpha: float) -> float:
-    """Without the rounding of a division and a multiplication: 8 / 3 x 3 is 8."""
+    """Alpha without the rounding error of a division and a multiplication: 8 / 3 x 3 is 8."""
     return round(alpha) if abs(alpha - round(alpha)) < 1e-9 else round(alpha, 9)
 
 
 def _fault(module: nn.Module, adapter: str) -> str | None:
-    """What of an adapter at a module is not plain LoRA on a linear layer; None where nothing is."""
+    """The part of the adapter at this module that is not plain LoRA on a linear layer; None if all of it is."""
     variant = getattr(module, "lora_variant", None) or {}
     if adapter in variant:
         kind = re.sub(r"(Linear|Embedding|Conv\dd)?Variant$", "", type(variant[adapter]).__name__)

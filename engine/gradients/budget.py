@@ -1,9 +1,9 @@
-"""How many tokens go through a model at once, where the settings do not say: what its activations leave room for.
+"""Default micro-batch size in tokens: as many as free memory holds activations for.
 
-Autograd keeps some numbers of every token until the backward pass, in proportion to what the linear layers put out:
-about 1.6 times their outputs where the weights are frozen (a sketch), 2.2 times where every layer's inputs are kept too
-(a weight gradient). That is an estimate: where it is too high, memory lies idle; where it is too low, a GPU runs out of
-memory and the micro-batch is halved (retrying.py).
+Autograd keeps activations of every token until the backward pass, in proportion to the linear layers' outputs: about
+1.6 numbers per output when the weights are frozen (a sketch), 2.2 when every layer's inputs are kept too (a weight
+gradient). Both factors are estimates. If one is too high, memory stays unused. If it is too low, a GPU runs out of
+memory and retrying.py halves the micro-batch.
 """
 
 import ctypes
@@ -16,41 +16,41 @@ from torch import nn
 from gradstore.engine.gradients.layers import head_of, linear_outputs
 
 LEAST, MOST_ON_CPU, MOST_ON_GPU = 256, 2048, 16_384
-"""Tokens of a micro-batch. The activations of more leave a CPU's caches, and a GPU is busy with so many."""
+"""Bounds on the tokens of a micro-batch. More would not fit a CPU's caches; a GPU is already fully busy."""
 MOST_SAMPLED = 32_768
 
 _LEAST_ON_CPU, _OF_WEIGHTS = 5 << 27, 1.25
-"""Bytes of activations on a CPU: so many, or this times the weights', whichever is more."""
+"""Bytes of activations on a CPU: the larger of this minimum and this multiple of the weights' bytes."""
 _ON_GPU = 0.6
-"""Share of a GPU's free memory that activations are planned to take."""
+"""Share of a GPU's free memory planned for activations."""
 _FORMED, _LEAST_FORMED = 0.15, 1 << 28
-"""Share of a GPU's free memory for gradients formed in full, and bytes that they may take on any CPU."""
+"""Memory for gradients formed in full: share of a GPU's free memory, and minimum bytes on any CPU."""
 _FROZEN, _WITH_INPUTS = 1.6, 2.2
-"""Numbers that autograd keeps of a token, for each output of the linear layers (docs/plan.md)."""
+"""Numbers that autograd keeps per token and output of the linear layers (docs/plan.md)."""
 
 
 def micro_batch_tokens(model: nn.Module, *, inputs_kept: bool = False) -> int:
-    """Tokens of a micro-batch, padding included, for a model on its device as it is now.
+    """Tokens of a micro-batch, padding included, that fit the model's device now.
 
-    inputs_kept: the layers' inputs are kept too, for weight gradients. On a CPU it is a function of the model alone, so
-    that a run that is resumed cuts the same micro-batches; on a GPU it is a power of two, for the same reason.
+    inputs_kept: the layers' inputs are kept too, for weight gradients. A resumed run must cut the same micro-batches:
+    on a CPU the result depends on the model alone, on a GPU it is a power of two.
     """
     on_gpu = next(model.parameters()).device.type == "cuda"
     return tokens_within(_allowance(model), activation_bytes(model, inputs_kept=inputs_kept), on_gpu=on_gpu)
 
 
 def tokens_within(allowance: int, taken: int, *, on_gpu: bool) -> int:
-    """Tokens of a micro-batch that take so many bytes each, and may take the allowance together."""
+    """Tokens of a micro-batch that fit into `allowance` bytes at `taken` bytes per token."""
     if on_gpu:
         return max(LEAST, min(MOST_ON_GPU, 1 << max(allowance // taken, 1).bit_length() - 1))
     return max(LEAST, min(MOST_ON_CPU, allowance // taken // 128 * 128))
 
 
 def sampled_tokens(model: nn.Module) -> int:
-    """Tokens, prompts and responses together, of rollouts that are sampled at once: as many as their keys and values
-    leave room for, at most MOST_SAMPLED. The whole is held at the end of the longest."""
+    """Tokens (prompts plus responses) of rollouts sampled at once: as many as memory holds keys and values for, at most
+    MOST_SAMPLED. All are held when the longest response ends."""
     tokens = max(LEAST, min(MOST_SAMPLED, _allowance(model) // key_value_bytes(model)))
-    # a power of two on a GPU: what is free there differs a little from run to run, and a resumed run needs the same
+    # a power of two on a GPU: its free memory differs a little from run to run, and a resumed run needs the same size
     return 1 << tokens.bit_length() - 1 if next(model.parameters()).device.type == "cuda" else tokens
 
 
@@ -64,8 +64,8 @@ def key_value_bytes(model: nn.Module) -> int:
 
 
 def activation_bytes(model: nn.Module, *, inputs_kept: bool = False) -> int:
-    """Bytes that autograd keeps of one token of a micro-batch, without the output layer's, which sees a part at a
-    time."""
+    """Bytes that autograd keeps per token of a micro-batch. The output layer is left out: it runs on a part of the
+    batch at a time."""
     head = head_of(model)
     outputs = sum(outputs for module in model.modules() if module is not head and (outputs := linear_outputs(module)))
     outputs += _of_experts(model)
@@ -74,16 +74,15 @@ def activation_bytes(model: nn.Module, *, inputs_kept: bool = False) -> int:
 
 
 def give_back(model: nn.Module) -> None:
-    """Returns the C library's free memory to the system after a pass on a CPU. What a pass frees lies between what is
-    kept, and larger arrays find no place in it: without this a process grows by half. Small models save nothing."""
+    """Return the C library's free memory to the system after a pass on a CPU. Freed blocks lie between kept ones and
+    are too small for larger arrays: without this a process grows by half. Small models gain nothing and are skipped."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc
     if trim and next(model.parameters()).device.type == "cpu" and _weight_bytes(model) >= _LEAST_FORMED:
         trim(0)
 
 
 def formed_bytes(model: nn.Module) -> int:
-    """Bytes of whole gradients that are held at once: half of what the weights take on a CPU, a part of what is free
-    on a GPU."""
+    """Bytes of whole gradients held at once: half the weights' bytes on a CPU, a share of the free memory on a GPU."""
     device = next(model.parameters()).device
     return formed_within(_weight_bytes(model), free_bytes(device) if device.type == "cuda" else None)
 
@@ -93,13 +92,13 @@ def _weight_bytes(model: nn.Module) -> int:
 
 
 def _allowance(model: nn.Module) -> int:
-    """Bytes that may be taken beside weights and optimizer."""
+    """Bytes available beside weights and optimizer."""
     device = next(model.parameters()).device
     return allowance(_weight_bytes(model), free_bytes(device) if device.type == "cuda" else None)
 
 
 def allowance(weight_bytes: int, free_on_gpu: int | None) -> int:
-    """Bytes that activations may take: a share of what a GPU has left, on a CPU (None) a matter of the weights."""
+    """Bytes that activations may take: a share of a GPU's free memory; on a CPU (None), a multiple of the weights'."""
     return max(_LEAST_ON_CPU, int(_OF_WEIGHTS * weight_bytes)) if free_on_gpu is None else int(_ON_GPU * free_on_gpu)
 
 
@@ -109,13 +108,13 @@ def formed_within(weight_bytes: int, free_on_gpu: int | None) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Bytes of a GPU that can still be had, those that torch holds in reserve counted."""
+    """Free bytes of a GPU, including those that torch has reserved but not allocated."""
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def _of_experts(model: nn.Module) -> int:
-    """Both sides of each stack of experts [E, I, O], as often as a token goes through one."""
+    """Inputs plus outputs of each stack of experts [E, I, O], times the experts chosen per token."""
     config = cast(Any, getattr(model, "config", None))
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     n_taken = getattr(text, "num_experts_per_tok", None) or 1

@@ -1,4 +1,4 @@
-"""Log-probabilities of the tokens that were sampled, from the logits before them.
+"""Log-probabilities of the sampled tokens, from the logits at the position before each.
 
 Dimension letters: B sequences, T tokens, N response tokens, W width, V vocabulary.
 """
@@ -12,9 +12,9 @@ from gradstore.engine.gradients.microbatch import MicroBatch
 
 
 def at_responses(batch: MicroBatch, x_BTW: Tensor) -> Tensor:
-    """The entries that predict the response tokens, [B, N, W]; padding repeats the last position."""
+    """Entries of x at the positions that predict the response tokens, [B, N, W]; padding repeats the last position."""
     if batch.prompts is not None:
-        return x_BTW  # continuations of shared prompts are those positions and nothing else
+        return x_BTW  # with shared prompts, a continuation holds exactly these positions
     n_BN = batch.first_B[:, None] + torch.arange(batch.targets_BN.shape[1], device=x_BTW.device)
     n_BN = n_BN.clamp(max=x_BTW.shape[1] - 1)
     return x_BTW.gather(1, n_BN[..., None].expand(-1, -1, x_BTW.shape[2]))
@@ -26,8 +26,8 @@ def chosen_logprobs(logits_BNV: Tensor, targets_BN: Tensor, temperature: float) 
 
 
 class _ChosenLogprobs(torch.autograd.Function):
-    """Written out because of its size: the exponentials are kept in place of the logits and become the gradient in
-    place, p - onehot, so that one [B, N, V] array is written three times where autograd would make six.
+    """Hand-written to save memory: the exponentials replace the logits and become the gradient p - onehot in place.
+    One [B, N, V] array is written three times; autograd would make six arrays.
     """
 
     @staticmethod

@@ -1,7 +1,7 @@
-"""How much of what trains the sketched layers see: of the parameters, and of the squared policy gradient.
+"""Coverage: which share of the trainable parameters, and of the squared policy gradient, the sketched layers see.
 
-Coverage is measured, not assumed: a few groups are back-propagated by plain autograd to everything that trains, and a
-layer that no hook sees (a norm, an embedding, a packed weight) shows by name. Definitions: docs/methods.md, coverage.
+Coverage is measured, not assumed: plain autograd back-propagates a few groups to every trainable parameter. A layer
+that no hook sees (a norm, an embedding, a packed weight) is reported by name. Definitions: docs/methods.md, coverage.
 """
 
 import json
@@ -29,58 +29,58 @@ from gradstore.engine.rollouts.group import Group
 from gradstore.errors import RequestError
 
 LEAST = 0.95
-"""Coverage below which a new store is refused, unless that is accepted by a word."""
+"""Coverage below which a new store is refused, unless the caller accepts less."""
 _GROUPS = 8
 
 Spec = TypeVar("Spec", bound=GradientSpec)
 
 _Key = tuple[int, str]
-"""A parameter as its module holds it: id of the module, name in it."""
+"""A parameter: id of its module, and its name there."""
 
 
 @dataclass(frozen=True, slots=True)
 class LeftOut:
-    """Parameters that the sketch does not see, of all layers together."""
+    """Parameters of one name that the sketch does not see, summed over all layers."""
 
     name: str
-    """With `*` for the number of a layer."""
+    """Parameter name, with `*` in place of the layer number."""
     parameters: float
-    """Share of the parameters that train."""
+    """Share of the trainable parameters."""
     gradient: float | None
-    """Share of the squared gradient; None where it was not measured."""
+    """Share of the squared gradient; None if not measured."""
 
 
 @dataclass(frozen=True, slots=True)
 class Coverage:
-    """What the sketched layers see, as shares of what trains."""
+    """Shares of the trainable parameters and of the squared gradient that the sketched layers see."""
 
     parameters: float
     gradient: float | None
-    """Mean over the groups that were measured; None without any (none with a gradient, or a sharded model)."""
+    """Mean over the measured groups; None if there is none (no group has a gradient, or the model is sharded)."""
     n_groups: int
     left_out: tuple[LeftOut, ...] = ()
-    """The largest share of the gradient first."""
+    """Sorted by share of the gradient, largest first."""
     lookups: float = 0.0
-    """Share of the parameters in embeddings that are left out."""
+    """Share of the parameters that lie in unsketched embeddings."""
 
     @property
     def share(self) -> float:
-        """The share that must not be small: of the squared gradient where it was measured. Else of the parameters,
-        those of embeddings left out: most of their rows have no gradient, so that their size says nothing of it."""
+        """The share that `require` checks: of the squared gradient if measured, else of the parameters. The latter
+        ignores unsketched embeddings: most of their rows have no gradient, so their size says nothing about it."""
         return self.parameters / (1 - self.lookups) if self.gradient is None else self.gradient
 
     def describe(self) -> dict:
-        """JSON-ready."""
+        """The fields as a JSON-ready dict."""
         return asdict(self)
 
     @classmethod
     def of(cls, kept: Mapping[str, Any]) -> "Coverage":
-        """As `describe` gave it, and as a store keeps it."""
+        """The coverage from the dict that `describe` returned and a store keeps."""
         parts = (LeftOut(part["name"], part["parameters"], part["gradient"]) for part in kept["left_out"])
         return cls(kept["parameters"], kept["gradient"], kept["n_groups"], tuple(parts), kept.get("lookups", 0.0))
 
     def sentence(self) -> str:
-        """In one line, with the names of what is left out."""
+        """One-line summary, with the names of unseen parameters."""
         measured = "" if self.gradient is None else f"{self.gradient:.1%} of the squared gradient and "
         line = f"the sketch sees {measured}{self.parameters:.1%} of the parameters that train"
         names = [f"{part.name} ({_percent(part)})" for part in self.left_out[:4]]
@@ -88,9 +88,9 @@ class Coverage:
         return line + (f"; left out: {', '.join(names)}" if names else "") + (f" and {rest} more" if rest else "")
 
     def require(self, least: float, option: str = "accept_coverage=") -> None:
-        """RequestError where the share is below the least, naming what is left out and the option that accepts it.
+        """Raise RequestError if the share is below `least`, naming the unseen parameters and the option to accept it.
 
-        option: what the accepted share is written behind, as the caller takes it.
+        option: the caller's spelling of that option; the message appends the accepted share.
         """
         if self.share < least:
             raise RequestError(
@@ -100,23 +100,23 @@ class Coverage:
             )
 
     def to_bytes(self) -> bytes:
-        """What a store keeps (gradstore.attachments.COVERAGE)."""
+        """JSON bytes that a store keeps (gradstore.attachments.COVERAGE)."""
         return json.dumps(self.describe(), sort_keys=True).encode()
 
 
 def least_of(spec: GradientSpec, accepted: float | None) -> float:
-    """The coverage that is asked of a new store: what was accepted; else none of layers that were chosen, and LEAST."""
+    """Coverage required of a new store: `accepted` if given, else 0 if the spec chooses layers, else LEAST."""
     if accepted is not None:
         return accepted
     return 0.0 if spec.head_only or spec.modules is not None else LEAST
 
 
 def measure(gradients: GradientPass, groups: Sequence[Group], most: int = _GROUPS) -> Coverage:
-    """The coverage of a pass's layers, by the first groups with a gradient, at most so many.
+    """Coverage of a pass's layers, measured on the first groups with a gradient, at most `most`.
 
-    One more copy of what trains is held, as its gradient; the model is left as it was found. A weight that several
-    modules hold counts as one of each: of a tied embedding the sketch sees the output layer's gradient, not the
-    lookup's. RequestError as in `GradientPass.check`.
+    Memory: gradients of all trainable parameters, as much as one more copy of them. The model is left unchanged. A
+    weight shared by several modules counts once for each: of a tied embedding the sketch sees the output layer's
+    gradient, not the lookup's. RequestError as in `GradientPass.check`.
     """
     model = gradients.model
     seen = {(id(layer.module), layer.parameter) for layer in gradients.layers}
@@ -131,7 +131,7 @@ def measure(gradients: GradientPass, groups: Sequence[Group], most: int = _GROUP
                 total = sum(found.values())
                 if total > 0 and math.isfinite(total):
                     squares.append({name: square / total for name, square in found.items()})
-        give_back(model)  # the gradients of everything that trains
+        give_back(model)  # the gradients of all trainable parameters
     shares = {name: sum(one[name] for one in squares) / len(squares) for name in (squares[0] if squares else ())}
     covered = {f"{layer.name.removesuffix('.' + layer.parameter)}.{layer.parameter}" for layer in gradients.layers}
     lookups = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
@@ -139,7 +139,7 @@ def measure(gradients: GradientPass, groups: Sequence[Group], most: int = _GROUP
 
 
 def seeing_enough(model: nn.Module, spec: Spec, groups: Sequence[Group], least: float) -> tuple[Spec, Coverage]:
-    """The spec, with the input embedding where the sketch sees less than that without it, and its coverage."""
+    """The spec and its coverage; the spec gets the input embedding if coverage without it is below `least`."""
     gradients = GradientPass(model, spec)
     coverage = measure(gradients, groups)
     if coverage.share >= least or spec.embeddings or spec.head_only:
@@ -173,7 +173,7 @@ def _coverage(
 
 
 def _sizes(model: nn.Module, layers: Sequence[Layer]) -> dict[str, int]:
-    """Elements of each parameter that trains, a shared one once: under a sketched layer's name where it is of one."""
+    """Elements of each trainable parameter. A shared one counts once, under the name of its sketched layer if any."""
     sizes = {
         f"{layer.name.removesuffix('.' + layer.parameter)}.{layer.parameter}": _elements(layer) for layer in layers
     }
@@ -191,7 +191,7 @@ def _elements(layer: Layer) -> int:
 
 
 def _training(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """What trains: with adapters theirs, and else what requires a gradient, or everything where nothing does."""
+    """Trainable parameters: those of active adapters or that require a gradient; all parameters if none does."""
     active = active_adapters(model)
     named = [(name, p) for name, p in model.named_parameters() if p.is_floating_point()]
     required = [(name, p) for name, p in named if p.requires_grad or is_trained(name, active)]
@@ -200,8 +200,8 @@ def _training(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 @contextmanager
 def _trainable(model: nn.Module, seen: set[_Key]) -> Iterator[list[tuple[str, nn.Parameter]]]:
-    """Gradients for everything that trains, by name, for the duration, and parameters that a sketched layer shares with
-    another module as one of each."""
+    """Require gradients of all trainable parameters in the context; yields them by name. A parameter that a sketched
+    layer shares with another module becomes a separate parameter there."""
     trained = {id(p) for _, p in _training(model)}
     own = {id(p) for module in model.modules() for n, p in module._parameters.items() if (id(module), n) in seen}
     kept = [(p, p.grad) for p in model.parameters()]
@@ -239,7 +239,7 @@ class _Nobody:
 
 
 def _squares(gradients: GradientPass, group: Group, named: Sequence[tuple[str, nn.Parameter]]) -> dict[str, float]:
-    """Squared norm of the group's gradient by every parameter; empty where no rollout carries weight."""
+    """Squared norm of the group's gradient per parameter; empty if no rollout carries weight."""
     gradients.check(group)
     rollouts, policy = rollouts_of([group], gradients.spec.objective), gradients.policy
     if not rollouts:

@@ -1,7 +1,7 @@
-"""A direction in parameter space: where the whole gradient of a benchmark points, for probes to step along.
+"""A direction in parameter space: the full gradient of a benchmark, for probes to step along.
 
-Unlike a sketched target it covers every parameter that trains, embeddings, norms and biases too, and is as large as
-they are. It costs one ordinary backward over the benchmark's rollouts.
+Unlike a sketched target, it covers every trainable parameter, including embeddings, norms and biases, and takes as
+much memory as they do. It costs one ordinary backward over the benchmark's rollouts.
 """
 
 import math
@@ -27,19 +27,19 @@ from gradstore.errors import RequestError
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Direction:
-    """An ascent direction: one tensor for each parameter that trains."""
+    """An ascent direction: one tensor per trainable parameter."""
 
     tensors: Mapping[str, Tensor]
     """Parameter name -> float32 (float64 for a float64 parameter), shaped and sharded as the parameter."""
     norm: float
     """Euclidean norm over all parameters and ranks."""
     n_problems: int
-    """Problems it is the mean over, those without signal counted; 0 when it was made elsewhere."""
+    """Problems that the direction is the mean over, including those without signal; 0 if made elsewhere."""
 
     @classmethod
     def mean(cls, sums: Mapping[str, Tensor], n_problems: int) -> "Direction":
-        """From the sum of so many problems' gradients, whose tensors are divided in place. RequestError as in `of`,
-        which an empty benchmark has for being zero."""
+        """From the sum of n_problems gradients; the tensors are divided in place. RequestError as in `of`, also for an
+        empty benchmark, whose sum is zero."""
         return cls.of({name: tensor.div_(max(n_problems, 1)) for name, tensor in sums.items()}, n_problems)
 
     @classmethod
@@ -54,7 +54,7 @@ class Direction:
         return cls(dict(tensors), math.sqrt(squares), n_problems)
 
     def dot(self, other: Mapping[str, Tensor]) -> float:
-        """Inner product with tensors by the same names; names that are missing count as zero."""
+        """Inner product with tensors of the same names; a missing name counts as zero."""
         return sum(inner(tensor, other[name]) for name, tensor in self.tensors.items() if name in other)
 
 
@@ -65,12 +65,12 @@ def validation_gradient(
     *,
     token_budget: int | None = None,
 ) -> Direction:
-    """Mean over the groups of the gradient of their objective (ascent), with respect to every parameter that trains.
+    """Mean gradient of the groups' objective (ascent direction) with respect to every trainable parameter.
 
     settings: default the preset `gradalign`. Groups without signal count as zero, as in `engine.target`. The model's
-    own gradients and flags are left as they were. Under FSDP2 each rank brings its own groups, the mean is over those
-    of all ranks and the tensors stay sharded. RequestError when nothing trains, when no group has signal, or for a
-    group that the model cannot run.
+    own gradients and flags are left unchanged. Under FSDP2 each rank brings its own groups, the mean is over those
+    of all ranks and the tensors stay sharded. RequestError if no parameter is trainable, if no group has signal, or for
+    a group that the model cannot run.
     """
     spec = GradientSpec(objective=settings or objective("gradalign"), token_budget=token_budget)
     runner = GradientPass(model, spec)
@@ -83,10 +83,10 @@ def summed_gradient(
     watch: tuple[Sequence[Layer], Observer] | None = None,
     factors_P: Sequence[float] | None = None,
 ) -> dict[str, Tensor]:
-    """Sum of the groups' gradients, over all ranks, by the name of each parameter that trains.
+    """Sum of the groups' gradients over all ranks, by name of the trainable parameter.
 
-    watch: layers whose inputs and output gradients an observer sees on the way; its problems are positions in
-    `groups`. factors_P: multiply each group's gradient, 0 or more.
+    watch: layers, and an observer that sees their inputs and output gradients during the pass; its problems are
+    positions in `groups`. factors_P: factor of each group's gradient, 0 or more.
     """
     model, policy, spec = runner.model, runner.policy, runner.spec
     for group in groups:
@@ -125,10 +125,10 @@ def summed_gradient(
 
 
 def dot_along(runner: GradientPass, groups: Sequence[Group], direction: Direction) -> float:
-    """Inner product of the groups' summed gradient with a direction; errors as of `summed_gradient`.
+    """Inner product of the groups' summed gradient with a direction; errors as in `summed_gradient`.
 
-    A parameter's gradient is taken as it comes, so that no copy of the weights is held; of a model sharded by FSDP2 the
-    whole sum is.
+    Each parameter's gradient is used and freed during the backward, so no copy of the weights is held. For a model
+    sharded by FSDP2, the whole sum is held.
     """
     if is_sharded(runner.model):
         return direction.dot(summed_gradient(runner, groups))
@@ -147,8 +147,8 @@ def dot_along(runner: GradientPass, groups: Sequence[Group], direction: Directio
 
 
 def _take(sums: dict[str, Tensor], parameters: Mapping[str, nn.Parameter]) -> None:
-    """Moves the parameters' gradients to the sums, in float32 or finer. Those of finer weights autograd sums itself, in
-    place, and they are taken once."""
+    """Move the parameters' gradients to the sums, in float32 or finer. Autograd itself sums the gradients of float32 or
+    finer weights in place; those are moved once."""
     for name, parameter in parameters.items():
         if parameter.grad is None:
             continue
@@ -159,7 +159,7 @@ def _take(sums: dict[str, Tensor], parameters: Mapping[str, nn.Parameter]) -> No
 
 @contextmanager
 def _own_gradients(model: nn.Module) -> Iterator[dict[str, nn.Parameter]]:
-    """The parameters that train, with empty gradients for the duration; then the gradients they had."""
+    """Clear the gradients of the trainable parameters in the context, and restore the old ones at its end."""
     reshard(model)
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not trained:
@@ -177,7 +177,7 @@ def _own_gradients(model: nn.Module) -> Iterator[dict[str, nn.Parameter]]:
 
 
 class _Nothing:
-    """Observes no layer."""
+    """An observer of no layers."""
 
     def on_input(self, layer: int, x_BTI: Tensor, expert_BT: Tensor | None = None) -> None: ...
 
@@ -187,7 +187,7 @@ class _Nothing:
 
 
 class _Along(_Nothing):
-    """Takes gradients away and keeps their products with a direction; products that failed passes left are reset."""
+    """Frees each gradient and keeps its product with a direction; `reset` drops the products of a failed pass."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self._tensors = tensors

@@ -1,11 +1,10 @@
 """Exact gradients of the sketched layers, and exact dot products with known targets without forming them.
 
 For a layer with output gradients g_t and inputs x_t, <G, V> = sum_t g_t^T V x_t: one more product of the layer's size
-per token and target, 2 I O FLOPs, so that forward + input gradient + dots cost what a plain backward costs, in any
-micro-batch and with prompts shared. The norm of a problem's gradient needs the gradient itself: it is then formed, one
-problem at a time (2 I O FLOPs per token), and every dot comes from it for next to nothing. Formed gradients are held a
-block of layers at a time (full_gradients.py), and targets may lie in the host's memory: a layer of them is moved when
-needed.
+per token and target, 2 I O FLOPs. So forward + input gradient + dots cost as much as a plain backward, in any
+micro-batch and with shared prompts. The norm of a problem's gradient needs the gradient itself. It is then formed, one
+problem at a time (2 I O FLOPs per token), and all dots from it cost next to nothing. Formed gradients are held one
+block of layers at a time (full_gradients.py). Targets may lie in host memory; each layer is moved when needed.
 
 Dimension letters: P problems, K targets, L layers, B sequences, T tokens, I and O a layer's inputs and outputs.
 """
@@ -30,10 +29,10 @@ from gradstore.state import State
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LayerGradients:
-    """One gradient over the sketched layers: of a problem, or the mean of a benchmark's problems."""
+    """One gradient over the sketched layers: of a problem, or the mean over a benchmark's problems."""
 
     names: list[str]
-    """Layers, in the model's order."""
+    """Layer names, in the model's order."""
     matrices: list[Tensor]
     """float32 [O, I] each ([E, O, I] for a fused weight of E experts), in the ascent direction, on any device."""
 
@@ -50,16 +49,16 @@ class ExactBatch:
     ids: list[str]
     layers: list[str]
     terms: np.ndarray
-    """Dot product of each gradient with each target, layer by layer, float64 [P, K, L]; zero where not live."""
+    """Dot product of each gradient with each target per layer, float64 [P, K, L]; zero where not live."""
     norms: np.ndarray | None
-    """Length of each gradient over the layers, float64 [P]; None when not asked for."""
+    """Norm of each gradient over all layers, float64 [P]; None if not requested."""
     target_norms: np.ndarray
-    """float64 [K]."""
+    """Norm of each target, float64 [K]."""
     states: list[State]
     reasons: list[str]
     """Why a problem failed; empty for the others."""
     n_tokens: int
-    """Tokens that went through the model, padding and responses sampled before not counted."""
+    """Tokens that went through the model, without padding and repeated responses."""
 
     @property
     def dots(self) -> np.ndarray:
@@ -68,7 +67,7 @@ class ExactBatch:
 
     @property
     def cosines(self) -> np.ndarray:
-        """Cosines, float64 [P, K], NaN for problems that are not live; RequestError when norms were not asked for."""
+        """Cosines, float64 [P, K], NaN for problems that are not live; RequestError if norms were not requested."""
         if self.norms is None:
             raise RequestError("exact cosines need norms: exact_dots(..., norms=True)")
         live_P = np.array([state is State.LIVE for state in self.states], bool)
@@ -77,12 +76,12 @@ class ExactBatch:
 
 
 def layer_gradients(model: nn.Module, groups: Sequence[Group], spec: GradientSpec | None = None) -> LayerGradients:
-    """The exact mean gradient of the groups over the sketched layers, those without signal counting as zero.
+    """The exact mean gradient of the groups over the sketched layers; groups without signal count as zero.
 
-    Memory: one float32 matrix per layer, whatever the number of groups; on the host where all of them together are more
-    than may be held beside the model on a GPU. The same mean as `engine.target` takes of
-    sketches. Under FSDP2 the mean is over this rank's groups alone: give every rank all of them.
-    RequestError for no groups or groups the model cannot run, or when the gradient is zero or not finite.
+    Memory: one float32 matrix per layer, for any number of groups; in host memory if a GPU cannot hold all of them
+    beside the model. `engine.target` takes the same mean of sketches. Under FSDP2 the mean is over this rank's groups
+    alone: give every rank all of them.
+    RequestError for no groups or groups the model cannot run, or if the gradient is zero or not finite.
     """
     if not groups:
         raise RequestError("the mean gradient of no groups is not defined")
@@ -98,10 +97,10 @@ def layer_gradients(model: nn.Module, groups: Sequence[Group], spec: GradientSpe
 def exact_against(
     model: nn.Module, groups: Sequence[Group], others: Sequence[Group], spec: GradientSpec | None = None
 ) -> ExactBatch:
-    """Exact dots and norms of the groups, the target being the mean gradient of others, in bounded memory.
+    """Exact dots and norms of the groups against the mean gradient of `others`, in bounded memory.
 
-    As `exact_dots(model, groups, layer_gradients(model, others, spec), spec, norms=True)`, but a block of layers at a
-    time is formed of either, so that no whole gradient is ever held. RequestError as of both.
+    As `exact_dots(model, groups, layer_gradients(model, others, spec), spec, norms=True)`, but in blocks of layers:
+    no whole gradient is ever held. RequestError as in either function.
     """
     if not others:
         raise RequestError("the mean gradient of no groups is not defined")
@@ -125,10 +124,10 @@ def exact_dots(
 ) -> ExactBatch:
     """Exact dot products of each group's gradient with known targets, over the layers the spec sketches.
 
-    Without norms, in the pass of a sketch with nothing formed per problem: 2 I O FLOPs per token, layer and target on
-    top of 4 I O. With norms, each problem's gradient is formed in turn: 6 I O for any number of targets, and more where
-    the layers are taken in several blocks.
-    RequestError when a target is not over the same layers.
+    Without norms, one pass as for a sketch, no gradient formed: 2 I O FLOPs per token, layer and target on top of
+    4 I O. With norms, each problem's gradient is formed in turn: 6 I O for any number of targets, and more if the
+    layers are taken in several blocks.
+    RequestError if a target does not cover the same layers.
     """
     gradients = GradientPass(model, spec or GradientSpec())
     wanted = [targets] if isinstance(targets, LayerGradients) else list(targets)
@@ -176,12 +175,12 @@ class _Dots:
 
 
 def _mean(gradients: GradientPass, groups: Sequence[Group]) -> list[Tensor]:
-    """Of the groups' gradients, those without signal counting as zero, float32 [O, I] for each layer of the pass."""
+    """Mean gradient of the groups, float32 [O, I] per layer of the pass; groups without signal count as zero."""
     return [matrix.div_(len(groups)) for matrix in formed(gradients, groups)[0]]
 
 
 def _check_length(length: float, n_groups: int) -> None:
-    """RequestError for a target that points nowhere."""
+    """Raise RequestError for a target whose norm is zero or not finite."""
     if not np.isfinite(length) or length == 0.0:
         raise RequestError(f"the mean gradient of the {n_groups} groups has length {length}")
 
@@ -194,7 +193,7 @@ def _formed_batch(
 ) -> ExactBatch:
     """Dots and norms from the problems' gradients, formed block by block of the layers.
 
-    targets_of: the targets' matrices of a block, by target; asked for once a block and freed before the next.
+    targets_of: returns the targets' matrices of one block, by target. Called once per block; freed before the next.
     """
     terms_PKL = np.zeros((len(groups), n_targets, len(gradients.layers)))
     squares_P, target_squares_K, total = np.zeros(len(groups)), np.zeros(n_targets), 0
@@ -202,12 +201,12 @@ def _formed_batch(
         targets = targets_of(cut, part)
         target_squares_K += [sum(inner(matrix, matrix) for matrix in matrices) for matrices in targets]
         total = 0
-        rows, found_RKL = [], []  # on the device until the block's last problem: a GPU is waited for once
+        rows, found_RKL = [], []  # kept on the device until the block's last problem: one wait for the GPU
         for row, (matrices, n_tokens) in enumerate(problem_gradients(part, groups)):
             total += n_tokens
             if not n_tokens:
                 continue
-            against = [matrices, *targets]  # itself first, for its length
+            against = [matrices, *targets]  # the gradient itself first, for its norm
             found = [plain_inner(*pair) for wanted in against for pair in zip(matrices, wanted, strict=True)]
             rows.append(row)
             found_RKL.append(torch.stack(found).view(len(against), -1))
@@ -243,7 +242,7 @@ def _batch(
 def _states(
     groups: Sequence[Group], terms_PKL: np.ndarray, norms_P: np.ndarray | None
 ) -> tuple[list[State], list[str]]:
-    """A problem's state from its rewards and numbers; what is not live is set to zero."""
+    """States and failure reasons of the problems, from rewards and results; rows that are not live are set to zero."""
     states, reasons = [], []
     for row, group in enumerate(groups):
         state, reason = State.LIVE, ""

@@ -1,12 +1,12 @@
-"""Fused experts run so that every product of a token with the weight of an expert can be seen.
+"""A forward of fused experts that exposes every product of a token with an expert's weight.
 
 A fused weight [E, O, I] is one linear layer whose input is the token in the slot of its expert, x (x) onehot(e). The
-rows keep the natural order of tokens and chosen experts, [B, T * chosen, I], so that they can be told apart by
-sequence; they are sorted by expert for the product alone.
+rows keep the natural order of tokens and chosen experts, [B, T * chosen, I], so that each row's sequence is known.
+They are sorted by expert only for the product.
 
-The forward here is what transformers' own `batched_mm` and `grouped_mm` experts compute (integrations/moe.py), from the
-same attributes of the module. Cost per token and chosen expert: that of the product, 2 I O FLOPs, and the same for the
-gradient of its input; no gradient of a weight.
+The forward computes the same as transformers' own `batched_mm` and `grouped_mm` experts (integrations/moe.py), from the
+same attributes of the module. Cost per token and chosen expert: 2 I O FLOPs for the product, and the same for the
+gradient of its input. No weight gradient is formed.
 
 Dimension letters: N tokens, K experts chosen for a token, S = N K slots, E experts, I and O a product's inputs and
 outputs, R a LoRA rank.
@@ -23,7 +23,7 @@ PRODUCTS = ("gate_up_proj", "up_proj", "down_proj")
 """Fused weights of a module that transformers' experts interface dispatches."""
 
 See = Callable[[str, Tensor, Tensor, Tensor], None]
-"""Told the product's name, its inputs [S, I], the expert of each row [S], and its outputs [S, O]."""
+"""Callback(product's name, its inputs [S, I], the expert of each row [S], its outputs [S, O])."""
 
 
 def is_dispatched(module: nn.Module) -> bool:
@@ -32,7 +32,7 @@ def is_dispatched(module: nn.Module) -> bool:
 
 
 def watched_experts(module: nn.Module, see: See, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """What the module's own forward gives, each product being shown to `see`."""
+    """Output of the module's own forward; `see` is called with each product."""
     experts = cast(Any, module)
     hidden_NI = hidden.reshape(-1, hidden.shape[-1])
     expert_S = top_k_index.reshape(-1)
@@ -55,7 +55,7 @@ def watched_experts(module: nn.Module, see: See, hidden: Tensor, top_k_index: Te
 
 
 def routed_product(x_SI: Tensor, weight_EIO: Tensor, expert_S: Tensor) -> Tensor:
-    """Each row times the weight of its expert, [S, O]."""
+    """Product of each row with the weight of its expert, [S, O]."""
     if weight_EIO.shape[1] == 1:  # an embedding
         return x_SI * weight_EIO[expert_S, 0]
     if x_SI.is_meta:
@@ -79,7 +79,7 @@ def routed_product(x_SI: Tensor, weight_EIO: Tensor, expert_S: Tensor) -> Tensor
 
 
 def by_expert(expert_S: Tensor, n_experts: int) -> tuple[Tensor, Tensor]:
-    """The order that sorts rows by expert, and where each expert's rows end, int32 [E]."""
+    """The order that sorts rows by expert, and the end of each expert's rows, int32 [E]."""
     sorted_S, order_S = expert_S.sort(stable=True)
     every_E = torch.arange(n_experts, device=expert_S.device, dtype=sorted_S.dtype)
     return order_S, torch.searchsorted(sorted_S, every_E, right=True).to(torch.int32)
@@ -88,7 +88,7 @@ def by_expert(expert_S: Tensor, n_experts: int) -> tuple[Tensor, Tensor]:
 def lora_a_gradient(grad_SO: Tensor, weight_OC: Tensor, expert_S: Tensor, n_experts: int) -> Tensor:
     """Gradient of the outputs of A for all experts, [S, E * R]: zero outside the row's own expert.
 
-    weight_OC: lora_B of PEFT's ParamWrapper, whose column R * E is rank * E + expert; A's row is expert * R + rank.
+    weight_OC: lora_B of PEFT's ParamWrapper. Its column index is rank * E + expert; A's row index is expert * R + rank.
     """
     all_SRE = (grad_SO.to(weight_OC.dtype) @ weight_OC).unflatten(1, (-1, n_experts))
     return (all_SRE * _own(expert_S, n_experts)[:, None]).transpose(1, 2).flatten(1)
@@ -106,7 +106,7 @@ def _own(expert_S: Tensor, n_experts: int) -> Tensor:
 
 @contextmanager
 def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """The module runs another forward for the duration, as an attribute of its own; hooks are called as before."""
+    """Replace the module's forward in the context, as an instance attribute; hooks are still called."""
     before = module.__dict__.get("forward")
     module.forward = forward
     try:

@@ -1,9 +1,9 @@
-"""Gradients of the observed layers formed in full, for what needs every entry: norms, elementwise transforms.
+"""Full gradients of the observed layers, for computations on every entry: norms, elementwise transforms.
 
-Cost: a plain backward with weight gradients, 6 I O FLOPs per token of a layer I -> O; one float32 matrix per layer is
-held, whatever the number of groups. What needs one layer at a time takes the layers in blocks whose matrices fit into
-memory (`blocks`): the backward pass ends at a block's lowest layer, so that B blocks cost (2 + (B + 1) + 2) I O FLOPs
-in place of 6 for the first, and less than B times as much in all.
+Cost: a plain backward with weight gradients, 6 I O FLOPs per token of a layer I -> O. Memory: one float32 matrix per
+layer, for any number of groups. Computations on one layer at a time use blocks of layers whose matrices fit into
+memory (`blocks`). The backward pass ends at a block's lowest layer. So B blocks cost (2 + (B + 1) + 2) I O FLOPs
+instead of 6 for the first layer, and in total less than B times as much.
 
 Dimension letters: B sequences, T tokens, N tokens of all sequences, I and O a layer's inputs and outputs.
 """
@@ -25,7 +25,7 @@ from gradstore.engine.rollouts.group import Group
 
 
 def blocks(gradients: GradientPass) -> list[tuple[slice, GradientPass]]:
-    """The layers in consecutive blocks whose float32 matrices fit into memory, and a pass that observes each alone."""
+    """Consecutive blocks of layers whose float32 matrices fit into memory, each with a pass that observes it alone."""
     limit, starts, held = formed_bytes(gradients.model), [0], 0
     for place, layer in enumerate(gradients.layers):
         size = 4 * math.prod(layer.matrix_shape)
@@ -45,7 +45,7 @@ def formed(
 ) -> tuple[list[Tensor], int]:
     """The groups' summed gradient, float32 [O, I] per layer ([E, O, I] of fused experts), and the tokens run.
 
-    buffers: where it is put; None: in new ones.
+    buffers: matrices to write to; None: new ones.
     """
     if buffers is None:
         buffers = [torch.empty(layer.matrix_shape, device=gradients.device) for layer in gradients.layers]
@@ -55,7 +55,7 @@ def formed(
 def problem_gradients(
     gradients: GradientPass, groups: Sequence[Group], on_weights: OnWeights | None = None
 ) -> Iterator[tuple[list[Tensor], int]]:
-    """Each group's own gradient and its tokens, one group at a time; the matrices hold until the next.
+    """Each group's own gradient and its tokens, one group at a time; the next group overwrites the matrices.
 
     Under FSDP2 a rank with fewer groups keeps step with the others.
     """
@@ -106,5 +106,5 @@ class _Sum:
 def _add_product(matrix_OI: Tensor, grads_NO: Tensor, inputs_NI: Tensor) -> None:
     if grads_NO.dtype == torch.float32:
         matrix_OI.addmm_(grads_NO.T, inputs_NI)
-    else:  # each micro-batch's product is accumulated in float32, rounded once, and summed in float32
+    else:  # each micro-batch's product accumulates in float32 and is rounded once; the sum is float32
         matrix_OI.add_(grads_NO.T @ inputs_NI)

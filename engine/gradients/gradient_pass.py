@@ -1,7 +1,7 @@
-"""Groups of rollouts through a model once, with an observer seeing each layer's inputs and output gradients.
+"""One forward and backward of groups of rollouts; an observer sees each layer's inputs and output gradients.
 
-What every gradient measurement shares: which layers, which weights, which micro-batches, which checks. What is kept of
-the gradients (a projection, dot products, the gradients themselves) is the observer's business.
+This module holds what all gradient measurements share: choice of layers, token weights, micro-batches, checks. The
+observer decides what to keep of the gradients: a projection, dot products, or the gradients themselves.
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ from gradstore.errors import RequestError
 
 
 class GradientPass:
-    """Runs groups through the model as it is now; the model is left as it was found."""
+    """Runs groups through the model in its current state, and leaves the model unchanged."""
 
     def __init__(self, model: nn.Module, spec: GradientSpec) -> None:
         self.model = model
@@ -51,13 +51,13 @@ class GradientPass:
 
     @property
     def context(self) -> int | None:
-        """Longest sequence the model takes; None when its configuration does not say."""
+        """Longest sequence the model accepts, in tokens; None if its configuration does not say."""
         config = getattr(self.model, "config", None)
         return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
 
     def check(self, group: Group) -> None:
-        """RequestError for a sequence longer than the model's context, a token id outside the vocabulary, or missing
-        log-probabilities under an objective that needs the behaviour policy's or a reference's."""
+        """Raise RequestError for a sequence longer than the model's context, a token id outside the vocabulary, or
+        missing log-probabilities (of the behaviour or reference policy) that the objective needs."""
         name = f"problem {group.problem_id!r}"
         if self.context and group.n_tokens > self.context:
             raise RequestError(
@@ -87,12 +87,12 @@ class GradientPass:
     ) -> int:
         """Back-propagate each group's objective; the observer's problems are positions in `groups`.
 
-        Returns the tokens that went through the model, padding and responses sampled before not counted. Groups whose
-        rewards are all equal are not run. Under FSDP2 each rank runs its own groups through the whole model, all ranks
-        must call this together, and no gradient is reduced. inputs_kept: the observer keeps the layers' inputs whole,
-        so that micro-batches are smaller where their size is not given. After an out-of-memory error the observer is
-        reset and all groups are run in smaller micro-batches; on_weights is told at the end, each once. RequestError as
-        in `check`, and for a response that does not fit into memory.
+        Returns the tokens that went through the model, without padding and repeated responses. Groups whose rewards
+        are all equal are not run. Under FSDP2 each rank runs its own groups through the whole model, all ranks must
+        call this together, and no gradient is reduced. inputs_kept: the observer keeps the layers' whole inputs, so
+        micro-batches are smaller unless their size is given. After an out-of-memory error the observer is reset and all
+        groups run again in smaller micro-batches; on_weights is called at the end, once per chunk of sequences.
+        RequestError as in `check`, and for a response that does not fit into memory.
         """
         for group in groups:
             self.check(group)
@@ -128,10 +128,10 @@ def _kept_in(told: list[tuple[Tensor, Tensor, Tensor]]) -> OnWeights:
 
 
 class EffectiveSampleSize:
-    """How many fresh rollouts a group's importance-weighted ones are worth (Kish): G (sum rho)^2 / (n sum rho^2).
+    """Effective sample size (Kish) of a group's importance-weighted rollouts: G (sum rho)^2 / (n sum rho^2).
 
-    rho: the importance ratio of each of the n response tokens that carry weight, 0 where clipped. On-policy rollouts
-    are worth G; rollouts whose ratios are carried by a few tokens, or clipped, are worth less.
+    rho: importance ratio of each of the n response tokens with nonzero weight, 0 where clipped. The size is G for
+    on-policy rollouts, and less if a few tokens dominate the ratios or ratios are clipped.
     """
 
     def __init__(self, groups: Sequence[Group], device: torch.device) -> None:
@@ -146,7 +146,7 @@ class EffectiveSampleSize:
         self._sums_P3.index_add_(0, problem_B, sums_B3)
 
     def of_groups(self) -> np.ndarray:
-        """float32 [P]; 0 for a group that carries no weight or is clipped throughout."""
+        """Effective sample size per group, float32 [P]; 0 if no token has weight or all are clipped."""
         n_P, sum_P, squares_P = self._sums_P3.cpu().numpy().T
         lengths_P = n_P * squares_P
         ess_P = np.divide(sum_P**2, lengths_P, out=np.zeros_like(sum_P), where=lengths_P > 0)

@@ -1,8 +1,8 @@
-"""Attention under a mask where several heads share their keys and values, without a copy of those for each head.
+"""Grouped-query attention with a mask that does not copy shared keys and values for each head.
 
-transformers repeats keys and values for every head as soon as there is a mask, which continuations of a cached prompt
-always have. Here the queries of the heads that share them stand one after the other instead, as more queries of one
-head: the same products, a quarter sooner on a CPU, and the gradients of keys and values come out summed.
+transformers repeats keys and values for every head when there is a mask, and continuations of a cached prompt always
+have one. Here the queries of heads that share keys are concatenated, as more queries of one head. The products are the
+same, a CPU takes a quarter less time, and the gradients of keys and values come out summed.
 
 B sequences, H heads, G heads that share keys and values, T queries, K keys.
 """
@@ -22,7 +22,7 @@ NAME = "gradstore-grouped"
 
 @contextmanager
 def grouped_attention(config: PretrainedConfig) -> Iterator[None]:
-    """The model of this configuration attends so for the duration, if it would by torch's own attention."""
+    """Use grouped attention in the context for the model of this configuration, if it uses torch's SDPA."""
     if config._attn_implementation != "sdpa":
         yield
         return

@@ -1,12 +1,12 @@
-"""Watch what enters a model's linear layers and what gradient comes back, without forming any weight gradient.
+"""Hooks that show the inputs and output gradients of a model's linear layers, without forming any weight gradient.
 
-Parameters are frozen while a model is observed, dropout is off, and the lowest observed layer's output is made a leaf,
-so that nothing below it is back-propagated. Everything is undone at the end: the model may be a live trainer's policy.
+While a model is observed, its parameters are frozen and dropout is off. The lowest observed layer's output becomes a
+leaf, so the backward stops there. Everything is undone at the end: the model may be a live trainer's policy.
 
-A layer is seen in the call of its module; in the call of `linear` inside its module, where that uses the weight
-directly (routers); or in the products of an experts module, which then runs experts.py's forward. Inputs without the
-batch's dimension are given it back where they have one row per token. A norm's weight and a bias are seen in the
-backward alone, as one row per sequence (vectors.py).
+A layer is observed in the call of its module; in the call of `linear` inside its module, if that uses the weight
+directly (routers); or in the products of an experts module, which then runs the forward of experts.py. Inputs without a
+batch dimension get it back if they have one row per token. A norm's weight and a bias are observed only in the
+backward, as one row per sequence (vectors.py).
 
 Dimension letters: B sequences, T tokens, K experts chosen for a token, S = T K slots, I and O a layer's inputs and
 outputs.
@@ -29,23 +29,22 @@ from gradstore.errors import RequestError
 
 
 class Observer(Protocol):
-    """What is done with each layer's inputs and output gradients."""
+    """Receives each layer's inputs and output gradients."""
 
     def on_input(self, layer: int, x_BTI: Tensor, expert_BT: Tensor | None = None) -> Any:
-        """Called in the forward with the layer's number and detached inputs; what it returns comes back with the
-        gradient. Keep as little as possible: it lives until then. For a vector it is called in the backward.
-        expert_BT: for a fused weight, the expert each row goes to; its rows are slots then, one for each token and
-        expert chosen for it."""
+        """Called in the forward with the layer's number and detached inputs. `on_gradient` receives the return value
+        as `kept`; it stays in memory until then, so keep it small. For a vector, called in the backward. expert_BT: for
+        a fused weight, the expert of each row; the rows are then slots, one per token and expert chosen for it."""
 
     def on_gradient(self, layer: int, kept: Any, grad_BTO: Tensor, problem_B: Tensor) -> None:
         """Called in the backward with the gradient of the layer's outputs and the problem of each sequence."""
 
     def reset(self) -> None:
-        """Forget all that was added: the groups are run again from the first."""
+        """Discard everything added so far: all groups are run again."""
 
 
 class PausableObserver:
-    """An observer that can be told not to look: a rank that has run its groups keeps step with the others."""
+    """An observer that can be switched off, for a rank that has run its groups and only keeps step with the others."""
 
     def __init__(self, observer: Observer) -> None:
         self._observer = observer
@@ -63,13 +62,13 @@ class PausableObserver:
 
 
 class Observation:
-    """The hooks of one observation; `of` says whose sequences the coming forward holds."""
+    """The hooks of one observation; `of` sets the problems of the coming forward's sequences."""
 
     def __init__(self, model: nn.Module, layers: Sequence[Layer], observer: Observer) -> None:
         self._layers, self._observer = layers, observer
         self._problem_B: Tensor | None = None
         self._grid: torch.Size | None = None
-        """Sequences and tokens of the forward that runs."""
+        """Shape (sequences, tokens) of the running forward."""
         self._seen: set[int] = set()
         self._hooks = ExitStack()
         embedding = cast(Any, model).get_input_embeddings()
@@ -93,7 +92,7 @@ class Observation:
             self._hooks.enter_context(replaced_forward(module, forward))
 
     def of(self, problem_B: Tensor) -> None:
-        """The forwards from here on hold one sequence for each entry, belonging to that problem."""
+        """Set the problem of each sequence in the coming forwards."""
         self._problem_B = problem_B
 
     def remove(self) -> None:
@@ -112,7 +111,7 @@ class Observation:
             self._watch(number, inputs[0].detach(), output)
 
     def _looked_up(self, number: int, embedding: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        """Token ids are the experts that inputs of 1 go to; the padding id's row has no gradient."""
+        """Treats a lookup as experts: the token id is the expert, the input 1; the padding id's row has no gradient."""
         if self._on:
             padding = cast(Any, embedding).padding_idx
             x_BT = torch.ones_like(inputs[0]) if padding is None else inputs[0] != padding
@@ -126,7 +125,7 @@ class Observation:
             return
         problem_B = cast(Tensor, self._problem_B)
         shape = self._rows(self._layers[number], output, len(output)).shape
-        held: list[Any] = []  # what the module was called with, until its gradient has come
+        held: list[Any] = []  # the module's arguments, until its gradient has arrived
         if vector.acts == "scale":
             held += [tuple(_detached(x) for x in given), {name: _detached(x) for name, x in named.items()}]
         if not output.requires_grad:
@@ -144,7 +143,7 @@ class Observation:
         output.register_hook(backward)
 
     def _inside(self, number: int, forward: Callable[..., Any], *args: Any, **named: Any) -> Any:
-        """A forward of the module's own that uses its weight."""
+        """Runs the module's own forward and observes the `linear` calls with its weight."""
         if not self._on:
             return forward(*args, **named)
         with _LinearOf(self._layers[number].weight, partial(self._watch, number)) as calls:
@@ -168,7 +167,7 @@ class Observation:
         *args: Any,
         **named: Any,
     ) -> Tensor:
-        """The forward of an experts module: hidden states, experts chosen and their weights, in this order."""
+        """An observed experts forward. Arguments in order: hidden states, chosen experts and their weights."""
         if not self._on:
             return forward(*args, **named)
 
@@ -179,7 +178,7 @@ class Observation:
         return watched_experts(module, see, *args, *named.values())
 
     def _watch(self, number: int, x: Tensor, output: Tensor, expert_S: Tensor | None = None) -> None:
-        """Shows the observer a product's inputs, and the gradient of its outputs when that comes."""
+        """Shows the observer a product's inputs, and its output gradient when that arrives."""
         layer, problem_B = self._layers[number], cast(Tensor, self._problem_B)
         x_BTI, slots = self._rows(layer, x, None if expert_S is None else len(expert_S)), layer.slots
         expert_BS = None if expert_S is None else expert_S.view(x_BTI.shape[:2])
@@ -207,7 +206,7 @@ class Observation:
         output.register_hook(backward)
 
     def _rows(self, layer: Layer, x: Tensor, n_slots: int | None) -> Tensor:
-        """Inputs, one row per token (or slot, or head) of each sequence; RequestError where they are not."""
+        """Inputs with one row per token (or slot, or head) of each sequence; RequestError for other shapes."""
         n, grid = len(cast(Tensor, self._problem_B)), self._grid
         if len(x) == n and (x.ndim == 3 or (x.ndim > 3 and layer.vector is not None)):
             return x.flatten(1, -2)
@@ -225,7 +224,7 @@ def _detached(value: Any) -> Any:
 
 
 def _left_out(name: str) -> str:
-    """What to do about a layer that cannot be sketched."""
+    """Advice for a layer that cannot be sketched."""
     pattern = rf"^(?!{re.escape(name.removesuffix('.bias'))}(\.bias)?$)"
     return f"leave it out by choosing the others: `modules` (--modules) '{pattern}'"
 
@@ -235,14 +234,14 @@ def _of_a(weight_OC: Tensor, expert_S: Tensor, n_experts: int, grad_SO: Tensor) 
 
 
 class _LinearOf(TorchFunctionMode):
-    """Shows the inputs and outputs of `torch.nn.functional.linear` with one weight, cast to another dtype or not."""
+    """Shows the inputs and outputs of `torch.nn.functional.linear` with one weight or a dtype cast of it."""
 
     def __init__(self, weight: Tensor, see: Callable[[Tensor, Tensor], None]) -> None:
         super().__init__()
         self._copies = [weight]
         self._see = see
         self.n = 0
-        """Calls seen."""
+        """Number of calls seen."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = func(*args, **(kwargs or {}))
@@ -259,7 +258,7 @@ _CASTS = (Tensor.type, Tensor.to, Tensor.float, Tensor.double, Tensor.bfloat16, 
 
 @contextmanager
 def observed(model: nn.Module, layers: Sequence[Layer], observer: Observer) -> Iterator[Observation]:
-    """Hooks the layers for the duration; the model is left as it was found, also after an error."""
+    """Hook the layers in the context; the model is restored at its end, also after an error."""
     with frozen(model), torch.enable_grad():
         observation = Observation(model, layers, observer)
         try:
@@ -270,7 +269,7 @@ def observed(model: nn.Module, layers: Sequence[Layer], observer: Observer) -> I
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no parameter requiring a gradient, for the duration."""
+    """Evaluation mode with all parameters frozen, in the context."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     training = [module for module in model.modules() if module.training]
     try:
@@ -287,7 +286,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for the duration."""
+    """Evaluation mode, in the context."""
     training = [module for module in model.modules() if module.training]
     try:
         model.eval()

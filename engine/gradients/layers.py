@@ -18,7 +18,7 @@ from gradstore.errors import RequestError
 
 @dataclass(frozen=True, slots=True)
 class Slots:
-    """Where a layer is seen that experts hold: in the products of a fused weight, one row per token and chosen expert.
+    """Where a layer inside experts is observed: in a fused weight's products, one row per token and chosen expert.
 
     The layer is the fused weight itself, or one of the two LoRA matrices of all its experts (PEFT's `ParamWrapper`).
     """
@@ -33,14 +33,14 @@ class Slots:
     other: nn.Module | None = None
     """The layer of the other LoRA matrix."""
     scaling: float = 1.0
-    """What the adapter's product of matrices is multiplied by."""
+    """Factor of the adapter's matrix product."""
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
     """A layer computing x W^T: an nn.Linear (any subclass), GPT-2's Conv1D, a router or another module that uses its
-    weight directly, or a fused weight of several experts. And what is told as one: an embedding, a norm's weight (one
-    output), a bias (one input)."""
+    weight directly, or a fused weight of several experts. Some parameters are treated as such a layer: an embedding, a
+    norm's weight (one output), a bias (one input)."""
 
     name: str
     module: nn.Module
@@ -51,18 +51,18 @@ class Layer:
     is_transposed: bool = False
     """Whether W is stored as [I, O]."""
     is_called: bool = True
-    """Whether a call of the module is the product; False where a forward of its own uses the weight."""
+    """Whether calling the module computes the product; False if the module's own forward uses the weight."""
     slots: Slots | None = None
-    """Where it is seen, if not in a call of its module."""
+    """Where the layer is observed, if not in a call of its module."""
     is_embedding: bool = False
-    """Whether it looks rows up: as a fused weight with an expert for each token id, whose input is 1."""
+    """Whether the layer is a lookup. It is treated as a fused weight with one expert per token id, and input 1."""
     vector: Vector | None = None
-    """How a vector acts: a scale [W] is one output with W inputs, whose gradient is 1; a shift [W] has W outputs and
-    one input, 1."""
+    """How a vector acts: a scale [W] has W inputs and one output, of gradient 1; a shift [W] has W outputs and one
+    input, 1."""
 
     @property
     def weight(self) -> nn.Parameter:
-        """The parameter whose gradient is seen, as it is stored."""
+        """The parameter whose gradient is observed, in its stored shape."""
         return cast(nn.Parameter, getattr(self.module, self.parameter))
 
     @property
@@ -74,17 +74,17 @@ class Layer:
 
     @property
     def shape(self) -> tuple[str, int, int] | tuple[str, int, int, int]:
-        """(name, O, I), or (name, O, I, E): what a projection of the layer is made from."""
+        """(name, O, I), or (name, O, I, E) with experts: determines a projection of the layer."""
         shape = self.name, self.n_outputs, self.n_inputs
         return shape if self.n_experts is None else (*shape, self.n_experts)
 
     @property
     def matrix_shape(self) -> tuple[int, ...]:
-        """Shape of the gradient when it is formed: (O, I), or (E, O, I) for a fused weight of E experts."""
+        """Shape of the formed gradient: (O, I), or (E, O, I) for a fused weight of E experts."""
         return (*(() if self.n_experts is None else (self.n_experts,)), self.n_outputs, self.n_inputs)
 
     def oriented(self, stored: Tensor) -> Tensor:
-        """A tensor shaped as the weight is stored, as [O, I] or [E, O, I]."""
+        """A tensor in the weight's stored shape, rearranged to [O, I] or [E, O, I]."""
         if self.is_embedding:
             return stored[..., None]
         if self.vector is not None:
@@ -97,11 +97,11 @@ def find_layers(
 ) -> list[Layer]:
     """The layers to sketch, in the model's order.
 
-    Without patterns: what trains of the active adapters where the model has any (LoRA matrices, and the layers that
-    `modules_to_save` trains beside them), else every linear layer including the output layer, routers and fused
-    experts. With patterns: the layers whose name one of the regular expressions finds. embeddings: the input embedding
-    too. vectors: norm weights and biases too. RequestError when nothing is left, for adapters of parameters that are
-    not fused experts, and for an embedding that does more than look rows up.
+    Without patterns, a model with adapters gives the trained layers of the active ones: LoRA matrices, and the layers
+    in `modules_to_save`. Any other model gives every linear layer, including the output layer, routers and fused
+    experts. With patterns: the layers whose name matches one of the regular expressions. embeddings: also the input
+    embedding. vectors: also norm weights and biases. RequestError if no layer is left, for adapters of parameters that
+    are not fused experts, and for an embedding that does more than look rows up.
     """
     embedding = input_embedding(model) if embeddings else None
     active, adapted = active_adapters(model), _adapted_experts(model)
@@ -128,12 +128,12 @@ def find_layers(
 
 
 def input_embedding(model: nn.Module) -> nn.Module:
-    """The module that looks up what token ids stand for."""
+    """The input embedding module."""
     return active_copy(cast(Any, model).get_input_embeddings(), active_adapters(model))
 
 
 def output_layer(model: nn.Module) -> Layer:
-    """The layer that gives the logits; RequestError when it is not a linear layer of its own."""
+    """The layer that computes the logits; RequestError if it is not a separate linear layer."""
     base = cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
     head = active_copy(cast(Any, base).get_output_embeddings(), active_adapters(model))
     for name, module in model.named_modules():
@@ -143,7 +143,7 @@ def output_layer(model: nn.Module) -> Layer:
 
 
 def head_of(model: nn.Module) -> nn.Module | None:
-    """The module that gives the logits; None where the model names none."""
+    """The module that computes the logits; None if the model names none."""
     base = cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
     return cast(Any, base).get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
 
@@ -155,7 +155,7 @@ def linear_outputs(module: nn.Module) -> int:
 
 
 def model_identity(model: nn.Module) -> dict:
-    """What stays the same over training: architecture, and names and shapes of every parameter (hashed)."""
+    """What training does not change: the architecture, and a hash of all parameter names and shapes."""
     base = cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
     shapes = ";".join(f"{name}:{tuple(parameter.shape)}" for name, parameter in model.named_parameters())
     return {
@@ -174,7 +174,7 @@ def _layers_of(name: str, module: nn.Module) -> list[Layer]:
 
 
 def _vector(name: str, module: nn.Module, parameter: str, vector: Vector) -> Layer:
-    """A norm's weight goes by the module's name, as any layer's does; a bias by its own."""
+    """The layer of a vector. A norm's weight has its module's name, as other layers do; a bias has its own name."""
     width = len(cast(nn.Parameter, module._parameters[parameter]))
     n_outputs, n_inputs = (1, width) if vector.acts == "scale" else (width, 1)
     full = name if parameter == "weight" else f"{name}.{parameter}"
@@ -201,7 +201,7 @@ def _embedding(name: str, module: nn.Module) -> Layer:
 
 
 def _fused(name: str, experts: Any, product: str) -> Layer:
-    """A fused weight, [E, O, I] or, where the module says so, [E, I, O]."""
+    """The layer of a fused weight, [E, O, I], or [E, I, O] if the module says so."""
     n_experts, n_outputs, n_inputs = getattr(experts, product).shape
     if experts.is_transposed:
         n_outputs, n_inputs = n_inputs, n_outputs
@@ -210,9 +210,9 @@ def _fused(name: str, experts: Any, product: str) -> Layer:
 
 
 def _adapted_experts(model: nn.Module) -> dict[int, Slots]:
-    """Where the LoRA matrices of fused experts are seen, by the id of the layer that holds each.
+    """Where the LoRA matrices of fused experts are observed, by id of the layer that holds each.
 
-    PEFT adapts a parameter by putting B A in its place: the layers that hold A and B are never called.
+    PEFT adapts a parameter by adding B A to it: the layers that hold A and B are never called.
     """
     found: dict[int, Slots] = {}
     for name, module in model.named_modules():
@@ -236,7 +236,7 @@ def _adapted_experts(model: nn.Module) -> dict[int, Slots]:
 
 
 def _check_experts(model: nn.Module) -> None:
-    """RequestError for experts whose products cannot be seen (Llama 4, Granite, JetMoE, DBRX)."""
+    """Raise RequestError for experts whose products cannot be observed (Llama 4, Granite, JetMoE, DBRX)."""
     for name, module in model.named_modules():
         kind, fused = type(module).__name__, [p for p in module.parameters(recurse=False) if p.ndim > 1]
         if fused and "expert" in kind.lower() and not is_dispatched(module) and not isinstance(module, nn.Linear):

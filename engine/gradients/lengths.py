@@ -1,7 +1,7 @@
-"""Sequences on which a policy's micro-batches are checked at the lengths that data have.
+"""Test sequences that check a policy's micro-batches at the lengths of the data.
 
-A sliding window, or rope frequencies that change past a trained length, show on long sequences only, and padding may
-count there: a prompt beside a longer one, or a sequence in a batch that reaches further. The check has both.
+A sliding window, or rope frequencies that change past a trained length, have an effect on long sequences only. Padding
+may change results there: of a prompt beside a longer one, or of a sequence in a longer batch. The test covers both.
 
 B sequences, T tokens of a sequence, N response tokens.
 """
@@ -15,11 +15,11 @@ import numpy as np
 from gradstore.engine.gradients.microbatch import MicroBatch, WeightedSequence, padded_width
 
 SHORTEST = 16
-"""Tokens of the first sequences checked; the next have twice as many."""
+"""Tokens of the first sequences checked; each further check doubles them."""
 
 
 def reach(rollouts: Sequence[WeightedSequence]) -> int:
-    """Most tokens that a padded prompt and a padded response of them may have together; 0 without rollouts."""
+    """Tokens of the longest padded prompt plus the longest padded response; 0 without rollouts."""
     if not rollouts:
         return 0
     longest_prompt = max(len(rollout.prompt_ids) for rollout in rollouts)
@@ -29,7 +29,7 @@ def reach(rollouts: Sequence[WeightedSequence]) -> int:
 def samples(length: int, n_vocabulary: int) -> list[WeightedSequence]:
     """Two prompts of length / 2 and length / 8 fixed random tokens, each with a short and a long response.
 
-    The sequences have length, 3/4, 1/2 and 3/16 of it in tokens.
+    The four sequences have 1, 3/4, 1/2 and 3/16 times `length` tokens.
     """
     ids = np.random.default_rng(length).integers(0, n_vocabulary, 2 * length)
     long, short = ids[: length // 2], ids[-(length // 8) :]
@@ -43,7 +43,7 @@ def samples(length: int, n_vocabulary: int) -> list[WeightedSequence]:
 def frequencies_change_at(config: Any) -> int | None:
     """Length of a forward up to which rotary embeddings of type longrope use their short factors; None without them.
 
-    transformers chooses the factors by the longest position of a forward, for all its sequences
+    transformers chooses the factors by the longest position in a forward, the same for all its sequences
     (`modeling_rope_utils.dynamic_rope_update`).
     """
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}

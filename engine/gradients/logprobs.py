@@ -1,4 +1,4 @@
-"""Log-probabilities of responses from forward passes alone: a policy's own, or a reference's for a KL term."""
+"""Log-probabilities of responses from forward passes: under the policy, or under a reference for a KL term."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,14 +18,14 @@ from gradstore.engine.gradients.sharding import gather, largest, reshard
 from gradstore.engine.rollouts.group import Group
 
 TokenLogprobs = Sequence[Sequence[np.ndarray]]
-"""Log-probability of each response token, by group and rollout."""
+"""Log-probability of each response token, per group and rollout."""
 
 
 class Reference:
-    """Gives groups their log-probabilities under a reference policy, one by one or many together (`of`)."""
+    """Adds log-probabilities under a reference policy to groups, one at a time or many together (`of`)."""
 
     def __init__(self, model: nn.Module, *, temperature: float = 1.0, token_budget: int | None = None) -> None:
-        """temperature: the objective's. token_budget: tokens of a micro-batch, with padding; None: as memory
+        """temperature: that of the objective. token_budget: tokens of a micro-batch, padding included; None: as memory
         allows."""
         self.model = model
         self._pass = GradientPass(
@@ -34,18 +34,18 @@ class Reference:
 
     @property
     def digest(self) -> str:
-        """Of the weights: what `Objective.reference` keeps."""
+        """Digest of the weights, as in `Objective.reference`."""
         return weights_digest(self.model)
 
     def __call__(self, group: Group) -> Group:
-        """The group with `reference_logprobs`; one without signal, which no gradient is taken of, as it is.
+        """The group with `reference_logprobs`; a group without signal is returned unchanged, as it has no gradient.
 
         RequestError for a sequence that the reference cannot run (context, vocabulary).
         """
         return self.of([group])[0]
 
     def of(self, groups: Sequence[Group]) -> list[Group]:
-        """The groups, each as by a call of its own; under FSDP2 all ranks call this together, each with its own."""
+        """The same for several groups at once. Under FSDP2 all ranks call this together, each with its own groups."""
         places = [place for place, group in enumerate(groups) if group.has_signal]
         for place in places:
             self._pass.check(groups[place])
@@ -61,8 +61,7 @@ class Reference:
 def response_logprobs(runner: GradientPass, groups: Sequence[Group]) -> list[list[np.ndarray]]:
     """Log-probability of every response token at the objective's temperature, float32 [response tokens] each.
 
-    A response sampled more than once is run once. The model is in evaluation mode already; under FSDP2 all ranks call
-    this together.
+    A repeated response is run once. The model must be in evaluation mode; under FSDP2 all ranks call this together.
     """
     first: list[list[int]] = []
     rollouts: list[WeightedSequence] = []
@@ -77,7 +76,7 @@ def response_logprobs(runner: GradientPass, groups: Sequence[Group]) -> list[lis
     spec, policy = runner.spec, runner.policy
     policy.verify(rollouts)
     shares = policy.shares_prompts and spec.share_prompts
-    # Every rank or none: a prompt run by itself is one more forward.
+    # Either all ranks share prompts or none does: running prompts separately is one more forward.
     shared = shares and not largest(runner.model, len(rollouts) > 0 and not pays_to_share(rollouts))
 
     def attempt(tokens: int) -> tuple[list[MicroBatch], list[Tensor]]:
@@ -87,7 +86,7 @@ def response_logprobs(runner: GradientPass, groups: Sequence[Group]) -> list[lis
         for batch in in_step(runner.model, batches, shared):
             with noticing(batch):
                 grids.append(policy.logprobs(batch.to(runner.device), spec.objective.temperature))
-        return batches, grids  # fetched after the last batch, so that a GPU is never waited for in between
+        return batches, grids  # fetched after the last batch: no wait for the GPU in between
 
     batches, grids = runner.budget.fitting(attempt, groups)
     found: list[np.ndarray] = [np.zeros(0, np.float32)] * len(rollouts)

@@ -1,10 +1,10 @@
-"""Sequences packed into padded micro-batches under a token budget, each prompt held once where that pays.
+"""Sequences packed into padded micro-batches under a token budget; prompts are shared if that saves enough tokens.
 
-Rollouts are the unit, not problems: a group larger than the budget is spread over several micro-batches and its
-problem's sketch is their sum. A micro-batch is a grid of continuations: for every rollout the tokens that predict
-its response. Unshared, a continuation is the whole sequence but its last token. Shared, the prompts but their last
-tokens are a grid of their own, run once, and a continuation begins with its prompt's last token. Padding is on the
-right, where a causal model cannot see it, so that a sequence's gradient does not depend on its neighbours.
+The unit is the rollout, not the problem: a group larger than the budget is spread over several micro-batches, and its
+problem's sketch is their sum. A micro-batch is a grid of continuations: per rollout, the tokens that predict its
+response. Unshared, a continuation is the whole sequence without its last token. Shared, the prompts without their last
+tokens form a separate grid, run once, and a continuation begins with its prompt's last token. Padding is on the
+right, where a causal model cannot see it, so a sequence's gradient does not depend on its neighbours.
 
 Dimension letters: B sequences, Q prompts of the micro-batch, S prompt tokens, T tokens of a continuation,
 N response tokens of the longest response.
@@ -22,30 +22,30 @@ from gradstore.engine.gradients.sharding import largest
 from gradstore.engine.rollouts.group import Group
 
 _WIDTH = 8
-"""Grids are padded to multiples of so many tokens: attention to 191 takes an eighth longer than to 192."""
+"""Grid widths are multiples of this many tokens: attention to 191 tokens takes an eighth longer than to 192."""
 
 
 @dataclass(frozen=True, slots=True)
 class WeightedSequence:
-    """One weighted sequence of a window of groups."""
+    """One rollout with its weights, in a window of groups."""
 
     problem: int
     """Position of its group in the window."""
     index: int
-    """Its place among the group's rollouts."""
+    """Position of the rollout in its group."""
     prompt_ids: np.ndarray
     response_ids: np.ndarray
     weight: float
-    """Weight of each of its tokens in the objective."""
+    """Weight of each response token in the objective."""
     behaviour: np.ndarray | None
     """The behaviour policy's log-probabilities, float32 [response tokens]."""
     kl_scale: float = 0.0
-    """What the KL term of each of its tokens is multiplied by."""
+    """Factor of the KL term of each response token."""
     reference: np.ndarray | None = None
-    """The reference policy's log-probabilities, float32 [response tokens]; needed where there is a KL term."""
+    """The reference policy's log-probabilities, float32 [response tokens]; needed if there is a KL term."""
 
     def n_tokens(self, shared: bool) -> int:
-        """Tokens of its continuation."""
+        """Tokens of the continuation."""
         return len(self.response_ids) + (0 if shared else len(self.prompt_ids) - 1)
 
 
@@ -57,7 +57,7 @@ class Prompts:
     length_Q: Tensor
     problem_Q: Tensor
     prompt_B: Tensor
-    """Which prompt each continuation follows."""
+    """Row of the prompt that each continuation follows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,15 +66,15 @@ class MicroBatch:
 
     token_ids_BT: Tensor
     problem_B: Tensor
-    """Which problem of the window each continuation belongs to."""
+    """Problem of each continuation, as its position in the window."""
     rollout_B: Tensor
-    """Which of the packed rollouts each continuation is."""
+    """Rollout of each continuation, as its position among the packed rollouts."""
     first_B: Tensor
-    """Where in its continuation the first response token is predicted; the others follow one by one."""
+    """Position in the continuation that predicts the first response token; the other tokens follow one by one."""
     targets_BN: Tensor
     weights_BN: Tensor
     filled_BN: Tensor
-    """False where padded, where the weights are zero."""
+    """False at padding, where the weights are zero."""
     behaviour_BN: Tensor | None
     prompts: Prompts | None
     kl_scales_BN: Tensor | None = None
@@ -83,11 +83,11 @@ class MicroBatch:
 
     @property
     def n_tokens(self) -> int:
-        """Tokens computed, padding included."""
+        """Computed tokens, padding included."""
         return self.token_ids_BT.numel() + (0 if self.prompts is None else self.prompts.token_ids_QS.numel())
 
     def to(self, device: torch.device) -> "MicroBatch":
-        """The same on a device."""
+        """The micro-batch, moved to a device."""
         return replace(
             self,
             **_moved(self, device),
@@ -98,11 +98,11 @@ class MicroBatch:
 def rollouts_of(
     groups: Sequence[Group], objective: Objective, factors_P: Sequence[float] | None = None
 ) -> list[WeightedSequence]:
-    """The sequences of the groups that carry weight; the others add nothing to any gradient.
+    """The rollouts of the groups with nonzero weight; the others add nothing to any gradient.
 
-    A response sampled more than once carries the sum of its weights once, since a gradient is linear in them; not where
-    ratios to another policy multiply each. A weight that is zero but for rounding is zero, and a group whose equal
-    responses cancel is not run. factors_P: multiply each group's gradient, 0 or more.
+    A repeated response is run once with the sum of its weights, because the gradient is linear in them; not if
+    importance ratios multiply each weight. Weights that are rounding error become zero, and a group whose repeated
+    responses cancel is not run. factors_P: factor of each group's gradient, 0 or more.
     """
     rollouts = []
     for problem, group in enumerate(groups):
@@ -132,11 +132,11 @@ def rollouts_of(
 
 
 def _merged(group: Group, total_G: np.ndarray, slack_G: np.ndarray, objective: Objective) -> np.ndarray:
-    """The weights with those of equal rollouts added to the first of them, and zero where the sum is rounding.
+    """The weights, summed over equal rollouts into the first of them; zero if the sum is rounding error.
 
-    total_G, slack_G: the rollouts' weights and what of them is rounding. Rollouts are equal when their tokens are and,
-    with importance ratios, what the behaviour policy gave them. Clipping looks at each weight's sign, so that with it
-    those of one sign alone are added.
+    total_G, slack_G: the rollouts' weights and their rounding errors. Rollouts are equal if their tokens are equal and,
+    with importance ratios, their behaviour log-probabilities too. Clipping depends on a weight's sign, so with clipping
+    only weights of the same sign are summed.
     """
     sums_G, slacks_G = total_G.copy(), slack_G.copy()
     clipped = (objective.clip_low, objective.clip_high) != (None, None)
@@ -152,7 +152,7 @@ def _merged(group: Group, total_G: np.ndarray, slack_G: np.ndarray, objective: O
 
 
 def pays_to_share(rollouts: Sequence[WeightedSequence], saving: float = 0.15) -> bool:
-    """Whether computing each prompt once spares at least this share of the tokens."""
+    """Whether computing each prompt once saves at least this share of the tokens."""
     prompts = {rollout.problem: len(rollout.prompt_ids) - 1 for rollout in rollouts}
     unshared = sum(rollout.n_tokens(shared=False) for rollout in rollouts)
     shared = sum(rollout.n_tokens(shared=True) for rollout in rollouts) + sum(prompts.values())
@@ -160,11 +160,11 @@ def pays_to_share(rollouts: Sequence[WeightedSequence], saving: float = 0.15) ->
 
 
 def pack(rollouts: Sequence[WeightedSequence], token_budget: int, shared: bool) -> Iterator[MicroBatch]:
-    """Micro-batches of like lengths, at most token_budget tokens each with padding (or one rollout).
+    """Micro-batches of similar lengths, at most token_budget tokens each with padding (or one rollout).
 
     Unshared, rollouts are sorted by length. Shared, problems are sorted by the lengths of prompt and longest response,
-    and a problem's rollouts stand together; one whose rollouts exceed the budget is run in several micro-batches, its
-    prompt in each.
+    and a problem's rollouts stay together. If they exceed the budget, several micro-batches run them, with the prompt
+    in each.
     """
     longest: dict[int, int] = {}
     count: dict[int, int] = {}
@@ -193,7 +193,7 @@ def pack(rollouts: Sequence[WeightedSequence], token_budget: int, shared: bool) 
         if shared and rollout.problem not in prompts:
             n_all = count[rollout.problem]
             fits_alone = own * n_all + own_prompt <= token_budget
-            n_coming = n_all if fits_alone else 1  # kept whole where that is possible: its prompt is run once
+            n_coming = n_all if fits_alone else 1  # kept whole if possible, so that its prompt is run once
         if batch and wider * (len(batch) + n_coming) + prompt_wider * n_prompts > token_budget:
             yield _collate(batch, shared)
             batch, prompts = [], set()
@@ -246,7 +246,7 @@ def _prompts(rollouts: Sequence[WeightedSequence]) -> Prompts:
 
 
 def _padded(rows: Sequence[np.ndarray], dtype: type = np.int64) -> np.ndarray:
-    """Rows of different lengths as one array, zeros on the right."""
+    """Rows of different lengths as one array, with zeros on the right."""
     grid: np.ndarray = np.zeros((len(rows), padded_width(max(len(row) for row in rows))), dtype)
     for i, row in enumerate(rows):
         grid[i, : len(row)] = row
@@ -254,7 +254,7 @@ def _padded(rows: Sequence[np.ndarray], dtype: type = np.int64) -> np.ndarray:
 
 
 def padded_width(n_tokens: int) -> int:
-    """Tokens of a grid whose longest row has n_tokens."""
+    """Width of a grid whose longest row has n_tokens."""
     return -(-n_tokens // _WIDTH) * _WIDTH
 
 
@@ -264,7 +264,7 @@ def _moved(batch: MicroBatch | Prompts, device: torch.device) -> dict[str, Tenso
 
 
 def in_step(model: nn.Module, batches: list[MicroBatch], shared: bool) -> list[MicroBatch]:
-    """As many micro-batches on every rank: the shorter ones end in batches of one token with weight zero."""
+    """The batches, extended to the same number on every rank by batches of one token with weight zero."""
     token = np.zeros(1, np.int64)
     idle = WeightedSequence(0, 0, np.zeros(2, np.int64), token, 0.0, None)
     missing = largest(model, len(batches)) - len(batches)

@@ -1,4 +1,4 @@
-"""Load a model, its tokenizer and an adapter, with one clear line for what is missing or broken."""
+"""Load a model, its tokenizer and an adapter; errors say in one line what is missing or broken."""
 
 import hashlib
 import re
@@ -14,7 +14,7 @@ from gradstore.engine.gradients.adapters import check_adapters
 from gradstore.errors import RequestError
 
 _BUFFERS = re.compile(r"(^|\.)(attn\.bias|attention\.bias|masked_bias|inv_freq|position_ids|(cos|sin)_cached)$")
-"""Masks and tables that old checkpoints keep and models compute: no weights."""
+"""Masks and tables in old checkpoints that models now compute; they are not weights."""
 _ADAPTER = "the adapter's configuration"
 
 
@@ -26,11 +26,11 @@ def load_model(
 ) -> nn.Module:
     """A transformers causal LM in evaluation mode.
 
-    path: a folder or a hub name. adapter: a PEFT checkpoint to load on it. device: default a GPU where there is one.
-    dtype: "auto", the checkpoint's; default float32 on CPU and bfloat16 on a GPU.
-    RequestError when there is no such model or adapter; when the checkpoint lacks a weight of the model, or has one
-    that the model does not (tied weights, and what the architecture says it ignores, apart); for an adapter that
-    cannot be sketched; when a weight is not finite.
+    path: a folder or a hub name. adapter: a PEFT checkpoint to load on it. device: default a GPU if there is one.
+    dtype: "auto" is the checkpoint's; default float32 on CPU and bfloat16 on a GPU.
+    RequestError if there is no such model or adapter; if the checkpoint lacks a weight of the model, or has one that
+    the model lacks (except tied weights and those that the architecture ignores); for an adapter that cannot be
+    sketched; if a weight is not finite.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -63,7 +63,7 @@ def load_tokenizer(path: str | Path) -> Any:
 
 
 def vocabulary_size(path: str | Path) -> int | None:
-    """Token ids that a model has, by its configuration: often more than its tokenizer; None where it does not say."""
+    """Vocabulary size in a model's configuration, often larger than its tokenizer's; None if not stated."""
     from transformers import AutoConfig
 
     try:
@@ -76,8 +76,8 @@ def vocabulary_size(path: str | Path) -> int | None:
 def weights_digest(model: nn.Module) -> str:
     """16 hexadecimal digits over names, shapes and 64 evenly spaced values of every parameter of a model.
 
-    The places are those of a float32 `linspace`, held inside the weight: past 2^24 elements it rounds beyond the end.
-    Digests that stores and rollout files keep from before stay valid (docs/format.md).
+    Positions come from a float32 `linspace`, clamped to the weight: beyond 2^24 elements it rounds past the end. This
+    keeps the digests in existing stores and rollout files valid (docs/format.md).
     """
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
@@ -99,11 +99,11 @@ def _with_adapter(model: nn.Module, adapter: str | Path) -> nn.Module:
         adapted = PeftModel.from_pretrained(model, str(adapter))
     except (OSError, ValueError, RuntimeError, TypeError) as error:
         raise RequestError(f"{adapter}: not a PEFT adapter that can be loaded: {_first_line(error)}") from error
-    except KeyError as error:  # PEFT looks up the copies of `modules_to_save` without asking
+    except KeyError as error:  # PEFT looks up the copies of `modules_to_save` without checking
         _check_keys(adapter, _ADAPTER, [str(error.args[0])], [])
         raise
     check_adapters(adapted)
-    loaded = adapted.load_adapter(str(adapter), "default")  # again, for what it says of the keys
+    loaded = adapted.load_adapter(str(adapter), "default")  # again, to get its missing and unexpected keys
     saved = load_peft_weights(str(adapter), device="cpu")
     copies = {key for key in get_peft_model_state_dict(adapted, save_embedding_layers=False) if "lora_" not in key}
     missing = {*loaded.missing_keys, *(copies - set(saved))}
@@ -112,7 +112,7 @@ def _with_adapter(model: nn.Module, adapter: str | Path) -> nn.Module:
 
 
 def _check_keys(path: str | Path, model: str, missing: Collection[str], unexpected: Collection[str]) -> None:
-    """RequestError naming weights that the checkpoint lacks, which would be random, or that the model lacks."""
+    """Raise RequestError naming weights that the checkpoint lacks (they would be random) or that the model lacks."""
     unexpected = [key for key in unexpected if not _BUFFERS.search(key)]
     for keys, fault in (
         (missing, f"{model} has, so that they would be random: save the whole model, or name its folder"),

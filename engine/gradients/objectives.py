@@ -1,9 +1,9 @@
 """The policy-gradient objective of one problem, as one weight per response token.
 
-The objective of a problem with rollouts y_1..y_G is J = sum_j sum_t w_jt * log pi(y_jt | x, y_j<t), so that its
-gradient is the policy gradient in the ascent direction. The weight is advantage x aggregation, times the importance
-ratio when behaviour log-probabilities are used, and more with a KL term to a reference policy. Nothing outside the
-problem enters a weight, so the gradient of a problem does not depend on the batch, the rank or the file it came in.
+The objective of a problem with rollouts y_1..y_G is J = sum_j sum_t w_jt * log pi(y_jt | x, y_j<t). Its gradient is the
+policy gradient in the ascent direction. The weight is advantage x aggregation. Importance sampling multiplies it by
+the importance ratio; a KL penalty to a reference policy adds a term. A weight depends only on its problem, so a
+problem's gradient does not depend on the batch, the rank or the file.
 Formulas and sources: docs/methods.md.
 """
 
@@ -27,23 +27,23 @@ class Objective:
     """How rewards become token weights. Part of a store's fingerprint."""
 
     advantage: Advantage = "mean"
-    """`mean`: r - mean(r) (Dr. GRPO, GradAlign). `mean_std`: divided by the group's deviation too (GRPO).
+    """`mean`: r - mean(r) (Dr. GRPO, GradAlign). `mean_std`: also divided by the group's standard deviation (GRPO).
     `rloo`: r minus the mean of the other rewards."""
     aggregation: Aggregation = "seq-mean-token-mean"
-    """How token terms are averaged, named as verl's `loss_agg_mode`, within the problem."""
+    """How token terms are averaged within the problem; names as in verl's `loss_agg_mode`."""
     importance: bool = False
-    """Multiply by pi / behaviour policy, token by token; needs the rollouts' log-probabilities."""
+    """Multiply each token by its importance ratio, pi / behaviour policy; needs the rollouts' log-probabilities."""
     clip_low: float | None = None
-    """With importance: no gradient where the advantage is negative and the ratio below 1 - clip_low (PPO)."""
+    """With importance: no gradient if the advantage is negative and the ratio below 1 - clip_low (PPO)."""
     clip_high: float | None = None
-    """With importance: no gradient where the advantage is positive and the ratio above 1 + clip_high (PPO)."""
+    """With importance: no gradient if the advantage is positive and the ratio above 1 + clip_high (PPO)."""
     temperature: float = 1.0
-    """Logits are divided by it before log-probabilities are taken."""
+    """Logits are divided by this before log-probabilities are computed."""
     kl_beta: float = 0.0
-    """Weight of GRPO's penalty for leaving a reference policy; above 0 it needs the rollouts' log-probabilities under
-    that (`engine.Reference`). Problems whose rewards are all equal stay without signal."""
+    """Weight of GRPO's KL penalty to a reference policy; above 0 it needs the rollouts' log-probabilities under that
+    policy (`engine.Reference`). Problems whose rewards are all equal still have no signal."""
     reference: str | None = None
-    """Digest of the reference's weights; None: whatever the rollouts were recorded with."""
+    """Digest of the reference's weights; None: the reference that the rollouts were recorded with."""
 
     def __post_init__(self) -> None:
         if self.advantage not in get_args(Advantage):
@@ -60,7 +60,7 @@ class Objective:
             raise RequestError("a reference policy needs kl_beta above 0")
 
     def as_dict(self) -> dict:
-        """JSON-ready; without a KL term its settings are left out, as in stores older than it."""
+        """The fields as a JSON-ready dict; without a KL term its settings are omitted, as in older stores."""
         unused = () if self.kl_beta else ("kl_beta", "reference")
         return {name: value for name, value in asdict(self).items() if name not in unused}
 
@@ -80,7 +80,7 @@ def objective(preset: str, **changes: object) -> Objective:
 
 
 def advantages(rewards_G: np.ndarray, kind: Advantage) -> np.ndarray:
-    """Advantages of a group, float64 [G]; all zero when the rewards are equal but for rounding.
+    """Advantages of a group, float64 [G]; all zero if the rewards are equal up to rounding.
 
     mean: Dr. GRPO (arXiv 2503.20783). mean_std: GRPO (arXiv 2402.03300), sample deviation (n - 1) plus 1e-6 as in
     verl. rloo: arXiv 2402.14740, the same as mean x G / (G - 1).
@@ -93,7 +93,7 @@ def advantages(rewards_G: np.ndarray, kind: Advantage) -> np.ndarray:
 
 
 def _scaled(values_G: np.ndarray, rewards_G: np.ndarray, kind: Advantage) -> np.ndarray:
-    """Differences of rewards from their mean as advantages of a kind."""
+    """Centred rewards, scaled to advantages of this kind."""
     if kind == "mean_std":
         return values_G / (rewards_G.std(ddof=1) + 1e-6)
     if kind == "rloo":
@@ -102,7 +102,7 @@ def _scaled(values_G: np.ndarray, rewards_G: np.ndarray, kind: Advantage) -> np.
 
 
 def rollout_weights(rewards_G: np.ndarray, lengths_G: np.ndarray, objective: Objective) -> np.ndarray:
-    """Weight of every token of each rollout before importance ratios and KL term, float64 [G].
+    """Token weight of each rollout before importance ratios and KL term, float64 [G].
 
     rewards_G: float64. lengths_G: response tokens; an empty response has weight 0 but counts in the baseline and in
     the number of sequences.
@@ -111,7 +111,7 @@ def rollout_weights(rewards_G: np.ndarray, lengths_G: np.ndarray, objective: Obj
 
 
 def weight_rounding(rewards_G: np.ndarray, lengths_G: np.ndarray, objective: Objective) -> np.ndarray:
-    """Largest size of each of `rollout_weights` that is rounding of the rewards alone, float64 [G]."""
+    """Upper bound of the rounding error in each of `rollout_weights`, from the rewards alone, float64 [G]."""
     if not differ(rewards_G):
         return np.zeros(len(rewards_G))
     slack_G = np.full(len(rewards_G), ROUNDING * np.abs(rewards_G).max())
@@ -119,16 +119,16 @@ def weight_rounding(rewards_G: np.ndarray, lengths_G: np.ndarray, objective: Obj
 
 
 def kl_scales(rewards_G: np.ndarray, lengths_G: np.ndarray, objective: Objective) -> np.ndarray:
-    """What the KL term of each rollout's tokens is multiplied by, float64 [G]: beta times the aggregation's weight.
+    """Factor of the KL term of each rollout's tokens, float64 [G]: beta times the aggregation's weight.
 
-    Zero where all rewards are equal: LearnAlign weighs such problems by p (1 - p) = 0, and they are never run.
+    Zero if all rewards are equal: LearnAlign weights such problems by p (1 - p) = 0, and they are never run.
     """
     betas_G = np.full(len(rewards_G), objective.kl_beta if differ(rewards_G) else 0.0)
     return _shared_out(betas_G, lengths_G, objective.aggregation)
 
 
 def _shared_out(values_G: np.ndarray, lengths_G: np.ndarray, aggregation: Aggregation) -> np.ndarray:
-    """A value of each rollout times the aggregation's weight of one of its tokens."""
+    """Each rollout's value times the aggregation's weight per token."""
     if aggregation == "seq-mean-token-sum":
         weights_G = values_G / len(values_G)
     elif aggregation == "seq-mean-token-mean":
@@ -139,10 +139,10 @@ def _shared_out(values_G: np.ndarray, lengths_G: np.ndarray, aggregation: Aggreg
 
 
 def kl_weights(logprobs_N: "Tensor", reference_N: "Tensor", scales_N: "Tensor") -> "Tensor":
-    """What the KL term adds to token weights: the gradient of -KL by the log-probability, times scales_N.
+    """KL part of the token weights: derivative of -KL with respect to the log-probability, times scales_N.
 
     logprobs_N, reference_N: log-probabilities of the same tokens under the current and the reference policy.
-    KL = exp(ref - lp) - (ref - lp) - 1, of gradient 1 - exp(ref - lp) (GRPO, arXiv 2402.03300, equation 4).
+    KL = exp(ref - lp) - (ref - lp) - 1, with derivative 1 - exp(ref - lp) (GRPO, arXiv 2402.03300, equation 4).
     """
     import torch
 
@@ -155,10 +155,10 @@ def importance_weights(
     """Token weights times the importance ratio, zero where PPO's clipped surrogate has no gradient.
 
     logprobs_N, behaviour_N: log-probabilities of the same tokens under the current and the behaviour policy.
-    The gradient of min(ratio A, clip(ratio) A) is ratio x A x grad log pi where the first term is the smaller one,
-    and zero elsewhere (PPO, arXiv 1707.06347, equation 7).
+    The gradient of min(ratio A, clip(ratio) A) is ratio x A x grad log pi if the first term is the smaller one,
+    and zero otherwise (PPO, arXiv 1707.06347, equation 7).
     """
-    import torch  # Here, so that statistics of stored probes do not wait for it.
+    import torch  # Here, so that statistics of stored probes need not import it.
 
     ratio_N = torch.exp(logprobs_N - behaviour_N)
     clipped_N = torch.zeros_like(weights_N, dtype=torch.bool)

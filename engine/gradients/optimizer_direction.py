@@ -1,10 +1,10 @@
-"""The step Adam would take for a problem alone, instead of its plain gradient: LESS's training side, or plain
-preconditioning by the second moment.
+"""Adam's update for a single problem, in place of its plain gradient: LESS's training side, or preconditioning by the
+second moment.
 
-The transform is elementwise, so each problem's full gradient of a layer is formed before it is projected: a plain
+The transform is elementwise, so each problem's full gradient of a layer is formed before it is projected. Cost: a plain
 backward per problem, and one float32 matrix per layer beside the two moments.
 
-A gradient here is the ascent direction, while an optimizer's first moment is of the loss: it is negated on use.
+Gradients here are ascent directions. An optimizer's first moment averages loss gradients, so its sign is flipped.
 
 Dimension letters: I and O a layer's inputs and outputs.
 """
@@ -29,14 +29,14 @@ _VERL_SHARD = re.compile(r"optim_world_size_(\d+)_rank_(\d+)\.pt")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AdamState:
-    """Adam's moments by parameter name."""
+    """Adam's moments, by parameter name."""
 
     first: dict[str, Tensor]
-    """`exp_avg`, of the loss, each of its parameter's shape."""
+    """`exp_avg` of the loss gradient, in the parameter's shape."""
     second: dict[str, Tensor]
-    """`exp_avg_sq`."""
+    """`exp_avg_sq`, in the parameter's shape."""
     step: int
-    """Updates made."""
+    """Number of updates made."""
 
     @classmethod
     def zero(cls, model: nn.Module) -> "AdamState":
@@ -46,7 +46,7 @@ class AdamState:
 
     @classmethod
     def of_optimizer(cls, optimizer: torch.optim.Optimizer, model: nn.Module) -> "AdamState":
-        """From a live optimizer of the model; moments sharded by FSDP2 are gathered, so every rank must call it."""
+        """From a live optimizer of the model. Moments sharded by FSDP2 are gathered, so every rank must call it."""
         name_of = {id(parameter): name for name, parameter in model.named_parameters()}
         entries = {name_of[id(p)]: state for p, state in optimizer.state.items() if id(p) in name_of}
         return cls._from_entries(entries, model)
@@ -57,9 +57,9 @@ class AdamState:
     ) -> "AdamState":
         """From an optimizer's `state_dict()`, also a full or sharded one by parameter name (FSDP).
 
-        names: parameter names in the optimizer's order, for states numbered 0, 1, ...; default: the names the state
-        carries, else the model's own order. `trainer_order(model)` is that of transformers' Trainer.
-        RequestError naming the parameter that is missing or whose moments have another shape.
+        names: parameter names in the optimizer's order, for states numbered 0, 1, ...; default: the names in the state,
+        else the model's own order. `trainer_order(model)` gives the order of transformers' Trainer.
+        RequestError naming a parameter that is missing or whose moments have another shape.
         """
         entries = state_dict["state"]
         if entries and isinstance(next(iter(entries)), int):
@@ -77,8 +77,8 @@ class AdamState:
     def of_file(cls, path: str | Path, model: nn.Module, names: Sequence[str] | None = None) -> "AdamState":
         """From `optimizer.pt` (torch, or transformers' Trainer), or a folder of a verl checkpoint of FSDP2.
 
-        Without names the model's own order is tried first, then that of transformers' Trainer: the first whose shapes
-        agree. Only tensors are read, no code is run. RequestError when nothing fits.
+        Without names, the model's own order is tried first, then that of transformers' Trainer; the first with matching
+        shapes is used. Only tensors are read, no code is run. RequestError if no order fits.
         """
         path = Path(path)
         if path.is_dir() and not (path / "optimizer.pt").exists():
@@ -118,7 +118,7 @@ class AdamState:
         return cls(first, second, max(steps))
 
     def digest(self) -> str:
-        """SHA-256 over names, step and values."""
+        """First 16 hexadecimal digits of the SHA-256 over names, step and values."""
         digest = hashlib.sha256(str(self.step).encode())
         for name in sorted(self.first):
             digest.update(name.encode())
@@ -139,7 +139,7 @@ class OptimizerDirection:
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
     ) -> None:
-        """formula: `less`, m' / sqrt(v' + eps) with the gradient taken into both moments (LESS, ICML 2024);
+        """formula: `less`, m' / sqrt(v' + eps) with both moments updated by the gradient (LESS, ICML 2024);
         `precondition`, g / (sqrt(v) + eps). RequestError for another, or for bias correction of a state without steps.
         """
         if formula not in get_args(Formula):
@@ -156,7 +156,7 @@ class OptimizerDirection:
         self._digest = state.digest()
 
     def describe(self) -> dict:
-        """What the fingerprint says of it."""
+        """The direction's settings in the fingerprint."""
         return {
             "kind": "adam",
             "formula": self.formula,
@@ -168,12 +168,12 @@ class OptimizerDirection:
         }
 
     def moments_of(self, layers: Sequence[Layer], model: nn.Module) -> list[tuple[Tensor, Tensor]]:
-        """Each layer's first and second moment, [O, I], where the optimizer has them; RequestError naming a layer
-        without moments."""
+        """First and second moment of each layer, [O, I], on the optimizer's device; RequestError naming a layer without
+        moments."""
         name_of: dict[int, str] = {}
         for name, parameter in model.named_parameters(remove_duplicate=False):
             if name in self.state.first:
-                name_of[id(parameter)] = name  # a tied weight's moments are found under either name
+                name_of[id(parameter)] = name  # a tied weight's moments may have either name
         found = []
         for layer in layers:
             known = name_of.get(id(layer.weight))
@@ -184,8 +184,8 @@ class OptimizerDirection:
         return found
 
     def apply(self, gradient_OI: Tensor, moments: tuple[Tensor, Tensor]) -> Tensor:
-        """The direction for one layer's gradient, float32 [O, I]; moments as `moments_of` gives them, moved to the
-        gradient's device for the time of the call."""
+        """Adam's direction for one layer's gradient, float32 [O, I]. moments: from `moments_of`; moved to the
+        gradient's device during the call."""
         first_OI, second_OI = (moment.to(gradient_OI.device) for moment in moments)
         beta1, beta2 = self.betas
         step = self.state.step
@@ -201,7 +201,7 @@ class OptimizerDirection:
 
 
 def trainer_order(model: nn.Module) -> list[str]:
-    """Parameter names in the order of transformers' Trainer: with weight decay, then without."""
+    """Parameter names in the order of transformers' Trainer: first those with weight decay, then those without."""
     from transformers.trainer_pt_utils import get_parameter_names
 
     forbidden = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
@@ -211,7 +211,7 @@ def trainer_order(model: nn.Module) -> list[str]:
 
 
 def _verl_state(folder: Path) -> dict[str, Any]:
-    """The shards `optim_world_size_W_rank_R.pt` of a folder (or its `actor` folder) put together."""
+    """The optimizer state joined from the shards `optim_world_size_W_rank_R.pt` in a folder (or its `actor` folder)."""
     shards = {
         int(match[2]): (path, int(match[1]))
         for path in [*folder.glob("*.pt"), *folder.glob("actor/*.pt")]
@@ -234,7 +234,7 @@ def _verl_state(folder: Path) -> dict[str, Any]:
 
 
 def _joined(shards: Sequence[Any]) -> Tensor:
-    """One tensor from its shards of all ranks: DTensors by their placement; plain tensors are whole on every rank."""
+    """One tensor joined from all ranks' shards: DTensors by their placement; plain tensors are whole on every rank."""
     first = shards[0]
     if not hasattr(first, "placements"):
         return first

@@ -1,4 +1,4 @@
-"""Weights kept as packed integers, as quantisers other than bitsandbytes do: no layer that a hook sees holds them."""
+"""Weights packed as integers by quantisers other than bitsandbytes: hooks see no layer that holds them."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -14,8 +14,8 @@ _PACKED = (torch.int8, torch.uint8, torch.int16, torch.int32)
 
 
 def check_packed(model: nn.Module, layers: Sequence[Layer]) -> None:
-    """RequestError for a whole model with packed integer weights that no sketched layer holds: they do not train, and
-    what is left of it is no policy gradient."""
+    """Raise RequestError if a model without adapters has packed integer weights outside the sketched layers. Such
+    weights do not train, and the gradient of the rest is not the policy gradient."""
     packed = {name for name, _ in packed_weights(model, {id(layer.module) for layer in layers})}
     if packed and not active_adapters(model):
         names = sorted({re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in packed})
@@ -26,7 +26,7 @@ def check_packed(model: nn.Module, layers: Sequence[Layer]) -> None:
 
 
 def packed_weights(model: nn.Module, besides: set[int]) -> Iterator[tuple[str, int]]:
-    """Name and elements of each packed weight: an integer matrix that a module holds, of no layer that is seen."""
+    """Name and number of elements of each packed weight: an integer matrix in a module outside `besides`."""
     config = getattr(getattr(model, "config", None), "quantization_config", None)
     stated = config.get("bits") if isinstance(config, dict) else getattr(config, "bits", None)
     for path, module in model.named_modules():
@@ -34,6 +34,6 @@ def packed_weights(model: nn.Module, besides: set[int]) -> Iterator[tuple[str, i
             continue
         for name, held in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
             if held.dtype in _PACKED and held.ndim >= 2 and min(held.shape) > 1:
-                # An int32 holds 32 / bits weights; narrower types hold one, or two of 4 bits where that is stated.
+                # An int32 holds 32 / bits weights; a narrower type holds one, or two if 4 bits are stated.
                 bits = getattr(module, "bits", None) or stated or (4 if held.dtype == torch.int32 else 8)
                 yield f"{path}.{name}", held.numel() * max(1, held.element_size() * 8 // int(bits))

@@ -1,13 +1,13 @@
 """One pass of a micro-batch through a policy: log-probabilities of the responses, and their weighted gradient.
 
-A prompt is run once and its key-value cache expanded to its rollouts, the gradient flowing back through the cache.
-The output layer sees response positions only, a chunk at a time, so that the logits of a whole batch never exist:
-each chunk is back-propagated to the hidden states at once, and those to the rest of the model together.
+Two shortcuts save work. A prompt is run once and its key-value cache expanded to its rollouts; the gradient flows back
+through the cache. The output layer runs on response positions only, one chunk at a time, so the logits of a whole batch
+never exist: each chunk is back-propagated to the hidden states at once, then those together to the rest of the model.
 
-Both shortcuts must be exact. They are compared with the model's plain forward the first time a model is used; where
-they are not (logits capped after the output layer, a cache without gradients or of another kind), the plain forward
-serves and a warning says so. Shared prompts and padding are compared again with each sequence alone before longer
-sequences than so far are run (`verify`): some 8 L tokens of forward at each power of two L up to the data's length.
+Both shortcuts must be exact. They are compared with the model's plain forward when a model is first used. If they
+differ (capped logits, a cache without gradients or of another kind), the plain forward is used, with a warning. Before
+longer sequences are run, shared prompts and padding are compared again with each sequence alone (`verify`). This costs
+some 8 L tokens of forward at each power of two L up to the data's length.
 
 Dimension letters: B sequences, Q prompts, S prompt tokens, T tokens of a continuation, N response tokens, H hidden,
 V vocabulary.
@@ -37,14 +37,14 @@ from gradstore.errors import RequestError
 log = logging.getLogger(__name__)
 
 LOGIT_BYTES, LOGIT_BYTES_ON_CPU = 1 << 28, 1 << 25
-"""Float32 logits held at once, and as many exponentials of them."""
+"""Bytes of float32 logits held at once; their exponentials take as many."""
 
 _TOLERANCE = 1e-3
-"""Largest difference of a log-probability, relative to 1 + its size, at which a shortcut counts as exact."""
+"""Largest difference of a log-probability, relative to 1 + |log-probability|, for a shortcut that counts as exact."""
 
 
 OnWeights = Callable[[Tensor, Tensor, Tensor], None]
-"""Told problem_B and the token weights [B, N] before and after importance ratios."""
+"""Callback(problem_B, token weights [B, N] before importance ratios, after them)."""
 
 _NOT_SUPPORTED = (TypeError, ValueError, RuntimeError, AttributeError, NotImplementedError, IndexError)
 
@@ -56,16 +56,16 @@ _PADDING = "sequences padded to one length"
 
 @dataclass
 class _Checked:
-    """What checks of a model found, shared by all its policies."""
+    """Results of a model's exactness checks, shared by all its PolicyForward objects."""
 
     dtype: torch.dtype
     device: torch.device
     splits: bool = False
     shares: bool = False
     pads: bool = True
-    """Whether a sequence in a padded batch is as it is alone."""
+    """Whether padding leaves a sequence's log-probabilities unchanged."""
     length: int = 0
-    """Tokens of the longest sequences checked."""
+    """Tokens of the longest sequences checked so far."""
     fallbacks: list[str] = field(default_factory=list)
 
 
@@ -73,7 +73,7 @@ _CHECKED: WeakKeyDictionary[nn.Module, _Checked] = WeakKeyDictionary()
 
 
 class PolicyForward:
-    """A causal LM as backbone and output layer, with the shortcuts that are exact for it."""
+    """A causal LM as backbone and output layer; uses only the shortcuts that are exact for it."""
 
     def __init__(self, model: nn.Module) -> None:
         base = cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
@@ -97,18 +97,18 @@ class PolicyForward:
 
     @property
     def fallbacks(self) -> list[str]:
-        """Shortcuts that are not exact for this model, and why."""
+        """Shortcuts that are not exact for this model, with reasons."""
         return self._checked.fallbacks
 
     def verify(self, rollouts: Sequence[WeightedSequence]) -> None:
-        """Check shared prompts and padding at the rollouts' lengths; to be called before `shares_prompts` is asked.
+        """Check shared prompts and padding at the rollouts' lengths; call it before reading `shares_prompts`.
 
-        Sharing that is not exact there is given up, and where padding is not, sequences are run one by one. Under FSDP2
-        all ranks call this together, and RequestError where they would have to run them so.
+        If sharing is not exact, it is switched off. If padding is not exact, sequences are run one by one. Under FSDP2
+        all ranks call this together; RequestError if sequences would have to run one by one.
         """
         known, longest = self._checked, largest(self.model, reach(rollouts))
         if self._changes_at and longest > self._changes_at:
-            # Told by the configuration: what other frequencies change may be less than a comparison can tell.
+            # Decided by the configuration: the other frequencies may change less than a comparison can detect.
             reason = f"forwards of more than {self._changes_at} tokens use other rotary frequencies (longrope)"
             for what, taken in ((_SHARING, known.shares), (_PADDING, known.pads)):
                 if taken:
@@ -137,7 +137,7 @@ class PolicyForward:
                 try:
                     found = self._chosen([batch.to(known.device)])
                     errors = [((found[j] - row).abs() / (1 + row.abs())) for j, row in plain.items()]
-                    # In half precision a single token may be routed to another expert.
+                    # In half precision single tokens may be routed to another expert.
                     exact_in_full = known.dtype == torch.float32
                     error = max((e.max() if exact_in_full else e.mean()).item() for e in errors)
                     exact = error <= _TOLERANCE * (1 if exact_in_full else 30)
@@ -150,7 +150,7 @@ class PolicyForward:
                     self._fall_back(what, f"at sequences of {length} tokens {reason}")
 
     def _chosen(self, batches: Iterable[MicroBatch]) -> dict[int, Tensor]:
-        """Log-probabilities of the response tokens, by rollout."""
+        """Log-probabilities of the response tokens, by rollout number."""
         return {
             j: row_N[filled_N]
             for batch in batches
@@ -161,12 +161,12 @@ class PolicyForward:
 
     @contextmanager
     def _as_checked(self) -> Iterator[None]:
-        """The model in evaluation mode, its weights whole and no gradients, for the duration."""
+        """Evaluation mode, gathered weights and no gradients, in the context."""
         training = [module for module in self.model.modules() if module.training]
         self.model.eval()
         try:
             with torch.no_grad():
-                gather(self.model)  # a shortcut goes round the outermost module, which would gather its own
+                gather(self.model)  # a shortcut bypasses the outermost module, which would gather its own weights
                 yield
         finally:
             reshard(self.model)
@@ -175,7 +175,7 @@ class PolicyForward:
 
     @contextmanager
     def plain(self) -> Iterator[None]:
-        """No shortcuts for the duration: FSDP2 reduces the gradients of forwards through the whole model alone."""
+        """No shortcuts in the context: FSDP2 reduces gradients only for forwards through the whole model."""
         shortcuts = self._split, self.shares_prompts
         self._split = self.shares_prompts = False
         try:
@@ -184,7 +184,7 @@ class PolicyForward:
             self._split, self.shares_prompts = shortcuts
 
     def logprobs(self, batch: MicroBatch, temperature: float = 1.0) -> Tensor:
-        """Log-probability of each response token, float32 [B, N], zero where padded; nothing is back-propagated."""
+        """Log-probability of each response token, float32 [B, N], zero at padding; no gradient is computed."""
         if self._checked.pads or batch.prompts is not None:
             return self._logprobs_together(batch, temperature)
         found_BN = torch.zeros_like(batch.weights_BN)
@@ -209,8 +209,8 @@ class PolicyForward:
     ) -> None:
         """Back-propagate the weighted log-probabilities of the responses to the observed layers.
 
-        Where only the output layer is observed, nothing is back-propagated below its logits. on_weights is called for
-        each chunk of sequences.
+        If only the output layer is observed, the backward stops below it. on_weights is called for each chunk of
+        sequences.
         """
         tell = on_weights or (lambda problem_B, before_BN, after_BN: None)
         whole = self._checked.pads or batch.prompts is not None
@@ -256,7 +256,7 @@ class PolicyForward:
             )[0]
 
     def _run_prompts(self, batch: MicroBatch, prompts: Prompts) -> tuple[DynamicCache, Tensor, Tensor]:
-        """The prompts' cache expanded to the continuations, which keys each may see, and its positions."""
+        """The prompts' cache expanded to the continuations, with their attention mask and position ids."""
         filled = _PromptCache(self._backbone.config.num_hidden_layers)
         with suppress(_Filled):
             self._backbone(input_ids=prompts.token_ids_QS, past_key_values=filled, use_cache=True)
@@ -272,7 +272,7 @@ class PolicyForward:
         return cache, mask_BK, length_B[:, None] + torch.arange(n_own, device=device)
 
     def _chunks(self, batch: MicroBatch) -> list[slice]:
-        """Sequences whose logits are formed at once."""
+        """Slices of sequences whose logits are formed at once."""
         n_rows, n_tokens = batch.weights_BN.shape
         held = LOGIT_BYTES if batch.weights_BN.is_cuda else LOGIT_BYTES_ON_CPU
         size = max(1, held // (4 * n_tokens * self.n_vocabulary)) if self._split else n_rows
@@ -288,14 +288,14 @@ class PolicyForward:
         return chosen_logprobs(self._head(grid_BNH), batch.targets_BN[rows], temperature)
 
     def _attends_fully(self, base: nn.Module) -> bool:
-        """Whether every layer sees every token: a window counted in cache slots would count the padding too."""
+        """Whether every layer attends to all tokens: a sliding window over cache slots would count the padding."""
         kinds = set(getattr(cast(Any, base).config, "layer_types", None) or ["full_attention"])
         if kinds != {"full_attention"}:
             self._fall_back(_SHARING, f"it has {', '.join(sorted(kinds))} layers")
         return kinds == {"full_attention"}
 
     def _caps_nothing(self, config: Any) -> bool:
-        """Whether logits are the output layer's: a cap bends small ones by less than a check can tell."""
+        """Whether logits are not capped: a cap changes small logits by less than a comparison can detect."""
         capped = bool(getattr(config, "final_logit_softcapping", None))
         if capped:
             self._fall_back(_HEAD, "its logits are capped")
@@ -318,7 +318,7 @@ class PolicyForward:
             reason = f"log-probabilities differ by {error:.1e}"
             exact = error <= _TOLERANCE * (1 if plain.dtype == torch.float32 and _is_fp32(self.model) else 30)
         except _NOT_SUPPORTED as problem:
-            if is_out_of_memory(problem):  # says nothing of the shortcut
+            if is_out_of_memory(problem):  # says nothing about the shortcut
                 raise
             exact, reason = False, f"{type(problem).__name__}: {problem}"
         if not exact:
@@ -329,7 +329,7 @@ class PolicyForward:
         return self._head(self._backbone(input_ids=token_ids_BT, use_cache=False)[0])[:, 6:]
 
     def _cached(self, token_ids_BT: Tensor) -> Tensor:
-        """The last six logits of each sequence, one prompt being padded and both followed by two continuations."""
+        """The last six logits of each sequence by cached prompts: padded, with two continuations per prompt."""
         device = token_ids_BT.device
         prompts = Prompts(
             torch.cat([token_ids_BT[:, :6], torch.zeros_like(token_ids_BT[:, :2])], 1),
@@ -353,12 +353,12 @@ class PolicyForward:
 
 
 class _Filled(Exception):  # noqa: N818
-    """A prompt's cache has the keys and values of every layer."""
+    """Raised when a prompt's cache has the keys and values of every layer."""
 
 
 class _PromptCache(DynamicCache):
-    """Ends the forward that fills it once the last layer's keys and values are there: what that layer makes of them at
-    a prompt's tokens nobody sees."""
+    """Cache that ends its forward once the last layer's keys and values are stored: that layer's output at prompt
+    tokens is not needed."""
 
     def __init__(self, n_layers: int) -> None:
         super().__init__()
@@ -372,7 +372,7 @@ class _PromptCache(DynamicCache):
 
 
 def _weights(batch: MicroBatch, rows: slice, logprobs_BN: Tensor, objective: Objective, tell: OnWeights) -> Tensor:
-    """Token weights with importance ratios and the KL term, both of which follow the current log-probabilities."""
+    """Token weights with importance ratios and KL term, both computed from the current log-probabilities."""
     weights_BN, logprobs_BN = batch.weights_BN[rows], logprobs_BN.detach()
     if objective.importance and batch.behaviour_BN is not None:
         weights_BN = importance_weights(

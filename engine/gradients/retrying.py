@@ -1,8 +1,8 @@
-"""Micro-batches that grow no larger than memory lets them: after an out-of-memory error a pass starts again with half.
+"""Retry after an out-of-memory error: the pass starts again with micro-batches of half the size.
 
-A failed backward has added a part of its gradients already, so that nothing of the pass is kept: what it adds to is
-reset and all its groups are run again. Micro-batches come longest first, which is where it happens if it does, and the
-smaller size stays for every later pass of the model.
+A failed backward has already added a part of its gradients. So the pass keeps nothing: its sums are reset and all its
+groups run again. Micro-batches run longest first, so an error comes early. The smaller size is kept for every later
+pass of the model.
 """
 
 import gc
@@ -26,10 +26,10 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _MESSAGES = ("out of memory", "not enough memory", "can't allocate memory")
-"""How torch's allocators say it where the error is a plain RuntimeError."""
+"""Out-of-memory messages of torch's allocators that come as a plain RuntimeError."""
 
 _MOST: WeakKeyDictionary[nn.Module, dict[bool, int]] = WeakKeyDictionary()
-"""Tokens of a micro-batch that each model was found to have memory for, without and with its layers' inputs kept."""
+"""Largest micro-batch in tokens after an out-of-memory error, per model and whether layer inputs are kept."""
 
 
 class DoesNotFit(Exception):  # noqa: N818
@@ -41,7 +41,7 @@ class DoesNotFit(Exception):  # noqa: N818
 
 @contextmanager
 def noticing(batch: MicroBatch) -> Iterator[None]:
-    """Raises DoesNotFit for an out-of-memory error of the block; others pass."""
+    """Turn an out-of-memory error in the context into DoesNotFit; other errors pass through."""
     try:
         yield
     except RuntimeError as error:
@@ -51,37 +51,37 @@ def noticing(batch: MicroBatch) -> Iterator[None]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory could not be had, on a GPU or a CPU."""
+    """Whether an error is an out-of-memory error, on a GPU or a CPU."""
     return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in _MESSAGES)
 
 
 def release() -> None:
-    """Gives what a failed attempt held back to the device; called when its error is gone."""
+    """Return a failed attempt's memory to the device. Call it after its exception, which holds tensors, is dropped."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 class TokenBudget:
-    """Tokens of a model's micro-batches: as given, else as memory allows; less after an out-of-memory error."""
+    """Micro-batch size of a model in tokens: as given, else as memory allows; smaller after an out-of-memory error."""
 
     def __init__(self, model: nn.Module, given: int | None) -> None:
         self._model, self._given = model, given
         self._derived: dict[bool, int] = {}
 
     def tokens(self, inputs_kept: bool = False) -> int:
-        """Tokens of a micro-batch, padding included; inputs_kept: of one that gives weight gradients."""
+        """Tokens of a micro-batch, padding included. inputs_kept: for a pass with weight gradients."""
         if self._given is None and inputs_kept not in self._derived:
             self._derived[inputs_kept] = micro_batch_tokens(self._model, inputs_kept=inputs_kept)
         tokens = self._derived[inputs_kept] if self._given is None else self._given
         return min(tokens, _MOST.get(self._model, {}).get(inputs_kept, tokens))
 
     def fitting(self, attempt: Callable[[int], T], groups: Sequence[Group], *, inputs_kept: bool = False) -> T:
-        """What an attempt at a pass over the groups returns, given the tokens of its micro-batches.
+        """Call `attempt` with a micro-batch size in tokens until memory suffices; returns its result.
 
-        attempt: runs each micro-batch under `noticing`; called again, it forgets what it did before. RequestError
-        naming the problem where a single response does not fit, and for a model sharded by FSDP2, whose other ranks
-        wait in the middle of the pass.
+        attempt: a pass over the groups that runs each micro-batch under `noticing`. A repeated call must discard the
+        results of the call before. RequestError naming the problem if a single response does not fit. RequestError for
+        a model sharded by FSDP2: its other ranks wait in the middle of the pass.
         """
         while True:
             tokens = self.tokens(inputs_kept)
@@ -94,7 +94,7 @@ class TokenBudget:
             self._shrink(failed, n_rollouts, groups[problem].problem_id if problem < len(groups) else "", inputs_kept)
 
     def _shrink(self, failed: int, n_rollouts: int, problem_id: str, inputs_kept: bool) -> None:
-        """Half of the micro-batch that failed; called when the error, which held its tensors, is gone."""
+        """Halve the size of the failed micro-batch; called after its exception, which held tensors, is dropped."""
         release()
         if is_sharded(self._model):
             raise RequestError(

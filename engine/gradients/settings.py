@@ -1,4 +1,4 @@
-"""Whose gradients, of which objective: the settings of every pass over a model."""
+"""Settings of every gradient pass over a model: layers, objective and micro-batches."""
 
 from dataclasses import dataclass, field
 
@@ -8,21 +8,21 @@ from gradstore.errors import RequestError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GradientSpec:
-    """Which layers' gradients of which objective, and how they are computed. RequestError for settings that clash."""
+    """The layers and the objective of a gradient pass, and how it runs. RequestError for settings that conflict."""
 
     objective: Objective = field(default_factory=lambda: objective("gradalign"))
     modules: tuple[str, ...] | None = None
-    """Regular expressions choosing the layers; None: LoRA matrices if there are any, else all."""
+    """Regular expressions that select the layers; None: LoRA matrices if there are any, else all layers."""
     head_only: bool = False
-    """Head mode: the output layer's gradient alone, from the forward pass (LESSER's feature)."""
+    """Head mode: only the output layer's gradient, from the forward pass (LESSER's feature)."""
     embeddings: bool = False
-    """The input embedding too, where it is a lookup and nothing else."""
+    """Include the input embedding; it must be a plain lookup."""
     vectors: bool = True
-    """Norm weights and biases too, where the whole model trains."""
+    """Include norm weights and biases, if the whole model trains."""
     token_budget: int | None = None
     """Tokens of one micro-batch, padding included; None: as memory allows (budget.py)."""
     share_prompts: bool = True
-    """Compute a prompt once for its rollouts where the model allows it exactly and it spares work."""
+    """Compute a prompt once for its rollouts, if this is exact for the model and saves work."""
 
     def __post_init__(self) -> None:
         if self.head_only and (self.modules or self.embeddings):

@@ -1,9 +1,9 @@
-"""What a model sharded by FSDP2 asks of code that reads or moves its parameters.
+"""Helpers for code that reads or moves the parameters of a model sharded by FSDP2.
 
 A sharded parameter is a DTensor: every rank holds its part, and moving all parts moves the parameter. Between passes
-some parameters may still lie gathered, hidden behind plain tensors; `reshard` puts the parts back. Each forward and
-backward gathers and reduces among the ranks, so all ranks must run equally many: `largest` agrees on a number, and
-who has less to do runs something that does not count.
+some parameters may still be gathered, hidden behind plain tensors; `reshard` puts the parts back. Each forward and
+backward communicates among the ranks, so all ranks must run equally many. `largest` agrees on their number; a rank with
+less to do runs batches that do not count.
 """
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -20,7 +20,7 @@ S = TypeVar("S")
 K = TypeVar("K", bound=Hashable)
 
 _PART = 1 << 22
-"""Numbers that are taken to float64 at once."""
+"""Numbers converted to float64 at once."""
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -29,21 +29,21 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def reshard(model: nn.Module) -> None:
-    """Free what is gathered, so that `model.parameters()` are the ranks' own parts. Nothing for a plain model."""
+    """Free gathered parameters, so that `model.parameters()` are the rank's own parts. No effect on a plain model."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
 def gather(model: nn.Module) -> None:
-    """Gather what the outermost module holds itself (embedding, output layer), so that the modules inside it can be
-    called without it; they gather their own. Nothing for a plain model."""
+    """Gather the parameters of the outermost module itself (embedding, output layer), so that its submodules can be
+    called directly; those gather their own. No effect on a plain model."""
     if isinstance(model, FSDPModule):
         model.unshard()
 
 
 def n_shards(model: nn.Module) -> int:
-    """Ranks that FSDP2 averages gradients over; 1 for a plain model."""
+    """Number of ranks that FSDP2 averages gradients over; 1 for a plain model."""
     if not is_sharded(model):
         return 1
     reshard(model)
@@ -51,7 +51,7 @@ def n_shards(model: nn.Module) -> int:
 
 
 def own_part(tensor: Tensor) -> Tensor:
-    """This rank's part of a parameter or gradient, sharing its memory and outside of autograd."""
+    """This rank's part of a parameter or gradient; shares its memory, without autograd."""
     data = tensor.detach() if isinstance(tensor, DTensor) else tensor.data
     with torch.no_grad():
         return data.to_local() if isinstance(data, DTensor) else data
@@ -60,7 +60,7 @@ def own_part(tensor: Tensor) -> Tensor:
 def inner(one: Tensor, other: Tensor) -> float:
     """Inner product of two tensors of the same placement, over all ranks that hold a part, in float64.
 
-    Of plain tensors a part at a time: in float64 a vocabulary's matrix is twice its size.
+    Plain tensors are converted in parts: in float64 a vocabulary's matrix takes twice the memory.
     """
     one, other = one.detach(), other.detach()
     if isinstance(one, DTensor) or isinstance(other, DTensor):
@@ -70,7 +70,7 @@ def inner(one: Tensor, other: Tensor) -> float:
 
 
 def plain_inner(one: Tensor, other: Tensor) -> Tensor:
-    """Inner product of two plain tensors, float64 [] on their device, which is not waited for."""
+    """Inner product of two plain tensors, float64 [] on their device; does not wait for a GPU."""
     one, other = one.detach(), other.detach()
     parts = zip(one.reshape(-1).split(_PART), other.reshape(-1).split(_PART), strict=True)
     return sum((torch.dot(a.double(), b.double()) for a, b in parts), one.new_zeros((), dtype=torch.float64))
@@ -87,19 +87,19 @@ def total(model: nn.Module, values: list[float]) -> list[float]:
 
 
 def own_share(model: nn.Module, items: Sequence[T]) -> list[T]:
-    """Every so many-th of the items, this rank's; all of them for a plain model."""
+    """This rank's items: every n-th for n ranks; all of them for a plain model."""
     return list(items[dist.get_rank() :: dist.get_world_size()] if is_sharded(model) else items)
 
 
 def sum_over_ranks(model: nn.Module, tensor: Tensor) -> Tensor:
-    """The tensor, in place the sum of all ranks' and the same on each; as it is for a plain model."""
+    """Sum a tensor over all ranks in place, the same on each; unchanged for a plain model."""
     if is_sharded(model):
         dist.all_reduce(tensor)
     return tensor
 
 
 def summed_by_key(model: nn.Module, keys: Sequence[K], tensors: Mapping[K, Tensor]) -> dict[K, Tensor]:
-    """Sums over the ranks of tensors that not every rank has, in the order of the keys; one no rank has is left out."""
+    """Sums of tensors over the ranks, in the order of the keys. Ranks may lack keys; a key that all lack is omitted."""
     if not is_sharded(model):
         return dict(tensors)
     shapes: list[dict[K, torch.Size]] = [{}] * dist.get_world_size()
@@ -114,7 +114,7 @@ def summed_by_key(model: nn.Module, keys: Sequence[K], tensors: Mapping[K, Tenso
 
 
 def divided(model: nn.Module, items: Sequence[T], make: Callable[[T], S]) -> list[S]:
-    """What `make` gives for each item, made by one rank and sent to all (pickled), so that it is the same on each."""
+    """Results of `make` for all items. One rank computes each and sends it to all (pickled), so all ranks agree."""
     own = [make(item) for item in own_share(model, items)]
     if not is_sharded(model):
         return own

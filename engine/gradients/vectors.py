@@ -1,9 +1,9 @@
 """Vectors that a module multiplies or adds elementwise: norm weights, and the biases of norms and linear layers.
 
-A module with y = c(x) + w * n(x) + b gives w the gradient sum_t g_t * n(x_t), and b sum_t g_t, g being the gradient of
-y. n(x) is y at w = 1 less y at w = 0, so that one formula serves RMS norms, those of (1 + w), gated ones and LayerNorm.
-Whether a module is of this form is tried out on a few random numbers; of one that is not, nothing is sketched, and the
-coverage says so (coverage.py).
+A module has the form y = c(x) + w * n(x) + b. With g the gradient of y, the gradient of w is sum_t g_t * n(x_t), and
+that of b is sum_t g_t. n(x) is y at w = 1 minus y at w = 0. So one formula covers RMS norms, norms of (1 + w), gated
+norms and LayerNorm. A test on a few random numbers shows whether a module has this form. If not, its vectors are not
+sketched, and the coverage reports them (coverage.py).
 
 Cost: one or two elementwise forwards of the module in the backward, and one sum over the tokens.
 
@@ -20,16 +20,16 @@ from torch import Tensor, nn
 
 _TOLERANCE = 1e-4
 _OTHER_ARGUMENTS = (TypeError, ValueError, RuntimeError, AttributeError, IndexError)
-"""What a forward that wants other arguments than a norm's raises: its module is not taken for elementwise."""
+"""Errors of a forward that expects other arguments than a norm: its module does not count as elementwise."""
 
 
 @dataclass(frozen=True, slots=True)
 class Vector:
-    """How a parameter [W] acts on what its module puts out."""
+    """How a parameter [W] acts on its module's output."""
 
     acts: Literal["scale", "shift"]
     vanishes: bool = True
-    """Whether c(x) is zero, as it is not for norms of (1 + w): w = 0 need not be run then."""
+    """Whether c(x) is zero, so that w = 0 need not be run; False for norms of (1 + w)."""
 
 
 def vectors_of(module: nn.Module) -> dict[str, Vector]:
@@ -62,8 +62,8 @@ def vectors_of(module: nn.Module) -> dict[str, Vector]:
 def multiplied(
     module: nn.Module, vector: Vector, given: tuple[Any, ...], named: Mapping[str, Any], like: Tensor
 ) -> Tensor:
-    """n(x): what the weight multiplies, shaped as the module's output. given, named: what the module was called with;
-    like: a tensor of the output's dtype and device."""
+    """n(x), the factor of the weight, in the output's shape. given, named: the module's arguments; like: a tensor of
+    the output's dtype and device."""
     zero_W = torch.zeros_like(cast(Tensor, module._parameters["weight"]), dtype=like.dtype, device=like.device)
     found = _run(module, {"weight": zero_W + 1, "bias": zero_W}, given, named)
     return found if vector.vanishes else found - _run(module, {"weight": zero_W, "bias": zero_W}, given, named)
@@ -78,7 +78,7 @@ def _run(
 
 @contextmanager
 def _holding(module: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
-    """The module's own parameters of these names are other tensors for the duration; hooks are not called."""
+    """Replace the module's own parameters of these names by other tensors in the context; hooks are not called."""
     kept = dict(module._parameters)
     try:
         for name, value in values.items():

@@ -1,1 +1,1 @@
-"""What a run takes in time, memory and disk, from a model's configuration alone."""
+"""Estimates of a run's time, memory and disk space, from a model's configuration alone."""

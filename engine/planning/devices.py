@@ -1,7 +1,7 @@
-"""What a device gives: arithmetic, memory and bandwidth, from data sheets, and how much of them is taken to be used.
+"""Arithmetic, memory and bandwidth of devices, from data sheets, and the assumed utilisation.
 
-Peaks are dense rates without sparsity, of the makers' data sheets. The share of them that a run reaches is an
-assumption, stated with every plan. A CPU is measured, in a second.
+Peaks are dense rates without sparsity, from the makers' data sheets. The share of a peak that a run reaches is an
+assumption, stated with every plan. A CPU is measured; this takes a second.
 """
 
 import time
@@ -23,18 +23,18 @@ class Hardware:
     flops_float32: float
     """Peak FLOP/s in float32, in which projections are computed."""
     memory: int
-    """Bytes."""
+    """Memory in bytes."""
     bandwidth: float
-    """Peak bytes a second of its memory."""
+    """Peak memory bandwidth in bytes per second."""
     utilisation: float = 0.4
     """Share of the peak FLOP/s that matrix products reach."""
     bandwidth_used: float = 0.6
-    """Share of the peak bandwidth that everything else reaches."""
+    """Share of the peak bandwidth that all other operations reach."""
     is_gpu: bool = True
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights, as `load_model` takes them."""
+        """The weights' dtype, as in `load_model`."""
         return torch.bfloat16 if self.is_gpu else torch.float32
 
 
@@ -49,7 +49,7 @@ GPUS = {
 
 
 def hardware(name: str) -> Hardware:
-    """The device of a name, `cpu` measured here; RequestError for one that is not known."""
+    """The device of this name; `cpu` is measured on this machine. RequestError for an unknown name."""
     if name == "cpu":
         return _this_cpu()
     if name not in GPUS:
@@ -58,7 +58,7 @@ def hardware(name: str) -> Hardware:
 
 
 def _this_cpu() -> Hardware:
-    """What this machine's processor reaches now: a product of float32 matrices, and a copy beyond its caches."""
+    """This machine's CPU, measured now by a product of float32 matrices and a copy larger than its caches."""
     from os import sysconf
 
     left, right = torch.ones(512, 1024), torch.ones(1024, 1024)

@@ -1,4 +1,4 @@
-"""Most bytes that each way of running a model holds at once, on one device, the weights among them."""
+"""Peak memory in bytes on one device for each way of running a model, including the weights."""
 
 from dataclasses import dataclass
 
@@ -11,10 +11,10 @@ from gradstore.engine.sketches.fitting import _BESIDE, window_size
 from gradstore.engine.sketches.spectrum import COLUMNS, WIDEST
 
 FLOAT32 = 4
-"""Bytes of a float32 number, in which sides, cores, formed gradients and a probe's weights are kept."""
+"""Bytes of a float32 number: the type of sides, cores, formed gradients and a probe's weights."""
 
 _ON_THE_WAY = 2
-"""Blocks whose activations' worth of gradients exists at once during a backward."""
+"""During a backward, gradients as large as the activations of this many blocks exist at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,15 +22,15 @@ class Tokens:
     """Tokens of a micro-batch, padding included."""
 
     sketching: int
-    """Where weights are frozen."""
+    """With frozen weights."""
     with_inputs: int
-    """Where the layers' inputs are kept too."""
+    """If the layers' inputs are kept too."""
 
 
 def recommended_tokens(shape: ModelShape, device: Hardware, taken: int | None = None) -> Tokens:
-    """The micro-batches that memory leaves room for: what `collect` would choose by itself.
+    """Micro-batch sizes that fit into memory: the default of `collect`.
 
-    taken: bytes that are held beside them; None: the weights.
+    taken: bytes already in use; None: those of the weights.
     """
     taken = shape.weight_bytes if taken is None else taken
     free = max(0, device.memory - taken) if device.is_gpu else None
@@ -42,17 +42,17 @@ def recommended_tokens(shape: ModelShape, device: Hardware, taken: int | None = 
 
 
 def side_widths(shape: ModelShape) -> int:
-    """Outputs and inputs of all sketched layers, added up."""
+    """Sum of the outputs and inputs of all sketched layers."""
     return sum(layer.n_inputs + layer.n_outputs for layer in shape.layers)
 
 
 def wide(rank: int) -> int:
-    """Directions of a fitted side, those beside it counted."""
+    """Directions of a fitted side, including the random ones."""
     return rank + rank // _BESIDE
 
 
 def basis_bytes(shape: ModelShape, rank: int) -> int:
-    """Bytes of a fitted basis: float32 sides, a quarter of their directions random; the file is as large."""
+    """Bytes of a fitted basis, in memory and on disk: float32 sides with a quarter more random directions."""
     return FLOAT32 * sum(
         (wide(rank) * layer.n_inputs if layer.n_inputs > rank else 0)
         + (wide(rank) * layer.n_outputs if layer.n_outputs > rank else 0)
@@ -61,7 +61,7 @@ def basis_bytes(shape: ModelShape, rank: int) -> int:
 
 
 def logits_bytes(shape: ModelShape, load: Workload, n_tokens: int, device: Hardware) -> int:
-    """Bytes of the logits that are held at once, their exponentials, and on a GPU their bfloat16 original."""
+    """Bytes of the logits held at once, their exponentials, and on a GPU their bfloat16 original."""
     limit = LOGIT_BYTES if device.is_gpu else LOGIT_BYTES_ON_CPU
     one = FLOAT32 * load.n_response * shape.vocabulary
     in_batch = max(1, min(n_tokens, load.body_tokens()) // load.n_response)
@@ -70,8 +70,8 @@ def logits_bytes(shape: ModelShape, load: Workload, n_tokens: int, device: Hardw
 
 
 def held_by_tokens(shape: ModelShape, load: Workload, n_tokens: int, kept_bytes: int) -> int:
-    """Bytes of a micro-batch: what autograd keeps, two blocks' worth of gradients on the way back, and where prompts
-    are shared, their keys and values repeated for every continuation and joined to its own."""
+    """Bytes of a micro-batch: activations kept by autograd, gradients of two blocks during the backward, and with
+    shared prompts their keys and values, repeated and joined to those of every continuation."""
     n_tokens = min(n_tokens, load.body_tokens())
     held = n_tokens * kept_bytes * (1 + _ON_THE_WAY / shape.n_blocks)
     if load.body_tokens() < load.all_tokens:
@@ -80,7 +80,7 @@ def held_by_tokens(shape: ModelShape, load: Workload, n_tokens: int, kept_bytes:
 
 
 def sketching(shape: ModelShape, load: Workload, n_tokens: int, rank: int, device: Hardware) -> int:
-    """Weights, sides, what autograd keeps of a micro-batch, and its logits."""
+    """Bytes for sketching: weights, sides, a micro-batch's activations and logits."""
     return (
         shape.weight_bytes
         + basis_bytes(shape, rank)
@@ -90,7 +90,7 @@ def sketching(shape: ModelShape, load: Workload, n_tokens: int, rank: int, devic
 
 
 def fitting(shape: ModelShape, load: Workload, n_tokens: int, rank: int, device: Hardware) -> int:
-    """The same with inputs kept, sides of twice the rank, a window's products with them, and the sums of each layer."""
+    """Bytes for fitting: as `sketching`, with kept inputs, sides of twice the rank, a window's products, all sums."""
     one = FLOAT32 * side_widths(shape) * 2 * rank
     products = one * (1 + window_size(one))
     sums = FLOAT32 * sum(
@@ -108,8 +108,8 @@ def fitting(shape: ModelShape, load: Workload, n_tokens: int, rank: int, device:
 
 
 def forming(shape: ModelShape, problem: Workload, benchmark: Workload, n_tokens: int, device: Hardware) -> int:
-    """Exact gradients of a block of layers: the benchmark's in as few micro-batches as can be, then beside it those of
-    one problem after the other."""
+    """Bytes for exact gradients of a block of layers: first the benchmark's, in as few micro-batches as possible; then
+    beside it those of one problem at a time."""
     block = formed_block(shape, device)
 
     def held(load: Workload) -> int:
@@ -120,25 +120,27 @@ def forming(shape: ModelShape, problem: Workload, benchmark: Workload, n_tokens:
 
 
 def formed_block(shape: ModelShape, device: Hardware) -> int:
-    """Bytes of the block of layers that is formed at once; at least the largest layer."""
+    """Bytes of the block of layers formed at once; at least those of the largest layer."""
     sizes = [FLOAT32 * layer.n_weights for layer in shape.layers]
     free = max(0, device.memory - shape.weight_bytes) if device.is_gpu else None
     return min(sum(sizes), max(formed_within(shape.weight_bytes, free), max(sizes)))
 
 
 def formed_blocks(shape: ModelShape, device: Hardware) -> int:
-    """Times that the rollouts are run for exact gradients: once for each block of layers."""
+    """Passes over the rollouts for exact gradients: one per block of layers."""
     return -(-sum(FLOAT32 * layer.n_weights for layer in shape.layers) // formed_block(shape, device))
 
 
 def probing(shape: ModelShape, load: Workload, device: Hardware, *, in_place: bool) -> int:
-    """In place: float32 weights, a copy and the direction; as a branch: the weights as they are and the direction."""
+    """Bytes for probing. In place: float32 weights, a copy and the direction; as a branch: the weights in their own
+    dtype and the direction."""
     weights = 3 * FLOAT32 * shape.n_parameters if in_place else shape.weight_bytes + FLOAT32 * shape.n_parameters
     return weights + logits_bytes(shape, load, load.response_tokens, device)
 
 
 def training(shape: ModelShape, load: Workload, n_tokens: int, device: Hardware, n_devices: int) -> int:
-    """Float32 weights, gradients and Adam's two moments, divided over the devices, and a micro-batch of each."""
+    """Bytes for training: float32 weights, gradients and Adam's two moments, divided over the devices, and a
+    micro-batch on each."""
     held = 4 * FLOAT32 * shape.n_parameters // n_devices
     return (
         held
@@ -148,7 +150,7 @@ def training(shape: ModelShape, load: Workload, n_tokens: int, device: Hardware,
 
 
 def sampling(shape: ModelShape, load: Workload, at_once: int) -> int:
-    """The weights, keys and values of the rollouts that are sampled together, and a step's logits in float64."""
+    """Bytes for sampling: weights, keys and values of the rollouts sampled together, and a step's logits in float64."""
     sequences = min(max(1, at_once // (load.n_prompt + load.n_response)), load.n_problems * load.n_rollouts)
     cache = sequences * (load.n_prompt + load.n_response) * shape.key_value_bytes
     return shape.weight_bytes + cache + 2 * 8 * sequences * shape.vocabulary

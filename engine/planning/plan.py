@@ -1,7 +1,7 @@
-"""Time, memory and disk of every stage of a run, and what does not fit.
+"""The plan of a run: time, memory and disk space of every stage, and which stages do not fit.
 
-Estimates from formulas (costs.py, memory.py) and a device's data sheet (devices.py). docs/plan.md says how they
-compare with measurements.
+The estimates come from formulas (costs.py, memory.py) and a device's data sheet (devices.py). docs/plan.md compares
+them with measurements.
 """
 
 from collections.abc import Sequence
@@ -17,20 +17,20 @@ from gradstore.errors import RequestError
 from gradstore.layout import row_arrays
 
 _SAMPLE, _HELD_OUT = 96, 32
-"""Problems that a new store's projection is fitted to, and those left out to measure how well it ranks."""
+"""Number of problems that a new store's projection is fitted to, and of held-out ones to measure its fidelity."""
 _EXACT = 200
-"""Problems that `fidelity` measures exactly; their halves are measured too."""
+"""Problems that `fidelity` measures exactly, together with their halves."""
 _TOKEN_BYTES = 8
-"""Bytes of a token of prompt or response in a JSONL rollout file, text included: 8.1 measured, 49,152 token ids."""
+"""Bytes per prompt or response token in a JSONL rollout file, text included: 8.1 measured, 49,152 token ids."""
 _VLLM_SHARE, _VLLM_SEQUENCES = 0.9, 256
-"""vLLM's defaults: share of a GPU's memory, and sequences that run together."""
+"""vLLM's defaults: share of a GPU's memory, and sequences run together."""
 _DISK_BANDWIDTH = 2e9
-"""Bytes a second at which a query reads rows."""
+"""Bytes per second at which a query reads rows."""
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What a run is to do."""
+    """Size and settings of a run to plan."""
 
     n_pool: int
     n_rollouts: int
@@ -39,7 +39,7 @@ class Request:
     n_prompt: int = 200
     n_benchmark: int = 64
     n_picked: int = 128
-    """Problems of a training round."""
+    """Problems picked for a training round."""
     n_devices: int = 1
     rank: int = 16
     dim: int = 1024
@@ -51,51 +51,51 @@ class Request:
                 raise RequestError(f"{name.removeprefix('n_')} is {value}, expected at least 1")
 
     def load(self, n_problems: int) -> Workload:
-        """So many problems of this run."""
+        """Workload of n_problems of this run."""
         return Workload(n_problems, self.n_rollouts, self.n_prompt, self.n_response)
 
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """One command or part of it."""
+    """A command, or a part of one."""
 
     name: str
     seconds: float
     memory_bytes: int
-    """Most that one device holds; of a query, that the host holds."""
+    """Peak memory on one device; for a query, on the host."""
     disk_bytes: int = 0
-    """Bytes that it leaves."""
+    """Bytes left on disk."""
     note: str = ""
     fits: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """All stages, and what they rest on."""
+    """All stages of a run, with the assumptions."""
 
     model: str
     n_parameters: int
     device: str
     n_devices: int
     micro_batch_tokens: int
-    """What `collect` chooses by itself."""
+    """Default of `collect`."""
     micro_batch_tokens_with_inputs: int
-    """What fitting, exact gradients and training choose."""
+    """Default of fitting, exact gradients and training."""
     row_bytes: int
     sketched_share: float
-    """Of the parameters; embeddings are not sketched."""
+    """Share of the parameters that are sketched; embeddings are not."""
     stages: list[Stage]
     assumptions: list[str]
     problems: list[str] = field(default_factory=list)
-    """What does not fit, and which setting makes it fit."""
+    """Stages that do not fit, each with a setting that makes it fit."""
 
     def describe(self) -> dict:
-        """JSON-ready."""
+        """The fields as a JSON-ready dict."""
         return asdict(self)
 
 
 def plan(shape: ModelShape, request: Request, device: Hardware) -> Plan:
-    """The plan of a run; pure arithmetic."""
+    """Compute the plan of a run, by arithmetic only."""
     tokens = memory.recommended_tokens(shape, device)
     row_bytes = sum(array.row_bytes for array in row_arrays(request.dim, request.row_type))
     stages = [
@@ -129,7 +129,7 @@ def _stage(name: str, work: Work, held: int, n_devices: int, device: Hardware, d
 
 
 def _rollouts(shape: ModelShape, request: Request, device: Hardware) -> list[Stage]:
-    """Sampling by transformers, and on a GPU by vLLM, which fills the memory that is left with keys and values."""
+    """Stages of sampling: by transformers, and on a GPU by vLLM, which fills the remaining memory with its KV cache."""
     load = request.load(request.n_pool + request.n_benchmark)
     free = max(0, device.memory - shape.weight_bytes) if device.is_gpu else None
     at_once = {"transformers": min(MOST_SAMPLED, allowance(shape.weight_bytes, free) // shape.key_value_bytes)}
@@ -167,7 +167,7 @@ def _collect(shape: ModelShape, request: Request, device: Hardware, n_tokens: in
 
 def _fidelity(shape: ModelShape, request: Request, device: Hardware, n_tokens: int) -> Stage:
     n_sample = min(_EXACT, request.n_pool)
-    load = request.load(2 * n_sample + request.n_benchmark)  # the halves of a problem are as much work as the whole
+    load = request.load(2 * n_sample + request.n_benchmark)  # the two halves of a problem cost as much as the whole
     n_blocks = memory.formed_blocks(shape, device)
     work = costs.weight_gradients(shape, load).times(n_blocks)
     held = _forming(shape, request, device, n_tokens)

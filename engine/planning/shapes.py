@@ -1,8 +1,8 @@
-"""A model's shape from its configuration, without its weights: what every cost is computed from.
+"""A model's shape from its configuration, without its weights. All costs are computed from it.
 
-The model is built on the `meta` device, where a parameter has a shape and no bytes, and the layers that are counted are
-those that `find_layers` gives a sketch. A configuration is a folder, a config.json, or one of the names below, whose
-values are those of the published config.json files.
+The model is built on the `meta` device, where a parameter has a shape but no memory. The counted layers are those that
+`find_layers` selects for a sketch. A configuration is a folder, a config.json, or one of the names below, with values
+from the published config.json files.
 
 Dimension letters: O and I a layer's outputs and inputs.
 """
@@ -22,7 +22,7 @@ from gradstore.errors import RequestError
 
 
 def _qwen(kind: str, layers: int, hidden: int, between: int, heads: int, groups: int, tied: bool, **more: Any) -> dict:
-    """Qwen2, Qwen3 and Llama write their shapes alike."""
+    """A configuration of Qwen2, Qwen3 or Llama, which use the same field names."""
     return {
         "model_type": kind,
         "num_hidden_layers": layers,
@@ -63,7 +63,7 @@ KNOWN: dict[str, dict] = {
     "SmolLM2-360M": _qwen("llama", 32, 960, 2560, 15, 5, True, **_SMOL),
     "SmolLM2-1.7B": _qwen("llama", 24, 2048, 8192, 32, 32, True, **_SMOL),
 }
-"""Configurations by the last part of the hub's name; `-Base`, `-Instruct` and the like have the same shape."""
+"""Configurations by the last part of the hub name; variants such as `-Base` and `-Instruct` have the same shape."""
 
 _VARIANTS = ("-Instruct", "-Base", "-Math", "-Coder", "-it")
 
@@ -75,40 +75,40 @@ class SketchedLayer:
     n_outputs: int
     n_inputs: int
     uses: float = 1.0
-    """How often a token goes through a matrix of it: 1, or the experts that are chosen for a token."""
+    """Matrices of the layer that a token goes through: 1, or the number of experts chosen per token."""
     n_matrices: int = 1
-    """1, or the experts of a fused weight."""
+    """1, or the number of experts of a fused weight."""
 
     @property
     def n_weights(self) -> int:
-        """Entries of its weight."""
+        """Entries of the weight."""
         return self.n_matrices * self.n_outputs * self.n_inputs
 
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """What costs depend on."""
+    """All properties of a model that costs depend on."""
 
     name: str
     n_parameters: int
     body_weights: int
-    """Entries of the linear layers that a token is multiplied with, the output layer left out."""
+    """Entries of the linear layers that a token is multiplied with, without the output layer."""
     head_weights: int
     """Entries of the output layer."""
     layers: tuple[SketchedLayer, ...]
-    """The layers that are sketched, the output layer among them where it is."""
+    """The sketched layers; they include the output layer if it is sketched."""
     n_blocks: int
     """Transformer blocks."""
     attention_width: int
-    """Heads times their width, in one block."""
+    """Number of heads times their width, in one block."""
     vocabulary: int
     hidden: int
     itemsize: int
     """Bytes of a weight."""
     kept_bytes: int
-    """Bytes that autograd keeps of a token where weights are frozen."""
+    """Bytes that autograd keeps per token if weights are frozen."""
     kept_bytes_with_inputs: int
-    """The same where the layers' inputs are kept too, as weight gradients need."""
+    """The same if the layers' inputs are kept too, as weight gradients need."""
     key_value_bytes: int
     """Bytes of a token's keys and values in all blocks."""
 
@@ -119,15 +119,15 @@ class ModelShape:
 
 
 def shape_of(name: str, *, dtype: torch.dtype = torch.bfloat16) -> ModelShape:
-    """The shape of a model given by a folder, a config.json or a known name; no weight is read.
+    """The shape of a model, given as a folder, a config.json or a known name; no weight is read.
 
-    RequestError for a name that is none of these, and for a configuration that is of no causal language model.
+    RequestError for any other name, and for a configuration that is not of a causal language model.
     """
     return measured_shape(_on_meta(name, dtype), name)
 
 
 def measured_shape(model: nn.Module, name: str) -> ModelShape:
-    """The shape of a model, on any device."""
+    """The shape of a loaded model, on any device."""
     config = cast(Any, model).config
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     chosen = getattr(text, "num_experts_per_tok", None) or 1

@@ -1,4 +1,4 @@
-"""What probes of some problems measured, and its statistics; rewards can be corrected afterwards.
+"""Probe measurements of several problems, with their statistics; rewards can be corrected afterwards.
 
 Dimension letters: P problems, G rollouts of one problem.
 """
@@ -20,23 +20,23 @@ from gradstore.state import State
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ProbeBatch:
-    """Probes of some problems: what was measured, and its statistics."""
+    """Probes of several problems: measurements and statistics."""
 
     ids: list[str]
     derivatives: list[np.ndarray]
-    """d_ij of every rollout, float64 [G] each; nan where the problem was not run."""
+    """d_ij of every rollout, float64 [G] each; nan if the problem was not run."""
     rewards: list[np.ndarray]
-    """float64 [G] each."""
+    """Rewards of the rollouts, float64 [G] each."""
     lengths: list[np.ndarray]
-    """Response tokens, int64 [G] each."""
+    """Response tokens of the rollouts, int64 [G] each."""
     dots: np.ndarray
     """<g_i, V>, float64 [P]; 0 where not live."""
     standard_errors: np.ndarray
-    """Of the dots, over draws of the rollouts, float64 [P]; 0 where not live."""
+    """Standard errors of the dots, over draws of the rollouts, float64 [P]; 0 where not live."""
     t: np.ndarray
     """t statistic of the correlation of reward and derivative, float64 [P]; 0 where not live."""
     p_values: np.ndarray
-    """Its p-value against "not positively correlated", float64 [P]; 1 where not live."""
+    """One-sided p-values of `t` against "not positively correlated", float64 [P]; 1 where not live."""
     states: list[State]
     reasons: list[str]
     """Why a problem failed; empty for the others."""
@@ -51,7 +51,7 @@ class ProbeBatch:
         settings: Objective,
         calibration: Calibration | None = None,
     ) -> "ProbeBatch":
-        """Statistics of derivatives that were measured; groups and derivatives in the same order."""
+        """The batch with statistics, from measured derivatives; groups and derivatives in the same order."""
         return cls._of(
             [group.problem_id for group in groups],
             list(derivatives),
@@ -91,9 +91,9 @@ class ProbeBatch:
 
     @classmethod
     def load(cls, store: Store, collection: str, *, step: int, target: str) -> "ProbeBatch":
-        """What `save` kept of a step along a target; of a problem probed more than once the newest.
+        """The saved probes of a step along a target; the newest of each problem.
 
-        RequestError when there is nothing, or when it was measured under different objectives.
+        RequestError if there are none, or if they were measured under different objectives.
         """
         rows = {row["id"]: row for row in store.probes(collection, step=step, target=target).to_pylist()}
         if not rows:
@@ -111,7 +111,7 @@ class ProbeBatch:
         )
 
     def save(self, store: Store, collection: str, *, step: int, target: str, target_commit: int = 0) -> None:
-        """Keep derivatives, rewards and lengths beside the collection's rows; see `Store.add_probes`."""
+        """Save derivatives, rewards and lengths beside the collection's rows; see `Store.add_probes`."""
         store.add_probes(
             collection,
             self.ids,
@@ -126,13 +126,13 @@ class ProbeBatch:
 
     @property
     def live(self) -> np.ndarray:
-        """Problems that can be ranked, bool [P]."""
+        """Mask of problems that can be ranked, bool [P]."""
         return np.array([state is State.LIVE for state in self.states], dtype=bool)
 
     def scores(self, kind: str = "dot") -> np.ndarray:
         """Scores by `dot`, `corr` (of reward and derivative), `snr` (dot / SE), `lcb` (dot - SE), `shrunk` (empirical
-        Bayes over this batch) or `fdr` (dot past a Benjamini-Hochberg cut at 0.1), float64 [P]; -inf where a problem
-        is not live, or below the cut. RequestError for another kind."""
+        Bayes over this batch) or `fdr` (dot, if it passes a Benjamini-Hochberg cut at 0.1), float64 [P]; -inf where a
+        problem is not live or fails the cut. RequestError for another kind."""
         if kind not in probe_statistics.PROBE_SCORES:
             raise RequestError(f"probe score {kind!r} is not one of {', '.join(probe_statistics.PROBE_SCORES)}")
         live = self.live
@@ -145,10 +145,10 @@ class ProbeBatch:
         return found
 
     def rescored(self, rewards: Sequence[np.ndarray]) -> "ProbeBatch":
-        """The same derivatives under other rewards (a verifier was mended, say); nothing is run.
+        """The same derivatives with other rewards (say, after a fix of the verifier), without running the model.
 
-        RequestError when counts differ or a reward is not finite, and under a clipped objective, whose derivatives
-        depend on the sign of the advantage.
+        RequestError if counts differ, if a reward is not finite, or under a clipped objective: its derivatives depend
+        on the sign of the advantage.
         """
         if self.settings.clip_low is not None or self.settings.clip_high is not None:
             raise RequestError("a clipped objective's derivatives depend on the rewards: probe again")

@@ -1,9 +1,9 @@
-"""Moving a model along a direction and back, in one of two ways.
+"""Moves a model along a direction and back, in one of two ways.
 
-`displaced` moves the weights themselves, each rank its own shard, and puts the very bytes back. `LowRankBranch` leaves
-them alone and adds the move to the layers' outputs: the direction of each linear or embedding layer, cut to a low
-rank, as a float32 branch beside the layer. That is for weights too coarse to be moved by little (bf16, quantised) and
-for engines that serve LoRA adapters; what the cut loses is reported.
+`displaced` changes the weights, each rank its own shard, and restores their exact bytes. `LowRankBranch` leaves the
+weights unchanged and adds the move to the layers' outputs: a float32 branch beside each linear or embedding layer holds
+the direction, truncated to a low rank. It serves weights too coarse for small moves (bf16, quantised), and engines
+that serve LoRA adapters. The truncation error is reported.
 
 Dimension letters: I and O a layer's inputs and outputs, R rank.
 """
@@ -24,18 +24,18 @@ from gradstore.engine.gradients.sharding import inner, own_part, reshard
 from gradstore.errors import RequestError
 
 Move = Callable[[float], None]
-"""Puts the model at theta + eps V; 0 puts it at theta."""
+"""Callback(eps): sets the model to theta + eps V; 0 sets it to theta."""
 
 _EXACT_SIDE = 512
-"""Matrices with a side up to this get a full singular value decomposition."""
+"""Matrices whose smaller side is at most this get a full singular value decomposition."""
 
 
 @contextmanager
 def displaced(model: nn.Module, direction: Direction) -> Iterator[Move]:
-    """Yields the move along the direction; at the end, also after an error, every weight has its old bytes again.
+    """Yield the move along the direction; at the end, also after an error, every weight has its old bytes again.
 
-    Keeps a copy of the weights that the direction covers. Gradients, flags and autograd's version counters do not
-    change. RequestError when the direction is not that of this model or a weight is coarser than float32.
+    Memory: a copy of the weights that the direction covers. Gradients, flags and autograd's version counters do not
+    change. RequestError if the direction belongs to another model, or if a weight is coarser than float32.
     """
     reshard(model)
     parameters = dict(model.named_parameters())
@@ -66,7 +66,7 @@ def displaced(model: nn.Module, direction: Direction) -> Iterator[Move]:
 
 @dataclass(frozen=True, slots=True)
 class _Factors:
-    """The direction of one layer's weight as [I, R] x [R, O], and of its bias."""
+    """The direction of one layer: of its weight as [I, R] x [R, O], and of its bias."""
 
     module: nn.Module
     right_IR: Tensor | None
@@ -75,7 +75,7 @@ class _Factors:
 
 
 class LowRankBranch:
-    """A direction cut to a low rank per linear and embedding layer; biases whole, other parameters left out."""
+    """A direction truncated to a low rank per linear and embedding layer; biases in full, other parameters omitted."""
 
     def __init__(self, model: nn.Module, direction: Direction, rank: int) -> None:
         if rank < 1:
@@ -100,11 +100,11 @@ class LowRankBranch:
             if right_IR is not None or bias_O is not None:
                 self._factors.append(_Factors(module, right_IR, left_RO, bias_O))
         self.truncation = max(0.0, 1 - sum(kept.values()) / direction.norm**2) ** 0.5
-        """|V - V cut| / |V|: what the branch leaves out."""
+        """|V - V truncated| / |V|: relative norm of the part that the branch leaves out."""
 
     @contextmanager
     def attached(self) -> Iterator[Move]:
-        """Yields the move along the cut direction; the hooks go at the end."""
+        """Yield the move along the truncated direction; the hooks are removed at the end."""
         scale = [0.0]
         handles = [
             factors.module.register_forward_hook(partial(self._add, factors, scale)) for factors in self._factors
@@ -130,7 +130,7 @@ class LowRankBranch:
 
 
 def _factors(matrix_IO: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The closest [I, R] x [R, O] to a matrix; found by a seeded randomised decomposition for large ones."""
+    """The best approximation of a matrix as [I, R] x [R, O]; large ones use a seeded randomised decomposition."""
     if min(matrix_IO.shape) <= _EXACT_SIDE:
         U, S, Vh = torch.linalg.svd(matrix_IO, full_matrices=False)
         V = Vh.T

@@ -1,10 +1,10 @@
-"""Probe mode: how far each rollout's log-probability moves along a direction, from forward passes alone.
+"""Probe mode: derivatives of each rollout's log-probability along a direction, from forward passes alone.
 
 With V the validation gradient, a problem's alignment is a covariance over its rollouts: <g_i, V> = mean_j A_ij d_ij,
-d_ij the derivative along V of rollout j's log-probability. d_ij is a finite difference: two more forwards over the
-rollouts (one, if the log-probabilities at theta are known), no backward, nothing hooked; every parameter counts, and
-any model serves that gives log-probabilities. The d_ij are kept, so that each dot has a standard error, a t statistic
-and a p-value, and a corrected reward is rescored at once. Formulas: docs/methods.md.
+where d_ij is the derivative along V of rollout j's log-probability. A finite difference gives d_ij: two more forwards
+over the rollouts (one, if the log-probabilities at theta are known), no backward and no hooks. Every parameter counts,
+and any model that gives log-probabilities can be probed. The d_ij are kept. So each dot has a standard error, a t
+statistic and a p-value, and corrected rewards need no new run. Formulas: docs/methods.md.
 
 The step is measured, not guessed: see `Probe.calibrate`.
 
@@ -37,19 +37,19 @@ from gradstore.errors import RequestError
 log = logging.getLogger(__name__)
 
 FIRST_STEP = 0.02
-"""Root mean square move of a token's log-probability, in nats, that calibration starts from."""
+"""Initial step of calibration: root mean square change of a token's log-probability, in nats."""
 LARGEST_STEP = 0.1
-"""Nats a token that no step exceeds."""
+"""Largest step, in nats per token."""
 BASE_TOLERANCE = 0.05
-"""Nats a token by which given log-probabilities may differ from the model's own."""
+"""Largest difference between given log-probabilities and the model's own, in nats per token."""
 _TRIES = 3
-"""Lengths tried for a step of known nats."""
+"""Step lengths tried to reach a given change in nats."""
 CHECK_TOLERANCE = 0.02
 """Relative error against exact dots above which a warning is logged."""
 
 
 class Probe:
-    """Probes groups of rollouts along a direction, with the model as it is now; it is left as it was found."""
+    """Probes groups of rollouts along a direction with the model in its current state, and leaves it unchanged."""
 
     def __init__(
         self,
@@ -64,13 +64,13 @@ class Probe:
         share_prompts: bool = True,
     ) -> None:
         """settings: the objective, default the preset `gradalign`. eps: the step, default calibrated on the first
-        groups. rank: move along the direction cut to this rank, as a branch beside each layer, and leave the weights
-        alone (see `LowRankBranch`); needed for weights coarser than float32. n_check: problems that the step is
-        measured on and that are checked against exact dots. token_budget: tokens of a micro-batch, with padding;
+        groups. rank: move along the direction truncated to this rank, as a branch beside each layer, and keep the
+        weights unchanged (see `LowRankBranch`); needed for weights coarser than float32. n_check: number of problems to
+        calibrate the step on and to check against exact dots. token_budget: tokens of a micro-batch, padding included;
         None: as memory allows.
 
-        Under FSDP2 every rank makes one and calls its methods together, each with its own groups.
-        RequestError for settings that cannot be; for a direction of another model when it is used.
+        Under FSDP2 every rank makes a Probe, and all call its methods together, each with its own groups.
+        RequestError for invalid settings; on use, for a direction of another model.
         """
         if eps is not None and not (np.isfinite(eps) and eps > 0):
             raise RequestError(f"eps is {eps}, expected a finite number above 0")
@@ -89,12 +89,12 @@ class Probe:
         self._branch = None if rank is None else LowRankBranch(model, direction, rank)
         self._knows_base = False
         self.calibration: Calibration | None = None
-        """What the step was chosen by; None before the first use."""
+        """The calibration of the step; None before the first use."""
 
     def probe(
         self, groups: Sequence[Group], base_logprobs: TokenLogprobs | None = None, *, run_all: bool = False
     ) -> ProbeBatch:
-        """Derivatives and their statistics, in the order of the groups. Arguments and errors as in `derivatives`."""
+        """Derivatives with their statistics, in the order of the groups. Arguments and errors as in `derivatives`."""
         derivatives = self.derivatives(groups, base_logprobs, run_all=run_all)
         return ProbeBatch.of(groups, derivatives, self.settings, self.calibration)
 
@@ -103,16 +103,16 @@ class Probe:
     ) -> list[np.ndarray]:
         """d_ij of every rollout, float64 [G] for each group, such that <g_i, V> = mean_j A_ij d_ij exactly.
 
-        d_ij is the derivative along V of the rollout's log-probability as the objective's aggregation weights it: the
-        mean over its tokens (`seq-mean-token-mean`), their sum (`seq-mean-token-sum`), or the sum over the mean
-        length of the group's responses (`token-mean`). With importance weights each token counts ratio times, and not
-        at all where PPO's surrogate is flat.
+        d_ij is the derivative along V of the rollout's log-probability, weighted by the objective's aggregation: the
+        mean over its tokens (`seq-mean-token-mean`), their sum (`seq-mean-token-sum`), or the sum divided by the mean
+        length of the group's responses (`token-mean`). With importance weights each token is multiplied by its ratio,
+        and is zero where PPO's surrogate is flat.
 
-        base_logprobs: log-probabilities of the response tokens under the model as it is now (from the rollouts, if
-        this policy made them at the objective's temperature); then one forward is run instead of two. run_all: run
-        groups with equal rewards too, for rewards that may be corrected later; else theirs are nan. The first call
-        calibrates the step. RequestError for a group that the model cannot run, or base log-probabilities of other
-        shapes or of another policy.
+        base_logprobs: log-probabilities of the response tokens under the current model (those of the rollouts, if this
+        policy sampled them at the objective's temperature); then one forward is run instead of two. run_all: also run
+        groups with equal rewards, whose rewards may be corrected later; otherwise their derivatives are nan. The first
+        call calibrates the step. RequestError for a group that the model cannot run, or for base log-probabilities of
+        other shapes or of another policy.
         """
         self._check(groups, base_logprobs)
         calibration = self.calibration
@@ -142,7 +142,7 @@ class Probe:
         ]
 
     def logprobs(self, groups: Sequence[Group]) -> list[list[np.ndarray]]:
-        """Log-probability of every response token under the model as it is, float32: `base_logprobs` for later."""
+        """Log-probability of every response token under the current model, float32; for use as `base_logprobs`."""
         self._check(groups, None)
         with evaluating(self.model):
             found = response_logprobs(self._pass, groups)
@@ -155,22 +155,22 @@ class Probe:
         base_logprobs: TokenLogprobs | None = None,
         like: Calibration | None = None,
     ) -> Calibration:
-        """Choose the steps on a few groups with signal, evenly spread, and check the probe against exact dots there.
+        """Choose the steps on a few evenly spaced groups with signal, and check the probe against exact dots there.
 
         Starting from a step that moves a token's log-probability by FIRST_STEP nats, measure the truncation error of
         a derivative there (Richardson: the central difference at twice the step is off by four times as much) and the
         rounding noise (the second difference at a tiny step, where nothing else is left). A difference of order p
         with truncation e_t and rounding e_r at step h is best at h (e_r / (p e_t))^(1 / (p + 1)); no step exceeds
-        LARGEST_STEP nats. If that is far below, the errors are measured again nearer to it. The outcome is kept as
+        LARGEST_STEP nats. If the best step is far smaller, the errors are measured again near it. The result is kept as
         `calibration`; a relative error above CHECK_TOLERANCE is logged.
 
-        like: of an earlier policy or direction. Steps that move a token by as many nats are used then, found from its
-        lengths, and only checked, on the first group: above CHECK_TOLERANCE they are chosen anew.
+        like: the calibration of an earlier policy or direction. Its steps, scaled to change a token by as many nats,
+        are then only checked on the first group; above CHECK_TOLERANCE they are chosen anew.
         """
         self._check(groups, base_logprobs)
         live = [i for i, group in enumerate(groups) if group.has_signal]
         if not total(self.model, [len(live)])[0]:
-            live = list(range(len(groups)))  # derivatives can be measured, though every dot is zero
+            live = list(range(len(groups)))  # every dot is zero, but derivatives can still be measured
         pilot = [live[i] for i in np.unique(np.linspace(0, len(live) - 1, min(self.n_check, len(live))).astype(int))]
         chosen = [groups[i] for i in pilot]
         given = None if base_logprobs is None else [base_logprobs[i] for i in pilot]
@@ -228,7 +228,7 @@ class Probe:
         return self.calibration
 
     def _carried(self, like: Calibration, groups: Sequence[Group], given: TokenLogprobs | None) -> Calibration | None:
-        """The steps of an earlier calibration for this direction, checked; None where they do not serve it."""
+        """An earlier calibration, scaled to this direction and checked; None if its error is too large here."""
         like = replace(like.along(self.direction.norm), truncation=self._branch.truncation if self._branch else 0.0)
         first, expected = (like.central, like.nats_central) if given is None else (like.one_sided, like.nats_one_sided)
         eps, nats = first, 0.0
@@ -253,7 +253,7 @@ class Probe:
         return checked if checked.relative_error <= CHECK_TOLERANCE else None
 
     def _first_step(self, move: Move, groups: Sequence[Group], base: TokenLogprobs) -> tuple[float, float]:
-        """A step that moves tokens by about FIRST_STEP nats, and by how many it does."""
+        """A step that moves tokens by about FIRST_STEP nats, and the measured nats."""
         eps, low, high = 1e-3 / self.direction.norm, 0.0, np.inf
         nats = 0.0
         for _ in range(16):
@@ -271,16 +271,16 @@ class Probe:
         return eps, nats if np.isfinite(nats) and nats > 0 else FIRST_STEP
 
     def _moved(self, above: TokenLogprobs, base: TokenLogprobs) -> float:
-        """Root mean square change of a token's log-probability over all ranks; FIRST_STEP where there are no tokens."""
+        """Root mean square change of a token's log-probability over all ranks; FIRST_STEP if there are no tokens."""
         groups = zip(above, base, strict=True)
         pairs = [(np.asarray(a, np.float64), b) for own in groups for a, b in zip(*own, strict=True)]
-        # A token that is not finite even here belongs to a problem that will fail; beyond, the step is too large.
+        # A token that is not finite at the base belongs to a problem that will fail; elsewhere, the step is too large.
         moves_N = np.concatenate([np.zeros(0), *((a - b)[np.isfinite(b)] for a, b in pairs)])
         squares, n = total(self.model, [float(moves_N @ moves_N), float(len(moves_N))])
         return float(np.sqrt(squares / n)) if n else FIRST_STEP
 
     def _at(self, move: Move, groups: Sequence[Group], base: list[list[np.ndarray]]) -> Callable[[float], np.ndarray]:
-        """eps -> change of every rollout's weighted log-probability from theta, one after the other, float64."""
+        """Function eps -> change from theta of every rollout's weighted log-probability, concatenated, float64."""
 
         def at(eps: float) -> np.ndarray:
             move(eps)
@@ -290,8 +290,8 @@ class Probe:
         return at
 
     def _compare(self, groups: Sequence[Group], derivatives: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """<g_i, V> of the groups by autograd and from their derivatives; under FSDP2 of the first rank's groups,
-        whose turn it is while the others idle."""
+        """<g_i, V> of the groups, by autograd and from their derivatives; under FSDP2 only of the first rank's groups,
+        while the other ranks idle."""
         ends = np.cumsum([len(group.responses) for group in groups])[:-1]
         found_P = [
             probe_statistics.dot_and_error(
@@ -306,7 +306,7 @@ class Probe:
         return np.array(exact), np.array(shared)
 
     def _base_noise(self, groups: Sequence[Group], given: TokenLogprobs, own: TokenLogprobs) -> float:
-        """How far given log-probabilities of rollouts are from the model's own, as the objective weights them."""
+        """Difference of the rollouts' given log-probabilities from the model's own, weighted as in the objective."""
         differences = [np.asarray(a) - b for pair in zip(given, own, strict=True) for a, b in zip(*pair, strict=True)]
         squares, n = total(
             self.model, [float(sum((d**2).sum() for d in differences)), float(sum(map(len, differences)))]
@@ -342,7 +342,7 @@ class Probe:
 
     @contextmanager
     def _moving(self) -> Iterator[Move]:
-        """The move along the direction, in evaluation mode."""
+        """Yield the move along the direction, in evaluation mode."""
         way: AbstractContextManager[Move] = (
             displaced(self.model, self.direction) if self._branch is None else self._branch.attached()
         )
@@ -352,7 +352,7 @@ class Probe:
     def _weigh(
         self, groups: Sequence[Group], above: TokenLogprobs, below: TokenLogprobs, middle: TokenLogprobs
     ) -> list[np.ndarray]:
-        """Differences of log-probabilities, summed over the tokens of each rollout as the objective weights them."""
+        """Differences of log-probabilities, summed over each rollout's tokens with the objective's weights."""
         found = []
         for group, high, low, mid in zip(groups, above, below, middle, strict=True):
             lengths_G = np.array([len(response) for response in group.responses])
@@ -369,7 +369,7 @@ class Probe:
 
 
 def _token_factors(lengths_G: np.ndarray, settings: Objective) -> np.ndarray:
-    """G times the aggregation's weight of a token, so that the weights of the objective are A_j times this over G."""
+    """G times the aggregation's weight per token: the objective's token weight is A_j times this, divided by G."""
     if settings.aggregation == "seq-mean-token-sum":
         return np.ones(len(lengths_G))
     if settings.aggregation == "seq-mean-token-mean":
@@ -378,7 +378,7 @@ def _token_factors(lengths_G: np.ndarray, settings: Objective) -> np.ndarray:
 
 
 def _ratios(logprobs_N: np.ndarray, behaviour_N: np.ndarray, sign: float, settings: Objective) -> np.ndarray:
-    """Importance ratios, zero where the clipped surrogate of an advantage of this sign is flat."""
+    """Importance ratios; zero where PPO's clipped surrogate is flat for an advantage of this sign."""
     signs_N = torch.full((len(logprobs_N),), float(np.sign(sign)) or 1.0, dtype=torch.float64)
     ratios_N = importance_weights(
         torch.from_numpy(np.asarray(logprobs_N, np.float64)),

@@ -1,7 +1,7 @@
-"""How sure a probe's dot product is, and what to rank by: pure functions of rewards and derivatives.
+"""Statistical errors and scores of a probe's dot products: pure functions of rewards and derivatives.
 
-A problem's alignment is a covariance, dot = mean_j A_j d_j over its G rollouts, so that it has a standard error, and
-the correlation of rewards and derivatives has a t distribution when the reward has nothing to do with the direction.
+A problem's alignment is a covariance, dot = mean_j A_j d_j over its G rollouts, so it has a standard error. If the
+reward is independent of the direction, the correlation of rewards and derivatives gives a t distribution.
 Formulas: docs/methods.md.
 
 Dimension letters: P problems, G rollouts of one problem.
@@ -15,7 +15,7 @@ from scipy import special, stats  # type: ignore[import-untyped]
 from gradstore.engine.gradients.objectives import Objective, advantages
 
 PROBE_SCORES = ("dot", "corr", "snr", "lcb", "shrunk", "fdr")
-"""What a probe's problems can be ranked by."""
+"""Scores by which probed problems can be ranked."""
 
 
 def dot_and_error(
@@ -24,9 +24,9 @@ def dot_and_error(
     """The dot product mean_j A_j d_j, and its standard error over draws of the rollouts.
 
     rewards_G, derivatives_G: float64. lengths_G: response tokens. The error is the standard deviation (G - 1) of the
-    rollouts' influences on the dot, over the root of G: A_j (d_j - mean d) - dot for the plain advantage; less
-    dot (A_j^2 - mean A^2) / 2 where the advantage is divided by the rewards' deviation, and less
-    dot (T_j / mean T - 1) where the lengths of all rollouts normalise the sum. nan for fewer than two rollouts.
+    rollouts' influences on the dot, divided by sqrt(G). The influence is A_j (d_j - mean d) - dot for the plain
+    advantage; minus dot (A_j^2 - mean A^2) / 2 if the advantage is divided by the rewards' standard deviation; minus
+    dot (T_j / mean T - 1) if the lengths of all rollouts normalise the sum. nan for fewer than two rollouts.
     """
     A_G = advantages(rewards_G, settings.advantage)
     dot = float(np.mean(A_G * derivatives_G))
@@ -43,9 +43,9 @@ def dot_and_error(
 def t_test(rewards_G: np.ndarray, derivatives_G: np.ndarray) -> tuple[float, float]:
     """t statistic of the correlation of reward and derivative, and its p-value against "not positive".
 
-    t = r sqrt((G - 2) / (1 - r^2)) with G - 2 degrees of freedom (Student; exact when either side is normal). The
-    p-value is no smaller than one over the distinct orders of the derivatives, the least that permuting them can give:
-    where few responses are distinct, rewards may fall along them by luck. (0, 1) for fewer than three rollouts, equal
+    t = r sqrt((G - 2) / (1 - r^2)) with G - 2 degrees of freedom (Student; exact if either variable is normal). The
+    p-value is at least one over the number of distinct orders of the derivatives, the smallest value of a permutation
+    test: if few responses are distinct, rewards may match them by chance. (0, 1) for fewer than three rollouts, equal
     rewards or equal derivatives.
     """
     n = len(rewards_G)
@@ -54,24 +54,24 @@ def t_test(rewards_G: np.ndarray, derivatives_G: np.ndarray) -> tuple[float, flo
         return 0.0, 1.0
     t = r * np.sqrt((n - 2) / max(1 - r * r, 1e-12))
     counts = np.unique(derivatives_G, return_counts=True)[1]
-    log_orders = special.gammaln(n + 1) - special.gammaln(counts + 1).sum()  # G! / prod c! over equal ones
+    log_orders = special.gammaln(n + 1) - special.gammaln(counts + 1).sum()  # G! / prod c! for c equal ones
     return float(t), float(max(special.stdtr(n - 2, -t), np.exp(-log_orders)))
 
 
 def correlation(rewards_G: np.ndarray, derivatives_G: np.ndarray) -> float:
-    """Pearson's correlation; 0 where either side does not vary."""
+    """Pearson's correlation; 0 if either variable is constant."""
     r_G, d_G = rewards_G - rewards_G.mean(), derivatives_G - derivatives_G.mean()
     scale = np.linalg.norm(r_G) * np.linalg.norm(d_G)
     return float(np.clip(r_G @ d_G / scale, -1, 1)) if scale > 0 else 0.0
 
 
 def correlation_of_t(t_P: np.ndarray, n_P: np.ndarray) -> np.ndarray:
-    """The correlation that a t statistic came from, float64 [P]."""
+    """The correlation that gives a t statistic, float64 [P]."""
     return t_P / np.sqrt(t_P**2 + np.maximum(n_P - 2, 1))
 
 
 def signal_to_noise(dots_P: np.ndarray, errors_P: np.ndarray) -> np.ndarray:
-    """dot / SE, float64 [P]; an SE below a hundredth of the pool's median counts as that."""
+    """dot / SE, float64 [P]; the SE is at least a hundredth of the pool's median."""
     return dots_P / _floored(errors_P)
 
 
@@ -87,7 +87,7 @@ def shrunk(dots_P: np.ndarray, errors_P: np.ndarray) -> np.ndarray:
 
 
 def shrunk_error(dots_P: np.ndarray, errors_P: np.ndarray) -> np.ndarray:
-    """Standard deviation of the same posterior, s SE / sqrt(s^2 + SE^2), float64 [P]."""
+    """Standard deviation of the posterior in `shrunk`, s SE / sqrt(s^2 + SE^2), float64 [P]."""
     _, variance = normal_prior(dots_P, errors_P)
     variances_P = _floored(errors_P) ** 2
     return np.sqrt(variance * variances_P / (variance + variances_P))
@@ -97,7 +97,7 @@ def normal_prior(dots_P: np.ndarray, errors_P: np.ndarray) -> tuple[float, float
     """Mean m and variance s^2 of the pool's true dots.
 
     dot_i ~ N(true_i, SE_i^2) and true_i ~ N(m, s^2), with m and s^2 by iterated moments (DerSimonian and Laird 1986;
-    Paule and Mandel 1982): m the mean weighted by 1 / (s^2 + SE_i^2), s^2 where the weighted squares sum to P - 1.
+    Paule and Mandel 1982): m is the mean weighted by 1 / (s^2 + SE_i^2), s^2 makes the weighted squares sum to P - 1.
     """
     variances_P = _floored(errors_P) ** 2
     low, high = 0.0, float(np.var(dots_P)) * 4 + 1e-300
@@ -113,12 +113,12 @@ def normal_prior(dots_P: np.ndarray, errors_P: np.ndarray) -> tuple[float, float
 
 
 def false_discovery_cut(p_values_P: np.ndarray, level: float = 0.1) -> np.ndarray:
-    """Which problems pass the Benjamini-Hochberg cut (1995) at this false-discovery rate, bool [P]."""
+    """Mask of problems that pass the Benjamini-Hochberg cut (1995) at this false-discovery rate, bool [P]."""
     return stats.false_discovery_control(p_values_P, method="bh") <= level if len(p_values_P) else np.zeros(0, bool)
 
 
 def _floored(errors_P: np.ndarray) -> np.ndarray:
-    """Standard errors that can be divided by: two equal responses of many can make one zero by chance."""
+    """Standard errors with a floor, safe to divide by: equal responses can make one zero by chance."""
     positive_P = errors_P[errors_P > 0]
     return np.maximum(errors_P, 0.01 * np.median(positive_P) if len(positive_P) else 1.0)
 
@@ -141,10 +141,10 @@ def scores(
 def intervals(
     kind: str, dots_P: np.ndarray, errors_P: np.ndarray, t_P: np.ndarray, n_P: np.ndarray, confidence: float = 0.95
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Both ends of each score's interval over draws of the rollouts, float64 [P]; nan where there are too few.
+    """Lower and upper end of each score's interval over draws of the rollouts, float64 [P]; nan for too few rollouts.
 
-    dot, fdr: dot -+ q SE, with q Student's quantile at n - 1 degrees of freedom; lcb: the same about dot - SE; snr:
-    dot / SE -+ q. shrunk: the normal posterior's. corr: Fisher's, tanh(atanh r -+ z / sqrt(n - 3)).
+    dot, fdr: dot -+ q SE, with q Student's quantile at n - 1 degrees of freedom; lcb: the same around dot - SE; snr:
+    dot / SE -+ q. shrunk: interval of the normal posterior. corr: Fisher's, tanh(atanh r -+ z / sqrt(n - 3)).
     """
     if kind == "shrunk":
         middle_P = shrunk(dots_P, errors_P)

@@ -1,4 +1,4 @@
-"""Rollouts as input: files of any supported format, checked row by row and read group by group."""
+"""Rollout files of any supported format, checked row by row and read group by group."""
 
 from gradstore.engine.rollouts.group import Group
 from gradstore.engine.rollouts.rollout import FORMATS, Rollout, text_id

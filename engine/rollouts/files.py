@@ -1,7 +1,7 @@
-"""Files of rows, read twice: once from start to end to check them, then any row again by its place.
+"""Files of rows, read twice: first from start to end to check them, then single rows by their place.
 
-A place is two integers, so that an index of millions of rows stays small: byte offset and length in JSON Lines and in
-a JSON list, row number (and 0) in Parquet. Which of the three a file is shows in its first bytes, not in its name.
+A place is two integers, so an index of millions of rows stays small: byte offset and length in JSON Lines and in a JSON
+list, row number (and 0) in Parquet. The first bytes of a file determine its format, not its name.
 """
 
 import codecs
@@ -20,19 +20,19 @@ from gradstore.parquet import plain_table
 
 CHUNK_BYTES = 1 << 20
 ROW_GROUP_CACHE_BYTES = 256 << 20
-"""Decoded Parquet row groups kept while groups are read: what bounds memory when rows are not in order."""
+"""Size of the cache of decoded Parquet row groups: bounds memory if rows are read out of order."""
 
 
 class Row(NamedTuple):
     where: str
-    """File and row for messages, as a person counts: "rollouts.jsonl, line 3"."""
+    """File and row for messages, counted from 1: "rollouts.jsonl, line 3"."""
     place: int
     size: int
     value: Any
 
 
 class RowFile:
-    """A file of rows. Subclasses say how to scan them and how to fetch them by place."""
+    """A file of rows. Subclasses implement the scan and the fetch by place."""
 
     unit = "row"
 
@@ -41,7 +41,7 @@ class RowFile:
         self._stamp = self._read_stamp()
 
     def scan(self) -> Iterator[Row]:
-        """Every row in file order, a bounded piece of the file in memory at a time."""
+        """Yield every row in file order, with a bounded piece of the file in memory at a time."""
         raise NotImplementedError
 
     def fetch(self, places: Sequence[int], sizes: Sequence[int]) -> list[Any]:
@@ -49,13 +49,13 @@ class RowFile:
         raise NotImplementedError
 
     def close(self) -> None:
-        """Lets go of open files and caches; a later fetch opens them again."""
+        """Close open files and drop caches; a later fetch opens them again."""
 
     def where(self, number: int) -> str:
         return f"{self.path}, {self.unit} {number}"
 
     def check_unchanged(self) -> None:
-        """RequestError when the file is not the one that was scanned."""
+        """Raise RequestError if the file changed since the scan."""
         if self._read_stamp() != self._stamp:
             raise RequestError(f"{self.path}: the file changed while it was being read; read it again")
 
@@ -127,7 +127,7 @@ class JsonList(JsonLines):
                         return ""
 
             next_mark()
-            at += 1  # the opening bracket, which told that this is a list
+            at += 1  # the opening bracket, by which the file was recognised as a list
             if next_mark() == "]":
                 return
             while True:
@@ -140,7 +140,7 @@ class JsonList(JsonLines):
                     except json.JSONDecodeError as error:
                         if not more():
                             raise RequestError(f"{self.where(number)}: not valid JSON: {error.msg}") from None
-                        wanted *= 2  # a long entry is parsed again and again: let each try see twice as much
+                        wanted *= 2  # a long entry is parsed repeatedly: each try gets twice as much text
                     except (RecursionError, ValueError) as error:
                         raise RequestError(f"{self.where(number)}: not usable JSON: {_first_line(error)}") from None
                 start = place + len(text[:at].encode())
@@ -158,7 +158,7 @@ class JsonList(JsonLines):
 
 
 class Parquet(RowFile):
-    """A Parquet file, read by row group and only the columns asked for."""
+    """A Parquet file, read by row group, only the requested columns."""
 
     def __init__(self, path: Path, columns: Sequence[str]) -> None:
         super().__init__(path)
@@ -211,9 +211,9 @@ class Parquet(RowFile):
 
 
 def open_rows(path: Path, columns: Sequence[str]) -> RowFile:
-    """The file's rows, by what its first bytes say it is; `columns` are those wanted of a Parquet file.
+    """Open a file of rows; its first bytes determine the format. columns: the columns to read of a Parquet file.
 
-    Raises RequestError for an empty file and for one that is none of the three kinds.
+    Raises RequestError for an empty file and for one of another format.
     """
     with path.open("rb") as file:
         head = file.read(4)
@@ -241,7 +241,7 @@ def _parse(line: bytes, where: str) -> Any:
     except json.JSONDecodeError as error:
         cut = "" if line.endswith(b"\n") else "; the file ends here, so the line may have been cut off"
         raise RequestError(f"{where}: not valid JSON: {error.msg} at character {error.pos}{cut}") from None
-    except (RecursionError, ValueError) as error:  # nested too deeply; an integer of too many digits
+    except (RecursionError, ValueError) as error:  # nested too deeply, or an integer with too many digits
         raise RequestError(f"{where}: not usable JSON: {_first_line(error)}") from None
 
 
@@ -254,11 +254,11 @@ def _rows(table: pa.Table) -> Iterator[dict[str, Any]]:
 
 
 def _values(column: pa.Array) -> Sequence[Any]:
-    """A column's values as Python objects, save lists of numbers: those stay numpy slices, without a copy."""
+    """A column's values as Python objects; lists of numbers become numpy slices, without a copy."""
     kind = column.type
     is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
     if is_list and (pa.types.is_integer(kind.value_type) or pa.types.is_floating(kind.value_type)):
-        flat = column.flatten()  # leaves null lists out, whatever their offsets say
+        flat = column.flatten()  # omits null lists, whatever their offsets are
         if not flat.null_count:
             numbers = flat.to_numpy()
             ends = np.cumsum(np.nan_to_num(column.value_lengths().to_numpy(zero_copy_only=False))).astype(np.int64)

@@ -1,4 +1,4 @@
-"""A group: the rollouts of one problem at one step, as token ids. Everything the engine computes starts here."""
+"""A group: the rollouts of one problem at one step, as token ids. It is the input of all computations in the engine."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,27 +8,27 @@ import numpy as np
 from gradstore.errors import RequestError
 
 ROUNDING = 1e-12
-"""Size, relative to what was added up in float64, from which a number counts as more than rounding."""
+"""A float64 sum of at most this size, relative to its terms, counts as rounding error."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Group:
     """The rollouts of one problem.
 
-    Raises RequestError when made without rollouts, with a non-finite reward, or with counts that do not agree.
+    Raises RequestError if created without rollouts, with a non-finite reward, or with counts that disagree.
     """
 
     problem_id: str
     prompt_ids: np.ndarray
     """Token ids of the prompt, int64 [prompt tokens], at least one."""
     responses: Sequence[np.ndarray]
-    """Token ids of each response, int64 [response tokens]; an empty response counts in the baseline only."""
+    """Token ids of each response, int64 [response tokens]; an empty response counts only in the baseline."""
     rewards: np.ndarray
     """One finite reward per response, float64 [responses]."""
     logprobs: Sequence[np.ndarray] | None = None
-    """Behaviour log-probability of each response token, float32 [response tokens] each; None when not recorded."""
+    """Behaviour log-probability of each response token, float32 [response tokens] each; None if not recorded."""
     reference_logprobs: Sequence[np.ndarray] | None = None
-    """The same under a reference policy, for objectives with a KL term; None when not known."""
+    """The same under a reference policy, for objectives with a KL term; None if unknown."""
 
     def __post_init__(self) -> None:
         name = f"problem {self.problem_id!r}"
@@ -56,7 +56,7 @@ class Group:
 
     @property
     def pass_rate(self) -> float:
-        """Mean reward when every reward lies in [0, 1]; otherwise the share of rewards above 0."""
+        """Mean reward if all rewards are in [0, 1]; otherwise the share of rewards above 0."""
         rewards = self.rewards
         if rewards.min() >= 0 and rewards.max() <= 1:
             return float(rewards.mean())
@@ -64,22 +64,22 @@ class Group:
 
     @property
     def has_signal(self) -> bool:
-        """False when all rewards are equal but for rounding: every advantage, and so the gradient, is zero."""
+        """False if all rewards are equal up to rounding: then all advantages, and so the gradient, are zero."""
         return differ(self.rewards)
 
     @property
     def n_tokens(self) -> int:
-        """Tokens of the longest sequence, prompt and response together: the width of the group when padded."""
+        """Tokens of the longest sequence, prompt plus response: the width of the padded group."""
         return len(self.prompt_ids) + max(len(response) for response in self.responses)
 
 
 def differ(rewards_G: np.ndarray) -> bool:
-    """Whether float64 rewards differ by more than rounding does, such as 0.1 + 0.2 from 0.3; whatever their scale."""
+    """Whether float64 rewards differ by more than rounding (such as 0.1 + 0.2 and 0.3), at any scale."""
     return bool(np.ptp(rewards_G) > ROUNDING * np.abs(rewards_G).max())
 
 
 def joined(groups: Sequence[Group]) -> Group:
-    """Several groups of one problem as one, with one baseline; log-probabilities where all have them."""
+    """Several groups of one problem joined into one, with one baseline; log-probabilities only if all have them."""
     if len(groups) == 1:
         return groups[0]
 

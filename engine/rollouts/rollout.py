@@ -1,8 +1,7 @@
-"""One rollout as a value, and how a row of each file format becomes one.
+"""The Rollout value, and the conversion of a row of each file format to it.
 
-A format is only a table of field names (`FORMATS`): which of a row's fields holds what. Reading a row, whatever its
-format, then means the same checks with the same messages, each naming the file, the row and the field as the file
-spells it.
+A format is only a table of field names (`FORMATS`): it maps each part of a rollout to fields of a row. So rows of all
+formats get the same checks with the same messages. They name the file, the row and the field as spelled in the file.
 """
 
 import hashlib
@@ -51,11 +50,11 @@ FORMATS: dict[str, dict[str, tuple[str, ...]]] = {
         "ground_truth": ("expected_answer",),
     },
 }
-"""For each format, where a row keeps each part of a rollout: the first of the names whose value is not null."""
+"""Field names per format and part of a rollout; the first field whose value is not null is used."""
 FORMATS["verl-validation"] = FORMATS["verl"]
 
 LOGPROB_SLACK = 0.01
-"""Log-probabilities may exceed 0 by this much (rounding in half precision); beyond it they are something else."""
+"""Log-probabilities may exceed 0 by this much (rounding in half precision); larger values are rejected."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -65,12 +64,12 @@ class Rollout:
     problem_id: str
     reward: float
     prompt: Prompt | None = None
-    """The prompt as text or as chat messages; None when only its token ids are kept."""
+    """The prompt as text or as chat messages; None if only its token ids are known."""
     prompt_ids: np.ndarray | None = None
-    """Token ids of the prompt, int64 [tokens]; they win over the text."""
+    """Token ids of the prompt, int64 [tokens]; they take precedence over the text."""
     response: str | None = None
     response_ids: np.ndarray | None = None
-    """Token ids of the response with its end-of-sequence token, int64 [tokens]; they win over the text."""
+    """Token ids of the response with its end-of-sequence token, int64 [tokens]; they take precedence over the text."""
     logprobs: np.ndarray | None = None
     """Log-probability of each response id under the policy that sampled it, at temperature 1, float32 [tokens]."""
     reference_logprobs: np.ndarray | None = None
@@ -79,13 +78,13 @@ class Rollout:
     ground_truth: str = ""
     tags: list[str] = field(default_factory=list)
     finish_reason: str = ""
-    """"stop" when the model ended the response, "length" when the limit of new tokens did, "" when unknown."""
+    """"stop" if the model ended the response, "length" if the limit of new tokens did, "" if unknown."""
     extra: dict[str, Any] = field(default_factory=dict)
     step: int | None = None
-    """The step as the row states it (in verl's dumps the trainer's step, see RolloutSource.step)."""
+    """The step stated in the row (in verl's dumps the trainer's step, see RolloutSource.step)."""
 
     def row(self) -> dict[str, Any]:
-        """The row of a rollout file, JSON-able; fields without a value are left out."""
+        """The row for a rollout file, JSON-ready; fields without a value are omitted."""
         values: dict[str, Any] = {
             "problem_id": self.problem_id,
             "prompt": self.prompt,
@@ -113,9 +112,9 @@ class Rollout:
 
 
 def read_row(row: Any, format: str, where: str, *, vocabulary: int | None = None) -> Rollout:
-    """The rollout that a row of a file holds.
+    """Read the rollout in a row of a file.
 
-    `where` names file and row for the messages; `vocabulary` is the size of the model's vocabulary, where known.
+    where: names file and row in messages. vocabulary: size of the model's vocabulary, if known.
     Raises RequestError for a missing field, a wrong type, a reward or log-probability that is not finite, token ids
     out of range, lists whose lengths disagree.
     """
@@ -149,7 +148,7 @@ def read_row(row: Any, format: str, where: str, *, vocabulary: int | None = None
 
 
 def detect_format(row: Any) -> str:
-    """The format whose fields the first row of a file shows; "rollouts" where nothing speaks for another."""
+    """The format that matches the fields of a file's first row; "rollouts" if no other format matches."""
     if isinstance(row, Mapping):
         if "input" in row and "output" in row:
             return "verl"
@@ -159,18 +158,18 @@ def detect_format(row: Any) -> str:
 
 
 def text_id(text: str) -> str:
-    """Stable id of a problem known by its prompt text alone: "text-" and 16 hexadecimal digits of its SHA-256."""
+    """Stable id of a problem without its own id: "text-" and 16 hexadecimal digits of the prompt text's SHA-256."""
     return "text-" + hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 class _Fields:
-    """A row seen through a format's table of names; every value it returns has been checked."""
+    """A row read through a format's table of names; every returned value has been checked."""
 
     def __init__(self, row: Mapping[str, Any], names: Mapping[str, tuple[str, ...]], where: str) -> None:
         self.row, self.names, self.where = row, names, where
 
     def get(self, part: str) -> tuple[str, Any]:
-        """The name a part has in this row and its value; the first name and None where the row has none."""
+        """Field name and value of a part in this row; the first name and None if the row has no value."""
         names = self.names.get(part, ())
         for name in names:
             value: Any = self.row
@@ -324,13 +323,13 @@ class _Fields:
         return value
 
     def _encodable(self, part: str, text: Any) -> Any:
-        """Refuses text, or a value with text in it, that no tokenizer and no file could take."""
+        """Reject text, or a value that contains text, that cannot be encoded for a tokenizer or a file."""
         check_keepable(text, self.where, self.get(part)[0])
         return text
 
 
 def _opened(value: Any) -> Mapping[str, Any]:
-    """An object, or the JSON text of one, as Parquet files keep it; anything else has no fields."""
+    """The fields of an object, or of its JSON text as in Parquet files; other values have no fields."""
     if isinstance(value, str):
         try:
             value = json.loads(value)
@@ -362,5 +361,5 @@ def _extreme(values: Any, pick: Any) -> tuple[int, int]:
 
 
 def _shortest_floats(values: np.ndarray) -> list[float]:
-    """float32 values as the Python floats with the fewest digits that read back as the same float32."""
+    """float32 values as Python floats, each with the fewest digits that give the same float32 again."""
     return [float(str(value)) for value in np.asarray(values, dtype=np.float32)]

@@ -1,8 +1,8 @@
-"""Rollout files as a stream of groups, each row checked before the first group is computed.
+"""Rollout files as a stream of groups; all rows are checked before the first group is computed.
 
-`read_rollouts` goes through the files once. That pass checks every row and keeps, of each, three integers: its
-problem, its file and its place. `RolloutSource.groups()` then fetches one problem's rows at a time, so that rows may
-come in any order, a fault in the last row is found before hours of work, and memory does not grow with the files.
+`read_rollouts` reads the files once. That pass checks every row and keeps only integers per row: its problem, its file
+and its place. `RolloutSource.groups()` then fetches one problem's rows at a time. So rows may come in any order, and
+memory does not grow with the size of the rows. A fault in the last row is found before hours of work.
 """
 
 from array import array
@@ -23,20 +23,20 @@ _LOGPROBS = ("logprobs", "reference_logprobs")
 
 
 class RolloutSource:
-    """Checked rollouts of one policy version by problem, in order of first appearance. Made by read_rollouts."""
+    """Checked rollouts of one policy version, by problem in order of first appearance. Made by `read_rollouts`."""
 
     format: str
     """One of gradstore.engine.rollouts.FORMATS."""
     step: int | None
-    """The policy version that sampled them, where the rows tell; verl's training dump of trainer step t has t - 1."""
+    """The policy version that sampled the rollouts, if stated; t - 1 for verl's training dump of trainer step t."""
     problem_ids: list[str]
     n_rollouts: int
     counts: np.ndarray
     """Rollouts of each problem, int64 [P], in the order of problem_ids."""
     has_logprobs: bool
-    """Whether every rollout carries the behaviour policy's log-probabilities."""
+    """Whether every rollout has the behaviour policy's log-probabilities."""
     has_reference: bool
-    """Whether any rollout carries a reference policy's; problems without signal need none."""
+    """Whether any rollout has a reference policy's log-probabilities; problems without signal need none."""
 
     def __init__(
         self,
@@ -63,7 +63,7 @@ class RolloutSource:
     def records(self) -> Iterator[dict[str, Any]]:
         """The problems as canonical records (see Store.add_problems), each from its first rollout.
 
-        A prompt known only as token ids is given as the tokenizer's text, or without one as "[token ids] 5 17 ...".
+        A prompt known only as token ids is decoded by the tokenizer; without a tokenizer it is "[token ids] 5 17 ...".
         """
         for problem in range(len(self)):
             rollout = self._fetch(self._starts[problem : problem + 1])[0]
@@ -84,28 +84,28 @@ class RolloutSource:
             }
 
     def rollouts(self, ids: Iterable[str] | None = None) -> Iterator[list[Rollout]]:
-        """The rollouts of each problem, or of those named, as they stand in the files."""
+        """The rollouts of each problem, or of those in `ids`, unchanged from the files."""
         for problem in self._chosen(ids):
             yield self._fetch(range(self._starts[problem], self._starts[problem + 1]))
 
     def groups(self, ids: Iterable[str] | None = None) -> Iterator[Group]:
-        """The groups of all problems, or of those named, in order of first appearance, read one at a time.
+        """The groups of all problems, or of those in `ids`, in order of first appearance, read one at a time.
 
-        Raises RequestError for an id that is not there, a chat template that refuses a prompt, and for a file that
-        changed since it was checked.
+        Raises RequestError for an unknown id, for a chat template that refuses a prompt, and for a file that changed
+        since it was checked.
         """
-        chosen = self._chosen(ids)  # at the call, not at the first group
+        chosen = self._chosen(ids)  # ids are checked at the call, not at the first group
         return (self._changed(self._group(self._fetch(range(self._starts[p], self._starts[p + 1])))) for p in chosen)
 
     def change(self, change: Callable[[Group], Group]) -> None:
-        """Give every group from here on as `change` makes it, such as an `engine.Reference`."""
+        """Apply `change` to every group from now on; example: an `engine.Reference`."""
         self._changed = change
 
     def _index(self, step: int | None) -> None:
-        """Checks every row and sorts their places by problem."""
+        """Check every row and sort the places by problem."""
         problem_of, file_of, places, sizes = array("q"), array("q"), array("q"), array("q")
         numbers: dict[str, int] = {}
-        # of each problem: prompt digest, which log-probabilities it has, where
+        # per problem: prompt digest, which log-probabilities it has, where it first appears
         first: list[tuple[bytes, tuple[bool, bool], str]] = []
         steps: dict[int | None, str] = {}
         for j, file in enumerate(self._files):
@@ -212,7 +212,7 @@ class RolloutSource:
             values = file.fetch(self._places[rows[mine]].tolist(), self._sizes[rows[mine]].tolist())
             for k, value in zip(mine, values, strict=True):
                 rollouts[k] = self._read(value, str(file.path))
-        if len(self._files) > 1:  # few open files, however many the folder holds
+        if len(self._files) > 1:  # keep few files open, even in a large folder
             for file in self._files:
                 file.close()
         return rollouts
@@ -242,7 +242,7 @@ class RolloutSource:
     def _response_ids(self, rollout: Rollout) -> np.ndarray:
         if rollout.response_ids is not None:
             return rollout.response_ids
-        # a response that ran into the limit of new tokens never had an end-of-sequence token
+        # a response cut at the limit of new tokens never had an end-of-sequence token
         append_eos = self._append_eos and rollout.finish_reason != "length"
         return tokens.response_ids(self._tokenizer, rollout.response or "", append_eos=append_eos)
 
@@ -261,20 +261,20 @@ def read_rollouts(
     vocabulary: int | None = None,
     template_kwargs: Mapping[str, Any] | None = None,
 ) -> RolloutSource:
-    """Checks every row of a rollout file, or of a folder of them, and returns the rollouts grouped by problem.
+    """Check every row of a rollout file, or of a folder of them, and return the rollouts grouped by problem.
 
     path: JSON Lines or Parquet with one rollout per row, a JSON list, or a folder of such files.
-    tokenizer: a transformers tokenizer; needed where prompts or responses are text.
+    tokenizer: a transformers tokenizer; needed if prompts or responses are text.
     format: "rollouts", "verl" (trainer.rollout_data_dir), "verl-validation" (trainer.validation_data_dir),
         "gradalign" (responses_sorted.json), or "auto": by the fields of the first row.
-    append_eos: end each text response in the end-of-sequence token (never one that stopped for its length).
-    step: take only the rows that state this step (verl: the trainer's step, as in the dump's file name).
-    problems: canonical problem records; each rollout is given the id and the prompt of the problem whose prompt reads
-        the same once special tokens are left out. verl's dumps lose ids and special tokens; this brings them back.
-    vocabulary: size of the model's vocabulary, which token ids must stay below; often more than the tokenizer has.
-    template_kwargs: arguments of the chat template; default: those kept beside a file of `gradstore rollout`.
+    append_eos: append the end-of-sequence token to each text response, except those cut at the length limit.
+    step: read only the rows that state this step (verl: the trainer's step, as in the dump's file name).
+    problems: canonical problem records; each rollout gets the id and the prompt of the problem with the same prompt
+        text without special tokens. verl's dumps lose ids and special tokens; this restores them.
+    vocabulary: size of the model's vocabulary, an upper limit of token ids; often larger than the tokenizer's.
+    template_kwargs: arguments of the chat template; default: those stored beside a file of `gradstore rollout`.
 
-    Raises RequestError, naming file, row and field, for whatever cannot be used; docs/rollouts.md has the list.
+    Raises RequestError, naming file, row and field, for input that cannot be used; docs/rollouts.md has the list.
     """
     path = Path(path)
     if format not in ("auto", *FORMATS):
@@ -310,7 +310,7 @@ def _files(path: Path) -> list[Path]:
 
 
 def _files_of_step(folder: Path, files: list[Path], step: int | None) -> list[Path]:
-    """The dump of one step among those of a folder, where each is named by its step."""
+    """The files of one step, if the files of the folder are named by their step."""
     steps = sorted(int(file.stem) for file in files)
     span = f"step {steps[0]} to {steps[-1]}"
     if step is None and len(files) > 1:
@@ -324,7 +324,7 @@ def _files_of_step(folder: Path, files: list[Path], step: int | None) -> list[Pa
 def _known_prompts(
     problems: Iterable[Mapping[str, Any]], tokenizer: Any, arguments: Mapping[str, Any]
 ) -> dict[str, dict]:
-    """Problem records by the text that remains of their prompts when special tokens are left out."""
+    """Problem records, by prompt text without special tokens."""
     if tokenizer is None:
         raise RequestError("problems= needs a tokenizer, to compare prompts as the model sees them")
     known: dict[str, dict] = {}

@@ -1,9 +1,9 @@
-"""Chat messages to the one text a model sees, by its tokenizer's chat template. Nothing is lost on the way silently.
+"""Render chat messages as the text that a model sees, by its tokenizer's chat template; nothing is dropped silently.
 
-Templates differ in what they take. Content that is a list of parts is passed on where the template renders a text part
-as it renders that text; else the parts' texts are joined by line ends, as vLLM joins them. Content that is null, as in
-a tool call, is passed on as null, or as "" where the template would print None. Tool calls, tools and template
-arguments that a template does not render are refused: the model would be asked something else than the file says.
+Templates differ in the content they accept. A list of parts is passed on if the template renders a text part in the
+same way as plain text; otherwise the texts are joined by line ends, as in vLLM. Null content, as in a tool call, is
+passed on as null, or as "" if the template would print None. Tool calls, tools and template arguments that a template
+does not render are refused: the model would not see what the file says.
 """
 
 import functools
@@ -20,7 +20,7 @@ from gradstore.problems import detail
 
 Prompt = str | list[dict[str, Any]]
 _REFUSALS = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
-"""What templates, and transformers around them, raise at messages that they were not written for."""
+"""Errors that templates and transformers raise for messages that a template does not support."""
 
 
 def prompt_text(
@@ -31,9 +31,9 @@ def prompt_text(
     tools: Sequence[Mapping[str, Any]] | None = None,
     arguments: Mapping[str, Any] | None = None,
 ) -> str:
-    """The prompt as the one text the model sees.
+    """The prompt as the text that the model sees.
 
-    name: whose prompt it is, for messages. tools: what the model may call, as the template takes it. arguments: further
+    name: the problem's name in messages. tools: tools that the model may call, in the template's form. arguments: other
     variables of the template, such as {"enable_thinking": False}.
     RequestError for messages, tools or arguments that the template does not render.
     """
@@ -68,7 +68,7 @@ def prompt_text(
 
 
 def check_arguments(tokenizer: Any, arguments: Mapping[str, Any]) -> None:
-    """RequestError for arguments that the tokenizer's chat template does not mention, or that are transformers' own."""
+    """Raise RequestError for arguments that the chat template does not mention, or that transformers itself uses."""
     if not arguments:
         return
     own = inspect.signature(type(tokenizer).apply_chat_template).parameters
@@ -82,20 +82,20 @@ def check_arguments(tokenizer: Any, arguments: Mapping[str, Any]) -> None:
 
 
 def settings_path(rollouts: str | Path) -> Path:
-    """Where the settings of a rollout file that `gradstore rollout` wrote stand."""
+    """Path of the settings file that `gradstore rollout` writes beside a rollout file."""
     return Path(f"{rollouts}.settings.json")
 
 
 def kept_arguments(rollouts: Path, given: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The template arguments of a rollout file: those kept beside it, or those given where none are kept.
+    """The template arguments of a rollout file: those stored beside it, or `given` if none are stored.
 
-    RequestError when both are there and differ.
+    RequestError if both exist and differ.
     """
     try:
         settings = json.loads(settings_path(rollouts).read_text(encoding="utf-8"))
         kept = settings.get("template_kwargs", {})
     except (OSError, ValueError, AttributeError):
-        kept = None  # not a file of ours: what is given decides
+        kept = None  # no settings file of gradstore: use the given arguments
     if kept is not None and given is not None and kept != given:
         raise RequestError(
             f"{rollouts}: sampled with the template arguments {json.dumps(kept)}, given are {json.dumps(given)}"
@@ -104,7 +104,7 @@ def kept_arguments(rollouts: Path, given: Mapping[str, Any] | None) -> dict[str,
 
 
 def tools_of(record: Mapping[str, Any], name: str) -> list[dict[str, Any]] | None:
-    """The tools that a problem gives its model: its field `tools`, a list of objects or the JSON text of one."""
+    """The tools of a problem, from its field `tools`: a list of objects, or the JSON text of one."""
     tools = detail(record, "tools")
     if tools is None:
         tools = ((record.get("extra") or {}).get("verl") or {}).get("tools")
@@ -122,7 +122,7 @@ def tools_of(record: Mapping[str, Any], name: str) -> list[dict[str, Any]] | Non
 
 @functools.lru_cache(maxsize=16)
 def takes_parts(tokenizer: Any) -> bool:
-    """Whether the chat template renders content as a list of one text part as it renders that text."""
+    """Whether the chat template renders a list of one text part in the same way as the plain text."""
     said = "a part of text"
     as_text, as_part = (
         _rendered(tokenizer, [{"role": "user", "content": content}], {})
@@ -132,7 +132,7 @@ def takes_parts(tokenizer: Any) -> bool:
 
 
 def _rendered(tokenizer: Any, messages: list[dict[str, Any]], options: Mapping[str, Any]) -> str | None:
-    """The template's text; None where it raises."""
+    """The rendered text; None if the template raises."""
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
     except _REFUSALS:
@@ -140,7 +140,7 @@ def _rendered(tokenizer: Any, messages: list[dict[str, Any]], options: Mapping[s
 
 
 def _refused(tokenizer: Any, messages: list[dict[str, Any]], options: Mapping[str, Any]) -> str:
-    """Why the template raises, and at which kind of message it may be."""
+    """Error message: why the template raises, and which messages may be the cause."""
     try:
         tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
         reason = "no reason given"
@@ -152,7 +152,7 @@ def _refused(tokenizer: Any, messages: list[dict[str, Any]], options: Mapping[st
 
 
 def _readable(message: Mapping[str, Any], j: int, name: str, parts_taken: bool) -> dict[str, Any]:
-    """A message as the template takes it: no nulls of Parquet's columns, parts as they are or joined."""
+    """A message in the template's form: without nulls from Parquet columns, its parts as a list or joined."""
     content = message.get("content")
     plain = {key: _without_nulls(value) for key, value in message.items() if value is not None}
     if isinstance(content, list):
@@ -173,7 +173,7 @@ def _readable(message: Mapping[str, Any], j: int, name: str, parts_taken: bool) 
 
 
 def _without_nulls(value: Any) -> Any:
-    """Objects without their null fields: a Parquet column gives every object the fields of all others, as nulls."""
+    """The value without null fields of objects: a Parquet column adds all other objects' fields to each, as nulls."""
     if isinstance(value, Mapping):
         return {key: _without_nulls(part) for key, part in value.items() if part is not None}
     return [_without_nulls(part) for part in value] if isinstance(value, list) else value

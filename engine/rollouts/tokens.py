@@ -1,10 +1,10 @@
-"""Text to token ids, the same way wherever a prompt or a response is tokenised.
+"""Tokenisation of prompts and responses, the same everywhere.
 
-- A text prompt goes through `tokenizer(prompt)` as it is: the tokenizer's own default decides about special tokens,
-  as it would at generation time (Llama's adds <s>, Qwen's adds nothing).
+- A text prompt goes unchanged through `tokenizer(prompt)`: the tokenizer's default decides about special tokens, as at
+  generation time (Llama's adds <s>, Qwen's adds nothing).
 - Chat messages go through the chat template with the generation prompt; the template writes the special tokens
   itself, so none are added.
-- A text response never gets special tokens, save the end-of-sequence token where `append_eos` asks for it.
+- A text response never gets special tokens, except the end-of-sequence token with `append_eos`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -30,7 +30,7 @@ def prompt_ids(
 
 
 def text_of(tokenizer: Any, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
-    """The text of token ids; those of a padded vocabulary, which no tokenizer knows, have none."""
+    """The text of token ids; ids of a padded vocabulary, unknown to the tokenizer, give no text."""
     try:
         return tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
     except (IndexError, KeyError, OverflowError, TypeError):
@@ -39,7 +39,7 @@ def text_of(tokenizer: Any, ids: Sequence[int], *, skip_special_tokens: bool = F
 
 
 def response_ids(tokenizer: Any, response: str, *, append_eos: bool) -> np.ndarray:
-    """Token ids of a response, int64 [tokens]; with `append_eos` it ends in one end-of-sequence token."""
+    """Token ids of a response, int64 [tokens]; with `append_eos` they end with one end-of-sequence token."""
     ids = list(tokenizer(response, add_special_tokens=False)["input_ids"])
     if append_eos and (not ids or ids[-1] != tokenizer.eos_token_id):
         ids.append(tokenizer.eos_token_id)

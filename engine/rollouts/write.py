@@ -1,7 +1,7 @@
-"""Rollout files, written: JSON Lines, which can be appended to and resumed, or Parquet, which is smaller.
+"""Write rollout files: JSON Lines, which can be appended to and resumed, or Parquet, which is smaller.
 
-JSON Lines grows in place: what was appended is on the disk when `append` returns. Parquet has its index at the end, so
-it is written beside its final name and takes that name only when complete.
+JSON Lines grows in place: rows are on disk when `append` returns. Parquet has its index at the end, so it is written
+beside its final name and renamed when complete.
 """
 
 import json
@@ -39,18 +39,18 @@ _COLUMNS: dict[str, pa.DataType] = {
 
 
 class RolloutWriter(Protocol):
-    """What write_rollouts gives: rows go in the order they are appended."""
+    """Writer that `write_rollouts` yields; rows keep the order in which they are appended."""
 
     def append(self, rollouts: Iterable[Rollout]) -> None: ...
 
 
 @contextmanager
 def write_rollouts(path: str | Path, *, append: bool = False) -> Iterator[RolloutWriter]:
-    """A writer of rollouts by the path's suffix: .jsonl, or .parquet.
+    """Yield a writer of rollouts; the path's suffix sets the format: .jsonl or .parquet.
 
-    append: go on at the end of a .jsonl file that is there. Otherwise a file that is there is replaced.
-    With Parquet an exception inside the context leaves no file; with JSON Lines it leaves what was appended.
-    Raises RequestError for another suffix, a folder that is not there or cannot be written.
+    append: continue at the end of an existing .jsonl file. Without it, an existing file is replaced.
+    An exception inside the context leaves no Parquet file; a JSON Lines file keeps the rows appended so far.
+    Raises RequestError for another suffix, or for a folder that does not exist or cannot be written.
     """
     path = Path(path)
     if path.suffix not in (".jsonl", ".parquet"):
@@ -97,7 +97,7 @@ def _parquet(path: Path) -> Iterator[RolloutWriter]:
 
 
 class _ParquetWriter:
-    """Buffers rows to row groups of one size, so that a file does not depend on how it was appended."""
+    """Buffers rows into row groups of one size, so that a file does not depend on how rows were appended."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._rows = path, []  # type: Path, list[dict[str, Any]]

@@ -1,1 +1,1 @@
-"""From gradients to stored sketches: projections, the sketcher, collecting, and how faithful they are."""
+"""From gradients to stored sketches: projections, the sketcher, collection, and fidelity of the ranking."""

@@ -1,7 +1,7 @@
-"""Fitted projections kept with the store they made, frozen under their digest.
+"""Fitted projections, kept in the store of their sketches and verified by their digest.
 
-What a store needs of a sketcher, and a sketcher of a store, is a `SketcherFiles`: a value that can travel to where the
-model is, which need not be where the store is.
+`SketcherFiles` is all that a store needs from a sketcher, and a sketcher from a store. It is a plain value: the model
+may be on another machine than the store.
 """
 
 import json
@@ -25,20 +25,20 @@ from gradstore.errors import DamagedError, FingerprintError, RequestError
 
 @dataclass(frozen=True, slots=True)
 class SketcherFiles:
-    """What makes a sketcher again, given the model: what `gradstore.create` needs besides a path."""
+    """Data to rebuild a sketcher for a given model; also all that `gradstore.create` needs besides a path."""
 
     dim: int
     """Dimensions of a sketch."""
     fingerprint: dict
-    """Settings that a row depends on."""
+    """Settings that change a row."""
     attachments: dict[str, bytes] = field(default_factory=dict)
-    """Files by name: the projection, where that was fitted."""
+    """Files by name: the projection, if it was fitted."""
     coverage: Coverage | None = None
-    """What the sketches of a new store see of the gradient; None of a store that is there."""
+    """Coverage of the gradient by a new store's sketches; None for an existing store."""
 
 
 def files_of(sketcher: Sketcher, coverage: Coverage | None = None) -> SketcherFiles:
-    """What a store of this sketcher's rows is made from; coverage: as `measure` found it."""
+    """The files to create a store for this sketcher's rows. coverage: the result of `measure`."""
     attachments = {}
     if sketcher.projection.kind == "fitted":
         attachments[_name(sketcher.projection.digest())] = _to_bytes(sketcher.projection)
@@ -46,7 +46,7 @@ def files_of(sketcher: Sketcher, coverage: Coverage | None = None) -> SketcherFi
 
 
 def files_in(store: Store, basis: int | None = None) -> SketcherFiles:
-    """What makes the store's rows in a basis (None: the newest); DamagedError when its projection changed."""
+    """The sketcher's files for one basis of the store (None: the newest); DamagedError if its projection changed."""
     fingerprint = fingerprint_in(store, basis)
     attachments = {}
     if fingerprint.get("projection", {}).get("kind") == "fitted":
@@ -56,7 +56,7 @@ def files_in(store: Store, basis: int | None = None) -> SketcherFiles:
 
 
 def fingerprint_in(store: Store, basis: int | None = None) -> dict:
-    """The fingerprint of a sketcher whose rows are in a basis of the store (None: the newest)."""
+    """The fingerprint of the sketcher for one basis of the store (None: the newest)."""
     chosen = store.bases[-1 if basis is None else basis]
     if chosen.number == 0:
         return store.fingerprint
@@ -65,9 +65,9 @@ def fingerprint_in(store: Store, basis: int | None = None) -> dict:
 
 
 def basis_of(store: Store, fingerprint: dict) -> int:
-    """Number of the basis that rows of a sketcher with this fingerprint are in.
+    """Number of the store's basis for rows of a sketcher with this fingerprint.
 
-    FingerprintError, naming each field with both values, when they do not belong in the store.
+    FingerprintError, naming each field with both values, if such rows do not belong in the store.
     """
     for basis in reversed(store.bases):
         if fingerprint_in(store, basis.number) == fingerprint:
@@ -76,9 +76,9 @@ def basis_of(store: Store, fingerprint: dict) -> int:
 
 
 def add_basis(store: Store, sketcher: Sketcher, about: Mapping[str, object] | None = None) -> int:
-    """Keep a sketcher's fitted projection as a further basis of the store; returns its number.
+    """Add a sketcher's fitted projection as a further basis of the store; returns its number.
 
-    FingerprintError when anything but the projection differs from the store's settings.
+    FingerprintError if anything but the projection differs from the store's settings.
     """
     files = files_of(sketcher)
     theirs, ours = dict(files.fingerprint), dict(store.fingerprint)
@@ -93,7 +93,7 @@ def add_basis(store: Store, sketcher: Sketcher, about: Mapping[str, object] | No
 
 
 def bases_in_use(store: Store, besides: str | None = None) -> list[int]:
-    """Bases of the newest live rows of every collection but one, ascending: those that targets are needed in."""
+    """Bases of the newest live rows in all collections except `besides`, ascending. Targets are needed in these."""
     if len(store.bases) == 1:
         return [0]
     names = [name for name in store.collections if name != besides]  # halves of a pool are in its bases
@@ -103,10 +103,10 @@ def bases_in_use(store: Store, besides: str | None = None) -> list[int]:
 def sketcher_from(
     model: nn.Module, fingerprint: dict, attachments: Mapping[str, bytes], spec: SketchSpec | None = None
 ) -> Sketcher:
-    """The sketcher whose rows have this fingerprint.
+    """The sketcher with this fingerprint.
 
-    spec: its settings with changes that do not alter a sketch, such as the token budget. FingerprintError, naming each
-    field that differs, for a model or settings that make other rows.
+    spec: its settings, with changes that do not alter a sketch, such as the token budget. FingerprintError, naming each
+    field that differs, for a model or settings that give other rows.
     """
     spec = spec or SketchSpec.of(fingerprint)
     projection = _projection(fingerprint, attachments) if spec.basis == "fitted" else None
@@ -123,10 +123,10 @@ def sketcher_of(
     basis: int | None = None,
     optimizer: OptimizerDirection | None = None,
 ) -> Sketcher:
-    """A sketcher whose rows belong in the store: its settings, and its own fitted projection where it has one.
+    """A sketcher whose rows belong in the store: with its settings, and its fitted projection if it has one.
 
-    spec: settings of the store with changes that do not alter a sketch, such as the token budget. basis: number of the
-    store's projection; None: the newest. optimizer: the direction of the store's rows, where they are not gradients.
+    spec: the store's settings, with changes that do not alter a sketch, such as the token budget. basis: number of the
+    store's projection; None: the newest. optimizer: direction of the store's rows, if they are not gradients.
     """
     spec = spec or SketchSpec.of(store.fingerprint)
     kind = store.fingerprint.get("projection", {}).get("kind")
@@ -137,13 +137,13 @@ def sketcher_of(
 
 
 def create_store(path: Path, sketcher: Sketcher, dtype: str = "int8", coverage: Coverage | None = None) -> Store:
-    """A new store for a sketcher's rows, keeping its projection where that was fitted, and its coverage where given;
-    else `collect` measures that with the first rows."""
+    """Create a store for a sketcher's rows, with its projection if fitted and its coverage if given. Without coverage,
+    `collect` measures it with the first rows."""
     return create_from(path, files_of(sketcher, coverage), dtype)
 
 
 def create_from(path: Path, files: SketcherFiles, dtype: str = "int8") -> Store:
-    """A new store of rows that are made elsewhere, by the sketcher that the files are of."""
+    """Create a store for rows that the sketcher of these files makes elsewhere."""
     kept = {} if files.coverage is None else {COVERAGE: files.coverage.to_bytes()}
     return create(path, dim=files.dim, fingerprint=files.fingerprint, dtype=dtype, attachments=files.attachments | kept)
 
@@ -166,13 +166,13 @@ def _to_bytes(projection: Projection) -> bytes:
         "layout": projection.layout,
         "layers": [[basis.name, basis.start, basis.stop] for basis in projection.layers],
     }
-    # safetensors writes the memory of an array whatever its order, so a transposed one would come back scrambled.
+    # safetensors writes an array's memory in whatever order it has; a transposed array would be read back scrambled.
     contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     return save(contiguous, {"projection": json.dumps(about)})
 
 
 def load_projection(store: Store, basis: int | None = None) -> Projection:
-    """A fitted projection of the store's rows (None: the newest); DamagedError when it is not the one it was."""
+    """A fitted projection of the store (None: the newest); DamagedError if its digest does not match."""
     files = files_in(store, basis)
     return _projection(files.fingerprint, files.attachments, f"{store.path}: ")
 

@@ -1,8 +1,8 @@
 """Sketch a stream of groups into a store, resumable at any moment.
 
-Groups are taken in windows cut over the whole stream, so that a resumed run forms the same micro-batches, and so the
-same bits, as an undisturbed one. A window is appended whole and published whole; problems that already have a row at
-the step are skipped.
+Windows of groups are cut over the whole stream. So a resumed run forms the same micro-batches, and the same bits, as an
+uninterrupted one. A window is appended whole and published whole; problems that already have a row at the step are
+skipped.
 """
 
 import time
@@ -25,16 +25,16 @@ from gradstore.engine.sketches.spec import SketchBatch, SketchSpec
 from gradstore.errors import RequestError
 
 Measure = Literal["auto", "always", "never"]
-"""Whether a run measures how well its sketches rank: where the store is new and its projection was not measured when it
-was fitted; in any case; not at all."""
+"""When a run measures the fidelity of its sketches. auto: if the store is new and its projection was not measured when
+fitted."""
 
 _PUBLISH_SECONDS = 5.0
-"""Work an interruption can cost, beside the window under way."""
+"""Seconds of work that an interruption can lose, besides the current window."""
 
 
 @dataclass(slots=True)
 class CollectReport:
-    """What a collection did."""
+    """Result of one `collect` run."""
 
     live: int = 0
     no_signal: int = 0
@@ -45,21 +45,21 @@ class CollectReport:
     seconds: float = 0.0
     fidelity: float | None = None
     """Rank correlation of sketched with exact cosines on the first problems of this run, for a fitted projection;
-    None where it was not measured."""
+    None if not measured."""
     fidelity_when_fitted: float | None = None
-    """The same on problems left out when the projection was fitted, where that is known."""
+    """The same on held-out problems when the projection was fitted, if known."""
     bases: list[int] = field(default_factory=list)
-    """Bases of the store that the rows are in."""
+    """Bases of the store that contain the rows."""
     failures: list[tuple[str, str]] = field(default_factory=list)
-    """Id of each failed problem and why."""
+    """Id of each failed problem, and the reason."""
 
     @property
     def collected(self) -> int:
-        """Rows appended."""
+        """Number of rows appended."""
         return self.live + self.no_signal + self.failed
 
     def add(self, batch: SketchBatch, places: Sequence[int]) -> None:
-        """Counts rows of the batch that were appended."""
+        """Count the appended rows of a batch."""
         states = [batch.states[place] for place in places]
         self.live += states.count(State.LIVE)
         self.no_signal += states.count(State.NO_SIGNAL)
@@ -68,11 +68,12 @@ class CollectReport:
 
     @property
     def needs_refit(self) -> bool:
-        """Whether the projection no longer ranks as the gradients themselves do: the policy has moved from it."""
+        """Whether the projection should be fitted anew: the policy has moved, and sketches no longer rank as gradients
+        do."""
         return needs_refit(self.fidelity, self.fidelity_when_fitted)
 
     def describe(self) -> dict:
-        """JSON-ready."""
+        """The report as a JSON-ready dict."""
         return {"collected": self.collected, "needs_refit": self.needs_refit, **asdict(self)}
 
 
@@ -94,18 +95,18 @@ def collect(
 ) -> CollectReport:
     """Sketch every group with the model and append the rows at `step`.
 
-    groups: a rollout source, whose problems are added to the collection, or groups of problems it already has, in
-    the same order in every run that is to be resumed. A source is checked to its end before its first group is
-    computed; other groups are checked window by window. progress: called with the number of problems just done.
-    benchmark: groups against whose gradient the fidelity of a fitted projection is measured; without them it is that
-    of other groups. measure: when that is done, on the first window with enough problems. known: sketches that this
-    sketcher has made of the same rollouts already (`FirstFit.rows`), which are appended first and published at once;
-    those of problems that the source has not are left. also: further bases of the store to sketch in, from the same
-    pass: what a benchmark needs for rows of older bases to be ranked by it (`bases_in_use`); nothing is known in those.
-    accept_coverage: the share of the gradient that a new store's sketches must see (docs/methods.md, coverage),
-    measured on the first window with a signal and kept; None: 0.95, of layers that were chosen none.
-    FingerprintError when the store holds rows made another way; RequestError for too little coverage, and for bad
-    rollouts, after which everything published so far is kept.
+    groups: a rollout source, whose problems are added to the collection; or groups of problems already in it, in the
+    same order in every resumed run. A source is checked to its end before the first group is computed; other groups
+    are checked window by window. progress: called with the number of problems just done.
+    benchmark: groups whose mean gradient is the target for measuring the fidelity of a fitted projection; default:
+    other groups. measure: when to measure it, on the first window with enough problems. known: sketches that this
+    sketcher already made of the same rollouts (`FirstFit.rows`); they are appended first and published at once, except
+    for problems missing in the source. also: further bases of the store to sketch in, from the same pass; a benchmark
+    needs them to rank rows of older bases (`bases_in_use`). Known sketches do not include these.
+    accept_coverage: share of the gradient that a new store's sketches must see (docs/methods.md, coverage); measured on
+    the first window with a signal, and kept. None: 0.95, or 0 if the spec chooses layers.
+    FingerprintError if the store holds rows made in another way. RequestError for too little coverage or bad rollouts;
+    everything published so far is kept.
     """
     if step < 0:
         raise RequestError(f"step is {step}, expected 0 (the base model) or more")
@@ -114,14 +115,14 @@ def collect(
             raise RequestError("collect needs a model or a sketcher")
         sketcher = Sketcher(model, spec)
     basis = check_fingerprint(store, sketcher)
-    numbers = [*sorted(set(also) - {basis}), basis]  # the sketcher's own last: it is the newest row of its step
+    numbers = [*sorted(set(also) - {basis}), basis]  # the sketcher's own basis last: its row is the newest of the step
     projections = [sketcher.projection if b == basis else load_projection(store, b) for b in numbers]
     done = set.intersection(*(_rows_at(store, collection, step, b) for b in numbers))
     ids: set[str] = set()
     if isinstance(groups, RolloutSource):
         ids = set(groups.problem_ids)
         missing = [problem_id for problem_id in groups.problem_ids if problem_id not in done]
-        for group in groups.groups(missing):  # a fault in the last group is found before anything is computed or stored
+        for group in groups.groups(missing):  # finds a fault in the last group before anything is computed or stored
             sketcher.check(group)
         store.add_problems(collection, groups.records())
         if not missing:
@@ -161,20 +162,20 @@ def collect(
 
 
 def check_fingerprint(store: Store, sketcher: Sketcher) -> int:
-    """Basis of the store that the sketcher's rows are in; FingerprintError, naming each field with both values, where
-    it does not make rows like the store's."""
+    """Number of the store's basis for the sketcher's rows; FingerprintError, naming each field with both values, if it
+    does not make rows like the store's."""
     return basis_of(store, sketcher.fingerprint)
 
 
 def _cover(store: Store, sketcher: Sketcher, groups: Sequence[Group], accepted: float | None) -> None:
-    """Measures what a new store's sketches see, and keeps it; RequestError where that is too little."""
+    """Measure the coverage of a new store's sketches and keep it; RequestError if it is too small."""
     coverage = measured_coverage(sketcher.gradients, groups)
     coverage.require(least_of(sketcher.spec, accepted))
     keep_coverage(store.path, coverage.to_bytes())
 
 
 def windows(groups: Iterable[Group], n_tokens: int, n_problems: int = 256) -> Iterator[list[Group]]:
-    """Consecutive groups of about n_tokens padded tokens, or n_problems, whichever comes first."""
+    """Windows of consecutive groups: about n_tokens padded tokens or n_problems, whichever is reached first."""
     window: list[Group] = []
     held = 0
     for group in groups:
@@ -188,7 +189,7 @@ def windows(groups: Iterable[Group], n_tokens: int, n_problems: int = 256) -> It
 
 
 def _append_known(writer: Writer, known: Sequence[SketchBatch], wanted: set[str], report: CollectReport) -> set[str]:
-    """Appends and publishes the known rows of the problems wanted; their ids."""
+    """Append and publish the known rows of the wanted problems; returns their ids."""
     taken: set[str] = set()
     for batch in known:
         places = [place for place, problem_id in enumerate(batch.ids) if problem_id in wanted]
@@ -204,7 +205,7 @@ def _append_known(writer: Writer, known: Sequence[SketchBatch], wanted: set[str]
 def _fidelity(
     sketcher: Sketcher, groups: Sequence[Group], batch: SketchBatch, benchmark: Sequence[Group]
 ) -> float | None:
-    """Of the sketches that the groups have, on at most 64 of them; None where that is too few."""
+    """Fidelity of the batch's sketches on at most 64 of the groups; None for too few groups."""
     ranking = ExactRanking.of(sketcher.model, sketcher.spec, groups, benchmark)
     if ranking is None:
         return None
@@ -214,7 +215,7 @@ def _fidelity(
 
 
 def _rows_at(store: Store, collection: str, step: int, basis: int) -> set[str]:
-    """Ids of the problems with a row in a basis at exactly this step."""
+    """Ids of the problems that have a row in this basis at exactly this step."""
     if collection not in store.collections:
         return set()
     view = store.view(collection, step, basis=basis)

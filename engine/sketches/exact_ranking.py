@@ -1,4 +1,4 @@
-"""How well a projection ranks: cosines of its sketches against exact ones, and when to fit another.
+"""Fidelity of a projection: rank correlation of sketched with exact cosines, and when to fit a new projection.
 
 Dimension letters: P problems, D sketch dimensions.
 """
@@ -17,21 +17,21 @@ from gradstore.engine.sketches.sketcher import Sketcher
 from gradstore.engine.sketches.spec import SketchBatch
 
 REFIT_BELOW = 0.9
-"""Fidelity below which a projection should be fitted anew, whatever it was when it was fitted."""
+"""A projection with a fidelity below this should be fitted anew."""
 REFIT_LOSS = 0.01
-"""Loss of fidelity since it was fitted from which a projection should be fitted anew."""
+"""A projection that lost this much fidelity since its fit should be fitted anew."""
 
 
 class Rows:
-    """Sketches of problems by their ids."""
+    """Sketches of problems, by problem id."""
 
     def __init__(self, batches: Iterable[SketchBatch]) -> None:
         self._batches = list(batches)
         self._places = {i: (b, row) for b, batch in enumerate(self._batches) for row, i in enumerate(batch.ids)}
 
     def of(self, groups: Sequence[Group]) -> tuple[np.ndarray, np.ndarray]:
-        """Sketches of the groups, float64 [P, D], and the lengths of their gradients as the sketcher estimates them,
-        float64 [P]; zeros for a problem that has none here."""
+        """Sketches of the groups, float64 [P, D], and the sketcher's estimates of their gradient norms, float64 [P];
+        zeros for a problem without a sketch here."""
         rows_PD = np.zeros((len(groups), self._batches[0].sketches.shape[1]))
         lengths_P = np.zeros(len(groups))
         for place, group in enumerate(groups):
@@ -45,21 +45,21 @@ class Rows:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ExactRanking:
-    """The exact cosines of some problems with the mean gradient of others, which sketches are held against."""
+    """Exact cosines of some problems with the mean gradient of others: the reference for a projection's fidelity."""
 
     scored: list[Group]
     others: list[Group]
     cosines: np.ndarray
-    """float64 [P], NaN for a problem without a gradient."""
+    """Exact cosines, float64 [P], NaN for a problem without a gradient."""
 
     @classmethod
     def of(
         cls, model: nn.Module, spec: GradientSpec, groups: Sequence[Group], benchmark: Sequence[Group] = (), n: int = 64
     ) -> "ExactRanking | None":
-        """On at most n of the groups; None with fewer than 16 that have a signal.
+        """The exact ranking of at most n of the groups; None if fewer than 16 groups have a signal.
 
-        benchmark: groups whose mean gradient is the target, which is the ranking that a search makes; without them it
-        is that of every other group. Cost: a plain forward and backward for each group used.
+        benchmark: groups whose mean gradient is the target, as in a search; without them, the target is the mean
+        gradient of every second group. Cost: a plain forward and backward for each group used.
         """
         live = [group for group in groups if group.has_signal][:n]
         if len(live) < 16:
@@ -69,9 +69,9 @@ class ExactRanking:
         return cls(scored, others, exact_against(model, scored, others, spec).cosines[:, 0])
 
     def fidelity(self, rows: Rows, others: Rows) -> float | None:
-        """Spearman of the sketches' cosines with the exact ones; None where fewer than 8 problems have both.
+        """Spearman correlation of the sketches' cosines with the exact ones; None if fewer than 8 problems have both.
 
-        rows, others: sketches of at least the problems scored and of those that the target is the mean of.
+        rows: sketches of at least the scored problems. others: sketches of at least the target's problems.
         """
         rows_PD, lengths_P = rows.of(self.scored)
         found_P = rows_PD @ others.of(self.others)[0].sum(axis=0) / np.where(lengths_P > 0, lengths_P, np.nan)
@@ -79,12 +79,12 @@ class ExactRanking:
         return float(spearmanr(found_P[kept_P], self.cosines[kept_P])[0]) if kept_P.sum() >= 8 else None
 
     def fidelity_of(self, sketcher: Sketcher) -> float | None:
-        """The same, with sketches made for it."""
+        """Fidelity of a sketcher, which makes the sketches for it."""
         rows, others = (Rows([sketcher.sketch(groups)]) for groups in (self.scored, self.others))
         return self.fidelity(rows, others)
 
 
 def needs_refit(fidelity: float | None, when_fitted: float | None) -> bool:
-    """Whether a projection of this fidelity should be fitted anew; no for one that was not measured."""
+    """Whether a projection of this fidelity should be fitted anew; False if it was not measured."""
     least = REFIT_BELOW if when_fitted is None else max(REFIT_BELOW, when_fitted - REFIT_LOSS)
     return fidelity is not None and fidelity < least

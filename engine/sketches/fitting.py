@@ -1,18 +1,18 @@
-"""Fit a projection to a sample of problems: sides that span the gradients, entries that hold their energy.
+"""Fit a projection to a sample of problems: sides that span the gradients, core entries with the most energy.
 
-For each layer, left and right are found as in a Tucker decomposition of the stacked gradients (higher-order orthogonal
-iteration, De Lathauwer et al. 2000): the right side spans the rows of L^T G_i over the sample, the left the columns of
-G_i R. No gradient is ever formed: one pass takes both products for the sides there are, and keeps the sum of their
-covariances (one_sided.py). The first pass has random sides and a quarter of a large sample, enough to begin with;
-the second has those it found and the whole sample; the third gives the energies of the entries. Problems weigh alike:
-each is divided by the length that its products show. The mean gradient of a benchmark, where there is one, weighs more
-than all problems together: what is ranked are dots with it. Beside each side's fitted directions stand a quarter as
-many random ones of their complement: what a gradient has there is not kept, but its length is estimated, because a
-cosine divides by the whole.
+For each layer, both sides come from a Tucker decomposition of the stacked gradients (higher-order orthogonal iteration,
+De Lathauwer et al. 2000): the right side spans the rows of L^T G_i over the sample, the left the columns of G_i R. No
+gradient is ever formed: one pass computes both products with the current sides, and sums their covariances
+(one_sided.py). The first pass uses random sides and a quarter of a large sample; the second uses the sides from the
+first and the whole sample; the third gives the energies of the entries. All problems have equal weight: each gradient
+is divided by the norm estimated from its products. A benchmark's mean gradient, if given, has more weight than all
+problems together, because the ranking is by dots with it. Each side also gets random directions in its complement, a
+quarter as many as fitted ones. They are not kept in the sketch, but they estimate the rest of the gradient's norm: a
+cosine divides by the whole norm.
 
-All that is kept are sums over problems: under FSDP2 each rank runs its share of the sample, the sums are added up, and
-every rank has the same bases. The finished sketch selects from the cores of the last pass, which so gives the sample's
-rows. Memory: for each layer and problem of a window 2 R x (O + I) floats, the sums, and the cores of the sample.
+Only sums over problems are kept: under FSDP2 each rank runs its share of the sample, the sums are added up, and every
+rank gets the same bases. The sketch selects entries from the cores of the last pass, so that pass also gives the
+sample's rows. Memory: per layer and problem of a window 2 R x (O + I) floats, the sums, and the cores of the sample.
 
 Dimension letters: P problems of a window, R rank, O and I a layer's outputs and inputs, W either, B sequences,
 T tokens, C core entries of all layers.
@@ -49,27 +49,27 @@ T = TypeVar("T")
 Progress = Callable[[int], None]
 
 _FIRST = 4
-"""Every so many-th problem of a large sample is in the first pass."""
+"""The first pass takes every 4th problem of a large sample."""
 _LEAST = 32
-"""Problems of the first pass, where there are as many: it shows little of a layer in fewer."""
+"""Minimum problems of the first pass, if there are as many: fewer show too little of a layer."""
 PASSES = 2 + 1 / _FIRST
 """Passes over a large sample."""
 _BESIDE = 4
 """Fitted directions of a side for each random one."""
 _WINDOW, _HELD = 8, 1 << 27
-"""Problems whose one-sided products are held at once: so many, or fewer where theirs take more bytes than that."""
+"""Limits on the one-sided products held at once: number of problems, and bytes."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Fit:
-    """A fitted projection, and the sketches in it that the fit has made on its way."""
+    """A fitted projection, and the sketches that the fit made with it."""
 
     projection: Projection
     rows: list[SketchBatch]
-    """Of the live problems of the sample, under FSDP2 of this rank's share, in the order they were given: what
-    `Sketcher.sketch` gives but for rounding."""
+    """Sketches of the sample's live problems, in the given order; under FSDP2 of this rank's share. They equal those of
+    `Sketcher.sketch` up to rounding."""
     benchmark: list[SketchBatch]
-    """Likewise of the benchmark's."""
+    """The same for the benchmark's problems."""
 
 
 def fit_projection(
@@ -79,7 +79,7 @@ def fit_projection(
     progress: Progress | None = None,
     benchmark: Sequence[Group] = (),
 ) -> Projection:
-    """The projection of `fit`."""
+    """The projection from `fit`, without the sketches."""
     return fit(model, groups, spec, progress, benchmark).projection
 
 
@@ -90,13 +90,13 @@ def fit(
     progress: Progress | None = None,
     benchmark: Sequence[Group] = (),
 ) -> Fit:
-    """A projection to spec.dim dimensions fitted to the groups, at most spec.rank directions on each side of a layer,
-    and a quarter as many random ones beside them; a side of up to twice the rank has all directions.
+    """Fit a projection to spec.dim dimensions to the groups. Each side of a layer has at most spec.rank fitted
+    directions, plus a quarter as many random ones; a side of width up to twice the rank keeps all directions.
 
-    groups: a sample of the problems to be ranked. benchmark: groups that they will be ranked against: fitted to like
-    the others, and their mean gradient has a dimension of its own. Those without signal are left out. progress: called
-    with the number of problems just gone through; `passed` says how many in all. Under FSDP2 all ranks call it together
-    with the same groups, and each runs its share. RequestError when fewer than two have a signal.
+    groups: a sample of the problems to be ranked. benchmark: groups to rank against; the fit uses them like the others,
+    and their mean gradient gets its own dimension. Groups without signal are left out. progress: called with the number
+    of problems just run; `passed` gives the total. Under FSDP2 all ranks call this together with the same groups, and
+    each runs its share. RequestError if fewer than two groups have a signal.
     """
     live, wanted = ([group for group in given if group.has_signal] for given in (groups, benchmark))
     if len(live) + len(wanted) < 2:
@@ -118,17 +118,17 @@ def fit(
 
 
 def passed(*n_live: int) -> int:
-    """Problems that a fit goes through in all its passes, for so many of the sample and of the benchmark."""
+    """Total problems that a fit runs in all its passes, given the live problems of the sample and the benchmark."""
     return sum(2 * n + len(_begin(range(n))) for n in n_live)
 
 
 def _begin(items: Sequence[T]) -> Sequence[T]:
-    """The items of the first pass: a quarter, but `_LEAST` where there are as many."""
+    """The items of the first pass: a quarter, but at least `_LEAST` if there are as many."""
     return items[:: max(1, min(_FIRST, len(items) // _LEAST))]
 
 
 def sample_groups(source: RolloutSource, n: int, seed: int) -> list[Group]:
-    """About n groups with a signal, drawn at random from a source, in its order; fewer where it has fewer."""
+    """Up to n groups with a signal, drawn at random from a source, in the source's order."""
     order = np.random.default_rng(seed).permutation(len(source))
     chosen: list[int] = []
     for start in range(0, len(order), n):
@@ -148,9 +148,9 @@ def _refined(
     progress: Progress | None,
     fitted: Sequence[Fitted] | None = None,
 ) -> list[Sides]:
-    """Both sides of every layer, each fitted to the groups given the other one of the bases.
+    """Both sides of every layer; each is fitted to the groups with the other side of `bases` held fixed.
 
-    A side without a gradient has no fitted direction: that of a fresh adapter's A, whose B is zero, grows later.
+    A side without a gradient has no fitted direction. Example: a fresh adapter's A has no gradient while its B is zero.
     """
     model, layers = sketcher.model, sketcher.gradients.layers
     products = OneSided(bases, sketcher.device)
@@ -169,10 +169,10 @@ def _refined(
 def _bases(
     shapes: Sequence[Shape], sides: Sequence[Sides], n_random: int, seed: int, name_of_random: str = ""
 ) -> tuple[list[LayerBasis], list[Fitted]]:
-    """The sides with random directions beside them, and which directions are fitted.
+    """Bases with random directions added to each side, and masks of the fitted directions.
 
-    Without the random ones a gradient's length would be that of its part in the sides. name_of_random: tells those of
-    one pass from those of another.
+    Without the random directions, a gradient's estimated norm would be that of its part in the sides. name_of_random:
+    gives each pass its own random directions.
     """
     bases: list[LayerBasis] = []
     fitted: list[Fitted] = []
@@ -189,7 +189,7 @@ def _bases(
 
 
 def _entries(bases: Sequence[LayerBasis], fitted: Sequence[Fitted]) -> np.ndarray:
-    """Which core entries are of fitted directions alone, bool [C]."""
+    """Mask of core entries between fitted directions only, bool [C]."""
     parts = []
     for basis, (left_R, right_R) in zip(bases, fitted, strict=True):
         right_KR = np.tile(right_R, 1 if basis.expert_EK is None else basis.expert_EK.shape[1])
@@ -198,7 +198,7 @@ def _entries(bases: Sequence[LayerBasis], fitted: Sequence[Fitted]) -> np.ndarra
 
 
 def _widened(side_WR: np.ndarray, n_random: int, seed: int, name: str, which: str) -> tuple[np.ndarray, np.ndarray]:
-    """Which columns of the wider side are fitted, and the side; beside all directions there is nothing."""
+    """Mask of fitted columns, and the side with random columns added; a full-rank side gets none."""
     width, rank = side_WR.shape
     n_random = 0 if rank == width else n_random
     return np.arange(rank + n_random) < rank, beside(side_WR, n_random, seed, name, which)
@@ -220,10 +220,10 @@ def _cores(
 def _finished(
     sketcher: Sketcher, cores: Sequence[Sequence[SketchBatch]], spec: SketchSpec, fitted_C: np.ndarray, aimed: bool
 ) -> Projection:
-    """The projection to the core entries of the most energy, over gradients of length one of all ranks.
+    """The projection to the core entries with the most energy, over unit-norm gradients of all ranks.
 
-    cores: of the sample and of the benchmark. A gradient's length is that of its core. aimed: whether the benchmark's
-    mean core is to have a dimension.
+    cores: those of the sample, then those of the benchmark. A core's norm estimates its gradient's norm. aimed: whether
+    the benchmark's mean core gets a dimension.
     """
     sums, n = np.zeros((2, sketcher.dim)), 0
     for of_benchmark, batches in enumerate(cores):
@@ -248,7 +248,7 @@ def _row(sketcher: Sketcher, groups: Sequence[Group], cores: SketchBatch) -> Ske
 
 
 def window_size(problem_bytes: int) -> int:
-    """Problems that go through a pass together, each of whose products take so many bytes."""
+    """Problems per window, if the products of one problem take problem_bytes."""
     return max(1, min(_WINDOW, _HELD // problem_bytes))
 
 
@@ -264,6 +264,6 @@ def _product_bytes(layers: Sequence[Layer], bases: Sequence[LayerBasis]) -> int:
 
 
 def _windows(model: nn.Module, groups: Sequence[Group], size: int) -> Iterator[Sequence[Group]]:
-    """Windows of the groups; as many on every rank, some of them empty, so that the ranks keep step."""
+    """Windows of the groups, the same number on every rank: some may be empty, so that the ranks keep step."""
     for number in range(largest(model, -(-len(groups) // size))):
         yield groups[number * size : (number + 1) * size]

@@ -1,14 +1,14 @@
-"""Sketches that fall out of a backward pass run for something else: only the projections are paid for.
+"""Sketches from a backward pass that runs anyway: the only extra cost is the projections.
 
-`SketchesFromTrainingPass` takes them from the pass that trains, `sketched_and_summed` from the one that gives a
+`SketchesFromTrainingPass` takes them from the training pass, `sketched_and_summed` from the pass that computes a
 benchmark's gradient.
 
-A training pass back-propagates each group under the objective it trains with; a sketch wants the objective of
-selection. Where the token weights of the two differ by one factor within a group (the advantage divided by the
-group's deviation or not, say), so do all its gradients, prompt shared or not, and its sketch is what was seen times
-that factor. Where they do not (responses of unlike length under another aggregation, importance ratios, a KL term
-that only one of the two has, several groups of one problem, whose common baseline is another), the problem is
-sketched in a pass of its own, before the weights move.
+A training pass back-propagates each group under the training objective; a sketch needs the objective of selection. The
+token weights of the two may differ by one factor within a group (such as the group's standard deviation). Then the
+gradients differ by the same factor, with or without a shared prompt, and the sketch is the observed one times that
+factor. Otherwise the problem is sketched in a separate pass, before the weights change. Possible reasons: responses of
+different length under another aggregation, importance ratios, a KL term in one objective only, or several groups of one
+problem (they need a common baseline).
 
 Dimension letters: P problems, W groups of the training pass, G rollouts of a group, C core entries.
 """
@@ -32,11 +32,11 @@ from gradstore.engine.sketches.spec import SketchBatch
 log = logging.getLogger(__name__)
 
 _RELATIVE = 1e-9
-"""How far factors of one group may differ: rounding of float64."""
+"""Largest relative difference between factors of one group: float64 rounding."""
 
 
 class SketchesFromTrainingPass:
-    """Sketches of a training step's groups, one a problem, from the pass that trains on them."""
+    """Sketches of a training step's groups, one per problem, from the pass that trains on them."""
 
     def __init__(
         self,
@@ -45,15 +45,15 @@ class SketchesFromTrainingPass:
         trained: Objective,
         factors_P: Sequence[float] | None = None,
     ) -> None:
-        """Sketches at once what cannot be had from the pass. groups: in the order in which the pass will see them.
-        trained: the pass's objective. factors_P: what the pass multiplies each group's gradient by; of one that it
-        leaves out it shows nothing. RequestError as in `Sketcher.sketch`."""
+        """Sketch at once the problems that the pass cannot give. groups: in the order of the pass. trained: the pass's
+        objective. factors_P: factor by which the pass multiplies each group's gradient; a group with factor 0 is not
+        run in the pass. RequestError as in `Sketcher.sketch`."""
         self._sketcher = sketcher
         windows_of: dict[str, list[int]] = {}
         for window, group in enumerate(groups):
             windows_of.setdefault(group.problem_id, []).append(window)
         self._free: dict[int, float] = {}
-        """Window of each problem that is had from the pass, and what its cores are multiplied by."""
+        """For problems sketched from the pass: position of the group -> factor of its cores."""
         separate = []
         for windows in windows_of.values():
             own = [groups[window] for window in windows]
@@ -65,7 +65,7 @@ class SketchesFromTrainingPass:
             else:
                 self._free[windows[0]] = found
         self.n_separate = len(separate)
-        """Problems that took a pass of their own."""
+        """Number of problems sketched in a separate pass."""
         self._whole = None if self._free else sketcher.sketch(separate)
         self._groups = [*(groups[window] for window in self._free), *separate]
         self._observer, self._cores_WC = sketcher.observer(len(groups))
@@ -74,11 +74,11 @@ class SketchesFromTrainingPass:
 
     @property
     def watch(self) -> tuple[Sequence[Layer], Observer] | None:
-        """What the training pass is to show; None when it has nothing to give."""
+        """Layers and observer for the training pass; None if no sketch can come from it."""
         return (self._sketcher.gradients.layers, self._observer) if self._free else None
 
     def batch(self) -> SketchBatch:
-        """The sketches, once the pass is through; n_tokens counts those of separate passes alone."""
+        """The sketches; call it after the pass. n_tokens counts only the tokens of separate passes."""
         if self._whole is not None:
             return self._whole
         factors_P = torch.tensor(list(self._free.values()), device=self._cores_WC.device)
@@ -87,10 +87,10 @@ class SketchesFromTrainingPass:
 
 
 def sketched_and_summed(sketcher: Sketcher, groups: Sequence[Group]) -> tuple[SketchBatch, dict[str, Tensor]]:
-    """Sketches of groups and the sum of their gradients (`summed_gradient`), from one pass where that gives both.
+    """Sketches of groups and the sum of their gradients (`summed_gradient`), from one pass if it can give both.
 
-    An optimizer's directions and effective sample sizes take a pass for the sketches alone. Under FSDP2 all ranks call
-    it together, each with its own groups. RequestError as of either.
+    Optimizer directions and effective sample sizes need a separate pass for the sketches. Under FSDP2 all ranks call
+    this together, each with its own groups. RequestError as in `Sketcher.sketch` and `summed_gradient`.
     """
     rule, gradients = sketcher.spec.objective, sketcher.gradients
     if sketcher.optimizer is not None or rule.importance:
@@ -102,7 +102,7 @@ def sketched_and_summed(sketcher: Sketcher, groups: Sequence[Group]) -> tuple[Sk
 
 
 def factor(group: Group, trained: Objective, wanted: Objective) -> float | None:
-    """What turns the group's gradient under one objective into that under another; None where no number does."""
+    """Factor between the group's gradients under two objectives: wanted = factor x trained; None if there is none."""
     if trained == wanted and not wanted.importance:
         return 1.0
     for rule in (trained, wanted):

@@ -1,8 +1,8 @@
-"""One pass of a fit: gradients times one side each, and the covariances that the other side is fitted from.
+"""One pass of a fit: products of gradients with one side, and their covariances, from which the other side is fitted.
 
-Of a layer's gradient G the pass takes L^T G and G R for the sides there are, summed over a problem's tokens, and adds
-the covariance of their rows, G^T L L^T G and G R R^T G^T, over problems of length one (spectrum.py). Nothing else is
-kept, so that the ranks of a sharded model add up what each saw of its share.
+For a layer's gradient G the pass computes L^T G and G R with the current sides, summed over a problem's tokens. It sums
+the covariances of their rows, G^T L L^T G and G R R^T G^T, over problems scaled to unit norm (spectrum.py). Nothing
+else is kept, so the sums of a sharded model's ranks can be added up.
 
 Dimension letters: P problems of a window, R rank, O and I a layer's outputs and inputs, W either, B sequences,
 T tokens, E experts, K slots of theirs.
@@ -22,22 +22,22 @@ from gradstore.engine.sketches.spectrum import Spectrum
 Sides = tuple[np.ndarray, np.ndarray]
 """Left float32 [O, R] and right float32 [I, R] of a layer, orthonormal."""
 Fitted = tuple[np.ndarray, np.ndarray]
-"""Which columns of either side of a layer are fitted, bool [R]; the others are random."""
+"""Masks of the fitted columns of a layer's left and right side, bool [R]; the other columns are random."""
 Key = tuple[int, int]
-"""A layer's number and one of its sides."""
+"""A layer's number, and LEFT or RIGHT."""
 LEFT, RIGHT = 0, 1
 _RANDOM = 0.5
-"""Length of what lies along random directions beside a fitted side, against what lies along the fitted ones: it shows
-what the first pass missed, but hardly any of it will be kept."""
+"""Weight of components along random directions, relative to fitted ones. They show what the first pass missed, but
+hardly any of them will be kept."""
 _BENCHMARK = 2.0
-"""Length of a benchmark's mean gradient, against that of all problems' gradients together."""
+"""Norm of a benchmark's mean gradient, relative to that of all problems' gradients together."""
 
 
 class OneSided:
-    """Observer: each problem's gradient times either side.
+    """Observer that computes the products of each problem's gradient with either side.
 
-    totals: (layer, the other side, which is fitted from it) -> float32 [P, K R, W], W being the width of that side and
-    K 1 in a layer without experts.
+    totals: (layer, side to be fitted) -> float32 [P, K R, W], the product with the other side. W is the width of the
+    side to be fitted; K is 1 in a layer without experts.
     """
 
     def __init__(self, bases: Sequence[LayerBasis], device: torch.device) -> None:
@@ -47,7 +47,7 @@ class OneSided:
         self._given = [(on_device(basis.left_OR), on_device(basis.right_IR)) for basis in bases]
         self._experts = [on_device(basis.expert_EK) for basis in bases]
         self.n_problems = 0
-        """Of the window that is run next."""
+        """Number of problems in the next window."""
         self.totals: dict[Key, Tensor] = {}
 
     def reset(self) -> None:
@@ -72,13 +72,13 @@ class OneSided:
 
 
 class Covariances:
-    """What a pass keeps: covariances of gradients of length one, and the sum of the benchmark's gradients."""
+    """Sums over a pass: covariances of unit-norm gradients, and the sum of the benchmark's gradients."""
 
     def __init__(
         self, shapes: Sequence[tuple[int, int]], rank: int, device: torch.device, fitted: Sequence[Fitted] | None = None
     ) -> None:
-        """shapes: outputs and inputs of each layer. rank: directions of a side that is not kept in all its width.
-        fitted: which directions of the given sides are fitted; None: none is, all are random."""
+        """shapes: outputs and inputs of each layer. rank: number of directions of a side that is not kept in full
+        width. fitted: masks of the fitted directions; None: all directions are random."""
         self._rank = rank
         self._weights = {
             (layer, side): torch.from_numpy(np.where(pair[1 - side], 1.0, _RANDOM).astype(np.float32)).to(device)
@@ -108,9 +108,9 @@ class Covariances:
                 self._benchmark[key] = self._benchmark.get(key, 0) + sound_PRW.sum(0)
 
     def sides(self, model: nn.Module) -> list[Sides]:
-        """Left and right of every layer, fitted to what all ranks have added; each rank solves for some of them.
+        """Left and right side of every layer, fitted to the sums of all ranks; each rank solves for some of them.
 
-        A side of up to twice the rank is kept in all its width, turned so that its energy is in few directions.
+        A side of width up to twice the rank keeps its full width, rotated so that few directions have most energy.
         """
         self._add_up(model)
         if self._benchmark:
@@ -123,7 +123,7 @@ class Covariances:
         return [(found[layer, LEFT], found[layer, RIGHT]) for layer in range(len(keys) // 2)]
 
     def _weighted(self, key: Key, rows_XRW: Tensor) -> Tensor:
-        """Rows along random directions of the other side count less; in every slot of experts alike."""
+        """Rows with less weight along random directions of the other side, in every expert slot alike."""
         weights_R = self._weights.get(key)
         if weights_R is None:
             return rows_XRW
@@ -135,7 +135,7 @@ class Covariances:
         return spectrum.leading(width if width <= 2 * self._rank else self._rank)
 
     def _add_up(self, model: nn.Module) -> None:
-        """The sums over all ranks; a rank that had no benchmark's problem, or no gradient in a layer, adds zeros."""
+        """Add up the sums of all ranks. A rank without benchmark problems, or without a layer's gradients, adds 0."""
         sum_over_ranks(model, self._n)
         for spectrum in self._spectra.values():
             sum_over_ranks(model, spectrum.sum_WK)
@@ -143,5 +143,5 @@ class Covariances:
 
 
 def _lengths(totals: dict[Key, Tensor]) -> Tensor:
-    """Length of each gradient, float32 [P]: in a layer the mean of what its two products say."""
+    """Estimated norm of each gradient, float32 [P]; a layer's squared norm is the mean over its two products."""
     return torch.stack([total_PRW.square().sum((1, 2)) / 2 for total_PRW in totals.values()]).sum(0).sqrt()

@@ -1,20 +1,20 @@
-"""From a layer's gradient to sketch dimensions: two sides, then a fold.
+"""Projections from a layer's gradient to sketch dimensions: two sides, then a fold.
 
 A layer's gradient G [O, I] becomes a core left^T G right, [R, R]; the cores of all layers, one after another, are
 folded to the sketch. Three kinds:
 
-- `random`: sides of signs +-1/sqrt(R), no fold. Inner products are kept in expectation: E<Pa, Pb> = <a, b>.
+- `random`: sides of signs +-1/sqrt(R), no fold. Inner products are preserved in expectation: E<Pa, Pb> = <a, b>.
 - `dense`: wider random sides, each core then folded by a count sketch (every entry goes to one dimension with a sign).
-  Unbiased too, and close to a dense projection where hidden states share a mean direction.
-- `fitted`: orthonormal sides spanning the directions in which a sample's gradients have their energy, folded by keeping
-  the core entries of the highest energy over all layers: one budget, spent where the gradients are (fitting.py). One
-  dimension more is what a benchmark's mean gradient has in all other entries, so that dots with it lose nothing there.
-  Random directions beside the fitted ones let the whole core's length estimate the gradient's.
+  Also unbiased, and close to a dense projection if hidden states share a mean direction.
+- `fitted`: orthonormal sides span the directions with most energy in a sample's gradients. The fold keeps the core
+  entries with the highest energy over all layers: one budget for the whole model (fitting.py). One more dimension
+  holds the benchmark's mean gradient in all other entries, so dots with it lose nothing there. Random directions
+  beside the fitted ones make the norm of the whole core an estimate of the gradient's norm.
 
-A side no wider than the rank is kept as it is. Signs are bits of a Philox counter keyed by seed, layer and side: the
+A side no wider than the rank is not projected. Signs are bits of a Philox counter keyed by seed, layer and side: the
 same on every machine, device and version.
 
-A fused weight of E experts is one layer whose input is the token in the slot of its expert, so its gradient has a third
+A fused weight of E experts is one layer whose input is the token in the slot of its expert. Its gradient has a third
 side: G [E, O, I] becomes sum_e (left^T G_e right) c_e^T, [R, K, R]. The experts share left and right. Up to EXPERT_RANK
 experts are kept apart (K = E, the identity); of more, the rows c_e are signs +-1/sqrt(K), K = EXPERT_RANK.
 
@@ -33,9 +33,9 @@ from gradstore.errors import RequestError
 
 Kind = Literal["random", "dense", "fitted"]
 REST = "rest of all layers"
-"""Stands for a layer in the layout: the dimension along a benchmark in the entries that have none of their own."""
+"""Pseudo-layer in the layout: the dimension along a benchmark in the entries without their own dimension."""
 Shape = tuple[str, int, int] | tuple[str, int, int, int]
-"""A layer as (name, outputs, inputs), with the experts of a fused weight as a fourth."""
+"""A layer as (name, outputs, inputs), and for a fused weight its number of experts."""
 EXPERT_RANK = 16
 """Width of the experts' side."""
 
@@ -46,9 +46,9 @@ class LayerBasis:
 
     name: str
     left_OR: np.ndarray | None
-    """float32 [O, R]; None keeps the output side."""
+    """float32 [O, R]; None: the output side is not projected."""
     right_IR: np.ndarray | None
-    """float32 [I, R]; None keeps the input side."""
+    """float32 [I, R]; None: the input side is not projected."""
     start: int
     stop: int
     expert_EK: np.ndarray | None = None
@@ -57,30 +57,30 @@ class LayerBasis:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Fold:
-    """A sparse linear map of core entries to sketch dimensions: dimension `to` gets sign x core entry `of`.
+    """A sparse linear map from core entries to sketch dimensions: dimension `to` gets sign x core entry `of`.
 
-    Signs are +-1, or the coefficients of a direction in many entries.
+    Signs are +-1, or the coefficients of a direction over many entries.
     """
 
     of_M: np.ndarray
     to_M: np.ndarray
     sign_M: np.ndarray
-    """float32."""
+    """Coefficients, float32."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Projection:
-    """How the gradients of a model's layers become a sketch."""
+    """A map from the gradients of a model's layers to a sketch."""
 
     kind: Kind
     layers: list[LayerBasis]
     fold: Fold | None
     layout: list[tuple[str, int, int]]
-    """(layer, start, stop) of the sketch dimensions each layer fills."""
+    """(layer, start, stop): the range of sketch dimensions of each layer."""
     captured: float | None = None
-    """Share of a sample's energy that the sketch held when it was fitted."""
+    """Share of the sample's energy in the sketch, measured at the fit."""
     fidelity: float | None = None
-    """Rank correlation of its cosines with exact ones, on problems it was not fitted to, when it was fitted."""
+    """Rank correlation of sketched with exact cosines on held-out problems, measured at the fit."""
 
     @property
     def dim(self) -> int:
@@ -91,7 +91,7 @@ class Projection:
         return self.layers[-1].stop
 
     def digest(self) -> str:
-        """SHA-256 over names, ranges and entries: projections of equal digests sketch alike."""
+        """Digest (SHA-256) over names, ranges and entries: projections with equal digests give equal sketches."""
         digest = hashlib.sha256(repr(self.layout).encode())
         for basis in self.layers:
             digest.update(f"{basis.name}:{basis.start}:{basis.stop}".encode())
@@ -106,13 +106,13 @@ class Projection:
 
 
 def random_projection(layers: Sequence[Shape], rank: int, seed: int, right_rank: int | None = None) -> Projection:
-    """Sign bases, at most rank x rank dimensions a layer (rank x right_rank where given)."""
+    """Random sign projection with at most rank x rank dimensions per layer (rank x right_rank if given)."""
     bases = random_bases(layers, rank, seed, right_rank)
     return Projection("random", bases, None, [(basis.name, basis.start, basis.stop) for basis in bases])
 
 
 def dense_projection(layers: Sequence[Shape], rank: int, dim: int, seed: int) -> Projection:
-    """Sign bases of a high rank, each core folded by a count sketch to an equal share of `dim` dimensions."""
+    """Sign projection of high rank; a count sketch folds each layer's core to an equal share of `dim` dimensions."""
     bases = random_bases(layers, rank, seed)
     if dim < len(bases):
         raise RequestError(f"dim is {dim}, expected at least one dimension for each of {len(bases)} layers")
@@ -137,11 +137,11 @@ def fitted_projection(
     toward_C: np.ndarray | None = None,
     fitted_C: np.ndarray | None = None,
 ) -> Projection:
-    """The `dim` core entries of the highest energy, in the order of the layers; layers without any are left out.
+    """Projection to the `dim` core entries with the highest energy, in layer order; layers without any are left out.
 
     toward_C: a benchmark's mean core. The last dimension is then its unit direction in the entries not kept.
-    fitted_C: entries of fitted directions, None: all. The others are kept only where these do not fill `dim`: an
-    estimate of what they stand for would add more noise to dots than it adds of them.
+    fitted_C: mask of entries of fitted directions; None: all. Other entries are kept only if these do not fill `dim`:
+    they would add more noise than signal to dots.
     """
     n_kept = dim if toward_C is None else dim - 1
     fitted_C = np.ones(len(energy_C), bool) if fitted_C is None else fitted_C
@@ -171,7 +171,7 @@ def fitted_projection(
 
 
 def random_bases(layers: Sequence[Shape], rank: int, seed: int, right_rank: int | None = None) -> list[LayerBasis]:
-    """Seeded sign bases; right_rank: width of the input side where it is not that of the output side."""
+    """Seeded sign bases of the layers. right_rank: width of the input side if it differs from `rank`."""
     right_rank = right_rank or rank
     bases: list[LayerBasis] = []
     start = 0
@@ -187,7 +187,7 @@ def random_bases(layers: Sequence[Shape], rank: int, seed: int, right_rank: int 
 
 
 def expert_side(n_experts: int, seed: int, name: str) -> np.ndarray:
-    """The side of a fused weight's experts, float32 [E, K]: the identity where they are few, else seeded signs."""
+    """The experts' side of a fused weight, float32 [E, K]: identity up to EXPERT_RANK experts, else seeded signs."""
     if n_experts <= EXPERT_RANK:
         return np.eye(n_experts, dtype=np.float32)
     return _signs(n_experts, EXPERT_RANK, seed, name, "experts")
@@ -196,8 +196,8 @@ def expert_side(n_experts: int, seed: int, name: str) -> np.ndarray:
 def beside(fitted_WR: np.ndarray, n: int, seed: int, name: str, side: str) -> np.ndarray:
     """An orthonormal side and n random directions of its complement, float32 [W, R + n].
 
-    Signs / sqrt(n) less their part in the side: norms and products over all columns are in expectation those over the
-    whole width.
+    The random directions are signs / sqrt(n) minus their projection on the side. In expectation, norms and products
+    over all columns equal those over the whole width.
     """
     signs_WN = _signs(len(fitted_WR), n, seed, name, f"{side} beside") if n else fitted_WR[:, :0]
     return np.concatenate([fitted_WR, signs_WN - fitted_WR @ (fitted_WR.T @ signs_WN)], axis=1)
@@ -210,6 +210,6 @@ def _signs(width: int, rank: int, seed: int, name: str, side: str) -> np.ndarray
 
 
 def _words(n: int, seed: int, name: str, side: str) -> np.ndarray:
-    """n words of 64 random bits that depend on the seed, the layer and the side alone."""
+    """n words of 64 random bits, determined by seed, layer and side."""
     key = hashlib.sha256(f"{seed}/{name}/{side}".encode()).digest()[:16]
     return np.random.Philox(key=np.frombuffer(key, dtype="<u8")).random_raw(n)

@@ -1,8 +1,8 @@
 """Per-problem sketches of the policy gradient from one forward and one input-gradient backward.
 
-What enters a linear layer is projected (x R) during the forward and what comes back (g L) during the backward, and
-sum_t (g_t L)^T (x_t R) is added to the sketch of the problem each sequence belongs to; no weight gradient is ever
-formed. Cost per token of a layer I -> O: 4 I O FLOPs plus 2 R (I + O + R), against 6 I O for training.
+A linear layer's inputs are projected (x R) during the forward, and its output gradients (g L) during the backward. Then
+sum_t (g_t L)^T (x_t R) is added to the sketch of the sequence's problem; no weight gradient is ever formed. Cost per
+token of a layer I -> O: 4 I O FLOPs plus 2 R (I + O + R), against 6 I O for training.
 
 Dimension letters: P problems, B sequences, T tokens, C core entries, D sketch dimensions, M entries of the fold,
 R rank, I and O a layer's inputs and outputs.
@@ -28,11 +28,11 @@ from gradstore.errors import RequestError
 from gradstore.state import State
 
 _LANES = 16
-"""float32 numbers of the widest registers of a CPU."""
+"""float32 numbers in the widest CPU registers."""
 
 
 class Sketcher:
-    """Sketches groups of rollouts with the model as it is now; the model is left as it was found."""
+    """Sketches groups of rollouts with the model in its current state, and leaves the model unchanged."""
 
     def __init__(
         self,
@@ -41,12 +41,12 @@ class Sketcher:
         projection: Projection | None = None,
         optimizer: OptimizerDirection | None = None,
     ) -> None:
-        """projection: one that was fitted or loaded; without it the spec's random or dense one is made.
-        optimizer: sketch the direction Adam would take for each problem instead of its gradient; a problem's gradient
-        is then formed in full, one at a time.
+        """projection: a fitted or loaded one; default: a new random or dense one by the spec.
+        optimizer: sketch Adam's direction for each problem instead of its gradient; each problem's gradient is then
+        formed in full, one at a time.
 
-        RequestError when the spec asks for a fitted projection and none is given, or when the projection given is of
-        other layers than the spec chooses.
+        RequestError if the spec asks for a fitted projection and none is given, or if the given projection has other
+        layers than the spec chooses.
         """
         self.model = model
         self.spec = spec or SketchSpec()
@@ -65,7 +65,7 @@ class Sketcher:
 
     @property
     def fingerprint(self) -> dict:
-        """What makes sketches comparable: a store holds rows of one fingerprint only."""
+        """All settings that must agree for sketches to be comparable: a store holds rows of one fingerprint only."""
         return {
             "model": model_identity(self.model),
             "adapters": adapter_identity(self.model),
@@ -118,13 +118,13 @@ class Sketcher:
         return batches if ess is None else [replace(batch, ess=ess.of_groups()) for batch in batches]
 
     def observer(self, n: int) -> tuple[Observer, Tensor]:
-        """What to watch `gradients.layers` with while groups are back-propagated for something else, and the cores of
-        n groups that it adds to, float32 [n, C], zero at first; `batch` makes their sketches."""
+        """An observer of `gradients.layers` for a backward pass that runs for another purpose, and its sums: the cores
+        of n groups, float32 [n, C], initially zero. `batch` turns them into sketches."""
         sums_PC = torch.zeros(n, self.projection.core_dim, dtype=torch.float32, device=self.device)
         return _Projector([(self._sides_of(self.projection), sums_PC)]), sums_PC
 
     def batch(self, groups: Sequence[Group], cores_PC: Tensor, n_tokens: int) -> SketchBatch:
-        """Sketches of groups whose cores are known."""
+        """Sketches of groups from their cores."""
         return _batch(groups, self.projection, cores_PC, n_tokens)
 
     def _check(self, projection: Projection) -> None:
@@ -132,10 +132,10 @@ class Sketcher:
             raise RequestError("the projection is of other layers than the model has or `modules` chooses")
 
     def _sides_of(self, projection: Projection) -> "list[_Sides]":
-        """The projection's sides on the model's device, moved there once."""
+        """The projection's sides on the model's device; cached, so they move only once."""
         if id(projection) not in self._sides:
             sides = [_sides_on(self.device, basis) for basis in projection.layers]
-            self._sides[id(projection)] = (projection, sides)  # kept, so that its id stays its own
+            self._sides[id(projection)] = (projection, sides)  # the reference keeps the id from being reused
         return self._sides[id(projection)][1]
 
     def _directions(
@@ -145,8 +145,8 @@ class Sketcher:
         projector: "_Projector",
         ess: EffectiveSampleSize | None,
     ) -> int:
-        """Projects each problem's optimizer direction; tokens run. Problems without signal are left at zero: the
-        optimizer's momentum is no signal of theirs."""
+        """Project each problem's optimizer direction; returns the tokens run. Problems without signal stay zero: the
+        optimizer's momentum is not their signal."""
         total = 0
         for row, (matrices, n_tokens) in enumerate(problem_gradients(self.gradients, groups, ess)):
             total += n_tokens
@@ -156,13 +156,13 @@ class Sketcher:
         return total
 
     def check(self, group: Group) -> None:
-        """RequestError where the model cannot run the group: see `sketch`."""
+        """Raise RequestError if the model cannot run the group; see `sketch`."""
         self.gradients.check(group)
 
 
 @dataclass(frozen=True, slots=True)
 class _Sides:
-    """One layer's basis on the model's device; None keeps the side."""
+    """One layer's basis on the model's device; None: the side is not projected."""
 
     basis: LayerBasis
     left_OR: Tensor | None
@@ -174,7 +174,7 @@ class _Projector:
     """Adds each layer's projected gradient to the sums of the problems, for one projection or several."""
 
     def __init__(self, projections: Sequence[tuple[Sequence[_Sides], Tensor]]) -> None:
-        """projections: the sides of every layer, and the sums [P, C] that they are added to."""
+        """projections: for each, the sides of every layer and the sums [P, C] to add to."""
         self._projections = projections
 
     def on_input(
@@ -197,7 +197,7 @@ class _Projector:
             sums_PC.zero_()
 
     def add(self, layer: int, problem: int, matrix_OI: Tensor) -> None:
-        """Adds the projection of a whole matrix, [E, O, I] for a fused weight, to one problem's."""
+        """Add the projection of a whole matrix, [E, O, I] for a fused weight, to one problem's sums."""
         for sides, sums_PC in self._projections:
             side = sides[layer]
             partial_RI = matrix_OI if side.left_OR is None else side.left_OR.T @ matrix_OI
@@ -208,7 +208,7 @@ class _Projector:
 
 
 def in_slots(x_BTR: Tensor, expert_EK: Tensor | None, expert_BT: Tensor | None) -> Tensor:
-    """Projected rows in the slots of their experts, [B, T, K * R]; as they are for a layer without experts."""
+    """Projected rows in the slots of their experts, [B, T, K * R]; unchanged for a layer without experts."""
     if expert_EK is None or expert_BT is None:
         return x_BTR
     return (expert_EK[expert_BT][..., None] * x_BTR[:, :, None]).flatten(2)
@@ -220,7 +220,7 @@ def project(x_BTW: Tensor, side_WR: Tensor | None) -> Tensor:
         return x_BTW.float()
     if side_WR.shape[1] % _LANES == 0:
         return x_BTW.float() @ side_WR
-    # With the side as its rows the product costs a fifth less on some CPUs where R fills no registers.
+    # If R does not fill CPU registers, the product with the side as rows costs a fifth less on some CPUs.
     n_sequences, n_tokens = x_BTW.shape[:2]
     product_RN = side_WR.T @ x_BTW.float().flatten(0, 1).T
     return product_RN.view(-1, n_sequences, n_tokens).permute(1, 2, 0)
@@ -256,14 +256,14 @@ def _batch(groups: Sequence[Group], projection: Projection, sums_PC: Tensor, n_t
     if projection.kind != "fitted":
         return _label(groups, sketches_PD.cpu().numpy(), n_tokens)
     lengths_P1 = sums_PC.double().norm(dim=1, keepdim=True).float()
-    found_PX = torch.cat([sketches_PD, lengths_P1], 1).cpu().numpy()  # a GPU is waited for once
+    found_PX = torch.cat([sketches_PD, lengths_P1], 1).cpu().numpy()  # one wait for the GPU
     batch = _label(groups, np.ascontiguousarray(found_PX[:, :-1]), n_tokens)
     live_P = [state is State.LIVE for state in batch.states]
     return replace(batch, norms=np.where(live_P, found_PX[:, -1], np.float32(0)))
 
 
 def _label(groups: Sequence[Group], sketches_PD: np.ndarray, n_tokens: int) -> SketchBatch:
-    """The batch with each problem's state; rows of problems that are not live are set to zero."""
+    """A batch with the state of each problem; rows of problems that are not live are set to zero."""
     states, reasons = [], []
     for row in range(len(groups)):
         state, reason = State.LIVE, ""

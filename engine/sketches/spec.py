@@ -1,4 +1,4 @@
-"""What a sketch is made of: the settings of a store's sketches, and a batch of them.
+"""The settings of a store's sketches, and a batch of sketches.
 
 Dimension letters: P problems, D sketch dimensions.
 """
@@ -16,31 +16,32 @@ from gradstore.errors import RequestError
 from gradstore.state import State
 
 HEAD_ONLY = "output layer, from the forward pass"
-"""What the fingerprint calls head mode."""
+"""Name of head mode in the fingerprint."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SketchSpec(GradientSpec):
-    """How gradients become sketches. The settings that change a sketch are in the store's fingerprint.
+    """Settings that turn gradients into sketches. Those that change a sketch are in the store's fingerprint.
 
-    Stores made before norm weights and biases were sketched have `vectors` False. RequestError for settings that clash.
+    Older stores, without sketches of norm weights and biases, have `vectors` False. RequestError for settings that
+    conflict.
     """
 
     rank: int = 16
-    """Width of each side of a layer's projection; a layer's core has at most rank x rank entries. Fitted sides have a
-    quarter as many random directions beside these."""
+    """Width of each side of a layer's projection; a layer's core has at most rank x rank entries. Fitted sides have
+    random directions in addition, a quarter as many."""
     right_rank: int | None = None
-    """Width of the input side where it is not `rank` too; random bases only."""
+    """Width of the input side if it differs from `rank`; random bases only."""
     seed: int = 0
     """Seed of the random bases."""
     basis: Kind = "random"
     """`random`, `dense` or `fitted` (projection.py); a fitted projection is made by `fit_projection`."""
     dim: int = 1024
-    """Dimensions of a sketch, for dense and fitted bases; a random one has those of its cores."""
+    """Dimensions of a sketch, for dense and fitted bases; a random basis has as many as its core entries."""
 
     @classmethod
     def of(cls, fingerprint: dict) -> "SketchSpec":
-        """The spec that made a store's rows, from its fingerprint; RequestError for rows made in another way."""
+        """The spec of a store's rows, from its fingerprint; RequestError if no spec gives such rows."""
         try:
             projection, modules = fingerprint["projection"], fingerprint["modules"]
             settings = Objective(**fingerprint["objective"])
@@ -81,7 +82,7 @@ class SketchBatch:
 
     ids: list[str]
     sketches: np.ndarray
-    """float32 [P, D], the projected ascent direction of each problem's objective; zero rows where not live."""
+    """Projected ascent direction of each problem's objective, float32 [P, D]; zero rows where not live."""
     states: list[State]
     reasons: list[str]
     """Why a row failed; empty for the others."""
@@ -90,15 +91,15 @@ class SketchBatch:
     n_rollouts: np.ndarray
     """int32 [P]."""
     n_tokens: int
-    """Tokens that went through the model, padding and responses sampled before not counted."""
+    """Tokens that went through the model, without padding and repeated responses."""
     norms: np.ndarray | None = None
-    """Length of each gradient, float32 [P], estimated from the whole cores, of which a fitted sketch keeps a part; None
-    for other projections: `Writer.append(whole_norms=...)`."""
+    """Estimated norm of each gradient, float32 [P], from the whole core; a fitted sketch keeps only a part of it. None
+    for other projections. For `Writer.append(whole_norms=...)`."""
     ess: np.ndarray | None = None
     """Effective sample size in rollouts, float32 [P] (docs/methods.md, off-policy); None without importance."""
 
     def rows(self, places: Sequence[int] | None = None) -> dict[str, Any]:
-        """Arguments of `Writer.append` for the problems at the places; None: for all."""
+        """Arguments of `Writer.append` for the problems at these positions; None: for all."""
         chosen = np.arange(len(self.ids)) if places is None else np.asarray(places, np.int64)
         return {
             "ids": [self.ids[place] for place in chosen],
