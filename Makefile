@@ -47,9 +47,9 @@ test: lint types browser
 	$(MAKE) test-newest
 	$(MAKE) test-verl
 
-# The command line on a real model, with both cores for its threads, which sleep while they wait.
+# The command line on a real model, with both cores for its threads.
 test-real: $(SMOLLM2)/config.json
-	OMP_WAIT_POLICY=PASSIVE $(PY) -m pytest -m real tests/cli/test_smollm2.py
+	$(PY) -m pytest -m real tests/cli/test_smollm2.py
 
 # Engine and rollouts on the newest transformers, which verl does not take yet.
 NEWEST := .venv-newest
