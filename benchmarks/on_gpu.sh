@@ -3,8 +3,9 @@
 #
 #     benchmarks/on_gpu.sh [--dry-run] WHEELS
 #
-# WHEELS: a folder with wheels of what this project needs besides torch (pyproject.toml: the core, the extra models, peft, faiss-gpu,
-# pytest and setuptools); nothing is downloaded. On a machine like it but with a network: pip download -d WHEELS ...
+# WHEELS: a folder with wheels of what this project needs besides torch (pyproject.toml: the core, the extra models,
+# peft, faiss-gpu, pytest and setuptools); nothing is downloaded. On a machine like it but with a network:
+# pip download -d WHEELS ...
 # Everything is installed into .venv-gpu, which sees the machine's own packages. Each step has a limit of time, and the
 # next one follows whether it succeeds or not; a table of all steps comes last, output in gpu-results/. The exit status
 # is 1 where a step failed, 2 for wrong arguments. --dry-run prints the commands. PYTHON: the interpreter with torch.

@@ -16,7 +16,7 @@ EXTRA_OF = dict.fromkeys(("torch", "transformers", "safetensors", "jinja2", "mat
 def main() -> None:
     """Run the command line."""
     # each registers its commands
-    from gradstore.cli import collect, data, demo, fidelity, inspect, make, plan, probe, rank, report, train  # noqa: F401
+    from gradstore.cli import collect, data, demo, fidelity, plan, probe, query, report, rollout, stores, train  # noqa: F401
     from gradstore.cli.show import take_any_text
 
     take_any_text()

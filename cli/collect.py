@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, cast, get_args
 import typer
 
 from gradstore.cli.app import command
-from gradstore.cli.make import Device, Model, TemplateKwargs, template_arguments
-from gradstore.cli.rank import Json, StorePath
+from gradstore.cli.query import Json, StorePath
+from gradstore.cli.rollout import Device, Model, TemplateKwargs, template_arguments
 from gradstore.cli.show import print_json, progress, say, warn
 from gradstore.errors import RequestError
 
@@ -233,7 +233,7 @@ def collect(
             measured=measure != "never",
             optimizer=adam,
             accept_coverage=accept_coverage,
-            embeddings=embeddings,
+            widen=embeddings is None,
             option="--accept-coverage ",
             say=say,
             bar=progress,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gradstore.cli.app import command
-from gradstore.cli.rank import Json
+from gradstore.cli.query import Json
 from gradstore.cli.show import print_json, print_table, say
 from gradstore.errors import RequestError
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gradstore.cli.app import command
-from gradstore.cli.rank import Json
+from gradstore.cli.query import Json
 from gradstore.cli.show import duration, print_json, print_table, say, size
 from gradstore.errors import RequestError
 
@@ -42,7 +42,7 @@ def demo(
 
     Started again after an interruption, it goes on where it was.
     """
-    from gradstore.cli.rank import query
+    from gradstore.cli.query import query
     from gradstore.demo.course import SHOWN
     from gradstore.demo.run import DemoSettings, run_demo, summary
 

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from gradstore.cli.app import command
-from gradstore.cli.rank import Json
+from gradstore.cli.query import Json
 from gradstore.cli.show import duration, print_json, print_table, size
 
 

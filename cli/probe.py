@@ -6,8 +6,8 @@ from typing import Annotated
 import typer
 
 from gradstore.cli.app import command
-from gradstore.cli.make import Device, Model
-from gradstore.cli.rank import Json, StorePath
+from gradstore.cli.query import Json, StorePath
+from gradstore.cli.rollout import Device, Model
 from gradstore.cli.show import print_json, print_table, progress, say
 from gradstore.errors import RequestError
 

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from gradstore.cli.app import command
-from gradstore.cli.rank import Json, Pool, StorePath
+from gradstore.cli.query import Json, Pool, StorePath
 from gradstore.cli.show import print_json, say
 
 AgainstAny = Annotated[

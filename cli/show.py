@@ -9,6 +9,9 @@ from contextlib import contextmanager
 
 log = logging.getLogger(__name__)
 
+NOTICE = 25
+"""Level of running commentary: shown unless `--quiet`; between logging.INFO, which `--verbose` shows, and WARNING."""
+
 
 def take_any_text() -> None:
     """Makes standard output and error escape what their encoding cannot hold, instead of failing half-way."""
@@ -48,10 +51,6 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     for row in rows:
         table.add_row(*(cell.replace("[", r"\[") for cell in row))
     console.print(table)
-
-
-NOTICE = 25
-"""Level of running commentary: shown unless `--quiet`; between logging.INFO, which `--verbose` shows, and WARNING."""
 
 
 class _OnStandardError(logging.Handler):

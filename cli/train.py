@@ -8,8 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from gradstore.cli.app import command
-from gradstore.cli.make import Device, SkipUnreadable, TemplateKwargs, template_arguments
-from gradstore.cli.rank import Json
+from gradstore.cli.query import Json
+from gradstore.cli.rollout import Device, SkipUnreadable, TemplateKwargs, template_arguments
 from gradstore.cli.show import print_json, progress, say
 from gradstore.errors import RequestError
 

@@ -138,7 +138,7 @@ def run_demo(folder: Path, seed: int, settings: DemoSettings, tell: Callable[[st
                 fit_problems=settings.n_fitted,
                 measured=False,
                 accept_coverage=settings.subject.least_seen,
-                embeddings=False,
+                widen=False,
                 say=lambda line: tell(f"seed {seed}: {line}"),
                 bar=lambda title, total: nullcontext(counted(title, total, tell)),
             )

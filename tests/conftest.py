@@ -1,8 +1,13 @@
-"""A tokenizer of bytes and a random model of 90,000 parameters that speaks it, for whatever must run a policy."""
+"""A tokenizer of bytes, a random model of 90,000 parameters that speaks it, and a small store."""
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+
+import gradstore
 
 
 @pytest.fixture(scope="session")
@@ -47,3 +52,21 @@ def tiny_model(tiny_tokenizer: Any) -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return Qwen2ForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="session")
+def small_store() -> Callable[[Path], Path]:
+    """small_store(path) -> the path, where there is a store then: a pool of eight problems, a benchmark of two."""
+
+    def make(path: Path) -> Path:
+        random = np.random.default_rng(0)
+        store = gradstore.create(path, dim=32, fingerprint={"objective": {"importance": False}})
+        for name, n in (("pool", 8), ("bench", 2)):
+            ids = [f"p{i}" for i in range(n)]
+            store.add_problems(name, [{"id": problem, "prompt": "?"} for problem in ids])
+            for step in (0, 1):
+                with store.writer(name, step=step) as writer:
+                    writer.append(ids, random.normal(size=(n, 32)).astype(np.float32))
+        return path
+
+    return make

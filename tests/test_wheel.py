@@ -7,13 +7,11 @@ import sys
 import sysconfig
 import tarfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-import gradstore
-from gradstore.engine import SketchSpec
 from tests.layers import ROOT, files
 
 pytestmark = pytest.mark.slow
@@ -62,7 +60,9 @@ def test_each_module_once(built: tuple[Path, Path]) -> None:
     assert not [name for name in members if name.split("/")[0] in ("engine", "trainer", "analysis", "cli", "demo")]
 
 
-def test_beside_others_of_the_same_names(built: tuple[Path, Path], tmp_path: Path) -> None:
+def test_beside_others_of_the_same_names(
+    built: tuple[Path, Path], tmp_path: Path, small_store: Callable[[Path], Path]
+) -> None:
     """Another distribution's `trainer`, a user's folder `engine` and script `analysis.py`, and PYTHONPATH=."""
     _, wheel = built
     environment = tmp_path / "environment"
@@ -83,7 +83,7 @@ def test_beside_others_of_the_same_names(built: tuple[Path, Path], tmp_path: Pat
     (user / "engine").mkdir(parents=True)
     for name in ("engine/__init__.py", "analysis.py", "demo.py", "cli.py"):
         (user / name).write_text("raise ImportError('this is the user\\'s own')\n")
-    make_store(user / "store")
+    small_store(user / "store")
     command = [str(environment / "bin" / "gradstore")]
     for out in ("with", "without"):
         where = run([python, "-c", "import gradstore.trainer as t; print(t.__file__)"], user, PYTHONPATH=".")
@@ -103,15 +103,3 @@ def test_beside_others_of_the_same_names(built: tuple[Path, Path], tmp_path: Pat
         if (site / "trainer").exists():
             run([*pip, "uninstall", "--yes", "trainer"], tmp_path)
     assert not (site / "trainer").exists()
-
-
-def make_store(path: Path) -> None:
-    """A pool of eight problems and a benchmark of two."""
-    random = np.random.default_rng(0)
-    fingerprint = {"objective": {"importance": False}, "spec": SketchSpec().rank}
-    store = gradstore.create(path, dim=32, fingerprint=fingerprint)
-    for name, n in (("pool", 8), ("bench", 2)):
-        ids = [f"p{i}" for i in range(n)]
-        store.add_problems(name, [{"id": problem, "prompt": "?"} for problem in ids])
-        with store.writer(name, step=0) as writer:
-            writer.append(ids, random.normal(size=(n, 32)).astype(np.float32))

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import nn
 
 from gradstore import Store
-from gradstore.engine.assessing.refit import FirstFit, first_fit, parts
+from gradstore.engine.assessing.refit import ENOUGH, FirstFit, first_fit, parts
 from gradstore.engine.gradients.coverage import Coverage, least_of, measure, seeing_enough
 from gradstore.engine.gradients.gradient_pass import GradientPass
 from gradstore.engine.gradients.optimizer_direction import OptimizerDirection
@@ -25,8 +25,6 @@ log = logging.getLogger(__name__)
 
 Bar = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 """(title, total) -> a progress bar that advances by the number it is called with."""
-FIT_PROBLEMS = 128
-"""Problems with a signal that a projection is fitted to and measured on."""
 _COVERAGE_GROUPS = 8
 
 
@@ -59,21 +57,22 @@ def start_store(
     *,
     benchmark: Sequence[Group] = (),
     dtype: str = "int8",
-    fit_problems: int = FIT_PROBLEMS,
+    fit_problems: int = ENOUGH,
     measured: bool = True,
     optimizer: OptimizerDirection | None = None,
     accept_coverage: float | None = None,
-    embeddings: bool | None = None,
+    widen: bool = True,
     option: str = "accept_coverage=",
     say: Callable[[str], None] = log.info,
     bar: Bar = lambda title, total: nullcontext(lambda n: None),
 ) -> Start:
     """Make a store at `path` for sketches of these rollouts by this model.
 
-    spec: default `default_spec()`. benchmark: groups that bases are fitted to too. measured: hold out a quarter of
-    the sample and measure on it how well the sketches rank. accept_coverage: least share of the squared gradient that
-    the sketches must see (default 0.95 where nobody chose the layers). embeddings: None sketches the input embedding
-    where too little is seen without it. option: how the caller names `accept_coverage` in the error.
+    spec: default `default_spec()`. benchmark: groups that bases are fitted to too. fit_problems: problems with a signal
+    that a projection is fitted to and measured on. measured: hold out a quarter of them and measure how well the
+    sketches rank. accept_coverage: least share of the squared gradient that the sketches must see (default 0.95 where
+    nobody chose the layers). widen: sketch the input embedding too if too little is seen without it. option: the
+    caller's name for `accept_coverage` in the error. say, bar: called with progress messages; makes progress bars.
 
     RequestError for groups that the model cannot run, too little coverage, or a fit to an optimizer's steps; nothing
     is made then.
@@ -84,9 +83,9 @@ def start_store(
             "a projection is fitted to gradients, not to an optimizer's steps: use --basis dense or random"
         )
     least, sample = least_of(spec, accept_coverage), sample_groups(source, _COVERAGE_GROUPS, spec.seed)
-    if embeddings is None:
-        spec, coverage = seeing_enough(model, spec, sample, least)
-        if spec.embeddings:
+    if widen:
+        asked, (spec, coverage) = spec, seeing_enough(model, spec, sample, least)
+        if spec != asked:
             say("the input embedding is sketched too: without it too little of the gradient would be seen")
     else:
         coverage = measure(GradientPass(model, spec), sample)

@@ -23,7 +23,7 @@ from gradstore.engine.selecting.membership import places
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Standing:
+class CandidateForecast:
     """Forecast of P candidates at a step; arrays are [P], in the candidates' order."""
 
     ids: list[str]
@@ -98,7 +98,7 @@ class Standing:
         )
 
 
-def standing(
+def forecast_candidates(
     store: Store,
     pool: str,
     ids: Sequence[str],
@@ -111,7 +111,7 @@ def standing(
     by_source: bool,
     trained: Sequence[Trained] = (),
     probed: Sequence[Probed] = (),
-) -> Standing:
+) -> CandidateForecast:
     """Forecast problems at a step, against a direction (None: without a target).
 
     benchmarks: the drift model is fitted to their targets at past steps. n_rollouts: size of a new group. forgetting:
@@ -164,7 +164,7 @@ def standing(
         lengths_P, length_sd_P, motion = lengths(history, ids, rows, trained, step)
         now_P = (steps_P == step) & live_P | ~np.isfinite(lengths_P)
         lengths_P, length_sd_P = np.where(now_P, norms_P, lengths_P), np.where(now_P, 0.0, length_sd_P)
-    return Standing(
+    return CandidateForecast(
         list(ids),
         states_P,
         steps_P,

@@ -14,7 +14,7 @@ import numpy as np
 from scipy import stats  # type: ignore[import-untyped]
 
 from gradstore import State
-from gradstore.engine.forecasting.forecast import Standing
+from gradstore.engine.forecasting.forecast import CandidateForecast
 from gradstore.engine.forecasting.refresh_choice import quantile
 from gradstore.engine.probing.batch import ProbeBatch
 from gradstore.engine.selecting.candidates import Candidates, Scored, Selector
@@ -25,7 +25,7 @@ AGED = ("cosine", "dot")
 """Selectors whose scores are replaced by a forecast."""
 
 
-def aged_parts(parts: Sequence[Part], now: Standing, length: float, confidence: float) -> list[Part]:
+def aged_parts(parts: Sequence[Part], now: CandidateForecast, length: float, confidence: float) -> list[Part]:
     """The parts of a mixture, with the selectors in AGED scored by the forecast `now`; length: the target's length."""
     return [
         replace(part, selector=_aged(part.selector, now, length, confidence)) if part.selector.name in AGED else part
@@ -33,7 +33,7 @@ def aged_parts(parts: Sequence[Part], now: Standing, length: float, confidence: 
     ]
 
 
-def aged_scores(kind: str, now: Standing, length: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
+def aged_scores(kind: str, now: CandidateForecast, length: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
     """Expected score and its standard deviation, float64 [P]; score NaN where the newest row is not live."""
     scales_P = now.scales(kind) * (1.0 if kind == "cosine" else length)
     chance_P = np.where(now.fresh, 1.0, now.signal)
@@ -43,7 +43,7 @@ def aged_scores(kind: str, now: Standing, length: float = 1.0) -> tuple[np.ndarr
     return np.where(now.live, mean_P, np.nan), spreads_P
 
 
-def _aged(selector: Selector, now: Standing, length: float, confidence: float) -> Selector:
+def _aged(selector: Selector, now: CandidateForecast, length: float, confidence: float) -> Selector:
     def score(candidates: Candidates) -> Scored:
         mean_P, sd_P = aged_scores(selector.name, now, length)
         half_P = quantile(confidence) * sd_P
@@ -53,7 +53,7 @@ def _aged(selector: Selector, now: Standing, length: float, confidence: float) -
     return replace(selector, score=score)
 
 
-def with_old_sketches(probes: ProbeBatch, now: Standing, length: float = 0.0) -> ProbeBatch:
+def with_old_sketches(probes: ProbeBatch, now: CandidateForecast, length: float = 0.0) -> ProbeBatch:
     """Add pseudo-probes, made from old sketches, for live candidates without a probe.
 
     The forecast's calibration scales a sketched dot (cosine x norm now) to a probed one. Its residual variance and the
@@ -86,7 +86,7 @@ def with_old_sketches(probes: ProbeBatch, now: Standing, length: float = 0.0) ->
     )
 
 
-def _as_probes(now: Standing, length: float) -> tuple[np.ndarray, np.ndarray]:
+def _as_probes(now: CandidateForecast, length: float) -> tuple[np.ndarray, np.ndarray]:
     """Pseudo-probe of each live candidate: dot and standard error, float64 [P]; dot NaN where there is none."""
     assert now.model is not None
     scale_P, left = np.full(len(now), length), 0.0

@@ -3,12 +3,10 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
-
-import gradstore
 
 MISSING = ("torch", "transformers", "safetensors", "math_verify", "reasoning_gym")
 
@@ -28,20 +26,8 @@ def plain(tmp_path: Path):
     return run
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> Path:
-    random = np.random.default_rng(0)
-    store = gradstore.create(tmp_path / "store", dim=32, fingerprint={"objective": {"importance": False}})
-    for name, n in (("pool", 8), ("bench", 2)):
-        ids = [f"p{i}" for i in range(n)]
-        store.add_problems(name, [{"id": problem, "prompt": "?"} for problem in ids])
-        for step in (0, 1):
-            with store.writer(name, step=step) as writer:
-                writer.append(ids, random.normal(size=(n, 32)).astype(np.float32))
-    return tmp_path / "store"
-
-
-def test_stores_are_read(plain, store: Path) -> None:
+def test_stores_are_read(plain, small_store: Callable[[Path], Path], tmp_path: Path) -> None:
+    store = small_store(tmp_path / "store")
     both = ["--pool", "pool", "--against", "bench"]
     for words in (
         ["query", str(store), *both, "--json"],

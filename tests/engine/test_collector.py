@@ -143,7 +143,7 @@ def test_killed_collect_resumes_to_the_same_store(tmp_path, model, make_groups, 
     rollouts = tmp_path / "rollouts.jsonl"
     write_rows(rollouts, make_groups(400))
     context = multiprocessing.get_context("forkserver")
-    preloaded = ["torch", "transformers.models.qwen2", "gradstore.engine.sketches.collector", "gradstore.cli.make"]
+    preloaded = ["torch", "transformers.models.qwen2", "gradstore.engine.sketches.collector", "gradstore.cli.rollout"]
     context.set_forkserver_preload(preloaded)
 
     def start(store: Path) -> multiprocessing.Process:

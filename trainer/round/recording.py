@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from gradstore import Round, State
-from gradstore.engine.forecasting.forecast import Standing
+from gradstore.engine.forecasting.forecast import CandidateForecast
 from gradstore.engine.selecting.selection import Selection
 from gradstore.trainer.round.settings import RoundSettings
 
@@ -19,7 +19,7 @@ _MUCH_WITHOUT_SIGNAL = 0.3
 
 
 def round_table(
-    now: Standing, scored: Selection, chosen: Selection, filled: Sequence[str], rolled_out: set[str]
+    now: CandidateForecast, scored: Selection, chosen: Selection, filled: Sequence[str], rolled_out: set[str]
 ) -> pa.Table:
     """The round's table: one row per candidate, in the order they were drawn."""
     score_of = dict(zip(scored.ids, zip(scored.scores, scored.low, scored.high, strict=True), strict=True))
@@ -56,7 +56,7 @@ def about_round(
     warm_up: bool,
     benchmarks: list[str],
     targets: list[dict[str, Any]],
-    now: Standing,
+    now: CandidateForecast,
     chosen: Selection,
     filled: Sequence[str],
     n_rolled_out: int,

@@ -18,7 +18,7 @@ import numpy as np
 import gradstore
 from gradstore import Store
 from gradstore.engine.forecasting.cosine_model import sum_of_units
-from gradstore.engine.forecasting.forecast import Standing, standing
+from gradstore.engine.forecasting.forecast import CandidateForecast, forecast_candidates
 from gradstore.engine.forecasting.norms import Trained, trained_toward
 from gradstore.engine.forecasting.probe_scale import Probed, probed_before
 from gradstore.engine.forecasting.refresh_choice import Outlook, choose, straddling
@@ -172,7 +172,7 @@ class RoundRunner:
         if self.measures or (self.fits and (journal.plans or not store.steps(run.pool))):
             self._refresh(store, journal, first)
         with self.costs.stage("select"):
-            now = self._standing(store)
+            now = self._forecast(store)
             if run.needs_probes and self.targets and not self.warm_up:
                 if journal.probes:
                     probes = ProbeBatch.load(store, run.pool, step=self.step, target=self.target_key)
@@ -249,7 +249,7 @@ class RoundRunner:
                 zeros, never = np.zeros(n), np.zeros(n, bool)
                 outlook = Outlook(zeros, np.ones(n), zeros, np.ones(n), never, never)
             else:
-                now = self._standing(store)
+                now = self._forecast(store)
                 self.refreshed["before"] = None if now.model is None else now.model.describe()
                 outlook = now.outlook(self._kind(), settings.rollouts)
             at_once = budget - round(settings.boundary * budget) if outlook.pickable.any() else budget
@@ -260,7 +260,7 @@ class RoundRunner:
         """The next candidates near the cut to roll out (again); an empty list when the picks are settled."""
         assert self.budget is not None
         with self.costs.stage("plan"):
-            now = self._standing(store)
+            now = self._forecast(store)
             mean_P, sd_P = aged_scores(self._kind(), now)
             unsure = straddling(
                 mean_P, sd_P, now.outlook(self._kind(), self.settings.rollouts).noise, self.n, self.settings.confidence
@@ -274,12 +274,12 @@ class RoundRunner:
         """Scale of the scores: "cosine" if every part of the selector ranks by cosine, else "dot"."""
         return "cosine" if all(part.selector.name == "cosine" for part in self.context.parts) else "dot"
 
-    def _standing(self, store: Store) -> Standing:
+    def _forecast(self, store: Store) -> CandidateForecast:
         settings = self.settings
         direction_D = None
         if self.budget is not None and self.targets:
             direction_D = sum_of_units([goal.vector for goal in self.targets])
-        return standing(
+        return forecast_candidates(
             store,
             self.context.pool,
             self.candidates,
@@ -340,7 +340,7 @@ class RoundRunner:
         )
         return scored, chosen
 
-    def _fill(self, now: Standing, chosen: Selection) -> list[str]:
+    def _fill(self, now: CandidateForecast, chosen: Selection) -> list[str]:
         """Random picks if too few candidates can be ranked: never measured ones first, then any others not picked."""
         missing = self.n - len(chosen)
         if missing <= 0:
@@ -356,7 +356,7 @@ class RoundRunner:
     def _record(
         self,
         store: Store,
-        now: Standing,
+        now: CandidateForecast,
         scored: Selection,
         chosen: Selection,
         filled: list[str],

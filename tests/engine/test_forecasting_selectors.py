@@ -7,7 +7,7 @@ import pytest
 
 from gradstore import State
 from gradstore.engine.forecasting.cosine_model import Beliefs, Staleness
-from gradstore.engine.forecasting.forecast import Standing
+from gradstore.engine.forecasting.forecast import CandidateForecast
 from gradstore.engine.forecasting.probe_scale import Calibration
 from gradstore.engine.forecasting.selectors import aged_scores, with_old_sketches
 from gradstore.engine.gradients.objectives import objective
@@ -18,7 +18,7 @@ MODEL = Staleness(0.01, 0.04, 0.16, 30.0)
 STEP, N = 60, 400
 
 
-def standing(ages: np.ndarray, seed: int = 0) -> tuple[Standing, np.ndarray]:
+def forecast_candidates(ages: np.ndarray, seed: int = 0) -> tuple[CandidateForecast, np.ndarray]:
     """Problems measured once, `ages` steps ago with 16 rollouts; and the true cosines now."""
     random = np.random.default_rng(seed)
     n = len(ages)
@@ -32,7 +32,7 @@ def standing(ages: np.ndarray, seed: int = 0) -> tuple[Standing, np.ndarray]:
         beliefs.measure(here, STEP - age, scores[here], np.full(len(here), 16.0))
     mean, sd = beliefs.at(STEP)
     ids, norms = [f"p{i}" for i in range(n)], random.lognormal(0, 0.3, n)
-    found = Standing(
+    found = CandidateForecast(
         ids,
         np.full(n, int(State.LIVE)),
         STEP - ages,
@@ -52,7 +52,7 @@ def standing(ages: np.ndarray, seed: int = 0) -> tuple[Standing, np.ndarray]:
     return found, now
 
 
-def probed(now: Standing, truth: np.ndarray, places: np.ndarray, slope: float) -> ProbeBatch:
+def probed(now: CandidateForecast, truth: np.ndarray, places: np.ndarray, slope: float) -> ProbeBatch:
     """Probes along a target `slope` times as long, of the true dots, with 16 rollouts."""
     random = np.random.default_rng(1)
     groups, derivatives = [], []
@@ -65,14 +65,14 @@ def probed(now: Standing, truth: np.ndarray, places: np.ndarray, slope: float) -
     return ProbeBatch.of(groups, derivatives, objective("gradalign"))
 
 
-def scaled(now: Standing, gain: float, left: float = 0.0) -> Standing:
+def scaled(now: CandidateForecast, gain: float, left: float = 0.0) -> CandidateForecast:
     """With every sketched dot worth so much as a probed one, along a target of length 2."""
     return replace(now, calibration=Calibration(np.full(len(now), gain / 2), left, 2.0, 150))
 
 
 def test_an_old_score_claims_less() -> None:
     """The same score, older: nearer to the mean, wider, and only as likely to have a signal as its past says."""
-    now, _ = standing(np.array([0, 10, 40]))
+    now, _ = forecast_candidates(np.array([0, 10, 40]))
     same = Beliefs(MODEL, 3)
     for place, age in ((2, 40), (1, 10), (0, 0)):
         same.measure(np.array([place]), STEP - age, np.array([0.5]), np.array([16.0]))
@@ -93,7 +93,7 @@ def test_an_old_score_claims_less() -> None:
 def test_old_sketches_as_probes() -> None:
     """On the probes' scale, unbiased, with an error that tells how far off they are."""
     ages = np.where(np.arange(N) < 200, 0, np.where(np.arange(N) < 300, 5, 25))
-    now, truth = standing(ages)
+    now, truth = forecast_candidates(ages)
     object.__setattr__(now, "signal", np.ones(N))
     probes = probed(now, truth, np.arange(150), slope=7.0)
     both = with_old_sketches(probes, scaled(now, 7.0))
@@ -112,7 +112,7 @@ def test_old_sketches_as_probes() -> None:
 
 def test_what_a_sketch_misses_and_how_unsure_its_length_is_widen_the_error() -> None:
     """Else an old sketch that says little would outrank a probe under a lower bound."""
-    now, truth = standing(np.full(N, 5))
+    now, truth = forecast_candidates(np.full(N, 5))
     probes = probed(now, truth, np.arange(2), slope=2.0)
     plain = with_old_sketches(probes, scaled(now, 2.0)).standard_errors[2:]
     missed = with_old_sketches(probes, scaled(now, 2.0, 0.01)).standard_errors[2:]
@@ -124,7 +124,7 @@ def test_what_a_sketch_misses_and_how_unsure_its_length_is_widen_the_error() -> 
 
 def test_what_is_not_known_is_no_probe() -> None:
     """Nothing beyond the prior, no gradient, or no scale to put it on: no pseudo-measurement."""
-    now, truth = standing(np.zeros(10, np.int64))
+    now, truth = forecast_candidates(np.zeros(10, np.int64))
     probes = probed(now, truth, np.arange(5), slope=2.0)
     now.sd[6], now.mean[6] = np.sqrt(MODEL.signal), MODEL.mean
     now.states[7] = int(State.NO_SIGNAL)
@@ -135,7 +135,7 @@ def test_what_is_not_known_is_no_probe() -> None:
 
 def test_too_few_probes_for_a_scale_take_the_targets() -> None:
     """A round whose budget met no signal still knows what earlier rounds measured; picks at random would forget it."""
-    now, truth = standing(np.zeros(N, np.int64))
+    now, truth = forecast_candidates(np.zeros(N, np.int64))
     object.__setattr__(now, "signal", np.ones(N))
     few = probed(now, truth, np.arange(2), slope=3.0)
     both = with_old_sketches(few, now, 3.0)

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, cast
 import typer
 
 from gradstore.cli.app import command
-from gradstore.cli.rank import Json, StorePath
+from gradstore.cli.query import Json, StorePath
 from gradstore.cli.show import print_json, print_table, say, size
 from gradstore.errors import RequestError
 
