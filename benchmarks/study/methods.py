@@ -2,11 +2,12 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
+from benchmarks.study.ablations import PARTS, WITHOUT
 from benchmarks.study.arms import is_useful
 from gradstore.engine.rollouts.group import Group
 from gradstore.engine.sketches.spec import SketchBatch
@@ -21,6 +22,8 @@ class Method:
     title: str
     rounds: Mapping[str, Any] = field(default_factory=dict)
     """Settings of the round that differ from the study's."""
+    without: str | None = None
+    """Part of the forecast taken out (ablations.py)."""
 
 
 ORACLE = "oracle"
@@ -55,7 +58,13 @@ budget."""
 
 def method(name: str, budgeted: Mapping[str, int]) -> Method:
     """The method of this name. `budgeted-SELECTOR` has the round settings `budgeted`; `budgeted/N-SELECTOR` has 1/N of
-    their budget. RequestError for an unknown name."""
+    their budget; `METHOD~PART` does without a part of the forecast. RequestError for an unknown name."""
+    whole, _, part = name.partition(WITHOUT)
+    if part:
+        if part not in PARTS:
+            raise RequestError(f"method {name!r}: the forecast has no part {part!r}, only {', '.join(PARTS)}")
+        about = method(whole, budgeted)
+        return replace(about, title=f"{about.title}; {PARTS[part][0]}", without=part)
     if name in METHODS:
         return METHODS[name]
     parts = re.fullmatch(rf"{BUDGETED}(?:/([1-9]\d*))?-(.+)", name)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.study.ablations import without
 from benchmarks.study.accuracy import expected_accuracy
 from benchmarks.study.arms import is_bad, is_useful, problems
 from benchmarks.study.methods import ORACLE, Oracle, method
@@ -152,7 +153,8 @@ def run_one(arm: str, name: str, seed: int, settings: StudySettings) -> dict[str
             inner = Rounds(Path(folder) / "store", found.pool, {"benchmark": found.validation}, rounds)
         chooser, run = MeteredChooser(inner), Path(folder) / "run"
         training = Training(policy, learner, chooser, found.pool, rounds, run, rollouts=settings.rollouts)
-        training.run(after_step)
+        with without(about.without):
+            training.run(after_step)
     picks = [[records[problem_id] for problem_id in ids] for ids in chooser.picks]
     meter = chooser.meter
     return {

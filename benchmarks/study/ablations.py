@@ -1,0 +1,88 @@
+"""What each part of the forecast of old rows is worth: the budgeted refresh with that part taken out.
+
+    python -m benchmarks.study run --methods budgeted-lcb,budgeted-lcb~norms,... --out FILE
+
+`METHOD~PART` runs METHOD with PART replaced by the obvious simpler rule. The replacements are here and nowhere in the
+product.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest import mock
+
+import numpy as np
+
+from gradstore.engine.forecasting import forecast
+from gradstore.engine.forecasting.cosine_model import Pairs, Staleness
+from gradstore.engine.forecasting.live_rows import Rows
+from gradstore.engine.forecasting.norms import measured_rates
+
+WITHOUT = "~"
+"""Between a method's name and the part that it does without."""
+
+
+class NewestScore:
+    """Each problem's newest score, never aged, instead of a filter over all its scores."""
+
+    def __init__(self, model: Staleness, n: int) -> None:
+        self._noise = model.noise
+        self._mean_P, self._variance_P = np.full(n, model.mean), np.full(n, model.signal)
+
+    def at(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        return self._mean_P, np.sqrt(self._variance_P)
+
+    def measure(self, places: np.ndarray, step: int, scores: np.ndarray, rollouts: np.ndarray) -> None:
+        self._mean_P[places] = scores
+        self._variance_P[places] = self._noise / np.maximum(rollouts, 1)
+
+
+def _newest_norms(history: Any, ids: Sequence[str], *_: Any) -> tuple[np.ndarray, np.ndarray, None]:
+    """No expected norms: the forecast then uses each newest row's own."""
+    return np.full(len(ids), np.nan), np.zeros(len(ids)), None
+
+
+def _newest_rates(
+    history: Any, ids: Sequence[str], rows: Sequence[Rows], pulls: Any, now: int
+) -> tuple[np.ndarray, np.ndarray, None]:
+    """Contrast times p (1 - p) of the newest measured pass rate, with half an answer added on either side."""
+    weight_P, length_P, slack_P = np.zeros((3, len(ids)))
+    for row in rows:
+        sound = np.isfinite(row.slack)
+        weight_P[row.places[sound]] += row.counts[sound] * row.slack[sound]
+        length_P[row.places[sound]] += row.counts[sound] * row.norms[sound]
+    rates = measured_rates(history, ids)
+    smooth_M = (rates.rates * rates.rollouts + 0.5) / (rates.rollouts + 1)
+    slack_P[rates.places] = smooth_M * (1 - smooth_M)  # rows are in the order of their steps: the newest stays
+    contrast_P = np.where(weight_P > 0, length_P / np.where(weight_P > 0, weight_P, 1.0), np.nan)
+    return contrast_P * slack_P, np.zeros(len(ids)), None
+
+
+def _no_pairs(*_: Any) -> Pairs:
+    return Pairs(*np.zeros((5, 0)))
+
+
+def _no_scale(*_: Any) -> None:
+    return None
+
+
+_OLD_SCORES: Mapping[str, Callable[..., Any]] = {"measured_pairs": _no_pairs, "Beliefs": NewestScore}
+
+PARTS: Mapping[str, tuple[str, Mapping[str, Callable[..., Any]]]] = {
+    "pass_rates": ("pass rates do not move between measurements", {"lengths": _newest_rates}),
+    "norms": ("norms of the newest rows", {"lengths": _newest_norms}),
+    "probe_scale": ("a probed dot is the sketched one", {"calibrate": _no_scale}),
+    "drift_fit": ("the drift model's prior, nothing fitted", {"measured_pairs": _no_pairs}),
+    "cosine_model": ("newest cosines, never aged", _OLD_SCORES),
+    "everything": ("all of these", {"lengths": _newest_norms, "calibrate": _no_scale, **_OLD_SCORES}),
+}
+"""Part of the forecast -> what stands in for it, and the replaced names of engine/forecasting/forecast.py."""
+
+
+@contextmanager
+def without(part: str | None) -> Iterator[None]:
+    """Run with a part of the forecast replaced; None: with all of it."""
+    with ExitStack() as stack:
+        for name, replacement in PARTS[part][1].items() if part else ():
+            stack.enter_context(mock.patch.object(forecast, name, replacement))
+        yield
