@@ -175,7 +175,7 @@ class PolicyForward:
 
     @contextmanager
     def plain(self) -> Iterator[None]:
-        """No shortcuts in the context: FSDP2 reduces gradients only for forwards through the whole model."""
+        """No shortcuts in the context: FSDP2 gathers weights and reduces gradients in forwards of the whole model."""
         shortcuts = self._split, self.shares_prompts
         self._split = self.shares_prompts = False
         try:

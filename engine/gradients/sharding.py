@@ -6,8 +6,10 @@ backward communicates among the ranks, so all ranks must run equally many. `larg
 less to do runs batches that do not count.
 """
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import TypeVar
+import logging
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,12 +17,18 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from gradstore.engine.gradients.budget import free_bytes
+
+log = logging.getLogger(__name__)
+
 T = TypeVar("T")
 S = TypeVar("S")
 K = TypeVar("K", bound=Hashable)
 
 _PART = 1 << 22
 """Numbers converted to float64 at once."""
+_OF_FREE = 0.5
+"""Share of a GPU's free memory that a whole model's weights may take when they are gathered for a pass."""
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -40,6 +48,49 @@ def gather(model: nn.Module) -> None:
     called directly; those gather their own. No effect on a plain model."""
     if isinstance(model, FSDPModule):
         model.unshard()
+
+
+@contextmanager
+def gathered(model: nn.Module) -> Iterator[bool]:
+    """Keep all parameters gathered in the context, if there is room; yields whether they are.
+
+    Submodules can then be called directly, in any order, and nothing is communicated between micro-batches. Room: on a
+    GPU half of the free memory of every rank; a CPU always has it. Gradients must not be reduced in the context. All
+    ranks enter it together. Yields True for a plain model.
+    """
+    modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    groups = [group for module in modules for group in _parameter_groups(module)]
+    if modules and (len(groups) < len(modules) or largest(model, int(not _has_room(model)))):
+        log.info("the sharded weights are gathered layer by layer, and prompts are run once per response")
+        yield False
+        return
+    before = [(group.post_forward_mesh_info, group.reshard_after_backward) for group in groups]
+    try:
+        for group in groups:
+            group.post_forward_mesh_info, group.reshard_after_backward = None, False
+        for module in modules:
+            module.unshard()
+        yield True
+    finally:
+        for group, (mesh, after_backward) in zip(groups, before, strict=True):
+            group.post_forward_mesh_info, group.reshard_after_backward = mesh, after_backward
+        reshard(model)
+
+
+def _parameter_groups(module: FSDPModule) -> list[Any]:
+    """FSDP2's groups of a module's own parameters: there is no public way to read when they are resharded."""
+    state = module._get_fsdp_state()
+    found: list[Any] = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
+    return [group for group in found if hasattr(group, "post_forward_mesh_info")]
+
+
+def _has_room(model: nn.Module) -> bool:
+    """Whether this rank's GPU has room for the whole model's weights; always on a CPU."""
+    parameters = [parameter for parameter in model.parameters() if isinstance(parameter, DTensor)]
+    device = own_part(parameters[0]).device
+    if device.type != "cuda":
+        return True
+    return sum(p.numel() * p.element_size() for p in parameters) <= _OF_FREE * free_bytes(device)
 
 
 def n_shards(model: nn.Module) -> int:

@@ -3,16 +3,24 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch.distributed as dist
+from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent))
 from conftest import random_groups, random_model
 from ranks import sharded
 
 from gradstore.engine import Sketcher, SketchSpec, exact_dots, layer_gradients
+from gradstore.engine.gradients import sharding
 from gradstore.engine.gradients.coverage import measure
+
+
+def parameter_groups(model: nn.Module) -> list[Any]:
+    """FSDP2's parameter groups of the decoder layers, which `fully_shard` reshards after the forward."""
+    return [group for layer in model.model.layers for group in sharding._parameter_groups(layer)]
 
 
 def main(rank: int, world: int, folder: Path) -> None:
@@ -27,6 +35,9 @@ def main(rank: int, world: int, folder: Path) -> None:
     sketcher = Sketcher(model, spec)
     found = sketcher.sketch(groups)
     none = sketcher.sketch(groups if rank == 0 else [])
+    resharded = [parameter_group.post_forward_mesh_info is not None for parameter_group in parameter_groups(model)]
+    sharding._has_room = lambda model: rank == 0  # one rank has no room for the whole model: none gathers it
+    by_layer = sketcher.sketch(groups)
     coverage = measure(sketcher.gradients, groups)
     head = Sketcher(model, SketchSpec(rank=6, head_only=True)).sketch(groups)
     target = layer_gradients(model, random_groups(2, seed=9), spec)
@@ -38,6 +49,8 @@ def main(rank: int, world: int, folder: Path) -> None:
         folder / f"rank-{rank}.npz",
         sketches=found.sketches,
         alone=none.sketches,
+        by_layer=by_layer.sketches,
+        resharded=resharded,
         head=head.sketches,
         exact=exact.dots,
         formed=formed.dots,

@@ -32,6 +32,8 @@ def test_each_rank_sketches_its_own_problems(make_model, make_groups, tmp_path: 
         found = np.load(tmp_path / f"rank-{rank}.npz")
         assert str(found["fingerprint"]) == repr(sketcher.fingerprint)
         assert relative_error(found["sketches"], expected[rank::WORLD]) < 1e-5
+        assert relative_error(found["by_layer"], expected[rank::WORLD]) < 1e-5
+        assert found["resharded"].all(), "the trainer's own setting is put back"
         assert relative_error(found["head"], head[rank::WORLD]) < 1e-5
         for way in ("exact", "formed"):
             assert np.abs(found[way] - dots[rank::WORLD]).max() < 1e-5 * np.abs(dots).max()
