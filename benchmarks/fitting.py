@@ -6,7 +6,7 @@
 
 One process runs every job once per repeat; ratios are within a repeat, shown as median and range. The unit is the time
 to sketch one problem, from sketches of `--problems` problems. This is also the size of the sample: three quarters are
-fitted to, one quarter is held out and measured (`collect` does the same, with 128). Without `--model`, a model of the
+fitted to, one quarter is held out and measured (`collect` does the same, with 88). Without `--model`, a model of the
 demo's shape has random weights. Without `--rollouts`, responses are random tokens; this gives valid times but no
 meaningful correlation.
 
@@ -38,7 +38,7 @@ from benchmarks.sketch import Shape, _qwen2
 from benchmarks.timing import interleaved
 from gradstore.cli.show import print_table
 from gradstore.engine import Sketcher, SketchSpec, collect
-from gradstore.engine.assessing.refit import FirstFit, first_fit, parts
+from gradstore.engine.assessing.refit import ENOUGH, FirstFit, first_fit, parts
 from gradstore.engine.gradients.models import load_model, load_tokenizer, vocabulary_size
 from gradstore.engine.rollouts import Group, read_rollouts
 from gradstore.engine.sketches.bases import create_store
@@ -54,7 +54,7 @@ def main(
     model: Annotated[str, typer.Option(help="Folder or name of a transformers causal LM [the demo's shape].")] = "",
     rollouts: Annotated[str, typer.Option(help="Rollouts of the pool [random tokens].")] = "",
     benchmark_rollouts: Annotated[str, typer.Option(help="Rollouts of the benchmark [random tokens].")] = "",
-    problems: Annotated[int, typer.Option(min=16, help="Problems fitted to and measured.")] = 128,
+    problems: Annotated[int, typer.Option(min=16, help="Problems fitted to and measured.")] = ENOUGH,
     benchmark: Annotated[int, typer.Option(min=2, help="Problems of the benchmark.")] = 64,
     group: Annotated[int, typer.Option(min=2, help="Rollouts of a problem of random tokens.")] = 16,
     prompt: Annotated[int, typer.Option(min=1, help="Their prompt, in tokens.")] = DEMO.n_prompt,

@@ -72,7 +72,7 @@ def collect(
         typer.Option(
             help="Problems with a signal a new projection is fitted to, a quarter of them held out to measure it."
         ),
-    ] = 128,
+    ] = 88,
     seed: Annotated[int | None, typer.Option(help="Seed of the projection (new store: 0).")] = None,
     modules: Annotated[list[str] | None, typer.Option(help="Regular expression of layers; may be repeated.")] = None,
     embeddings: Annotated[

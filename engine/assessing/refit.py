@@ -20,7 +20,7 @@ from gradstore.engine.sketches.sketcher import Sketcher
 from gradstore.engine.sketches.spec import SketchBatch, SketchSpec
 from gradstore.errors import RequestError
 
-ENOUGH = 128
+ENOUGH = 88
 """Problems with a signal from which a quarter can be spared for measuring."""
 
 

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -27,6 +28,8 @@ K = TypeVar("K", bound=Hashable)
 
 _PART = 1 << 22
 """Numbers converted to float64 at once."""
+_GATHERED: WeakSet[nn.Module] = WeakSet()
+"""Models inside `gathered`."""
 _OF_FREE = 0.5
 """Share of a GPU's free memory that a whole model's weights may take when they are gathered for a pass."""
 
@@ -37,7 +40,10 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def reshard(model: nn.Module) -> None:
-    """Free gathered parameters, so that `model.parameters()` are the rank's own parts. No effect on a plain model."""
+    """Free gathered parameters, so that `model.parameters()` are the rank's own parts. No effect on a plain model, and
+    inside `gathered`."""
+    if model in _GATHERED:
+        return
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -56,11 +62,14 @@ def gathered(model: nn.Module) -> Iterator[bool]:
 
     Submodules can then be called directly, in any order, and nothing is communicated between micro-batches. Room: on a
     GPU half of the free memory of every rank; a CPU always has it. Gradients must not be reduced in the context. All
-    ranks enter it together. Yields True for a plain model.
+    ranks enter it together. Yields True for a plain model, and inside another such context of the same model.
     """
+    if model in _GATHERED or not is_sharded(model):
+        yield True
+        return
     modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
     groups = [group for module in modules for group in _parameter_groups(module)]
-    if modules and (len(groups) < len(modules) or largest(model, int(not _has_room(model)))):
+    if len(groups) < len(modules) or largest(model, int(not _has_room(model))):
         log.info("the sharded weights are gathered layer by layer, and prompts are run once per response")
         yield False
         return
@@ -70,8 +79,10 @@ def gathered(model: nn.Module) -> Iterator[bool]:
             group.post_forward_mesh_info, group.reshard_after_backward = None, False
         for module in modules:
             module.unshard()
+        _GATHERED.add(model)
         yield True
     finally:
+        _GATHERED.discard(model)
         for group, (mesh, after_backward) in zip(groups, before, strict=True):
             group.post_forward_mesh_info, group.reshard_after_backward = mesh, after_backward
         reshard(model)

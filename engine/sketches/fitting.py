@@ -27,7 +27,7 @@ import torch
 from torch import nn
 
 from gradstore.engine.gradients.layers import Layer
-from gradstore.engine.gradients.sharding import largest, own_share, total
+from gradstore.engine.gradients.sharding import gathered, largest, own_share, total
 from gradstore.engine.rollouts.group import Group
 from gradstore.engine.rollouts.source import RolloutSource
 from gradstore.engine.sketches.one_sided import Covariances, Fitted, OneSided, Sides
@@ -104,14 +104,15 @@ def fit(
         raise RequestError(f"fitting a projection needs problems with a signal, {n_live} of {n_all} have one")
     random = Sketcher(model, replace(spec, basis="random"))
     shapes = [layer.shape for layer in random.gradients.layers]
-    bases = random_bases(shapes, 2 * spec.rank, spec.seed)
-    sides = _refined(random, bases, _begin(live), _begin(wanted), progress)
-    bases, fitted = _bases(shapes, sides, spec.rank, spec.seed, " first")
-    sides = _refined(random, bases, live, wanted, progress, fitted)
-    bases, fitted = _bases(shapes, sides, spec.rank // _BESIDE, spec.seed)
-    cores = Projection("random", bases, None, [(basis.name, basis.start, basis.stop) for basis in bases])
-    sketcher = Sketcher(model, random.spec, cores)
-    last = [_cores(sketcher, part, progress) for part in (live, wanted)]
+    with gathered(model):
+        bases = random_bases(shapes, 2 * spec.rank, spec.seed)
+        sides = _refined(random, bases, _begin(live), _begin(wanted), progress)
+        bases, fitted = _bases(shapes, sides, spec.rank, spec.seed, " first")
+        sides = _refined(random, bases, live, wanted, progress, fitted)
+        bases, fitted = _bases(shapes, sides, spec.rank // _BESIDE, spec.seed)
+        cores = Projection("random", bases, None, [(basis.name, basis.start, basis.stop) for basis in bases])
+        sketcher = Sketcher(model, random.spec, cores)
+        last = [_cores(sketcher, part, progress) for part in (live, wanted)]
     projection = _finished(sketcher, [found for _, found in last], spec, _entries(bases, fitted), bool(benchmark))
     finished = Sketcher(model, spec, projection)
     return Fit(projection, *([_row(finished, *pair) for pair in zip(*part, strict=True)] for part in last))
