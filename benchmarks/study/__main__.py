@@ -67,6 +67,17 @@ def report(
     say(f"{page}: {len(rows)} runs")
 
 
+@app.command()
+def ablations(
+    results: Annotated[Path, typer.Argument(help="File of results.")],
+    method: Annotated[str, typer.Option(help="The whole method.")] = "budgeted-lcb",
+) -> None:
+    """Print what is lost without each part of the forecast."""
+    from benchmarks.study.ablations import table
+
+    print(table(read_results(results), method))
+
+
 if __name__ == "__main__":
     try:
         app()

@@ -1,6 +1,7 @@
 """What each part of the forecast of old rows is worth: the budgeted refresh with that part taken out.
 
-    python -m benchmarks.study run --methods budgeted-lcb,budgeted-lcb~norms,... --out FILE
+    python -m benchmarks.study run --methods budgeted-lcb,budgeted-lcb~norms,... --seeds 0-2 --out FILE
+    python -m benchmarks.study ablations FILE
 
 `METHOD~PART` runs METHOD with PART replaced by the obvious simpler rule. The replacements are here and nowhere in the
 product.
@@ -13,6 +14,8 @@ from unittest import mock
 
 import numpy as np
 
+from benchmarks.study.arms import ARMS
+from benchmarks.study.statistics import difference, final_accuracy, of
 from gradstore.engine.forecasting import forecast
 from gradstore.engine.forecasting.cosine_model import Pairs, Staleness
 from gradstore.engine.forecasting.live_rows import Rows
@@ -86,3 +89,26 @@ def without(part: str | None) -> Iterator[None]:
         for name, replacement in PARTS[part][1].items() if part else ():
             stack.enter_context(mock.patch.object(forecast, name, replacement))
         yield
+
+
+def table(rows: Sequence[Mapping[str, Any]], whole: str) -> str:
+    """Accuracy lost without each part, by arm and on average over the arms, as Markdown; 95 % intervals over seeds."""
+    lines = ["| without | " + " | ".join([*ARMS, "all arms"]) + " |", "| --- |" + " --- |" * (len(ARMS) + 1)]
+    everything = [final_accuracy(of(rows, arm, whole)) for arm in ARMS]
+    lines.append("| nothing: accuracy | " + " | ".join(f"{one.mean:.3f}" for one in everything) + " | |")
+    pooled = [_pooled(rows, name) for name in (whole, *(f"{whole}{WITHOUT}{part}" for part in PARTS))]
+    for (part, (what, _)), mine in zip(PARTS.items(), pooled[1:], strict=True):
+        found = [difference(of(rows, arm, f"{whole}{WITHOUT}{part}"), of(rows, arm, whole)) for arm in ARMS]
+        found.append(difference(mine, pooled[0]))
+        cells = [f"{one.mean:+.3f} [{one.low:+.3f}, {one.high:+.3f}]" for one in found]
+        lines.append(f"| `{part}`: {what} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _pooled(rows: Sequence[Mapping[str, Any]], method: str) -> list[dict[str, Any]]:
+    """One row per seed that has run every arm: the mean of the arms' last accuracies."""
+    last: dict[int, list[float]] = {}
+    for arm in ARMS:
+        for row in of(rows, arm, method):
+            last.setdefault(row["seed"], []).append(row["accuracy"][-1])
+    return [{"seed": seed, "accuracy": [np.mean(own)]} for seed, own in last.items() if len(own) == len(ARMS)]

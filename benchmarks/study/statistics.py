@@ -1,6 +1,6 @@
 """Statistics of a study's rows: means over seeds with 95 % intervals, and comparisons of two methods."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,28 +39,28 @@ def estimate(values: Sequence[float]) -> Estimate:
     return Estimate(float(np.mean(values)), half, n)
 
 
-def of(rows: Sequence[dict[str, Any]], arm: str, method: str) -> list[dict[str, Any]]:
+def of(rows: Sequence[Mapping[str, Any]], arm: str, method: str) -> list[Mapping[str, Any]]:
     """The rows of a method in an arm, sorted by seed."""
     found = [row for row in rows if row["arm"] == arm and row["method"] == method]
     return sorted(found, key=lambda row: row["seed"])
 
 
-def final_accuracy(rows: Sequence[dict[str, Any]]) -> Estimate:
+def final_accuracy(rows: Sequence[Mapping[str, Any]]) -> Estimate:
     return estimate([row["accuracy"][-1] for row in rows])
 
 
-def curve(rows: Sequence[dict[str, Any]]) -> list[Estimate]:
+def curve(rows: Sequence[Mapping[str, Any]]) -> list[Estimate]:
     """Accuracy before the first round and after each round."""
     return [estimate(list(values)) for values in zip(*(row["accuracy"] for row in rows), strict=True)]
 
 
-def difference(rows: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]]) -> Estimate:
+def difference(rows: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]]) -> Estimate:
     """Difference in final accuracy, seed by seed: both methods had the same problems and seeds."""
     of_other = {row["seed"]: row["accuracy"][-1] for row in others}
     return estimate([row["accuracy"][-1] - of_other[row["seed"]] for row in rows if row["seed"] in of_other])
 
 
-def share(rows: Sequence[dict[str, Any]], what: str) -> Estimate:
+def share(rows: Sequence[Mapping[str, Any]], what: str) -> Estimate:
     """Share of the picks that are `what` ("bad" or "useful"), over all rounds."""
     return estimate([float(np.mean(row[what])) for row in rows])
 
