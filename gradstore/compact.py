@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 
 from gradstore.appender import Appender, create_generation, show_rows
-from gradstore.durable import crc32c
+from gradstore.durable import crc32c, folder_bytes
 from gradstore.errors import DamagedError
 from gradstore.header import Header
 from gradstore.layout import PROBLEMS, generation_name, generations
@@ -62,7 +62,7 @@ def compact(header: Header, folders: list[Path], keep: Literal["all", "newest"])
 def _compact(header: Header, folder: Path, keep: str) -> CompactedCollection:
     with Session(header, folder) as session:
         old = session.manifest
-        bytes_before = _size(session.generation)
+        bytes_before = folder_bytes(session.generation)
         snapshot = Snapshot(header, folder, old)
         kept_rows = snapshot.alive()
         if keep == "newest":
@@ -79,7 +79,7 @@ def _compact(header: Header, folder: Path, keep: str) -> CompactedCollection:
             problems_before=old.n_problems,
             problems_after=session.manifest.n_problems,
             bytes_before=bytes_before,
-            bytes_after=_size(session.generation),
+            bytes_after=folder_bytes(session.generation),
             kept_for_readers=tuple(session.remove_unused_generations()),
         )
 
@@ -147,7 +147,3 @@ def _write_problems(folder: Path, snapshot: Snapshot, kept: np.ndarray) -> tuple
     table = snapshot.problems.table.take(np.flatnonzero(kept))
     starts = range(0, table.num_rows, PART_ROWS)
     return tuple(write_part(folder, number, table.slice(start, PART_ROWS)) for number, start in enumerate(starts))
-
-
-def _size(generation: Path) -> int:
-    return sum(file.stat().st_size for file in generation.glob("**/*") if file.is_file())

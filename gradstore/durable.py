@@ -265,6 +265,11 @@ def make_folder(folder: Path) -> None:
             fsync_folder(folder.parent)
 
 
+def folder_bytes(folder: Path) -> int:
+    """Bytes of all files in a folder and its subfolders."""
+    return sum(file.stat().st_size for file in folder.glob("**/*") if file.is_file())
+
+
 def preallocate(descriptor: int, size: int) -> None:
     """Reserve a file's final size on disk, so that a full disk raises here and not in the middle of a row."""
     try:

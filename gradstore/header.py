@@ -2,21 +2,22 @@
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from gradstore.durable import canonical_json, crc32c, reading
 from gradstore.errors import DamagedError, NotAStoreError, RequestError
 from gradstore.layout import (
-    COLLECTIONS,
     COLUMN_ROWS,
     COLUMNS,
     DTYPES,
     FORMAT,
     FORMAT_OF_COLUMN_ROWS,
     FORMAT_OF_COLUMNS,
-    MANIFEST,
     ZARR,
     RowArray,
+    check_whole,
+    collection_names,
     default_chunk_rows,
     group_json,
     row_arrays,
@@ -54,8 +55,9 @@ class Header:
         }
         return group_json({"gradstore": {**body, "crc32c": f"{crc32c(canonical_json(body)):08x}"}})
 
-    @property
+    @cached_property
     def arrays(self) -> tuple[RowArray, ...]:
+        """Every array of a collection, codes first."""
         return row_arrays(self.dim, self.dtype, self.columns, self.chunk_rows, self.column_rows or self.chunk_rows)
 
 
@@ -73,7 +75,7 @@ def read_header(path: Path) -> Header:
     file = path / ZARR
     if not path.exists():
         raise NotAStoreError(f"{path}: there is nothing here; `gradstore collect` or gradstore.create makes a store")
-    was_a_store = any(path.glob(f"{COLLECTIONS}/*/{MANIFEST}"))
+    was_a_store = bool(collection_names(path))
     if not file.is_file():
         if was_a_store:
             raise DamagedError(f"{file}: missing, beside collections of a store")
@@ -117,17 +119,11 @@ def check_shape(
 
     If only chunk_rows is given, it holds for all arrays (column_rows None). If neither is given, both get defaults.
     """
-    whole = _positive("dim", dim)
+    whole = check_whole("dim", dim, 1)
     if dtype not in DTYPES:
         raise RequestError(f"dtype {dtype!r} is not known; use one of {', '.join(DTYPES)}")
     kind = str(dtype)
     if column_rows is None and chunk_rows is None:
         column_rows = COLUMN_ROWS
-    rows = default_chunk_rows(whole, kind) if chunk_rows is None else _positive("chunk_rows", chunk_rows)
-    return whole, kind, rows, None if column_rows is None else _positive("column_rows", column_rows)
-
-
-def _positive(name: str, value: object) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__") or (whole := value.__index__()) < 1:
-        raise RequestError(f"{name} must be a whole number of at least 1, not {value!r}")
-    return int(whole)
+    rows = default_chunk_rows(whole, kind) if chunk_rows is None else check_whole("chunk_rows", chunk_rows, 1)
+    return whole, kind, rows, None if column_rows is None else check_whole("column_rows", column_rows, 1)

@@ -188,6 +188,17 @@ class ProblemTable:
         return whole.slice(0, len(self))
 
 
+def repeated(ids: Sequence[str]) -> str | None:
+    """The first id that occurs more than once; None if all are different."""
+    seen: set[str] = set()
+    if len(set(ids)) < len(ids):
+        for problem_id in ids:
+            if problem_id in seen:
+                return problem_id
+            seen.add(problem_id)
+    return None
+
+
 def _texts(column: "pa.Array", rows: np.ndarray) -> np.ndarray:
     """Texts at some rows of a large-string column without nulls, object array of str."""
     if len(rows) > _FEW:
