@@ -40,7 +40,9 @@ class Header:
     @property
     def format(self) -> int:
         """Version of the on-disk format in the root."""
-        return _format(self.columns, self.column_rows)
+        if self.column_rows is not None:
+            return FORMAT_OF_COLUMN_ROWS
+        return FORMAT_OF_COLUMNS if self.columns else FORMAT
 
     def to_bytes(self) -> bytes:
         """The exact bytes of the root zarr.json."""
@@ -59,12 +61,6 @@ class Header:
     def arrays(self) -> tuple[RowArray, ...]:
         """Every array of a collection, codes first."""
         return row_arrays(self.dim, self.dtype, self.columns, self.chunk_rows, self.column_rows or self.chunk_rows)
-
-
-def _format(columns: tuple[str, ...], column_rows: int | None) -> int:
-    if column_rows is not None:
-        return FORMAT_OF_COLUMN_ROWS
-    return FORMAT_OF_COLUMNS if columns else FORMAT
 
 
 def read_header(path: Path) -> Header:
@@ -91,14 +87,14 @@ def read_header(path: Path) -> Header:
         raise NotAStoreError(f"{path}: not a gradstore store ({ZARR} has no gradstore attributes)") from error
     if stored != f"{crc32c(canonical_json(body)):08x}":
         raise DamagedError(f"{file}: damaged: the attributes do not match their checksum")
-    columns = tuple(body.get("columns", ()))
-    column_rows = body.get("column_rows")
-    if body["format"] != _format(columns, column_rows) or not set(columns) <= set(COLUMNS):
+    known = {name: body.get(name) for name in ("dim", "dtype", "chunk_rows", "fingerprint", "column_rows")}
+    header = Header(**known, columns=tuple(body.get("columns", ())))
+    if body["format"] != header.format or not set(header.columns) <= set(COLUMNS):
         raise NotAStoreError(
             f"{path}: written in store format {body['format']}, this version reads up to {FORMAT_OF_COLUMN_ROWS}: "
             "upgrade gradstore"
         )
-    return Header(body["dim"], body["dtype"], body["chunk_rows"], body["fingerprint"], columns, column_rows)
+    return header
 
 
 def check_fingerprint(fingerprint: object) -> dict:

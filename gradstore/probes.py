@@ -18,6 +18,7 @@ from gradstore.collection import Collection
 from gradstore.durable import canonical_json
 from gradstore.errors import RequestError
 from gradstore.layout import PROBES, check_step
+from gradstore.parquet import table_bytes
 from gradstore.problem_table import repeated
 
 SCHEMA = pa.schema(
@@ -68,11 +69,20 @@ class RecordedProbes:
         that is not finite.
         """
         self._collection.refuse_read_only()
-        rows = (ids, derivatives, rewards, lengths)
-        table = _to_table(*rows, check_step(step), target, target_commit, objective, self._collection.where)
-        buffer = io.BytesIO()
-        pq.write_table(table, buffer, compression="zstd")
-        self._collection.add(list(ids), lambda: additions.add_part(self._folder, buffer.getvalue()))
+        _check(ids, {"derivatives": derivatives, "rewards": rewards, "lengths": lengths}, self._collection.where)
+        n = len(ids)
+        columns = [
+            list(ids),
+            [check_step(step)] * n,
+            [target] * n,
+            [target_commit] * n,
+            [canonical_json(objective or {}).decode()] * n,
+            [np.asarray(d_G, np.float32) for d_G in derivatives],
+            [np.asarray(r_G, np.float32) for r_G in rewards],
+            [np.asarray(T_G, np.int32) for T_G in lengths],
+        ]
+        data = table_bytes(pa.table(columns, schema=SCHEMA))
+        self._collection.add(list(ids), lambda: additions.add_part(self._folder, data))
 
     def table(self, *, step: int | None = None, target: str | None = None) -> pa.Table:
         """Probes in order of addition, of problems that are not deleted; step or target None: of all.
@@ -100,26 +110,15 @@ class RecordedProbes:
         return table.filter(pc.invert(pc.is_in(table["id"], value_set=deleted)))
 
 
-def _to_table(
-    ids: Sequence[str],
-    derivatives: Sequence[np.ndarray],
-    rewards: Sequence[np.ndarray],
-    lengths: Sequence[np.ndarray],
-    step: int,
-    target: str,
-    target_commit: int,
-    objective: dict[str, Any] | None,
-    where: str,
-) -> pa.Table:
-    """Build the rows of an addition; RequestError names the problem if counts differ or a reward is not finite."""
-    counts = {"derivatives": len(derivatives), "rewards": len(rewards), "lengths": len(lengths)}
-    for name, count in counts.items():
-        if count != len(ids):
-            raise RequestError(f"{where}: {len(ids)} ids but {name} of {count} problems")
+def _check(ids: Sequence[str], given: dict[str, Sequence[np.ndarray]], where: str) -> None:
+    """Raise RequestError, which names the problem, if counts differ, an id is repeated, or a reward is not finite."""
+    for name, arrays in given.items():
+        if len(arrays) != len(ids):
+            raise RequestError(f"{where}: {len(ids)} ids but {name} of {len(arrays)} problems")
     twice = repeated(ids)
     if twice is not None:
         raise RequestError(f"{where}: problem id {twice!r} occurs more than once; keep one")
-    for name, d_G, r_G, T_G in zip(ids, derivatives, rewards, lengths, strict=True):
+    for name, d_G, r_G, T_G in zip(ids, *given.values(), strict=True):
         if not len(d_G) == len(r_G) == len(T_G):
             raise RequestError(
                 f"{where}, problem {name!r}: {len(d_G)} derivatives, {len(r_G)} rewards and {len(T_G)} lengths; "
@@ -127,15 +126,3 @@ def _to_table(
             )
         if not np.isfinite(r_G).all():
             raise RequestError(f"{where}, problem {name!r}: a reward is not finite")
-    n = len(ids)
-    columns = [
-        list(ids),
-        [step] * n,
-        [target] * n,
-        [target_commit] * n,
-        [canonical_json(objective or {}).decode()] * n,
-        [np.asarray(d_G, np.float32) for d_G in derivatives],
-        [np.asarray(r_G, np.float32) for r_G in rewards],
-        [np.asarray(T_G, np.int32) for T_G in lengths],
-    ]
-    return pa.table(columns, schema=SCHEMA)

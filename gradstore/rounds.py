@@ -20,6 +20,7 @@ from gradstore.collection import Collection
 from gradstore.durable import canonical_json
 from gradstore.errors import DamagedError, RequestError
 from gradstore.layout import ROUNDS
+from gradstore.parquet import table_bytes
 from gradstore.problem_table import repeated
 
 STATES = ("live", "no_signal", "failed", "unmeasured")
@@ -134,9 +135,7 @@ def _to_bytes(about: Mapping[str, Any], table: pa.Table, where: str) -> bytes:
         text = canonical_json(dict(about))
     except (TypeError, ValueError) as error:
         raise RequestError(f"{where}: what the round was is not JSON: {error}") from None
-    buffer = io.BytesIO()
-    pq.write_table(table.replace_schema_metadata({_ABOUT: text}), buffer, compression="zstd")
-    return buffer.getvalue()
+    return table_bytes(table.replace_schema_metadata({_ABOUT: text}))
 
 
 def _from_bytes(data: bytes, number: int, folder: Path) -> Round:

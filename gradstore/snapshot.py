@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gradstore.chunks import CodeRows, MappedRows, read_column
+from gradstore.chunks import mapped_rows, read_column
 from gradstore.errors import DamagedError
 from gradstore.header import Header
 from gradstore.layout import IN_USE
@@ -26,20 +26,15 @@ class Snapshot:
         self.problems = ProblemTable(collection, manifest)
         self._lease = lease
         self._generation = collection / manifest.folder
-        self._arrays = {array.name: array for array in header.arrays}
         self._columns: dict[str, np.ndarray] = {}
-        self.codes: CodeRows = MappedRows(self._generation, self._arrays["codes"], manifest.rows)
+        self.codes = mapped_rows(self._generation, header.arrays[0], manifest.rows)
 
     def column(self, name: str) -> np.ndarray:
         """All published entries of a one-dimensional array; read and checked once, then cached."""
         if name not in self._columns:
             manifest = self.manifest
-            self._columns[name] = read_column(
-                self._generation,
-                self._arrays[name],
-                manifest.rows,
-                manifest.chunks[name],
-            )
+            array = next(array for array in self.header.arrays if array.name == name)
+            self._columns[name] = read_column(self._generation, array, manifest.rows, manifest.chunks[name])
         return self._columns[name]
 
     def alive(self) -> np.ndarray:

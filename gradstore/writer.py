@@ -93,10 +93,12 @@ class Writer:
         session = self._open()
         self._refuse_failed()
         basis = self._basis(basis)
-        rows = NewRows(list(ids), self._where)
+        ids = list(ids)
+        problem = self._problems.rows_of(ids, self._where)
+        rows = NewRows(ids, self._where)
         columns = {
-            "step": np.full(len(rows.ids), self._step, dtype=np.int64),
-            "problem": self._problems.rows_of(rows.ids, self._where),
+            "step": np.full(len(ids), self._step, dtype=np.int64),
+            "problem": problem,
             **rows.sketches(sketches, norms, whole_norms, state, self._collection.header),
             "pass_rate": rows.pass_rates(pass_rate),
             "n_rollouts": rows.counts(n_rollouts),
