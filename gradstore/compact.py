@@ -127,14 +127,13 @@ def _runs(basis_of_rows: np.ndarray) -> tuple[tuple[int, int], ...]:
 
 def _copy_rows(appender: Appender, snapshot: Snapshot, kept_rows: np.ndarray, new_problem: np.ndarray) -> None:
     header, manifest = snapshot.header, snapshot.manifest
-    codes_array = next(array for array in header.arrays if array.name == "codes")
     for chunk, start in enumerate(range(0, manifest.rows, header.chunk_rows)):
         rows = start + np.flatnonzero(kept_rows[start : start + header.chunk_rows])
         if not len(rows):
             continue
         codes = snapshot.codes.chunk(chunk)
         if crc32c(codes) != manifest.chunks["codes"][chunk]:
-            path = snapshot.collection / manifest.folder / "codes" / codes_array.chunk_file(chunk)
+            path = snapshot.collection / manifest.folder / "codes" / header.arrays[0].chunk_file(chunk)
             raise DamagedError(
                 f"{path}: damaged: its bytes do not match their checksum; nothing was rewritten; see `gradstore verify`"
             )

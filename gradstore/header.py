@@ -4,6 +4,7 @@ import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from gradstore.durable import canonical_json, crc32c, reading
 from gradstore.errors import DamagedError, NotAStoreError, RequestError
@@ -87,8 +88,8 @@ def read_header(path: Path) -> Header:
         raise NotAStoreError(f"{path}: not a gradstore store ({ZARR} has no gradstore attributes)") from error
     if stored != f"{crc32c(canonical_json(body)):08x}":
         raise DamagedError(f"{file}: damaged: the attributes do not match their checksum")
-    known = {name: body.get(name) for name in ("dim", "dtype", "chunk_rows", "fingerprint", "column_rows")}
-    header = Header(**known, columns=tuple(body.get("columns", ())))
+    settings: dict[str, Any] = {name: body.get(name) for name in Header.__dataclass_fields__}
+    header = Header(**settings | {"columns": tuple(body.get("columns", ()))})
     if body["format"] != header.format or not set(header.columns) <= set(COLUMNS):
         raise NotAStoreError(
             f"{path}: written in store format {body['format']}, this version reads up to {FORMAT_OF_COLUMN_ROWS}: "
@@ -108,18 +109,20 @@ def check_fingerprint(fingerprint: object) -> dict:
     return restored
 
 
-def check_shape(
-    dim: object, dtype: object, chunk_rows: object, column_rows: object
-) -> tuple[int, str, int, int | None]:
-    """Check and return dim, dtype, chunk_rows (codes) and column_rows (other arrays), or raise RequestError.
+def new_header(dim: int, dtype: str, chunk_rows: int | None, column_rows: int | None, fingerprint: dict) -> Header:
+    """Header of a new store; RequestError for a setting that cannot be.
 
-    If only chunk_rows is given, it holds for all arrays (column_rows None). If neither is given, both get defaults.
+    If only chunk_rows is given, it holds for all arrays (column_rows None). If neither is given, both get defaults. If
+    the fingerprint's objective uses importance weights, rows have the column `ess`.
     """
-    whole = check_whole("dim", dim, 1)
+    dim = check_whole("dim", dim, 1)
     if dtype not in DTYPES:
         raise RequestError(f"dtype {dtype!r} is not known; use one of {', '.join(DTYPES)}")
-    kind = str(dtype)
     if column_rows is None and chunk_rows is None:
         column_rows = COLUMN_ROWS
-    rows = default_chunk_rows(whole, kind) if chunk_rows is None else check_whole("chunk_rows", chunk_rows, 1)
-    return whole, kind, rows, None if column_rows is None else check_whole("column_rows", column_rows, 1)
+    chunk_rows = default_chunk_rows(dim, dtype) if chunk_rows is None else check_whole("chunk_rows", chunk_rows, 1)
+    column_rows = None if column_rows is None else check_whole("column_rows", column_rows, 1)
+    fingerprint = check_fingerprint(fingerprint)
+    objective = fingerprint.get("objective")
+    off_policy = isinstance(objective, dict) and bool(objective.get("importance"))
+    return Header(dim, dtype, chunk_rows, fingerprint, ("ess",) if off_policy else (), column_rows)

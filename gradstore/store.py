@@ -10,7 +10,7 @@ from gradstore.collection import CodesOf, Collection, refuse_read_only
 from gradstore.description import describe
 from gradstore.durable import TEMPORARY, make_folder, replace_file, writing
 from gradstore.errors import FingerprintError, RequestError
-from gradstore.header import Header, check_fingerprint, check_shape, read_header
+from gradstore.header import Header, check_fingerprint, new_header, read_header
 from gradstore.layout import COLLECTIONS, WITHOUT_CODES, ZARR, collection_names, group_json
 from gradstore.new_problems import add_problems
 from gradstore.problem_table import to_records
@@ -50,13 +50,9 @@ def create(
     Raises RequestError if something is already at `path`.
     """
     path = Path(path)
-    dim, dtype, chunk_rows, column_rows = check_shape(dim, dtype, chunk_rows, column_rows)
-    fingerprint = check_fingerprint(fingerprint)
+    header = new_header(dim, dtype, chunk_rows, column_rows, fingerprint)
     if path.exists() and not _is_blank(path):
         raise RequestError(f"{path}: there is something here already; open it, or choose another path")
-    settings = fingerprint.get("objective")
-    off_policy = isinstance(settings, dict) and bool(settings.get("importance"))
-    header = Header(dim, dtype, chunk_rows, fingerprint, ("ess",) if off_policy else (), column_rows)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     make_folder(path)

@@ -69,11 +69,11 @@ def verify(path: Path, header: Header | None = None) -> Report:
     return report
 
 
+@dataclass
 class _Checker:
-    def __init__(self, root: Path, header: Header, report: Report) -> None:
-        self.root = root
-        self.header = header
-        self.report = report
+    root: Path
+    header: Header
+    report: Report
 
     def check(self) -> None:
         self._text(self.root / ZARR, self.header.to_bytes())
