@@ -70,8 +70,10 @@ from .errors import NotAStoreError as NotAStoreError
 from .errors import RequestError as RequestError
 from .problems import read_problems as read_problems
 from .problems import to_verl as to_verl
+from .probes import RecordedProbes as RecordedProbes
 from .remote import mirror as mirror
 from .remote import open_remote as open_remote
+from .rounds import RecordedRounds as RecordedRounds
 from .rounds import Round as Round
 from .state import State as State
 from .store import Store as Store

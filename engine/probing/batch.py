@@ -111,7 +111,7 @@ class ProbeBatch:
         )
 
     def save(self, store: Store, collection: str, *, step: int, target: str, target_commit: int = 0) -> None:
-        """Save derivatives, rewards and lengths beside the collection's rows; see `Store.add_probes`."""
+        """Save derivatives, rewards and lengths beside the collection's rows; see `RecordedProbes.add`."""
         store.probes(collection).add(
             self.ids,
             self.derivatives,

@@ -165,7 +165,7 @@ def test_killed_between_rows_and_record(world, training, killed, tmp_path, monke
         raise killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(gradstore.Store, "add_round", die)
+        patch.setattr(gradstore.RecordedRounds, "add", die)
         with pytest.raises(killed):
             run.run()
     assert list(gradstore.open(tmp_path / "store").rounds("pool")) == []
