@@ -68,9 +68,9 @@ from .errors import GradstoreError as GradstoreError
 from .errors import LockedError as LockedError
 from .errors import NotAStoreError as NotAStoreError
 from .errors import RequestError as RequestError
+from .probes import RecordedProbes as RecordedProbes
 from .problems import read_problems as read_problems
 from .problems import to_verl as to_verl
-from .probes import RecordedProbes as RecordedProbes
 from .remote import mirror as mirror
 from .remote import open_remote as open_remote
 from .rounds import RecordedRounds as RecordedRounds
