@@ -31,19 +31,21 @@ class Collection:
     def snapshot(self) -> Snapshot:
         """Snapshot of the newest commit; the same one if nothing was published since. RequestError if there is none."""
         check_collection(self.folder)
-        snapshot = open_snapshot(self.header, self.folder)
-        if self._snapshot is None or self._snapshot.manifest != snapshot.manifest:
-            snapshot.problems = self.problems(snapshot.manifest)
-            if self._codes_of is not None:
-                snapshot.codes = self._codes_of(self.folder, snapshot.manifest)
-            self._snapshot = snapshot
-        return self._snapshot
+        snapshot, kept = open_snapshot(self.header, self.folder), self._snapshot
+        if kept is not None and kept.manifest == snapshot.manifest:
+            return kept
+        snapshot.problems = self.problems(snapshot.manifest)
+        if self._codes_of is not None:
+            snapshot.codes = self._codes_of(self.folder, snapshot.manifest)
+        self._snapshot = snapshot
+        return snapshot
 
     def problems(self, manifest: Manifest) -> ProblemTable:
         """Problem table of a manifest; the same one while no problems are added or dropped (new rows do not matter)."""
-        if self._problems is None or not self._problems.serves(manifest):
-            self._problems = ProblemTable(self.folder, manifest)
-        return self._problems
+        kept = self._problems
+        if kept is None or not kept.serves(manifest):
+            kept = self._problems = ProblemTable(self.folder, manifest)
+        return kept
 
     def deleted(self) -> list[str]:
         """Ids of the problems that were deleted and not appended again since."""

@@ -68,7 +68,7 @@ class Round:
 class RecordedRounds(Sequence[Round]):
     """The recorded rounds of a pool, oldest first: a sequence that reads a round when it is asked for.
 
-    Any of them raises DamagedError if a round that it reads changed or is missing.
+    Reading raises DamagedError if a round changed or is missing.
     """
 
     def __init__(self, collection: Collection) -> None:
