@@ -84,7 +84,7 @@ def contested(
     return pd.DataFrame(
         {
             "id": ids,
-            "source": view.problems_of(ids.tolist())["source"].to_pylist(),
+            "source": view.problems["source"].take(positions[best]).to_pylist(),
             "score_helped": scores[helped][best].astype(float),
             "score_harmed": scores[harmed][best].astype(float),
             "contest": contest_P[best].astype(float),

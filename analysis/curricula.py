@@ -89,7 +89,7 @@ def _at_step(
     candidates = None
     if recorded is not None and among == "candidates":
         ids = recorded.table["id"].to_pylist()
-        candidates = [name for name, at in zip(ids, view.find(ids).tolist(), strict=True) if at >= 0]
+        candidates = [name for name, at in zip(ids, view.positions(ids, strict=False).tolist(), strict=True) if at >= 0]
     positions = np.arange(len(view)) if candidates is None else view.positions(candidates)
     live = positions[view.live[positions]]
     queries_QD = query_vectors(view, wanted, metric)
@@ -99,7 +99,7 @@ def _at_step(
     best = float(hindsight_P[best_rows].mean()) if len(best_rows) else float("nan")
 
     def row(selector: str, ids: Sequence[str], note: str = "") -> dict:
-        at = view.find(list(ids))
+        at = view.positions(list(ids), strict=False)
         at = at[at >= 0]
         known = len(at) > 0
         gained = float(np.nan_to_num(hindsight_P[at]).mean()) if known else float("nan")

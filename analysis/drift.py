@@ -159,7 +159,7 @@ def _noise_energies(store: Store, benchmark: str, steps: Sequence[int]) -> np.nd
     differences = np.full(len(steps) + 1, np.nan)  # [i + 1]: between steps i and i + 1
     for i, (step, other) in enumerate(pairwise(steps)):
         before, after = store.view(benchmark, step), store.view(benchmark, other)
-        at = after.find(before.ids.tolist())
+        at = after.positions(before.ids.tolist(), strict=False)
         here = np.flatnonzero((at >= 0) & (before.states != State.FAILED))
         there = at[here]
         anew = (after.steps[there] != before.steps[here]) & (after.states[there] != State.FAILED)

@@ -74,7 +74,7 @@ def _drawn(view: View, ids: Sequence[str] | None, most: int, seed: int) -> np.nd
     if ids is None:
         positions = view.live_positions
     else:
-        at = view.find(list(ids))
+        at = view.positions(list(ids), strict=False)
         positions = np.sort(at[at >= 0])
         positions = positions[view.live[positions]]
     if len(positions) <= most:

@@ -133,7 +133,7 @@ def stored_probes(
     store: Store, pool: str, benchmark: str, step: int | None = None
 ) -> tuple[ProbeBatch | None, int | None]:
     """(probes of the pool along the benchmark at the step nearest to `step`, that step); None: the newest step."""
-    steps = np.unique(store.probes(pool, target=benchmark)["step"].to_numpy())
+    steps = np.unique(store.probes(pool).table(target=benchmark)["step"].to_numpy())
     if not len(steps):
         return None, None
     nearest = int(steps[-1] if step is None else steps[np.argmin(np.abs(steps - step))])

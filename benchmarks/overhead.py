@@ -174,7 +174,7 @@ def measured(shape: str, size: Size, rounds: int, device: str, repeats: int) -> 
 
 def _rounds(path: Path, last: int) -> list[gradstore.Round]:
     store = gradstore.open(path)
-    return [store.round("pool", number) for number in range(last + 1)]
+    return [store.rounds("pool")[number] for number in range(last + 1)]
 
 
 def share(stages: Mapping[str, Sequence[float]]) -> np.ndarray:

@@ -93,7 +93,7 @@ def _round(store: Store, ids: list[str], step: int, random: np.random.Generator)
     columns |= {"picked": picked, "weight": np.ones(n), "rollouts": np.full(n, 16)}
     costs = {"rollouts": 600.0, "sketches": 90.0, "selection": 1.0, "training": 1800.0}
     about = {"step": step, "selector": "rand", "benchmarks": ["first"], "costs": costs, "rollouts": 16 * n}
-    store.add_round("pool", about, pa.table(columns))
+    store.rounds("pool").add(about, pa.table(columns))
 
 
 def opened(page: Path, repeats: int) -> tuple[np.ndarray, np.ndarray]:

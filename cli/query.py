@@ -294,6 +294,6 @@ def _largest_layers(
 ) -> list[dict[str, float]]:
     from gradstore.engine.searching.shares import layer_contributions
 
-    names = [name for name, _, _ in view.layers]
+    names = [name for name, _, _ in view.store.layers]
     terms_KL = layer_contributions(view, positions, wanted, metric, damping)
     return [{names[i]: float(row[i]) for i in (-row).argsort()[:n]} for row in terms_KL]

@@ -182,7 +182,7 @@ def counted(name: str, total: int | None, tell: Callable[[str], None], every: fl
 
 
 def _shares(store: gradstore.Store, ids: list[str]) -> dict[str, float]:
-    problems = store.view("pool").problems_of(ids)
+    problems = store.problems("pool", ids)
     tags = tag_shares(problems)
     wrong, coin = tags.get(tasks.WRONG_TRUTH, 0.0), tags.get(tasks.COIN_FLIP, 0.0)
     family = source_shares(problems).get(tasks.TARGET_FAMILY, 0.0)

@@ -68,10 +68,12 @@ from .errors import GradstoreError as GradstoreError
 from .errors import LockedError as LockedError
 from .errors import NotAStoreError as NotAStoreError
 from .errors import RequestError as RequestError
+from .probes import RecordedProbes as RecordedProbes
 from .problems import read_problems as read_problems
 from .problems import to_verl as to_verl
 from .remote import mirror as mirror
 from .remote import open_remote as open_remote
+from .rounds import RecordedRounds as RecordedRounds
 from .rounds import Round as Round
 from .state import State as State
 from .store import Store as Store

@@ -18,7 +18,7 @@ _PART = re.compile(r"part-([0-9]{6,})-([0-9a-f]{8})\.parquet")
 def add_part(folder: Path, data: bytes) -> int:
     """Write the next part, durably, and return its number; the caller holds the collection's lock."""
     make_folder(folder)
-    number = max((number for number, _, _ in _parts(folder)), default=-1) + 1
+    number = count_parts(folder)
     replace_file(folder / f"part-{number:06d}-{crc32c(data):08x}.parquet", data)
     return number
 
@@ -46,9 +46,8 @@ def check_parts(
 ) -> list[tuple[Path, bytes, str]]:
     """Check every part, missing ones too, except those to skip: (file, bytes, fault, "" if none), in order."""
     found = {number: (crc, path) for number, crc, path in _parts(folder)}
-    end = max(found, default=-1) + 1
     checked = []
-    for number in range(first, end if stop is None else min(stop, end)):
+    for number in range(max(found, default=-1) + 1)[first:stop]:
         if number not in found:
             checked.append((folder / f"part-{number:06d}", b"", "missing"))
             continue

@@ -8,8 +8,8 @@ import os
 import resource
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
@@ -34,50 +34,46 @@ def read_column(generation: Path, array: RowArray, rows: int, crcs: tuple[int, .
     return column
 
 
-def map_chunk(generation: Path, array: RowArray, chunk: int, rows: int) -> np.ndarray:
-    """Map the first `rows` rows of a chunk file as a read-only array; DamagedError if the file is shorter."""
-    path = generation / array.name / array.chunk_file(chunk)
-    size = rows * array.row_bytes
-    with reading(path):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            # Touching a mapping past the end of its file would kill the process.
-            if os.fstat(descriptor).st_size < size:
-                raise DamagedError(f"{path}: damaged: shorter than its {rows} published rows")
-            mapped = mmap.mmap(descriptor, size, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
-        finally:
-            os.close(descriptor)
-    return np.frombuffer(mapped, dtype=array.dtype).reshape(array.shape(rows))
+class CodeRows:
+    """The published codes of a collection, chunk by chunk; the most recently used chunks stay open or in memory."""
 
-
-class CodeRows(Protocol):
-    """The published codes of a collection, chunk by chunk."""
-
-    def chunk(self, chunk: int) -> np.ndarray:
-        """The published rows of one chunk, shape [rows in it, width], read-only."""
-        ...
-
-
-class MappedRows:
-    """The published rows of one array by row number, over mapped chunk files."""
-
-    def __init__(self, generation: Path, array: RowArray, rows: int) -> None:
-        self.rows = rows
-        self._generation = generation
-        self._array = array
-        self._mapped: OrderedDict[int, np.ndarray] = OrderedDict()
+    def __init__(self, read: Callable[[int], np.ndarray], most: int) -> None:
+        """read: chunk number -> its published rows, [rows in it, width], read-only. most: chunks that are kept."""
+        self._read, self._most = read, most
+        self._kept: OrderedDict[int, np.ndarray] = OrderedDict()
         self._lock = threading.Lock()
-        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        self._capacity = 4096 if soft == resource.RLIM_INFINITY else max(8, min(4096, soft // 4))
 
     def chunk(self, chunk: int) -> np.ndarray:
         """The published rows of one chunk, shape [rows in it, width], read-only."""
         with self._lock:
-            if chunk in self._mapped:
-                self._mapped.move_to_end(chunk)
-                return self._mapped[chunk]
-            rows = self._array.rows_in(chunk, self.rows)
-            mapped = self._mapped[chunk] = map_chunk(self._generation, self._array, chunk, rows)
-            if len(self._mapped) > self._capacity:
-                self._mapped.popitem(last=False)
-            return mapped
+            if chunk in self._kept:
+                self._kept.move_to_end(chunk)
+                return self._kept[chunk]
+        rows = self._read(chunk)
+        with self._lock:
+            self._kept[chunk] = rows
+            while len(self._kept) > self._most:
+                self._kept.popitem(last=False)
+        return rows
+
+
+def mapped_rows(generation: Path, array: RowArray, rows: int) -> CodeRows:
+    """The first `rows` rows of an array, over mapped chunk files; DamagedError for a file that is too short."""
+
+    def read(chunk: int) -> np.ndarray:
+        path = generation / array.name / array.chunk_file(chunk)
+        shape = array.shape(array.rows_in(chunk, rows))
+        size = shape[0] * array.row_bytes
+        with reading(path):
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                # Touching a mapping past the end of its file would kill the process.
+                if os.fstat(descriptor).st_size < size:
+                    raise DamagedError(f"{path}: damaged: shorter than its {shape[0]} published rows")
+                mapped = mmap.mmap(descriptor, size, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
+            finally:
+                os.close(descriptor)
+        return np.frombuffer(mapped, dtype=array.dtype).reshape(shape)
+
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return CodeRows(read, 4096 if soft == resource.RLIM_INFINITY else max(8, min(4096, soft // 4)))

@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 
 from gradstore.appender import Appender, create_generation, show_rows
-from gradstore.durable import crc32c
+from gradstore.durable import crc32c, folder_bytes
 from gradstore.errors import DamagedError
 from gradstore.header import Header
 from gradstore.layout import PROBLEMS, generation_name, generations
@@ -62,7 +62,7 @@ def compact(header: Header, folders: list[Path], keep: Literal["all", "newest"])
 def _compact(header: Header, folder: Path, keep: str) -> CompactedCollection:
     with Session(header, folder) as session:
         old = session.manifest
-        bytes_before = _size(session.generation)
+        bytes_before = folder_bytes(session.generation)
         snapshot = Snapshot(header, folder, old)
         kept_rows = snapshot.alive()
         if keep == "newest":
@@ -79,7 +79,7 @@ def _compact(header: Header, folder: Path, keep: str) -> CompactedCollection:
             problems_before=old.n_problems,
             problems_after=session.manifest.n_problems,
             bytes_before=bytes_before,
-            bytes_after=_size(session.generation),
+            bytes_after=folder_bytes(session.generation),
             kept_for_readers=tuple(session.remove_unused_generations()),
         )
 
@@ -127,14 +127,13 @@ def _runs(basis_of_rows: np.ndarray) -> tuple[tuple[int, int], ...]:
 
 def _copy_rows(appender: Appender, snapshot: Snapshot, kept_rows: np.ndarray, new_problem: np.ndarray) -> None:
     header, manifest = snapshot.header, snapshot.manifest
-    codes_array = next(array for array in header.arrays if array.name == "codes")
     for chunk, start in enumerate(range(0, manifest.rows, header.chunk_rows)):
         rows = start + np.flatnonzero(kept_rows[start : start + header.chunk_rows])
         if not len(rows):
             continue
         codes = snapshot.codes.chunk(chunk)
         if crc32c(codes) != manifest.chunks["codes"][chunk]:
-            path = snapshot.collection / manifest.folder / "codes" / codes_array.chunk_file(chunk)
+            path = snapshot.collection / manifest.folder / "codes" / header.arrays[0].chunk_file(chunk)
             raise DamagedError(
                 f"{path}: damaged: its bytes do not match their checksum; nothing was rewritten; see `gradstore verify`"
             )
@@ -147,7 +146,3 @@ def _write_problems(folder: Path, snapshot: Snapshot, kept: np.ndarray) -> tuple
     table = snapshot.problems.table.take(np.flatnonzero(kept))
     starts = range(0, table.num_rows, PART_ROWS)
     return tuple(write_part(folder, number, table.slice(start, PART_ROWS)) for number, start in enumerate(starts))
-
-
-def _size(generation: Path) -> int:
-    return sum(file.stat().st_size for file in generation.glob("**/*") if file.is_file())

@@ -1,20 +1,20 @@
 """Statistics of a collection, for `Store.info` and `gradstore info`."""
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from gradstore.durable import folder_bytes
 from gradstore.lock import describe_holder, is_running, read_holder
 from gradstore.snapshot import Snapshot
 from gradstore.state import State
 
 
-def describe(folder: Path, snapshot: Snapshot) -> dict[str, Any]:
-    """Describe the collection in a folder as a dict for JSON; states count each problem's newest row."""
+def describe(snapshot: Snapshot) -> dict[str, Any]:
+    """Describe a collection as a dict for JSON; states count each problem's newest row."""
     newest = snapshot.newest(None)
     states = snapshot.column("state")[newest[newest >= 0]]
-    holder = read_holder(folder)
+    holder = read_holder(snapshot.collection)
     return {
         "problems": len(snapshot.problems),
         "deleted": len(snapshot.deleted()),
@@ -23,7 +23,7 @@ def describe(folder: Path, snapshot: Snapshot) -> dict[str, Any]:
         "steps": snapshot.rows_by_step(),
         "commit": snapshot.manifest.commit,
         "generation": snapshot.manifest.folder,
-        "bytes": sum(file.stat().st_size for file in folder.glob("**/*") if file.is_file()),
+        "bytes": folder_bytes(snapshot.collection),
         "writer": describe_holder(holder) if is_running(holder) else "",
         "interrupted_writer": "" if is_running(holder) else describe_holder(holder),
     }

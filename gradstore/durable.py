@@ -123,7 +123,11 @@ def _syncers(_process: int) -> "SimpleQueue[tuple[int, SimpleQueue[Done]]]":
 
 def fsync_folder(folder: Path) -> None:
     """fsync a folder: makes its file names durable."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    _fsync(folder, os.O_DIRECTORY)
+
+
+def _fsync(path: Path, flags: int = 0) -> None:
+    descriptor = os.open(path, os.O_RDONLY | flags)
     try:
         os.fsync(descriptor)
     finally:
@@ -201,11 +205,7 @@ def whole_file(path: Path) -> Iterator[Path]:
         with writing(path):
             try:
                 yield unfinished
-                descriptor = os.open(unfinished, os.O_RDONLY)
-                try:
-                    os.fsync(descriptor)
-                finally:
-                    os.close(descriptor)
+                _fsync(unfinished)
                 os.rename(unfinished, final)
                 fsync_folder(final.parent)
             except OSError as error:
@@ -241,11 +241,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         unfinished.mkdir(parents=True)
         yield unfinished
         for path in unfinished.rglob("*"):
-            if path.is_dir():
-                fsync_folder(path)
-            else:
-                with path.open("rb") as file:
-                    os.fsync(file.fileno())
+            _fsync(path)
         fsync_folder(unfinished)
         unfinished.rename(folder)
         fsync_folder(folder.parent)
@@ -263,6 +259,11 @@ def make_folder(folder: Path) -> None:
         if not folder.is_dir():
             folder.mkdir()
             fsync_folder(folder.parent)
+
+
+def folder_bytes(folder: Path) -> int:
+    """Bytes of all files in a folder and its subfolders."""
+    return sum(file.stat().st_size for file in folder.glob("**/*") if file.is_file())
 
 
 def preallocate(descriptor: int, size: int) -> None:

@@ -2,21 +2,23 @@
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from gradstore.durable import canonical_json, crc32c, reading
 from gradstore.errors import DamagedError, NotAStoreError, RequestError
 from gradstore.layout import (
-    COLLECTIONS,
     COLUMN_ROWS,
     COLUMNS,
     DTYPES,
     FORMAT,
     FORMAT_OF_COLUMN_ROWS,
     FORMAT_OF_COLUMNS,
-    MANIFEST,
     ZARR,
     RowArray,
+    check_whole,
+    collection_names,
     default_chunk_rows,
     group_json,
     row_arrays,
@@ -39,7 +41,9 @@ class Header:
     @property
     def format(self) -> int:
         """Version of the on-disk format in the root."""
-        return _format(self.columns, self.column_rows)
+        if self.column_rows is not None:
+            return FORMAT_OF_COLUMN_ROWS
+        return FORMAT_OF_COLUMNS if self.columns else FORMAT
 
     def to_bytes(self) -> bytes:
         """The exact bytes of the root zarr.json."""
@@ -54,15 +58,10 @@ class Header:
         }
         return group_json({"gradstore": {**body, "crc32c": f"{crc32c(canonical_json(body)):08x}"}})
 
-    @property
+    @cached_property
     def arrays(self) -> tuple[RowArray, ...]:
+        """Every array of a collection, codes first."""
         return row_arrays(self.dim, self.dtype, self.columns, self.chunk_rows, self.column_rows or self.chunk_rows)
-
-
-def _format(columns: tuple[str, ...], column_rows: int | None) -> int:
-    if column_rows is not None:
-        return FORMAT_OF_COLUMN_ROWS
-    return FORMAT_OF_COLUMNS if columns else FORMAT
 
 
 def read_header(path: Path) -> Header:
@@ -73,7 +72,7 @@ def read_header(path: Path) -> Header:
     file = path / ZARR
     if not path.exists():
         raise NotAStoreError(f"{path}: there is nothing here; `gradstore collect` or gradstore.create makes a store")
-    was_a_store = any(path.glob(f"{COLLECTIONS}/*/{MANIFEST}"))
+    was_a_store = bool(collection_names(path))
     if not file.is_file():
         if was_a_store:
             raise DamagedError(f"{file}: missing, beside collections of a store")
@@ -89,14 +88,14 @@ def read_header(path: Path) -> Header:
         raise NotAStoreError(f"{path}: not a gradstore store ({ZARR} has no gradstore attributes)") from error
     if stored != f"{crc32c(canonical_json(body)):08x}":
         raise DamagedError(f"{file}: damaged: the attributes do not match their checksum")
-    columns = tuple(body.get("columns", ()))
-    column_rows = body.get("column_rows")
-    if body["format"] != _format(columns, column_rows) or not set(columns) <= set(COLUMNS):
+    settings: dict[str, Any] = {name: body.get(name) for name in Header.__dataclass_fields__}
+    header = Header(**settings | {"columns": tuple(body.get("columns", ()))})
+    if body["format"] != header.format or not set(header.columns) <= set(COLUMNS):
         raise NotAStoreError(
             f"{path}: written in store format {body['format']}, this version reads up to {FORMAT_OF_COLUMN_ROWS}: "
             "upgrade gradstore"
         )
-    return Header(body["dim"], body["dtype"], body["chunk_rows"], body["fingerprint"], columns, column_rows)
+    return header
 
 
 def check_fingerprint(fingerprint: object) -> dict:
@@ -110,24 +109,20 @@ def check_fingerprint(fingerprint: object) -> dict:
     return restored
 
 
-def check_shape(
-    dim: object, dtype: object, chunk_rows: object, column_rows: object
-) -> tuple[int, str, int, int | None]:
-    """Check and return dim, dtype, chunk_rows (codes) and column_rows (other arrays), or raise RequestError.
+def new_header(dim: int, dtype: str, chunk_rows: int | None, column_rows: int | None, fingerprint: dict) -> Header:
+    """Header of a new store; RequestError for a setting that cannot be.
 
-    If only chunk_rows is given, it holds for all arrays (column_rows None). If neither is given, both get defaults.
+    If only chunk_rows is given, it holds for all arrays (column_rows None). If neither is given, both get defaults. If
+    the fingerprint's objective uses importance weights, rows have the column `ess`.
     """
-    whole = _positive("dim", dim)
+    dim = check_whole("dim", dim, 1)
     if dtype not in DTYPES:
         raise RequestError(f"dtype {dtype!r} is not known; use one of {', '.join(DTYPES)}")
-    kind = str(dtype)
     if column_rows is None and chunk_rows is None:
         column_rows = COLUMN_ROWS
-    rows = default_chunk_rows(whole, kind) if chunk_rows is None else _positive("chunk_rows", chunk_rows)
-    return whole, kind, rows, None if column_rows is None else _positive("column_rows", column_rows)
-
-
-def _positive(name: str, value: object) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__") or (whole := value.__index__()) < 1:
-        raise RequestError(f"{name} must be a whole number of at least 1, not {value!r}")
-    return int(whole)
+    chunk_rows = default_chunk_rows(dim, dtype) if chunk_rows is None else check_whole("chunk_rows", chunk_rows, 1)
+    column_rows = None if column_rows is None else check_whole("column_rows", column_rows, 1)
+    fingerprint = check_fingerprint(fingerprint)
+    objective = fingerprint.get("objective")
+    off_policy = isinstance(objective, dict) and bool(objective.get("importance"))
+    return Header(dim, dtype, chunk_rows, fingerprint, ("ess",) if off_policy else (), column_rows)

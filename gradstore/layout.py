@@ -9,6 +9,7 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -156,6 +157,31 @@ def check_name(name: object) -> str:
         rule = "use letters, digits, '.', '_' and '-', not starting with a dot, at most 200 of them"
         raise RequestError(f"collection name {name!r} is not possible: {rule}")
     return name
+
+
+def check_whole(name: str, value: Any, least: int, note: str = "") -> int:
+    """Check and return a whole number; RequestError names it with `note` if it is another thing or below `least`."""
+    if isinstance(value, bool) or not hasattr(value, "__index__") or not least <= value.__index__() < 2**63:
+        raise RequestError(f"{name} must be a whole number of at least {least}{note}, not {value!r}")
+    return int(value)
+
+
+def check_step(step: Any) -> int:
+    """Check and return a policy step."""
+    return check_whole("step", step, 0, " (0 = the base model)")
+
+
+def collection_names(store: Path) -> list[str]:
+    """Names of a store's collections, sorted."""
+    return sorted(entry.parent.name for entry in (store / COLLECTIONS).glob(f"*/{MANIFEST}"))
+
+
+def check_collection(folder: Path) -> None:
+    """Raise RequestError, which names the store's collections, if there is none in the folder."""
+    if not (folder / MANIFEST).exists():
+        store = folder.parent.parent
+        known = ", ".join(collection_names(store)) or "none"
+        raise RequestError(f"{store}: there is no collection {folder.name!r}; the store has {known}")
 
 
 def generation_name(generation: int) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from gradstore.durable import canonical_json, crc32c, reading, replace_file
 from gradstore.errors import DamagedError, NotAStoreError
-from gradstore.layout import FORMAT, FORMAT_OF_BASES, MANIFEST, generation_name
+from gradstore.layout import FORMAT, FORMAT_OF_BASES, MANIFEST, PROBLEMS, generation_name
 
 _HEAD = b'{"crc32c":"%08x","manifest":'
 _HEAD_BYTES = len(_HEAD % 0)
@@ -51,6 +51,10 @@ class Manifest:
     @property
     def folder(self) -> str:
         return generation_name(self.generation)
+
+    def problems_folder(self, collection: Path) -> Path:
+        """The folder of `parts`."""
+        return collection / self.folder / PROBLEMS
 
     @property
     def n_problems(self) -> int:

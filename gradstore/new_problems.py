@@ -1,16 +1,15 @@
 """Adding problems to a collection: records are checked; a stored problem must be equal in every field."""
 
-from collections import Counter
 from collections.abc import Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from gradstore.collection import Collection
 from gradstore.durable import fsync_folder, writing
 from gradstore.errors import RequestError
-from gradstore.header import Header
-from gradstore.problem_table import ProblemTable, add_to_parts, to_table
+from gradstore.layout import MANIFEST
+from gradstore.problem_table import ProblemTable, add_to_parts, repeated, to_table
 from gradstore.problems import canonical
 from gradstore.session import Session
 
@@ -18,23 +17,23 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 
-def add_problems(header: Header, folder: Path, records: Iterable[dict], known: ProblemTable | None) -> int:
-    """Add records to the collection in a folder (created if new); returns the number of new problems.
+def add_problems(collection: Collection, records: Iterable[dict]) -> int:
+    """Add records to a collection (created if new); returns the number of new problems.
 
-    known: the problems that a reader sees; None for a new collection. If all records are known, no lock is taken.
-    RequestError names id and field of a record that is invalid, given twice, or different from the stored one.
+    If all records are known, no lock is taken. RequestError names id and field of a record that is invalid, given
+    twice, or different from the stored one.
     """
-    collection = folder.name
-    checked = [canonical(record, f"collection {collection!r}, record {n}") for n, record in enumerate(records)]
-    seen = Counter(record["id"] for record in checked)
-    if len(seen) < len(checked):
-        twice = next(problem_id for problem_id, count in seen.items() if count > 1)
-        raise RequestError(f"collection {collection!r}: problem id {twice!r} occurs {seen[twice]} times; keep one")
+    folder, where = collection.folder, collection.where
+    checked = [canonical(record, f"{where}, record {n}") for n, record in enumerate(records)]
+    ids = [record["id"] for record in checked]
+    twice = repeated(ids)
+    if twice is not None:
+        raise RequestError(f"{where}: problem id {twice!r} occurs {ids.count(twice)} times; keep one")
     table = to_table(checked)
-    if known is not None and not len(_new_rows(known, table, collection)):
+    if (folder / MANIFEST).exists() and not len(_new_rows(collection.snapshot().problems, table, where)):
         return 0
-    with Session(header, folder, create=True) as session:
-        new = _new_rows(ProblemTable(folder, session.manifest), table, collection)
+    with Session(collection.header, folder, create=True) as session:
+        new = _new_rows(collection.problems(session.manifest), table, where)
         if len(new):
             session.unpublished = True
             parts, unneeded = add_to_parts(folder, session.manifest, table.take(new))
@@ -47,7 +46,7 @@ def add_problems(header: Header, folder: Path, records: Iterable[dict], known: P
     return len(new)
 
 
-def _new_rows(known: ProblemTable, table: "pa.Table", collection: str) -> np.ndarray:
+def _new_rows(known: ProblemTable, table: "pa.Table", where: str) -> np.ndarray:
     """Rows of `table` whose ids are not known; RequestError if a known one has other content."""
     import pyarrow as pa
 
@@ -61,7 +60,7 @@ def _new_rows(known: ProblemTable, table: "pa.Table", collection: str) -> np.nda
         name, new, old = next(pair for pair in pairs if pair[1] != pair[2])
         field = "prompt" if field == "messages" else field
         raise RequestError(
-            f"collection {collection!r}: problem {name!r} is stored with another {field!r}: {_short(old)}, "
+            f"{where}: problem {name!r} is stored with another {field!r}: {_short(old)}, "
             f"now {_short(new)}; give a changed problem a new id"
         )
     return np.flatnonzero(places < 0)

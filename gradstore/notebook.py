@@ -1,7 +1,11 @@
 """Notebook display of views, hits and selections: a line of facts and a small table, all text escaped."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
+
+import numpy as np
+
+from gradstore.state import State
 
 SHOWN = 10
 """Most rows shown in a table; further rows are only counted."""
@@ -18,6 +22,15 @@ def html_table(title: str, facts: str, columns: Sequence[str], rows: Sequence[Se
         f"<div><strong>{escape(title)}</strong> <span>{escape(facts)}</span>"
         f"<table><thead><tr>{heads}</tr></thead><tbody>{lines}</tbody></table>{more}</div>"
     )
+
+
+def rows_html(title: str, states_N: np.ndarray, columns: Mapping[str, np.ndarray]) -> str:
+    """HTML of N stored rows: how many are in each state, and the columns of the first rows, "state" in words."""
+    words = [state.name.lower().replace("_", " ") for state in State]
+    facts = ", ".join(f"{int((states_N == state).sum()):,} {words[state]}" for state in State)
+    shown = {name: column.tolist() for name, column in columns.items()}
+    shown["state"] = [words[state] for state in shown["state"]]
+    return html_table(title, facts, list(shown), list(zip(*shown.values(), strict=True)), len(states_N))
 
 
 def _cell(value: object) -> str:

@@ -5,10 +5,20 @@ reads them, but `take` does not support all of them. They hold the same values a
 on reading.
 """
 
-from typing import TYPE_CHECKING
+import io
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+
+def table_bytes(table: "pa.Table", **options: Any) -> bytes:
+    """A Parquet file as bytes, compressed. options: of `pyarrow.parquet.write_table`."""
+    import pyarrow.parquet as pq
+
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="zstd", **options)
+    return buffer.getvalue()
 
 
 def plain_table(table: "pa.Table") -> "pa.Table":

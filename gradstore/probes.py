@@ -6,7 +6,6 @@ defines naming and durability.
 
 import io
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,9 +14,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from gradstore import additions
+from gradstore.collection import Collection
 from gradstore.durable import canonical_json
 from gradstore.errors import RequestError
-from gradstore.layout import PROBES
+from gradstore.layout import PROBES, check_step
+from gradstore.parquet import table_bytes
+from gradstore.problem_table import repeated
 
 SCHEMA = pa.schema(
     [
@@ -34,71 +36,61 @@ SCHEMA = pa.schema(
 """One row per problem and addition; docs/format.md explains the columns."""
 
 
-def to_table(
-    ids: Sequence[str],
-    derivatives: Sequence[np.ndarray],
-    rewards: Sequence[np.ndarray],
-    lengths: Sequence[np.ndarray],
-    *,
-    step: int,
-    target: str,
-    target_commit: int,
-    objective: dict[str, Any],
-    where: str,
-) -> pa.Table:
-    """Build the rows of an addition; RequestError names the problem if counts differ or a reward is not finite."""
-    counts = {"derivatives": len(derivatives), "rewards": len(rewards), "lengths": len(lengths)}
-    for name, count in counts.items():
-        if count != len(ids):
-            raise RequestError(f"{where}: {len(ids)} ids but {name} of {count} problems")
-    if len(set(ids)) < len(ids):
-        twice = next(name for name in ids if list(ids).count(name) > 1)
-        raise RequestError(f"{where}: problem id {twice!r} occurs more than once; keep one")
-    for name, d_G, r_G, T_G in zip(ids, derivatives, rewards, lengths, strict=True):
-        if not len(d_G) == len(r_G) == len(T_G):
-            raise RequestError(
-                f"{where}, problem {name!r}: {len(d_G)} derivatives, {len(r_G)} rewards and {len(T_G)} lengths; "
-                "give one of each for every rollout"
-            )
-        if not np.isfinite(r_G).all():
-            raise RequestError(f"{where}, problem {name!r}: a reward is not finite")
-    n = len(ids)
-    columns = [
-        list(ids),
-        [step] * n,
-        [target] * n,
-        [target_commit] * n,
-        [canonical_json(objective).decode()] * n,
-        [np.asarray(d_G, np.float32) for d_G in derivatives],
-        [np.asarray(r_G, np.float32) for r_G in rewards],
-        [np.asarray(T_G, np.int32) for T_G in lengths],
-    ]
-    return pa.table(columns, schema=SCHEMA)
+class RecordedProbes:
+    """The stored probes of a collection: each rollout's derivative along a target, with its reward.
 
-
-def add_part(collection: Path, table: pa.Table) -> int:
-    """Write the next part, durably, and return its number; the caller holds the collection's lock."""
-    buffer = io.BytesIO()
-    pq.write_table(table, buffer, compression="zstd")
-    return additions.add_part(collection / PROBES, buffer.getvalue())
-
-
-class ProbeParts:
-    """Reader of a collection's probe parts; remembers the steps and targets of each part it has read.
-
-    Parts never change. A run of many rounds therefore reads only new parts and those of the requested step.
+    Parts never change, and the steps and targets of each part that was read are remembered. A run of many rounds
+    therefore reads only new parts and those of the requested step.
     """
 
-    def __init__(self, collection: Path) -> None:
-        self._folder = collection / PROBES
+    def __init__(self, collection: Collection) -> None:
+        self._collection = collection
+        self._folder = collection.folder / PROBES
         self._held: dict[str, set[tuple[int, str]]] = {}
         """File name -> (step, target) pairs of a part that was read."""
 
-    def read(self, step: int | None, target: str | None, without: Sequence[str]) -> pa.Table:
-        """Rows of a step and a target (None: of all), in order of addition, without the problems in `without`.
+    def add(
+        self,
+        ids: Sequence[str],
+        derivatives: Sequence[np.ndarray],
+        rewards: Sequence[np.ndarray],
+        lengths: Sequence[np.ndarray],
+        *,
+        step: int,
+        target: str,
+        target_commit: int = 0,
+        objective: dict[str, Any] | None = None,
+    ) -> None:
+        """Store probes: each rollout's derivative along a target, with its reward and its length in tokens.
 
-        DamagedError if a part with such rows changed, or if a part is missing.
+        derivatives, rewards, lengths: one array per problem, one number per rollout; a derivative may be nan (not run).
+        step: the policy's step. target, target_commit: the benchmark and its commit. objective: settings of the
+        objective that was differentiated. RequestError for an unknown or repeated id, counts that differ, or a reward
+        that is not finite.
         """
+        self._collection.refuse_read_only()
+        _check(ids, {"derivatives": derivatives, "rewards": rewards, "lengths": lengths}, self._collection.where)
+        n = len(ids)
+        columns = [
+            list(ids),
+            [check_step(step)] * n,
+            [target] * n,
+            [target_commit] * n,
+            [canonical_json(objective or {}).decode()] * n,
+            [np.asarray(d_G, np.float32) for d_G in derivatives],
+            [np.asarray(r_G, np.float32) for r_G in rewards],
+            [np.asarray(T_G, np.int32) for T_G in lengths],
+        ]
+        data = table_bytes(pa.table(columns, schema=SCHEMA))
+        self._collection.add(list(ids), lambda: additions.add_part(self._folder, data))
+
+    def table(self, *, step: int | None = None, target: str | None = None) -> pa.Table:
+        """Probes in order of addition, of problems that are not deleted; step or target None: of all.
+
+        Columns: id, step, target, target_commit, objective (JSON), derivatives, rewards, lengths (lists, one number per
+        rollout). DamagedError if a part with such rows changed, or if a part is missing.
+        """
+        deleted = pa.array(self._collection.deleted(), pa.string())
 
         def asked(held: tuple[int, str]) -> bool:
             return step in (None, held[0]) and target in (None, held[1])
@@ -115,4 +107,22 @@ class ProbeParts:
             table = table.filter(pc.equal(table["step"], step))
         if target is not None:
             table = table.filter(pc.equal(table["target"], target))
-        return table.filter(pc.invert(pc.is_in(table["id"], value_set=pa.array(without, pa.string()))))
+        return table.filter(pc.invert(pc.is_in(table["id"], value_set=deleted)))
+
+
+def _check(ids: Sequence[str], given: dict[str, Sequence[np.ndarray]], where: str) -> None:
+    """Raise RequestError, which names the problem, if counts differ, an id is repeated, or a reward is not finite."""
+    for name, arrays in given.items():
+        if len(arrays) != len(ids):
+            raise RequestError(f"{where}: {len(ids)} ids but {name} of {len(arrays)} problems")
+    twice = repeated(ids)
+    if twice is not None:
+        raise RequestError(f"{where}: problem id {twice!r} occurs more than once; keep one")
+    for name, d_G, r_G, T_G in zip(ids, *given.values(), strict=True):
+        if not len(d_G) == len(r_G) == len(T_G):
+            raise RequestError(
+                f"{where}, problem {name!r}: {len(d_G)} derivatives, {len(r_G)} rewards and {len(T_G)} lengths; "
+                "give one of each for every rollout"
+            )
+        if not np.isfinite(r_G).all():
+            raise RequestError(f"{where}, problem {name!r}: a reward is not finite")

@@ -4,8 +4,8 @@ The number of parts stays small: a new part merges the parts before it that are 
 problems a few at a time rewrites each problem only a logarithmic number of times.
 """
 
-import io
 import json
+from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
 from itertools import pairwise
@@ -16,8 +16,8 @@ import numpy as np
 
 from gradstore.durable import at_once, crc32c, reading, replace_file
 from gradstore.errors import DamagedError, RequestError
-from gradstore.layout import PROBLEMS
 from gradstore.manifest import Manifest, Part, read_manifest
+from gradstore.parquet import table_bytes
 from gradstore.problems import message_text
 
 if TYPE_CHECKING:
@@ -188,6 +188,13 @@ class ProblemTable:
         return whole.slice(0, len(self))
 
 
+def repeated(ids: Sequence[str]) -> str | None:
+    """The first id that occurs more than once; None if all are different."""
+    if len(set(ids)) == len(ids):
+        return None
+    return next(problem_id for problem_id, count in Counter(ids).items() if count > 1)
+
+
 def _texts(column: "pa.Array", rows: np.ndarray) -> np.ndarray:
     """Texts at some rows of a large-string column without nulls, object array of str."""
     if len(rows) > _FEW:
@@ -214,7 +221,7 @@ def add_to_parts(collection: Path, manifest: Manifest, table: "pa.Table") -> tup
         rows += swallowed[0].rows
     if swallowed:
         table = pa.concat_tables([*(_read_part(collection, manifest, part, None) for part in swallowed), table])
-    folder = collection / manifest.folder / PROBLEMS
+    folder = manifest.problems_folder(collection)
     for start in range(0, table.num_rows, PART_ROWS):
         parts.append(write_part(folder, number, table.slice(start, PART_ROWS)))
         number += 1
@@ -223,11 +230,7 @@ def add_to_parts(collection: Path, manifest: Manifest, table: "pa.Table") -> tup
 
 def write_part(folder: Path, number: int, table: "pa.Table") -> Part:
     """Write one Parquet file durably, with a checksum in every page."""
-    import pyarrow.parquet as pq
-
-    buffer = io.BytesIO()
-    pq.write_table(table, buffer, compression="zstd", write_page_checksum=True)
-    data = buffer.getvalue()
+    data = table_bytes(table, write_page_checksum=True)
     name = f"part-{number:06d}.parquet"
     replace_file(folder / name, data)
     return Part(name, table.num_rows, len(data), crc32c(data))
@@ -238,7 +241,7 @@ def _read_part(collection: Path, manifest: Manifest, part: Part, columns: list[s
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    path = collection / manifest.folder / PROBLEMS / part.file
+    path = manifest.problems_folder(collection) / part.file
     with reading(path):
         size = path.stat().st_size
     try:

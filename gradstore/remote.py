@@ -12,16 +12,16 @@ The source is any zarr store: `zarr.storage.ObjectStore` (obstore: S3, Google Cl
 """
 
 import asyncio
-import threading
-from collections import OrderedDict
+import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from gradstore.appender import create_generation
-from gradstore.attachments import ATTACHMENTS, write_attachment
+from gradstore.attachments import ATTACHMENTS
+from gradstore.chunks import CodeRows
 from gradstore.durable import crc32c, make_folder, replace_file, writing
 from gradstore.errors import DamagedError, NotAStoreError, RequestError
 from gradstore.header import Header, read_header
@@ -47,6 +47,8 @@ if TYPE_CHECKING:
 _AT_ONCE = 16
 _CHUNKS_KEPT = 8
 _ATTEMPTS = 5
+_CHECKSUM = re.compile(r"[.-]([0-9a-f]{8})(\.parquet)?$")
+"""End of a file name with a checksum: of an attachment, or of a part of probes or rounds."""
 
 
 def mirror(source: "ZarrStore", path: str | Path, collections: list[str] | None = None) -> Store:
@@ -82,41 +84,35 @@ def open_remote(source: "ZarrStore", path: str | Path, collections: list[str] | 
     for name in _collections(source) if collections is None else collections:
         _bring_up_to_date(source, header, path, check_name(name), tuple(columns))
 
-    def codes_of(collection: Path, manifest: Manifest) -> "FetchedRows":
-        return FetchedRows(source, f"{COLLECTIONS}/{collection.name}", codes, manifest)
+    def codes_of(collection: Path, manifest: Manifest) -> CodeRows:
+        where, fault = f"{COLLECTIONS}/{collection.name}", f"are not those of commit {manifest.commit}; open it again"
+
+        def read(chunk: int) -> np.ndarray:
+            (data,) = _fetched(source, where, [_chunk_file(manifest, codes, chunk)], fault)
+            return np.frombuffer(data, codes.dtype).reshape(codes.shape(codes.rows_in(chunk, manifest.rows)))
+
+        return CodeRows(read, _CHUNKS_KEPT)
 
     return Store(path, header, "r", codes_of)
 
 
-class FetchedRows:
-    """The published rows of one array by chunk, fetched on access; the last few chunks are cached."""
+class _File(NamedTuple):
+    """A file to fetch."""
 
-    def __init__(self, source: "ZarrStore", collection: str, array: RowArray, manifest: Manifest) -> None:
-        self._source, self._collection, self._array, self._manifest = source, collection, array, manifest
-        self._kept: OrderedDict[int, np.ndarray] = OrderedDict()
-        self._lock = threading.Lock()
+    name: str
+    """Its path within the folder that is copied."""
+    crc32c: int
+    """Checksum of its published bytes."""
+    used: int | None = None
+    """Number of published bytes, at its beginning; None: all."""
+    size: int = 0
+    """Size of the copy: zeros follow the published bytes."""
 
-    def chunk(self, chunk: int) -> np.ndarray:
-        """The published rows of one chunk, shape [rows in it, width], read-only."""
-        with self._lock:
-            if chunk in self._kept:
-                self._kept.move_to_end(chunk)
-                return self._kept[chunk]
-        array, manifest = self._array, self._manifest
-        rows = array.rows_in(chunk, manifest.rows)
-        file = f"{self._collection}/{manifest.folder}/{array.name}/{array.chunk_file(chunk)}"
-        data = _get(self._source, [file])[0]
-        used = rows * array.row_bytes
-        if data is None or len(data) < used or crc32c(data[:used]) != manifest.chunks[array.name][chunk]:
-            raise DamagedError(
-                f"{file}: its bytes at {self._source} are not those of commit {manifest.commit}; open the store again"
-            )
-        fetched = np.frombuffer(data, array.dtype, count=used // array.dtype.itemsize).reshape(array.shape(rows))
-        with self._lock:
-            self._kept[chunk] = fetched
-            while len(self._kept) > _CHUNKS_KEPT:
-                self._kept.popitem(last=False)
-        return fetched
+
+def _chunk_file(manifest: Manifest, array: RowArray, chunk: int) -> _File:
+    name = f"{manifest.folder}/{array.name}/{array.chunk_file(chunk)}"
+    used = array.rows_in(chunk, manifest.rows) * array.row_bytes
+    return _File(name, manifest.chunks[array.name][chunk], used, array.chunk_bytes)
 
 
 def _prepare(source: "ZarrStore", path: Path) -> Header:
@@ -130,36 +126,20 @@ def _prepare(source: "ZarrStore", path: Path) -> Header:
         path.mkdir(parents=True, exist_ok=True)
     make_folder(path / COLLECTIONS)
     replace_file(path / COLLECTIONS / ZARR, group_json({}))
-    _copy_attachments(source, path)
+    _copy_named(source, ATTACHMENTS, path / ATTACHMENTS)
     replace_file(path / ZARR, root)
     return read_header(path)
 
 
-def _copy_attachments(source: "ZarrStore", path: Path) -> None:
-    """Copy missing attachments; their names contain the checksum of their bytes."""
-    for file in _listed(source, ATTACHMENTS):
-        if (path / ATTACHMENTS / file).exists():
-            continue
-        name, _, crc = file.rpartition(".")
-        data = _get(source, [f"{ATTACHMENTS}/{file}"])[0]
-        if data is None or f"{crc32c(data):08x}" != crc:
-            raise DamagedError(f"{ATTACHMENTS}/{file}: its bytes at {source} do not match the checksum in its name")
-        write_attachment(path, name, data)
-
-
-def _copy_additions(source: "ZarrStore", folder: Path, where: str) -> None:
-    """Copy missing probes and rounds; their names contain the checksum of their bytes."""
-    for kind in (PROBES, ROUNDS):
-        missing = [file for file in _listed(source, f"{where}/{kind}") if not (folder / kind / file).exists()]
-        if missing:
-            make_folder(folder)
-            make_folder(folder / kind)
-        for file, data in zip(missing, _get(source, [f"{where}/{kind}/{file}" for file in missing]), strict=True):
-            if data is None or f"{crc32c(data):08x}" not in file:
-                raise DamagedError(
-                    f"{where}/{kind}/{file}: its bytes at {source} do not match the checksum in its name"
-                )
-            replace_file(folder / kind / file, data)
+def _copy_named(source: "ZarrStore", where: str, folder: Path) -> None:
+    """Copy the missing files of a folder; their names contain the checksum of their bytes."""
+    missing = [name for name in _listed(source, where) if not (folder / name).exists()]
+    if missing:
+        make_folder(folder.parent)
+        make_folder(folder)
+    files = [_File(name, int(found[1], 16) if (found := _CHECKSUM.search(name)) else -1) for name in missing]
+    for file, data in zip(files, _fetched(source, where, files), strict=True):
+        replace_file(folder / file.name, data)
 
 
 def _bring_up_to_date(source: "ZarrStore", header: Header, path: Path, name: str, arrays: tuple[RowArray, ...]) -> None:
@@ -171,7 +151,8 @@ def _bring_up_to_date(source: "ZarrStore", header: Header, path: Path, name: str
             raise RequestError(f"{source}: there is no collection {name!r}")
         manifest = Manifest.from_bytes(raw, Path(f"{where}/{MANIFEST}"))
         try:
-            _copy_additions(source, path / where, where)
+            for kind in (PROBES, ROUNDS):
+                _copy_named(source, f"{where}/{kind}", path / where / kind)
             _copy(source, header, path / where, where, manifest, arrays)
             return
         except DamagedError:
@@ -190,31 +171,38 @@ def _copy(
     generation = folder / manifest.folder
     create_generation(generation, header.arrays)
     wanted = list(_missing(manifest, known, arrays))
-    for start in range(0, len(wanted), _AT_ONCE):
-        part = wanted[start : start + _AT_ONCE]
-        for (file, used, size, crc), data in zip(part, _get(source, [f"{where}/{w[0]}" for w in part]), strict=True):
-            if data is None or len(data) < used or crc32c(data[:used]) != crc:
-                raise DamagedError(f"{where}/{file}: its bytes at {source} do not match their checksum")
-            replace_file(folder / file, data[:used] + bytes(size - used))
+    for file, data in zip(wanted, _fetched(source, where, wanted), strict=True):
+        replace_file(folder / file.name, data + bytes(max(0, file.size - len(data))))
     publish_manifest(folder, manifest)
     with Session(header, folder):
         pass  # Shows the rows to other Zarr readers, and removes a generation that a compaction replaced.
 
 
-def _missing(manifest: Manifest, known: Manifest, arrays: tuple[RowArray, ...]) -> Iterator[tuple[str, int, int, int]]:
-    """Files that a manifest names and the copy lacks: (file, published bytes, size of the file, checksum)."""
+def _missing(manifest: Manifest, known: Manifest, arrays: tuple[RowArray, ...]) -> Iterator[_File]:
+    """Files that a manifest names and the copy lacks."""
     same = known.generation == manifest.generation
     for array in arrays:
         before = known.chunks.get(array.name, ()) if same else ()
         for chunk, crc in enumerate(manifest.chunks[array.name]):
             rows, had = array.rows_in(chunk, manifest.rows), array.rows_in(chunk, known.rows)
-            if chunk < len(before) and before[chunk] == crc and had == rows:
-                continue
-            file = f"{manifest.folder}/{array.name}/{array.chunk_file(chunk)}"
-            yield file, rows * array.row_bytes, array.chunk_bytes, crc
+            if chunk >= len(before) or before[chunk] != crc or had != rows:
+                yield _chunk_file(manifest, array, chunk)
     for part in manifest.parts:
         if not (same and part in known.parts):
-            yield f"{manifest.folder}/{PROBLEMS}/{part.file}", part.bytes, part.bytes, part.crc32c
+            yield _File(f"{manifest.folder}/{PROBLEMS}/{part.file}", part.crc32c, part.bytes)
+
+
+def _fetched(
+    source: "ZarrStore", where: str, files: list[_File], fault: str = "do not match their checksum"
+) -> Iterator[bytes]:
+    """Fetch the published bytes of files below `where`, some at a time; DamagedError for bytes that were changed."""
+    for start in range(0, len(files), _AT_ONCE):
+        part = files[start : start + _AT_ONCE]
+        for file, found in zip(part, _get(source, [f"{where}/{file.name}" for file in part]), strict=True):
+            data = None if found is None else found[: file.used]
+            if data is None or len(data) < (file.used or 0) or crc32c(data) != file.crc32c:
+                raise DamagedError(f"{where}/{file.name}: its bytes at {source} {fault}")
+            yield data
 
 
 def _get(source: "ZarrStore", keys: list[str]) -> list[bytes | None]:

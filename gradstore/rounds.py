@@ -6,19 +6,22 @@ its number is the part's. The table has one row per candidate; the round's setti
 
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gradstore import additions
+from gradstore.collection import Collection
 from gradstore.durable import canonical_json
 from gradstore.errors import DamagedError, RequestError
 from gradstore.layout import ROUNDS
+from gradstore.parquet import table_bytes
+from gradstore.problem_table import repeated
 
 STATES = ("live", "no_signal", "failed", "unmeasured")
 
@@ -62,7 +65,53 @@ class Round:
         return [ids[place] for place in chosen[np.argsort(ranks[chosen], kind="stable")]]
 
 
-def to_bytes(about: Mapping[str, Any], table: pa.Table, where: str) -> bytes:
+class RecordedRounds(Sequence[Round]):
+    """The recorded rounds of a pool, oldest first: a sequence that reads a round when it is asked for.
+
+    Reading raises DamagedError if a round changed or is missing.
+    """
+
+    def __init__(self, collection: Collection) -> None:
+        self._collection = collection
+        self._folder = collection.folder / ROUNDS
+
+    def __len__(self) -> int:
+        """Number of rounds; lists names, reads no file."""
+        return additions.count_parts(self._folder)
+
+    @overload
+    def __getitem__(self, number: int) -> Round: ...
+    @overload
+    def __getitem__(self, number: slice) -> list[Round]: ...
+    def __getitem__(self, number: int | slice) -> Round | list[Round]:
+        """One round or several; negative numbers count from the newest. RequestError if there is no such round."""
+        count = len(self)
+        if isinstance(number, slice):
+            return [self[one] for one in range(count)[number]]
+        if not -count <= number < count:
+            raise RequestError(f"{self._collection.where} has {count} rounds, there is no round {number}")
+        return self._read(number % count, number % count + 1)[0]
+
+    def __iter__(self) -> Iterator[Round]:
+        return iter(self._read())
+
+    def add(self, about: Mapping[str, Any], table: pa.Table) -> int:
+        """Record a round and return its number, counted from 0.
+
+        about: settings and results of the round, JSON-compatible. table: one row per candidate, columns as in
+        docs/format.md. RequestError for other columns, or an unknown or repeated id.
+        """
+        self._collection.refuse_read_only()
+        data = _to_bytes(about, table, self._collection.where)
+        return self._collection.add(table["id"].to_pylist(), lambda: additions.add_part(self._folder, data))
+
+    def _read(self, first: int = 0, stop: int | None = None) -> list[Round]:
+        """Rounds from `first` up to (not including) `stop`."""
+        parts = additions.read_parts(self._folder, first, stop)
+        return [_from_bytes(data, number, self._folder) for number, data in enumerate(parts.values(), first)]
+
+
+def _to_bytes(about: Mapping[str, Any], table: pa.Table, where: str) -> bytes:
     """Check a round and encode it as a Parquet file; RequestError if the table or `about` is invalid."""
     if set(table.column_names) != set(SCHEMA.names):
         missing = sorted(set(SCHEMA.names) - set(table.column_names))
@@ -72,9 +121,8 @@ def to_bytes(about: Mapping[str, Any], table: pa.Table, where: str) -> bytes:
         table = table.select(SCHEMA.names).cast(SCHEMA)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, ValueError) as error:
         raise RequestError(f"{where}: a round's table has columns of other types: {error}") from None
-    ids = table["id"].to_pylist()
-    if len(set(ids)) < len(ids):
-        twice = next(name for name in ids if ids.count(name) > 1)
+    twice = repeated(table["id"].to_pylist())
+    if twice is not None:
         raise RequestError(f"{where}: problem id {twice!r} occurs more than once in the round; keep one")
     strange = set(table["state"].to_pylist()) - set(STATES)
     if strange:
@@ -87,38 +135,12 @@ def to_bytes(about: Mapping[str, Any], table: pa.Table, where: str) -> bytes:
         text = canonical_json(dict(about))
     except (TypeError, ValueError) as error:
         raise RequestError(f"{where}: what the round was is not JSON: {error}") from None
-    buffer = io.BytesIO()
-    pq.write_table(table.replace_schema_metadata({_ABOUT: text}), buffer, compression="zstd")
-    return buffer.getvalue()
+    return table_bytes(table.replace_schema_metadata({_ABOUT: text}))
 
 
-def add_round(collection: Path, data: bytes) -> int:
-    """Write the next round, durably, and return its number; the caller holds the collection's lock."""
-    return additions.add_part(collection / ROUNDS, data)
-
-
-def read_rounds(collection: Path, first: int = 0, stop: int | None = None) -> list[Round]:
-    """Rounds from `first` up to (not including) `stop`, oldest first; DamagedError if one changed or is missing."""
-    parts = additions.read_parts(collection / ROUNDS, first, stop)
-    return [_from_bytes(data, number, collection) for number, data in enumerate(parts.values(), first)]
-
-
-def read_round(collection: Path, number: int, where: str) -> Round:
-    """One round; negative numbers count from the newest. RequestError if there is no such round."""
-    count = count_rounds(collection)
-    if not -count <= number < count:
-        raise RequestError(f"{where} has {count} rounds, there is no round {number}")
-    return read_rounds(collection, number % count, number % count + 1)[0]
-
-
-def count_rounds(collection: Path) -> int:
-    """Number of recorded rounds; lists names, reads no file."""
-    return additions.count_parts(collection / ROUNDS)
-
-
-def _from_bytes(data: bytes, number: int, collection: Path) -> Round:
+def _from_bytes(data: bytes, number: int, folder: Path) -> Round:
     table = pq.read_table(io.BytesIO(data))
     text = (table.schema.metadata or {}).get(_ABOUT)
     if text is None:
-        raise DamagedError(f"{collection / ROUNDS}: part {number} is no round: it does not say what the round was")
+        raise DamagedError(f"{folder}: part {number} is no round: it does not say what the round was")
     return Round(number, json.loads(text), table.replace_schema_metadata(None))

@@ -14,9 +14,18 @@ from typing import Any, Self
 
 from gradstore.appender import clear_beyond, create_generation, show_rows
 from gradstore.durable import TEMPORARY, fsync_folder, make_folder, replace_file, writing
-from gradstore.errors import GradstoreError, RequestError
+from gradstore.errors import GradstoreError
 from gradstore.header import Header
-from gradstore.layout import IN_USE, MANIFEST, PROBLEMS, ZARR, generation_name, generations, group_json
+from gradstore.layout import (
+    IN_USE,
+    MANIFEST,
+    PROBLEMS,
+    ZARR,
+    check_collection,
+    generation_name,
+    generations,
+    group_json,
+)
 from gradstore.lock import WriterLock, claim_for_removal
 from gradstore.manifest import Manifest, publish_manifest, read_manifest
 
@@ -32,11 +41,8 @@ class Session:
         self.collection = collection
         if create:
             make_folder(collection)
-        elif not (collection / MANIFEST).is_file():
-            known = sorted(entry.parent.name for entry in collection.parent.glob(f"*/{MANIFEST}"))
-            raise RequestError(
-                f"there is no collection {collection.name!r}; the store has {', '.join(known) or 'none'}"
-            )
+        else:
+            check_collection(collection)
         self.unpublished = False
         """True if the disk may hold bytes that no manifest names."""
         self._in_doubt = False  # True after a failed publication: the disk may show either manifest.

@@ -1,19 +1,17 @@
 """Snapshot: a reader's fixed state of a collection at one commit, with a lease on its files."""
 
 import time
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
-from gradstore.chunks import CodeRows, MappedRows, read_column
+from gradstore.chunks import mapped_rows, read_column
 from gradstore.errors import DamagedError
 from gradstore.header import Header
 from gradstore.layout import IN_USE
 from gradstore.lock import Lease, take_lease
 from gradstore.manifest import Manifest, read_manifest
 from gradstore.problem_table import ProblemTable
-from gradstore.quantise import decode
 
 _ATTEMPTS = 100
 
@@ -28,20 +26,15 @@ class Snapshot:
         self.problems = ProblemTable(collection, manifest)
         self._lease = lease
         self._generation = collection / manifest.folder
-        self._arrays = {array.name: array for array in header.arrays}
         self._columns: dict[str, np.ndarray] = {}
-        self.codes: CodeRows = MappedRows(self._generation, self._arrays["codes"], manifest.rows)
+        self.codes = mapped_rows(self._generation, header.arrays[0], manifest.rows)
 
     def column(self, name: str) -> np.ndarray:
         """All published entries of a one-dimensional array; read and checked once, then cached."""
         if name not in self._columns:
             manifest = self.manifest
-            self._columns[name] = read_column(
-                self._generation,
-                self._arrays[name],
-                manifest.rows,
-                manifest.chunks[name],
-            )
+            array = next(array for array in self.header.arrays if array.name == name)
+            self._columns[name] = read_column(self._generation, array, manifest.rows, manifest.chunks[name])
         return self._columns[name]
 
     def alive(self) -> np.ndarray:
@@ -97,49 +90,6 @@ class Snapshot:
             return np.zeros(0, dtype=np.int64)
         problems = np.array(sorted(tombstones), dtype=np.int64)
         return problems[self.newest(None)[problems] < 0]
-
-    def unit_rows(self, rows: np.ndarray) -> np.ndarray:
-        """Decoded rows, float32 [len(rows), D]: unit length where live, zeros elsewhere."""
-        header = self.header
-        n = len(rows)
-        out = np.empty((n, header.dim), dtype=np.float32)
-        if not n:
-            return out
-        scale = self.column("scale")
-        if rows[-1] - rows[0] == n - 1 and (n == 1 or bool(np.all(np.diff(rows) == 1))):
-            done = 0
-            while done < n:
-                chunk, within = divmod(int(rows[done]), header.chunk_rows)
-                take = min(n - done, header.chunk_rows - within)
-                codes = self.codes.chunk(chunk)[within : within + take]
-                start = int(rows[done])
-                decode(codes, scale[start : start + take], header.dtype, out[done : done + take])
-                done += take
-            return out
-        decode(self.code_rows(rows), scale[rows], header.dtype, out)
-        return out
-
-    def places(self, rows: np.ndarray) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
-        """Mapped codes of the chunks that contain the rows; each row's chunk among these and place in it, int64 [n]."""
-        chunk_of, within_of = np.divmod(rows, self.header.chunk_rows)
-        number_of: dict[int, int] = {}
-        which = [number_of.setdefault(chunk, len(number_of)) for chunk in chunk_of.tolist()]
-        return [self.codes.chunk(chunk) for chunk in number_of], np.array(which, np.int64), within_of
-
-    def code_rows(self, rows: np.ndarray) -> np.ndarray:
-        """Codes of some rows, copied, [len(rows), W]."""
-        if (rows[1:] < rows[:-1]).any():
-            order = np.argsort(rows)
-            return self.code_rows(rows[order])[np.argsort(order)]
-        array = self._arrays["codes"]
-        codes = np.empty(array.shape(len(rows)), dtype=array.dtype)
-        chunk_of, within_of = np.divmod(rows, self.header.chunk_rows)
-        cuts = [0, *(np.flatnonzero(np.diff(chunk_of)) + 1).tolist(), len(rows)]
-        for start, stop in pairwise(cuts) if len(rows) else ():
-            part = slice(start, stop)
-            # mode="clip" saves a copy: numpy then writes directly to `out`.
-            np.take(self.codes.chunk(int(chunk_of[start])), within_of[part], axis=0, out=codes[part], mode="clip")
-        return codes
 
 
 def open_snapshot(header: Header, collection: Path) -> Snapshot:

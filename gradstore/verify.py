@@ -21,7 +21,6 @@ from gradstore.layout import (
     LOCK,
     MANIFEST,
     PROBES,
-    PROBLEMS,
     ROUNDS,
     ZARR,
     RowArray,
@@ -30,7 +29,7 @@ from gradstore.layout import (
     group_json,
 )
 from gradstore.lock import describe_holder, is_running, read_holder
-from gradstore.manifest import Manifest, Part, read_manifest
+from gradstore.manifest import Manifest, read_manifest
 from gradstore.snapshot import open_snapshot
 
 _ATTEMPTS = 5
@@ -70,11 +69,11 @@ def verify(path: Path, header: Header | None = None) -> Report:
     return report
 
 
+@dataclass
 class _Checker:
-    def __init__(self, root: Path, header: Header, report: Report) -> None:
-        self.root = root
-        self.header = header
-        self.report = report
+    root: Path
+    header: Header
+    report: Report
 
     def check(self) -> None:
         self._text(self.root / ZARR, self.header.to_bytes())
@@ -146,20 +145,16 @@ class _Checker:
     def _parts(self, folder: Path, manifest: Manifest) -> None:
         """Check the problem parts; a missing part may have been merged meanwhile, so it reads the newer manifest."""
         for _ in range(_ATTEMPTS):
-            missing = [part for part in manifest.parts if not self._part_path(folder, manifest, part).exists()]
+            missing = [part for part in manifest.parts if not (manifest.problems_folder(folder) / part.file).exists()]
             newest = read_manifest(folder)
             if not missing or newest.parts == manifest.parts or newest.generation != manifest.generation:
                 break
             manifest = newest
         for part in manifest.parts:
-            path = self._part_path(folder, manifest, part)
+            path = manifest.problems_folder(folder) / part.file
             data = self._bytes(path, None)
             if data is not None and (len(data) != part.bytes or crc32c(data) != part.crc32c):
-                self._find(
-                    path,
-                    None,
-                    f"bytes do not match their checksum ({part.rows} problems, {part.bytes} bytes)",
-                )
+                self._find(path, None, f"bytes do not match their checksum ({part.rows} problems, {part.bytes} bytes)")
 
     def _additions(self, folder: Path) -> None:
         for name in (PROBES, ROUNDS):
@@ -221,7 +216,7 @@ class _Checker:
         known = {MANIFEST, LOCK, ZARR, INDEXES, PROBES, ROUNDS, *map(generation_name, generations(folder))}
         strange = [path for path in sorted(folder.iterdir()) if path.name not in known]
         parts = {part.file for part in manifest.parts}
-        problems = folder / manifest.folder / PROBLEMS
+        problems = manifest.problems_folder(folder)
         if problems.is_dir():
             strange += [path for path in sorted(problems.iterdir()) if path.name not in parts]
         strange += additions.strangers(folder / PROBES) + additions.strangers(folder / ROUNDS)
@@ -246,9 +241,6 @@ class _Checker:
             self.report.bytes_checked += len(data)
             return data
         return None
-
-    def _part_path(self, folder: Path, manifest: Manifest, part: Part) -> Path:
-        return folder / manifest.folder / PROBLEMS / part.file
 
     def _finding(self, path: Path, chunk: int | None, message: str) -> Finding:
         return Finding(path.relative_to(self.root).as_posix(), chunk, message)

@@ -116,7 +116,7 @@ class Catalogue:
         rows = []
         for step in self.steps:
             view = self.store.view(self.pool, step)
-            place = int(view.find([problem_id])[0])
+            place = int(view.positions([problem_id], strict=False)[0])
             for name in self.benchmarks:
                 line = self.scored(name, step, metric).set_index("id").loc[problem_id]
                 rows.append(
@@ -140,7 +140,7 @@ class Catalogue:
         Empty if the problem has no gradient.
         """
         view = self.store.view(self.pool, step)
-        place = int(view.find([problem_id])[0])
+        place = int(view.positions([problem_id], strict=False)[0])
         columns = ["id", "source", "cosine", "pass_rate"]
         if place < 0 or not view.live[place]:
             return pd.DataFrame(columns=columns)
@@ -168,7 +168,7 @@ class Catalogue:
 
     def probes(self, problem_id: str) -> list[dict[str, Any]]:
         """Stored probes of a problem: step, target, derivatives, rewards, lengths."""
-        table = self.store.probes(self.pool)
+        table = self.store.probes(self.pool).table()
         rows: list[dict[str, Any]] = table.filter(pc.equal(table["id"], problem_id)).to_pylist()
         return rows
 
@@ -198,7 +198,7 @@ class Catalogue:
         problems = self.store.problems(self.pool)
         ids, gone = problems["id"].to_numpy(), self.store.deleted(self.pool)
         view = self.store.view(self.pool, step)
-        place_P = view.find(ids)
+        place_P = view.positions(ids, strict=False)
         wanted = target_at(self.store, benchmark, step)
         scores = np.full(len(view), np.nan, np.float32)
         if wanted is not None and view.live.any():

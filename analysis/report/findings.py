@@ -42,7 +42,7 @@ class Findings:
 
     @cached_property
     def rounds(self) -> list[Round]:
-        return self.store.rounds(self.pool)
+        return list(self.store.rounds(self.pool))
 
     @cached_property
     def picked(self) -> dict[int, set[str]]:
@@ -75,7 +75,7 @@ class Findings:
 
     def problems(self, ids: Sequence[str]) -> list[dict[str, Any]]:
         """Records of some problems, with `prompt` as text for display."""
-        return self.store.view(self.pool).problems_of(list(ids)).to_pylist()
+        return self.store.problems(self.pool, list(ids)).to_pylist()
 
 
 def find(

@@ -76,7 +76,7 @@ def stored_halves(
     even, odd = (store.view(collection + suffix, at) for suffix in HALVES)
     live = np.flatnonzero(whole.live)
     names = whole.ids[live]
-    places = [half.find(names.tolist()) for half in (even, odd)]
+    places = [half.positions(names.tolist(), strict=False) for half in (even, odd)]
     kept = np.ones(len(live), bool)
     for half, place_P in zip((even, odd), places, strict=True):
         same_step = np.append(half.steps, -1)[place_P] == whole.steps[live]

@@ -195,7 +195,7 @@ def _pairs_at(store: Store, pool: str, benchmarks: Sequence[str], step: int, off
     query_D = direction_at(store, benchmarks, step)
     after, before = store.view(pool, step), store.view(pool, step - 1)
     new = np.flatnonzero(after.live & (after.steps == step))
-    old = before.find(after.ids_at(new).tolist()) if len(before) else np.full(len(new), -1)
+    old = before.positions(after.ids_at(new).tolist(), strict=False) if len(before) else np.full(len(new), -1)
     both = (old >= 0) & np.append(before.live, False)[old]
     new, old = new[both], old[both]
     if query_D is None or not query_D.any() or not len(new):

@@ -36,15 +36,15 @@ def trained_toward(store: Store, pool: str, step: int) -> list[Trained]:
     Each is the mean gradient of the round's live picks; rounds without live picks are left out.
     """
     found, stop = [], step
-    for number in range(store.count_rounds(pool) - 1, -1, -1)[:_ROUNDS_BACK]:
-        past = store.round(pool, number)
+    for number in range(len(store.rounds(pool)) - 1, -1, -1)[:_ROUNDS_BACK]:
+        past = store.rounds(pool)[number]
         start = int(past.about["step"])
         if start >= stop:
             continue
         view = store.view(pool, start)
         if view.n_bases > 1:
             return []
-        places_K = view.find(past.picks)
+        places_K = view.positions(past.picks, strict=False)
         places_K = places_K[places_K >= 0]
         places_K = places_K[view.live[places_K]]
         if len(places_K):

@@ -104,7 +104,7 @@ def probed_at(store: Store, pool: str, benchmarks: Sequence[str], step: int) -> 
     except RequestError:
         return None
     view = store.view(pool, step)
-    places_K = view.find(batch.ids)
+    places_K = view.positions(batch.ids, strict=False)
     known_K = (places_K >= 0) & batch.live
     known_K[known_K] = view.live[places_K[known_K]] & (view.steps[places_K[known_K]] == step)
     places_K = places_K[known_K]
@@ -128,7 +128,7 @@ def calibrate(view: View, ids: Sequence[str], probes: Sequence[Probed], length: 
         for name in ("rows", "sketched", "dots", "errors")
     )
     ratios = LocalRatios(rows_KD, sketched_K, probed_K)
-    place_P = view.find(list(ids))
+    place_P = view.positions(list(ids), strict=False)
     live = np.flatnonzero((place_P >= 0) & np.append(view.live, False)[place_P])
     gains_P = np.full(len(ids), ratios.usual)
     done = 0

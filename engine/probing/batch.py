@@ -95,7 +95,7 @@ class ProbeBatch:
 
         RequestError if there are none, or if they were measured under different objectives.
         """
-        rows = {row["id"]: row for row in store.probes(collection, step=step, target=target).to_pylist()}
+        rows = {row["id"]: row for row in store.probes(collection).table(step=step, target=target).to_pylist()}
         if not rows:
             raise RequestError(f"collection {collection!r} has no probes at step {step} along {target!r}")
         objectives = {row["objective"] for row in rows.values()}
@@ -111,9 +111,8 @@ class ProbeBatch:
         )
 
     def save(self, store: Store, collection: str, *, step: int, target: str, target_commit: int = 0) -> None:
-        """Save derivatives, rewards and lengths beside the collection's rows; see `Store.add_probes`."""
-        store.add_probes(
-            collection,
+        """Save derivatives, rewards and lengths beside the collection's rows; see `RecordedProbes.add`."""
+        store.probes(collection).add(
             self.ids,
             self.derivatives,
             self.rewards,

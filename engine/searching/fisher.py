@@ -166,8 +166,8 @@ def _kept(
     view: View, live: np.ndarray, name: str, shape: tuple[int, int], make: Callable[[], np.ndarray]
 ) -> np.ndarray:
     """The matrix of exactly these rows: from memory, from the collection's folder, or computed and cached."""
-    rows = crc32c(np.ascontiguousarray(view.row_numbers[live]))
-    key = f"{name}-g{view.generation}-{len(live)}-{rows:08x}-{crc32c(view.norms[live]):08x}"
+    rows = crc32c(np.ascontiguousarray(view.stored.numbers[live]))
+    key = f"{name}-g{view.stored.generation}-{len(live)}-{rows:08x}-{crc32c(view.norms[live]):08x}"
     collection = view.store.path.resolve() / COLLECTIONS / view.collection
     in_memory = _matrices.setdefault(view.store, OrderedDict())
     place = f"{collection}/{key}"

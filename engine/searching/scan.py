@@ -19,7 +19,7 @@ from gradstore import View
 from gradstore.engine.searching.blocks import blocks_of
 from gradstore.engine.searching.products import PICKED_AT_ONCE, PRODUCTS, Pick, Product, int8_product_apart, picking
 from gradstore.engine.searching.ranking import best
-from gradstore.view import Piece
+from gradstore.stored_rows import Piece
 
 QUERIES_AT_ONCE = 16
 """Queries per pass; with more, arithmetic takes the time, not reading."""
@@ -57,11 +57,11 @@ def scan_at(view: View, queries_QD: np.ndarray, positions: np.ndarray) -> np.nda
     scores_QN = np.empty((len(queries_QD), len(positions)), np.float32)
     for start in range(0, len(queries_QD), QUERIES_AT_ONCE) if len(positions) else ():
         some = slice(start, start + QUERIES_AT_ONCE)
-        apart = int8_product_apart(queries_QD[some]) if view.store.dtype == "int8" else None
+        apart = int8_product_apart(queries_QD[some]) if view.stored.dtype == "int8" else None
         if apart is not None:
-            apart(*view.places(positions), scores_QN[some])
+            apart(*view.stored.places(positions), scores_QN[some])
         else:
-            PRODUCTS[view.store.dtype](queries_QD[some])(*view.codes(positions), scores_QN[some])
+            PRODUCTS[view.stored.dtype](queries_QD[some])(*view.stored.codes(positions), scores_QN[some])
     return scores_QN
 
 
@@ -82,7 +82,7 @@ def scan_best(
     positions = np.arange(len(view)) if positions is None else np.asarray(positions)
     weights_P = np.ones(len(view)) if weights_P is None else weights_P.astype(np.float64)
     few = len(positions) <= 4 * _SAMPLE or k > _MANY * len(positions)
-    if few or view.store.dtype != "int8" or view.n_bases > 1:
+    if few or view.stored.dtype != "int8" or view.n_bases > 1:
         return _best_of_all(view, queries_QD, k, positions, weights_P)
     found = []
     for start in range(0, len(queries_QD), PICKED_AT_ONCE):
@@ -133,7 +133,7 @@ def _no_less(view: View, pick: Pick, positions: np.ndarray, weights_P: np.ndarra
         return query, piece.positions[number], score
 
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        found = list(pool.map(look, view.pieces(positions)))
+        found = list(pool.map(look, view.stored.pieces(positions)))
     query_N, position_N, score_N = (np.concatenate(parts) for parts in zip(*found, strict=True))
     order = np.argsort(query_N, kind="stable")
     cuts = np.searchsorted(query_N[order], np.arange(1, len(least_Q)))
@@ -162,11 +162,11 @@ def _in_one_basis(view: View, queries_QD: np.ndarray, positions: np.ndarray | No
     if positions is not None and len(positions) < _FEW:
         scores_QP[:, positions] = scan_at(view, queries_QD, positions)
         return scores_QP
-    pieces = view.pieces(positions)
+    pieces = view.stored.pieces(positions)
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         for start in range(0, len(queries_QD), QUERIES_AT_ONCE):
             some_QP = scores_QP[start : start + QUERIES_AT_ONCE]
-            product = PRODUCTS[view.store.dtype](queries_QD[start : start + QUERIES_AT_ONCE])
+            product = PRODUCTS[view.stored.dtype](queries_QD[start : start + QUERIES_AT_ONCE])
 
             def score(piece: Piece, some_QP: np.ndarray = some_QP, product: Product = product) -> None:
                 _score(piece, product, some_QP)

@@ -14,7 +14,7 @@ def layer_contributions(
 ) -> np.ndarray:
     """Split the scores at the positions into one term per layer; float32 [K, layers], each row sums to the score.
 
-    A layer has a range of sketch dimensions (`view.layers`); its term is the inner product over that range. GradAlign
+    A layer has a range of sketch dimensions (`Store.layers`); its term is the inner product over that range. GradAlign
     records the layers with the largest terms as `h_sorted`.
     """
     query_D = query_vectors(view, [query], metric, damping)[0]
@@ -29,5 +29,5 @@ def layer_contributions(
     products_KD = view.rows(positions) * query_D
     if metric != "cosine":
         products_KD *= view.norms[positions, None]
-    starts = [start for _, start, _ in view.layers]
+    starts = [start for _, start, _ in view.store.layers]
     return np.add.reduceat(products_KD, starts, axis=1)

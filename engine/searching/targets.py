@@ -98,7 +98,7 @@ def _in_each_basis(
     vectors = {}
     for basis in range(newest.n_bases):
         view = store.view(newest.collection, at, basis=basis)
-        places = view.find(names)
+        places = view.positions(names, strict=False)
         if (places >= 0).all() and (view.steps[places] == steps).all() and view.live[places].all():
             vectors[basis] = _mean(view, places, aggregate, n_problems)
     if not vectors:

@@ -24,7 +24,7 @@ def stored_probes(view: View, benchmark: str) -> tuple["ProbeBatch", int]:
     """Load the newest stored probes along a benchmark, as of the view, and their step; RequestError without any."""
     from gradstore.engine.probing.batch import ProbeBatch
 
-    steps = view.store.probes(view.collection, target=benchmark)["step"].to_numpy()
+    steps = view.store.probes(view.collection).table(target=benchmark)["step"].to_numpy()
     steps = steps if view.at is None else steps[steps <= view.at]
     if not len(steps):
         moment = "" if view.at is None else f" at or before step {view.at}"

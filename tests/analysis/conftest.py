@@ -118,7 +118,7 @@ def write_history(
                 kept = bench_SVD[s].copy()
         bench_SVD[s] = kept
         if picks is not None:
-            store.add_round("pool", about(step, len(picks[s])), round_table(ids, picks[s], rates_SP[s], step))
+            store.rounds("pool").add(about(step, len(picks[s])), round_table(ids, picks[s], rates_SP[s], step))
     return History(store, steps, ids, sources, rows_SPD, measured_SP, states_SP, rates_SP, bench_SVD)
 
 

@@ -189,8 +189,8 @@ def test_probes_tell_the_reliability_by_halves(make_history) -> None:
         rewards, derivatives = measured()
         dots.append([np.mean((r - r.mean()) * d) for r, d in zip(rewards, derivatives, strict=True)])
     objective = {"advantage": "mean", "aggregation": "seq-mean-token-mean"}
-    history.store.add_probes(
-        "pool", history.ids, derivatives, rewards, [np.full(G, 5)] * n, step=0, target="bench", objective=objective
+    history.store.probes("pool").add(
+        history.ids, derivatives, rewards, [np.full(G, 5)] * n, step=0, target="bench", objective=objective
     )
     table = half_dots(history.store, "pool", "bench")
     r, d = rewards[7], np.float32(derivatives[7])

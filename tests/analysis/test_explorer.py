@@ -159,7 +159,7 @@ def test_probes_are_shown_rollout_by_rollout(history: Any) -> None:
     first, second = history.ids[4], history.ids[5]
     lengths = [np.array([3, 4])] * 2
     derivatives, rewards = [np.array([0.5, -0.25]), np.array([9.0, 9.0])], [np.array([1.0, 0.0])] * 2
-    store.add_probes("pool", [first, second], derivatives, rewards, lengths, step=10, target="bench")
+    store.probes("pool").add([first, second], derivatives, rewards, lengths, step=10, target="bench")
     texts = texts_in(problem._view(Catalogue(store, "pool", ("bench",)), first, "cosine", None, "all", "light"))
     assert "+0.500" in texts
     assert "\u22120.250" in texts

@@ -72,8 +72,7 @@ def test_halves_and_p_values_count_where_probes_are_stored(planted) -> None:
     rewards = [np.float32(random.permutation(np.arange(16) % 2)) for _ in range(300)]
     slopes = [0.0 if name in planted.bad else 2.0 for name in planted.ids]
     derivatives = [slope * r + random.normal(size=16) for slope, r in zip(slopes, rewards, strict=True)]
-    planted.store.add_probes(
-        "pool",
+    planted.store.probes("pool").add(
         planted.ids,
         derivatives,
         rewards,

@@ -136,7 +136,7 @@ def test_probe(cli, tmp_path, model_folder, files, accepted) -> None:
     assert found["calibration"]["relative_error"] < 0.05
     dots = [row["dot"] for row in found["best"]]
     assert dots == sorted(dots, reverse=True)
-    table = gradstore.open(tmp_path / "s").probes("pool", step=0, target="b")
+    table = gradstore.open(tmp_path / "s").probes("pool").table(step=0, target="b")
     assert len(table) == 12
     assert np.isfinite(np.concatenate(table["derivatives"].to_numpy())).any()
     selected = ["select", tmp_path / "s", "-n", 2, "--against", "b", "--pool", "pool", "--out", tmp_path / "out"]

@@ -96,7 +96,7 @@ def test_what_training_went_along(tmp_path) -> None:
             **dict.fromkeys(("step", "rollouts"), [0] * N),
         }
         told = {"id": ids, "state": ["live"] * N, "rolled_out": [True] * N, "picked": picked, **columns}
-        store.add_round("pool", {"number": number, "step": step}, pa.table(told))
+        store.rounds("pool").add({"number": number, "step": step}, pa.table(told))
     first, second = trained_toward(store, "pool", 6)
     assert (first.start, first.stop, second.start, second.stop) == (0, 4, 4, 6)
     mean = np.sum([live[name] for name in picks if name in live], axis=0)

@@ -117,6 +117,7 @@ def check_every_row(path: Path, rows: int) -> None:
     """Every published row, superseded ones too, is the known function of its number."""
     from gradstore.header import read_header
     from gradstore.snapshot import open_snapshot
+    from gradstore.stored_rows import StoredRows
 
     snapshot = open_snapshot(read_header(path), path / "collections/pool")
     assert snapshot.manifest.rows == rows
@@ -126,7 +127,7 @@ def check_every_row(path: Path, rows: int) -> None:
     assert np.array_equal(snapshot.column("n_rollouts"), serial)
     assert np.array_equal(snapshot.column("problem"), serial % N)
     assert np.allclose(snapshot.column("norm"), norm, rtol=1e-5)
-    assert np.allclose(snapshot.unit_rows(serial), sketch / norm[:, None], atol=0.02)
+    assert np.allclose(StoredRows(snapshot, serial).unit_rows(serial), sketch / norm[:, None], atol=0.02)
 
 
 def test_killed_writers_lose_and_invent_nothing(new_store: Callable, fork: Callable, tmp_path: Path) -> None:

@@ -27,16 +27,16 @@ def add(store, ids=IDS, step=0, target="bench", seed=0, **changes):
         "rewards": [np.array([0.0, 1, 1, 0]) for _ in ids],
         "lengths": [np.array([3, 4, 5, 6]) for _ in ids],
     } | changes
-    store.add_probes("pool", ids, *arrays.values(), step=step, target=target, target_commit=7, objective={"b": 1})
+    store.probes("pool").add(ids, *arrays.values(), step=step, target=target, target_commit=7, objective={"b": 1})
     return arrays
 
 
 def test_what_was_added_comes_back(store) -> None:
     """A derivative that changed in storage would move every score that is made of it."""
-    assert store.probes("pool").num_rows == 0
+    assert store.probes("pool").table().num_rows == 0
     first = add(store)
     second = add(store, ["b"], step=2, target="other", seed=1, derivatives=[np.array([1.0, np.nan, 2, 3])])
-    table = gradstore.open(store.path).probes("pool")
+    table = gradstore.open(store.path).probes("pool").table()
     assert table["id"].to_pylist() == [*IDS, "b"]
     assert table["step"].to_pylist() == [0, 0, 0, 2]
     assert table["target_commit"].to_pylist() == [7] * 4
@@ -44,8 +44,8 @@ def test_what_was_added_comes_back(store) -> None:
     np.testing.assert_array_equal(table["derivatives"].to_pylist()[:3], first["derivatives"])
     np.testing.assert_array_equal(table["derivatives"].to_pylist()[3], second["derivatives"][0])
     assert table["lengths"].to_pylist()[0] == [3, 4, 5, 6]
-    assert store.probes("pool", step=2)["id"].to_pylist() == ["b"]
-    assert store.probes("pool", target="bench").num_rows == 3
+    assert store.probes("pool").table(step=2)["id"].to_pylist() == ["b"]
+    assert store.probes("pool").table(target="bench").num_rows == 3
     report = store.verify()
     assert report.ok
     assert not report.notes
@@ -61,13 +61,13 @@ def test_a_step_is_read_without_the_others(store, monkeypatch) -> None:
         for target in ("bench", "other"):
             add(store, IDS[: 1 + step % 3], step, target, seed=step)
         for asked in ({}, {"step": step}, {"step": step - 1, "target": "other"}, {"target": "bench"}, {"step": 99}):
-            expected = gradstore.open(store.path).probes("pool", **asked)
+            expected = gradstore.open(store.path).probes("pool").table(**asked)
             read.clear()
-            assert store.probes("pool", **asked).equals(expected)
+            assert store.probes("pool").table(**asked).equals(expected)
         n = len([name for name in read if name.startswith("part")])
         assert n == 0, "no part holds step 99, and all are known"
     read.clear()
-    assert store.probes("pool", step=2, target="bench").num_rows == 3
+    assert store.probes("pool").table(step=2, target="bench").num_rows == 3
     assert len([name for name in read if name.startswith("part")]) == 1
 
 
@@ -75,9 +75,9 @@ def test_compaction_carries_them_over(store) -> None:
     """Probes belong to no generation of files; those of deleted problems are hidden."""
     add(store)
     store.delete("pool", ["b"])
-    assert store.probes("pool")["id"].to_pylist() == ["a", "c"]
+    assert store.probes("pool").table()["id"].to_pylist() == ["a", "c"]
     store.compact()
-    assert store.probes("pool")["id"].to_pylist()[0] == "a"
+    assert store.probes("pool").table()["id"].to_pylist()[0] == "a"
     assert store.verify().ok
     assert not store.verify().notes
 
@@ -93,11 +93,11 @@ def test_damage_is_found(store) -> None:
     findings = store.verify().findings
     assert [finding.file for finding in findings] == [parts[1].relative_to(store.path).as_posix()]
     with pytest.raises(DamagedError, match="do not match the checksum"):
-        store.probes("pool")
+        store.probes("pool").table()
     parts[1].unlink()
     assert [finding.message for finding in store.verify().findings] == ["missing"]
     with pytest.raises(DamagedError, match="missing"):
-        store.probes("pool")
+        store.probes("pool").table()
 
 
 def test_an_interrupted_addition_leaves_nothing(store, monkeypatch) -> None:
@@ -111,10 +111,10 @@ def test_an_interrupted_addition_leaves_nothing(store, monkeypatch) -> None:
         patch.setattr("gradstore.durable.os.rename", fail)
         with pytest.raises(gradstore.errors.GradstoreError, match="disk is full"):
             add(store, seed=1)
-    assert store.probes("pool").num_rows == 3
+    assert store.probes("pool").table().num_rows == 3
     assert store.verify().ok
     add(store, seed=1)
-    assert store.probes("pool").num_rows == 6
+    assert store.probes("pool").table().num_rows == 6
     report = store.verify()
     assert report.ok
     assert not report.notes
@@ -144,7 +144,7 @@ def test_wrong_requests(store, ids, changes, message: str) -> None:
     """Each names what was wrong, and adds nothing."""
     with pytest.raises(RequestError, match=message):
         add(store, ids, **changes)
-    assert store.probes("pool").num_rows == 0
+    assert store.probes("pool").table().num_rows == 0
 
 
 def test_one_writer_at_a_time(store) -> None:

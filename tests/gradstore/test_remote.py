@@ -136,13 +136,13 @@ def test_probes_and_rounds_are_copied(new_store: Callable, tools: dict, tmp_path
     store = new_store(n=20)
     tools["append"](store, 0, list(range(20)))
     ones = np.ones(4)
-    store.add_probes("pool", ["p1"], [ones], [ones], [ones.astype(int)], step=0, target="bench")
+    store.probes("pool").add(["p1"], [ones], [ones], [ones.astype(int)], step=0, target="bench")
     one = {"id": ["p1"], "state": ["live"], "rolled_out": [True], "picked": [0]}
     numbers = {key: [1] for key in ("score", "low", "high", "step", "pass_rate", "weight", "rollouts")}
-    number = store.add_round("pool", {"step": 0}, pa.table(one | numbers))
+    number = store.rounds("pool").add({"step": 0}, pa.table(one | numbers))
     copy = mirror(LocalStore(store.path), tmp_path / "copy")
-    assert copy.probes("pool").equals(store.probes("pool"))
-    assert copy.round("pool", number).about == store.round("pool", number).about
+    assert copy.probes("pool").table().equals(store.probes("pool").table())
+    assert copy.rounds("pool")[number].about == store.rounds("pool")[number].about
 
 
 @pytest.fixture

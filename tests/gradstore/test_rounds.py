@@ -39,18 +39,19 @@ def table(ids=IDS, **changes):
 
 def test_what_was_recorded_comes_back(store) -> None:
     """A round that reads back otherwise tells another story of the training."""
-    assert store.rounds("pool") == []
+    assert list(store.rounds("pool")) == []
     first = {"step": 3, "selector": "cosine", "target": {"benchmark": "v"}, "warnings": ["42 % had no signal"]}
-    assert store.add_round("pool", first, table()) == 0
-    assert store.add_round("pool", {"step": 4, "score": float("nan")}, table(IDS[:1], picked=[0])) == 1
+    assert store.rounds("pool").add(first, table()) == 0
+    assert store.rounds("pool").add({"step": 4, "score": float("nan")}, table(IDS[:1], picked=[0])) == 1
     rounds = gradstore.open(store.path).rounds("pool")
     assert [found.number for found in rounds] == [0, 1]
     assert rounds[0].about == first
     for name in table().column_names:
         np.testing.assert_array_equal(rounds[0].table[name].to_pylist(), table()[name].to_pylist())
     assert rounds[0].picks == ["c", "a"]
-    assert store.round("pool", 1).picks == ["a"]
-    assert store.round("pool", -2).about == first
+    assert store.rounds("pool")[1].picks == ["a"]
+    assert store.rounds("pool")[-2].about == first
+    assert [found.number for found in store.rounds("pool")[::-1]] == [1, 0]
     report = store.verify()
     assert report.ok
     assert not report.notes
@@ -58,10 +59,10 @@ def test_what_was_recorded_comes_back(store) -> None:
 
 def test_compaction_carries_them_over(store) -> None:
     """What was chosen is history, also of problems that were deleted since."""
-    store.add_round("pool", {"step": 0}, table())
+    store.rounds("pool").add({"step": 0}, table())
     store.delete("pool", ["b"])
     store.compact()
-    assert store.round("pool", 0).table["id"].to_pylist() == IDS
+    assert store.rounds("pool")[0].table["id"].to_pylist() == IDS
     report = store.verify()
     assert report.ok
     assert not report.notes
@@ -70,7 +71,7 @@ def test_compaction_carries_them_over(store) -> None:
 def test_damage_is_found(store) -> None:
     """A changed byte or a lost round must not become a result."""
     for step in range(3):
-        store.add_round("pool", {"step": step}, table())
+        store.rounds("pool").add({"step": step}, table())
     parts = sorted((store.path / "collections/pool/rounds").iterdir())
     data = bytearray(parts[1].read_bytes())
     data[len(data) // 2] ^= 1
@@ -78,17 +79,17 @@ def test_damage_is_found(store) -> None:
     findings = store.verify().findings
     assert [finding.file for finding in findings] == [parts[1].relative_to(store.path).as_posix()]
     with pytest.raises(DamagedError, match="do not match the checksum"):
-        store.rounds("pool")
-    assert store.round("pool", 2).about == {"step": 2}
+        list(store.rounds("pool"))
+    assert store.rounds("pool")[2].about == {"step": 2}
     parts[1].unlink()
     assert [finding.message for finding in store.verify().findings] == ["missing"]
     with pytest.raises(DamagedError, match="missing"):
-        store.round("pool", 1)
+        _ = store.rounds("pool")[1]
 
 
 def test_an_interrupted_record_leaves_nothing(store, monkeypatch) -> None:
     """A round is there whole or not at all, and takes the number that a failure left free."""
-    store.add_round("pool", {"step": 0}, table())
+    store.rounds("pool").add({"step": 0}, table())
 
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
@@ -96,10 +97,10 @@ def test_an_interrupted_record_leaves_nothing(store, monkeypatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr("gradstore.durable.os.rename", fail)
         with pytest.raises(GradstoreError, match="disk is full"):
-            store.add_round("pool", {"step": 1}, table())
+            store.rounds("pool").add({"step": 1}, table())
     assert len(store.rounds("pool")) == 1
     assert store.verify().ok
-    assert store.add_round("pool", {"step": 1}, table()) == 1
+    assert store.rounds("pool").add({"step": 1}, table()) == 1
     report = store.verify()
     assert report.ok
     assert not report.notes
@@ -107,7 +108,7 @@ def test_an_interrupted_record_leaves_nothing(store, monkeypatch) -> None:
 
 def test_files_of_others_are_noted(store) -> None:
     """What a person put there is theirs to look at."""
-    store.add_round("pool", {"step": 0}, table())
+    store.rounds("pool").add({"step": 0}, table())
     (store.path / "collections/pool/rounds/notes.txt").write_text("mine")
     report = store.verify()
     assert report.ok
@@ -130,15 +131,15 @@ def test_files_of_others_are_noted(store) -> None:
 def test_wrong_requests(store, about, changes, message: str) -> None:
     """Each names what was wrong, and records nothing."""
     with pytest.raises(RequestError, match=message):
-        store.add_round("pool", about, table(**changes))
-    assert store.rounds("pool") == []
+        store.rounds("pool").add(about, table(**changes))
+    assert list(store.rounds("pool")) == []
 
 
 def test_requests_that_cannot_be_met(store) -> None:
     """No such round, another writer, a store opened for reading."""
     with pytest.raises(RequestError, match="has 0 rounds, there is no round 0"):
-        store.round("pool", 0)
+        _ = store.rounds("pool")[0]
     with store.writer("pool", step=1), pytest.raises(LockedError):
-        store.add_round("pool", {}, table())
+        store.rounds("pool").add({}, table())
     with pytest.raises(RequestError, match="opened for reading"):
-        gradstore.open(store.path).add_round("pool", {}, table())
+        gradstore.open(store.path).rounds("pool").add({}, table())

@@ -106,8 +106,8 @@ def test_every_way_to_read_rows_agrees(new_store: Callable, tools: dict, dtype: 
     assert np.array_equal(view.rows(view.steps == 3), whole[view.steps == 3])
     assert [name for ids, _ in view.blocks() for name in ids] == list(view.ids)
     assert view.problems["id"].to_pylist() == list(view.ids)
-    assert list(view.find(["p3", "nobody"])) == [3, -1]
-    assert view.problems_of(["p4", "p1"])["ground_truth"].to_pylist() == ["4", "1"]
+    assert list(view.positions(["p3", "nobody"], strict=False)) == [3, -1]
+    assert store.problems("pool", ["p4", "p1"])["ground_truth"].to_pylist() == ["4", "1"]
     with pytest.raises(RequestError, match="'nobody' has no row in this view"):
         view.take(["p1", "nobody"])
     with pytest.raises(RequestError, match=r"positions must be in \[0, 50\)"):

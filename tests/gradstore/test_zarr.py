@@ -9,6 +9,7 @@ import pytest
 import gradstore
 from gradstore.header import read_header
 from gradstore.snapshot import open_snapshot
+from gradstore.stored_rows import StoredRows
 
 ARRAYS = ("codes", "scale", "norm", "step", "problem", "state", "pass_rate", "n_rollouts", "reason")
 
@@ -46,7 +47,8 @@ def test_other_readers_open_every_array(new_store: Callable, tools: dict, dtype:
     chunks = np.concatenate([snapshot.codes.chunk(chunk) for chunk in range(4)])
     assert np.array_equal(got["codes"], chunks)
     codes = _unpacked(got["codes"], dtype)[:, :23]
-    assert np.allclose(codes * got["scale"][:, None], snapshot.unit_rows(np.arange(32)), atol=1e-6)
+    rows = np.arange(32)
+    assert np.allclose(codes * got["scale"][:, None], StoredRows(snapshot, rows).unit_rows(rows), atol=1e-6)
 
 
 def _unpacked(codes: np.ndarray, dtype: str) -> np.ndarray:

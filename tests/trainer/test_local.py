@@ -434,4 +434,4 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path: Path) -> None:
         steps, ids = history["step"].to_numpy(), np.array(history["id"].to_pylist())
         for number in range(3):
             seen = ids[steps == 2 * number + 1].tolist()
-            assert sorted(seen) == sorted(store.round("pool", number).picks), "the last pass over the picks is kept"
+            assert sorted(seen) == sorted(store.rounds("pool")[number].picks), "the last pass over the picks is kept"

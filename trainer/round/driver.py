@@ -97,8 +97,8 @@ class Rounds:
         if not self._done:
             return None
         if self._store is None:
-            return selection_of(gradstore.open(self._run.path).round(self._run.pool, self._done - 1))
-        return selection_of(self._store.round(self._run.pool, self._done - 1))
+            return selection_of(gradstore.open(self._run.path).rounds(self._run.pool)[self._done - 1])
+        return selection_of(self._store.rounds(self._run.pool)[self._done - 1])
 
     def next(self, policy: Policy) -> Selection:
         """Do the next round with the current policy, record it, and return its picks, best first.
@@ -116,8 +116,8 @@ class Rounds:
         if found is None:
             kept = self._kept_choice(store, number)
             if kept is not None and store is not None:
-                store.add_round(
-                    self._run.pool, {**kept.about, "number": number, "step": policy.step, **_NOTHING}, kept.table
+                store.rounds(self._run.pool).add(
+                    {**kept.about, "number": number, "step": policy.step, **_NOTHING}, kept.table
                 )
             else:
                 runner, first = RoundRunner(self._run, policy, number), None
@@ -126,11 +126,11 @@ class Rounds:
                     self._store = store
                 runner.run(store, first)
             assert store is not None
-            found = store.round(self._run.pool, number)
+            found = store.rounds(self._run.pool)[number]
         self._done = number + 1
         if self._logger is not None:
             assert store is not None
-            before = store.round(self._run.pool, number - 1) if number else None
+            before = store.rounds(self._run.pool)[number - 1] if number else None
             self._logger(scalars(found, before), policy.step)
         return selection_of(found)
 
@@ -182,14 +182,14 @@ class Rounds:
     def _recorded(self, store: Store, number: int, policy: Policy) -> Round | None:
         """The round, if an earlier process recorded it; None otherwise."""
         pool = self._run.pool
-        recorded = store.count_rounds(pool)
+        recorded = len(store.rounds(pool))
         if number > recorded:
             raise RequestError(
                 f"{store.path}: has {recorded} rounds, the saved state is after round {number - 1}: use its own store"
             )
         if number == recorded:
             return None
-        found = store.round(pool, number)
+        found = store.rounds(pool)[number]
         where = f"{store.path}: round {number}"
         if found.about.get("step") != policy.step:
             raise RequestError(
@@ -204,7 +204,7 @@ class Rounds:
         chosen_in = self.settings.warm_up
         if store is None or not self.settings.once or number <= chosen_in:
             return None
-        return store.round(self._run.pool, chosen_in)
+        return store.rounds(self._run.pool)[chosen_in]
 
 
 _NOTHING = {"n_rolled_out": 0, "rollouts": 0, "target_rollouts": 0, "costs": {}, "tokens": 0, "warnings": []}

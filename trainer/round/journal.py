@@ -42,7 +42,7 @@ class Journal:
         history = store.history(pool, step)
         self.rows = Counter(history.filter(pc.equal(history["step"], step))["id"].to_pylist())
         """Current number of rows per problem at the round's step; code that adds rows must update it."""
-        self.probes = Counter(store.probes(pool, step=step, target=target)["id"].to_pylist())
+        self.probes = Counter(store.probes(pool).table(step=step, target=target)["id"].to_pylist())
         """Current number of probes per problem along the round's target; code that adds probes must update it."""
 
     def plan(self, number: int, make: Callable[[], Sequence[str]]) -> Plan:

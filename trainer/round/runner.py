@@ -228,7 +228,7 @@ class RoundRunner:
 
     def _calibration_before(self, store: Store) -> Calibration | None:
         """Calibration of the previous round's probe; None if there is none."""
-        kept = store.round(self.context.pool, self.number - 1).about.get("probe") if self.number else None
+        kept = store.rounds(self.context.pool)[self.number - 1].about.get("probe") if self.number else None
         return None if kept is None else Calibration.of(kept)
 
     def _unmeasured(self, store: Store) -> list[str]:
@@ -386,7 +386,7 @@ class RoundRunner:
         )
         for line in about["warnings"]:
             log.warning("round %d: %s", self.number, line)
-        store.add_round(self.context.pool, about, table)
+        store.rounds(self.context.pool).add(about, table)
 
     def _plan_windows(self, ids: Sequence[str], number: int) -> Windows:
         records = [self.context.records[name] for name in ids]

@@ -59,7 +59,7 @@ class IndexFolder:
         self.metric = metric
         self.path = collection_folder(view) / INDEXES / f"{kind}-{self.metric}"
         self._collection = collection_folder(view)
-        self._generation = view.generation
+        self._generation = view.stored.generation
 
     @contextmanager
     def building(self) -> Iterator[bool]:

@@ -69,7 +69,7 @@ class Index:
         rows: Rows = "gradient" if metric != "cosine" and chosen.scaled else "unit"
         live = view.live_positions
         index = cls(
-            chosen(view.dim, len(live)), rows, metric, collection_folder(view), view.generation,
+            chosen(view.dim, len(live)), rows, metric, collection_folder(view), view.stored.generation,
             np.empty(0, np.int64), np.empty(0, np.float32),
         )  # fmt: skip
         if len(live):
@@ -83,7 +83,7 @@ class Index:
 
     def holds(self, view: View) -> bool:
         """Whether the index belongs to the view's collection and generation."""
-        return (collection_folder(view), view.generation) == (self.collection, self.generation)
+        return (collection_folder(view), view.stored.generation) == (self.collection, self.generation)
 
     def extend(self, view: View) -> int:
         """Add the view's live rows that have no entry; returns how many.
@@ -95,9 +95,9 @@ class Index:
         if not self.holds(view):
             raise RequestError(
                 f"the index was built for {self.collection} g{self.generation}, asked for {collection_folder(view)} "
-                f"g{view.generation}: build one for this view"
+                f"g{view.stored.generation}: build one for this view"
             )
-        known = np.isin(view.row_numbers, self.entry_rows)
+        known = np.isin(view.stored.numbers, self.entry_rows)
         missing = np.flatnonzero(view.live & ~known)
         self._add(view, missing)
         self._seen |= {"view": ref(view), "complete": len(self)}
@@ -110,8 +110,8 @@ class Index:
         """
         key = (view.commit, view.at, len(self))
         if self._seen.get("key") != key:
-            where_R = np.full(int(max(view.row_numbers.max(initial=-1), self.entry_rows.max(initial=-1))) + 1, -1)
-            where_R[view.row_numbers[view.live]] = view.live_positions
+            where_R = np.full(int(max(view.stored.numbers.max(initial=-1), self.entry_rows.max(initial=-1))) + 1, -1)
+            where_R[view.stored.numbers[view.live]] = view.live_positions
             found = where_R[self.entry_rows]
             inside = found >= 0
             if not np.array_equal(view.norms[found[inside]], self.entry_norms[inside]):
@@ -229,7 +229,7 @@ class Index:
         for block, units_PD in view.scan(positions):
             self.kind.add(units_PD * view.norms[block, None] if self.rows == "gradient" else units_PD)
         if len(positions):
-            self.entry_rows = np.concatenate([self.entry_rows, view.row_numbers[positions]])
+            self.entry_rows = np.concatenate([self.entry_rows, view.stored.numbers[positions]])
             self.entry_norms = np.concatenate([self.entry_norms, view.norms[positions]])
             self._seen = {}
 

@@ -106,7 +106,7 @@ def test_rounds_with_a_model(policy: ModelPolicy, tmp_path, changes: dict[str, A
         policy.train()
     assert all(len(set(chosen)) == 4 for chosen in picks)
     if changes:
-        assert gradstore.open(path).probes("pool", step=1, target="bench").num_rows >= 6
+        assert gradstore.open(path).probes("pool").table(step=1, target="bench").num_rows >= 6
     state = rounds.state_dict()
     resumed = Rounds(path, POOL, {"bench": BENCHMARK}, settings(**changes), dtype="fp32")
     resumed.load_state_dict(state)

@@ -155,7 +155,7 @@ def test_a_look_before_the_first_plan(world, training, fast_path) -> None:
     counts = Counter(store.view("pool", 0).n_rollouts.tolist())
     again = Counter(name for step, name, n in run.policy.rolled if (step, n, name[0]) == (0, 8, "p"))
     assert counts == Counter(3 + 8 * times for times in again.values()) + Counter({3: 60 - len(again)})
-    assert len(store.probes("pool", step=0)) == 7
+    assert len(store.probes("pool").table(step=0)) == 7
 
 
 def test_problems_without_signal_are_left_alone(world, training, fast_path) -> None:

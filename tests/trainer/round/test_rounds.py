@@ -66,7 +66,7 @@ def test_the_record_tells_the_round(world, training, tmp_path) -> None:
     run.world.rate_of |= {f"p{i:03d}": 0.0 for i in range(0, 60, 2)}
     run.run()
     store = gradstore.open(tmp_path / "store")
-    found = store.round("pool", 2)
+    found = store.rounds("pool")[2]
     about = found.about
     assert about["step"] == 8
     assert about["selector"] == "cosine"
@@ -165,10 +165,10 @@ def test_killed_between_rows_and_record(world, training, killed, tmp_path, monke
         raise killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(gradstore.Store, "add_round", die)
+        patch.setattr(gradstore.RecordedRounds, "add", die)
         with pytest.raises(killed):
             run.run()
-    assert gradstore.open(tmp_path / "store").rounds("pool") == []
+    assert list(gradstore.open(tmp_path / "store").rounds("pool")) == []
     assert run.resume() == whole
     assert len(run.policy.rolled) == 2 * (24 + 6)
 
@@ -227,7 +227,7 @@ def test_rows_collected_before_are_used(world, training, fake_policy, tmp_path) 
     with store.writer("pool", step=0) as writer:
         writer.append(batch.ids, batch.sketches, state=batch.states, n_rollouts=batch.n_rollouts)
     picks = run.run()[0]
-    found = gradstore.open(tmp_path / "store").round("pool", 0)
+    found = gradstore.open(tmp_path / "store").rounds("pool")[0]
     assert found.about["counts"]["unmeasured"] == 0
     assert sum(found.table["rolled_out"].to_pylist()) <= 10
     truth = run.world.alignment(0)
@@ -254,7 +254,7 @@ def test_too_few_with_a_signal_are_filled_up(world, training, tmp_path) -> None:
     run.world.rate_of |= {f"p{i:03d}": 1.0 for i in range(60) if i % 10}
     picks = run.run()[0]
     assert len(set(picks)) == 8
-    found = gradstore.open(tmp_path / "store").round("pool", 0)
+    found = gradstore.open(tmp_path / "store").rounds("pool")[0]
     drawn = found.about["picked_by"].count("(random)")
     assert drawn > 0
     assert any("were drawn at random" in line for line in found.about["warnings"])
@@ -265,7 +265,7 @@ def test_a_benchmark_without_signal(world, training, tmp_path) -> None:
     run = training(tmp_path / "store", world(), settings(rounds=2))
     run.world.rate_of |= {record["id"]: 0.0 for record in run.world.benchmark}
     assert len(run.run()[1]) == 8
-    found = gradstore.open(tmp_path / "store").round("pool", 0)
+    found = gradstore.open(tmp_path / "store").rounds("pool")[0]
     assert any("picks at random" in line for line in found.about["warnings"])
     assert found.about["selector"] == "rand"
 
