@@ -23,6 +23,7 @@ from gradstore.engine import Reference, Sketcher, SketchSpec, objective, validat
 from gradstore.engine.gradients.coverage import measure
 from gradstore.engine.gradients.gradient_pass import GradientPass
 from gradstore.engine.gradients.objectives import rollout_weights
+from gradstore.engine.probing.probe import Probe
 from gradstore.engine.rollouts.group import Group, joined
 from gradstore.errors import GradstoreError
 from gradstore.trainer.local.checkpoint import load_checkpoint, save_checkpoint
@@ -223,6 +224,23 @@ def test_probes_do_not_depend_on_what_was_probed_before(policy: LocalPolicy, gro
         policy.probe(groups[4:])
 
 
+def test_a_calibration_that_fails_leaves_the_direction(policy: LocalPolicy, groups: list[Group], monkeypatch) -> None:
+    """The direction is made from the sum of gradients once: a second division would shorten it, and every dot."""
+    policy.fit(SketchSpec(rank=4), groups)
+    policy.aim(groups[:3])
+    expected = policy.probe(groups[3:]).dots
+    policy.aim(groups[:3])
+
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Probe, "calibrate", fail)
+        with pytest.raises(MemoryError):
+            policy.probe(groups[3:])
+    np.testing.assert_array_equal(policy.probe(groups[3:]).dots, expected)
+
+
 def test_rollouts_know_the_reference(model: Any, tiny_tokenizer: Any) -> None:
     """A KL term in updates and sketches is to the model that training began from: rows that dropped it, or had it to
     the policy itself, would still rank."""
@@ -322,7 +340,7 @@ def test_the_direction_is_freed_when_training_begins(policy: LocalPolicy) -> Non
     policy.fit(SketchSpec(basis="fitted", rank=4, dim=64), groups)
     policy.aim(groups)
     policy.probe(groups)
-    direction = weakref.ref(next(iter(policy._probe[1].direction.tensors.values())))  # type: ignore[index]
+    direction = weakref.ref(next(iter(policy._aimed[1].probe.direction.tensors.values())))  # type: ignore[index]
     assert direction() is not None
     policy.forget_direction()
     gc.collect()
