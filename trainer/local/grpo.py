@@ -26,33 +26,40 @@ from gradstore.errors import RequestError
 
 log = logging.getLogger(__name__)
 
+LEARNING_RATE, ADAPTER_LEARNING_RATE = 1e-6, 2e-5
+"""Default learning rates, of all weights and of adapters."""
+
 
 @dataclass(frozen=True, slots=True)
 class UpdateSettings:
     """Settings of the weight update from a step's rollouts."""
 
-    lr: float = 1e-6
-    """Learning rate."""
+    lr: float | None = None
+    """Learning rate; None: 1e-6, and 2e-5 for adapters."""
     warmup: int = 0
     """Optimizer steps over which the learning rate rises linearly to `lr`."""
     weight_decay: float = 0.0
     """Decoupled weight decay, as in AdamW; 0: plain Adam."""
     betas: tuple[float, float] = (0.9, 0.999)
+    """Adam's decay rates of the gradient's first and second moment."""
     eps: float = 1e-8
+    """Added to the root of Adam's second moment."""
     clip_grad: float | None = 1.0
     """Maximum gradient norm; None: no clipping."""
     objective: Objective = field(default_factory=lambda: objective("grpo"))
+    """How rewards become token weights: a preset's name, or fields."""
     minibatches: int = 1
     """Number of updates per step; the step's problems are split among them. With more than one, later updates are
     off-policy and use PPO's clipped surrogate against the log-probabilities recorded at sampling."""
     clip_low: float = 0.2
+    """See `clip_high`."""
     clip_high: float = 0.2
     """PPO clips the ratio to [1 - clip_low, 1 + clip_high]; only used if minibatches > 1."""
     token_budget: int | None = None
     """Tokens per micro-batch, padding included; None: as many as memory allows (engine/gradients/budget.py)."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.lr < float("inf"):
+        if self.lr is not None and not 0 <= self.lr < float("inf"):
             raise RequestError(f"lr is {self.lr}, expected a finite number of 0 or more")
         if self.clip_grad is not None and not self.clip_grad > 0:
             raise RequestError(f"clip_grad is {self.clip_grad}, expected a number above 0, or None")
@@ -60,6 +67,10 @@ class UpdateSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise RequestError(f"{name} is {value}, expected 1 or more")
+
+    def rate(self, *, adapters: bool) -> float:
+        """The learning rate, with the default filled in."""
+        return self.lr if self.lr is not None else ADAPTER_LEARNING_RATE if adapters else LEARNING_RATE
 
 
 class Learner:
@@ -71,9 +82,10 @@ class Learner:
         self.parameters = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
         if not self.parameters:
             raise RequestError("no parameter of the model trains: set requires_grad on those that do")
+        self.lr = settings.rate(adapters=hasattr(model, "peft_config"))
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(),
-            lr=settings.lr,
+            lr=self.lr,
             betas=settings.betas,
             eps=settings.eps,
             weight_decay=settings.weight_decay,
@@ -155,7 +167,7 @@ class Learner:
         if self.settings.clip_grad is not None:
             nn.utils.clip_grads_with_norm_(weights, self.settings.clip_grad, torch.tensor(norm))
         for group in self.optimizer.param_groups:
-            group["lr"] = self.settings.lr * min(1.0, (self.updates + 1) / max(1, self.settings.warmup))
+            group["lr"] = self.lr * min(1.0, (self.updates + 1) / max(1, self.settings.warmup))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.updates += 1
