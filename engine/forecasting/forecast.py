@@ -10,16 +10,116 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 
-from gradstore import State, Store
-from gradstore.engine.forecasting.cosine_model import PRIOR_LIFE, Beliefs, Staleness, fit, measured_pairs
-from gradstore.engine.forecasting.live_rows import live_rows
-from gradstore.engine.forecasting.norms import Trained, lengths
+from gradstore import State, Store, View
+from gradstore.engine.forecasting.cosine_model import PRIOR_LIFE, Beliefs, Staleness, fit, measured_pairs, sum_of_units
+from gradstore.engine.forecasting.live_rows import Rows, live_rows
+from gradstore.engine.forecasting.norms import Trained, lengths, trained_toward
 from gradstore.engine.forecasting.pass_rates import Motion
-from gradstore.engine.forecasting.probe_scale import Calibration, Probed, aim, calibrate, probed_at
+from gradstore.engine.forecasting.probe_scale import Calibration, Probed, aim, calibrate, probed_at, probed_before
 from gradstore.engine.forecasting.refresh_choice import Outlook, pass_rate_prior
 from gradstore.engine.selecting.history import History
 from gradstore.engine.selecting.membership import places
+
+
+@dataclass(frozen=True, slots=True)
+class ForecastSettings:
+    """Settings of a forecast."""
+
+    n_rollouts: int
+    """Rollouts per candidate in a new measurement."""
+    forgetting: float
+    """Factor per step on the weight of older rollouts in the probability of a signal (History)."""
+    by_source: bool
+    """Whether each source has its own mean cosine."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ForecastTarget:
+    """The target that cosines are forecast for, and what earlier steps tell about it."""
+
+    direction: np.ndarray
+    """Direction of the target now, of any length, float64 [D]."""
+    benchmarks: Sequence[str]
+    """Benchmarks of the target. The drift model is fitted to their targets at past steps."""
+    trained: Sequence[Trained] = ()
+    """Directions of past training steps, oldest first."""
+    probed: Sequence[Probed] = ()
+    """Probes of earlier steps along the benchmarks' targets, newest first."""
+
+    @classmethod
+    def of(
+        cls, store: Store, pool: str, benchmarks: Sequence[str], vectors: Sequence[np.ndarray], step: int
+    ) -> "ForecastTarget":
+        """Equal weight for the targets `vectors`, float32 [D] each, of a step; earlier steps as the store has them."""
+        trained, probed = trained_toward(store, pool, step), probed_before(store, pool, benchmarks, step)
+        return cls(sum_of_units(vectors), benchmarks, trained, probed)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class NewestRows:
+    """Newest row of each of P candidates as of a step; arrays are [P]."""
+
+    states: np.ndarray
+    """`State` of the row, int64; -1: never measured."""
+    steps: np.ndarray
+    """Step of the row, int64; -1: never measured."""
+    pass_rates: np.ndarray
+    """Pass rate, float64; nan where unknown."""
+    n_rollouts: np.ndarray
+    """Number of rollouts, int64; 0: never measured."""
+    norms: np.ndarray
+    """Gradient norm, float64; nan where the row is not live."""
+
+    @classmethod
+    def of(cls, view: View, ids: Sequence[str]) -> "NewestRows":
+        """The rows of problems in a view."""
+        place_P = places(list(ids), view.ids)
+
+        def column(values: np.ndarray, missing: float) -> np.ndarray:
+            return np.append(values.astype(np.float64), missing)[place_P]
+
+        states_P = column(view.states, -1).astype(np.int64)
+        return cls(
+            states_P,
+            column(view.steps, -1).astype(np.int64),
+            column(view.pass_rates, np.nan),
+            column(view.n_rollouts, 0).astype(np.int64),
+            np.where(states_P == State.LIVE, column(view.norms, np.nan), np.nan),
+        )
+
+    @property
+    def live(self) -> np.ndarray:
+        """True where the row is live, bool."""
+        alive: np.ndarray = self.states == State.LIVE
+        return alive
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CosineForecast:
+    """Expected cosine of P candidates with the target now; arrays are float64 [P]."""
+
+    mean: np.ndarray
+    """Expected cosine; 0 without a target."""
+    sd: np.ndarray
+    """Standard deviation of `mean`; without a target it grows with the age of the newest row."""
+    offsets: np.ndarray
+    """Mean cosine of the problem's source minus the pool's, shrunk."""
+    model: Staleness | None
+    """Drift model; None without a target."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class NormForecast:
+    """Expected gradient norm of P candidates now; arrays are float64 [P]."""
+
+    mean: np.ndarray
+    """Expected norm; nan where no row was live."""
+    sd: np.ndarray
+    """Standard deviation of `mean`."""
+    motion: Motion | None
+    """Model of how pass rates move; None without a target."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -27,47 +127,22 @@ class CandidateForecast:
     """Forecast of P candidates at a step; arrays are [P], in the candidates' order."""
 
     ids: list[str]
-    states: np.ndarray
-    """`State` of the newest row, int64; -1: never measured."""
-    steps: np.ndarray
-    """Step of the newest row, int64; -1: never measured."""
-    pass_rates: np.ndarray
-    """Pass rate of the newest row, float64; nan where unknown."""
-    n_rollouts: np.ndarray
-    """Rollouts of the newest row, int64; 0: never measured."""
-    lengths: np.ndarray
-    """Expected gradient norm now, float64; nan where no row was live."""
-    length_sd: np.ndarray
-    """Standard deviation of `lengths`, float64."""
-    mean: np.ndarray
-    """Expected cosine now, float64."""
-    sd: np.ndarray
-    """Standard deviation of `mean`, float64."""
-    offsets: np.ndarray
-    """Mean cosine of the problem's source minus the pool's, shrunk, float64."""
+    step: int
+    newest: NewestRows
+    cosine: CosineForecast
+    norm: NormForecast
     signal: np.ndarray
     """Probability that new rollouts have a signal, float64."""
-    model: Staleness | None
-    """Drift model; None without a target: then `mean` is 0, and `sd` grows with the age of the newest row."""
     calibration: Calibration | None
     """Ratio of probed to sketched dots; None with too few probes."""
-    motion: Motion | None
-    """Model of how pass rates move; None without a target."""
-    step: int
 
     def __len__(self) -> int:
         return len(self.ids)
 
     @property
-    def live(self) -> np.ndarray:
-        """True where the newest row is live, bool."""
-        alive: np.ndarray = self.states == State.LIVE
-        return alive
-
-    @property
     def fresh(self) -> np.ndarray:
         """True where the newest row is from this step, bool."""
-        now: np.ndarray = self.steps == self.step
+        now: np.ndarray = self.newest.steps == self.step
         return now
 
     def scales(self, kind: str) -> np.ndarray:
@@ -77,110 +152,107 @@ class CandidateForecast:
         """
         if kind == "cosine":
             return np.ones(len(self))
-        known = self.lengths[np.isfinite(self.lengths)]
-        lengths_P = np.where(np.isfinite(self.lengths), self.lengths, float(np.median(known)) if len(known) else 1.0)
-        return lengths_P if self.calibration is None else lengths_P * self.calibration.gains
+        norm_P = self.norm.mean
+        known = norm_P[np.isfinite(norm_P)]
+        norm_P = np.where(np.isfinite(norm_P), norm_P, float(np.median(known)) if len(known) else 1.0)
+        return norm_P if self.calibration is None else norm_P * self.calibration.gains
 
     def spreads(self, kind: str) -> np.ndarray:
         """Standard deviation of this kind of score, float64: from the cosine and, unless it is `cosine`, the norm."""
-        from_cosine = self.sd * self.scales(kind)
+        from_cosine_P = self.cosine.sd * self.scales(kind)
         if kind == "cosine":
-            return from_cosine
+            return from_cosine_P
         gains_P = 1.0 if self.calibration is None else self.calibration.gains
-        return np.hypot(from_cosine, np.hypot(self.mean, self.sd) * gains_P * np.nan_to_num(self.length_sd))
+        cosine_P = np.hypot(self.cosine.mean, self.cosine.sd)
+        return np.hypot(from_cosine_P, cosine_P * gains_P * np.nan_to_num(self.norm.sd))
 
     def outlook(self, kind: str, n_rollouts: int) -> Outlook:
         """Input for the refresh choice (refresh_choice.py), for this kind of score and groups of n_rollouts."""
-        scales_P = self.scales(kind)
-        noise = 0.0 if self.model is None else np.sqrt(self.model.noise / n_rollouts)
-        return Outlook(
-            self.mean * scales_P, self.spreads(kind), noise * scales_P, self.signal, self.steps >= 0, self.live
-        )
+        scales_P, model, newest = self.scales(kind), self.cosine.model, self.newest
+        noise = 0.0 if model is None else np.sqrt(model.noise / n_rollouts)
+        mean_P, sd_P = self.cosine.mean * scales_P, self.spreads(kind)
+        return Outlook(mean_P, sd_P, noise * scales_P, self.signal, newest.steps >= 0, newest.live)
 
 
 def forecast_candidates(
     store: Store,
     pool: str,
     ids: Sequence[str],
-    direction_D: np.ndarray | None,
-    benchmarks: Sequence[str],
     step: int,
-    *,
-    n_rollouts: int,
-    forgetting: float,
-    by_source: bool,
-    trained: Sequence[Trained] = (),
-    probed: Sequence[Probed] = (),
+    settings: ForecastSettings,
+    toward: ForecastTarget | None = None,
 ) -> CandidateForecast:
-    """Forecast problems at a step, against a direction (None: without a target).
+    """Forecast problems of a pool at a step. toward: the target; None: without a target."""
+    view, history, ids = store.view(pool, step), store.history(pool, step), list(ids)
+    newest = NewestRows.of(view, ids)
+    past = History.of(history, ids, now=step, forgetting=settings.forgetting, prior=pass_rate_prior(history))
+    signal_P = past.signal_probability(settings.n_rollouts)
+    if toward is None:
+        cosine, norm = _without_target(newest, step)
+        return CandidateForecast(ids, step, newest, cosine, norm, signal_P, None)
+    unit_D = (toward.direction / (np.linalg.norm(toward.direction) or 1.0)).astype(np.float32)
+    rows = live_rows(store, pool, ids, np.stack([unit_D, *(pull.unit for pull in toward.trained)]), step)
+    sources_P = _sources(store, pool, ids) if settings.by_source else np.full(len(ids), "all")
+    cosine = _cosines(store, pool, ids, step, toward.benchmarks, rows, sources_P)
+    norm = _norms(history, ids, step, rows, toward.trained, newest)
+    fresh = probed_at(store, pool, toward.benchmarks, step)
+    known = [*([] if fresh is None else [fresh]), *toward.probed]
+    calibration = calibrate(view, ids, known, aim(store, toward.benchmarks, step)[1]) if known else None
+    return CandidateForecast(ids, step, newest, cosine, norm, signal_P, calibration)
 
-    benchmarks: the drift model is fitted to their targets at past steps. n_rollouts: size of a new group. forgetting:
-    factor per step for older rollouts (History). by_source: give each source its own mean cosine. trained: the
-    directions of past training steps. probed: probes of earlier steps, newest first.
+
+def _without_target(newest: NewestRows, step: int) -> tuple[CosineForecast, NormForecast]:
+    """Forecast without a target: cosine 0, with the prior's spread for the age of the newest row, and its norm."""
+    zeros_P = np.zeros(len(newest.steps))
+    kept_P = np.where(newest.steps >= 0, np.exp(-(step - newest.steps) / PRIOR_LIFE), 0.0)
+    return CosineForecast(zeros_P, np.sqrt(1 - kept_P**2), zeros_P, None), NormForecast(newest.norms, zeros_P, None)
+
+
+def _cosines(
+    store: Store,
+    pool: str,
+    ids: list[str],
+    step: int,
+    benchmarks: Sequence[str],
+    rows: Sequence[Rows],
+    sources_P: np.ndarray,
+) -> CosineForecast:
+    """Expected cosines now: a drift model fitted to problems measured twice, then a filter over each problem's rows.
+
+    rows: live rows, oldest first; the first of their cosines is that with the target.
     """
-    view = store.view(pool, step)
-    place_P = places(list(ids), view.ids)
-    known_P = place_P >= 0
+    first_P, first_rollouts_P = np.full(len(ids), np.nan), np.zeros(len(ids))
+    for row in reversed(rows):
+        first_P[row.places], first_rollouts_P[row.places] = row.cosines[0], row.rollouts
+    offsets_P = source_offsets(first_P, sources_P)
+    pairs = measured_pairs(store, pool, benchmarks, step, dict(zip(ids, offsets_P.tolist(), strict=True)))
+    model = fit(pairs, first_P - offsets_P, first_rollouts_P)
+    beliefs = Beliefs(model, len(ids))
+    for row in rows:
+        beliefs.measure(row.places, row.step, row.cosines[0] - offsets_P[row.places], row.rollouts)
+    mean_P, sd_P = beliefs.at(step)
+    return CosineForecast(mean_P + offsets_P, sd_P, offsets_P, model)
 
-    def column(values: np.ndarray, missing: float) -> np.ndarray:
-        return np.append(values.astype(np.float64), missing)[place_P]
 
-    states_P = column(view.states, -1).astype(np.int64)
-    steps_P = column(view.steps, -1).astype(np.int64)
-    rollouts_P = column(view.n_rollouts, 0).astype(np.int64)
-    live_P = states_P == State.LIVE
-    history = store.history(pool, step)
-    past = History.of(history, list(ids), now=step, forgetting=forgetting, prior=pass_rate_prior(history))
-    offsets_P, model = np.zeros(len(ids)), None
-    if direction_D is None:
-        mean_P = np.zeros(len(ids))
-        kept_P = np.where(known_P, np.exp(-(step - steps_P) / PRIOR_LIFE), 0.0)
-        sd_P = np.sqrt(1 - kept_P**2)
-    else:
-        unit_D = (direction_D / (np.linalg.norm(direction_D) or 1.0)).astype(np.float32)
-        rows = live_rows(store, pool, ids, np.stack([unit_D, *(pull.unit for pull in trained)]), step)
-        first_P, first_rollouts_P = np.full(len(ids), np.nan), np.zeros(len(ids))
-        for row in reversed(rows):
-            first_P[row.places], first_rollouts_P[row.places] = row.cosines[0], row.rollouts
-        offset_of: dict[str, float] = {}
-        if by_source:
-            table = store.problems(pool)
-            sources_P = table["source"].take(places(list(ids), table["id"])).to_numpy().astype(str)
-            offsets_P = source_offsets(first_P, sources_P)
-            offset_of = dict(zip(ids, offsets_P.tolist(), strict=True))
-        pairs = measured_pairs(store, pool, benchmarks, step, offset_of)
-        model = fit(pairs, first_P - offsets_P, first_rollouts_P)
-        beliefs = Beliefs(model, len(ids))
-        for row in rows:
-            beliefs.measure(row.places, row.step, row.cosines[0] - offsets_P[row.places], row.rollouts)
-        mean_P, sd_P = beliefs.at(step)
-        mean_P = mean_P + offsets_P
-    norms_P = np.where(live_P, column(view.norms, np.nan), np.nan)
-    lengths_P, length_sd_P, motion, calibration = norms_P, np.zeros(len(ids)), None, None
-    if direction_D is not None:
-        fresh = probed_at(store, pool, benchmarks, step)
-        known = [*([] if fresh is None else [fresh]), *probed]
-        calibration = calibrate(view, ids, known, aim(store, benchmarks, step)[1]) if known else None
-        lengths_P, length_sd_P, motion = lengths(history, ids, rows, trained, step)
-        now_P = (steps_P == step) & live_P | ~np.isfinite(lengths_P)
-        lengths_P, length_sd_P = np.where(now_P, norms_P, lengths_P), np.where(now_P, 0.0, length_sd_P)
-    return CandidateForecast(
-        list(ids),
-        states_P,
-        steps_P,
-        column(view.pass_rates, np.nan),
-        rollouts_P,
-        lengths_P,
-        length_sd_P,
-        mean_P,
-        sd_P,
-        offsets_P,
-        past.signal_probability(n_rollouts),
-        model,
-        calibration,
-        motion,
-        step,
-    )
+def _norms(
+    history: pa.Table,
+    ids: list[str],
+    step: int,
+    rows: Sequence[Rows],
+    trained: Sequence[Trained],
+    newest: NewestRows,
+) -> NormForecast:
+    """Expected norms now; a live row of this step keeps its own norm, and so does a row whose norm has no forecast."""
+    mean_P, sd_P, motion = lengths(history, ids, rows, trained, step)
+    own_P = (newest.steps == step) & newest.live | ~np.isfinite(mean_P)
+    return NormForecast(np.where(own_P, newest.norms, mean_P), np.where(own_P, 0.0, sd_P), motion)
+
+
+def _sources(store: Store, pool: str, ids: list[str]) -> np.ndarray:
+    """Source of each problem, str [P]."""
+    table = store.problems(pool)
+    sources_P: np.ndarray = table["source"].take(places(ids, table["id"])).to_numpy().astype(str)
+    return sources_P
 
 
 def source_offsets(scores_P: np.ndarray, sources_P: np.ndarray) -> np.ndarray:

@@ -37,10 +37,10 @@ def aged_scores(kind: str, now: CandidateForecast, length: float = 1.0) -> tuple
     """Expected score and its standard deviation, float64 [P]; score NaN where the newest row is not live."""
     scales_P = now.scales(kind) * (1.0 if kind == "cosine" else length)
     chance_P = np.where(now.fresh, 1.0, now.signal)
-    mean_P = now.mean * scales_P
+    mean_P = now.cosine.mean * scales_P
     mean_P = np.where(mean_P > 0, chance_P, 1.0) * mean_P
     spreads_P = now.spreads(kind) * (1.0 if kind == "cosine" else length)
-    return np.where(now.live, mean_P, np.nan), spreads_P
+    return np.where(now.newest.live, mean_P, np.nan), spreads_P
 
 
 def _aged(selector: Selector, now: CandidateForecast, length: float, confidence: float) -> Selector:
@@ -61,7 +61,7 @@ def with_old_sketches(probes: ProbeBatch, now: CandidateForecast, length: float 
     length: probe and sketch then measure the same dot. A candidate with no information beyond the prior, or with a
     scale of 0, gets no pseudo-probe.
     """
-    if now.model is None:
+    if now.cosine.model is None:
         return probes
     place_P = places(now.ids, probes.ids)
     dot_P, error_P = _as_probes(now, length)
@@ -69,7 +69,7 @@ def with_old_sketches(probes: ProbeBatch, now: CandidateForecast, length: float 
     dots, errors = dot_P[old], error_P[old]
     dots = np.where(dots > 0, now.signal[old], 1.0) * dots
     t = dots / np.where(errors > 0, errors, 1.0)
-    counts = np.maximum(now.n_rollouts[old], 3)
+    counts = np.maximum(now.newest.n_rollouts[old], 3)
     nothing = [np.full(count, np.nan) for count in counts]
     return replace(
         probes,
@@ -88,12 +88,13 @@ def with_old_sketches(probes: ProbeBatch, now: CandidateForecast, length: float 
 
 def _as_probes(now: CandidateForecast, length: float) -> tuple[np.ndarray, np.ndarray]:
     """Pseudo-probe of each live candidate: dot and standard error, float64 [P]; dot NaN where there is none."""
-    assert now.model is not None
+    cosine = now.cosine
+    assert cosine.model is not None
     scale_P, left = np.full(len(now), length), 0.0
     if now.calibration is not None:
         scale_P, left = now.calibration.gains * now.calibration.length, now.calibration.left
-    value_P, error_P = now.model.equivalent(now.mean - now.offsets, now.sd)
-    value_P = value_P + now.offsets
-    lengths_P = np.where(now.live & (scale_P > 0), scale_P * now.lengths, np.nan)
-    error_P = np.hypot(lengths_P * np.sqrt(error_P**2 + left), scale_P * value_P * now.length_sd)
-    return value_P * lengths_P, error_P
+    value_P, error_P = cosine.model.equivalent(cosine.mean - cosine.offsets, cosine.sd)
+    value_P = value_P + cosine.offsets
+    norm_P = np.where(now.newest.live & (scale_P > 0), scale_P * now.norm.mean, np.nan)
+    error_P = np.hypot(norm_P * np.sqrt(error_P**2 + left), scale_P * value_P * now.norm.sd)
+    return value_P * norm_P, error_P

@@ -37,9 +37,9 @@ def round_table(
             "score": [float(score) for score, _, _ in scores],
             "low": [float(low) for _, low, _ in scores],
             "high": [float(high) for _, _, high in scores],
-            "state": [names[state] for state in now.states.tolist()],
-            "step": now.steps,
-            "pass_rate": now.pass_rates,
+            "state": [names[state] for state in now.newest.states.tolist()],
+            "step": now.newest.steps,
+            "pass_rate": now.newest.pass_rates,
             "rolled_out": [name in rolled_out for name in now.ids],
             "picked": [int(place) for place, _, _ in picks],
             "weight": [float(weight) for _, weight, _ in picks],
@@ -70,7 +70,7 @@ def about_round(
 ) -> dict[str, Any]:
     """The round's metadata; docs/rounds.md lists the members."""
     names = {int(state): state.name.lower() for state in State} | {-1: "unmeasured"}
-    counted = Counter(names[state] for state in now.states.tolist())
+    counted = Counter(names[state] for state in now.newest.states.tolist())
     counts = {name: counted.get(name, 0) for name in names.values()}
     measured = sum(count for name, count in counts.items() if name != "unmeasured")
     lines = list(warnings)
@@ -101,8 +101,8 @@ def about_round(
         "counts": counts,
         "refresh": {
             **refreshed,
-            "model": None if now.model is None else now.model.describe(),
-            "motion": None if now.motion is None else now.motion.describe(),
+            "model": None if now.cosine.model is None else now.cosine.model.describe(),
+            "motion": None if now.norm.motion is None else now.norm.motion.describe(),
             "calibration": None if now.calibration is None else now.calibration.describe(),
         },
         "selection": about,

@@ -18,9 +18,12 @@ import numpy as np
 import gradstore
 from gradstore import Store
 from gradstore.engine.forecasting.cosine_model import sum_of_units
-from gradstore.engine.forecasting.forecast import CandidateForecast, forecast_candidates
-from gradstore.engine.forecasting.norms import Trained, trained_toward
-from gradstore.engine.forecasting.probe_scale import Probed, probed_before
+from gradstore.engine.forecasting.forecast import (
+    CandidateForecast,
+    ForecastSettings,
+    ForecastTarget,
+    forecast_candidates,
+)
 from gradstore.engine.forecasting.refresh_choice import Outlook, choose, straddling
 from gradstore.engine.forecasting.selectors import aged_parts, aged_scores, with_old_sketches
 from gradstore.engine.gradients.coverage import least_of
@@ -118,7 +121,7 @@ class RoundRunner:
         self.target_key = "+".join(self.windows_of)
         self.plans: list[Plan] = []
         self.targets: list[Target] = []
-        self._known: tuple[list[Trained], list[Probed]] | None = None
+        self._toward: ForecastTarget | None = None
         self.refreshed: dict[str, Any] = {}
 
     def make_store(self) -> tuple[Store, Windows | None]:
@@ -179,7 +182,7 @@ class RoundRunner:
                 else:
                     self._warn("no candidate is expected to have a signal, none was probed: this round picks at random")
                     parts = parts_of("rand")
-            if self.budget is not None and self.measures and now.model is not None:
+            if self.budget is not None and self.measures and now.cosine.model is not None:
                 parts = aged_parts(parts, now, self._length(), self.settings.confidence)
                 probes = None if probes is None else with_old_sketches(probes, now, self._scale())
             scored, chosen = self._select(store, parts, probes)
@@ -250,7 +253,7 @@ class RoundRunner:
                 outlook = Outlook(zeros, np.ones(n), zeros, np.ones(n), never, never)
             else:
                 now = self._forecast(store)
-                self.refreshed["before"] = None if now.model is None else now.model.describe()
+                self.refreshed["before"] = None if now.cosine.model is None else now.cosine.model.describe()
                 outlook = now.outlook(self._kind(), settings.rollouts)
             at_once = budget - round(settings.boundary * budget) if outlook.pickable.any() else budget
             places = choose(outlook, self.n, at_once, settings.explore, settings.max_no_signal, self._random(_PLAN))
@@ -275,32 +278,14 @@ class RoundRunner:
         return "cosine" if all(part.selector.name == "cosine" for part in self.context.parts) else "dot"
 
     def _forecast(self, store: Store) -> CandidateForecast:
-        settings = self.settings
-        direction_D = None
+        settings, toward = self.settings, None
         if self.budget is not None and self.targets:
-            direction_D = sum_of_units([goal.vector for goal in self.targets])
-        return forecast_candidates(
-            store,
-            self.context.pool,
-            self.candidates,
-            direction_D,
-            list(self.windows_of),
-            self.step,
-            n_rollouts=settings.rollouts,
-            forgetting=settings.forgetting,
-            by_source=settings.by_source,
-            trained=self._past(store)[0],
-            probed=self._past(store)[1],
-        )
-
-    def _past(self, store: Store) -> tuple[list[Trained], list[Probed]]:
-        """Directions trained on so far, and earlier probes; computed once per round."""
-        if self._known is None:
-            pool, names = self.context.pool, list(self.windows_of)
-            self._known = [], []
-            if self.budget is not None:
-                self._known = trained_toward(store, pool, self.step), probed_before(store, pool, names, self.step)
-        return self._known
+            self._toward = self._toward or ForecastTarget.of(
+                store, self.context.pool, list(self.windows_of), [goal.vector for goal in self.targets], self.step
+            )
+            toward = self._toward
+        wanted = ForecastSettings(settings.rollouts, settings.forgetting, settings.by_source)
+        return forecast_candidates(store, self.context.pool, self.candidates, self.step, wanted, toward)
 
     def _length(self) -> float:
         """Norm of the target as the selectors see it."""
@@ -350,7 +335,9 @@ class RoundRunner:
         )
         taken = set(chosen.ids)
         order = self._random(_FILL).permutation(len(self.candidates)).tolist()
-        order.sort(key=lambda place: now.states[place] >= 0)  # stable: never measured ones come first, still shuffled
+        order.sort(
+            key=lambda place: now.newest.states[place] >= 0
+        )  # stable: never measured ones come first, still shuffled
         return [self.candidates[place] for place in order if self.candidates[place] not in taken][:missing]
 
     def _record(
