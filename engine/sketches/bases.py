@@ -5,7 +5,7 @@ may be on another machine than the store.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,8 +15,12 @@ from torch import nn
 
 from gradstore import Store, create
 from gradstore.attachments import COVERAGE, read_attachment
-from gradstore.engine.gradients.coverage import Coverage
+from gradstore.engine.gradients.coverage import Coverage, measure
+from gradstore.engine.gradients.gradient_pass import GradientPass
 from gradstore.engine.gradients.optimizer_direction import OptimizerDirection
+from gradstore.engine.gradients.sharding import reshard
+from gradstore.engine.rollouts.group import Group
+from gradstore.engine.sketches.fitting import fit_projection
 from gradstore.engine.sketches.projection import Fold, LayerBasis, Projection
 from gradstore.engine.sketches.sketcher import Sketcher
 from gradstore.engine.sketches.spec import SketchSpec
@@ -43,6 +47,21 @@ def files_of(sketcher: Sketcher, coverage: Coverage | None = None) -> SketcherFi
     if sketcher.projection.kind == "fitted":
         attachments[_name(sketcher.projection.digest())] = _to_bytes(sketcher.projection)
     return SketcherFiles(sketcher.dim, sketcher.fingerprint, attachments, coverage)
+
+
+def fit_sketcher(
+    model: nn.Module, spec: SketchSpec, groups: Sequence[Group], benchmark: Sequence[Group] = ()
+) -> tuple[Sketcher, SketcherFiles]:
+    """A run's sketcher and the files to create its store, with the coverage measured on the groups.
+
+    A fitted basis is fitted to the groups and to the benchmark's groups (`fit_projection`). Under FSDP2 all ranks call
+    this together, with the same groups.
+    """
+    coverage = measure(GradientPass(model, spec), groups)
+    projection = fit_projection(model, groups, spec, benchmark=benchmark) if spec.basis == "fitted" else None
+    reshard(model)
+    sketcher = Sketcher(model, spec, projection)
+    return sketcher, files_of(sketcher, coverage)
 
 
 def files_in(store: Store, basis: int | None = None) -> SketcherFiles:

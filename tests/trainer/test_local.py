@@ -322,7 +322,7 @@ def test_the_direction_is_freed_when_training_begins(policy: LocalPolicy) -> Non
     policy.fit(SketchSpec(basis="fitted", rank=4, dim=64), groups)
     policy.aim(groups)
     policy.probe(groups)
-    direction = weakref.ref(next(iter(policy._probe[1].direction.tensors.values())))  # type: ignore[index]
+    direction = weakref.ref(next(iter(policy._aimed[1].probe.direction.tensors.values())))  # type: ignore[index]
     assert direction() is not None
     policy.forget_direction()
     gc.collect()

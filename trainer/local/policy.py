@@ -6,24 +6,22 @@ run needs no random state.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
-from torch import Tensor, nn
+from torch import nn
 
 from gradstore.engine.gradients.budget import give_back
-from gradstore.engine.gradients.coverage import measure
-from gradstore.engine.gradients.directions import Direction
-from gradstore.engine.gradients.gradient_pass import GradientPass
 from gradstore.engine.gradients.logprobs import Reference
 from gradstore.engine.gradients.objectives import Objective
+from gradstore.engine.probing.aimed import AimedProbe
 from gradstore.engine.probing.batch import ProbeBatch
 from gradstore.engine.probing.calibration import Calibration
 from gradstore.engine.probing.probe import Probe
 from gradstore.engine.rollouts.group import Group
 from gradstore.engine.rollouts.tokens import text_of
-from gradstore.engine.sketches.bases import SketcherFiles, files_of, sketcher_from
-from gradstore.engine.sketches.fitting import fit_projection
+from gradstore.engine.sketches.bases import SketcherFiles, fit_sketcher, sketcher_from
 from gradstore.engine.sketches.from_training_pass import sketched_and_summed
 from gradstore.engine.sketches.sketcher import Sketcher
 from gradstore.engine.sketches.spec import SketchBatch, SketchSpec
@@ -71,9 +69,8 @@ class LocalPolicy:
         self.step = 0
         """Training steps done; the training loop must update it."""
         self._sketcher: Sketcher | None = None
-        self._aimed: tuple[int, list[Group], dict[str, Tensor]] | None = None
-        """(step, validation groups, sum of their gradients); None once a probe is made from it."""
-        self._probe: tuple[int, Probe] | None = None
+        self._aimed: tuple[int, AimedProbe] | None = None
+        """(step, probe along the validation groups of the last `aim`)."""
 
     def roll_out(self, problems: Sequence[Mapping[str, Any]], n: int, *, seed: int) -> list[Group]:
         sampling = self.sampling
@@ -105,12 +102,8 @@ class LocalPolicy:
         return groups if self.reference is None else self.reference.of(groups)
 
     def fit(self, spec: SketchSpec, groups: Sequence[Group], benchmark: Sequence[Group] = ()) -> SketcherFiles:
-        spec = self._checked(spec)
-        coverage = measure(GradientPass(self.model, spec), groups)
-        fitted = spec.basis == "fitted"
-        projection = fit_projection(self.model, groups, spec, benchmark=benchmark) if fitted else None
-        self._sketcher = Sketcher(self.model, spec, projection)
-        return files_of(self._sketcher, coverage)
+        self._sketcher, files = fit_sketcher(self.model, self._checked(spec), groups, benchmark)
+        return files
 
     def use(self, fingerprint: dict, attachments: Mapping[str, bytes]) -> None:
         spec = self._checked(SketchSpec.of(fingerprint))
@@ -120,9 +113,9 @@ class LocalPolicy:
         return self.sketcher.sketch(groups)
 
     def aim(self, groups: Sequence[Group]) -> SketchBatch:
-        self._probe = self._aimed = None  # free the old direction before making a new one
+        self._aimed = None  # free the old direction before making a new one
         batch, sums = sketched_and_summed(self.sketcher, groups)
-        self._aimed = self.step, list(groups), sums
+        self._aimed = self.step, AimedProbe(groups, sums, len(groups))
         return batch
 
     def probe(self, groups: Sequence[Group], like: Calibration | None = None) -> ProbeBatch:
@@ -131,19 +124,15 @@ class LocalPolicy:
         The step size is calibrated on the validation groups, so a resumed run uses the same one whichever groups it
         probes first. RequestError if `aim` was not called at this step.
         """
-        if self._aimed is not None and self._aimed[0] == self.step:
-            _, validation, sums = self._aimed
-            direction = Direction.mean(sums, len(validation))
-            probe = Probe(self.model, direction, self.objective, n_check=CHECKED, token_budget=self.token_budget)
-            probe.calibrate(validation, self._known_logprobs(validation), like)
-            self._probe, self._aimed = (self.step, probe), None
-        if self._probe is None or self._probe[0] != self.step:
+        if self._aimed is None or self._aimed[0] != self.step:
             raise RequestError(f"the policy has no direction to probe along at step {self.step}: call `aim` first")
-        return self._probe[1].probe(groups, self._known_logprobs(groups))
+        make = partial(Probe, self.model, settings=self.objective, n_check=CHECKED, token_budget=self.token_budget)
+        probe = self._aimed[1].calibrated(make, self._known_logprobs, like)
+        return probe.probe(groups, self._known_logprobs(groups))
 
     def forget_direction(self) -> None:
         """Free the probe direction, which is as large as the weights; call it after a round, before training."""
-        self._probe = self._aimed = None
+        self._aimed = None
 
     def _checked(self, spec: SketchSpec) -> SketchSpec:
         """The spec with this policy's token budget; RequestError if its KL term needs another reference model."""

@@ -36,8 +36,8 @@ class Policy(Protocol):
 
         A fitted basis is fitted to the groups with a signal and to the benchmark's groups, whose mean gradient gets a
         dimension of its own. Other bases need no groups. Returns the files from which a store is created, including the
-        coverage (share of the gradient that the sketches see) measured on the first groups. See `files_of(sketcher,
-        coverage)` in engine/sketches/bases.py and `gradstore.engine.gradients.coverage.measure`.
+        coverage (share of the gradient that the sketches see) measured on the first groups: `fit_sketcher` in
+        engine/sketches/bases.py makes both.
         """
         ...
 

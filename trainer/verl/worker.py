@@ -8,22 +8,20 @@ in step with the others. The driver calls these methods with one list of groups 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from verl.single_controller.base.decorator import Dispatch, register
 from verl.workers.engine_workers import ActorRolloutRefWorker
 
-from gradstore.engine.gradients.coverage import measure
-from gradstore.engine.gradients.directions import Direction
-from gradstore.engine.gradients.gradient_pass import GradientPass
 from gradstore.engine.gradients.sharding import reshard, total
+from gradstore.engine.probing.aimed import AimedProbe
 from gradstore.engine.probing.batch import ProbeBatch
 from gradstore.engine.probing.calibration import Calibration
 from gradstore.engine.probing.probe import Probe
 from gradstore.engine.rollouts.group import Group
-from gradstore.engine.sketches.bases import SketcherFiles, files_of, sketcher_from
-from gradstore.engine.sketches.fitting import fit_projection
+from gradstore.engine.sketches.bases import SketcherFiles, fit_sketcher, sketcher_from
 from gradstore.engine.sketches.from_training_pass import sketched_and_summed
 from gradstore.engine.sketches.sketcher import Sketcher
 from gradstore.engine.sketches.spec import SketchBatch, SketchSpec
@@ -34,20 +32,15 @@ class SketchingWorker(ActorRolloutRefWorker):
     """One rank of the actor. Every method must be called on all ranks together."""
 
     _sketcher: Sketcher | None = None
-    _aimed: tuple[list[Group], int, dict[str, Tensor]] | None = None
-    """(this rank's validation groups, number on all ranks, sum of gradients); None once a probe is made from it."""
-    _probe: Probe | None = None
+    _aimed: AimedProbe | None = None
+    """Probe along the gradient of the validation groups of the last `aim`, on all ranks."""
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def fit_sketcher(self, spec: SketchSpec, groups: Sequence[Group], benchmark: Sequence[Group]) -> SketcherFiles:
         """Make the sketcher, the same on every rank; a fitted basis is fitted to the groups and the benchmark."""
         with self._live_policy() as model:
-            coverage = measure(GradientPass(model, spec), groups)
-            fitted = spec.basis == "fitted"
-            projection = fit_projection(model, groups, spec, benchmark=benchmark) if fitted else None
-            reshard(model)
-            self._sketcher = Sketcher(model, spec, projection)
-            return files_of(self._sketcher, coverage)
+            self._sketcher, files = fit_sketcher(model, spec, groups, benchmark)
+            return files
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def use_sketcher(self, fingerprint: dict, attachments: Mapping[str, bytes], token_budget: int | None) -> None:
@@ -65,10 +58,10 @@ class SketchingWorker(ActorRolloutRefWorker):
     @register(dispatch_mode=Dispatch.DP_COMPUTE)
     def aim(self, groups: Sequence[Group]) -> SketchBatch:
         """Sketch this rank's validation groups; set the probe direction to the gradient of all ranks' groups."""
-        self._aimed = self._probe = None  # free the old direction before making a new one
+        self._aimed = None  # free the old direction before making a new one
         with self._live_policy() as model:
             batch, sums = sketched_and_summed(self._made(), groups)
-            self._aimed = list(groups), int(total(model, [len(groups)])[0]), sums
+            self._aimed = AimedProbe(groups, sums, int(total(model, [len(groups)])[0]))
             return batch
 
     @register(dispatch_mode=Dispatch.DP_COMPUTE)
@@ -80,20 +73,15 @@ class SketchingWorker(ActorRolloutRefWorker):
         """
         spec = self._made().spec
         with self._live_policy() as model:
-            if self._aimed is not None:
-                validation, n_problems, sums = self._aimed
-                direction, self._aimed = Direction.mean(sums, n_problems), None
-                probe = Probe(model, direction, spec.objective, rank=rank, token_budget=spec.token_budget)
-                probe.calibrate(validation, like=like)
-                self._probe = probe
-            if self._probe is None:
+            if self._aimed is None:
                 raise RequestError("the worker has no direction to probe along: the round calls `aim` first")
-            return self._probe.probe(groups)
+            make = partial(Probe, model, settings=spec.objective, rank=rank, token_budget=spec.token_budget)
+            return self._aimed.calibrated(make, like=like).probe(groups)
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def forget_direction(self) -> None:
         """Free the probe direction, which is as large as this rank's shard of the weights."""
-        self._aimed = self._probe = None
+        self._aimed = None
 
     def _made(self) -> Sketcher:
         if self._sketcher is None:
