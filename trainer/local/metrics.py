@@ -1,6 +1,5 @@
 """Metrics of a run, one JSON object per line; also written to TensorBoard if it is installed."""
 
-import importlib.util
 import json
 import logging
 from collections.abc import Mapping
@@ -8,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from gradstore.durable import replace_file, writing
+from gradstore.errors import RequestError
+from gradstore.trainer.round.progress import TensorBoard, tensorboard
 
 log = logging.getLogger(__name__)
 
@@ -21,23 +22,19 @@ class Metrics:
         if self._path.exists():
             kept = [line for line in self._path.read_bytes().splitlines(keepends=True) if _step_of(line) <= step]
             replace_file(self._path, b"".join(kept))
-        self._board: Any = None
-        if importlib.util.find_spec("tensorboard") is None:
+        self._board: TensorBoard | None = None
+        try:
+            self._board = tensorboard(folder / "tensorboard", purge_step=step + 1)
+        except RequestError:
             log.info("TensorBoard is not installed: metrics go to %s alone", self._path)
-        else:
-            from torch.utils.tensorboard.writer import SummaryWriter
-
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def add(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """Add one row. kind: what was measured, such as "step" or "round". step: training steps done."""
         with writing(self._path), self._path.open("a") as file:
             file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
         if self._board is not None:
-            for name, value in values.items():
-                if isinstance(value, int | float):
-                    self._board.add_scalar(f"{kind}/{name}", value, step)
-            self._board.flush()
+            numbers = {f"{kind}/{name}": value for name, value in values.items() if isinstance(value, int | float)}
+            self._board(numbers, step)
 
     def close(self) -> None:
         if self._board is not None:

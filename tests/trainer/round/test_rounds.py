@@ -322,16 +322,20 @@ def test_wrong_requests(world, tmp_path) -> None:
 
 
 def test_tensorboard_gets_the_numbers(tmp_path) -> None:
-    """One implementation of the logger that a trainer passes in."""
+    """One implementation of the logger that a trainer passes in; a resumed run replaces what it logs again."""
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    from gradstore.trainer.round.progress import tensorboard, to_each
+    from gradstore.trainer.round.progress import tensorboard
 
-    seen = []
-    log = to_each(tensorboard(tmp_path), lambda values, step: seen.append((dict(values), step)))
+    log = tensorboard(tmp_path)
     log({"round/rollouts": 192.0}, 4)
     log({"round/rollouts": 96.0}, 8)
     events = EventAccumulator(str(tmp_path)).Reload()
     assert [(event.step, event.value) for event in events.Scalars("round/rollouts")] == [(4, 192.0), (8, 96.0)]
-    assert seen[1] == ({"round/rollouts": 96.0}, 8)
+    log.close()
+    resumed = tensorboard(tmp_path, purge_step=5)
+    resumed({"round/rollouts": 48.0}, 8)
+    resumed.close()
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("round/rollouts")] == [(4, 192.0), (8, 48.0)]
