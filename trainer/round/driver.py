@@ -29,7 +29,8 @@ from gradstore.trainer.round.measuring import Costs, append, publish
 from gradstore.trainer.round.policy import Policy
 from gradstore.trainer.round.progress import Logger
 from gradstore.trainer.round.recording import scalars, selection_of
-from gradstore.trainer.round.runner import RoundRunner, Run
+from gradstore.trainer.round.run import Run
+from gradstore.trainer.round.runner import RoundRunner
 from gradstore.trainer.round.settings import RoundSettings
 
 _FREE = ("rounds", "window", "observe", "accept_coverage")
@@ -120,11 +121,10 @@ class Rounds:
                     self._run.pool, {**kept.about, "number": number, "step": policy.step, **_NOTHING}, kept.table
                 )
             else:
-                runner, first = RoundRunner(self._run, policy, number), None
+                runner = RoundRunner(self._run, policy, number)
                 if store is None:
-                    store, first = runner.make_store()
-                    self._store = store
-                runner.run(store, first)
+                    self._store = store = runner.make_store()
+                runner.run(store)
             assert store is not None
             found = store.round(self._run.pool, number)
         self._done = number + 1

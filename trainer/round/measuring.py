@@ -22,6 +22,7 @@ from gradstore.engine.sketches.spec import SketchBatch
 from gradstore.errors import GradstoreError
 from gradstore.trainer.round.journal import Journal, Plan
 from gradstore.trainer.round.policy import Policy
+from gradstore.trainer.round.run import BENCHMARK, POOL, Scope
 from gradstore.trainer.sampling.backends import derived_seed
 
 
@@ -61,13 +62,15 @@ class Windows:
         self._policy, self._records, self._n, self._size = policy, records, n, size
         self._seed, self._costs, self._export = seed, costs, export
         self._kept: dict[int, list[Group]] = {}
-        self._place_of = {record["id"]: place for place, record in enumerate(records)}
+        self.all_ids = [record["id"] for record in records]
+        """Problem ids of all windows."""
+        self._place_of = {problem_id: place for place, problem_id in enumerate(self.all_ids)}
 
     def __len__(self) -> int:
         return -(-len(self._records) // self._size)
 
     def ids(self, window: int) -> list[str]:
-        return [record["id"] for record in self._records[window * self._size : (window + 1) * self._size]]
+        return self.all_ids[window * self._size : (window + 1) * self._size]
 
     def groups(self, window: int, *, keep: bool = False) -> list[Group]:
         """The window's rollouts, one group per problem, in the window's order."""
@@ -89,6 +92,10 @@ class Windows:
             self._kept[window] = groups
         return groups
 
+    def all_groups(self, *, keep: bool = False) -> list[Group]:
+        """The rollouts of all windows."""
+        return [group for window in range(len(self)) for group in self.groups(window, keep=keep)]
+
     def group(self, problem_id: str) -> Group:
         """One problem's rollouts; its window stays in memory."""
         place = self._place_of[problem_id]
@@ -96,6 +103,35 @@ class Windows:
 
     def holds(self, problem_id: str) -> bool:
         return problem_id in self._place_of
+
+
+def rollouts_of_benchmarks(scope: Scope, policy: Policy, costs: Costs) -> dict[str, Windows]:
+    """Rollouts of the benchmarks that the round measures."""
+    n, records_of = scope.settings.target_rollouts, scope.run.benchmarks
+    return {
+        name: _windows(scope, policy, costs, records_of[name], n, (BENCHMARK, i), name)
+        for i, name in enumerate(scope.benchmarks)
+    }
+
+
+def rollouts_of_plan(scope: Scope, policy: Policy, costs: Costs, ids: Sequence[str], number: int) -> Windows:
+    """Rollouts of the candidates in plan `number` of the round."""
+    records, name = [scope.run.records[problem_id] for problem_id in ids], f"{scope.run.pool}-{number}"
+    return _windows(scope, policy, costs, records, scope.rollouts(number), (POOL, number), name)
+
+
+def _windows(
+    scope: Scope,
+    policy: Policy,
+    costs: Costs,
+    records: Sequence[Mapping[str, Any]],
+    n: int,
+    seed: tuple[int, int],
+    name: str,
+) -> Windows:
+    settings, folder = scope.settings, scope.run.export
+    export = None if folder is None else folder / f"round-{scope.number:04d}-{name}"
+    return Windows(policy, records, n, settings.window, (settings.seed, scope.number, *seed), costs, export)
 
 
 def sketch_collection(store: Store, collection: str, windows: Windows, policy: Policy, costs: Costs) -> None:
@@ -108,23 +144,29 @@ def sketch_collection(store: Store, collection: str, windows: Windows, policy: P
             append(store, collection, [group for group, new in zip(groups, todo, strict=True) if new], policy, costs)
 
 
-def sketch_benchmarks(store: Store, windows_of: Mapping[str, Windows], policy: Policy, costs: Costs) -> None:
-    """Store rows of all benchmarks at the policy's step, from the same passes that compute the probe direction.
+def sketch_benchmarks(
+    store: Store, windows_of: Mapping[str, Windows], policy: Policy, costs: Costs, *, aim: bool
+) -> None:
+    """Store rows of all benchmarks at the policy's step.
 
-    Problems that already have rows are measured again for the direction; their rows stay unchanged.
+    aim: also set the policy's probe direction, from the same passes. Then problems that already have rows are measured
+    again; their rows stay unchanged.
     """
-    groups = [group for own in windows_of.values() for window in range(len(own)) for group in own.groups(window)]
+    if not (aim and windows_of):
+        for name, windows in windows_of.items():
+            sketch_collection(store, name, windows, policy, costs)
+        return
+    groups = [group for windows in windows_of.values() for group in windows.all_groups()]
     with costs.stage("sketch"):
         batch = policy.aim(groups)
     costs.tokens += batch.n_tokens
     start = 0
     for name, windows in windows_of.items():
-        ids = [problem_id for window in range(len(windows)) for problem_id in windows.ids(window)]
         done = _measured_at(store, name, policy.step)
         with costs.stage("store"):
-            places = [start + place for place, problem_id in enumerate(ids) if problem_id not in done]
+            places = [start + place for place, problem_id in enumerate(windows.all_ids) if problem_id not in done]
             publish(store, name, batch, policy.step, places)
-        start += len(ids)
+        start += len(windows.all_ids)
 
 
 def _measured_at(store: Store, collection: str, step: int) -> set[str]:
@@ -138,46 +180,60 @@ class Measured:
     def __init__(
         self,
         store: Store,
-        pool: str,
+        scope: Scope,
         policy: Policy,
         journal: Journal,
         costs: Costs,
+        *,
         probes: bool,
-        like: Calibration | None = None,
+        first: Windows | None,
     ) -> None:
-        """probes: also probe, along the direction of `policy.aim`. like: calibration of an earlier round's probe."""
-        self._store, self._pool, self._policy, self._journal = store, pool, policy, journal
-        self._costs, self._probes, self._like = costs, probes, like
+        """probes: also probe, along the direction of `policy.aim`. first: rollouts of plan 0, if they were made."""
+        self._store, self._scope, self._policy, self._journal = store, scope, policy, journal
+        self._costs, self._probes, self._first = costs, probes, first
+        self._like = _calibration_before(store, scope) if probes else None
+        self._joins = scope.budget is not None and scope.settings.boundary > 0
         self._before: list[Windows] = []
 
-    def run(self, plan: Plan, windows: Windows, target: str, *, keep: bool, probe: bool = True) -> None:
-        """Measure the plan's problems. target: the name under which probes are stored. keep: keep rollouts in memory to
-        join them later. probe: False to store rows only."""
-        journal = self._journal
+    def run(self, plan: Plan, number: int) -> None:
+        """Measure the problems of plan `number`. A first look brings rows only, without probes."""
+        journal, looks = self._journal, number == 0 and self._scope.look > 0
+        windows = self._first if number == 0 else None
+        windows = windows or rollouts_of_plan(self._scope, self._policy, self._costs, plan.ids, number)
         planned_rows, planned_probes = (dict(zip(plan.ids, counts, strict=True)) for counts in (plan.rows, plan.probes))
         for window in range(len(windows)):
             ids = windows.ids(window)
             needs_rows = _lacks(ids, journal.rows, planned_rows)
-            needs_probes = probe and self._probes and _lacks(ids, journal.probes, planned_probes)
+            needs_probes = self._probes and not looks and _lacks(ids, journal.probes, planned_probes)
             if not (needs_rows or needs_probes):
                 continue
-            groups = [self._joined(group) for group in windows.groups(window, keep=keep)]
+            groups = [self._joined(group) for group in windows.groups(window, keep=looks or self._joins)]
             if needs_rows:
-                append(self._store, self._pool, groups, self._policy, self._costs)
+                append(self._store, self._scope.run.pool, groups, self._policy, self._costs)
                 journal.rows.update(ids)
             if needs_probes:
-                with self._costs.stage("probe"):
-                    batch = self._policy.probe(groups, self._like)
-                with self._costs.stage("store"):
-                    journal.calibrated(batch.calibration)
-                    batch.save(self._store, self._pool, step=self._policy.step, target=target)
+                self._probe(groups)
                 journal.probes.update(ids)
         self._before.append(windows)
+
+    def _probe(self, groups: Sequence[Group]) -> None:
+        scope = self._scope
+        with self._costs.stage("probe"):
+            batch = self._policy.probe(groups, self._like)
+        with self._costs.stage("store"):
+            self._journal.calibrated(batch.calibration)
+            batch.save(self._store, scope.run.pool, step=scope.step, target=scope.target)
 
     def _joined(self, group: Group) -> Group:
         """All rollouts of the problem so far in this round."""
         earlier = [windows.group(group.problem_id) for windows in self._before if windows.holds(group.problem_id)]
         return joined([*earlier, group])
+
+
+def _calibration_before(store: Store, scope: Scope) -> Calibration | None:
+    """Calibration of the previous round's probe; None if there is none."""
+    kept = store.round(scope.run.pool, scope.number - 1).about.get("probe") if scope.number else None
+    return None if kept is None else Calibration.of(kept)
 
 
 def append(store: Store, collection: str, groups: Sequence[Group], policy: Policy, costs: Costs) -> None:

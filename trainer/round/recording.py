@@ -1,43 +1,73 @@
 """The record of a round (docs/format.md, docs/rounds.md): its table and metadata, read back as Selection or scalars."""
 
+import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from gradstore import Round, State
-from gradstore.engine.forecasting.forecast import CandidateForecast
+from gradstore import Round, State, Store
+from gradstore.engine.probing.calibration import Calibration
 from gradstore.engine.selecting.selection import Selection
-from gradstore.trainer.round.settings import RoundSettings
+from gradstore.trainer.round.aiming import Aim
+from gradstore.trainer.round.journal import Plan
+from gradstore.trainer.round.measuring import Costs
+from gradstore.trainer.round.picking import Picked
+from gradstore.trainer.round.run import Scope
+
+log = logging.getLogger(__name__)
 
 FILLED = "(random)"
 """Value of `picked_by` for problems drawn at random because too few could be ranked."""
 _MUCH_WITHOUT_SIGNAL = 0.3
+_STATES = {int(state): state.name.lower() for state in State} | {-1: "unmeasured"}
 
 
-def round_table(
-    now: CandidateForecast, scored: Selection, chosen: Selection, filled: Sequence[str], rolled_out: set[str]
-) -> pa.Table:
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What was measured in a round, and what it cost."""
+
+    plans: Sequence[Plan]
+    calibration: Calibration | None
+    """Calibration of the round's probe; None without probes."""
+    refresh: Mapping[str, Any]
+    """What the planning tells (`Plans.about`)."""
+    costs: Costs
+
+
+def record(store: Store, scope: Scope, aim: Aim, picked: Picked, work: Work) -> None:
+    """Add the round to the store: its table and its metadata, whose warnings are logged too."""
+    about = about_round(scope, aim, picked, work)
+    for line in about["warnings"]:
+        log.warning("round %d: %s", scope.number, line)
+    store.add_round(scope.run.pool, about, round_table(picked, _rolled_out(work)))
+
+
+def _rolled_out(work: Work) -> set[str]:
+    return {name for plan in work.plans for name in plan.ids}
+
+
+def round_table(picked: Picked, rolled_out: set[str]) -> pa.Table:
     """The round's table: one row per candidate, in the order they were drawn."""
+    now, scored, chosen = picked.forecast, picked.scored, picked.chosen
     score_of = dict(zip(scored.ids, zip(scored.scores, scored.low, scored.high, strict=True), strict=True))
     score_of |= dict(zip(chosen.ids, zip(chosen.scores, chosen.low, chosen.high, strict=True), strict=True))
     pick_of = {name: (place, chosen.weights[place], chosen.rollouts[place]) for place, name in enumerate(chosen.ids)}
-    pick_of |= {name: (len(chosen) + place, 1.0, 0) for place, name in enumerate(filled)}
+    pick_of |= {name: (len(chosen) + place, 1.0, 0) for place, name in enumerate(picked.filled)}
     unknown, unpicked = (float("nan"),) * 3, (-1, 0.0, 0)
     scores, picks = (
         [of.get(name, none) for name in now.ids] for of, none in ((score_of, unknown), (pick_of, unpicked))
     )
-    names = {int(state): state.name.lower() for state in State} | {-1: "unmeasured"}
     return pa.table(
         {
             "id": now.ids,
             "score": [float(score) for score, _, _ in scores],
             "low": [float(low) for _, low, _ in scores],
             "high": [float(high) for _, _, high in scores],
-            "state": [names[state] for state in now.newest.states.tolist()],
+            "state": [_STATES[state] for state in now.newest.states.tolist()],
             "step": now.newest.steps,
             "pass_rate": now.newest.pass_rates,
             "rolled_out": [name in rolled_out for name in now.ids],
@@ -48,67 +78,59 @@ def round_table(
     )
 
 
-def about_round(
-    *,
-    run_settings: RoundSettings,
-    number: int,
-    step: int,
-    warm_up: bool,
-    benchmarks: list[str],
-    targets: list[dict[str, Any]],
-    now: CandidateForecast,
-    chosen: Selection,
-    filled: Sequence[str],
-    n_rolled_out: int,
-    rollouts: int,
-    target_rollouts: int,
-    seconds: Mapping[str, float],
-    tokens: int,
-    probe: Mapping[str, Any] | None,
-    refreshed: Mapping[str, Any],
-    warnings: Sequence[str],
-) -> dict[str, Any]:
+def about_round(scope: Scope, aim: Aim, picked: Picked, work: Work) -> dict[str, Any]:
     """The round's metadata; docs/rounds.md lists the members."""
-    names = {int(state): state.name.lower() for state in State} | {-1: "unmeasured"}
-    counted = Counter(names[state] for state in now.newest.states.tolist())
-    counts = {name: counted.get(name, 0) for name in names.values()}
+    settings, now, chosen = scope.settings, picked.forecast, picked.chosen
+    counted = Counter(_STATES[state] for state in now.newest.states.tolist())
+    counts = {name: counted.get(name, 0) for name in _STATES.values()}
+    targets = [own.describe() for own in aim.targets]
+    selection = chosen.describe()
+    del selection["problems"]
+    n_validation = sum(len(scope.run.benchmarks[name]) for name in scope.benchmarks)
+    return {
+        "number": scope.number,
+        "step": scope.step,
+        "warm_up": scope.warm_up,
+        "selector": chosen.selector,
+        "seed": settings.seed,
+        "target": targets[0] if len(targets) == 1 else None,
+        "targets": targets,
+        "benchmarks": list(scope.run.benchmarks),
+        "commit": chosen.commit,
+        "settings": settings.describe(),
+        "n_candidates": len(now),
+        "n_rolled_out": len(_rolled_out(work)),
+        "rollouts": sum(scope.rollouts(number) * len(plan.ids) for number, plan in enumerate(work.plans)),
+        "target_rollouts": settings.target_rollouts * n_validation,
+        "costs": dict(work.costs.seconds),
+        "tokens": work.costs.tokens,
+        "probe": _described(work.calibration),
+        "counts": counts,
+        "refresh": {
+            **work.refresh,
+            "model": _described(now.cosine.model),
+            "motion": _described(now.norm.motion),
+            "calibration": _described(now.calibration),
+        },
+        "selection": selection,
+        "picked_by": [*chosen.picked_by, *([FILLED] * len(picked.filled))],
+        "warnings": [*picked.warnings, *_warnings(counts)],
+    }
+
+
+def _described(found: Any) -> dict[str, Any] | None:
+    return None if found is None else found.describe()
+
+
+def _warnings(counts: Mapping[str, int]) -> list[str]:
+    """Warnings about the states of the candidates."""
     measured = sum(count for name, count in counts.items() if name != "unmeasured")
-    lines = list(warnings)
+    lines = []
     if measured and counts["no_signal"] > _MUCH_WITHOUT_SIGNAL * measured:
         lines.append(f"{100 * counts['no_signal'] / measured:.0f} % of {measured} problems had no signal")
     if counts["failed"]:
         lines.append(f"{counts['failed']} problems failed; the store has the reasons")
-    about = chosen.describe()
-    del about["problems"]
-    return {
-        "number": number,
-        "step": step,
-        "warm_up": warm_up,
-        "selector": chosen.selector,
-        "seed": run_settings.seed,
-        "target": targets[0] if len(targets) == 1 else None,
-        "targets": targets,
-        "benchmarks": benchmarks,
-        "commit": chosen.commit,
-        "settings": run_settings.describe(),
-        "n_candidates": len(now),
-        "n_rolled_out": n_rolled_out,
-        "rollouts": rollouts,
-        "target_rollouts": target_rollouts,
-        "costs": dict(seconds),
-        "tokens": tokens,
-        "probe": probe,
-        "counts": counts,
-        "refresh": {
-            **refreshed,
-            "model": None if now.cosine.model is None else now.cosine.model.describe(),
-            "motion": None if now.norm.motion is None else now.norm.motion.describe(),
-            "calibration": None if now.calibration is None else now.calibration.describe(),
-        },
-        "selection": about,
-        "picked_by": [*chosen.picked_by, *([FILLED] * len(filled))],
-        "warnings": lines,
-    }
+    return lines
 
 
 def selection_of(found: Round) -> Selection:

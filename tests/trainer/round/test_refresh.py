@@ -10,7 +10,7 @@ import gradstore
 from gradstore.engine.forecasting.forecast import source_offsets
 from gradstore.engine.forecasting.refresh_choice import Outlook, choose, cut, pass_rate_prior, straddling, worth
 from gradstore.engine.selecting.history import History
-from gradstore.trainer.round import runner
+from gradstore.trainer.round import planning
 from gradstore.trainer.round.settings import RoundSettings
 
 
@@ -211,7 +211,7 @@ def test_a_budget_well_spent_beats_chance(world, training, fast_path, monkeypatc
         usual["refresh"] = 40
         spent_well.append(_quality(training, made, fast_path / f"well-{seed}", settings(**usual)))
         with monkeypatch.context() as patch:
-            patch.setattr(runner, "choose", lambda seen, n, budget, *_: _drawn(_[-1], len(seen.mean), budget))
+            patch.setattr(planning, "choose", lambda seen, n, budget, *_: _drawn(_[-1], len(seen.mean), budget))
             random = settings(**usual, boundary=0.0)
             at_random.append(_quality(training, made, fast_path / f"random-{seed}", random))
     assert np.mean(spent_well) > np.mean(at_random) + 0.05

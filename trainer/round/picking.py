@@ -1,0 +1,110 @@
+"""Pick problems from the measured candidates: rank by the selector, fill up at random where too few can be ranked."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+from gradstore import Store
+from gradstore.engine.forecasting.cosine_model import sum_of_units
+from gradstore.engine.forecasting.forecast import CandidateForecast
+from gradstore.engine.forecasting.selectors import aged_parts, with_old_sketches
+from gradstore.engine.probing.batch import ProbeBatch
+from gradstore.engine.searching.targets import Target
+from gradstore.engine.selecting.mixture import parts_of
+from gradstore.engine.selecting.selection import Selection, select
+from gradstore.trainer.round.aiming import Aim
+from gradstore.trainer.round.run import FILL, SELECT, Scope
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Picked:
+    """Outcome of a round."""
+
+    forecast: CandidateForecast
+    """Forecast of the candidates after all measurements."""
+    scored: Selection
+    """All candidates that the selector can rank, by score alone."""
+    chosen: Selection
+    """The picks of the selector."""
+    filled: list[str]
+    """Picks drawn at random because too few candidates could be ranked."""
+    warnings: list[str]
+
+
+def pick(store: Store, scope: Scope, aim: Aim, probed: bool) -> Picked:
+    """Pick the round's problems. probed: whether the store has probes of this step along the round's target."""
+    settings, pool = scope.settings, scope.run.pool
+    now = aim.forecast(store, scope)
+    warnings = [
+        f"no problem of benchmark {name!r} has a signal: it is left out of this round" for name in aim.without_signal
+    ]
+    parts, probes, reason = scope.run.parts, None, _reason_for_chance(scope, aim, probed)
+    if reason is not None:
+        parts = parts_of("rand")
+        warnings += [reason] if reason else []
+    elif scope.run.needs_probes:
+        probes = ProbeBatch.load(store, pool, step=scope.step, target=scope.target)
+    if now.cosine.model is not None:
+        parts = aged_parts(parts, now, _length(aim.targets), settings.confidence)
+        probes = None if probes is None else with_old_sketches(probes, now, _probe_scale(aim.targets, scope))
+    ranked = partial(
+        select,
+        store,
+        pool,
+        aim.targets or None,
+        selector=parts,
+        at=scope.step,
+        candidates=scope.candidates,
+        seed=scope.seed(SELECT),
+        allow_fewer=True,
+        probes=probes,
+        confidence=settings.confidence,
+        forgetting=settings.forgetting,
+    )
+    scored = ranked(len(scope.candidates))
+    chosen = ranked(
+        scope.n_picks, diversity=settings.diversity, temperature=settings.temperature, quotas=settings.quotas
+    )
+    filled = _drawn(scope, now, chosen.ids)
+    if filled:
+        warnings.append(
+            f"only {len(chosen)} candidates could be ranked: {len(filled)} of the {scope.n_picks} picks were drawn at "
+            "random"
+        )
+    return Picked(now, scored, chosen, filled, warnings)
+
+
+def _reason_for_chance(scope: Scope, aim: Aim, probed: bool) -> str | None:
+    """Why the round picks at random, "" in a warm-up; None if it does not."""
+    if scope.warm_up:
+        return ""
+    if scope.run.needs_target and not aim.targets:
+        return "no problem of any benchmark has a signal: this round picks at random"
+    if scope.run.needs_probes and not probed:
+        return "no candidate is expected to have a signal, none was probed: this round picks at random"
+    return None
+
+
+def _length(targets: Sequence[Target]) -> float:
+    """Norm of the target as the selectors see it."""
+    vectors = [own.vector for own in targets]
+    return float(np.linalg.norm(vectors[0].astype(np.float64) if len(vectors) == 1 else sum_of_units(vectors)))
+
+
+def _probe_scale(targets: Sequence[Target], scope: Scope) -> float:
+    """Factor from a sketch's norm x cosine to a probe's dot: the mean target's norm.
+
+    0 for several targets or another `aggregate`, where no such factor exists.
+    """
+    return _length(targets) if len(targets) == 1 and scope.settings.aggregate == "mean" else 0.0
+
+
+def _drawn(scope: Scope, now: CandidateForecast, taken: Sequence[str]) -> list[str]:
+    """Random picks to fill up the number of picks: first of the candidates never measured, then of any others."""
+    order = scope.random(FILL).permutation(len(scope.candidates)).tolist()
+    order.sort(key=lambda place: now.newest.states[place] >= 0)  # stable: still shuffled among those never measured
+    known = set(taken)
+    others = [scope.candidates[place] for place in order if scope.candidates[place] not in known]
+    return others[: max(scope.n_picks - len(taken), 0)]
