@@ -8,6 +8,7 @@ Dimension letters: P candidates.
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -41,14 +42,14 @@ class Plans:
         if scope.look:
             yield journal.plan(number, self._without_rows)
             number += 1
-        plan = journal.plan(number, lambda: first_plan(scope, self._outlook))
+        plan = journal.plan(number, partial(first_plan, scope, self._outlook))
         yield plan
         if scope.budget is None or not scope.measures or not self._aim.targets:
             return
         left, settled = scope.budget - len(plan.ids), False
         while scope.settings.boundary > 0 and left > 0 and not settled:
             number += 1
-            plan = journal.plan(number, lambda left=left: self._at_the_cut(left))  # type: ignore[misc]
+            plan = journal.plan(number, partial(self._at_the_cut, left))
             settled = not plan.ids
             if not settled:
                 yield plan
