@@ -23,6 +23,7 @@ from gradstore.engine import Reference, Sketcher, SketchSpec, objective, validat
 from gradstore.engine.gradients.coverage import measure
 from gradstore.engine.gradients.gradient_pass import GradientPass
 from gradstore.engine.gradients.objectives import rollout_weights
+from gradstore.engine.probing.probe import Probe
 from gradstore.engine.rollouts.group import Group, joined
 from gradstore.errors import GradstoreError
 from gradstore.trainer.local.checkpoint import load_checkpoint, save_checkpoint
@@ -221,6 +222,23 @@ def test_probes_do_not_depend_on_what_was_probed_before(policy: LocalPolicy, gro
     policy.step += 1
     with pytest.raises(RequestError, match="at step 1"):
         policy.probe(groups[4:])
+
+
+def test_a_calibration_that_fails_leaves_the_direction(policy: LocalPolicy, groups: list[Group], monkeypatch) -> None:
+    """The direction is made from the sum of gradients once: a second division would shorten it, and every dot."""
+    policy.fit(SketchSpec(rank=4), groups)
+    policy.aim(groups[:3])
+    expected = policy.probe(groups[3:]).dots
+    policy.aim(groups[:3])
+
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Probe, "calibrate", fail)
+        with pytest.raises(MemoryError):
+            policy.probe(groups[3:])
+    np.testing.assert_array_equal(policy.probe(groups[3:]).dots, expected)
 
 
 def test_rollouts_know_the_reference(model: Any, tiny_tokenizer: Any) -> None:

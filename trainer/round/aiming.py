@@ -18,7 +18,7 @@ class Aim:
     """Targets of a round: one for each benchmark with a signal."""
 
     targets: list[Target]
-    without_signal: list[str]
+    silent: list[str]
     """Benchmarks that are left out: none of their problems has a signal."""
     toward: ForecastTarget | None
     """The targets together, with a budget; None without a budget or a target."""

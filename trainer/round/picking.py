@@ -12,7 +12,7 @@ from gradstore.engine.forecasting.forecast import CandidateForecast
 from gradstore.engine.forecasting.selectors import aged_parts, with_old_sketches
 from gradstore.engine.probing.batch import ProbeBatch
 from gradstore.engine.searching.targets import Target
-from gradstore.engine.selecting.mixture import parts_of
+from gradstore.engine.selecting.mixture import Part, parts_of
 from gradstore.engine.selecting.selection import Selection, select
 from gradstore.trainer.round.aiming import Aim
 from gradstore.trainer.round.run import FILL, SELECT, Scope
@@ -37,14 +37,9 @@ def pick(store: Store, scope: Scope, aim: Aim, probed: bool) -> Picked:
     """Pick the round's problems. probed: whether the store has probes of this step along the round's target."""
     settings, pool = scope.settings, scope.run.pool
     now = aim.forecast(store, scope)
-    warnings = [
-        f"no problem of benchmark {name!r} has a signal: it is left out of this round" for name in aim.without_signal
-    ]
-    parts, probes, reason = scope.run.parts, None, _reason_for_chance(scope, aim, probed)
-    if reason is not None:
-        parts = parts_of("rand")
-        warnings += [reason] if reason else []
-    elif scope.run.needs_probes:
+    parts, warnings = _parts(scope, aim, probed)
+    probes = None
+    if any(part.selector.needs_probes for part in parts):
         probes = ProbeBatch.load(store, pool, step=scope.step, target=scope.target)
     if now.cosine.model is not None:
         parts = aged_parts(parts, now, _length(aim.targets), settings.confidence)
@@ -69,22 +64,22 @@ def pick(store: Store, scope: Scope, aim: Aim, probed: bool) -> Picked:
     )
     filled = _drawn(scope, now, chosen.ids)
     if filled:
-        warnings.append(
-            f"only {len(chosen)} candidates could be ranked: {len(filled)} of the {scope.n_picks} picks were drawn at "
-            "random"
-        )
+        number = f"{len(filled)} of the {scope.n_picks}"
+        warnings.append(f"only {len(chosen)} candidates could be ranked: {number} picks were drawn at random")
     return Picked(now, scored, chosen, filled, warnings)
 
 
-def _reason_for_chance(scope: Scope, aim: Aim, probed: bool) -> str | None:
-    """Why the round picks at random, "" in a warm-up; None if it does not."""
+def _parts(scope: Scope, aim: Aim, probed: bool) -> tuple[list[Part], list[str]]:
+    """The selector's parts, or random picks where it cannot rank; and warnings about what is missing."""
+    missing = [f"no problem of benchmark {name!r} has a signal: it is left out of this round" for name in aim.silent]
     if scope.warm_up:
-        return ""
+        return parts_of("rand"), missing
     if scope.run.needs_target and not aim.targets:
-        return "no problem of any benchmark has a signal: this round picks at random"
+        return parts_of("rand"), [*missing, "no problem of any benchmark has a signal: this round picks at random"]
     if scope.run.needs_probes and not probed:
-        return "no candidate is expected to have a signal, none was probed: this round picks at random"
-    return None
+        line = "no candidate is expected to have a signal, none was probed: this round picks at random"
+        return parts_of("rand"), [*missing, line]
+    return scope.run.parts, missing
 
 
 def _length(targets: Sequence[Target]) -> float:
