@@ -56,7 +56,7 @@ def query(
     index: Annotated[
         str,
         typer.Option(
-            help="scan (exact, nothing built), auto (the fastest for one query), or flat, sq, rabitq, ivf, turbovec: "
+            help="scan (exact, nothing built), auto (the fastest for one query), or turbovec or flat: "
             "opened or built beside the collection."
         ),
     ] = "scan",
