@@ -57,8 +57,7 @@ def collect(
         float | None, typer.Option(min=0, help="Weight of GRPO's KL term to a reference policy (LearnAlign: 0.04).")
     ] = None,
     reference: Annotated[
-        str | None,
-        typer.Option(help="Model of the KL term; default: `reference_logprobs` as the rollouts have them."),
+        str | None, typer.Option(help="Model of the KL term; default: `reference_logprobs` as the rollouts have them.")
     ] = None,
     basis: Annotated[
         str | None, typer.Option(help="fitted (default of a new store: to these rollouts), random or dense.")
@@ -111,12 +110,10 @@ def collect(
         ),
     ] = "auto",
     every_basis: Annotated[
-        bool,
-        typer.Option("--every-basis", help="Sketch in every basis that rows are in: what a benchmark needs."),
+        bool, typer.Option("--every-basis", help="Sketch in every basis that rows are in: what a benchmark needs.")
     ] = False,
     halves: Annotated[
-        bool,
-        typer.Option("--halves", help="Keep even and odd rollouts too, for reliabilities (as much work again)."),
+        bool, typer.Option("--halves", help="Keep even and odd rollouts too, for reliabilities (as much work again).")
     ] = False,
     token_budget: Annotated[
         int | None, typer.Option(help="Tokens of one micro-batch [default: as memory allows].")

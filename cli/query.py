@@ -20,8 +20,7 @@ if TYPE_CHECKING:
 
 StorePath = Annotated[Path, typer.Argument(metavar="STORE", help="Folder of the store.")]
 AgainstAny = Annotated[
-    list[str] | None,
-    typer.Option("--against", help="Benchmark whose gradient is the target; may be repeated."),
+    list[str] | None, typer.Option("--against", help="Benchmark whose gradient is the target; may be repeated.")
 ]
 Pool = Annotated[str | None, typer.Option("--pool", help="Collection to rank; default: the only other one.")]
 At = Annotated[int | None, typer.Option("--at", help="Look at the store as of this step.")]

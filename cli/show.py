@@ -42,11 +42,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
         last = i == len(columns) - 1
         width = None if last else max(len(column), *(len(row[i]) for row in rows), 0)
         table.add_column(
-            column,
-            justify="right" if column in right else "left",
-            no_wrap=True,
-            overflow="ellipsis",
-            min_width=width,
+            column, justify="right" if column in right else "left", no_wrap=True, overflow="ellipsis", min_width=width
         )
     for row in rows:
         table.add_row(*(cell.replace("[", r"\[") for cell in row))

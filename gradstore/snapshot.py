@@ -37,10 +37,7 @@ class Snapshot:
         if name not in self._columns:
             manifest = self.manifest
             self._columns[name] = read_column(
-                self._generation,
-                self._arrays[name],
-                manifest.rows,
-                manifest.chunks[name],
+                self._generation, self._arrays[name], manifest.rows, manifest.chunks[name]
             )
         return self._columns[name]
 

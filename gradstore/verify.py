@@ -155,11 +155,7 @@ class _Checker:
             path = self._part_path(folder, manifest, part)
             data = self._bytes(path, None)
             if data is not None and (len(data) != part.bytes or crc32c(data) != part.crc32c):
-                self._find(
-                    path,
-                    None,
-                    f"bytes do not match their checksum ({part.rows} problems, {part.bytes} bytes)",
-                )
+                self._find(path, None, f"bytes do not match their checksum ({part.rows} problems, {part.bytes} bytes)")
 
     def _additions(self, folder: Path) -> None:
         for name in (PROBES, ROUNDS):

@@ -70,12 +70,7 @@ class Writer:
         self._problems = self._problems_of(manifest)
         self._reasons = manifest.reasons
         self._bases = manifest.bases
-        self._appender = Appender(
-            self._session.generation,
-            self._header.arrays,
-            manifest.rows,
-            manifest.chunks,
-        )
+        self._appender = Appender(self._session.generation, self._header.arrays, manifest.rows, manifest.chunks)
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -234,12 +229,7 @@ class Writer:
         return _Rows(columns, reasons)
 
     def _check_live(
-        self,
-        ids: list[str],
-        rows_P_D: np.ndarray,
-        peaks_P: np.ndarray,
-        norms_P: np.ndarray | None,
-        live: np.ndarray,
+        self, ids: list[str], rows_P_D: np.ndarray, peaks_P: np.ndarray, norms_P: np.ndarray | None, live: np.ndarray
     ) -> None:
         bad = live & ~np.isfinite(peaks_P)
         if bad.any():
@@ -335,13 +325,7 @@ class Writer:
         return tuple(reasons), rows
 
     def _first_wrong(
-        self,
-        wrong: np.ndarray,
-        ids: list[str],
-        field: str,
-        values: np.ndarray,
-        expected: str,
-        of: str = "value",
+        self, wrong: np.ndarray, ids: list[str], field: str, values: np.ndarray, expected: str, of: str = "value"
     ) -> None:
         if wrong.any():
             row = int(np.argmax(wrong))

@@ -99,12 +99,7 @@ def _view(catalogue: Catalogue, found: Comparison, names: tuple[str, str], metri
     ]
     tiles = html.Dl([html.Div([html.Dt(name), html.Dd(value)]) for name, value in facts], className="tiles")
     best = [
-        html.Div(
-            [
-                html.H3(name),
-                _best(catalogue, found.frame, side),
-            ]
-        )
+        html.Div([html.H3(name), _best(catalogue, found.frame, side)])
         for name, side in zip(names, ("left", "right"), strict=True)
     ]
     moved = found.frame.reindex(found.frame["moved"].abs().sort_values(ascending=False, kind="stable").index)

@@ -11,12 +11,7 @@ from gradstore.analysis import alignment, figures
 from gradstore.analysis.report.findings import Findings
 from gradstore.analysis.report.pieces import Column, Figure, Kind, Section, Series, Table
 
-STATE_WORDS = {
-    "live": "has a gradient",
-    "no_signal": "no signal",
-    "failed": "failed",
-    "unmeasured": "not measured",
-}
+STATE_WORDS = {"live": "has a gradient", "no_signal": "no signal", "failed": "failed", "unmeasured": "not measured"}
 """Problem state -> its name on the page."""
 
 

@@ -121,10 +121,7 @@ def clustered(found: Findings) -> Section:
         Column("Mostly"),
         Column("Typical problems"),
     ]
-    blocks: list[Figure | Table] = [
-        _map(found, frame),
-        Table("clusters-table", "What each cluster is", columns, rows),
-    ]
+    blocks: list[Figure | Table] = [_map(found, frame), Table("clusters-table", "What each cluster is", columns, rows)]
     if found.rounds:
         picked = composition.picks_over_time(found.store, found.pool, "cluster", frame)
         blocks.append(figures.picks_over_time(picked, by="cluster"))

@@ -59,11 +59,7 @@ class Direction:
 
 
 def validation_gradient(
-    model: nn.Module,
-    groups: Sequence[Group],
-    settings: Objective | None = None,
-    *,
-    token_budget: int | None = None,
+    model: nn.Module, groups: Sequence[Group], settings: Objective | None = None, *, token_budget: int | None = None
 ) -> Direction:
     """Mean gradient of the groups' objective (ascent direction) with respect to every trainable parameter.
 

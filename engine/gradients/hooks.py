@@ -160,12 +160,7 @@ class Observation:
         return found
 
     def _routed(
-        self,
-        module: nn.Module,
-        forward: Callable[..., Tensor],
-        numbers: dict[str, list[int]],
-        *args: Any,
-        **named: Any,
+        self, module: nn.Module, forward: Callable[..., Tensor], numbers: dict[str, list[int]], *args: Any, **named: Any
     ) -> Tensor:
         """An observed experts forward. Arguments in order: hidden states, chosen experts and their weights."""
         if not self._on:

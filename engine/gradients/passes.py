@@ -201,11 +201,7 @@ class PolicyForward:
         return torch.where(batch.filled_BN, found_BN, 0.0)
 
     def backward(
-        self,
-        batch: MicroBatch,
-        objective: Objective,
-        observation: Observation,
-        on_weights: OnWeights | None = None,
+        self, batch: MicroBatch, objective: Objective, observation: Observation, on_weights: OnWeights | None = None
     ) -> None:
         """Back-propagate the weighted log-probabilities of the responses to the observed layers.
 

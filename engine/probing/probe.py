@@ -150,10 +150,7 @@ class Probe:
         return found
 
     def calibrate(
-        self,
-        groups: Sequence[Group],
-        base_logprobs: TokenLogprobs | None = None,
-        like: Calibration | None = None,
+        self, groups: Sequence[Group], base_logprobs: TokenLogprobs | None = None, like: Calibration | None = None
     ) -> Calibration:
         """Choose the steps on a few evenly spaced groups with signal, and check the probe against exact dots there.
 

@@ -267,8 +267,7 @@ class _Fields:
             raise self.error(part, f"is {_kind(value)}, expected a list of numbers")
         if response_ids is None:
             raise self.error(
-                part,
-                "needs 'response_ids' beside it: text tokenised again need not give the tokens that were sampled",
+                part, "needs 'response_ids' beside it: text tokenised again need not give the tokens that were sampled"
             )
         if len(value) != len(response_ids):
             raise self.error(part, f"has {len(value)} entries, but 'response_ids' has {len(response_ids)}")

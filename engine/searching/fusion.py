@@ -38,10 +38,7 @@ class FusedHits(Hits):
 
 
 def fuse_scores(
-    scores_QP: np.ndarray,
-    how: Fusion = "mean",
-    weights: Sequence[float] | None = None,
-    constant: float = RRF_CONSTANT,
+    scores_QP: np.ndarray, how: Fusion = "mean", weights: Sequence[float] | None = None, constant: float = RRF_CONSTANT
 ) -> np.ndarray:
     """Combine scores into one per problem, higher is better, float64 [P]; NaN where any score is NaN.
 

@@ -302,10 +302,7 @@ def answer_of(response: str) -> str:
     return (answers[-1] if answers else response).strip()
 
 
-BUILT_IN: Mapping[str, Callable[[Mapping[str, Any], str, int], Any]] = {
-    "math": _math,
-    "reasoning-gym": _reasoning_gym,
-}
+BUILT_IN: Mapping[str, Callable[[Mapping[str, Any], str, int], Any]] = {"math": _math, "reasoning-gym": _reasoning_gym}
 CHECKS: Mapping[str, Callable[[Mapping[str, Any]], None]] = {"math": _check_math, "reasoning-gym": _check_gym}
 """Checks of the built-in rewards: RequestError for a problem that cannot be graded."""
 

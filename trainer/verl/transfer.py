@@ -54,11 +54,7 @@ def records_of(dataset: Any, where: str) -> list[dict[str, Any]]:
 
 
 def rows_of(
-    dataset: Any,
-    problems: Sequence[Mapping[str, Any]],
-    uids: Sequence[str],
-    n: int,
-    seed: tuple[int, ...] | None,
+    dataset: Any, problems: Sequence[Mapping[str, Any]], uids: Sequence[str], n: int, seed: tuple[int, ...] | None
 ) -> Rows:
     """Rows for verl's agent loop, as the trainer's dataset would make them, with n rollouts per problem.
 

@@ -36,14 +36,7 @@ class Backend(Protocol):
     """Maximum tokens of a prompt plus its response; None when the model sets no limit."""
 
     def generate(
-        self,
-        prompts: list[list[int]],
-        n: int,
-        *,
-        max_new_tokens: int,
-        temperature: float,
-        top_p: float,
-        seed: int,
+        self, prompts: list[list[int]], n: int, *, max_new_tokens: int, temperature: float, top_p: float, seed: int
     ) -> list[list[Response]]:
         """Sample n responses per prompt, in the prompts' order; the same call returns the same responses.
 

@@ -62,12 +62,7 @@ class TransformersBackend:
 
     @classmethod
     def load(
-        cls,
-        model: str | Path,
-        *,
-        device: str | None = None,
-        dtype: str = "auto",
-        batch_tokens: int | None = None,
+        cls, model: str | Path, *, device: str | None = None, dtype: str = "auto", batch_tokens: int | None = None
     ) -> "TransformersBackend":
         """device: torch's name for it; None: the GPU if there is one. dtype: "auto" is the checkpoint's dtype."""
         policy = load_model(model, device=device, dtype=dtype)
@@ -85,14 +80,7 @@ class TransformersBackend:
 
     @torch.no_grad()
     def generate(
-        self,
-        prompts: list[list[int]],
-        n: int,
-        *,
-        max_new_tokens: int,
-        temperature: float,
-        top_p: float,
-        seed: int,
+        self, prompts: list[list[int]], n: int, *, max_new_tokens: int, temperature: float, top_p: float, seed: int
     ) -> list[list[Response]]:
         rollouts = sorted(((len(ids), p, j) for p, ids in enumerate(prompts) for j in range(n)), key=lambda r: r[0])
         responses: list[list[Any]] = [[None] * n for _ in prompts]
