@@ -11,7 +11,7 @@ from gradstore.cli.app import command
 from gradstore.cli.query import Json, StorePath
 from gradstore.cli.rollout import Device, Model, TemplateKwargs, template_arguments
 from gradstore.cli.show import print_json, progress, say, warn
-from gradstore.errors import RequestError
+from gradstore.errors import RequestError, check_known, check_number
 
 if TYPE_CHECKING:
     from torch import nn
@@ -141,12 +141,9 @@ def collect(
     from gradstore.engine.sketches.collector import collect as run
     from gradstore.engine.sketches.spec import SketchSpec
 
-    if step is not None and step < 0:
-        raise RequestError(f"step is {step}, expected 0 (the base model) or more")
-    if refit not in ("warn", "auto"):
-        raise RequestError(f"--refit is {refit!r}, expected warn or auto")
-    if measure not in get_args(Measure):
-        raise RequestError(f"--measure is {measure!r}, expected {', '.join(get_args(Measure))}")
+    check_number("step (0: the base model)", step or 0, least=0)
+    check_known("--refit", refit, ("warn", "auto"))
+    check_known("--measure", measure, get_args(Measure))
     if refit == "auto" and measure == "never":
         raise RequestError("--refit auto fits anew by what it measures: leave --measure never out")
     if refit == "auto" and benchmark_rollouts is None:

@@ -8,8 +8,9 @@ import typer
 
 from gradstore.cli.app import command
 from gradstore.cli.query import Json
-from gradstore.cli.show import duration, print_json, print_table, say, size
+from gradstore.cli.show import duration, print_json, print_table, say
 from gradstore.errors import RequestError
+from gradstore.wording import size
 
 if TYPE_CHECKING:
     from gradstore.demo.course import CourseSettings

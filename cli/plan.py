@@ -6,7 +6,8 @@ import typer
 
 from gradstore.cli.app import command
 from gradstore.cli.query import Json
-from gradstore.cli.show import duration, print_json, print_table, size
+from gradstore.cli.show import duration, print_json, print_table
+from gradstore.wording import size
 
 
 @command()

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 from gradstore.cli.app import command
-from gradstore.cli.show import first_words, print_json, print_table, say, short_layer
+from gradstore.cli.show import print_json, print_table, say
 from gradstore.errors import RequestError
+from gradstore.wording import first_words, short_layer
 
 if TYPE_CHECKING:
     import numpy as np

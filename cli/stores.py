@@ -7,8 +7,9 @@ import typer
 
 from gradstore.cli.app import command
 from gradstore.cli.query import Json, StorePath
-from gradstore.cli.show import print_json, print_table, say, size
-from gradstore.errors import RequestError
+from gradstore.cli.show import print_json, print_table, say
+from gradstore.errors import RequestError, check_known
+from gradstore.wording import size
 
 
 @command()
@@ -83,8 +84,7 @@ def compact(
     """Rewrite collections without deleted (and, with --keep newest, superseded) rows."""
     import gradstore
 
-    if keep not in ("all", "newest"):
-        raise RequestError(f"keep {keep!r} is not one of all, newest")
+    check_known("keep", keep, ("all", "newest"))
     report = gradstore.open(store, mode="a").compact(collection, keep=cast(Literal["all", "newest"], keep))
     if json:
         print_json(report.describe())

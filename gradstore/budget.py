@@ -12,7 +12,7 @@ dimensions of int8. Many dimensions of few bits are better, as long as the gradi
 from dataclasses import dataclass
 from math import pi
 
-from gradstore.errors import RequestError
+from gradstore.header import whole_number
 from gradstore.layout import row_arrays
 
 INFLATION = {"1bit": pi / 2 - 1, "int4": 0.0120, "int8": 8e-5, "fp16": 2e-7, "fp32": 0.0}
@@ -43,8 +43,7 @@ def row_format(code_bytes: int, max_dim: int | None = None) -> RowFormat:
     limit. Above 64, dimensions are a multiple of 64. RequestError unless both are integers of at least 1.
     """
     for name, value in (("code_bytes", code_bytes), ("max_dim", 1 if max_dim is None else max_dim)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise RequestError(f"{name} must be a whole number of at least 1, not {value!r}")
+        whole_number(name, value)
     found = []
     for dtype, bits in _BITS.items():
         dim = code_bytes * 8 // bits

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gradstore.durable import canonical_json, crc32c, reading
-from gradstore.errors import DamagedError, NotAStoreError, RequestError
+from gradstore.errors import DamagedError, NotAStoreError, RequestError, check_known
 from gradstore.layout import (
     COLLECTIONS,
     COLUMN_ROWS,
@@ -117,17 +117,17 @@ def check_shape(
 
     If only chunk_rows is given, it holds for all arrays (column_rows None). If neither is given, both get defaults.
     """
-    whole = _positive("dim", dim)
-    if dtype not in DTYPES:
-        raise RequestError(f"dtype {dtype!r} is not known; use one of {', '.join(DTYPES)}")
+    whole = whole_number("dim", dim)
+    check_known("dtype", dtype, DTYPES)
     kind = str(dtype)
     if column_rows is None and chunk_rows is None:
         column_rows = COLUMN_ROWS
-    rows = default_chunk_rows(whole, kind) if chunk_rows is None else _positive("chunk_rows", chunk_rows)
-    return whole, kind, rows, None if column_rows is None else _positive("column_rows", column_rows)
+    rows = default_chunk_rows(whole, kind) if chunk_rows is None else whole_number("chunk_rows", chunk_rows)
+    return whole, kind, rows, None if column_rows is None else whole_number("column_rows", column_rows)
 
 
-def _positive(name: str, value: object) -> int:
+def whole_number(name: str, value: object) -> int:
+    """Return an integer of any integer type as int; RequestError unless it is at least 1."""
     if isinstance(value, bool) or not hasattr(value, "__index__") or (whole := value.__index__()) < 1:
         raise RequestError(f"{name} must be a whole number of at least 1, not {value!r}")
     return int(whole)

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from gradstore.errors import RequestError
+from gradstore.errors import RequestError, first_line
 from gradstore.keepable import check_keepable
 from gradstore.parquet import plain_table
 
@@ -228,8 +228,7 @@ def _parquet_records(path: Path) -> Iterator[tuple[str, dict]]:
                     number += 1
                     yield f"row {number}", record
     except (pa.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise RequestError(f"{path}: not a readable Parquet file: {reason}") from error
+        raise RequestError(f"{path}: not a readable Parquet file: {first_line(error)}") from error
 
 
 def _prompt(prompt: Any, where: str) -> str | list[dict]:

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from gradstore import additions
 from gradstore.durable import canonical_json
-from gradstore.errors import DamagedError, RequestError
+from gradstore.errors import DamagedError, RequestError, check_known
 from gradstore.layout import ROUNDS
 
 STATES = ("live", "no_signal", "failed", "unmeasured")
@@ -76,9 +76,8 @@ def to_bytes(about: Mapping[str, Any], table: pa.Table, where: str) -> bytes:
     if len(set(ids)) < len(ids):
         twice = next(name for name in ids if ids.count(name) > 1)
         raise RequestError(f"{where}: problem id {twice!r} occurs more than once in the round; keep one")
-    strange = set(table["state"].to_pylist()) - set(STATES)
-    if strange:
-        raise RequestError(f"{where}: state {sorted(strange)[0]!r} is not one of {', '.join(STATES)}")
+    for state in table["state"].unique().to_pylist():
+        check_known(f"{where}: state", state, STATES)
     ranks = np.sort(table["picked"].to_numpy())
     ranks = ranks[ranks != -1]
     if not np.array_equal(ranks, np.arange(len(ranks))):

@@ -18,7 +18,7 @@ from torch import nn
 
 from gradstore.engine.gradients.budget import activation_bytes, key_value_bytes
 from gradstore.engine.gradients.layers import find_layers, head_of, linear_outputs
-from gradstore.errors import RequestError
+from gradstore.errors import RequestError, first_line
 
 
 def _qwen(kind: str, layers: int, hidden: int, between: int, heads: int, groups: int, tied: bool, **more: Any) -> dict:
@@ -171,8 +171,7 @@ def _on_meta(name: str, dtype: torch.dtype) -> nn.Module:
         with torch.device("meta"):
             model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype)
     except (KeyError, ValueError, TypeError, AttributeError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise RequestError(f"{name}: not the configuration of a causal language model: {first}") from None
+        raise RequestError(f"{name}: not the configuration of a causal language model: {first_line(error)}") from None
     return model.eval()
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gradstore.errors import RequestError
+from gradstore.errors import RequestError, first_line
 from gradstore.parquet import plain_table
 
 CHUNK_BYTES = 1 << 20
@@ -142,7 +142,7 @@ class JsonList(JsonLines):
                             raise RequestError(f"{self.where(number)}: not valid JSON: {error.msg}") from None
                         wanted *= 2  # a long entry is parsed repeatedly: each try gets twice as much text
                     except (RecursionError, ValueError) as error:
-                        raise RequestError(f"{self.where(number)}: not usable JSON: {_first_line(error)}") from None
+                        raise RequestError(f"{self.where(number)}: not usable JSON: {first_line(error)}") from None
                 start = place + len(text[:at].encode())
                 yield Row(self.where(number), start, len(text[at:end].encode()), value)
                 at = end
@@ -165,7 +165,7 @@ class Parquet(RowFile):
         try:
             self._parquet = pq.ParquetFile(path)
         except pa.ArrowException as error:
-            raise RequestError(f"{path}: not a readable Parquet file: {_first_line(error)}") from None
+            raise RequestError(f"{path}: not a readable Parquet file: {first_line(error)}") from None
         self._columns = [name for name in self._parquet.schema_arrow.names if name in columns]
         if not self._columns:
             found = ", ".join(self._parquet.schema_arrow.names)
@@ -183,7 +183,7 @@ class Parquet(RowFile):
                     yield Row(self.where(number + 1), number, 0, value)
                     number += 1
         except (pa.ArrowException, OSError) as error:
-            raise RequestError(f"{self.where(number + 1)} or later: cannot be read: {_first_line(error)}") from None
+            raise RequestError(f"{self.where(number + 1)} or later: cannot be read: {first_line(error)}") from None
 
     def fetch(self, places: Sequence[int], sizes: Sequence[int]) -> list[Any]:
         rows: list[Any] = [None] * len(places)
@@ -242,7 +242,7 @@ def _parse(line: bytes, where: str) -> Any:
         cut = "" if line.endswith(b"\n") else "; the file ends here, so the line may have been cut off"
         raise RequestError(f"{where}: not valid JSON: {error.msg} at character {error.pos}{cut}") from None
     except (RecursionError, ValueError) as error:  # nested too deeply, or an integer with too many digits
-        raise RequestError(f"{where}: not usable JSON: {_first_line(error)}") from None
+        raise RequestError(f"{where}: not usable JSON: {first_line(error)}") from None
 
 
 def _rows(table: pa.Table) -> Iterator[dict[str, Any]]:
@@ -266,7 +266,3 @@ def _values(column: pa.Array) -> Sequence[Any]:
             valid = column.is_valid().to_pylist()
             return [numbers[a:b] if ok else None for a, b, ok in zip(starts, ends, valid, strict=True)]
     return column.to_pylist()
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]

@@ -17,7 +17,7 @@ from gradstore.engine.rollouts.files import RowFile, open_rows
 from gradstore.engine.rollouts.group import Group
 from gradstore.engine.rollouts.rollout import FORMATS, Rollout, detect_format, read_row
 from gradstore.engine.rollouts.templates import check_arguments, kept_arguments, prompt_text, tools_of
-from gradstore.errors import RequestError
+from gradstore.errors import RequestError, check_known
 
 _LOGPROBS = ("logprobs", "reference_logprobs")
 
@@ -277,8 +277,7 @@ def read_rollouts(
     Raises RequestError, naming file, row and field, for input that cannot be used; docs/rollouts.md has the list.
     """
     path = Path(path)
-    if format not in ("auto", *FORMATS):
-        raise RequestError(f"unknown rollout format {format!r}, expected auto, {', '.join(FORMATS)}")
+    check_known("rollout format", format, ("auto", *FORMATS))
     if append_eos and getattr(tokenizer, "eos_token_id", None) is None:
         raise RequestError("append_eos needs a tokenizer with an end-of-sequence token")
     columns = {name.split(".")[0] for names in FORMATS.values() for alias in names.values() for name in alias}

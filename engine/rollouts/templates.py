@@ -15,7 +15,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from gradstore.errors import RequestError
+from gradstore.errors import RequestError, first_line
 from gradstore.problems import detail
 
 Prompt = str | list[dict[str, Any]]
@@ -145,7 +145,7 @@ def _refused(tokenizer: Any, messages: list[dict[str, Any]], options: Mapping[st
         tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
         reason = "no reason given"
     except _REFUSALS as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
     odd = [str(j) for j, message in enumerate(messages) if not isinstance(message["content"], str)]
     hint = f" (message {', '.join(odd)}: the content is not text)" if odd else ""
     return f"the chat template refuses the prompt's messages{hint}: {reason}"

@@ -25,7 +25,7 @@ import numpy as np
 from gradstore import Store, View
 from gradstore.durable import crc32c, fsync_folder
 from gradstore.engine.searching.blocks import blocks_of, only_basis
-from gradstore.errors import GradstoreError, RequestError
+from gradstore.errors import GradstoreError, RequestError, check_number
 from gradstore.layout import COLLECTIONS, INDEXES
 
 log = logging.getLogger(__name__)
@@ -49,8 +49,7 @@ def preconditioned(view: View, query: np.ndarray, damping: float = DAMPING) -> n
     damping: lambda over the mean eigenvalue of M/n, which is mean |g|^2 / D; above 0. The same view, query and damping
     give the same bytes. RequestError for a damping that is not positive and finite, or a view without live rows.
     """
-    if not (np.isfinite(damping) and damping > 0):
-        raise RequestError(f"damping is {damping}, expected a finite number above 0")
+    check_number("damping", damping, above=0)
     live = view.live_positions
     if not len(live):
         raise RequestError(f"collection {view.collection!r} has no live row in this view: fisher needs some")

@@ -22,7 +22,7 @@ from gradstore.engine.selecting.picking import Picks, answer, numbers_of_picks, 
 from gradstore.engine.selecting.quotas import check_quotas, groups_of
 from gradstore.engine.selecting.sampling import softened
 from gradstore.engine.selecting.scores_by_probe import stored_probes
-from gradstore.errors import RequestError
+from gradstore.errors import RequestError, check_number
 
 if TYPE_CHECKING:
     from gradstore.engine.probing.batch import ProbeBatch
@@ -204,12 +204,9 @@ def select(
 
 
 def _check(parts: list[Part], targets: list[Target], n: int, seed: int, confidence: float) -> None:
-    if n < 1:
-        raise RequestError(f"n is {n}, expected at least 1")
-    if seed < 0:
-        raise RequestError(f"seed is {seed}, expected at least 0")
-    if not 0 < confidence < 1:
-        raise RequestError(f"confidence is {confidence}, expected a number between 0 and 1")
+    check_number("n", n, least=1)
+    check_number("seed", seed, least=0)
+    check_number("confidence", confidence, above=0, below=1)
     for part in parts:
         if part.selector.needs_target and not targets:
             raise RequestError(f"selector {part.selector.name!r} needs a target: name a benchmark")

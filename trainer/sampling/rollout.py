@@ -21,7 +21,7 @@ import numpy as np
 from gradstore.engine.rollouts import Rollout, read_rollouts, write_rollouts
 from gradstore.engine.rollouts.templates import check_arguments, settings_path, tools_of
 from gradstore.engine.rollouts.tokens import prompt_ids, text_of
-from gradstore.errors import LockedError, RequestError
+from gradstore.errors import LockedError, RequestError, check_number
 from gradstore.trainer.sampling.backends import Backend, Response, derived_seed
 from gradstore.trainer.sampling.readable import named
 from gradstore.trainer.sampling.reward import Reward
@@ -215,12 +215,9 @@ def _prompts(
 
 def _check_settings(*, n: int, max_new_tokens: int, temperature: float, top_p: float, chunk: int) -> None:
     for name, value in {"n": n, "max_new_tokens": max_new_tokens, "chunk": chunk}.items():
-        if value < 1:
-            raise RequestError(f"{name} is {value}, expected 1 or more")
-    if not 0 <= temperature < float("inf"):
-        raise RequestError(f"temperature is {temperature}, expected 0 or more")
-    if not 0 < top_p <= 1:
-        raise RequestError(f"top_p is {top_p}, expected above 0 and at most 1")
+        check_number(name, value, least=1)
+    check_number("temperature", temperature, least=0)
+    check_number("top_p", top_p, above=0, most=1)
 
 
 def _digest(problems: Sequence[dict[str, Any]]) -> str:

@@ -24,7 +24,7 @@ import gradstore
 from gradstore.engine.rollouts import Rollout, write_rollouts
 from gradstore.engine.searching.targets import target
 from gradstore.engine.selecting.selection import select
-from gradstore.errors import RequestError
+from gradstore.errors import RequestError, check_known
 from gradstore.problems import from_verl
 from gradstore.trainer.sampling.backends import derived_seed
 from gradstore.trainer.verl.sampler import RoundSampler, drawing_order
@@ -61,8 +61,7 @@ class StoreSettings:
         given = dict(data_config.get("gradstore") or {})
         known = [field.name for field in fields(cls)]
         for name in given:
-            if name not in known:
-                raise RequestError(f"{NODE}.{name} is not known, expected one of {', '.join(known)}")
+            check_known(f"{NODE}: setting", name, known)
         for name in ("store", "selected"):
             if given.get(name) is None:
                 raise RequestError(f"{NODE}.{name} is missing")

@@ -11,7 +11,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from gradstore.errors import RequestError
+from gradstore.errors import RequestError, check_known
 
 
 class Kind(ABC):
@@ -76,8 +76,7 @@ def check_kind(name: str) -> None:
             f"index {name!r} is gone, because a scan is faster: rebuild it as turbovec (`--index turbovec`), or let "
             f"auto choose. Its folders `indexes/{name}-*` beside the collection may be removed"
         )
-    if name not in KINDS:
-        raise RequestError(f"index {name!r} is not one of auto, scan, {', '.join(KINDS)}")
+    check_known("index", name, ("auto", "scan", *KINDS))
 
 
 def kind_class(name: str) -> type[Kind]:

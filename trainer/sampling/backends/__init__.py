@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from gradstore.errors import RequestError
+from gradstore.errors import check_known
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -63,8 +63,7 @@ def load_backend(name: str, model: str | Path, **options: Any) -> Backend:
 
     Raises RequestError for an unknown name, a library that is not installed, or a model that cannot be loaded.
     """
-    if name not in BACKENDS:
-        raise RequestError(f"unknown back end {name!r}, expected {' or '.join(BACKENDS)}")
+    check_known("back end", name, BACKENDS)
     module, backend = BACKENDS[name]
     return getattr(importlib.import_module(module), backend).load(model, **options)
 

@@ -25,7 +25,7 @@ import transformers
 from gradstore.engine.gradients.budget import sampled_tokens
 from gradstore.engine.gradients.models import load_model, load_tokenizer, weights_digest
 from gradstore.engine.gradients.retrying import is_out_of_memory, release
-from gradstore.errors import RequestError
+from gradstore.errors import RequestError, check_number
 from gradstore.trainer.sampling.backends import Response, derived_seed, end_tokens
 from gradstore.trainer.sampling.backends.decoding import decodes, sample
 
@@ -48,8 +48,8 @@ class TransformersBackend:
     def __init__(self, model: Any, tokenizer: Any, *, batch_tokens: int | None = None) -> None:
         """batch_tokens: maximum tokens (prompts and responses) per batch; None: as many as the free memory allows
         now."""
-        if batch_tokens is not None and batch_tokens < 1:
-            raise RequestError(f"batch_tokens is {batch_tokens}, expected 1 or more")
+        if batch_tokens is not None:
+            check_number("batch_tokens", batch_tokens, least=1)
         self.model, self.tokenizer = model, tokenizer
         self._batch_tokens = self._fitting = sampled_tokens(model) if batch_tokens is None else batch_tokens
         """Tokens per batch that fit in memory, as far as known."""
