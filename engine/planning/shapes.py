@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from gradstore.engine.gradients.budget import activation_bytes, key_value_bytes
-from gradstore.engine.gradients.layers import find_layers, head_of, linear_outputs
+from gradstore.engine.gradients.layers import find_layers, head_of, linear_outputs, text_config
 from gradstore.errors import RequestError, first_line
 
 
@@ -128,8 +128,7 @@ def shape_of(name: str, *, dtype: torch.dtype = torch.bfloat16) -> ModelShape:
 
 def measured_shape(model: nn.Module, name: str) -> ModelShape:
     """The shape of a loaded model, on any device."""
-    config = cast(Any, model).config
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    text = text_config(model)
     chosen = getattr(text, "num_experts_per_tok", None) or 1
     head = head_of(model)
     head_weights = 0 if head is None else cast(nn.Parameter, head.weight).numel()

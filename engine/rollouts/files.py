@@ -210,6 +210,18 @@ class Parquet(RowFile):
         return self._cache[group]
 
 
+def files_at(path: Path) -> list[Path]:
+    """The file itself, or the rollout files of a folder, sorted; RequestError without any."""
+    if not path.exists():
+        raise RequestError(f"{path}: no such file or folder, expected rollouts in JSON Lines, JSON or Parquet")
+    if not path.is_dir():
+        return [path]
+    files = sorted(file for suffix in ("jsonl", "parquet") for file in path.glob(f"*.{suffix}"))
+    if not files:
+        raise RequestError(f"{path}: no .jsonl or .parquet file in this folder, expected rollouts")
+    return files
+
+
 def open_rows(path: Path, columns: Sequence[str]) -> RowFile:
     """Open a file of rows; its first bytes determine the format. columns: the columns to read of a Parquet file.
 

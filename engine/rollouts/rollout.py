@@ -16,23 +16,12 @@ from gradstore.engine.rollouts.templates import Prompt
 from gradstore.errors import RequestError
 from gradstore.keepable import check_keepable
 
+_OWN = (
+    "problem_id", "prompt", "prompt_ids", "response", "response_ids", "reward", "logprobs", "reference_logprobs",
+    "source", "ground_truth", "tags", "finish_reason", "extra", "step",
+)  # fmt: skip
 FORMATS: dict[str, dict[str, tuple[str, ...]]] = {
-    "rollouts": {
-        "problem_id": ("problem_id",),
-        "prompt": ("prompt",),
-        "prompt_ids": ("prompt_ids",),
-        "response": ("response",),
-        "response_ids": ("response_ids",),
-        "reward": ("reward",),
-        "logprobs": ("logprobs",),
-        "reference_logprobs": ("reference_logprobs",),
-        "source": ("source",),
-        "ground_truth": ("ground_truth",),
-        "tags": ("tags",),
-        "finish_reason": ("finish_reason",),
-        "extra": ("extra",),
-        "step": ("step",),
-    },
+    "rollouts": {name: (name,) for name in _OWN},
     "verl": {
         "problem_id": ("index", "problem_id", "extra_info.index"),
         "prompt": ("input",),
@@ -52,6 +41,8 @@ FORMATS: dict[str, dict[str, tuple[str, ...]]] = {
 }
 """Field names per format and part of a rollout; the first field whose value is not null is used."""
 FORMATS["verl-validation"] = FORMATS["verl"]
+COLUMNS = sorted({name.split(".")[0] for names in FORMATS.values() for alias in names.values() for name in alias})
+"""Every field of a row that any format reads."""
 
 LOGPROB_SLACK = 0.01
 """Log-probabilities may exceed 0 by this much (rounding in half precision); larger values are rejected."""

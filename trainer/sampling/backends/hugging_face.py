@@ -23,6 +23,7 @@ import torch
 import transformers
 
 from gradstore.engine.gradients.budget import sampled_tokens
+from gradstore.engine.gradients.hooks import evaluating
 from gradstore.engine.gradients.models import load_model, load_tokenizer, weights_digest
 from gradstore.engine.gradients.retrying import is_out_of_memory, release
 from gradstore.errors import RequestError, check_number
@@ -84,7 +85,7 @@ class TransformersBackend:
     ) -> list[list[Response]]:
         rollouts = sorted(((len(ids), p, j) for p, ids in enumerate(prompts) for j in range(n)), key=lambda r: r[0])
         responses: list[list[Any]] = [[None] * n for _ in prompts]
-        with _eval(self.model):
+        with evaluating(self.model):
             if decodes(self.model):
                 for batch in self._batches(rollouts, max_new_tokens):
                     decode = partial(self._decode, prompts=prompts, temperature=temperature, top_p=top_p, seed=seed)
@@ -92,7 +93,9 @@ class TransformersBackend:
                         responses[p][j] = response
                 return responses
             config = self._generation_config(max_new_tokens, temperature, top_p)
-            with _own_sampling(self.model, config), _own_randomness(self.model.device):
+            device = self.model.device
+            own_randomness = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+            with _own_sampling(self.model, config), own_randomness:
                 for number, batch in enumerate(self._batches(rollouts, max_new_tokens)):
                     torch.manual_seed(derived_seed(seed, number))
                     found = self._generate([prompts[p] for _, p, _ in batch], config)
@@ -245,16 +248,6 @@ class _AfterSampling(transformers.StoppingCriteria):
 
 
 @contextmanager
-def _eval(model: Any) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
-
-
-@contextmanager
 def _own_sampling(model: Any, config: Any) -> Iterator[None]:
     """Replace the model's generation defaults for a while: `generate` merges them into every config it gets."""
     defaults = model.generation_config
@@ -263,10 +256,3 @@ def _own_sampling(model: Any, config: Any) -> Iterator[None]:
         yield
     finally:
         model.generation_config = defaults
-
-
-@contextmanager
-def _own_randomness(device: torch.device) -> Iterator[None]:
-    """Restore torch's global random state on exit, so that seeding inside has no effect outside."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        yield
