@@ -15,7 +15,7 @@ from gradstore.engine.probing import statistics as probe_statistics
 from gradstore.engine.probing.calibration import Calibration
 from gradstore.engine.rollouts.group import Group
 from gradstore.errors import RequestError, check_known
-from gradstore.state import State
+from gradstore.state import State, live_mask
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -127,7 +127,7 @@ class ProbeBatch:
     @property
     def live(self) -> np.ndarray:
         """Mask of problems that can be ranked, bool [P]."""
-        return np.array([state is State.LIVE for state in self.states], dtype=bool)
+        return live_mask(self.states)
 
     def scores(self, kind: str = "dot") -> np.ndarray:
         """Scores by `dot`, `corr` (of reward and derivative), `snr` (dot / SE), `lcb` (dot - SE), `shrunk` (empirical
