@@ -90,7 +90,7 @@ def first_line(error: BaseException) -> str:
 def _differences(stored: dict, offered: dict) -> list[str]:
     """Each field that differs with both values; of a list the first entry that does."""
     found = []
-    ours, theirs = _leaves(stored), _leaves(offered)
+    ours, theirs = leaves(stored), leaves(offered)
     for name in sorted(ours.keys() | theirs.keys()):
         one, other = ours.get(name, "nothing"), theirs.get(name, "nothing")
         if one == other:
@@ -108,9 +108,9 @@ def _first_difference(name: str, one: list, other: list) -> tuple[str, object, o
     return f"length of {name}", len(one), len(other)
 
 
-def _leaves(tree: dict, prefix: str = "") -> dict[str, object]:
+def leaves(tree: dict, prefix: str = "") -> dict[str, object]:
     """Every field of nested dicts by its path."""
     flat: dict[str, object] = {}
     for key, value in tree.items():
-        flat |= _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+        flat |= leaves(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
     return flat

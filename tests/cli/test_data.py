@@ -137,7 +137,7 @@ def test_known_data_sets(cli) -> None:
         ),
         (["gsm8k", "--from", "gsm8k.parquet", "--corrupt", "noise=0.1"], "corruption 'noise' is not one of"),
         (["gsm8k", "--from", "gsm8k.parquet", "--form", "csv"], "form 'csv' is not one of verl, flat"),
-        (["gsm8k", "--from", "gsm8k.parquet", "--out", "x.csv"], "written as .jsonl or .parquet, not as '.csv'"),
+        (["gsm8k", "--from", "gsm8k.parquet", "--out", "x.csv"], "the suffix '.csv' is not one of .jsonl, .parquet"),
         (["gsm8k", "--from", "gsm8k.parquet", "--out", "no/x.jsonl"], "the folder no does not exist"),
         (["gsm8k", "--from", "gsm8k.parquet", "--exclude", "none.jsonl"], "none.jsonl: the file does not exist"),
     ],

@@ -251,7 +251,7 @@ def test_refused_before_anything_is_sampled(
 def test_other_refusals(tmp_path: Path, tiny_tokenizer: Any) -> None:
     with pytest.raises(RequestError, match="no problems to roll out"):
         rollout([], RandomBackend(tiny_tokenizer), LENGTH, tmp_path / "r.jsonl")
-    with pytest.raises(RequestError, match=r"written as \.jsonl or \.parquet, not as '\.txt'"):
+    with pytest.raises(RequestError, match=r"the suffix '\.txt' is not one of \.jsonl, \.parquet"):
         _run(tiny_tokenizer, tmp_path / "r.txt")
     with pytest.raises(RequestError, match=r"none.*cannot be written: No such file or directory"):
         _run(tiny_tokenizer, tmp_path / "none" / "r.jsonl")

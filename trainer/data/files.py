@@ -23,8 +23,7 @@ def about_path(path: Path) -> Path:
 def check_out(path: Path, form: str) -> None:
     """RequestError for an unknown form or suffix, a missing folder, or a file that already exists."""
     check_known("form", form, FORMS)
-    if path.suffix not in (".jsonl", ".parquet"):
-        raise RequestError(f"{path}: problems are written as .jsonl or .parquet, not as {path.suffix or 'this'!r}")
+    check_known(f"{path}: the suffix", path.suffix, (".jsonl", ".parquet"))
     if not path.parent.is_dir():
         raise RequestError(f"{path}: the folder {path.parent} does not exist")
     for file in (path, about_path(path)):
