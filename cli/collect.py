@@ -1,7 +1,7 @@
 """`collect`: rollouts into a store, one sketch for each problem."""
 
-from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast, get_args
 
@@ -149,61 +149,36 @@ def collect(
     if refit == "auto" and benchmark_rollouts is None:
         raise RequestError("--refit auto measures against the benchmark: give --benchmark-rollouts")
     opened = gradstore.open(store, mode="a") if store.exists() else None
-    spec = (
-        default_spec(head=head, optimizer=optimizer is not None)
-        if opened is None
-        else SketchSpec.of(opened.fingerprint)
-    )
-    given = {
-        "rank": rank,
-        "right_rank": right_rank,
-        "dim": dim,
-        "seed": seed,
-        "basis": basis,
-        "modules": tuple(modules) if modules else None,
-        "head_only": head or None,
-        "embeddings": embeddings,
-    }
-    changed = {
-        "advantage": advantage,
-        "aggregation": aggregation,
-        "importance": importance,
-        "clip_low": clip,
-        "clip_high": clip,
-        "kl_beta": kl_beta,
-    }
-    settings = replace(spec.objective if objective is None else preset(objective), **_given(changed))
-    spec = replace(spec, objective=settings, **_given(given))
+    spec = default_spec(head=head, optimizer=optimizer is not None)
+    if opened is not None:
+        spec = SketchSpec.of(opened.fingerprint)
+    changed = _given(
+        advantage=advantage, aggregation=aggregation, importance=importance,
+        clip_low=clip, clip_high=clip, kl_beta=kl_beta,
+    )  # fmt: skip
+    settings = replace(spec.objective if objective is None else preset(objective), **changed)
+    given = _given(
+        rank=rank, right_rank=right_rank, dim=dim, seed=seed, basis=basis, modules=tuple(modules) if modules else None,
+        head_only=head or None, embeddings=embeddings, token_budget=token_budget,
+    )  # fmt: skip
+    spec = replace(spec, objective=settings, **given)
     if reference is not None and not settings.kl_beta:
         raise RequestError("--reference is for a KL term: give its weight, --kl-beta 0.04")
     if settings.reference is not None and reference is None:
         raise RequestError(f"the rows of {store} have a KL term: give its model, --reference")
     records = None if problems is None else gradstore.read_problems(problems)
-    source = read_rollouts(
-        rollouts,
+    read = partial(
+        read_rollouts,
         tokenizer=load_tokenizer(model),
-        format=format,
         append_eos=append_eos,
-        step=rollout_step,
-        problems=records,
         vocabulary=vocabulary_size(model),
         template_kwargs=template_arguments(template_kwargs),
     )
+    source = read(rollouts, format=format, step=rollout_step, problems=records)
     if settings.kl_beta and reference is None and not source.has_reference:
         raise RequestError(f"{rollouts}: has no `reference_logprobs` for the KL term: give its model, --reference")
     policy = load_model(model, adapter, device)
-    spec = replace(spec, token_budget=token_budget)
-    wanted: list[Group] = []
-    if benchmark_rollouts is not None:
-        wanted = list(
-            read_rollouts(
-                benchmark_rollouts,
-                tokenizer=load_tokenizer(model),
-                append_eos=append_eos,
-                vocabulary=vocabulary_size(model),
-                template_kwargs=template_arguments(template_kwargs),
-            ).groups()
-        )
+    wanted: list[Group] = [] if benchmark_rollouts is None else list(read(benchmark_rollouts).groups())
     if reference is not None:
         log_probabilities = Reference(
             load_model(reference, device=device), temperature=settings.temperature, token_budget=spec.token_budget
@@ -320,6 +295,6 @@ def _checked(
     return sketcher, found
 
 
-def _given(settings: Mapping[str, object]) -> dict:
+def _given(**settings: object) -> dict:
     """The settings that were given."""
     return {name: value for name, value in settings.items() if value is not None}

@@ -1,7 +1,7 @@
 """`query`, `select` and `selectors`: ask a store which problems align with a benchmark."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -66,7 +66,7 @@ def query(
     """Which problems align with a benchmark, or with several, best first."""
     import gradstore
     from gradstore.engine.searching.fisher import DAMPING
-    from gradstore.engine.searching.fusion import FusedHits, search_fused
+    from gradstore.engine.searching.fusion import search_fused
     from gradstore.engine.searching.query import search
     from gradstore.engine.searching.targets import target
     from gradstore.engine.searching.where import Where
@@ -81,35 +81,21 @@ def query(
     opened = gradstore.open(store)
     view = opened.view(_pool(opened, pool, against), at)
     wanted = [target(opened, name, at, cast("Aggregate", aggregate)) for name in against]
-    score = cast("Metric", metric)
-    kept = Where.parse(where) if where else None
     strength = DAMPING if damping is None else damping
+    asked: dict[str, Any] = {
+        "metric": metric, "largest": not smallest, "where": Where.parse(where) if where else None, "damping": strength,
+    }  # fmt: skip
     if several:
-        hits: Hits = search_fused(
-            view,
-            wanted,
-            top,
-            how=cast("Fusion", fuse or "mean"),
-            weights=weight or None,
-            metric=score,
-            largest=not smallest,
-            where=kept,
-            damping=strength,
-        )
+        combined = search_fused(view, wanted, top, how=cast("Fusion", fuse or "mean"), weights=weight or None, **asked)
+        hits: Hits = combined
+        more = [{"scores": dict(zip(against, each, strict=True))} for each in combined.scores_QK.T.tolist()]
     else:
-        hits = search(
-            view,
-            wanted[0],
-            top,
-            metric=score,
-            largest=not smallest,
-            where=kept,
-            index=None if index == "scan" else index,
-            damping=strength,
-        )
+        hits = search(view, wanted[0], top, index=None if index == "scan" else index, **asked)
+        more = [{} for _ in range(len(hits))]
+    if layers:
+        shares = _largest_layers(view, hits.positions, wanted[0], cast("Metric", metric), layers, strength)
+        more = [{"layers": share} for share in shares]
     newest = max(int(view.steps.max()), *(goal.steps[1] for goal in wanted)) if at is None else at
-    problems = view.problems.take(hits.positions).to_pylist()
-    shares = _largest_layers(view, hits.positions, wanted[0], score, layers, strength) if layers else [{}] * len(hits)
     rows = [
         {
             "rank": rank + 1,
@@ -117,18 +103,17 @@ def query(
             "score": float(hits.scores[rank]),
             "pass_rate": float(view.pass_rates[position]),
             "age": newest - int(view.steps[position]),
-            "source": problems[rank]["source"],
-            "problem": problems[rank]["prompt"],
-            **({"layers": shares[rank]} if layers else {}),
-            **(
-                {"scores": dict(zip(against, hits.scores_QK[:, rank].tolist(), strict=True))}
-                if isinstance(hits, FusedHits)
-                else {}
-            ),
+            "source": problem["source"],
+            "problem": problem["prompt"],
+            **more[rank],
         }
-        for rank, position in enumerate(hits.positions)
+        for rank, (position, problem) in enumerate(
+            zip(hits.positions, view.problems.take(hits.positions).to_pylist(), strict=True)
+        )
     ]
     if json:
+        one = {"target": wanted[0].describe()}
+        each = {"fuse": fuse or "mean", "weights": weight or None, "targets": [goal.describe() for goal in wanted]}
         print_json(
             {
                 "pool": view.collection,
@@ -136,11 +121,7 @@ def query(
                 "at": at,
                 "metric": metric,
                 **({"damping": strength} if metric == "fisher" else {}),
-                **(
-                    {"fuse": fuse or "mean", "weights": weight or None, "targets": [goal.describe() for goal in wanted]}
-                    if several
-                    else {"target": wanted[0].describe()}
-                ),
+                **(each if several else one),
                 "n_problems": len(view),
                 "n_eligible": hits.n_eligible,
                 "n_unknown": hits.n_unknown,
@@ -149,31 +130,29 @@ def query(
         )
         return
     against_what = " and ".join(against) + (f" ({fuse or 'mean'})" if several else "")
-    extra = ["layers"] if layers else []
     unknown = f", {hits.n_unknown} in a basis without target left out" if hits.n_unknown else ""
-    print_table(
-        f"{view.collection} against {against_what}, {metric}, step {newest}: "
-        f"{len(hits)} of {hits.n_eligible} eligible, {len(view)} measured{unknown}",
-        ["rank", "id", "score", "pass rate", "age", "source", *extra, "problem"],
-        [
-            [
-                str(row["rank"]),
-                row["id"],
-                f"{row['score']:+.4f}" if 1e-3 <= abs(row["score"]) < 1e5 else f"{row['score']:+.3e}",
-                f"{row['pass_rate']:.2f}",
-                str(row["age"]),
-                row["source"],
-                *(
-                    [" ".join(f"{short_layer(name)} {term:+.3f}" for name, term in row["layers"].items())]
-                    if layers
-                    else []
-                ),
-                first_words(row["problem"]),
-            ]
-            for row in rows
-        ],
-        right=["rank", "score", "pass rate", "age"],
+    title = (
+        f"{view.collection} against {against_what}, {metric}, step {newest}: {len(hits)} of {hits.n_eligible} eligible"
     )
+    _print_hits(f"{title}, {len(view)} measured{unknown}", rows, bool(layers))
+
+
+def _print_hits(title: str, rows: list[dict], with_layers: bool) -> None:
+    shown = []
+    for row in rows:
+        score = row["score"]
+        terms = [" ".join(f"{short_layer(name)} {term:+.3f}" for name, term in row.get("layers", {}).items())]
+        cells = [
+            str(row["rank"]),
+            row["id"],
+            f"{score:+.4f}" if 1e-3 <= abs(score) < 1e5 else f"{score:+.3e}",
+            f"{row['pass_rate']:.2f}",
+            str(row["age"]),
+            row["source"],
+        ]
+        shown.append([*cells, *terms * with_layers, first_words(row["problem"])])
+    columns = ["rank", "id", "score", "pass rate", "age", "source", *["layers"] * with_layers, "problem"]
+    print_table(title, columns, shown, right=["rank", "score", "pass rate", "age"])
 
 
 @command()
