@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gradstore.appender import create_generation
-from gradstore.attachments import ATTACHMENTS, write_attachment
+from gradstore.attachments import ATTACHMENTS
 from gradstore.durable import crc32c, make_folder, replace_file, writing
 from gradstore.errors import DamagedError, NotAStoreError, RequestError
 from gradstore.header import Header, read_header
@@ -130,36 +130,21 @@ def _prepare(source: "ZarrStore", path: Path) -> Header:
         path.mkdir(parents=True, exist_ok=True)
     make_folder(path / COLLECTIONS)
     replace_file(path / COLLECTIONS / ZARR, group_json({}))
-    _copy_attachments(source, path)
+    _copy_named(source, ATTACHMENTS, path / ATTACHMENTS)
     replace_file(path / ZARR, root)
     return read_header(path)
 
 
-def _copy_attachments(source: "ZarrStore", path: Path) -> None:
-    """Copy missing attachments; their names contain the checksum of their bytes."""
-    for file in _listed(source, ATTACHMENTS):
-        if (path / ATTACHMENTS / file).exists():
-            continue
-        name, _, crc = file.rpartition(".")
-        data = _get(source, [f"{ATTACHMENTS}/{file}"])[0]
-        if data is None or f"{crc32c(data):08x}" != crc:
-            raise DamagedError(f"{ATTACHMENTS}/{file}: its bytes at {source} do not match the checksum in its name")
-        write_attachment(path, name, data)
-
-
-def _copy_additions(source: "ZarrStore", folder: Path, where: str) -> None:
-    """Copy missing probes and rounds; their names contain the checksum of their bytes."""
-    for kind in (PROBES, ROUNDS):
-        missing = [file for file in _listed(source, f"{where}/{kind}") if not (folder / kind / file).exists()]
-        if missing:
-            make_folder(folder)
-            make_folder(folder / kind)
-        for file, data in zip(missing, _get(source, [f"{where}/{kind}/{file}" for file in missing]), strict=True):
-            if data is None or f"{crc32c(data):08x}" not in file:
-                raise DamagedError(
-                    f"{where}/{kind}/{file}: its bytes at {source} do not match the checksum in its name"
-                )
-            replace_file(folder / kind / file, data)
+def _copy_named(source: "ZarrStore", where: str, folder: Path) -> None:
+    """Copy missing attachments, probes or rounds to a folder; their names contain the checksum of their bytes."""
+    missing = [file for file in _listed(source, where) if not (folder / file).exists()]
+    if missing:
+        make_folder(folder.parent)
+        make_folder(folder)
+    for file, data in zip(missing, _get(source, [f"{where}/{file}" for file in missing]), strict=True):
+        if data is None or f"{crc32c(data):08x}" not in file:
+            raise DamagedError(f"{where}/{file}: its bytes at {source} do not match the checksum in its name")
+        replace_file(folder / file, data)
 
 
 def _bring_up_to_date(source: "ZarrStore", header: Header, path: Path, name: str, arrays: tuple[RowArray, ...]) -> None:
@@ -171,7 +156,8 @@ def _bring_up_to_date(source: "ZarrStore", header: Header, path: Path, name: str
             raise RequestError(f"{source}: there is no collection {name!r}")
         manifest = Manifest.from_bytes(raw, Path(f"{where}/{MANIFEST}"))
         try:
-            _copy_additions(source, path / where, where)
+            for kind in (PROBES, ROUNDS):
+                _copy_named(source, f"{where}/{kind}", path / where / kind)
             _copy(source, header, path / where, where, manifest, arrays)
             return
         except DamagedError:

@@ -266,25 +266,19 @@ class Writer:
         return np.array(states, dtype=np.uint8).reshape(n)
 
     def _pass_rates(self, pass_rate: Any, ids: list[str]) -> np.ndarray:
-        if pass_rate is None:
-            return np.full(len(ids), np.nan, dtype=np.float32)
-        rates = self._numbers(pass_rate, "pass_rate", ids)
+        rates = self._numbers(np.nan if pass_rate is None else pass_rate, "pass_rate", ids)
         wrong = ~(np.isnan(rates) | ((rates >= 0) & (rates <= 1)))
         self._first_wrong(wrong, ids, "pass_rate", rates, "a share between 0 and 1, or nan for unknown")
         return rates.astype(np.float32)
 
     def _counts(self, n_rollouts: Any, ids: list[str]) -> np.ndarray:
-        if n_rollouts is None:
-            return np.zeros(len(ids), dtype=np.int32)
-        counts = self._numbers(n_rollouts, "n_rollouts", ids)
+        counts = self._numbers(0 if n_rollouts is None else n_rollouts, "n_rollouts", ids)
         wrong = ~((counts >= 0) & (counts < 2**31) & (counts == np.floor(counts)))
         self._first_wrong(wrong, ids, "n_rollouts", counts, "a whole number of rollouts")
         return counts.astype(np.int32)
 
     def _ess(self, ess: Any, ids: list[str]) -> np.ndarray:
-        if ess is None:
-            return np.full(len(ids), np.nan, dtype=np.float32)
-        sizes = self._numbers(ess, "ess", ids)
+        sizes = self._numbers(np.nan if ess is None else ess, "ess", ids)
         self._first_wrong(~(np.isnan(sizes) | (sizes >= 0)), ids, "ess", sizes, "at least 0, or nan for unknown")
         return sizes.astype(np.float32)
 

@@ -28,6 +28,13 @@ if TYPE_CHECKING:
     from gradstore.engine.probing.batch import ProbeBatch
 
 
+_DESCRIBED = (
+    "n_candidates", "at", "seed", "commit", "target", "targets", "diversity", "temperature", "quotas", "confidence",
+    "probe_step",
+)  # fmt: skip
+"""Settings of a selection in its description, by name."""
+
+
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Selection:
     """Chosen problems, best first (for a mixture, part after part), and all settings needed to repeat the choice."""
@@ -97,21 +104,9 @@ class Selection:
     def describe(self) -> dict:
         """Dict for JSON: settings, store commit, and one record per chosen problem."""
         return {
-            "collection": self.collection,
-            "selector": self.selector,
-            "n_asked": self.n_asked,
+            **{name: getattr(self, name) for name in ("collection", "selector", "n_asked")},
             "n_selected": len(self.ids),
-            "n_candidates": self.n_candidates,
-            "at": self.at,
-            "seed": self.seed,
-            "commit": self.commit,
-            "target": self.target,
-            "targets": self.targets,
-            "diversity": self.diversity,
-            "temperature": self.temperature,
-            "quotas": self.quotas,
-            "confidence": self.confidence,
-            "probe_step": self.probe_step,
+            **{name: getattr(self, name) for name in _DESCRIBED},
             "problems": [
                 {
                     "id": self.ids[i],
