@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from gradstore.cli.app import command
+from gradstore.cli.app import command, opt
 from gradstore.cli.show import print_json, print_table, say
 from gradstore.errors import RequestError
 from gradstore.wording import first_words, short_layer
@@ -20,47 +20,44 @@ if TYPE_CHECKING:
     from gradstore.engine.selecting.candidates import Selector
 
 StorePath = Annotated[Path, typer.Argument(metavar="STORE", help="Folder of the store.")]
-AgainstAny = Annotated[
-    list[str] | None, typer.Option("--against", help="Benchmark whose gradient is the target; may be repeated.")
-]
-Pool = Annotated[str | None, typer.Option("--pool", help="Collection to rank; default: the only other one.")]
-At = Annotated[int | None, typer.Option("--at", help="Look at the store as of this step.")]
-HowAggregated = Annotated[str, typer.Option(help="How the target is made: mean or unit_mean.")]
+AgainstAny = Annotated[list[str] | None, opt("Benchmark whose gradient is the target; may be repeated.", "--against")]
+Pool = Annotated[str | None, opt("Collection to rank; default: the only other one.", "--pool")]
+At = Annotated[int | None, opt("Look at the store as of this step.", "--at")]
+HowAggregated = Annotated[str, opt("How the target is made: mean or unit_mean.")]
 Filter = Annotated[
-    list[str] | None,
-    typer.Option("--where", help="Keep source=NAME, tag=NAME or pass_rate=LOW..HIGH; may be repeated."),
+    list[str] | None, opt("Keep source=NAME, tag=NAME or pass_rate=LOW..HIGH; may be repeated.", "--where")
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Json = Annotated[bool, opt("Print JSON.", "--json")]
 
 
 @command()
 def query(
     store: StorePath,
     against: AgainstAny = None,
-    top: Annotated[int, typer.Option("--top", "-k", help="How many problems.")] = 20,
+    top: Annotated[int, opt("How many problems.", "--top", "-k")] = 20,
     pool: Pool = None,
     at: At = None,
-    metric: Annotated[str, typer.Option(help="cosine, dot or fisher.")] = "cosine",
+    metric: Annotated[str, opt("cosine, dot or fisher.")] = "cosine",
     damping: Annotated[
-        float | None, typer.Option(help="fisher: lambda over the mean eigenvalue of the second moment [default: 0.1].")
+        float | None, opt("fisher: lambda over the mean eigenvalue of the second moment [default: 0.1].")
     ] = None,
     fuse: Annotated[
-        str | None, typer.Option(help="Several benchmarks: mean of the scores (default), minimum, or rrf (ranks).")
+        str | None, opt("Several benchmarks: mean of the scores (default), minimum, or rrf (ranks).")
     ] = None,
     weight: Annotated[
-        list[float] | None, typer.Option("--weight", help="One for each --against, in their order (mean, rrf).")
+        list[float] | None, opt("One for each --against, in their order (mean, rrf).", "--weight")
     ] = None,
-    smallest: Annotated[bool, typer.Option("--smallest", help="The least aligned first.")] = False,
+    smallest: Annotated[bool, opt("The least aligned first.", "--smallest")] = False,
     aggregate: HowAggregated = "mean",
     where: Filter = None,
     index: Annotated[
         str,
-        typer.Option(
-            help="scan (exact, nothing built), auto (the fastest for one query), or turbovec or flat: "
+        opt(
+            "scan (exact, nothing built), auto (the fastest for one query), or turbovec or flat: "
             "opened or built beside the collection."
         ),
     ] = "scan",
-    layers: Annotated[int, typer.Option(help="Show the N layers with the largest terms of each score.")] = 0,
+    layers: Annotated[int, opt("Show the N layers with the largest terms of each score.")] = 0,
     json: Json = False,
 ) -> None:
     """Which problems align with a benchmark, or with several, best first."""
@@ -158,36 +155,34 @@ def _print_hits(title: str, rows: list[dict], with_layers: bool) -> None:
 @command()
 def select(
     store: StorePath,
-    n: Annotated[int, typer.Option("-n", help="How many problems.")],
-    out: Annotated[Path, typer.Option(help="Folder for train.parquet, train.jsonl and selection.json.")],
+    n: Annotated[int, opt("How many problems.", "-n")],
+    out: Annotated[Path, opt("Folder for train.parquet, train.jsonl and selection.json.")],
     against: AgainstAny = None,
     pool: Pool = None,
     at: At = None,
     selector: Annotated[
         str,
-        typer.Option(
-            help="Name of a selector (`gradstore selectors`), or GradAlign's name of it, or a mixture such as "
+        opt(
+            "Name of a selector (`gradstore selectors`), or GradAlign's name of it, or a mixture such as "
             "cosine:0.7+rand:0.3."
         ),
     ] = "cosine",
     aggregate: HowAggregated = "mean",
     where: Filter = None,
     temperature: Annotated[
-        float | None,
-        typer.Option(help="Draw the picks, the better the likelier, in units of the scores' standard deviation."),
+        float | None, opt("Draw the picks, the better the likelier, in units of the scores' standard deviation.")
     ] = None,
     quota: Annotated[
         list[str] | None,
-        typer.Option("--quota", help="SOURCE=SHARE of the picks; may be repeated. What is left of 1 is the others'."),
+        opt("SOURCE=SHARE of the picks; may be repeated. What is left of 1 is the others'.", "--quota"),
     ] = None,
-    confidence: Annotated[float, typer.Option(help="Of the scores' intervals, where there are any.")] = 0.95,
+    confidence: Annotated[float, opt("Of the scores' intervals, where there are any.")] = 0.95,
     diversity: Annotated[
-        str | None,
-        typer.Option(help="Pick among the best 4 n so that they differ: mmr (marginal relevance) or kmeans (strata)."),
+        str | None, opt("Pick among the best 4 n so that they differ: mmr (marginal relevance) or kmeans (strata).")
     ] = None,
-    relevance: Annotated[float, typer.Option(help="mmr: weight of the score against being different, 0 to 1.")] = 0.5,
-    seed: Annotated[int, typer.Option(help="Drives whatever is drawn at random, and k-means.")] = 0,
-    allow_fewer: Annotated[bool, typer.Option("--allow-fewer", help="Go on with fewer than asked.")] = False,
+    relevance: Annotated[float, opt("mmr: weight of the score against being different, 0 to 1.")] = 0.5,
+    seed: Annotated[int, opt("Drives whatever is drawn at random, and k-means.")] = 0,
+    allow_fewer: Annotated[bool, opt("Go on with fewer than asked.", "--allow-fewer")] = False,
     json: Json = False,
 ) -> None:
     """Choose n problems and write them ready for verl."""
