@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gradstore.errors import RequestError, first_line
+from gradstore.keepable import parsed_line
 from gradstore.parquet import plain_table
 
 CHUNK_BYTES = 1 << 20
@@ -75,7 +76,7 @@ class JsonLines(RowFile):
         with self.path.open("rb") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
-                    yield Row(self.where(number), place, len(line), _parse(line, self.where(number)))
+                    yield Row(self.where(number), place, len(line), parsed_line(line, self.where(number)))
                 place += len(line)
 
     def fetch(self, places: Sequence[int], sizes: Sequence[int]) -> list[Any]:
@@ -84,7 +85,7 @@ class JsonLines(RowFile):
         rows = []
         for place, size in zip(places, sizes, strict=True):
             self._file.seek(place)
-            rows.append(_parse(self._file.read(size), f"{self.path}, byte {place}"))
+            rows.append(parsed_line(self._file.read(size), f"{self.path}, byte {place}"))
         return rows
 
     def close(self) -> None:
@@ -243,18 +244,6 @@ def open_rows(path: Path, columns: Sequence[str]) -> RowFile:
     if mark == b"{":
         return JsonLines(path)
     raise RequestError(f"{path}: neither JSON Lines, nor a JSON list, nor Parquet (starts with {head!r})")
-
-
-def _parse(line: bytes, where: str) -> Any:
-    try:
-        return json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise RequestError(f"{where}: not UTF-8 text (byte {error.start})") from None
-    except json.JSONDecodeError as error:
-        cut = "" if line.endswith(b"\n") else "; the file ends here, so the line may have been cut off"
-        raise RequestError(f"{where}: not valid JSON: {error.msg} at character {error.pos}{cut}") from None
-    except (RecursionError, ValueError) as error:  # nested too deeply, or an integer with too many digits
-        raise RequestError(f"{where}: not usable JSON: {first_line(error)}") from None
 
 
 def _rows(table: pa.Table) -> Iterator[dict[str, Any]]:

@@ -14,7 +14,7 @@ import numpy as np
 
 from gradstore.engine.rollouts.templates import Prompt
 from gradstore.errors import RequestError
-from gradstore.keepable import check_keepable
+from gradstore.keepable import check_keepable, parsed_field
 
 _OWN = (
     "problem_id", "prompt", "prompt_ids", "response", "response_ids", "reward", "logprobs", "reference_logprobs",
@@ -292,12 +292,8 @@ class _Fields:
         return [self._encodable("tags", tag) for tag in value]
 
     def extra(self) -> dict[str, Any]:
-        _, value = self.get("extra")
-        if isinstance(value, str):  # Parquet keeps free-form objects as JSON text
-            try:
-                value = json.loads(value)
-            except ValueError:
-                raise self.error("extra", "is text that is not JSON, expected an object") from None
+        name, value = self.get("extra")
+        value = parsed_field(value, self.where, name)
         if value is None:
             return {}
         if not isinstance(value, Mapping):

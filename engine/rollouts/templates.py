@@ -16,6 +16,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from gradstore.errors import RequestError, first_line
+from gradstore.keepable import parsed_field
 from gradstore.problems import detail
 
 Prompt = str | list[dict[str, Any]]
@@ -108,11 +109,7 @@ def tools_of(record: Mapping[str, Any], name: str) -> list[dict[str, Any]] | Non
     tools = detail(record, "tools")
     if tools is None:
         tools = ((record.get("extra") or {}).get("verl") or {}).get("tools")
-    if isinstance(tools, str):
-        try:
-            tools = json.loads(tools)
-        except ValueError:
-            raise RequestError(f"{name}: field 'tools' is text that is not JSON, expected a list of objects") from None
+    tools = parsed_field(tools, name, "tools", "a list of objects")
     if not tools:
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):

@@ -29,6 +29,7 @@ from typing import Any
 
 from gradstore import to_verl
 from gradstore.errors import RequestError
+from gradstore.keepable import parsed_field
 from gradstore.problems import detail
 from gradstore.trainer.sampling.grading import read_truth
 from gradstore.trainer.sampling.reward import Item, Reward
@@ -253,12 +254,7 @@ def _reasoning_gym(record: Mapping[str, Any], response: str, rollout_index: int)
 def _gym_entry(record: Mapping[str, Any]) -> tuple[Callable[[str, dict], float], dict[str, Any]]:
     """A problem's verifier and entry; RequestError if the problem lacks them."""
     name = f"problem {record['id']!r}"
-    kept = detail(record, "reasoning_gym")
-    if isinstance(kept, str):  # JSON text, for files whose column holds entries of several schemas
-        try:
-            kept = json.loads(kept)
-        except ValueError as error:
-            raise RequestError(f"{name}: extra.reasoning_gym is text that is not JSON: {error}") from error
+    kept = parsed_field(detail(record, "reasoning_gym"), name, "extra.reasoning_gym")
     if not isinstance(kept, Mapping) or not isinstance(kept.get("entry"), Mapping) or "dataset" not in kept:
         raise RequestError(f"{name}: reward 'reasoning-gym' needs extra.reasoning_gym with 'dataset' and 'entry'")
     try:
