@@ -188,8 +188,8 @@ class TransformersBackend:
             ids_BT.to(self.model.device),
             attention_mask=mask_BT.to(self.model.device),
             generation_config=config,
-            logits_processor=transformers.LogitsProcessorList([_BeforeSampling(recorder)]),
-            stopping_criteria=transformers.StoppingCriteriaList([_AfterSampling(recorder)]),
+            logits_processor=transformers.LogitsProcessorList([recorder.before]),
+            stopping_criteria=transformers.StoppingCriteriaList([recorder.after]),
         )
         new_BT = output_BT[:, width:].cpu().numpy().astype(np.int64)
         logprobs_BT = recorder.logprobs()
@@ -215,36 +215,22 @@ class _LogprobRecorder:
         self._logits_BV: torch.Tensor | None = None
         self._logprobs_B: list[torch.Tensor] = []
 
-    def before(self, logits_BV: torch.Tensor) -> None:
+    def before(self, ids_BT: torch.Tensor, logits_BV: torch.Tensor) -> torch.Tensor:
+        """A logits processor that changes nothing."""
         self._logits_BV = logits_BV
+        return logits_BV
 
-    def after(self, ids_BT: torch.Tensor) -> None:
+    def after(self, ids_BT: torch.Tensor, _scores: Any, **_: Any) -> torch.Tensor:
+        """A stopping criterion that never stops."""
         if self._logits_BV is not None:
             logprobs_BV = self._logits_BV.float().log_softmax(-1)
             self._logprobs_B.append(logprobs_BV.gather(1, ids_BT[:, -1:])[:, 0])
             self._logits_BV = None
+        return torch.zeros(len(ids_BT), dtype=torch.bool, device=ids_BT.device)
 
     def logprobs(self) -> np.ndarray:
         """float32 [B, T] over the new tokens."""
         return torch.stack(self._logprobs_B, 1).cpu().numpy()
-
-
-class _BeforeSampling(transformers.LogitsProcessor):
-    def __init__(self, recorder: _LogprobRecorder) -> None:
-        self._recorder = recorder
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        self._recorder.before(scores)
-        return scores
-
-
-class _AfterSampling(transformers.StoppingCriteria):
-    def __init__(self, recorder: _LogprobRecorder) -> None:
-        self._recorder = recorder
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        self._recorder.after(input_ids)
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 @contextmanager
