@@ -122,7 +122,7 @@ def collect(
     from gradstore.engine.sketches.collector import collect as run
     from gradstore.engine.sketches.spec import SketchSpec
 
-    check_number("step (0: the base model)", step or 0, least=0)
+    check_number("step", step or 0, least=0)
     check_known("--refit", refit, ("warn", "auto"))
     check_known("--measure", measure, get_args(Measure))
     if refit == "auto" and measure == "never":
