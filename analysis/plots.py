@@ -9,10 +9,10 @@ from functools import wraps
 from html import escape
 from typing import Any, ParamSpec
 
+from gradstore import errors
 from gradstore.analysis import figures
 from gradstore.analysis.report.interactive import drawn
 from gradstore.analysis.report.pieces import Figure
-from gradstore.errors import needing
 
 P = ParamSpec("P")
 
@@ -25,7 +25,7 @@ def _plotted(described: Callable[P, Figure]) -> Callable[P, Any]:
 
     @wraps(described)
     def plot(*args: P.args, **kwargs: P.kwargs) -> Any:
-        with needing("a figure", "gradstore[report]"):
+        with errors.needing("a figure", "gradstore[report]"):
             import plotly.graph_objects as go
         figure = described(*args, **kwargs)
         parts = drawn(figure)
