@@ -253,7 +253,7 @@ def test_other_refusals(tmp_path: Path, tiny_tokenizer: Any) -> None:
         rollout([], RandomBackend(tiny_tokenizer), LENGTH, tmp_path / "r.jsonl")
     with pytest.raises(RequestError, match=r"the suffix '\.txt' is not one of \.jsonl, \.parquet"):
         _run(tiny_tokenizer, tmp_path / "r.txt")
-    with pytest.raises(RequestError, match=r"none.*cannot be written: No such file or directory"):
+    with pytest.raises(RequestError, match=r"r\.jsonl.*the folder .*none does not exist"):
         _run(tiny_tokenizer, tmp_path / "none" / "r.jsonl")
     mixed = [PROBLEMS[0], PROBLEMS[1] | {"prompt": [{"role": "user", "content": "a"}]}]
     with pytest.raises(RequestError, match="Parquet cannot mix"):
