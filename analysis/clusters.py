@@ -7,16 +7,15 @@ Dimension letters: P live problems, N drawn ones, C clusters, D sketch dimension
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pandas as pd
 
 from gradstore import Store, View
-from gradstore.errors import RequestError
+from gradstore.errors import RequestError, check_known, needing
 
 Kind = Literal["kmeans", "spectral", "hdbscan"]
-KINDS = ("kmeans", "spectral", "hdbscan")
 MAPS = ("pca", "umap")
 NOISE = -1
 """Cluster number of problems that hdbscan assigns to no cluster."""
@@ -53,10 +52,8 @@ def clusters(
     for cluster -1), representative bool (the few most similar to their centre), norm, pass_rate float32, step
     int64 (of the row). RequestError for an unknown kind or layout, or fewer than three live problems.
     """
-    if kind not in KINDS:
-        raise RequestError(f"clusters by {kind!r}: expected one of {', '.join(KINDS)}")
-    if layout not in MAPS:
-        raise RequestError(f"map by {layout!r}: expected one of {', '.join(MAPS)}")
+    check_known("kind of clusters", kind, get_args(Kind))
+    check_known("map", layout, MAPS)
     view = store.view(pool, at)
     live = view.live_positions
     if len(live) < 3:
@@ -177,10 +174,8 @@ def _pca(rows_ND: np.ndarray, dimensions: int, seed: int) -> Callable[[np.ndarra
 def _map(rows_ND: np.ndarray, layout: str, seed: int) -> Callable[[np.ndarray], np.ndarray]:
     if layout == "pca":
         return _pca(rows_ND, 2, seed)
-    try:
+    with needing("the umap map (not layout='pca')", "umap-learn"):
         import umap
-    except ImportError:
-        raise RequestError("the umap map needs umap-learn: pip install umap-learn, or take layout='pca'") from None
     model: Any = umap.UMAP(n_components=2, metric="cosine", random_state=seed, n_jobs=1).fit(rows_ND)
     found: Callable[[np.ndarray], np.ndarray] = model.transform
     return found

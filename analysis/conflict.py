@@ -22,11 +22,7 @@ COLUMNS = [
 
 
 def conflict(
-    store: Store,
-    benchmarks: Sequence[str],
-    pool: str,
-    at: int | Sequence[int] | None = None,
-    metric: Metric = "cosine",
+    store: Store, benchmarks: Sequence[str], pool: str, at: int | Sequence[int] | None = None, metric: Metric = "cosine"
 ) -> pd.DataFrame:
     """Agreement of each pair of benchmarks, one row per pair (and step).
 

@@ -11,7 +11,7 @@ from gradstore.engine.searching.query import Metric, query_vectors, score_rows
 from gradstore.engine.searching.targets import Target
 from gradstore.engine.selecting.mixture import parts_of
 from gradstore.engine.selecting.selection import select
-from gradstore.errors import RequestError
+from gradstore.errors import RequestError, check_known
 from gradstore.rounds import Round
 
 SELECTED = ("cosine", "dot", "fisher", "norm", "accgreedy", "rand")
@@ -51,8 +51,7 @@ def counterfactual(
     """
     for name in selectors:
         parts_of(name)  # raises for an unknown one
-    if among not in ("candidates", "pool"):
-        raise RequestError(f"among is {among!r}, expected 'candidates' or 'pool'")
+    check_known("among", among, ("candidates", "pool"))
     names = [benchmark] if isinstance(benchmark, str) else list(benchmark)
     if not names:
         raise RequestError("no benchmark given: name at least one")

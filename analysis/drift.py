@@ -44,17 +44,9 @@ def target_drift(store: Store, benchmark: str, steps: Sequence[int] | None = Non
         for i, (step, vector_D, _) in enumerate(found[: j + 1]):
             length, length_before = float(np.linalg.norm(other_D)), float(np.linalg.norm(vector_D))
             unchanged = (length**2 + length_before**2 - energies[i] - energies[j]) / (2 * length * length_before)
-            rows.append(
-                {
-                    "step": step,
-                    "other": other,
-                    "cosine": float(vector_D @ other_D / (length_before * length)),
-                    "noise": float(np.clip(unchanged, 0, 1)) if i < j else 1.0,
-                    "length": length,
-                    "n_live": n_live,
-                    "consecutive": i == j - 1,
-                }
-            )
+            cosine = float(vector_D @ other_D / (length_before * length))
+            noise = float(np.clip(unchanged, 0, 1)) if i < j else 1.0
+            rows.append((step, other, cosine, noise, length, n_live, i == j - 1))
     return pd.DataFrame(rows, columns=["step", "other", "cosine", "noise", "length", "n_live", "consecutive"])
 
 
@@ -94,24 +86,10 @@ def ranking_drift(
         best = min(n, k or max(1, n // 10))
         anew_P = seen.row_steps_SP[a, both_P] != seen.row_steps_SP[b, both_P]
         floor = chance(x_P.astype(np.float64), noise_P[both_P], anew_P, best, seed=seed)
-        rows.append(
-            {
-                "step": int(seen.steps[b]),
-                "other": int(seen.steps[a]),
-                "against": against,
-                "n": n,
-                "k": best,
-                "spearman": spearman(x_P, y_P),
-                "jaccard": jaccard(x_P, y_P, best),
-                "rbo": rank_biased_overlap(x_P, y_P, best),
-                "refreshed": float(anew_P.mean()) if n else 0.0,
-                "noise_spearman": floor[0],
-                "noise_jaccard": floor[1],
-                "noise_rbo": floor[2],
-                "reliability": trust.value,
-                "noise_from": trust.source,
-            }
-        )
+        agreed = spearman(x_P, y_P), jaccard(x_P, y_P, best), rank_biased_overlap(x_P, y_P, best)
+        refreshed = float(anew_P.mean()) if n else 0.0
+        steps_ab = int(seen.steps[b]), int(seen.steps[a])
+        rows.append((*steps_ab, against, n, best, *agreed, refreshed, *floor, trust.value, trust.source))
     columns = ["step", "other", "against", "n", "k", "spearman", "jaccard", "rbo", "refreshed"]
     columns += ["noise_spearman", "noise_jaccard", "noise_rbo", "reliability", "noise_from"]
     return pd.DataFrame(rows, columns=columns)

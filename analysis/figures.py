@@ -13,6 +13,7 @@ from gradstore.analysis.alignment import summary
 from gradstore.analysis.clusters import NOISE
 from gradstore.analysis.drift import tells_noise
 from gradstore.analysis.report.pieces import Figure, Kind, Series, written
+from gradstore.wording import first_words
 
 _FLOORS = {
     "probes": "from the two halves of stored probes",
@@ -188,7 +189,7 @@ def clusters(frame: pd.DataFrame, texts: Mapping[str, str] | None = None) -> Fig
     for number, members in frame.groupby("cluster"):
         hover = [
             f"{line.id} · {line.source} · pass rate {100 * line.pass_rate:.0f} %"
-            + (f" · {' '.join(texts[line.id].split())[:90]}" if texts else "")
+            + (f" · {first_words(texts[line.id], 90)}" if texts else "")
             for line in members.itertuples()
         ]
         x, y = (members[axis].round(4).tolist() for axis in ("x", "y"))

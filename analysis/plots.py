@@ -9,10 +9,10 @@ from functools import wraps
 from html import escape
 from typing import Any, ParamSpec
 
+from gradstore import errors
 from gradstore.analysis import figures
 from gradstore.analysis.report.interactive import drawn
 from gradstore.analysis.report.pieces import Figure
-from gradstore.errors import RequestError
 
 P = ParamSpec("P")
 
@@ -25,10 +25,8 @@ def _plotted(described: Callable[P, Figure]) -> Callable[P, Any]:
 
     @wraps(described)
     def plot(*args: P.args, **kwargs: P.kwargs) -> Any:
-        try:
+        with errors.needing("a figure", "gradstore[report]"):
             import plotly.graph_objects as go
-        except ImportError:
-            raise RequestError("figures need plotly: pip install 'gradstore[report]'") from None
         figure = described(*args, **kwargs)
         parts = drawn(figure)
         layout = {name: value for name, value in parts["layout"].items() if name not in _OF_THE_PAGE}

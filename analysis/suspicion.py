@@ -24,7 +24,7 @@ from gradstore import Store, View
 from gradstore.analysis.noise import half_dots
 from gradstore.engine.searching.query import eligible_positions, query_vectors, score_rows
 from gradstore.engine.searching.targets import target
-from gradstore.errors import RequestError
+from gradstore.errors import RequestError, check_known
 
 WEIGHTS: Mapping[str, float] = {"estrangement": 1.0, "harm": 0.25, "coin": 0.25, "halves": 0.25, "p_value": 0.25}
 """Weight of each piece of evidence."""
@@ -52,9 +52,8 @@ def suspicious(
     probes), p_value float64 (nan without probes), why str (the evidence beyond the 90th percentile, in words), step
     int64 (of the row). RequestError if nothing is live, for unknown evidence, or for a benchmark without a target.
     """
-    unknown = set(weights) - set(WEIGHTS)
-    if unknown:
-        raise RequestError(f"evidence {sorted(unknown)[0]!r} is not one of {', '.join(WEIGHTS)}")
+    for name in weights:
+        check_known("evidence", name, WEIGHTS)
     view = store.view(pool, at)
     live = eligible_positions(view, None)
     if not len(live):

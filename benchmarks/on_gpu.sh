@@ -54,7 +54,7 @@ step sketch-1.5b 200 $py -m benchmarks.sketch --device cuda --shape qwen2.5-1.5b
 step sketch-moe 100 $py -m benchmarks.sketch --device cuda --shape qwen3-moe --repeats 3
 step fidelity 180 $py -m benchmarks.fidelity --pool 200 --only "both, int8, 480"
 step overhead-1.5b 200 $py -m benchmarks.overhead --shape qwen2.5-1.5b --device cuda --rounds 1 --repeats 2
-step faiss 60 $py -m benchmarks.indexes --dims 1024 --kinds ivf,flat --scale 0.25 --repeats 3
+step faiss 60 $py -m benchmarks.indexes --dims 1024 --kinds flat --scale 0.25 --repeats 3
 # What is held beside the model, and what `plan` says of the same shape.
 step memory-1.5b 120 $py -m benchmarks.sketch --memory --device cuda --shape qwen2.5-1.5b
 step plan-1.5b 30 $py -m gradstore plan --model Qwen2.5-1.5B --pool 4 --rollouts 16 --tokens 800 --device h100 --gpus 1

@@ -47,6 +47,11 @@ _TOLD = {
 }
 
 
+def opt(help: str, *names: str, **settings: Any) -> Any:
+    """`typer.Option` with its help first."""
+    return typer.Option(*names, help=help, **settings)
+
+
 def _print_version(asked: bool) -> None:
     if asked:
         from importlib.metadata import version

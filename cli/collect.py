@@ -1,17 +1,17 @@
 """`collect`: rollouts into a store, one sketch for each problem."""
 
-from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast, get_args
 
 import typer
 
-from gradstore.cli.app import command
+from gradstore.cli.app import command, opt
 from gradstore.cli.query import Json, StorePath
 from gradstore.cli.rollout import Device, Model, TemplateKwargs, template_arguments
 from gradstore.cli.show import print_json, progress, say, warn
-from gradstore.errors import RequestError
+from gradstore.errors import RequestError, check_known, check_number
 
 if TYPE_CHECKING:
     from torch import nn
@@ -31,99 +31,77 @@ def collect(
     rollouts: Annotated[Path, typer.Argument(help="Rollout file, verl rollout dump or responses_sorted.json.")],
     model: Model,
     step: Annotated[
-        int | None,
-        typer.Option(help="Policy version of the model, 0 the base model; default: the rollouts' own, or 0."),
+        int | None, opt("Policy version of the model, 0 the base model; default: the rollouts' own, or 0.")
     ] = None,
-    adapter: Annotated[str | None, typer.Option(help="PEFT adapter to load on the model.")] = None,
-    format: Annotated[str, typer.Option(help="auto, rollouts, verl, verl-validation or gradalign.")] = "auto",
+    adapter: Annotated[str | None, opt("PEFT adapter to load on the model.")] = None,
+    format: Annotated[str, opt("auto, rollouts, verl, verl-validation or gradalign.")] = "auto",
     rollout_step: Annotated[
-        int | None, typer.Option(help="Take only the rollouts that state this step (of a verl dump: its file's).")
+        int | None, opt("Take only the rollouts that state this step (of a verl dump: its file's).")
     ] = None,
-    append_eos: Annotated[bool, typer.Option("--append-eos", help="End text responses in the end token.")] = False,
+    append_eos: Annotated[bool, opt("End text responses in the end token.", "--append-eos")] = False,
     problems: Annotated[
-        Path | None, typer.Option(help="Problem records whose ids and prompts the rollouts are given, by prompt.")
+        Path | None, opt("Problem records whose ids and prompts the rollouts are given, by prompt.")
     ] = None,
     template_kwargs: TemplateKwargs = None,
     objective: Annotated[
-        str | None, typer.Option(help="gradalign (default), grpo or dr_grpo; a store keeps the one it was made with.")
+        str | None, opt("gradalign (default), grpo or dr_grpo; a store keeps the one it was made with.")
     ] = None,
-    advantage: Annotated[str | None, typer.Option(help="mean, mean_std or rloo, instead of the preset's.")] = None,
-    aggregation: Annotated[str | None, typer.Option(help="As verl's loss_agg_mode, instead of the preset's.")] = None,
+    advantage: Annotated[str | None, opt("mean, mean_std or rloo, instead of the preset's.")] = None,
+    aggregation: Annotated[str | None, opt("As verl's loss_agg_mode, instead of the preset's.")] = None,
     importance: Annotated[
-        bool | None, typer.Option("--importance/--on-policy", help="Weight tokens by pi / behaviour policy.")
+        bool | None, opt("Weight tokens by pi / behaviour policy.", "--importance/--on-policy")
     ] = None,
-    clip: Annotated[float | None, typer.Option(help="PPO clipping of the importance ratio, both sides.")] = None,
+    clip: Annotated[float | None, opt("PPO clipping of the importance ratio, both sides.")] = None,
     kl_beta: Annotated[
-        float | None, typer.Option(min=0, help="Weight of GRPO's KL term to a reference policy (LearnAlign: 0.04).")
+        float | None, opt("Weight of GRPO's KL term to a reference policy (LearnAlign: 0.04).", min=0)
     ] = None,
     reference: Annotated[
-        str | None,
-        typer.Option(help="Model of the KL term; default: `reference_logprobs` as the rollouts have them."),
+        str | None, opt("Model of the KL term; default: `reference_logprobs` as the rollouts have them.")
     ] = None,
-    basis: Annotated[
-        str | None, typer.Option(help="fitted (default of a new store: to these rollouts), random or dense.")
-    ] = None,
-    rank: Annotated[
-        int | None, typer.Option(help="Width of each side of a layer's projection (new store: 16).")
-    ] = None,
-    dim: Annotated[int | None, typer.Option(help="Dimensions of a fitted or dense sketch (new store: 1024).")] = None,
+    basis: Annotated[str | None, opt("fitted (default of a new store: to these rollouts), random or dense.")] = None,
+    rank: Annotated[int | None, opt("Width of each side of a layer's projection (new store: 16).")] = None,
+    dim: Annotated[int | None, opt("Dimensions of a fitted or dense sketch (new store: 1024).")] = None,
     fit_problems: Annotated[
-        int,
-        typer.Option(
-            help="Problems with a signal a new projection is fitted to, a quarter of them held out to measure it."
-        ),
+        int, opt("Problems with a signal a new projection is fitted to, a quarter of them held out to measure it.")
     ] = 88,
-    seed: Annotated[int | None, typer.Option(help="Seed of the projection (new store: 0).")] = None,
-    modules: Annotated[list[str] | None, typer.Option(help="Regular expression of layers; may be repeated.")] = None,
+    seed: Annotated[int | None, opt("Seed of the projection (new store: 0).")] = None,
+    modules: Annotated[list[str] | None, opt("Regular expression of layers; may be repeated.")] = None,
     embeddings: Annotated[
         bool | None,
-        typer.Option(
-            help="Sketch the input embedding too (a new store: where too little of the gradient is seen without it)."
-        ),
+        opt("Sketch the input embedding too (a new store: where too little of the gradient is seen without it)."),
     ] = None,
-    dtype: Annotated[str, typer.Option(help="Row type of a new store: int8, int4, 1bit, fp16 or fp32.")] = "int8",
+    dtype: Annotated[str, opt("Row type of a new store: int8, int4, 1bit, fp16 or fp32.")] = "int8",
     head: Annotated[
-        bool,
-        typer.Option("--head", help="The output layer's gradient alone, from the forward pass (new store: 64 x 128)."),
+        bool, opt("The output layer's gradient alone, from the forward pass (new store: 64 x 128).", "--head")
     ] = False,
-    right_rank: Annotated[
-        int | None, typer.Option(help="Width of the input side where it is not --rank; random bases only.")
-    ] = None,
+    right_rank: Annotated[int | None, opt("Width of the input side where it is not --rank; random bases only.")] = None,
     optimizer: Annotated[
-        Path | None,
-        typer.Option(help="Sketch Adam's step: optimizer.pt, a Trainer checkpoint, or a verl checkpoint's folder."),
+        Path | None, opt("Sketch Adam's step: optimizer.pt, a Trainer checkpoint, or a verl checkpoint's folder.")
     ] = None,
-    formula: Annotated[str, typer.Option(help="--optimizer: less (both moments) or precondition (second).")] = "less",
-    bias_correction: Annotated[bool, typer.Option("--bias-correction", help="--optimizer: correct its bias.")] = False,
+    formula: Annotated[str, opt("--optimizer: less (both moments) or precondition (second).")] = "less",
+    bias_correction: Annotated[bool, opt("--optimizer: correct its bias.", "--bias-correction")] = False,
     benchmark_rollouts: Annotated[
-        Path | None,
-        typer.Option(help="Rollouts of the benchmark: bases are fitted to it too, and measured against it."),
+        Path | None, opt("Rollouts of the benchmark: bases are fitted to it too, and measured against it.")
     ] = None,
     refit: Annotated[
-        str,
-        typer.Option(help="warn: say when the projection no longer ranks well; auto: fit a new basis for these rows."),
+        str, opt("warn: say when the projection no longer ranks well; auto: fit a new basis for these rows.")
     ] = "warn",
     measure: Annotated[
         str,
-        typer.Option(
-            help="How well sketches rank: auto: once, when a projection is fitted, and against --benchmark-rollouts; "
+        opt(
+            "How well sketches rank: auto: once, when a projection is fitted, and against --benchmark-rollouts; "
             "always: in this run too; never."
         ),
     ] = "auto",
     every_basis: Annotated[
-        bool,
-        typer.Option("--every-basis", help="Sketch in every basis that rows are in: what a benchmark needs."),
+        bool, opt("Sketch in every basis that rows are in: what a benchmark needs.", "--every-basis")
     ] = False,
     halves: Annotated[
-        bool,
-        typer.Option("--halves", help="Keep even and odd rollouts too, for reliabilities (as much work again)."),
+        bool, opt("Keep even and odd rollouts too, for reliabilities (as much work again).", "--halves")
     ] = False,
-    token_budget: Annotated[
-        int | None, typer.Option(help="Tokens of one micro-batch [default: as memory allows].")
-    ] = None,
+    token_budget: Annotated[int | None, opt("Tokens of one micro-batch [default: as memory allows].")] = None,
     accept_coverage: Annotated[
-        float | None,
-        typer.Option(min=0, max=1, help="Least share of the gradient that a new store's sketches must see (0.95)."),
+        float | None, opt("Least share of the gradient that a new store's sketches must see (0.95).", min=0, max=1)
     ] = None,
     device: Device = None,
     json: Json = False,
@@ -144,72 +122,44 @@ def collect(
     from gradstore.engine.sketches.collector import collect as run
     from gradstore.engine.sketches.spec import SketchSpec
 
-    if step is not None and step < 0:
-        raise RequestError(f"step is {step}, expected 0 (the base model) or more")
-    if refit not in ("warn", "auto"):
-        raise RequestError(f"--refit is {refit!r}, expected warn or auto")
-    if measure not in get_args(Measure):
-        raise RequestError(f"--measure is {measure!r}, expected {', '.join(get_args(Measure))}")
+    check_number("step", step or 0, least=0)
+    check_known("--refit", refit, ("warn", "auto"))
+    check_known("--measure", measure, get_args(Measure))
     if refit == "auto" and measure == "never":
         raise RequestError("--refit auto fits anew by what it measures: leave --measure never out")
     if refit == "auto" and benchmark_rollouts is None:
         raise RequestError("--refit auto measures against the benchmark: give --benchmark-rollouts")
     opened = gradstore.open(store, mode="a") if store.exists() else None
-    spec = (
-        default_spec(head=head, optimizer=optimizer is not None)
-        if opened is None
-        else SketchSpec.of(opened.fingerprint)
-    )
-    given = {
-        "rank": rank,
-        "right_rank": right_rank,
-        "dim": dim,
-        "seed": seed,
-        "basis": basis,
-        "modules": tuple(modules) if modules else None,
-        "head_only": head or None,
-        "embeddings": embeddings,
-    }
-    changed = {
-        "advantage": advantage,
-        "aggregation": aggregation,
-        "importance": importance,
-        "clip_low": clip,
-        "clip_high": clip,
-        "kl_beta": kl_beta,
-    }
-    settings = replace(spec.objective if objective is None else preset(objective), **_given(changed))
-    spec = replace(spec, objective=settings, **_given(given))
+    spec = default_spec(head=head, optimizer=optimizer is not None)
+    if opened is not None:
+        spec = SketchSpec.of(opened.fingerprint)
+    changed = _given(
+        advantage=advantage, aggregation=aggregation, importance=importance,
+        clip_low=clip, clip_high=clip, kl_beta=kl_beta,
+    )  # fmt: skip
+    settings = replace(spec.objective if objective is None else preset(objective), **changed)
+    given = _given(
+        rank=rank, right_rank=right_rank, dim=dim, seed=seed, basis=basis, modules=tuple(modules) if modules else None,
+        head_only=head or None, embeddings=embeddings, token_budget=token_budget,
+    )  # fmt: skip
+    spec = replace(spec, objective=settings, **given)
     if reference is not None and not settings.kl_beta:
         raise RequestError("--reference is for a KL term: give its weight, --kl-beta 0.04")
     if settings.reference is not None and reference is None:
         raise RequestError(f"the rows of {store} have a KL term: give its model, --reference")
     records = None if problems is None else gradstore.read_problems(problems)
-    source = read_rollouts(
-        rollouts,
+    read = partial(
+        read_rollouts,
         tokenizer=load_tokenizer(model),
-        format=format,
         append_eos=append_eos,
-        step=rollout_step,
-        problems=records,
         vocabulary=vocabulary_size(model),
         template_kwargs=template_arguments(template_kwargs),
     )
+    source = read(rollouts, format=format, step=rollout_step, problems=records)
     if settings.kl_beta and reference is None and not source.has_reference:
         raise RequestError(f"{rollouts}: has no `reference_logprobs` for the KL term: give its model, --reference")
     policy = load_model(model, adapter, device)
-    spec = replace(spec, token_budget=token_budget)
-    wanted: list[Group] = []
-    if benchmark_rollouts is not None:
-        wanted = list(
-            read_rollouts(
-                benchmark_rollouts,
-                tokenizer=load_tokenizer(model),
-                append_eos=append_eos,
-                vocabulary=vocabulary_size(model),
-                template_kwargs=template_arguments(template_kwargs),
-            ).groups()
-        )
+    wanted: list[Group] = [] if benchmark_rollouts is None else list(read(benchmark_rollouts).groups())
     if reference is not None:
         log_probabilities = Reference(
             load_model(reference, device=device), temperature=settings.temperature, token_budget=spec.token_budget
@@ -326,6 +276,6 @@ def _checked(
     return sketcher, found
 
 
-def _given(settings: Mapping[str, object]) -> dict:
+def _given(**settings: object) -> dict:
     """The settings that were given."""
     return {name: value for name, value in settings.items() if value is not None}

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gradstore.cli.app import command
+from gradstore.cli.app import command, opt
 from gradstore.cli.query import Json
 from gradstore.cli.show import print_json, print_table, say
 from gradstore.errors import RequestError
@@ -25,29 +25,23 @@ def data(
             "A COUNT such as 0.9 is a share of --size."
         ),
     ] = None,
-    out: Annotated[Path, typer.Option(help="Problem file to write, .jsonl or .parquet.")] = Path("problems.parquet"),
-    count: Annotated[int | None, typer.Option(help="Problems of each source that states no count.")] = None,
-    size: Annotated[int | None, typer.Option(help="Problems altogether, where counts are shares.")] = None,
-    seed: Annotated[int, typer.Option(help="Same seed, same problems.")] = 0,
+    out: Annotated[Path, opt("Problem file to write, .jsonl or .parquet.")] = Path("problems.parquet"),
+    count: Annotated[int | None, opt("Problems of each source that states no count.")] = None,
+    size: Annotated[int | None, opt("Problems altogether, where counts are shares.")] = None,
+    seed: Annotated[int, opt("Same seed, same problems.")] = 0,
     local: Annotated[
-        list[str] | None,
-        typer.Option("--from", help="[NAME=]PATH: local parquet or jsonl files of a data set, instead of the hub."),
+        list[str] | None, opt("[NAME=]PATH: local parquet or jsonl files of a data set, instead of the hub.", "--from")
     ] = None,
-    config: Annotated[
-        list[str] | None, typer.Option(help="[TASK.]SETTING=VALUE of a reasoning-gym task; may be repeated.")
-    ] = None,
-    exclude: Annotated[
-        list[Path] | None, typer.Option(help="Problem file whose prompts are held out; may be repeated.")
-    ] = None,
+    config: Annotated[list[str] | None, opt("[TASK.]SETTING=VALUE of a reasoning-gym task; may be repeated.")] = None,
+    exclude: Annotated[list[Path] | None, opt("Problem file whose prompts are held out; may be repeated.")] = None,
     corrupt: Annotated[
-        list[str] | None,
-        typer.Option(help="wrong_truth=SHARE or coin_flip=SHARE, of every source, or KIND@SOURCE=SHARE."),
+        list[str] | None, opt("wrong_truth=SHARE or coin_flip=SHARE, of every source, or KIND@SOURCE=SHARE.")
     ] = None,
     instruction: Annotated[
-        str | None, typer.Option(help="What follows every question, instead of the usual text; '' for nothing.")
+        str | None, opt("What follows every question, instead of the usual text; '' for nothing.")
     ] = None,
-    form: Annotated[str, typer.Option(help="verl or flat: the fields of the records.")] = "verl",
-    known: Annotated[bool, typer.Option("--list", help="List the data sets known by name, and end.")] = False,
+    form: Annotated[str, opt("verl or flat: the fields of the records.")] = "verl",
+    known: Annotated[bool, opt("List the data sets known by name, and end.", "--list")] = False,
     json: Json = False,
 ) -> None:
     """Prepare a pool or a benchmark: problems of one or several sources, without duplicates."""

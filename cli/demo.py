@@ -4,12 +4,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
-from gradstore.cli.app import command
+from gradstore.cli.app import command, opt
 from gradstore.cli.query import Json
-from gradstore.cli.show import duration, print_json, print_table, say, size
+from gradstore.cli.show import duration, print_json, print_table, say
 from gradstore.errors import RequestError
+from gradstore.wording import size
 
 if TYPE_CHECKING:
     from gradstore.demo.course import CourseSettings
@@ -20,21 +19,13 @@ if TYPE_CHECKING:
 @command()
 def demo(
     out: Annotated[
-        Path | None,
-        typer.Option(help="Folder for the store and the selections [default: gradstore-demo, or gradstore-demo-real]."),
+        Path | None, opt("Folder for the store and the selections [default: gradstore-demo, or gradstore-demo-real].")
     ] = None,
-    seeds: Annotated[
-        int | None, typer.Option(min=1, help="Seeds to repeat the comparison over [default: 3, with --real 1].")
-    ] = None,
-    real: Annotated[
-        bool, typer.Option("--real", help="On SmolLM2-135M-Instruct, downloaded once, after a cold start.")
-    ] = False,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="--real in a quarter of the time: too short to compare selectors.")
-    ] = False,
+    seeds: Annotated[int | None, opt("Seeds to repeat the comparison over [default: 3, with --real 1].", min=1)] = None,
+    real: Annotated[bool, opt("On SmolLM2-135M-Instruct, downloaded once, after a cold start.", "--real")] = False,
+    quick: Annotated[bool, opt("--real in a quarter of the time: too short to compare selectors.", "--quick")] = False,
     model: Annotated[
-        Path | None,
-        typer.Option(help="--real: the model's folder, made where it is not there [default: base in --out]."),
+        Path | None, opt("--real: the model's folder, made where it is not there [default: base in --out].")
     ] = None,
     json: Json = False,
 ) -> None:

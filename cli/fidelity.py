@@ -3,9 +3,7 @@
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
-from gradstore.cli.app import command
+from gradstore.cli.app import command, opt
 from gradstore.cli.query import Json, StorePath
 from gradstore.cli.rollout import Device, Model
 from gradstore.cli.show import print_json, print_table
@@ -15,19 +13,19 @@ from gradstore.errors import RequestError
 @command()
 def fidelity(
     store: StorePath,
-    pool: Annotated[str, typer.Option("--pool", help="Collection whose ranking is measured.")],
-    against: Annotated[str, typer.Option("--against", help="Benchmark whose gradient is the target.")],
+    pool: Annotated[str, opt("Collection whose ranking is measured.", "--pool")],
+    against: Annotated[str, opt("Benchmark whose gradient is the target.", "--against")],
     model: Model,
-    rollouts: Annotated[Path, typer.Option(help="Rollouts the pool's rows were made from.")],
-    benchmark_rollouts: Annotated[Path, typer.Option(help="Rollouts the benchmark's rows were made from.")],
-    sample: Annotated[int, typer.Option(min=3, help="Live problems measured exactly, drawn at random.")] = 200,
-    top: Annotated[int | None, typer.Option("--top", "-k", min=1, help="Overlap of the best k too (a tenth).")] = None,
+    rollouts: Annotated[Path, opt("Rollouts the pool's rows were made from.")],
+    benchmark_rollouts: Annotated[Path, opt("Rollouts the benchmark's rows were made from.")],
+    sample: Annotated[int, opt("Live problems measured exactly, drawn at random.", min=3)] = 200,
+    top: Annotated[int | None, opt("Overlap of the best k too (a tenth).", "--top", "-k", min=1)] = None,
     reference: Annotated[
-        str | None, typer.Option(help="Model of the KL term, for rows that were collected with --reference.")
+        str | None, opt("Model of the KL term, for rows that were collected with --reference.")
     ] = None,
-    adapter: Annotated[str | None, typer.Option(help="PEFT adapter to load on the model.")] = None,
-    at: Annotated[int | None, typer.Option("--at", help="Look at the store as of this step.")] = None,
-    seed: Annotated[int, typer.Option(help="Draws the sample.")] = 0,
+    adapter: Annotated[str | None, opt("PEFT adapter to load on the model.")] = None,
+    at: Annotated[int | None, opt("Look at the store as of this step.", "--at")] = None,
+    seed: Annotated[int, opt("Draws the sample.")] = 0,
     device: Device = None,
     json: Json = False,
 ) -> None:

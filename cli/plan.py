@@ -2,27 +2,26 @@
 
 from typing import Annotated
 
-import typer
-
-from gradstore.cli.app import command
+from gradstore.cli.app import command, opt
 from gradstore.cli.query import Json
-from gradstore.cli.show import duration, print_json, print_table, size
+from gradstore.cli.show import duration, print_json, print_table
+from gradstore.wording import size
 
 
 @command()
 def plan(
-    model: Annotated[str, typer.Option(help="Folder, config.json, or a known name such as Qwen/Qwen3-8B.")],
-    pool: Annotated[int, typer.Option(help="Problems of the pool.")],
-    rollouts: Annotated[int, typer.Option(help="Rollouts of each problem.")],
-    tokens: Annotated[int, typer.Option(help="Tokens of a response.")],
-    device: Annotated[str, typer.Option(help="h100, h200, a100-80gb, a100-40gb, l40s, 4090 or cpu.")] = "h100",
-    gpus: Annotated[int, typer.Option(help="Devices that share the work.")] = 1,
-    prompt_tokens: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 200,
-    benchmark: Annotated[int, typer.Option(help="Problems of the benchmark.")] = 64,
-    picks: Annotated[int, typer.Option(help="Problems of a training round.")] = 128,
-    rank: Annotated[int, typer.Option(help="Width of each side of a layer's projection.")] = 16,
-    dim: Annotated[int, typer.Option(help="Dimensions of a sketch.")] = 1024,
-    dtype: Annotated[str, typer.Option(help="Row type: int8, int4, 1bit, fp16 or fp32.")] = "int8",
+    model: Annotated[str, opt("Folder, config.json, or a known name such as Qwen/Qwen3-8B.")],
+    pool: Annotated[int, opt("Problems of the pool.")],
+    rollouts: Annotated[int, opt("Rollouts of each problem.")],
+    tokens: Annotated[int, opt("Tokens of a response.")],
+    device: Annotated[str, opt("h100, h200, a100-80gb, a100-40gb, l40s, 4090 or cpu.")] = "h100",
+    gpus: Annotated[int, opt("Devices that share the work.")] = 1,
+    prompt_tokens: Annotated[int, opt("Tokens of a prompt.")] = 200,
+    benchmark: Annotated[int, opt("Problems of the benchmark.")] = 64,
+    picks: Annotated[int, opt("Problems of a training round.")] = 128,
+    rank: Annotated[int, opt("Width of each side of a layer's projection.")] = 16,
+    dim: Annotated[int, opt("Dimensions of a sketch.")] = 1024,
+    dtype: Annotated[str, opt("Row type: int8, int4, 1bit, fp16 or fp32.")] = "int8",
     json: Json = False,
 ) -> None:
     """Time, memory and disk of every stage, from the model's configuration alone."""

@@ -3,9 +3,7 @@
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
-from gradstore.cli.app import command
+from gradstore.cli.app import command, opt
 from gradstore.cli.query import Json, StorePath
 from gradstore.cli.rollout import Device, Model
 from gradstore.cli.show import print_json, print_table, progress, say
@@ -18,31 +16,24 @@ _WINDOW = 64
 @command()
 def probe(
     store: StorePath,
-    pool: Annotated[str, typer.Option("--pool", help="Collection of the problems.")],
-    rollouts: Annotated[Path, typer.Option(help="Rollouts of the problems.")],
-    against: Annotated[str, typer.Option("--against", help="Benchmark; its name is kept with the derivatives.")],
-    benchmark_rollouts: Annotated[
-        Path, typer.Option(help="Rollouts of the benchmark, whose gradient is the direction.")
-    ],
+    pool: Annotated[str, opt("Collection of the problems.", "--pool")],
+    rollouts: Annotated[Path, opt("Rollouts of the problems.")],
+    against: Annotated[str, opt("Benchmark; its name is kept with the derivatives.", "--against")],
+    benchmark_rollouts: Annotated[Path, opt("Rollouts of the benchmark, whose gradient is the direction.")],
     model: Model,
-    step: Annotated[
-        int | None, typer.Option(help="Policy version of the model; default: the rollouts' own, or 0.")
-    ] = None,
-    adapter: Annotated[str | None, typer.Option(help="PEFT adapter to load on the model.")] = None,
+    step: Annotated[int | None, opt("Policy version of the model; default: the rollouts' own, or 0.")] = None,
+    adapter: Annotated[str | None, opt("PEFT adapter to load on the model.")] = None,
     known: Annotated[
-        bool,
-        typer.Option("--known", help="The rollouts' log-probabilities are this policy's: one forward instead of two."),
+        bool, opt("The rollouts' log-probabilities are this policy's: one forward instead of two.", "--known")
     ] = False,
     rank: Annotated[
-        int | None, typer.Option(help="Move along the direction cut to this rank: for weights coarser than float32.")
+        int | None, opt("Move along the direction cut to this rank: for weights coarser than float32.")
     ] = None,
     all_problems: Annotated[
-        bool, typer.Option("--all", help="Problems with equal rewards too, for rewards that may be corrected.")
+        bool, opt("Problems with equal rewards too, for rewards that may be corrected.", "--all")
     ] = False,
-    top: Annotated[int, typer.Option("--top", "-k", help="Problems shown.")] = 10,
-    token_budget: Annotated[
-        int | None, typer.Option(help="Tokens of one micro-batch [default: as memory allows].")
-    ] = None,
+    top: Annotated[int, opt("Problems shown.", "--top", "-k")] = 10,
+    token_budget: Annotated[int | None, opt("Tokens of one micro-batch [default: as memory allows].")] = None,
     device: Device = None,
     json: Json = False,
 ) -> None:

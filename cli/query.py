@@ -1,13 +1,14 @@
 """`query`, `select` and `selectors`: ask a store which problems align with a benchmark."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from gradstore.cli.app import command
-from gradstore.cli.show import first_words, print_json, print_table, say, short_layer
+from gradstore.cli.app import command, opt
+from gradstore.cli.show import print_json, print_table, say
 from gradstore.errors import RequestError
+from gradstore.wording import first_words, short_layer
 
 if TYPE_CHECKING:
     import numpy as np
@@ -19,54 +20,50 @@ if TYPE_CHECKING:
     from gradstore.engine.selecting.candidates import Selector
 
 StorePath = Annotated[Path, typer.Argument(metavar="STORE", help="Folder of the store.")]
-AgainstAny = Annotated[
-    list[str] | None,
-    typer.Option("--against", help="Benchmark whose gradient is the target; may be repeated."),
-]
-Pool = Annotated[str | None, typer.Option("--pool", help="Collection to rank; default: the only other one.")]
-At = Annotated[int | None, typer.Option("--at", help="Look at the store as of this step.")]
-HowAggregated = Annotated[str, typer.Option(help="How the target is made: mean or unit_mean.")]
+AgainstAny = Annotated[list[str] | None, opt("Benchmark whose gradient is the target; may be repeated.", "--against")]
+Pool = Annotated[str | None, opt("Collection to rank; default: the only other one.", "--pool")]
+At = Annotated[int | None, opt("Look at the store as of this step.", "--at")]
+HowAggregated = Annotated[str, opt("How the target is made: mean or unit_mean.")]
 Filter = Annotated[
-    list[str] | None,
-    typer.Option("--where", help="Keep source=NAME, tag=NAME or pass_rate=LOW..HIGH; may be repeated."),
+    list[str] | None, opt("Keep source=NAME, tag=NAME or pass_rate=LOW..HIGH; may be repeated.", "--where")
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Json = Annotated[bool, opt("Print JSON.", "--json")]
 
 
 @command()
 def query(
     store: StorePath,
     against: AgainstAny = None,
-    top: Annotated[int, typer.Option("--top", "-k", help="How many problems.")] = 20,
+    top: Annotated[int, opt("How many problems.", "--top", "-k")] = 20,
     pool: Pool = None,
     at: At = None,
-    metric: Annotated[str, typer.Option(help="cosine, dot or fisher.")] = "cosine",
+    metric: Annotated[str, opt("cosine, dot or fisher.")] = "cosine",
     damping: Annotated[
-        float | None, typer.Option(help="fisher: lambda over the mean eigenvalue of the second moment [default: 0.1].")
+        float | None, opt("fisher: lambda over the mean eigenvalue of the second moment [default: 0.1].")
     ] = None,
     fuse: Annotated[
-        str | None, typer.Option(help="Several benchmarks: mean of the scores (default), minimum, or rrf (ranks).")
+        str | None, opt("Several benchmarks: mean of the scores (default), minimum, or rrf (ranks).")
     ] = None,
     weight: Annotated[
-        list[float] | None, typer.Option("--weight", help="One for each --against, in their order (mean, rrf).")
+        list[float] | None, opt("One for each --against, in their order (mean, rrf).", "--weight")
     ] = None,
-    smallest: Annotated[bool, typer.Option("--smallest", help="The least aligned first.")] = False,
+    smallest: Annotated[bool, opt("The least aligned first.", "--smallest")] = False,
     aggregate: HowAggregated = "mean",
     where: Filter = None,
     index: Annotated[
         str,
-        typer.Option(
-            help="scan (exact, nothing built), auto (the fastest for one query), or flat, sq, rabitq, ivf, turbovec: "
+        opt(
+            "scan (exact, nothing built), auto (the fastest for one query), or turbovec or flat: "
             "opened or built beside the collection."
         ),
     ] = "scan",
-    layers: Annotated[int, typer.Option(help="Show the N layers with the largest terms of each score.")] = 0,
+    layers: Annotated[int, opt("Show the N layers with the largest terms of each score.")] = 0,
     json: Json = False,
 ) -> None:
     """Which problems align with a benchmark, or with several, best first."""
     import gradstore
     from gradstore.engine.searching.fisher import DAMPING
-    from gradstore.engine.searching.fusion import FusedHits, search_fused
+    from gradstore.engine.searching.fusion import search_fused
     from gradstore.engine.searching.query import search
     from gradstore.engine.searching.targets import target
     from gradstore.engine.searching.where import Where
@@ -81,35 +78,21 @@ def query(
     opened = gradstore.open(store)
     view = opened.view(_pool(opened, pool, against), at)
     wanted = [target(opened, name, at, cast("Aggregate", aggregate)) for name in against]
-    score = cast("Metric", metric)
-    kept = Where.parse(where) if where else None
     strength = DAMPING if damping is None else damping
+    asked: dict[str, Any] = {
+        "metric": metric, "largest": not smallest, "where": Where.parse(where) if where else None, "damping": strength,
+    }  # fmt: skip
     if several:
-        hits: Hits = search_fused(
-            view,
-            wanted,
-            top,
-            how=cast("Fusion", fuse or "mean"),
-            weights=weight or None,
-            metric=score,
-            largest=not smallest,
-            where=kept,
-            damping=strength,
-        )
+        combined = search_fused(view, wanted, top, how=cast("Fusion", fuse or "mean"), weights=weight or None, **asked)
+        hits: Hits = combined
+        more = [{"scores": dict(zip(against, each, strict=True))} for each in combined.scores_QK.T.tolist()]
     else:
-        hits = search(
-            view,
-            wanted[0],
-            top,
-            metric=score,
-            largest=not smallest,
-            where=kept,
-            index=None if index == "scan" else index,
-            damping=strength,
-        )
+        hits = search(view, wanted[0], top, index=None if index == "scan" else index, **asked)
+        more = [{} for _ in range(len(hits))]
+    if layers:
+        shares = _largest_layers(view, hits.positions, wanted[0], cast("Metric", metric), layers, strength)
+        more = [{"layers": share} for share in shares]
     newest = max(int(view.steps.max()), *(goal.steps[1] for goal in wanted)) if at is None else at
-    problems = view.problems.take(hits.positions).to_pylist()
-    shares = _largest_layers(view, hits.positions, wanted[0], score, layers, strength) if layers else [{}] * len(hits)
     rows = [
         {
             "rank": rank + 1,
@@ -117,18 +100,17 @@ def query(
             "score": float(hits.scores[rank]),
             "pass_rate": float(view.pass_rates[position]),
             "age": newest - int(view.steps[position]),
-            "source": problems[rank]["source"],
-            "problem": problems[rank]["prompt"],
-            **({"layers": shares[rank]} if layers else {}),
-            **(
-                {"scores": dict(zip(against, hits.scores_QK[:, rank].tolist(), strict=True))}
-                if isinstance(hits, FusedHits)
-                else {}
-            ),
+            "source": problem["source"],
+            "problem": problem["prompt"],
+            **more[rank],
         }
-        for rank, position in enumerate(hits.positions)
+        for rank, (position, problem) in enumerate(
+            zip(hits.positions, view.problems.take(hits.positions).to_pylist(), strict=True)
+        )
     ]
     if json:
+        one = {"target": wanted[0].describe()}
+        each = {"fuse": fuse or "mean", "weights": weight or None, "targets": [goal.describe() for goal in wanted]}
         print_json(
             {
                 "pool": view.collection,
@@ -136,11 +118,7 @@ def query(
                 "at": at,
                 "metric": metric,
                 **({"damping": strength} if metric == "fisher" else {}),
-                **(
-                    {"fuse": fuse or "mean", "weights": weight or None, "targets": [goal.describe() for goal in wanted]}
-                    if several
-                    else {"target": wanted[0].describe()}
-                ),
+                **(each if several else one),
                 "n_problems": len(view),
                 "n_eligible": hits.n_eligible,
                 "n_unknown": hits.n_unknown,
@@ -149,66 +127,62 @@ def query(
         )
         return
     against_what = " and ".join(against) + (f" ({fuse or 'mean'})" if several else "")
-    extra = ["layers"] if layers else []
     unknown = f", {hits.n_unknown} in a basis without target left out" if hits.n_unknown else ""
-    print_table(
-        f"{view.collection} against {against_what}, {metric}, step {newest}: "
-        f"{len(hits)} of {hits.n_eligible} eligible, {len(view)} measured{unknown}",
-        ["rank", "id", "score", "pass rate", "age", "source", *extra, "problem"],
-        [
-            [
-                str(row["rank"]),
-                row["id"],
-                f"{row['score']:+.4f}" if 1e-3 <= abs(row["score"]) < 1e5 else f"{row['score']:+.3e}",
-                f"{row['pass_rate']:.2f}",
-                str(row["age"]),
-                row["source"],
-                *(
-                    [" ".join(f"{short_layer(name)} {term:+.3f}" for name, term in row["layers"].items())]
-                    if layers
-                    else []
-                ),
-                first_words(row["problem"]),
-            ]
-            for row in rows
-        ],
-        right=["rank", "score", "pass rate", "age"],
+    title = (
+        f"{view.collection} against {against_what}, {metric}, step {newest}: {len(hits)} of {hits.n_eligible} eligible"
     )
+    _print_hits(f"{title}, {len(view)} measured{unknown}", rows, bool(layers))
+
+
+def _print_hits(title: str, rows: list[dict], with_layers: bool) -> None:
+    shown = []
+    for row in rows:
+        score = row["score"]
+        terms = [" ".join(f"{short_layer(name)} {term:+.3f}" for name, term in row.get("layers", {}).items())]
+        cells = [
+            str(row["rank"]),
+            row["id"],
+            f"{score:+.4f}" if 1e-3 <= abs(score) < 1e5 else f"{score:+.3e}",
+            f"{row['pass_rate']:.2f}",
+            str(row["age"]),
+            row["source"],
+        ]
+        shown.append([*cells, *terms * with_layers, first_words(row["problem"])])
+    columns = ["rank", "id", "score", "pass rate", "age", "source", *["layers"] * with_layers, "problem"]
+    print_table(title, columns, shown, right=["rank", "score", "pass rate", "age"])
 
 
 @command()
 def select(
     store: StorePath,
-    n: Annotated[int, typer.Option("-n", help="How many problems.")],
-    out: Annotated[Path, typer.Option(help="Folder for train.parquet, train.jsonl and selection.json.")],
+    n: Annotated[int, opt("How many problems.", "-n")],
+    out: Annotated[Path, opt("Folder for train.parquet, train.jsonl and selection.json.")],
     against: AgainstAny = None,
     pool: Pool = None,
     at: At = None,
     selector: Annotated[
         str,
-        typer.Option(
-            help="Name of a selector (`gradstore selectors`), or GradAlign's name of it, or a mixture such as "
+        opt(
+            "Name of a selector (`gradstore selectors`), or GradAlign's name of it, or a mixture such as "
             "cosine:0.7+rand:0.3."
         ),
     ] = "cosine",
     aggregate: HowAggregated = "mean",
     where: Filter = None,
     temperature: Annotated[
-        float | None,
-        typer.Option(help="Draw the picks, the better the likelier, in units of the scores' standard deviation."),
+        float | None, opt("Draw the picks, the better the likelier, in units of the scores' standard deviation.")
     ] = None,
     quota: Annotated[
         list[str] | None,
-        typer.Option("--quota", help="SOURCE=SHARE of the picks; may be repeated. What is left of 1 is the others'."),
+        opt("SOURCE=SHARE of the picks; may be repeated. What is left of 1 is the others'.", "--quota"),
     ] = None,
-    confidence: Annotated[float, typer.Option(help="Of the scores' intervals, where there are any.")] = 0.95,
+    confidence: Annotated[float, opt("Of the scores' intervals, where there are any.")] = 0.95,
     diversity: Annotated[
-        str | None,
-        typer.Option(help="Pick among the best 4 n so that they differ: mmr (marginal relevance) or kmeans (strata)."),
+        str | None, opt("Pick among the best 4 n so that they differ: mmr (marginal relevance) or kmeans (strata).")
     ] = None,
-    relevance: Annotated[float, typer.Option(help="mmr: weight of the score against being different, 0 to 1.")] = 0.5,
-    seed: Annotated[int, typer.Option(help="Drives whatever is drawn at random, and k-means.")] = 0,
-    allow_fewer: Annotated[bool, typer.Option("--allow-fewer", help="Go on with fewer than asked.")] = False,
+    relevance: Annotated[float, opt("mmr: weight of the score against being different, 0 to 1.")] = 0.5,
+    seed: Annotated[int, opt("Drives whatever is drawn at random, and k-means.")] = 0,
+    allow_fewer: Annotated[bool, opt("Go on with fewer than asked.", "--allow-fewer")] = False,
     json: Json = False,
 ) -> None:
     """Choose n problems and write them ready for verl."""

@@ -3,38 +3,32 @@
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
-from gradstore.cli.app import command
+from gradstore.cli.app import command, opt
 from gradstore.cli.query import Json, Pool, StorePath
 from gradstore.cli.show import print_json, say
 
 AgainstAny = Annotated[
-    list[str] | None,
-    typer.Option("--against", help="Benchmark to look at, the first one closest; may be repeated. Default: all."),
+    list[str] | None, opt("Benchmark to look at, the first one closest; may be repeated. Default: all.", "--against")
 ]
-Metric = Annotated[str, typer.Option(help="cosine, dot or fisher.")]
+Metric = Annotated[str, opt("cosine, dot or fisher.")]
 RolloutFiles = Annotated[
-    list[Path] | None,
-    typer.Option("--rollouts", help="Rollout file or folder whose responses are shown; may be repeated."),
+    list[Path] | None, opt("Rollout file or folder whose responses are shown; may be repeated.", "--rollouts")
 ]
-Tokenizer = Annotated[
-    str | None, typer.Option(help="Folder or name of a tokenizer, for responses that are token ids alone.")
-]
+Tokenizer = Annotated[str | None, opt("Folder or name of a tokenizer, for responses that are token ids alone.")]
 
 
 @command()
 def report(
     store: StorePath,
-    out: Annotated[Path | None, typer.Option(help="File to write [default: report.html or report.md].")] = None,
+    out: Annotated[Path | None, opt("File to write [default: report.html or report.md].")] = None,
     against: AgainstAny = None,
     pool: Pool = None,
     metric: Metric = "cosine",
-    format: Annotated[str, typer.Option(help="html: one page that needs no network; md: Markdown.")] = "html",
-    figures: Annotated[Path | None, typer.Option(help="Folder for every figure as SVG and PNG.")] = None,
+    format: Annotated[str, opt("html: one page that needs no network; md: Markdown.")] = "html",
+    figures: Annotated[Path | None, opt("Folder for every figure as SVG and PNG.")] = None,
     rollouts: RolloutFiles = None,
     tokenizer: Tokenizer = None,
-    top: Annotated[int, typer.Option(help="Problems listed from each end of a ranking.")] = 50,
+    top: Annotated[int, opt("Problems listed from each end of a ranking.")] = 50,
     json: Json = False,
 ) -> None:
     """Write a page of what a store holds, how alignment drifted, and what was selected."""
@@ -83,9 +77,9 @@ def serve(
     rollouts: RolloutFiles = None,
     tokenizer: Tokenizer = None,
     host: Annotated[
-        str, typer.Option(help="Address to listen on; beyond this machine every request needs the token printed.")
+        str, opt("Address to listen on; beyond this machine every request needs the token printed.")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port; 0 takes a free one.")] = 8050,
+    port: Annotated[int, opt("Port; 0 takes a free one.")] = 8050,
 ) -> None:
     """Explore a store in the browser: rank and search, open a problem, compare steps and benchmarks."""
     import gradstore

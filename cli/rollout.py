@@ -5,21 +5,20 @@ from typing import Annotated, Any
 
 import typer
 
-from gradstore.cli.app import command
+from gradstore.cli.app import command, opt
 from gradstore.cli.query import Json
 from gradstore.cli.show import print_json, progress, say
 from gradstore.errors import RequestError
 
-Model = Annotated[str, typer.Option(help="Folder or name of a transformers causal LM.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...; default: a GPU where there is one.")]
+Model = Annotated[str, opt("Folder or name of a transformers causal LM.")]
+Device = Annotated[str | None, opt("cpu, cuda, cuda:1 ...; default: a GPU where there is one.")]
 
 
 TemplateKwargs = Annotated[
-    str | None,
-    typer.Option("--template-kwargs", help="Arguments of the chat template as JSON: '{\"enable_thinking\": false}'."),
+    str | None, opt("Arguments of the chat template as JSON: '{\"enable_thinking\": false}'.", "--template-kwargs")
 ]
 SkipUnreadable = Annotated[
-    bool, typer.Option("--skip-unreadable", help="Leave problems out whose ground truth the reward cannot read.")
+    bool, opt("Leave problems out whose ground truth the reward cannot read.", "--skip-unreadable")
 ]
 
 
@@ -27,30 +26,26 @@ SkipUnreadable = Annotated[
 def rollout(
     problems: Annotated[Path, typer.Argument(help="Problem records, JSONL or Parquet, flat or verl's.")],
     model: Model,
-    out: Annotated[Path, typer.Option(help="Rollout file to write, .jsonl or .parquet.")],
-    reward: Annotated[
-        str, typer.Option(help="math, reasoning-gym, judge, auto, or module:function as verl's compute_score.")
-    ],
-    n: Annotated[int, typer.Option("-n", help="Rollouts per problem.")] = 16,
-    backend: Annotated[str, typer.Option(help="transformers or vllm.")] = "transformers",
-    max_new_tokens: Annotated[int, typer.Option(help="Longest response.")] = 1024,
-    temperature: Annotated[float, typer.Option(help="Sampling temperature.")] = 1.0,
-    top_p: Annotated[float, typer.Option(help="Nucleus of the sampling distribution.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Same seed, same rollouts.")] = 0,
-    step: Annotated[int | None, typer.Option(help="Policy version of the model, written in every row.")] = None,
+    out: Annotated[Path, opt("Rollout file to write, .jsonl or .parquet.")],
+    reward: Annotated[str, opt("math, reasoning-gym, judge, auto, or module:function as verl's compute_score.")],
+    n: Annotated[int, opt("Rollouts per problem.", "-n")] = 16,
+    backend: Annotated[str, opt("transformers or vllm.")] = "transformers",
+    max_new_tokens: Annotated[int, opt("Longest response.")] = 1024,
+    temperature: Annotated[float, opt("Sampling temperature.")] = 1.0,
+    top_p: Annotated[float, opt("Nucleus of the sampling distribution.")] = 1.0,
+    seed: Annotated[int, opt("Same seed, same rollouts.")] = 0,
+    step: Annotated[int | None, opt("Policy version of the model, written in every row.")] = None,
     template_kwargs: TemplateKwargs = None,
     skip_unreadable: SkipUnreadable = False,
     batch_tokens: Annotated[
-        int | None, typer.Option(help="transformers: tokens sampled at once [default: what memory allows].")
+        int | None, opt("transformers: tokens sampled at once [default: what memory allows].")
     ] = None,
-    tensor_parallel_size: Annotated[
-        int | None, typer.Option(help="vllm: GPUs that share the model [default: 1].")
-    ] = None,
+    tensor_parallel_size: Annotated[int | None, opt("vllm: GPUs that share the model [default: 1].")] = None,
     gpu_memory_utilization: Annotated[
-        float | None, typer.Option(help="vllm: share of a GPU's memory to take [default: vLLM's].")
+        float | None, opt("vllm: share of a GPU's memory to take [default: vLLM's].")
     ] = None,
     max_model_len: Annotated[
-        int | None, typer.Option(help="vllm: longest prompt and response together [default: the model's].")
+        int | None, opt("vllm: longest prompt and response together [default: the model's].")
     ] = None,
     device: Device = None,
     json: Json = False,

@@ -42,11 +42,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
         last = i == len(columns) - 1
         width = None if last else max(len(column), *(len(row[i]) for row in rows), 0)
         table.add_column(
-            column,
-            justify="right" if column in right else "left",
-            no_wrap=True,
-            overflow="ellipsis",
-            min_width=width,
+            column, justify="right" if column in right else "left", no_wrap=True, overflow="ellipsis", min_width=width
         )
     for row in rows:
         table.add_row(*(cell.replace("[", r"\[") for cell in row))
@@ -92,28 +88,6 @@ def progress(description: str, total: int | None) -> Iterator[Callable[[int], No
     with Progress(*columns, console=console, disable=not (console.is_terminal and log.isEnabledFor(NOTICE))) as bar:
         task = bar.add_task(description, total=total)
         yield lambda n: bar.advance(task, n)
-
-
-def short_layer(name: str) -> str:
-    """A layer's number and last name: `model.layers.3.self_attn.q_proj` is 3.q_proj."""
-    parts = [part for part in name.split(".") if part != "default"]
-    numbers = [part for part in parts if part.isdigit()]
-    return ".".join([*numbers[:1], parts[-1]])
-
-
-def first_words(prompt: str, n: int = 80) -> str:
-    """The start of a problem's text on one line."""
-    line = " ".join(prompt.split())
-    return line if len(line) <= n else line[: n - 1] + "…"
-
-
-def size(n_bytes: float) -> str:
-    """A count of bytes in a unit a person reads."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if n_bytes < 1000:
-            return f"{n_bytes:.0f} {unit}" if unit == "B" else f"{n_bytes:.1f} {unit}"
-        n_bytes /= 1000
-    return f"{n_bytes:.1f} TB"
 
 
 def duration(seconds: float) -> str:

@@ -5,10 +5,11 @@ from typing import Annotated, Literal, cast
 
 import typer
 
-from gradstore.cli.app import command
+from gradstore.cli.app import command, opt
 from gradstore.cli.query import Json, StorePath
-from gradstore.cli.show import print_json, print_table, say, size
-from gradstore.errors import RequestError
+from gradstore.cli.show import print_json, print_table, say
+from gradstore.errors import RequestError, check_known
+from gradstore.wording import size
 
 
 @command()
@@ -76,15 +77,14 @@ def verify(store: StorePath, json: Json = False) -> None:
 @command()
 def compact(
     store: StorePath,
-    collection: Annotated[str | None, typer.Option(help="Only this collection.")] = None,
-    keep: Annotated[str, typer.Option(help="all rows, or only the newest of each problem.")] = "all",
+    collection: Annotated[str | None, opt("Only this collection.")] = None,
+    keep: Annotated[str, opt("all rows, or only the newest of each problem.")] = "all",
     json: Json = False,
 ) -> None:
     """Rewrite collections without deleted (and, with --keep newest, superseded) rows."""
     import gradstore
 
-    if keep not in ("all", "newest"):
-        raise RequestError(f"keep {keep!r} is not one of all, newest")
+    check_known("keep", keep, ("all", "newest"))
     report = gradstore.open(store, mode="a").compact(collection, keep=cast(Literal["all", "newest"], keep))
     if json:
         print_json(report.describe())
@@ -97,15 +97,13 @@ def compact(
 def import_(
     store: StorePath,
     collection: Annotated[str, typer.Argument(help="Collection to add to.")],
-    problems: Annotated[Path | None, typer.Option(help="Problem records, JSONL or Parquet, flat or verl's.")] = None,
-    sketches: Annotated[
-        Path | None, typer.Option(help="Parquet with id, sketch, and maybe norm, pass_rate, n_rollouts.")
-    ] = None,
-    step: Annotated[int | None, typer.Option(help="Step of the sketches.")] = None,
+    problems: Annotated[Path | None, opt("Problem records, JSONL or Parquet, flat or verl's.")] = None,
+    sketches: Annotated[Path | None, opt("Parquet with id, sketch, and maybe norm, pass_rate, n_rollouts.")] = None,
+    step: Annotated[int | None, opt("Step of the sketches.")] = None,
     fingerprint: Annotated[
-        Path | None, typer.Option(help="JSON object saying how the sketches were made; needed to create a store.")
+        Path | None, opt("JSON object saying how the sketches were made; needed to create a store.")
     ] = None,
-    dtype: Annotated[str, typer.Option(help="int8, int4, fp16 or fp32; only when the store is created.")] = "int8",
+    dtype: Annotated[str, opt("int8, int4, fp16 or fp32; only when the store is created.")] = "int8",
     json: Json = False,
 ) -> None:
     """Add problems, or sketches made elsewhere."""

@@ -6,7 +6,6 @@ RL strengthens answers that a model already gives sometimes. Some of the truths 
 to give both right and wrong answers, and rewards differ. Do not use these problems in a pool or a benchmark.
 """
 
-import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from random import Random
 from typing import Any
 
 import torch
+import typer
 
 from gradstore.demo.pretrain import padded, train
 from gradstore.durable import whole_folder
@@ -77,24 +77,20 @@ def cold_start(
     return out
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m gradstore.demo.cold_start", description=__doc__.split("\n")[0])
-    parser.add_argument("model", type=Path)
-    parser.add_argument("problems", type=Path, help="problem records, JSONL or Parquet")
-    parser.add_argument("out", type=Path, help="folder to write the model to")
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--batch", type=int, default=16, help="problems a step")
-    parser.add_argument("--peak", type=float, default=1e-4, help="highest learning rate")
-    parser.add_argument("--seed", type=int, default=0)
-    given = vars(parser.parse_args())
-    model, problems, out = (given.pop(name) for name in ("model", "problems", "out"))
+def main(
+    model: Path, problems: Path, out: Path, steps: int = 60, batch: int = 16, peak: float = 1e-4, seed: int = 0
+) -> None:
+    """Train MODEL on the ground truths of PROBLEMS (JSONL or Parquet), BATCH a step, and write it to the folder OUT."""
+
+    def tell(line: str) -> None:
+        typer.echo(line, err=True)
+
     try:
-        records = read_problems(problems)
-        cold_start(model, records, out, **given, tell=lambda line: print(line, file=sys.stderr, flush=True))
+        cold_start(model, read_problems(problems), out, steps=steps, batch=batch, peak=peak, seed=seed, tell=tell)
     except GradstoreError as error:
-        print(f"cold start: {error}", file=sys.stderr)
+        tell(f"cold start: {error}")
         sys.exit(error.exit_status)
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

@@ -9,7 +9,6 @@ This module also makes the tokenizer: one token per byte (so per digit and "\\n"
 questions, and the chat markers. The model is a transformers Qwen2, saved in bf16.
 """
 
-import argparse
 import json
 import math
 import platform
@@ -19,11 +18,12 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import reasoning_gym
 import torch
 import transformers
+import typer
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
@@ -249,29 +249,28 @@ def save(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path)
     tokenizer.save_pretrained(out)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m gradstore.demo.pretrain", description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder to write the model to")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=5500)
-    parser.add_argument("--batch", type=int, default=128, help="training prompts a step")
-    parser.add_argument("--peak", type=float, default=3e-3, help="highest learning rate")
-    settings = parser.parse_args(argv)
-
+def main(
+    out: Annotated[Path, typer.Option(help="Folder to write the model to.")],
+    seed: int = 0,
+    steps: int = 5500,
+    batch: Annotated[int, typer.Option(help="Training prompts a step.")] = 128,
+    peak: Annotated[float, typer.Option(help="Highest learning rate.")] = 3e-3,
+) -> None:
+    """Train the demo's policy from scratch."""
     start = time.perf_counter()
     tokenizer = make_tokenizer()
-    corpus = Corpus(tokenizer, settings.seed)
-    model = make_model(tokenizer, settings.seed)
+    corpus = Corpus(tokenizer, seed)
+    model = make_model(tokenizer, seed)
     print(f"{model.num_parameters():,} parameters, vocabulary {len(tokenizer)}", flush=True)
-    train(model, corpus, steps=settings.steps, batch=settings.batch, peak=settings.peak)
-    save(model, tokenizer, settings.out)
-    table = measure(Qwen2ForCausalLM.from_pretrained(settings.out, dtype=torch.float32).eval(), tokenizer)
+    train(model, corpus, steps=steps, batch=batch, peak=peak)
+    save(model, tokenizer, out)
+    table = measure(Qwen2ForCausalLM.from_pretrained(out, dtype=torch.float32).eval(), tokenizer)
     provenance = {
-        "command": shlex.join(["python", "-m", "gradstore.demo.pretrain", *(argv or sys.argv[1:])]),
-        "seed": settings.seed,
-        "steps": settings.steps,
-        "batch": settings.batch,
-        "peak_learning_rate": settings.peak,
+        "command": shlex.join(["python", "-m", "gradstore.demo.pretrain", *sys.argv[1:]]),
+        "seed": seed,
+        "steps": steps,
+        "batch": batch,
+        "peak_learning_rate": peak,
         "parameters": model.num_parameters(),
         "mode_shares": MODE_SHARES,
         "right_share": RIGHT_SHARE,
@@ -283,7 +282,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         },
         "accuracy": table,
     }
-    (settings.out / "provenance.json").write_text(json.dumps(provenance, indent=1) + "\n")
+    (out / "provenance.json").write_text(json.dumps(provenance, indent=1) + "\n")
     for name, modes in table.items():
         cells = "  ".join(
             f"{mode} {cell['greedy']['right']:.2f}/{cell['sampled']['right']:.2f}" for mode, cell in modes.items()
@@ -293,4 +292,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

@@ -72,14 +72,7 @@ FULL = RealSettings(
 QUICK = RealSettings(
     DemoSettings(n_pool=48, n_benchmark=12, n_selected=12, n_rollouts=8, n_fitted=24, chunk=16),
     CourseSettings(
-        n_pool=16,
-        n_benchmark=6,
-        n_rounds=2,
-        n_selected=4,
-        n_updates=1,
-        learning_rate=3e-5,
-        dim=256,
-        token_budget=None,
+        n_pool=16, n_benchmark=6, n_rounds=2, n_selected=4, n_updates=1, learning_rate=3e-5, dim=256, token_budget=None
     ),
     n_taught=480,
     cold_steps=30,

@@ -80,13 +80,7 @@ FAMILIES: dict[str, Family] = {
         ),
         Family(
             "simple_equations",
-            {
-                "min_terms": 2,
-                "max_terms": 2,
-                "max_value": 20,
-                "operators": ["+", "-"],
-                "operators_weights": [0.5, 0.5],
-            },
+            {"min_terms": 2, "max_terms": 2, "max_value": 20, "operators": ["+", "-"], "operators_weights": [0.5, 0.5]},
             _plus(2),
             (
                 " Find the value of ",

@@ -2,7 +2,12 @@
 
 A `GradstoreError` says in one line what was wrong, where (file, row, id, field), what was expected and what to
 do. `exit_status` 1 means that the work failed, 2 that the request was wrong; in both cases the store is as it was.
+The checks below the classes raise a RequestError for the faults that occur everywhere.
 """
+
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class GradstoreError(Exception):
@@ -39,10 +44,53 @@ class DamagedError(GradstoreError):
     """Stored bytes are not those that were written."""
 
 
+def check_known(what: str, value: object, known: Iterable[str]) -> None:
+    """RequestError, with the nearest known name, unless the value is one of the known names."""
+    names = list(known)
+    if value not in names:
+        from difflib import get_close_matches
+
+        near = get_close_matches(str(value), names, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise RequestError(f"{what} {value!r} is not one of {', '.join(names)}{hint}")
+
+
+def check_number(
+    what: str,
+    value: float,
+    *,
+    least: float = -math.inf,
+    above: float = -math.inf,
+    most: float = math.inf,
+    below: float = math.inf,
+) -> None:
+    """RequestError that names the bounds, unless the value is finite and within them."""
+    if math.isfinite(value) and least <= value <= most and above < value < below:
+        return
+    bounds = {"at least": least, "above": above, "at most": most, "below": below}
+    named = [f"{words} {bound:g}" for words, bound in bounds.items() if math.isfinite(bound)]
+    kind = "" if math.isfinite(value) else "a finite number, "
+    raise RequestError(f"{what} is {value}, expected {kind}{' and '.join(named)}")
+
+
+@contextmanager
+def needing(what: str, distribution: str) -> Iterator[None]:
+    """Convert a failed import of the block to a RequestError that says what to install for `what`."""
+    try:
+        yield
+    except ImportError as error:
+        raise RequestError(f"{what} needs {error.name}: pip install '{distribution}'") from None
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, at most 200 characters; the error's type if it has no text."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
 def _differences(stored: dict, offered: dict) -> list[str]:
     """Each field that differs with both values; of a list the first entry that does."""
     found = []
-    ours, theirs = _leaves(stored), _leaves(offered)
+    ours, theirs = leaves(stored), leaves(offered)
     for name in sorted(ours.keys() | theirs.keys()):
         one, other = ours.get(name, "nothing"), theirs.get(name, "nothing")
         if one == other:
@@ -60,9 +108,9 @@ def _first_difference(name: str, one: list, other: list) -> tuple[str, object, o
     return f"length of {name}", len(one), len(other)
 
 
-def _leaves(tree: dict, prefix: str = "") -> dict[str, object]:
+def leaves(tree: dict, prefix: str = "") -> dict[str, object]:
     """Every field of nested dicts by its path."""
     flat: dict[str, object] = {}
     for key, value in tree.items():
-        flat |= _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+        flat |= leaves(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
     return flat

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gradstore.durable import canonical_json, crc32c, reading
-from gradstore.errors import DamagedError, NotAStoreError, RequestError
+from gradstore.errors import DamagedError, NotAStoreError, RequestError, check_known
 from gradstore.layout import (
     COLUMN_ROWS,
     COLUMNS,
@@ -116,8 +116,7 @@ def new_header(dim: int, dtype: str, chunk_rows: int | None, column_rows: int | 
     the fingerprint's objective uses importance weights, rows have the column `ess`.
     """
     dim = check_whole("dim", dim, 1)
-    if dtype not in DTYPES:
-        raise RequestError(f"dtype {dtype!r} is not known; use one of {', '.join(DTYPES)}")
+    check_known("dtype", dtype, DTYPES)
     if column_rows is None and chunk_rows is None:
         column_rows = COLUMN_ROWS
     chunk_rows = default_chunk_rows(dim, dtype) if chunk_rows is None else check_whole("chunk_rows", chunk_rows, 1)

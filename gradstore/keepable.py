@@ -1,4 +1,4 @@
-"""Check that a record can be stored as JSON in UTF-8; an error names the invalid part by its path.
+"""Parse the JSON of a record, and check that it can be stored as such in UTF-8; an error names the invalid part.
 
 Half a surrogate pair appears where a tool cut text between two UTF-16 units. JSON can spell it, but files and
 tokenizers cannot encode it. Bytes and dates come from columns such as images.
@@ -8,7 +8,30 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from gradstore.errors import RequestError
+from gradstore.errors import RequestError, first_line
+
+
+def parsed_line(line: bytes, where: str) -> Any:
+    """The value of a line of a JSON Lines file; RequestError, beginning with `where`, if it is not JSON in UTF-8."""
+    try:
+        return json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise RequestError(f"{where}: not UTF-8 text (byte {error.start})") from None
+    except json.JSONDecodeError as error:
+        cut = "" if line.endswith(b"\n") else "; the file ends here, so the line may have been cut off"
+        raise RequestError(f"{where}: not valid JSON: {error.msg} at character {error.pos}{cut}") from None
+    except (RecursionError, ValueError) as error:  # nested too deeply, or an integer with too many digits
+        raise RequestError(f"{where}: not usable JSON: {first_line(error)}") from None
+
+
+def parsed_field(value: Any, where: str, field: str, expected: str = "an object") -> Any:
+    """A field's value, parsed if it is text: Parquet files keep free-form values as JSON. RequestError if it is not."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        raise RequestError(f"{where}: field {field!r} is text that is not JSON, expected {expected}") from None
 
 
 def check_keepable(value: Any, where: str, path: str = "") -> None:

@@ -101,10 +101,7 @@ class RowArray:
                 "node_type": "array",
                 "shape": list(self.shape(rows)),
                 "data_type": self.dtype.name,
-                "chunk_grid": {
-                    "name": "regular",
-                    "configuration": {"chunk_shape": list(self.shape(self.chunk_rows))},
-                },
+                "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(self.shape(self.chunk_rows))}},
                 "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
                 "fill_value": 0 if self.dtype.kind in "iu" else 0.0,
                 "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}],

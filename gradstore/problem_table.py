@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gradstore.durable import at_once, crc32c, reading, replace_file
-from gradstore.errors import DamagedError, RequestError
+from gradstore.errors import DamagedError, RequestError, first_line
 from gradstore.manifest import Manifest, Part, read_manifest
 from gradstore.parquet import table_bytes
 from gradstore.problems import message_text
@@ -251,7 +251,7 @@ def _read_part(collection: Path, manifest: Manifest, part: Part, columns: list[s
         if table.num_rows != part.rows:
             raise pa.ArrowInvalid(f"{table.num_rows} rows instead of {part.rows}")
     except (pa.ArrowException, OSError) as error:
-        raise DamagedError(f"{path}: damaged: {str(error).splitlines()[0]}; see `gradstore verify`") from error
+        raise DamagedError(f"{path}: damaged: {first_line(error)}; see `gradstore verify`") from error
     return table.cast(table_schema() if columns is None else pa.schema([table_schema().field(n) for n in columns]))
 
 

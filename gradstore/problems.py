@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from gradstore.errors import RequestError
-from gradstore.keepable import check_keepable
+from gradstore.errors import RequestError, first_line
+from gradstore.keepable import check_keepable, parsed_field, parsed_line
 from gradstore.parquet import plain_table
 
 FIELDS = ("id", "source", "prompt", "ground_truth", "tags", "extra")
@@ -206,11 +206,7 @@ def _jsonl_records(path: Path) -> Iterator[tuple[str, dict]]:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                cut = " (the file ends in the middle of it)" if not line.endswith(b"\n") else ""
-                raise RequestError(f"{path}, line {number}: not valid JSON{cut}: {error}") from error
+            record = parsed_line(line, f"{path}, line {number}")
             if not isinstance(record, dict):
                 raise RequestError(f"{path}, line {number}: expected a JSON object, not {type(record).__name__}")
             yield f"line {number}", record
@@ -228,8 +224,7 @@ def _parquet_records(path: Path) -> Iterator[tuple[str, dict]]:
                     number += 1
                     yield f"row {number}", record
     except (pa.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise RequestError(f"{path}: not a readable Parquet file: {reason}") from error
+        raise RequestError(f"{path}: not a readable Parquet file: {first_line(error)}") from error
 
 
 def _prompt(prompt: Any, where: str) -> str | list[dict]:
@@ -248,15 +243,12 @@ def _prompt(prompt: Any, where: str) -> str | list[dict]:
 
 def _object(value: Any, field: str, where: str) -> dict:
     """Value of an object field as a dict; also parses JSON text, which Parquet files often contain."""
+    opened = parsed_field(value, where, field)
+    if not isinstance(opened, dict):
+        raise RequestError(f"{where}: field {field!r} must be a dict, not {type(opened).__name__}")
     if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            raise RequestError(f"{where}: field {field!r} is text that is not JSON, expected an object") from None
-        check_keepable(value, where, field)
-    if not isinstance(value, dict):
-        raise RequestError(f"{where}: field {field!r} must be a dict, not {type(value).__name__}")
-    return value
+        check_keepable(opened, where, field)
+    return opened
 
 
 def _optional(record: dict, field: str, default: Any) -> Any:

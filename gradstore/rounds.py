@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from gradstore import additions
 from gradstore.collection import Collection
 from gradstore.durable import canonical_json
-from gradstore.errors import DamagedError, RequestError
+from gradstore.errors import DamagedError, RequestError, check_known
 from gradstore.layout import ROUNDS
 from gradstore.parquet import table_bytes
 from gradstore.problem_table import repeated
@@ -124,9 +124,8 @@ def _to_bytes(about: Mapping[str, Any], table: pa.Table, where: str) -> bytes:
     twice = repeated(table["id"].to_pylist())
     if twice is not None:
         raise RequestError(f"{where}: problem id {twice!r} occurs more than once in the round; keep one")
-    strange = set(table["state"].to_pylist()) - set(STATES)
-    if strange:
-        raise RequestError(f"{where}: state {sorted(strange)[0]!r} is not one of {', '.join(STATES)}")
+    for state in table["state"].unique().to_pylist():
+        check_known(f"{where}: state", state, STATES)
     ranks = np.sort(table["picked"].to_numpy())
     ranks = ranks[ranks != -1]
     if not np.array_equal(ranks, np.arange(len(ranks))):

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import numpy as np
 import pandas as pd
 
-from gradstore.errors import RequestError
+from gradstore.errors import check_number
 
 Patch = Callable[[np.ndarray], np.ndarray]
 """Positions of problems, int64 [k] -> change of each query's output, float [Q], after one training step on them from
@@ -23,8 +23,7 @@ def tail_patch(scores_QP: np.ndarray, patch: Patch, k: int = 10, *, repeats: int
     RequestError for k outside 1 to P.
     """
     n_queries, n_problems = scores_QP.shape
-    if not 1 <= k <= n_problems:
-        raise RequestError(f"k is {k}, expected 1 to {n_problems}")
+    check_number("k", k, least=1, most=n_problems)
     order_QP = np.argsort(-np.nan_to_num(scores_QP, nan=-np.inf), axis=1, kind="stable")
     draws = [np.random.default_rng([seed, r]).choice(n_problems, k, replace=False) for r in range(repeats)]
     random_Q = np.mean([patch(draw) for draw in draws], axis=0)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gradstore.errors import RequestError
+from gradstore.errors import RequestError, check_number, needing
 
 if TYPE_CHECKING:
     from gradstore import Store
@@ -34,13 +34,10 @@ def serve(
     created that every request must carry. port: 0 takes a free one. RequestError if the port is taken or a required
     package is not installed.
     """
-    if not 0 <= port < 65536:
-        raise RequestError(f"port is {port}, expected 0 to 65535")
-    try:
+    check_number("port", port, least=0, most=65535)
+    with needing("the explorer", "gradstore[serve]"):
         import dash  # noqa: F401
         from waitress.server import create_server
-    except ImportError as error:
-        raise RequestError(f"the explorer needs {error.name}: pip install 'gradstore[serve]'") from None
     from gradstore.analysis.explorer.access import is_loopback, new_token
     from gradstore.analysis.explorer.app import make_app
     from gradstore.analysis.explorer.catalogue import Catalogue

@@ -20,12 +20,11 @@ from gradstore.analysis.agreement import jaccard, spearman
 from gradstore.analysis.report.transcripts import Transcript, Transcripts
 from gradstore.analysis.trajectory import STATE_NAMES, UNMEASURED, target_at
 from gradstore.engine.searching.blocks import laid_out
-from gradstore.engine.searching.query import Metric, eligible_positions, query_vectors, score_rows, search
+from gradstore.engine.searching.query import METRICS, Metric, eligible_positions, query_vectors, score_rows, search
 from gradstore.engine.searching.where import Where
-from gradstore.errors import RequestError
+from gradstore.errors import check_known
 from gradstore.problems import message_text
 
-METRICS = ("cosine", "dot", "fisher")
 _KEPT = 16
 
 
@@ -85,8 +84,7 @@ class Catalogue:
 
         RequestError for an unknown benchmark or metric.
         """
-        if metric not in METRICS:
-            raise RequestError(f"metric {metric!r} is not one of {', '.join(METRICS)}")
+        check_known("metric", metric, METRICS)
         key = (benchmark, step, metric, self.store.commit(self.pool), self.store.commit(benchmark))
         if key not in self._seen:
             self._seen[key] = self._scored(benchmark, step, cast("Metric", metric))

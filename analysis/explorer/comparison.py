@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 from dash import Dash, Input, Output, html
 
-from gradstore.analysis.explorer.catalogue import METRICS, Catalogue, Comparison
+from gradstore.analysis.explorer.catalogue import Catalogue, Comparison
 from gradstore.analysis.explorer.elements import (
     NEWEST,
     choice,
@@ -18,8 +18,10 @@ from gradstore.analysis.explorer.elements import (
     step_of,
     table,
 )
-from gradstore.analysis.report.pieces import Column, Figure, Series, written
+from gradstore.analysis.report.pieces import Figure, Series, columns_of, written
+from gradstore.engine.searching.query import METRICS
 from gradstore.errors import GradstoreError
+from gradstore.wording import first_words
 
 _LISTED = 20
 _MOST_POINTS = 4000
@@ -32,34 +34,17 @@ def layout(catalogue: Catalogue) -> Any:
     first, steps = catalogue.benchmarks[0], catalogue.steps
     second = catalogue.benchmarks[1] if len(steps) < 2 and len(catalogue.benchmarks) > 1 else first
     start = str(steps[0]) if len(steps) > 1 else NEWEST
-    return html.Div(
-        [
-            html.H2("Compare two rankings"),
-            html.Div(
-                [
-                    html.Fieldset(
-                        [
-                            html.Legend("Left"),
-                            labelled("Benchmark", choice("left-benchmark", catalogue.benchmarks, first)),
-                            labelled("As of", step_choice("left-step", steps, start)),
-                        ]
-                    ),
-                    html.Fieldset(
-                        [
-                            html.Legend("Right"),
-                            labelled("Benchmark", choice("right-benchmark", catalogue.benchmarks, second)),
-                            labelled("As of", step_choice("right-step", steps)),
-                        ]
-                    ),
-                    html.Fieldset(
-                        [html.Legend("Both"), labelled("Metric", choice("compare-metric", METRICS, "cosine"))]
-                    ),
-                ],
-                className="controls",
-            ),
-            html.Div(id="comparison"),
-        ]
-    )
+    sides = [
+        (
+            html.Legend(side.capitalize()),
+            labelled("Benchmark", choice(f"{side}-benchmark", catalogue.benchmarks, benchmark)),
+            labelled("As of", step_choice(f"{side}-step", steps, step)),
+        )
+        for side, benchmark, step in (("left", first, start), ("right", second, NEWEST))
+    ]
+    both = html.Legend("Both"), labelled("Metric", choice("compare-metric", METRICS, "cosine"))
+    controls = html.Div([html.Fieldset(list(parts)) for parts in (*sides, both)], className="controls")
+    return html.Div([html.H2("Compare two rankings"), controls, html.Div(id="comparison")])
 
 
 def register(app: Dash, catalogue: Catalogue) -> None:
@@ -99,13 +84,7 @@ def _view(catalogue: Catalogue, found: Comparison, names: tuple[str, str], metri
     ]
     tiles = html.Dl([html.Div([html.Dt(name), html.Dd(value)]) for name, value in facts], className="tiles")
     best = [
-        html.Div(
-            [
-                html.H3(name),
-                _best(catalogue, found.frame, side),
-            ]
-        )
-        for name, side in zip(names, ("left", "right"), strict=True)
+        html.Div([html.H3(name), _best(found.frame, side)]) for name, side in zip(names, ("left", "right"), strict=True)
     ]
     moved = found.frame.reindex(found.frame["moved"].abs().sort_values(ascending=False, kind="stable").index)
     return [
@@ -130,18 +109,9 @@ def _scatter(frame: pd.DataFrame, names: tuple[str, str], metric: str, theme: st
         series.append(Series(str(source) or "(none)", rows["left"].tolist(), rows["right"].tolist(), hover=hover))
     few = series if len(series) <= 9 else [_together(series)]
     drawn = "" if len(shown) == len(frame) else f" {len(shown)} of {len(frame)} are drawn."
-    return figure(
-        Figure(
-            "scatter",
-            "Score against score",
-            f"Each point is a problem that is ranked in both.{drawn}",
-            "points",
-            few,
-            f"{metric}: {names[0]}",
-            f"{metric}: {names[1]}",
-        ),
-        theme,
-    )
+    says = f"Each point is a problem that is ranked in both.{drawn}"
+    x, y = (f"{metric}: {name}" for name in names)
+    return figure(Figure("scatter", "Score against score", says, "points", few, x, y), theme)
 
 
 def _together(series: list[Series]) -> Series:
@@ -153,15 +123,10 @@ def _together(series: list[Series]) -> Series:
     )
 
 
-def _best(catalogue: Catalogue, frame: pd.DataFrame, side: str) -> Any:
+def _best(frame: pd.DataFrame, side: str) -> Any:
     other = "right" if side == "left" else "left"
     best = frame.sort_values(f"{side}_rank").head(_LISTED)
-    columns = [
-        Column("Rank", "integer"),
-        Column("Problem", "id"),
-        Column("Score", "signed"),
-        Column("Rank there", "integer"),
-    ]
+    columns = columns_of("Rank:integer | Problem:id | Score:signed | Rank there:integer")
     rows = [
         [int(line[f"{side}_rank"]), problem_link(line["id"]), line[side], int(line[f"{other}_rank"])]
         for line in best.to_dict("records")
@@ -171,14 +136,9 @@ def _best(catalogue: Catalogue, frame: pd.DataFrame, side: str) -> Any:
 
 def _movers(catalogue: Catalogue, frame: pd.DataFrame, names: tuple[str, str]) -> Any:
     texts = catalogue.texts(frame["id"].tolist())
-    columns = [
-        Column("Problem", "id"),
-        Column("Source"),
-        Column(f"Score, {names[0]}", "signed"),
-        Column(f"Score, {names[1]}", "signed"),
-        Column("Places won", "integer"),
-        Column("Text"),
-    ]
+    columns = columns_of(
+        f"Problem:id | Source | Score, {names[0]}:signed | Score, {names[1]}:signed | Places won:integer | Text"
+    )
     rows = [
         [
             problem_link(line.id),
@@ -186,7 +146,7 @@ def _movers(catalogue: Catalogue, frame: pd.DataFrame, names: tuple[str, str]) -
             line.left,
             line.right,
             int(line.moved),
-            " ".join(texts[line.id].split())[:160],
+            first_words(texts[line.id], 160),
         ]
         for line in frame.itertuples()
     ]

@@ -1,15 +1,14 @@
 """The explorer's building blocks: accessible tables, figures and controls, usable by keyboard."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import quote
 
 from dash import dcc, html
 
 from gradstore.analysis.report.interactive import drawn
-from gradstore.analysis.report.pieces import Column, Figure, written
+from gradstore.analysis.report.pieces import RIGHT, Column, Figure, written
 
-RIGHT = {"integer", "number", "signed", "percent", "seconds", "bytes"}
 _CONFIG = {
     "displaylogo": False,
     "responsive": True,
@@ -17,6 +16,8 @@ _CONFIG = {
     "modeBarButtonsToRemove": ["sendChartToCloud", "sendDataToCloud", "lasso2d", "select2d", "autoScale2d"],
 }
 """plotly configuration without the buttons that send a figure elsewhere."""
+PERSISTENT: dict[str, Any] = {"persistence": True, "persistence_type": "session"}
+"""Settings of a control whose value survives when the user leaves the view."""
 NEWEST = "newest"
 """Value of the step control for the newest rows."""
 _INK = {"light": ("#1b1f27", "#e4e7ed", "#ffffff"), "dark": ("#e8ebf1", "#2c3340", "#1a1e26")}
@@ -61,18 +62,10 @@ def figure(described: Figure, theme: str) -> Any:
     for axis in ("xaxis", "yaxis"):
         layout[axis] = {**layout[axis], "gridcolor": grid, "zerolinecolor": ink, "linecolor": grid}
     heights = {"low": 260, "usual": 320, "tall": 460}
-    graph = dcc.Graph(
-        figure={"data": parts["data"], "layout": {**layout, "height": heights[parts["size"]]}},
-        config=_CONFIG,
-        id={"figure": described.key},
-    )
-    return html.Figure(
-        [
-            html.H3(described.title),
-            html.Div(graph, role="img", **{"aria-label": f"{described.title}. {described.says}"}),
-            html.Figcaption(described.says),
-        ]
-    )
+    shown = {"data": parts["data"], "layout": {**layout, "height": heights[parts["size"]]}}
+    graph = dcc.Graph(figure=shown, config=_CONFIG, id={"figure": described.key})
+    image = html.Div(graph, role="img", **{"aria-label": f"{described.title}. {described.says}"})
+    return html.Figure([html.H3(described.title), image, html.Figcaption(described.says)])
 
 
 def labelled(label: str, control: Any, wide: bool = False) -> Any:
@@ -81,26 +74,16 @@ def labelled(label: str, control: Any, wide: bool = False) -> Any:
     return html.Div([html.Label(label, id=name, htmlFor=control.id), control], className="wide" if wide else "")
 
 
-def choice(name: str, values: Sequence[str], chosen: Any, **more: Any) -> Any:
-    """A dropdown for one or several values; the choice persists when the user leaves the view."""
-    return dcc.Dropdown(
-        id=name,
-        options=[{"label": value or "(none)", "value": value} for value in values],
-        value=chosen,
-        clearable=bool(more.get("multi")),
-        persistence=True,
-        persistence_type="session",
-        **more,
-    )
+def choice(name: str, values: Sequence[str] | Mapping[str, str], chosen: Any, **more: Any) -> Any:
+    """A dropdown for one or several values (or value -> label); the choice persists when the user leaves the view."""
+    labels = values if isinstance(values, Mapping) else {value: value or "(none)" for value in values}
+    options = [{"label": label, "value": value} for value, label in labels.items()]
+    return dcc.Dropdown(id=name, options=options, value=chosen, clearable=bool(more.get("multi")), **PERSISTENT, **more)
 
 
 def step_choice(name: str, steps: Sequence[int], chosen: str = NEWEST) -> Any:
     """A dropdown of steps, the newest first."""
-    options = [{"label": "newest", "value": NEWEST}]
-    options += [{"label": f"step {step}", "value": str(step)} for step in reversed(steps)]
-    return dcc.Dropdown(
-        id=name, options=options, value=chosen, clearable=False, persistence=True, persistence_type="session"
-    )
+    return choice(name, {NEWEST: "newest", **{str(step): f"step {step}" for step in reversed(steps)}}, chosen)
 
 
 def step_of(value: str | None) -> int | None:
@@ -119,7 +102,5 @@ def pages(n_rows: int, page: int, size: int) -> tuple[int, str, bool, bool]:
     page = min(max(page, 0), last)
     first = page * size
     end = min(first + size, n_rows)
-    line = (
-        f"{written(first + 1, 'integer')}–{written(end, 'integer')} of {written(n_rows, 'integer')}" if n_rows else "0"
-    )
-    return page, line, page == 0, page == last
+    shown = [written(number, "integer") for number in (first + 1, end, n_rows)]
+    return page, "{}–{} of {}".format(*shown) if n_rows else "0", page == 0, page == last

@@ -4,10 +4,11 @@ from typing import Any
 from urllib.parse import parse_qs
 
 import numpy as np
-from dash import Dash, Input, Output, State, dcc, html
+from dash import Dash, Input, Output, dcc, html
 
-from gradstore.analysis.explorer.catalogue import METRICS, Catalogue, text_of
+from gradstore.analysis.explorer.catalogue import Catalogue, text_of
 from gradstore.analysis.explorer.elements import (
+    NEWEST,
     choice,
     figure,
     labelled,
@@ -18,9 +19,11 @@ from gradstore.analysis.explorer.elements import (
     table,
 )
 from gradstore.analysis.report.holdings import STATE_WORDS
-from gradstore.analysis.report.pieces import Column, Figure, Series, written
+from gradstore.analysis.report.pieces import Figure, Series, columns_of, written
 from gradstore.analysis.report.transcripts import Transcript
+from gradstore.engine.searching.query import METRICS
 from gradstore.errors import GradstoreError
+from gradstore.wording import first_words
 
 MOST_ROLLOUTS = 64
 _NEAREST = 10
@@ -29,36 +32,15 @@ _NEAREST = 10
 def layout(catalogue: Catalogue, search: str) -> Any:
     """The view for the problem id in the address, with an input to enter another id."""
     problem_id = parse_qs(search.lstrip("?")).get("id", [""])[0]
-    keep: dict[str, Any] = {"persistence": True, "persistence_type": "session"}
-    return html.Div(
-        [
-            html.H2("One problem"),
-            html.Div(
-                [
-                    labelled(
-                        "Problem id", dcc.Input(id="problem-id", type="text", debounce=True, value=problem_id), True
-                    ),
-                    labelled("Metric", choice("problem-metric", METRICS, "cosine")),
-                    labelled("Nearest as of", step_choice("problem-step", catalogue.steps)),
-                    labelled(
-                        "Rollouts of",
-                        dcc.Dropdown(
-                            id="problem-rollouts",
-                            options=[
-                                {"label": "newest step", "value": "newest"},
-                                {"label": "all steps", "value": "all"},
-                            ],
-                            value="newest",
-                            clearable=False,
-                            **keep,
-                        ),
-                    ),
-                ],
-                className="controls",
-            ),
-            html.Div(id="problem-view"),
-        ]
-    )
+    which = {NEWEST: "newest step", "all": "all steps"}
+    controls = [
+        labelled("Problem id", dcc.Input(id="problem-id", type="text", debounce=True, value=problem_id), True),
+        labelled("Metric", choice("problem-metric", METRICS, "cosine")),
+        labelled("Nearest as of", step_choice("problem-step", catalogue.steps)),
+        labelled("Rollouts of", choice("problem-rollouts", which, NEWEST)),
+    ]
+    heading = html.H2("One problem")
+    return html.Div([heading, html.Div(controls, className="controls"), html.Div(id="problem-view")])
 
 
 def register(app: Dash, catalogue: Catalogue) -> None:
@@ -71,9 +53,8 @@ def register(app: Dash, catalogue: Catalogue) -> None:
         Input("problem-step", "value"),
         Input("problem-rollouts", "value"),
         Input("theme", "data"),
-        State("address", "pathname"),
     )
-    def show(problem_id: str | None, metric: str, step: str, which: str, theme: str, path: str) -> Any:
+    def show(problem_id: str | None, metric: str, step: str, which: str, theme: str) -> Any:
         if not problem_id:
             return note("Give a problem's id, or choose one in the ranking.")
         try:
@@ -109,25 +90,14 @@ def _history(catalogue: Catalogue, problem_id: str, metric: str, theme: str) -> 
         for name, rows in frame.groupby("benchmark", sort=False)
     ]
     rates = frame.drop_duplicates("step")
-    described = Figure(
-        "history",
-        "Alignment over steps",
-        f"{metric.capitalize()} of the problem's newest row at or before each step; a gap means it had no gradient.",
-        "lines",
-        series,
-        "Step",
-        f"{metric.capitalize()} with the target",
-        y_kind="signed",
+    says = f"{metric.capitalize()} of the problem's newest row at or before each step; a gap means it had no gradient."
+    label = f"{metric.capitalize()} with the target"
+    described = Figure("history", "Alignment over steps", says, "lines", series, "Step", label, y_kind="signed")
+    scores = " | ".join(f"Score, {name}:signed" for name in catalogue.benchmarks)
+    columns = columns_of(
+        f"Step:integer | State | {scores} | Pass rate:percent | Rollouts:integer | Gradient norm:number | "
+        "Age (steps):integer"
     )
-    columns = [
-        Column("Step", "integer"),
-        Column("State"),
-        *(Column(f"Score, {name}", "signed") for name in catalogue.benchmarks),
-        Column("Pass rate", "percent"),
-        Column("Rollouts", "integer"),
-        Column("Gradient norm", "number"),
-        Column("Age (steps)", "integer"),
-    ]
     by_step = frame.pivot(index="step", columns="benchmark", values="score")
     rows = [
         [
@@ -149,29 +119,19 @@ def _nearest(catalogue: Catalogue, problem_id: str, step: int | None) -> Any:
     if frame.empty:
         return note("It has no gradient at that step, so nothing is near it.")
     texts = catalogue.texts(frame["id"].tolist())
-    columns = [
-        Column("Problem", "id"),
-        Column("Source"),
-        Column("Cosine", "signed"),
-        Column("Pass rate", "percent"),
-        Column("Text"),
-    ]
+    columns = columns_of("Problem:id | Source | Cosine:signed | Pass rate:percent | Text")
     rows = [
-        [problem_link(line.id), line.source, line.cosine, line.pass_rate, " ".join(texts[line.id].split())[:200]]
+        [problem_link(line.id), line.source, line.cosine, line.pass_rate, first_words(texts[line.id], 200)]
         for line in frame.itertuples()
     ]
     return table(f"Problems nearest to {problem_id}", columns, rows)
 
 
 def _probes(probes: list[dict[str, Any]]) -> Any:
-    columns = [
-        Column("Step", "integer"),
-        Column("Target", "id"),
-        Column("Rollout", "integer"),
-        Column("Reward", "number"),
-        Column("Derivative along the target", "signed"),
-        Column("Tokens", "integer"),
-    ]
+    columns = columns_of(
+        "Step:integer | Target:id | Rollout:integer | Reward:number | "
+        "Derivative along the target:signed | Tokens:integer"
+    )
     rows = [
         [probe["step"], probe["target"], place + 1, reward, derivative, int(length)]
         for probe in probes
@@ -187,7 +147,7 @@ def _rollouts(catalogue: Catalogue, problem_id: str, which: str) -> list:
         return [note("No rollout file was given: start `gradstore serve` with --rollouts to read responses.")]
     found = catalogue.rollouts(problem_id)
     steps = [one.step for one in found if one.step is not None]
-    if which == "newest" and steps:
+    if which == NEWEST and steps:
         found = [one for one in found if one.step == max(steps)]
     if not found:
         return [note("The rollout files have none of this problem.")]

@@ -5,8 +5,9 @@ from typing import Any
 import numpy as np
 from dash import Dash, Input, Output, State, ctx, dcc, html
 
-from gradstore.analysis.explorer.catalogue import METRICS, Catalogue, Filter
+from gradstore.analysis.explorer.catalogue import Catalogue, Filter
 from gradstore.analysis.explorer.elements import (
+    PERSISTENT,
     choice,
     figure,
     labelled,
@@ -18,8 +19,10 @@ from gradstore.analysis.explorer.elements import (
     table,
 )
 from gradstore.analysis.report.holdings import STATE_WORDS
-from gradstore.analysis.report.pieces import Column, Figure, Series, written
+from gradstore.analysis.report.pieces import Figure, Series, columns_of, written
+from gradstore.engine.searching.query import METRICS
 from gradstore.errors import GradstoreError
+from gradstore.wording import first_words
 
 PAGE = 20
 _CONTROLS = ("benchmark", "step", "metric", "order", "text", "sources", "tags", "rates", "states")
@@ -29,60 +32,31 @@ def layout(catalogue: Catalogue) -> Any:
     """Controls above, results below."""
     if not catalogue.benchmarks:
         return note("No benchmark in this store has a target, so nothing can be ranked: collect rollouts of one.")
-    orders = [
-        {"label": "most aligned first", "value": "largest"},
-        {"label": "least aligned first", "value": "smallest"},
+    orders = {"largest": "most aligned first", "smallest": "least aligned first"}
+    search = dcc.Input(id="text", type="search", debounce=0.4, value="", **PERSISTENT)
+    rates = dcc.RangeSlider(0, 1, 0.05, id="rates", value=[0, 1], marks={0: "0", 0.5: "0.5", 1: "1"}, **PERSISTENT)
+    controls = [
+        labelled("Benchmark", choice("benchmark", catalogue.benchmarks, catalogue.benchmarks[0])),
+        labelled("As of", step_choice("step", catalogue.steps)),
+        labelled("Metric", choice("metric", METRICS, "cosine")),
+        labelled("Order", choice("order", orders, "largest")),
+        labelled("Search in texts and ids", search, wide=True),
+        labelled("Sources", choice("sources", catalogue.sources(), [], multi=True), wide=True),
+        labelled("Tags", choice("tags", catalogue.tags(), [], multi=True), wide=True),
+        labelled("States", choice("states", STATE_WORDS, [], multi=True), wide=True),
+        labelled("Pass rate", rates, wide=True),
     ]
-    keep: dict[str, Any] = {"persistence": True, "persistence_type": "session"}
+    tools = [
+        html.Button("Previous", id="ranking-back", type="button"),
+        html.Button("Next", id="ranking-on", type="button"),
+        html.Span(id="ranking-where", className="where", **{"aria-live": "polite"}),
+    ]
     return html.Div(
         [
             html.H2("Rank the pool"),
-            html.Div(
-                [
-                    labelled("Benchmark", choice("benchmark", catalogue.benchmarks, catalogue.benchmarks[0])),
-                    labelled("As of", step_choice("step", catalogue.steps)),
-                    labelled("Metric", choice("metric", METRICS, "cosine")),
-                    labelled(
-                        "Order", dcc.Dropdown(id="order", options=orders, value="largest", clearable=False, **keep)
-                    ),
-                    labelled(
-                        "Search in texts and ids",
-                        dcc.Input(id="text", type="search", debounce=0.4, value="", **keep),
-                        wide=True,
-                    ),
-                    labelled("Sources", choice("sources", catalogue.sources(), [], multi=True), wide=True),
-                    labelled("Tags", choice("tags", catalogue.tags(), [], multi=True), wide=True),
-                    labelled(
-                        "States",
-                        dcc.Dropdown(
-                            id="states",
-                            options=[{"label": words, "value": state} for state, words in STATE_WORDS.items()],
-                            value=[],
-                            multi=True,
-                            **keep,
-                        ),
-                        wide=True,
-                    ),
-                    labelled(
-                        "Pass rate",
-                        dcc.RangeSlider(
-                            0, 1, 0.05, id="rates", value=[0, 1], marks={0: "0", 0.5: "0.5", 1: "1"}, **keep
-                        ),
-                        wide=True,
-                    ),
-                ],
-                className="controls",
-                role="search",
-            ),
+            html.Div(controls, className="controls", role="search"),
             html.Div(id="ranking-figure"),
-            html.Div(
-                [
-                    html.Button("Previous", id="ranking-back", type="button"),
-                    html.Button("Next", id="ranking-on", type="button"),
-                    html.Span(id="ranking-where", className="where", **{"aria-live": "polite"}),
-                ],
-                className="tools",
-            ),
+            html.Div(tools, className="tools"),
             html.Div(id="ranking-table"),
             dcc.Store(id="ranking-page", data=0),
         ]
@@ -140,22 +114,15 @@ def register(app: Dash, catalogue: Catalogue) -> None:
                 STATE_WORDS[state],
                 rate,
                 age,
-                " ".join(texts[problem_id].split())[:200],
+                first_words(texts[problem_id], 200),
             ]
             for place, (problem_id, source, score, state, rate, age) in enumerate(
                 shown[["id", "source", "score", "state", "pass_rate", "age"]].itertuples(index=False, name=None)
             )
         ]
-        columns = [
-            Column("Rank", "integer"),
-            Column("Problem", "id"),
-            Column("Source"),
-            Column("Score", "signed"),
-            Column("State"),
-            Column("Pass rate", "percent"),
-            Column("Age (steps)", "integer"),
-            Column("Text"),
-        ]
+        columns = columns_of(
+            "Rank:integer | Problem:id | Source | Score:signed | State | Pass rate:percent | Age (steps):integer | Text"
+        )
         title = f"Problems of {catalogue.pool} against {benchmark}, {metric}"
         scored = int(frame["score"].notna().sum())
         line = f"{line} problems, {written(scored, 'integer')} of them ranked"
@@ -172,15 +139,9 @@ def _histogram(frame: Any, benchmark: str, metric: str, theme: str) -> Any:
         f"{count} problems from {written(low, 'signed')} to {written(high, 'signed')}"
         for count, low, high in zip(counts.tolist(), edges[:-1].tolist(), edges[1:].tolist(), strict=True)
     ]
-    described = Figure(
-        "scores",
-        "Scores",
+    says = (
         f"How the scores of the ranked problems spread: median {written(float(np.median(scores)), 'signed')}, "
-        f"{100 * float((scores > 0).mean()):.0f} % above 0.",
-        "bars",
-        [Series("problems", middles, counts.tolist(), hover=hover)],
-        f"{metric} against {benchmark}",
-        "Problems",
-        y_kind="integer",
+        f"{100 * float((scores > 0).mean()):.0f} % above 0."
     )
-    return figure(described, theme)
+    series, against = [Series("problems", middles, counts.tolist(), hover=hover)], f"{metric} against {benchmark}"
+    return figure(Figure("scores", "Scores", says, "bars", series, against, "Problems", y_kind="integer"), theme)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gradstore.durable import write_text_file
-from gradstore.errors import RequestError
+from gradstore.errors import check_known, check_number, needing
 
 if TYPE_CHECKING:
     from gradstore import Store
@@ -20,11 +20,9 @@ FORMATS = ("html", "md")
 
 def check_installed() -> None:
     """RequestError, with the name of the extra, if a package that the report needs is not installed."""
-    try:
+    with needing("the report", "gradstore[report]"):
         import jinja2  # noqa: F401
         import plotly  # noqa: F401
-    except ImportError as error:
-        raise RequestError(f"the report needs {error.name}: pip install 'gradstore[report]'") from None
 
 
 def write_report(
@@ -48,10 +46,8 @@ def write_report(
     problems. tokenizer: needed for responses stored only as token ids. n_listed: problems listed from each end of a
     ranking. RequestError for missing data or files, and if a required package is not installed.
     """
-    if format not in FORMATS:
-        raise RequestError(f"report format {format!r} is not one of {', '.join(FORMATS)}")
-    if n_listed < 1:
-        raise RequestError(f"{n_listed} problems to list, expected at least 1")
+    check_known("report format", format, FORMATS)
+    check_number("number of problems to list", n_listed, least=1)
     check_installed()
     from gradstore.analysis.report.assembly import assemble
     from gradstore.analysis.report.findings import find

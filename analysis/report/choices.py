@@ -7,7 +7,7 @@ import pandas as pd
 
 from gradstore.analysis import curricula, figures
 from gradstore.analysis.report.findings import Findings, mean_or_nan
-from gradstore.analysis.report.pieces import Column, Figure, Kind, Section, Series, Table
+from gradstore.analysis.report.pieces import Figure, Section, Series, Table, columns_of
 
 _SHOWN = ("cosine", "accgreedy", "rand", curricula.TRAINED, curricula.BEST)
 
@@ -58,21 +58,13 @@ def _rounds(found: Findings) -> Table:
             ]
         )
         before = picked
-    names: list[tuple[str, Kind]] = [
-        ("Round", "integer"),
-        ("Step", "integer"),
-        ("Selector", "text"),
-        ("Candidates", "integer"),
-        ("Rolled out", "integer"),
-        ("Picked", "integer"),
-        ("No signal", "percent"),
-        ("Score, picked", "signed"),
-        ("Score, left", "signed"),
-        ("Pass rate, picked", "percent"),
-        ("Picked before", "percent"),
-    ]
+    columns = columns_of(
+        "Round:integer | Step:integer | Selector | Candidates:integer | Rolled out:integer | "
+        "Picked:integer | No signal:percent | Score, picked:signed | Score, left:signed | "
+        "Pass rate, picked:percent | Picked before:percent"
+    )
     says = "Picked before: share of the picks that the round before had taken too."
-    return Table("rounds", "Rounds", [Column(*name) for name in names], rows, says=says)
+    return Table("rounds", "Rounds", columns, rows, says=says)
 
 
 def _gained(found: Findings, frame: pd.DataFrame) -> Figure:
@@ -103,16 +95,10 @@ def _compared(found: Findings, frame: pd.DataFrame, judged: pd.DataFrame) -> Tab
                 next((note for note in mine["note"] if note), ""),
             ]
         )
-    columns = [
-        Column("Selector"),
-        Column("Picks", "integer"),
-        Column("Overlap with trained on", "percent"),
-        Column("Alignment when picked", "signed"),
-        Column("Alignment in hindsight", "signed"),
-        Column("Regret", "number"),
-        Column("Judged later", "percent"),
-        Column("Note"),
-    ]
+    columns = columns_of(
+        "Selector | Picks:integer | Overlap with trained on:percent | Alignment when picked:signed | "
+        "Alignment in hindsight:signed | Regret:number | Judged later:percent | Note"
+    )
     if not any(row[-1] for row in rows):
         columns, rows = columns[:-1], [row[:-1] for row in rows]
     says = (
@@ -154,7 +140,7 @@ def costs(found: Findings) -> Section:
     rollouts = [one.about.get("rollouts") for one in timed]
     rows = [[stage, stages[stage], stages[stage] / max(total, 1e-12)] for stage in order]
     rows.append(["all stages", total, 1.0])
-    columns = [Column("Stage"), Column("Time", "seconds"), Column("Share", "percent")]
+    columns = columns_of("Stage | Time:seconds | Share:percent")
     known = [int(count) for count in rollouts if count is not None]
     lead = f"{len(timed)} rounds" + (f" with {sum(known)} rollouts in all." if known else ".")
     return Section("costs", "Costs", lead, [figure, Table("stages", "Stages", columns, rows)])

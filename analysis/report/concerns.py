@@ -1,14 +1,14 @@
 """Sections on possible problems: layers, conflicting benchmarks, turned problems, suspicious rewards."""
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import pandas as pd
 
 from gradstore.analysis import conflict, figures, layers, suspicion, turning
 from gradstore.analysis.report.findings import Findings
-from gradstore.analysis.report.pieces import Column, Figure, Section, Table
+from gradstore.analysis.report.pieces import Figure, Section, Table, columns_of
 from gradstore.errors import RequestError
+from gradstore.wording import first_words, short_layer
 
 MOST_LAYERS = 40
 _LISTED = 100
@@ -25,25 +25,22 @@ def through_layers(found: Findings) -> Section:
     most = frame["layer"].isin(set(newest.nlargest(MOST_LAYERS, "share")["layer"]))
     top = newest.nlargest(1, "share").iloc[0]
     left = f" The {MOST_LAYERS} largest of {len(newest)} layers." if len(newest) > MOST_LAYERS else ""
-    described = figures.layers(frame[most].assign(layer=frame["layer"].map(short)))
+    described = figures.layers(frame[most].assign(layer=frame["layer"].map(short_layer)))
     figure = replace(
         described,
         key="layer-shares",
         title=f"Through which layers the pool aligns with {found.main}",
-        says=f"{described.says} At step {newest['step'].iloc[0]}, {short(top['layer'])} carries most, "
+        says=f"{described.says} At step {newest['step'].iloc[0]}, {short_layer(top['layer'])} carries most, "
         f"{100 * top['share']:.0f} %.{left}",
     )
     rows = [
-        [short(line["layer"]), line["dims"], line["share"], line["term"], line["energy"]]
+        [short_layer(line["layer"]), line["dims"], line["share"], line["term"], line["energy"]]
         for line in newest.sort_values("share", ascending=False).to_dict("records")
     ]
-    columns = [
-        Column("Layer", "id"),
-        Column("Sketch dimensions", "integer"),
-        Column("Share of the score", "percent"),
-        Column("Mean term", "signed"),
-        Column("Share of the gradient", "percent"),
-    ]
+    columns = columns_of(
+        "Layer:id | Sketch dimensions:integer | Share of the score:percent | Mean term:signed | "
+        "Share of the gradient:percent"
+    )
     says = (
         "Mean term: what the layer adds to the mean score, with its sign. Share of the gradient: of its squared length."
     )
@@ -51,28 +48,16 @@ def through_layers(found: Findings) -> Section:
     return Section("layers", "Layers", blocks=[figure, table])
 
 
-def short(layer: str) -> str:
-    """A layer's number and last name: `model.layers.3.self_attn.q_proj` is 3.q_proj."""
-    parts = [part for part in layer.split(".") if part != "default"]
-    numbers = [part for part in parts if part.isdigit()]
-    return ".".join([*numbers[:1], parts[-1]])
-
-
 def disagreeing(found: Findings) -> Section:
     """Section on cosines between the benchmarks' targets, and problems that help one and harm another."""
     if len(found.benchmarks) < 2:
         return Section("conflicts", "Conflicts", missing="Conflicts need two benchmarks; the store has fewer.")
     frame = conflict.conflict(found.store, found.benchmarks, found.pool, metric=found.metric)
-    columns = [
-        Column("Benchmark", "id"),
-        Column("and", "id"),
-        Column("Cosine of targets", "signed"),
-        Column("Rank correlation", "signed"),
-        Column("Help both", "percent"),
-        Column("Help the first only", "percent"),
-        Column("Help the second only", "percent"),
-        Column("Harm both", "percent"),
-    ]
+    columns = columns_of(
+        "Benchmark:id | and:id | Cosine of targets:signed | Rank correlation:signed | "
+        "Help both:percent | Help the first only:percent | Help the second only:percent | "
+        "Harm both:percent"
+    )
     keys = ["a", "b", "cosine", "rank_correlation", "both_help", "a_only", "b_only", "both_harm"]
     rows = frame[keys].to_numpy(object).tolist()
     blocks: list[Figure | Table] = []
@@ -89,13 +74,7 @@ def disagreeing(found: Findings) -> Section:
 
 
 def _contested(found: Findings, frame: pd.DataFrame, a: str, b: str) -> Table:
-    columns = [
-        Column("Problem", "id"),
-        Column("Source"),
-        Column(f"Score, {a}", "signed"),
-        Column(f"Score, {b}", "signed"),
-        Column("Text"),
-    ]
+    columns = columns_of(f"Problem:id | Source | Score, {a}:signed | Score, {b}:signed | Text")
     rows = _with_texts(found, frame, ["source", "score_helped", "score_harmed"])
     return Table("contested", f"Help {a} and harm {b}", columns, rows)
 
@@ -112,15 +91,10 @@ def turned(found: Findings) -> Section:
     if frame.empty:
         return Section("turned", "Turned problems", missing="No problem changed the sign of its alignment.")
     split, sure = int(frame["split"].iloc[0]), int(frame["significant"].sum())
-    columns = [
-        Column("Problem", "id"),
-        Column("Source"),
-        Column("Turned"),
-        Column(f"Mean before step {split}", "signed"),
-        Column(f"Mean from step {split}", "signed"),
-        Column("q-value", "number"),
-        Column("Text"),
-    ]
+    columns = columns_of(
+        f"Problem:id | Source | Turned | Mean before step {split}:signed | "
+        f"Mean from step {split}:signed | q-value:number | Text"
+    )
     rows = _with_texts(found, frame.head(_LISTED), ["source", "turned", "before", "after", "q_value"])
     says = (
         f"{sure} of the {len(frame)} that changed sign did so beyond the noise of their rollouts (q-value of at most "
@@ -137,17 +111,10 @@ def suspects(found: Findings) -> Section:
         frame = suspicion.suspicious(found.store, found.pool, found.main if found.benchmarks else None)
     except RequestError as error:
         return Section("suspects", "Suspicious rewards", missing=f"Nothing to judge: {error}")
-    columns = [
-        Column("Rank", "integer"),
-        Column("Problem", "id"),
-        Column("Source"),
-        Column("Suspicion", "number"),
-        Column("Cosine, benchmark", "signed"),
-        Column("Pull, own source", "signed"),
-        Column("Pass rate", "percent"),
-        Column("Why"),
-        Column("Text"),
-    ]
+    columns = columns_of(
+        "Rank:integer | Problem:id | Source | Suspicion:number | Cosine, benchmark:signed | "
+        "Pull, own source:signed | Pass rate:percent | Why | Text"
+    )
     keys = ["source", "suspicion", "score", "own", "pass_rate", "why"]
     rows = _with_texts(found, frame.head(_LISTED), keys)
     ranked = [[rank, *row] for rank, row in enumerate(rows, 1)]
@@ -161,9 +128,8 @@ def suspects(found: Findings) -> Section:
 
 
 def _with_texts(found: Findings, frame: pd.DataFrame, keys: list[str]) -> list[list]:
-    shorten: Callable[[str], str] = lambda text: " ".join(text.split())[:160]  # noqa: E731
     records = found.problems(frame["id"].astype(str).tolist())
     return [
-        [record["id"], *(line[key] for key in keys), shorten(record["prompt"])]
+        [record["id"], *(line[key] for key in keys), first_words(record["prompt"], 160)]
         for record, line in zip(records, frame.to_dict("records"), strict=True)
     ]

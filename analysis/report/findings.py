@@ -13,8 +13,8 @@ import pandas as pd
 
 from gradstore import Store
 from gradstore.analysis import alignment
-from gradstore.engine.searching.query import Metric
-from gradstore.errors import RequestError
+from gradstore.engine.searching.query import METRICS, Metric
+from gradstore.errors import RequestError, check_known
 from gradstore.rounds import Round
 
 
@@ -85,8 +85,7 @@ def find(
 
     RequestError for an unknown collection or metric, and for a store without rows.
     """
-    if metric not in ("cosine", "dot", "fisher"):
-        raise RequestError(f"metric {metric!r} is not one of cosine, dot, fisher")
+    check_known("metric", metric, METRICS)
     sizes = {name: len(store.view(name)) for name in store.collections}
     if not any(sizes.values()):
         raise RequestError(f"{store.path}: the store has no rows yet; run `gradstore collect` first")

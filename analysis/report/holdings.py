@@ -9,14 +9,9 @@ import pandas as pd
 from gradstore import State
 from gradstore.analysis import alignment, figures
 from gradstore.analysis.report.findings import Findings
-from gradstore.analysis.report.pieces import Column, Figure, Kind, Section, Series, Table
+from gradstore.analysis.report.pieces import Figure, Section, Series, Table, columns_of
 
-STATE_WORDS = {
-    "live": "has a gradient",
-    "no_signal": "no signal",
-    "failed": "failed",
-    "unmeasured": "not measured",
-}
+STATE_WORDS = {"live": "has a gradient", "no_signal": "no signal", "failed": "failed", "unmeasured": "not measured"}
 """Problem state -> its name on the page."""
 
 
@@ -41,27 +36,18 @@ def holdings(found: Findings) -> Section:
                 about["bytes"],
             ]
         )
-    names: list[tuple[str, Kind]] = [
-        ("Collection", "id"),
-        ("Used as", "text"),
-        ("Problems", "integer"),
-        ("Measured", "integer"),
-        ("With a gradient", "integer"),
-        ("No signal", "integer"),
-        ("Failed", "integer"),
-        ("Rows", "integer"),
-        ("Steps", "text"),
-        ("Rounds", "integer"),
-        ("On disk", "bytes"),
-    ]
+    columns = columns_of(
+        "Collection:id | Used as | Problems:integer | Measured:integer | With a gradient:integer | "
+        "No signal:integer | Failed:integer | Rows:integer | Steps | Rounds:integer | On disk:bytes"
+    )
     collections = Table(
         "collections",
         "Collections",
-        [Column(*name) for name in names],
+        columns,
         rows,
         says="States are those of each problem's newest row. A row is one sketch of one problem at one step.",
     )
-    made = Table("settings", "How the sketches were made", [Column("Setting"), Column("Value")], _settings(found))
+    made = Table("settings", "How the sketches were made", columns_of("Setting | Value"), _settings(found))
     return Section("holdings", "What the store holds", blocks=[collections, made])
 
 

@@ -5,8 +5,9 @@ from typing import Any
 import numpy as np
 
 from gradstore.analysis.report.findings import Findings
-from gradstore.analysis.report.pieces import Column, Kind, Section, Table, written
+from gradstore.analysis.report.pieces import Section, Table, columns_of, written
 from gradstore.analysis.report.transcripts import Transcripts, chosen
+from gradstore.wording import first_words
 
 _ROLLOUTS_SHOWN = 4
 _LONGEST_ROLLOUT = 3000
@@ -39,18 +40,11 @@ def _table(
     ids = part["text_id"].tolist()
     records = found.problems(ids)
     histories = history_lines(found, ids)
-    names: list[tuple[str, Kind]] = [
-        ("Rank", "integer"),
-        ("Problem", "id"),
-        ("Source", "text"),
-        ("Score", "signed"),
-        ("Pass rate", "percent"),
-        ("Age (steps)", "integer"),
-        ("Text", "text"),
-    ]
+    columns = columns_of(
+        "Rank:integer | Problem:id | Source | Score:signed | Pass rate:percent | Age (steps):integer | Text"
+    )
     rows, details = [], []
     for rank, line, record in zip(ranks, part.to_dict("records"), records, strict=True):
-        text = " ".join(record["prompt"].split())
         rows.append(
             [
                 rank,
@@ -59,7 +53,7 @@ def _table(
                 line["score"],
                 line["pass_rate"],
                 line["age"],
-                text if len(text) <= 160 else text[:159] + "…",
+                first_words(record["prompt"], 160),
             ]
         )
         details.append(
@@ -71,7 +65,7 @@ def _table(
                 else chosen(transcripts.of(record["id"]), _ROLLOUTS_SHOWN, _LONGEST_ROLLOUT),
             }
         )
-    return Table(key, title, [Column(*name) for name in names], rows, details)
+    return Table(key, title, columns, rows, details)
 
 
 def _facts(record: dict[str, Any], line: dict[str, Any], history: list[tuple[str, str]]) -> list[tuple[str, str]]:

@@ -8,8 +8,9 @@ import pandas as pd
 from gradstore.analysis import alignment, clusters, composition, figures
 from gradstore.analysis.report.findings import Findings, mean_or_nan
 from gradstore.analysis.report.holdings import axis_of
-from gradstore.analysis.report.pieces import Column, Figure, Section, Series, Table
+from gradstore.analysis.report.pieces import Figure, Section, Series, Table, columns_of
 from gradstore.errors import RequestError
+from gradstore.wording import first_words
 
 MOST_SOURCES = 20
 MOST_LINES = 8
@@ -79,14 +80,10 @@ def _table(found: Findings) -> Table:
                 *scores,
             ]
         )
-    columns = [
-        Column("Source"),
-        Column("Problems", "integer"),
-        Column("With a gradient", "percent"),
-        Column("No signal", "percent"),
-        Column("Pass rate", "percent"),
-        *(Column(f"Mean {found.metric}, {name}", "signed") for name in found.benchmarks),
-    ]
+    means = " | ".join(f"Mean {found.metric}, {name}:signed" for name in found.benchmarks)
+    columns = columns_of(
+        f"Source | Problems:integer | With a gradient:percent | No signal:percent | Pass rate:percent | {means}"
+    )
     return Table(
         "sources-table", f"Sources at step {found.steps[-1]}", columns, sorted(rows, key=lambda row: -float(row[1]))
     )
@@ -102,7 +99,7 @@ def clustered(found: Findings) -> Section:
     texts = {record["id"]: record["prompt"] for record in found.problems(_named(sizes))}
     rows = []
     for line in sizes.to_dict("records"):
-        typical = [" ".join(texts[name].split())[:110] for name in line["representatives"][:3]]
+        typical = [first_words(texts[name], 110) for name in line["representatives"][:3]]
         rows.append(
             [
                 figures.cluster_name(line["cluster"]),
@@ -113,18 +110,10 @@ def clustered(found: Findings) -> Section:
                 " · ".join(typical),
             ]
         )
-    columns = [
-        Column("Cluster", "id"),
-        Column("Problems", "integer"),
-        Column("Cosine with centre", "number"),
-        Column("Pass rate", "percent"),
-        Column("Mostly"),
-        Column("Typical problems"),
-    ]
-    blocks: list[Figure | Table] = [
-        _map(found, frame),
-        Table("clusters-table", "What each cluster is", columns, rows),
-    ]
+    columns = columns_of(
+        "Cluster:id | Problems:integer | Cosine with centre:number | Pass rate:percent | Mostly | Typical problems"
+    )
+    blocks: list[Figure | Table] = [_map(found, frame), Table("clusters-table", "What each cluster is", columns, rows)]
     if found.rounds:
         picked = composition.picks_over_time(found.store, found.pool, "cluster", frame)
         blocks.append(figures.picks_over_time(picked, by="cluster"))

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from gradstore.analysis import drift, figures
 from gradstore.analysis.report.findings import Findings
-from gradstore.analysis.report.pieces import Column, Figure, Section, Table
+from gradstore.analysis.report.pieces import Figure, Section, Table, columns_of
 
 
 def drifting(found: Findings) -> Section:
@@ -71,17 +71,10 @@ def _half_lives(found: Findings) -> Table | None:
                 )
     if not rows:
         return None
-    columns = [
-        Column("Benchmark", "id"),
-        Column("Source"),
-        Column("Half-life (steps)", "number"),
-        Column("5 %", "number"),
-        Column("95 %", "number"),
-        Column("Agreement at age 0", "signed"),
-        Column("Problems", "integer"),
-        Column("Longest age (steps)", "integer"),
-        Column("Note"),
-    ]
+    columns = columns_of(
+        "Benchmark:id | Source | Half-life (steps):number | 5 %:number | 95 %:number | "
+        "Agreement at age 0:signed | Problems:integer | Longest age (steps):integer | Note"
+    )
     return Table(
         "half-lives",
         "How long a sketch stays good",

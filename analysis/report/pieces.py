@@ -7,12 +7,15 @@ matplotlib, and Markdown and screen readers get its numbers as a table, all from
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from decimal import ROUND_HALF_UP, Decimal
-from typing import Any, Literal
+from typing import Any, Literal, cast
+
+from gradstore.wording import fixed, size
 
 Kind = Literal["text", "id", "integer", "number", "signed", "percent", "seconds", "bytes"]
 """Number format of a column or an axis (`written`)."""
 
+RIGHT = {"integer", "number", "signed", "percent", "seconds", "bytes"}
+"""Kinds whose columns are right-aligned."""
 Drawing = Literal["lines", "bars", "stacked bars", "points", "heatmap"]
 
 
@@ -81,6 +84,12 @@ class Column:
     kind: Kind = "text"
 
 
+def columns_of(header: str) -> list[Column]:
+    """Columns from a text such as "Problem:id | Pass rate:percent | Why": name and kind, or the name of a text."""
+    pairs = [text.rpartition(":") for text in header.split(" | ")]
+    return [Column(name, cast(Kind, kind)) if name else Column(kind) for name, _, kind in pairs]
+
+
 @dataclass(frozen=True, slots=True)
 class Table:
     """A table; long ones are shown in pages."""
@@ -135,7 +144,7 @@ def written(value: Any, kind: Kind) -> str:
         case "integer":
             return f"{int(value):,}".replace(",", "\u202f").replace("-", "\u2212")
         case "percent":
-            return f"{_fixed(100 * value, 0 if 100 * value >= 9.95 or value == 0 else 1)}\u202f%"
+            return f"{fixed(100 * value, 0 if 100 * value >= 9.95 or value == 0 else 1)}\u202f%"
         case "number":
             return _number(value)
         case "signed":
@@ -143,36 +152,23 @@ def written(value: Any, kind: Kind) -> str:
         case "seconds":
             return _seconds(value)
         case "bytes":
-            return _bytes(value)
+            return size(value).replace(" ", "\u202f")
     return str(value)
 
 
-def _fixed(value: float, digits: int) -> str:
-    """Format with `digits` decimals, rounding halves away from zero like JavaScript's toFixed (unlike Python)."""
-    return f"{Decimal(float(value)).quantize(Decimal(1).scaleb(-digits), ROUND_HALF_UP):f}"
-
-
 def _number(value: float) -> str:
-    size = abs(value)
-    if size == 0:
+    large = abs(value)
+    if large == 0:
         return "0"
-    if size < 1e-5 or size >= 1e4:
+    if large < 1e-5 or large >= 1e4:
         return f"{value:.1e}".replace("-", "\u2212")
-    return _fixed(value, 3 if size >= 1e-3 else 5).replace("-", "\u2212")
+    return fixed(value, 3 if large >= 1e-3 else 5).replace("-", "\u2212")
 
 
 def _seconds(value: float) -> str:
     if value < 120:
-        return f"{_fixed(value, 1)}\u202fs" if value >= 0.1 else f"{_fixed(1000 * value, 0)}\u202fms"
-    return f"{_fixed(value / 60, 0)}\u202fmin" if value < 7200 else f"{_fixed(value / 3600, 1)}\u202fh"
-
-
-def _bytes(value: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000:
-            return f"{_fixed(value, 0 if unit == 'B' else 1)}\u202f{unit}"
-        value /= 1000
-    return f"{_fixed(value, 1)}\u202fTB"
+        return f"{fixed(value, 1)}\u202fs" if value >= 0.1 else f"{fixed(1000 * value, 0)}\u202fms"
+    return f"{fixed(value / 60, 0)}\u202fmin" if value < 7200 else f"{fixed(value / 3600, 1)}\u202fh"
 
 
 def _whole(values: Sequence[Any]) -> bool:

@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from gradstore.analysis.report.interactive import drawn
-from gradstore.analysis.report.pieces import Figure, Page, Table, written
+from gradstore.analysis.report.pieces import RIGHT, Figure, Page, Table, written
 
 _PAGE = Path(__file__).parent / "page"
 _ROWS_IN_MARKDOWN = 20
-_RIGHT = {"integer", "number", "signed", "percent", "seconds", "bytes"}
 
 
 def to_html(page: Page) -> str:
@@ -104,7 +103,7 @@ def _plain(value: Any) -> Any:
 def _markdown_table(table: Table) -> list[str]:
     columns = table.columns
     lines = ["| " + " | ".join(_cell(column.name) for column in columns) + " |"]
-    lines.append("|" + "|".join("---:" if column.kind in _RIGHT else "---" for column in columns) + "|")
+    lines.append("|" + "|".join("---:" if column.kind in RIGHT else "---" for column in columns) + "|")
     for row in table.rows[:_ROWS_IN_MARKDOWN]:
         cells = (_cell(written(value, column.kind)) for value, column in zip(row, columns, strict=True))
         lines.append("| " + " | ".join(cells) + " |")

@@ -10,14 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gradstore.engine.rollouts.files import RowFile, open_rows
-from gradstore.engine.rollouts.rollout import FORMATS, Rollout, detect_format, read_row
+from gradstore.engine.rollouts.files import RowFile, files_at, open_rows
+from gradstore.engine.rollouts.rollout import COLUMNS, Rollout, detect_format, read_row
 from gradstore.errors import RequestError
 
 TOKEN_SHARES = "token_shares"
 """Field of a rollout's `extra`: share of each response token in the rollout's alignment, as numbers."""
-
-_COLUMNS = sorted({name.split(".")[0] for names in FORMATS.values() for alias in names.values() for name in alias})
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +44,7 @@ class Transcripts:
         self._places: dict[str, list[tuple[int, int, int]]] = defaultdict(list)
         self._files: list[tuple[RowFile, str]] = []
         for path in paths:
-            for file in _files(Path(path)):
+            for file in files_at(Path(path)):
                 self._index(file)
 
     def __len__(self) -> int:
@@ -66,7 +64,7 @@ class Transcripts:
 
     def _index(self, path: Path) -> None:
         try:
-            rows = open_rows(path, _COLUMNS)
+            rows = open_rows(path, COLUMNS)
         except OSError as error:
             raise RequestError(f"{path}: cannot be read: {error.strerror or error}") from None
         format = ""
@@ -127,14 +125,3 @@ def _shares(rollout: Rollout) -> tuple[float, ...] | None:
     if not isinstance(shares, list) or rollout.response_ids is None or len(shares) != len(rollout.response_ids):
         return None
     return tuple(float(share) for share in shares) if all(isinstance(s, int | float) for s in shares) else None
-
-
-def _files(path: Path) -> list[Path]:
-    if path.is_dir():
-        found = sorted(file for suffix in ("jsonl", "parquet") for file in path.glob(f"*.{suffix}"))
-        if found:
-            return found
-        raise RequestError(f"{path}: no .jsonl or .parquet file in this folder, expected rollouts")
-    if not path.exists():
-        raise RequestError(f"{path}: no such file or folder, expected rollouts in JSON Lines, JSON or Parquet")
-    return [path]

@@ -114,7 +114,5 @@ def fidelity(
     found_P = np.array([stored[name] for name in names])
     parts = [np.nan_to_num(half_P[live_P]) for half_P in halves_P] if halves else None
     return Fidelity(
-        agreement(found_P, exact_P[live_P], names, k),
-        None if parts is None else split_half(*parts),
-        store.row_bytes,
+        agreement(found_P, exact_P[live_P], names, k), None if parts is None else split_half(*parts), store.row_bytes
     )

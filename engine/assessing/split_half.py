@@ -22,7 +22,7 @@ from gradstore.engine.searching.targets import Target
 from gradstore.engine.sketches.sketcher import Sketcher
 from gradstore.engine.sketches.spec import SketchSpec
 from gradstore.errors import RequestError
-from gradstore.state import State
+from gradstore.state import live_mask
 
 Score = Callable[[Sequence[Group]], np.ndarray]
 """Groups -> scores, float64 [P]; NaN for a group without a score (no signal, failed)."""
@@ -87,13 +87,11 @@ def reliability(score: Score, groups: Sequence[Group], *, seed: int = 0, permuta
     Groups without signal are left out; a half without signal scores 0. Cost: each group is run 2 + permutations times.
     RequestError for fewer than three live groups, or a group with a single rollout.
     """
-    for group in groups:
-        if len(group.responses) < 2:
-            raise RequestError(f"problem {group.problem_id!r} has one rollout: halves need at least two")
+    halves = split(groups)
     scores_P = np.asarray(score(groups), np.float64)
     live = np.flatnonzero(~np.isnan(scores_P)).tolist()
-    chosen = [groups[i] for i in live]
-    even_P, odd_P = (np.nan_to_num(np.asarray(score(half), np.float64)) for half in split(chosen))
+    chosen, *parts = ([part[i] for i in live] for part in (groups, *halves))
+    even_P, odd_P = (np.nan_to_num(np.asarray(score(part), np.float64)) for part in parts)
     found = split_half(even_P, odd_P)
     errors_P = np.full(len(groups), np.nan)
     errors_P[live] = np.abs(even_P - odd_P) / 2
@@ -122,7 +120,13 @@ def spearman_brown(correlation: float) -> float:
 
 
 def split(groups: Sequence[Group]) -> tuple[list[Group], list[Group]]:
-    """Split each group into even rollouts (first, third, ...) and odd ones; each half has its own baseline."""
+    """Split each group into even rollouts (first, third, ...) and odd ones; each half has its own baseline.
+
+    RequestError for a group with a single rollout.
+    """
+    for group in groups:
+        if len(group.responses) < 2:
+            raise RequestError(f"problem {group.problem_id!r} has one rollout: halves need at least two")
     return [_part(group, 0) for group in groups], [_part(group, 1) for group in groups]
 
 
@@ -143,7 +147,7 @@ def sketch_scores(sketcher: Sketcher, target: Target | np.ndarray, metric: Metri
         batch = sketcher.sketch(groups)
         lengths_P = np.linalg.norm(batch.sketches, axis=1) if batch.norms is None else batch.norms
         lengths_P = lengths_P if metric == "cosine" else np.ones(len(groups))
-        live_P = np.array([state is State.LIVE for state in batch.states], bool)
+        live_P = live_mask(batch.states)
         dots_P = (batch.sketches @ target_D).astype(np.float64)
         return np.divide(dots_P, lengths_P, out=np.full(len(groups), np.nan), where=live_P)
 
@@ -159,7 +163,7 @@ def exact_scores(
         batch = exact_dots(model, groups, target, spec, norms=metric == "cosine")
         if metric == "cosine":
             return batch.cosines[:, 0]
-        live_P = np.array([state is State.LIVE for state in batch.states], bool)
+        live_P = live_mask(batch.states)
         return np.where(live_P, batch.dots[:, 0], np.nan)
 
     return score

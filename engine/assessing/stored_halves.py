@@ -50,8 +50,6 @@ def collect_halves(
     records = {record["id"]: record for record in store.records(collection)}
     members = list(groups.groups() if isinstance(groups, RolloutSource) else groups)
     for group in members:
-        if len(group.responses) < 2:
-            raise RequestError(f"problem {group.problem_id!r} has one rollout: halves need at least two")
         if group.problem_id not in records:
             raise RequestError(f"problem {group.problem_id!r} is not in collection {collection!r}")
     reports = []

@@ -8,12 +8,11 @@ memory and retrying.py halves the micro-batch.
 
 import ctypes
 from math import prod
-from typing import Any, cast
 
 import torch
 from torch import nn
 
-from gradstore.engine.gradients.layers import head_of, linear_outputs
+from gradstore.engine.gradients.layers import head_of, linear_outputs, text_config
 
 LEAST, MOST_ON_CPU, MOST_ON_GPU = 256, 2048, 16_384
 """Bounds on the tokens of a micro-batch. More would not fit a CPU's caches; a GPU is already fully busy."""
@@ -56,8 +55,7 @@ def sampled_tokens(model: nn.Module) -> int:
 
 def key_value_bytes(model: nn.Module) -> int:
     """Bytes of one token's keys and values in all blocks."""
-    config = cast(Any, getattr(model, "config", None))
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    text = text_config(model)
     heads = getattr(text, "num_key_value_heads", None) or getattr(text, "num_attention_heads", 1)
     width = getattr(text, "head_dim", None) or text.hidden_size // getattr(text, "num_attention_heads", 1)
     return 2 * text.num_hidden_layers * heads * width * next(model.parameters()).itemsize
@@ -115,7 +113,6 @@ def free_bytes(device: torch.device) -> int:
 
 def _of_experts(model: nn.Module) -> int:
     """Inputs plus outputs of each stack of experts [E, I, O], times the experts chosen per token."""
-    config = cast(Any, getattr(model, "config", None))
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    text = text_config(model)
     n_taken = getattr(text, "num_experts_per_tok", None) or 1
     return n_taken * sum(sum(p.shape[1:]) for p in model.parameters() if p.ndim == 3 and prod(p.shape) > 0)

@@ -13,12 +13,12 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from gradstore.engine.gradients.adapters import active_adapters, is_trained
 from gradstore.engine.gradients.budget import give_back
 from gradstore.engine.gradients.gradient_pass import GradientPass
-from gradstore.engine.gradients.hooks import Observation, PausableObserver, frozen
+from gradstore.engine.gradients.hooks import NoObserver, Observation, PausableObserver, frozen
 from gradstore.engine.gradients.layers import Layer
 from gradstore.engine.gradients.microbatch import pack, pays_to_share, rollouts_of
 from gradstore.engine.gradients.packed import packed_weights
@@ -228,16 +228,6 @@ def _trainable(model: nn.Module, seen: set[_Key]) -> Iterator[list[tuple[str, nn
                 parameter.grad = gradient
 
 
-class _Nobody:
-    """An observer of no layers."""
-
-    def reset(self) -> None: ...
-
-    def on_input(self, layer: int, x_BTI: Tensor, expert_BT: Tensor | None = None) -> None: ...
-
-    def on_gradient(self, layer: int, kept: None, grad_BTO: Tensor, problem_B: Tensor) -> None: ...
-
-
 def _squares(gradients: GradientPass, group: Group, named: Sequence[tuple[str, nn.Parameter]]) -> dict[str, float]:
     """Squared norm of the group's gradient per parameter; empty if no rollout carries weight."""
     gradients.check(group)
@@ -246,7 +236,7 @@ def _squares(gradients: GradientPass, group: Group, named: Sequence[tuple[str, n
         return {}
     policy.verify(rollouts)
     shared = policy.shares_prompts and gradients.spec.share_prompts and pays_to_share(rollouts)
-    observation = Observation(gradients.model, [], PausableObserver(_Nobody()))
+    observation = Observation(gradients.model, [], PausableObserver(NoObserver()))
 
     def attempt(tokens: int) -> None:
         for _, parameter in named:

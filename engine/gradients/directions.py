@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gradstore.engine.gradients.gradient_pass import GradientPass
-from gradstore.engine.gradients.hooks import Observation, Observer, PausableObserver, evaluating
+from gradstore.engine.gradients.hooks import NoObserver, Observation, Observer, PausableObserver, evaluating
 from gradstore.engine.gradients.layers import Layer
 from gradstore.engine.gradients.microbatch import in_step, pack, pays_to_share, rollouts_of
 from gradstore.engine.gradients.objectives import Objective, objective
@@ -59,11 +59,7 @@ class Direction:
 
 
 def validation_gradient(
-    model: nn.Module,
-    groups: Sequence[Group],
-    settings: Objective | None = None,
-    *,
-    token_budget: int | None = None,
+    model: nn.Module, groups: Sequence[Group], settings: Objective | None = None, *, token_budget: int | None = None
 ) -> Direction:
     """Mean gradient of the groups' objective (ascent direction) with respect to every trainable parameter.
 
@@ -98,7 +94,7 @@ def summed_gradient(
     sums: dict[str, Tensor] = {}
     with plain, _own_gradients(model) as trained, torch.enable_grad():
         shared = policy.shares_prompts and spec.share_prompts and pays_to_share(rollouts)
-        layers, observer = watch or ([], _Nothing())
+        layers, observer = watch or ([], NoObserver())
         muted = PausableObserver(observer)
         observation = Observation(model, layers, muted)
 
@@ -176,17 +172,7 @@ def _own_gradients(model: nn.Module) -> Iterator[dict[str, nn.Parameter]]:
             parameter.grad = before[name]
 
 
-class _Nothing:
-    """An observer of no layers."""
-
-    def on_input(self, layer: int, x_BTI: Tensor, expert_BT: Tensor | None = None) -> None: ...
-
-    def on_gradient(self, layer: int, kept: object, grad_BTO: Tensor, problem_B: Tensor) -> None: ...
-
-    def reset(self) -> None: ...
-
-
-class _Along(_Nothing):
+class _Along(NoObserver):
     """Frees each gradient and keeps its product with a direction; `reset` drops the products of a failed pass."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:

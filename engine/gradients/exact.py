@@ -24,7 +24,7 @@ from gradstore.engine.gradients.settings import GradientSpec
 from gradstore.engine.gradients.sharding import inner, plain_inner
 from gradstore.engine.rollouts.group import Group
 from gradstore.errors import RequestError
-from gradstore.state import State
+from gradstore.state import State, live_mask, states_of
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -70,7 +70,7 @@ class ExactBatch:
         """Cosines, float64 [P, K], NaN for problems that are not live; RequestError if norms were not requested."""
         if self.norms is None:
             raise RequestError("exact cosines need norms: exact_dots(..., norms=True)")
-        live_P = np.array([state is State.LIVE for state in self.states], bool)
+        live_P = live_mask(self.states)
         lengths_PK = self.norms[:, None] * self.target_norms
         return np.divide(self.dots, lengths_PK, out=np.full_like(lengths_PK, np.nan), where=live_P[:, None])
 
@@ -243,19 +243,12 @@ def _states(
     groups: Sequence[Group], terms_PKL: np.ndarray, norms_P: np.ndarray | None
 ) -> tuple[list[State], list[str]]:
     """States and failure reasons of the problems, from rewards and results; rows that are not live are set to zero."""
-    states, reasons = [], []
-    for row, group in enumerate(groups):
-        state, reason = State.LIVE, ""
-        if not (np.isfinite(terms_PKL[row]).all() and (norms_P is None or np.isfinite(norms_P[row]))):
-            state, reason = State.FAILED, "the gradient is not finite"
-        elif not group.has_signal or (norms_P is not None and norms_P[row] == 0.0):
-            state = State.NO_SIGNAL
-        if state is not State.LIVE:
-            terms_PKL[row] = 0.0
-            if norms_P is not None:
-                norms_P[row] = 0.0
-        states.append(state)
-        reasons.append(reason)
+    lengths_P = np.ones(len(groups)) if norms_P is None else norms_P
+    signal_P = np.array([group.has_signal for group in groups], bool) & (lengths_P != 0)
+    states, reasons = states_of(np.isfinite(terms_PKL).all(axis=(1, 2)) & np.isfinite(lengths_P), signal_P)
+    rest_P = ~live_mask(states)
+    terms_PKL[rest_P] = 0.0
+    lengths_P[rest_P] = 0.0
     return states, reasons
 
 

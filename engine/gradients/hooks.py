@@ -43,6 +43,16 @@ class Observer(Protocol):
         """Discard everything added so far: all groups are run again."""
 
 
+class NoObserver:
+    """An observer of no layers."""
+
+    def on_input(self, layer: int, x_BTI: Tensor, expert_BT: Tensor | None = None) -> None: ...
+
+    def on_gradient(self, layer: int, kept: Any, grad_BTO: Tensor, problem_B: Tensor) -> None: ...
+
+    def reset(self) -> None: ...
+
+
 class PausableObserver:
     """An observer that can be switched off, for a rank that has run its groups and only keeps step with the others."""
 
@@ -160,12 +170,7 @@ class Observation:
         return found
 
     def _routed(
-        self,
-        module: nn.Module,
-        forward: Callable[..., Tensor],
-        numbers: dict[str, list[int]],
-        *args: Any,
-        **named: Any,
+        self, module: nn.Module, forward: Callable[..., Tensor], numbers: dict[str, list[int]], *args: Any, **named: Any
     ) -> Tensor:
         """An observed experts forward. Arguments in order: hidden states, chosen experts and their weights."""
         if not self._on:
@@ -271,17 +276,14 @@ def observed(model: nn.Module, layers: Sequence[Layer], observer: Observer) -> I
 def frozen(model: nn.Module) -> Iterator[None]:
     """Evaluation mode with all parameters frozen, in the context."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    training = [module for module in model.modules() if module.training]
-    try:
-        model.eval()
-        for parameter in trained:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
-        for module in training:
-            module.training = True
+    with evaluating(model):
+        try:
+            for parameter in trained:
+                parameter.requires_grad_(False)
+            yield
+        finally:
+            for parameter in trained:
+                parameter.requires_grad_(True)
 
 
 @contextmanager

@@ -132,9 +132,20 @@ def input_embedding(model: nn.Module) -> nn.Module:
     return active_copy(cast(Any, model).get_input_embeddings(), active_adapters(model))
 
 
+def base_of(model: nn.Module) -> nn.Module:
+    """The transformers model inside a model with PEFT adapters; any other model itself."""
+    return cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def text_config(model: nn.Module) -> Any:
+    """The configuration of the model's text part, where it has other parts too."""
+    config = cast(Any, getattr(model, "config", None))
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
 def output_layer(model: nn.Module) -> Layer:
     """The layer that computes the logits; RequestError if it is not a separate linear layer."""
-    base = cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_of(model)
     head = active_copy(cast(Any, base).get_output_embeddings(), active_adapters(model))
     for name, module in model.named_modules():
         if module is head and (layer := _as_layer(name, module)):
@@ -144,7 +155,7 @@ def output_layer(model: nn.Module) -> Layer:
 
 def head_of(model: nn.Module) -> nn.Module | None:
     """The module that computes the logits; None if the model names none."""
-    base = cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_of(model)
     return cast(Any, base).get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
 
 
@@ -156,7 +167,7 @@ def linear_outputs(module: nn.Module) -> int:
 
 def model_identity(model: nn.Module) -> dict:
     """What training does not change: the architecture, and a hash of all parameter names and shapes."""
-    base = cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_of(model)
     shapes = ";".join(f"{name}:{tuple(parameter.shape)}" for name, parameter in model.named_parameters())
     return {
         "architecture": (type(base).__bases__[-1] if isinstance(base, FSDPModule) else type(base)).__name__,

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from gradstore.engine.gradients.adapters import check_adapters
-from gradstore.errors import RequestError
+from gradstore.errors import RequestError, first_line, needing
 
 _BUFFERS = re.compile(r"(^|\.)(attn\.bias|attention\.bias|masked_bias|inv_freq|position_ids|(cos|sin)_cached)$")
 """Masks and tables in old checkpoints that models now compute; they are not weights."""
@@ -42,7 +42,7 @@ def load_model(
     try:
         model, loaded = AutoModelForCausalLM.from_pretrained(str(path), dtype=dtype, output_loading_info=True)
     except (OSError, ValueError, RuntimeError) as error:
-        raise RequestError(f"{path}: not a causal language model that can be loaded: {_first_line(error)}") from error
+        raise RequestError(f"{path}: not a causal language model that can be loaded: {first_line(error)}") from error
     _check_keys(path, type(model).__name__, loaded["missing_keys"], loaded["unexpected_keys"])
     if adapter is not None:
         model = _with_adapter(model, adapter)
@@ -59,7 +59,7 @@ def load_tokenizer(path: str | Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(str(path))
     except (OSError, ValueError, KeyError) as error:
-        raise RequestError(f"{path}: no tokenizer that can be loaded: {_first_line(error)}") from error
+        raise RequestError(f"{path}: no tokenizer that can be loaded: {first_line(error)}") from error
 
 
 def vocabulary_size(path: str | Path) -> int | None:
@@ -90,15 +90,13 @@ def weights_digest(model: nn.Module) -> str:
 
 
 def _with_adapter(model: nn.Module, adapter: str | Path) -> nn.Module:
-    try:
+    with needing("loading an adapter", "gradstore[lora]"):
         from peft import PeftModel, get_peft_model_state_dict
         from peft.utils import load_peft_weights
-    except ImportError:
-        raise RequestError("loading an adapter needs PEFT: pip install peft") from None
     try:
         adapted = PeftModel.from_pretrained(model, str(adapter))
     except (OSError, ValueError, RuntimeError, TypeError) as error:
-        raise RequestError(f"{adapter}: not a PEFT adapter that can be loaded: {_first_line(error)}") from error
+        raise RequestError(f"{adapter}: not a PEFT adapter that can be loaded: {first_line(error)}") from error
     except KeyError as error:  # PEFT looks up the copies of `modules_to_save` without checking
         _check_keys(adapter, _ADAPTER, [str(error.args[0])], [])
         raise
@@ -126,7 +124,3 @@ def _check_keys(path: str | Path, model: str, missing: Collection[str], unexpect
 def _some(names: Sequence[str], most: int = 6) -> str:
     left = len(names) - most
     return ", ".join(names[:most]) + (f" and {left} more" if left > 0 else "")
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

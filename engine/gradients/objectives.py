@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 import numpy as np
 
 from gradstore.engine.rollouts.group import ROUNDING, differ
-from gradstore.errors import RequestError
+from gradstore.errors import RequestError, check_known, check_number
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,16 +46,12 @@ class Objective:
     """Digest of the reference's weights; None: the reference that the rollouts were recorded with."""
 
     def __post_init__(self) -> None:
-        if self.advantage not in get_args(Advantage):
-            raise RequestError(f"advantage {self.advantage!r} is not one of {', '.join(get_args(Advantage))}")
-        if self.aggregation not in get_args(Aggregation):
-            raise RequestError(f"aggregation {self.aggregation!r} is not one of {', '.join(get_args(Aggregation))}")
-        if not self.temperature > 0:
-            raise RequestError(f"temperature is {self.temperature}, expected a number above 0")
+        check_known("advantage", self.advantage, get_args(Advantage))
+        check_known("aggregation", self.aggregation, get_args(Aggregation))
+        check_number("temperature", self.temperature, above=0)
         if not self.importance and (self.clip_low, self.clip_high) != (None, None):
             raise RequestError("clip_low and clip_high need importance=True")
-        if not 0 <= self.kl_beta < float("inf"):
-            raise RequestError(f"kl_beta is {self.kl_beta}, expected a finite number of 0 or more")
+        check_number("kl_beta", self.kl_beta, least=0)
         if self.reference is not None and not self.kl_beta:
             raise RequestError("a reference policy needs kl_beta above 0")
 
@@ -79,8 +75,7 @@ PRESETS: dict[str, Objective] = {
 
 def objective(preset: str, **changes: object) -> Objective:
     """The preset with fields replaced; RequestError for a name that is not in PRESETS."""
-    if preset not in PRESETS:
-        raise RequestError(f"objective {preset!r} is not one of {', '.join(PRESETS)}")
+    check_known("objective", preset, PRESETS)
     return replace(PRESETS[preset], **changes)  # type: ignore[arg-type]
 
 

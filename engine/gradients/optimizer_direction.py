@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from gradstore.engine.gradients.layers import Layer
-from gradstore.errors import RequestError
+from gradstore.errors import RequestError, check_known, first_line
 
 Formula = Literal["less", "precondition"]
 
@@ -142,8 +142,7 @@ class OptimizerDirection:
         """formula: `less`, m' / sqrt(v' + eps) with both moments updated by the gradient (LESS, ICML 2024);
         `precondition`, g / (sqrt(v) + eps). RequestError for another, or for bias correction of a state without steps.
         """
-        if formula not in get_args(Formula):
-            raise RequestError(f"formula {formula!r} is not one of {', '.join(get_args(Formula))}")
+        check_known("formula", formula, get_args(Formula))
         if bias_correction and formula == "precondition" and state.step < 1:
             raise RequestError("bias correction needs a state of at least one step")
         self.state, self.formula, self.bias_correction, self.betas, self.eps = (
@@ -256,7 +255,7 @@ def _load(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise RequestError(f"{path}: no such file") from None
     except Exception as error:  # torch raises pickle's, zip's and its own errors alike
-        raise RequestError(f"{path}: not an optimizer state that can be read: {str(error).splitlines()[0]}") from error
+        raise RequestError(f"{path}: not an optimizer state that can be read: {first_line(error)}") from error
     if not isinstance(found, Mapping) or "state" not in found:
         raise RequestError(f"{path}: not an optimizer's state_dict: it has no `state`")
     return dict(found)

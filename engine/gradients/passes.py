@@ -26,7 +26,8 @@ from transformers import DynamicCache
 
 from gradstore.engine.gradients.chosen import at_responses, chosen_logprobs
 from gradstore.engine.gradients.grouped_attention import grouped_attention
-from gradstore.engine.gradients.hooks import Observation
+from gradstore.engine.gradients.hooks import Observation, evaluating
+from gradstore.engine.gradients.layers import base_of
 from gradstore.engine.gradients.lengths import SHORTEST, alone, frequencies_change_at, reach, samples
 from gradstore.engine.gradients.microbatch import MicroBatch, Prompts, WeightedSequence, pack
 from gradstore.engine.gradients.objectives import Objective, importance_weights, kl_weights
@@ -76,7 +77,7 @@ class PolicyForward:
     """A causal LM as backbone and output layer; uses only the shortcuts that are exact for it."""
 
     def __init__(self, model: nn.Module) -> None:
-        base = cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
+        base = base_of(model)
         self.model = model
         self._backbone = cast(Any, base).base_model
         self._head = cast(Any, base).get_output_embeddings()
@@ -162,16 +163,12 @@ class PolicyForward:
     @contextmanager
     def _as_checked(self) -> Iterator[None]:
         """Evaluation mode, gathered weights and no gradients, in the context."""
-        training = [module for module in self.model.modules() if module.training]
-        self.model.eval()
-        try:
-            with torch.no_grad():
+        with evaluating(self.model), torch.no_grad():
+            try:
                 gather(self.model)  # a shortcut bypasses the outermost module, which would gather its own weights
                 yield
-        finally:
-            reshard(self.model)
-            for module in training:
-                module.training = True
+            finally:
+                reshard(self.model)
 
     @contextmanager
     def plain(self) -> Iterator[None]:
@@ -201,11 +198,7 @@ class PolicyForward:
         return torch.where(batch.filled_BN, found_BN, 0.0)
 
     def backward(
-        self,
-        batch: MicroBatch,
-        objective: Objective,
-        observation: Observation,
-        on_weights: OnWeights | None = None,
+        self, batch: MicroBatch, objective: Objective, observation: Observation, on_weights: OnWeights | None = None
     ) -> None:
         """Back-propagate the weighted log-probabilities of the responses to the observed layers.
 

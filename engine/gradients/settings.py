@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from gradstore.engine.gradients.objectives import Objective, objective
-from gradstore.errors import RequestError
+from gradstore.errors import RequestError, check_number
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,5 +27,5 @@ class GradientSpec:
     def __post_init__(self) -> None:
         if self.head_only and (self.modules or self.embeddings):
             raise RequestError("head_only sketches the output layer alone: leave `modules` and `embeddings` out")
-        if self.token_budget is not None and self.token_budget < 1:
-            raise RequestError(f"token budget is {self.token_budget}, expected at least 1")
+        if self.token_budget is not None:
+            check_number("token budget", self.token_budget, least=1)

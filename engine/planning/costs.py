@@ -70,9 +70,7 @@ class Work:
     def plus(self, other: "Work") -> "Work":
         """Cost of both passes."""
         return Work(
-            self.flops + other.flops,
-            self.projection_flops + other.projection_flops,
-            self.traffic + other.traffic,
+            self.flops + other.flops, self.projection_flops + other.projection_flops, self.traffic + other.traffic
         )
 
     def seconds(self, device: Hardware, n_devices: int = 1) -> float:

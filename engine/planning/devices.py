@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from gradstore.errors import RequestError
+from gradstore.errors import check_known
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +52,7 @@ def hardware(name: str) -> Hardware:
     """The device of this name; `cpu` is measured on this machine. RequestError for an unknown name."""
     if name == "cpu":
         return _this_cpu()
-    if name not in GPUS:
-        raise RequestError(f"--device is {name!r}, expected one of cpu, {', '.join(GPUS)}")
+    check_known("--device", name, ["cpu", *GPUS])
     return GPUS[name]
 
 

@@ -53,11 +53,8 @@ def wide(rank: int) -> int:
 
 def basis_bytes(shape: ModelShape, rank: int) -> int:
     """Bytes of a fitted basis, in memory and on disk: float32 sides with a quarter more random directions."""
-    return FLOAT32 * sum(
-        (wide(rank) * layer.n_inputs if layer.n_inputs > rank else 0)
-        + (wide(rank) * layer.n_outputs if layer.n_outputs > rank else 0)
-        for layer in shape.layers
-    )
+    sides = (width for layer in shape.layers for width in (layer.n_inputs, layer.n_outputs))
+    return FLOAT32 * wide(rank) * sum(width for width in sides if width > rank)
 
 
 def logits_bytes(shape: ModelShape, load: Workload, n_tokens: int, device: Hardware) -> int:
@@ -79,14 +76,16 @@ def held_by_tokens(shape: ModelShape, load: Workload, n_tokens: int, kept_bytes:
     return int(held)
 
 
+def micro_batch(shape: ModelShape, load: Workload, n_tokens: int, device: Hardware, *, inputs_kept: bool = True) -> int:
+    """Bytes of a micro-batch's activations and logits."""
+    kept = shape.kept_bytes_with_inputs if inputs_kept else shape.kept_bytes
+    return held_by_tokens(shape, load, n_tokens, kept) + logits_bytes(shape, load, n_tokens, device)
+
+
 def sketching(shape: ModelShape, load: Workload, n_tokens: int, rank: int, device: Hardware) -> int:
     """Bytes for sketching: weights, sides, a micro-batch's activations and logits."""
-    return (
-        shape.weight_bytes
-        + basis_bytes(shape, rank)
-        + held_by_tokens(shape, load, n_tokens, shape.kept_bytes)
-        + logits_bytes(shape, load, n_tokens, device)
-    )
+    held = micro_batch(shape, load, n_tokens, device, inputs_kept=False)
+    return shape.weight_bytes + basis_bytes(shape, rank) + held
 
 
 def fitting(shape: ModelShape, load: Workload, n_tokens: int, rank: int, device: Hardware) -> int:
@@ -98,25 +97,15 @@ def fitting(shape: ModelShape, load: Workload, n_tokens: int, rank: int, device:
         for layer in shape.layers
         for width in (layer.n_outputs, layer.n_inputs)
     )
-    return (
-        shape.weight_bytes
-        + products
-        + sums
-        + held_by_tokens(shape, load, n_tokens, shape.kept_bytes_with_inputs)
-        + logits_bytes(shape, load, n_tokens, device)
-    )
+    return shape.weight_bytes + products + sums + micro_batch(shape, load, n_tokens, device)
 
 
 def forming(shape: ModelShape, problem: Workload, benchmark: Workload, n_tokens: int, device: Hardware) -> int:
     """Bytes for exact gradients of a block of layers: first the benchmark's, in as few micro-batches as possible; then
     beside it those of one problem at a time."""
     block = formed_block(shape, device)
-
-    def held(load: Workload) -> int:
-        kept = held_by_tokens(shape, load, n_tokens, shape.kept_bytes_with_inputs)
-        return kept + logits_bytes(shape, load, n_tokens, device)
-
-    return shape.weight_bytes + block + max(held(benchmark), block + held(problem))
+    first, then = (micro_batch(shape, load, n_tokens, device) for load in (benchmark, problem))
+    return shape.weight_bytes + block + max(first, block + then)
 
 
 def formed_block(shape: ModelShape, device: Hardware) -> int:
@@ -141,12 +130,7 @@ def probing(shape: ModelShape, load: Workload, device: Hardware, *, in_place: bo
 def training(shape: ModelShape, load: Workload, n_tokens: int, device: Hardware, n_devices: int) -> int:
     """Bytes for training: float32 weights, gradients and Adam's two moments, divided over the devices, and a
     micro-batch on each."""
-    held = 4 * FLOAT32 * shape.n_parameters // n_devices
-    return (
-        held
-        + held_by_tokens(shape, load, n_tokens, shape.kept_bytes_with_inputs)
-        + logits_bytes(shape, load, n_tokens, device)
-    )
+    return 4 * FLOAT32 * shape.n_parameters // n_devices + micro_batch(shape, load, n_tokens, device)
 
 
 def sampling(shape: ModelShape, load: Workload, at_once: int) -> int:

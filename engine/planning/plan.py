@@ -13,7 +13,7 @@ from gradstore.engine.planning.costs import Work, Workload
 from gradstore.engine.planning.devices import Hardware
 from gradstore.engine.planning.shapes import ModelShape
 from gradstore.engine.sketches.fitting import PASSES
-from gradstore.errors import RequestError
+from gradstore.errors import check_number
 from gradstore.layout import row_arrays
 
 _SAMPLE, _HELD_OUT = 96, 32
@@ -47,8 +47,8 @@ class Request:
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            if isinstance(value, int) and value < 1:
-                raise RequestError(f"{name.removeprefix('n_')} is {value}, expected at least 1")
+            if isinstance(value, int):
+                check_number(name.removeprefix("n_"), value, least=1)
 
     def load(self, n_problems: int) -> Workload:
         """Workload of n_problems of this run."""

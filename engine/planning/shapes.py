@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 from gradstore.engine.gradients.budget import activation_bytes, key_value_bytes
-from gradstore.engine.gradients.layers import find_layers, head_of, linear_outputs
-from gradstore.errors import RequestError
+from gradstore.engine.gradients.layers import find_layers, head_of, linear_outputs, text_config
+from gradstore.errors import RequestError, first_line
 
 
 def _qwen(kind: str, layers: int, hidden: int, between: int, heads: int, groups: int, tied: bool, **more: Any) -> dict:
@@ -128,8 +128,7 @@ def shape_of(name: str, *, dtype: torch.dtype = torch.bfloat16) -> ModelShape:
 
 def measured_shape(model: nn.Module, name: str) -> ModelShape:
     """The shape of a loaded model, on any device."""
-    config = cast(Any, model).config
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    text = text_config(model)
     chosen = getattr(text, "num_experts_per_tok", None) or 1
     head = head_of(model)
     head_weights = 0 if head is None else cast(nn.Parameter, head.weight).numel()
@@ -171,8 +170,7 @@ def _on_meta(name: str, dtype: torch.dtype) -> nn.Module:
         with torch.device("meta"):
             model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype)
     except (KeyError, ValueError, TypeError, AttributeError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise RequestError(f"{name}: not the configuration of a causal language model: {first}") from None
+        raise RequestError(f"{name}: not the configuration of a causal language model: {first_line(error)}") from None
     return model.eval()
 
 

@@ -14,8 +14,8 @@ from gradstore.engine.gradients.objectives import Objective
 from gradstore.engine.probing import statistics as probe_statistics
 from gradstore.engine.probing.calibration import Calibration
 from gradstore.engine.rollouts.group import Group
-from gradstore.errors import RequestError
-from gradstore.state import State
+from gradstore.errors import RequestError, check_known
+from gradstore.state import State, live_mask
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -126,14 +126,13 @@ class ProbeBatch:
     @property
     def live(self) -> np.ndarray:
         """Mask of problems that can be ranked, bool [P]."""
-        return np.array([state is State.LIVE for state in self.states], dtype=bool)
+        return live_mask(self.states)
 
     def scores(self, kind: str = "dot") -> np.ndarray:
         """Scores by `dot`, `corr` (of reward and derivative), `snr` (dot / SE), `lcb` (dot - SE), `shrunk` (empirical
         Bayes over this batch) or `fdr` (dot, if it passes a Benjamini-Hochberg cut at 0.1), float64 [P]; -inf where a
         problem is not live or fails the cut. RequestError for another kind."""
-        if kind not in probe_statistics.PROBE_SCORES:
-            raise RequestError(f"probe score {kind!r} is not one of {', '.join(probe_statistics.PROBE_SCORES)}")
+        check_known("probe score", kind, probe_statistics.PROBE_SCORES)
         live = self.live
         found = np.full(len(self.ids), -np.inf)
         n_P = np.array([len(r_G) for r_G in self.rewards])

@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from gradstore.engine.gradients.directions import Direction
 from gradstore.engine.gradients.sharding import inner, own_part, reshard
-from gradstore.errors import RequestError
+from gradstore.errors import RequestError, check_number
 
 Move = Callable[[float], None]
 """Callback(eps): sets the model to theta + eps V; 0 sets it to theta."""
@@ -78,8 +78,7 @@ class LowRankBranch:
     """A direction truncated to a low rank per linear and embedding layer; biases in full, other parameters omitted."""
 
     def __init__(self, model: nn.Module, direction: Direction, rank: int) -> None:
-        if rank < 1:
-            raise RequestError(f"rank is {rank}, expected at least 1")
+        check_number("rank", rank, least=1)
         reshard(model)
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         self._factors: list[_Factors] = []

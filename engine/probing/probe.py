@@ -32,7 +32,7 @@ from gradstore.engine.probing.batch import ProbeBatch
 from gradstore.engine.probing.calibration import Calibration, best_step
 from gradstore.engine.probing.displacement import LowRankBranch, Move, displaced
 from gradstore.engine.rollouts.group import Group
-from gradstore.errors import RequestError
+from gradstore.errors import RequestError, check_number
 
 log = logging.getLogger(__name__)
 
@@ -72,10 +72,9 @@ class Probe:
         Under FSDP2 every rank makes a Probe, and all call its methods together, each with its own groups.
         RequestError for invalid settings; on use, for a direction of another model.
         """
-        if eps is not None and not (np.isfinite(eps) and eps > 0):
-            raise RequestError(f"eps is {eps}, expected a finite number above 0")
-        if n_check < 1:
-            raise RequestError(f"n_check is {n_check}, expected at least 1")
+        if eps is not None:
+            check_number("eps", eps, above=0)
+        check_number("n_check", n_check, least=1)
         if settings is not None and settings.kl_beta:
             raise RequestError(
                 "a probe says how rewards go with a direction, which a KL term has no part in: use an objective with "
@@ -150,10 +149,7 @@ class Probe:
         return found
 
     def calibrate(
-        self,
-        groups: Sequence[Group],
-        base_logprobs: TokenLogprobs | None = None,
-        like: Calibration | None = None,
+        self, groups: Sequence[Group], base_logprobs: TokenLogprobs | None = None, like: Calibration | None = None
     ) -> Calibration:
         """Choose the steps on a few evenly spaced groups with signal, and check the probe against exact dots there.
 

@@ -15,7 +15,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gradstore.errors import RequestError
+from gradstore.errors import RequestError, first_line
+from gradstore.keepable import parsed_line
 from gradstore.parquet import plain_table
 
 CHUNK_BYTES = 1 << 20
@@ -75,7 +76,7 @@ class JsonLines(RowFile):
         with self.path.open("rb") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
-                    yield Row(self.where(number), place, len(line), _parse(line, self.where(number)))
+                    yield Row(self.where(number), place, len(line), parsed_line(line, self.where(number)))
                 place += len(line)
 
     def fetch(self, places: Sequence[int], sizes: Sequence[int]) -> list[Any]:
@@ -84,7 +85,7 @@ class JsonLines(RowFile):
         rows = []
         for place, size in zip(places, sizes, strict=True):
             self._file.seek(place)
-            rows.append(_parse(self._file.read(size), f"{self.path}, byte {place}"))
+            rows.append(parsed_line(self._file.read(size), f"{self.path}, byte {place}"))
         return rows
 
     def close(self) -> None:
@@ -142,7 +143,7 @@ class JsonList(JsonLines):
                             raise RequestError(f"{self.where(number)}: not valid JSON: {error.msg}") from None
                         wanted *= 2  # a long entry is parsed repeatedly: each try gets twice as much text
                     except (RecursionError, ValueError) as error:
-                        raise RequestError(f"{self.where(number)}: not usable JSON: {_first_line(error)}") from None
+                        raise RequestError(f"{self.where(number)}: not usable JSON: {first_line(error)}") from None
                 start = place + len(text[:at].encode())
                 yield Row(self.where(number), start, len(text[at:end].encode()), value)
                 at = end
@@ -165,7 +166,7 @@ class Parquet(RowFile):
         try:
             self._parquet = pq.ParquetFile(path)
         except pa.ArrowException as error:
-            raise RequestError(f"{path}: not a readable Parquet file: {_first_line(error)}") from None
+            raise RequestError(f"{path}: not a readable Parquet file: {first_line(error)}") from None
         self._columns = [name for name in self._parquet.schema_arrow.names if name in columns]
         if not self._columns:
             found = ", ".join(self._parquet.schema_arrow.names)
@@ -183,7 +184,7 @@ class Parquet(RowFile):
                     yield Row(self.where(number + 1), number, 0, value)
                     number += 1
         except (pa.ArrowException, OSError) as error:
-            raise RequestError(f"{self.where(number + 1)} or later: cannot be read: {_first_line(error)}") from None
+            raise RequestError(f"{self.where(number + 1)} or later: cannot be read: {first_line(error)}") from None
 
     def fetch(self, places: Sequence[int], sizes: Sequence[int]) -> list[Any]:
         rows: list[Any] = [None] * len(places)
@@ -210,6 +211,18 @@ class Parquet(RowFile):
         return self._cache[group]
 
 
+def files_at(path: Path) -> list[Path]:
+    """The file itself, or the rollout files of a folder, sorted; RequestError without any."""
+    if not path.exists():
+        raise RequestError(f"{path}: no such file or folder, expected rollouts in JSON Lines, JSON or Parquet")
+    if not path.is_dir():
+        return [path]
+    files = sorted(file for suffix in ("jsonl", "parquet") for file in path.glob(f"*.{suffix}"))
+    if not files:
+        raise RequestError(f"{path}: no .jsonl or .parquet file in this folder, expected rollouts")
+    return files
+
+
 def open_rows(path: Path, columns: Sequence[str]) -> RowFile:
     """Open a file of rows; its first bytes determine the format. columns: the columns to read of a Parquet file.
 
@@ -233,18 +246,6 @@ def open_rows(path: Path, columns: Sequence[str]) -> RowFile:
     raise RequestError(f"{path}: neither JSON Lines, nor a JSON list, nor Parquet (starts with {head!r})")
 
 
-def _parse(line: bytes, where: str) -> Any:
-    try:
-        return json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise RequestError(f"{where}: not UTF-8 text (byte {error.start})") from None
-    except json.JSONDecodeError as error:
-        cut = "" if line.endswith(b"\n") else "; the file ends here, so the line may have been cut off"
-        raise RequestError(f"{where}: not valid JSON: {error.msg} at character {error.pos}{cut}") from None
-    except (RecursionError, ValueError) as error:  # nested too deeply, or an integer with too many digits
-        raise RequestError(f"{where}: not usable JSON: {_first_line(error)}") from None
-
-
 def _rows(table: pa.Table) -> Iterator[dict[str, Any]]:
     names = table.schema.names
     for batch in table.combine_chunks().to_batches():
@@ -266,7 +267,3 @@ def _values(column: pa.Array) -> Sequence[Any]:
             valid = column.is_valid().to_pylist()
             return [numbers[a:b] if ok else None for a, b, ok in zip(starts, ends, valid, strict=True)]
     return column.to_pylist()
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]

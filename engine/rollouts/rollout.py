@@ -14,25 +14,14 @@ import numpy as np
 
 from gradstore.engine.rollouts.templates import Prompt
 from gradstore.errors import RequestError
-from gradstore.keepable import check_keepable
+from gradstore.keepable import check_keepable, parsed_field
 
+_OWN = (
+    "problem_id", "prompt", "prompt_ids", "response", "response_ids", "reward", "logprobs", "reference_logprobs",
+    "source", "ground_truth", "tags", "finish_reason", "extra", "step",
+)  # fmt: skip
 FORMATS: dict[str, dict[str, tuple[str, ...]]] = {
-    "rollouts": {
-        "problem_id": ("problem_id",),
-        "prompt": ("prompt",),
-        "prompt_ids": ("prompt_ids",),
-        "response": ("response",),
-        "response_ids": ("response_ids",),
-        "reward": ("reward",),
-        "logprobs": ("logprobs",),
-        "reference_logprobs": ("reference_logprobs",),
-        "source": ("source",),
-        "ground_truth": ("ground_truth",),
-        "tags": ("tags",),
-        "finish_reason": ("finish_reason",),
-        "extra": ("extra",),
-        "step": ("step",),
-    },
+    "rollouts": {name: (name,) for name in _OWN},
     "verl": {
         "problem_id": ("index", "problem_id", "extra_info.index"),
         "prompt": ("input",),
@@ -52,6 +41,8 @@ FORMATS: dict[str, dict[str, tuple[str, ...]]] = {
 }
 """Field names per format and part of a rollout; the first field whose value is not null is used."""
 FORMATS["verl-validation"] = FORMATS["verl"]
+COLUMNS = sorted({name.split(".")[0] for names in FORMATS.values() for alias in names.values() for name in alias})
+"""Every field of a row that any format reads."""
 
 LOGPROB_SLACK = 0.01
 """Log-probabilities may exceed 0 by this much (rounding in half precision); larger values are rejected."""
@@ -267,8 +258,7 @@ class _Fields:
             raise self.error(part, f"is {_kind(value)}, expected a list of numbers")
         if response_ids is None:
             raise self.error(
-                part,
-                "needs 'response_ids' beside it: text tokenised again need not give the tokens that were sampled",
+                part, "needs 'response_ids' beside it: text tokenised again need not give the tokens that were sampled"
             )
         if len(value) != len(response_ids):
             raise self.error(part, f"has {len(value)} entries, but 'response_ids' has {len(response_ids)}")
@@ -302,12 +292,8 @@ class _Fields:
         return [self._encodable("tags", tag) for tag in value]
 
     def extra(self) -> dict[str, Any]:
-        _, value = self.get("extra")
-        if isinstance(value, str):  # Parquet keeps free-form objects as JSON text
-            try:
-                value = json.loads(value)
-            except ValueError:
-                raise self.error("extra", "is text that is not JSON, expected an object") from None
+        name, value = self.get("extra")
+        value = parsed_field(value, self.where, name)
         if value is None:
             return {}
         if not isinstance(value, Mapping):

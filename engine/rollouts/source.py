@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 
 from gradstore.engine.rollouts import tokens
-from gradstore.engine.rollouts.files import RowFile, open_rows
+from gradstore.engine.rollouts.files import RowFile, files_at, open_rows
 from gradstore.engine.rollouts.group import Group
-from gradstore.engine.rollouts.rollout import FORMATS, Rollout, detect_format, read_row
+from gradstore.engine.rollouts.rollout import COLUMNS, FORMATS, Rollout, detect_format, read_row
 from gradstore.engine.rollouts.templates import check_arguments, kept_arguments, prompt_text, tools_of
-from gradstore.errors import RequestError
+from gradstore.errors import RequestError, check_known
 
 _LOGPROBS = ("logprobs", "reference_logprobs")
 
@@ -277,18 +277,16 @@ def read_rollouts(
     Raises RequestError, naming file, row and field, for input that cannot be used; docs/rollouts.md has the list.
     """
     path = Path(path)
-    if format not in ("auto", *FORMATS):
-        raise RequestError(f"unknown rollout format {format!r}, expected auto, {', '.join(FORMATS)}")
+    check_known("rollout format", format, ("auto", *FORMATS))
     if append_eos and getattr(tokenizer, "eos_token_id", None) is None:
         raise RequestError("append_eos needs a tokenizer with an end-of-sequence token")
-    columns = {name.split(".")[0] for names in FORMATS.values() for alias in names.values() for name in alias}
     try:
-        paths = _files(path)
+        paths = files_at(path)
         if format == "auto":
-            format = detect_format(next((row.value for row in open_rows(paths[0], sorted(columns)).scan()), None))
+            format = detect_format(next((row.value for row in open_rows(paths[0], COLUMNS).scan()), None))
         if path.is_dir() and format.startswith("verl") and all(file.stem.isdecimal() for file in paths):
             paths = _files_of_step(path, paths, step)
-        files = [open_rows(file, sorted(columns)) for file in paths]
+        files = [open_rows(file, COLUMNS) for file in paths]
         arguments = kept_arguments(path, template_kwargs)
         if tokenizer is not None:
             check_arguments(tokenizer, arguments)
@@ -296,17 +294,6 @@ def read_rollouts(
         return RolloutSource(files, format, tokenizer, append_eos, step, known, vocabulary, arguments)
     except OSError as error:
         raise RequestError(f"{error.filename or path}: cannot be read: {error.strerror or error}") from None
-
-
-def _files(path: Path) -> list[Path]:
-    if not path.exists():
-        raise RequestError(f"{path}: no such file or folder, expected rollouts in JSON Lines, JSON or Parquet")
-    if not path.is_dir():
-        return [path]
-    files = sorted(file for suffix in ("jsonl", "parquet") for file in path.glob(f"*.{suffix}"))
-    if not files:
-        raise RequestError(f"{path}: no .jsonl or .parquet file in this folder, expected rollouts")
-    return files
 
 
 def _files_of_step(folder: Path, files: list[Path], step: int | None) -> list[Path]:

@@ -15,7 +15,8 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from gradstore.errors import RequestError
+from gradstore.errors import RequestError, first_line
+from gradstore.keepable import parsed_field
 from gradstore.problems import detail
 
 Prompt = str | list[dict[str, Any]]
@@ -108,11 +109,7 @@ def tools_of(record: Mapping[str, Any], name: str) -> list[dict[str, Any]] | Non
     tools = detail(record, "tools")
     if tools is None:
         tools = ((record.get("extra") or {}).get("verl") or {}).get("tools")
-    if isinstance(tools, str):
-        try:
-            tools = json.loads(tools)
-        except ValueError:
-            raise RequestError(f"{name}: field 'tools' is text that is not JSON, expected a list of objects") from None
+    tools = parsed_field(tools, name, "tools", "a list of objects")
     if not tools:
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
@@ -145,7 +142,7 @@ def _refused(tokenizer: Any, messages: list[dict[str, Any]], options: Mapping[st
         tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
         reason = "no reason given"
     except _REFUSALS as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
     odd = [str(j) for j, message in enumerate(messages) if not isinstance(message["content"], str)]
     hint = f" (message {', '.join(odd)}: the content is not text)" if odd else ""
     return f"the chat template refuses the prompt's messages{hint}: {reason}"

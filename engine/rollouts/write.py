@@ -15,9 +15,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gradstore.engine.rollouts.rollout import Rollout
-from gradstore.errors import RequestError
+from gradstore.errors import RequestError, check_known
 
 ROW_GROUP_ROWS = 4096
+SUFFIXES = (".jsonl", ".parquet")
+"""Suffixes of files that are written, which choose their format."""
 
 _MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 _COLUMNS: dict[str, pa.DataType] = {
@@ -53,8 +55,7 @@ def write_rollouts(path: str | Path, *, append: bool = False) -> Iterator[Rollou
     Raises RequestError for another suffix, or for a folder that does not exist or cannot be written.
     """
     path = Path(path)
-    if path.suffix not in (".jsonl", ".parquet"):
-        raise RequestError(f"{path}: rollouts are written as .jsonl or .parquet, not as {path.suffix or 'this'!r}")
+    check_known(f"{path}: the suffix", path.suffix, SUFFIXES)
     if append and path.suffix != ".jsonl":
         raise RequestError(f"{path}: only a .jsonl file can be appended to")
     try:

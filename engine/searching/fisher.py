@@ -13,8 +13,6 @@ P rows of a block, N live rows, D sketch dimensions.
 """
 
 import logging
-import os
-import secrets
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,9 +21,9 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from gradstore import Store, View
-from gradstore.durable import crc32c, fsync_folder
+from gradstore.durable import crc32c, whole_file, writing
 from gradstore.engine.searching.blocks import blocks_of, only_basis
-from gradstore.errors import GradstoreError, RequestError
+from gradstore.errors import GradstoreError, RequestError, check_number
 from gradstore.layout import COLLECTIONS, INDEXES
 
 log = logging.getLogger(__name__)
@@ -49,8 +47,7 @@ def preconditioned(view: View, query: np.ndarray, damping: float = DAMPING) -> n
     damping: lambda over the mean eigenvalue of M/n, which is mean |g|^2 / D; above 0. The same view, query and damping
     give the same bytes. RequestError for a damping that is not positive and finite, or a view without live rows.
     """
-    if not (np.isfinite(damping) and damping > 0):
-        raise RequestError(f"damping is {damping}, expected a finite number above 0")
+    check_number("damping", damping, above=0)
     live = view.live_positions
     if not len(live):
         raise RequestError(f"collection {view.collection!r} has no live row in this view: fisher needs some")
@@ -90,7 +87,7 @@ def _solved(view: View, live: np.ndarray, query: np.ndarray, damping: float) -> 
 def _by_moment(view: View, live: np.ndarray, scale: float, query_QD: np.ndarray, ridge: float) -> np.ndarray:
     damped_DD = _kept(view, live, "moment", (view.dim, view.dim), lambda: _moment(view, live, scale)).copy()
     damped_DD.flat[:: view.dim + 1] += ridge
-    return _solve(damped_DD, query_QD.T).T
+    return np.linalg.solve(damped_DD, query_QD.T).T
 
 
 def _by_gram(view: View, live: np.ndarray, scale: float, query_QD: np.ndarray, ridge: float) -> np.ndarray:
@@ -99,7 +96,7 @@ def _by_gram(view: View, live: np.ndarray, scale: float, query_QD: np.ndarray, r
     damped_NN = _kept(view, live, "gram", (n, n), lambda: _gram(view, live, scale)).copy()
     damped_NN.flat[:: n + 1] += n * ridge
     products_NQ = np.concatenate([rows_PD @ query_QD.T for rows_PD in _blocks(view, live, scale, np.float64)])
-    weights_NQ = _solve(damped_NN, products_NQ)
+    weights_NQ = np.linalg.solve(damped_NN, products_NQ)
     back_DQ, done = np.zeros(query_QD.T.shape), 0
     for rows_PD in _blocks(view, live, scale, np.float64):
         back_DQ += rows_PD.T @ weights_NQ[done : done + len(rows_PD)]
@@ -110,24 +107,18 @@ def _by_gram(view: View, live: np.ndarray, scale: float, query_QD: np.ndarray, r
 def _by_conjugate_gradients(
     view: View, live: np.ndarray, scale: float, query_D: np.ndarray, ridge: float
 ) -> np.ndarray:
+    from scipy.sparse.linalg import LinearOperator, cg  # type: ignore[import-untyped]
+
     def times(vector_D: np.ndarray) -> np.ndarray:
         total_D = np.zeros(view.dim)
         for rows_PD in _blocks(view, live, scale, np.float32):
             total_D += (rows_PD @ vector_D.astype(np.float32)).astype(np.float64) @ rows_PD
         return total_D / len(live) + ridge * vector_D
 
-    solution_D, rest_D = np.zeros(view.dim), query_D.copy()
-    step_D, energy = rest_D.copy(), float(rest_D @ rest_D)
-    enough = _TOLERANCE**2 * energy
-    for _ in range(_MOST_STEPS):
-        if energy <= enough:
-            return solution_D
-        image_D = times(step_D)
-        length = energy / float(step_D @ image_D)
-        solution_D += length * step_D
-        rest_D -= length * image_D
-        energy, before = float(rest_D @ rest_D), energy
-        step_D = rest_D + (energy / before) * step_D
+    operator = LinearOperator((view.dim, view.dim), matvec=times, dtype=np.float64)
+    solution_D, unsolved = cg(operator, query_D, rtol=_TOLERANCE, atol=0.0, maxiter=_MOST_STEPS)
+    if not unsolved:
+        return solution_D
     raise GradstoreError(
         f"fisher: {_MOST_STEPS} steps of conjugate gradients did not solve the damped system; use a larger damping"
     )
@@ -156,10 +147,6 @@ def _gram(view: View, live: np.ndarray, scale: float) -> np.ndarray:
             left += len(others_PD)
         top += len(rows_PD)
     return gram_NN
-
-
-def _solve(matrix: np.ndarray, right: np.ndarray) -> np.ndarray:
-    return np.linalg.solve(matrix, right)
 
 
 def _kept(
@@ -195,19 +182,14 @@ def _read(folder: Path, key: str, shape: tuple[int, int]) -> np.ndarray | None:
 
 def _write(folder: Path, name: str, key: str, matrix: np.ndarray) -> None:
     """Cache a matrix on disk and remove the one of other rows. The cache only saves time: a failed write only warns."""
-    temporary = folder / f"writing-{secrets.token_hex(8)}"
+    path = folder / f"{key}-{crc32c(np.ascontiguousarray(matrix)):08x}.f64"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            matrix.astype("<f8", copy=False).tofile(file)
-            file.flush()
-            os.fsync(file.fileno())
-        path = folder / f"{key}-{crc32c(np.ascontiguousarray(matrix)):08x}.f64"
-        temporary.rename(path)
-        fsync_folder(folder)
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        with whole_file(path) as unfinished:
+            matrix.astype("<f8", copy=False).tofile(unfinished)
         for other in folder.glob(f"{name}-*.f64"):
             if other != path:
                 other.unlink(missing_ok=True)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        log.warning("%s: the %s matrix is not kept (%s)", folder, name, error.strerror)
+    except (GradstoreError, OSError) as error:
+        log.warning("%s: the %s matrix is not kept (%s)", folder, name, error)

@@ -11,7 +11,7 @@ Q targets, P problems, K hits.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -22,10 +22,9 @@ from gradstore.engine.searching.ranking import best
 from gradstore.engine.searching.scan import scan_best
 from gradstore.engine.searching.targets import Target
 from gradstore.engine.searching.where import Where
-from gradstore.errors import RequestError
+from gradstore.errors import RequestError, check_known, check_number
 
 Fusion = Literal["mean", "minimum", "rrf"]
-FUSIONS = ("mean", "minimum", "rrf")
 RRF_CONSTANT = 60.0
 
 
@@ -38,18 +37,14 @@ class FusedHits(Hits):
 
 
 def fuse_scores(
-    scores_QP: np.ndarray,
-    how: Fusion = "mean",
-    weights: Sequence[float] | None = None,
-    constant: float = RRF_CONSTANT,
+    scores_QP: np.ndarray, how: Fusion = "mean", weights: Sequence[float] | None = None, constant: float = RRF_CONSTANT
 ) -> np.ndarray:
     """Combine scores into one per problem, higher is better, float64 [P]; NaN where any score is NaN.
 
     scores_QP: float [Q, P], higher is better. weights: one per target, not negative; `minimum` takes none. Ranks count
     from 1; equal scores share the best of their ranks. RequestError for an unknown method or invalid weights.
     """
-    if how not in FUSIONS:
-        raise RequestError(f"fusion {how!r} is not one of {', '.join(FUSIONS)}")
+    check_known("fusion", how, get_args(Fusion))
     if weights is not None and how == "minimum":
         raise RequestError("the minimum takes no weights: use mean or rrf")
     weight_Q = np.ones(len(scores_QP)) if weights is None else np.asarray(weights, np.float64)
@@ -141,8 +136,7 @@ def _asked(
     damping: float,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Check the request; returns query vectors [Q, D] and the positions of the problems to rank."""
-    if k < 1:
-        raise RequestError(f"k is {k}, expected at least 1")
+    check_number("k", k, least=1)
     if not len(queries):
         raise RequestError("no target given: name at least one benchmark")
     return query_vectors(view, list(queries), metric, damping), eligible_positions(view, where)

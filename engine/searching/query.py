@@ -9,7 +9,7 @@ searches of one collection; its scores are those of the scan.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -21,9 +21,10 @@ from gradstore.engine.searching.ranking import best
 from gradstore.engine.searching.scan import scan_rows
 from gradstore.engine.searching.targets import Target
 from gradstore.engine.searching.where import Where
-from gradstore.errors import RequestError
+from gradstore.errors import RequestError, check_known, check_number
 
 Metric = Literal["cosine", "dot", "fisher"]
+METRICS: tuple[Metric, ...] = get_args(Metric)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -74,8 +75,7 @@ def search(
     replaces an index that cannot answer (k above its tested k, or a filter that leaves few rows).
     Only live problems are ranked. RequestError for k below 1, a wrong dimension, a zero or non-finite query.
     """
-    if k < 1:
-        raise RequestError(f"k is {k}, expected at least 1")
+    check_number("k", k, least=1)
     queries_QD = query_vectors(view, [query], metric, damping)
     eligible = eligible_positions(view, where)
     if index is not None and len(view.live_bases) > 1:
@@ -120,8 +120,7 @@ def direction(query: Target | np.ndarray, dim: int, metric: Metric) -> np.ndarra
 
     With several blocks, each is checked and scaled separately; blocks of NaN stay.
     """
-    if metric not in ("cosine", "dot", "fisher"):
-        raise RequestError(f"metric {metric!r} is not one of cosine, dot, fisher")
+    check_known("metric", metric, METRICS)
     query_D = np.asarray(query.vector if isinstance(query, Target) else query, np.float32)
     if query_D.ndim != 1 or not len(query_D) or len(query_D) % dim:
         raise RequestError(f"the query has shape {query_D.shape}, the store holds rows of {dim} dimensions")

@@ -66,11 +66,7 @@ def scan_at(view: View, queries_QD: np.ndarray, positions: np.ndarray) -> np.nda
 
 
 def scan_best(
-    view: View,
-    queries_QD: np.ndarray,
-    k: int,
-    positions: np.ndarray | None = None,
-    weights_P: np.ndarray | None = None,
+    view: View, queries_QD: np.ndarray, k: int, positions: np.ndarray | None = None, weights_P: np.ndarray | None = None
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Top-k of each query, equal to `best` of `scan_rows`: positions, int64, and scores, float32.
 

@@ -1,13 +1,13 @@
 """Targets: the aggregated gradient of a benchmark's problems, in sketch space."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
 from gradstore import State, Store, View
 from gradstore.engine.searching.blocks import laid_out
-from gradstore.errors import RequestError
+from gradstore.errors import RequestError, check_known
 
 Aggregate = Literal["mean", "unit_mean"]
 
@@ -62,8 +62,7 @@ def target(store: Store, benchmark: str, at: int | None = None, aggregate: Aggre
     In a store with several bases, each basis that contains all of these measurements gets a vector.
     RequestError when no problem of the benchmark is live.
     """
-    if aggregate not in ("mean", "unit_mean"):
-        raise RequestError(f"aggregate {aggregate!r} is not one of mean, unit_mean")
+    check_known("aggregate", aggregate, get_args(Aggregate))
     view = store.view(benchmark, at)
     live = view.live
     if not live.any():

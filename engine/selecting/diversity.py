@@ -12,11 +12,11 @@ K candidates, D sketch dimensions.
 """
 
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
-from gradstore.errors import RequestError
+from gradstore.errors import check_known, check_number
 
 Method = Literal["mmr", "kmeans"]
 
@@ -35,14 +35,10 @@ class Diversity:
     """Number of best candidates to re-rank, per pick."""
 
     def __post_init__(self) -> None:
-        if self.method not in ("mmr", "kmeans"):
-            raise RequestError(f"diversity {self.method!r} is not one of mmr, kmeans")
-        if not 0 <= self.relevance <= 1:
-            raise RequestError(f"relevance is {self.relevance}, expected a number from 0 to 1")
-        if self.candidates < 1 or self.strata < 0:
-            raise RequestError(
-                f"candidates is {self.candidates} and strata {self.strata}, expected 1 or more and 0 or more"
-            )
+        check_known("diversity", self.method, get_args(Method))
+        check_number("relevance", self.relevance, least=0, most=1)
+        check_number("candidates", self.candidates, least=1)
+        check_number("strata", self.strata, least=0)
 
     def pick(self, units_KD: np.ndarray, scores_K: np.ndarray, n: int, seed: int = 0) -> np.ndarray:
         """Places of n picks among the candidates, in the order picked; int64 [min(n, K)].

@@ -17,7 +17,7 @@ import pyarrow as pa
 from scipy.special import betaln  # type: ignore[import-untyped]
 
 from gradstore.engine.selecting.membership import places
-from gradstore.errors import RequestError
+from gradstore.errors import check_number
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,10 +50,8 @@ class History:
         a number of rollouts count as measurements, but do not change the posterior. RequestError for settings outside
         their range.
         """
-        if not 0 < forgetting <= 1:
-            raise RequestError(f"forgetting is {forgetting}, expected a number above 0 and at most 1")
-        if not 0 < prior < np.inf:
-            raise RequestError(f"prior is {prior}, expected a finite number above 0")
+        check_number("forgetting", forgetting, above=0, most=1)
+        check_number("prior", prior, above=0)
         place_M = places(table["id"], ids)
         wanted_M = place_M >= 0
         place_M = place_M[wanted_M]
@@ -85,8 +83,7 @@ class History:
 
         1 - E[p^n] - E[(1 - p)^n], with E[p^n] = B(a + n, b) / B(a, b) under the posterior (beta-binomial).
         """
-        if n_rollouts < 1:
-            raise RequestError(f"n_rollouts is {n_rollouts}, expected at least 1")
+        check_number("n_rollouts", n_rollouts, least=1)
         whole = betaln(self.a, self.b)
         all_right = np.exp(betaln(self.a + n_rollouts, self.b) - whole)
         all_wrong = np.exp(betaln(self.a, self.b + n_rollouts) - whole)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from gradstore.engine.selecting.apportionment import apportion
-from gradstore.errors import RequestError
+from gradstore.errors import RequestError, check_number
 
 OTHERS = "sources without a quota"
 
@@ -19,8 +19,7 @@ def check_quotas(quotas: Mapping[str, float], sources: np.ndarray) -> None:
     if not quotas:
         raise RequestError("no quota given: name at least one source and its share, or leave quotas out")
     for source, share in quotas.items():
-        if not 0 <= share <= 1:
-            raise RequestError(f"quota of source {source!r} is {share}, expected a share from 0 to 1")
+        check_number(f"quota of source {source!r}", share, least=0, most=1)
     if sum(quotas.values()) > 1 + 1e-9:
         raise RequestError(f"quotas sum to {sum(quotas.values()):g}, expected at most 1")
     known = set(sources.tolist())

@@ -5,7 +5,7 @@ P candidates.
 
 import numpy as np
 
-from gradstore.errors import RequestError
+from gradstore.errors import check_number
 
 
 def softened(scores_P: np.ndarray, temperature: float, random: np.random.Generator) -> np.ndarray:
@@ -15,8 +15,7 @@ def softened(scores_P: np.ndarray, temperature: float, random: np.random.Generat
     deviation of the candidates' scores, so a temperature means the same for every selector and target. T = 0 keeps the
     ranking. At T = 1 a score one sd higher is e times likelier. A large T is close to uniform. NaN scores stay NaN.
     """
-    if not 0 <= temperature < np.inf:
-        raise RequestError(f"temperature is {temperature}, expected a finite number of at least 0")
+    check_number("temperature", temperature, least=0)
     ranked_P = np.isfinite(scores_P)
     if temperature == 0 or not ranked_P.any():
         return scores_P

@@ -22,10 +22,17 @@ from gradstore.engine.selecting.picking import Picks, answer, numbers_of_picks, 
 from gradstore.engine.selecting.quotas import check_quotas, groups_of
 from gradstore.engine.selecting.sampling import softened
 from gradstore.engine.selecting.scores_by_probe import stored_probes
-from gradstore.errors import RequestError
+from gradstore.errors import RequestError, check_number
 
 if TYPE_CHECKING:
     from gradstore.engine.probing.batch import ProbeBatch
+
+
+_DESCRIBED = (
+    "n_candidates", "at", "seed", "commit", "target", "targets", "diversity", "temperature", "quotas", "confidence",
+    "probe_step",
+)  # fmt: skip
+"""Settings of a selection in its description, by name."""
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -97,21 +104,9 @@ class Selection:
     def describe(self) -> dict:
         """Dict for JSON: settings, store commit, and one record per chosen problem."""
         return {
-            "collection": self.collection,
-            "selector": self.selector,
-            "n_asked": self.n_asked,
+            **{name: getattr(self, name) for name in ("collection", "selector", "n_asked")},
             "n_selected": len(self.ids),
-            "n_candidates": self.n_candidates,
-            "at": self.at,
-            "seed": self.seed,
-            "commit": self.commit,
-            "target": self.target,
-            "targets": self.targets,
-            "diversity": self.diversity,
-            "temperature": self.temperature,
-            "quotas": self.quotas,
-            "confidence": self.confidence,
-            "probe_step": self.probe_step,
+            **{name: getattr(self, name) for name in _DESCRIBED},
             "problems": [
                 {
                     "id": self.ids[i],
@@ -204,12 +199,9 @@ def select(
 
 
 def _check(parts: list[Part], targets: list[Target], n: int, seed: int, confidence: float) -> None:
-    if n < 1:
-        raise RequestError(f"n is {n}, expected at least 1")
-    if seed < 0:
-        raise RequestError(f"seed is {seed}, expected at least 0")
-    if not 0 < confidence < 1:
-        raise RequestError(f"confidence is {confidence}, expected a number between 0 and 1")
+    check_number("n", n, least=1)
+    check_number("seed", seed, least=0)
+    check_number("confidence", confidence, above=0, below=1)
     for part in parts:
         if part.selector.needs_target and not targets:
             raise RequestError(f"selector {part.selector.name!r} needs a target: name a benchmark")

@@ -12,7 +12,7 @@ from gradstore.engine.selecting.candidates import Selector
 from gradstore.engine.selecting.scores_by_gradient import BY_GRADIENT
 from gradstore.engine.selecting.scores_by_pass_rate import BY_PASS_RATE
 from gradstore.engine.selecting.scores_by_probe import BY_PROBE
-from gradstore.errors import RequestError
+from gradstore.errors import RequestError, check_known
 
 GROUP = "gradstore.selectors"
 ALIASES = {"sim": "cosine", "align": "chunk_mean", "random": "rand"}
@@ -41,8 +41,7 @@ class Registry(Mapping[str, Selector]):
     def __getitem__(self, name: str) -> Selector:
         name = ALIASES.get(name, name)
         if name not in self._loaded:
-            if name not in self._entries:
-                raise RequestError(f"selector {name!r} is not one of {', '.join(self)}")
+            check_known("selector", name, self)
             self._loaded[name] = _load(self._entries[name])
         return self._loaded[name]
 

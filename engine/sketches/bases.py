@@ -168,14 +168,12 @@ def create_from(path: Path, files: SketcherFiles, dtype: str = "int8") -> Store:
 
 
 def _to_bytes(projection: Projection) -> bytes:
-    arrays = {}
-    for i, basis in enumerate(projection.layers):
-        if basis.left_OR is not None:
-            arrays[f"{i}.left"] = basis.left_OR
-        if basis.right_IR is not None:
-            arrays[f"{i}.right"] = basis.right_IR
-        if basis.expert_EK is not None:
-            arrays[f"{i}.experts"] = basis.expert_EK
+    arrays = {
+        f"{i}.{name}": side
+        for i, basis in enumerate(projection.layers)
+        for name, side in (("left", basis.left_OR), ("right", basis.right_IR), ("experts", basis.expert_EK))
+        if side is not None
+    }
     if projection.fold is not None:
         arrays |= {"of": projection.fold.of_M, "to": projection.fold.to_M, "sign": projection.fold.sign_M}
     about = {

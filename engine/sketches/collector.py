@@ -22,7 +22,7 @@ from gradstore.engine.sketches.bases import basis_of, load_projection
 from gradstore.engine.sketches.exact_ranking import ExactRanking, Rows, needs_refit
 from gradstore.engine.sketches.sketcher import Sketcher
 from gradstore.engine.sketches.spec import SketchBatch, SketchSpec
-from gradstore.errors import RequestError
+from gradstore.errors import RequestError, check_number
 
 Measure = Literal["auto", "always", "never"]
 """When a run measures the fidelity of its sketches. auto: if the store is new and its projection was not measured when
@@ -108,8 +108,7 @@ def collect(
     FingerprintError if the store holds rows made in another way. RequestError for too little coverage or bad rollouts;
     everything published so far is kept.
     """
-    if step < 0:
-        raise RequestError(f"step is {step}, expected 0 (the base model) or more")
+    check_number("step (0: the base model)", step, least=0)
     if sketcher is None:
         if model is None:
             raise RequestError("collect needs a model or a sketcher")

@@ -39,11 +39,7 @@ class SketchesFromTrainingPass:
     """Sketches of a training step's groups, one per problem, from the pass that trains on them."""
 
     def __init__(
-        self,
-        sketcher: Sketcher,
-        groups: Sequence[Group],
-        trained: Objective,
-        factors_P: Sequence[float] | None = None,
+        self, sketcher: Sketcher, groups: Sequence[Group], trained: Objective, factors_P: Sequence[float] | None = None
     ) -> None:
         """Sketch at once the problems that the pass cannot give. groups: in the order of the pass. trained: the pass's
         objective. factors_P: factor by which the pass multiplies each group's gradient; a group with factor 0 is not

@@ -25,7 +25,7 @@ from gradstore.engine.rollouts.group import Group
 from gradstore.engine.sketches.projection import LayerBasis, Projection, dense_projection, random_projection
 from gradstore.engine.sketches.spec import HEAD_ONLY, SketchBatch, SketchSpec
 from gradstore.errors import RequestError
-from gradstore.state import State
+from gradstore.state import live_mask, states_of
 
 _LANES = 16
 """float32 numbers in the widest CPU registers."""
@@ -258,23 +258,13 @@ def _batch(groups: Sequence[Group], projection: Projection, sums_PC: Tensor, n_t
     lengths_P1 = sums_PC.double().norm(dim=1, keepdim=True).float()
     found_PX = torch.cat([sketches_PD, lengths_P1], 1).cpu().numpy()  # one wait for the GPU
     batch = _label(groups, np.ascontiguousarray(found_PX[:, :-1]), n_tokens)
-    live_P = [state is State.LIVE for state in batch.states]
-    return replace(batch, norms=np.where(live_P, found_PX[:, -1], np.float32(0)))
+    return replace(batch, norms=np.where(live_mask(batch.states), found_PX[:, -1], np.float32(0)))
 
 
 def _label(groups: Sequence[Group], sketches_PD: np.ndarray, n_tokens: int) -> SketchBatch:
     """A batch with the state of each problem; rows of problems that are not live are set to zero."""
-    states, reasons = [], []
-    for row in range(len(groups)):
-        state, reason = State.LIVE, ""
-        if not np.isfinite(sketches_PD[row]).all():
-            state, reason = State.FAILED, "the gradient is not finite"
-        elif not sketches_PD[row].any():
-            state = State.NO_SIGNAL
-        if state is not State.LIVE:
-            sketches_PD[row] = 0.0
-        states.append(state)
-        reasons.append(reason)
+    states, reasons = states_of(np.isfinite(sketches_PD).all(axis=1), np.count_nonzero(sketches_PD, axis=1) > 0)
+    sketches_PD[~live_mask(states)] = 0.0
     return SketchBatch(
         [group.problem_id for group in groups],
         sketches_PD,

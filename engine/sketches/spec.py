@@ -12,7 +12,7 @@ import numpy as np
 from gradstore.engine.gradients.objectives import Objective
 from gradstore.engine.gradients.settings import GradientSpec
 from gradstore.engine.sketches.projection import Kind
-from gradstore.errors import RequestError
+from gradstore.errors import RequestError, check_known, check_number
 from gradstore.state import State
 
 HEAD_ONLY = "output layer, from the forward pass"
@@ -64,12 +64,9 @@ class SketchSpec(GradientSpec):
 
     def __post_init__(self) -> None:
         GradientSpec.__post_init__(self)
-        if self.rank < 1:
-            raise RequestError(f"rank is {self.rank}, expected at least 1")
-        if self.basis not in get_args(Kind):
-            raise RequestError(f"basis {self.basis!r} is not one of {', '.join(get_args(Kind))}")
-        if self.dim < 1:
-            raise RequestError(f"dim is {self.dim}, expected at least 1")
+        check_number("rank", self.rank, least=1)
+        check_known("basis", self.basis, get_args(Kind))
+        check_number("dim", self.dim, least=1)
         if self.right_rank is not None and (self.right_rank < 1 or self.basis != "random"):
             raise RequestError(
                 f"right_rank is {self.right_rank} with {self.basis} bases, expected 1 or more, with random"

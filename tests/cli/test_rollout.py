@@ -165,8 +165,8 @@ def test_unreadable_truths(cli: Callable, tmp_path: Path, thinking_folder: Path,
         ),
         (("--backend", "vllm", "--batch-tokens", 9), "--batch-tokens: only for --backend transformers, not for vllm"),
         (("--backend", "vllm", "--device", "cpu"), "--device: only for --backend transformers, not for vllm"),
-        (("--backend", "other"), "unknown back end 'other'"),
-        (("--batch-tokens", 0), "batch_tokens is 0, expected 1 or more"),
+        (("--backend", "other"), "back end 'other' is not one of"),
+        (("--batch-tokens", 0), "batch_tokens is 0, expected at least 1"),
     ],
 )
 def test_options_of_one_back_end(

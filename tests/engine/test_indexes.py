@@ -12,11 +12,10 @@ import pytest
 import gradstore
 from gradstore.engine import Index, Where, index_for, search
 from gradstore.engine.searching.indexes import KINDS, auto, recall, serve
-from gradstore.engine.searching.indexes.index import kind_class
-from gradstore.engine.searching.indexes.kinds import installed
+from gradstore.engine.searching.indexes.kinds import installed, kind_class
 from gradstore.errors import RequestError
 
-GOOD = ["flat", "sq", "rabitq", "ivf", "turbovec"]
+GOOD = ["flat", "turbovec"]
 
 
 def need(kind: str) -> None:
@@ -128,55 +127,56 @@ def test_filters(store, kind: str) -> None:
     )
 
 
-def test_the_fast_scan_trap(tmp_path, monkeypatch, caplog) -> None:
-    """FAISS's fast-scan RaBitQ loses most of its recall at thousands of dimensions and says nothing. The self-test must
-    refuse it loudly, remember that, and the exact scan must answer."""
-    need("rabitq_fastscan")
-    opened = fill(tmp_path / "store", heavy_tailed(3000, 4096))
-    view = opened.view("pool")
-    query = np.random.default_rng(1).normal(size=4096)
-    found = search(view, query, 100, index="rabitq_fastscan")
-    assert re.search(r"rabitq_fastscan index is refused: recall 0\.\d+ at k 100", caplog.text)
-    caplog.clear()
-    assert found.ids.tolist() == search(view, query, 100).ids.tolist()
-    record = json.loads((opened.path / "collections/pool/indexes/rabitq_fastscan-cosine/index.json").read_text())
-    assert record["index"]["refusals"][0]["recall"] < 0.99
-    again = gradstore.open(opened.path).view("pool")
-    monkeypatch.setattr(Index, "build", None)
-    assert index_for(again, 100, kind="rabitq_fastscan") is None
-    assert "refused" in caplog.text
-
-
 def test_below_the_asked_recall(store, monkeypatch, caplog) -> None:
-    """An index that finds the wrong rows is refused, whatever its kind; asked for less it serves."""
-    need("sq")
-    kind = kind_class("sq")
+    """An index that finds the wrong rows, and says nothing, is refused loudly; that is remembered, and the exact scan
+    answers. Asked for less recall it serves."""
+    need("turbovec")
+    kind = kind_class("turbovec")
     real = kind.search
 
-    def half(self, queries, m, effort, mask):
-        scores, entries = real(self, queries, m, effort, mask)
+    def half(self, queries, m, mask):
+        scores, entries = real(self, queries, m, mask)
         return scores, np.where(entries % 2 == 0, entries, -1)
 
     monkeypatch.setattr(kind, "search", half)
     view = store.view("pool")
-    assert index_for(view, 100, kind="sq") is None
+    query = np.random.default_rng(1).normal(size=64)
+    found = search(view, query, 100, index="turbovec")
+    assert re.search(r"turbovec index is refused: recall 0\.\d+ at k 100", caplog.text)
     assert "exact scan serves" in caplog.text
-    assert index_for(view, 100, kind="sq", recall=0.3, keep=False) is not None
+    caplog.clear()
+    assert found.ids.tolist() == search(view, query, 100).ids.tolist()
+    record = json.loads((store.path / "collections/pool/indexes/turbovec-cosine/index.json").read_text())
+    assert record["index"]["refusals"][0]["recall"] < 0.99
+    assert index_for(view, 100, kind="turbovec", recall=0.3, keep=False) is not None
+    again = gradstore.open(store.path).view("pool")
+    monkeypatch.setattr(Index, "build", None)
+    assert index_for(again, 100, kind="turbovec") is None
+    assert "refused" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["sq", "rabitq", "rabitq_fastscan", "ivf"])
+def test_dropped_kinds(store, kind: str) -> None:
+    """What an earlier version left on disk is not opened, and asking for it says what to build instead."""
+    (store.path / f"collections/pool/indexes/{kind}-cosine").mkdir(parents=True)
+    with pytest.raises(RequestError, match=f"{kind}' is gone, .*: rebuild it as turbovec"):
+        search(store.view("pool"), np.ones(64), 3, index=kind)
+    assert store.verify().ok
 
 
 def test_larger_k_is_tested_before_it_is_served(store) -> None:
     """Recall at 100 says nothing about recall at 1000."""
-    need("rabitq")
+    need("turbovec")
     view = store.view("pool")
-    index = index_for(view, 100, kind="rabitq")
+    index = index_for(view, 100, kind="turbovec")
     assert index is not None
     assert [tested.k for tested in index.tested] == [100]
     assert not index.serves(view, 200, "cosine", len(view))
-    index = index_for(view, 200, kind="rabitq")
+    index = index_for(view, 200, kind="turbovec")
     assert index is not None
     assert [tested.k for tested in index.tested] == [100, 300]
     assert all(tested.recall >= 0.99 for tested in index.tested)
-    untested = Index.build(view, "rabitq")
+    untested = Index.build(view, "turbovec")
     query = np.random.default_rng(1).normal(size=64)
     assert search(view, query, 50, index=untested).ids.tolist() == search(view, query, 50).ids.tolist()
 
@@ -206,7 +206,7 @@ def test_damage_and_interrupted_builds(store, kind: str) -> None:
 
 def test_a_killed_build_leaves_nothing_that_opens(store) -> None:
     """Killed at each step of keeping it, the next process builds anew and answers."""
-    need("sq")
+    need("turbovec")
     program = """
 import os, sys
 import gradstore
@@ -222,28 +222,28 @@ def counted(real):
     return call
 folder.crc32c, folder.fsync_folder = counted(folder.crc32c), counted(folder.fsync_folder)
 folder.replace_file, folder.os.fsync = counted(folder.replace_file), counted(os.fsync)
-index_for(gradstore.open(sys.argv[1]).view("pool"), 100, kind="sq")
+index_for(gradstore.open(sys.argv[1]).view("pool"), 100, kind="turbovec")
 """
     for step in (1, 3, 5, 7, 9):
         killed = subprocess.run([sys.executable, "-c", program, str(store.path), str(step)], capture_output=True)
         assert killed.returncode == -9, killed.stderr
-        assert not (store.path / "collections/pool/indexes/sq-cosine/index.json").exists()
+        assert not (store.path / "collections/pool/indexes/turbovec-cosine/index.json").exists()
     assert store.verify().ok
     with store.writer("pool", step=5) as writer:
         writer.append(["p00000"], np.ones((1, 64), np.float32))
-    hits = search(store.view("pool"), np.ones(64), 3, index="sq")
+    hits = search(store.view("pool"), np.ones(64), 3, index="turbovec")
     assert hits.ids[0] == "p00000"
-    assert len(list((store.path / "collections/pool/indexes/sq-cosine").glob("entries-*"))) == 1
+    assert len(list((store.path / "collections/pool/indexes/turbovec-cosine").glob("entries-*"))) == 1
 
 
 def test_a_folder_that_cannot_be_written(store) -> None:
     """A store on a read-only medium is searched all the same."""
-    need("sq")
+    need("turbovec")
     (store.path / "collections/pool/indexes").write_text("in the way")
     view = store.view("pool")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        index = index_for(view, 100, kind="sq")
+        index = index_for(view, 100, kind="turbovec")
     assert index is not None
     assert len(search(view, np.ones(64), 10, index=index)) == 10
 
@@ -299,4 +299,4 @@ def test_auto_rule() -> None:
     assert auto.choose(auto.Situation(200_000, 4096, 10_001, built=frozenset({"turbovec"})), both) == "scan"
     assert auto.choose(auto.Situation(1000, 1024, 10, built=frozenset({"turbovec"})), both) == "scan"
     assert auto.choose(auto.Situation(200_000, 4096, 100, built=frozenset({"flat"}), gpu_bytes=10**11), both) == "flat"
-    assert set(KINDS) >= both
+    assert set(KINDS) == both

@@ -230,7 +230,7 @@ def test_files_that_are_not_rollouts(tmp_path: Path) -> None:
     assert _refused(path) == f"{path}: the file is empty, expected at least one rollout"
     path.write_text("problem,reward\n")
     assert _refused(path).startswith(f"{path}: neither JSON Lines, nor a JSON list, nor Parquet")
-    assert _refused(path, format="csv").startswith("unknown rollout format 'csv', expected auto, rollouts, verl")
+    assert _refused(path, format="csv").startswith("rollout format 'csv' is not one of auto, rollouts, verl")
 
 
 def test_field_names_are_those_of_the_format(tmp_path: Path, tiny_tokenizer: Any) -> None:
@@ -248,7 +248,7 @@ def test_field_names_are_those_of_the_format(tmp_path: Path, tiny_tokenizer: Any
 
 def test_writer_refusals(tmp_path: Path) -> None:
     rollout = Rollout("p", 1.0, prompt="a", response="b")
-    with pytest.raises(RequestError, match=r"written as \.jsonl or \.parquet, not as '\.csv'"):
+    with pytest.raises(RequestError, match=r"the suffix '\.csv' is not one of \.jsonl, \.parquet"):
         write_rollouts(tmp_path / "r.csv").__enter__()
     with pytest.raises(RequestError, match="cannot be written: No such file or directory"):
         write_rollouts(tmp_path / "none" / "r.jsonl").__enter__()

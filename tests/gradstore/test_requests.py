@@ -221,7 +221,7 @@ def test_names_and_settings(new_store: Callable, tmp_path: Path) -> None:
             gradstore.create(tmp_path / "new", dim=dim, fingerprint={})
         with pytest.raises(RequestError, match="chunk_rows must be a whole number"):
             gradstore.create(tmp_path / "new", dim=3, fingerprint={}, chunk_rows=dim)
-    with pytest.raises(RequestError, match="dtype 'int2' is not known; use one of int8, int4, 1bit, fp16, fp32"):
+    with pytest.raises(RequestError, match="dtype 'int2' is not one of int8, int4, 1bit, fp16, fp32"):
         gradstore.create(tmp_path / "new", dim=2, fingerprint={}, dtype="int2")
     for fingerprint in ({"a": object()}, {"a": float("nan")}, "model"):
         with pytest.raises(RequestError, match="fingerprint"):

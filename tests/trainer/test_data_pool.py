@@ -319,7 +319,7 @@ def test_mixed_pools_are_paid_by_their_own_rewards() -> None:
         ([], {}, "no data set named, expected some of aime, aime24, .*reasoning-gym:TASK or a file"),
         ([Part("gms8k")], {}, "unknown data set 'gms8k', expected one of aime, .*gsm8k, math,"),
         ([Part("gsm8k", 59)], {}, r"gsm8k: 59 problems asked for, 58 there are \(60 rows, 2 duplicates"),
-        ([Part("gsm8k", 0)], {}, "gsm8k: a count of 0, expected 1 or more"),
+        ([Part("gsm8k", 0)], {}, "gsm8k: the count is 0, expected at least 1"),
         ([Part("gsm8k", 1), Part("gsm8k", 2)], {}, "gsm8k is named twice"),
         ([Part("reasoning-gym:chain_sum")], {}, "has no end: say how many, as in reasoning-gym:chain_sum:1000"),
         ([Part("reasoning-gym:chian_sum", 1)], {}, "no such task; reasoning-gym has ab, acre,"),
@@ -330,8 +330,12 @@ def test_mixed_pools_are_paid_by_their_own_rewards() -> None:
         ([SUMS], {"exclude": [Path("none.parquet")]}, "none.parquet: the file does not exist"),
         ([SUMS], {"local": {"math": Path("x")}}, "settings for 'math', which is none of the data sets"),
         ([Part("math")], {"local": {"math": Path("none")}}, "none: the file or folder does not exist"),
-        ([SUMS], {"corruptions": [Corruption("noise", 0.5)]}, "unknown corruption 'noise', expected wrong_truth or"),
-        ([SUMS], {"corruptions": [Corruption(COIN_FLIP, 1.5)]}, "coin_flip of 1.5, expected a share from 0 to 1"),
+        (
+            [SUMS],
+            {"corruptions": [Corruption("noise", 0.5)]},
+            "corruption 'noise' is not one of wrong_truth,",
+        ),
+        ([SUMS], {"corruptions": [Corruption(COIN_FLIP, 1.5)]}, "coin_flip is 1.5, expected at least 0 and at most 1"),
         ([SUMS], {"corruptions": [Corruption(COIN_FLIP, 0.6), Corruption(WRONG_TRUTH, 0.6)]}, "more than all of its"),
         ([SUMS], {"corruptions": [Corruption(COIN_FLIP, 0.6, "math")]}, "the problems' sources are 'reasoning-gym/ch"),
         (

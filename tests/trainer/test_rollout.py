@@ -223,10 +223,10 @@ def test_failed_reward_keeps_whole_chunks(tmp_path: Path, tiny_tokenizer: Any) -
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"n": 0}, "n is 0, expected 1 or more"),
+        ({"n": 0}, "n is 0, expected at least 1"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
         ({"chunk": 0}, "chunk is 0"),
-        ({"temperature": -0.1}, "temperature is -0.1, expected 0 or more"),
+        ({"temperature": -0.1}, "temperature is -0.1, expected at least 0"),
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"top_p": 0.0}, "top_p is 0.0, expected above 0 and at most 1"),
         ({"problems": [PROBLEMS[0], PROBLEMS[0]]}, "problem 'p0' is listed twice"),
@@ -251,15 +251,15 @@ def test_refused_before_anything_is_sampled(
 def test_other_refusals(tmp_path: Path, tiny_tokenizer: Any) -> None:
     with pytest.raises(RequestError, match="no problems to roll out"):
         rollout([], RandomBackend(tiny_tokenizer), LENGTH, tmp_path / "r.jsonl")
-    with pytest.raises(RequestError, match=r"written as \.jsonl or \.parquet, not as '\.txt'"):
+    with pytest.raises(RequestError, match=r"the suffix '\.txt' is not one of \.jsonl, \.parquet"):
         _run(tiny_tokenizer, tmp_path / "r.txt")
-    with pytest.raises(RequestError, match=r"none.*cannot be written: No such file or directory"):
+    with pytest.raises(RequestError, match=r"r\.jsonl.*the folder .*none does not exist"):
         _run(tiny_tokenizer, tmp_path / "none" / "r.jsonl")
     mixed = [PROBLEMS[0], PROBLEMS[1] | {"prompt": [{"role": "user", "content": "a"}]}]
     with pytest.raises(RequestError, match="Parquet cannot mix"):
         _run(tiny_tokenizer, tmp_path / "r.parquet", problems=mixed)
     _run(tiny_tokenizer, tmp_path / "r.jsonl", problems=mixed)
-    with pytest.raises(RequestError, match="unknown back end 'sglang', expected transformers or vllm"):
+    with pytest.raises(RequestError, match="back end 'sglang' is not one of transformers, vllm"):
         load_backend("sglang", "model")
 
 

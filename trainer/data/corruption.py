@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
-from gradstore.errors import RequestError
+from gradstore.errors import RequestError, check_known, check_number
 from gradstore.problems import detail
 from gradstore.trainer.sampling.rewards import load_reward
 
@@ -66,10 +66,8 @@ def corrupted(
 
 
 def _check(corruption: Corruption, records: Sequence[Mapping[str, Any]]) -> None:
-    if corruption.kind not in KINDS:
-        raise RequestError(f"unknown corruption {corruption.kind!r}, expected {' or '.join(KINDS)}")
-    if not 0 <= corruption.share <= 1:
-        raise RequestError(f"corruption {corruption.kind} of {corruption.share}, expected a share from 0 to 1")
+    check_known("corruption", corruption.kind, KINDS)
+    check_number(f"share of the corruption {corruption.kind}", corruption.share, least=0, most=1)
     sources = sorted({record["source"] for record in records})
     if corruption.source is not None and corruption.source not in sources:
         raise RequestError(

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from gradstore import to_verl
 from gradstore.durable import whole_file, write_text_file
-from gradstore.errors import RequestError
+from gradstore.errors import RequestError, check_known, first_line
 
 FORMS = ("verl", "flat")
 
@@ -22,10 +22,8 @@ def about_path(path: Path) -> Path:
 
 def check_out(path: Path, form: str) -> None:
     """RequestError for an unknown form or suffix, a missing folder, or a file that already exists."""
-    if form not in FORMS:
-        raise RequestError(f"unknown form {form!r}, expected {' or '.join(FORMS)}")
-    if path.suffix not in (".jsonl", ".parquet"):
-        raise RequestError(f"{path}: problems are written as .jsonl or .parquet, not as {path.suffix or 'this'!r}")
+    check_known("form", form, FORMS)
+    check_known(f"{path}: the suffix", path.suffix, (".jsonl", ".parquet"))
     if not path.parent.is_dir():
         raise RequestError(f"{path}: the folder {path.parent} does not exist")
     for file in (path, about_path(path)):
@@ -49,7 +47,6 @@ def write_problems(path: Path, records: Sequence[Mapping[str, Any]], about: Mapp
             try:
                 pq.write_table(pa.Table.from_pylist(rows), unfinished)
             except pa.ArrowException as error:
-                reason = str(error).splitlines()[0]
-                raise RequestError(f"{path}: these problems fit no table ({reason}): write .jsonl") from None
+                raise RequestError(f"{path}: these problems fit no table ({first_line(error)}): write .jsonl") from None
         # before the problems appear: a problem file without its note would look finished
         write_text_file(about_path(path), json.dumps(about, indent=1, ensure_ascii=False) + "\n")

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gradstore.errors import GradstoreError, RequestError
+from gradstore.errors import GradstoreError, RequestError, first_line
 from gradstore.problems import read_records
 from gradstore.trainer.data.catalogue import DataSet
 
@@ -130,11 +130,11 @@ def _hub_rows(source: DataSet, split: str) -> Iterable[tuple[str, Mapping[str, A
             table = datasets.load_dataset(source.hub, config, split=split)
         except OSError as error:
             raise GradstoreError(
-                f"{source.name}: {name} cannot be had from the hub: {_first_line(error)}. Without one, give a local "
+                f"{source.name}: {name} cannot be had from the hub: {first_line(error)}. Without one, give a local "
                 f"copy with the columns {', '.join(source.columns)}: --from {source.name}=PATH (parquet or jsonl)"
             ) from None
         except ValueError as error:
-            raise RequestError(f"{source.name}: {name} has no such data: {_first_line(error)}") from None
+            raise RequestError(f"{source.name}: {name} has no such data: {first_line(error)}") from None
         present = [column for column in source.columns if column in table.column_names]
         number = 0
         # Arrow format: pictures are not decoded, and columns that are not needed are not read
@@ -142,7 +142,3 @@ def _hub_rows(source: DataSet, split: str) -> Iterable[tuple[str, Mapping[str, A
             for row in batch.to_pylist():
                 number += 1
                 yield f"{name}, row {number}", row
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]

@@ -12,7 +12,7 @@ from random import Random
 from typing import Any
 
 from gradstore import read_problems
-from gradstore.errors import RequestError
+from gradstore.errors import RequestError, check_number
 from gradstore.problems import with_id
 from gradstore.trainer.data import gym
 from gradstore.trainer.data.catalogue import DATA_SETS, NAMES, TOGETHER, DataSet
@@ -149,8 +149,8 @@ def _check(parts: Sequence[Part], options: Options) -> None:
     known = set()
     for part in parts:
         known |= {part.name, *(source.name for source in _data_sets(part))}
-        if part.count is not None and part.count < 1:
-            raise RequestError(f"{part.label}: a count of {part.count}, expected 1 or more")
+        if part.count is not None:
+            check_number(f"{part.label}: the count", part.count, least=1)
         if _is_gym(part.name):
             task = part.name.partition(":")[2]
             known.add(task)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from gradstore.durable import reading, replacing_file
-from gradstore.errors import RequestError
+from gradstore.errors import RequestError, first_line
 from gradstore.trainer.local.grpo import Learner
 
 FORMAT = 1
@@ -40,7 +40,7 @@ def load_checkpoint(path: Path, learner: Learner) -> dict[str, Any]:
         with reading(path):
             state = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        raise RequestError(f"{path}: not a checkpoint that can be read: {str(error).splitlines()[0]}") from None
+        raise RequestError(f"{path}: not a checkpoint that can be read: {first_line(error)}") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise RequestError(f"{path}: not a checkpoint of format {FORMAT}")
     found = {name: tuple(weight.shape) for name, weight in state["weights"].items()}

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gradstore.errors import RequestError
+from gradstore.errors import needing
 
 
 def with_adapters(model: nn.Module, rank: int, seed: int = 0) -> Any:
@@ -13,10 +13,8 @@ def with_adapters(model: nn.Module, rank: int, seed: int = 0) -> Any:
 
     seed: for the adapters' initial values. RequestError when PEFT is not installed.
     """
-    try:
+    with needing("training adapters", "gradstore[lora]"):
         from peft import LoraConfig, get_peft_model
-    except ImportError:
-        raise RequestError("training adapters needs PEFT: pip install 'gradstore[lora]'") from None
     config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

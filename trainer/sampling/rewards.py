@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 from gradstore import to_verl
 from gradstore.errors import RequestError
+from gradstore.keepable import parsed_field
 from gradstore.problems import detail
 from gradstore.trainer.sampling.grading import read_truth
 from gradstore.trainer.sampling.reward import Item, Reward
@@ -260,12 +261,7 @@ def _reasoning_gym(record: Mapping[str, Any], response: str, rollout_index: int)
 def _gym_entry(record: Mapping[str, Any]) -> tuple[Callable[[str, dict], float], dict[str, Any]]:
     """A problem's verifier and entry; RequestError if the problem lacks them."""
     name = f"problem {record['id']!r}"
-    kept = detail(record, "reasoning_gym")
-    if isinstance(kept, str):  # JSON text, for files whose column holds entries of several schemas
-        try:
-            kept = json.loads(kept)
-        except ValueError as error:
-            raise RequestError(f"{name}: extra.reasoning_gym is text that is not JSON: {error}") from error
+    kept = parsed_field(detail(record, "reasoning_gym"), name, "extra.reasoning_gym")
     if not isinstance(kept, Mapping) or not isinstance(kept.get("entry"), Mapping) or "dataset" not in kept:
         raise RequestError(f"{name}: reward 'reasoning-gym' needs extra.reasoning_gym with 'dataset' and 'entry'")
     try:
@@ -309,10 +305,7 @@ def answer_of(response: str) -> str:
     return (answers[-1] if answers else response).strip()
 
 
-BUILT_IN: Mapping[str, Callable[[Mapping[str, Any], str, int], Any]] = {
-    "math": _math,
-    "reasoning-gym": _reasoning_gym,
-}
+BUILT_IN: Mapping[str, Callable[[Mapping[str, Any], str, int], Any]] = {"math": _math, "reasoning-gym": _reasoning_gym}
 CHECKS: Mapping[str, Callable[[Mapping[str, Any]], None]] = {"math": _check_math, "reasoning-gym": _check_gym}
 """Checks of the built-in rewards: RequestError for a problem that cannot be graded."""
 

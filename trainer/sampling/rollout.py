@@ -9,7 +9,6 @@ with other settings raises an error.
 import fcntl
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,10 +17,12 @@ from typing import Any
 
 import numpy as np
 
+from gradstore.durable import write_text_file
 from gradstore.engine.rollouts import Rollout, read_rollouts, write_rollouts
 from gradstore.engine.rollouts.templates import check_arguments, settings_path, tools_of
 from gradstore.engine.rollouts.tokens import prompt_ids, text_of
-from gradstore.errors import LockedError, RequestError
+from gradstore.engine.rollouts.write import SUFFIXES
+from gradstore.errors import LockedError, RequestError, check_known, check_number, leaves
 from gradstore.trainer.sampling.backends import Backend, Response, derived_seed
 from gradstore.trainer.sampling.readable import named
 from gradstore.trainer.sampling.reward import Reward
@@ -77,8 +78,7 @@ def rollout(
     """
     out = Path(out)
     _check_settings(n=n, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, chunk=chunk)
-    if out.suffix not in (".jsonl", ".parquet"):
-        raise RequestError(f"{out}: rollouts are written as .jsonl or .parquet, not as {out.suffix or 'this'!r}")
+    check_known(f"{out}: the suffix", out.suffix, SUFFIXES)
     if out.suffix == ".parquet" and len({isinstance(problem["prompt"], str) for problem in problems}) > 1:
         raise RequestError(f"{out}: Parquet cannot mix prompts of text and of chat messages; write .jsonl")
     prompts = _prompts(problems, backend, max_new_tokens, template_kwargs, names)
@@ -215,12 +215,9 @@ def _prompts(
 
 def _check_settings(*, n: int, max_new_tokens: int, temperature: float, top_p: float, chunk: int) -> None:
     for name, value in {"n": n, "max_new_tokens": max_new_tokens, "chunk": chunk}.items():
-        if value < 1:
-            raise RequestError(f"{name} is {value}, expected 1 or more")
-    if not 0 <= temperature < float("inf"):
-        raise RequestError(f"temperature is {temperature}, expected 0 or more")
-    if not 0 < top_p <= 1:
-        raise RequestError(f"top_p is {top_p}, expected above 0 and at most 1")
+        check_number(name, value, least=1)
+    check_number("temperature", temperature, least=0)
+    check_number("top_p", top_p, above=0, most=1)
 
 
 def _digest(problems: Sequence[dict[str, Any]]) -> str:
@@ -238,14 +235,9 @@ def _agree(out: Path, growing: Path, settings: dict[str, Any]) -> None:
         for file in (out, growing):
             if file.exists():
                 raise RequestError(f"{file}: already there without {path.name}; choose another path or remove it")
-        unfinished = Path(f"{path}.unfinished")
-        with unfinished.open("w", encoding="utf-8") as sidecar:
-            json.dump(settings, sidecar, indent=1, sort_keys=True)
-            sidecar.flush()
-            os.fsync(sidecar.fileno())
-        unfinished.replace(path)
+        write_text_file(path, json.dumps(settings, indent=1, sort_keys=True))
         return
-    stored, offered = _flat(_read_settings(path)), _flat(settings)
+    stored, offered = leaves(_read_settings(path)), leaves(settings)
     differing = [
         f"{name} was {stored.get(name)!r}, now {offered.get(name)!r}"
         for name in sorted(stored.keys() | offered.keys())
@@ -263,13 +255,6 @@ def _read_settings(path: Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise RequestError(f"{path}: not the settings of a rollout run; choose another path or remove it")
     return settings
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
 
 
 def _drop_torn(path: Path, ids: list[str], n: int, chunk: int) -> int:

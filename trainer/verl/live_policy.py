@@ -71,33 +71,16 @@ class LivePolicy:
 
     def sketch(self, groups: Sequence[Group]) -> SketchBatch:
         """Sketch the groups; each group is computed by one rank."""
-        self._rest()
-        shares = deal(groups, self._workers.world_size)
-        with _plain_errors():
-            batches = self._workers.sketch_groups([[groups[i] for i in share] for share in shares])
-        return gather(batches, shares)
+        return self._on_ranks("sketch_groups", groups)
 
     def aim(self, groups: Sequence[Group]) -> SketchBatch:
         """Sketch validation groups, each on one rank; the ranks keep the gradient as this round's probe direction."""
-        self._rest()
-        shares = deal(groups, self._workers.world_size)
         self._aimed = True
-        with _plain_errors():
-            batches = self._workers.aim([[groups[i] for i in share] for share in shares])
-        return gather(batches, shares)
+        return self._on_ranks("aim", groups)
 
     def probe(self, groups: Sequence[Group], like: Calibration | None = None) -> ProbeBatch:
         """Probe the groups along the gradient of the validation groups passed to `aim`."""
-        self._rest()
-        n_ranks = self._workers.world_size
-        shares = deal(groups, n_ranks)
-        with _plain_errors():
-            batches = self._workers.probe_groups(
-                [[groups[i] for i in share] for share in shares],
-                [self._settings.probe_rank] * n_ranks,
-                [like] * n_ranks,
-            )
-        return gather(batches, shares)
+        return self._on_ranks("probe_groups", groups, self._settings.probe_rank, like)
 
     def end_round(self) -> None:
         """Free the probe direction and wake the rollout engine for training."""
@@ -105,6 +88,16 @@ class LivePolicy:
             self._aimed = False
             self._workers.forget_direction()
         self._wake()
+
+    def _on_ranks(self, method: str, groups: Sequence[Group], *options: Any) -> Any:
+        """Results of a worker's method for the groups, each computed by one rank, in the groups' order."""
+        self._rest()
+        n_ranks = self._workers.world_size
+        shares = deal(groups, n_ranks)
+        with _plain_errors():
+            parts = [[groups[i] for i in share] for share in shares]
+            batches = getattr(self._workers, method)(parts, *([option] * n_ranks for option in options))
+        return gather(batches, shares)
 
     @property
     def _workers(self) -> Any:

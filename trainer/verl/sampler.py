@@ -1,4 +1,4 @@
-"""Sampler of verl's data loader: draws the rounds' picks from the pool, and nothing else.
+"""Sampler of verl's data loader: draws the rounds' picks from the pool; and the records of verl's data set.
 
 After each round the picks are fed in, once per pass until the next round, each pass in a new order. The sampler's state
 is the fed order and the number of draws. verl's `StatefulDataLoader` saves it in every checkpoint, so a resumed run
@@ -14,6 +14,7 @@ import numpy as np
 from torch.utils.data import Sampler
 
 from gradstore.errors import RequestError
+from gradstore.problems import from_verl
 
 
 class RoundSampler(Sampler[int]):
@@ -117,6 +118,19 @@ class RoundSampler(Sampler[int]):
         self._order, self._drawn = list(state["order"]), int(state["drawn"])
         self._rollouts, self._rounds = dict(state["rollouts"]), dict(state["rounds"])
         self._weights = dict(state.get("weights", {}))  # old checkpoints have no weights
+
+
+def records_of(dataset: Any, where: str) -> list[dict[str, Any]]:
+    """Canonical records of verl's dataset, in its order; RequestError for rows without an id or with other fields."""
+    if not hasattr(dataset, "dataframe"):
+        raise RequestError(f"{where}: dataset class {type(dataset).__name__} has no `dataframe` to read problems from")
+    records = []
+    for row, given in enumerate(dataset.dataframe):
+        fields = dict(given)
+        if dataset.prompt_key != "prompt":
+            fields["prompt"] = fields.pop(dataset.prompt_key)
+        records.append(from_verl(fields, f"{where}, row {row + 1}"))
+    return records
 
 
 def drawing_order(picks: Sequence[str], n_draws: int, seed: int) -> list[str]:

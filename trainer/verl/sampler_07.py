@@ -25,10 +25,9 @@ from gradstore.engine.rollouts import Rollout, write_rollouts
 from gradstore.engine.searching.targets import target
 from gradstore.engine.selecting.selection import select
 from gradstore.errors import RequestError
-from gradstore.problems import from_verl
 from gradstore.settings import read
 from gradstore.trainer.sampling.backends import derived_seed
-from gradstore.trainer.verl.sampler import RoundSampler, drawing_order
+from gradstore.trainer.verl.sampler import RoundSampler, drawing_order, records_of
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +80,7 @@ class StoreSampler(RoundSampler, AbstractCurriculumSampler):
         self._settings = StoreSettings.of(data_config)
         self._batch = int(data_config["train_batch_size"])
         self._dataset: Any = data_source
-        records = list(_records(self._dataset))
+        records = records_of(self._dataset, "data.train_files")
         self._records = {record["id"]: record for record in records}
         super().__init__([record["id"] for record in records])
         self._choices = 0
@@ -175,11 +174,3 @@ def _id_of(info: Mapping[str, Any], row: int) -> str:
     if value is None:
         raise RequestError(f"batch, row {row + 1}: extra_info has no `index`: its problem cannot be told")
     return str(int(value)) if isinstance(value, float | np.integer) else str(value)
-
-
-def _records(dataset: Any) -> Iterator[dict[str, Any]]:
-    for row, given in enumerate(dataset.dataframe):
-        fields_of_row = dict(given)
-        if dataset.prompt_key != "prompt":
-            fields_of_row["prompt"] = fields_of_row.pop(dataset.prompt_key)
-        yield from_verl(fields_of_row, f"data.train_files, row {row + 1}")

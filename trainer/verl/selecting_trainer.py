@@ -25,14 +25,13 @@ from gradstore.trainer.round.driver import Rounds
 from gradstore.trainer.sampling.backends import derived_seed
 from gradstore.trainer.verl.agent_loop import SEED_FIELD
 from gradstore.trainer.verl.live_policy import LivePolicy
-from gradstore.trainer.verl.sampler import RoundSampler, drawing_order
+from gradstore.trainer.verl.sampler import RoundSampler, drawing_order, records_of
 from gradstore.trainer.verl.settings import VerlSettings
 from gradstore.trainer.verl.transfer import (
     ROLLOUTS_FIELD,
     groups_of,
     joined,
     place_of,
-    records_of,
     row_seeds,
     uid_of,
     weigh,

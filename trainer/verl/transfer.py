@@ -20,7 +20,7 @@ from verl.utils.dataset.rl_dataset import collate_fn
 from gradstore.engine.rollouts import group
 from gradstore.engine.rollouts.group import Group
 from gradstore.errors import RequestError
-from gradstore.problems import from_verl, to_verl
+from gradstore.problems import to_verl
 from gradstore.trainer.sampling.backends import derived_seed
 from gradstore.trainer.verl.agent_loop import SEED_FIELD
 
@@ -40,25 +40,8 @@ class Rows:
     uids: list[str]
 
 
-def records_of(dataset: Any, where: str) -> list[dict[str, Any]]:
-    """Canonical records of verl's dataset, in its order; RequestError for rows without an id or with other fields."""
-    if not hasattr(dataset, "dataframe"):
-        raise RequestError(f"{where}: dataset class {type(dataset).__name__} has no `dataframe` to read problems from")
-    records = []
-    for row, given in enumerate(dataset.dataframe):
-        fields = dict(given)
-        if dataset.prompt_key != "prompt":
-            fields["prompt"] = fields.pop(dataset.prompt_key)
-        records.append(from_verl(fields, f"{where}, row {row + 1}"))
-    return records
-
-
 def rows_of(
-    dataset: Any,
-    problems: Sequence[Mapping[str, Any]],
-    uids: Sequence[str],
-    n: int,
-    seed: tuple[int, ...] | None,
+    dataset: Any, problems: Sequence[Mapping[str, Any]], uids: Sequence[str], n: int, seed: tuple[int, ...] | None
 ) -> Rows:
     """Rows for verl's agent loop, as the trainer's dataset would make them, with n rollouts per problem.
 

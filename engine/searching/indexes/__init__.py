@@ -1,7 +1,7 @@
 """Indexes over the rows of a collection: approximate candidates first, exact scores from the stored rows second.
 
     kinds.py       the interface of an index kind, and the kinds by name
-    faiss_kinds.py, turbovec_kind.py   the kinds
+    flat_kind.py, turbovec_kind.py   the kinds
     index.py       Index: maps entries to stored rows, adds new rows, searches and rescores
     recall.py      self-test at the end of every build; it also sets how many candidates are fetched
     folder.py      an index on disk, in its collection's folder

@@ -1,7 +1,6 @@
 """Cost model that chooses the fastest way to answer: scan or an index kind; constants measured on two cores.
 
-Only ratios matter, and they follow the bytes that a kind reads. FAISS's quantised kinds on the CPU are slower than a
-scan of the stored rows, so `auto` never chooses them (docs/benchmarks.md).
+Only ratios matter, and they follow the bytes that a kind reads.
 """
 
 from collections.abc import Collection

@@ -20,11 +20,11 @@ import numpy as np
 from gradstore import View
 from gradstore.durable import canonical_json, crc32c, fsync_folder, replace_file, writing
 from gradstore.engine.searching.indexes.index import Index, Tested, collection_folder
-from gradstore.engine.searching.indexes.kinds import Effort, kind_class
+from gradstore.engine.searching.indexes.kinds import kind_class
 from gradstore.errors import GradstoreError
 from gradstore.layout import INDEXES
 
-_FORMAT = 1
+_FORMAT = 2
 _ATTEMPTS = 3
 
 
@@ -146,13 +146,9 @@ class IndexFolder:
                 return None
         kind = kind_class(self.kind)
         entry_rows, entry_norms = np.load(paths["rows"]), np.load(paths["norms"])
-        metric = self.metric
         index = Index(
-            kind.load(paths["entries"]),
-            "gradient" if metric != "cosine" and kind.scaled else "unit",
-            metric, self._collection, self._generation, entry_rows, entry_norms,
-            tuple(Tested(**{**tested, "effort": Effort(**tested["effort"])}) for tested in body["tested"]),
-            body["n_tested"],
+            kind.load(paths["entries"]), self.metric, self._collection, self._generation, entry_rows, entry_norms,
+            tuple(Tested(**tested) for tested in body["tested"]), body["n_tested"],
         )  # fmt: skip
         return Kept(index, body["recall"], refusals, len(entry_rows))
 

@@ -14,13 +14,12 @@ from weakref import ref
 import numpy as np
 
 from gradstore import View
-from gradstore.engine.searching.indexes.kinds import Effort, Kind, Rows, kind_class
+from gradstore.engine.searching.indexes.kinds import Kind, kind_class
 from gradstore.engine.searching.ranking import best
 from gradstore.engine.searching.scan import scan_at
 from gradstore.errors import RequestError
 from gradstore.layout import COLLECTIONS
 
-_TRAINING_ROWS = 16384
 _MOST_SUPERSEDED = 0.5
 """Above this share of entries outside the view, a new build is better."""
 _RETEST_GROWTH = 1.125
@@ -35,7 +34,8 @@ class Tested:
     """Mean recall at k against the exact scan, for the sort of query where it is lowest."""
     worst: float
     """Recall of the worst query."""
-    effort: Effort
+    factor: float
+    """Candidates fetched per requested result."""
 
 
 @dataclass(slots=True, eq=False)
@@ -43,7 +43,7 @@ class Index:
     """An index of one kind and metric; create it with `Index.build` or `engine.index_for`."""
 
     kind: Kind
-    rows: Rows
+    """Its entries are unit rows for cosine, else unit rows times their norms."""
     metric: str
     collection: Path
     """Folder of the collection."""
@@ -66,16 +66,11 @@ class Index:
         is missing or cannot take rows of this width.
         """
         chosen = kind_class(kind)
-        rows: Rows = "gradient" if metric != "cosine" and chosen.scaled else "unit"
-        live = view.live_positions
         index = cls(
-            chosen(view.dim, len(live)), rows, metric, collection_folder(view), view.stored.generation,
+            chosen(view.dim), metric, collection_folder(view), view.stored.generation,
             np.empty(0, np.int64), np.empty(0, np.float32),
         )  # fmt: skip
-        if len(live):
-            step = max(1, len(live) // _TRAINING_ROWS)
-            index.kind.train(index._content(view, live[::step][:_TRAINING_ROWS]))
-        index._add(view, live)
+        index._add(view, view.live_positions)
         return index
 
     def __len__(self) -> int:
@@ -130,17 +125,15 @@ class Index:
         """Whether the index has grown so much that it must pass the self-test again."""
         return not self.kind.exact and len(self) > _RETEST_GROWTH * self.n_tested
 
-    def effort(self, k: int) -> tuple[int, Effort] | None:
-        """Number of candidates to fetch for the k best, and the Effort; None above the largest k tested."""
+    def n_candidates(self, k: int) -> int | None:
+        """Number of candidates to fetch for the k best; None above the largest k tested."""
         if self.kind.exact:
-            return k, Effort()
-        above = [tested for tested in self.tested if tested.k >= k]
-        if not above:
+            return k
+        if not self.tested or k > self.tested[-1].k:
             return None
         # A larger k needs fewer candidates per result, so the factor of the next smaller tested k is safe.
-        low, high = next((tested for tested in reversed(self.tested) if tested.k <= k), self.tested[0]), above[0]
-        probes = max(low.effort.probes, high.effort.probes)
-        return fetch(low.effort, max(k, low.k)), Effort(low.effort.factor, probes)
+        low = next((tested for tested in reversed(self.tested) if tested.k <= k), self.tested[0])
+        return fetch(low.factor, max(k, low.k))
 
     def serves(self, view: View, k: int, metric: str, n_eligible: int) -> bool:
         """Whether the index can answer for this k and number of eligible rows; if not, use the exact scan.
@@ -152,11 +145,8 @@ class Index:
         self.extend(view)
         if n_eligible == 0:
             return False
-        effort = self.effort(min(k, n_eligible))
-        masked = n_eligible < len(self)
-        return (
-            effort is not None and (self.kind.exact or n_eligible > 2 * effort[0]) and (self.kind.masks or not masked)
-        )
+        m = self.n_candidates(min(k, n_eligible))
+        return m is not None and (self.kind.exact or n_eligible > 2 * m)
 
     def search(
         self, view: View, query_D: np.ndarray, k: int, metric: str, largest: bool, eligible: np.ndarray
@@ -174,16 +164,16 @@ class Index:
         k = min(k, len(eligible))
         if k == 0:
             return [(np.empty(0, np.int64), np.empty(0, np.float32)) for _ in queries_QD]
-        m, effort = self.effort(k) or (fetch(Effort(), k), Effort())
+        m = self.n_candidates(k) or fetch(1.0, k)
         return [
             _rescored(view, query_D, k, metric, largest, candidates)
             for query_D, candidates in zip(
-                queries_QD, self.candidates(view, queries_QD, m, effort, largest, eligible), strict=True
+                queries_QD, self.candidates(view, queries_QD, m, largest, eligible), strict=True
             )
         ]
 
     def candidates(
-        self, view: View, queries_QD: np.ndarray, m: int, effort: Effort, largest: bool, eligible: np.ndarray
+        self, view: View, queries_QD: np.ndarray, m: int, largest: bool, eligible: np.ndarray
     ) -> list[np.ndarray]:
         """Positions of about the m best eligible rows by the index's own scores, for each query."""
         positions_N = self.positions(view)
@@ -192,23 +182,13 @@ class Index:
             chosen = np.zeros(len(view) + 1, bool)
             chosen[eligible] = True  # The last entry stays False: -1 points at it.
             mask_N = chosen[positions_N]
-        sign = np.float32(1 if largest else -1)
+        _, entries_QM = self.kind.search(np.float32(1 if largest else -1) * queries_QD, m, mask_N)
+        found = [positions_N[entries[entries >= 0]] for entries in entries_QM]
         if self.metric == "cosine":
-            _, entries_QM = self.kind.search(sign * queries_QD, m, effort, mask_N)
-            return [positions_N[entries[entries >= 0]] for entries in entries_QM]
+            return found
         # The error of an inner product grows with the norm, so rows with the largest norms are always candidates.
         heaviest = self._heaviest(view, eligible, m)
-        found = []
-        if self.rows == "gradient":
-            _, entries_QM = self.kind.search(sign * queries_QD, m, effort, mask_N)
-            found = [entries[entries >= 0] for entries in entries_QM]
-        else:
-            for query_D in queries_QD:
-                cosines, entries = self.kind.search(sign * query_D[None], len(self), effort, mask_N)
-                entry = entries[0][entries[0] >= 0]
-                products = cosines[0][: len(entry)] * self.entry_norms[entry]
-                found.append(entry[np.argpartition(-products, min(m, len(entry)) - 1)[:m]] if len(entry) else entry)
-        return [np.union1d(positions_N[entries], heaviest) for entries in found]
+        return [np.union1d(positions, heaviest) for positions in found]
 
     def _heaviest(self, view: View, eligible: np.ndarray, m: int) -> np.ndarray:
         key = ("heaviest", m)
@@ -221,13 +201,9 @@ class Index:
             self._seen[key] = heaviest
         return heaviest
 
-    def _content(self, view: View, positions: np.ndarray) -> np.ndarray:
-        units_PD = view.rows(positions)
-        return units_PD * view.norms[positions, None] if self.rows == "gradient" else units_PD
-
     def _add(self, view: View, positions: np.ndarray) -> None:
         for block, units_PD in view.scan(positions):
-            self.kind.add(units_PD * view.norms[block, None] if self.rows == "gradient" else units_PD)
+            self.kind.add(units_PD * view.norms[block, None] if self.metric != "cosine" else units_PD)
         if len(positions):
             self.entry_rows = np.concatenate([self.entry_rows, view.stored.numbers[positions]])
             self.entry_norms = np.concatenate([self.entry_norms, view.norms[positions]])
@@ -238,9 +214,9 @@ def _no_view() -> None:
     return None
 
 
-def fetch(effort: Effort, k: int) -> int:
+def fetch(factor: float, k: int) -> int:
     """Number of candidates to fetch for the k best."""
-    return int(np.ceil(k * effort.factor)) + 8
+    return int(np.ceil(k * factor)) + 8
 
 
 def _rescored(

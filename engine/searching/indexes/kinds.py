@@ -4,45 +4,30 @@ Q queries, N entries, M candidates, D sketch dimensions.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import numpy as np
 
-from gradstore.errors import RequestError
-
-Rows = Literal["unit", "gradient"]
-"""Content of the entries: unit rows, or unit rows times their norms."""
-
-
-@dataclass(frozen=True, slots=True, order=True)
-class Effort:
-    """How much of the index a search reads; the self-test picks the smallest effort with enough recall."""
-
-    factor: float = 1.0
-    """Candidates fetched per requested result."""
-    probes: int = 0
-    """Inverted lists read, for kinds that have lists."""
+from gradstore.errors import RequestError, check_known
 
 
 class Kind(ABC):
-    """Base class of index kinds: finds the entries with the largest inner products; numbers them in order of `add`."""
+    """Base class of index kinds: finds the entries with the largest inner products; numbers them in order of `add`.
+
+    A kind stays accurate on gradients with heavy-tailed norms.
+    """
 
     name: ClassVar[str]
-    masks: ClassVar[bool] = True
-    """True: a search can be restricted to some entries."""
     exact: ClassVar[bool] = False
-    scaled: ClassVar[bool] = False
-    """True: stays accurate on gradients with heavy-tailed norms. False: a search by inner product first gets the
-    cosine of every entry, then multiplies by the norms."""
+    factors: ClassVar[tuple[float, ...]] = ()
+    """Candidates fetched per requested result, as the self-test tries them, ascending; none for an exact kind."""
 
-    def __init__(self, dim: int, n_expected: int) -> None:
-        self.dim = dim
-        self.n_expected = n_expected
+    @abstractmethod
+    def __init__(self, dim: int) -> None:
+        """An empty index of rows with `dim` dimensions."""
 
     @abstractmethod
     def __len__(self) -> int:
@@ -53,10 +38,11 @@ class Kind(ABC):
         """Append entries, float32 [P, D]."""
 
     @abstractmethod
-    def search(
-        self, queries_QD: np.ndarray, m: int, effort: Effort, mask_N: np.ndarray | None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Approximate inner products [Q, M] and entries int64 [Q, M], -1 where there are fewer than m."""
+    def search(self, queries_QD: np.ndarray, m: int, mask_N: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        """Approximate inner products [Q, M] and entries int64 [Q, M], -1 where there are fewer than m.
+
+        mask_N: bool [N], the entries to search among; None: all.
+        """
 
     @abstractmethod
     def save(self, path: Path) -> None:
@@ -67,32 +53,15 @@ class Kind(ABC):
     def load(cls, path: Path) -> "Kind":
         """Open a file written by `save`; memory-mapped if the library can."""
 
-    def train(self, sample_PD: np.ndarray) -> None:  # noqa: B027 - most kinds learn nothing
-        """Train on a sample of rows, once, before the first `add`."""
-
-    def efforts(self) -> list[Effort]:
-        """Efforts that the self-test tries, cheapest first."""
-        return [Effort(1.5), Effort(2), Effort(3), Effort(5), Effort(8), Effort(16)]
-
 
 _MODULE_OF = {
-    "flat": ("gradstore.engine.searching.indexes.faiss_kinds", "Flat", "faiss"),
-    "sq": ("gradstore.engine.searching.indexes.faiss_kinds", "ScalarQuantizer", "faiss"),
-    "rabitq": ("gradstore.engine.searching.indexes.faiss_kinds", "RaBitQ", "faiss"),
-    "rabitq_fastscan": ("gradstore.engine.searching.indexes.faiss_kinds", "RaBitQFastScan", "faiss"),
-    "ivf": ("gradstore.engine.searching.indexes.faiss_kinds", "InvertedLists", "faiss"),
-    "turbovec": ("gradstore.engine.searching.indexes.turbovec_kind", "Turbovec", "turbovec"),
+    "flat": ("gradstore.engine.searching.indexes.flat_kind", "Flat", "faiss", "'gradstore[cpu]' or 'gradstore[gpu]'"),
+    "turbovec": ("gradstore.engine.searching.indexes.turbovec_kind", "Turbovec", "turbovec", "turbovec"),
 }
+"""Module, class, library and what to install."""
 
-KINDS: Mapping[str, str] = {
-    "flat": "float32 rows, exact (FAISS)",
-    "sq": "8 bits a dimension (FAISS)",
-    "rabitq": "1 bit a dimension (FAISS)",
-    "rabitq_fastscan": "1 bit a dimension, SIMD layout (FAISS); loses its recall at thousands of dimensions",
-    "ivf": "inverted lists of 8-bit rows (FAISS)",
-    "turbovec": "4 bits a dimension (turbovec)",
-}
-"""The kinds of index and a description of their entries."""
+KINDS = tuple(_MODULE_OF)
+_DROPPED = ("ivf", "rabitq", "rabitq_fastscan", "sq")
 
 
 def installed(name: str) -> bool:
@@ -100,13 +69,21 @@ def installed(name: str) -> bool:
     return find_spec(_MODULE_OF[name][2]) is not None
 
 
+def check_kind(name: str) -> None:
+    """RequestError for an unknown kind; for one of earlier versions it says what to build instead."""
+    if name in _DROPPED:
+        raise RequestError(
+            f"index {name!r} is gone, because a scan is faster: rebuild it as turbovec (`--index turbovec`), or let "
+            f"auto choose. Its folders `indexes/{name}-*` beside the collection may be removed"
+        )
+    check_known("index", name, ("auto", "scan", *KINDS))
+
+
 def kind_class(name: str) -> type[Kind]:
     """The class of a kind; RequestError if the kind is unknown or its library is not installed."""
-    if name not in _MODULE_OF:
-        raise RequestError(f"index {name!r} is not one of {', '.join(KINDS)}")
-    module, attribute, library = _MODULE_OF[name]
+    check_kind(name)
+    module, attribute, library, package = _MODULE_OF[name]
     if not installed(name):
-        package = "'gradstore[cpu]' or 'gradstore[gpu]'" if library == "faiss" else library
         raise RequestError(f"the {name} index needs {library}: pip install {package}")
     found: type[Kind] = getattr(import_module(module), attribute)
     return found

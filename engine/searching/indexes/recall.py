@@ -1,9 +1,9 @@
-"""Recall self-test at the end of a build: it measures recall against the exact scan and sets the search effort.
+"""Recall self-test at the end of a build: measures recall against the exact scan, and sets how much is fetched.
 
 There are three sorts of query: means of sixteen problems' gradients (targets), single rows, and targets blended half
 with random directions (like another benchmark's). For fisher they are preconditioned. Each is searched for the largest
-and for the smallest scores and compared with an exact scan of the same view. The index then uses the cheapest effort
-whose mean recall reaches the requested one for every sort of query and both directions.
+and for the smallest scores and compared with an exact scan of the same view. The index then fetches the fewest
+candidates whose mean recall reaches the requested one for every sort of query and both directions.
 
 Q queries, P problems, D sketch dimensions.
 """
@@ -13,7 +13,6 @@ import numpy as np
 from gradstore import View
 from gradstore.engine.searching.fisher import preconditioned
 from gradstore.engine.searching.indexes.index import Index, Tested, fetch
-from gradstore.engine.searching.indexes.kinds import Effort
 from gradstore.engine.searching.scan import scan_rows
 
 _QUERIES = 8
@@ -30,7 +29,7 @@ def rung(k: int, n_live: int) -> int:
 
 
 def self_test(index: Index, view: View, recall: float, k: int, queries_QD: np.ndarray | None = None) -> Tested:
-    """Find the cheapest effort whose mean recall at k reaches `recall` for every sort, else the one with most recall.
+    """Find the smallest factor whose mean recall at k reaches `recall` for every sort, else the one with most recall.
 
     queries_QD: test with these, unit length, instead of sampled ones.
     """
@@ -42,25 +41,25 @@ def self_test(index: Index, view: View, recall: float, k: int, queries_QD: np.nd
         queries_QD = _unit(preconditioned(view, queries_QD))
     scores_QP = _exact(index, view, queries_QD, live)
     wanted = {sign: [live[np.argpartition(-sign * scores_P, k - 1)[:k]] for scores_P in scores_QP] for sign in (1, -1)}
-    best = Tested(k, -1.0, -1.0, Effort())
-    for effort in index.kind.efforts():
-        m = min(fetch(effort, k), len(live))
+    best = Tested(k, -1.0, -1.0, 1.0)
+    for factor in index.kind.factors:
+        m = min(fetch(factor, k), len(live))
         shares = np.array(
             [
                 [
                     np.isin(expected, found).mean()
                     for expected, found in zip(
-                        expected_Q, index.candidates(view, queries_QD, m, effort, sign > 0, live), strict=True
+                        expected_Q, index.candidates(view, queries_QD, m, sign > 0, live), strict=True
                     )
                 ]
                 for sign, expected_Q in wanted.items()
             ]
         )
         means = shares.reshape(2, -1, _QUERIES if sampled else len(queries_QD)).mean(axis=2)
-        result = Tested(k, float(means.min()), float(shares.min()), effort)
+        result = Tested(k, float(means.min()), float(shares.min()), factor)
         if result.recall > best.recall:
             best = result
-        if best.recall >= recall or effort.factor * k > 2 * len(live):
+        if best.recall >= recall or factor * k > 2 * len(live):
             break
     return best
 

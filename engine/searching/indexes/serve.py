@@ -12,9 +12,9 @@ from gradstore import Store, View
 from gradstore.engine.searching.indexes.auto import Situation, choose
 from gradstore.engine.searching.indexes.folder import IndexFolder, Kept, Refusal
 from gradstore.engine.searching.indexes.index import Index
-from gradstore.engine.searching.indexes.kinds import KINDS, installed
+from gradstore.engine.searching.indexes.kinds import KINDS, check_kind, installed
 from gradstore.engine.searching.indexes.recall import rung, self_test
-from gradstore.errors import GradstoreError, RequestError
+from gradstore.errors import GradstoreError
 
 _SAVE_SHARE = 1 / 64
 """Share of new entries above which an extended index is written again; below it, adding them again is faster."""
@@ -51,8 +51,7 @@ def index_for(
         kind = _chosen(view, n_live, k, metric, n_queries)
         if kind == "scan":
             return None
-    elif kind not in KINDS:
-        raise RequestError(f"index {kind!r} is not one of auto, scan, {', '.join(KINDS)}")
+    check_kind(kind)
     folder = IndexFolder(view, kind, metric)
     if queries is not None:
         queries = queries / np.linalg.norm(queries, axis=1, keepdims=True)
@@ -72,7 +71,7 @@ def index_for(
 
 
 def _chosen(view: View, n_live: int, k: int, metric: str, n_queries: int) -> str:
-    available = {name for name in ("turbovec", "flat") if installed(name)}
+    available = {name for name in KINDS if installed(name)}
     built = frozenset(name for name in available if IndexFolder(view, name, metric).exists())
     return choose(Situation(n_live, view.dim, k, n_queries, built, _gpu_bytes()), available)
 
@@ -98,7 +97,7 @@ def _usable(kept: Kept, view: View, k: int, n_live: int, recall: float) -> bool:
     if index is None or (kept.recall < recall and not index.kind.exact) or not index.holds(view) or index.worn(view):
         return False
     index.extend(view)
-    return index.effort(k) is not None and not index.due() and len(index) <= (1 + _SAVE_SHARE) * kept.n_saved
+    return index.n_candidates(k) is not None and not index.due() and len(index) <= (1 + _SAVE_SHARE) * kept.n_saved
 
 
 def _refusal(kept: Kept, k: int, n_live: int, recall: float) -> Refusal | None:

@@ -9,7 +9,7 @@ from typing import Self
 import numpy as np
 from turbovec import TurboQuantIndex
 
-from gradstore.engine.searching.indexes.kinds import Effort, Kind
+from gradstore.engine.searching.indexes.kinds import Kind
 from gradstore.errors import RequestError
 
 _BITS = 4
@@ -20,10 +20,9 @@ class Turbovec(Kind):
     """A TurboQuantIndex; rows are zero-padded to a multiple of 8 dimensions."""
 
     name = "turbovec"
-    scaled = True
+    factors = (1.2, 1.5, 2, 3, 4, 6, 8)
 
-    def __init__(self, dim: int, n_expected: int, built: TurboQuantIndex | None = None) -> None:
-        super().__init__(dim, n_expected)
+    def __init__(self, dim: int, built: TurboQuantIndex | None = None) -> None:
         if dim > _LARGEST_DIM:
             raise RequestError(f"a turbovec index takes at most {_LARGEST_DIM} dimensions, the store has {dim}")
         self._padded = -(-dim // 8) * 8
@@ -35,14 +34,9 @@ class Turbovec(Kind):
     def add(self, rows_PD: np.ndarray) -> None:
         self._built.add(self._pad(rows_PD))
 
-    def search(
-        self, queries_QD: np.ndarray, m: int, effort: Effort, mask_N: np.ndarray | None
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def search(self, queries_QD: np.ndarray, m: int, mask_N: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         scores, entries = self._built.search(self._pad(queries_QD), m, mask=mask_N)
         return np.asarray(scores), np.asarray(entries, np.int64)
-
-    def efforts(self) -> list[Effort]:
-        return [Effort(factor) for factor in (1.2, 1.5, 2, 3, 4, 6, 8)]
 
     def save(self, path: Path) -> None:
         self._built.write(str(path), durable=False)
@@ -50,7 +44,7 @@ class Turbovec(Kind):
     @classmethod
     def load(cls, path: Path) -> Self:
         built = TurboQuantIndex.load(str(path))
-        return cls(built.dim, len(built), built)
+        return cls(built.dim, built)
 
     def _pad(self, rows: np.ndarray) -> np.ndarray:
         rows = np.ascontiguousarray(rows, np.float32)

@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from gradstore.errors import RequestError
+from gradstore.errors import check_known
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -36,14 +36,7 @@ class Backend(Protocol):
     """Maximum tokens of a prompt plus its response; None when the model sets no limit."""
 
     def generate(
-        self,
-        prompts: list[list[int]],
-        n: int,
-        *,
-        max_new_tokens: int,
-        temperature: float,
-        top_p: float,
-        seed: int,
+        self, prompts: list[list[int]], n: int, *, max_new_tokens: int, temperature: float, top_p: float, seed: int
     ) -> list[list[Response]]:
         """Sample n responses per prompt, in the prompts' order; the same call returns the same responses.
 
@@ -70,8 +63,7 @@ def load_backend(name: str, model: str | Path, **options: Any) -> Backend:
 
     Raises RequestError for an unknown name, a library that is not installed, or a model that cannot be loaded.
     """
-    if name not in BACKENDS:
-        raise RequestError(f"unknown back end {name!r}, expected {' or '.join(BACKENDS)}")
+    check_known("back end", name, BACKENDS)
     module, backend = BACKENDS[name]
     return getattr(importlib.import_module(module), backend).load(model, **options)
 

@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from gradstore.engine.gradients.layers import base_of
+
 DEAD_SHARE = 0.125
 """Ended rows are dropped from the cache when they reach this share of it; dropping copies the cache."""
 
@@ -178,8 +180,7 @@ def _padded_left(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.de
 
 def _step(model: Any) -> Callable[[Tensor, Tensor, DynamicCache], Tensor]:
     """The forward pass of new tokens: (ids [U, new], mask [U, S], cache) -> logits [U, V] of the last position."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    takes = inspect.signature(base.forward).parameters
+    takes = inspect.signature(base_of(model).forward).parameters
     only_last = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
 
     def step(ids_US: Tensor, mask_US: Tensor, cache: DynamicCache) -> Tensor:

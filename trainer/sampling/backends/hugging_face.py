@@ -23,9 +23,10 @@ import torch
 import transformers
 
 from gradstore.engine.gradients.budget import sampled_tokens
+from gradstore.engine.gradients.hooks import evaluating
 from gradstore.engine.gradients.models import load_model, load_tokenizer, weights_digest
 from gradstore.engine.gradients.retrying import is_out_of_memory, release
-from gradstore.errors import RequestError
+from gradstore.errors import RequestError, check_number
 from gradstore.trainer.sampling.backends import Response, derived_seed, end_tokens
 from gradstore.trainer.sampling.backends.decoding import decodes, sample
 
@@ -48,8 +49,8 @@ class TransformersBackend:
     def __init__(self, model: Any, tokenizer: Any, *, batch_tokens: int | None = None) -> None:
         """batch_tokens: maximum tokens (prompts and responses) per batch; None: as many as the free memory allows
         now."""
-        if batch_tokens is not None and batch_tokens < 1:
-            raise RequestError(f"batch_tokens is {batch_tokens}, expected 1 or more")
+        if batch_tokens is not None:
+            check_number("batch_tokens", batch_tokens, least=1)
         self.model, self.tokenizer = model, tokenizer
         self._batch_tokens = self._fitting = sampled_tokens(model) if batch_tokens is None else batch_tokens
         """Tokens per batch that fit in memory, as far as known."""
@@ -62,12 +63,7 @@ class TransformersBackend:
 
     @classmethod
     def load(
-        cls,
-        model: str | Path,
-        *,
-        device: str | None = None,
-        dtype: str = "auto",
-        batch_tokens: int | None = None,
+        cls, model: str | Path, *, device: str | None = None, dtype: str = "auto", batch_tokens: int | None = None
     ) -> "TransformersBackend":
         """device: torch's name for it; None: the GPU if there is one. dtype: "auto" is the checkpoint's dtype."""
         policy = load_model(model, device=device, dtype=dtype)
@@ -85,18 +81,11 @@ class TransformersBackend:
 
     @torch.no_grad()
     def generate(
-        self,
-        prompts: list[list[int]],
-        n: int,
-        *,
-        max_new_tokens: int,
-        temperature: float,
-        top_p: float,
-        seed: int,
+        self, prompts: list[list[int]], n: int, *, max_new_tokens: int, temperature: float, top_p: float, seed: int
     ) -> list[list[Response]]:
         rollouts = sorted(((len(ids), p, j) for p, ids in enumerate(prompts) for j in range(n)), key=lambda r: r[0])
         responses: list[list[Any]] = [[None] * n for _ in prompts]
-        with _eval(self.model):
+        with evaluating(self.model):
             if decodes(self.model):
                 for batch in self._batches(rollouts, max_new_tokens):
                     decode = partial(self._decode, prompts=prompts, temperature=temperature, top_p=top_p, seed=seed)
@@ -104,7 +93,9 @@ class TransformersBackend:
                         responses[p][j] = response
                 return responses
             config = self._generation_config(max_new_tokens, temperature, top_p)
-            with _own_sampling(self.model, config), _own_randomness(self.model.device):
+            device = self.model.device
+            own_randomness = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+            with _own_sampling(self.model, config), own_randomness:
                 for number, batch in enumerate(self._batches(rollouts, max_new_tokens)):
                     torch.manual_seed(derived_seed(seed, number))
                     found = self._generate([prompts[p] for _, p, _ in batch], config)
@@ -197,8 +188,8 @@ class TransformersBackend:
             ids_BT.to(self.model.device),
             attention_mask=mask_BT.to(self.model.device),
             generation_config=config,
-            logits_processor=transformers.LogitsProcessorList([_BeforeSampling(recorder)]),
-            stopping_criteria=transformers.StoppingCriteriaList([_AfterSampling(recorder)]),
+            logits_processor=transformers.LogitsProcessorList([recorder.before]),
+            stopping_criteria=transformers.StoppingCriteriaList([recorder.after]),
         )
         new_BT = output_BT[:, width:].cpu().numpy().astype(np.int64)
         logprobs_BT = recorder.logprobs()
@@ -224,46 +215,22 @@ class _LogprobRecorder:
         self._logits_BV: torch.Tensor | None = None
         self._logprobs_B: list[torch.Tensor] = []
 
-    def before(self, logits_BV: torch.Tensor) -> None:
+    def before(self, ids_BT: torch.Tensor, logits_BV: torch.Tensor) -> torch.Tensor:
+        """A logits processor that changes nothing."""
         self._logits_BV = logits_BV
+        return logits_BV
 
-    def after(self, ids_BT: torch.Tensor) -> None:
+    def after(self, ids_BT: torch.Tensor, _scores: Any, **_: Any) -> torch.Tensor:
+        """A stopping criterion that never stops."""
         if self._logits_BV is not None:
             logprobs_BV = self._logits_BV.float().log_softmax(-1)
             self._logprobs_B.append(logprobs_BV.gather(1, ids_BT[:, -1:])[:, 0])
             self._logits_BV = None
+        return torch.zeros(len(ids_BT), dtype=torch.bool, device=ids_BT.device)
 
     def logprobs(self) -> np.ndarray:
         """float32 [B, T] over the new tokens."""
         return torch.stack(self._logprobs_B, 1).cpu().numpy()
-
-
-class _BeforeSampling(transformers.LogitsProcessor):
-    def __init__(self, recorder: _LogprobRecorder) -> None:
-        self._recorder = recorder
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        self._recorder.before(scores)
-        return scores
-
-
-class _AfterSampling(transformers.StoppingCriteria):
-    def __init__(self, recorder: _LogprobRecorder) -> None:
-        self._recorder = recorder
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        self._recorder.after(input_ids)
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-
-
-@contextmanager
-def _eval(model: Any) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 @contextmanager
@@ -275,10 +242,3 @@ def _own_sampling(model: Any, config: Any) -> Iterator[None]:
         yield
     finally:
         model.generation_config = defaults
-
-
-@contextmanager
-def _own_randomness(device: torch.device) -> Iterator[None]:
-    """Restore torch's global random state on exit, so that seeding inside has no effect outside."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        yield

@@ -28,12 +28,7 @@ class VllmBackend:
 
     @classmethod
     def load(
-        cls,
-        model: str | Path,
-        *,
-        dtype: str = "auto",
-        max_model_len: int | None = None,
-        **engine_options: Any,
+        cls, model: str | Path, *, dtype: str = "auto", max_model_len: int | None = None, **engine_options: Any
     ) -> "VllmBackend":
         """max_model_len: maximum tokens per sequence; a value below the model's own limit saves memory.
 
@@ -68,14 +63,7 @@ class VllmBackend:
         return self._settings
 
     def generate(
-        self,
-        prompts: list[list[int]],
-        n: int,
-        *,
-        max_new_tokens: int,
-        temperature: float,
-        top_p: float,
-        seed: int,
+        self, prompts: list[list[int]], n: int, *, max_new_tokens: int, temperature: float, top_p: float, seed: int
     ) -> list[list[Response]]:
         from vllm import SamplingParams
 
@@ -100,9 +88,7 @@ class VllmBackend:
         logprobs = [step[token].logprob for step, token in zip(completion.logprobs, ids, strict=True)]
         stopped = bool(ids) and ids[-1] in self._end_ids
         return Response(
-            np.asarray(ids, dtype=np.int64),
-            np.asarray(logprobs, dtype=np.float32),
-            "stop" if stopped else "length",
+            np.asarray(ids, dtype=np.int64), np.asarray(logprobs, dtype=np.float32), "stop" if stopped else "length"
         )
 
 

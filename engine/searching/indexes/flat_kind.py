@@ -1,0 +1,63 @@
+"""flat kind: FAISS's exact float32 index, on the GPU if faiss-gpu finds one. Files are memory-mapped when opened."""
+
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from gradstore.engine.searching.indexes.kinds import Kind
+
+faiss: Any = import_module("faiss")
+"""Typed as Any: FAISS's own stubs describe the C++ signatures, not the Python ones."""
+
+_GPU_K = 2048
+"""Most results per query of a FAISS GPU search."""
+
+
+class Flat(Kind):
+    """float32 rows, exact: 4 bytes per dimension."""
+
+    name = "flat"
+    exact = True
+
+    def __init__(self, dim: int, built: Any = None) -> None:
+        self.faiss_index = faiss.IndexFlatIP(dim) if built is None else built
+        self._gpu_copy: Any = None
+        self._resources: Any = None
+        self._mapped = built is not None
+
+    def __len__(self) -> int:
+        return int(self.faiss_index.ntotal)
+
+    def add(self, rows_PD: np.ndarray) -> None:
+        if self._mapped and len(rows_PD):
+            # Adding to a mapped index ends the process: it is copied into memory first.
+            self.faiss_index = faiss.deserialize_index(faiss.serialize_index(self.faiss_index))
+            self._mapped = False
+        self.faiss_index.add(np.ascontiguousarray(rows_PD))
+        self._gpu_copy = None
+
+    def search(self, queries_QD: np.ndarray, m: int, mask_N: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        queries_QD = np.ascontiguousarray(queries_QD, np.float32)
+        if mask_N is None and m <= _GPU_K and faiss.get_num_gpus():
+            return self._on_gpu().search(queries_QD, m)
+        parameters = None
+        if mask_N is not None:
+            bits = np.packbits(mask_N, bitorder="little")
+            parameters = faiss.SearchParameters(sel=faiss.IDSelectorBitmap(bits))
+        return self.faiss_index.search(queries_QD, m, params=parameters)
+
+    def save(self, path: Path) -> None:
+        faiss.write_index(self.faiss_index, str(path))
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        mapped = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
+        return cls(mapped.d, mapped)
+
+    def _on_gpu(self) -> Any:
+        if self._gpu_copy is None:
+            self._resources = faiss.StandardGpuResources()
+            self._gpu_copy = faiss.index_cpu_to_gpu(self._resources, 0, self.faiss_index)
+        return self._gpu_copy
