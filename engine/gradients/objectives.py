@@ -59,6 +59,11 @@ class Objective:
         if self.reference is not None and not self.kl_beta:
             raise RequestError("a reference policy needs kl_beta above 0")
 
+    @classmethod
+    def from_text(cls, text: str) -> "Objective":
+        """The preset of this name, for settings that are read by name."""
+        return objective(text)
+
     def as_dict(self) -> dict:
         """The fields as a JSON-ready dict; without a KL term its settings are omitted, as in older stores."""
         unused = () if self.kl_beta else ("kl_beta", "reference")

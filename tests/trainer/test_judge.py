@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from gradstore.errors import GradstoreError, RequestError
-from gradstore.trainer.sampling.judge import TEMPLATE, Judge, JudgeSettings, Verdicts, load_judge, verdict
+from gradstore.trainer.sampling.judge import TEMPLATE, Judge, JudgeSettings, Verdicts, judge_settings, verdict
 from gradstore.trainer.sampling.reward import Reward
 from gradstore.trainer.sampling.rewards import load_reward
 
@@ -281,7 +281,7 @@ def test_by_name(endpoint: Endpoint, tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("GRADSTORE_JUDGE_MODEL", "other")
     monkeypatch.setenv("GRADSTORE_JUDGE_URL", endpoint.url)
     assert load_reward("judge").name == "judge:other"
-    assert load_judge("small").settings.model == "small"
+    assert judge_settings("small").model == "small"
     monkeypatch.delenv("OPENAI_API_KEY")  # a local server asks for none
     assert load_reward("model-judge:small")(problem(1), "x", 0) == 1.0
 
@@ -302,8 +302,8 @@ def test_own_template(judge: Callable[..., Judge], endpoint: Endpoint, tmp_path:
         ("", "no model; use judge:model=NAME or set GRADSTORE_JUDGE_MODEL"),
         ("model=m", "environment variable OPENAI_API_KEY is not set and no base_url is given"),
         ("model=m,key_variable=MINE", "environment variable MINE is not set"),
-        ("model=m,speed=3", "unknown setting 'speed', expected one of model, base_url,"),
-        ("model=m,concurrency=many", "concurrency is 'many', expected a number"),
+        ("model=m,speed=3", "judge: speed is not known, expected one of model, base_url,"),
+        ("model=m,concurrency=many", "judge: concurrency is 'many', expected a whole number"),
         ("model=m,concurrency=0", "concurrency is 0, expected more than 0"),
         ("model=m,retries=-1", "retries is -1, expected 0 or more"),
         ("model=m,template=none.txt", "template none.txt cannot be read"),

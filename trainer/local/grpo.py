@@ -26,13 +26,16 @@ from gradstore.errors import RequestError
 
 log = logging.getLogger(__name__)
 
+LEARNING_RATE, ADAPTER_LEARNING_RATE = 1e-6, 2e-5
+"""Default learning rates, of all weights and of adapters."""
+
 
 @dataclass(frozen=True, slots=True)
 class UpdateSettings:
     """Settings of the weight update from a step's rollouts."""
 
-    lr: float = 1e-6
-    """Learning rate."""
+    lr: float | None = None
+    """Learning rate; None: 1e-6, and 2e-5 for adapters."""
     warmup: int = 0
     """Optimizer steps over which the learning rate rises linearly to `lr`."""
     weight_decay: float = 0.0
@@ -52,7 +55,7 @@ class UpdateSettings:
     """Tokens per micro-batch, padding included; None: as many as memory allows (engine/gradients/budget.py)."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.lr < float("inf"):
+        if self.lr is not None and not 0 <= self.lr < float("inf"):
             raise RequestError(f"lr is {self.lr}, expected a finite number of 0 or more")
         if self.clip_grad is not None and not self.clip_grad > 0:
             raise RequestError(f"clip_grad is {self.clip_grad}, expected a number above 0, or None")
@@ -60,6 +63,10 @@ class UpdateSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise RequestError(f"{name} is {value}, expected 1 or more")
+
+    def rate(self, *, adapters: bool) -> float:
+        """The learning rate, with the default filled in."""
+        return self.lr if self.lr is not None else ADAPTER_LEARNING_RATE if adapters else LEARNING_RATE
 
 
 class Learner:
@@ -71,9 +78,10 @@ class Learner:
         self.parameters = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
         if not self.parameters:
             raise RequestError("no parameter of the model trains: set requires_grad on those that do")
+        self.lr = settings.rate(adapters=hasattr(model, "peft_config"))
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(),
-            lr=settings.lr,
+            lr=self.lr,
             betas=settings.betas,
             eps=settings.eps,
             weight_decay=settings.weight_decay,
@@ -155,7 +163,7 @@ class Learner:
         if self.settings.clip_grad is not None:
             nn.utils.clip_grads_with_norm_(weights, self.settings.clip_grad, torch.tensor(norm))
         for group in self.optimizer.param_groups:
-            group["lr"] = self.settings.lr * min(1.0, (self.updates + 1) / max(1, self.settings.warmup))
+            group["lr"] = self.lr * min(1.0, (self.updates + 1) / max(1, self.settings.warmup))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.updates += 1

@@ -5,22 +5,21 @@ k -> ratio = 1/k              n_samples_val -> target_rollouts    iters_per_sele
 mode -> selector              num_selections -> rounds
 """
 
-import difflib
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, Literal, get_args
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, ClassVar, Literal, get_args
 
 from gradstore.engine.searching.targets import Aggregate
 from gradstore.engine.selecting.diversity import Diversity
 from gradstore.engine.selecting.mixture import parts_of
-from gradstore.engine.selecting.quotas import parse_quotas
 from gradstore.engine.sketches.spec import SketchSpec
 from gradstore.errors import RequestError
+from gradstore.settings import Aliases, read, spelled
 
 GRADALIGN_NAMES = {
     "chunk_size": "candidates",
-    "k": "ratio",
+    "k": "1/ratio",
     "n_samples_train": "rollouts",
     "n_samples_val": "target_rollouts",
     "train_batch_size": "train_batch",
@@ -30,8 +29,6 @@ GRADALIGN_NAMES = {
 }
 """GradAlign's command-line name -> name here; `k` is 1 / ratio."""
 
-
-_SHARES = ("ratio", "confidence", "forgetting", "max_no_signal", "explore", "boundary", "accept_coverage")
 Observe = Literal["last", "all", "none"]
 """Training rollouts that become rows: those of the last pass over a round's picks, of every step, or none."""
 
@@ -40,6 +37,7 @@ Observe = Literal["last", "all", "none"]
 class RoundSettings:
     """Settings of the selection rounds. Runs with the same settings, policy and records pick the same problems."""
 
+    ALIASES: ClassVar[Aliases] = GRADALIGN_NAMES
     candidates: int | None = None
     """Problems drawn from the pool for each round; None: the whole pool."""
     selected: int | None = None
@@ -108,24 +106,20 @@ class RoundSettings:
             raise RequestError(
                 "give either `selected` (problems picked in a round) or `ratio` (share of the candidates)"
             )
-        counts = ("candidates", "selected", "train_batch", "steps", "rounds", "rollouts", "target_rollouts", "window")
-        for name in counts:
+        least = dict.fromkeys(("first_look", "warm_up", "fit_problems", "refresh", "refresh_first"), 0)
+        ones = ("candidates", "selected", "train_batch", "steps", "rounds", "rollouts", "target_rollouts", "window")
+        for name, lowest in {**least, **dict.fromkeys(ones, 1)}.items():
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise RequestError(f"{_spelled(name)} is {value!r}, expected a whole number of at least 1")
-        for name in ("first_look", "warm_up", "fit_problems"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 0:
-                raise RequestError(f"{name} is {getattr(self, name)!r}, expected a whole number of at least 0")
+            if value not in (None, "all") and value < lowest:
+                other = "`all` or " if name.startswith("refresh") else ""
+                raise RequestError(
+                    f"{spelled(type(self), name)} is {value!r}, expected {other}a whole number of at least {lowest}"
+                )
         if self.ratio is not None and not 0 < self.ratio <= 1:
             raise RequestError(f"ratio is {self.ratio}, expected a share above 0 and at most 1 (k of at least 1)")
-        for name in ("refresh", "refresh_first"):
-            budget = getattr(self, name)
-            if (
-                budget != "all"
-                and (type(budget) is not int or budget < 0)
-                and (name, budget) != ("refresh_first", None)
-            ):
-                raise RequestError(f"{name} is {budget!r}, expected `all` or a number of problems of at least 0")
+        for source, share in (self.quotas or {}).items():
+            if not 0 <= share <= 1:
+                raise RequestError(f"quotas.{source} is {share}, expected a share from 0 to 1")
         if self.observe not in get_args(Observe):
             raise RequestError(f"observe is {self.observe!r}, expected one of {', '.join(get_args(Observe))}")
         for name in ("confidence", "max_no_signal"):
@@ -146,26 +140,8 @@ class RoundSettings:
 
     @classmethod
     def from_names(cls, values: Mapping[str, Any]) -> "RoundSettings":
-        """Settings from a mapping of names (ours or GradAlign's) to values; strings are parsed to the setting's type.
-
-        RequestError for an unknown name, a setting given under two names, or an invalid value.
-        """
-        known = {setting.name for setting in fields(cls)}
-        found: dict[str, Any] = {}
-        spelled: dict[str, str] = {}
-        for given, value in values.items():
-            name = GRADALIGN_NAMES.get(given, given)
-            if name not in known:
-                near = difflib.get_close_matches(given, [*known, *GRADALIGN_NAMES], n=1)
-                raise RequestError(
-                    f"round setting {given!r} is not known" + (f"; did you mean {near[0]!r}?" if near else "")
-                )
-            if name in found:
-                raise RequestError(f"round settings {spelled[name]!r} and {given!r} are the same; give one")
-            spelled[name] = given
-            value = _read(given, name, value)
-            found[name] = 1 / value if given == "k" and value else value
-        return cls(**found)
+        """Settings from names (ours or GradAlign's) and values, as `gradstore.settings.read` takes them."""
+        return read(cls, values, "round settings: ")
 
     def n_selected(self, n_candidates: int) -> int:
         """Number of problems picked from `n_candidates` candidates, checked against the training that follows.
@@ -223,35 +199,3 @@ class RoundSettings:
     def describe(self) -> dict[str, Any]:
         """The settings as JSON-able values."""
         return asdict(self)
-
-
-def _read(given: str, name: str, value: Any) -> Any:
-    """Parse a string to the setting's type (`mmr`, `math=0.5,code=0.2`); other values pass through."""
-    if not isinstance(value, str) or name in ("selector", "aggregate", "observe"):
-        return value
-    if name in ("refresh", "refresh_first") and value == "all":
-        return value
-    if name in (*_SHARES, "temperature"):
-        kind, expected = float, "a number"
-    elif name == "diversity":
-        return Diversity(value)  # type: ignore[arg-type]
-    elif name == "quotas":
-        return parse_quotas(value.split(","))
-    elif name == "spec":
-        raise RequestError(f"round setting {given!r} is {value!r}, expected a SketchSpec")
-    elif name in ("once", "by_source"):
-        if value.lower() in ("true", "false"):
-            return value.lower() == "true"
-        raise RequestError(f"round setting {given!r} is {value!r}, expected true or false")
-    else:
-        kind, expected = int, "a whole number"  # type: ignore[assignment]
-    try:
-        return kind(value)
-    except ValueError:
-        raise RequestError(f"round setting {given!r} is {value!r}, expected {expected}") from None
-
-
-def _spelled(name: str) -> str:
-    """A setting's name, with GradAlign's name in parentheses if it has one."""
-    theirs = next((given for given, ours in GRADALIGN_NAMES.items() if ours == name), None)
-    return f"{name} ({theirs})" if theirs else name

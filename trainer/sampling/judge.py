@@ -15,15 +15,16 @@ import os
 import re
 import sqlite3
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gradstore.errors import GradstoreError, RequestError
 from gradstore.problems import detail, message_text
+from gradstore.settings import read
 from gradstore.trainer.sampling.reward import Item, Reward
 
 if TYPE_CHECKING:
@@ -59,10 +60,11 @@ PLACES = ("problem", "reference", "response")
 class JudgeSettings:
     """The judge's model, endpoint and request settings."""
 
-    model: str
-    """Name of the model, as the endpoint knows it."""
-    base_url: str | None = None
-    """The endpoint, such as http://localhost:8000/v1; None: the client's own default."""
+    model: str = field(default_factory=lambda: os.environ.get("GRADSTORE_JUDGE_MODEL", ""))
+    """Name of the model, as the endpoint knows it; default: environment variable GRADSTORE_JUDGE_MODEL."""
+    base_url: str | None = field(default_factory=lambda: os.environ.get("GRADSTORE_JUDGE_URL") or None)
+    """The endpoint, such as http://localhost:8000/v1; default: environment variable GRADSTORE_JUDGE_URL; None: the
+    client's own default."""
     key_variable: str = "OPENAI_API_KEY"
     """Environment variable with the API key. May be unset if `base_url` is given: local servers need none."""
     concurrency: int = 16
@@ -79,6 +81,15 @@ class JudgeSettings:
     """Path of the verdict cache; None: judge.sqlite in the user's cache folder; "none": no cache."""
     template: str | None = None
     """Path of a question template with {problem}, {reference} and {response}; None: the built-in question."""
+
+    def __post_init__(self) -> None:
+        if not self.model:
+            raise RequestError("no model; use judge:model=NAME or set GRADSTORE_JUDGE_MODEL")
+        for name in ("concurrency", "max_tokens", "timeout"):
+            if not getattr(self, name) > 0:
+                raise RequestError(f"{name} is {getattr(self, name)}, expected more than 0")
+        if self.retries < 0:
+            raise RequestError(f"retries is {self.retries}, expected 0 or more")
 
 
 class Verdicts:
@@ -113,14 +124,9 @@ class Verdicts:
 
 
 class Judge:
-    """Asks a model for verdicts. The constructor raises RequestError for invalid settings, before any request."""
+    """Asks a model for verdicts. The constructor raises RequestError before any request, for no key for instance."""
 
     def __init__(self, settings: JudgeSettings) -> None:
-        for name in ("concurrency", "max_tokens", "timeout"):
-            if not getattr(settings, name) > 0:
-                raise RequestError(f"judge: {name} is {getattr(settings, name)}, expected more than 0")
-        if settings.retries < 0:
-            raise RequestError(f"judge: retries is {settings.retries}, expected 0 or more")
         self.settings = settings
         self.template = TEMPLATE if settings.template is None else _read_template(Path(settings.template))
         self.verdicts = None if settings.cache == "none" else Verdicts(settings.cache or _default_cache())
@@ -277,30 +283,12 @@ def verdict(reply: str) -> float | None:
     return None if found is None else float(found[1] == "CORRECT")
 
 
-def load_judge(text: str = "") -> Judge:
-    """Create a judge from "model=NAME,base_url=URL,..." (any fields of JudgeSettings); "NAME" alone is a model.
+def judge_settings(text: str = "") -> JudgeSettings:
+    """Settings from "model=NAME,base_url=URL,..." (any fields of JudgeSettings); "NAME" alone is a model.
 
-    Defaults for the model and the endpoint: environment variables GRADSTORE_JUDGE_MODEL and GRADSTORE_JUDGE_URL.
-    Raises RequestError for an unknown field, an invalid value, or a missing model.
+    RequestError for an unknown field, an invalid value, or a missing model.
     """
-    read: dict[Any, Callable[[str], Any]] = {int: int, float: float}
-    known = {field.name: read.get(field.type, str) for field in fields(JudgeSettings)}
-    given: dict[str, Any] = {}
-    for part in filter(None, (part.strip() for part in text.split(","))):
-        name, equals, value = part.partition("=")
-        if not equals:
-            name, value = "model", part
-        if name not in known:
-            raise RequestError(f"judge: unknown setting {name!r}, expected one of {', '.join(known)}")
-        try:
-            given[name] = known[name](value)
-        except ValueError:
-            raise RequestError(f"judge: {name} is {value!r}, expected a number") from None
-    model = given.pop("model", None) or os.environ.get("GRADSTORE_JUDGE_MODEL")
-    if not model:
-        raise RequestError("judge: no model; use judge:model=NAME or set GRADSTORE_JUDGE_MODEL")
-    settings = JudgeSettings(model=model, base_url=os.environ.get("GRADSTORE_JUDGE_URL") or None)
-    return Judge(replace(settings, **given))
+    return read(JudgeSettings, text, "judge: ")
 
 
 def _text(prompt: str | Sequence[Mapping[str, Any]]) -> str:

@@ -25,13 +25,19 @@ import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gradstore import to_verl
 from gradstore.errors import RequestError
 from gradstore.problems import detail
 from gradstore.trainer.sampling.grading import read_truth
 from gradstore.trainer.sampling.reward import Item, Reward
+
+if TYPE_CHECKING:
+    from gradstore.trainer.sampling.judge import JudgeSettings
+
+JUDGES = ("judge", "model-judge")
+"""Names of the judge."""
 
 HARD_LIMIT_S = 60
 """Timeout of a verification outside the main thread, in seconds; after it, the answer counts as not equal."""
@@ -40,21 +46,22 @@ COMPARE_TUPLES = frozenset({"arc_agi", "rearc"})
 """reasoning-gym data sets whose verifiers compare tuples; with lists from JSON they would reject right answers."""
 
 
-def load_reward(spec: str) -> Reward:
+def load_reward(spec: str, judge: "JudgeSettings | None" = None) -> Reward:
     """Load a reward: "math", "reasoning-gym", "judge", "auto", "module:function" or "file.py:function".
 
-    "judge" may have settings, as in "judge:model=NAME,concurrency=8" (see gradstore.trainer.sampling.judge).
+    judge: the judge for "judge" and "auto"; None: the settings in the text, as in "judge:model=NAME,concurrency=8", and
+    in the environment (see gradstore.trainer.sampling.judge).
     Raises RequestError for an unknown name, a function that cannot be imported, or a judge without a model.
     """
     if spec in BUILT_IN:
         return with_coins(Reward(spec, BUILT_IN[spec], check=CHECKS[spec]))
     if spec == "auto":
-        return _by_problem()
+        return _by_problem(judge)
     module, colon, function = spec.partition(":")
-    if module in ("judge", "model-judge"):
-        from gradstore.trainer.sampling.judge import load_judge
+    if module in JUDGES:
+        from gradstore.trainer.sampling.judge import Judge, judge_settings
 
-        return with_coins(load_judge(function).reward())
+        return with_coins(Judge(judge or judge_settings(function)).reward())
     if not colon or not module or not function:
         raise RequestError(
             f"unknown reward {spec!r}, expected 'math', 'reasoning-gym', 'judge', 'auto', 'module:function' or "
@@ -96,12 +103,12 @@ def with_coins(reward: Reward) -> Reward:
     return Reward(reward.name, scored, None if reward.score_many is None else many, check)
 
 
-def _by_problem() -> Reward:
+def _by_problem(judge: "JudgeSettings | None") -> Reward:
     """A reward that uses, for each problem, the built-in reward named in its `extra["reward"]`.
 
     Only built-in rewards are allowed: a data file must not choose code to import or an endpoint to call.
     """
-    load = functools.cache(load_reward)
+    load = functools.cache(functools.partial(load_reward, judge=judge))
 
     def of(record: Mapping[str, Any]) -> Reward:
         name = detail(record, "reward")

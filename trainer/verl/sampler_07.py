@@ -13,7 +13,7 @@ the loader draws, and the state is the number of draws.
 
 import logging
 from collections.abc import Iterator, Mapping, Sized
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from gradstore.engine.searching.targets import target
 from gradstore.engine.selecting.selection import select
 from gradstore.errors import RequestError
 from gradstore.problems import from_verl
+from gradstore.settings import read
 from gradstore.trainer.sampling.backends import derived_seed
 from gradstore.trainer.verl.sampler import RoundSampler, drawing_order
 
@@ -58,22 +59,15 @@ class StoreSettings:
     @classmethod
     def of(cls, data_config: Mapping[str, Any]) -> "StoreSettings":
         """Read the settings; RequestError for a missing or unknown setting, and for a loader that draws ahead."""
-        given = dict(data_config.get("gradstore") or {})
-        known = [field.name for field in fields(cls)]
-        for name in given:
-            if name not in known:
-                raise RequestError(f"{NODE}.{name} is not known, expected one of {', '.join(known)}")
-        for name in ("store", "selected"):
-            if given.get(name) is None:
-                raise RequestError(f"{NODE}.{name} is missing")
         if data_config.get("dataloader_num_workers", 8) != 0:
             raise RequestError(
                 "data.dataloader_num_workers must be 0: workers draw problems before they are picked; "
                 "set data.dataloader_num_workers=0"
             )
-        if "benchmarks" in given:
+        given = dict(data_config.get("gradstore") or {})
+        if not isinstance(given.get("benchmarks", ""), str):
             given["benchmarks"] = tuple(given["benchmarks"])
-        return cls(**given)
+        return read(cls, given, f"{NODE}.")
 
 
 class StoreSampler(RoundSampler, AbstractCurriculumSampler):

@@ -6,15 +6,13 @@ number of rollouts default to verl's own settings.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from gradstore.engine.gradients.objectives import Objective, objective
-from gradstore.engine.selecting.diversity import Diversity
-from gradstore.engine.sketches.spec import SketchSpec
 from gradstore.errors import RequestError
-from gradstore.trainer.round.settings import GRADALIGN_NAMES, RoundSettings
+from gradstore.settings import build, parse
+from gradstore.trainer.round.settings import RoundSettings
 
 NODE = "gradstore"
 _COARSE_PROBE_RANK = 64
@@ -45,25 +43,22 @@ class VerlSettings:
 
         RequestError for a setting that is missing, unknown, or contradicts verl's.
         """
-        given = {name: value for name, value in _plain(config).get(NODE, {}).items() if value is not None}
+        verl = _plain(config)
+        given = {name: value for name, value in verl.get(NODE, {}).items() if value is not None}
         if "store" not in given:
             raise RequestError(f"{NODE}.store is missing: the folder that keeps sketches and rounds")
-        verl = _plain(config)
         _refuse_old_names(verl)
         _check_verl(verl)
-        own = {field.name for field in fields(cls)} - {"rounds", "logprobs"}
-        spec = _spec(given.pop("spec", {}))
+        own = [field.name for field in fields(cls) if field.name not in ("rounds", "logprobs")]
         options: dict[str, Any] = {name: given.pop(name) for name in list(given) if name in own}
-        if isinstance(given.get("diversity"), Mapping):
-            try:
-                given["diversity"] = Diversity(**given["diversity"])
-            except TypeError as error:
-                raise RequestError(f"{NODE}.diversity: {error}") from None
-        _take_over(given, "train_batch", verl["data"]["train_batch_size"], "data.train_batch_size")
-        rollout = verl["actor_rollout_ref"]["rollout"]
-        if not {"rollouts", "n_samples_train"} & given.keys():
-            given["rollouts"] = rollout["n"]
-        rounds = RoundSettings.from_names({**given, "spec": spec})
+        rollout, batch = verl["actor_rollout_ref"]["rollout"], int(verl["data"]["train_batch_size"])
+        parsed = {"train_batch": batch, "rollouts": rollout["n"], **parse(RoundSettings, given, f"{NODE}.", also=own)}
+        if parsed["train_batch"] != batch:
+            raise RequestError(
+                f"{NODE}.train_batch (train_batch_size) is {parsed['train_batch']}, data.train_batch_size is {batch}: "
+                "leave the former out, or make them equal"
+            )
+        rounds = build(RoundSettings, parsed, f"{NODE}.")
         if rounds.selected is not None:
             rounds.n_selected(rounds.candidates or rounds.selected)
         total, planned = verl["trainer"]["total_training_steps"], rounds.rounds * rounds.steps
@@ -74,26 +69,24 @@ class VerlSettings:
             )
         _check_queue(verl, rounds)
         options["logprobs"] = _exact_logprobs(rollout)
-        if spec.objective.importance and not options["logprobs"]:
+        if rounds.spec.objective.importance and not options["logprobs"]:
             raise RequestError(
                 f"{NODE}.spec.objective.importance needs the rollouts' log-probabilities at temperature 1: set "
                 "actor_rollout_ref.rollout.temperature=1, top_p=1, top_k=-1 and calculate_log_probs=True"
             )
-        if spec.objective.kl_beta:
+        if rounds.spec.objective.kl_beta:
             raise RequestError(
                 f"{NODE}.spec.objective.kl_beta: rounds in verl have no reference policy's log-probabilities; leave it "
                 "out, keep rollouts and sketch them with `gradstore collect --reference`, or train with --backend local"
             )
-        options["store"] = Path(options["store"]).expanduser().absolute()
-        options["benchmarks"] = {
-            name: [files] if isinstance(files, str) else list(files)
-            for name, files in (options.get("benchmarks") or {"validation": verl["data"]["val_files"]}).items()
-        }
-        if rollout["name"] == "sglang" and options.get("seeded", True):
+        options["benchmarks"] = options.get("benchmarks") or {"validation": verl["data"]["val_files"]}
+        found = build(cls, {**parse(cls, options, f"{NODE}."), "rounds": rounds}, f"{NODE}.")
+        found = replace(found, store=found.store.expanduser().absolute())
+        if rollout["name"] == "sglang" and found.seeded:
             raise RequestError(f"SGLang takes no seed for a request: set {NODE}.seeded=false (docs/verl.md, Resume)")
         if "probe_rank" not in options and _coarse(verl["actor_rollout_ref"]["actor"]["fsdp_config"]):
-            options["probe_rank"] = _COARSE_PROBE_RANK
-        return cls(rounds=rounds, **options)
+            found = replace(found, probe_rank=_COARSE_PROBE_RANK)
+        return found
 
 
 def _plain(config: Any) -> dict[str, Any]:
@@ -104,35 +97,6 @@ def _plain(config: Any) -> dict[str, Any]:
 
     found: Any = OmegaConf.to_container(config, resolve=True)
     return found
-
-
-def _spec(given: Mapping[str, Any]) -> SketchSpec:
-    """Parse `gradstore.spec`: fields of SketchSpec; the objective is a preset's name or fields of Objective."""
-    known = {field.name for field in fields(SketchSpec)}
-    unknown = sorted(given.keys() - known)
-    if unknown:
-        raise RequestError(f"{NODE}.spec.{unknown[0]} is not known, expected one of {', '.join(sorted(known))}")
-    options: dict[str, Any] = {"basis": "fitted", **{name: value for name, value in given.items() if value is not None}}
-    chosen = options.pop("objective", "gradalign")
-    try:
-        options["objective"] = objective(chosen) if isinstance(chosen, str) else Objective(**chosen)
-    except TypeError as error:
-        raise RequestError(f"{NODE}.spec.objective: {error}") from None
-    if options.get("modules"):
-        options["modules"] = tuple(options["modules"])
-    return SketchSpec(**options)
-
-
-def _take_over(given: dict[str, Any], name: str, value: Any, where: str) -> None:
-    """Take verl's value for a setting that both have; RequestError if the round was given a different one."""
-    spelled = [key for key in (name, *(k for k, ours in GRADALIGN_NAMES.items() if ours == name)) if key in given]
-    for key in spelled:
-        if int(given[key]) != int(value):
-            raise RequestError(
-                f"{NODE}.{key} is {given[key]}, {where} is {value}: leave the former out, or make them equal"
-            )
-    if not spelled:
-        given[name] = int(value)
 
 
 def _refuse_old_names(config: Any, place: str = "") -> None:

@@ -59,15 +59,19 @@ def test_the_constraint_is_gradaligns(chunk: int, k: int, batch: int, steps: int
         ({}, "either `selected`"),
         ({"selected": 4, "ratio": 0.5}, "either `selected`"),
         ({"selected": 4, "accept_coverage": "95"}, "accept_coverage is 95.0, expected a share"),
-        ({"selected": 4, "chunk_sise": 8}, "'chunk_sise' is not known; did you mean 'chunk_size'"),
+        ({"selected": 4, "chunk_sise": 8}, "chunk_sise is not known; did you mean 'chunk_size'"),
         ({"selected": 4, "chunk_size": 8, "candidates": 8}, "'chunk_size' and 'candidates' are the same"),
         ({"k": 0}, "ratio is 0"),
-        ({"selected": "four"}, "'selected' is 'four', expected a whole number"),
+        ({"selected": "four"}, "selected is 'four', expected a whole number"),
         ({"selected": 4, "n_samples_train": 0}, r"rollouts \(n_samples_train\) is 0"),
         ({"selected": 8, "candidates": 4}, "8 problems selected of 4 candidates"),
-        ({"selected": 4, "refresh": "some"}, "'refresh' is 'some', expected a whole number"),
+        ({"selected": 4, "refresh": "some"}, "refresh is 'some', expected `all` or a whole number"),
         ({"selected": 4, "refresh": -1}, "refresh is -1"),
-        ({"selected": 4, "refresh": 2.5}, "refresh is 2.5"),
+        ({"selected": 4, "refresh": 2.5}, "refresh is 2.5, expected `all` or a whole number"),
+        ({"selected": True}, "selected is True, expected a whole number"),
+        ({"selected": 4, "k": "many"}, r"ratio \(1/k\) is 'many', expected a number"),
+        ({"selected": 4, "quotas": "math=5"}, r"quotas\.math is 5.0, expected a share"),
+        ({"selected": 4, "spec.rnk": 4}, "spec.rnk is not known; did you mean 'rank'"),
         ({"selected": 4, "refresh_first": -2}, "refresh_first is -2"),
         ({"selected": 4, "confidence": 1}, "confidence is 1"),
         ({"selected": 4, "explore": 0.6, "boundary": 0.6}, "together at most 1"),
@@ -94,7 +98,7 @@ def test_texts_for_what_is_no_number() -> None:
     assert settings.quotas == {"math": 0.5, "code": 0.2}
     assert settings.once
     assert settings.explore == 0.2
-    with pytest.raises(RequestError, match="diversity 'much' is not one of"):
+    with pytest.raises(RequestError, match=r"diversity\.method is 'much', expected one of mmr, kmeans"):
         RoundSettings.from_names({"selected": 4, "diversity": "much"})
 
 

@@ -80,7 +80,7 @@ def test_settings_of_its_own() -> None:
         ("gradstore.selectr=cosine", "did you mean 'selector'"),
         ("gradstore.spec.objective={kl_beta: 0.04}", "gradstore collect --reference"),
         ("gradstore.spec.rnk=4", "gradstore.spec.rnk is not known"),
-        ("gradstore.diversity={metod: mmr}", "gradstore.diversity: "),
+        ("gradstore.diversity={metod: mmr}", "gradstore.diversity.metod is not known; did you mean 'method'"),
         ("gradstore.selected=5", "not a multiple of the 5 selected"),
         ("gradstore.store=null", "gradstore.store is missing"),
         ("gradstore.window=100000", "total_storage_size"),
