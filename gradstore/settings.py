@@ -182,10 +182,10 @@ def _parsed(hint: Any, value: Any, where: str, path: tuple[str, ...]) -> Any:
 def _build(cls: type[T], parsed: Any, where: str, path: tuple[str, ...], default: T | None) -> T:
     if isinstance(parsed, cls):
         return parsed
-    found, missing = dict(parsed), []
+    hints, found, missing = _hints(cls), dict(parsed), []  # type: ignore[arg-type]
     for field in fields(cls):  # type: ignore[arg-type]
         start = _default(field) if default is None else getattr(default, field.name)
-        inner = _dataclass_in(_hints(cls)[field.name])
+        inner = _dataclass_in(hints[field.name])
         if inner and isinstance(found.get(field.name), dict):
             start = start if isinstance(start, inner) else None
             found[field.name] = _build(inner, found[field.name], where, (*path, field.name), start)

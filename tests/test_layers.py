@@ -82,7 +82,7 @@ def test_light_imports(code: str, absent: list[str]) -> None:
     assert found.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("package", ["gradstore", "gradstore.engine"])
+@pytest.mark.parametrize("package", ["gradstore", "gradstore.engine", "gradstore.trainer"])
 def test_public_names_are_no_modules(package: str) -> None:
     """Importing a module puts it where a public name of the same spelling belongs."""
     loaded = importlib.import_module(package)

@@ -26,6 +26,7 @@ class Diversity:
     """Settings of the diversity re-ranking."""
 
     method: Method = "mmr"
+    """`mmr`, maximal marginal relevance, or `kmeans`, the best of each stratum."""
     relevance: float = 0.5
     """mmr: weight of the score; 1 is the plain ranking, 0 is diversity only."""
     strata: int = 0

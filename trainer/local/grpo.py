@@ -41,14 +41,18 @@ class UpdateSettings:
     weight_decay: float = 0.0
     """Decoupled weight decay, as in AdamW; 0: plain Adam."""
     betas: tuple[float, float] = (0.9, 0.999)
+    """Adam's decay rates of the gradient's first and second moment."""
     eps: float = 1e-8
+    """Added to the root of Adam's second moment."""
     clip_grad: float | None = 1.0
     """Maximum gradient norm; None: no clipping."""
     objective: Objective = field(default_factory=lambda: objective("grpo"))
+    """How rewards become token weights: a preset's name, or fields."""
     minibatches: int = 1
     """Number of updates per step; the step's problems are split among them. With more than one, later updates are
     off-policy and use PPO's clipped surrogate against the log-probabilities recorded at sampling."""
     clip_low: float = 0.2
+    """See `clip_high`."""
     clip_high: float = 0.2
     """PPO clips the ratio to [1 - clip_low, 1 + clip_high]; only used if minibatches > 1."""
     token_budget: int | None = None

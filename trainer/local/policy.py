@@ -42,12 +42,25 @@ class Sampling:
     """Settings for sampling responses."""
 
     max_new_tokens: int = 1024
+    """Longest response."""
     temperature: float = 1.0
+    """Sampling temperature; 0: the most probable token."""
     top_p: float = 1.0
+    """Nucleus of the sampling distribution; 1: all of it."""
     batch_tokens: int | None = None
     """Tokens (prompts and responses) sampled at once; None: as many as memory allows."""
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     """Arguments of the chat template."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "batch_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise RequestError(f"{name} is {value}, expected 1 or more")
+        if not 0 <= self.temperature < float("inf"):
+            raise RequestError(f"temperature is {self.temperature}, expected 0 or more")
+        if not 0 < self.top_p <= 1:
+            raise RequestError(f"top_p is {self.top_p}, expected above 0 and at most 1")
 
 
 class LocalPolicy:
