@@ -147,8 +147,7 @@ def _parse(
             value = _reciprocal(value)
         value = _parsed(hints[name], {rest: value} if rest else value, where, (*path, spelled(cls, name)))
         if name in found:
-            twice = f"{given_as[name]!r} and {given!r} are the same; give one"
-            value = _joined(found[name], value, _message(where, path, twice))
+            value = _joined(found[name], value, _message(where, path, f"{given_as[name]!r} and {given!r}"), name)
         found[name], given_as[name] = value, given
     return found
 
@@ -277,10 +276,12 @@ def _expected(hint: Any) -> str:
     return _WORDS[kinds[0]]
 
 
-def _joined(one: Any, other: Any, message: str) -> Any:
-    """Fields of one nested dataclass that were given under two names; RequestError where both give the same."""
-    if not isinstance(one, dict) or not isinstance(other, dict) or one.keys() & other.keys():
-        raise RequestError(message)
+def _joined(one: Any, other: Any, both: str, name: str) -> Any:
+    """Fields of the nested dataclass `name` that were given under two names, `both`; RequestError for a field twice."""
+    if not isinstance(one, dict) or not isinstance(other, dict):
+        raise RequestError(f"{both} are the same; give one")
+    for twice in one.keys() & other.keys():
+        raise RequestError(f"{both} both give {name}.{twice}; give it once")
     return {**one, **other}
 
 

@@ -1,9 +1,12 @@
 """`gradstore train --backend local` from problem files to a trained model."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 import gradstore
 from gradstore.attachments import read_coverage
@@ -12,6 +15,8 @@ from gradstore.demo.run import MODEL
 from gradstore.engine import Reference, objective
 from gradstore.engine.gradients.coverage import Coverage, LeftOut
 from gradstore.engine.gradients.models import load_model
+from gradstore.settings import plain, read, read_yaml, write_yaml
+from gradstore.trainer import JudgeSettings, RoundSettings, RunSettings, train
 
 REWARD = """
 def compute_score(data_source, solution_str, ground_truth, extra_info=None):
@@ -117,3 +122,180 @@ def test_options_that_verl_would_not_see_are_refused(cli) -> None:
     status, _, error = cli("train", "--backend", "verl", "--seed", "3", "--lr", "1e-5", "data.train_files=x")
     assert status == 2
     assert "--seed, --lr: only for --backend local" in error
+    status, _, error = cli("train", "--backend", "verl", "--config", "run.yaml", "data.train_files=x")
+    assert status == 2
+    assert "--config: only for --backend local" in error
+    assert "docs/verl.md" in error
+    assert len(error.splitlines()) == 1
+
+
+def _whole(files: Path, **changes: Any) -> dict[str, Any]:
+    """A run in one file; smaller than SETTINGS."""
+    return {
+        "model": str(MODEL),
+        "pool": str(files / "pool.jsonl"),
+        "benchmarks": {"sums": str(files / "sums.jsonl")},
+        "out": str(files / "run"),
+        "reward": f"{files / 'reward.py'}:compute_score",
+        "train_rollouts": 8,
+        "sampling": {"max_new_tokens": 8},
+        "lr": "1e-4",
+        "rounds": {
+            "chunk_size": 30,
+            "k": 5,
+            "train_batch_size": 6,
+            "iters_per_select": 1,
+            "num_selections": 2,
+            "n_samples_train": 8,
+            "n_samples_val": 8,
+            "mode": "sim",
+            "fit_problems": 20,
+            "accept_coverage": 0.8,
+            "spec": {"dim": 64},
+        },
+        **changes,
+    }
+
+
+def _metrics(folder: Path) -> list[dict[str, Any]]:
+    rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [{name: value for name, value in row.items() if "seconds" not in name} for row in rows]
+
+
+def test_one_file_for_a_run(cli, files: Path, write_yaml_file, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What ran stands in OUT/run.yaml, which repeats the run from any folder and goes on with it."""
+    out, config = files / "run", write_yaml_file(_whole(files))
+    monkeypatch.chdir(files)
+    first = cli("train", "--config", "whole.yaml", "--pool", "pool.jsonl", "--seed", 3, "num_selections=1", "--json")
+    assert first[0] == 0, first[2]
+    facts = json.loads(first[1])
+    assert (facts["steps"], facts["rounds"], facts["out"]) == (1, 1, str(out))
+    written = RunSettings.of(out / "run.yaml")
+    assert (written.pool, written.update.lr, written.rounds.spec.dim) == (files / "pool.jsonl", 1e-4, 64)
+    assert (written.rounds.seed, written.rounds.rounds, written.rounds.ratio) == (3, 1, 0.2)
+    assert written == RunSettings.of(config, {"seed": 3}, {"rounds": 1}).filled()
+
+    (files / "elsewhere").mkdir()
+    monkeypatch.chdir(files / "elsewhere")
+    steps: list[int] = []
+    report = train(replace(written, out=files / "again"), on_step=steps.append)
+    assert {**facts, "out": str(files / "again")} == {**plain(report)}
+    assert steps == [1]
+    assert _metrics(files / "again") == _metrics(out)
+    assert read_yaml(files / "again" / "run.yaml") == {**read_yaml(out / "run.yaml"), "out": str(files / "again")}
+
+    for more, told in (
+        (("--lr", "1e-3"), f"{out / 'run.yaml'}: update.lr is 0.0001, now 0.001"),
+        (("mode=dot",), "rounds.selector is 'sim', now 'dot'"),
+        (("selected=3",), "rounds.selected is None, now 3"),
+        (("num_selections=2", "--benchmark", "sums=other.jsonl"), "benchmarks.sums is "),
+        (("num_selections=0",), "rounds (num_selections) is 0, expected a whole number of at least 1"),
+    ):
+        status, _, error = cli("train", "--resume", "--out", out, *more)
+        assert status == 2, more
+        assert told in error
+        assert len(error.splitlines()) == 1
+    assert RunSettings.of(out / "run.yaml") == written
+    status, printed, error = cli("train", "--resume", "--out", out, "num_selections=2", "window=16", "--json")
+    assert status == 0, error
+    assert (json.loads(printed)["steps"], json.loads(printed)["rounds"]) == (2, 2)
+    assert RunSettings.of(out / "run.yaml").rounds == replace(written.rounds, rounds=2, window=16)
+    status, _, error = cli("train", "--resume", "--config", out / "run.yaml", "rounds=1")
+    assert status == 2
+    assert "rounds.rounds is 2, now 1: a resumed run may have more, not fewer" in error
+
+
+@pytest.fixture
+def write_yaml_file(files: Path):
+    """write_yaml_file(values) -> the path of a YAML file with them."""
+
+    def write(values: Any) -> Path:
+        (files / "whole.yaml").write_text(values if isinstance(values, str) else yaml.safe_dump(values))
+        return files / "whole.yaml"
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("changes", "more", "message"),
+    [
+        ({"modle": "x"}, (), "whole.yaml: modle is not known; did you mean 'model'?"),
+        ({"lora_rank": "two"}, (), "whole.yaml: lora_rank is 'two', expected a whole number"),
+        (
+            {"sampling": {"max_tokens": 3}},
+            (),
+            "whole.yaml: sampling.max_tokens is not known; did you mean 'max_new_tokens'?",
+        ),
+        ({"sampling": {"max_new_tokens": 0}}, (), "whole.yaml: sampling: max_new_tokens is 0, expected 1 or more"),
+        ({"update": {"lr": 1.0}}, (), "whole.yaml: 'lr' and 'update' both give update.lr; give it once"),
+        ({"update": {"objective": "gpo"}}, (), "whole.yaml: update.objective: objective 'gpo' is not one of"),
+        ({"update": {"objective": {"kl_beta": 1}}}, (), "update.objective.kl_beta: give the run's kl_beta"),
+        ({"rounds": {"chunk_sise": 3}}, (), "whole.yaml: rounds.chunk_sise is not known; did you mean 'chunk_size'?"),
+        ({"rounds": {"k": 5, "selected": 3}}, (), "whole.yaml: rounds: give either `selected`"),
+        ({"rounds": None}, (), "whole.yaml: rounds: give either `selected`"),
+        ({"pool": None}, (), "whole.yaml: pool is missing"),
+        ({"judge": {"model": "m"}}, (), "whole.yaml: judge: its settings are for reward judge or auto"),
+        ({"reward": "judge", "judge": {"timeot": 3}}, (), "whole.yaml: judge.timeot is not known; did you mean 'timeout'?"),
+        ({}, ("chunk_sise=3",), "round settings: chunk_sise is not known; did you mean 'chunk_size'?"),
+        ({}, ("k=many",), "round settings: ratio (1/k) is 'many', expected a number"),
+        ({}, ("--lr", "-1"), "whole.yaml with options over it: update: lr is -1.0, expected"),
+        ({}, ("--template-kwargs", "{"), "train: sampling.template_kwargs"),
+        ({}, ("--config", "none.yaml"), "none.yaml: cannot be read: No such file or directory"),
+        ("a: [1\nb: 2", (), "whole.yaml: is not YAML: line 2: "),
+        ("- a", (), "whole.yaml: holds no settings, expected lines of NAME: VALUE"),
+    ],
+)
+def test_mistakes_in_the_file(cli, files: Path, write_yaml_file, changes: Any, more: tuple, message: str) -> None:
+    """One line with the file and the field, and nothing is made."""
+    config = write_yaml_file(changes if isinstance(changes, str) else _whole(files, **changes))
+    status, _, error = cli("train", "--config", config, *more)
+    assert status == 2
+    assert message in error
+    assert len(error.splitlines()) == 1, error
+    assert not (files / "run").exists()
+
+
+def test_options_are_settings(cli, files: Path) -> None:
+    """Every option of the command is a setting, with the same default."""
+    import inspect
+
+    from gradstore.cli.train import BESIDE
+    from gradstore.cli.train import train as command
+
+    made = plain(RunSettings.of(None, {"model": "m", "pool": "p", "out": "o"}, {"selected": 1}))
+    for name, parameter in inspect.signature(command).parameters.items():
+        if name in (*BESIDE, "context", "model", "pool", "out"):
+            continue
+        value: Any = made
+        for part in RunSettings.ALIASES.get(name, name).split("."):
+            value = value[part]
+        default = parameter.default
+        if name == "objective":
+            default = plain(objective(default))
+        assert value == (default if default is not None or name != "template_kwargs" else {}), name
+
+
+def test_settings_of_a_run_and_back(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The judge stands in the file as it was used, without its key."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    monkeypatch.setenv("GRADSTORE_JUDGE_MODEL", "large")
+    settings = RunSettings(
+        model="some/model",
+        pool=Path("pool.jsonl"),
+        benchmarks={"a": Path("a.jsonl"), "b": Path("b.jsonl")},
+        out=Path("run"),
+        reward="judge:concurrency=3",
+        lora_rank=4,
+        rounds=RoundSettings(selected=128, quotas={"x": 0.5}),
+    )
+    filled = settings.filled()
+    assert (filled.judge, filled.reward) == (JudgeSettings(model="large", concurrency=3), "judge")
+    assert (filled.update.lr, filled.model, filled.pool) == (2e-5, "some/model", Path("pool.jsonl").absolute())
+    assert filled.filled() == filled
+    write_yaml(tmp_path / "run.yaml", filled)
+    monkeypatch.setenv("GRADSTORE_JUDGE_MODEL", "other")
+    assert RunSettings.of(tmp_path / "run.yaml") == filled
+    assert read(RunSettings, plain(filled), "x: ") == filled
+    assert "secret" not in (tmp_path / "run.yaml").read_text()
+    assert RunSettings.of(tmp_path / "run.yaml", {"reward": "math"}).judge is None
+    assert RunSettings.of(tmp_path / "run.yaml", rounds={"k": 4}).rounds.ratio == 0.25

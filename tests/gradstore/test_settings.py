@@ -127,7 +127,7 @@ def test_values_get_their_type(values: dict, wanted: dict) -> None:
         ({"inner": 3}, "run.yaml: inner is 3, expected settings by name (color, size, pair)"),
         ({"inner": {"size": 0}}, "run.yaml: inner: size is 0, expected at least 1"),
         ({"inner": {"color": "red", "colour": "red"}}, "run.yaml: inner: 'color' and 'colour' are the same; give one"),
-        ({"inner": {"size": 3}, "size": 3}, "run.yaml: 'inner' and 'size' are the same; give one"),
+        ({"inner": {"size": 3}, "size": 3}, "run.yaml: 'inner' and 'size' both give inner.size; give it once"),
         ({"inner": Inner(), "size": 3}, "run.yaml: 'inner' and 'size' are the same; give one"),
         ({"file": "a"}, "run.yaml: 'path' and 'file' are the same; give one"),
         ({"path": None}, "run.yaml: path is missing"),
