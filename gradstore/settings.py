@@ -70,6 +70,22 @@ def build(cls: type[T], parsed: Mapping[str, Any], where: str) -> T:
     return _build(cls, parsed, where, (), None)
 
 
+def check(settings: Any) -> None:
+    """RequestError if a field's value is not of its type; for `__post_init__`, as Python does not check."""
+    from pydantic import ValidationError
+
+    cls: Any = type(settings)
+    for name, hint in _hints(cls).items():
+        value, inner = getattr(settings, name), _dataclass_in(hint)
+        try:
+            if not inner:
+                _adapter(hint).validate_python(value, strict=True)
+            elif not isinstance(value, inner) and (value is not None or not _optional(hint)):
+                raise RequestError(f"{name} is {value!r}, expected {inner.__name__}")
+        except ValidationError:
+            raise RequestError(f"{spelled(cls, name)} is {value!r}, expected {_expected(hint)}") from None
+
+
 def spelled(cls: type, name: str) -> str:
     """A field's name, with its other names in parentheses: `candidates (chunk_size)`, `ratio (1/k)`."""
     targets = {target.replace(name, other): target for other, target in _aliases(cls).items()}
@@ -125,7 +141,11 @@ def write_yaml(path: Path, settings: Any) -> None:
     """Write settings to a YAML file atomically."""
     import yaml
 
-    write_text_file(path, yaml.safe_dump(plain(settings), sort_keys=False, allow_unicode=True))
+    try:
+        text = yaml.safe_dump(plain(settings), sort_keys=False, allow_unicode=True)
+    except yaml.YAMLError as error:
+        raise RequestError(f"{path}: a setting cannot be written: {' '.join(map(str, error.args))}") from None
+    write_text_file(path, text)
 
 
 def _parse(
@@ -181,17 +201,18 @@ def _parsed(hint: Any, value: Any, where: str, path: tuple[str, ...]) -> Any:
 def _build(cls: type[T], parsed: Any, where: str, path: tuple[str, ...], default: T | None) -> T:
     if isinstance(parsed, cls):
         return parsed
-    hints, found, missing = _hints(cls), dict(parsed), []  # type: ignore[arg-type]
-    for field in fields(cls):  # type: ignore[arg-type]
-        start = _default(field) if default is None else getattr(default, field.name)
-        inner = _dataclass_in(hints[field.name])
-        if inner and isinstance(found.get(field.name), dict):
-            start = start if isinstance(start, inner) else None
-            found[field.name] = _build(inner, found[field.name], where, (*path, field.name), start)
-        elif start is MISSING and field.name not in found:
-            missing.append(".".join([*path, field.name]))
+    hints, found = _hints(cls), dict(parsed)  # type: ignore[arg-type]
+    starts = {
+        field.name: _default(field) if default is None else getattr(default, field.name)
+        for field in fields(cls)  # type: ignore[arg-type]
+    }
+    missing = [".".join([*path, name]) for name, start in starts.items() if start is MISSING and name not in found]
     if missing:
         raise RequestError(f"{where}{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing")
+    for name, start in starts.items():
+        inner = _dataclass_in(hints[name])
+        if inner and isinstance(found.get(name), dict):
+            found[name] = _build(inner, found[name], where, (*path, name), start if isinstance(start, inner) else None)
     try:
         return cls(**found) if default is None else replace(default, **found)  # type: ignore[type-var]
     except RequestError as error:

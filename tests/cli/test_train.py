@@ -235,7 +235,11 @@ def write_yaml_file(files: Path):
         ({"rounds": None}, (), "whole.yaml: rounds: give either `selected`"),
         ({"pool": None}, (), "whole.yaml: pool is missing"),
         ({"judge": {"model": "m"}}, (), "whole.yaml: judge: its settings are for reward judge or auto"),
-        ({"reward": "judge", "judge": {"timeot": 3}}, (), "whole.yaml: judge.timeot is not known; did you mean 'timeout'?"),
+        (
+            {"reward": "judge", "judge": {"timeot": 3}},
+            (),
+            "whole.yaml: judge.timeot is not known; did you mean 'timeout'?",
+        ),
         ({}, ("chunk_sise=3",), "round settings: chunk_sise is not known; did you mean 'chunk_size'?"),
         ({}, ("k=many",), "round settings: ratio (1/k) is 'many', expected a number"),
         ({}, ("--lr", "-1"), "whole.yaml with options over it: update: lr is -1.0, expected"),

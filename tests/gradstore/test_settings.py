@@ -20,6 +20,7 @@ from gradstore.settings import (
     Aliases,
     arguments,
     build,
+    check,
     differences,
     merge,
     parse,
@@ -149,6 +150,31 @@ def test_a_node_in_front() -> None:
         read(Outer, {}, "gradstore.")
     with pytest.raises(RequestError, match=r"^gradstore\.stoer is not known; did you mean 'store'\?$"):
         parse(Outer, {"stoer": 1}, "gradstore.", also=["store"])
+
+
+def test_missing_ones_come_first_and_together() -> None:
+    @dataclass(frozen=True)
+    class Two:
+        one: int
+        two: int
+        inner: Inner
+
+    with pytest.raises(RequestError, match=r"^x: one, two are missing$"):
+        read(Two, {"inner": {"size": 0}}, "x: ")
+
+
+def test_checked_without_names() -> None:
+    """Python checks no types; a budget of 2.5 problems would be an error only after hours, or none."""
+    check(Outer(Path("a"), maybe=Inner(), names=("a",), share=1))
+    for changes, message in (
+        ({"count": 2.5}, "count is 2.5, expected `all` or a whole number"),
+        ({"share": "0.5"}, r"share \(1/every\) is '0.5', expected a number"),
+        ({"inner": None}, "inner is None, expected Inner"),
+    ):
+        with pytest.raises(RequestError, match=message):
+            check(replace(Outer(Path("a")), **changes))
+    with pytest.raises(RequestError, match=r"refresh is 2\.5, expected `all` or a whole number"):
+        RoundSettings(selected=128, refresh=2.5)  # type: ignore[arg-type]
 
 
 def test_names_in_messages() -> None:

@@ -101,10 +101,10 @@ class RunSettings:
 
         RequestError for a broken file, and for whatever `gradstore.settings.read` refuses.
         """
-        high = parse(cls, options or {}, "train: ")
+        high = parse(cls, options or {}, "gradstore train: ")
         high = merge(cls, high, {"rounds": parse(RoundSettings, rounds or {}, "round settings: ")})
         if file is None:
-            return build(cls, high, "train: ")
+            return build(cls, high, "gradstore train: ")
         low = parse(cls, read_yaml(file), f"{file}: ")
         if {"selected", "ratio"} & high["rounds"].keys():  # the one given replaces the file's, whichever that is
             low["rounds"] = {**low.get("rounds", {}), "selected": None, "ratio": None}

@@ -8,14 +8,14 @@ mode -> selector              num_selections -> rounds
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 from gradstore.engine.searching.targets import Aggregate
 from gradstore.engine.selecting.diversity import Diversity
 from gradstore.engine.selecting.mixture import parts_of
 from gradstore.engine.sketches.spec import SketchSpec
 from gradstore.errors import RequestError
-from gradstore.settings import Aliases, read, spelled
+from gradstore.settings import Aliases, check, read, spelled
 
 GRADALIGN_NAMES = {
     "chunk_size": "candidates",
@@ -106,6 +106,7 @@ class RoundSettings:
             raise RequestError(
                 "give either `selected` (problems picked in a round) or `ratio` (share of the candidates)"
             )
+        check(self)
         least = dict.fromkeys(("first_look", "warm_up", "fit_problems", "refresh", "refresh_first"), 0)
         ones = ("candidates", "selected", "train_batch", "steps", "rounds", "rollouts", "target_rollouts", "window")
         for name, lowest in {**least, **dict.fromkeys(ones, 1)}.items():
@@ -120,8 +121,6 @@ class RoundSettings:
         for source, share in (self.quotas or {}).items():
             if not 0 <= share <= 1:
                 raise RequestError(f"quotas.{source} is {share}, expected a share from 0 to 1")
-        if self.observe not in get_args(Observe):
-            raise RequestError(f"observe is {self.observe!r}, expected one of {', '.join(get_args(Observe))}")
         for name in ("confidence", "max_no_signal"):
             if not 0 < getattr(self, name) < 1:
                 raise RequestError(f"{name} is {getattr(self, name)}, expected a number between 0 and 1")
