@@ -48,12 +48,33 @@ def read(cls: type[T], values: Mapping[str, Any] | str, where: str) -> T:
     return build(cls, _parsed(cls, values, where, ()), where)
 
 
-def parse(cls: type, values: Mapping[str, Any], where: str, also: Iterable[str] = ()) -> dict[str, Any]:
+def parse(
+    cls: type, values: Mapping[str, Any], where: str, path: tuple[str, ...] = (), also: Iterable[str] = ()
+) -> dict[str, Any]:
     """Parsed values by field, without defaults, for `merge` and `build`; nested dataclasses are dicts.
 
-    also: further names that are known in this place, for the hint at a misspelt one. RequestError as in `read`.
+    path: the names that lead to a nested dataclass. also: further names that are known in this place, for the hint at
+    a misspelt one. RequestError as in `read`.
     """
-    return _parse(cls, values, where, (), also)
+    hints, aliases = _hints(cls), _aliases(cls)
+    found: dict[str, Any] = {}
+    given_as: dict[str, str] = {}
+    for given, value in values.items():
+        target = aliases.get(given, str(given))
+        name, _, rest = target.removeprefix("1/").partition(".")
+        if name not in hints:
+            near = difflib.get_close_matches(str(given), [*hints, *aliases, *also], n=1)
+            instead = f"; did you mean {near[0]!r}?" if near else f", expected one of {', '.join([*also, *hints])}"
+            raise RequestError(f"{where}{'.'.join([*path, str(given)])} is not known{instead}")
+        if value is None and not rest and not _optional(hints[name]):
+            continue  # null where the field must have a value: not given
+        if target.startswith("1/"):
+            value = _reciprocal(value)
+        value = _parsed(hints[name], {rest: value} if rest else value, where, (*path, spelled(cls, name)))
+        if name in found:
+            value = _joined(found[name], value, _message(where, path, f"{given_as[name]!r} and {given!r}"), name)
+        found[name], given_as[name] = value, given
+    return found
 
 
 def merge(cls: type, low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
@@ -65,9 +86,30 @@ def merge(cls: type, low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[st
     return merged
 
 
-def build(cls: type[T], parsed: Mapping[str, Any], where: str) -> T:
-    """The dataclass from a result of `parse`; RequestError for missing settings, and for what the class refuses."""
-    return _build(cls, parsed, where, (), None)
+def build(cls: type[T], parsed: Any, where: str, path: tuple[str, ...] = (), default: T | None = None) -> T:
+    """The dataclass from a result of `parse`; an instance is returned as it is.
+
+    default: what the fields not given are taken from; None: the class. RequestError for missing settings, and for what
+    the class refuses.
+    """
+    if isinstance(parsed, cls):
+        return parsed
+    hints, found = _hints(cls), dict(parsed)  # type: ignore[arg-type]
+    starts = {
+        field.name: _default(field) if default is None else getattr(default, field.name)
+        for field in fields(cls)  # type: ignore[arg-type]
+    }
+    missing = [".".join([*path, name]) for name, start in starts.items() if start is MISSING and name not in found]
+    if missing:
+        raise RequestError(f"{where}{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing")
+    for name, start in starts.items():
+        inner = _dataclass_in(hints[name])
+        if inner and isinstance(found.get(name), dict):
+            found[name] = build(inner, found[name], where, (*path, name), start if isinstance(start, inner) else None)
+    try:
+        return cls(**found) if default is None else replace(default, **found)  # type: ignore[type-var]
+    except RequestError as error:
+        raise RequestError(_message(where, path, error)) from None
 
 
 def check(settings: Any) -> None:
@@ -148,30 +190,6 @@ def write_yaml(path: Path, settings: Any) -> None:
     write_text_file(path, text)
 
 
-def _parse(
-    cls: type, values: Mapping[str, Any], where: str, path: tuple[str, ...], also: Iterable[str] = ()
-) -> dict[str, Any]:
-    hints, aliases = _hints(cls), _aliases(cls)
-    found: dict[str, Any] = {}
-    given_as: dict[str, str] = {}
-    for given, value in values.items():
-        target = aliases.get(given, str(given))
-        name, _, rest = target.removeprefix("1/").partition(".")
-        if name not in hints:
-            near = difflib.get_close_matches(str(given), [*hints, *aliases, *also], n=1)
-            instead = f"; did you mean {near[0]!r}?" if near else f", expected one of {', '.join([*also, *hints])}"
-            raise RequestError(f"{where}{'.'.join([*path, str(given)])} is not known{instead}")
-        if value is None and not _optional(hints[name]):
-            continue  # null where the field must have a value: not given
-        if target.startswith("1/"):
-            value = _reciprocal(value)
-        value = _parsed(hints[name], {rest: value} if rest else value, where, (*path, spelled(cls, name)))
-        if name in found:
-            value = _joined(found[name], value, _message(where, path, f"{given_as[name]!r} and {given!r}"), name)
-        found[name], given_as[name] = value, given
-    return found
-
-
 def _parsed(hint: Any, value: Any, where: str, path: tuple[str, ...]) -> Any:
     """A value of this type; of a dataclass given by names, a dict of parsed fields."""
     from pydantic import ValidationError
@@ -185,7 +203,7 @@ def _parsed(hint: Any, value: Any, where: str, path: tuple[str, ...]) -> Any:
         except ValueError as error:
             raise RequestError(_message(where, path, error)) from None
     if inner and isinstance(value, Mapping):
-        return _parse(inner, value, where, path)
+        return parse(inner, value, where, path)
     if item and isinstance(value, Mapping):
         return {str(name): _parsed(item, own, where, (*path, str(name))) for name, own in value.items()}
     if isinstance(value, inner or ()) or (value is None and _optional(hint)):
@@ -196,27 +214,6 @@ def _parsed(hint: Any, value: Any, where: str, path: tuple[str, ...]) -> Any:
     except ValidationError:
         pass
     raise RequestError(f"{place} is {value!r}, expected {_expected(hint)}")
-
-
-def _build(cls: type[T], parsed: Any, where: str, path: tuple[str, ...], default: T | None) -> T:
-    if isinstance(parsed, cls):
-        return parsed
-    hints, found = _hints(cls), dict(parsed)  # type: ignore[arg-type]
-    starts = {
-        field.name: _default(field) if default is None else getattr(default, field.name)
-        for field in fields(cls)  # type: ignore[arg-type]
-    }
-    missing = [".".join([*path, name]) for name, start in starts.items() if start is MISSING and name not in found]
-    if missing:
-        raise RequestError(f"{where}{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing")
-    for name, start in starts.items():
-        inner = _dataclass_in(hints[name])
-        if inner and isinstance(found.get(name), dict):
-            found[name] = _build(inner, found[name], where, (*path, name), start if isinstance(start, inner) else None)
-    try:
-        return cls(**found) if default is None else replace(default, **found)  # type: ignore[type-var]
-    except RequestError as error:
-        raise RequestError(_message(where, path, error)) from None
 
 
 def _message(where: str, path: tuple[str, ...], message: object) -> str:

@@ -90,6 +90,7 @@ class Outer:
         ({"maybe": {}}, {"maybe": Inner()}),
         ({"maybe.size": 4}, {"maybe": Inner(size=4)}),
         ({"maybe": None}, {"maybe": None}),
+        ({"size": None}, {}),
     ],
 )
 def test_values_get_their_type(values: dict, wanted: dict) -> None:
