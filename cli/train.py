@@ -86,6 +86,9 @@ def train(
     options = {name: value for name, value in _given(context).items() if name not in BESIDE}
     if benchmark:
         options["benchmarks"] = dict(map(_benchmark, benchmark))
+    missing = [f"--{name}" for name in ("model", "pool", "out") if name not in options]
+    if missing and config is None and not (resume and out):
+        raise RequestError(f"gradstore train needs {', '.join(missing)}, or --config with a file that has them")
 
     from gradstore.engine.gradients.coverage import Coverage
     from gradstore.trainer.local import run
