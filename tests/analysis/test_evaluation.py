@@ -125,7 +125,7 @@ def test_removal_and_steps_of_a_linear_task() -> None:
         assert row["effect"] == pytest.approx(row["best"] - row["random"])
     with pytest.raises(RequestError, match="1 to 39"):
         brittleness(effects, lambda sets: sets @ effects.T, [40])
-    with pytest.raises(RequestError, match="1 to 40"):
+    with pytest.raises(RequestError, match="at least 1 and at most 40"):
         tail_patch(effects, lambda places: effects[:, places].mean(axis=1), 0)
 
 

@@ -79,7 +79,7 @@ def test_trains_and_goes_on(cli, files: Path) -> None:
 def test_too_little_coverage_is_refused(cli, files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One line that names what is left out and the setting that accepts it; the same folder can be used again."""
     little = Coverage(0.5, 0.906, 8, (LeftOut("model.mystery.weight", 0.5, 0.094),))
-    monkeypatch.setattr("gradstore.trainer.local.policy.measure", lambda *given: little)
+    monkeypatch.setattr("gradstore.engine.sketches.bases.measure", lambda *given: little)
     found = cli(*_arguments(files), *SETTINGS[:-1])
     assert found[0] == 2
     (line,) = [line for line in found[2].splitlines() if "accept" in line]
