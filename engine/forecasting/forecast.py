@@ -15,8 +15,7 @@ import pyarrow as pa
 from gradstore import State, Store, View
 from gradstore.engine.forecasting.cosine_model import PRIOR_LIFE, Beliefs, Staleness, fit, measured_pairs, sum_of_units
 from gradstore.engine.forecasting.live_rows import Rows, live_rows
-from gradstore.engine.forecasting.norms import Trained, lengths, trained_toward
-from gradstore.engine.forecasting.pass_rates import Motion
+from gradstore.engine.forecasting.norms import expected_norms
 from gradstore.engine.forecasting.probe_scale import Calibration, Probed, aim, calibrate, probed_at, probed_before
 from gradstore.engine.forecasting.refresh_choice import Outlook, pass_rate_prior
 from gradstore.engine.selecting.history import History
@@ -43,8 +42,6 @@ class ForecastTarget:
     """Direction of the target now, of any length, float64 [D]."""
     benchmarks: Sequence[str]
     """Benchmarks of the target. The drift model is fitted to their targets at past steps."""
-    trained: Sequence[Trained] = ()
-    """Directions of past training steps, oldest first."""
     probed: Sequence[Probed] = ()
     """Probes of earlier steps along the benchmarks' targets, newest first."""
 
@@ -53,8 +50,7 @@ class ForecastTarget:
         cls, store: Store, pool: str, benchmarks: Sequence[str], vectors: Sequence[np.ndarray], step: int
     ) -> "ForecastTarget":
         """Equal weight for the targets `vectors`, float32 [D] each, of a step; earlier steps as the store has them."""
-        trained, probed = trained_toward(store, pool, step), probed_before(store, pool, benchmarks, step)
-        return cls(sum_of_units(vectors), benchmarks, trained, probed)
+        return cls(sum_of_units(vectors), benchmarks, probed_before(store, pool, benchmarks, step))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -111,18 +107,6 @@ class CosineForecast:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class NormForecast:
-    """Expected gradient norm of P candidates now; arrays are float64 [P]."""
-
-    mean: np.ndarray
-    """Expected norm; nan where no row was live."""
-    sd: np.ndarray
-    """Standard deviation of `mean`."""
-    motion: Motion | None
-    """Model of how pass rates move; None without a target."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
 class CandidateForecast:
     """Forecast of P candidates at a step; arrays are [P], in the candidates' order."""
 
@@ -130,7 +114,8 @@ class CandidateForecast:
     step: int
     newest: NewestRows
     cosine: CosineForecast
-    norm: NormForecast
+    norms: np.ndarray
+    """Expected gradient norm now, float64; nan where no row was live."""
     signal: np.ndarray
     """Probability that new rollouts have a signal, float64."""
     calibration: Calibration | None
@@ -152,19 +137,14 @@ class CandidateForecast:
         """
         if kind == "cosine":
             return np.ones(len(self))
-        norm_P = self.norm.mean
+        norm_P = self.norms
         known = norm_P[np.isfinite(norm_P)]
         norm_P = np.where(np.isfinite(norm_P), norm_P, float(np.median(known)) if len(known) else 1.0)
         return norm_P if self.calibration is None else norm_P * self.calibration.gains
 
     def spreads(self, kind: str) -> np.ndarray:
-        """Standard deviation of this kind of score, float64: from the cosine and, unless it is `cosine`, the norm."""
-        from_cosine_P = self.cosine.sd * self.scales(kind)
-        if kind == "cosine":
-            return from_cosine_P
-        gains_P = 1.0 if self.calibration is None else self.calibration.gains
-        cosine_P = np.hypot(self.cosine.mean, self.cosine.sd)
-        return np.hypot(from_cosine_P, cosine_P * gains_P * np.nan_to_num(self.norm.sd))
+        """Standard deviation of this kind of score, float64; norms are taken as known."""
+        return self.cosine.sd * self.scales(kind)
 
     def outlook(self, kind: str, n_rollouts: int) -> Outlook:
         """Input for the refresh choice (refresh_choice.py), for this kind of score and groups of n_rollouts."""
@@ -188,24 +168,24 @@ def forecast_candidates(
     past = History.of(history, ids, now=step, forgetting=settings.forgetting, prior=pass_rate_prior(history))
     signal_P = past.signal_probability(settings.n_rollouts)
     if toward is None:
-        cosine, norm = _without_target(newest, step)
-        return CandidateForecast(ids, step, newest, cosine, norm, signal_P, None)
+        cosine = _without_target(newest, step)
+        return CandidateForecast(ids, step, newest, cosine, newest.norms, signal_P, None)
     unit_D = (toward.direction / (np.linalg.norm(toward.direction) or 1.0)).astype(np.float32)
-    rows = live_rows(store, pool, ids, np.stack([unit_D, *(pull.unit for pull in toward.trained)]), step)
+    rows = live_rows(store, pool, ids, unit_D, step)
     sources_P = _sources(store, pool, ids) if settings.by_source else np.full(len(ids), "all")
     cosine = _cosines(store, pool, ids, step, toward.benchmarks, rows, sources_P)
-    norm = _norms(history, ids, step, rows, toward.trained, newest)
+    norm_P = _norms(history, ids, step, rows, newest)
     fresh = probed_at(store, pool, toward.benchmarks, step)
     known = [*([] if fresh is None else [fresh]), *toward.probed]
     calibration = calibrate(view, ids, known, aim(store, toward.benchmarks, step)[1]) if known else None
-    return CandidateForecast(ids, step, newest, cosine, norm, signal_P, calibration)
+    return CandidateForecast(ids, step, newest, cosine, norm_P, signal_P, calibration)
 
 
-def _without_target(newest: NewestRows, step: int) -> tuple[CosineForecast, NormForecast]:
-    """Forecast without a target: cosine 0, with the prior's spread for the age of the newest row, and its norm."""
+def _without_target(newest: NewestRows, step: int) -> CosineForecast:
+    """Forecast without a target: cosine 0, with the prior's spread for the age of the newest row."""
     zeros_P = np.zeros(len(newest.steps))
     kept_P = np.where(newest.steps >= 0, np.exp(-(step - newest.steps) / PRIOR_LIFE), 0.0)
-    return CosineForecast(zeros_P, np.sqrt(1 - kept_P**2), zeros_P, None), NormForecast(newest.norms, zeros_P, None)
+    return CosineForecast(zeros_P, np.sqrt(1 - kept_P**2), zeros_P, None)
 
 
 def _cosines(
@@ -219,33 +199,26 @@ def _cosines(
 ) -> CosineForecast:
     """Expected cosines now: a drift model fitted to problems measured twice, then a filter over each problem's rows.
 
-    rows: live rows, oldest first; the first of their cosines is that with the target.
+    rows: live rows, oldest first.
     """
     first_P, first_rollouts_P = np.full(len(ids), np.nan), np.zeros(len(ids))
     for row in reversed(rows):
-        first_P[row.places], first_rollouts_P[row.places] = row.cosines[0], row.rollouts
+        first_P[row.places], first_rollouts_P[row.places] = row.cosines, row.rollouts
     offsets_P = source_offsets(first_P, sources_P)
     pairs = measured_pairs(store, pool, benchmarks, step, dict(zip(ids, offsets_P.tolist(), strict=True)))
     model = fit(pairs, first_P - offsets_P, first_rollouts_P)
     beliefs = Beliefs(model, len(ids))
     for row in rows:
-        beliefs.measure(row.places, row.step, row.cosines[0] - offsets_P[row.places], row.rollouts)
+        beliefs.measure(row.places, row.step, row.cosines - offsets_P[row.places], row.rollouts)
     mean_P, sd_P = beliefs.at(step)
     return CosineForecast(mean_P + offsets_P, sd_P, offsets_P, model)
 
 
-def _norms(
-    history: pa.Table,
-    ids: list[str],
-    step: int,
-    rows: Sequence[Rows],
-    trained: Sequence[Trained],
-    newest: NewestRows,
-) -> NormForecast:
-    """Expected norms now; a live row of this step keeps its own norm, and so does a row whose norm has no forecast."""
-    mean_P, sd_P, motion = lengths(history, ids, rows, trained, step)
-    own_P = (newest.steps == step) & newest.live | ~np.isfinite(mean_P)
-    return NormForecast(np.where(own_P, newest.norms, mean_P), np.where(own_P, 0.0, sd_P), motion)
+def _norms(history: pa.Table, ids: list[str], step: int, rows: Sequence[Rows], newest: NewestRows) -> np.ndarray:
+    """Expected norms now, float64 [P]; a live row of this step keeps its own norm, and so does one without forecast."""
+    norm_P = expected_norms(history, ids, rows)
+    own_P = (newest.steps == step) & newest.live | ~np.isfinite(norm_P)
+    return np.where(own_P, newest.norms, norm_P)
 
 
 def _sources(store: Store, pool: str, ids: list[str]) -> np.ndarray:

@@ -1,6 +1,6 @@
-"""Live rows of a round's candidates, grouped by step, with their cosines to some directions.
+"""Live rows of a round's candidates, grouped by step, with their cosines to a direction.
 
-Dimension letters: N rows, Q directions, D sketch dimensions.
+Dimension letters: N rows, D sketch dimensions.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ class Rows:
     places: np.ndarray
     """Index of each row's problem among the candidates, int64 [N]."""
     cosines: np.ndarray
-    """Cosine of each row with each query, float64 [Q, N]."""
+    """Cosine of each row with the direction, float64 [N]."""
     norms: np.ndarray
     """Gradient norms, float64 [N]."""
     slack: np.ndarray
@@ -36,7 +36,7 @@ class Rows:
     """Effective rollouts (`effective` in pass_rates.py), float64 [N]."""
 
 
-def live_rows(store: Store, pool: str, ids: Sequence[str], units_QD: np.ndarray, now: int) -> list[Rows]:
+def live_rows(store: Store, pool: str, ids: Sequence[str], unit_D: np.ndarray, now: int) -> list[Rows]:
     """All live rows of the newest _STEPS_BACK steps, and each problem's newest row before them; oldest first."""
     steps = [step for step in store.steps(pool) if step <= now]
     recent = steps[-_STEPS_BACK:]
@@ -49,12 +49,12 @@ def live_rows(store: Store, pool: str, ids: Sequence[str], units_QD: np.ndarray,
         chosen, place_N = chosen[place_N >= 0], place_N[place_N >= 0]
         if not len(chosen):
             continue
-        cosines_QN = score_rows(view, units_QD, "cosine", chosen)[:, chosen].astype(np.float64)
+        cosines_N = score_rows(view, unit_D, "cosine", chosen)[chosen].astype(np.float64)
         counts_N = view.n_rollouts[chosen].astype(np.float64)
         rates_N, norms_N = (column[chosen].astype(np.float64) for column in (view.pass_rates, view.norms))
         rollouts_N, slack_N = effective(counts_N, rates_N), slack(rates_N)
         for measured in np.unique(view.steps[chosen]).tolist():
             here = view.steps[chosen] == measured
             columns = (norms_N, slack_N, counts_N, rollouts_N)
-            found.append(Rows(measured, place_N[here], cosines_QN[:, here], *(column[here] for column in columns)))
+            found.append(Rows(measured, place_N[here], cosines_N[here], *(column[here] for column in columns)))
     return found

@@ -56,10 +56,10 @@ def _aged(selector: Selector, now: CandidateForecast, length: float, confidence:
 def with_old_sketches(probes: ProbeBatch, now: CandidateForecast, length: float = 0.0) -> ProbeBatch:
     """Add pseudo-probes, made from old sketches, for live candidates without a probe.
 
-    The forecast's calibration scales a sketched dot (cosine x norm now) to a probed one. Its residual variance and the
-    uncertainty of the norm increase the standard error. Without a calibration the scale is `length`, the target's
-    length: probe and sketch then measure the same dot. A candidate with no information beyond the prior, or with a
-    scale of 0, gets no pseudo-probe.
+    The forecast's calibration scales a sketched dot (cosine x norm now) to a probed one. Its residual variance
+    increases the standard error. Without a calibration the scale is `length`, the target's length: probe and sketch
+    then measure the same dot. A candidate with no information beyond the prior, or with a scale of 0, gets no
+    pseudo-probe.
     """
     if now.cosine.model is None:
         return probes
@@ -95,6 +95,6 @@ def _as_probes(now: CandidateForecast, length: float) -> tuple[np.ndarray, np.nd
         scale_P, left = now.calibration.gains * now.calibration.length, now.calibration.left
     value_P, error_P = cosine.model.equivalent(cosine.mean - cosine.offsets, cosine.sd)
     value_P = value_P + cosine.offsets
-    norm_P = np.where(now.newest.live & (scale_P > 0), scale_P * now.norm.mean, np.nan)
-    error_P = np.hypot(norm_P * np.sqrt(error_P**2 + left), scale_P * value_P * now.norm.sd)
+    norm_P = np.where(now.newest.live & (scale_P > 0), scale_P * now.norms, np.nan)
+    error_P = norm_P * np.sqrt(error_P**2 + left)
     return value_P * norm_P, error_P

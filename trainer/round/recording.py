@@ -109,7 +109,6 @@ def about_round(scope: Scope, aim: Aim, picked: Picked, work: Work) -> dict[str,
         "refresh": {
             **work.refresh,
             "model": _described(now.cosine.model),
-            "motion": _described(now.norm.motion),
             "calibration": _described(now.calibration),
         },
         "selection": selection,
