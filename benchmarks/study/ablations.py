@@ -18,8 +18,6 @@ from benchmarks.study.arms import ARMS
 from benchmarks.study.statistics import difference, final_accuracy, of
 from gradstore.engine.forecasting import forecast
 from gradstore.engine.forecasting.cosine_model import Pairs, Staleness
-from gradstore.engine.forecasting.live_rows import Rows
-from gradstore.engine.forecasting.norms import measured_rates
 
 WITHOUT = "~"
 """Between a method's name and the part that it does without."""
@@ -40,25 +38,9 @@ class NewestScore:
         self._variance_P[places] = self._noise / np.maximum(rollouts, 1)
 
 
-def _newest_norms(history: Any, ids: Sequence[str], *_: Any) -> tuple[np.ndarray, np.ndarray, None]:
+def _newest_norms(history: Any, ids: Sequence[str], *_: Any) -> np.ndarray:
     """No expected norms: the forecast then uses each newest row's own."""
-    return np.full(len(ids), np.nan), np.zeros(len(ids)), None
-
-
-def _newest_rates(
-    history: Any, ids: Sequence[str], rows: Sequence[Rows], pulls: Any, now: int
-) -> tuple[np.ndarray, np.ndarray, None]:
-    """Contrast times p (1 - p) of the newest measured pass rate, with half an answer added on either side."""
-    weight_P, length_P, slack_P = np.zeros((3, len(ids)))
-    for row in rows:
-        sound = np.isfinite(row.slack)
-        weight_P[row.places[sound]] += row.counts[sound] * row.slack[sound]
-        length_P[row.places[sound]] += row.counts[sound] * row.norms[sound]
-    rates = measured_rates(history, ids)
-    smooth_M = (rates.rates * rates.rollouts + 0.5) / (rates.rollouts + 1)
-    slack_P[rates.places] = smooth_M * (1 - smooth_M)  # rows are in the order of their steps: the newest stays
-    contrast_P = np.where(weight_P > 0, length_P / np.where(weight_P > 0, weight_P, 1.0), np.nan)
-    return contrast_P * slack_P, np.zeros(len(ids)), None
+    return np.full(len(ids), np.nan)
 
 
 def _no_pairs(*_: Any) -> Pairs:
@@ -72,12 +54,11 @@ def _no_scale(*_: Any) -> None:
 _OLD_SCORES: Mapping[str, Callable[..., Any]] = {"measured_pairs": _no_pairs, "Beliefs": NewestScore}
 
 PARTS: Mapping[str, tuple[str, Mapping[str, Callable[..., Any]]]] = {
-    "pass_rates": ("pass rates do not move between measurements", {"lengths": _newest_rates}),
-    "norms": ("norms of the newest rows", {"lengths": _newest_norms}),
+    "norms": ("norms of the newest rows", {"expected_norms": _newest_norms}),
     "probe_scale": ("a probed dot is the sketched one", {"calibrate": _no_scale}),
     "drift_fit": ("the drift model's prior, nothing fitted", {"measured_pairs": _no_pairs}),
     "cosine_model": ("newest cosines, never aged", _OLD_SCORES),
-    "everything": ("all of these", {"lengths": _newest_norms, "calibrate": _no_scale, **_OLD_SCORES}),
+    "everything": ("all of these", {"expected_norms": _newest_norms, "calibrate": _no_scale, **_OLD_SCORES}),
 }
 """Part of the forecast -> what stands in for it, and the replaced names of engine/forecasting/forecast.py."""
 
