@@ -145,7 +145,7 @@ def test_killed_writers_lose_and_invent_nothing(new_store: Callable, fork: Calla
         process = fork(WRITER, PATH=str(store.path), LOG=str(log), SEED=round_, ROWS=rows)
         if round_ % 5:
             wait_for(log, "try", process)
-        time.sleep(float(rng.uniform(0, 0.03)))
+        time.sleep(float(rng.uniform(0, 0.06)))  # long enough for rows on a loaded machine too
         kill(process)
         reader = gradstore.open(store.path)
         report = reader.verify()
