@@ -31,7 +31,7 @@ from gradstore.engine.planning import costs, memory
 from gradstore.engine.planning.costs import Work, Workload
 from gradstore.engine.planning.devices import Hardware, hardware
 from gradstore.engine.planning.shapes import KNOWN, ModelShape, measured_shape
-from gradstore.engine.sketches.fitting import PASSES
+from gradstore.engine.sketches.fitting import passed
 
 SKETCH, EXACT, FORWARD, FIT = "sketch", "exact gradients", "forward", "fit"
 _BENCHMARK = 2
@@ -78,7 +78,7 @@ def planned_work(shape: ModelShape, load: Workload, rank: int) -> dict[str, Work
         SKETCH: costs.sketch(shape, load, memory.wide(rank)),
         EXACT: costs.weight_gradients(shape, load),
         FORWARD: costs.forward(shape, load),
-        FIT: costs.one_sided(shape, load, rank).times(PASSES),
+        FIT: costs.one_sided(shape, load, rank).times(passed(load.n_problems) / load.n_problems),
     }
 
 

@@ -21,7 +21,9 @@ from gradstore.engine.sketches.spec import SketchBatch, SketchSpec
 from gradstore.errors import RequestError
 
 ENOUGH = 88
-"""Problems with a signal from which a quarter can be spared for measuring."""
+"""Problems with a signal from which some can be spared for measuring."""
+HELD_OUT = 4
+"""Of so many problems one is held out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +89,7 @@ def parts(sample: Sequence[Group], *, measured: bool = True) -> tuple[list[Group
     """The problems of a first fit that are held out, and those that it is fitted to."""
     if not measured or len(sample) < ENOUGH:
         return [], list(sample)
-    return list(sample[::4]), [group for place, group in enumerate(sample) if place % 4]
+    return list(sample[::HELD_OUT]), [group for place, group in enumerate(sample) if place % HELD_OUT]
 
 
 def refit(

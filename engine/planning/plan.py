@@ -7,17 +7,19 @@ them with measurements.
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
+from gradstore.engine.assessing.refit import ENOUGH, HELD_OUT
 from gradstore.engine.gradients.budget import LEAST, MOST_SAMPLED, allowance
 from gradstore.engine.planning import costs, memory
 from gradstore.engine.planning.costs import Work, Workload
 from gradstore.engine.planning.devices import Hardware
 from gradstore.engine.planning.shapes import ModelShape
-from gradstore.engine.sketches.fitting import PASSES
+from gradstore.engine.sketches.fitting import passed
 from gradstore.errors import check_number
 from gradstore.layout import row_arrays
 
-_SAMPLE, _HELD_OUT = 96, 32
-"""Number of problems that a new store's projection is fitted to, and of held-out ones to measure its fidelity."""
+_HELD_OUT = len(range(0, ENOUGH, HELD_OUT))
+_SAMPLE = ENOUGH - _HELD_OUT
+"""Problems that a new store's projection is fitted to; `_HELD_OUT` more measure its fidelity."""
 _EXACT = 200
 """Problems that `fidelity` measures exactly, together with their halves."""
 _TOKEN_BYTES = 8
@@ -147,14 +149,18 @@ def _rollouts(shape: ModelShape, request: Request, device: Hardware) -> list[Sta
 
 
 def _fit(shape: ModelShape, request: Request, device: Hardware, n_tokens: int) -> Stage:
-    load = request.load(min(_SAMPLE, request.n_pool) + request.n_benchmark)
+    n_sample = min(_SAMPLE, request.n_pool)
+    load, n_run = request.load(n_sample + request.n_benchmark), passed(n_sample, request.n_benchmark)
     one = costs.one_sided(shape, load, request.rank)
     measured = request.load(min(_HELD_OUT, request.n_pool) + request.n_benchmark)
     exact = costs.weight_gradients(shape, measured).times(memory.formed_blocks(shape, device))
     held = max(memory.fitting(shape, load, n_tokens, request.rank, device), _forming(shape, request, device, n_tokens))
     disk = memory.basis_bytes(shape, request.rank)
-    note = f"{PASSES:g} passes over {load.n_problems} problems, then exact scores of {measured.n_problems}; one device"
-    return _stage("fit and measure", one.times(PASSES).plus(exact), held, 1, device, disk, note)
+    passes = n_run / load.n_problems
+    note = (
+        f"{passes:.2g} passes over {load.n_problems} problems, then exact scores of {measured.n_problems}; one device"
+    )
+    return _stage("fit and measure", one.times(passes).plus(exact), held, 1, device, disk, note)
 
 
 def _collect(shape: ModelShape, request: Request, device: Hardware, n_tokens: int, row_bytes: int) -> Stage:

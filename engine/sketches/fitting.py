@@ -52,8 +52,6 @@ _FIRST = 4
 """The first pass takes every 4th problem of a large sample."""
 _LEAST = 32
 """Minimum problems of the first pass, if there are as many: fewer show too little of a layer."""
-PASSES = 2 + 1 / _FIRST
-"""Passes over a large sample."""
 _BESIDE = 4
 """Fitted directions of a side for each random one."""
 _WINDOW, _HELD = 8, 1 << 27
