@@ -30,6 +30,8 @@ _PART = 1 << 22
 """Numbers converted to float64 at once."""
 _GATHERED: WeakSet[nn.Module] = WeakSet()
 """Models inside `gathered`."""
+_TOLD: WeakSet[nn.Module] = WeakSet()
+"""Models that could not be gathered, of which this was said."""
 _OF_FREE = 0.5
 """Share of a GPU's free memory that a whole model's weights may take when they are gathered for a pass."""
 
@@ -67,10 +69,15 @@ def gathered(model: nn.Module) -> Iterator[bool]:
     if model in _GATHERED or not is_sharded(model):
         yield True
         return
+    reshard(model)  # parameters that a forward left gathered would not count
     modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
     groups = [group for module in modules for group in _parameter_groups(module)]
     if len(groups) < len(modules) or largest(model, int(not _has_room(model))):
-        log.info("the sharded weights are gathered layer by layer, and prompts are run once per response")
+        if model not in _TOLD:
+            log.warning(
+                "no room for the whole sharded model: it is gathered layer by layer, prompts run once a response"
+            )
+            _TOLD.add(model)
         yield False
         return
     before = [(group.post_forward_mesh_info, group.reshard_after_backward) for group in groups]
