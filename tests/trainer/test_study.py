@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from benchmarks.study.ablations import PARTS, table, without
 from benchmarks.study.accuracy import expected_accuracy
 from benchmarks.study.arms import ARMS, EASY, UNSOLVABLE, is_bad, is_useful, problems
 from benchmarks.study.findings import findings
@@ -19,6 +20,7 @@ from benchmarks.study.statistics import estimate, selection_rollouts
 from gradstore import LockedError, RequestError
 from gradstore.demo import tasks
 from gradstore.demo.run import MODEL
+from gradstore.engine.forecasting import forecast
 from gradstore.engine.gradients.models import load_model, load_tokenizer
 from gradstore.trainer.sampling.backends.hugging_face import TransformersBackend
 
@@ -181,11 +183,35 @@ def test_findings_say_when_intervals_are_apart() -> None:
     assert low.half == pytest.approx(4.3027 * 0.1 / np.sqrt(3), rel=1e-4)  # Student's t, 2 degrees of freedom
 
 
+def test_every_part_of_the_forecast_can_be_taken_out_and_comes_back() -> None:
+    """The replaced names exist in the forecast, are replaced while a run lasts, and are the product's afterwards."""
+    for part, (_, replaced) in PARTS.items():
+        before = {name: getattr(forecast, name) for name in replaced}
+        with without(part):
+            assert {name: getattr(forecast, name) for name in replaced} == dict(replaced)
+        assert {name: getattr(forecast, name) for name in replaced} == before
+    assert method("budgeted-lcb~norms", SHORT.budgeted).without == "norms"
+
+
+def test_the_table_of_ablations_is_differences_of_the_same_seeds() -> None:
+    """A row per part: accuracy without it minus accuracy with it, seed by seed, and their mean over the arms."""
+    rows = [
+        {"arm": arm, "method": name, "seed": seed, "accuracy": [0.0, 0.5 + 0.1 * seed + less]}
+        for arm in ARMS
+        for seed in range(3)
+        for name, less in (("budgeted-lcb", 0.0), *((f"budgeted-lcb~{part}", -0.02) for part in PARTS))
+    ]
+    for line in table(rows, "budgeted-lcb").splitlines()[3:]:
+        assert line.count("-0.020 [-0.020, -0.020]") == len(ARMS) + 1
+
+
 def test_unknown_names_are_refused() -> None:
     with pytest.raises(RequestError, match="wrong_truths"):
         problems("nothing", 0, pool=8, validation=1, test=1)
     with pytest.raises(RequestError, match="oracle"):
         method("best", SHORT.budgeted)
+    with pytest.raises(RequestError, match="no part 'nothing'"):
+        method("budgeted-lcb~nothing", SHORT.budgeted)
     for name in ("budgeted/0-lcb", "budgeted/-lcb", "budgeted/4", "budgeted-"):
         with pytest.raises(RequestError, match=r"budgeted\[/N\]-SELECTOR"):
             method(name, SHORT.budgeted)
