@@ -160,11 +160,11 @@ def train(
     resume: go on with the run in `settings.out`; with the same settings it ends with the weights and picks of an
     undisturbed run. on_step: called with the number of steps done. say: called with lines of commentary.
 
-    RequestError for invalid settings or problems, for a folder that holds a run if `resume` is False, and for resumed
-    settings other than the run's own.
+    RequestError for invalid settings or problems, for a folder that holds a run if `resume` is False, and for other
+    settings than those of a run that was begun in the folder.
     """
     written, filled = Path(settings.out) / WRITTEN, settings.filled()
-    if resume and written.exists():
+    if written.exists():
         _check_same(written, filled)
     scored_by = load_reward(settings.reward, settings.judge)
     records = _read(settings.pool, scored_by, settings.skip_unreadable, say)
@@ -213,13 +213,13 @@ def train(
 
 
 def _check_same(written: Path, settings: RunSettings) -> None:
-    """RequestError if a resumed run has other settings than those that were written, where it matters."""
+    """RequestError if a run that was begun has other settings than those that were written, where it matters."""
     for name, (old, new) in differences(RunSettings.of(written), settings).items():
         if name == "rounds.rounds" and new < old:
             raise RequestError(f"{written}: rounds.rounds is {old}, now {new}: a resumed run may have more, not fewer")
         if name not in _FREE | {"rounds.rounds"}:
             raise RequestError(
-                f"{written}: {name} is {old!r}, now {new!r}: a resumed run keeps its settings; choose another folder"
+                f"{written}: {name} is {old!r}, now {new!r}: a run keeps its settings; choose another folder"
             )
 
 
