@@ -67,7 +67,7 @@ def _compact(header: Header, folder: Path, keep: str) -> CompactedCollection:
         kept_rows = snapshot.alive()
         if keep == "newest":
             kept_rows = _current(snapshot)
-        kept_problems = np.ones(old.n_problems, dtype=bool)
+        kept_problems = np.ones(snapshot.n_problems, dtype=bool)
         kept_problems[snapshot.deleted()] = False
         if old.tombstones or not kept_rows.all():
             session.unpublished = True
