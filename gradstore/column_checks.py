@@ -49,8 +49,13 @@ def _size(column: np.ndarray) -> np.ndarray:
     return (column >= 0) & (column < np.inf)
 
 
+def _scale(column: np.ndarray) -> np.ndarray:
+    # 1 / |codes|, and codes are whole numbers or a unit row.
+    return (column >= 0) & (column <= 2)
+
+
 _CHECKS: dict[str, Callable[[Manifest], tuple]] = {
-    "scale": _real(_size, "a finite number of at least 0"),
+    "scale": _real(_scale, "a number from 0 to 2"),
     "norm": _real(_size, "a finite number of at least 0"),
     "step": _most(lambda _: 2**63 - 1, "a step of at least 0"),
     "problem": _most(lambda manifest: manifest.n_problems - 1, "a problem from 0 to {}"),

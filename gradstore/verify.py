@@ -210,7 +210,7 @@ class _Checker:
             if within and path.exists():
                 with open(open_inside(path, self.root), "rb") as file:
                     file.seek(within * array.row_bytes)
-                    tail = file.read()
+                    tail = file.read(array.chunk_bytes)
                 self.report.bytes_checked += len(tail)
                 missing = (array.chunk_rows - within) * array.row_bytes - len(tail)
                 if missing > 0:
