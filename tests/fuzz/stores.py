@@ -18,7 +18,6 @@ import pyarrow.parquet as pq
 
 import gradstore
 from gradstore.durable import canonical_json, crc32c
-from gradstore.header import read_header
 from gradstore.layout import row_arrays
 
 DIM = 12
@@ -127,8 +126,7 @@ def edit_json(change: Callable[[Any], Any]) -> Callable[[bytes], bytes]:
 
 def edit_column(store: Path, collection: str, array: str, change: Callable[[np.ndarray], None]) -> None:
     """Change the published entries of an array in place."""
-    header = read_header(store)
-    found = next(one for one in row_arrays(header.dim, header.dtype, header.columns, 8, 16) if one.name == array)
+    found = next(one for one in row_arrays(DIM, "int8", (), 8, 16) if one.name == array)
 
     def sign(body: dict) -> None:
         for chunk in range(found.chunks(body["rows"])):
