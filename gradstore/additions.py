@@ -30,7 +30,10 @@ def add_part(folder: Path, data: bytes) -> int:
     check_folder(folder, _store(folder))
     make_folder(folder)
     number = count_parts(folder)
-    replace_file(folder / f"part-{number:06d}-{crc32c(data):08x}.parquet", data)
+    name = f"part-{number:06d}-{crc32c(data):08x}.parquet"
+    if checksum_in(name) is None:
+        raise DamagedError(f"{folder}: damaged: the newest part has the number {number - 1}, after which none can come")
+    replace_file(folder / name, data)
     return number
 
 

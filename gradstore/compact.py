@@ -6,6 +6,7 @@ damage never gets a new, valid checksum.
 """
 
 from dataclasses import asdict, dataclass
+from itertools import count
 from pathlib import Path
 from typing import Literal
 
@@ -98,7 +99,8 @@ def _current(snapshot: Snapshot) -> np.ndarray:
 
 def _rewrite(session: Session, snapshot: Snapshot, kept_rows: np.ndarray, kept_problems: np.ndarray) -> None:
     header, folder = session.header, session.collection
-    number = generations(folder)[-1] + 1
+    used = {session.manifest.generation, *generations(folder)}
+    number = next(n for n in count(session.manifest.generation + 1) if n not in used)
     generation = folder / generation_name(number)
     create_generation(generation, header.arrays)
     parts = _write_problems(generation / PROBLEMS, snapshot, kept_problems)

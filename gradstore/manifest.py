@@ -198,10 +198,15 @@ def publish_manifest(collection: Path, manifest: Manifest, beside: AbstractConte
 
     beside: context manager; at its exit everything that the manifest names must be on disk (see `replace_file`).
     """
-    data = manifest.to_bytes()
+    file, data = collection / MANIFEST, manifest.to_bytes()
     if len(data) > MOST_BYTES:
         raise GradstoreError(
-            f"{collection / MANIFEST}: would have {len(data)} bytes, more than the {MOST_BYTES} that readers take; "
-            "nothing was published: compact the collection first"
+            f"{file}: would have {len(data)} bytes, more than the {MOST_BYTES} that readers take; nothing was "
+            "published: compact the collection first"
         )
-    replace_file(collection / MANIFEST, data, beside)
+    try:
+        Manifest.from_bytes(data, file)
+    except DamagedError as error:
+        reason = str(error).removeprefix(f"{file}: damaged: ")
+        raise GradstoreError(f"{file}: nothing was published, for it could not be read again: {reason}") from None
+    replace_file(file, data, beside)

@@ -49,6 +49,8 @@ class Session:
             make_folder(collection)
         else:
             check_collection(collection)
+        if (collection / MANIFEST).exists():
+            self._checked()  # Before the lock file is touched: a store that is refused stays as it is.
         self.unpublished = False
         """True if the disk may hold bytes that no manifest names."""
         self._in_doubt = False  # True after a failed publication: the disk may show either manifest.
@@ -115,20 +117,22 @@ class Session:
             # Make the visible manifest durable before removing anything that an older one names.
             with writing(self.collection):
                 fsync_folder(self.collection)
-        self.manifest = read_manifest(self.collection)
-        check_manifest(self.manifest, self.header, self.collection)
-        self._check_folders()
+        self.manifest = self._checked()
         if self._lock.interrupted:
             self._clear()
         return self.manifest
 
-    def _check_folders(self) -> None:
-        """DamagedError if a folder that a writer changes or removes is a link."""
+    def _checked(self) -> Manifest:
+        """The newest manifest; DamagedError if it cannot be, or a folder that a writer changes or removes is a link."""
+        manifest = read_manifest(self.collection)
+        check_manifest(manifest, self.header, self.collection)
         for number in generations(self.collection):
             check_folder(self.collection / generation_name(number), self.store)
         for name in (PROBLEMS, *(array.name for array in self.header.arrays)):
-            if not check_folder(self.generation / name, self.store):
-                raise DamagedError(f"{self.generation / name}: is missing; `gradstore verify` lists all damage")
+            folder = self.collection / manifest.folder / name
+            if not check_folder(folder, self.store):
+                raise DamagedError(f"{folder}: is missing; `gradstore verify` lists all damage")
+        return manifest
 
     def _first_manifest(self) -> Manifest:
         """Create and publish the first manifest; with it the collection begins to exist."""

@@ -124,6 +124,39 @@ def tried(path: Path) -> list[str]:
     return errors
 
 
+def changes(path: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Each way to change a store."""
+    opened: list[gradstore.Store] = []
+    yield "open", lambda: opened.append(gradstore.open(path, mode="a"))
+    if not opened:
+        return
+    (store,) = opened
+    yield "problems", lambda: store.add_problems("pool", [{"id": "new", "prompt": "?"}])
+    yield "rows", lambda: append(store)
+    yield "delete", lambda: store.delete("bench", ["bench1"])
+    yield "rounds", lambda: store.rounds("pool").add({"step": 9}, stores.round_of(["pool1"]))
+    yield "compact", lambda: store.compact(keep="newest")
+    yield "new", lambda: store.add_problems("third", [{"id": "a", "prompt": "?"}])
+
+
+def append(store: gradstore.Store) -> None:
+    with store.writer("pool", step=2) as writer:
+        writer.append(["pool0", "pool1"], np.ones((2, stores.DIM)), basis=1)
+
+
+def changed(path: Path) -> None:
+    """Change the store in every way: GradstoreErrors alone, and nothing beside its folder may change."""
+    before = {name: one for name, one in picture(path.parent).items() if not name.startswith(f"{path}/")}
+    for what, change in changes(path):
+        busy = time.process_time()
+        try:
+            change()
+        except GradstoreError as error:
+            assert "\n" not in str(error), (what, str(error))  # noqa: PT017
+        assert time.process_time() - busy < LIMIT_S, what
+    assert {name: one for name, one in picture(path.parent).items() if not name.startswith(f"{path}/")} == before
+
+
 def test_an_honest_store_is_read(store: Path) -> None:
     """The edits below start from this one, so it must give no error by itself."""
     assert tried(store) == []
@@ -140,6 +173,7 @@ def test_random_edits(honest: Path, fast_path: Path, seed: int) -> None:
         what = stores.mutated(path, Random(one))
         try:
             tried(path)
+            changed(path)
         except Exception as error:
             raise AssertionError(f"store {one}: {what}: {type(error).__name__}: {error}") from error
         shutil.rmtree(path.parent)
