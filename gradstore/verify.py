@@ -15,6 +15,7 @@ from gradstore.attachments import damaged_attachments
 from gradstore.durable import TEMPORARY, crc32c
 from gradstore.errors import GradstoreError
 from gradstore.header import Header, read_header
+from gradstore.inside import names_inside, open_inside
 from gradstore.layout import (
     COLLECTIONS,
     INDEXES,
@@ -78,13 +79,19 @@ class _Checker:
     def check(self) -> None:
         self._text(self.root / ZARR, self.header.to_bytes())
         self._text(self.root / COLLECTIONS / ZARR, group_json({}))
-        for path, message in damaged_attachments(self.root):
-            self._find(path, None, message)
-        if not (self.root / COLLECTIONS).is_dir():
+        try:
+            for path, message in damaged_attachments(self.root):
+                self._find(path, None, message)
+            names = names_inside(self.root / COLLECTIONS, self.root)
+        except GradstoreError as error:
+            self._find(self.root, None, str(error))
             return
-        for folder in sorted((self.root / COLLECTIONS).iterdir()):
+        for folder in (self.root / COLLECTIONS / name for name in names):
             if folder.is_dir():
-                self._collection(folder)
+                try:
+                    self._collection(folder)
+                except GradstoreError as error:
+                    self._find(folder, None, str(error))
 
     def _collection(self, folder: Path) -> None:
         holder = read_holder(folder)
@@ -194,16 +201,16 @@ class _Checker:
             place = folder / manifest.folder / array.name
             names = {array.chunk_file(chunk) for chunk in range(chunks)}
             if place.is_dir():
-                for path in sorted(place.iterdir()):
+                for path in (place / name for name in names_inside(place, self.root)):
                     if path.name.startswith("c.") and path.name not in names:
                         chunk = path.name.split(".")[1]
                         number = int(chunk) if chunk.isdecimal() else None
                         yield self._finding(path, number, "a chunk file beyond the published rows")
             path = place / array.chunk_file(chunks - 1)
             if within and path.exists():
-                with path.open("rb") as file:
+                with open(open_inside(path, self.root), "rb") as file:
                     file.seek(within * array.row_bytes)
-                    tail = file.read()
+                    tail = file.read(array.chunk_bytes)
                 self.report.bytes_checked += len(tail)
                 missing = (array.chunk_rows - within) * array.row_bytes - len(tail)
                 if missing > 0:
@@ -231,10 +238,12 @@ class _Checker:
 
     def _bytes(self, path: Path, chunk: int | None, limit: int = -1) -> bytes | None:
         try:
-            with path.open("rb") as file:
+            with open(open_inside(path, self.root), "rb") as file:
                 data = file.read(limit)
         except FileNotFoundError:
             self._find(path, chunk, "missing")
+        except GradstoreError as error:
+            self._find(path, chunk, str(error).removeprefix(f"{path}: "))
         except OSError as error:
             self._find(path, chunk, f"cannot be read ({error.strerror})")
         else:
