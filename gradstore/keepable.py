@@ -30,7 +30,10 @@ def parsed_line(line: bytes, where: str) -> Any:
     except json.JSONDecodeError as error:
         cut = "" if line.endswith(b"\n") else "; the file ends here, so the line may have been cut off"
         raise RequestError(f"{where}: not valid JSON: {error.msg} at character {error.pos}{cut}") from None
-    except (RecursionError, ValueError) as error:  # too deep, too many parts, a key twice, an integer of too many digits
+    except (
+        RecursionError,
+        ValueError,
+    ) as error:  # too deep, too many parts, a key twice, an integer of too many digits
         raise RequestError(f"{where}: not usable JSON: {first_line(error)}") from None
 
 
@@ -108,7 +111,9 @@ def check_keepable(value: Any, where: str, path: str = "") -> None:
             found = fault(value, path)
         except RecursionError:
             found = None
-        raise RequestError(f"{where}: {found or f'field {path!r} cannot be kept as JSON: {first_line(error)}'}") from None
+        raise RequestError(
+            f"{where}: {found or f'field {path!r} cannot be kept as JSON: {first_line(error)}'}"
+        ) from None
 
 
 def half_pair(text: str) -> int | None:
