@@ -90,7 +90,7 @@ def is_running(content: str) -> bool:
         os.kill(holder["pid"], 0)
     except PermissionError:
         return True
-    except (ValueError, KeyError, TypeError, OSError):
+    except (ValueError, KeyError, TypeError, OverflowError, OSError):
         return False
     return True
 

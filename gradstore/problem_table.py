@@ -72,7 +72,7 @@ def to_records(table: "pa.Table") -> list[dict]:
             "prompt": row["prompt"] if row["messages"] is None else json.loads(row["messages"]),
             "ground_truth": row["ground_truth"],
             "tags": row["tags"],
-            "extra": json.loads(row["extra"]),
+            "extra": json.loads(row["extra"], parse_constant=lambda _: None),  # Once stored: NaN, which no JSON has.
         }
         for row in table.to_pylist()
     ]
