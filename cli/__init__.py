@@ -35,5 +35,7 @@ def main() -> None:
 
 
 def _fail(message: str, status: int) -> None:
-    print(f"gradstore: {message}", file=sys.stderr)
+    from gradstore.cli.show import print_error
+
+    print_error(message)
     sys.exit(status)

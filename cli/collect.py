@@ -12,6 +12,7 @@ from gradstore.cli.query import Json, StorePath
 from gradstore.cli.rollout import Device, Model, TemplateKwargs, template_arguments
 from gradstore.cli.show import print_json, progress, say, warn
 from gradstore.errors import RequestError, check_known, check_number
+from gradstore.undo import undone_on
 
 if TYPE_CHECKING:
     from torch import nn
@@ -171,42 +172,43 @@ def collect(
     version = (source.step or 0) if step is None else step
     outcome = None
     known: list[SketchBatch] = []
-    if opened is None:
-        made = start_store(
-            store,
-            policy,
-            source,
-            spec,
-            benchmark=wanted,
-            dtype=dtype,
-            fit_problems=fit_problems,
-            measured=measure != "never",
-            optimizer=adam,
-            accept_coverage=accept_coverage,
-            widen=embeddings is None,
-            option="--accept-coverage ",
-            say=say,
-            bar=progress,
-        )
-        opened, sketcher, known = made.store, made.sketcher, made.rows
-    else:
-        sketcher = sketcher_of(opened, policy, spec, optimizer=adam)
-        basis_of(opened, sketcher.fingerprint)
-        if wanted and spec.basis == "fitted" and measure != "never":
-            sketcher, outcome = _checked(opened, sketcher, source, fit_problems, wanted, version, refit == "auto")
-    also = bases_in_use(opened, besides=collection) if every_basis else []
-    with progress(f"{collection} step {version}", len(source)) as advance:
-        report = run(
-            opened,
-            collection,
-            source,
-            sketcher=sketcher,
-            step=version,
-            measure="never" if wanted else cast("Measure", measure),
-            known=known,
-            also=also,
-            progress=advance,
-        )
+    with undone_on(RequestError, store, keep=lambda: bool(gradstore.open(store).collections)):
+        if opened is None:
+            made = start_store(
+                store,
+                policy,
+                source,
+                spec,
+                benchmark=wanted,
+                dtype=dtype,
+                fit_problems=fit_problems,
+                measured=measure != "never",
+                optimizer=adam,
+                accept_coverage=accept_coverage,
+                widen=embeddings is None,
+                option="--accept-coverage ",
+                say=say,
+                bar=progress,
+            )
+            opened, sketcher, known = made.store, made.sketcher, made.rows
+        else:
+            sketcher = sketcher_of(opened, policy, spec, optimizer=adam)
+            basis_of(opened, sketcher.fingerprint)
+            if wanted and spec.basis == "fitted" and measure != "never":
+                sketcher, outcome = _checked(opened, sketcher, source, fit_problems, wanted, version, refit == "auto")
+        also = bases_in_use(opened, besides=collection) if every_basis else []
+        with progress(f"{collection} step {version}", len(source)) as advance:
+            report = run(
+                opened,
+                collection,
+                source,
+                sketcher=sketcher,
+                step=version,
+                measure="never" if wanted else cast("Measure", measure),
+                known=known,
+                also=also,
+                progress=advance,
+            )
     if halves:
         from gradstore.engine.assessing.stored_halves import collect_halves
 

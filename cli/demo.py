@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from gradstore.cli.app import command, opt
 from gradstore.cli.query import Json
-from gradstore.cli.show import duration, print_json, print_table, say
+from gradstore.cli.show import duration, print_json, print_line, print_table, say
 from gradstore.errors import RequestError
 from gradstore.wording import size
 
@@ -76,10 +76,12 @@ def demo(
         right=["seconds"],
     )
     states = ", ".join(f"{count} {state.replace('_', ' ')}" for state, count in facts["states"].items())
-    print(f"\n{facts['bytes_per_problem']:.0f} bytes per problem ({facts['dim']} dimensions as int8); pool: {states}")
-    print(f"ask again: gradstore query {store} --against benchmark --top 20 --layers 3")
-    print(f"look around: gradstore serve {folder / 'run' / 'store'}")
-    print(told)
+    print_line(
+        f"\n{facts['bytes_per_problem']:.0f} bytes per problem ({facts['dim']} dimensions as int8); pool: {states}"
+    )
+    print_line(f"ask again: gradstore query {store} --against benchmark --top 20 --layers 3")
+    print_line(f"look around: gradstore serve {folder / 'run' / 'store'}")
+    print_line(told)
 
 
 def _prepare(

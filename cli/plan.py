@@ -4,7 +4,7 @@ from typing import Annotated
 
 from gradstore.cli.app import command, opt
 from gradstore.cli.query import Json
-from gradstore.cli.show import duration, print_json, print_table
+from gradstore.cli.show import duration, print_json, print_line, print_table
 from gradstore.wording import size
 
 
@@ -53,10 +53,10 @@ def plan(
         ],
         right=["time", "memory", "disk"],
     )
-    print(
+    print_line(
         f"\nMicro-batches by default: {found.micro_batch_tokens:,} tokens, {found.micro_batch_tokens_with_inputs:,} "
         f"where layers' inputs are kept. A row takes {found.row_bytes} bytes."
     )
     for problem in found.problems:
-        print(f"does not fit: {problem}")
-    print("Assumed: " + "; ".join(found.assumptions) + ".")
+        print_line(f"does not fit: {problem}")
+    print_line("Assumed: " + "; ".join(found.assumptions) + ".")

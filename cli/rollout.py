@@ -9,6 +9,7 @@ from gradstore.cli.app import command, opt
 from gradstore.cli.query import Json
 from gradstore.cli.show import print_json, progress, say
 from gradstore.errors import RequestError
+from gradstore.outputs import check_output
 
 Model = Annotated[str, opt("Folder or name of a transformers causal LM.")]
 Device = Annotated[str | None, opt("cpu, cuda, cuda:1 ...; default: a GPU where there is one.")]
@@ -69,6 +70,7 @@ def rollout(
         },
     )
     arguments = template_arguments(template_kwargs)
+    check_output(out, [problems])
     placed = placed_problems(problems)
     names = {record["id"]: where for where, record in placed}
     scored_by = load_reward(reward)
@@ -106,11 +108,11 @@ def template_arguments(text: str | None) -> dict[str, Any] | None:
     """The arguments that --template-kwargs holds; RequestError for what is no JSON object."""
     if text is None:
         return None
-    from json import loads
+    from gradstore.keepable import parsed
 
     try:
-        arguments = loads(text)
-    except ValueError:
+        arguments = parsed(text)
+    except (ValueError, RecursionError):
         arguments = None
     if not isinstance(arguments, dict):
         raise RequestError(

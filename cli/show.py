@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+from gradstore.wording import json_shown, shown
+
 log = logging.getLogger(__name__)
 
 NOTICE = 25
@@ -22,7 +24,7 @@ def take_any_text() -> None:
 
 def print_json(value: object) -> None:
     """One JSON document on standard output, whole; in ASCII where the output's encoding cannot hold its text."""
-    text = json.dumps(value, indent=2, ensure_ascii=False)
+    text = json_shown(json.dumps(value, indent=2, ensure_ascii=False))
     try:
         text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
     except UnicodeEncodeError:
@@ -34,9 +36,11 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     """A rich table; the columns named in `right` are right-aligned, the last one is cut to the screen's width."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
-    console.print(title, style="bold", markup=False)
+    console.print(Text(_line(title), style="bold"))
+    rows = [[shown(cell) for cell in row] for row in rows]
     table = Table(box=None, pad_edge=False, header_style="bold")
     for i, column in enumerate(columns):
         last = i == len(columns) - 1
@@ -45,8 +49,23 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
             column, justify="right" if column in right else "left", no_wrap=True, overflow="ellipsis", min_width=width
         )
     for row in rows:
-        table.add_row(*(cell.replace("[", r"\[") for cell in row))
+        table.add_row(*map(Text, row))
     console.print(table)
+
+
+def print_line(text: str) -> None:
+    """A line on standard output; line breaks before it stay."""
+    sys.stdout.write(f"{_line(text)}\n")
+
+
+def print_error(text: str) -> None:
+    """The one line that says why a command failed, on standard error."""
+    print(shown(f"gradstore: {text}", most=4000), file=sys.stderr)
+
+
+def _line(text: str) -> str:
+    body = text.lstrip("\n")
+    return "\n" * (len(text) - len(body)) + shown(body)
 
 
 class _OnStandardError(logging.Handler):
@@ -54,7 +73,7 @@ class _OnStandardError(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         prefix = "warning: " if record.levelno == logging.WARNING else ""
-        print(f"{prefix}{record.getMessage()}", file=sys.stderr, flush=True)
+        print(shown(f"{prefix}{record.getMessage()}", most=4000), file=sys.stderr, flush=True)
 
 
 def show_from(level: int) -> None:

@@ -7,7 +7,7 @@ import typer
 
 from gradstore.cli.app import command, opt
 from gradstore.cli.query import Json, StorePath
-from gradstore.cli.show import print_json, print_table, say
+from gradstore.cli.show import print_json, print_line, print_table, say
 from gradstore.errors import RequestError, check_known
 from gradstore.wording import size
 
@@ -67,9 +67,9 @@ def verify(store: StorePath, json: Json = False) -> None:
             say(f"note: {note}")
         for found in report.findings:
             chunk = "" if found.chunk is None else f", chunk {found.chunk}"
-            print(f"{found.file}{chunk}: {found.message}")
+            print_line(f"{found.file}{chunk}: {found.message}")
         if report.ok:
-            print(f"ok: {report.chunks_checked} chunks, {size(report.bytes_checked)}")
+            print_line(f"ok: {report.chunks_checked} chunks, {size(report.bytes_checked)}")
     if not report.ok:
         raise typer.Exit(1)
 
@@ -90,7 +90,7 @@ def compact(
         print_json(report.describe())
     else:
         for name, (before, after) in report.rows.items():
-            print(f"{name}: {before} rows before, {after} after")
+            print_line(f"{name}: {before} rows before, {after} after")
 
 
 @command("import")
@@ -121,7 +121,7 @@ def import_(
     if json:
         print_json({"problems_added": added, "rows_added": rows})
     else:
-        print(f"{added} problems and {rows} rows added to {collection}")
+        print_line(f"{added} problems and {rows} rows added to {collection}")
 
 
 def _steps(steps: dict) -> str:

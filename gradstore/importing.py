@@ -1,21 +1,45 @@
-"""Import of problems and sketches from other tools into a store; a file is checked completely before any write."""
+"""Import of problems and sketches from other tools into a store, all or nothing.
 
-import json
+Files are read and checked to their ends before anything is written; problems and rows become visible in one
+publication. If that fails, the store is as it was; one that the import created is removed.
+"""
+
+import itertools
+import logging
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from gradstore.bases import first_basis
 from gradstore.errors import RequestError
+from gradstore.header import Header, new_header
+from gradstore.keepable import check_keepable
+from gradstore.layout import COLLECTIONS, check_name, check_step
+from gradstore.new_rows import NewRows
 from gradstore.problems import read_problems
+from gradstore.reading.columns import check_columns
+from gradstore.reading.files import read_object
+from gradstore.reading.opening import open_rows
+from gradstore.reading.parquet_rows import ParquetRows
 from gradstore.store import Store, create
 from gradstore.store import open as open_store
+from gradstore.undo import undone_on
+
+log = logging.getLogger(__name__)
+
+COLUMNS = ("id", "sketch", "norm", "pass_rate", "n_rollouts")
+"""Columns of a file of sketches; the first two are required."""
+OF_WRITER = {"norm": "norms", "pass_rate": "pass_rate", "n_rollouts": "n_rollouts"}
 
 
 def import_problems(store_path: Path, collection: str, problems_path: Path) -> int:
-    """Add the problems of a JSONL or Parquet file to a collection of an existing store; returns how many were new."""
-    return open_store(store_path, mode="a").add_problems(collection, read_problems(problems_path))
+    """Add the problems of a file to a collection of an existing store; returns how many were new."""
+    records = read_problems(problems_path)
+    store = open_store(store_path, mode="a")
+    with undone_on(BaseException, store.path / COLLECTIONS / check_name(collection)):
+        return store.add_problems(collection, records)
 
 
 def import_sketches(
@@ -32,69 +56,151 @@ def import_sketches(
     If there is no store, creates one; this needs fingerprint_path, a JSON object that says how the sketches were made.
     If the store exists, a given fingerprint must equal the store's. Returns the numbers of problems and rows added.
     """
-    table = _read_parquet(sketches_path)
-    sketches = _matrix(table, sketches_path)
-    records = None if problems_path is None else read_problems(problems_path)
-    fingerprint = None if fingerprint_path is None else _read_object(fingerprint_path)
-    store = _open_or_create(store_path, sketches.shape[1], fingerprint, dtype)
-    added = 0 if records is None else store.add_problems(collection, records)
-    with store.writer(collection, step=step) as writer:
-        writer.append(
-            table.column("id").to_pylist(),
-            sketches,
-            norms=_numbers(table, "norm"),
-            pass_rate=_numbers(table, "pass_rate"),
-            n_rollouts=_numbers(table, "n_rollouts"),
-        )
-    return added, len(sketches)
-
-
-def _open_or_create(path: Path, dim: int, fingerprint: dict | None, dtype: str) -> Store:
-    if path.exists():
-        return open_store(path, mode="a", fingerprint=fingerprint)
+    check_step(step)
+    check_name(collection)
+    ids, sketches, others = _read_sketches(sketches_path)
+    records = [] if problems_path is None else read_problems(problems_path)
+    fingerprint = None
+    if fingerprint_path is not None:
+        fingerprint = read_object(fingerprint_path)
+        check_keepable(fingerprint, str(fingerprint_path))
+    if store_path.exists():
+        store = open_store(store_path, mode="a", fingerprint=fingerprint)
+        _check_rows(store._header, ids, sketches, others, str(sketches_path))
+        with undone_on(BaseException, store.path / COLLECTIONS / collection):
+            return _append(store, collection, step, records, ids, sketches, others), len(ids)
     if fingerprint is None:
-        raise RequestError(f"{path}: no store there; to create one, say how the sketches were made: --fingerprint FILE")
-    return create(path, dim=dim, fingerprint=fingerprint, dtype=dtype)
+        raise RequestError(
+            f"{store_path}: no store there; to create one, say how the sketches were made: --fingerprint FILE"
+        )
+    dim = sketches.shape[1]
+    _check_layout(fingerprint, dim, str(fingerprint_path))
+    _check_rows(new_header(dim, dtype, None, None, fingerprint), ids, sketches, others, str(sketches_path))
+    if not records:
+        raise RequestError(f"{store_path}: a new store knows no problem yet: give their records, --problems FILE")
+    known = {record["id"] for record in records}
+    unknown = next((one for one in ids if one not in known), None)
+    if unknown is not None:
+        raise RequestError(f"{sketches_path}: problem id {unknown!r} is not in {problems_path}; add its record there")
+    with undone_on(BaseException, store_path):
+        store = create(store_path, dim=dim, fingerprint=fingerprint, dtype=dtype)
+        return _append(store, collection, step, records, ids, sketches, others), len(ids)
 
 
-def _read_parquet(path: Path) -> pa.Table:
+def _append(
+    store: Store,
+    collection: str,
+    step: int,
+    records: list[dict],
+    ids: list[str],
+    sketches: np.ndarray,
+    others: dict[str, np.ndarray],
+) -> int:
+    before = len(store.problems(collection)) if collection in store.collections else 0
+    with store.writer(collection, step=step, records=records) as writer:
+        writer.append(ids, sketches, **others)
+    return len(store.problems(collection)) - before
+
+
+def _check_rows(
+    header: Header, ids: list[str], sketches: np.ndarray, others: dict[str, np.ndarray], where: str
+) -> None:
+    """What `Writer.append` checks, before anything is written."""
+    rows = NewRows(ids, where)
+    rows.sketches(sketches, others.get("norms"), None, None, header)
+    rows.pass_rates(others.get("pass_rate"))
+    rows.counts(others.get("n_rollouts"))
+
+
+def _check_layout(fingerprint: dict[str, Any], dim: int, where: str) -> None:
+    """RequestError for a layout of layers that is not one, or of other dimensions than the sketches'."""
     try:
-        table = pq.read_table(path)
-    except FileNotFoundError:
-        raise RequestError(f"{path}: no such file") from None
-    except pa.ArrowException as error:
-        raise RequestError(f"{path}: not a readable Parquet file: {error}") from None
+        ends = [(start, stop) for name, start, stop in first_basis(fingerprint, dim).layout if isinstance(name, str)]
+        whole = all(isinstance(end, int) for pair in ends for end in pair) and ends[-1][1] == dim
+        whole = whole and len(ends) == len(fingerprint.get("layout", [0])) and ends[0][0] == 0
+        whole = whole and all(start < stop for start, stop in ends)
+        whole = whole and all(one[1] == next_[0] for one, next_ in itertools.pairwise(ends))
+    except (TypeError, ValueError, IndexError):
+        whole = False
+    if not whole:
+        raise RequestError(
+            f"{where}: field 'layout' must be a list of [layer, start, stop] that divides the {dim} dimensions of the "
+            "sketches, or be left out"
+        )
+
+
+def _read_sketches(path: Path) -> tuple[list[str], np.ndarray, dict[str, np.ndarray]]:
+    """The ids, the sketches as float32 [rows, D], and the other columns by their names in `Writer.append`."""
+    file = open_rows(path, COLUMNS, "sketch")
+    if not isinstance(file, ParquetRows):
+        raise RequestError(f"{path}: not a Parquet file, expected one with the columns id and sketch")
+    unread = check_columns(file.names, COLUMNS, str(path))
     for name in ("id", "sketch"):
-        if name not in table.column_names:
-            raise RequestError(f"{path}: field {name!r} is missing, found {', '.join(table.column_names)}")
+        if name not in file.names:
+            raise RequestError(f"{path}: field {name!r} is missing, found {', '.join(file.names)}")
+    if unread:
+        log.warning("%s: columns that are not read: %s", path, ", ".join(map(repr, unread)))
+    table = file.table()
     if not len(table):
         raise RequestError(f"{path}: has no rows")
-    return table
+    others = {OF_WRITER[name]: _numbers(table, name, path) for name in OF_WRITER if name in table.column_names}
+    return _ids(table, path), _matrix(table, path), others
+
+
+def _ids(table: pa.Table, path: Path) -> list[str]:
+    column = table.column("id")
+    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+        raise RequestError(f"{path}: column 'id' is {column.type}, expected text")
+    _refuse_null(column, "id", path)
+    return column.to_pylist()
 
 
 def _matrix(table: pa.Table, path: Path) -> np.ndarray:
     """The `sketch` column as float32 [rows, D]."""
-    column = table.column("sketch").combine_chunks()
-    rows = column.to_pylist() if not pa.types.is_list(column.type) else None
-    lengths = np.diff(column.offsets.to_numpy()) if rows is None else np.array([len(row or []) for row in rows])
+    column = table.column("sketch")
+    kind = column.type
+    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    if not is_list or not (pa.types.is_floating(kind.value_type) or pa.types.is_integer(kind.value_type)):
+        raise RequestError(f"{path}: column 'sketch' is {kind}, expected lists of numbers")
+    _refuse_null(column, "sketch", path)
+    lengths = np.concatenate([_lengths(chunk) for chunk in column.chunks])
     if (lengths != lengths[0]).any():
         row = int(np.flatnonzero(lengths != lengths[0])[0])
-        raise RequestError(f"{path}: row {row}: sketch has {lengths[row]} dimensions, row 0 has {lengths[0]}")
-    flat = column.flatten().to_numpy(zero_copy_only=False)
-    return np.asarray(flat, np.float32).reshape(len(table), -1)
+        raise RequestError(
+            f"{path}, row {row + 1}: sketch has {lengths[row]} dimensions, the one in row 1 has {lengths[0]}"
+        )
+    if not lengths[0]:
+        raise RequestError(f"{path}, row 1: sketch is empty, expected at least one number")
+    parts = [chunk.flatten() for chunk in column.chunks]
+    for start, part in zip(np.cumsum([0, *map(len, parts)]), parts, strict=False):
+        if part.null_count:
+            place = int(start) + part.is_null().to_pylist().index(True)
+            raise RequestError(
+                f"{path}, row {place // lengths[0] + 1}: sketch is null at dimension {place % lengths[0]}, expected "
+                "a number"
+            )
+    numbers = [part.to_numpy(zero_copy_only=False) for part in parts]
+    with np.errstate(over="ignore"):
+        return np.concatenate([np.asarray(part, np.float32) for part in numbers]).reshape(len(table), -1)
 
 
-def _numbers(table: pa.Table, name: str) -> np.ndarray | None:
-    return table.column(name).to_numpy() if name in table.column_names else None
+def _lengths(chunk: pa.Array) -> np.ndarray:
+    if pa.types.is_fixed_size_list(chunk.type):
+        return np.full(len(chunk), chunk.type.list_size)
+    return chunk.value_lengths().to_numpy(zero_copy_only=False)
 
 
-def _read_object(path: Path) -> dict:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise RequestError(f"{path}: no such file") from None
-    except json.JSONDecodeError as error:
-        raise RequestError(f"{path}: line {error.lineno}: not JSON: {error.msg}") from None
-    if not isinstance(value, dict):
-        raise RequestError(f"{path}: expected a JSON object, found {type(value).__name__}")
-    return value
+def _numbers(table: pa.Table, name: str, path: Path) -> np.ndarray:
+    """A column of numbers, float64 [rows]; an unknown pass rate, null, is nan."""
+    column = table.column(name)
+    if not (pa.types.is_floating(column.type) or pa.types.is_integer(column.type)):
+        raise RequestError(f"{path}: column {name!r} is {column.type}, expected numbers")
+    if name != "pass_rate":
+        _refuse_null(column, name, path)
+    return column.to_numpy().astype(np.float64)
+
+
+def _refuse_null(column: pa.ChunkedArray, name: str, path: Path) -> None:
+    if column.null_count:
+        row = column.is_null().to_pylist().index(True)
+        raise RequestError(f"{path}, row {row + 1}: {name} is null, expected a value")

@@ -97,7 +97,7 @@ def is_running(content: str) -> bool:
         os.kill(holder["pid"], 0)
     except PermissionError:
         return True
-    except (DamagedError, OSError):
+    except (DamagedError, OverflowError, OSError):
         return False
     return True
 

@@ -1,6 +1,8 @@
 """Adding problems to a collection: records are checked; a stored problem must be equal in every field."""
 
 from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -9,6 +11,7 @@ from gradstore.collection import Collection
 from gradstore.durable import fsync_folder, writing
 from gradstore.errors import RequestError
 from gradstore.layout import MANIFEST
+from gradstore.manifest import Part
 from gradstore.problem_table import ProblemTable, add_to_parts, repeated, to_table
 from gradstore.problems import canonical
 from gradstore.session import Session
@@ -20,30 +23,65 @@ if TYPE_CHECKING:
 def add_problems(collection: Collection, records: Iterable[dict]) -> int:
     """Add records to a collection (created if new); returns the number of new problems.
 
-    If all records are known, no lock is taken. RequestError names id and field of a record that is invalid, given
-    twice, or different from the stored one.
+    If all records are known, no lock is taken; without records, nothing is created. RequestError names id and field of
+    a record that is invalid, given twice, or different from the stored one.
     """
-    folder, where = collection.folder, collection.where
+    table = checked_table(collection, records)
+    if not len(table) or not len(new_rows(collection, table)):
+        return 0
+    with Session(collection.header, collection.folder, create=True) as session:
+        addition = NewParts.write(session, collection, table)
+        if addition.rows:
+            session.publish(parts=addition.parts)
+            addition.clear()
+    return addition.rows
+
+
+def checked_table(collection: Collection, records: Iterable[dict]) -> "pa.Table":
+    """The records as rows of a problem table; RequestError for an invalid one and for an id given twice."""
+    where = collection.where
     checked = [canonical(record, f"{where}, record {n}") for n, record in enumerate(records)]
     ids = [record["id"] for record in checked]
     twice = repeated(ids)
     if twice is not None:
         raise RequestError(f"{where}: problem id {twice!r} occurs {ids.count(twice)} times; keep one")
-    table = to_table(checked)
-    if (folder / MANIFEST).exists() and not len(_new_rows(collection.snapshot().problems, table, where)):
-        return 0
-    with Session(collection.header, folder, create=True) as session:
-        new = _new_rows(collection.problems(session.manifest), table, where)
-        if len(new):
-            session.unpublished = True
-            parts, unneeded = add_to_parts(folder, session.manifest, table.take(new))
-            session.publish(parts=parts)
-            with writing(folder):
-                for file in unneeded:
-                    file.unlink()
-                for place in {file.parent for file in unneeded}:
-                    fsync_folder(place)  # Before the lock file is emptied: empty means nothing is left to clear.
-    return len(new)
+    return to_table(checked)
+
+
+def new_rows(collection: Collection, table: "pa.Table") -> np.ndarray:
+    """Rows of `table` that the collection does not have yet; RequestError if a known one has other content."""
+    if not (collection.folder / MANIFEST).exists():
+        return np.arange(len(table))
+    return _new_rows(collection.snapshot().problems, table, collection.where)
+
+
+@dataclass(frozen=True, slots=True)
+class NewParts:
+    """New problems, written to disk but not yet published."""
+
+    rows: int
+    parts: tuple[Part, ...]
+    """The parts for the next manifest."""
+    _unneeded: list[Path]
+
+    @classmethod
+    def write(cls, session: Session, collection: Collection, table: "pa.Table") -> "NewParts":
+        """Write the rows of `table` that are new."""
+        new = _new_rows(collection.problems(session.manifest), table, collection.where)
+        if not len(new):
+            return cls(0, session.manifest.parts, [])
+        session.unpublished = True
+        return cls(len(new), *add_to_parts(collection.folder, session.manifest, table.take(new)))
+
+    def clear(self) -> None:
+        """Remove the files that are no longer needed, after the parts were published."""
+        if not self._unneeded:
+            return
+        with writing(self._unneeded[0]):
+            for file in self._unneeded:
+                file.unlink()
+            for place in {file.parent for file in self._unneeded}:
+                fsync_folder(place)  # Before the lock file is emptied: empty means nothing is left to clear.
 
 
 def _new_rows(known: ProblemTable, table: "pa.Table", where: str) -> np.ndarray:

@@ -44,8 +44,10 @@ def plain_type(kind: "pa.DataType") -> "pa.DataType":
     Converted texts, bytes and lists get 64-bit offsets: a column of views may hold more than two gigabytes.
     """
     import pyarrow.types as is_
-    from pyarrow import field, large_binary, large_list, large_string, list_, map_, struct
+    from pyarrow import BaseExtensionType, field, large_binary, large_list, large_string, list_, map_, struct
 
+    if isinstance(kind, BaseExtensionType):
+        return plain_type(kind.storage_type)
     if is_.is_dictionary(kind) or is_.is_run_end_encoded(kind):
         return plain_type(kind.value_type)
     if is_.is_string_view(kind):

@@ -1,4 +1,4 @@
-"""Problem records: the canonical dict, readers of JSONL and Parquet files, and conversion from and to verl's format.
+"""Problem records: the canonical dict, the reader of problem files, and conversion from and to verl's format.
 
 A canonical record is {"id", "source", "prompt", "ground_truth", "tags", "extra"}. `read_problems` accepts JSONL and
 Parquet, with flat fields or with verl's (data_source, prompt, ability, reward_model, extra_info). Other fields of a
@@ -7,15 +7,18 @@ verl record are stored under extra["verl"], so that `to_verl` restores the recor
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gradstore.errors import RequestError, first_line
-from gradstore.keepable import check_keepable, parsed_field, parsed_line
-from gradstore.parquet import plain_table
+from gradstore.errors import RequestError
+from gradstore.keepable import check_keepable, parsed_field
+from gradstore.reading.columns import check_spelling
+from gradstore.reading.opening import read_records
 
 FIELDS = ("id", "source", "prompt", "ground_truth", "tags", "extra")
+FLAT_FIELDS = ("problem_id", *FIELDS)
+VERL_FIELDS = ("data_source", "prompt", "ability", "reward_model", "extra_info")
 
 
 def canonical(record: Any, where: str) -> dict:
@@ -52,10 +55,10 @@ def canonical(record: Any, where: str) -> dict:
 
 
 def read_problems(path: str | Path) -> list[dict]:
-    """Read the canonical records of a JSONL or Parquet file, in the file's order.
+    """Read the canonical records of a file in JSON Lines, a JSON list or Parquet, in the file's order.
 
     RequestError names the file, the line or row (counted from 1) and the invalid field; for a repeated id it names both
-    places.
+    places. A file without problems is an error.
     """
     return [record for _, record in placed_problems(path)]
 
@@ -65,26 +68,16 @@ def placed_problems(path: str | Path) -> list[tuple[str, dict]]:
     path = Path(path)
     records = []
     seen: dict[str, str] = {}
-    for place, raw in read_records(path):
-        where = f"{path}, {place}"
+    for where, raw in read_records(path, what="problem"):
         record = from_verl(raw, where) if is_verl(raw) else _from_flat(raw, where)
-        first = seen.setdefault(record["id"], place)
-        if first != place:
-            raise RequestError(f"{path}: problem id {record['id']!r} occurs twice, in {first} and {place}")
+        first = seen.setdefault(record["id"], where)
+        if first != where:
+            places = " and ".join(place.removeprefix(f"{path}, ") for place in (first, where))
+            raise RequestError(f"{path}: problem id {record['id']!r} occurs twice, in {places}")
         records.append((where, record))
+    if not records:
+        raise RequestError(f"{path}: no problems, expected at least one")
     return records
-
-
-def read_records(path: Path) -> Iterator[tuple[str, dict]]:
-    """(place, fields) of every record of a JSONL or Parquet file; place is "line 3" or "row 3"."""
-    try:
-        with open(path, "rb") as file:
-            magic = file.read(4)
-    except FileNotFoundError as error:
-        raise RequestError(f"{path}: the file does not exist") from error
-    except OSError as error:
-        raise RequestError(f"{path}: cannot be read ({error.strerror})") from error
-    return _parquet_records(path) if magic == b"PAR1" or path.suffix == ".parquet" else _jsonl_records(path)
 
 
 def is_verl(record: dict) -> bool:
@@ -95,6 +88,7 @@ def is_verl(record: dict) -> bool:
 def from_verl(record: dict, where: str) -> dict:
     """Convert a verl record to canonical form; id: extra_info.index, else extra_info.id, else from the top level."""
     check_keepable(record, where)
+    check_spelling(record, VERL_FIELDS, where)
     rest = {name: value for name, value in record.items() if name not in ("data_source", "prompt")}
     for field in ("extra_info", "reward_model"):
         if rest.get(field):
@@ -195,36 +189,11 @@ def _from_flat(record: dict, where: str) -> dict:
     if value is None:
         raise RequestError(f"{where}: field 'problem_id' is missing: a problem needs an id")
     check_keepable(fields, where)
+    check_spelling(fields, FLAT_FIELDS, where)
     extra = _object(fields.pop("extra", None) or {}, "extra", where)
     known = {field: fields.pop(field, None) for field in ("source", "prompt", "ground_truth", "tags")}
     known["ground_truth"] = _text(known["ground_truth"], "ground_truth", where)
     return canonical({"id": _id_text(value, name, where), **known, "extra": {**fields, **extra}}, where)
-
-
-def _jsonl_records(path: Path) -> Iterator[tuple[str, dict]]:
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            record = parsed_line(line, f"{path}, line {number}")
-            if not isinstance(record, dict):
-                raise RequestError(f"{path}, line {number}: expected a JSON object, not {type(record).__name__}")
-            yield f"line {number}", record
-
-
-def _parquet_records(path: Path) -> Iterator[tuple[str, dict]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        number = 0
-        with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(4096):
-                for record in plain_table(pa.Table.from_batches([batch])).to_pylist():
-                    number += 1
-                    yield f"row {number}", record
-    except (pa.ArrowException, OSError) as error:
-        raise RequestError(f"{path}: not a readable Parquet file: {first_line(error)}") from error
 
 
 def _prompt(prompt: Any, where: str) -> str | list[dict]:

@@ -13,6 +13,7 @@ from gradstore.errors import FingerprintError, RequestError
 from gradstore.header import Header, check_fingerprint, check_layout, new_header, read_header
 from gradstore.layout import COLLECTIONS, WITHOUT_CODES, ZARR, collection_names, group_json
 from gradstore.new_problems import add_problems
+from gradstore.outputs import check_output
 from gradstore.problem_table import to_records
 from gradstore.session import Session
 from gradstore.view import View
@@ -51,6 +52,7 @@ def create(
     """
     path = Path(path)
     header = new_header(dim, dtype, chunk_rows, column_rows, fingerprint)
+    check_output(path)
     if path.exists() and not _is_blank(path):
         raise RequestError(f"{path}: there is something here already; open it, or choose another path")
     with writing(path):
@@ -190,12 +192,13 @@ class Store:
         """Ids of the problems that were deleted and not appended again since."""
         return self._collection(collection).deleted()
 
-    def writer(self, collection: str, *, step: int) -> Writer:
+    def writer(self, collection: str, *, step: int, records: Iterable[dict] = ()) -> Writer:
         """Context manager that appends rows computed at `step`; one writer per collection at a time.
 
+        records: problem records to add as `add_problems` does, but in one publication with the first rows.
         Entering it raises LockedError, which names the holder, while another writer is open.
         """
-        return Writer(self._writable(collection), step, len(self.bases))
+        return Writer(self._writable(collection), step, len(self.bases), list(records))
 
     def probes(self, collection: str) -> "RecordedProbes":
         """The stored probes of a collection: `.table(step=..., target=...)` reads them, `.add(...)` adds some."""

@@ -1,6 +1,24 @@
-"""Texts for people: the start of a problem's text, a layer's short name, numbers of bytes."""
+"""Texts for people: without control characters, the start of a problem's text, a layer's short name, bytes."""
 
+import re
 from decimal import ROUND_HALF_UP, Decimal
+
+_UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Control characters, line ends, those that turn the direction of text, and halves of surrogate pairs."""
+
+
+def shown(text: object, most: int | None = None) -> str:
+    """A text for a line of a terminal: characters that would control it are escaped, other letters stay as they are.
+
+    most: length from which the middle is left out.
+    """
+    line = _UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))
+    return line if most is None or len(line) <= most else f"{line[: most - 500]} … {line[-500:]}"
+
+
+def json_shown(text: str) -> str:
+    """A JSON document in which the same characters are escaped as JSON does; it says the same. Line ends stay."""
+    return _UNSAFE.sub(lambda found: found[0] if found[0] == "\n" else f"\\u{ord(found[0]):04x}", text)
 
 
 def first_words(text: str, n: int = 80) -> str:

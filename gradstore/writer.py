@@ -3,8 +3,9 @@
 D sketch dimensions, P problems of one append.
 """
 
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Iterable, Sequence
+from contextlib import closing, suppress
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self
 
@@ -12,9 +13,11 @@ import numpy as np
 
 from gradstore.appender import Appender
 from gradstore.collection import Collection
-from gradstore.errors import RequestError
+from gradstore.errors import GradstoreError, RequestError
 from gradstore.layout import check_step
+from gradstore.new_problems import NewParts, checked_table, new_rows
 from gradstore.new_rows import NewRows
+from gradstore.problem_table import ProblemTable
 from gradstore.session import Session
 from gradstore.state import State
 
@@ -27,8 +30,11 @@ class Writer:
     nothing more is published, and rows appended since the last publication are removed.
     """
 
-    def __init__(self, collection: Collection, step: int, n_bases: int) -> None:
+    def __init__(self, collection: Collection, step: int, n_bases: int, records: Iterable[dict] = ()) -> None:
+        """records: of new problems, which become visible together with the first rows."""
         self._collection = collection
+        self._records = checked_table(collection, records) if records else None
+        self._addition: NewParts | None = None
         self._where = collection.where
         self._step = check_step(step)
         self._n_bases = n_bases
@@ -39,9 +45,19 @@ class Writer:
         if self._session is not None:
             raise RequestError(f"{self._where}: this writer is already open; ask the store for another")
         header = self._collection.header
-        self._session = Session(header, self._collection.folder)
+        if self._records is not None:
+            new_rows(self._collection, self._records)  # An error here creates no collection.
+        self._session = Session(header, self._collection.folder, create=self._records is not None)
         manifest = self._session.manifest
         self._problems = self._collection.problems(manifest)
+        if self._records is not None:
+            try:
+                self._addition = NewParts.write(self._session, self._collection, self._records)
+            except BaseException:
+                with suppress(GradstoreError, OSError):
+                    self._session.close()
+                raise
+            self._problems = ProblemTable(self._collection.folder, replace(manifest, parts=self._addition.parts))
         self._reasons = manifest.reasons
         self._bases = manifest.bases
         self._appender = Appender(self._session.generation, header.arrays, manifest.rows, manifest.chunks)
@@ -120,7 +136,7 @@ class Writer:
         """Make the rows appended so far durable and visible; returns the commit number."""
         session = self._open()
         self._refuse_failed()
-        if self._appender.rows > session.manifest.rows:
+        if self._appender.rows > session.manifest.rows or (self._addition and self._addition.rows):
             self._failed = True
             self._appender.settle()
             session.publish(
@@ -128,8 +144,12 @@ class Writer:
                 chunks=self._appender.chunks,
                 reasons=self._reasons,
                 bases=self._bases,
+                **({} if self._addition is None else {"parts": self._addition.parts}),
                 syncing=self._appender.syncing(),
             )
+            if self._addition is not None:
+                self._addition.clear()
+                self._addition = None
             self._failed = False
         return session.manifest.commit
 

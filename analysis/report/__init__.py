@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from gradstore.durable import write_text_file
 from gradstore.errors import check_known, check_number, needing
+from gradstore.outputs import check_output, check_output_folder
 
 if TYPE_CHECKING:
     from gradstore import Store
@@ -44,10 +45,12 @@ def write_report(
     pool: None: the collection with rounds, else the largest. benchmarks: empty: all other collections. format: html or
     md. figures: folder for every figure as SVG and PNG. rollouts: rollout files whose responses are shown with the
     problems. tokenizer: needed for responses stored only as token ids. n_listed: problems listed from each end of a
-    ranking. RequestError for missing data or files, and if a required package is not installed.
+    ranking. RequestError for missing data or files, for an output inside a store, and if a required package is not installed.
     """
     check_known("report format", format, FORMATS)
     check_number("number of problems to list", n_listed, least=1)
+    check_output(Path(out), rollouts)
+    check_output_folder(None if figures is None else Path(figures))
     check_installed()
     from gradstore.analysis.report.assembly import assemble
     from gradstore.analysis.report.findings import find

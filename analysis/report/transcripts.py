@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gradstore.engine.rollouts.files import RowFile, files_at, open_rows
 from gradstore.engine.rollouts.rollout import COLUMNS, Rollout, detect_format, read_row
 from gradstore.errors import RequestError
+from gradstore.reading.files import RowFile
+from gradstore.reading.opening import files_at, open_rows
 
 TOKEN_SHARES = "token_shares"
 """Field of a rollout's `extra`: share of each response token in the rollout's alignment, as numbers."""
@@ -64,7 +65,7 @@ class Transcripts:
 
     def _index(self, path: Path) -> None:
         try:
-            rows = open_rows(path, COLUMNS)
+            rows = open_rows(path, COLUMNS, "rollout")
         except OSError as error:
             raise RequestError(f"{path}: cannot be read: {error.strerror or error}") from None
         format = ""

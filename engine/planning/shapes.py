@@ -7,7 +7,6 @@ from the published config.json files.
 Dimension letters: O and I a layer's outputs and inputs.
 """
 
-import json
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import nn
 from gradstore.engine.gradients.budget import activation_bytes, key_value_bytes
 from gradstore.engine.gradients.layers import find_layers, head_of, linear_outputs, text_config
 from gradstore.errors import RequestError, first_line
+from gradstore.reading.files import read_object
 
 
 def _qwen(kind: str, layers: int, hidden: int, between: int, heads: int, groups: int, tied: bool, **more: Any) -> dict:
@@ -178,11 +178,8 @@ def _settings(name: str) -> dict:
     path = Path(name)
     file = path / "config.json" if path.is_dir() else path
     if file.is_file():
-        try:
-            found = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise RequestError(f"{file}: not JSON: {error}") from None
-        if not isinstance(found, dict) or "model_type" not in found:
+        found = read_object(file)
+        if "model_type" not in found:
             raise RequestError(f"{file}: expected a model's configuration with its `model_type`")
         return found
     last = name.rsplit("/", 1)[-1]

@@ -14,7 +14,8 @@ import numpy as np
 
 from gradstore.engine.rollouts.templates import Prompt
 from gradstore.errors import RequestError
-from gradstore.keepable import check_keepable, parsed_field
+from gradstore.keepable import check_keepable, parsed, parsed_field
+from gradstore.reading.columns import check_spelling
 
 _OWN = (
     "problem_id", "prompt", "prompt_ids", "response", "response_ids", "reward", "logprobs", "reference_logprobs",
@@ -43,6 +44,12 @@ FORMATS: dict[str, dict[str, tuple[str, ...]]] = {
 FORMATS["verl-validation"] = FORMATS["verl"]
 COLUMNS = sorted({name.split(".")[0] for names in FORMATS.values() for alias in names.values() for name in alias})
 """Every field of a row that any format reads."""
+
+NAMES = {
+    format: tuple(dict.fromkeys(name.split(".")[0] for aliases in names.values() for name in aliases))
+    for format, names in FORMATS.items()
+}
+"""Fields of a row that each format reads."""
 
 LOGPROB_SLACK = 0.01
 """Log-probabilities may exceed 0 by this much (rounding in half precision); larger values are rejected."""
@@ -111,6 +118,7 @@ def read_row(row: Any, format: str, where: str, *, vocabulary: int | None = None
     """
     if not isinstance(row, Mapping):
         raise RequestError(f"{where}: expected an object with the fields of a rollout, found {_kind(row)}")
+    check_spelling(row, NAMES[format], where)
     fields = _Fields(row, FORMATS[format], where)
     prompt, prompt_ids = fields.prompt(), fields.ids("prompt_ids", vocabulary)
     if prompt is None and prompt_ids is None:
@@ -318,7 +326,7 @@ def _opened(value: Any) -> Mapping[str, Any]:
     """The fields of an object, or of its JSON text as in Parquet files; other values have no fields."""
     if isinstance(value, str):
         try:
-            value = json.loads(value)
+            value = parsed(value)
         except (ValueError, RecursionError):
             return {}
     return value if isinstance(value, Mapping) else {}

@@ -13,11 +13,13 @@ from typing import Any
 import numpy as np
 
 from gradstore.engine.rollouts import tokens
-from gradstore.engine.rollouts.files import RowFile, files_at, open_rows
 from gradstore.engine.rollouts.group import Group
-from gradstore.engine.rollouts.rollout import COLUMNS, FORMATS, Rollout, detect_format, read_row
+from gradstore.engine.rollouts.rollout import COLUMNS, FORMATS, NAMES, Rollout, detect_format, read_row
 from gradstore.engine.rollouts.templates import check_arguments, kept_arguments, prompt_text, tools_of
 from gradstore.errors import RequestError, check_known
+from gradstore.reading.columns import check_columns
+from gradstore.reading.files import RowFile
+from gradstore.reading.opening import files_at, open_rows
 
 _LOGPROBS = ("logprobs", "reference_logprobs")
 
@@ -283,10 +285,12 @@ def read_rollouts(
     try:
         paths = files_at(path)
         if format == "auto":
-            format = detect_format(next((row.value for row in open_rows(paths[0], COLUMNS).scan()), None))
+            format = detect_format(next((row.value for row in open_rows(paths[0], COLUMNS, "rollout").scan()), None))
         if path.is_dir() and format.startswith("verl") and all(file.stem.isdecimal() for file in paths):
             paths = _files_of_step(path, paths, step)
-        files = [open_rows(file, COLUMNS) for file in paths]
+        files = [open_rows(file, COLUMNS, "rollout") for file in paths]
+        for file in files:
+            check_columns(file.names, NAMES[format], str(file.path))
         arguments = kept_arguments(path, template_kwargs)
         if tokenizer is not None:
             check_arguments(tokenizer, arguments)

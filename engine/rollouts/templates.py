@@ -18,6 +18,7 @@ from jinja2 import TemplateError
 from gradstore.errors import RequestError, first_line
 from gradstore.keepable import parsed_field
 from gradstore.problems import detail
+from gradstore.reading.files import read_object
 
 Prompt = str | list[dict[str, Any]]
 _REFUSALS = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
@@ -93,9 +94,10 @@ def kept_arguments(rollouts: Path, given: Mapping[str, Any] | None) -> dict[str,
     RequestError if both exist and differ.
     """
     try:
-        settings = json.loads(settings_path(rollouts).read_text(encoding="utf-8"))
-        kept = settings.get("template_kwargs", {})
-    except (OSError, ValueError, AttributeError):
+        kept = read_object(settings_path(rollouts)).get("template_kwargs") or {}
+    except RequestError:
+        kept = None
+    if not isinstance(kept, dict):
         kept = None  # no settings file of gradstore: use the given arguments
     if kept is not None and given is not None and kept != given:
         raise RequestError(

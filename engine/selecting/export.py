@@ -9,7 +9,8 @@ import pyarrow.parquet as pq
 from gradstore import Store, to_verl
 from gradstore.durable import whole_file, write_text_file
 from gradstore.engine.selecting.selection import Selection
-from gradstore.errors import RequestError
+from gradstore.errors import RequestError, first_line
+from gradstore.outputs import check_output_folder
 
 
 def write_selection(store: Store, selection: Selection, folder: Path) -> list[str]:
@@ -18,12 +19,20 @@ def write_selection(store: Store, selection: Selection, folder: Path) -> list[st
     train.parquet, train.jsonl: verl records; `extra_info.index` is the problem's id. selection.json: settings,
     scores, target and store commit. RequestError if the folder already contains a selection.
     """
+    check_output_folder(folder)
     if (folder / "selection.json").exists():
         raise RequestError(f"{folder}: holds a selection already; choose another folder or remove it")
     records = [to_verl(record) for record in store.records(selection.collection, selection.ids)]
+    try:
+        table = pa.Table.from_pylist(records)
+    except (pa.ArrowException, OverflowError) as error:
+        raise RequestError(
+            f"{folder}: the chosen problems fit no Parquet table, as a field has values of different kinds "
+            f"({first_line(error)})"
+        ) from None
     folder.mkdir(parents=True, exist_ok=True)
     with whole_file(folder / "train.parquet") as unfinished:
-        pq.write_table(pa.Table.from_pylist(records), unfinished)
+        pq.write_table(table, unfinished)
     lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     write_text_file(folder / "train.jsonl", lines)
     described = json.dumps(selection.describe(), indent=2, ensure_ascii=False)

@@ -8,6 +8,7 @@ skipped.
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from typing import Literal
 
 from torch import nn
@@ -118,16 +119,22 @@ def collect(
     projections = [sketcher.projection if b == basis else load_projection(store, b) for b in numbers]
     done = set.intersection(*(_rows_at(store, collection, step, b) for b in numbers))
     ids: set[str] = set()
+    unknown = read_coverage(store.path) is None and not any(store.view(name).live.any() for name in store.collections)
+    n_tokens = 16 * sketcher.gradients.budget.tokens()
     if isinstance(groups, RolloutSource):
         ids = set(groups.problem_ids)
         missing = [problem_id for problem_id in groups.problem_ids if problem_id not in done]
         for group in groups.groups(missing):  # finds a fault in the last group before anything is computed or stored
             sketcher.check(group)
+        if unknown:  # before anything is stored
+            first = (window for window in windows(groups.groups(), n_tokens) if any(g.has_signal for g in window))
+            for window in islice(first, 1):
+                _cover(store, sketcher, window, accept_coverage)
+                unknown = False
         store.add_problems(collection, groups.records())
         if not missing:
             return CollectReport(skipped=len(groups), bases=numbers)
         groups = groups.groups()
-    unknown = read_coverage(store.path) is None and not any(store.view(name).live.any() for name in store.collections)
     report, started = CollectReport(bases=numbers), time.monotonic()
     report.fidelity_when_fitted = sketcher.projection.fidelity
     unmeasured = sketcher.projection.fidelity is None and not any(store.steps(name) for name in store.collections)
@@ -135,7 +142,7 @@ def collect(
     measures = sketcher.projection.kind == "fitted" and (measure == "always" or (measure == "auto" and unmeasured))
     with store.writer(collection, step=step) as writer:
         taken: set[str] = set()
-        for number, window in enumerate(windows(groups, 16 * sketcher.gradients.budget.tokens())):
+        for number, window in enumerate(windows(groups, n_tokens)):
             if unknown and any(group.has_signal for group in window):
                 _cover(store, sketcher, window, accept_coverage)
                 unknown = False

@@ -174,7 +174,7 @@ def test_prompts_run_once_where_that_spares_enough() -> None:
     [
         (None, "neither a model's folder, nor a config.json, nor a known shape"),
         ("[1]", "expected a model's configuration"),
-        ("{", "not JSON"),
+        ("{", "not valid JSON"),
         (json.dumps({"model_type": "no_such_model"}), "not the configuration of a causal language model"),
         (json.dumps({"model_type": "vit"}), "not the configuration of a causal language model"),
     ],

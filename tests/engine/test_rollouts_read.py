@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from gradstore import RequestError
-from gradstore.engine.rollouts import Group, Rollout, files, read_rollouts, write_rollouts
+from gradstore.engine.rollouts import Group, Rollout, read_rollouts, write_rollouts
+from gradstore.reading import json_rows, parquet_rows
 
 CONTAINERS = ["jsonl", "parquet", "json"]
 
@@ -127,13 +128,13 @@ def test_groups_are_read_one_at_a_time(tmp_path: Path, monkeypatch: pytest.Monke
     """A pool's rollouts are larger than memory: asking for one group must not read the others."""
     source = read_rollouts(write_rows(tmp_path / "rollouts.jsonl", _rows(40, shuffle=True)))
     fetched = []
-    fetch = files.JsonLines.fetch
+    fetch = json_rows.JsonLines.fetch
 
-    def counting(self: files.JsonLines, places: list[int], sizes: list[int]) -> list[Any]:
+    def counting(self: json_rows.JsonLines, places: list[int], sizes: list[int]) -> list[Any]:
         fetched.append(len(places))
         return fetch(self, places, sizes)
 
-    monkeypatch.setattr(files.JsonLines, "fetch", counting)
+    monkeypatch.setattr(json_rows.JsonLines, "fetch", counting)
     groups = source.groups()
     assert fetched == []
     first = next(groups)
@@ -146,12 +147,12 @@ def test_parquet_keeps_a_bounded_number_of_row_groups(
     """With rows in no order every group touches many row groups: keeping them all would be the whole file."""
     rows = _rows(30, shuffle=True)
     path = write_rows(tmp_path / "rollouts.parquet", rows)
-    monkeypatch.setattr(files, "ROW_GROUP_CACHE_BYTES", 2000)
+    monkeypatch.setattr(parquet_rows, "CACHE_BYTES", 2000)
     source = read_rollouts(path)
     held = 0
     for _ in source.groups():
         file = source._files[0]
-        assert isinstance(file, files.Parquet)
+        assert isinstance(file, parquet_rows.ParquetRows)
         held = max(held, len(file._cache))
     assert 1 <= held < file._parquet.metadata.num_row_groups / 2
     _check_equal(list(source.groups()), _slow_groups(rows))
@@ -159,7 +160,7 @@ def test_parquet_keeps_a_bounded_number_of_row_groups(
 
 def test_long_json_list_is_parsed_entry_by_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Entries that cross the edges of what is read at once, and text of several bytes a letter, keep their place."""
-    monkeypatch.setattr(files, "CHUNK_BYTES", 7)
+    monkeypatch.setattr(json_rows, "CHUNK_BYTES", 7)
     rows = [row | {"prompt": "être 数学 \U0001d54f, [1, {2}]"} for row in _rows(shuffle=True)]
     path = tmp_path / "rollouts.json"
     for text in (json.dumps(rows), json.dumps(rows, ensure_ascii=False, indent=2), "\n [\n" + json.dumps(rows)[1:]):

@@ -7,8 +7,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from gradstore import read_problems
-from gradstore.engine.rollouts.files import Parquet
 from gradstore.parquet import plain_table, plain_type
+from gradstore.reading.parquet_rows import ParquetRows
 
 VIEW = pa.string_view()
 LONG = "a text that no view keeps in its own sixteen bytes"
@@ -60,7 +60,7 @@ def test_problems_and_rows_of_views(tmp_path: Path) -> None:
     pq.write_table(pa.table([table[name].cast(kind) for name, kind in texts.items()], list(texts)), path)
     assert pq.read_schema(path).field("prompt").type == VIEW
     assert read_problems(path) == [row | {"source": "", "extra": {}} for row in ROWS]
-    file = Parquet(path, ["id", "prompt", "tags"])
+    file = ParquetRows(path, ["id", "prompt", "tags"])
     scanned = [row.value for row in file.scan()]
     assert scanned == [{name: row[name] for name in ("id", "prompt", "tags")} for row in ROWS]
     assert file.fetch([3, 0, 4], [0, 0, 0]) == [scanned[j] for j in (3, 0, 4)]

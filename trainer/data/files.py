@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 from gradstore import to_verl
 from gradstore.durable import whole_file, write_text_file
 from gradstore.errors import RequestError, check_known, first_line
+from gradstore.outputs import check_output
 
 FORMS = ("verl", "flat")
 
@@ -26,6 +27,7 @@ def check_out(path: Path, form: str) -> None:
     check_known(f"{path}: the suffix", path.suffix, (".jsonl", ".parquet"))
     if not path.parent.is_dir():
         raise RequestError(f"{path}: the folder {path.parent} does not exist")
+    check_output(path)
     for file in (path, about_path(path)):
         if file.exists():
             raise RequestError(f"{file}: already there; choose another path or remove it")
@@ -46,7 +48,7 @@ def write_problems(path: Path, records: Sequence[Mapping[str, Any]], about: Mapp
         else:
             try:
                 pq.write_table(pa.Table.from_pylist(rows), unfinished)
-            except pa.ArrowException as error:
+            except (pa.ArrowException, OverflowError) as error:
                 raise RequestError(f"{path}: these problems fit no table ({first_line(error)}): write .jsonl") from None
         # before the problems appear: a problem file without its note would look finished
         write_text_file(about_path(path), json.dumps(about, indent=1, ensure_ascii=False) + "\n")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gradstore.errors import GradstoreError, RequestError, first_line
-from gradstore.problems import read_records
+from gradstore.reading.opening import read_records
 from gradstore.trainer.data.catalogue import DataSet
 
 BATCH = 1000
@@ -112,8 +112,7 @@ def _local_rows(source: DataSet, path: Path) -> Iterator[tuple[str, Mapping[str,
     if not files:
         raise RequestError(f"{path}: no {' or '.join(SUFFIXES)} file for {source.name} in this folder")
     for file in files:
-        for place, row in read_records(file):
-            yield f"{file}, {place}", row
+        yield from read_records(file, source.columns, "row")
 
 
 def _hub_rows(source: DataSet, split: str) -> Iterable[tuple[str, Mapping[str, Any]]]:

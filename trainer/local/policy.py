@@ -25,7 +25,7 @@ from gradstore.engine.sketches.bases import SketcherFiles, fit_sketcher, sketche
 from gradstore.engine.sketches.from_training_pass import sketched_and_summed
 from gradstore.engine.sketches.sketcher import Sketcher
 from gradstore.engine.sketches.spec import SketchBatch, SketchSpec
-from gradstore.errors import RequestError
+from gradstore.errors import RequestError, check_number
 from gradstore.trainer.sampling.backends.hugging_face import TransformersBackend
 from gradstore.trainer.sampling.reward import Reward
 from gradstore.trainer.sampling.rollout import checked_prompts
@@ -42,7 +42,7 @@ class Sampling:
     max_new_tokens: int = 1024
     """Longest response."""
     temperature: float = 1.0
-    """Sampling temperature; 0: the most probable token."""
+    """Sampling temperature, above 0: equal responses to a problem have no gradient."""
     top_p: float = 1.0
     """Nucleus of the sampling distribution; 1: all of it."""
     batch_tokens: int | None = None
@@ -55,10 +55,8 @@ class Sampling:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise RequestError(f"{name} is {value}, expected 1 or more")
-        if not 0 <= self.temperature < float("inf"):
-            raise RequestError(f"temperature is {self.temperature}, expected 0 or more")
-        if not 0 < self.top_p <= 1:
-            raise RequestError(f"top_p is {self.top_p}, expected above 0 and at most 1")
+        check_number("temperature", self.temperature, above=0)
+        check_number("top_p", self.top_p, above=0, most=1)
 
 
 class LocalPolicy:

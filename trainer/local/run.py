@@ -18,6 +18,7 @@ from gradstore.attachments import read_coverage
 from gradstore.engine.gradients.logprobs import Reference
 from gradstore.engine.gradients.models import load_model, load_tokenizer
 from gradstore.errors import RequestError
+from gradstore.outputs import check_output_folder
 from gradstore.problems import placed_problems
 from gradstore.settings import Aliases, build, differences, merge, parse, read_yaml, write_yaml
 from gradstore.trainer.local.grpo import Learner, UpdateSettings
@@ -163,6 +164,7 @@ def train(
     RequestError for invalid settings or problems, for a folder that holds a run if `resume` is False, and for other
     settings than those of a run that was begun in the folder.
     """
+    check_output_folder(Path(settings.out))
     written, filled = Path(settings.out) / WRITTEN, settings.filled()
     if written.exists():
         _check_same(written, filled)

@@ -12,6 +12,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,9 @@ from gradstore.engine.rollouts.templates import check_arguments, settings_path, 
 from gradstore.engine.rollouts.tokens import prompt_ids, text_of
 from gradstore.engine.rollouts.write import SUFFIXES
 from gradstore.errors import LockedError, RequestError, check_known, check_number, leaves
+from gradstore.keepable import MAX_ROW_BYTES, parsed_line
+from gradstore.outputs import check_output
+from gradstore.reading.files import open_regular, read_object
 from gradstore.trainer.sampling.backends import Backend, Response, derived_seed
 from gradstore.trainer.sampling.readable import named
 from gradstore.trainer.sampling.reward import Reward
@@ -79,6 +83,7 @@ def rollout(
     out = Path(out)
     _check_settings(n=n, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, chunk=chunk)
     check_known(f"{out}: the suffix", out.suffix, SUFFIXES)
+    check_output(out)
     if out.suffix == ".parquet" and len({isinstance(problem["prompt"], str) for problem in problems}) > 1:
         raise RequestError(f"{out}: Parquet cannot mix prompts of text and of chat messages; write .jsonl")
     prompts = _prompts(problems, backend, max_new_tokens, template_kwargs, names)
@@ -249,24 +254,21 @@ def _agree(out: Path, growing: Path, settings: dict[str, Any]) -> None:
 
 def _read_settings(path: Path) -> dict[str, Any]:
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        settings = None
-    if not isinstance(settings, dict):
-        raise RequestError(f"{path}: not the settings of a rollout run; choose another path or remove it")
-    return settings
+        return read_object(path)
+    except RequestError as error:
+        raise RequestError(f"{error}: not the settings of a rollout run; choose another path or remove it") from None
 
 
 def _drop_torn(path: Path, ids: list[str], n: int, chunk: int) -> int:
     """Cut the file after its last whole chunk; returns the number of problems left in it."""
     kept, end, place = 0, 0, 0
     with path.open("r+b") as file:
-        for number, line in enumerate(file):
+        for number, line in enumerate(iter(partial(file.readline, MAX_ROW_BYTES + 1), b"")):
             if not line.endswith(b"\n"):
                 break
             try:
-                name = json.loads(line)["problem_id"]
-            except (ValueError, KeyError, TypeError):
+                name = parsed_line(line, str(path))["problem_id"]
+            except (RequestError, KeyError, TypeError):
                 break
             if number >= len(ids) * n or name != ids[number // n]:
                 raise RequestError(f"{path}, line {number + 1}: not a row of this run; choose another path")
@@ -281,6 +283,8 @@ def _drop_torn(path: Path, ids: list[str], n: int, chunk: int) -> int:
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """Lock the file against other runs; the system releases the lock when the process ends, even after a kill."""
+    if path.exists():
+        open_regular(path).close()
     with path.open("ab") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,0 +1,42 @@
+"""Where a command may write: never into a store's own folder, and never over a file that it reads."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from gradstore.errors import RequestError
+from gradstore.layout import ZARR
+
+_MARK = b'"gradstore"'
+_ROOT_BYTES = 16 << 20
+
+
+def check_output(path: Path | None, inputs: Iterable[Path | str | None] = ()) -> None:
+    """RequestError for a path inside the folder of a store, links followed, and for one of the input files."""
+    if path is None:
+        return
+    place = path.resolve()
+    for folder in (place, *place.parents):
+        if folder != place and is_store(folder):
+            raise RequestError(f"{path}: lies in the store {folder}, whose files are its own; choose another place")
+    for given in inputs:
+        if given is not None and place.exists() and Path(given).exists() and place.samefile(given):
+            raise RequestError(f"{path}: is also an input; choose another path to write to")
+
+
+def check_output_folder(path: Path | None) -> None:
+    """As `check_output`, for a folder to write files into: it may not be a store itself either."""
+    check_output(path)
+    if path is not None and is_store(path.resolve()):
+        raise RequestError(f"{path}: is a store, whose files are its own; choose another folder")
+
+
+def is_store(folder: Path) -> bool:
+    """Whether a folder is a store, broken or not."""
+    root = folder / ZARR
+    try:
+        if not root.is_file():
+            return False
+        with root.open("rb") as file:
+            return _MARK in file.read(_ROOT_BYTES)
+    except OSError:
+        return False
