@@ -1,6 +1,7 @@
-"""Reading rows from disk: small arrays are read whole and checked; codes are memory-mapped, one chunk at a time.
+"""Reading rows from disk: small arrays are read whole; codes are memory-mapped, one chunk at a time.
 
-A mapping holds a file descriptor, so only the most recently used mappings stay open.
+All are checked against the manifest's checksums before anything is computed from them. Codes are checked when a chunk
+is first mapped in this process, in the thread that is about to scan it: the bytes are then in the processor's cache.
 """
 
 import mmap
@@ -34,6 +35,29 @@ def read_column(generation: Path, array: RowArray, rows: int, crcs: tuple[int, .
     return column
 
 
+class _Checked:
+    """Checksums of the files mapped in this process, so that the same bytes are not checked at every view or query.
+
+    A file is the same if device, inode, size and both times are. A writer that appends changes its time: the chunk is
+    then checked again, up to the rows that the asking view sees.
+    """
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[int, int], tuple[tuple[int, ...], int]] = {}
+
+    def holds(self, status: os.stat_result, mapped: np.ndarray, crc: int) -> bool:
+        """Whether the mapped bytes have this checksum. status: of the file, taken before it was mapped."""
+        state = mapped.nbytes, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+        known_state, found = self._found.get((status.st_dev, status.st_ino), ((), -1))
+        if known_state != state:
+            found = crc32c(mapped)
+            self._found[status.st_dev, status.st_ino] = state, found
+        return found == crc
+
+
+_CHECKED = _Checked()
+
+
 class CodeRows:
     """The published codes of a collection, chunk by chunk; the most recently used chunks stay open or in memory."""
 
@@ -57,8 +81,11 @@ class CodeRows:
         return rows
 
 
-def mapped_rows(generation: Path, array: RowArray, rows: int) -> CodeRows:
-    """The first `rows` rows of an array, over mapped chunk files; DamagedError for a file that is too short."""
+def mapped_rows(generation: Path, array: RowArray, rows: int, crcs: tuple[int, ...]) -> CodeRows:
+    """The first `rows` rows of an array, over mapped chunk files.
+
+    crcs: checksum of each chunk's published bytes. DamagedError for a file that is too short or whose bytes differ.
+    """
 
     def read(chunk: int) -> np.ndarray:
         path = generation / array.name / array.chunk_file(chunk)
@@ -67,13 +94,17 @@ def mapped_rows(generation: Path, array: RowArray, rows: int) -> CodeRows:
         with reading(path):
             descriptor = os.open(path, os.O_RDONLY)
             try:
+                status = os.fstat(descriptor)
                 # Touching a mapping past the end of its file would kill the process.
-                if os.fstat(descriptor).st_size < size:
+                if status.st_size < size:
                     raise DamagedError(f"{path}: damaged: shorter than its {shape[0]} published rows")
                 mapped = mmap.mmap(descriptor, size, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
             finally:
                 os.close(descriptor)
-        return np.frombuffer(mapped, dtype=array.dtype).reshape(shape)
+        codes = np.frombuffer(mapped, dtype=array.dtype).reshape(shape)
+        if not _CHECKED.holds(status, codes, crcs[chunk]):
+            raise DamagedError(f"{path}: damaged: its bytes do not match their checksum; see `gradstore verify`")
+        return codes
 
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return CodeRows(read, 4096 if soft == resource.RLIM_INFINITY else max(8, min(4096, soft // 4)))
