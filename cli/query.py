@@ -76,7 +76,9 @@ def query(
     if several and (layers or index != "scan"):
         raise RequestError("--layers and --index are for one benchmark: give --against once")
     opened = gradstore.open(store)
-    view = opened.view(_pool(opened, pool, against), at)
+    chosen = _pool(opened, pool, against)
+    opened.check_files(chosen, *against)
+    view = opened.view(chosen, at)
     wanted = [target(opened, name, at, cast("Aggregate", aggregate)) for name in against]
     strength = DAMPING if damping is None else damping
     asked: dict[str, Any] = {
@@ -196,9 +198,11 @@ def select(
 
     opened = gradstore.open(store)
     names = against or []
+    chosen = _pool(opened, pool, names)
+    opened.check_files(chosen, *names)
     selection = choose(
         opened,
-        _pool(opened, pool, names),
+        chosen,
         [target(opened, name, at, cast("Aggregate", aggregate)) for name in names],
         n,
         selector,

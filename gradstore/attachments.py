@@ -11,6 +11,7 @@ from pathlib import Path
 
 from gradstore.durable import TEMPORARY, alone, crc32c, make_folder, reading, replace_file, writing
 from gradstore.errors import DamagedError, RequestError
+from gradstore.inventory import OF_STORE, check_inventory, take_inventory
 
 ATTACHMENTS = "attachments"
 COVERAGE = "coverage.json"
@@ -42,7 +43,9 @@ def adding(store: Path) -> Iterator[None]:
     folder = store / ATTACHMENTS
     make_folder(folder)
     with writing(folder), alone(folder):
+        check_inventory(store)
         yield
+        take_inventory(store, OF_STORE)
 
 
 def keep_coverage(store: Path, data: bytes) -> None:

@@ -25,6 +25,7 @@ from gradstore.chunks import CodeRows
 from gradstore.durable import crc32c, make_folder, replace_file, writing
 from gradstore.errors import DamagedError, NotAStoreError, RequestError
 from gradstore.header import Header, read_header
+from gradstore.inventory import INVENTORY, Inventory
 from gradstore.layout import (
     COLLECTIONS,
     MANIFEST,
@@ -126,9 +127,18 @@ def _prepare(source: "ZarrStore", path: Path) -> Header:
         path.mkdir(parents=True, exist_ok=True)
     make_folder(path / COLLECTIONS)
     replace_file(path / COLLECTIONS / ZARR, group_json({}))
+    inventory = _get(source, [INVENTORY])[0]  # Before the files that it names: there may be more, never fewer.
     _copy_named(source, ATTACHMENTS, path / ATTACHMENTS)
+    _keep_inventory(inventory, path)
     replace_file(path / ZARR, root)
     return read_header(path)
+
+
+def _keep_inventory(inventory: bytes | None, folder: Path) -> None:
+    """Copy the inventory of the source, fetched before the files it names; DamagedError if its bytes changed."""
+    if inventory is not None:
+        Inventory.from_bytes(inventory, folder / INVENTORY)
+        replace_file(folder / INVENTORY, inventory)
 
 
 def _copy_named(source: "ZarrStore", where: str, folder: Path) -> None:
@@ -146,6 +156,7 @@ def _bring_up_to_date(source: "ZarrStore", header: Header, path: Path, name: str
     """Update the copy of one collection; if the source publishes or compacts meanwhile, retry with the new manifest."""
     where = f"{COLLECTIONS}/{name}"
     for attempt in range(_ATTEMPTS):
+        inventory = _get(source, [f"{where}/{INVENTORY}"])[0]
         raw = _get(source, [f"{where}/{MANIFEST}"])[0]
         if raw is None:
             raise RequestError(f"{source}: there is no collection {name!r}")
@@ -154,6 +165,7 @@ def _bring_up_to_date(source: "ZarrStore", header: Header, path: Path, name: str
             for kind in (PROBES, ROUNDS):
                 _copy_named(source, f"{where}/{kind}", path / where / kind)
             _copy(source, header, path / where, where, manifest, arrays)
+            _keep_inventory(inventory, path / where)
             return
         except DamagedError:
             if attempt == _ATTEMPTS - 1 or _get(source, [f"{where}/{MANIFEST}"])[0] == raw:
