@@ -211,8 +211,8 @@ class _Checker:
         if inventory is None:
             if not (folder / INVENTORY).exists() and any(any((folder / kind).glob("[!.]*")) for kind in kinds):
                 self.report.notes.append(
-                    f"{folder.name}: has no {INVENTORY}, as in stores of earlier versions: if the newest of its "
-                    f"{' or '.join(kinds)} were missing, nothing would show it"
+                    f"{(folder / INVENTORY).relative_to(self.root)}: there is none, as in stores of earlier versions: "
+                    f"if the newest of the {' or '.join(kinds)} were missing, nothing would show it"
                 )
             return
         known = {finding.file for finding in self.report.findings}
