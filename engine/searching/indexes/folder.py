@@ -11,7 +11,7 @@ import json
 import os
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,8 +20,8 @@ import numpy as np
 from gradstore import View
 from gradstore.durable import canonical_json, crc32c, fsync_folder, replace_file, writing
 from gradstore.engine.searching.indexes.index import Index, Tested, collection_folder
-from gradstore.engine.searching.indexes.kinds import kind_class
-from gradstore.errors import GradstoreError
+from gradstore.engine.searching.indexes.kinds import Kind, kind_class
+from gradstore.errors import GradstoreError, first_line
 from gradstore.layout import INDEXES
 
 _FORMAT = 2
@@ -58,6 +58,9 @@ class IndexFolder:
         self.kind = kind
         self.metric = metric
         self.path = collection_folder(view) / INDEXES / f"{kind}-{self.metric}"
+        self.fault = ""
+        """Why `read` could not open the index that is there; empty if it could, or there is none."""
+        self._view = view
         self._collection = collection_folder(view)
         self._generation = view.stored.generation
 
@@ -71,20 +74,28 @@ class IndexFolder:
             yield False
             return
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            # Without locks two builders may remove each other's files; then a reader finds none and builds anew.
+            with suppress(OSError):
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
             yield True
         finally:
             os.close(descriptor)
 
     def read(self) -> Kept | None:
-        """Read the index of this generation; None if there is none or it is damaged."""
+        """Read the index of this generation, without a lock; None if there is none.
+
+        One that cannot be used (damaged, of other rows, or of another version of its library) sets `fault`.
+        """
+        kind, self.fault, fault = kind_class(self.kind), "", ""
         for _ in range(_ATTEMPTS):
             try:
-                return self._read()
-            except FileNotFoundError:
-                continue  # Never built, or replaced between the two reads.
-            except (OSError, ValueError, KeyError, TypeError):
-                return None  # No such folder, or damaged: the caller builds a new one.
+                return self._read(kind)
+            except (FileNotFoundError, NotADirectoryError) as error:
+                fault = first_line(error)  # Never built, or replaced between the two reads.
+            except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, MemoryError) as error:
+                fault = first_line(error)
+                break
+        self.fault = fault if (self.path / "index.json").exists() else ""
         return None
 
     def exists(self) -> bool:
@@ -100,8 +111,8 @@ class IndexFolder:
         files: dict[str, Any] = {}
         index = kept.index
         if index is not None:
-            old = self._body() if kept.n_saved == len(index) else None
-            files = old["files"] if old and old["files"] else self._write_files(index)
+            files = self._kept_files() if kept.n_saved == len(index) else {}
+            files = files or self._write_files(index)
         body = {
             "format": _FORMAT,
             "kind": self.kind,
@@ -121,18 +132,23 @@ class IndexFolder:
             if path.name not in named:
                 path.unlink(missing_ok=True)
 
-    def _body(self) -> dict[str, Any] | None:
+    def _kept_files(self) -> dict[str, Any]:
+        """The files of the index on disk; none if it cannot be read."""
         try:
-            text = (self.path / "index.json").read_bytes()
-            whole = json.loads(text)
-        except (FileNotFoundError, ValueError):
-            return None
-        body: dict[str, Any] = whole["index"]
-        if whole["crc32c"] != crc32c(canonical_json(body)) or body["format"] != _FORMAT:
-            return None
-        return body if body["generation"] == self._generation else None
+            body = self._body()
+        except (OSError, ValueError, KeyError, TypeError):
+            return {}
+        return {} if body is None else body["files"]
 
-    def _read(self) -> Kept | None:
+    def _body(self) -> dict[str, Any] | None:
+        """What index.json says; None for an index of an earlier format or another generation. ValueError if damaged."""
+        whole = json.loads((self.path / "index.json").read_bytes())
+        body: dict[str, Any] = whole["index"]
+        if whole["crc32c"] != crc32c(canonical_json(body)):
+            raise ValueError("index.json does not match its checksum")
+        return body if (body["format"], body["generation"]) == (_FORMAT, self._generation) else None
+
+    def _read(self, kind: type[Kind]) -> Kept | None:
         body = self._body()
         if body is None:
             return None
@@ -143,13 +159,19 @@ class IndexFolder:
         for name, file in body["files"].items():
             paths[name] = self.path / file["name"]
             if crc32c(np.memmap(paths[name], np.uint8, "r")) != file["crc32c"]:
-                return None
-        kind = kind_class(self.kind)
+                raise ValueError(f"{paths[name].name} does not match its checksum")
         entry_rows, entry_norms = np.load(paths["rows"]), np.load(paths["norms"])
+        n = len(entry_rows)
+        if (entry_rows.dtype, entry_norms.dtype) != (np.int64, np.float32) or entry_norms.shape != (n,):
+            raise ValueError("its rows and norms are not those of an index")
+        if entry_rows.shape != (n,) or entry_rows.min(initial=0) < 0 or len(np.unique(entry_rows)) < n:
+            raise ValueError("its rows are not row numbers, each once")
+        entries = kind.load(paths["entries"], n, self._view.dim)
         index = Index(
-            kind.load(paths["entries"]), self.metric, self._collection, self._generation, entry_rows, entry_norms,
+            entries, self.metric, self._collection, self._generation, entry_rows, entry_norms,
             tuple(Tested(**tested) for tested in body["tested"]), body["n_tested"],
         )  # fmt: skip
+        index.positions(self._view)  # RequestError, which is a ValueError, if it is of other rows.
         return Kept(index, body["recall"], refusals, len(entry_rows))
 
     def _write_files(self, index: Index) -> dict[str, dict[str, Any]]:
