@@ -62,11 +62,6 @@ def query(
 ) -> None:
     """Which problems align with a benchmark, or with several, best first."""
     import gradstore
-    from gradstore.engine.searching.fisher import DAMPING
-    from gradstore.engine.searching.fusion import search_fused
-    from gradstore.engine.searching.query import search
-    from gradstore.engine.searching.targets import target
-    from gradstore.engine.searching.where import Where
 
     if not against:
         raise RequestError("query needs a benchmark: --against NAME")
@@ -79,6 +74,13 @@ def query(
     chosen = _pool(opened, pool, against)
     opened.check_files(chosen, *against)
     view = opened.view(chosen, at)
+    view.stored.read_ahead()  # Reading and checking the codes takes as long as these imports.
+    from gradstore.engine.searching.fisher import DAMPING
+    from gradstore.engine.searching.fusion import search_fused
+    from gradstore.engine.searching.query import search
+    from gradstore.engine.searching.targets import target
+    from gradstore.engine.searching.where import Where
+
     wanted = [target(opened, name, at, cast("Aggregate", aggregate)) for name in against]
     strength = DAMPING if damping is None else damping
     asked: dict[str, Any] = {

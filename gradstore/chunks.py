@@ -10,13 +10,15 @@ import resource
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
 from gradstore.durable import crc32c, reading
-from gradstore.errors import DamagedError
+from gradstore.errors import DamagedError, GradstoreError
 from gradstore.layout import RowArray
+from gradstore.parallel_crc import crc32c_of
 
 
 def read_column(generation: Path, array: RowArray, rows: int, crcs: tuple[int, ...]) -> np.ndarray:
@@ -50,7 +52,7 @@ class _Checked:
         state = mapped.nbytes, status.st_size, status.st_mtime_ns, status.st_ctime_ns
         known_state, found = self._found.get((status.st_dev, status.st_ino), ((), -1))
         if known_state != state:
-            found = crc32c(mapped)
+            found = crc32c_of(mapped)
             self._found[status.st_dev, status.st_ino] = state, found
         return found == crc
 
@@ -79,6 +81,16 @@ class CodeRows:
             while len(self._kept) > self._most:
                 self._kept.popitem(last=False)
         return rows
+
+    def read_ahead(self, chunks: list[int]) -> None:
+        """Start a thread that reads these chunks, as many as are kept; it stops at the first that is damaged."""
+
+        def read() -> None:
+            with suppress(GradstoreError):
+                for chunk in chunks[: self._most]:
+                    self.chunk(chunk)
+
+        threading.Thread(target=read, name="read ahead", daemon=True).start()
 
 
 def mapped_rows(generation: Path, array: RowArray, rows: int, crcs: tuple[int, ...]) -> CodeRows:

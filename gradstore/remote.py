@@ -8,7 +8,7 @@ locally. Searches then use mapped local files at full speed, and a refresh costs
 fetches and checks each chunk of codes that it reads; memory holds a few chunks at a time.
 
 The source is any zarr store: `zarr.storage.ObjectStore` (obstore: S3, Google Cloud, Azure, HTTP),
-`zarr.storage.FsspecStore`, `LocalStore`. To put a store there, upload its folder, manifests last.
+`zarr.storage.FsspecStore`, `LocalStore`. To put a store there, upload its folder, manifests and then inventories last.
 """
 
 import asyncio

@@ -314,8 +314,9 @@ def sealed(folder, change) -> None:
 
 def replaced(folder, name: str, data: bytes) -> None:
     """Replace one file of an index, with the checksum that fits: nothing but its content is wrong."""
-    (folder / f"{name}-other").write_bytes(data)
-    sealed(folder, lambda body: body["files"].update({name: {"name": f"{name}-other", "crc32c": crc32c(data)}}))
+    other = f"{name}-{'0' * 16}"
+    (folder / other).write_bytes(data)
+    sealed(folder, lambda body: body["files"].update({name: {"name": other, "crc32c": crc32c(data)}}))
 
 
 def saved(array: np.ndarray) -> bytes:
