@@ -12,6 +12,7 @@ from pathlib import Path
 from gradstore.durable import crc32c, make_folder, replace_file
 from gradstore.errors import DamagedError, GradstoreError
 from gradstore.inside import check_folder, names_inside, read_inside
+from gradstore.inventory import check_inventory
 from gradstore.layout import store_of
 
 _PART = re.compile(r"part-([0-9]{6,9})-([0-9a-f]{8})\.parquet")
@@ -38,7 +39,8 @@ def add_part(folder: Path, data: bytes) -> int:
 
 
 def count_parts(folder: Path) -> int:
-    """Number of parts there should be: the largest number plus one."""
+    """Number of parts there should be: the largest number plus one. DamagedError if the inventory names more."""
+    check_inventory(folder.parent, folder.name)
     return max((number for number, _, _ in _parts(folder)), default=-1) + 1
 
 
@@ -47,6 +49,7 @@ def read_parts(folder: Path, first: int = 0, stop: int | None = None, skip: Coll
 
     skip: names of parts that are not read. DamagedError if a part changed or is missing.
     """
+    check_inventory(folder.parent, folder.name)
     found = {}
     for path, data, fault in check_parts(folder, first, stop, skip):
         if fault:
@@ -84,6 +87,14 @@ def check_parts(
         fault = "" if crc32c(data) == crc else f"bytes do not match the checksum in the name ({len(data)} bytes)"
         checked.append((path, data, fault))
     return checked
+
+
+def missing_part(folder: Path) -> Path | None:
+    """The first part that is missing below the largest number; None if there is none. Reads names alone."""
+    for number, (found, _, _) in enumerate(_parts(folder)):
+        if found > number:
+            return folder / f"part-{number:06d}"
+    return None
 
 
 def strangers(folder: Path) -> list[Path]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from gradstore.durable import TEMPORARY, alone, crc32c, make_folder, replace_file, writing
 from gradstore.errors import DamagedError, GradstoreError, RequestError
 from gradstore.inside import check_folder, names_inside, read_inside
+from gradstore.inventory import OF_STORE, check_inventory, take_inventory
 from gradstore.layout import is_name
 from gradstore.schema import Checker, lists, number, one_of, optional, record, text, whole
 
@@ -67,7 +68,9 @@ def adding(store: Path) -> Iterator[None]:
     check_folder(folder, store)
     make_folder(folder)
     with writing(folder), alone(folder):
+        check_inventory(store)
         yield
+        take_inventory(store, OF_STORE)
 
 
 def keep_coverage(store: Path, data: bytes) -> None:

@@ -85,8 +85,10 @@ def to_records(table: "pa.Table", where: str) -> list[dict]:
 
 
 def _stored(checker: Checker, row: dict, field: str, where: str) -> Any:
-    """The value of a column of JSON."""
-    return checker.parse(row[field], f"{where}, problem {row['id']!r:.80}, {field}", nan=True)
+    """The value of a column of JSON. NaN and Infinity, which earlier versions stored, become None."""
+    value = checker.parse(row[field], f"{where}, problem {row['id']!r:.80}, {field}", nan=True)
+    odd = "NaN" in row[field] or "Infinity" in row[field]
+    return json.loads(row[field], parse_constant=lambda _: None) if odd else value
 
 
 class ProblemTable:

@@ -11,7 +11,7 @@ Whoever wrote the source may have written anything. Names are those of the forma
 manifest, and nothing is written outside the copy's folder.
 
 The source is any zarr store: `zarr.storage.ObjectStore` (obstore: S3, Google Cloud, Azure, HTTP),
-`zarr.storage.FsspecStore`, `LocalStore`. To put a store there, upload its folder, manifests last.
+`zarr.storage.FsspecStore`, `LocalStore`. To put a store there, upload its folder, manifests and then inventories last.
 """
 
 import asyncio
@@ -31,6 +31,7 @@ from gradstore.errors import DamagedError, GradstoreError, NotAStoreError, Reque
 from gradstore.header import MOST_BYTES as MOST_HEADER_BYTES
 from gradstore.header import Header, parse_header
 from gradstore.inside import check_folder, open_inside, read_inside
+from gradstore.inventory import INVENTORY, Inventory
 from gradstore.layout import (
     COLLECTIONS,
     MANIFEST,
@@ -137,7 +138,10 @@ def _prepare(source: "ZarrStore", path: Path) -> Header:
         path.mkdir(parents=True, exist_ok=True)
     _make_folder(path / COLLECTIONS, path)
     replace_file(path / COLLECTIONS / ZARR, group_json({}))
+    # Before the files that it names: there may be more, never fewer.
+    inventory = _get(source, [(INVENTORY, MOST_BYTES)])[0]
     _copy_named(source, ATTACHMENTS, path)
+    _keep_inventory(inventory, path)
     replace_file(path / ZARR, root)
     return header
 
@@ -145,6 +149,13 @@ def _prepare(source: "ZarrStore", path: Path) -> Header:
 def _make_folder(folder: Path, root: Path) -> None:
     check_folder(folder, root)
     make_folder(folder)
+
+
+def _keep_inventory(inventory: bytes | None, folder: Path) -> None:
+    """Copy the inventory of the source, fetched before the files it names; DamagedError if its bytes changed."""
+    if inventory is not None:
+        Inventory.from_bytes(inventory, folder / INVENTORY)
+        replace_file(folder / INVENTORY, inventory)
 
 
 def _copy_named(source: "ZarrStore", where: str, path: Path) -> None:
@@ -169,6 +180,7 @@ def _bring_up_to_date(source: "ZarrStore", header: Header, path: Path, name: str
     """Update the copy of one collection; if the source publishes or compacts meanwhile, retry with the new manifest."""
     where = f"{COLLECTIONS}/{name}"
     for attempt in range(_ATTEMPTS):
+        inventory = _get(source, [(f"{where}/{INVENTORY}", MOST_BYTES)])[0]
         raw = _get(source, [(f"{where}/{MANIFEST}", MOST_BYTES)])[0]
         if raw is None:
             raise RequestError(f"{source}: there is no collection {name!r}")
@@ -180,6 +192,7 @@ def _bring_up_to_date(source: "ZarrStore", header: Header, path: Path, name: str
             for kind in (PROBES, ROUNDS):
                 _copy_named(source, f"{where}/{kind}", path)
             _copy(source, header, path / where, where, manifest, arrays)
+            _keep_inventory(inventory, path / where)
             return
         except DamagedError:
             if attempt == _ATTEMPTS - 1 or _get(source, [(f"{where}/{MANIFEST}", MOST_BYTES)])[0] == raw:

@@ -101,18 +101,14 @@ class Checker:
 def load_json(raw: bytes | str, where: Path | str, *, nan: bool = False) -> Any:
     """The value of a JSON text in UTF-8; DamagedError, beginning with `where`, for anything else.
 
-    Names may not occur twice in an object, and values nest at most 200 deep. nan: NaN and Infinity, which
-    earlier versions stored, become None.
+    Names may not occur twice in an object, and values nest at most 200 deep. nan: NaN and Infinity are numbers, as in
+    Python's dialect.
     """
     try:
         from_json(raw, allow_inf_nan=nan)  # Refuses deep nesting and half surrogate pairs, which Python's parser takes.
-        return json.loads(raw, object_pairs_hook=_once, parse_constant=_nothing if nan else _no_number)
+        return json.loads(raw, object_pairs_hook=_once, parse_constant=None if nan else _no_number)
     except (ValueError, RecursionError) as error:
         raise DamagedError(f"{where}: damaged: not usable JSON: {first_line(error)}") from None
-
-
-def _nothing(_: str) -> None:
-    """What NaN and Infinity become."""
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

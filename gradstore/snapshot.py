@@ -32,7 +32,8 @@ class Snapshot:
         self._lease = lease
         self._generation = collection / manifest.folder
         self._columns: dict[str, np.ndarray] = {}
-        self.codes = mapped_rows(self._generation, header.arrays[0], manifest.rows)
+        codes = header.arrays[0]
+        self.codes = mapped_rows(self._generation, codes, manifest.rows, manifest.chunks[codes.name])
 
     def column(self, name: str) -> np.ndarray:
         """All published entries of a one-dimensional array; read and checked once, then cached."""

@@ -11,6 +11,7 @@ from gradstore.description import describe
 from gradstore.durable import TEMPORARY, make_folder, replace_file, writing
 from gradstore.errors import FingerprintError, RequestError
 from gradstore.header import Header, check_fingerprint, check_layout, new_header, read_header
+from gradstore.inventory import INVENTORY, OF_STORE, take_inventory
 from gradstore.layout import COLLECTIONS, WITHOUT_CODES, ZARR, collection_names, group_json
 from gradstore.new_problems import add_problems
 from gradstore.outputs import check_output
@@ -62,6 +63,8 @@ def create(
     replace_file(path / COLLECTIONS / ZARR, group_json({}))
     for name, data in (attachments or {}).items():
         write_attachment(path, name, data)
+    if attachments:
+        take_inventory(path, OF_STORE)
     replace_file(path / ZARR, header.to_bytes())  # Last: with it the folder becomes a store.
     return Store(path, header, "a")
 
@@ -239,6 +242,18 @@ class Store:
         """Number of the collection's newest publication."""
         return self._collection(collection).snapshot().manifest.commit
 
+    def check_files(self, *collections: str) -> None:
+        """Check that no file of some collections (none named: of all) is missing, cut or of another moment.
+
+        Reads names, sizes, manifests and columns, not codes: those are checked when a chunk is first read. DamagedError
+        names the first file at fault. `query`, `select` and `report` do this before anything else.
+        """
+        from gradstore.presence import check_collection_files, check_store_files
+
+        check_store_files(self.path, self.fingerprint, self.bases)
+        for name in collections or self.collections:
+            check_collection_files(self._collection(name), len(self.bases), self._codes_of is None)
+
     def verify(self) -> "Report":
         """Check every stored byte against its checksum; safe while another process writes."""
         from gradstore.verify import verify
@@ -289,6 +304,6 @@ def _is_blank(path: Path) -> bool:
     """Whether this is an empty folder, or one left by an interrupted `create`."""
     if not path.is_dir():
         return False
-    ours = {COLLECTIONS, f"{COLLECTIONS}/{ZARR}", ATTACHMENTS}
+    ours = {COLLECTIONS, f"{COLLECTIONS}/{ZARR}", ATTACHMENTS, INVENTORY}
     names = (entry.relative_to(path) for entry in path.glob("**/*"))
     return all(str(name) in ours or name.parts[0] == ATTACHMENTS or name.name.startswith(TEMPORARY) for name in names)

@@ -11,7 +11,7 @@ import os
 import re
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,8 +20,8 @@ import numpy as np
 from gradstore import View
 from gradstore.durable import TEMPORARY, canonical_json, crc32c, fsync_folder, replace_file, writing
 from gradstore.engine.searching.indexes.index import Index, Tested, collection_folder
-from gradstore.engine.searching.indexes.kinds import kind_class
-from gradstore.errors import DamagedError, GradstoreError
+from gradstore.engine.searching.indexes.kinds import Kind, kind_class
+from gradstore.errors import DamagedError, GradstoreError, first_line
 from gradstore.inside import check_folder, names_inside, open_inside, remove_file
 from gradstore.layout import INDEXES, store_of
 from gradstore.schema import Checker, lists, number, record, text, whole
@@ -92,6 +92,9 @@ class IndexFolder:
         self.kind = kind
         self.metric = metric
         self.path = collection_folder(view) / INDEXES / f"{kind}-{self.metric}"
+        self.fault = ""
+        """Why `read` could not open the index that is there; empty if it could, or there is none."""
+        self._view = view
         self._collection = collection_folder(view)
         self._store = store_of(self._collection)
         self._what = kind, metric
@@ -108,20 +111,28 @@ class IndexFolder:
             yield False
             return
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            # Without locks two builders may remove each other's files; then a reader finds none and builds anew.
+            with suppress(OSError):
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
             yield True
         finally:
             os.close(descriptor)
 
     def read(self) -> Kept | None:
-        """Read the index of this generation; None if there is none or it is damaged."""
+        """Read the index of this generation, without a lock; None if there is none.
+
+        One that cannot be used (damaged, of other rows, or of another version of its library) sets `fault`.
+        """
+        kind, self.fault, fault = kind_class(self.kind), "", ""
         for _ in range(_ATTEMPTS):
             try:
-                return self._read()
-            except FileNotFoundError:
-                continue  # Never built, or replaced between the two reads.
-            except (OSError, ValueError, KeyError, TypeError):
-                return None  # No such folder, or damaged: the caller builds a new one.
+                return self._read(kind)
+            except (FileNotFoundError, NotADirectoryError) as error:
+                fault = first_line(error)  # Never built, or replaced between the two reads.
+            except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, MemoryError) as error:
+                fault = first_line(error)
+                break
+        self.fault = fault if (self.path / "index.json").exists() else ""
         return None
 
     def exists(self) -> bool:
@@ -137,8 +148,8 @@ class IndexFolder:
         files: dict[str, Any] = {}
         index = kept.index
         if index is not None:
-            old = self._body() if kept.n_saved == len(index) else None
-            files = old["files"] if old and old["files"] else self._write_files(index)
+            files = self._kept_files() if kept.n_saved == len(index) else {}
+            files = files or self._write_files(index)
         body = {
             "format": _FORMAT,
             "kind": self.kind,
@@ -158,20 +169,28 @@ class IndexFolder:
             if name not in named and _NAMES.fullmatch(name):
                 remove_file(self.path / name, self._store)
 
-    def _body(self) -> dict[str, Any] | None:
+    def _kept_files(self) -> dict[str, Any]:
+        """The files of the index on disk; none if it cannot be read."""
         try:
-            raw = self._bytes("index.json", _MOST_BYTES)
-            found = _WHOLE.parse(raw, "index.json")
-        except (FileNotFoundError, DamagedError, ValueError):
-            return None
-        body: dict[str, Any] = found["index"]
-        if found["crc32c"] != crc32c(canonical_json(body)) or body["format"] != _FORMAT:
-            return None
-        if body["files"] and (set(body["files"]) != set(_FILES) or (body["kind"], body["metric"]) != self._what):
-            return None
-        return body if body["generation"] == self._generation else None
+            body = self._body()
+        except (OSError, ValueError, KeyError, TypeError):
+            return {}
+        return {} if body is None else body["files"]
 
-    def _read(self) -> Kept | None:
+    def _body(self) -> dict[str, Any] | None:
+        """What index.json says; None for an index of an earlier format or another generation. ValueError if damaged."""
+        try:
+            found = _WHOLE.parse(self._bytes("index.json", _MOST_BYTES), "index.json")
+        except DamagedError as error:
+            raise ValueError(str(error)) from None
+        body: dict[str, Any] = found["index"]
+        if found["crc32c"] != crc32c(canonical_json(body)):
+            raise ValueError("index.json does not match its checksum")
+        if body["files"] and (set(body["files"]) != set(_FILES) or (body["kind"], body["metric"]) != self._what):
+            raise ValueError("index.json describes another index")
+        return body if (body["format"], body["generation"]) == (_FORMAT, self._generation) else None
+
+    def _read(self, kind: type[Kind]) -> Kept | None:
         body = self._body()
         if body is None:
             return None
@@ -183,13 +202,19 @@ class IndexFolder:
             paths[name] = self.path / file["name"]
             os.close(self._opened(file["name"]))  # No link, no pipe: the libraries below open by path.
             if crc32c(np.memmap(paths[name], np.uint8, "r")) != file["crc32c"]:
-                return None
-        kind = kind_class(self.kind)
+                raise ValueError(f"{paths[name].name} does not match its checksum")
         entry_rows, entry_norms = np.load(paths["rows"]), np.load(paths["norms"])
+        n = len(entry_rows)
+        if (entry_rows.dtype, entry_norms.dtype) != (np.int64, np.float32) or entry_norms.shape != (n,):
+            raise ValueError("its rows and norms are not those of an index")
+        if entry_rows.shape != (n,) or entry_rows.min(initial=0) < 0 or len(np.unique(entry_rows)) < n:
+            raise ValueError("its rows are not row numbers, each once")
+        entries = kind.load(paths["entries"], n, self._view.dim)
         index = Index(
-            kind.load(paths["entries"]), self.metric, self._collection, self._generation, entry_rows, entry_norms,
+            entries, self.metric, self._collection, self._generation, entry_rows, entry_norms,
             tuple(Tested(**tested) for tested in body["tested"]), body["n_tested"],
         )  # fmt: skip
+        index.positions(self._view)  # RequestError, which is a ValueError, if it is of other rows.
         return Kept(index, body["recall"], refusals, len(entry_rows))
 
     def _opened(self, name: str) -> int:
