@@ -2,7 +2,7 @@
 
 import pytest
 
-from gradstore.trainer.sampling.grading import read_truth
+from gradstore.trainer.sampling.grading import grade, read_truth
 from gradstore.trainer.sampling.rewards import load_reward, math_equal
 
 TRUTHS = {
