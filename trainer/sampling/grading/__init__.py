@@ -10,8 +10,8 @@ r"""Grading of answers by the kind of their ground truth.
     short text              words.py        \text{Wednesday}, east, \text{no solution}
     all other mathematics   expressions.py  2\sqrt3, x^2 + 1, y = 2x, matrices: by math-verify
 
-Labels, numbers, lists of them and text are compared without math-verify, in microseconds. docs/rollouts.md has the rules,
-with the published conventions they follow.
+Labels, numbers, lists of them and text are compared without math-verify, in microseconds. docs/rollouts.md has the
+rules, with the published conventions they follow.
 """
 
 from gradstore.trainer.sampling.grading.boxes import last_box

@@ -1,20 +1,22 @@
 r"""Find the boxes of a text: \boxed{...}, \fbox{...} and \boxed 7.
 
-One pass over the text, whatever its braces, so that a megabyte of \boxed{ costs a megabyte's time.
+The last MOST boxes are found in one pass, so that a megabyte of \boxed{ costs no more than a megabyte of prose.
 """
 
 import re
-from dataclasses import dataclass
+from typing import NamedTuple
+
+MOST = 100
+"""Most boxes that are found; earlier ones of a text are ignored."""
 
 _TOKEN = re.compile(
     r"(?P<box>\\(?:boxed|fbox)(?![A-Za-z])\s*(?:(?P<brace>\{)|(?P<bare>[^\s${}\\][^\s${}]*|\\[A-Za-z][^\s$]*)?))"
-    r"|\\.|[{}]",
+    r"|\\.|\{+|\}+",
     re.DOTALL,
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Box:
+class Box(NamedTuple):
     """A box of a text; `text[start:end]` is all of it."""
 
     start: int
@@ -24,26 +26,31 @@ class Box:
 
 
 def boxes(text: str) -> list[Box]:
-    """The boxes that contain no other box, in the order of the text. Escaped braces do not count as braces."""
-    if "\\boxed" not in text and "\\fbox" not in text:
+    """The last boxes that contain no other box, in the order of the text. Escaped braces do not count as braces."""
+    begin = _last_openings(text)
+    if begin is None:
         return []
     found: list[Box] = []
     open_braces: list[tuple[int, int] | None] = []  # for each open brace: (start, content) of a box, None for others
-    for token in _TOKEN.finditer(text):
+    for token in _TOKEN.finditer(text, begin):
         if token["box"] is not None:
             if token["brace"]:
                 open_braces.append((token.start(), token.end()))
             else:
                 content = token.span("bare") if token["bare"] else (token.end(), token.end())
                 found.append(Box(token.start(), token.end(), content))
-        elif token[0] == "{":
-            open_braces.append(None)
-        elif token[0] == "}" and open_braces:
-            opened = open_braces.pop()
-            if opened is not None:
-                found.append(Box(opened[0], token.end(), (opened[1], token.start())))
+        elif token[0][0] == "{":
+            open_braces += [None] * len(token[0])
+        elif token[0][0] == "}":
+            for place in range(token.start(), min(token.end(), token.start() + len(open_braces))):
+                opened = open_braces.pop()
+                if opened is not None:
+                    found.append(Box(opened[0], place + 1, (opened[1], place)))
     found += [Box(opened[0], len(text), None) for opened in open_braces if opened is not None]
-    return _innermost(found)
+    found.sort()
+    # A box whose successor begins before it ends contains it.
+    ends = [*(box.start for box in found[1:]), len(text)]
+    return [box for box, after in zip(found, ends, strict=True) if box.end <= after]
 
 
 def last_box(text: str) -> str | None:
@@ -58,9 +65,13 @@ def last_box(text: str) -> str | None:
     return text[begin:end]
 
 
-def _innermost(found: list[Box]) -> list[Box]:
-    """Without the boxes that contain another: those whose successor begins before they end."""
-    found.sort(key=lambda box: box.start)
-    return [
-        box for box, after in zip(found, [*found[1:], None], strict=True) if after is None or after.start >= box.end
-    ]
+def _last_openings(text: str) -> int | None:
+    """Where the first of the last MOST boxes begins; None if there is none."""
+    begin = None
+    marks = [mark for mark in ("\\boxed", "\\fbox") if mark in text]
+    for _ in range(MOST if marks else 0):
+        place = max(text.rfind(mark, 0, begin) for mark in marks)
+        if place < 0:
+            break
+        begin = place
+    return begin

@@ -5,19 +5,22 @@ time grows with the square of the text, has nothing to search.
 """
 
 import functools
+import logging
 import re
 from dataclasses import dataclass
 from typing import Any
 
 from gradstore.trainer.sampling.grading.markup import DOLLAR, latex, plain
+from gradstore.trainer.sampling.grading.sequences import LONGEST_LIST, listed
 from gradstore.trainer.sampling.grading.units import CURRENCIES, read_unit
 
-_FUNCTIONS = frozenset(
-    "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln lg exp sqrt max min gcd lcm lim mod det dim ker "
-    "deg arg inf sup rank tr abs floor ceil pmatrix bmatrix vmatrix Bmatrix Vmatrix matrix array cases aligned".split()
+_NAMES = (
+    "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log exp sqrt max min gcd lcm lim mod det dim ker deg "
+    "arg inf sup rank abs floor ceil"
 )
+_FUNCTIONS = frozenset(_NAMES.split())
 _COMMAND = re.compile(r"\\[A-Za-z]+")
-_WORD = re.compile(r"[A-Za-z]{2,}")
+_WORD = re.compile(r"[A-Za-z]{3,}")
 _WRAPPED_UNIT = re.compile(
     r"\s*\\(?:text|mathrm|mbox|textrm|textbf|hbox)\s*\{(?P<unit>[^{}]*)\}\s*(?P<power>\^\s*\{?\s*\d\s*\}?)?$"
 )
@@ -30,8 +33,12 @@ _APPROXIMATELY = re.compile(r"\\(?:approx|simeq|doteq)(?![A-Za-z])")
 _RELATION = re.compile(
     r"[<>]|\\(?:le|ge|ne|in|sim|equiv|subset\w*|mid|to|implies|Rightarrow|cup|cap|not)(?![A-Za-z])|!="
 )
-_DEPTH = 60
+_DEPTH = 40
 """Deepest nesting of braces and brackets that is parsed."""
+_LONGEST = 300
+"""Characters of the longest answer that is parsed, beyond four times the truth's: parsing is slow."""
+TRUTH_S, ANSWER_S = 20, 5
+"""Seconds for reading a truth, and for reading and for comparing an answer; after these it is not equal."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +52,10 @@ class Expression:
 
     def agrees(self, answer: str) -> bool:
         """Whether math-verify finds the answer equal."""
-        written, unit = without_unit(latex(answer) or "")
+        whole = latex(answer) or ""
+        if listed(whole, most=LONGEST_LIST) is not None:
+            return False
+        written, unit = without_unit(whole)
         if self.unit and unit and self.unit != unit:
             return False
         return same(self.source, written)
@@ -53,7 +63,7 @@ class Expression:
 
 @dataclass(frozen=True, slots=True)
 class Literal:
-    """A short ground truth of mathematics that math-verify cannot parse; compared as text, as MATH's `is_equiv` does."""
+    """Short mathematics that math-verify cannot parse, compared as text, as Hendrycks et al. do for MATH."""
 
     source: str
     kind: str = "notation"
@@ -69,12 +79,14 @@ def read_expression(text: str) -> Expression | None:
     if not written or _depth(written) > _DEPTH:
         return None
     source, unit = without_unit(written)
-    return Expression(source, unit) if _parsed(source) else None
+    return Expression(source, unit) if _parsed(source, TRUTH_S) else None
 
 
 def same(gold: str, answer: str) -> bool:
     """Whether two expressions in the form of `latex` are equal; False for prose, and for what cannot be parsed."""
-    if not answer or _depth(answer) > _DEPTH or (_words(answer) - _words(gold)):
+    if not answer or len(answer) > _LONGEST + 4 * len(gold) or _depth(answer) > _DEPTH:
+        return False
+    if _words(answer) - _words(gold):
         return False
     return squeezed(gold) == squeezed(answer) or _verified(gold, answer)
 
@@ -119,9 +131,7 @@ def squeezed(text: str) -> str:
 def _words(text: str) -> set[str]:
     """The words of a text that are no commands or functions."""
     bare = re.sub(r"\\(?:begin|end)\s*\{\w+\*?\}(?:\s*\{[clr| ]*\})?", " ", text)
-    return {
-        word.casefold() for word in _WORD.findall(_COMMAND.sub(" ", bare)) if len(word) > 2 and word not in _FUNCTIONS
-    }
+    return {word.casefold() for word in _WORD.findall(_COMMAND.sub(" ", bare)) if word not in _FUNCTIONS}
 
 
 def _depth(text: str) -> int:
@@ -136,16 +146,23 @@ def _depth(text: str) -> int:
 
 
 @functools.lru_cache(maxsize=65536)
-def _parsed(source: str) -> tuple[Any, ...]:
-    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
-
-    configs = [LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()]
-    return tuple(parse(f"\\boxed{{{source.replace('**', '^')}}}", configs, fallback_mode="no_fallback"))
+def _parsed(source: str, seconds: int) -> tuple[Any, ...]:
+    verifier = _math_verify()
+    configs = [verifier.LatexExtractionConfig(boxed_match_priority=0), verifier.ExprExtractionConfig()]
+    text = f"\\boxed{{{source.replace('**', '^')}}}"
+    return tuple(verifier.parse(text, configs, fallback_mode="no_fallback", parsing_timeout=seconds))
 
 
 @functools.lru_cache(maxsize=65536)
 def _verified(gold: str, answer: str) -> bool:
-    from math_verify import verify
+    golden, given = list(_parsed(gold, TRUTH_S)), list(_parsed(answer, ANSWER_S))
+    return bool(golden and given and _math_verify().verify(golden, given, timeout_seconds=ANSWER_S))
 
-    golden, given = list(_parsed(gold)), list(_parsed(answer))
-    return bool(golden and given and verify(golden, given))
+
+@functools.cache
+def _math_verify() -> Any:
+    import math_verify
+
+    # Its warnings quote answers, and each answer that takes too long is one.
+    logging.getLogger("math_verify").setLevel(logging.ERROR)
+    return math_verify

@@ -13,12 +13,9 @@ Options are A to J, as in MMLU-Pro and SuperGPQA.
 import re
 from dataclasses import dataclass
 
-_PAIRS = ("true", "false"), ("yes", "no")
+from gradstore.trainer.sampling.grading.markup import WRAPPER
+
 _LETTERS = "A-J"
-_WRAPPER = re.compile(
-    r"\\(?:text|textbf|textit|textrm|texttt|textsf|mathrm|mathbf|mathsf|mathit|mathtt|boldsymbol|bm|emph|mbox|hbox|operatorname)"
-    r"\s*\{([^{}]*)\}"
-)
 _NOISE = re.compile(r"\\[()\[\],;:! ]|\\(?:bf|rm|it|tt|left|right|quad|qquad)(?![A-Za-z])|[$*_`~{}\"']")
 _LEADING = re.compile(
     r"(?:(?:the|final|correct|right|best|answer|option|choice|is|letter)\b\s*[:=]?\s*)+", re.IGNORECASE
@@ -44,9 +41,9 @@ class Label:
     @property
     def kind(self) -> str:
         """Name for messages."""
-        return (
-            "letter of an option" if len(self.name) == 1 else "True or False" if self.name in _PAIRS[0] else "yes or no"
-        )
+        if len(self.name) == 1:
+            return "letter of an option"
+        return "True or False" if self.name in ("true", "false") else "yes or no"
 
     def agrees(self, answer: str) -> bool:
         """Whether the answer is this name and names no other."""
@@ -69,7 +66,7 @@ def _plain(text: str) -> str:
     """The text without LaTeX and Markdown formatting."""
     before = None
     while before != text:
-        before, text = text, _WRAPPER.sub(r"\1", text)
+        before, text = text, WRAPPER.sub(r"\1", text)
     return " ".join(_NOISE.sub(" ", text).split())
 
 

@@ -1,8 +1,8 @@
 r"""Write an answer's LaTeX and Unicode in one way, so that each kind of answer has one form to read.
 
-`latex` keeps LaTeX, for math-verify: without delimiters, spacing and synonyms of commands. `plain` also opens \text{...} and
-its relatives, for numbers with units, lists and words. The replacements follow Hendrycks et al. (MATH, `_strip_string`) and
-Lewkowycz et al. (Minerva, appendix D.1, `normalize_final_answer`).
+`latex` keeps LaTeX, for math-verify: without delimiters, spacing and synonyms of commands. `plain` also opens
+\text{...} and its relatives, for numbers with units, lists and words. The replacements follow Hendrycks et al. (MATH,
+`_strip_string`) and Lewkowycz et al. (Minerva, appendix D.1, `normalize_final_answer`).
 """
 
 import functools
@@ -36,8 +36,8 @@ _SYNONYMS = {
 }  # fmt: skip
 _COMMAND = re.compile(r",\\!|\{,\}|\\(?:left|right)\s*\.(?!\d)|\\(?:[A-Za-z]+|.)", re.DOTALL)
 _WRAPPERS = (
-    "text|textbf|textit|textrm|texttt|textsf|textnormal|mathrm|mathbf|mathsf|mathit|mathtt|boldsymbol|bm|emph|mbox|hbox|"
-    "operatorname|underline"
+    "text|textbf|textit|textrm|texttt|textsf|textnormal|mathrm|mathbf|mathsf|mathit|mathtt|boldsymbol|bm|emph|mbox|"
+    "hbox|operatorname|underline"
 )
 WRAPPER = re.compile(rf"\\(?:{_WRAPPERS})\s*\{{([^{{}}]*)\}}")
 _DOLLARS = re.compile(r"\$\$?")

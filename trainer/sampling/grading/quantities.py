@@ -4,8 +4,9 @@ r"""Read and compare numbers: plain, with a unit or currency, in percent.
     with a unit         \$5   5 dollars   5\text{ cm}^2   90^\circ   50\%   \$1.5 million   x = 3
 
 Two numbers agree if they are equal. If one is written as a decimal, six decimals must agree after rounding, as in
-math-verify, and the difference must be at most 1e-4 of the number, as in Qwen2.5-Math's `math_equal`: else 0.0000004 would
-equal 0. A percentage agrees with its number and with its value: 50% with 50 (MATH drops the sign) and 0.5, not with 5000.
+math-verify, and the difference must be at most 1e-4 of the number, as in Qwen2.5-Math's `math_equal`: else 0.0000004
+would equal 0. A percentage agrees with its number and with its value: 50% with 50 (MATH drops the sign) and with 0.5,
+not with 5000.
 """
 
 import re
@@ -38,7 +39,8 @@ NUMBER = (
 
 _NUMBER = re.compile(NUMBER)
 _NAME = re.compile(
-    r"(?P<name>\\?[A-Za-z]+(?:_(?:\w|\{\w+\}))?'*(?:\s*\(\s*\\?[\w,\s]+\))?|[A-Za-z][A-Za-z ]{1,40})\s*(?<![<>!])=(?!=)\s*"
+    r"(?P<name>\\?[A-Za-z]+(?:_(?:\w|\{\w+\}))?'*(?:\s*\(\s*\\?[\w,\s]+\))?|[A-Za-z][A-Za-z ]{1,40})"
+    r"\s*(?<![<>!])=(?!=)\s*"
 )
 _MULTIPLE = re.compile(rf"\s*\b({'|'.join(MULTIPLES)})\b\s*", re.IGNORECASE)
 _OVERLINE = re.compile(r"(\d*)\.(\d*)\\overline\s*\{(\d+)\}")

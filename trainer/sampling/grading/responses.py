@@ -1,11 +1,13 @@
 r"""Find the final answer in a response.
 
-1. The last box (Hendrycks et al.: MATH). Boxes with nothing between them but "and", "or" and punctuation are one answer in
-   several parts. A last box that is empty or not closed is no answer: the response was cut, or did not say.
-2. Without a box: the text after the last "answer is", "answer:" (Minerva, MMLU-Pro) or #### (GSM8K), to the end of its line.
-3. Without that: the last line; for values the last expression of mathematics or number (as in math-verify, Qwen2.5-Math).
+1. The last box (Hendrycks et al.: MATH). Boxes with nothing between them but "and", "or" and punctuation are one answer
+   in several parts. A last box that is empty or not closed is no answer: the response was cut, or did not say.
+2. Without a box: the text after the last "answer is", "answer:" (Minerva, MMLU-Pro) or #### (GSM8K), to the end of its
+   sentence; for values the first one in it.
+3. Without that: the last line; for values the last one of the text (as in math-verify and Qwen2.5-Math).
 
-Only the end of a long response is searched in 2 and 3, and an answer is short: time grows with the response's length alone.
+Values side by side, such as "5 or 6" and "(5, 6)", are one answer. Only the end of a long response is searched in 2 and
+3, and an answer is short: so time grows with the response's length alone.
 """
 
 import re
@@ -13,26 +15,36 @@ from dataclasses import dataclass
 
 from gradstore.trainer.sampling.grading.boxes import Box, boxes
 from gradstore.trainer.sampling.grading.quantities import NUMBER, read_quantity
+from gradstore.trainer.sampling.grading.units import read_unit
 
 LONGEST = 2000
 """Characters of the longest answer that is compared, beyond the truth's own length."""
-_WINDOW = 4000
-"""Characters at the end of a response, or after its last marker, that are searched for an answer without a box."""
+_TAIL, _WINDOW = 20_000, 2_000
+"""Characters at the end of a response that are searched for a marker; and after it, or at the end, for a value."""
 
 _BETWEEN = re.compile(
-    r"(?:\s|[$.,;:&/|*]|\\[()\[\],;:!\\ ]|\\q?quad(?![A-Za-z])|\\(?:text|mathrm|mbox)\s*\{\s*[,;]?\s*(?:and|or)?\s*[,;]?\s*\}|"
-    r"\b(?:and|or|either|also)\b)*",
+    r"(?:\s|[$.,;:&/|*]|\\[()\[\],;:!\\ ]|\\q?quad(?![A-Za-z])|"
+    r"\\(?:text|mathrm|mbox)\s*\{\s*[,;]?\s*(?:and|or)?\s*[,;]?\s*\}|\b(?:and|or|either|also)\b)*",
     re.IGNORECASE,
 )
 _FARTHEST = 60
 """Most characters between two boxes of one answer."""
 _MARKER = re.compile(r"\banswer\b\s*(?:is\b\s*:?|:|=)\s*|####\s*", re.IGNORECASE)
-_SPAN = re.compile(r"\$\$(.+?)\$\$|(?<![\\\d])\$([^$\n]+)\$|\\\[(.+?)\\\]|\\\((.+?)\\\)", re.DOTALL)
-_TOKEN = re.compile(rf"(?<![\w.^{{\\(/+*-])(?:{NUMBER})(?:\s*\\?%|\s*percent\b)?(?![\w^{{\\]|\.\d|\s*[*/^+]\s*[\w\\])")
+_SPAN = re.compile(
+    r"\$\$(?P<display>(?:[^$\\]|\\.)+)\$\$|(?<![\\\d])\$(?P<inline>(?:[^$\n\\]|\\.)+)\$|"
+    r"\\\[(?P<bracket>(?:[^\\]|\\(?![\[\]]))+)\\\]|\\\((?P<round>(?:[^\\]|\\(?![()]))+)\\\)",
+    re.DOTALL,
+)
+_GROUP = r"(?P<group>[(\[][^()\[\]\n]{1,80},[^()\[\]\n]{1,80}[)\]])"
+_TOKEN = re.compile(
+    rf"{_GROUP}|(?<![\w.^{{\\(/+*-])(?:{NUMBER})(?:\s*\\?%|\s*percent\b)?(?![\w^{{\\]|\.\d|\s*[*/^+]\s*[\w\\])"
+)
+_UNIT = re.compile(r"\s?[A-Za-z]+(?:\s?/\s?[A-Za-z]+|\s+per\s+[A-Za-z]+)?(?:\^\{?\d\}?)?")
 _PROSE = re.compile(r"(?<![\\A-Za-z{])[A-Za-z]{2,}(?![A-Za-z}])")
-_JOIN = re.compile(r"\s*(?:[,;&]|,?\s*\b(?:and|or)\b|/)?\s*(?:\band\b|\bor\b)?\s*\$?", re.IGNORECASE)
-_NO_PROSE = frozenset("sin cos tan cot sec csc log ln exp sqrt and or pi mod gcd lcm max min".split())
-_NOISE = " \t\r\n.*_`"
+_JOIN = re.compile(r"\s*\$?\s*(?:[,;&/]|,?\s*\b(?:and|or)\b)?\s*\$?\s*", re.IGNORECASE)
+_NO_PROSE = frozenset(["sin", "cos", "tan", "cot", "log", "ln", "exp", "sqrt", "and", "or", "pi", "mod"])
+_NOISE = " \t\r\n.,;:*_`"
+_TAG = re.compile(r"</?[A-Za-z_]+>|<\|[^<>|]*\|>")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +65,9 @@ def final_answer(response: str, *, values: bool, longest: int = LONGEST) -> Answ
     found = boxes(response)
     if found:
         return _boxed(response, found, longest)
-    markers = list(_MARKER.finditer(response))
-    if markers:
-        begin = markers[-1].end()
-        text = response[begin : begin + _WINDOW]
-    else:
-        text = response[-_WINDOW:]
+    tail = _TAG.sub(" ", response[-_TAIL:])
+    markers = list(_MARKER.finditer(tail))
+    text = tail[markers[-1].end() :][:_WINDOW] if markers else tail[-_WINDOW:]
     parts = _values(text, first=bool(markers)) if values else _line(text, first=bool(markers))
     parts = tuple(part.strip() for part in parts)
     return Answer(parts) if parts and all(parts) and max(map(len, parts)) <= longest else None
@@ -80,7 +89,7 @@ def _boxed(response: str, found: list[Box], longest: int) -> Answer | None:
 def _contents(response: str, found: list[Box], longest: int) -> tuple[str, ...] | None:
     """The boxes' contents; None if one is not closed, empty or too long."""
     contents = []
-    for box in found[:_WINDOW]:
+    for box in found:
         if box.content is None or box.content[1] - box.content[0] > longest:
             return None
         contents.append(response[box.content[0] : box.content[1]].strip())
@@ -95,34 +104,40 @@ def _line(text: str, *, first: bool) -> tuple[str, ...]:
 
 def _values(text: str, *, first: bool) -> tuple[str, ...]:
     """The value, or the values side by side, that a text names first or last."""
-    spans = [found for found in _SPAN.finditer(text) if not _prose(found[0])]
-    lines = [line.strip(_NOISE) for line in text.splitlines() if line.strip(_NOISE)]
-    if first and lines:
-        begin = lines[0]
-        inside = [found for found in spans if text.find(found[0]) <= text.find(begin) + len(begin)]
-        if not inside:
-            return _within(_sentence(begin), first=True)
-        return _side_by_side(text, inside, first=True)
-    last = lines[-1] if lines else ""
-    if spans and (spans[-1].end() > text.rfind(last) or not _within(last, first=False)):
-        return _side_by_side(text, spans, first=False)
+    lines = [found for found in re.finditer(r"[^\n\r]+", text) if found[0].strip(_NOISE)]
+    if not lines:
+        return ()
+    spans = [found for found in _SPAN.finditer(text) if not _prose(_inside(found))]
+    if first:
+        spans = [found for found in spans if found.start() < lines[0].end()]
+        return _side_by_side(text, spans, first=True) if spans else _within(_sentence(lines[0][0]), first=True)
     for line in reversed(lines):
-        found = _within(line, first=False)
+        if spans and spans[-1].end() > line.start():
+            return _side_by_side(text, spans, first=False)
+        found = _within(line[0].strip(_NOISE), first=False)
         if found:
             return found
     return ()
 
 
 def _within(line: str, *, first: bool) -> tuple[str, ...]:
-    """The values in a line without delimiters of mathematics: all of it if it has no prose, else its numbers."""
+    """The values in a line without delimiters of mathematics.
+
+    All of the line if it has no prose; else what stands before or after all prose; else its first or last number.
+    """
     if not _prose(line) or read_quantity(line) is not None:
         return (line,)
+    words = [word for word in _PROSE.finditer(line) if _is_prose(word[0])]
+    edge = (line[: words[0].start()] if first else line[words[-1].end() :]).strip(_NOISE)
+    if re.search(r"[0-9A-Za-z]", edge) and len(re.findall(r"[(\[{]", edge)) == len(re.findall(r"[)\]}]", edge)):
+        return (edge,)
     tokens = list(_TOKEN.finditer(line))
-    if "\\" in line and not first:
-        tail = line[list(_PROSE.finditer(line))[-1].end() :].strip(_NOISE)
-        if "\\" in tail:
-            return (tail,)
-    return _side_by_side(line, tokens, first=first) if tokens else ()
+    found = _side_by_side(line, tokens, first=first) if tokens else ()
+    if len(found) == 1:
+        token = tokens[0 if first else -1]
+        unit = _UNIT.match(line, token.end())
+        return (token[0] + unit[0],) if unit and read_unit(unit[0]) else found
+    return found
 
 
 def _side_by_side(text: str, found: list[re.Match[str]], *, first: bool) -> tuple[str, ...]:
@@ -134,11 +149,14 @@ def _side_by_side(text: str, found: list[re.Match[str]], *, first: bool) -> tupl
         if not _JOIN.fullmatch(text[before.end() : after.start()]):
             break
         together.append(match)
-    together = together if first else together[::-1]
-    return tuple(
-        next((group for group in match.groups()[:4] if group), match[0]) if match.re is _SPAN else match[0]
-        for match in together
-    )
+    return tuple(_inside(match) for match in (together if first else together[::-1]))
+
+
+def _inside(found: re.Match[str]) -> str:
+    """The text of a match, without delimiters of mathematics."""
+    if found.re is not _SPAN:
+        return found[0]
+    return next(found[name] for name in ("display", "inline", "bracket", "round") if found[name] is not None)
 
 
 def _sentence(line: str) -> str:
@@ -147,4 +165,8 @@ def _sentence(line: str) -> str:
 
 
 def _prose(text: str) -> bool:
-    return any(word.lower() not in _NO_PROSE for word in _PROSE.findall(text))
+    return any(_is_prose(word) for word in _PROSE.findall(text))
+
+
+def _is_prose(word: str) -> bool:
+    return word.lower() not in _NO_PROSE

@@ -31,12 +31,14 @@ class Element(Protocol):
 
 
 _MOST = 100
-"""Most elements; a longer list is not read."""
+"""Most elements of a truth."""
+LONGEST_LIST = 10_000
+"""Most elements of an answer that `listed` counts, to tell it from one value."""
 _OPEN, _CLOSE = {"(": "(", "[": "[", "\\{": "{", "\\langle": "<"}, {")": ")", "]": "]", "\\}": "}", "\\rangle": ">"}
 _TOKEN = re.compile(r"\\(?:begin|end|langle|rangle)(?![A-Za-z])|\\[{}]|\\.|[()\[\]{},;|]", re.DOTALL)
 _JOINED = re.compile(
-    r"\s*[,;]?\s*(?:\\(?:text|mathrm|mbox|textrm|quad)\s*\{\s*[,;]?\s*(?:and|or|,|;)\s*[,;]?\s*\}|(?<![\\A-Za-z])(?:and|or)(?![A-Za-z]))"
-    r"\s*|\s*;\s*"
+    r"\s*[,;]?\s*(?:\\(?:text|mathrm|mbox|textrm)\s*\{\s*[,;]?\s*(?:and|or|,|;)\s*[,;]?\s*\}|"
+    r"(?<![\\A-Za-z])(?:and|or)(?![A-Za-z]))\s*|\s*;\s*"
 )
 _THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,]\d)")
 _PREFIX = re.compile(
@@ -71,7 +73,7 @@ class Listed:
 
     @property
     def _interval(self) -> bool:
-        return len(self.elements) == 2 and "[" in self.brackets or "]" in self.brackets and len(self.elements) == 2
+        return len(self.elements) == 2 and ("[" in self.brackets or "]" in self.brackets)
 
     def agrees(self, answer: str) -> bool:
         """Whether the answer lists the same elements, in brackets that fit."""
@@ -209,10 +211,8 @@ def _both_signs(part: str) -> list[str]:
     if len(found) != 2:
         return [part]
     before, after = found
-    return [
-        f"{before}+{after}" if before.strip() and before.strip()[-1] not in "=(" else f"{before}{after}",
-        f"{before}-{after}",
-    ]
+    alone = not before.strip() or before.strip()[-1] in "=("
+    return [f"{before}{after}" if alone else f"{before}+{after}", f"{before}-{after}"]
 
 
 def _union(text: str) -> list[str]:

@@ -10,23 +10,19 @@ from gradstore.trainer.sampling.grading.labels import Label, read_label
 from gradstore.trainer.sampling.grading.markup import latex, plain
 from gradstore.trainer.sampling.grading.quantities import Quantity, read_quantity
 from gradstore.trainer.sampling.grading.responses import LONGEST, final_answer
-from gradstore.trainer.sampling.grading.sequences import Element, Listed, Union, listed, read_listed
+from gradstore.trainer.sampling.grading.sequences import LONGEST_LIST, Element, Listed, Union, listed, read_listed
 from gradstore.trainer.sampling.grading.words import Words, read_words
 
 EXPECTED = (
-    "expected True or False, yes or no, the letter of an option, a number (with a unit, currency or percent), a list, set, "
-    "tuple or interval, a short text, or mathematics in LaTeX"
+    "expected True or False, yes or no, the letter of an option, a number (with a unit, currency or percent), a list, "
+    "set, tuple or interval, a short text, or mathematics in LaTeX"
 )
 """What a ground truth can be, for messages."""
 
 _LONGEST_TRUTH = 2000
 _IN_BASE = re.compile(r"\(?(?P<digits>[0-9A-Fa-f]+)\)?\s*_\s*\{?\s*(?P<base>\d{1,2}|[a-z]+)\s*\}?")
-_BASES = {
-    name: str(number)
-    for number, name in enumerate(
-        "two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen".split(), start=2
-    )
-}
+_NUMERALS = "two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen"
+_BASES = {name: str(number) for number, name in enumerate(_NUMERALS.split(), start=2)}
 _CLOCK_OR_RATIO = re.compile(r"\d+(?:\s*:\s*\d+)+")
 _SHORT = 100
 
@@ -55,7 +51,7 @@ class Number:
         if based is not None:
             return self.quantity.written == based.digits
         written = latex(answer)
-        if not written or listed(written) is not None:
+        if not written or listed(written, most=LONGEST_LIST) is not None:
             return False
         *others, last = sides(written)
         numbers = [read_quantity(side) for side in (*others, last)]

@@ -1,8 +1,8 @@
 r"""Read what stands after a number: a unit, a counted noun, percent.
 
-Published graders drop units (Minerva's list of removed expressions; MATH's `remove_right_units`). Here a unit may be left
-out on either side, but two units of measure that both are written must agree: 5 km is not 5 miles. Words that are no
-unit of measure (students, ways) are dropped as there.
+Published graders drop units (Minerva's list of removed expressions; MATH's `remove_right_units`). Here a unit may be
+left out on either side, but two units of measure that both are written must agree: 5 km is not 5 miles. Words that are
+no unit of measure (students, ways) are dropped as there.
 """
 
 import re
@@ -27,18 +27,19 @@ _MEASURES = {
     "am": "a.m", "pm": "p.m",
 }  # fmt: skip
 _LETTERS = {
-    "m": "m", "g": "g", "s": "second", "h": "hour", "L": "liter", "l": "liter", "N": "newton", "J": "joule", "W": "watt",
-    "V": "volt", "A": "ampere", "K": "kelvin", "C": "celsius", "F": "fahrenheit",
+    "m": "m", "g": "g", "s": "second", "h": "hour", "L": "liter", "l": "liter", "N": "newton", "J": "joule",
+    "W": "watt", "V": "volt", "A": "ampere", "K": "kelvin", "C": "celsius", "F": "fahrenheit",
 }  # fmt: skip
 """Units of one letter, whose case matters: 2 N is a force, 2 n a product."""
 _NAMES = {alias: name for name, aliases in _MEASURES.items() for alias in (name, *aliases.split())}
 CURRENCIES = {"\uff04": "dollar", "$": "dollar", "€": "euro", "£": "pound sterling", "¥": "yen", "₹": "rupee"}
 MULTIPLES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
-_NEVER = frozenset(
-    "or and not nor but if when then than to of is are was be equals equal except plus minus times divided over mod more less "
-    "half dozen either neither both no none unknown undefined where because since with without between from modulo "
-    "sin cos tan cot sec csc log ln lg exp sqrt pi max min gcd lcm lim arcsin arccos arctan infinity true false".split()
+_OTHER_WORDS = (
+    "or and not nor but if when then than to of is are was be equals equal except plus minus times divided over mod "
+    "more less half dozen either neither both no none unknown undefined where because since with without between from "
+    "modulo sin cos tan cot sec csc log ln lg exp sqrt pi max min gcd lcm lim arcsin arccos arctan infinity true false"
 )
+_NEVER = frozenset(_OTHER_WORDS.split())
 """Words that change what is said about the number, and names of functions: text with one of them is no unit."""
 _ORDINALS = frozenset({"st", "nd", "rd", "th"})
 _TOKEN = re.compile(

@@ -1,6 +1,7 @@
 r"""Compare text: short names and phrases, such as MATH's \text{Wednesday}, \text{east} and \text{no solution}.
 
-Case, articles, punctuation, formatting and spaces do not count; every word does. A reason may follow: "east, because ...".
+Case, articles, punctuation, formatting and spaces do not count; every word does. A reason may follow: "east, because
+it rises there".
 """
 
 import re
@@ -17,9 +18,8 @@ _LEADING = re.compile(
     r"^(?:(?:so|thus|therefore|hence|the|final|correct|answer|it|is|was|are)\s+(?:is\s+|are\s+)?)*", re.IGNORECASE
 )
 _REASON = re.compile(r"\s*[,;.:(-]?\s*\b(?:because|since|as|which|so|for)\b.*$", re.IGNORECASE | re.DOTALL)
-_MATHS = frozenset(
-    "sqrt infinity theta alpha beta gamma delta lambda sigma omega frac sinh cosh tanh arcsin arccos arctan".split()
-)
+_SYMBOLS = "sqrt infinity theta alpha beta gamma delta lambda sigma omega frac sinh cosh tanh arcsin arccos arctan"
+_MATHS = frozenset(_SYMBOLS.split())
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class Words:
 
 
 def read_words(text: str) -> Words | None:
-    r"""The truth as text; None if it is mathematics or longer than 12 words. `abc` is a product, `\text{abc}` a name."""
+    r"""The truth as text; None if it is mathematics or has over 12 words. `abc` is a product, `\text{abc}` a name."""
     written = plain(text)
     if not written or len(written) > _MOST_LETTERS or not _TEXT.fullmatch(written):
         return None
