@@ -15,6 +15,8 @@ _TOKEN = re.compile(
     re.DOTALL,
 )
 
+_INNER = re.compile(r"\\(?:boxed|fbox)\s*\{")
+
 
 class Box(NamedTuple):
     """A box of a text; `text[start:end]` is all of it."""
@@ -26,7 +28,7 @@ class Box(NamedTuple):
 
 
 def boxes(text: str) -> list[Box]:
-    """The last boxes that contain no other box, in the order of the text. Escaped braces do not count as braces."""
+    r"""The last boxes of a text, in its order, without those inside another. \{ and \} do not count as braces."""
     begin = _last_openings(text)
     if begin is None:
         return []
@@ -37,8 +39,8 @@ def boxes(text: str) -> list[Box]:
             if token["brace"]:
                 open_braces.append((token.start(), token.end()))
             else:
-                content = token.span("bare") if token["bare"] else (token.end(), token.end())
-                found.append(Box(token.start(), token.end(), content))
+                bare = token.span("bare") if token["bare"] else (token.end(), token.end())
+                found.append(Box(token.start(), token.end(), bare))
         elif token[0][0] == "{":
             open_braces += [None] * len(token[0])
         elif token[0][0] == "}":
@@ -46,23 +48,31 @@ def boxes(text: str) -> list[Box]:
                 opened = open_braces.pop()
                 if opened is not None:
                     found.append(Box(opened[0], place + 1, (opened[1], place)))
-    found += [Box(opened[0], len(text), None) for opened in open_braces if opened is not None]
-    found.sort()
-    # A box whose successor begins before it ends contains it.
-    ends = [*(box.start for box in found[1:]), len(text)]
-    return [box for box, after in zip(found, ends, strict=True) if box.end <= after]
+    outer: list[Box] = []
+    for box in sorted(found):
+        if not outer or box.start >= outer[-1].end:
+            outer.append(box)
+    cut = next((opened for opened in reversed(open_braces) if opened is not None), None)
+    if cut is not None and (not outer or cut[0] > outer[-1].start):
+        outer.append(Box(cut[0], len(text), None))
+    return outer
 
 
 def last_box(text: str) -> str | None:
-    """Content of the box that begins last; None if there is no box, or that one is not closed.
+    """Content of the last box; None if there is no box, or the last one is not closed.
 
-    This is the convention of Hendrycks et al. (MATH, `last_boxed_only_string`).
+    This is the convention of Hendrycks et al. (MATH, `last_boxed_only_string`), but for a box inside another.
     """
     found = boxes(text)
-    if not found or found[-1].content is None:
+    return content(text, found[-1]) if found else None
+
+
+def content(text: str, box: Box) -> str | None:
+    r"""What a box contains, without the boxes inside it: \boxed{\boxed{5}, 6} contains {5}, 6."""
+    if box.content is None:
         return None
-    begin, end = found[-1].content
-    return text[begin:end]
+    begin, end = box.content
+    return _INNER.sub("{", text[begin:end]).strip()
 
 
 def _last_openings(text: str) -> int | None:

@@ -4,6 +4,7 @@ math-verify gets one answer, without prose, unit and delimiters, in a box: so it
 time grows with the square of the text, has nothing to search.
 """
 
+import dataclasses
 import functools
 import logging
 import re
@@ -28,6 +29,8 @@ _BARE_UNIT = re.compile(
     r"(?<![\\A-Za-z])(?P<unit>[A-Za-z]{2,}\.?(?:[ /]+[A-Za-z]{2,}\.?){0,4}(?:\s*\^\s*\{?[23]\}?)?)$"
 )
 _CIRCLE = re.compile(r"\s*\^\s*\\circ\s*$")
+_TEXTUAL = re.compile(r"\\(?:text|mbox|textbf|textit|textrm)\s*\{[^{}]*[A-Za-z]{3,}|(?<![A-Z\\])[A-Z]{3,}(?![A-Z])")
+"""What math-verify reads as products of letters: words, and points as in \\angle ABC."""
 _SIDES = re.compile(r"(?<![<>!:\\])=+")
 _APPROXIMATELY = re.compile(r"\\(?:approx|simeq|doteq)(?![A-Za-z])")
 _RELATION = re.compile(
@@ -79,6 +82,8 @@ def read_expression(text: str) -> Expression | None:
     if not written or _depth(written) > _DEPTH:
         return None
     source, unit = without_unit(written)
+    if _TEXTUAL.search(source):
+        return None
     return Expression(source, unit) if _parsed(source, TRUTH_S) else None
 
 
@@ -101,11 +106,14 @@ def without_unit(written: str) -> tuple[str, str]:
         return _CIRCLE.sub("", written), "degree"
     if written.endswith("%"):
         return written, ""
-    found = _WRAPPED_UNIT.search(written) or _BARE_UNIT.search(written)
+    wrapped = _WRAPPED_UNIT.search(written)
+    found = wrapped or _BARE_UNIT.search(written)
     if found is None or not written[: found.start()].strip():
         return written, ""
-    unit = read_unit(" " + found["unit"].strip() + (found.groupdict().get("power") or ""))
-    return (written, "") if unit is None else (written[: found.start()].strip(), unit)
+    unit = read_unit(f" {found['unit'].strip()}{wrapped['power'] or '' if wrapped else ''}")
+    if unit is None or not (wrapped or unit or (found["unit"].islower() and len(found["unit"]) > 3)):
+        return written, ""
+    return written[: found.start()].strip(), unit
 
 
 def sides(answer: str) -> list[str]:
@@ -148,7 +156,10 @@ def _depth(text: str) -> int:
 @functools.lru_cache(maxsize=65536)
 def _parsed(source: str, seconds: int) -> tuple[Any, ...]:
     verifier = _math_verify()
-    configs = [verifier.LatexExtractionConfig(boxed_match_priority=0), verifier.ExprExtractionConfig()]
+    latex_config = verifier.LatexExtractionConfig(boxed_match_priority=0)
+    # Its removal of units takes variables for units: a + b - c would become "a +". `without_unit` has removed them.
+    form = dataclasses.replace(latex_config.normalization_config, units=False)
+    configs = [dataclasses.replace(latex_config, normalization_config=form), verifier.ExprExtractionConfig()]
     text = f"\\boxed{{{source.replace('**', '^')}}}"
     return tuple(verifier.parse(text, configs, fallback_mode="no_fallback", parsing_timeout=seconds))
 

@@ -29,6 +29,8 @@ _OPTION = re.compile(
 _ANOTHER = re.compile(
     rf"(?:^|\b(?:or|and)\b|[,/&;])\W*(?:[{_LETTERS}]|true|false|yes|no)\W*(?:$|[,/&;]|\b(?:or|and)\b)", re.IGNORECASE
 )
+_CHOICE = re.compile(r"\s*[.)\]]?\s*(?:(?:or|and)\b|[/&]|,\s*[-\d.]+\s*$)", re.IGNORECASE)
+"""The beginning of a text that names one more answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,4 +88,6 @@ def _option(text: str) -> str | None:
 
 def _names_another(rest: str) -> bool:
     """Whether the text after a name contains a second name: "A, B", "true or false"."""
+    if _CHOICE.match(rest):
+        return True
     return _ANOTHER.search(rest.strip(" .:)]")) is not None if rest.strip(" .:)]") else False

@@ -13,7 +13,7 @@ Values side by side, such as "5 or 6" and "(5, 6)", are one answer. Only the end
 import re
 from dataclasses import dataclass
 
-from gradstore.trainer.sampling.grading.boxes import Box, boxes
+from gradstore.trainer.sampling.grading.boxes import Box, boxes, content
 from gradstore.trainer.sampling.grading.quantities import NUMBER, read_quantity
 from gradstore.trainer.sampling.grading.units import read_unit
 
@@ -41,6 +41,9 @@ _TOKEN = re.compile(
 )
 _UNIT = re.compile(r"\s?[A-Za-z]+(?:\s?/\s?[A-Za-z]+|\s+per\s+[A-Za-z]+)?(?:\^\{?\d\}?)?")
 _PROSE = re.compile(r"(?<![\\A-Za-z{])[A-Za-z]{2,}(?![A-Za-z}])")
+_WRAPPED = re.compile(r"\\(?:text\w*|mathrm|mbox|operatorname)\s*\{[^{}]*\}")
+_SMALL_WORDS = frozenset(["to", "of", "in", "is", "at", "by", "on", "an", "as", "if", "it", "we", "so"])
+_CLOSING = re.compile(r"\.?\s*I hope it is correct.*", re.IGNORECASE | re.DOTALL)
 _JOIN = re.compile(r"\s*\$?\s*(?:[,;&/]|,?\s*\b(?:and|or)\b)?\s*\$?\s*", re.IGNORECASE)
 _NO_PROSE = frozenset(["sin", "cos", "tan", "cot", "log", "ln", "exp", "sqrt", "and", "or", "pi", "mod"])
 _NOISE = " \t\r\n.,;:*_`"
@@ -67,7 +70,7 @@ def final_answer(response: str, *, values: bool, longest: int = LONGEST) -> Answ
         return _boxed(response, found, longest)
     tail = _TAG.sub(" ", response[-_TAIL:])
     markers = list(_MARKER.finditer(tail))
-    text = tail[markers[-1].end() :][:_WINDOW] if markers else tail[-_WINDOW:]
+    text = _CLOSING.sub("", tail[markers[-1].end() :][:_WINDOW] if markers else tail[-_WINDOW:])
     parts = _values(text, first=bool(markers)) if values else _line(text, first=bool(markers))
     parts = tuple(part.strip() for part in parts)
     return Answer(parts) if parts and all(parts) and max(map(len, parts)) <= longest else None
@@ -90,10 +93,11 @@ def _contents(response: str, found: list[Box], longest: int) -> tuple[str, ...] 
     """The boxes' contents; None if one is not closed, empty or too long."""
     contents = []
     for box in found:
-        if box.content is None or box.content[1] - box.content[0] > longest:
+        inside = content(response, box) if box.end - box.start <= longest else None
+        if not inside:
             return None
-        contents.append(response[box.content[0] : box.content[1]].strip())
-    return tuple(contents) if all(contents) else None
+        contents.append(inside)
+    return tuple(contents)
 
 
 def _line(text: str, *, first: bool) -> tuple[str, ...]:
@@ -107,7 +111,7 @@ def _values(text: str, *, first: bool) -> tuple[str, ...]:
     lines = [found for found in re.finditer(r"[^\n\r]+", text) if found[0].strip(_NOISE)]
     if not lines:
         return ()
-    spans = [found for found in _SPAN.finditer(text) if not _prose(_inside(found))]
+    spans = [found for found in _SPAN.finditer(text) if not _money(_inside(found))]
     if first:
         spans = [found for found in spans if found.start() < lines[0].end()]
         return _side_by_side(text, spans, first=True) if spans else _within(_sentence(lines[0][0]), first=True)
@@ -166,6 +170,14 @@ def _sentence(line: str) -> str:
 
 def _prose(text: str) -> bool:
     return any(_is_prose(word) for word in _PROSE.findall(text))
+
+
+def _money(span: str) -> bool:
+    """Whether a text between dollars is prose between two amounts: "$5 and earns $7"."""
+    words = [word for word in _PROSE.findall(_WRAPPED.sub(" ", span)) if word.islower() and _is_prose(word)]
+    return (
+        any(len(word) > 3 or word in _SMALL_WORDS for word in words) or re.search(r"\b(?:and|or)\s*$", span) is not None
+    )
 
 
 def _is_prose(word: str) -> bool:

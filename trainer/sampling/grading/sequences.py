@@ -63,17 +63,15 @@ class Listed:
     brackets: str
     names: tuple[str, ...] = ()
     """The elements' names, if all have different ones: x = 1, y = 2."""
+    interval: bool = False
+    """Two ends, which only the same brackets give: [0, 1), x < 2. (1, 2) can be a point too."""
 
     @property
     def kind(self) -> str:
         """Name for messages."""
-        if self._interval:
+        if self.interval:
             return "interval"
         return {"": "list", "{}": "set"}.get(self.brackets, "ordered pair" if len(self.elements) == 2 else "tuple")
-
-    @property
-    def _interval(self) -> bool:
-        return len(self.elements) == 2 and ("[" in self.brackets or "]" in self.brackets)
 
     def agrees(self, answer: str) -> bool:
         """Whether the answer lists the same elements, in brackets that fit."""
@@ -97,13 +95,15 @@ class Listed:
         return all(element.agrees(part) for element, part in zip(self.elements, parts, strict=True))
 
     def _fits(self, brackets: str) -> bool:
+        if self.interval:
+            return brackets == self.brackets
         if self.brackets == "":
             return brackets in ("", "()", "{}", "[]")
         if self.brackets == "{}":
             return brackets in ("", "{}")
         if self.brackets == "()":
             return brackets in ("", "()", "<>") or (brackets == "[]" and len(self.elements) > 2)
-        return brackets == self.brackets or (len(self.elements) > 2 and brackets in ("", "()"))
+        return brackets in ("", "()", self.brackets)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +135,9 @@ def read_listed(text: str, read: Callable[[str], Element | None]) -> Listed | Un
         return None
     names = tuple(_name(part) for part in split[0])
     distinct = all(names) and len(set(names)) == len(names) and split[1] == ""
-    return Listed(known_elements, split[1], names if distinct else ())
+    ends = len(elements) == 2 and split[1] in ("()", "[]", "(]", "[)")
+    interval = ends and (split[1] != "()" or "\\infty" in text or _interval(latex(text) or "") is not None)
+    return Listed(known_elements, split[1], names if distinct else (), interval)
 
 
 def listed(text: str, most: int = _MOST) -> tuple[tuple[str, ...], str] | None:
@@ -174,7 +176,8 @@ def _matched(elements: Sequence[Element], parts: Sequence[str]) -> bool:
 
 def _split(text: str, most: int) -> list[str] | None:
     """The text cut at commas and semicolons outside all brackets; None if brackets are not closed."""
-    parts, depth, begin, bars = [], 0, 0, 0
+    parts: list[str] = []
+    depth = begin = bars = 0
     for token in _TOKEN.finditer(text):
         what = token[0]
         if what in ("(", "[", "{", "\\{", "\\begin", "\\langle"):

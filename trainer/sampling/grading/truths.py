@@ -44,6 +44,8 @@ class Number:
         """Whether the answer is this number, and no other beside it."""
         if self.alternative is not None and self.alternative.agrees(answer):
             return True
+        if self.quantity.unit:  # 5m is a product elsewhere
+            answer = re.sub(r"(?<=\d)([A-Za-z])$", r" \1", answer.strip())
         given = read_quantity(answer)
         if given is not None:
             return self.quantity.same(given)

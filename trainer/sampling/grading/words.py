@@ -51,7 +51,7 @@ def read_words(text: str) -> Words | None:
     dressed = WRAPPER.search(text) is not None
     longest = max(map(len, words))
     wordy = longest >= 4 and not (len(words) == 1 and written.isupper() and longest < 5)
-    if not (wordy or (longest >= 3 and len(words) > 1) or (dressed and len(written) > 2)):
+    if not (wordy or (longest >= 3 and len(words) > 1) or (dressed and len(written) > 1)):
         return None
     key = _key(written)
     return Words(key) if key else None
