@@ -36,6 +36,8 @@ _APPROXIMATELY = re.compile(r"\\(?:approx|simeq|doteq)(?![A-Za-z])")
 _RELATION = re.compile(
     r"[<>]|\\(?:le|ge|ne|in|sim|equiv|subset\w*|mid|to|implies|Rightarrow|cup|cap|not)(?![A-Za-z])|!="
 )
+_MOST_WORDS = 4
+"""Most words of three letters or more in a truth that is no prose."""
 _DEPTH = 40
 """Deepest nesting of braces and brackets that is parsed."""
 _LONGEST = 300
@@ -82,7 +84,7 @@ def read_expression(text: str) -> Expression | None:
     if not written or _depth(written) > _DEPTH:
         return None
     source, unit = without_unit(written)
-    if _TEXTUAL.search(source):
+    if _TEXTUAL.search(source) or len(_WORD.findall(_COMMAND.sub(" ", source))) > _MOST_WORDS:
         return None
     return Expression(source, unit) if _parsed(source, TRUTH_S) else None
 

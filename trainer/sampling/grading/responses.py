@@ -140,7 +140,8 @@ def _within(line: str, *, first: bool) -> tuple[str, ...]:
     if len(found) == 1:
         token = tokens[0 if first else -1]
         unit = _UNIT.match(line, token.end())
-        return (token[0] + unit[0],) if unit and read_unit(unit[0]) else found
+        measured = unit is not None and unit[0].strip() not in _SMALL_WORDS and read_unit(unit[0])
+        return (token[0] + unit[0],) if unit and measured else found
     return found
 
 
