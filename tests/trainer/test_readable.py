@@ -41,10 +41,18 @@ def test_unreadable_truths_of_math() -> None:
 
 def test_a_long_list_is_counted() -> None:
     many = [_problem(f"p{i}", "the $ sign") for i in range(9)]
-    with pytest.raises(RequestError, match=r"9 of 9 problems.*'p4'.*; and 4 more\. Mend") as refused:
+    with pytest.raises(RequestError, match=r"9 of 9 problems.*'p4'.*; and 4 more\. Expected .*Mend") as refused:
         readable(many, load_reward("math"))
     assert "'p5'" not in str(refused.value)
     assert len(readable(many, load_reward("math"), skip=True)[1]) == 9
+
+
+def test_what_is_expected_is_said_once() -> None:
+    """The message is for one line of a terminal; a truth of a megabyte is cut."""
+    with pytest.raises(RequestError, match=r"problem 'b': .*\. Expected True or False, .* LaTeX\. Mend") as refused:
+        readable([_problem("a", ""), _problem("b", "x" * 10**6), _problem("c", "3")], load_reward("math"))
+    assert str(refused.value).lower().count("expected") == 1
+    assert len(str(refused.value)) < 1000
 
 
 def test_what_other_rewards_need() -> None:

@@ -67,7 +67,7 @@ def test_runaway_answer_is_wrong_not_endless() -> None:
 @pytest.mark.parametrize("gold", ["", "   "])
 def test_math_needs_a_ground_truth(gold: str) -> None:
     """Without one every answer would be wrong, and the problem would look unsolvable."""
-    with pytest.raises(RequestError, match=r"problem 'p1': ground truth .* is nothing that math-verify can read"):
+    with pytest.raises(RequestError, match=r"problem 'p1': ground truth .* is nothing that can be graded"):
         load_reward("math")(_problem(gold), "42", 0)
 
 

@@ -15,6 +15,7 @@ from gradstore import LockedError, RequestError
 from gradstore.engine.rollouts import read_rollouts
 from gradstore.trainer.sampling.backends import Response, derived_seed, load_backend
 from gradstore.trainer.sampling.reward import Reward
+from gradstore.trainer.sampling.rewards import load_reward
 from gradstore.trainer.sampling.rollout import RolloutReport, rollout, settings_path
 
 N, CHUNK = 3, 4
@@ -246,6 +247,16 @@ def test_refused_before_anything_is_sampled(
         _run(tiny_tokenizer, tmp_path / "r.jsonl", backend=backend, **settings)
     assert backend.calls == 0
     assert list(tmp_path.iterdir()) == []
+
+
+def test_truths_are_read_before_anything_is_sampled(tmp_path: Path, tiny_tokenizer: Any) -> None:
+    """Hours of sampling must not end at a truth that no grader reads."""
+    backend, out = RandomBackend(tiny_tokenizer), tmp_path / "r.jsonl"
+    problems = [*PROBLEMS, PROBLEMS[0] | {"id": "bad", "ground_truth": "the $ sign"}]
+    with pytest.raises(RequestError, match=r"cannot pay 1 of 11 problems: problem 'bad': ground truth 'the \$ sign'"):
+        rollout(problems, backend, load_reward("math"), out, n=N, max_new_tokens=4)
+    assert backend.calls == 0
+    assert not list(tmp_path.iterdir())
 
 
 def test_other_refusals(tmp_path: Path, tiny_tokenizer: Any) -> None:

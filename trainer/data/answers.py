@@ -7,6 +7,10 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from gradstore.trainer.sampling.grading import last_box
+
+BOX = "\\boxed"
+
 
 def plain(value: Any) -> str:
     """Text, a number or a truth value as text; 142.0 (from a float column) becomes 142."""
@@ -25,18 +29,13 @@ def plain(value: Any) -> str:
 def boxed(solution: Any) -> str:
     r"""Content of a solution's last \boxed{...} or \fbox{...}, with balanced braces; `\boxed 7` gives 7."""
     text = plain(solution)
-    place, mark = max((text.rfind(mark), mark) for mark in ("\\boxed", "\\fbox"))
-    if place < 0:
-        raise ValueError("the solution has no \\boxed answer")
-    rest = text[place + len(mark) :].lstrip()
-    if not rest.startswith("{"):
-        return plain(rest.split("$")[0].split()[0] if rest.split("$")[0].split() else "")
-    depth = 0
-    for i, character in enumerate(rest):
-        depth += (character == "{") - (character == "}")
-        if depth == 0:
-            return plain(rest[1:i])
-    raise ValueError("the \\boxed answer of the solution is not closed")
+    content = last_box(text)
+    if content is None:
+        there = "\\boxed" in text or "\\fbox" in text
+        raise ValueError(
+            f"the {BOX} answer of the solution is not closed" if there else f"the solution has no {BOX} answer"
+        )
+    return plain(content)
 
 
 def boxed_or_plain(value: Any) -> str:

@@ -35,9 +35,20 @@ def readable(
             left_out.append(f"{named(problem, names)}: {reason}")
     if left_out and not skip:
         more = len(left_out) - SHOWN
+        shown, expected = _expected_once(left_out[:SHOWN])
         raise RequestError(
             f"reward {reward.name!r} cannot pay {len(left_out)} of {len(problems)} problems: "
-            f"{'; '.join(left_out[:SHOWN])}{f'; and {more} more' if more > 0 else ''}. Mend them, or leave them out "
+            f"{'; '.join(shown)}{f'; and {more} more' if more > 0 else ''}. {expected}Mend them, or leave them out "
             "with --skip-unreadable, which names them all"
         )
     return kept, left_out
+
+
+def _expected_once(reasons: list[str]) -> tuple[list[str], str]:
+    """(the reasons, a sentence): what all reasons say was expected is said once, in the sentence."""
+    heads, ends = zip(
+        *((head, end) for head, _, end in (reason.partition("; expected ") for reason in reasons)), strict=True
+    )
+    if len(set(ends)) > 1 or not ends[0]:
+        return reasons, ""
+    return list(heads), f"Expected {ends[0]}. "

@@ -1,7 +1,7 @@
 """Built-in rewards by name, and rewards from the user's own function.
 
-- `math`: math-verify compares the response's boxed answer, or its last expression, with the ground truth; names
-  (True, no, the letter of an option) are compared as names (grading.py).
+- `math`: the response's boxed answer, or its last value, is compared with the ground truth by the kind of the truth:
+  labels, numbers with units, lists, intervals and text by rules, other mathematics by math-verify (grading/).
 - `reasoning-gym`: the data set's own verifier, on the entry stored in the problem's `extra["reasoning_gym"]`.
 - `judge`: a model behind an OpenAI-compatible endpoint compares the answer with the ground truth (judge.py).
 - `auto`: each problem's `extra["reward"]` names one of the above, for pools of mixed sources.
@@ -31,7 +31,7 @@ from gradstore import to_verl
 from gradstore.errors import RequestError
 from gradstore.keepable import parsed_field
 from gradstore.problems import detail
-from gradstore.trainer.sampling.grading import read_truth
+from gradstore.trainer.sampling.grading import grade, unreadable
 from gradstore.trainer.sampling.reward import Item, Reward
 
 if TYPE_CHECKING:
@@ -142,7 +142,7 @@ def _math(record: Mapping[str, Any], response: str, rollout_index: int) -> float
     gold = record.get("ground_truth", "")
     equal = _equal(gold, response)
     if equal is None:
-        raise RequestError(f"problem {record['id']!r}: {_unreadable_math(gold)}")
+        raise RequestError(f"problem {record['id']!r}: {unreadable(gold)}")
     return float(equal)
 
 
@@ -152,48 +152,15 @@ def _equal(gold: str, response: str) -> bool | None:
     return math_equal(gold, response) if in_main_thread else _worker().equal(gold, response)
 
 
-def _unreadable_math(gold: str) -> str:
-    return (
-        f"ground truth {gold!r} is nothing that math-verify can read; expected a number, an expression, LaTeX, True or "
-        "False, yes or no, or the letter of an option"
-    )
-
-
 def _check_math(record: Mapping[str, Any]) -> None:
     gold = record.get("ground_truth", "")
     if _equal(gold, "") is None:
-        raise RequestError(f"problem {record['id']!r}: {_unreadable_math(gold)}")
+        raise RequestError(f"problem {record['id']!r}: {unreadable(gold)}")
 
 
 def math_equal(gold: str, response: str) -> bool | None:
-    """Whether a response's answer equals the gold answer; None if the gold answer cannot be parsed.
-
-    True and False, yes and no, and option letters are compared as names (grading.py), all others by math-verify. A
-    response without an answer is not equal, and neither is one whose comparison takes longer than five seconds.
-    """
-    from math_verify import verify
-
-    named = read_truth(gold)
-    if named is not None:
-        return named.agrees(response)
-    gold_answers = _gold(gold)
-    if not gold_answers:
-        return None
-    return bool(verify(gold_answers, _parse(response)))
-
-
-@functools.lru_cache(maxsize=4096)
-def _gold(gold: str) -> list[Any]:
-    # math-verify reads bare LaTeX such as \frac12 only inside a box or dollar signs
-    marked = "\\boxed" in gold or "$" in gold or not gold.strip()
-    return _parse(gold if marked else f"\\boxed{{{gold}}}")
-
-
-def _parse(text: str) -> list[Any]:
-    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
-
-    # priority 0: a boxed answer wins over any other expression of the response
-    return parse(text, [LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()])
+    """Whether a response's answer equals the gold answer; None if the gold answer cannot be read (see grading)."""
+    return grade(gold, response)
 
 
 class _MathWorker:

@@ -28,7 +28,7 @@ from gradstore.keepable import MAX_ROW_BYTES, parsed_line
 from gradstore.outputs import check_output
 from gradstore.reading.files import open_regular, read_object
 from gradstore.trainer.sampling.backends import Backend, Response, derived_seed
-from gradstore.trainer.sampling.readable import named
+from gradstore.trainer.sampling.readable import named, readable
 from gradstore.trainer.sampling.reward import Reward
 
 CHUNK = 64
@@ -76,9 +76,9 @@ def rollout(
     names: problem id -> file and row, for messages.
     progress: callback(number of newly finished problems); the first call counts those already in the file.
 
-    Raises RequestError for invalid settings, a prompt that leaves no room for its response in the model's context, an
-    existing file of another run, or a reward that is not a finite number; LockedError when another run is writing the
-    file. Chunks already written stay in the file.
+    Raises RequestError for invalid settings, a prompt that leaves no room for its response in the model's context, a
+    problem that the reward cannot grade, an existing file of another run, or a reward that is not a finite number;
+    LockedError when another run is writing the file. Chunks already written stay in the file.
     """
     out = Path(out)
     _check_settings(n=n, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, chunk=chunk)
@@ -87,6 +87,7 @@ def rollout(
     if out.suffix == ".parquet" and len({isinstance(problem["prompt"], str) for problem in problems}) > 1:
         raise RequestError(f"{out}: Parquet cannot mix prompts of text and of chat messages; write .jsonl")
     prompts = _prompts(problems, backend, max_new_tokens, template_kwargs, names)
+    readable(problems, reward, names=names)
     settings = {
         "problems": {"count": len(problems), "digest": _digest(problems)},
         "n": n,
