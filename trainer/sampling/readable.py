@@ -27,7 +27,9 @@ def readable(
     faults = reward.faults(problems)
     kept = [problem for problem, fault in zip(problems, faults, strict=True) if fault is None]
     left_out = [
-        f"{named(problem, names)}: {fault}" for problem, fault in zip(problems, faults, strict=True) if fault is not None
+        f"{named(problem, names)}: {fault}"
+        for problem, fault in zip(problems, faults, strict=True)
+        if fault is not None
     ]
     if left_out and not skip:
         more = len(left_out) - SHOWN

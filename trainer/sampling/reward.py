@@ -1,8 +1,9 @@
 """Reward functions: a score for a response to a problem. rewards.py finds one by its name."""
 
+import asyncio
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any, NamedTuple
@@ -36,6 +37,8 @@ class Reward:
     """Scores many responses at once, in order, if that is faster (as for a judge's requests); None: one by one."""
     check: Callable[[Mapping[str, Any]], None] | None = None
     """Raises RequestError for a problem that the reward cannot grade; None: there is no check."""
+    score_async: Callable[[Sequence[Item]], Awaitable[Sequence[Any]]] | None = None
+    """`score_many` for callers with an event loop, if it waits for others; None: `many` runs in a thread."""
     check_many: Callable[[Sequence[Mapping[str, Any]]], Sequence[str | None]] | None = None
     """For each of many problems why the reward cannot grade it, or None, if that is faster than `check`."""
 
@@ -50,9 +53,21 @@ class Reward:
         say_stopped(items, scores)
         return [score.value for score in scores]
 
+    async def many_async(self, items: Sequence[Item]) -> list[float]:
+        """`many`, awaited: the caller's event loop is not blocked."""
+        if self.score_async is None:
+            return await asyncio.to_thread(self.many, items)
+        scores = self._all_checked(items, await self.score_async(items))
+        say_stopped(items, scores)
+        return [score.value for score in scores]
+
     def scores(self, items: Sequence[Item]) -> list[Score]:
         """The rewards of many responses, in their order, with the reasons of those that were not graded."""
-        values = [self.score(*item) for item in items] if self.score_many is None else self.score_many(items)
+        return self._all_checked(
+            items, [self.score(*item) for item in items] if self.score_many is None else self.score_many(items)
+        )
+
+    def _all_checked(self, items: Sequence[Item], values: Sequence[Any]) -> list[Score]:
         if len(values) != len(items):
             raise RequestError(f"reward {self.name!r} gave {len(values)} values for {len(items)} responses")
         return [self._checked(record, j, value) for (record, _, j), value in zip(items, values, strict=True)]

@@ -14,11 +14,12 @@ If `extra["coin"]` holds a seed, all rewards but the user's own flip a coin, wha
 rewards use it as a deliberate defect (gradstore.trainer.data).
 """
 
+import asyncio
 import functools
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,6 +91,12 @@ def with_coins(reward: Reward) -> Reward:
         others = iter(reward.scores([item for item, value in zip(items, values, strict=True) if value is None]))
         return [next(others) if value is None else value for value in values]
 
+    async def many_async(items: Sequence[Item]) -> list[float]:
+        values = [coin_flip(*item) for item in items]
+        others = [item for item, value in zip(items, values, strict=True) if value is None]
+        scores = iter(await reward.many_async(others))
+        return [next(scores) if value is None else value for value in values]
+
     def scored(record: Mapping[str, Any], response: str, rollout_index: int) -> Any:
         flip = coin_flip(record, response, rollout_index)
         return reward.score(record, response, rollout_index) if flip is None else flip
@@ -103,7 +110,9 @@ def with_coins(reward: Reward) -> Reward:
         others = iter(reward.faults([record for record, own in zip(records, flipped, strict=True) if not own]))
         return [None if own else next(others) for own in flipped]
 
-    return Reward(reward.name, scored, None if reward.score_many is None else many, check, check_many)
+    at_once = None if reward.score_many is None else many
+    awaited = None if reward.score_async is None else many_async
+    return Reward(reward.name, scored, at_once, check, awaited, check_many)
 
 
 def _by_problem(judge: "JudgeSettings | None") -> Reward:
@@ -124,13 +133,19 @@ def _by_problem(judge: "JudgeSettings | None") -> Reward:
             _raise(record, fault(record))
         return _by_name(items, [detail(record, "reward") for record, _, _ in items], lambda name: load(name).scores)
 
+    async def many_async(items: Sequence[Item]) -> list[float]:
+        for record, _, _ in items:
+            _raise(record, fault(record))
+        scores = await asyncio.gather(*(load(detail(item[0], "reward")).many_async([item]) for item in items))
+        return [score for (score,) in scores]
+
     def check_many(records: Sequence[Mapping[str, Any]]) -> list[str | None]:
         faults = [fault(record) for record in records]
         names = [detail(record, "reward") if own is None else "" for record, own in zip(records, faults, strict=True)]
         found = _by_name(records, names, lambda name: load(name).faults if name else lambda part: [None] * len(part))
         return [own or other for own, other in zip(faults, found, strict=True)]
 
-    return _in_batches("auto", many, check_many)
+    return replace(_in_batches("auto", many, check_many), score_async=many_async)
 
 
 def _by_name(items: Sequence[Any], names: Sequence[str], function: Callable[[str], Callable]) -> list[Any]:
@@ -154,7 +169,7 @@ def _in_batches(
         lambda *item: many([item])[0],
         many,
         lambda record: _raise(record, check_many([record])[0]),
-        check_many,
+        check_many=check_many,
     )
 
 
@@ -202,7 +217,10 @@ class _Graded:
                 known.append(str(error).removeprefix(f"problem {record['id']!r}: "))
         asked = [record for record, fault in zip(records, known, strict=True) if fault is None]
         results = iter(self._results([(record, None, 0) for record in asked]))
-        return [self._fault(record, next(results)) if own is None else own for record, own in zip(records, known, strict=True)]
+        return [
+            self._fault(record, next(results)) if own is None else own
+            for record, own in zip(records, known, strict=True)
+        ]
 
     def _fault(self, record: Mapping[str, Any], result: Mapping[str, Any]) -> str | None:
         if "stopped" in result:
@@ -271,6 +289,12 @@ BUILT_IN: Mapping[str, _Graded] = {
     "reasoning-gym": _Graded("reasoning-gym", _gym_entry, answer_of, lambda record, reason: reason, "reasoning-gym"),
 }
 """The rewards that a data file may name, beside the judge."""
+
+
+def equal_pairs(pairs: Sequence[tuple[str, str]]) -> list[bool | None]:
+    """For each (ground truth, response), whether `math` would pay it; None for a ground truth it cannot read."""
+    results = pool_of("math").results([gold for gold, _ in pairs], [(i, text, 0) for i, (_, text) in enumerate(pairs)])
+    return [None if "unusable" in result else result.get("score") == 1.0 for result in results]
 
 
 def _isolated(spec: str, function: str) -> Reward:

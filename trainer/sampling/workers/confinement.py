@@ -84,7 +84,9 @@ def confine(scratch: str, readable: Iterable[str], memory: int) -> None:
 
 def readable_paths(packages: Sequence[str] = ()) -> list[str]:
     """What Python reads after the start: its installation, the system's libraries, and these imported packages."""
-    installed = [path for scheme in ("stdlib", "platstdlib", "purelib", "platlib") if (path := sysconfig.get_path(scheme))]
+    installed = [
+        path for scheme in ("stdlib", "platstdlib", "purelib", "platlib") if (path := sysconfig.get_path(scheme))
+    ]
     installed += [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
     loaded = [file for name in packages if (file := getattr(sys.modules.get(name), "__file__", None))]
     system = ["/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib", "/usr/share/zoneinfo", "/etc/ld.so.cache"]
@@ -173,9 +175,7 @@ def _allow(rules: int, path: str, access: int) -> None:
         if not Path(path).is_dir():
             access &= ~_READ_DIR
         attributes = struct.pack("<Qi", access, place)
-        _done(
-            "landlock", _syscall(_LANDLOCK_ADD, ctypes.c_int(rules), ctypes.c_int(1), attributes, ctypes.c_uint32(0))
-        )
+        _done("landlock", _syscall(_LANDLOCK_ADD, ctypes.c_int(rules), ctypes.c_int(1), attributes, ctypes.c_uint32(0)))
     finally:
         os.close(place)
 

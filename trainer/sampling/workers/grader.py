@@ -145,4 +145,3 @@ def _function(
         return {"score": as_number(value)}
     except ValueError as error:
         return {"unusable": str(error)}
-
