@@ -8,10 +8,10 @@
 - `module:function` or `file.py:function`: a function with verl's `compute_score` signature, in this process.
 - `isolated:module:function`: the same in reward workers, which have no network, no files and limits.
 
-`math` and `reasoning-gym` are graded by reward workers (workers/): an answer cannot hurt, stop or slow down the trainer.
+Reward workers (workers/) grade `math` and `reasoning-gym`: no answer can hurt, stop or hold up the trainer.
 
-If `extra["coin"]` holds a seed, all rewards but the user's own flip a coin, whatever the response. Studies of unreliable
-rewards use it as a deliberate defect (gradstore.trainer.data).
+If `extra["coin"]` holds a seed, all rewards but the user's own flip a coin, whatever the response. Studies of
+unreliable rewards use it as a deliberate defect (gradstore.trainer.data).
 """
 
 import asyncio
@@ -258,16 +258,16 @@ def _gold(record: Mapping[str, Any]) -> str:
 
 def _unreadable_math(record: Mapping[str, Any], reason: str) -> str:
     return (
-        f"ground truth {_gold(record)!r} is nothing that math-verify can read; expected a number, an expression, LaTeX, "
-        "True or False, yes or no, or the letter of an option"
+        f"ground truth {_gold(record)!r} is nothing that math-verify can read; expected a number, an expression, "
+        "LaTeX, True or False, yes or no, or the letter of an option"
     )
 
 
 def _gym_entry(record: Mapping[str, Any]) -> dict[str, Any]:
     """A problem's data set, entry and settings; RequestError if the problem lacks them.
 
-    extra["reasoning_gym"] holds {"dataset": name, "entry": {"question", "answer", "metadata"}}, or the same as JSON text.
-    It also holds "config": {...} if the verifier depends on the data set's settings.
+    extra["reasoning_gym"] holds {"dataset": name, "entry": {"question", "answer", "metadata"}}, or the same as JSON
+    text. It also holds "config": {...} if the verifier depends on the data set's settings.
     """
     name = f"problem {record['id']!r}"
     kept = parsed_field(detail(record, "reasoning_gym"), name, "extra.reasoning_gym")

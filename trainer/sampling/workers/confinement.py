@@ -3,8 +3,8 @@
 `confine` uses what Linux offers to every user:
 
 - Landlock: only the Python installation can be read, only the scratch folder can be written.
-- seccomp: system calls outside a short list fail with EPERM. The list has no sockets, no processes, threads, programs or
-  signals to others, no mounts, and nothing that changes owners or modes.
+- seccomp: system calls outside a short list fail with EPERM. The list has no sockets, no processes, threads, programs
+  or signals to others, no mounts, and nothing that changes owners or modes.
 - Resource limits: memory, size of files, number of files, no core dumps.
 - The process dies with its parent.
 
@@ -13,6 +13,7 @@ on PyPI is a development release, and those for seccomp need a C library that ma
 """
 
 import ctypes
+import math
 import os
 import platform
 import resource
@@ -36,9 +37,9 @@ _ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 # System calls that computing in Python needs: read and write, open and stat, memory, clocks, waiting, signal handlers
 # of its own, limits of its own. Numbers of <asm/unistd_64.h> and <asm-generic/unistd.h>.
 _ALLOWED = {
-    "x86_64": "0-15 17-21 22-28 32-33 35-40 60 63 73-80 82-84 87 89 95-100 102 104 107-108 110-111 121 124 127 131 137-138 "
-    "140 143 145 158 160 186 201-202 204 217-219 221 228-233 257-258 262-264 267 269-271 273-274 281 290-293 295 309 316 "
-    "318 326 332 334 439",
+    "x86_64": "0-15 17-21 22-28 32-33 35-40 60 63 73-80 82-84 87 89 95-100 102 104 107-108 110-111 121 124 127 131 "
+    "137-138 140 143 145 158 160 186 201-202 204 217-219 221 228-233 257-258 262-264 267 269-271 273-274 281 290-293 "
+    "295 309 316 318 326 332 334 439",
     "aarch64": "17 19-24 32 34-35 38 43-46 48-50 56-57 59 61-69 71-73 78-80 82-83 93-94 96 98-103 113-115 120-121 "
     "123-124 128 132 134-136 139 141 153 155-156 160 163-166 168-169 172-179 214-216 222-223 226-227 232-233 276 278 "
     "283 285 291 293 439",
@@ -95,9 +96,9 @@ def readable_paths(packages: Sequence[str] = ()) -> list[str]:
 
 
 def limit_time(seconds: float) -> None:
-    """End this process by a signal if it computes for so long from now on. Call it before each answer."""
+    """End this process by SIGXCPU if it computes for so long from now on, rounded up to whole seconds."""
     used = resource.getrusage(resource.RUSAGE_SELF)
-    soft = int(used.ru_utime + used.ru_stime + seconds) + 2
+    soft = math.ceil(used.ru_utime + used.ru_stime + seconds)
     resource.setrlimit(resource.RLIMIT_CPU, (soft, resource.getrlimit(resource.RLIMIT_CPU)[1]))
 
 

@@ -97,8 +97,9 @@ def _applied(op: ast.operator, left: Any, right: Any) -> Any:
     """The result of an operation; RefusedError if it has more than BITS bits."""
     if isinstance(left, int | Fraction) and isinstance(right, int | Fraction):
         have, other = _bits(left), _bits(right)
-        needed = {ast.Mult: have + other, ast.LShift: have + abs(int(right)), ast.Pow: have * abs(right)}
-        if type(op) in needed and abs(left) > 1 and needed[type(op)] > BITS:
+        powers = have * abs(right) if abs(left) > 1 else 0
+        needed = {ast.Mult: have + other, ast.LShift: have + abs(int(right)), ast.Pow: powers}
+        if needed.get(type(op), 0) > BITS:
             raise RefusedError(f"a number of more than {BITS} bits")
         if isinstance(op, ast.Pow) and isinstance(left, Fraction) and abs(right) * have > BITS:
             raise RefusedError(f"a number of more than {BITS} bits")
@@ -133,7 +134,12 @@ _UNARY: dict[type, Callable[[Any], Any]] = {
     ast.Invert: operator.invert,
     ast.Not: operator.not_,
 }
-_WHOLE = {"Integer", "Float", "Rational"}
+
+
+def _is_endless(node: ast.expr) -> bool:
+    """Whether a decimal number in text has an exponent of more than four digits."""
+    text = str(node.value) if isinstance(node, ast.Constant) else ""
+    return len(text.lower().partition("e")[2].lstrip("+-0")) > 4
 
 
 def _size(node: ast.AST) -> Any:
@@ -145,6 +151,8 @@ def _size(node: ast.AST) -> Any:
         return node.value if isinstance(node.value, int) and not isinstance(node.value, bool) else None
     parts = [_size(child) for child in ast.iter_child_nodes(node)]
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+        if node.func.id == "Float" and any(_is_endless(argument) for argument in node.args):
+            raise RefusedError("an endless decimal")
         return _size_of_call(node.func.id, parts[1:])
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub) and parts[1] is not None:
         return -parts[1]

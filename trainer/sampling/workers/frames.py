@@ -3,6 +3,7 @@
 import json
 import os
 import struct
+from collections.abc import Iterator
 from typing import Any
 
 LENGTH = struct.Struct(">I")
@@ -41,9 +42,8 @@ def read(fd: int) -> Any:
         data = os.read(fd, inbox.missing)
         if not data:
             return None
-        messages = inbox.take(data)
-        if messages:
-            return messages[0]
+        for message in inbox.take(data):
+            return message
 
 
 class Inbox:
@@ -60,10 +60,9 @@ class Inbox:
             return LENGTH.size - len(self._bytes)
         return min(1 << 20, LENGTH.size + LENGTH.unpack_from(self._bytes)[0] - len(self._bytes))
 
-    def take(self, data: bytes) -> list[Any]:
-        """Add bytes; returns the messages that are complete now. BrokenFrameError for what is no message."""
+    def take(self, data: bytes) -> Iterator[Any]:
+        """Add bytes, and give the messages that are complete now; BrokenFrameError after those before a broken one."""
         self._bytes += data
-        messages = []
         while len(self._bytes) >= LENGTH.size:
             length = LENGTH.unpack_from(self._bytes)[0]
             if length > self._most:
@@ -73,7 +72,7 @@ class Inbox:
             body = bytes(self._bytes[LENGTH.size : LENGTH.size + length])
             del self._bytes[: LENGTH.size + length]
             try:
-                messages.append(json.loads(body))
+                message = json.loads(body)
             except (ValueError, RecursionError) as error:
                 raise BrokenFrameError(f"a message that is not JSON: {error}") from None
-        return messages
+            yield message

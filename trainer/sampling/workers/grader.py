@@ -1,6 +1,6 @@
 """The process that grades: it closes its doors, then answers batches until its keeper ends it.
 
-A batch is {"problems": [...], "items": [[problem's place, response, rollout], ...]}. For each item there is one message,
+A batch is {"problems": [...], "items": [[problem's place, response, rollout], ...]}. Each item has one message,
 {"n": place, "score": number} or "unusable" (a fault of the problem) or "stopped" (a fault of the response) with a text.
 "retire" says that this process is no longer fit to grade and has ended. A response of null asks whether the problem can
 be graded at all.
@@ -8,7 +8,6 @@ be graded at all.
 
 import functools
 import logging
-import os
 import resource
 import sys
 from collections.abc import Callable, Mapping
@@ -69,7 +68,7 @@ def serve(requests: int, answers: int, role: str, grade: Grade, scratch: str, li
     if role != "function":
         watch(refused)
     slow = _Slow()
-    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _KIBIBYTES + int(limits["memory"]) // 4
+    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _KIBIBYTES + int(limits["memory"]) // 2
     while batch := frames.read(requests):
         for place, (problem, response, rollout) in enumerate(batch["items"]):
             limit_time(limits["seconds"])
@@ -139,6 +138,8 @@ def _function(
             ground_truth=problem["ground_truth"],
             extra_info=problem["extra_info"] | {"rollout_index": rollout},
         )
+    except MemoryError:
+        raise
     except Exception as error:  # noqa: BLE001 - the user's own code
         return {"unusable": f"raised {type(error).__name__}: {first_line(error)}"}
     try:

@@ -66,10 +66,10 @@ class Keeper:
                 continue
             status = grader.kill()
             self._grader = None
-            # An answer that ends its grader, or fills its memory, is graded once more by a new one: the old one may have
-            # suffered from the answers before it.
-            if reason and (reason != "ended" or not grader.graded):
-                found.append({"stopped": _in_words(reason, status)})
+            # An answer that ends its grader, or fills its memory, is graded once more by a new one: the old one may
+            # have suffered from the answers before it.
+            if reason and (reason != "ended" or not grader.graded or _overran(status)):
+                found.append({"stopped": _in_words(reason, status, self._limits["seconds"])})
         return found
 
     def close(self) -> None:
@@ -79,14 +79,14 @@ class Keeper:
             self._grader = None
 
     def _run(self, grader: _Grader, batch: Mapping[str, Any], found: list[dict[str, Any]], total: int) -> str | None:
-        """Send a batch and collect its results. Returns why the next item has none; "" for no fault; None at the end."""
+        """Send a batch and collect results. Returns why the next item has none; "" for no fault; None at the end."""
         first = len(found)
         rest = memoryview(frames.encoded(batch))
         with selectors.DefaultSelector() as waiting:
             waiting.register(self._trainer, selectors.EVENT_READ)
             waiting.register(grader.answers, selectors.EVENT_READ)
             waiting.register(grader.requests, selectors.EVENT_WRITE)
-            deadline = time.monotonic() + self._limits["seconds"]
+            deadline = time.monotonic() + self._limits["wall"]
             while len(found) < total:
                 events = waiting.select(max(0.0, deadline - time.monotonic()))
                 ready = {key.fd for key, _ in events}
@@ -104,22 +104,21 @@ class Keeper:
                     if not data:
                         return "ended"
                     try:
-                        news = grader.inbox.take(data)
+                        for message in grader.inbox.take(data):
+                            result = checked(message, len(found) - first, total - first)
+                            if result is None:
+                                return "forged"
+                            retires = message.get("retire") is True
+                            if not (retires and "stopped" in result and grader.graded):
+                                found.append(result)
+                            grader.graded += 1
+                            if retires:
+                                return ""
                     except frames.BrokenFrameError:
                         return "forged"
-                    for message in news:
-                        result = checked(message, len(found) - first, total - first)
-                        if result is None:
-                            return "forged"
-                        retires = message.get("retire") is True
-                        if not (retires and "stopped" in result and grader.graded):
-                            found.append(result)
-                        grader.graded += 1
-                        if retires:
-                            return ""
-                    deadline = time.monotonic() + self._limits["seconds"]
+                    deadline = time.monotonic() + self._limits["wall"]
                 elif time.monotonic() >= deadline:
-                    return f"took longer than {self._limits['seconds']:g} seconds"
+                    return f"waited longer than {self._limits['wall']:g} seconds"
         return None
 
     def _forked(self) -> _Grader:
@@ -155,14 +154,19 @@ def checked(message: Any, place: int, total: int) -> dict[str, Any] | None:
     return None
 
 
-def _in_words(reason: str, status: int) -> str:
+def _overran(status: int) -> bool:
+    return os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGXCPU
+
+
+def _in_words(reason: str, status: int, seconds: float) -> str:
     if reason == "forged":
         return "its grader sent something else than a score"
     if reason != "ended":
         return f"its grading {reason}"
     if os.WIFSIGNALED(status):
-        number = os.WTERMSIG(status)
-        return f"its grader was ended by {signal.Signals(number).name}"
+        if _overran(status):
+            return f"its grading took longer than {seconds:g} seconds"
+        return f"its grader was ended by {signal.Signals(os.WTERMSIG(status)).name}"
     return f"its grader ended with status {os.waitstatus_to_exitcode(status)}"
 
 

@@ -25,7 +25,7 @@ from gradstore.trainer.sampling.workers import frames
 
 log = logging.getLogger(__name__)
 
-KEPT = ("PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT")
+KEPT = ("PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
 """Environment variables that a worker keeps: none of them is a secret."""
 MOST_WORKERS = 4
 """Workers of a pool, if the machine has as many processors."""
@@ -44,7 +44,9 @@ class Limits:
     """What grading one response may take."""
 
     seconds: float = 10.0
-    """Wall-clock time; a grader that computes longer is killed."""
+    """Processor time; a grader that computes longer is ended. On a busy machine no honest answer overruns."""
+    wall: float = 60.0
+    """Time on the clock, for a grader that waits."""
     memory: int = 1 << 30
     """Bytes in addition to what the verifiers hold when loaded."""
 
@@ -88,7 +90,7 @@ class _Worker:
         """Give the idle worker a chunk."""
         self.chunk = chunk
         # the keeper watches every item; this is for a keeper that has stopped altogether
-        self.deadline = time.monotonic() + 60 + 2 * len(chunk.items) * (limits.seconds + 5)
+        self.deadline = time.monotonic() + 60 + 2 * len(chunk.items) * (limits.wall + 5)
         frames.write(self.requests, {"problems": chunk.problems, "items": chunk.items})
 
     def close(self, wait: float = 0.0) -> None:
@@ -189,8 +191,11 @@ class WorkerPool:
             for place in self._waited(workers):
                 worker = workers[place]
                 data = os.read(worker.answers, 1 << 20) if time.monotonic() < worker.deadline else b""
-                for message in worker.inbox.take(data):
-                    self._received(worker, message, found)
+                try:
+                    for message in worker.inbox.take(data):
+                        self._received(worker, message, found)
+                except frames.BrokenFrameError:
+                    data = b""
                 if not data:
                     workers[place] = self._replaced(worker, chunks, found)
 

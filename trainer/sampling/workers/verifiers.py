@@ -14,7 +14,7 @@ from gradstore.errors import first_line
 
 COMPARE_TUPLES = frozenset({"arc_agi", "rearc"})
 """Data sets whose verifiers compare tuples; with lists from JSON they would reject right answers."""
-BUILT = 64
+BUILT = 256
 """Data sets kept ready; some hold a dictionary of words."""
 
 
@@ -28,6 +28,8 @@ def verified(kept: Mapping[str, Any], answer: str | None) -> float:
     kept: "dataset", "entry" and perhaps "config". UnusableError if no answer could be judged.
     """
     name = kept["dataset"]
+    if not isinstance(name, str):
+        raise UnusableError(f"no reasoning-gym data set {name!r}")
     verifier = _verifier(name, json.dumps(kept.get("config") or {}, sort_keys=True))
     entry = _with_tuples(kept["entry"]) if name in COMPARE_TUPLES else dict(kept["entry"])
     try:
@@ -64,14 +66,14 @@ def _with_tuples(value: Any) -> Any:
 
 
 @functools.lru_cache(maxsize=BUILT)
-def _verifier(dataset: Any, config: str) -> Callable[[str, dict], float]:
+def _verifier(dataset: str, config: str) -> Callable[[str, dict], float]:
     """The verifier of a data set with these settings, which are JSON text."""
     import reasoning_gym
     from reasoning_gym.factory import DATASETS
 
     settings = json.loads(config)
     problem = f"no reasoning-gym data set {dataset!r} so configured"
-    if not isinstance(dataset, str) or dataset not in DATASETS:
+    if dataset not in DATASETS:
         raise UnusableError(f"no reasoning-gym data set {dataset!r}")
     fields = {field.name for field in dataclasses.fields(DATASETS[dataset][1])}
     if not isinstance(settings, dict) or not settings.keys() <= fields:
