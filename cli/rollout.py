@@ -7,7 +7,7 @@ import typer
 
 from gradstore.cli.app import command, opt
 from gradstore.cli.query import Json
-from gradstore.cli.show import print_json, progress, say
+from gradstore.cli.show import print_json, progress, say, warn
 from gradstore.errors import RequestError
 from gradstore.outputs import check_output
 
@@ -28,7 +28,9 @@ def rollout(
     problems: Annotated[Path, typer.Argument(help="Problem records, JSONL or Parquet, flat or verl's.")],
     model: Model,
     out: Annotated[Path, opt("Rollout file to write, .jsonl or .parquet.")],
-    reward: Annotated[str, opt("math, reasoning-gym, judge, auto, or module:function as verl's compute_score.")],
+    reward: Annotated[
+        str, opt("math, reasoning-gym, judge, auto, or [isolated:]module:function as verl's compute_score.")
+    ],
     n: Annotated[int, opt("Rollouts per problem.", "-n")] = 16,
     backend: Annotated[str, opt("transformers or vllm.")] = "transformers",
     max_new_tokens: Annotated[int, opt("Longest response.")] = 1024,
@@ -93,6 +95,11 @@ def rollout(
             template_kwargs=arguments,
             names=names,
             progress=advance,
+        )
+    if report.stopped:
+        warn(
+            f"{report.stopped} of {report.rollouts} responses were not graded and score 0; extra.reward_stopped of their "
+            f"rows says why. The first: {report.first_stopped}"
         )
     if json:
         print_json({**asdict(report), "path": str(report.path), "left_out": left_out})

@@ -192,7 +192,7 @@ class _Checker:
         """Check that the projections named by the fingerprint and the bases are there, with the content they name."""
         fingerprint = self.header.fingerprint
         try:
-            bases = [first_basis(fingerprint, self.header.dim), *added_bases(self.root)]
+            bases = [first_basis(fingerprint, self.header.dim), *added_bases(self.root, self.header.dim)]
         except GradstoreError as error:
             self._find(self.root / ATTACHMENTS, None, str(error).removeprefix(f"{self.root / ATTACHMENTS}: "))
             return

@@ -12,7 +12,7 @@ import pytest
 from gradstore.trainer.data import answers
 from gradstore.trainer.sampling.grading import grade, last_box, read_truth, readable, unreadable
 from gradstore.trainer.sampling.grading.labels import Label
-from gradstore.trainer.sampling.rewards import load_reward, math_equal
+from gradstore.trainer.sampling.rewards import load_reward
 from tests.trainer.grading_cases import (
     BASES,
     EXPRESSIONS,
@@ -226,14 +226,14 @@ WORDS = {"True": "False", "False": "True", "Yes": "No", "No": "Yes"}
 def test_every_dress_pays_every_name(dress: str) -> None:
     """No name is easier to say than another: a bias between them is a gradient towards it."""
     for name, other in [*WORDS.items(), *zip("ABCDEFGHIJ", "BCDEFGHIJA", strict=True)]:
-        assert math_equal(name, dress % name) is True, (name, dress)
-        assert math_equal(name, dress % other) is False, (name, dress)
+        assert grade(name, dress % name) is True, (name, dress)
+        assert grade(name, dress % other) is False, (name, dress)
         if len(name) > 1:
             for spelling in (name.lower(), name.upper()):
-                assert math_equal(name, dress % spelling) is True, (spelling, dress)
+                assert grade(name, dress % spelling) is True, (spelling, dress)
         else:
             for spelling in (f"({name})", name.lower(), f"({name.lower()})", f"{name})", f"Option {name}"):
-                assert math_equal(name, dress % spelling) is True, (spelling, dress)
+                assert grade(name, dress % spelling) is True, (spelling, dress)
 
 
 OPTIONS = [
@@ -267,11 +267,11 @@ def test_what_stands_beside_a_name(gold: str, answer: str, paid: int) -> None:
 def test_a_response_without_an_answer_is_not_paid(response: str) -> None:
     """The article A and the pronoun I are no answers."""
     for gold in ("A", "I", "True", "No"):
-        assert math_equal(gold, response) is False
+        assert grade(gold, response) is False
 
 
 def test_values_are_left_to_math_verify() -> None:
     """The way of names must not catch them."""
     for gold, response, equal in (("12", r"\boxed{12.0}", True), ("x", r"\boxed{x}", True), ("c", r"\boxed{c}", True),
                                   ("1/2", r"\boxed{\frac12}", True)):  # fmt: skip
-        assert math_equal(gold, response) is equal, (gold, response)
+        assert grade(gold, response) is equal, (gold, response)

@@ -24,15 +24,13 @@ def readable(
     skip: leave the other problems out; if False, one RequestError names them. names: problem id -> file and row, for
     messages. A reward without a check is assumed to grade all problems.
     """
-    kept, left_out = [], []
-    for problem in problems:
-        try:
-            if reward.check is not None:
-                reward.check(problem)
-            kept.append(problem)
-        except RequestError as error:
-            reason = str(error).removeprefix(f"{named(problem)}: ")
-            left_out.append(f"{named(problem, names)}: {reason}")
+    faults = reward.faults(problems)
+    kept = [problem for problem, fault in zip(problems, faults, strict=True) if fault is None]
+    left_out = [
+        f"{named(problem, names)}: {fault}"
+        for problem, fault in zip(problems, faults, strict=True)
+        if fault is not None
+    ]
     if left_out and not skip:
         more = len(left_out) - SHOWN
         shown, expected = _expected_once(left_out[:SHOWN])

@@ -1,29 +1,25 @@
 """Built-in rewards by name, and rewards from the user's own function.
 
-- `math`: the response's boxed answer, or its last value, is compared with the ground truth by the kind of the truth:
-  labels, numbers with units, lists, intervals and text by rules, other mathematics by math-verify (grading/).
+- `math`: math-verify compares the response's boxed answer, or its last expression, with the ground truth; names
+  (True, no, the letter of an option) are compared as names (grading.py).
 - `reasoning-gym`: the data set's own verifier, on the entry stored in the problem's `extra["reasoning_gym"]`.
 - `judge`: a model behind an OpenAI-compatible endpoint compares the answer with the ground truth (judge.py).
 - `auto`: each problem's `extra["reward"]` names one of the above, for pools of mixed sources.
-- `module:function` or `file.py:function`: a function with verl's `compute_score` signature.
+- `module:function` or `file.py:function`: a function with verl's `compute_score` signature, in this process.
+- `isolated:module:function`: the same in reward workers, which have no network, no files and limits.
 
-If `extra["coin"]` holds a seed, all rewards but the last kind flip a coin, whatever the response. Studies of unreliable
-rewards use it as a deliberate defect (gradstore.trainer.data).
+Reward workers (workers/) grade `math` and `reasoning-gym`: no answer can hurt, stop or hold up the trainer.
+
+If `extra["coin"]` holds a seed, all rewards but the user's own flip a coin, whatever the response. Studies of
+unreliable rewards use it as a deliberate defect (gradstore.trainer.data).
 """
 
+import asyncio
 import functools
 import hashlib
-import importlib
-import importlib.util
 import json
-import math
-import os
-import re
-import select
-import subprocess
-import sys
-import threading
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,8 +27,10 @@ from gradstore import to_verl
 from gradstore.errors import RequestError
 from gradstore.keepable import parsed_field
 from gradstore.problems import detail
-from gradstore.trainer.sampling.grading import grade, unreadable
-from gradstore.trainer.sampling.reward import Item, Reward
+from gradstore.trainer.sampling.grading import unreadable
+from gradstore.trainer.sampling.imported import imported
+from gradstore.trainer.sampling.reward import Item, Reward, Score
+from gradstore.trainer.sampling.workers.pool import PoolItem, pool_of
 
 if TYPE_CHECKING:
     from gradstore.trainer.sampling.judge import JudgeSettings
@@ -40,22 +38,22 @@ if TYPE_CHECKING:
 JUDGES = ("judge", "model-judge")
 """Names of the judge."""
 
-HARD_LIMIT_S = 60
-"""Timeout of a verification outside the main thread, in seconds; after it, the answer counts as not equal."""
+ISOLATED = "isolated:"
+"""Before a user's function: call it in a reward worker."""
 
-COMPARE_TUPLES = frozenset({"arc_agi", "rearc"})
-"""reasoning-gym data sets whose verifiers compare tuples; with lists from JSON they would reject right answers."""
+LONGEST = 4 << 20
+"""Longest response that is graded, in characters; a longer one scores 0."""
 
 
 def load_reward(spec: str, judge: "JudgeSettings | None" = None) -> Reward:
-    """Load a reward: "math", "reasoning-gym", "judge", "auto", "module:function" or "file.py:function".
+    """Load a reward: "math", "reasoning-gym", "judge", "auto", "[isolated:]module:function" or the same with "file.py".
 
     judge: the judge for "judge" and "auto"; None: the settings in the text, as in "judge:model=NAME,concurrency=8", and
     in the environment (see gradstore.trainer.sampling.judge).
     Raises RequestError for an unknown name, a function that cannot be imported, or a judge without a model.
     """
     if spec in BUILT_IN:
-        return with_coins(Reward(spec, BUILT_IN[spec], check=CHECKS[spec]))
+        return with_coins(BUILT_IN[spec].reward())
     if spec == "auto":
         return _by_problem(judge)
     module, colon, function = spec.partition(":")
@@ -68,7 +66,9 @@ def load_reward(spec: str, judge: "JudgeSettings | None" = None) -> Reward:
             f"unknown reward {spec!r}, expected 'math', 'reasoning-gym', 'judge', 'auto', 'module:function' or "
             "'file.py:function'"
         )
-    return Reward(spec, functools.partial(_user, _imported(spec, module, function), spec))
+    if spec.startswith(ISOLATED) and ":" in function:
+        return _isolated(spec, function)
+    return Reward(spec, functools.partial(_user, imported(spec), spec))
 
 
 def coin_flip(record: Mapping[str, Any], response: str, rollout_index: int) -> float | None:
@@ -86,12 +86,17 @@ def coin_flip(record: Mapping[str, Any], response: str, rollout_index: int) -> f
 
 def with_coins(reward: Reward) -> Reward:
     """Wrap a reward: coin-flip problems get their coin's value and never reach the reward itself."""
-    inner = reward.many
 
-    def many(items: Sequence[Item]) -> list[float]:
+    def many(items: Sequence[Item]) -> list[Any]:
         values = [coin_flip(*item) for item in items]
-        others = iter(inner([item for item, value in zip(items, values, strict=True) if value is None]))
+        others = iter(reward.scores([item for item, value in zip(items, values, strict=True) if value is None]))
         return [next(others) if value is None else value for value in values]
+
+    async def many_async(items: Sequence[Item]) -> list[float]:
+        values = [coin_flip(*item) for item in items]
+        others = [item for item, value in zip(items, values, strict=True) if value is None]
+        scores = iter(await reward.many_async(others))
+        return [next(scores) if value is None else value for value in values]
 
     def scored(record: Mapping[str, Any], response: str, rollout_index: int) -> Any:
         flip = coin_flip(record, response, rollout_index)
@@ -101,7 +106,14 @@ def with_coins(reward: Reward) -> Reward:
         if reward.check is not None and detail(record, "coin") is None:
             reward.check(record)
 
-    return Reward(reward.name, scored, None if reward.score_many is None else many, check)
+    def check_many(records: Sequence[Mapping[str, Any]]) -> list[str | None]:
+        flipped = [detail(record, "coin") is not None for record in records]
+        others = iter(reward.faults([record for record, own in zip(records, flipped, strict=True) if not own]))
+        return [None if own else next(others) for own in flipped]
+
+    at_once = None if reward.score_many is None else many
+    awaited = None if reward.score_async is None else many_async
+    return Reward(reward.name, scored, at_once, check, awaited, check_many)
 
 
 def _by_problem(judge: "JudgeSettings | None") -> Reward:
@@ -111,211 +123,203 @@ def _by_problem(judge: "JudgeSettings | None") -> Reward:
     """
     load = functools.cache(functools.partial(load_reward, judge=judge))
 
-    def of(record: Mapping[str, Any]) -> Reward:
+    def fault(record: Mapping[str, Any]) -> str | None:
         name = detail(record, "reward")
-        if name not in (*BUILT_IN, "judge"):
-            raise RequestError(
-                f"problem {record['id']!r}: reward 'auto' needs extra.reward to be 'math', 'reasoning-gym' or 'judge', "
-                f"not {name!r}"
-            )
-        return load(name)
+        known = isinstance(name, str) and name in (*BUILT_IN, "judge")
+        wanted = "reward 'auto' needs extra.reward to be 'math', 'reasoning-gym' or 'judge'"
+        return None if known else f"{wanted}, not {name!r}"
 
-    def many(items: Sequence[Item]) -> list[float]:
-        rewards = [of(record) for record, _, _ in items]
-        values = [math.nan] * len(items)
-        for reward in dict.fromkeys(rewards):
-            places = [i for i, other in enumerate(rewards) if other is reward]
-            for i, value in zip(places, reward.many([items[i] for i in places]), strict=True):
-                values[i] = value
-        return values
+    def many(items: Sequence[Item]) -> list[Any]:
+        for record, _, _ in items:
+            _raise(record, fault(record))
+        return _by_name(items, [detail(record, "reward") for record, _, _ in items], lambda name: load(name).scores)
 
-    def check(record: Mapping[str, Any]) -> None:
-        own = of(record).check
-        if own is not None:
-            own(record)
+    async def many_async(items: Sequence[Item]) -> list[float]:
+        for record, _, _ in items:
+            _raise(record, fault(record))
+        scores = await asyncio.gather(*(load(detail(item[0], "reward")).many_async([item]) for item in items))
+        return [score for (score,) in scores]
 
-    return Reward("auto", lambda record, response, j: of(record)(record, response, j), many, check)
+    def check_many(records: Sequence[Mapping[str, Any]]) -> list[str | None]:
+        faults = [fault(record) for record in records]
+        names = [detail(record, "reward") if own is None else "" for record, own in zip(records, faults, strict=True)]
+        found = _by_name(records, names, lambda name: load(name).faults if name else lambda part: [None] * len(part))
+        return [own or other for own, other in zip(faults, found, strict=True)]
 
-
-def _math(record: Mapping[str, Any], response: str, rollout_index: int) -> float:
-    """1.0 if the answer equals the ground truth (`math_equal`), else 0.0."""
-    gold = record.get("ground_truth", "")
-    equal = _equal(gold, response)
-    if equal is None:
-        raise RequestError(f"problem {record['id']!r}: {unreadable(gold)}")
-    return float(equal)
+    return replace(_in_batches("auto", many, check_many), score_async=many_async)
 
 
-def _equal(gold: str, response: str) -> bool | None:
-    """`math_equal` in any thread: math-verify's timeout uses a signal, which only the main thread receives."""
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    return math_equal(gold, response) if in_main_thread else _worker().equal(gold, response)
+def _by_name(items: Sequence[Any], names: Sequence[str], function: Callable[[str], Callable]) -> list[Any]:
+    """Apply function(name) to all items of a name at once; the results in the items' order."""
+    found: list[Any] = [None] * len(items)
+    for name in dict.fromkeys(names):
+        places = [i for i, other in enumerate(names) if other == name]
+        for i, value in zip(places, function(name)([items[i] for i in places]), strict=True):
+            found[i] = value
+    return found
 
 
-def _check_math(record: Mapping[str, Any]) -> None:
-    gold = record.get("ground_truth", "")
-    if _equal(gold, "") is None:
-        raise RequestError(f"problem {record['id']!r}: {unreadable(gold)}")
+def _in_batches(
+    name: str,
+    many: Callable[[Sequence[Item]], list[Any]],
+    check_many: Callable[[Sequence[Mapping[str, Any]]], list[str | None]],
+) -> Reward:
+    """A reward from functions of many responses and many problems."""
+    return Reward(
+        name,
+        lambda *item: many([item])[0],
+        many,
+        lambda record: _raise(record, check_many([record])[0]),
+        check_many=check_many,
+    )
 
 
-def math_equal(gold: str, response: str) -> bool | None:
-    """Whether a response's answer equals the gold answer; None if the gold answer cannot be read (see grading)."""
-    return grade(gold, response)
+def _raise(record: Mapping[str, Any], fault: str | None) -> None:
+    if fault is not None:
+        raise RequestError(f"problem {record['id']!r}: {fault}")
 
 
-class _MathWorker:
-    """A subprocess that verifies answers in its main thread, one at a time, for this process's other threads."""
+@dataclass(frozen=True)
+class _Graded:
+    """A reward that reward workers compute."""
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._process: subprocess.Popen[bytes] | None = None
+    name: str
+    problem: Callable[[Mapping[str, Any]], Any]
+    """What a worker needs of a problem record; RequestError if the record lacks it."""
+    answer: Callable[[str], str]
+    """The part of a response that a worker needs."""
+    unusable: Callable[[Mapping[str, Any], str], str]
+    """The message for a problem that no answer can be graded for, from the record and the worker's reason."""
+    role: str
+    spec: str = ""
 
-    def equal(self, gold: str, response: str) -> bool | None:
-        with self._lock:
-            if self._process is None or self._process.poll() is not None:
-                command = [
-                    sys.executable,
-                    "-c",
-                    "from gradstore.trainer.sampling.rewards import serve_math; serve_math()",
-                ]
-                self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-            process = self._process
-            if process.stdin is None or process.stdout is None:
-                raise RuntimeError("the verifier process has no pipes")
-            process.stdin.write(json.dumps([gold, response]).encode() + b"\n")
-            process.stdin.flush()
-            if select.select([process.stdout], [], [], HARD_LIMIT_S)[0]:
-                line = process.stdout.readline()
-                if line:
-                    return json.loads(line)
-            process.kill()
-            process.wait()
-            self._process = None
-            return False
+    def reward(self) -> Reward:
+        return _in_batches(self.name, self.scores, self.faults)
+
+    def scores(self, items: Sequence[Item]) -> list[Score]:
+        """The workers' scores; RequestError for a problem that cannot be graded."""
+        results = self._results(items)
+        scores = []
+        for (record, _, _), result in zip(items, results, strict=True):
+            if "unusable" in result:
+                _raise(record, self.unusable(record, _printable(result["unusable"])))
+            reason = result.get("stopped")
+            scores.append(Score(0.0, _printable(reason)) if reason is not None else Score(result["score"]))
+        return scores
+
+    def faults(self, records: Sequence[Mapping[str, Any]]) -> list[str | None]:
+        """For each problem why it cannot be graded, or None."""
+        known: list[str | None] = []
+        for record in records:
+            try:
+                self.problem(record)
+                known.append(None)
+            except RequestError as error:
+                known.append(str(error).removeprefix(f"problem {record['id']!r}: "))
+        asked = [record for record, fault in zip(records, known, strict=True) if fault is None]
+        results = iter(self._results([(record, None, 0) for record in asked]))
+        return [
+            self._fault(record, next(results)) if own is None else own
+            for record, own in zip(records, known, strict=True)
+        ]
+
+    def _fault(self, record: Mapping[str, Any], result: Mapping[str, Any]) -> str | None:
+        if "stopped" in result:
+            return f"reward {self.name!r} cannot grade it: {_printable(result['stopped'])}"
+        return self.unusable(record, _printable(result["unusable"])) if "unusable" in result else None
+
+    def _results(self, asked: Sequence[tuple[Mapping[str, Any], str | None, int]]) -> list[dict[str, Any]]:
+        """Results of the workers. A record that occurs several times, as in a group, is sent once."""
+        places: dict[int, int] = {}
+        problems: list[Any] = []
+        items: list[PoolItem] = []
+        long = []
+        for record, response, rollout in asked:
+            if id(record) not in places:
+                places[id(record)] = len(problems)
+                problems.append(self.problem(record))
+            if response is not None and len(response) > LONGEST:
+                long.append(len(items) + len(long))
+            else:
+                items.append((places[id(record)], response if response is None else self.answer(response), rollout))
+        results = pool_of(self.role, self.spec).results(problems, items)
+        for place in long:
+            results.insert(place, {"stopped": f"it has more than {LONGEST} characters"})
+        return results
 
 
-def serve_math() -> None:
-    """Server loop: for each line [gold, response] on stdin, print true, false or null."""
-    for line in sys.stdin:
-        print(json.dumps(math_equal(*json.loads(line))), flush=True)
+def _printable(text: str) -> str:
+    """A worker's text without control characters: it may repeat what an answer said."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
-@functools.cache
-def _worker() -> _MathWorker:
-    return _MathWorker()
+def _gold(record: Mapping[str, Any]) -> str:
+    return record.get("ground_truth", "")
 
 
-def _reasoning_gym(record: Mapping[str, Any], response: str, rollout_index: int) -> float:
-    """Score of the data set's own verifier.
+def _unreadable_math(record: Mapping[str, Any], reason: str) -> str:
+    return unreadable(_gold(record))
 
-    The problem's extra["reasoning_gym"] holds {"dataset": name, "entry": {"question", "answer", "metadata"}}, or the
-    same as JSON text. It also holds "config": {...} if the verifier depends on the data set's settings.
+
+def _gym_entry(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A problem's data set, entry and settings; RequestError if the problem lacks them.
+
+    extra["reasoning_gym"] holds {"dataset": name, "entry": {"question", "answer", "metadata"}}, or the same as JSON
+    text. It also holds "config": {...} if the verifier depends on the data set's settings.
     """
-    name = f"problem {record['id']!r}"
-    verifier, entry = _gym_entry(record)
-    try:
-        return verifier(answer_of(response), entry)
-    except Exception as error:  # noqa: BLE001 - a hundred verifiers by many authors may raise anything
-        # Some verifiers raise for an answer of an unexpected form. To distinguish this from a broken entry, grade the
-        # entry's own answer, which every verifier can judge.
-        try:
-            verifier(str(entry["answer"]), entry)
-        except Exception:  # noqa: BLE001
-            raise RequestError(f"{name}: {_broken_entry(error)}") from error
-        return 0.0
-
-
-def _gym_entry(record: Mapping[str, Any]) -> tuple[Callable[[str, dict], float], dict[str, Any]]:
-    """A problem's verifier and entry; RequestError if the problem lacks them."""
     name = f"problem {record['id']!r}"
     kept = parsed_field(detail(record, "reasoning_gym"), name, "extra.reasoning_gym")
     if not isinstance(kept, Mapping) or not isinstance(kept.get("entry"), Mapping) or "dataset" not in kept:
         raise RequestError(f"{name}: reward 'reasoning-gym' needs extra.reasoning_gym with 'dataset' and 'entry'")
-    try:
-        verifier = _verifier(kept["dataset"], json.dumps(kept.get("config") or {}, sort_keys=True))
-    except (ValueError, TypeError, AssertionError) as error:
-        raise RequestError(f"{name}: no reasoning-gym data set {kept['dataset']!r} so configured: {error}") from None
-    entry = _with_tuples(kept["entry"]) if kept["dataset"] in COMPARE_TUPLES else dict(kept["entry"])
-    return verifier, entry
-
-
-def _check_gym(record: Mapping[str, Any]) -> None:
-    """RequestError if the verifier cannot judge the entry's own answer."""
-    verifier, entry = _gym_entry(record)
-    try:
-        verifier(str(entry["answer"]), entry)
-    except Exception as error:
-        raise RequestError(f"problem {record['id']!r}: {_broken_entry(error)}") from error
-
-
-def _broken_entry(error: Exception) -> str:
-    return f"reasoning-gym cannot use extra.reasoning_gym.entry: {type(error).__name__}: {error}"
-
-
-def _with_tuples(value: Any) -> Any:
-    """Convert JSON's lists back to tuples, recursively."""
-    if isinstance(value, Mapping):
-        return {key: _with_tuples(item) for key, item in value.items()}
-    return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
-
-
-@functools.lru_cache(maxsize=256)
-def _verifier(dataset: str, config: str) -> Callable[[str, dict], float]:
-    import reasoning_gym
-
-    return reasoning_gym.create_dataset(dataset, **json.loads(config)).score_answer
+    return {field: kept[field] for field in ("dataset", "entry", "config") if field in kept}
 
 
 def answer_of(response: str) -> str:
     """The answer in a response: the content of its last <answer> tags, or the whole text without tags; stripped."""
-    answers = re.findall(r"<answer>(.*?)</answer>", response, flags=re.DOTALL)
-    return (answers[-1] if answers else response).strip()
+    answer, place = None, 0
+    while (start := response.find("<answer>", place)) >= 0 and (end := response.find("</answer>", start)) >= 0:
+        answer, place = response[start + len("<answer>") : end], end
+    return (response if answer is None else answer).strip()
 
 
-BUILT_IN: Mapping[str, Callable[[Mapping[str, Any], str, int], Any]] = {"math": _math, "reasoning-gym": _reasoning_gym}
-CHECKS: Mapping[str, Callable[[Mapping[str, Any]], None]] = {"math": _check_math, "reasoning-gym": _check_gym}
-"""Checks of the built-in rewards: RequestError for a problem that cannot be graded."""
+BUILT_IN: Mapping[str, _Graded] = {
+    "math": _Graded("math", _gold, lambda response: response, _unreadable_math, "math"),
+    "reasoning-gym": _Graded("reasoning-gym", _gym_entry, answer_of, lambda record, reason: reason, "reasoning-gym"),
+}
+"""The rewards that a data file may name, beside the judge."""
+
+
+def equal_pairs(pairs: Sequence[tuple[str, str]]) -> list[bool | None]:
+    """For each (ground truth, response), whether `math` would pay it; None for a ground truth it cannot read."""
+    results = pool_of("math").results([gold for gold, _ in pairs], [(i, text, 0) for i, (_, text) in enumerate(pairs)])
+    return [None if "unusable" in result else result.get("score") == 1.0 for result in results]
+
+
+def _isolated(spec: str, function: str) -> Reward:
+    """A user's function in reward workers. Its module is imported before their doors close."""
+    module, _, name = function.rpartition(":")
+    if module.endswith(".py"):
+        module = str(Path(module).absolute())
+    named = f"{module}:{name}"
+    graded = _Graded(spec, to_verl_fields, str, lambda record, reason: f"reward {spec!r} {reason}", "function", named)
+    return graded.reward()
+
+
+def to_verl_fields(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of verl's `compute_score` that a problem record gives."""
+    verl = to_verl(dict(record))
+    return {
+        "data_source": verl["data_source"],
+        "ground_truth": verl["reward_model"]["ground_truth"],
+        "extra_info": verl["extra_info"],
+    }
 
 
 def _user(function: Callable[..., Any], spec: str, record: Mapping[str, Any], response: str, rollout_index: int) -> Any:
-    verl = to_verl(dict(record))
+    given = to_verl_fields(record)
+    given["extra_info"] = given["extra_info"] | {"rollout_index": rollout_index}
     try:
-        return function(
-            data_source=verl["data_source"],
-            solution_str=response,
-            ground_truth=verl["reward_model"]["ground_truth"],
-            extra_info=verl["extra_info"] | {"rollout_index": rollout_index},
-        )
+        return function(solution_str=response, **given)
     except Exception as error:
         kind = type(error).__name__
         raise RequestError(f"problem {record['id']!r}: reward {spec!r} raised {kind}: {error}") from error
-
-
-def _imported(spec: str, module: str, function: str) -> Callable[..., Any]:
-    try:
-        if module.endswith(".py"):
-            loaded = _from_file(Path(module))
-        else:
-            # as `python -m` does: make modules of the current folder importable, whatever command runs this
-            sys.path.insert(0, os.getcwd())
-            try:
-                loaded = importlib.import_module(module)
-            finally:
-                sys.path.remove(os.getcwd())
-    except Exception as error:
-        raise RequestError(f"reward {spec!r}: cannot import {module}: {type(error).__name__}: {error}") from error
-    found = getattr(loaded, function, None)
-    if not callable(found):
-        raise RequestError(f"reward {spec!r}: {module} has no function {function!r}")
-    return found
-
-
-def _from_file(path: Path) -> Any:
-    if not path.is_file():
-        raise FileNotFoundError(f"no such file {path}")
-    specification = importlib.util.spec_from_file_location(path.stem, path)
-    if specification is None or specification.loader is None:
-        raise ImportError(f"{path} is not Python source")
-    loaded = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(loaded)
-    return loaded

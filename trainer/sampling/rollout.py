@@ -32,6 +32,8 @@ from gradstore.trainer.sampling.readable import named, readable
 from gradstore.trainer.sampling.reward import Reward
 
 CHUNK = 64
+STOPPED = "reward_stopped"
+"""Field of a row's extra: why its response was not graded."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,10 @@ class RolloutReport:
     """Problems whose rewards are not all equal; only these have a gradient."""
     tokens: int
     """Total tokens of all responses."""
+    stopped: int = 0
+    """Responses that were not graded and score 0; `extra.reward_stopped` of their rows says why."""
+    first_stopped: str = ""
+    """The first of them: its problem and the reason."""
 
 
 def rollout(
@@ -150,7 +156,7 @@ def _scored(
         for problem, ids, group in zip(problems, prompts, responses, strict=True)
         for j, response in enumerate(group)
     ]
-    scores = reward.many([(problem, text, j) for problem, _, _, j, text in sampled])
+    scores = reward.scores([(problem, text, j) for problem, _, _, j, text in sampled])
     return [
         Rollout(
             problem_id=problem["id"],
@@ -158,13 +164,13 @@ def _scored(
             prompt_ids=np.asarray(ids, dtype=np.int64),
             response=text,
             response_ids=response.token_ids,
-            reward=score,
+            reward=score.value,
             logprobs=response.logprobs,
             source=problem.get("source", ""),
             ground_truth=problem.get("ground_truth", ""),
             tags=list(problem.get("tags", ())),
             finish_reason=response.finish_reason,
-            extra=dict(problem.get("extra", {})),
+            extra=dict(problem.get("extra", {})) | ({} if score.stopped is None else {STOPPED: score.stopped}),
             step=step,
         )
         for (problem, ids, response, _, text), score in zip(sampled, scores, strict=True)
@@ -295,10 +301,14 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _report(path: Path, kept: int) -> RolloutReport:
-    rewards, tokens, mixed, problems = [], 0, 0, 0
+    rewards, stopped, tokens, mixed, problems = [], [], 0, 0, 0
     for group in read_rollouts(path).rollouts():
         problems += 1
         rewards += [row.reward for row in group]
+        stopped += [f"problem {row.problem_id!r}: {row.extra[STOPPED]}" for row in group if STOPPED in row.extra]
         tokens += sum(len(row.response_ids) for row in group if row.response_ids is not None)
         mixed += len({row.reward for row in group}) > 1
-    return RolloutReport(path, problems, len(rewards), kept, float(np.mean(rewards)), mixed, tokens)
+    mean = float(np.mean(rewards))
+    return RolloutReport(
+        path, problems, len(rewards), kept, mean, mixed, tokens, len(stopped), stopped[0] if stopped else ""
+    )
