@@ -1,7 +1,8 @@
 """Reward functions: a score for a response to a problem. rewards.py finds one by its name."""
 
+import asyncio
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
@@ -25,6 +26,8 @@ class Reward:
     """Scores many responses at once, in order, if that is faster (as for a judge's requests); None: one by one."""
     check: Callable[[Mapping[str, Any]], None] | None = None
     """Raises RequestError for a problem that the reward cannot grade; None: there is no check."""
+    score_async: Callable[[Sequence[Item]], Awaitable[Sequence[Any]]] | None = None
+    """`score_many` for callers with an event loop, if it waits for others; None: `many` runs in a thread."""
 
     def __call__(self, record: Mapping[str, Any], response: str, rollout_index: int) -> float:
         return self._checked(record, rollout_index, self.score(record, response, rollout_index))
@@ -33,7 +36,15 @@ class Reward:
         """The rewards of many responses, in their order."""
         if self.score_many is None:
             return [self(*item) for item in items]
-        values = self.score_many(items)
+        return self._all_checked(items, self.score_many(items))
+
+    async def many_async(self, items: Sequence[Item]) -> list[float]:
+        """`many`, awaited: the caller's event loop is not blocked."""
+        if self.score_async is None:
+            return await asyncio.to_thread(self.many, items)
+        return self._all_checked(items, await self.score_async(items))
+
+    def _all_checked(self, items: Sequence[Item], values: Sequence[Any]) -> list[float]:
         if len(values) != len(items):
             raise RequestError(f"reward {self.name!r} gave {len(values)} values for {len(items)} responses")
         return [self._checked(record, j, value) for (record, _, j), value in zip(items, values, strict=True)]

@@ -11,6 +11,7 @@ If `extra["coin"]` holds a seed, all rewards but the last kind flip a coin, what
 rewards use it as a deliberate defect (gradstore.trainer.data).
 """
 
+import asyncio
 import functools
 import hashlib
 import importlib
@@ -62,7 +63,7 @@ def load_reward(spec: str, judge: "JudgeSettings | None" = None) -> Reward:
     if module in JUDGES:
         from gradstore.trainer.sampling.judge import Judge, judge_settings
 
-        return with_coins(Judge(judge or judge_settings(function)).reward())
+        return with_coins(Judge(judge or judge_settings(function), _equal_pairs).reward())
     if not colon or not module or not function:
         raise RequestError(
             f"unknown reward {spec!r}, expected 'math', 'reasoning-gym', 'judge', 'auto', 'module:function' or "
@@ -93,6 +94,12 @@ def with_coins(reward: Reward) -> Reward:
         others = iter(inner([item for item, value in zip(items, values, strict=True) if value is None]))
         return [next(others) if value is None else value for value in values]
 
+    async def many_async(items: Sequence[Item]) -> list[float]:
+        values = [coin_flip(*item) for item in items]
+        others = [item for item, value in zip(items, values, strict=True) if value is None]
+        scores = iter(await reward.many_async(others))
+        return [next(scores) if value is None else value for value in values]
+
     def scored(record: Mapping[str, Any], response: str, rollout_index: int) -> Any:
         flip = coin_flip(record, response, rollout_index)
         return reward.score(record, response, rollout_index) if flip is None else flip
@@ -101,7 +108,8 @@ def with_coins(reward: Reward) -> Reward:
         if reward.check is not None and detail(record, "coin") is None:
             reward.check(record)
 
-    return Reward(reward.name, scored, None if reward.score_many is None else many, check)
+    at_once = None if reward.score_many is None else many
+    return Reward(reward.name, scored, at_once, check, None if reward.score_async is None else many_async)
 
 
 def _by_problem(judge: "JudgeSettings | None") -> Reward:
@@ -129,12 +137,16 @@ def _by_problem(judge: "JudgeSettings | None") -> Reward:
                 values[i] = value
         return values
 
+    async def many_async(items: Sequence[Item]) -> list[float]:
+        scores = await asyncio.gather(*(of(item[0]).many_async([item]) for item in items))
+        return [score for (score,) in scores]
+
     def check(record: Mapping[str, Any]) -> None:
         own = of(record).check
         if own is not None:
             own(record)
 
-    return Reward("auto", lambda record, response, j: of(record)(record, response, j), many, check)
+    return Reward("auto", lambda record, response, j: of(record)(record, response, j), many, check, many_async)
 
 
 def _math(record: Mapping[str, Any], response: str, rollout_index: int) -> float:
@@ -150,6 +162,11 @@ def _equal(gold: str, response: str) -> bool | None:
     """`math_equal` in any thread: math-verify's timeout uses a signal, which only the main thread receives."""
     in_main_thread = threading.current_thread() is threading.main_thread()
     return math_equal(gold, response) if in_main_thread else _worker().equal(gold, response)
+
+
+def _equal_pairs(pairs: Sequence[tuple[str, str]]) -> list[bool | None]:
+    """`_equal` of many (ground truth, response), for the judge."""
+    return [_equal(gold, response) for gold, response in pairs]
 
 
 def _unreadable_math(gold: str) -> str:
