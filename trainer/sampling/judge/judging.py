@@ -133,14 +133,14 @@ class Judge:
             log.warning(
                 "judge: none of %d responses marks its final answer, as \\boxed{...} does: all score 0", without
             )
-        plan.settle(self._by_rule(plan.asked))
-        by_rule = len(plan.known)
+        by_rule = self._by_rule(plan.asked)
+        plan.settle(by_rule)
         cache = self._open().verdicts
-        if cache is not None and plan.asked:
-            plan.settle(cache.get_many(plan.asked))
+        cached = {} if cache is None else cache.get_many(plan.asked)
+        plan.settle(cached)
         log.info(
             "judge: %d responses, %d without an answer; %d questions by rule, %d in the cache, %d to ask",
-            *(len(items), without, by_rule, len(plan.known) - by_rule, len(plan.asked)),
+            *(len(items), without, len(by_rule), len(cached), len(plan.asked)),
         )
         return plan
 
@@ -180,7 +180,7 @@ class Judge:
         except ExceptionGroup as failures:
             failure = failures.exceptions[0]
         finally:
-            await self._line.keep()
+            await self._line.kept()
         raise failure
 
     async def _ask_once(self, key: str, one: Question) -> float:
@@ -206,7 +206,7 @@ class Judge:
             reply = await self._line.endpoint.reply(messages, where)
             score = verdict(reply.text) if reply.complete else None
             if score is not None:
-                await self._line.keep((key, score, reply.text[-KEPT:]))
+                self._line.keep((key, score, reply.text[-KEPT:]))
                 return score
             messages = [
                 first,
@@ -257,7 +257,7 @@ class _Line:
         self.verdicts = None if settings.cache == "none" else Verdicts(settings.cache or _default_cache())
         self.flights: dict[str, _Flight] = {}
         self._unkept: list[Row] = []
-        self._keeping = asyncio.Lock()
+        self._writing: asyncio.Task[None] | None = None
         self._loop = asyncio.new_event_loop()
         thread = threading.Thread(target=self._loop.run_forever, name="judge", daemon=True)
         thread.start()
@@ -275,15 +275,30 @@ class _Line:
         """The work's result, awaited in the caller's loop; it is cancelled with the caller."""
         return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self._loop))
 
-    async def keep(self, *rows: Row) -> None:
-        """Write verdicts to the cache, with all those that came while the last ones were written."""
+    def keep(self, row: Row) -> None:
+        """Begin to write a verdict to the cache, with all those that come while the last ones are written."""
         if self.verdicts is None:
             return
-        self._unkept += rows
-        async with self._keeping:
-            rows_now, self._unkept = self._unkept, []
-            if rows_now:
-                await asyncio.shield(asyncio.to_thread(self.verdicts.put_many, rows_now))
+        self._unkept.append(row)
+        if self._writing is None or self._writing.done():
+            self._check_written()
+            self._writing = asyncio.create_task(self._write(self.verdicts))
+
+    async def kept(self) -> None:
+        """Wait until all verdicts are written; RequestError if they cannot be."""
+        if self._writing is not None:
+            await asyncio.wait([self._writing])
+            self._check_written()
+
+    async def _write(self, verdicts: Verdicts) -> None:
+        while self._unkept:
+            rows, self._unkept = self._unkept, []
+            await asyncio.to_thread(verdicts.put_many, rows)
+
+    def _check_written(self) -> None:
+        if self._writing is not None and self._writing.done():
+            written, self._writing = self._writing, None
+            written.result()
 
 
 def _stop(

@@ -46,7 +46,7 @@ _MARKER = re.compile(r"\banswer\b[ \t*_]*(?:is\b|:|=)[ \t*_]*:?[ \t*_]*", re.IGN
 _WORDS = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{3,}")
 _COMMANDS = re.compile(r"\\(?:begin|end|text\w*|mathrm|mathbf|operatorname)\s*\{|\\[A-Za-z]+")
 _FUNCTIONS = re.compile(
-    "(?:arc)?(?:sin|cos|tan)h?|cot|sec|csc|log|exp|sqrt|lim|max|min|mod|gcd|lcm|det|deg|[pbv]?matrix"
+    r"(?:arc)?(?:sin|cos|tan)h?|cot|sec|csc|log|exp|sqrt|lim|max|min|mod|gcd|lcm|det|deg|[pbv]?matrix"
 )
 
 
