@@ -27,6 +27,7 @@ from gradstore.trainer.local.training import Training
 from gradstore.trainer.round.driver import Rounds
 from gradstore.trainer.round.settings import RoundSettings
 from gradstore.trainer.sampling.judge import JudgeSettings, judge_settings
+from gradstore.trainer.sampling.judge.secrecy import without_credentials
 from gradstore.trainer.sampling.judge.settings import writable
 from gradstore.trainer.sampling.readable import readable
 from gradstore.trainer.sampling.reward import Reward
@@ -93,7 +94,8 @@ class RunSettings:
         if self.update.objective.kl_beta:
             raise RequestError("update.objective.kl_beta: give the run's kl_beta, which makes the reference too")
         if self.judge is not None and self.reward not in (*JUDGES, "auto"):
-            raise RequestError(f"judge: its settings are for reward judge or auto, reward is {self.reward!r}")
+            reward = without_credentials(self.reward)
+            raise RequestError(f"judge: its settings are for reward judge or auto, reward is {reward!r}")
 
     @classmethod
     def of(

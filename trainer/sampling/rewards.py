@@ -33,6 +33,7 @@ from gradstore.errors import RequestError
 from gradstore.keepable import parsed_field
 from gradstore.problems import detail
 from gradstore.trainer.sampling.grading import read_truth
+from gradstore.trainer.sampling.judge.secrecy import without_credentials
 from gradstore.trainer.sampling.reward import Item, Reward
 
 if TYPE_CHECKING:
@@ -66,10 +67,10 @@ def load_reward(spec: str, judge: "JudgeSettings | None" = None) -> Reward:
         return with_coins(Judge(judge or judge_settings(function), _equal_pairs).reward())
     if not colon or not module or not function:
         raise RequestError(
-            f"unknown reward {spec!r}, expected 'math', 'reasoning-gym', 'judge', 'auto', 'module:function' or "
-            "'file.py:function'"
+            f"unknown reward {without_credentials(spec)!r}, expected 'math', 'reasoning-gym', 'judge', 'auto', "
+            "'module:function' or 'file.py:function'"
         )
-    return Reward(spec, functools.partial(_user, _imported(spec, module, function), spec))
+    return Reward(spec, functools.partial(_user, _imported(without_credentials(spec), module, function), spec))
 
 
 def coin_flip(record: Mapping[str, Any], response: str, rollout_index: int) -> float | None:

@@ -7,7 +7,7 @@ from typing import Literal
 
 from gradstore.errors import RequestError, check_known, check_number
 from gradstore.settings import read
-from gradstore.trainer.sampling.judge.secrecy import URL_VARIABLE, Address, without_credentials
+from gradstore.trainer.sampling.judge.secrecy import HIDDEN, URL_VARIABLE, Address, without_credentials
 
 ANSWERS = ("final", "whole")
 RULES = ("equal", "both", "none")
@@ -100,4 +100,4 @@ def _shown(base_url: str) -> str:
     try:
         return str(Address.of(base_url))
     except RequestError:
-        return without_credentials(base_url)
+        return HIDDEN
