@@ -113,6 +113,26 @@ def test_a_byte_at_a_time_meets_the_deadline(endpoint: Endpoint, judge: Make, wh
     assert len(endpoint.requests) == 2
 
 
+def test_interim_answers_without_end(endpoint: Endpoint, judge: Make) -> None:
+    """They are no answer, however many come, and whatever stands before a chunk is none either."""
+
+    def flood(handler: Any) -> None:
+        for _ in range(1_000_000):
+            handler.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n" * 1000)
+
+    def extend(handler: Any) -> None:
+        handler.wfile.write(head("200 OK", "Transfer-Encoding: chunked") + CLOSE + b"1;")
+        for _ in range(10_000):
+            handler.wfile.write(b"x" * 65_536)
+
+    endpoint.answer = lambda number, body: flood
+    with pytest.raises(GradstoreError, match=r"no answer within 0\.5 s after 1 tries"):
+        ask(judge(timeout=0.5, retries=0))
+    endpoint.answer = lambda number, body: extend
+    with pytest.raises(GradstoreError, match="cannot be reached after 1 tries"):
+        ask(judge(retries=0))
+
+
 def test_a_server_that_says_nothing(endpoint: Endpoint, judge: Make) -> None:
     """A request that hangs must neither stop the run for ever nor be paid."""
     endpoint.answer = lambda number, body: time.sleep(1.5 if number == 0 else 0) or "VERDICT: CORRECT"  # type: ignore[func-returns-value]

@@ -12,6 +12,7 @@ import math
 import os
 import random
 import re
+import socket
 import ssl
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -290,9 +291,8 @@ def _system_reason(error: BaseException) -> str:
     """What the system says of an error, such as "Connection refused"; nothing for other errors."""
     if not isinstance(error, OSError) or not error.errno:
         return ""
-    return (
-        os.strerror(error.errno) if error.errno > 1 else error.strerror or ""
-    )  # names and certificates have their own
+    own = isinstance(error, ssl.SSLError | socket.gaierror)  # their numbers are not the system's
+    return error.strerror or "" if own else os.strerror(error.errno)
 
 
 @cache
