@@ -407,6 +407,10 @@ def test_other_refusals(judge: Make, tmp_path: Path) -> None:
         judge(template=str(tmp_path / "short.txt"))
     with pytest.raises(RequestError, match="problem 'p0': no ground truth"):
         judge().reward()(problem(0, " "), box("x"), 0)
+    check: Any = judge(length=10).reward().check
+    check(problem(0, "t" * 10))
+    with pytest.raises(RequestError, match="problem 'p0': ground truth of 11 characters, and answers longer than"):
+        check(problem(0, "t" * 11))
     with pytest.raises(RequestError, match="timeout is inf, expected a finite number"):
         judge(timeout=math.inf)
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gradstore.errors import GradstoreError, needing
+from gradstore.errors import GradstoreError, RequestError, needing
 from gradstore.trainer.sampling.judge.cache import Row, Verdicts
 from gradstore.trainer.sampling.judge.question import (
     PLACES,
@@ -114,7 +114,12 @@ class Judge:
         self._line.close()
 
     def _check(self, record: Mapping[str, Any]) -> None:
-        question(record, "")
+        length, truth = self.settings.length, question(record, "").reference
+        if self.settings.answer == "final" and len(truth) > length:
+            raise RequestError(
+                f"problem {record['id']!r}: ground truth of {len(truth)} characters, and answers longer than "
+                f"length={length} score 0; raise length"
+            )
 
     def _plan(self, items: Sequence[Item]) -> "_Plan":
         """Scores known without a request, and the questions to ask."""
