@@ -285,7 +285,7 @@ judges = st.builds(
     model=texts.filter(bool),
     base_url=st.none() | texts,
     timeout=st.floats(1e-9, 1e9),
-    temperature=numbers,
+    temperature=st.floats(0, 1e9),
     cache=st.none() | texts,
 )
 

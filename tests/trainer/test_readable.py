@@ -83,7 +83,7 @@ def test_what_other_rewards_need() -> None:
 
 def test_a_judge_needs_a_truth_and_a_question(tmp_path: Any) -> None:
     """Known without asking it."""
-    pytest.importorskip("openai")
+    pytest.importorskip("httpx")
     reward = load_reward(f"judge:model=m,base_url=http://127.0.0.1:1/v1,cache={tmp_path / 'c.sqlite'}")
     kept, left_out = readable([_problem("a"), _problem("b", ""), {**_problem("c"), "prompt": ""}], reward, skip=True)
     assert [problem["id"] for problem in kept] == ["a"]

@@ -28,6 +28,8 @@ from gradstore.trainer.local.training import Training
 from gradstore.trainer.round.driver import Rounds
 from gradstore.trainer.round.settings import RoundSettings
 from gradstore.trainer.sampling.judge import JudgeSettings, judge_settings
+from gradstore.trainer.sampling.judge.secrecy import without_credentials
+from gradstore.trainer.sampling.judge.settings import writable
 from gradstore.trainer.sampling.readable import readable
 from gradstore.trainer.sampling.reward import Reward
 from gradstore.trainer.sampling.rewards import JUDGES, load_reward
@@ -35,10 +37,11 @@ from gradstore.trainer.sampling.rewards import JUDGES, load_reward
 WRITTEN = "run.yaml"
 """File of the run's folder with its settings."""
 
+_JUDGE_FREE = ("base_url", "key_variable", "concurrency", "timeout", "retries", "max_bytes", "cache")
 _FREE = {
     *("out", "device", "save_every", "sampling.batch_tokens", "update.token_budget"),
     *("rounds.window", "rounds.observe", "rounds.accept_coverage"),
-    *(f"judge.{name}" for name in ("base_url", "key_variable", "concurrency", "timeout", "retries", "cache")),
+    *(f"judge.{name}" for name in _JUDGE_FREE),
 }
 """Settings that may change when a run is resumed; `rounds.rounds` may grow."""
 
@@ -92,7 +95,8 @@ class RunSettings:
         if self.update.objective.kl_beta:
             raise RequestError("update.objective.kl_beta: give the run's kl_beta, which makes the reference too")
         if self.judge is not None and self.reward not in (*JUDGES, "auto"):
-            raise RequestError(f"judge: its settings are for reward judge or auto, reward is {self.reward!r}")
+            reward = without_credentials(self.reward)
+            raise RequestError(f"judge: its settings are for reward judge or auto, reward is {reward!r}")
 
     @classmethod
     def of(
@@ -121,6 +125,8 @@ class RunSettings:
             reward, judge = "judge", judge or judge_settings(about)
         elif kind.endswith(".py"):
             reward = f"{Path(kind).absolute()}:{about}"
+        if judge is not None:
+            judge = replace(judge, base_url=writable(judge.base_url))  # without credentials
         return replace(
             self,
             model=str(Path(self.model).absolute()) if Path(self.model).exists() else self.model,

@@ -29,6 +29,7 @@ from gradstore.keepable import parsed_field
 from gradstore.problems import detail
 from gradstore.trainer.sampling.grading import unreadable
 from gradstore.trainer.sampling.imported import imported
+from gradstore.trainer.sampling.judge.secrecy import without_credentials
 from gradstore.trainer.sampling.reward import Item, Reward, Score
 from gradstore.trainer.sampling.workers.pool import PoolItem, pool_of
 
@@ -60,10 +61,10 @@ def load_reward(spec: str, judge: "JudgeSettings | None" = None) -> Reward:
     if module in JUDGES:
         from gradstore.trainer.sampling.judge import Judge, judge_settings
 
-        return with_coins(Judge(judge or judge_settings(function)).reward())
+        return with_coins(Judge(judge or judge_settings(function), equal_pairs).reward())
     if not colon or not module or not function:
         raise RequestError(
-            f"unknown reward {spec!r}, expected 'math', 'reasoning-gym', 'judge', 'auto', 'module:function' or "
+            f"unknown reward {without_credentials(spec)!r}, expected 'math', 'reasoning-gym', 'judge', 'auto', 'module:function' or "
             "'file.py:function'"
         )
     if spec.startswith(ISOLATED) and ":" in function:

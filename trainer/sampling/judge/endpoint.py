@@ -1,0 +1,301 @@
+"""One chat completions endpoint: requests with a total deadline and a maximum size, retries, checked answers.
+
+The endpoint is not trusted. A try ends after `timeout` seconds even if bytes keep coming; an answer of more than
+`max_bytes`, a compressed one and a redirect are refused; the JSON is checked against a schema. What the endpoint
+writes is shown in one line, without control characters and without the key. Errors have no chain: the exceptions of the
+HTTP package hold the request, and with it the key.
+"""
+
+import asyncio
+import json
+import math
+import os
+import random
+import re
+import socket
+import ssl
+from collections.abc import Iterator
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from functools import cache
+from http.cookiejar import DefaultCookiePolicy
+from time import time
+from typing import Annotated, Any
+from urllib.request import getproxies
+
+import httpx
+from pydantic import BaseModel, Field, ValidationError
+
+from gradstore.errors import GradstoreError, RequestError
+from gradstore.trainer.sampling.judge.secrecy import Address, Secrets, secrets_of
+from gradstore.trainer.sampling.judge.settings import JudgeSettings
+
+OPENAI = "https://api.openai.com/v1"
+LONGEST_PAUSE_S = 60.0
+"""Maximum pause that an endpoint can ask for with Retry-After."""
+SHOWN = 200
+"""Characters shown of an endpoint's message."""
+_ERROR_BYTES = 65_536
+"""Bytes read of an error's body."""
+_BUSY = (408, 409, 429)
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What the model replied."""
+
+    text: str
+    complete: bool
+    """Whether the model ended the reply itself; False if it was cut off."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Failure:
+    """A try without an answer."""
+
+    problem: str
+    """What happened, in our words."""
+    detail: str = ""
+    """What the endpoint or the system says of it."""
+    again: bool = False
+    """Whether another try may help."""
+    pause: float | None = None
+    """Seconds that the endpoint asks to wait."""
+    refused: bool = False
+    """Whether the request itself was wrong."""
+
+
+class _Message(BaseModel):
+    content: str | None = None
+
+
+class _Choice(BaseModel):
+    message: _Message
+    finish_reason: str | None = None
+
+
+class _Completion(BaseModel):
+    choices: Annotated[list[_Choice], Field(min_length=1, max_length=1)]
+
+
+class Endpoint:
+    """Sends questions to one endpoint. The constructor raises RequestError, without a request, for a bad key or URL.
+
+    To be used within one event loop.
+    """
+
+    def __init__(self, settings: JudgeSettings) -> None:
+        self._settings = settings
+        self.address = Address.of(settings.base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI)
+        auth, secrets = _authorization(settings, self.address)
+        self._secrets: Secrets = secrets_of(*secrets)
+        query = f"?{self.address.query}" if self.address.query else ""
+        connections = httpx.Limits(max_connections=settings.concurrency, max_keepalive_connections=settings.concurrency)
+        wrong = "its URL or a proxy of the environment cannot be used"
+        try:
+            self._url = httpx.URL(f"{self.address.url}/chat/completions{query}")
+            self._client = httpx.AsyncClient(
+                auth=auth,
+                headers=_HEADERS,
+                verify=_trusted(),
+                timeout=None,
+                limits=connections,
+                follow_redirects=False,
+            )
+        except (httpx.InvalidURL, ValueError, ImportError, OSError, ssl.SSLError) as error:
+            wrong = f"{wrong}: {self._secrets.masked(type(error).__name__)}"
+        else:
+            self._client.cookies.jar.set_policy(DefaultCookiePolicy(allowed_domains=[]))
+            self._places = asyncio.Semaphore(settings.concurrency)
+            return
+        raise RequestError(f"judge at {self.address}: {wrong}")
+
+    async def reply(self, messages: list[dict[str, str]], where: str) -> Reply:
+        """The model's reply to a conversation.
+
+        GradstoreError that begins with `where` if there is none; RequestError if the endpoint refuses the request.
+        """
+        body = {
+            "model": self._settings.model,
+            "messages": messages,
+            "temperature": self._settings.temperature,
+            "max_completion_tokens": self._settings.max_tokens,
+        }
+        content = json.dumps(body).encode()
+        tries = 0
+        async with self._places:
+            while True:
+                outcome = await self._try(content)
+                if isinstance(outcome, Reply):
+                    return outcome
+                tries += 1
+                if not outcome.again or tries > self._settings.retries:
+                    break
+                await asyncio.sleep(_backoff(tries) if outcome.pause is None else outcome.pause)
+        problem = f"{outcome.problem}{f' after {tries} tries' if outcome.again else ''}"
+        kind = RequestError if outcome.refused else GradstoreError
+        raise kind(f"{where} at {self.address}: {problem}{f': {outcome.detail}' if outcome.detail else ''}")
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._client.aclose()
+
+    async def _try(self, content: bytes) -> Reply | _Failure:
+        """One request, within the time of one try."""
+        try:
+            async with (
+                asyncio.timeout(self._settings.timeout),
+                self._client.stream("POST", self._url, content=content) as response,
+            ):
+                if response.is_success:
+                    return await self._completion(response)
+                return self._refusal(response, await _read(response, _ERROR_BYTES))
+        except TimeoutError:
+            return _Failure(f"no answer within {self._settings.timeout:g} s", again=True)
+        except (httpx.HTTPError, httpx.StreamError, httpx.InvalidURL, OSError, ValueError) as error:
+            causes = list(_causes(error))
+            reason = next(filter(None, map(_system_reason, causes)), "") or str(error) or type(error).__name__
+            untrusted = any(isinstance(cause, ssl.SSLCertVerificationError) for cause in causes)
+            return _Failure("cannot be reached", self._shown(reason), again=not untrusted)
+
+    async def _completion(self, response: httpx.Response) -> Reply | _Failure:
+        encoding = response.headers.get("content-encoding", "identity")
+        if encoding.strip().lower() not in ("", "identity"):
+            return _Failure(f"its answer is compressed ({self._shown(encoding)}), though it was asked for plain text")
+        limit = self._settings.max_bytes
+        body = await _read(response, limit + 1)
+        if len(body) > limit:
+            return _Failure(f"its answer has more than max_bytes={limit} bytes")
+        try:
+            choice = _Completion.model_validate_json(bytes(body), strict=True).choices[0]
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+            found = f"{'.'.join(map(str, first['loc']))}: {first['msg']}".removeprefix(": ")
+            return _Failure("its answer is no chat completion", self._shown(found))
+        return Reply(choice.message.content or "", choice.finish_reason not in ("length", "content_filter"))
+
+    def _refusal(self, response: httpx.Response, body: bytearray) -> _Failure:
+        """What a status other than 2xx means."""
+        status = response.status_code
+        if status in _BUSY or status >= 500:
+            return _Failure(f"HTTP {status}", again=True, pause=_asked_pause(response.headers))
+        if status == 401:
+            key = "the URL's password" if self.address.credentials else f"the key in ${self._settings.key_variable}"
+            return _Failure(f"HTTP 401, {key} is refused or missing", refused=True)
+        if 300 <= status < 400:
+            target = self._shown(response.headers.get("location", ""))
+            problem = f"HTTP {status}, a redirect to {target!r} is not followed; name the right base_url"
+            return _Failure(problem, refused=True)
+        return _Failure(f"HTTP {status}", self._shown(_message(body)), refused=True)
+
+    def _shown(self, text: str) -> str:
+        """A foreign text in one line, without control characters and secrets."""
+        plain = " ".join("".join(c if c.isprintable() else " " for c in text[: 50 * SHOWN]).split())
+        return self._secrets.masked(plain)[:SHOWN]
+
+
+_HEADERS = {"Accept": "application/json", "Accept-Encoding": "identity", "Content-Type": "application/json"}
+
+
+class _Bearer(httpx.Auth):
+    """Adds the API key, or nothing, to a request."""
+
+    def __init__(self, key: str) -> None:
+        self._key = key
+
+    def auth_flow(self, request: httpx.Request) -> Any:
+        if self._key:
+            request.headers["Authorization"] = f"Bearer {self._key}"
+        yield request
+
+
+def _authorization(settings: JudgeSettings, address: Address) -> tuple[httpx.Auth, list[str]]:
+    """How requests are authorized, and all that must not be shown. RequestError for a missing or impossible key."""
+    variable = settings.key_variable
+    key = os.environ.get(variable) or ""
+    if not key and settings.base_url is None and not os.environ.get("OPENAI_BASE_URL"):
+        raise RequestError(
+            f"judge: environment variable {variable} is not set and no base_url is given; set the key, or name a local "
+            "endpoint"
+        )
+    wrong = re.search(r"[^\x21-\x7e]", key)
+    if wrong:
+        kind = "a line break or control character" if ord(wrong[0]) < 32 else "a space or a character beyond ASCII"
+        raise RequestError(
+            f"judge: the key in ${variable} holds {kind} (character {wrong.start() + 1} of {len(key)}), which no key "
+            "has; set it again without"
+        )
+    secrets = [key, *address.secrets()]
+    for proxy in getproxies().values():
+        secrets += re.findall(r"//([^/@]+)@", proxy)
+    if address.credentials:
+        user, _, password = address.credentials.partition(":")
+        return httpx.BasicAuth(user, password), secrets
+    return _Bearer(key), secrets
+
+
+async def _read(response: httpx.Response, limit: int) -> bytearray:
+    """The first `limit` bytes of a body, as they were sent."""
+    body = bytearray()
+    async for part in response.aiter_raw():
+        body += part[: limit - len(body)]
+        if len(body) >= limit:
+            break
+    return body
+
+
+def _message(body: bytearray) -> str:
+    """The message of an error's body: as OpenAI, vLLM and FastAPI put it, else the body's text."""
+    text = body.decode(errors="replace")
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+    for name in ("error", "message", "detail"):
+        if isinstance(found, dict) and name in found:
+            found = found[name]
+    return found if isinstance(found, str) else text
+
+
+def _asked_pause(headers: httpx.Headers) -> float | None:
+    """Seconds to wait as the endpoint asks, at most LONGEST_PAUSE_S; None if it does not ask, or for nonsense."""
+    for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
+        text = headers.get(name, "")[:100]
+        try:
+            pause = float(text) * unit
+        except ValueError:
+            try:
+                pause = parsedate_to_datetime(text).timestamp() - time()
+            except (ValueError, TypeError, OverflowError, IndexError):
+                continue
+        if math.isfinite(pause):
+            return min(max(pause, 0.0), LONGEST_PAUSE_S)
+    return None
+
+
+def _backoff(tries: int) -> float:
+    """The pause after failed tries: 0.5 s, doubled each time, up to 8 s; up to a quarter less, at random."""
+    return 0.25 * 2 ** min(tries, 5) * random.uniform(0.75, 1)
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and its causes."""
+    for _ in range(20):
+        if error is None:
+            return
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _system_reason(error: BaseException) -> str:
+    """What the system says of an error, such as "Connection refused"; nothing for other errors."""
+    if not isinstance(error, OSError) or not error.errno:
+        return ""
+    own = isinstance(error, ssl.SSLError | socket.gaierror)  # their numbers are not the system's
+    return error.strerror or "" if own else os.strerror(error.errno)
+
+
+@cache
+def _trusted() -> ssl.SSLContext:
+    """The certificates that are trusted; reading them takes a tenth of a second."""
+    return httpx.create_ssl_context()
