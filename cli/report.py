@@ -5,7 +5,7 @@ from typing import Annotated
 
 from gradstore.cli.app import command, opt
 from gradstore.cli.query import Json, Pool, StorePath
-from gradstore.cli.show import print_json, say
+from gradstore.cli.show import print_json, say, warn
 
 AgainstAny = Annotated[
     list[str] | None, opt("Benchmark to look at, the first one closest; may be repeated. Default: all.", "--against")
@@ -76,15 +76,22 @@ def serve(
     pool: Pool = None,
     rollouts: RolloutFiles = None,
     tokenizer: Tokenizer = None,
-    host: Annotated[
-        str, opt("Address to listen on; beyond this machine every request needs the token printed.")
-    ] = "127.0.0.1",
+    host: Annotated[str, opt("Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, opt("Port; 0 takes a free one.")] = 8050,
+    no_token: Annotated[
+        bool,
+        opt("Ask for no token: every user of this machine can read the problems. On loopback only.", "--no-token"),
+    ] = False,
 ) -> None:
-    """Explore a store in the browser: rank and search, open a problem, compare steps and benchmarks."""
+    """Explore a store in the browser: rank and search, open a problem, compare steps and benchmarks.
+
+    Every request needs the token of the address that is printed.
+    """
     import gradstore
     from gradstore.analysis.explorer import serve as run
 
+    if no_token:
+        warn("no token: every user of this machine can read the problems while this runs")
     run(
         gradstore.open(store),
         pool=pool,
@@ -93,5 +100,6 @@ def serve(
         tokenizer=_tokenizer(tokenizer),
         host=host,
         port=port,
+        token=not no_token,
         tell=lambda address: say(f"exploring {store} at {address}  (Ctrl-C ends it)"),
     )
