@@ -12,10 +12,12 @@ send a byte now and then. Here:
 - requests that are sent before the answer to the last one (pipelining, which no browser does) end the connection.
 """
 
+import contextlib
 import resource
 import socket
 import time
 from collections.abc import Callable, Iterable
+from threading import Lock
 from typing import Any
 
 from waitress.adjustments import Adjustments
@@ -29,10 +31,11 @@ from gradstore.errors import RequestError
 
 MOST_HEAD = 32 << 10
 MOST_CONNECTIONS = 400
-MOST_UNSENT = 256 << 20
-"""Bytes of answers in memory that clients have not taken."""
+MOST_UNSENT = 128 << 20
+"""Bytes of answers in memory that clients have not taken; beyond, the client that takes its answer longest is dropped."""
 THREADS = 96
 """More than may wait for a turn to compute (turns.py), so that files and refusals never wait for those."""
+_MAKING_ROOM = Lock()
 REQUEST_SECONDS, ANSWER_SECONDS, STALLED_SECONDS, IDLE_SECONDS = 20, 120, 20, 60
 
 
@@ -124,7 +127,7 @@ class Connection(HTTPChannel):
     _began = 0.0
     """When the request in progress began, or the wait for it."""
     _sending_since = 0.0
-    """When the answer that is being sent was first seen; 0: none is."""
+    """When the last answer began to be sent."""
 
     def __init__(self, *given: Any, **more: Any) -> None:
         super().__init__(*given, **more)
@@ -143,12 +146,17 @@ class Connection(HTTPChannel):
             self.drop()
         return found
 
+    def write_soon(self, data: bytes) -> int:
+        """Send a part of an answer, or keep it until the client takes it; called from a thread."""
+        if not self.total_outbufs_len:
+            self._sending_since = time.time()
+        self.server.make_room(len(data))
+        return int(super().write_soon(data))
+
     def is_over(self, now: float) -> bool:
         """Whether the client has taken too long."""
         if self.total_outbufs_len:
-            self._sending_since = self._sending_since or now
             return now - self._sending_since > ANSWER_SECONDS or now - self.last_activity > STALLED_SECONDS
-        self._sending_since = 0.0
         if self.requests:
             return False
         if self.request is not None or not self.allowed:
@@ -161,15 +169,15 @@ class Connection(HTTPChannel):
 
     def age(self) -> tuple[bool, float]:
         """Sort key: the first is dropped first."""
-        return self.allowed, self._sending_since or (self._began if self.request is not None else self.last_activity)
+        if self.total_outbufs_len:
+            return self.allowed, self._sending_since
+        return self.allowed, self._began if self.request is not None else self.last_activity
 
     def drop(self) -> None:
         """End the connection. A client that takes nothing would never let waitress close it: `shutdown` does."""
         self.will_close = True
-        try:
+        with contextlib.suppress(OSError):  # it may be gone already
             self.socket.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass  # it is gone already
 
 
 class Server(TcpWSGIServer):
@@ -185,18 +193,23 @@ class Server(TcpWSGIServer):
             self._first_of(held[:-1] or held).drop()
 
     def maintenance(self, now: float) -> None:
-        """Drop clients that took too long, and the slowest ones while too many bytes wait; called every second."""
-        channels: list[Connection] = list(self.active_channels.values())
-        for channel in channels:
+        """Drop clients that took too long; called every second."""
+        for channel in list(self.active_channels.values()):
             if channel.is_over(now):
                 channel.drop()
-        held = [one for one in channels if one.total_outbufs_len and not one.will_close]
-        unsent = sum(one.total_outbufs_len for one in held)
-        for channel in sorted(held, key=Connection.age):
+
+    def make_room(self, n_bytes: int) -> None:
+        """Drop the slowest clients while too many bytes wait for them; called from threads."""
+        with _MAKING_ROOM:
+            held = [one for one in list(self.active_channels.values()) if one.total_outbufs_len and not one.will_close]
+            unsent = n_bytes + sum(one.total_outbufs_len for one in held)
             if unsent <= MOST_UNSENT:
-                break
-            unsent -= channel.total_outbufs_len
-            channel.drop()
+                return
+            for channel in sorted(held, key=Connection.age):
+                unsent -= channel.total_outbufs_len
+                channel.drop()
+                if unsent <= MOST_UNSENT:
+                    return
 
     @staticmethod
     def _first_of(held: list[Connection]) -> Connection:
