@@ -5,6 +5,7 @@ from typing import Annotated
 
 from gradstore.cli.app import command, opt
 from gradstore.cli.query import Json, Pool, StorePath
+from gradstore.cli.rollout import Trust
 from gradstore.cli.show import print_json, say, warn
 
 AgainstAny = Annotated[
@@ -29,6 +30,7 @@ def report(
     rollouts: RolloutFiles = None,
     tokenizer: Tokenizer = None,
     top: Annotated[int, opt("Problems listed from each end of a ranking.")] = 50,
+    trust_remote_code: Trust = False,
     json: Json = False,
 ) -> None:
     """Write a page of what a store holds, how alignment drifted, and what was selected."""
@@ -45,7 +47,7 @@ def report(
         format=format,
         figures=figures,
         rollouts=rollouts or (),
-        tokenizer=_tokenizer(tokenizer),
+        tokenizer=_tokenizer(tokenizer, trust_remote_code),
         n_listed=top,
     )
     if json:
@@ -61,12 +63,12 @@ def report(
     )
 
 
-def _tokenizer(name: str | None) -> object:
+def _tokenizer(name: str | None, trusted: bool) -> object:
     if name is None:
         return None
     from gradstore.engine.gradients.models import load_tokenizer
 
-    return load_tokenizer(name)
+    return load_tokenizer(name, trust_remote_code=trusted)
 
 
 @command()
@@ -82,6 +84,7 @@ def serve(
         bool,
         opt("Ask for no token: every user of this machine can read the problems. On loopback only.", "--no-token"),
     ] = False,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Explore a store in the browser: rank and search, open a problem, compare steps and benchmarks.
 
@@ -97,7 +100,7 @@ def serve(
         pool=pool,
         benchmarks=against or (),
         rollouts=rollouts or (),
-        tokenizer=_tokenizer(tokenizer),
+        tokenizer=_tokenizer(tokenizer, trust_remote_code),
         host=host,
         port=port,
         token=not no_token,

@@ -11,6 +11,9 @@ from gradstore.cli.show import print_json, progress, say
 from gradstore.errors import RequestError
 
 Model = Annotated[str, opt("Folder or name of a transformers causal LM.")]
+Trust = Annotated[
+    bool, opt("Run Python code that the model's folder brings (never asked for otherwise).", "--trust-remote-code")
+]
 Device = Annotated[str | None, opt("cpu, cuda, cuda:1 ...; default: a GPU where there is one.")]
 
 
@@ -48,6 +51,7 @@ def rollout(
         int | None, opt("vllm: longest prompt and response together [default: the model's].")
     ] = None,
     device: Device = None,
+    trust_remote_code: Trust = False,
     json: Json = False,
 ) -> None:
     """Sample and reward rollouts; started again after an interruption, it goes on where it was."""
@@ -75,7 +79,7 @@ def rollout(
     records, left_out = readable([record for _, record in placed], scored_by, skip=skip_unreadable, names=names)
     for line in left_out:
         say(f"left out: {line}")
-    sampled_by = load_backend(backend, model, **options)
+    sampled_by = load_backend(backend, model, trust_remote_code=trust_remote_code, **options)
     with progress("rollouts", len(records)) as advance:
         report = run(
             records,

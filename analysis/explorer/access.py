@@ -66,7 +66,7 @@ class Access:
         given = [*parse_cookie(cookies).getlist(self.cookie), *parse_qs(query).get("token", ())]
         if scheme.lower() == "bearer":
             given.append(bearer.strip())
-        if any([same(one, self.token) for one in given]):
+        if any(same(one, self.token) for one in given):
             return None
         return Refusal(401, "Unauthorized", "the token is missing or wrong: open the address that was printed\n")
 

@@ -32,7 +32,7 @@ from gradstore.errors import RequestError
 MOST_HEAD = 32 << 10
 MOST_CONNECTIONS = 400
 MOST_UNSENT = 128 << 20
-"""Bytes of answers in memory that clients have not taken; beyond, the client that takes its answer longest is dropped."""
+"""Bytes of answers in memory that clients have not taken; beyond, the slowest client is dropped."""
 THREADS = 96
 """More than may wait for a turn to compute (turns.py), so that files and refusals never wait for those."""
 _MAKING_ROOM = Lock()
@@ -101,11 +101,11 @@ class Request(HTTPRequestParser):
             self.query,
         )
         if refused is not None:
-            self.error = _Refused(refused)
+            self.error = _RefusedError(refused)
             self.body_rcv, self.chunked, self.content_length, self.expect_continue = None, False, 0, False
 
 
-class _Refused(Error):
+class _RefusedError(Error):
     """A refusal as waitress sends it."""
 
     def __init__(self, refused: Refusal) -> None:

@@ -19,7 +19,7 @@ PATH = "/_dash-update-component"
 _Wsgi = Callable[[dict[str, Any], Callable], Iterable[bytes]]
 
 
-class Busy(Exception):
+class BusyError(Exception):
     """Too many requests wait."""
 
 
@@ -32,10 +32,10 @@ class Turns:
 
     @contextmanager
     def turn(self) -> Iterator[None]:
-        """Wait for a turn, and hold it for the block. Busy if the line is full or does not move."""
+        """Wait for a turn, and hold it for the block. BusyError if the line is full or does not move."""
         with self._lock:
             if self._n_waiting >= self._most_waiting:
-                raise Busy
+                raise BusyError
             self._n_waiting += 1
         try:
             came = self._running.acquire(timeout=self._patience)
@@ -43,7 +43,7 @@ class Turns:
             with self._lock:
                 self._n_waiting -= 1
         if not came:
-            raise Busy
+            raise BusyError
         try:
             yield
         finally:
@@ -68,7 +68,7 @@ class Answers:
         body = environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
         try:
             status, headers, content = self._answer(environ, body)
-        except Busy:
+        except BusyError:
             refused = Response("too many requests wait: try again\n", 503, mimetype="text/plain")
             refused.headers["Retry-After"] = "2"
             return refused(environ, start_response)

@@ -15,7 +15,7 @@ import pytest
 from gradstore.analysis.explorer import serve, serving
 from gradstore.analysis.explorer.access import MOST_BODY, Access, guard
 from gradstore.analysis.explorer.serving import Server, listen, make_server
-from gradstore.analysis.explorer.turns import PATH, Answers, Busy, Turns
+from gradstore.analysis.explorer.turns import PATH, Answers, BusyError, Turns
 from gradstore.errors import RequestError
 
 TOKEN = "secret-token"
@@ -303,7 +303,7 @@ def test_few_are_computed_at_once_and_too_many_are_told_to_come_back() -> None:
 
 def test_nobody_waits_for_ever() -> None:
     turns = Turns(1, 5, patience=0.1)
-    with turns.turn(), pytest.raises(Busy):
+    with turns.turn(), pytest.raises(BusyError):
         turns.turn().__enter__()
     with turns.turn():
         pass

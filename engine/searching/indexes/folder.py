@@ -145,7 +145,7 @@ class IndexFolder:
             if crc32c(np.memmap(paths[name], np.uint8, "r")) != file["crc32c"]:
                 return None
         kind = kind_class(self.kind)
-        entry_rows, entry_norms = np.load(paths["rows"]), np.load(paths["norms"])
+        entry_rows, entry_norms = (np.load(paths[name], allow_pickle=False) for name in ("rows", "norms"))
         index = Index(
             kind.load(paths["entries"]), self.metric, self._collection, self._generation, entry_rows, entry_norms,
             tuple(Tested(**tested) for tested in body["tested"]), body["n_tested"],
