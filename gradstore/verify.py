@@ -14,6 +14,7 @@ from gradstore import additions
 from gradstore.attachments import damaged_attachments
 from gradstore.durable import TEMPORARY, crc32c
 from gradstore.errors import GradstoreError
+from gradstore.exclusive import SUFFIX
 from gradstore.header import Header, read_header
 from gradstore.layout import (
     COLLECTIONS,
@@ -213,7 +214,16 @@ class _Checker:
 
     def _strangers(self, folder: Path, manifest: Manifest) -> None:
         """Add a note for each file that does not belong to the store."""
-        known = {MANIFEST, LOCK, ZARR, INDEXES, PROBES, ROUNDS, *map(generation_name, generations(folder))}
+        known = {
+            MANIFEST,
+            LOCK,
+            f"{LOCK}{SUFFIX}",
+            ZARR,
+            INDEXES,
+            PROBES,
+            ROUNDS,
+            *map(generation_name, generations(folder)),
+        }
         strange = [path for path in sorted(folder.iterdir()) if path.name not in known]
         parts = {part.file for part in manifest.parts}
         problems = manifest.problems_folder(folder)

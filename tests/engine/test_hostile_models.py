@@ -107,7 +107,7 @@ def test_code_of_a_folder_runs_with_the_flag(make_model: Any, tmp_path: Path, ma
             "selected=1",
             "candidates=1",
         ],
-    ],  # fmt: skip
+    ],
     ids=["rollout", "train"],
 )
 def test_commands_name_the_flag_and_never_ask(command: list, make_model: Any, tmp_path: Path, mark: Path) -> None:
@@ -196,5 +196,5 @@ def test_broken_files_are_one_line(make_model: Any, tmp_path: Path, name: str, c
             work()
         except RequestError as error:
             line = str(error)
-            assert "\n" not in line  # noqa: PT017
+            assert "\n" not in line
     vocabulary_size(tmp_path)

@@ -5,7 +5,6 @@ are left over from an interrupted build: no reader opens them, and the next buil
 the store: the folder may be removed at any time.
 """
 
-import fcntl
 import io
 import json
 import os
@@ -21,7 +20,8 @@ from gradstore import View
 from gradstore.durable import canonical_json, crc32c, fsync_folder, replace_file, writing
 from gradstore.engine.searching.indexes.index import Index, Tested, collection_folder
 from gradstore.engine.searching.indexes.kinds import kind_class
-from gradstore.errors import GradstoreError
+from gradstore.errors import GradstoreError, LockedError
+from gradstore.exclusive import SUFFIX, lock
 from gradstore.layout import INDEXES
 
 _FORMAT = 2
@@ -63,18 +63,18 @@ class IndexFolder:
 
     @contextmanager
     def building(self) -> Iterator[bool]:
-        """Lock for one builder at a time; others wait. Yields False if the folder cannot be written."""
+        """Lock for one builder at a time; others wait. Yields False if the folder cannot be written or locked."""
+        path = self.path / "LOCK"
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(self.path / "LOCK", os.O_RDWR | os.O_CREAT, 0o666)
-        except OSError:
+            release = lock(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), path, wait=True)
+        except (OSError, LockedError):
             yield False
             return
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
             yield True
         finally:
-            os.close(descriptor)
+            release()
 
     def read(self) -> Kept | None:
         """Read the index of this generation; None if there is none or it is damaged."""
@@ -116,7 +116,7 @@ class IndexFolder:
         text = canonical_json(body)
         replace_file(self.path / "index.json", b'{"crc32c":%d,"index":%s}\n' % (crc32c(text), text))
         kept.n_saved = len(index) if index else 0
-        named = {"index.json", "LOCK", *(file["name"] for file in files.values())}
+        named = {"index.json", "LOCK", f"LOCK{SUFFIX}", *(file["name"] for file in files.values())}
         for path in self.path.iterdir():
             if path.name not in named:
                 path.unlink(missing_ok=True)
