@@ -76,13 +76,15 @@ def _told(path: Path) -> str:
     """Error message that names the holder of a lock file."""
     held = held_file(path)
     try:
-        pid, host = held.read_text(encoding="utf-8", errors="replace").split("\n")[:2]
+        descriptor = os.open(held, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        try:
+            pid, host = os.read(descriptor, 200).decode(errors="replace").split("\n")[:2]
+        finally:
+            os.close(descriptor)
         holder = f"process {int(pid)} on {host.strip()[:80]!r}"
     except (OSError, ValueError):
         holder = "another process"
-    return (
-        f"{held}: {holder} holds this lock; wait until it has finished, or remove the file if it no longer runs there"
-    )
+    return f"{held}: {holder} holds this lock; wait until it has finished, or, if it no longer runs, remove the file"
 
 
 def _nothing() -> None:

@@ -214,16 +214,8 @@ class _Checker:
 
     def _strangers(self, folder: Path, manifest: Manifest) -> None:
         """Add a note for each file that does not belong to the store."""
-        known = {
-            MANIFEST,
-            LOCK,
-            f"{LOCK}{SUFFIX}",
-            ZARR,
-            INDEXES,
-            PROBES,
-            ROUNDS,
-            *map(generation_name, generations(folder)),
-        }
+        known = {MANIFEST, LOCK, f"{LOCK}{SUFFIX}", ZARR, INDEXES, PROBES, ROUNDS}
+        known |= set(map(generation_name, generations(folder)))
         strange = [path for path in sorted(folder.iterdir()) if path.name not in known]
         parts = {part.file for part in manifest.parts}
         problems = manifest.problems_folder(folder)

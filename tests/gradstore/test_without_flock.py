@@ -134,7 +134,7 @@ def test_a_writer_of_another_machine_is_named_with_what_to_do(tmp_path: Path, fl
     held.write_text("17\nelsewhere\n", encoding="utf-8")
     if not flock:
         monkeypatch.setattr(fcntl, "flock", _refuse)
-    with pytest.raises(LockedError, match="process 17 on 'elsewhere' holds this lock; .* remove the file"):
+    with pytest.raises(LockedError, match=r"process 17 on 'elsewhere' holds this lock; .* remove the file"):
         append(store, 0)
     held.unlink()
     append(store, 0)
