@@ -59,7 +59,10 @@ def serve(
         raise RequestError(f"{host}:{port} {reason}") from None
     port = bound.getsockname()[1]
     access = Access(new_token() if token else None, is_loopback(host), port)
-    server = make_server(make_app(Catalogue(store, found.pool, found.benchmarks, shown), access).server, access, bound)
+    catalogue = Catalogue(store, found.pool, found.benchmarks, shown)
+    for benchmark in found.benchmarks[:1]:  # the first page, which would wait for the first scan
+        catalogue.scored(benchmark, None, "cosine")
+    server = make_server(make_app(catalogue, access).server, access, bound)
     name = f"[{host}]" if ":" in host else host
     tell(f"http://{name}:{port}/" + (f"?token={access.token}" if token else ""))
     try:

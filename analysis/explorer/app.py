@@ -7,7 +7,7 @@ from dash import ClientsideFunction, Dash, Input, Output, dcc, html
 from gradstore.analysis.explorer import comparison, problem, ranking
 from gradstore.analysis.explorer.access import MOST_BODY, Access, guard
 from gradstore.analysis.explorer.catalogue import Catalogue
-from gradstore.analysis.explorer.turns import Answers
+from gradstore.analysis.explorer.turns import Answers, BusyError, busy
 
 _VIEWS = (("/", "Rank"), ("/problem", "Problem"), ("/compare", "Compare"))
 
@@ -27,7 +27,9 @@ def make_app(catalogue: Catalogue, access: Access | None = None) -> Dash:
     )
     app.index_string = app.index_string.replace("<html>", '<html lang="en">')
     app.server.config["MAX_CONTENT_LENGTH"] = MOST_BODY
-    app.server.wsgi_app = guard(Answers(app.server.wsgi_app, catalogue.version), access or Access())
+    app.server.register_error_handler(BusyError, busy)
+    answers = Answers(app.server.wsgi_app, catalogue.version, catalogue.turns)
+    app.server.wsgi_app = guard(answers, access or Access())
     app.layout = html.Div(
         [
             dcc.Location(id="address"),

@@ -19,8 +19,9 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from gradstore import Store
+from gradstore import Store, View
 from gradstore.analysis.agreement import jaccard, spearman
+from gradstore.analysis.explorer.turns import Turns
 from gradstore.analysis.report.transcripts import Transcript, Transcripts
 from gradstore.analysis.trajectory import STATE_NAMES, UNMEASURED, target_at
 from gradstore.engine.searching.blocks import laid_out
@@ -40,12 +41,18 @@ class Recent(Generic[_Value]):
         self._values: OrderedDict[Hashable, _Value] = OrderedDict()
         self._most, self._lock = most, Lock()
 
-    def get(self, key: Hashable, make: Callable[[], _Value]) -> _Value:
-        """The value of a key, made if it is not kept."""
+    def find(self, key: Hashable) -> _Value | None:
+        """The value of a key; None if it is not kept."""
         with self._lock:
             if key in self._values:
                 self._values.move_to_end(key)
-                return self._values[key]
+            return self._values.get(key)
+
+    def get(self, key: Hashable, make: Callable[[], _Value]) -> _Value:
+        """The value of a key, made if it is not kept."""
+        found = self.find(key)
+        if found is not None:
+            return found
         value = make()
         with self._lock:
             self._values[key] = value
@@ -109,7 +116,10 @@ class Catalogue:
     pool: str
     benchmarks: tuple[str, ...]
     transcripts: Transcripts | None = None
+    turns: Turns = field(default_factory=Turns)
+    """Who may compute now."""
     _scores: Recent[Scores] = field(default_factory=lambda: Recent(32))
+    _views: Recent[View] = field(default_factory=lambda: Recent(4))
     _names: Recent[np.ndarray] = field(default_factory=lambda: Recent(1))
     _texts: Recent[np.ndarray] = field(default_factory=lambda: Recent(64))
 
@@ -135,7 +145,8 @@ class Catalogue:
         return sorted(set(flat.to_pylist()))
 
     def scored(self, benchmark: str, step: int | None, metric: str) -> pd.DataFrame:
-        """Frame of all problems: id, source, score (nan: not ranked), state, pass_rate, age, in order of addition.
+        """Frame of all problems, in order of addition: id, source, score (nan: not ranked), state, pass_rate, norm,
+        n_rollouts, age.
 
         RequestError for an unknown benchmark or metric.
         """
@@ -167,26 +178,15 @@ class Catalogue:
     def history(self, problem_id: str, metric: str) -> pd.DataFrame:
         """Frame of one problem at every step: step, benchmark, score, state, pass_rate, norm, n_rollouts, age."""
         self.record(problem_id)
+        row = pc.index(self.store.problems(self.pool)["id"], problem_id).as_py()
+        columns = ["step", "benchmark", "score", "state", "pass_rate", "norm", "n_rollouts", "age"]
         rows = []
         for step in self.steps:
-            view = self.store.view(self.pool, step)
-            place = int(view.positions([problem_id], strict=False)[0])
             for name in self.benchmarks:
                 frame = self.scored(name, step, metric)
-                line = frame.iloc[int(np.flatnonzero(frame["id"].to_numpy() == problem_id)[0])]
-                rows.append(
-                    {
-                        "step": step,
-                        "benchmark": name,
-                        "score": float(line["score"]),
-                        "state": line["state"],
-                        "pass_rate": float(line["pass_rate"]),
-                        "norm": float(view.norms[place]) if place >= 0 else float("nan"),
-                        "n_rollouts": int(view.n_rollouts[place]) if place >= 0 else 0,
-                        "age": float(line["age"]),
-                    }
-                )
-        columns = ["step", "benchmark", "score", "state", "pass_rate", "norm", "n_rollouts", "age"]
+                place = int(np.searchsorted(frame.index.to_numpy(), row))
+                if place < len(frame) and frame.index[place] == row:  # not deleted
+                    rows.append([step, name, *(frame[column].to_numpy()[place] for column in columns[2:])])
         return pd.DataFrame(rows, columns=columns)
 
     def nearest(self, problem_id: str, step: int | None, k: int = 10) -> pd.DataFrame:
@@ -194,7 +194,7 @@ class Catalogue:
 
         Empty if the problem has no gradient.
         """
-        view = self.store.view(self.pool, step)
+        view = self._view(step)
         place = int(view.positions([problem_id], strict=False)[0])
         columns = ["id", "source", "cosine", "pass_rate"]
         if place < 0 or not view.live[place]:
@@ -258,17 +258,26 @@ class Catalogue:
             frame = self._scored(benchmark, step, cast("Metric", metric))
             return Scores(frame, self._order_of_ids()[frame.index.to_numpy()])
 
-        return self._scores.get(key, make)
+        found = self._scores.find(key)
+        if found is None:
+            with self.turns.scan():
+                found = self._scores.get(key, make)  # the one before in the line may have asked the same
+        return found
 
     def _order_of_ids(self) -> np.ndarray:
         """Rank of each problem's id in the order of ids, int64 [P]."""
         ids = self.store.problems(self.pool)["id"]
         return self._names.get((self.store.commit(self.pool), len(ids)), lambda: _ranks(ids))
 
+    def _view(self, step: int | None) -> View:
+        """The pool's view; kept, because it looks problems up by an index that it makes once."""
+        key = (step, self.store.commit(self.pool))
+        return self._views.get(key, lambda: self.store.view(self.pool, step))
+
     def _scored(self, benchmark: str, step: int | None, metric: Metric) -> pd.DataFrame:
         problems = self.store.problems(self.pool)
         ids, gone = problems["id"].to_numpy(), self.store.deleted(self.pool)
-        view = self.store.view(self.pool, step)
+        view = self._view(step)
         place_P = view.positions(ids, strict=False)
         wanted = target_at(self.store, benchmark, step)
         scores = np.full(len(view), np.nan, np.float32)
@@ -284,6 +293,8 @@ class Catalogue:
                 "score": np.append(scores, np.nan)[place_P].astype(float),
                 "state": names[np.where(states == UNMEASURED, 3, states)],
                 "pass_rate": np.append(view.pass_rates, np.nan)[place_P].astype(float),
+                "norm": np.append(view.norms, np.nan)[place_P].astype(float),
+                "n_rollouts": np.append(view.n_rollouts, 0)[place_P].astype(int),
                 "age": newest - np.append(view.steps.astype(float), np.nan)[place_P],
             }
         )

@@ -1,7 +1,8 @@
 """Bounds on what the explorer computes: few answers at once, the others wait in line, and each answer is kept.
 
 An answer is a function of the request's body and of what the store has published. So many readers of one page cost one
-computation. When too many wait, or one waits too long, the answer is 503 with Retry-After.
+computation. Scans of a whole pool, which take longest, have a line of their own: whoever waits there lets others pass.
+When too many wait, or one waits too long, the answer is 503 with Retry-After.
 """
 
 import hashlib
@@ -9,7 +10,7 @@ import io
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
-from threading import Lock, Semaphore
+from threading import Lock, Semaphore, local
 from typing import Any
 
 from werkzeug.wrappers import Response
@@ -23,11 +24,11 @@ class BusyError(Exception):
     """Too many requests wait."""
 
 
-class Turns:
+class Line:
     """A line for computations: `at_once` run, at most `waiting` wait, each at most `patience` seconds."""
 
-    def __init__(self, at_once: int = 2, waiting: int = 64, patience: float = 10.0) -> None:
-        self._running, self._lock, self._n_waiting = Semaphore(at_once), Lock(), 0
+    def __init__(self, at_once: int, waiting: int, patience: float) -> None:
+        self.running, self._lock, self._n_waiting = Semaphore(at_once), Lock(), 0
         self._most_waiting, self._patience = waiting, patience
 
     @contextmanager
@@ -38,7 +39,7 @@ class Turns:
                 raise BusyError
             self._n_waiting += 1
         try:
-            came = self._running.acquire(timeout=self._patience)
+            came = self.running.acquire(timeout=self._patience)
         finally:
             with self._lock:
                 self._n_waiting -= 1
@@ -47,7 +48,38 @@ class Turns:
         try:
             yield
         finally:
-            self._running.release()
+            self.running.release()
+
+
+class Turns:
+    """The lines for answers and for scans."""
+
+    def __init__(self, answers: Line | None = None, scans: Line | None = None) -> None:
+        self._answers, self._scans = answers or Line(2, 64, 10.0), scans or Line(1, 24, 20.0)
+        self._thread = local()
+
+    @contextmanager
+    def answer(self) -> Iterator[None]:
+        """Wait for a turn to compute an answer, and hold it for the block. BusyError as for a `Line`."""
+        with self._answers.turn():
+            self._thread.answers = True
+            try:
+                yield
+            finally:
+                self._thread.answers = False
+
+    @contextmanager
+    def scan(self) -> Iterator[None]:
+        """Wait for a turn to scan a pool, and hold it for the block; an answer that needs it lets others pass."""
+        passing = getattr(self._thread, "answers", False)
+        if passing:
+            self._answers.running.release()
+        try:
+            with self._scans.turn():
+                yield
+        finally:
+            if passing:
+                self._answers.running.acquire()
 
 
 class Answers:
@@ -69,9 +101,7 @@ class Answers:
         try:
             status, headers, content = self._answer(environ, body)
         except BusyError:
-            refused = Response("too many requests wait: try again\n", 503, mimetype="text/plain")
-            refused.headers["Retry-After"] = "2"
-            return refused(environ, start_response)
+            return busy()(environ, start_response)
         start_response(status, headers)
         return [content]
 
@@ -79,7 +109,7 @@ class Answers:
         key = (hashlib.sha256(body).digest(), environ.get("CONTENT_TYPE"), self._version())
         if found := self._find(key):
             return found
-        with self._turns.turn():
+        with self._turns.answer():
             if found := self._find(key):  # the one before in the line asked the same
                 return found
             computed = _called(self._app, environ | {"wsgi.input": io.BytesIO(body)})
@@ -100,6 +130,12 @@ class Answers:
             self._kept[key] = answer
             while self._n_bytes > self._most_bytes:
                 self._n_bytes -= len(self._kept.popitem(last=False)[1][2])
+
+
+def busy(*_: object) -> Response:
+    """The answer to one that cannot wait."""
+    headers = {"Retry-After": "2"}
+    return Response("too many requests wait: try again\n", 503, headers, mimetype="text/plain")
 
 
 def _called(app: _Wsgi, environ: dict[str, Any]) -> tuple[str, list, bytes]:

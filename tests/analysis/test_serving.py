@@ -15,7 +15,7 @@ import pytest
 from gradstore.analysis.explorer import serve, serving
 from gradstore.analysis.explorer.access import MOST_BODY, Access, guard
 from gradstore.analysis.explorer.serving import Server, listen, make_server
-from gradstore.analysis.explorer.turns import PATH, Answers, BusyError, Turns
+from gradstore.analysis.explorer.turns import PATH, Answers, BusyError, Line, Turns
 from gradstore.errors import RequestError
 
 TOKEN = "secret-token"
@@ -289,7 +289,7 @@ def test_kept_answers_are_bounded() -> None:
 
 def test_few_are_computed_at_once_and_too_many_are_told_to_come_back() -> None:
     asked = Asked(0.05)
-    app = Answers(asked, lambda: 0, Turns(2, 10))
+    app = Answers(asked, lambda: 0, Turns(Line(2, 10, 10.0)))
     found = together(40, lambda number: post(app, number))
     served = [one for one in found if one[0].startswith("200")]
     refused = [one for one in found if one[0].startswith("503")]
@@ -302,11 +302,58 @@ def test_few_are_computed_at_once_and_too_many_are_told_to_come_back() -> None:
 
 
 def test_nobody_waits_for_ever() -> None:
-    turns = Turns(1, 5, patience=0.1)
-    with turns.turn(), pytest.raises(BusyError):
-        turns.turn().__enter__()
-    with turns.turn():
+    line = Line(1, 5, patience=0.1)
+    with line.turn(), pytest.raises(BusyError):
+        line.turn().__enter__()
+    with line.turn():
         pass
+
+
+def test_who_waits_for_a_scan_lets_others_pass() -> None:
+    """Quick answers do not wait for slow ones; the line for scans is bounded too."""
+    turns = Turns(Line(1, 10, 5.0), Line(1, 2, 5.0))
+    done: list[str] = []
+
+    def slow(number: int) -> None:
+        try:
+            with turns.answer(), turns.scan():
+                time.sleep(0.3)
+            done.append("slow")
+        except BusyError:
+            done.append("busy")
+
+    threads = [threading.Thread(target=slow, args=(number,)) for number in range(5)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.1)
+    with turns.answer():
+        done.append("quick")
+    for thread in threads:
+        thread.join()
+    assert done.index("quick") < done.index("slow")
+    assert sorted(done) == ["busy", "busy", "quick", "slow", "slow", "slow"]
+    with turns.answer(), turns.scan():
+        pass
+
+
+def test_a_busy_scan_is_told_to_come_back(history: Any) -> None:
+    """From the middle of a callback: not an error of the server."""
+    import gradstore
+    from gradstore.analysis.explorer.app import make_app
+    from gradstore.analysis.explorer.catalogue import Catalogue
+
+    turns = Turns(Line(1, 1, 1.0), Line(1, 0, 0.0))
+    catalogue = Catalogue(gradstore.open(history.store.path), "pool", ("bench",), turns=turns)
+    client = make_app(catalogue).server.test_client()
+    known = next(one for one in client.get("/_dash-dependencies").json if "comparison" in one["output"])
+    values = {"left-benchmark": "bench", "right-benchmark": "bench", "left-step": "0", "right-step": "10"}
+    values |= {"compare-metric": "cosine", "theme": "light"}
+    inputs = [{**one, "value": values[one["id"]]} for one in known["inputs"]]
+    output = {"id": "comparison", "property": "children"}
+    body = {"output": "comparison.children", "outputs": output, "inputs": inputs, "changedPropIds": ["theme.data"]}
+    answer = client.post(PATH, json=body)
+    assert answer.status_code == 503
+    assert answer.headers["Retry-After"]
 
 
 # Addresses -----------------------------------------------------------------------------------------------------------
