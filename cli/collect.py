@@ -9,7 +9,7 @@ import typer
 
 from gradstore.cli.app import command, opt
 from gradstore.cli.query import Json, StorePath
-from gradstore.cli.rollout import Device, Model, TemplateKwargs, template_arguments
+from gradstore.cli.rollout import Device, Model, TemplateKwargs, Trust, template_arguments
 from gradstore.cli.show import print_json, progress, say, warn
 from gradstore.errors import RequestError, check_known, check_number
 from gradstore.undo import undone_on
@@ -105,6 +105,7 @@ def collect(
         float | None, opt("Least share of the gradient that a new store's sketches must see (0.95).", min=0, max=1)
     ] = None,
     device: Device = None,
+    trust_remote_code: Trust = False,
     json: Json = False,
 ) -> None:
     """Turn rollouts into sketches; started again after an interruption, it goes on where it was.
@@ -151,19 +152,21 @@ def collect(
     records = None if problems is None else gradstore.read_problems(problems)
     read = partial(
         read_rollouts,
-        tokenizer=load_tokenizer(model),
+        tokenizer=load_tokenizer(model, trust_remote_code=trust_remote_code),
         append_eos=append_eos,
-        vocabulary=vocabulary_size(model),
+        vocabulary=vocabulary_size(model, trust_remote_code=trust_remote_code),
         template_kwargs=template_arguments(template_kwargs),
     )
     source = read(rollouts, format=format, step=rollout_step, problems=records)
     if settings.kl_beta and reference is None and not source.has_reference:
         raise RequestError(f"{rollouts}: has no `reference_logprobs` for the KL term: give its model, --reference")
-    policy = load_model(model, adapter, device)
+    policy = load_model(model, adapter, device, trust_remote_code=trust_remote_code)
     wanted: list[Group] = [] if benchmark_rollouts is None else list(read(benchmark_rollouts).groups())
     if reference is not None:
         log_probabilities = Reference(
-            load_model(reference, device=device), temperature=settings.temperature, token_budget=spec.token_budget
+            load_model(reference, device=device, trust_remote_code=trust_remote_code),
+            temperature=settings.temperature,
+            token_budget=spec.token_budget,
         )
         spec = replace(spec, objective=replace(settings, reference=log_probabilities.digest))
         source.change(log_probabilities)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 from gradstore.cli.app import command, opt
 from gradstore.cli.query import Json, StorePath
-from gradstore.cli.rollout import Device, Model
+from gradstore.cli.rollout import Device, Model, Trust
 from gradstore.cli.show import print_json, print_table
 from gradstore.errors import RequestError
 
@@ -27,6 +27,7 @@ def fidelity(
     at: Annotated[int | None, opt("Look at the store as of this step.", "--at")] = None,
     seed: Annotated[int, opt("Draws the sample.")] = 0,
     device: Device = None,
+    trust_remote_code: Trust = False,
     json: Json = False,
 ) -> None:
     """Compare stored cosine scores with exact ones on a sample, beside the exact scores' own reliability."""
@@ -44,14 +45,16 @@ def fidelity(
             f"the rows of {store} have {'no' if settings.reference is None else 'a'} KL term to a model: "
             f"{'leave --reference out' if settings.reference is None else 'give it, --reference'}"
         )
-    tokenizer = load_tokenizer(model)
+    tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
     sources = [
-        read_rollouts(path, tokenizer=tokenizer, vocabulary=vocabulary_size(model))
+        read_rollouts(path, tokenizer=tokenizer, vocabulary=vocabulary_size(model, trust_remote_code=trust_remote_code))
         for path in (rollouts, benchmark_rollouts)
     ]
-    policy = load_model(model, adapter, device)
+    policy = load_model(model, adapter, device, trust_remote_code=trust_remote_code)
     if reference is not None:
-        compared = Reference(load_model(reference, device=device), temperature=settings.temperature)
+        compared = Reference(
+            load_model(reference, device=device, trust_remote_code=trust_remote_code), temperature=settings.temperature
+        )
         if compared.digest != settings.reference:
             raise RequestError(f"{reference}: other weights than those the KL term of the rows of {store} is to")
         for source in sources:

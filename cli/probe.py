@@ -5,7 +5,7 @@ from typing import Annotated
 
 from gradstore.cli.app import command, opt
 from gradstore.cli.query import Json, StorePath
-from gradstore.cli.rollout import Device, Model
+from gradstore.cli.rollout import Device, Model, Trust
 from gradstore.cli.show import print_json, print_table, progress, say
 from gradstore.errors import RequestError
 
@@ -35,6 +35,7 @@ def probe(
     top: Annotated[int, opt("Problems shown.", "--top", "-k")] = 10,
     token_budget: Annotated[int | None, opt("Tokens of one micro-batch [default: as memory allows].")] = None,
     device: Device = None,
+    trust_remote_code: Trust = False,
     json: Json = False,
 ) -> None:
     """Exact alignments of problems with a benchmark, with standard errors and p-values, kept in the store.
@@ -57,13 +58,13 @@ def probe(
     settings = SketchSpec.of(opened.fingerprint).objective
     if settings.kl_beta:
         raise RequestError(f"the rows of {store} have a KL term, which probes do not measure (docs/methods.md)")
-    tokenizer = load_tokenizer(model)
+    tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
     source, wanted = (
-        read_rollouts(path, tokenizer=tokenizer, vocabulary=vocabulary_size(model))
+        read_rollouts(path, tokenizer=tokenizer, vocabulary=vocabulary_size(model, trust_remote_code=trust_remote_code))
         for path in (rollouts, benchmark_rollouts)
     )
     version = (source.step or 0) if step is None else step
-    policy = load_model(model, adapter, device)
+    policy = load_model(model, adapter, device, trust_remote_code=trust_remote_code)
     if rank is None and next(policy.parameters()).dtype != torch.float32:
         policy = policy.float()
     for parameter in policy.parameters():

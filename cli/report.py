@@ -5,7 +5,8 @@ from typing import Annotated
 
 from gradstore.cli.app import command, opt
 from gradstore.cli.query import Json, Pool, StorePath
-from gradstore.cli.show import print_json, say
+from gradstore.cli.rollout import Trust
+from gradstore.cli.show import print_json, say, warn
 
 AgainstAny = Annotated[
     list[str] | None, opt("Benchmark to look at, the first one closest; may be repeated. Default: all.", "--against")
@@ -29,6 +30,7 @@ def report(
     rollouts: RolloutFiles = None,
     tokenizer: Tokenizer = None,
     top: Annotated[int, opt("Problems listed from each end of a ranking.")] = 50,
+    trust_remote_code: Trust = False,
     json: Json = False,
 ) -> None:
     """Write a page of what a store holds, how alignment drifted, and what was selected."""
@@ -45,7 +47,7 @@ def report(
         format=format,
         figures=figures,
         rollouts=rollouts or (),
-        tokenizer=_tokenizer(tokenizer),
+        tokenizer=_tokenizer(tokenizer, trust_remote_code),
         n_listed=top,
     )
     if json:
@@ -61,12 +63,12 @@ def report(
     )
 
 
-def _tokenizer(name: str | None) -> object:
+def _tokenizer(name: str | None, trusted: bool) -> object:
     if name is None:
         return None
     from gradstore.engine.gradients.models import load_tokenizer
 
-    return load_tokenizer(name)
+    return load_tokenizer(name, trust_remote_code=trusted)
 
 
 @command()
@@ -76,22 +78,31 @@ def serve(
     pool: Pool = None,
     rollouts: RolloutFiles = None,
     tokenizer: Tokenizer = None,
-    host: Annotated[
-        str, opt("Address to listen on; beyond this machine every request needs the token printed.")
-    ] = "127.0.0.1",
+    host: Annotated[str, opt("Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, opt("Port; 0 takes a free one.")] = 8050,
+    no_token: Annotated[
+        bool,
+        opt("Ask for no token: every user of this machine can read the problems. On loopback only.", "--no-token"),
+    ] = False,
+    trust_remote_code: Trust = False,
 ) -> None:
-    """Explore a store in the browser: rank and search, open a problem, compare steps and benchmarks."""
+    """Explore a store in the browser: rank and search, open a problem, compare steps and benchmarks.
+
+    Every request needs the token of the address that is printed.
+    """
     import gradstore
     from gradstore.analysis.explorer import serve as run
 
+    if no_token:
+        warn("no token: every user of this machine can read the problems while this runs")
     run(
         gradstore.open(store),
         pool=pool,
         benchmarks=against or (),
         rollouts=rollouts or (),
-        tokenizer=_tokenizer(tokenizer),
+        tokenizer=_tokenizer(tokenizer, trust_remote_code),
         host=host,
         port=port,
+        token=not no_token,
         tell=lambda address: say(f"exploring {store} at {address}  (Ctrl-C ends it)"),
     )

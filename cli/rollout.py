@@ -12,6 +12,9 @@ from gradstore.errors import RequestError
 from gradstore.outputs import check_output
 
 Model = Annotated[str, opt("Folder or name of a transformers causal LM.")]
+Trust = Annotated[
+    bool, opt("Run Python code that the model's folder brings (never asked for otherwise).", "--trust-remote-code")
+]
 Device = Annotated[str | None, opt("cpu, cuda, cuda:1 ...; default: a GPU where there is one.")]
 
 
@@ -51,6 +54,7 @@ def rollout(
         int | None, opt("vllm: longest prompt and response together [default: the model's].")
     ] = None,
     device: Device = None,
+    trust_remote_code: Trust = False,
     json: Json = False,
 ) -> None:
     """Sample and reward rollouts; started again after an interruption, it goes on where it was."""
@@ -79,7 +83,7 @@ def rollout(
     records, left_out = readable([record for _, record in placed], scored_by, skip=skip_unreadable, names=names)
     for line in left_out:
         say(f"left out: {line}")
-    sampled_by = load_backend(backend, model, **options)
+    sampled_by = load_backend(backend, model, trust_remote_code=trust_remote_code, **options)
     with progress("rollouts", len(records)) as advance:
         report = run(
             records,
@@ -98,7 +102,7 @@ def rollout(
         )
     if report.stopped:
         warn(
-            f"{report.stopped} of {report.rollouts} responses were not graded and score 0; extra.reward_stopped of their "
+            f"{report.stopped} of {report.rollouts} responses were not graded and score 0; extra.reward_stopped of "
             f"rows says why. The first: {report.first_stopped}"
         )
     if json:

@@ -8,7 +8,7 @@ import typer
 
 from gradstore.cli.app import command
 from gradstore.cli.query import Json
-from gradstore.cli.rollout import Device, SkipUnreadable, TemplateKwargs
+from gradstore.cli.rollout import Device, SkipUnreadable, TemplateKwargs, Trust
 from gradstore.cli.show import print_json, progress, say
 from gradstore.errors import RequestError
 
@@ -69,6 +69,7 @@ def train(
     ] = False,
     seed: Annotated[int, typer.Option(help="Everything drawn at random follows from it.")] = 0,
     device: Device = None,
+    trust_remote_code: Trust = False,
     json: Json = False,
 ) -> None:
     """Train by GRPO on problems picked anew each round; a killed run goes on with --resume, to the same weights."""

@@ -5,7 +5,6 @@ temporary file, fsync, rename, fsync of the folder. A reader sees either the old
 """
 
 import errno
-import fcntl
 import json
 import os
 import shutil
@@ -21,6 +20,7 @@ from typing import Any, BinaryIO
 import google_crc32c
 
 from gradstore.errors import DamagedError, GradstoreError, RequestError
+from gradstore.exclusive import lock
 
 TEMPORARY = ".tmp-"
 """Prefix of unfinished files; after a crash the next writer removes them."""
@@ -228,13 +228,12 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Exclusive lock on a folder, across processes; the kernel releases it if the process dies."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    """Exclusive lock on a folder, across processes; it ends if the process dies."""
+    release = lock(os.open(folder, os.O_RDONLY), folder, wait=True)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
-        os.close(descriptor)
+        release()
 
 
 @contextmanager

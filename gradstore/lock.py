@@ -1,8 +1,11 @@
-"""Locks of writers and readers: advisory file locks that the kernel releases when the process dies.
+"""Locks of writers and readers: advisory file locks that the kernel releases when the process dies (flock).
 
 `WriterLock` allows one writer per collection. Its file also names the writer, from opening until it has cleaned up. So
 content in an unlocked file shows that a writer was interrupted. A `Lease` prevents the removal of a generation of files
 while a reader maps them.
+
+Where the file system has no flock, a writer takes another lock (exclusive.py). A reader has none; so files that readers
+may use are not removed there.
 """
 
 import datetime
@@ -16,6 +19,7 @@ from pathlib import Path
 
 from gradstore.durable import fsync_folder, write_all, writing
 from gradstore.errors import DamagedError, LockedError
+from gradstore.exclusive import is_missing, lock
 from gradstore.inside import open_inside
 from gradstore.layout import IN_USE, LOCK, store_of
 from gradstore.schema import Checker, record, text, whole
@@ -36,17 +40,13 @@ class WriterLock:
             created = not self._path.exists()
             descriptor = open_inside(self._path, store_of(collection), os.O_RDWR | os.O_CREAT)
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                release = lock(descriptor, self._path, wait=False)
             except BlockingIOError:
-                os.close(descriptor)
                 holder = describe_holder(read_holder(collection)) or "another process"
                 raise LockedError(
                     f"{collection}: {holder} is writing to it; wait until it has finished, or stop it"
                 ) from None
-            except OSError:
-                os.close(descriptor)
-                raise
-            self._release = weakref.finalize(self, os.close, descriptor)
+            self._release = weakref.finalize(self, release)
             self._descriptor = descriptor
             self.interrupted = read_holder(collection)
             try:
@@ -152,11 +152,16 @@ def take_lease(generation: Path) -> Lease | None:
 
 
 def claim_for_removal(generation: Path) -> int | None:
-    """Lock a generation exclusively, for removal; returns an open descriptor, or None if a reader uses it."""
+    """Lock a generation exclusively, for removal; returns an open descriptor, or None if a reader uses it.
+
+    None too where the file system has no flock, so that nobody can know.
+    """
     descriptor = open_inside(generation / IN_USE, store_of(generation.parent), os.O_RDWR | os.O_CREAT)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    except OSError as error:
         os.close(descriptor)
-        return None
+        if isinstance(error, BlockingIOError) or is_missing(error):
+            return None
+        raise
     return descriptor

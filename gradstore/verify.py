@@ -16,6 +16,7 @@ from gradstore.bases import added_bases, first_basis
 from gradstore.derived import unreadable_indexes
 from gradstore.durable import TEMPORARY, crc32c
 from gradstore.errors import GradstoreError
+from gradstore.exclusive import SUFFIX
 from gradstore.header import Header, read_header
 from gradstore.inside import names_inside, open_inside
 from gradstore.inventory import INVENTORY, OF_COLLECTION, OF_STORE, Inventory, missing_files, read_inventory, too_old
@@ -284,7 +285,8 @@ class _Checker:
 
     def _strangers(self, folder: Path, manifest: Manifest) -> None:
         """Add a note for each file that does not belong to the store."""
-        known = {MANIFEST, LOCK, ZARR, INDEXES, INVENTORY, PROBES, ROUNDS, *map(generation_name, generations(folder))}
+        known = {MANIFEST, LOCK, f"{LOCK}{SUFFIX}", ZARR, INDEXES, INVENTORY, PROBES, ROUNDS}
+        known |= set(map(generation_name, generations(folder)))
         strange = [path for path in sorted(folder.iterdir()) if path.name not in known]
         parts = {part.file for part in manifest.parts}
         problems = manifest.problems_folder(folder)

@@ -5,14 +5,15 @@ from typing import Any
 from dash import ClientsideFunction, Dash, Input, Output, dcc, html
 
 from gradstore.analysis.explorer import comparison, problem, ranking
-from gradstore.analysis.explorer.access import guard
+from gradstore.analysis.explorer.access import MOST_BODY, Access, guard
 from gradstore.analysis.explorer.catalogue import Catalogue
+from gradstore.analysis.explorer.turns import Answers, BusyError, busy
 
 _VIEWS = (("/", "Rank"), ("/problem", "Problem"), ("/compare", "Compare"))
 
 
-def make_app(catalogue: Catalogue, token: str | None = None) -> Dash:
-    """Make the app for a catalogue. token: every request must carry it; None: on loopback.
+def make_app(catalogue: Catalogue, access: Access | None = None) -> Dash:
+    """Make the app for a catalogue. access: who may ask; default: everybody who asks by a loopback name.
 
     The pages load nothing from other servers.
     """
@@ -25,7 +26,10 @@ def make_app(catalogue: Catalogue, token: str | None = None) -> Dash:
         assets_folder=_assets(),
     )
     app.index_string = app.index_string.replace("<html>", '<html lang="en">')
-    guard(app.server, token)
+    app.server.config["MAX_CONTENT_LENGTH"] = MOST_BODY
+    app.server.register_error_handler(BusyError, busy)
+    answers = Answers(app.server.wsgi_app, catalogue.version, catalogue.turns)
+    app.server.wsgi_app = guard(answers, access or Access())
     app.layout = html.Div(
         [
             dcc.Location(id="address"),

@@ -1,31 +1,64 @@
 """The explorer's queries to a store: rankings with filters and text search, one problem, two rankings side by side.
 
-They return plain values, so they are tested without a browser. Scores of a (benchmark, step, metric) are cached until
-something new is published.
+They return plain values, so they are tested without a browser. Scores of a (benchmark, step, metric), their order and
+the problems that contain a text are kept until something new is published, so that a query costs milliseconds.
 
 Dimension letters: P problems of the pool.
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, cast
+from functools import cached_property
+from threading import Lock
+from typing import Any, Generic, TypeVar, cast
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pyarrow.compute as pc
 
-from gradstore import Store
+from gradstore import Store, View
 from gradstore.analysis.agreement import jaccard, spearman
+from gradstore.analysis.explorer.turns import Turns
 from gradstore.analysis.report.transcripts import Transcript, Transcripts
 from gradstore.analysis.trajectory import STATE_NAMES, UNMEASURED, target_at
 from gradstore.engine.searching.blocks import laid_out
 from gradstore.engine.searching.query import METRICS, Metric, eligible_positions, query_vectors, score_rows, search
 from gradstore.engine.searching.where import Where
 from gradstore.errors import check_known
+from gradstore.layout import COLLECTIONS, PROBES
 from gradstore.problems import message_text
 
-_KEPT = 16
+_Value = TypeVar("_Value")
+
+
+class Recent(Generic[_Value]):
+    """The values that were asked for last, by key."""
+
+    def __init__(self, most: int) -> None:
+        self._values: OrderedDict[Hashable, _Value] = OrderedDict()
+        self._most, self._lock = most, Lock()
+
+    def find(self, key: Hashable) -> _Value | None:
+        """The value of a key; None if it is not kept."""
+        with self._lock:
+            if key in self._values:
+                self._values.move_to_end(key)
+            return self._values.get(key)
+
+    def get(self, key: Hashable, make: Callable[[], _Value]) -> _Value:
+        """The value of a key, made if it is not kept."""
+        found = self.find(key)
+        if found is not None:
+            return found
+        value = make()
+        with self._lock:
+            self._values[key] = value
+            while len(self._values) > self._most:
+                self._values.popitem(last=False)
+        return value
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +72,26 @@ class Filter:
     """Problems in any of these states; empty: all."""
     text: str = ""
     """Search text in the problem's text or id; case is ignored."""
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """Scores of all problems at one moment."""
+
+    frame: pd.DataFrame
+    """The columns of `Catalogue.scored`; its index is the problem's row in `Store.problems`."""
+    names_P: np.ndarray
+    """Rank of each problem's id in the order of ids."""
+
+    @cached_property
+    def best_first(self) -> np.ndarray:
+        """Positions by descending score; ties by id, problems without a score last."""
+        return np.lexsort((self.names_P, -self.frame["score"].to_numpy(float)))
+
+    @cached_property
+    def worst_first(self) -> np.ndarray:
+        """Positions by ascending score; ties by id, problems without a score last."""
+        return np.lexsort((self.names_P, self.frame["score"].to_numpy(float)))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -63,7 +116,19 @@ class Catalogue:
     pool: str
     benchmarks: tuple[str, ...]
     transcripts: Transcripts | None = None
-    _seen: OrderedDict[tuple, pd.DataFrame] = field(default_factory=OrderedDict)
+    turns: Turns = field(default_factory=Turns)
+    """Who may compute now."""
+    _scores: Recent[Scores] = field(default_factory=lambda: Recent(32))
+    _views: Recent[View] = field(default_factory=lambda: Recent(4))
+    _names: Recent[np.ndarray] = field(default_factory=lambda: Recent(1))
+    _texts: Recent[np.ndarray] = field(default_factory=lambda: Recent(64))
+
+    def version(self) -> Hashable:
+        """Changes with everything that is published: rows, problems, probes."""
+        folder, changed = self.store.path / COLLECTIONS / self.pool / PROBES, 0
+        with suppress(FileNotFoundError):
+            changed = folder.stat().st_mtime_ns
+        return (*map(self.store.commit, (self.pool, *self.benchmarks)), changed)
 
     @property
     def steps(self) -> list[int]:
@@ -80,25 +145,27 @@ class Catalogue:
         return sorted(set(flat.to_pylist()))
 
     def scored(self, benchmark: str, step: int | None, metric: str) -> pd.DataFrame:
-        """Frame of all problems: id, source, score (nan: not ranked), state, pass_rate, age, in order of addition.
+        """Frame of all problems, in order of addition: id, source, score (nan: not ranked), state, pass_rate, norm,
+        n_rollouts, age.
 
         RequestError for an unknown benchmark or metric.
         """
-        check_known("metric", metric, METRICS)
-        key = (benchmark, step, metric, self.store.commit(self.pool), self.store.commit(benchmark))
-        if key not in self._seen:
-            self._seen[key] = self._scored(benchmark, step, cast("Metric", metric))
-            while len(self._seen) > _KEPT:
-                self._seen.popitem(last=False)
-        return self._seen[key]
+        return self._scores_of(benchmark, step, metric).frame
 
     def ranked(
         self, benchmark: str, step: int | None, metric: str, wanted: Filter, *, largest: bool = True
     ) -> pd.DataFrame:
         """Problems that pass the filter, best first; ties by id, problems without a score last."""
-        frame = self.scored(benchmark, step, metric)
-        frame = frame[self._mask(frame, wanted)]
-        return frame.sort_values(["score", "id"], ascending=[not largest, True], na_position="last", kind="stable")
+        frame, order = self.ranking(benchmark, step, metric, wanted, largest=largest)
+        return frame.iloc[order]
+
+    def ranking(
+        self, benchmark: str, step: int | None, metric: str, wanted: Filter, *, largest: bool = True
+    ) -> tuple[pd.DataFrame, np.ndarray]:
+        """Like `ranked`: the frame of `scored`, and the positions in it, best first."""
+        scores = self._scores_of(benchmark, step, metric)
+        order = scores.best_first if largest else scores.worst_first
+        return scores.frame, order if wanted == Filter() else order[self._mask(scores.frame, wanted)[order]]
 
     def texts(self, ids: Sequence[str]) -> dict[str, str]:
         """Text of some problems."""
@@ -111,25 +178,15 @@ class Catalogue:
     def history(self, problem_id: str, metric: str) -> pd.DataFrame:
         """Frame of one problem at every step: step, benchmark, score, state, pass_rate, norm, n_rollouts, age."""
         self.record(problem_id)
+        row = pc.index(self.store.problems(self.pool)["id"], problem_id).as_py()
+        columns = ["step", "benchmark", "score", "state", "pass_rate", "norm", "n_rollouts", "age"]
         rows = []
         for step in self.steps:
-            view = self.store.view(self.pool, step)
-            place = int(view.positions([problem_id], strict=False)[0])
             for name in self.benchmarks:
-                line = self.scored(name, step, metric).set_index("id").loc[problem_id]
-                rows.append(
-                    {
-                        "step": step,
-                        "benchmark": name,
-                        "score": float(line["score"]),
-                        "state": line["state"],
-                        "pass_rate": float(line["pass_rate"]),
-                        "norm": float(view.norms[place]) if place >= 0 else float("nan"),
-                        "n_rollouts": int(view.n_rollouts[place]) if place >= 0 else 0,
-                        "age": float(line["age"]),
-                    }
-                )
-        columns = ["step", "benchmark", "score", "state", "pass_rate", "norm", "n_rollouts", "age"]
+                frame = self.scored(name, step, metric)
+                place = int(np.searchsorted(frame.index.to_numpy(), row))
+                if place < len(frame) and frame.index[place] == row:  # not deleted
+                    rows.append([step, name, *(frame[column].to_numpy()[place] for column in columns[2:])])
         return pd.DataFrame(rows, columns=columns)
 
     def nearest(self, problem_id: str, step: int | None, k: int = 10) -> pd.DataFrame:
@@ -137,7 +194,7 @@ class Catalogue:
 
         Empty if the problem has no gradient.
         """
-        view = self.store.view(self.pool, step)
+        view = self._view(step)
         place = int(view.positions([problem_id], strict=False)[0])
         columns = ["id", "source", "cosine", "pass_rate"]
         if place < 0 or not view.live[place]:
@@ -174,12 +231,13 @@ class Catalogue:
         """Compare two rankings, each given by (benchmark, step)."""
         a, b = self.scored(*left, metric), self.scored(*right, metric)
         both = a["score"].notna() & b["score"].notna()
-        frame = pd.DataFrame({"id": a["id"], "source": a["source"], "left": a["score"], "right": b["score"]})[
-            both
-        ].reset_index(drop=True)
+        frame = pd.DataFrame({"id": a["id"], "source": a["source"], "left": a["score"], "right": b["score"]})[both]
+        names_P = self._order_of_ids()[frame.index.to_numpy()]
+        frame = frame.reset_index(drop=True)
         for side in ("left", "right"):
-            order = frame.sort_values([side, "id"], ascending=[False, True]).index
-            frame.loc[order, f"{side}_rank"] = np.arange(1, len(frame) + 1)
+            ranks = np.empty(len(frame))
+            ranks[np.lexsort((names_P, -frame[side].to_numpy()))] = np.arange(1, len(frame) + 1)
+            frame[f"{side}_rank"] = ranks
         frame["moved"] = frame["left_rank"] - frame["right_rank"] if len(frame) else []
         k = max(1, len(frame) // 10)
         x, y = frame["left"].to_numpy(float), frame["right"].to_numpy(float)
@@ -192,10 +250,34 @@ class Catalogue:
             int((a["score"].isna() & b["score"].notna()).sum()),
         )
 
+    def _scores_of(self, benchmark: str, step: int | None, metric: str) -> Scores:
+        check_known("metric", metric, METRICS)
+        key = (benchmark, step, metric, self.store.commit(self.pool), self.store.commit(benchmark))
+
+        def make() -> Scores:
+            frame = self._scored(benchmark, step, cast("Metric", metric))
+            return Scores(frame, self._order_of_ids()[frame.index.to_numpy()])
+
+        found = self._scores.find(key)
+        if found is None:
+            with self.turns.scan():
+                found = self._scores.get(key, make)  # the one before in the line may have asked the same
+        return found
+
+    def _order_of_ids(self) -> np.ndarray:
+        """Rank of each problem's id in the order of ids, int64 [P]."""
+        ids = self.store.problems(self.pool)["id"]
+        return self._names.get((self.store.commit(self.pool), len(ids)), lambda: _ranks(ids))
+
+    def _view(self, step: int | None) -> View:
+        """The pool's view; kept, because it looks problems up by an index that it makes once."""
+        key = (step, self.store.commit(self.pool))
+        return self._views.get(key, lambda: self.store.view(self.pool, step))
+
     def _scored(self, benchmark: str, step: int | None, metric: Metric) -> pd.DataFrame:
         problems = self.store.problems(self.pool)
         ids, gone = problems["id"].to_numpy(), self.store.deleted(self.pool)
-        view = self.store.view(self.pool, step)
+        view = self._view(step)
         place_P = view.positions(ids, strict=False)
         wanted = target_at(self.store, benchmark, step)
         scores = np.full(len(view), np.nan, np.float32)
@@ -211,6 +293,8 @@ class Catalogue:
                 "score": np.append(scores, np.nan)[place_P].astype(float),
                 "state": names[np.where(states == UNMEASURED, 3, states)],
                 "pass_rate": np.append(view.pass_rates, np.nan)[place_P].astype(float),
+                "norm": np.append(view.norms, np.nan)[place_P].astype(float),
+                "n_rollouts": np.append(view.n_rollouts, 0)[place_P].astype(int),
                 "age": newest - np.append(view.steps.astype(float), np.nan)[place_P],
             }
         )
@@ -224,15 +308,27 @@ class Catalogue:
         mask = where.mask(problems, rates)
         words = wanted.text.strip()
         if words:
-            found = pc.or_(
-                pc.match_substring(problems["prompt"], words, ignore_case=True),
-                pc.match_substring(problems["id"], words, ignore_case=True),
-            )
-            mask &= found.to_numpy()
+            key = (words, self.store.commit(self.pool), len(problems))
+            mask &= self._texts.get(key, lambda: _containing(problems, words))
         kept: np.ndarray = mask[frame.index.to_numpy()]
         if wanted.states:
             kept = kept & frame["state"].isin(wanted.states).to_numpy()
         return kept
+
+
+def _ranks(values: pa.ChunkedArray) -> np.ndarray:
+    """Rank of each text, int64; UTF-8 sorts as Python's texts do."""
+    order = pc.sort_indices(values).to_numpy()
+    ranks = np.empty(len(order), np.int64)
+    ranks[order] = np.arange(len(order))
+    return ranks
+
+
+def _containing(problems: pa.Table, words: str) -> np.ndarray:
+    """bool [P]: the problems that have the words in their text or id; case is ignored."""
+    found = [pc.match_substring(problems[name], words, ignore_case=True) for name in ("prompt", "id")]
+    mask_P: np.ndarray = pc.or_(*found).to_numpy()
+    return mask_P
 
 
 def text_of(record: dict[str, Any]) -> str:

@@ -99,11 +99,11 @@ def register(app: Dash, catalogue: Catalogue) -> None:
             tuple(sources or ()), tuple(tags or ()), (float(rates[0]), float(rates[1])), tuple(states or ()), text or ""
         )
         try:
-            frame = catalogue.ranked(benchmark, step_of(step), metric, wanted, largest=order == "largest")
+            frame, found = catalogue.ranking(benchmark, step_of(step), metric, wanted, largest=order == "largest")
         except GradstoreError as error:
             return note(str(error)), "", "", True, True, 0
-        page, line, first, last = pages(len(frame), page, PAGE)
-        shown = frame.iloc[page * PAGE : (page + 1) * PAGE]
+        page, line, first, last = pages(len(found), page, PAGE)
+        shown = frame.iloc[found[page * PAGE : (page + 1) * PAGE]]
         texts = catalogue.texts(shown["id"].tolist())
         rows = [
             [
@@ -124,13 +124,13 @@ def register(app: Dash, catalogue: Catalogue) -> None:
             "Rank:integer | Problem:id | Source | Score:signed | State | Pass rate:percent | Age (steps):integer | Text"
         )
         title = f"Problems of {catalogue.pool} against {benchmark}, {metric}"
-        scored = int(frame["score"].notna().sum())
-        line = f"{line} problems, {written(scored, 'integer')} of them ranked"
-        return _histogram(frame, benchmark, metric, theme), table(title, columns, rows), line, first, last, page
+        scores = frame["score"].to_numpy(float)[found]
+        scores = scores[~np.isnan(scores)]
+        line = f"{line} problems, {written(len(scores), 'integer')} of them ranked"
+        return _histogram(scores, benchmark, metric, theme), table(title, columns, rows), line, first, last, page
 
 
-def _histogram(frame: Any, benchmark: str, metric: str, theme: str) -> Any:
-    scores = frame["score"].dropna().to_numpy(float)
+def _histogram(scores: np.ndarray, benchmark: str, metric: str, theme: str) -> Any:
     if len(scores) < 2:
         return note("Fewer than two of these problems have a gradient.")
     counts, edges = np.histogram(scores, bins=min(40, max(8, round(np.sqrt(len(scores))))))

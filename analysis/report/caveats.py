@@ -55,13 +55,12 @@ def _states(found: Findings) -> list[str]:
             f"{written(worst['share'], 'percent')} of the problems had no signal at step {worst['step']}{more}: "
             "their rollouts were all rewarded alike, or their gradients cancel."
         )
-    last = table[table["step"] == found.steps[-1]].set_index("state")
-    if last.loc["failed", "n"]:
-        lines.append(
-            f"{int(last.loc['failed', 'n'])} problems failed at step {found.steps[-1]}: their gradient is not a number."
-        )
-    if last.loc["unmeasured", "share"] >= MUCH:
-        lines.append(f"{written(last.loc['unmeasured', 'share'], 'percent')} of the problems were not measured yet.")
+    last = table[table["step"] == found.steps[-1]].set_index("state")  # empty if the view at that step is
+    n_failed, unmeasured = int(last["n"].get("failed", 0)), float(last["share"].get("unmeasured", 0.0))
+    if n_failed:
+        lines.append(f"{n_failed} problems failed at step {found.steps[-1]}: their gradient is not a number.")
+    if unmeasured >= MUCH:
+        lines.append(f"{written(unmeasured, 'percent')} of the problems were not measured yet.")
     never = len(found.store.problems(found.pool)) - len(found.store.deleted(found.pool))
     never -= len(found.store.view(found.pool))
     if never > 0:

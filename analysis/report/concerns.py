@@ -20,7 +20,9 @@ def through_layers(found: Findings) -> Section:
         return Section("layers", "Layers", missing="No benchmark has a target, so no layer has a share.")
     if len(found.store.layers) < 2:
         return Section("layers", "Layers", missing="The store does not say which dimensions belong to which layer.")
-    frame = layers.layers(found.store, found.pool, found.main, found.metric, most=1000, seed=found.seed)
+    frame = layers.layers(found.store, found.pool, found.main, found.metric, found.steps, most=1000, seed=found.seed)
+    if frame.empty:
+        return Section("layers", "Layers", missing="No problem has a gradient and a target at the same step.")
     newest = frame[frame["step"] == frame["step"].max()]
     most = frame["layer"].isin(set(newest.nlargest(MOST_LAYERS, "share")["layer"]))
     top = newest.nlargest(1, "share").iloc[0]

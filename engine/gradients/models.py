@@ -1,6 +1,11 @@
-"""Load a model, its tokenizer and an adapter; errors say in one line what is missing or broken."""
+"""Load a model, its tokenizer and an adapter; errors say in one line what is missing or broken.
+
+A folder may come from anybody. Python code in it runs only with `trust_remote_code`, and weights in pickles are read
+without unpickling objects (torch's `weights_only`, the default of transformers and PEFT).
+"""
 
 import hashlib
+import json
 import re
 import sys
 from collections.abc import Collection, Sequence
@@ -23,14 +28,17 @@ def load_model(
     adapter: str | Path | None = None,
     device: str | None = None,
     dtype: str | torch.dtype | None = None,
+    *,
+    trust_remote_code: bool = False,
 ) -> nn.Module:
     """A transformers causal LM in evaluation mode.
 
     path: a folder or a hub name. adapter: a PEFT checkpoint to load on it. device: default a GPU if there is one.
-    dtype: "auto" is the checkpoint's; default float32 on CPU and bfloat16 on a GPU.
-    RequestError if there is no such model or adapter; if the checkpoint lacks a weight of the model, or has one that
-    the model lacks (except tied weights and those that the architecture ignores); for an adapter that cannot be
-    sketched; if a weight is not finite.
+    dtype: "auto" is the checkpoint's; default float32 on CPU and bfloat16 on a GPU. trust_remote_code: run Python code
+    that the folder brings.
+    RequestError if there is no such model or adapter; if it has code of its own and is not trusted; if the checkpoint
+    lacks a weight of the model, or has one that the model lacks (except tied weights and those that the architecture
+    ignores); for an adapter that cannot be sketched; if a weight is not finite.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -40,9 +48,11 @@ def load_model(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or (torch.float32 if device == "cpu" else torch.bfloat16)
     try:
-        model, loaded = AutoModelForCausalLM.from_pretrained(str(path), dtype=dtype, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise RequestError(f"{path}: not a causal language model that can be loaded: {first_line(error)}") from error
+        model, loaded = AutoModelForCausalLM.from_pretrained(
+            str(path), dtype=dtype, output_loading_info=True, trust_remote_code=trust_remote_code
+        )
+    except Exception as error:
+        raise _refused(path, "not a causal language model that can be loaded", error) from error
     _check_keys(path, type(model).__name__, loaded["missing_keys"], loaded["unexpected_keys"])
     if adapter is not None:
         model = _with_adapter(model, adapter)
@@ -52,23 +62,23 @@ def load_model(
     return model.to(device).eval()
 
 
-def load_tokenizer(path: str | Path) -> Any:
-    """The tokenizer of a model folder or hub name; RequestError when there is none."""
+def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a model folder or hub name; RequestError when there is none, or one that is code."""
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(str(path))
-    except (OSError, ValueError, KeyError) as error:
-        raise RequestError(f"{path}: no tokenizer that can be loaded: {first_line(error)}") from error
+        return AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise _refused(path, "no tokenizer that can be loaded", error) from error
 
 
-def vocabulary_size(path: str | Path) -> int | None:
+def vocabulary_size(path: str | Path, *, trust_remote_code: bool = False) -> int | None:
     """Vocabulary size in a model's configuration, often larger than its tokenizer's; None if not stated."""
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(str(path))
-    except (OSError, ValueError):
+        config = AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code)
+    except Exception:  # noqa: BLE001 (a broken file can raise anything)
         return None  # loading the model says what is wrong
     return getattr(config.get_text_config(), "vocab_size", None)
 
@@ -89,17 +99,28 @@ def weights_digest(model: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
+def _refused(path: str | Path, what: str, error: Exception) -> RequestError:
+    """The error for a folder that cannot be loaded."""
+    if "trust_remote_code" in str(error):
+        return RequestError(
+            f"{path}: has Python code of its own, which is not run: read it, and if you trust it, give "
+            "--trust-remote-code (in Python trust_remote_code=True)"
+        )
+    return RequestError(f"{path}: {what}: {first_line(error)}")
+
+
 def _with_adapter(model: nn.Module, adapter: str | Path) -> nn.Module:
     with needing("loading an adapter", "gradstore[lora]"):
         from peft import PeftModel, get_peft_model_state_dict
         from peft.utils import load_peft_weights
+    _check_imports(Path(adapter))
     try:
         adapted = PeftModel.from_pretrained(model, str(adapter))
-    except (OSError, ValueError, RuntimeError, TypeError) as error:
-        raise RequestError(f"{adapter}: not a PEFT adapter that can be loaded: {first_line(error)}") from error
     except KeyError as error:  # PEFT looks up the copies of `modules_to_save` without checking
         _check_keys(adapter, _ADAPTER, [str(error.args[0])], [])
         raise
+    except Exception as error:
+        raise RequestError(f"{adapter}: not a PEFT adapter that can be loaded: {first_line(error)}") from error
     check_adapters(adapted)
     loaded = adapted.load_adapter(str(adapter), "default")  # again, to get its missing and unexpected keys
     saved = load_peft_weights(str(adapter), device="cpu")
@@ -107,6 +128,19 @@ def _with_adapter(model: nn.Module, adapter: str | Path) -> nn.Module:
     missing = {*loaded.missing_keys, *(copies - set(saved))}
     _check_keys(adapter, _ADAPTER, missing, loaded.unexpected_keys)
     return adapted
+
+
+def _check_imports(adapter: Path) -> None:
+    """Raise RequestError for an adapter whose configuration names a module that PEFT would import."""
+    file = adapter / "adapter_config.json"
+    try:
+        named = json.loads(file.read_text(encoding="utf-8")).get("megatron_config")
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return  # loading it says what is wrong
+    if named is not None:
+        raise RequestError(
+            f"{file}: has `megatron_config`, for which PEFT imports a module that the file names: drop it"
+        )
 
 
 def _check_keys(path: str | Path, model: str, missing: Collection[str], unexpected: Collection[str]) -> None:

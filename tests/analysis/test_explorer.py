@@ -14,7 +14,7 @@ import pytest
 import gradstore
 from gradstore import State, Store
 from gradstore.analysis.explorer import problem
-from gradstore.analysis.explorer.access import COOKIE, is_loopback, new_token
+from gradstore.analysis.explorer.access import Access, is_loopback, new_token
 from gradstore.analysis.explorer.app import make_app
 from gradstore.analysis.explorer.catalogue import Catalogue, Filter
 from gradstore.analysis.report.transcripts import Transcript
@@ -215,12 +215,13 @@ def test_on_loopback_only_its_own_names_are_answered(catalogue: Catalogue, path:
 def test_elsewhere_every_request_needs_the_token(catalogue: Catalogue, path: str) -> None:
     """In a header, in a cookie, or once in the address, which is then rid of it; a wrong one is as good as none."""
     token = new_token()
-    server = make_app(catalogue, token).server
+    access = Access(token, loopback=False, port=8050)
+    server = make_app(catalogue, access).server
     for wrong in ("", "x", token[:-1], token + "x", "é"):
         assert server.test_client().get(path, headers={"Authorization": f"Bearer {wrong}".encode()}).status_code == 401
         assert server.test_client().get(path, query_string={"token": wrong}).status_code == 401
         client = server.test_client()
-        client.set_cookie(COOKIE, wrong)
+        client.set_cookie(access.cookie, wrong)
         assert client.get(path).status_code == 401
     assert server.test_client().post("/_dash-update-component", json={}).status_code == 401
     assert server.test_client().get(path, headers={"Authorization": f"Bearer {token}"}).status_code == 200
@@ -230,9 +231,44 @@ def test_elsewhere_every_request_needs_the_token(catalogue: Catalogue, path: str
     assert token not in moved.headers["Location"]
     assert moved.headers["Location"].endswith("?id=a+b")
     cookie = moved.headers["Set-Cookie"]
+    assert cookie.startswith("gradstore-token-8050=")
     assert "HttpOnly" in cookie
     assert "SameSite=Strict" in cookie
     assert client.get(path).status_code == 200
+
+
+def test_on_loopback_the_token_is_needed_too(catalogue: Catalogue) -> None:
+    """Every user of a machine reaches its loopback addresses; and the token opens no foreign name."""
+    token = new_token()
+    client = make_app(catalogue, Access(token, port=1)).server.test_client()
+    right = {"Authorization": f"Bearer {token}"}
+    assert client.get("/").status_code == 401
+    assert client.get("/", headers=right).status_code == 200
+    assert client.get("/", headers=right | {"Host": "evil.example"}).status_code == 403
+    assert client.get("/", query_string={"token": token}, headers={"Host": "evil.example"}).status_code == 403
+
+
+def test_a_redirect_stays_here(catalogue: Catalogue) -> None:
+    """Paths that browsers read as another host, or that end a header, are moved to this host, quoted."""
+    client = make_app(catalogue, Access("secret")).server.test_client()
+    for path in ("//evil.example/", "/\\evil.example", "/\r\nX-Bad:1", "\\/evil.example"):
+        moved = client.get("/", query_string={"token": "secret"}, environ_overrides={"PATH_INFO": path})
+        assert moved.status_code == 302
+        assert moved.headers["Location"][:1] == "/"
+        assert moved.headers["Location"][1:2] not in ("/", "\\")
+        assert "X-Bad" not in moved.headers
+
+
+def test_wrong_tokens_lock_nobody_out(catalogue: Catalogue) -> None:
+    """Neither many wrong ones before, nor another explorer's cookie beside the right one."""
+    client = make_app(catalogue, Access("secret", port=7)).server.test_client()
+    for _ in range(100):
+        assert client.get("/", headers={"Authorization": "Bearer guess"}).status_code == 401
+    client.set_cookie("gradstore-token-8", "others")
+    assert client.get("/").status_code == 401
+    client.set_cookie("gradstore-token-7", "secret")
+    assert client.get("/").status_code == 200
+    assert client.get("/", query_string={"token": "wrong"}).status_code == 302
 
 
 def test_tokens_are_compared_in_constant_time(catalogue: Catalogue, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,7 +278,7 @@ def test_tokens_are_compared_in_constant_time(catalogue: Catalogue, monkeypatch:
     compared: list[tuple[bytes, bytes]] = []
     real = hmac.compare_digest
     monkeypatch.setattr(hmac, "compare_digest", lambda a, b: compared.append((a, b)) or real(a, b))
-    client = make_app(catalogue, "secret").server.test_client()
+    client = make_app(catalogue, Access("secret")).server.test_client()
     client.get("/", headers={"Authorization": "Bearer guess"})
     assert (b"guess", b"secret") in compared
     assert new_token() != new_token()

@@ -5,14 +5,13 @@ random state: every draw is seeded by the run's seed and the number of the step 
 """
 
 import json
-import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from gradstore.durable import reading, replacing_file
-from gradstore.errors import RequestError, first_line
+from gradstore.errors import GradstoreError, RequestError, first_line
 from gradstore.trainer.local.grpo import Learner
 
 FORMAT = 1
@@ -39,9 +38,11 @@ def load_checkpoint(path: Path, learner: Learner) -> dict[str, Any]:
     try:
         with reading(path):
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+    except GradstoreError:
+        raise
+    except Exception as error:  # noqa: BLE001 (a broken pickle can raise anything)
         raise RequestError(f"{path}: not a checkpoint that can be read: {first_line(error)}") from None
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
+    if not isinstance(state, dict) or state.get("format") != FORMAT or not isinstance(state.get("weights"), dict):
         raise RequestError(f"{path}: not a checkpoint of format {FORMAT}")
     found = {name: tuple(weight.shape) for name, weight in state["weights"].items()}
     wanted = {name: tuple(weight.shape) for name, weight in learner.parameters.items()}

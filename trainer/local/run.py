@@ -85,6 +85,8 @@ class RunSettings:
     """Leave out problems whose ground truth the reward cannot read; False: refuse them."""
     device: str | None = None
     """cpu, cuda, cuda:1 and so on; None: a GPU where there is one."""
+    trust_remote_code: bool = False
+    """Run Python code that the model's folder brings."""
     rounds: RoundSettings
     """Settings of the selection rounds; their seed is the seed of the run."""
 
@@ -180,14 +182,15 @@ def train(
         name: _read(path, scored_by, settings.skip_unreadable, say) for name, path in settings.benchmarks.items()
     }
     rounds, rule, reference = settings.rounds, filled.update.objective, None
-    tokenizer = load_tokenizer(settings.model)
+    trusted = settings.trust_remote_code
+    tokenizer = load_tokenizer(settings.model, trust_remote_code=trusted)
     if settings.kl_beta:
-        frozen = load_model(settings.model, device=settings.device, dtype="float32").requires_grad_(False)
-        reference = Reference(frozen, temperature=rule.temperature)
+        frozen = load_model(settings.model, device=settings.device, dtype="float32", trust_remote_code=trusted)
+        reference = Reference(frozen.requires_grad_(False), temperature=rule.temperature)
         rule = replace(rule, kl_beta=settings.kl_beta, reference=reference.digest)
         rounds = replace(rounds, spec=replace(rounds.spec, objective=rule))
     # Weights in float32: in half precision small updates are lost, and a probe would measure rounding.
-    network: Any = load_model(settings.model, device=settings.device, dtype="float32")
+    network: Any = load_model(settings.model, device=settings.device, dtype="float32", trust_remote_code=trusted)
     rank = settings.lora_rank
     network = with_adapters(network, rank, rounds.seed) if rank else network.requires_grad_(True)
     policy = LocalPolicy(network, tokenizer, scored_by, settings.sampling, reference=reference)

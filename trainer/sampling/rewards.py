@@ -64,8 +64,8 @@ def load_reward(spec: str, judge: "JudgeSettings | None" = None) -> Reward:
         return with_coins(Judge(judge or judge_settings(function), equal_pairs).reward())
     if not colon or not module or not function:
         raise RequestError(
-            f"unknown reward {without_credentials(spec)!r}, expected 'math', 'reasoning-gym', 'judge', 'auto', 'module:function' or "
-            "'file.py:function'"
+            f"unknown reward {without_credentials(spec)!r}, expected 'math', 'reasoning-gym', 'judge', 'auto', "
+            "'module:function' or 'file.py:function'"
         )
     if spec.startswith(ISOLATED) and ":" in function:
         return _isolated(spec, function)

@@ -6,9 +6,9 @@ byte for byte that of an uninterrupted run. The settings are stored next to the 
 with other settings raises an error.
 """
 
-import fcntl
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +24,7 @@ from gradstore.engine.rollouts.templates import check_arguments, settings_path, 
 from gradstore.engine.rollouts.tokens import prompt_ids, text_of
 from gradstore.engine.rollouts.write import SUFFIXES
 from gradstore.errors import LockedError, RequestError, check_known, check_number, leaves
+from gradstore.exclusive import lock
 from gradstore.keepable import MAX_ROW_BYTES, parsed_line
 from gradstore.outputs import check_output
 from gradstore.reading.files import open_regular, read_object
@@ -289,15 +290,17 @@ def _drop_torn(path: Path, ids: list[str], n: int, chunk: int) -> int:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Lock the file against other runs; the system releases the lock when the process ends, even after a kill."""
+    """Lock the file against other runs; the lock ends when the process does, even after a kill."""
     if path.exists():
         open_regular(path).close()
-    with path.open("ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise LockedError(f"{path}: another run is writing it; wait for it, or choose another path") from None
+    try:
+        release = lock(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666), path, wait=False)
+    except BlockingIOError:
+        raise LockedError(f"{path}: another run is writing it; wait for it, or choose another path") from None
+    try:
         yield
+    finally:
+        release()
 
 
 def _report(path: Path, kept: int) -> RolloutReport:

@@ -5,13 +5,12 @@ are left over from an interrupted build: no reader opens them, and the next buil
 the store: the folder may be removed at any time.
 """
 
-import fcntl
 import io
 import os
 import re
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,7 +20,8 @@ from gradstore import View
 from gradstore.durable import TEMPORARY, canonical_json, crc32c, fsync_folder, replace_file, writing
 from gradstore.engine.searching.indexes.index import Index, Tested, collection_folder
 from gradstore.engine.searching.indexes.kinds import Kind, kind_class
-from gradstore.errors import DamagedError, GradstoreError, first_line
+from gradstore.errors import DamagedError, GradstoreError, LockedError, first_line
+from gradstore.exclusive import SUFFIX, lock
 from gradstore.inside import check_folder, names_inside, open_inside, remove_file
 from gradstore.layout import INDEXES, store_of
 from gradstore.schema import Checker, lists, number, record, text, whole
@@ -102,21 +102,19 @@ class IndexFolder:
 
     @contextmanager
     def building(self) -> Iterator[bool]:
-        """Lock for one builder at a time; others wait. Yields False if the folder cannot be written."""
+        """Lock for one builder at a time; others wait. Yields False if the folder cannot be written or locked."""
+        path = self.path / "LOCK"
         try:
             check_folder(self.path, self._store)
             self.path.mkdir(parents=True, exist_ok=True)
-            descriptor = open_inside(self.path / "LOCK", self._store, os.O_RDWR | os.O_CREAT)
-        except (OSError, DamagedError):
+            release = lock(open_inside(path, self._store, os.O_RDWR | os.O_CREAT), path, wait=True)
+        except (OSError, DamagedError, LockedError):
             yield False
             return
         try:
-            # Without locks two builders may remove each other's files; then a reader finds none and builds anew.
-            with suppress(OSError):
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
             yield True
         finally:
-            os.close(descriptor)
+            release()
 
     def read(self) -> Kept | None:
         """Read the index of this generation, without a lock; None if there is none.
@@ -164,7 +162,7 @@ class IndexFolder:
         canonical = canonical_json(body)
         replace_file(self.path / "index.json", b'{"crc32c":%d,"index":%s}\n' % (crc32c(canonical), canonical))
         kept.n_saved = len(index) if index else 0
-        named = {"index.json", "LOCK", *(file["name"] for file in files.values())}
+        named = {"index.json", "LOCK", f"LOCK{SUFFIX}", *(file["name"] for file in files.values())}
         for name in names_inside(self.path, self._store):
             if name not in named and _NAMES.fullmatch(name):
                 remove_file(self.path / name, self._store)
@@ -203,7 +201,7 @@ class IndexFolder:
             os.close(self._opened(file["name"]))  # No link, no pipe: the libraries below open by path.
             if crc32c(np.memmap(paths[name], np.uint8, "r")) != file["crc32c"]:
                 raise ValueError(f"{paths[name].name} does not match its checksum")
-        entry_rows, entry_norms = np.load(paths["rows"]), np.load(paths["norms"])
+        entry_rows, entry_norms = (np.load(paths[name], allow_pickle=False) for name in ("rows", "norms"))
         n = len(entry_rows)
         if (entry_rows.dtype, entry_norms.dtype) != (np.int64, np.float32) or entry_norms.shape != (n,):
             raise ValueError("its rows and norms are not those of an index")

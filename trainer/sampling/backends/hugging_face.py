@@ -63,11 +63,21 @@ class TransformersBackend:
 
     @classmethod
     def load(
-        cls, model: str | Path, *, device: str | None = None, dtype: str = "auto", batch_tokens: int | None = None
+        cls,
+        model: str | Path,
+        *,
+        device: str | None = None,
+        dtype: str = "auto",
+        batch_tokens: int | None = None,
+        trust_remote_code: bool = False,
     ) -> "TransformersBackend":
-        """device: torch's name for it; None: the GPU if there is one. dtype: "auto" is the checkpoint's dtype."""
-        policy = load_model(model, device=device, dtype=dtype)
-        return cls(policy, load_tokenizer(model), batch_tokens=batch_tokens)
+        """device: torch's name for it; None: the GPU if there is one. dtype: "auto" is the checkpoint's dtype.
+
+        trust_remote_code: run Python code that the model's folder brings.
+        """
+        policy = load_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+        tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+        return cls(policy, tokenizer, batch_tokens=batch_tokens)
 
     def settings(self) -> dict[str, Any]:
         return {

@@ -28,9 +28,17 @@ class VllmBackend:
 
     @classmethod
     def load(
-        cls, model: str | Path, *, dtype: str = "auto", max_model_len: int | None = None, **engine_options: Any
+        cls,
+        model: str | Path,
+        *,
+        dtype: str = "auto",
+        max_model_len: int | None = None,
+        trust_remote_code: bool = False,
+        **engine_options: Any,
     ) -> "VllmBackend":
         """max_model_len: maximum tokens per sequence; a value below the model's own limit saves memory.
+
+        trust_remote_code: run Python code that the model's folder brings.
 
         engine_options: further arguments of `vllm.LLM` (tensor_parallel_size, gpu_memory_utilization, ...).
         """
@@ -42,12 +50,13 @@ class VllmBackend:
         import vllm
 
         settings = {"backend": "vllm", "model": str(model), "weights": folder_digest(Path(model)), "dtype": dtype}
-        tokenizer = load_tokenizer(model)
+        tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
         try:
             engine = vllm.LLM(
                 model=str(model),
                 dtype=dtype,
                 max_model_len=max_model_len,
+                trust_remote_code=trust_remote_code,
                 generation_config="vllm",  # not the model's own sampling defaults, which change the distribution
                 logprobs_mode="raw_logprobs",  # at temperature 1, before top-p
                 disable_log_stats=True,

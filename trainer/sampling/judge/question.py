@@ -13,7 +13,7 @@ from typing import Any
 
 from gradstore.errors import RequestError
 from gradstore.problems import detail, message_text
-from gradstore.trainer.sampling.grading import _last_box
+from gradstore.trainer.sampling.grading import last_box
 from gradstore.trainer.sampling.judge.settings import JudgeSettings
 
 TEMPLATE = """\
@@ -96,7 +96,7 @@ def final_answer(response: str) -> str | None:
     It is the content of the last \\boxed{...}; else of the last <answer>...</answer>; else the paragraph after the
     last "answer is", "Answer:" or "answer =".
     """
-    found = _last_box(response)
+    found = last_box(response)
     if found is None:
         found = _last_tags(response)
     if found is None:
