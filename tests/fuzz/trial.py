@@ -135,7 +135,7 @@ class Trial:
 
     def fail(self, kind: str, where: str, text: str) -> None:
         """Record a failure."""
-        self.failures.append(Failure(kind, where, text[:4000]))
+        self.failures.append(Failure(kind, where, text[-4000:]))
         if self.outcomes:
             self.outcomes[-1] = kind
 
@@ -205,7 +205,7 @@ class _Captured(io.TextIOWrapper):
 
 def place(error: BaseException) -> str:
     """The exception's type and where it left gradstore: the innermost frame of the repository, without tests."""
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_ours(frame.filename)]
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if is_ours(frame.filename)]
     frame = frames[-1] if frames else None
     where = "" if frame is None else f" in {short(frame.filename)}:{frame.name}"
     return f"{type(error).__name__}{where}"
@@ -216,7 +216,8 @@ def short(filename: str) -> str:
     return os.path.relpath(os.path.realpath(filename), ROOT)
 
 
-def _is_ours(filename: str) -> bool:
+def is_ours(filename: str) -> bool:
+    """Whether a file is one of the repository's own, without its tests."""
     name = short(filename)
     return not name.startswith(("..", "tests", ".venv"))
 
@@ -245,9 +246,9 @@ def measured() -> Any:
     yield lambda: max(0, memory("VmHWM") - before)
 
 
-def memory(name: str) -> int:
-    """A figure of /proc/self/status in bytes."""
-    with open("/proc/self/status", encoding="ascii", errors="replace") as file:
+def memory(name: str, process: int | str = "self") -> int:
+    """A figure of a process's /proc/PID/status in bytes."""
+    with open(f"/proc/{process}/status", encoding="ascii", errors="replace") as file:
         for line in file:
             if line.startswith(f"{name}:"):
                 return int(line.split()[1]) << 10
