@@ -58,7 +58,11 @@ def draw(random: Random, honest: Honest) -> dict[str, Any]:
     """A grader, what it compares with, and a response."""
     if random.random() < 0.5:
         return {"grader": "math", "truth": random.choice(_TRUTHS), "response": _wrapped(random, _hostile(random))}
-    return {"grader": "reasoning-gym", "truth": random.choice(honest.names), "response": _wrapped(random, _hostile(random))}
+    return {
+        "grader": "reasoning-gym",
+        "truth": random.choice(honest.names),
+        "response": _wrapped(random, _hostile(random)),
+    }
 
 
 def attempt(trial: Trial, honest: Honest, case: dict[str, Any]) -> None:
@@ -106,20 +110,70 @@ def _hostile(random: Random) -> Any:
     if kind <= 4:
         return random.choice(_HEAVY)
     if kind == 5:
-        unit = random.choice(("(", "[", "{", "\\frac{", "\\sqrt{", "-", "((((", "\\left(", "$", "\\boxed{", "<answer>", "9", "a ", "1+", "\x00", "\\\\", "`"))
+        unit = random.choice(
+            (
+                "(",
+                "[",
+                "{",
+                "\\frac{",
+                "\\sqrt{",
+                "-",
+                "((((",
+                "\\left(",
+                "$",
+                "\\boxed{",
+                "<answer>",
+                "9",
+                "a ",
+                "1+",
+                "\x00",
+                "\\\\",
+                "`",
+            )
+        )
         return {"repeat": unit, "times": random.choice((10, 1000, 100_000)) // len(unit) + 1}
     if kind == 6:
         return random.choice(edits.NAMES + tuple(text for text in edits.OTHERS if isinstance(text, str)))
     if kind == 7:
-        return json.dumps(random.choice((None, [], {}, [[1, 2], [3]], {"a": [1]}, [[["x"]]], True, 1e308, -1, [None] * 50)))
+        return json.dumps(
+            random.choice((None, [], {}, [[1, 2], [3]], {"a": [1]}, [[["x"]]], True, 1e308, -1, [None] * 50))
+        )
     if kind == 8:
-        return "".join(chr(random.choice((random.randrange(32, 127), random.randrange(0x20, 0x3000)))) for _ in range(random.randrange(60)))
-    return random.choice(("\n".join(["1 2 3"] * 9), "1, 2, 3", "x = 5", "(3 + 5) * 2", "A B C", "O(n)", "01:30", "{'a': 1}", "a -> b", "1/3", "--", "E=mc^2"))
+        return "".join(
+            chr(random.choice((random.randrange(32, 127), random.randrange(0x20, 0x3000))))
+            for _ in range(random.randrange(60))
+        )
+    return random.choice(
+        (
+            "\n".join(["1 2 3"] * 9),
+            "1, 2, 3",
+            "x = 5",
+            "(3 + 5) * 2",
+            "A B C",
+            "O(n)",
+            "01:30",
+            "{'a': 1}",
+            "a -> b",
+            "1/3",
+            "--",
+            "E=mc^2",
+        )
+    )
 
 
 def _wrapped(random: Random, inner: Any) -> Any:
     """The answer where a grader looks for it."""
     if not isinstance(inner, str):
         return inner
-    form = random.choice(("{}", "<answer>{}</answer>", "\\boxed{{}}", "$${}$$", "The answer is {}.", "<answer>\\boxed{{}}</answer>", "```\n{}\n```"))
+    form = random.choice(
+        (
+            "{}",
+            "<answer>{}</answer>",
+            "\\boxed{{}}",
+            "$${}$$",
+            "The answer is {}.",
+            "<answer>\\boxed{{}}</answer>",
+            "```\n{}\n```",
+        )
+    )
     return form.replace("{}", inner, 1)

@@ -27,6 +27,8 @@ KINDS = ("flat", "turbovec")
 METRICS = ("cosine", "dot")
 _FOLDER = "collections/pool/indexes"
 
+FORKS = True
+
 
 @dataclass
 class Honest:

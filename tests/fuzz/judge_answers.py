@@ -86,7 +86,14 @@ def prepare(folder: Path) -> Honest:
     os.environ |= {"OPENAI_API_KEY": KEY, "NO_PROXY": "127.0.0.1"}
     endpoint = Endpoint()
     known = {field.name for field in fields(JudgeSettings)}
-    wanted = {"timeout": 1.0, "retries": 1, "deadline": DEADLINE_S, "cache": "none", "model": "m", "base_url": endpoint.url}
+    wanted = {
+        "timeout": 1.0,
+        "retries": 1,
+        "deadline": DEADLINE_S,
+        "cache": "none",
+        "model": "m",
+        "base_url": endpoint.url,
+    }
     settings = {name: value for name, value in wanted.items() if name in known}
     message = {"role": "assistant", "content": "Both name the scattering.\nVERDICT: CORRECT"}
     choice = {"index": 0, "message": message, "finish_reason": "stop"}
@@ -195,7 +202,10 @@ def _parts(random: Random, body: bytes) -> list[dict[str, Any]]:
         start = random.randrange(min(200, len(whole)))
         slow = random.choice(("body", "head"))
         first, rest = (whole[:start], whole[start : start + 12]) if slow == "head" else (whole[:-12], whole[-12:])
-        return [_part(first), *({"data": {"base64": base64.b64encode(rest[i : i + 1]).decode()}, "pause": 0.7} for i in range(len(rest)))]
+        return [
+            _part(first),
+            *({"data": {"base64": base64.b64encode(rest[i : i + 1]).decode()}, "pause": 0.7} for i in range(len(rest))),
+        ]
     if kind == 9:
         encoding = random.choice(("gzip", "deflate", "br", "zstd", "identity", "gzip, gzip", "x"))
         zeros = gzip.compress(b" " * (64 << 20), 9)
@@ -204,7 +214,17 @@ def _parts(random: Random, body: bytes) -> list[dict[str, Any]]:
         return [_part(_plain(data, more=f"Content-Encoding: {encoding}\r\n"))]
     if kind == 10:
         head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
-        size = random.choice((b"%x" % len(body), b"-1", b"ffffffffffffffff", b"0x10", b"", b"%x;a=b" % len(body), b"%x" % (len(body) + 5)))
+        size = random.choice(
+            (
+                b"%x" % len(body),
+                b"-1",
+                b"ffffffffffffffff",
+                b"0x10",
+                b"",
+                b"%x;a=b" % len(body),
+                b"%x" % (len(body) + 5),
+            )
+        )
         return [_part(head + size + b"\r\n" + body + random.choice((b"\r\n0\r\n\r\n", b"", b"\r\n0\r\nX: y\r\n\r\n")))]
     return _endless(random, body)
 

@@ -67,7 +67,9 @@ def prepare(folder: Path) -> Honest:
         found = re.search(rb"\r\nSet-Cookie: ([^;\r]+)", answer, re.IGNORECASE)
         honest.cookie = found[1].decode() if found else ""
     answer = _exchange(honest, _request("/_dash-dependencies", honest)) or b""
-    honest.callbacks = [_callback(one) for one in json.loads(answer.partition(b"\r\n\r\n")[2]) if not one.get("clientside_function")]
+    honest.callbacks = [
+        _callback(one) for one in json.loads(answer.partition(b"\r\n\r\n")[2]) if not one.get("clientside_function")
+    ]
     for body in honest.callbacks:
         for _ in range(2):
             answer = _exchange(honest, _request("/_dash-update-component", honest, json.dumps(body).encode())) or b""
@@ -105,7 +107,11 @@ def attempt(trial: Trial, honest: Honest, case: dict[str, Any]) -> None:
     begun = time.monotonic()
     after = trial.call("honest request", _exchange, honest, _request("/_dash-layout", honest))
     if _status(after or b"") != 200:
-        trial.fail("hang", f"an honest request afterwards: {_status(after or b'')}", f"{time.monotonic() - begun:.1f} s: {after!r:.500}")
+        trial.fail(
+            "hang",
+            f"an honest request afterwards: {_status(after or b'')}",
+            f"{time.monotonic() - begun:.1f} s: {after!r:.500}",
+        )
     _check_server(trial, honest)
 
 
@@ -163,7 +169,9 @@ def _callback(one: dict[str, Any]) -> dict[str, Any]:
 def _body(random: Random, body: dict[str, Any]) -> Any:
     """A callback's body with something else in it."""
     if random.random() < 0.1:
-        return random.choice(("", "[]", "null", "{", {"repeat": "[", "times": 200_000}, {"repeat": " ", "times": 1 << 20}, "\xff", "NaN"))
+        return random.choice(
+            ("", "[]", "null", "{", {"repeat": "[", "times": 200_000}, {"repeat": " ", "times": 1 << 20}, "\xff", "NaN")
+        )
     values = [i for i, part in enumerate(body["inputs"]) if "value" in part]
     for _ in range(random.choice((1, 1, 2, 3))):
         if random.random() < 0.7:
@@ -191,16 +199,58 @@ def _path(random: Random) -> str:
     path = random.choice(_PATHS)
     kind = random.randrange(8)
     if kind == 0:
-        return path + random.choice(("/..", "/../../../../outside/canary", "/%2e%2e/%2e%2e/%2e%2e/canary", "%00", "%ff%fe", "//", "/.", "\\..\\..", ";a=b"))
+        return path + random.choice(
+            (
+                "/..",
+                "/../../../../outside/canary",
+                "/%2e%2e/%2e%2e/%2e%2e/canary",
+                "%00",
+                "%ff%fe",
+                "//",
+                "/.",
+                "\\..\\..",
+                ";a=b",
+            )
+        )
     if kind == 1:
-        return path + "?" + random.choice(("token=", "token=x", "token=%ff", "token=a&token=b", "&" * 10_000, "a=" * 5000, "id=%00", "id=" + "x" * 60_000))
+        return (
+            path
+            + "?"
+            + random.choice(
+                (
+                    "token=",
+                    "token=x",
+                    "token=%ff",
+                    "token=a&token=b",
+                    "&" * 10_000,
+                    "a=" * 5000,
+                    "id=%00",
+                    "id=" + "x" * 60_000,
+                )
+            )
+        )
     if kind == 2:
-        return "/assets/" + random.choice(("../access.py", "..%2faccess.py", "%2e%2e/access.py", ".", "", "a" * 5000, "explorer.css/x", "{outside}/canary"))
+        return "/assets/" + random.choice(
+            (
+                "../access.py",
+                "..%2faccess.py",
+                "%2e%2e/access.py",
+                ".",
+                "",
+                "a" * 5000,
+                "explorer.css/x",
+                "{outside}/canary",
+            )
+        )
     if kind == 3:
         name = random.choice(("dash", "dash_core_components", "..", "os", "gradstore", "plotly"))
-        return f"/_dash-component-suites/{name}/" + random.choice(("", "../../x.js", "deps/react@18.js.map", "a.v1m2.js", "__init__.py", "%00.js", "x" * 300))
+        return f"/_dash-component-suites/{name}/" + random.choice(
+            ("", "../../x.js", "deps/react@18.js.map", "a.v1m2.js", "__init__.py", "%00.js", "x" * 300)
+        )
     if kind == 4:
-        return random.choice(("*", "", "x", "http://evil.example/", "//evil.example/", "/" * 5000, "/\x01", "/é", "/ /", "/?#", "/%"))
+        return random.choice(
+            ("*", "", "x", "http://evil.example/", "//evil.example/", "/" * 5000, "/\x01", "/é", "/ /", "/?#", "/%")
+        )
     return path
 
 
@@ -209,10 +259,37 @@ def _odd(random: Random, honest: Honest) -> dict[str, Any]:
     kind = random.randrange(9)
     get: dict[str, Any] = {"method": "GET", "path": random.choice(_PATHS), "headers": [], "body": ""}
     if kind == 0:
-        methods = ("HEAD", "PUT", "DELETE", "OPTIONS", "TRACE", "CONNECT", "PATCH", "get", "", "G E T", "X" * 5000, "\x00", "PRI")
+        methods = (
+            "HEAD",
+            "PUT",
+            "DELETE",
+            "OPTIONS",
+            "TRACE",
+            "CONNECT",
+            "PATCH",
+            "get",
+            "",
+            "G E T",
+            "X" * 5000,
+            "\x00",
+            "PRI",
+        )
         return get | {"method": random.choice(methods)}
     if kind == 1:
-        hosts = ("evil.example", "127.0.0.1.evil.example", "", "localhost:99999", "[::1", "[::1]]", "a" * 5000, "127.0.0.1:x", "\xff", "@", "127.1", "0")
+        hosts = (
+            "evil.example",
+            "127.0.0.1.evil.example",
+            "",
+            "localhost:99999",
+            "[::1",
+            "[::1]]",
+            "a" * 5000,
+            "127.0.0.1:x",
+            "\xff",
+            "@",
+            "127.1",
+            "0",
+        )
         return get | {"host": random.choice(hosts)}
     if kind == 2:
         n = random.choice((10, 1000, 100_000))
@@ -220,22 +297,54 @@ def _odd(random: Random, honest: Honest) -> dict[str, Any]:
     if kind == 3:
         return get | {"headers": [[f"X{i}", "y"] for i in range(random.choice((100, 20_000)))], "whole": False}
     if kind == 4:
-        cookies = ("gradstore-token", "gradstore-token=", "=", ";" * 1000, "a=b; " * 1000, "gradstore-token=\xff", '"', "a=\x00", f"gradstore-token-{honest.port}=x")
+        cookies = (
+            "gradstore-token",
+            "gradstore-token=",
+            "=",
+            ";" * 1000,
+            "a=b; " * 1000,
+            "gradstore-token=\xff",
+            '"',
+            "a=\x00",
+            f"gradstore-token-{honest.port}=x",
+        )
         return get | {"headers": [["Cookie", random.choice(cookies)]]}
     if kind == 5:
-        length = random.choice(("-1", "1e3", "10000000000", str(2**63), "0x10", "", "5, 5", "abc", "5\r\nContent-Length: 6"))
-        return get | {"method": "POST", "path": "/_dash-update-component", "headers": [["Content-Length", length]], "whole": False}
+        length = random.choice(
+            ("-1", "1e3", "10000000000", str(2**63), "0x10", "", "5, 5", "abc", "5\r\nContent-Length: 6")
+        )
+        return get | {
+            "method": "POST",
+            "path": "/_dash-update-component",
+            "headers": [["Content-Length", length]],
+            "whole": False,
+        }
     if kind == 6:
         size = random.choice(("5", "-5", "ffffffffffffffff", "", "5;a=b", "0" * 5000))
         body = f"{size}\r\nhello\r\n0\r\n\r\n"
         headers = [["Transfer-Encoding", random.choice(("chunked", "gzip, chunked", "Chunked", "x"))]]
-        return get | {"method": "POST", "path": "/_dash-update-component", "headers": headers, "body": body, "whole": False}
+        return get | {
+            "method": "POST",
+            "path": "/_dash-update-component",
+            "headers": headers,
+            "body": body,
+            "whole": False,
+        }
     if kind == 7:
         others = (["Authorization", "Bearer"], ["Authorization", "Basic \xff"], ["Authorization", "Bearer é"], ["Expect", "100-continue"], ["Upgrade", "h2c"],
                   ["Range", "bytes=0-0,1-1"], ["If-None-Match", '"'], ["Content-Type", "multipart/form-data; boundary=x"], ["Accept-Encoding", "gzip;q=x"],
                   ["X-Forwarded-For", "127.0.0.1"], ["X-Forwarded-Host", "evil.example"], ["Origin", "http://evil.example"], ["If-Modified-Since", "x"])  # fmt: skip
         return get | {"headers": [list(random.choice(others))]}
-    raw = ("\x16\x03\x01\x02\x00\x01\x00", "GET", "GET /", "GET / HTTP/9.9\r\n\r\n", "\r\n\r\n\r\n", "GET / HTTP/1.1\r\nA", " GET / HTTP/1.1\r\n\r\n", "\x00" * 1000)
+    raw = (
+        "\x16\x03\x01\x02\x00\x01\x00",
+        "GET",
+        "GET /",
+        "GET / HTTP/9.9\r\n\r\n",
+        "\r\n\r\n\r\n",
+        "GET / HTTP/1.1\r\nA",
+        " GET / HTTP/1.1\r\n\r\n",
+        "\x00" * 1000,
+    )
     return get | {"raw": random.choice(raw), "whole": False}
 
 
@@ -256,7 +365,12 @@ def _head(honest: Honest, case: dict[str, Any]) -> bytes:
 def _request(path: str, honest: Honest, body: bytes = b"") -> bytes:
     """An honest request."""
     encoded = {"base64": base64.b64encode(body).decode()}
-    return _head(honest, {"method": "POST" if body else "GET", "path": path, "headers": [], "token": True, "body": encoded}) + body
+    return (
+        _head(
+            honest, {"method": "POST" if body else "GET", "path": path, "headers": [], "token": True, "body": encoded}
+        )
+        + body
+    )
 
 
 def _exchange(honest: Honest, request: bytes, whole: bool = True) -> bytes | None:

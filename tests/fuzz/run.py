@@ -58,19 +58,17 @@ class Worker:
         process.stdin.write(json.dumps(asked).encode() + b"\n")
         process.stdin.flush()
         answer = self._line(process, TRY_S)
-        if answer is not None:
+        if answer is not None and "ended" not in answer:
             return answer
         hung = (self.folder / "hung").read_text(errors="replace") if (self.folder / "hung").exists() else ""
-        self.stop()
-        kind = "hang" if hung or process.returncode == -signal.SIGKILL else "died"
-        log = (self.folder / "log").read_text(errors="replace")[-3000:]
-        where = _hung_in(hung) if kind == "hang" else f"status {process.returncode}"
+        if answer is None:
+            self.stop()
+        status = process.returncode if answer is None else answer["ended"]
+        kind = "hang" if hung or (answer is None and status == -signal.SIGKILL) else "died"
+        where = _hung_in(hung) if kind == "hang" else f"status {status}"
+        text = hung[-3000:] or (self.folder / "log").read_text(errors="replace")[-3000:]
         case = json.loads((self.folder / "case").read_text(encoding="utf-8"))
-        return {
-            "outcomes": [kind],
-            "failures": [{"kind": kind, "where": where, "text": hung[-3000:] or log}],
-            "case": case,
-        }
+        return {"outcomes": [kind], "failures": [{"kind": kind, "where": where, "text": text}], "case": case}
 
     def start(self) -> subprocess.Popen[bytes]:
         """The process, started and prepared."""

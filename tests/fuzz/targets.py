@@ -1,6 +1,6 @@
 """The targets of the fuzzing, and how a try of one is made.
 
-A target is a module of this folder with three functions (and, if it needs more than five seconds a step, `LIMIT_S`):
+A target is a module of this folder with three functions (and `LIMIT_S`, if a step may take longer than five seconds):
 
     prepare(folder: Path) -> H                               once per worker: what honest data is
     draw(random: Random, honest: H) -> dict                  the case of a seed
@@ -20,7 +20,7 @@ from typing import Any
 
 from tests.fuzz.trial import Trial
 
-TARGETS = ("inputs", "stores", "indexes", "judge_answers", "requests", "answers")
+TARGETS = ("files", "stores", "indexes", "judge_answers", "requests", "answers")
 HERE = Path(__file__).resolve().parent
 CORPUS = HERE / "corpus"
 LIMIT_S = 5.0
@@ -36,12 +36,21 @@ class Target:
     draw: Callable[[Random, Any], dict[str, Any]]
     attempt: Callable[[Trial, Any, dict[str, Any]], None]
     limit_s: float
+    forks: bool
+    """Whether `prepare` gives plain data, so that tries can be made in forks (worker.py)."""
 
 
 def load(name: str) -> Target:
     """The target of a name; ModuleNotFoundError if there is none."""
     module = import_module(f"tests.fuzz.{name}")
-    return Target(name, module.prepare, module.draw, module.attempt, getattr(module, "LIMIT_S", LIMIT_S))
+    return Target(
+        name,
+        module.prepare,
+        module.draw,
+        module.attempt,
+        getattr(module, "LIMIT_S", LIMIT_S),
+        getattr(module, "FORKS", False),
+    )
 
 
 def case_of(target: Target, honest: Any, seed: int) -> dict[str, Any]:
