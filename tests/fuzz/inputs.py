@@ -30,9 +30,10 @@ def mutated(kind: str, rng: Random) -> Change:
     rows = honest_rows(kind.partition(".")[0])
     done = []
     for _ in range(rng.choice((0, 1, 1, 2))):
-        rows, what = rng.choice(_ROWS)(rows, rng)
-        done.append(what)
-    data, what = _PARQUET(rows, rng) if kind.endswith("parquet") else _json(kind, rows, rng)
+        if rows and rows[0]:
+            rows, what = rng.choice(_ROWS)(rows, rng)
+            done.append(what)
+    data, what = _parquet(rows, rng) if kind.endswith("parquet") else _json(kind, rows, rng)
     done.append(what)
     if not any(done) or rng.random() < 0.3:
         data, what = rng.choice(_BYTES)(data, rng)
@@ -59,7 +60,8 @@ def honest_rows(name: str) -> list[dict[str, Any]]:
     if name == "verl":
         return [
             {"data_source": "sums", "prompt": [{"role": "user", "content": f"{i}+{i}="}], "ability": "math",
-             "reward_model": {"style": "rule", "ground_truth": str(2 * i)}, "extra_info": {"index": i, "split": "train"}}
+             "reward_model": {"style": "rule", "ground_truth": str(2 * i)},
+             "extra_info": {"index": i, "split": "train"}}
             for i in range(6)
         ]  # fmt: skip
     if name == "rollouts":
@@ -91,11 +93,14 @@ class _Raw(str):
 
 
 VALUES: tuple[Any, ...] = (
-    None, True, False, 0, -1, 2**31, 2**63, -(2**70), 10**400, 1.5, -0.0, 1e308, 1e-320, float("nan"), float("inf"),
-    float("-inf"), "", " ", "a", "é∂😀", "a\x00b", "\x1b[2J", "\u202eabc", "\u009b31m", "line\nline", "\ud800", "x\udfff", "1.0", "nan",
-    "{", "[1", '{"a": 1}', "../../etc", "/dev/stdin", "a" * 3000, [], {}, [None], [[]], [1, "a"], [1.5], [True], [-1], [2**40],
-    [float("nan")], ["\ud800"], {"": ""}, {"a": None}, {"a": float("inf")}, {"role": "user"}, [{"role": "user"}],
-    [{"role": "user", "content": None}], [{"role": 1, "content": "a"}], [{"role": "user", "content": [{"type": "text"}]}],
+    None, True, False, 0, -1, 2**31, 2**63, -(2**70), 10**400, 1.5, -0.0, 1e308, 1e-320, float("nan"),
+    float("inf"), float("-inf"), "", " ", "a", "é∂😀", "a\x00b", "\x1b[2J", "\u202eabc", "\u009b31m", "line\nline",
+    "\ud800", "x\udfff", "1.0", "nan", "{", "[1", '{"a": 1}', "../../etc", "/dev/stdin", "a" * 3000,
+    [], {}, [None], [[]], [1, "a"], [1.5],
+    [True], [-1], [2**40], [float("nan")], ["\ud800"], {"": ""}, {"a": None}, {"a": float("inf")}, {"role": "user"},
+    [{"role": "user"}],
+    [{"role": "user", "content": None}], [{"role": 1, "content": "a"}],
+    [{"role": "user", "content": [{"type": "text"}]}],
     {"index": 1}, {"index": [1]}, {"ground_truth": {"a": [1]}}, _Raw("NaN"), _Raw("-Infinity"), _Raw("1" * 5000),
     _Raw("1E400"), _Raw("[" * 500 + "]" * 500), _Raw("[" * 100_000), _Raw('{"a":' * 300 + "1" + "}" * 300),
     _Raw('{"a": 1, "a": 2}'), _Raw('"\\ud83d"'), _Raw("01"), _Raw("'a'"), _Raw("undefined"),
@@ -127,7 +132,7 @@ def _inside(rows: list[dict], rng: Random) -> tuple[list[dict], str]:
             walk(part[key])
 
     walk(whole)
-    part, key = rng.choice(places)
+    part, key = rng.choice(places) if places else (whole, "a")
     part[key] = value = rng.choice(VALUES)
     return [whole if j == row else r for j, r in enumerate(rows)], f"row {row}: [{key!r}] is {value!r:.60}"
 
@@ -148,9 +153,7 @@ def _dropped(rows: list[dict], rng: Random) -> tuple[list[dict], str]:
 
 
 def _added(rows: list[dict], rng: Random) -> tuple[list[dict], str]:
-    name = rng.choice(
-        ("extra2", "id", "problem_id", "norms", "passrate", "data_source", "input", "group_id", "index", "images")
-    )
+    name = rng.choice(("extra2", "id", "problem_id", "norms", "passrate", "data_source", "input", "group_id", "images"))
     value = rng.choice(VALUES)
     return [r | {name: value} for r in rows], f"{name} is added, {value!r:.60}"
 
@@ -275,7 +278,7 @@ def _deep(value: Any, levels: int) -> Any:
     return [_deep(value, levels - 1)] if levels else value
 
 
-def _PARQUET(rows: list[Any], rng: Random) -> Change:  # noqa: N802
+def _parquet(rows: list[Any], rng: Random) -> Change:
     rows = [row for row in rows if isinstance(row, dict)]
     table, done = _table(rows), []
     for _ in range(rng.choice((0, 0, 1, 1, 2))):
@@ -292,10 +295,9 @@ def _PARQUET(rows: list[Any], rng: Random) -> Change:  # noqa: N802
     if table.num_columns and rng.random() < 0.05:
         table = table.append_column(table.column_names[0], table.column(0))
         done.append("the first column stands twice")
+    options = {"row_group_size": rng.choice((1, 3, 1000)), "compression": rng.choice(("zstd", "snappy", "none"))}
     try:
-        return _parquet_bytes(
-            table, row_group_size=rng.choice((1, 3, 1000)), compression=rng.choice(("zstd", "snappy", "none"))
-        ), "; ".join(done)  # noqa: E501
+        return _parquet_bytes(table, **options), "; ".join(done)
     except (pa.ArrowException, ValueError, OSError):
         return _parquet_bytes(_table(rows)), "; ".join(done)
 
@@ -306,7 +308,10 @@ def _table(rows: list[dict]) -> pa.Table:
     for name in dict.fromkeys(str(key) for row in rows for key in row):
         values = [str(v) if isinstance(v, _Raw) else v for v in (row.get(name) for row in rows)]
         try:
-            columns[name.encode("utf-8", "replace").decode()] = pa.array(values)
+            column = pa.array(values)
+            if "struct<>" in str(column.type):
+                raise TypeError("Parquet holds no empty objects")
+            columns[name.encode("utf-8", "replace").decode()] = column
         except (pa.ArrowException, TypeError, ValueError, OverflowError, UnicodeEncodeError):
             columns[name.encode("utf-8", "replace").decode()] = pa.array([json.dumps(v, default=str) for v in values])
     return pa.table(columns)

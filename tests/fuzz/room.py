@@ -17,6 +17,7 @@ from pathlib import Path
 
 OWN = ("store", "inputs", "out")
 """Folders of a room that a try may change."""
+_OWN = tuple(f"1/2/3/room/{name}" for name in OWN)
 NOT_STORE = ("LOCK", "indexes")
 """Names in a store that a command may change though it fails: the lock and what can be rebuilt."""
 _LONG_AGO = 1_000_000_000
@@ -43,24 +44,41 @@ class Room:
         for name in OWN[1:]:
             (self.folder / name).mkdir()
 
+    def plant(self, name: str, data: bytes) -> None:
+        """Put another file among the canaries, for this try."""
+        path = self.outside / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+        self._canaries.append(path)
+        self._before = picture(self.top, _OWN)
+        self._planted = True
+        self._unread()
+
     def touched(self) -> list[str]:
-        """What was changed, created, removed or read outside since the room was built; repairs it."""
-        read = [path.name for path in self._canaries if _was_read(path)]
-        now = picture(self.top, tuple(f"1/2/3/room/{name}" for name in OWN))
+        """What was changed, created or removed outside since the room was built; repairs it."""
+        now = picture(self.top, _OWN)
         found = [
             f"changed {name}"
             for name in sorted(now.keys() | self._before.keys())
             if now.get(name) != self._before.get(name)
         ]
-        found += [f"read {name}" for name in read]
-        if any(words.startswith("changed") for words in found):
+        if self._planted or any(words.startswith("changed") for words in found):
             shutil.rmtree(self.top, ignore_errors=True)
             self._build()
+            os.chdir(self.folder)
         else:
             self._unread()
         return found
 
+    def read(self) -> list[str]:
+        """Canaries that were read since the last call."""
+        found = [path.name for path in self._canaries if _was_read(path)]
+        if found:
+            self._unread()
+        return found
+
     def _build(self) -> None:
+        self._planted = False
         self.outside.mkdir(parents=True)
         (self.outside / "folder").mkdir()
         names = (
@@ -76,7 +94,7 @@ class Room:
         for path in self._canaries:
             path.write_text(f"{self.secret}\n", encoding="utf-8")
         self.clear()
-        self._before = picture(self.top, tuple(f"1/2/3/room/{name}" for name in OWN))
+        self._before = picture(self.top, _OWN)
         self._unread()
 
     def _unread(self) -> None:

@@ -92,7 +92,8 @@ class Trial:
         ended, status = self._step(name, run)
         output, errors = out.text(), err.text()
         if ended:
-            self._check_command(name, status, output, errors)
+            self._check_command(name, status, output if "--json" not in arguments else "", errors)
+            self.shown(name, output)
         if store is not None and before is not None and (reads or status != 0):
             self._check_store(name, before, store)
         return status, output, errors
@@ -141,6 +142,7 @@ class Trial:
 
     def _step(self, name: str, function: Callable[[], T]) -> tuple[bool, T | None]:
         self.outcomes.append("ok")
+        self.room.read()
         with measured() as grown, _in_time(self.limit_s, self.hung):
             try:
                 return True, function()
@@ -149,6 +151,9 @@ class Trial:
             except BaseException as error:  # noqa: BLE001 - SystemExit in the API, and Rust's panics, are failures too
                 self.fail("traceback", place(error), _told(error))
             finally:
+                read = self.room.read()
+                if read:
+                    self.fail("outside", f"{name}: reads a file beside the store", ", ".join(read))
                 more = grown()
                 if more > MEMORY:
                     self.fail("memory", name, f"{more >> 20} MiB more than before")
@@ -165,7 +170,7 @@ class Trial:
             if not findings and (len(told) != 1 or lines[-1] != told[0]):
                 self.fail("line", f"{name}: {len(told)} lines of error", errors)
             for line in told:
-                self._check_line(name, line)
+                self._check_length(name, line)
         if "Traceback (most recent call last)" in errors + output:
             self.fail("traceback", f"{name}: printed", errors + output)
         found = _CONTROL.search(errors + output)
@@ -173,14 +178,17 @@ class Trial:
             self.fail(
                 "control", f"{name}: {'output' if found[0] in output else 'errors'}", repr((errors + output)[:2000])
             )
-        self.shown(name, errors + output)
+        self.shown(name, errors)
 
     def _check_line(self, name: str, text: str) -> None:
-        if len(text.splitlines()) != 1 or len(text) > LONGEST_LINE:
-            self.fail("line", f"{name}: {len(text.splitlines())} lines, {'long' * (len(text) > LONGEST_LINE)}", text)
+        self._check_length(name, text)
         if _CONTROL.search(text):
             self.fail("control", f"{name}: error", repr(text))
         self.shown(name, text)
+
+    def _check_length(self, name: str, text: str) -> None:
+        if len(text.splitlines()) != 1 or len(text) > LONGEST_LINE:
+            self.fail("line", f"{name}: {len(text.splitlines())} lines, {'long' * (len(text) > LONGEST_LINE)}", text)
 
     def shown(self, where: str, text: str) -> None:
         """Check an output: the canaries' content must not be in it."""

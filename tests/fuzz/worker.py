@@ -86,7 +86,11 @@ def _serve(target: Target, honest: Any, folder: Path, answers: TextIO) -> None:
     with open(folder / "hung", "w", encoding="utf-8") as hung:
         for line in _lines():
             asked = json.loads(line)
-            case = asked.get("case") or case_of(target, honest, asked["seed"])
+            try:
+                case = asked.get("case") or case_of(target, honest, asked["seed"])
+            except Exception as error:  # noqa: BLE001 - as in `one`
+                print(json.dumps({"outcomes": [], "failures": [asdict(_own_fault(error))], "case": None}), file=answers)
+                continue
             (folder / "case").write_text(json.dumps(case), encoding="utf-8")  # for one that ends this process
             print(json.dumps(one(target, honest, room, hung, case)), file=answers)
 
@@ -108,11 +112,16 @@ def one(target: Target, honest: Any, room: Room, hung: TextIO, case: dict[str, A
     try:
         target.attempt(trial, honest, case)
     except Exception as error:  # noqa: BLE001 - a fault of the target itself must not stop a run of thousands
-        trial.failures.append(Failure("fuzzer", f"{place(error)} {error}"[:200], traceback.format_exc()))
+        trial.failures.append(_own_fault(error))
     for words in room.touched():
         trial.failures.append(Failure("outside", words, words))
     failures = [asdict(failure) for failure in trial.failures]
     return {"outcomes": trial.outcomes, "failures": failures, "case": case if failures else None}
+
+
+def _own_fault(error: Exception) -> Failure:
+    """The failure of a target's own code."""
+    return Failure("fuzzer", f"{place(error)} {error}"[:200], traceback.format_exc())
 
 
 if __name__ == "__main__":

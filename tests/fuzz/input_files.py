@@ -183,7 +183,10 @@ def _other(random: Random, kind: str, data: bytes) -> tuple[bytes, str]:
             holder[path[-1]] = edits.nasty(random)
     if kind.endswith("json") or random.random() < 0.3:
         return edits.dumped(value), "values"  # JSON is YAML
-    text = yaml.safe_dump(value, allow_unicode=True)
+    try:
+        text = yaml.safe_dump(value, allow_unicode=True)
+    except (RecursionError, ValueError, yaml.YAMLError):
+        return edits.dumped(value), "values"
     odd = ("", "", "&a [*a]\n", "a: &a [x]\nb: *a\n", "? {a: 1}\n: 2\n", "!!python/object/apply:os.system ['true']\n", "%YAML 9\n---\n", "\t- x\n", "<<: {a: 1}\n",
            "a: 2026-01-01\n", "o: 0o17\n", "---\n---\n", "x: |\n  y\n", "a: !!binary x\n", "k: 1:30\n", _bomb())  # fmt: skip
     return (text + random.choice(odd)).encode("utf-8", "surrogatepass"), "values"
