@@ -16,19 +16,27 @@ from tests.fuzz.trial import Trial
 
 LIMIT_S = 15.0
 """Graders have limits of their own, of five seconds for each of a response's comparisons."""
-_TRUTHS = ("72", "1/2", "\\frac{3}{4}", "0.5", "(1, 2)", "\\sqrt{2}", "x^2+1", "True", "no", "C", "3,000", "50\\%", "\\{1, 2\\}", "[0, 1)",
+_TRUTHS = ("72", "1/2", "\\frac{3}{4}", "0.5", "(1, 2)", "\\sqrt{2}", "x^2+1", "True", "no", "C", "3,000", "50\\%",
+    "\\{1, 2\\}", "[0, 1)",
            "\\$5", "12 cm", "2^{10}", "\\begin{pmatrix}1\\\\2\\end{pmatrix}")  # fmt: skip
 _CODE = (
-    "__import__('os').system('touch {outside}/ran')", "().__class__.__base__.__subclasses__()", "open('{outside}/ran', 'w').write('x')",
-    "__import__('os')._exit(0)", "exit()", "quit()", "raise SystemExit", "__import__('sys').exit(0)", "exec('import os; os._exit(1)')",
-    "(lambda f: f(f))(lambda f: f(f))", "__import__('os').kill(__import__('os').getppid(), 9)", "__import__('time').sleep(1000)",
-    "open('{outside}/canary').read()", "{{}.__class__}", "${jndi:ldap://127.0.0.1/a}", "'a' * 10**10", "[0] * 10**10", "list(range(10**10))",
+    "__import__('os').system('touch {outside}/ran')", "().__class__.__base__.__subclasses__()",
+    "open('{outside}/ran', 'w').write('x')",
+    "__import__('os')._exit(0)", "exit()", "quit()", "raise SystemExit", "__import__('sys').exit(0)",
+    "exec('import os; os._exit(1)')",
+    "(lambda f: f(f))(lambda f: f(f))", "__import__('os').kill(__import__('os').getppid(), 9)",
+    "__import__('time').sleep(1000)",
+    "open('{outside}/canary').read()", "{{}.__class__}", "${jndi:ldap://127.0.0.1/a}", "'a' * 10**10", "[0] * 10**10",
+    "list(range(10**10))",
     "while True: pass", "__import__('socket').create_connection(('127.0.0.1', 9))", "breakpoint()", "input()",
 )  # fmt: skip
 _HEAVY = (
-    "9**9**9**9", "9**9**9", "factorial(10**8)", "10**10**10", "2^{2^{2^{2^{2^{2}}}}}", "\\frac{1}{10^{10^{10}}}", "1e999999999", "0x" + "f" * 9,
-    "sum(i for i in range(10**12))", "x**x**x**x**x", "integrate(exp(x**x), x)", "(x+1)**100000", "\\binom{10^9}{5 \\cdot 10^8}", "1/0", "zoo", "nan", "oo",
-    "\\sqrt{\\sqrt{\\sqrt{x}}}^{\\sqrt{x}}", "\\int_0^\\infty e^{-x^2} dx", "\\sum_{i=1}^{10^{12}} i", "100000!", "(9!)!!",
+    "9**9**9**9", "9**9**9", "factorial(10**8)", "10**10**10", "2^{2^{2^{2^{2^{2}}}}}", "\\frac{1}{10^{10^{10}}}",
+    "1e999999999", "0x" + "f" * 9,
+    "sum(i for i in range(10**12))", "x**x**x**x**x", "integrate(exp(x**x), x)", "(x+1)**100000",
+    "\\binom{10^9}{5 \\cdot 10^8}", "1/0", "zoo", "nan", "oo",
+    "\\sqrt{\\sqrt{\\sqrt{x}}}^{\\sqrt{x}}", "\\int_0^\\infty e^{-x^2} dx", "\\sum_{i=1}^{10^{12}} i", "100000!",
+    "(9!)!!",
 )  # fmt: skip
 
 

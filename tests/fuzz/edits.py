@@ -2,7 +2,8 @@
 
 An edit is a dict of JSON values, so a case of edits can be kept in a file:
 
-    {"op": "set", "at": [...], "value": V}      a value within a JSON document; "drop": without it; "double": a list's item twice
+    {"op": "set", "at": [...], "value": V}      a value within a JSON document; {"op": "drop", ...}: without it;
+                                                {"op": "double", ...}: an item of a list twice
     {"op": "text", "old": S, "new": S}          a piece of text
     {"op": "splice", "start": I, "stop": J, "data": B}, {"op": "flip", "byte": I, "bit": K}, {"op": "size", "size": N}
     {"op": "link", "to": PATH}, {"op": "fifo"}, {"op": "folder"}, {"op": "remove"}, {"op": "swap", "with": FILE}
@@ -24,11 +25,14 @@ Edit = dict[str, Any]
 
 NAMES = (
     "../outside/canary", "../../outside/canary", "../../../outside/canary", "../../../../outside/canary",
-    "../../../../../outside/canary", "{outside}/canary", "{outside}/new", "{outside}", "..", ".", "/", "", "a/b", "a\x00b",
-    "LOCK", "index.json", "manifest.json", "con\x1b[31mtrol", "\ud800", "x" * 300, "part-000000.parquet", ".tmp-x", "~", "-",
+    "../../../../../outside/canary", "{outside}/canary", "{outside}/new", "{outside}", "..", ".", "/", "", "a/b",
+    "a\x00b",
+    "LOCK", "index.json", "manifest.json", "con\x1b[31mtrol", "\ud800", "x" * 300, "part-000000.parquet", ".tmp-x",
+    "~", "-",
 )  # fmt: skip
 """File names in a place where another one belongs."""
-NUMBERS = (-1, 0, 1, 2, 3, 255, 2**16, 2**31 - 1, 2**31, 2**32, 2**53, 2**63 - 1, 2**63, 2**64, 10**18, 10**30, -(2**63), 0.5,
+NUMBERS = (-1, 0, 1, 2, 3, 255, 2**16, 2**31 - 1, 2**31, 2**32, 2**53, 2**63 - 1, 2**63, 2**64, 10**18, 10**30,
+    -(2**63), 0.5,
            -0.0, 1e308, float("nan"), float("inf"), float("-inf"), 1e-320)  # fmt: skip
 OTHERS = (
     None,
@@ -230,7 +234,10 @@ def dumped(value: Any) -> bytes:
 
 
 def apply(edits: Sequence[Edit], root: Path, outside: Path, sealed: Callable[[Path, bytes], bytes]) -> None:
-    """Make edits of the files below a folder. sealed(path, text): a JSON document with its checksum made right, or as it is."""
+    """Make edits of the files below a folder.
+
+    sealed(path, text): the text of a JSON document with its checksum made right, or as it is.
+    """
     for edit in edits:
         edit = json.loads(json.dumps(edit).replace("{outside}", json.dumps(str(outside))[1:-1]))
         path = root / edit["file"]

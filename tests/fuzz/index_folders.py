@@ -85,7 +85,8 @@ def attempt(trial: Trial, honest: Honest, case: dict[str, Any]) -> None:
 def _ask(trial: Trial, honest: Honest, case: dict[str, Any], store: Path) -> None:
     kind, metric = case["kind"], case["metric"]
     status, output, _ = trial.command(
-        "query", store, "--against", "bench", "--pool", "pool", "--index", kind, "--metric", metric, "-k", TOP, "--json", "--quiet", store=store
+        "query", store, "--against", "bench", "--pool", "pool", "--index", kind, "--metric", metric, "-k", TOP,
+        "--json", "--quiet", store=store
     )  # fmt: skip
     if status != 0:
         return

@@ -10,6 +10,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import pyarrow as pa
 import yaml
 
 from gradstore.engine.rollouts import read_rollouts
@@ -20,8 +21,10 @@ from tests.fuzz.room import read_tree, write_tree
 from tests.fuzz.trial import Trial
 
 _RUN = {
-    "model": "m", "pool": "pool.jsonl", "benchmarks": {"bench": "b.jsonl"}, "out": "run", "reward": "math", "train_rollouts": 8, "lora_rank": 4,
-    "sampling": {"max_new_tokens": 64, "temperature": 1.0}, "update": {"lr": 1e-5, "minibatches": 1, "objective": "grpo"},
+    "model": "m", "pool": "pool.jsonl", "benchmarks": {"bench": "b.jsonl"}, "out": "run", "reward": "math",
+    "train_rollouts": 8, "lora_rank": 4,
+    "sampling": {"max_new_tokens": 64, "temperature": 1.0}, "update": {"lr": 1e-5, "minibatches": 1,
+        "objective": "grpo"},
     "rounds": {"candidates": 100, "selected": 10, "train_batch": 5, "steps": 2, "rounds": 3, "rollouts": 4, "seed": 1},
 }  # fmt: skip
 _KEPT = {"model": "m", "n": 4, "seed": 0, "template_kwargs": {"enable_thinking": False}}
@@ -67,7 +70,7 @@ def draw(random: Random, honest: Honest) -> dict[str, Any]:
     if kind in OTHERS:
         data, what = _other(random, kind, honest.files[kind])
     else:
-        data, what = inputs.mutated(kind, random)
+        data, what = _mutated(kind, random)
     ways = {
         "problems": ("import", "import", "data", "exclude"),
         "verl": ("import", "import", "data"),
@@ -136,6 +139,15 @@ def _import(trial: Trial, honest: Honest, kind: str, way: str, path: Path) -> No
     trial.command("info", store, "--quiet", store=store)
 
 
+def _mutated(kind: str, random: Random) -> tuple[bytes, str]:
+    """A file of inputs.py; faults that cannot be written together are drawn again."""
+    while True:
+        try:
+            return inputs.mutated(kind, random)
+        except (ArithmeticError, LookupError, TypeError, ValueError, RecursionError, pa.ArrowException):
+            continue
+
+
 def _as(what: str, name: str) -> edits.Edit:
     if what == "link":
         return {"op": "link", "file": name, "to": "/dev/zero"}
@@ -187,8 +199,10 @@ def _other(random: Random, kind: str, data: bytes) -> tuple[bytes, str]:
         text = yaml.safe_dump(value, allow_unicode=True)
     except (RecursionError, ValueError, yaml.YAMLError):
         return edits.dumped(value), "values"
-    odd = ("", "", "&a [*a]\n", "a: &a [x]\nb: *a\n", "? {a: 1}\n: 2\n", "!!python/object/apply:os.system ['true']\n", "%YAML 9\n---\n", "\t- x\n", "<<: {a: 1}\n",
-           "a: 2026-01-01\n", "o: 0o17\n", "---\n---\n", "x: |\n  y\n", "a: !!binary x\n", "k: 1:30\n", _bomb())  # fmt: skip
+    odd = ("", "", "&a [*a]\n", "a: &a [x]\nb: *a\n", "? {a: 1}\n: 2\n", "!!python/object/apply:os.system ['true']\n",
+        "%YAML 9\n---\n", "\t- x\n", "<<: {a: 1}\n",
+           "a: 2026-01-01\n", "o: 0o17\n", "---\n---\n", "x: |\n  y\n", "a: !!binary x\n", "k: 1:30\n",
+           _bomb())  # fmt: skip
     return (text + random.choice(odd)).encode("utf-8", "surrogatepass"), "values"
 
 

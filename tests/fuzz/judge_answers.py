@@ -150,8 +150,10 @@ def _body(random: Random, honest: dict[str, Any]) -> tuple[bytes, list[float]]:
     text = edits.dumped(body)
     if kind == 3:
         text = random.choice((
-            b"[" * 200_000, b'{"a":' * 200_000, b"", b"null", b"[]", b"{}", b"\xff\xfe", text[: random.randrange(len(text))], text + text,
-            b"\xef\xbb\xbf" + text, text.replace(b'"content"', b'"content":"x","content"'), b"9" * 10_000, b"NaN", b"<html>",
+            b"[" * 200_000, b'{"a":' * 200_000, b"", b"null", b"[]", b"{}", b"\xff\xfe",
+            text[: random.randrange(len(text))], text + text,
+            b"\xef\xbb\xbf" + text, text.replace(b'"content"', b'"content":"x","content"'), b"9" * 10_000, b"NaN",
+            b"<html>",
             b'{"error": {"message": "no"}}', b"data: " + text + b"\n\ndata: [DONE]\n\n", text.decode().encode("utf-16"),
         ))  # fmt: skip
     return text, _allowed(text)
@@ -159,8 +161,10 @@ def _body(random: Random, honest: dict[str, Any]) -> tuple[bytes, list[float]]:
 
 def _reply(random: Random) -> str:
     """What a judge might say."""
-    return random.choice(("VERDICT: {}", "x\n**VERDICT: {}**", "VERDICT: {}\n\n", "VERDICT: {}\nNo: VERDICT: MAYBE", "verdict: {}", "VERDICT: {}\x00",
-        "VERDICT: {}." + "\u2028", "\x1b[2JVERDICT: {}", "VERDICT:{}" + " " * 100_000, "{}", "", "\n" * 100_000 + "VERDICT: {}", "VERDICT: {} VERDICT: {}",
+    return random.choice(("VERDICT: {}", "x\n**VERDICT: {}**", "VERDICT: {}\n\n", "VERDICT: {}\nNo: VERDICT: MAYBE",
+        "verdict: {}", "VERDICT: {}\x00",
+        "VERDICT: {}." + "\u2028", "\x1b[2JVERDICT: {}", "VERDICT:{}" + " " * 100_000, "{}", "",
+        "\n" * 100_000 + "VERDICT: {}", "VERDICT: {} VERDICT: {}",
         "\ud800 VERDICT: {}", "_" * 50_000 + "VERDICT: {}" + "_" * 50_000 + "x",
     )).replace("{}", random.choice(("CORRECT", "INCORRECT", "CORRECTLY", "")))  # fmt: skip
 
@@ -176,8 +180,8 @@ def _allowed(text: bytes) -> list[float]:
 
 
 def _plain(body: bytes, status: str = "200 OK", more: str = "") -> bytes:
-    head = f"HTTP/1.1 {status}\r\nContent-Type: application/json\r\n{more}Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
-    return head.encode() + body
+    about = f"Content-Type: application/json\r\n{more}Content-Length: {len(body)}\r\nConnection: close"
+    return f"HTTP/1.1 {status}\r\n{about}\r\n\r\n".encode() + body
 
 
 def _parts(random: Random, body: bytes) -> list[dict[str, Any]]:
@@ -187,10 +191,14 @@ def _parts(random: Random, body: bytes) -> list[dict[str, Any]]:
     if kind <= 4:
         return [_part(whole)]
     if kind == 5:
-        status = random.choice(("204 No Content", "301 Moved", "302 Found", "400 Bad", "401 No", "404 Not Found", "408 Late", "409 C", "422 X",
-                                "429 Slow", "500 Error", "503 Busy", "599 X", "100 Continue", "999 X", "0 X", "abc"))  # fmt: skip
-        more = random.choice(("", "Retry-After: 999999999\r\n", "Retry-After: -1\r\n", "Retry-After: nan\r\n", "Location: file:///etc/passwd\r\n",
-                              "Location: http://127.0.0.1:1/\r\n", "Location: /v1/chat/completions\r\n", "retry-after-ms: 1\r\n"))  # fmt: skip
+        status = random.choice(("204 No Content", "301 Moved", "302 Found", "400 Bad", "401 No", "404 Not Found",
+            "408 Late", "409 C", "422 X",
+                                "429 Slow", "500 Error", "503 Busy", "599 X", "100 Continue", "999 X", "0 X",
+                                "abc"))  # fmt: skip
+        more = random.choice(("", "Retry-After: 999999999\r\n", "Retry-After: -1\r\n", "Retry-After: nan\r\n",
+            "Location: file:///etc/passwd\r\n",
+                              "Location: http://127.0.0.1:1/\r\n", "Location: /v1/chat/completions\r\n",
+                              "retry-after-ms: 1\r\n"))  # fmt: skip
         return [_part(_plain(body, status, more))]
     if kind == 6:
         cut = random.randrange(len(whole))

@@ -24,13 +24,18 @@ from tests.fuzz.trial import MEMORY, Trial, is_ours, memory, short
 WAIT_S = 4.0
 """Seconds for an answer to a whole request."""
 _VALUES: dict[str, Any] = {
-    "address.pathname": "/", "address.search": "?id=pool0001", "benchmark.value": "bench", "step.value": "newest", "metric.value": "cosine",
-    "order.value": "largest", "text.value": "", "sources.value": [], "tags.value": [], "rates.value": [0, 1], "states.value": [], "theme.data": "light",
-    "ranking-page.data": 0, "problem-id.value": "pool0001", "problem-metric.value": "cosine", "problem-step.value": "10", "problem-rollouts.value": "all",
-    "left-benchmark.value": "bench", "left-step.value": "0", "right-benchmark.value": "other", "right-step.value": "newest", "compare-metric.value": "dot",
+    "address.pathname": "/", "address.search": "?id=pool0001", "benchmark.value": "bench", "step.value": "newest",
+    "metric.value": "cosine",
+    "order.value": "largest", "text.value": "", "sources.value": [], "tags.value": [], "rates.value": [0, 1],
+    "states.value": [], "theme.data": "light",
+    "ranking-page.data": 0, "problem-id.value": "pool0001", "problem-metric.value": "cosine",
+    "problem-step.value": "10", "problem-rollouts.value": "all",
+    "left-benchmark.value": "bench", "left-step.value": "0", "right-benchmark.value": "other",
+    "right-step.value": "newest", "compare-metric.value": "dot",
 }  # fmt: skip
 """What the page's controls send."""
-_PATHS = ("/", "/problem?id=pool0001", "/compare", "/_dash-layout", "/_dash-dependencies", "/assets/explorer.css", "/_reload-hash", "/favicon.ico",
+_PATHS = ("/", "/problem?id=pool0001", "/compare", "/_dash-layout", "/_dash-dependencies", "/assets/explorer.css",
+    "/_reload-hash", "/favicon.ico",
           "/_dash-update-component", "/_dash-component-suites/dash/deps/react@18.js")  # fmt: skip
 
 
@@ -143,13 +148,13 @@ def _log(honest: Honest) -> str:
 
 def _address(process: subprocess.Popen, log: Path) -> Any:
     for _ in range(1200):
-        found = re.search(r"http://\S+", log.read_text(errors="replace"))
+        found = re.search(r"http://\S+", log.read_text(encoding="utf-8", errors="replace"))
         if found:
             return urlsplit(found[0])
         if process.poll() is not None:
             break
         time.sleep(0.1)
-    raise RuntimeError(f"the server did not start: {log.read_text(errors='replace')[-2000:]}")
+    raise RuntimeError(f"the server did not start: {log.read_text(encoding='utf-8', errors='replace')[-2000:]}")
 
 
 def _callback(one: dict[str, Any]) -> dict[str, Any]:
@@ -189,8 +194,10 @@ def _body(random: Random, body: dict[str, Any]) -> Any:
 
 def _control(random: Random) -> Any:
     """A value of the right sort for some control."""
-    return random.choice(("pool0001", "pool0005", "nobody", "bench", "other", "pool", "cosine", "dot", "fisher", "0", "10", "newest", "all", "smallest",
-                          "secret", "s1", ["s1"], ["s1", "x"], [0.2, 0.5], [1, 0], [-5, 5], ["a", "b"], 3, 10**6, -7, "light", "dark", ["live", "failed"],
+    return random.choice(("pool0001", "pool0005", "nobody", "bench", "other", "pool", "cosine", "dot", "fisher", "0",
+        "10", "newest", "all", "smallest",
+                          "secret", "s1", ["s1"], ["s1", "x"], [0.2, 0.5], [1, 0], [-5, 5], ["a", "b"], 3, 10**6, -7,
+                          "light", "dark", ["live", "failed"],
                           "(", "a" * 100_000, ["x"] * 10_000, "?id=pool0002", "/problem", "/compare"))  # fmt: skip
 
 
@@ -331,9 +338,12 @@ def _odd(random: Random, honest: Honest) -> dict[str, Any]:
             "whole": False,
         }
     if kind == 7:
-        others = (["Authorization", "Bearer"], ["Authorization", "Basic \xff"], ["Authorization", "Bearer é"], ["Expect", "100-continue"], ["Upgrade", "h2c"],
-                  ["Range", "bytes=0-0,1-1"], ["If-None-Match", '"'], ["Content-Type", "multipart/form-data; boundary=x"], ["Accept-Encoding", "gzip;q=x"],
-                  ["X-Forwarded-For", "127.0.0.1"], ["X-Forwarded-Host", "evil.example"], ["Origin", "http://evil.example"], ["If-Modified-Since", "x"])  # fmt: skip
+        others = (["Authorization", "Bearer"], ["Authorization", "Basic \xff"], ["Authorization", "Bearer é"],
+            ["Expect", "100-continue"], ["Upgrade", "h2c"],
+                  ["Range", "bytes=0-0,1-1"], ["If-None-Match", '"'], ["Content-Type",
+                      "multipart/form-data; boundary=x"], ["Accept-Encoding", "gzip;q=x"],
+                  ["X-Forwarded-For", "127.0.0.1"], ["X-Forwarded-Host", "evil.example"], ["Origin",
+                      "http://evil.example"], ["If-Modified-Since", "x"])  # fmt: skip
         return get | {"headers": [list(random.choice(others))]}
     raw = (
         "\x16\x03\x01\x02\x00\x01\x00",

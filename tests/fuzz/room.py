@@ -13,6 +13,7 @@ import secrets
 import shutil
 import stat
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 OWN = ("store", "inputs", "out")
@@ -99,7 +100,8 @@ class Room:
 
     def _unread(self) -> None:
         for path in self._canaries:
-            os.utime(path, (_LONG_AGO, _LONG_AGO + 1))
+            with suppress(FileNotFoundError):  # `touched` will say so
+                os.utime(path, (_LONG_AGO, _LONG_AGO + 1))
 
 
 def _was_read(path: Path) -> bool:

@@ -70,7 +70,7 @@ def _prepared(target: Target, folder: Path) -> Any:
         os._exit(0)
     if os.waitpid(child, 0)[1]:
         raise SystemExit(1)
-    honest, modules = pickle.loads(kept.read_bytes())  # noqa: S301 - written by this program
+    honest, modules = pickle.loads(kept.read_bytes())  # written by this program
     for name in modules:
         with suppress(Exception):
             import_module(name)
