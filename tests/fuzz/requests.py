@@ -384,7 +384,7 @@ def _request(path: str, honest: Honest, body: bytes = b"") -> bytes:
 
 
 def _exchange(honest: Honest, request: bytes, whole: bool = True) -> bytes | None:
-    """Send bytes and read the answer to its end; None if there is none in time. whole: False: send no more after them."""
+    """Send bytes and read the answer to its end; None if there is none in time. whole: False: nothing follows them."""
     with socket.create_connection((honest.host, honest.port), timeout=WAIT_S) as connection:
         connection.settimeout(WAIT_S if whole else 0.3)
         data = b""

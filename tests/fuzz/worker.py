@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def _prepared(target: Target, folder: Path) -> Any:
-    """The honest data, prepared in a process of its own, so that no thread is left in this one; imports what it took."""
+    """The honest data, prepared in a process of its own, so that this one has no threads; imports what it took."""
     kept = folder / "honest.pickle"
     child = os.fork()
     if not child:
