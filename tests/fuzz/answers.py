@@ -39,6 +39,12 @@ _HEAVY = (
     "(9!)!!",
 )  # fmt: skip
 
+_EVALUATING = (
+    "string_insertion", "spiral_matrix", "binary_matrix", "n_queens", "countdown", "puzzle24", "simple_integration",
+    "intermediate_integration", "polynomial_multiplication", "number_sorting",
+)  # fmt: skip
+"""Data sets whose verifiers evaluated what they were given."""
+
 
 @dataclass
 class Honest:
@@ -56,7 +62,8 @@ def prepare(folder: Path) -> Honest:
     from reasoning_gym.factory import DATASETS
 
     folder.mkdir()
-    honest = Honest(load_reward("math"), load_reward("reasoning-gym"), sorted(DATASETS))
+    names = sorted(set(DATASETS) - {"composite"})  # which is made of others
+    honest = Honest(load_reward("math"), load_reward("reasoning-gym"), names)
     honest.math({"id": "p", "ground_truth": "72"}, "\\boxed{72}", 0)
     _entry(honest, "leg_counting")
     return honest
@@ -66,11 +73,12 @@ def draw(random: Random, honest: Honest) -> dict[str, Any]:
     """A grader, what it compares with, and a response."""
     if random.random() < 0.5:
         return {"grader": "math", "truth": random.choice(_TRUTHS), "response": _wrapped(random, _hostile(random))}
-    return {
-        "grader": "reasoning-gym",
-        "truth": random.choice(honest.names),
-        "response": _wrapped(random, _hostile(random)),
-    }
+    name = random.choice(_EVALUATING if random.random() < 0.4 else honest.names)
+    case = {"grader": "reasoning-gym", "truth": name, "response": _wrapped(random, _hostile(random))}
+    if random.random() < 0.3:  # a data file that somebody else wrote
+        value = random.choice((random.choice(_CODE), random.choice(_HEAVY), edits.nasty(random)))
+        case["file"] = [random.choice(("answer", "question", "metadata", "first", "dataset", "config", "entry")), value]
+    return case
 
 
 def attempt(trial: Trial, honest: Honest, case: dict[str, Any]) -> None:
@@ -86,7 +94,8 @@ def attempt(trial: Trial, honest: Honest, case: dict[str, Any]) -> None:
             record_own = record
     else:
         entry = _entry(honest, case["truth"])
-        record = record_own = entry["record"]
+        record_own = entry["record"]
+        record = _changed(record_own, *case["file"], trial.outside) if "file" in case else record_own
         reward, own, expected = honest.gym, entry["own"], entry["reward"]
     value = trial.call(case["grader"], reward, record, response, 0)
     if value is not None and not 0 <= value <= 1:
@@ -108,6 +117,21 @@ def _entry(honest: Honest, name: str) -> dict[str, Any]:
         own = f"<answer>{entry['answer']}</answer>"
         honest.entries[name] = {"record": record, "own": own, "reward": honest.gym(record, own, 0)}
     return honest.entries[name]
+
+
+def _changed(record: dict[str, Any], place: str, value: Any, outside: Path) -> dict[str, Any]:
+    """A record with another value at some place of what reasoning-gym is given."""
+    record = json.loads(json.dumps(record))
+    value = json.loads(edits.dumped(value).replace(b"{outside}", str(outside).encode()))
+    kept = record["extra"]["reasoning_gym"]
+    entry = kept["entry"]
+    if place in ("dataset", "config", "entry"):
+        kept[place] = value
+    elif place == "first" and entry["metadata"]:
+        entry["metadata"][min(entry["metadata"])] = value
+    else:
+        entry[place] = value
+    return record
 
 
 def _hostile(random: Random) -> Any:
@@ -173,15 +197,6 @@ def _wrapped(random: Random, inner: Any) -> Any:
     """The answer where a grader looks for it."""
     if not isinstance(inner, str):
         return inner
-    form = random.choice(
-        (
-            "{}",
-            "<answer>{}</answer>",
-            "\\boxed{{}}",
-            "$${}$$",
-            "The answer is {}.",
-            "<answer>\\boxed{{}}</answer>",
-            "```\n{}\n```",
-        )
-    )
+    forms = ("{}", "<answer>{}</answer>", "\\boxed{{}}", "$${}$$", "The answer is {}.", "<answer>\\boxed{{}}</answer>")
+    form = random.choice((*forms[:2], *forms[:3], *forms, "```\n{}\n```"))
     return form.replace("{}", inner, 1)

@@ -172,7 +172,7 @@ def _reply(random: Random) -> str:
 def _allowed(text: bytes) -> list[float]:
     """Scores that an answer's text allows: what its last line says, if it can be read at all."""
     try:
-        content = json.loads(text.decode("utf-8-sig"))["choices"][0]["message"]["content"]
+        content = json.loads(text)["choices"][0]["message"]["content"]
         found = verdict(content)
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
         return []

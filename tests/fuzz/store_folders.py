@@ -105,7 +105,7 @@ def _do(trial: Trial, name: str, store: Path, honest: Honest, refresh: bool = Fa
     if name in ("query", "index"):
         more = ("--index", "flat") if name == "index" else ()
         status, output, _ = trial.command(_QUERY[0], store, *_QUERY[1:], *more, store=store)
-        return [[hit["id"], round(hit["score"], 5)] for hit in json.loads(output)["hits"]] if status == 0 else None
+        return _hits(output) if status == 0 else None
     if name in ("info", "verify"):
         trial.command(name, store, *(("--quiet",) if name == "info" else ()), store=store)
     elif name == "select":
@@ -161,13 +161,17 @@ def _copy(trial: Trial, name: str, store: Path, copy: Path, honest: Honest, refr
         write_tree(copy, honest.files)
     source = _in_memory(store) if name == "mirror memory" else zarr.storage.LocalStore(store, read_only=True)
     function: Callable = gradstore.open_remote if name == "open_remote" else gradstore.mirror
-    copied = (
-        trial.call(name, function, source, copy, store=copy, reads=False)
-        if refresh
-        else trial.call(name, function, source, copy)
-    )
-    if copied is not None:
-        trial.command(_QUERY[0], copy, *_QUERY[1:], store=copy)
+    copied = trial.call(name, function, source, copy)
+    if copied is None and not (refresh and name != "open_remote"):
+        return
+    status, output, _ = trial.command(_QUERY[0], copy, *_QUERY[1:], store=copy)
+    if copied is None and (status != 0 or _hits(output) != honest.hits):
+        trial.wrong(f"{name}: a refresh that failed spoilt the copy", output)
+
+
+def _hits(output: str) -> list[Any]:
+    """The hits of a query's JSON, rounded."""
+    return [[hit["id"], round(hit["score"], 5)] for hit in json.loads(output)["hits"]]
 
 
 def _in_memory(store: Path) -> Any:
