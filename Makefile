@@ -4,7 +4,7 @@ PYTHON ?= python3
 PY := .venv/bin/python
 READY := .venv/.installed
 
-.PHONY: install browser demo demo-real test test-real test-newest test-verl test-verl-vllm lint types bench study clean
+.PHONY: install browser demo demo-real test test-real test-newest test-verl test-verl-vllm lint types fuzz bench study clean
 
 install: $(READY)
 
@@ -92,6 +92,13 @@ $(VERL_VLLM)/.installed: pyproject.toml constraints.txt gradstore/_encode.c engi
 
 test-verl-vllm: $(VERL_VLLM)/.installed
 	$(VERL_VLLM)/bin/python -m pytest -m "verl and vllm" tests/trainer/verl
+
+# Files, stores, answers and requests as others may have made them, new ones in every run; failures go to build/fuzz.
+# FUZZ holds further options: make fuzz MINUTES=60 FUZZ="--jobs 4 --targets store_folders".
+MINUTES ?= 10
+
+fuzz: install
+	$(PY) -m tests.fuzz.run --minutes $(MINUTES) $(FUZZ)
 
 BENCHMARKS ?= query sketch fidelity drift store search indexes probe_table suspicion evaluation tail_patch
 

@@ -102,7 +102,7 @@ def rollout(
         )
     if report.stopped:
         warn(
-            f"{report.stopped} of {report.rollouts} responses were not graded and score 0; extra.reward_stopped of "
+            f"{report.stopped} of {report.rollouts} responses were not graded and score 0; extra.reward_stopped of their "
             f"rows says why. The first: {report.first_stopped}"
         )
     if json:
