@@ -80,7 +80,7 @@ def check_parts(
         if path.name in skip:
             continue
         try:
-            data = read_inside(path, _store(folder))
+            data = read_inside(path, _store(folder), crc=crc)
         except GradstoreError as error:
             checked.append((path, b"", str(error).removeprefix(f"{path}: ")))
             continue

@@ -55,7 +55,7 @@ def read_attachment(store: Path, name: str) -> bytes:
     path = _find(store, name)
     if path is None:
         raise RequestError(f"{store}: keeps no attachment {name!r}")
-    data = read_inside(path, store)
+    data = read_inside(path, store, crc=checksum_in(path.name))
     if not _is_whole(path, data):
         raise DamagedError(f"{path}: damaged: bytes do not match the checksum in its name")
     return data
@@ -100,7 +100,7 @@ def damaged_attachments(store: Path) -> Iterator[tuple[Path, str]]:
             yield path, "not a file of this store"
             continue
         try:
-            if not _is_whole(path, read_inside(path, store)):
+            if not _is_whole(path, read_inside(path, store, crc=checksum_in(path.name))):
                 yield path, "bytes do not match the checksum in its name"
         except GradstoreError as error:
             yield path, str(error).removeprefix(f"{path}: ")

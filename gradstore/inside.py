@@ -17,9 +17,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from gradstore.durable import reading
+from gradstore.durable import crc32c, reading
 from gradstore.errors import DamagedError
 
+MOST_BYTES = 1 << 32
+"""Largest file that is read whole: an attachment, or a part of probes or rounds."""
+_PIECE = 16 << 20
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 
 
@@ -72,12 +75,23 @@ def file_inside(path: Path, root: Path) -> Iterator[BinaryIO]:
         yield file
 
 
-def read_inside(path: Path, root: Path, most: int | None = None) -> bytes:
-    """The bytes of an ordinary file of the store; DamagedError for more than `most`."""
+def read_inside(path: Path, root: Path, most: int = MOST_BYTES, crc: int | None = None) -> bytes:
+    """The bytes of an ordinary file of the store; DamagedError for more than `most`.
+
+    crc: checksum to be expected. A large file with another one is refused before memory is taken for it: a file of
+    holes has any size and takes no disk.
+    """
     with file_inside(path, root) as file:
         size = os.fstat(file.fileno()).st_size
-        if most is not None and size > most:
-            raise DamagedError(f"{path}: has {size} bytes, expected at most {most}")
+        if size > most:
+            raise DamagedError(f"{path}: damaged: has {size} bytes, expected at most {most}")
+        if crc is not None and size > _PIECE:
+            found = 0
+            while piece := file.read(_PIECE):
+                found = crc32c(piece, found)
+            if found != crc:
+                raise DamagedError(f"{path}: damaged: bytes do not match the checksum in the name ({size} bytes)")
+            file.seek(0)
         return file.read()
 
 

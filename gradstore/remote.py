@@ -30,6 +30,7 @@ from gradstore.durable import crc32c, make_folder, replace_file, replacing_file,
 from gradstore.errors import DamagedError, GradstoreError, NotAStoreError, RequestError, first_line
 from gradstore.header import MOST_BYTES as MOST_HEADER_BYTES
 from gradstore.header import Header, parse_header
+from gradstore.inside import MOST_BYTES as MOST_FILE_BYTES
 from gradstore.inside import check_folder, open_inside, read_inside
 from gradstore.inventory import INVENTORY, Inventory
 from gradstore.layout import (
@@ -58,8 +59,6 @@ _AT_ONCE = 16
 _CHUNKS_KEPT = 8
 _BYTES_AT_ONCE = 256 << 20
 _ATTEMPTS = 5
-_MOST_FILE = 1 << 32
-"""Largest file whose size no manifest tells: an attachment, or a part of probes or rounds."""
 
 
 def mirror(source: "ZarrStore", path: str | Path, collections: list[str] | None = None) -> Store:
@@ -296,8 +295,8 @@ def _sizes(source: "ZarrStore", keys: list[str]) -> list[int]:
 
     sizes = _reached(source, ask())
     for key, size in zip(keys, sizes, strict=True):
-        if not 0 < size <= _MOST_FILE:
-            raise DamagedError(f"{source}: {key} has {size} bytes, expected 1 to {_MOST_FILE}")
+        if not 0 < size <= MOST_FILE_BYTES:
+            raise DamagedError(f"{source}: {key} has {size} bytes, expected 1 to {MOST_FILE_BYTES}")
     return sizes
 
 

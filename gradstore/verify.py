@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from gradstore import additions
+from gradstore.appender import MOST_TEXT
 from gradstore.attachments import ATTACHMENTS, damaged_attachments
 from gradstore.bases import added_bases, first_basis
 from gradstore.derived import unreadable_indexes
@@ -152,7 +153,7 @@ class _Checker:
     def _zarr_json(self, folder: Path, manifest: Manifest, array: RowArray) -> None:
         """Check an array's zarr.json; it may show fewer rows while a writer is open, which updates it at its close."""
         path = folder / manifest.folder / array.name / ZARR
-        text = self._bytes(path, None)
+        text = self._bytes(path, None, limit=MOST_TEXT)
         if text is None or text == array.zarr_json(manifest.rows):
             return
         newest = read_manifest(folder)
@@ -175,7 +176,7 @@ class _Checker:
             manifest = newest
         for part in manifest.parts:
             path = manifest.problems_folder(folder) / part.file
-            data = self._bytes(path, None)
+            data = self._bytes(path, None, limit=part.bytes + 1)
             if data is not None and (len(data) != part.bytes or crc32c(data) != part.crc32c):
                 self._find(path, None, f"bytes do not match their checksum ({part.rows} problems, {part.bytes} bytes)")
 
@@ -298,11 +299,11 @@ class _Checker:
             self.report.notes.append(f"{path.relative_to(self.root)}: {what}")
 
     def _text(self, path: Path, expected: bytes) -> None:
-        text = self._bytes(path, None)
+        text = self._bytes(path, None, limit=len(expected) + 1)
         if text is not None and text != expected:
             self._find(path, None, "not the text that was written")
 
-    def _bytes(self, path: Path, chunk: int | None, limit: int = -1) -> bytes | None:
+    def _bytes(self, path: Path, chunk: int | None, limit: int) -> bytes | None:
         try:
             with open(open_inside(path, self.root), "rb") as file:
                 data = file.read(limit)

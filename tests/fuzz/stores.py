@@ -388,7 +388,7 @@ def _more(store: Path, random: Random) -> str:
 
 def _unless_gone() -> Any:
     """An earlier edit may have taken away, or broken, what this one changes."""
-    return suppress(OSError, ValueError, KeyError, TypeError, IndexError, StopIteration, pa.ArrowException)
+    return suppress(OSError, ValueError, LookupError, TypeError, AttributeError, StopIteration, pa.ArrowException)
 
 
 _KINDS = (_manifest, _manifest, _header, _attachment, _column, _column, _table, _table, _file, _file, _file, _more)
