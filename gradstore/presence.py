@@ -100,8 +100,16 @@ def _unknown_basis(manifest: Manifest, n_bases: int) -> str:
 def _rows_beyond(snapshot: Snapshot) -> str:
     """Text about rows after the published ones that no writer is at work on: then the manifest is an older one."""
     folder, manifest = snapshot.collection, snapshot.manifest
-    if read_holder(folder):
-        return ""  # A writer is at work, or was interrupted.
+    for _ in range(2):  # Twice: a writer may come, give up and clear its rows between two reads.
+        before = read_holder(folder)
+        beyond = _has_rows_beyond(snapshot)
+        if before or not beyond or read_holder(folder) or read_manifest(folder).commit != manifest.commit:
+            return ""
+    return f"has {manifest.rows} rows, but there are more on disk: an older manifest"
+
+
+def _has_rows_beyond(snapshot: Snapshot) -> bool:
+    folder, manifest = snapshot.collection, snapshot.manifest
     for array in snapshot.header.arrays:
         chunk, within = divmod(manifest.rows, array.chunk_rows)
         path = folder / manifest.folder / array.name / array.chunk_file(chunk)
@@ -110,9 +118,9 @@ def _rows_beyond(snapshot: Snapshot) -> str:
         with path.open("rb") as file:
             file.seek(within * array.row_bytes)
             tail = file.read(array.chunk_bytes)
-        if tail.count(0) != len(tail) and not read_holder(folder) and read_manifest(folder).commit == manifest.commit:
-            return f"has {manifest.rows} rows, but there are more on disk: an older manifest"
-    return ""
+        if tail.count(0) != len(tail):
+            return True
+    return False
 
 
 def _size(path: Path) -> int:

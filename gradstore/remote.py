@@ -38,6 +38,7 @@ from gradstore.layout import (
     check_name,
     group_json,
 )
+from gradstore.lock import WriterLock
 from gradstore.manifest import Manifest, publish_manifest, read_manifest
 from gradstore.session import Session
 from gradstore.store import Store
@@ -183,9 +184,15 @@ def _copy(
     generation = folder / manifest.folder
     create_generation(generation, header.arrays)
     wanted = list(_missing(manifest, known, arrays))
-    for file, data in zip(wanted, _fetched(source, where, wanted), strict=True):
-        replace_file(folder / file.name, data + bytes(max(0, file.size - len(data))))
-    publish_manifest(folder, manifest)
+    lock = WriterLock(folder)  # While rows are there that no manifest counts, readers must see that somebody writes.
+    done = False
+    try:
+        for file, data in zip(wanted, _fetched(source, where, wanted), strict=True):
+            replace_file(folder / file.name, data + bytes(max(0, file.size - len(data))))
+        publish_manifest(folder, manifest)
+        done = True
+    finally:
+        lock.release(clean=done)
     with Session(header, folder):
         pass  # Shows the rows to other Zarr readers, and removes a generation that a compaction replaced.
 
