@@ -7,14 +7,17 @@ does not name yet, never the reverse. A store of an earlier version has none unt
 """
 
 import json
+import logging
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from gradstore.durable import canonical_json, crc32c, reading, replace_file
-from gradstore.errors import DamagedError
+from gradstore.errors import DamagedError, GradstoreError
 from gradstore.layout import PROBES, ROUNDS
+
+log = logging.getLogger(__name__)
 
 INVENTORY = "inventory.json"
 FORMAT = 1
@@ -70,12 +73,18 @@ def read_inventory(folder: Path) -> Inventory | None:
 
 
 def take_inventory(folder: Path, kinds: tuple[str, ...], commit: int = 0) -> None:
-    """Write the inventory of the files that are there now, durably; the caller holds the lock of those who add some."""
+    """Write the inventory of the files that are there now, durably; the caller holds the lock of those who add some.
+
+    The files themselves are kept already, so a failed write is a warning: the next addition lists them.
+    """
     found = {kind: tuple(sorted(_names(folder / kind))) for kind in kinds}
     data = Inventory({kind: names for kind, names in found.items() if names}, commit).to_bytes()
     file = folder / INVENTORY
-    if not file.exists() or file.read_bytes() != data:
-        replace_file(file, data)
+    try:
+        if not file.exists() or file.read_bytes() != data:
+            replace_file(file, data)
+    except GradstoreError as error:
+        log.warning("%s: the newest files are kept but not listed yet (%s)", folder, error)
 
 
 def check_inventory(folder: Path, *kinds: str) -> None:

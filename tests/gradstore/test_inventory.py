@@ -10,7 +10,7 @@ from safetensors.numpy import save
 from zarr.storage import LocalStore
 
 import gradstore
-from gradstore import DamagedError, additions, mirror, presence
+from gradstore import DamagedError, GradstoreError, additions, mirror, presence
 from gradstore.attachments import keep_coverage
 from gradstore.inventory import INVENTORY, Inventory, read_inventory
 from gradstore.lock import WriterLock
@@ -97,6 +97,19 @@ def test_a_crash_before_it_is_written_costs_nothing(store: gradstore.Store, monk
     inventory = read_inventory(store.path / "collections/pool")
     assert inventory is not None
     assert len(inventory.files["probes"]) == 5
+
+
+def test_a_full_disk_while_it_is_written_is_a_warning(store: gradstore.Store, monkeypatch, caplog) -> None:
+    """The part is on the disk: an error would make the caller add it again."""
+
+    def full(*arguments: object) -> None:
+        raise GradstoreError("the disk is full")
+
+    monkeypatch.setattr("gradstore.inventory.replace_file", full)
+    probe(store, 3)
+    assert [record.message for record in caplog.records if "not listed yet" in record.message]
+    assert store.probes("pool").table().num_rows == 4
+    store.check_files()
 
 
 def test_a_copy_lists_what_its_source_listed(store: gradstore.Store, tmp_path: Path) -> None:
