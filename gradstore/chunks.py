@@ -17,7 +17,8 @@ import numpy as np
 
 from gradstore.durable import crc32c, reading
 from gradstore.errors import DamagedError, GradstoreError
-from gradstore.layout import RowArray
+from gradstore.inside import open_folder, open_in, open_inside
+from gradstore.layout import RowArray, store_of
 from gradstore.parallel_crc import crc32c_of
 
 
@@ -26,14 +27,25 @@ def read_column(generation: Path, array: RowArray, rows: int, crcs: tuple[int, .
 
     Raises DamagedError that names the chunk file if its bytes do not match.
     """
-    column = np.empty(rows, dtype=array.dtype)
-    for chunk, start in enumerate(range(0, rows, array.chunk_rows)):
-        part = column[start : start + array.chunk_rows]
-        path = generation / array.name / array.chunk_file(chunk)
-        with reading(path), open(path, "rb", buffering=0) as file:
-            got = file.readinto(memoryview(part.view(np.uint8)))  # type: ignore[arg-type]
-        if got != part.nbytes or crc32c(part) != crcs[chunk]:
-            raise DamagedError(f"{path}: damaged: its bytes do not match their checksum; see `gradstore verify`")
+    folder = generation / array.name
+    paths = [folder / array.chunk_file(chunk) for chunk in range(array.chunks(rows))]
+    with reading(folder):
+        opened = open_folder(folder, store_of(generation.parent))
+    try:
+        for chunk, path in enumerate(paths):  # Before memory is taken for as many rows as the manifest claims.
+            with reading(path):
+                size = os.stat(path.name, dir_fd=opened, follow_symlinks=False).st_size
+            if size < array.rows_in(chunk, rows) * array.row_bytes:
+                raise DamagedError(f"{path}: damaged: shorter than its {array.rows_in(chunk, rows)} published rows")
+        column = np.empty(rows, dtype=array.dtype)
+        for chunk, path in enumerate(paths):
+            part = column[chunk * array.chunk_rows :][: array.chunk_rows]
+            with reading(path), open(open_in(opened, path), "rb", buffering=0) as file:
+                got = file.readinto(memoryview(part.view(np.uint8)))  # type: ignore[arg-type]
+            if got != part.nbytes or crc32c(part) != crcs[chunk]:
+                raise DamagedError(f"{path}: damaged: its bytes do not match their checksum; see `gradstore verify`")
+    finally:
+        os.close(opened)
     return column
 
 
@@ -104,7 +116,7 @@ def mapped_rows(generation: Path, array: RowArray, rows: int, crcs: tuple[int, .
         shape = array.shape(array.rows_in(chunk, rows))
         size = shape[0] * array.row_bytes
         with reading(path):
-            descriptor = os.open(path, os.O_RDONLY)
+            descriptor = open_inside(path, store_of(generation.parent))
             try:
                 status = os.fstat(descriptor)
                 # Touching a mapping past the end of its file would kill the process.

@@ -10,7 +10,7 @@ from gradstore.collection import CodesOf, Collection, refuse_read_only
 from gradstore.description import describe
 from gradstore.durable import TEMPORARY, make_folder, replace_file, writing
 from gradstore.errors import FingerprintError, RequestError
-from gradstore.header import Header, check_fingerprint, new_header, read_header
+from gradstore.header import Header, check_fingerprint, check_layout, new_header, read_header
 from gradstore.inventory import INVENTORY, OF_STORE, take_inventory
 from gradstore.layout import COLLECTIONS, WITHOUT_CODES, ZARR, collection_names, group_json
 from gradstore.new_problems import add_problems
@@ -62,7 +62,7 @@ def create(
     for name, data in (attachments or {}).items():
         write_attachment(path, name, data)
     if attachments:
-        take_inventory(path, OF_STORE)
+        take_inventory(path, path, OF_STORE)
     replace_file(path / ZARR, header.to_bytes())  # Last: with it the folder becomes a store.
     return Store(path, header, "a")
 
@@ -130,7 +130,7 @@ class Store:
     @property
     def bases(self) -> list[Basis]:
         """The projections of the store, oldest first; new rows use the last one."""
-        return [first_basis(self.fingerprint, self.dim), *added_bases(self.path)]
+        return [first_basis(self.fingerprint, self.dim), *added_bases(self.path, self.dim)]
 
     @property
     def collections(self) -> list[str]:
@@ -153,10 +153,11 @@ class Store:
         refuse_read_only(self.path, self.mode)
         if not layout or layout[-1][2] != self.dim:
             raise RequestError(f"{self.path}: the basis does not have the store's {self.dim} dimensions")
+        check_layout([list(segment) for segment in layout], self.dim, f"{self.path}: the basis")
         if digest == self.bases[0].digest:
             return 0
         about = check_fingerprint(dict(about or {}))
-        return add_basis(self.path, digest, list(layout), about, attachments or {})
+        return add_basis(self.path, self.dim, digest, list(layout), about, attachments or {})
 
     def add_problems(self, collection: str, records: Iterable[dict]) -> int:
         """Add problem records (creates the collection if it is new); returns the number of new problems.
@@ -177,7 +178,7 @@ class Store:
 
     def records(self, collection: str, ids: Sequence[str] | None = None) -> list[dict]:
         """Like `problems`, as canonical records."""
-        return to_records(self.problems(collection, ids))
+        return to_records(self.problems(collection, ids), f"{self.path}: collection {collection!r}")
 
     def delete(self, collection: str, ids: Sequence[str]) -> None:
         """Delete all current rows of some problems: later views do not show them. They may be appended again."""

@@ -38,7 +38,7 @@ def parts(store: gradstore.Store) -> list[Path]:
 
 def test_it_names_every_part_and_the_commit(store: gradstore.Store) -> None:
     """Exact bytes, so that any language can read and write it."""
-    inventory = read_inventory(store.path / "collections/pool")
+    inventory = read_inventory(store.path / "collections/pool", store.path)
     assert inventory == Inventory({"probes": tuple(path.name for path in parts(store))}, store.commit("pool"))
     raw = (store.path / "collections/pool" / INVENTORY).read_bytes()
     assert Inventory.from_bytes(raw, Path("x")) == inventory
@@ -74,7 +74,7 @@ def test_one_with_a_right_checksum_and_wrong_content_is_damage(body: bytes) -> N
     """A checksum says that bytes are as somebody wrote them, not who."""
     from gradstore.durable import crc32c
 
-    with pytest.raises(DamagedError, match="file: damaged: not an inventory") as caught:
+    with pytest.raises(DamagedError, match="file: damaged: ") as caught:
         Inventory.from_bytes(b'{"crc32c":"%08x","inventory":%s}\n' % (crc32c(body), body), Path("file"))
     assert "\n" not in str(caught.value)
 
@@ -94,7 +94,7 @@ def test_a_crash_before_it_is_written_costs_nothing(store: gradstore.Store, monk
     opened.check_files()
     assert opened.verify().ok
     probe(opened, 4)
-    inventory = read_inventory(store.path / "collections/pool")
+    inventory = read_inventory(store.path / "collections/pool", store.path)
     assert inventory is not None
     assert len(inventory.files["probes"]) == 5
 
