@@ -40,7 +40,7 @@ def add_part(folder: Path, data: bytes) -> int:
 
 def count_parts(folder: Path) -> int:
     """Number of parts there should be: the largest number plus one. DamagedError if the inventory names more."""
-    check_inventory(folder.parent, folder.name)
+    check_inventory(folder.parent, _store(folder), folder.name)
     return max((number for number, _, _ in _parts(folder)), default=-1) + 1
 
 
@@ -49,7 +49,7 @@ def read_parts(folder: Path, first: int = 0, stop: int | None = None, skip: Coll
 
     skip: names of parts that are not read. DamagedError if a part changed or is missing.
     """
-    check_inventory(folder.parent, folder.name)
+    check_inventory(folder.parent, _store(folder), folder.name)
     found = {}
     for path, data, fault in check_parts(folder, first, stop, skip):
         if fault:

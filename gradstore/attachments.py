@@ -68,9 +68,9 @@ def adding(store: Path) -> Iterator[None]:
     check_folder(folder, store)
     make_folder(folder)
     with writing(folder), alone(folder):
-        check_inventory(store)
+        check_inventory(store, store)
         yield
-        take_inventory(store, OF_STORE)
+        take_inventory(store, store, OF_STORE)
 
 
 def keep_coverage(store: Path, data: bytes) -> None:

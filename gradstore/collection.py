@@ -61,10 +61,10 @@ class Collection:
         """Write an addition (probes or a round) for known problems, under the lock; returns its number."""
         with Session(self.header, self.folder) as session:
             self.problems(session.manifest).rows_of(ids, self.where)
-            check_inventory(self.folder)  # A new part must not take the number of one that was lost.
+            check_inventory(self.folder, self._store)  # A new part must not take the number of one that was lost.
             session.unpublished = True
             number = write()
-            take_inventory(self.folder, OF_COLLECTION, session.manifest.commit)
+            take_inventory(self.folder, self._store, OF_COLLECTION, session.manifest.commit)
             session.unpublished = False
         return number
 

@@ -8,40 +8,51 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-
 from gradstore.durable import canonical_json, crc32c
+from gradstore.errors import GradstoreError
+from gradstore.inside import file_inside, read_inside
 from gradstore.layout import INDEXES
 
+_PIECE = 1 << 24
+_MOST_BYTES = 1 << 24
+"""Largest index.json."""
 _PLAIN = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 
 
-def unreadable_indexes(collection: Path) -> Iterator[tuple[Path, str]]:
+def unreadable_indexes(collection: Path, store: Path) -> Iterator[tuple[Path, str]]:
     """Each index and matrix that cannot be used, with the reason."""
     for file in sorted((collection / INDEXES).glob("*/index.json")):
         try:
-            fault = _index_fault(file)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            fault = _index_fault(file, store)
+        except (GradstoreError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             fault = "not the text that was written"
         if fault:
             yield file.parent, fault
     for file in sorted((collection / INDEXES / "fisher").glob("*.f64")):
-        if not file.stem.endswith(f"-{_checksum(file):08x}"):
+        try:
+            whole = file.stem.endswith(f"-{_checksum(file, store):08x}")
+        except (GradstoreError, OSError):
+            whole = False
+        if not whole:
             yield file, "bytes do not match the checksum in its name"
 
 
-def _index_fault(file: Path) -> str:
-    whole = json.loads(file.read_bytes())
+def _index_fault(file: Path, store: Path) -> str:
+    whole = json.loads(read_inside(file, store, _MOST_BYTES))
     if whole["crc32c"] != crc32c(canonical_json(whole["index"])):
         return "index.json does not match its checksum"
     for named in (whole["index"]["files"] or {}).values():
         path = file.parent / named["name"]
-        if not _PLAIN.fullmatch(named["name"]) or path.is_symlink() or not path.is_file():
+        if not _PLAIN.fullmatch(named["name"]) or not path.is_file():
             return f"{named['name']!r:.80} is missing"
-        if _checksum(path) != named["crc32c"]:
+        if _checksum(path, store) != named["crc32c"]:
             return f"{path.name} does not match its checksum"
     return ""
 
 
-def _checksum(path: Path) -> int:
-    return crc32c(np.memmap(path, np.uint8, "r")) if path.stat().st_size else 0
+def _checksum(path: Path, store: Path) -> int:
+    found = 0
+    with file_inside(path, store) as file:
+        while piece := file.read(_PIECE):
+            found = crc32c(piece, found)
+    return found

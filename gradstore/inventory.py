@@ -6,16 +6,20 @@ collection's folder its probes and rounds. It is replaced after the files are on
 does not name yet, never the reverse. A store of an earlier version has none until something is added.
 """
 
+import logging
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from gradstore.durable import canonical_json, crc32c, replace_file
-from gradstore.errors import DamagedError
+from gradstore.errors import DamagedError, GradstoreError
 from gradstore.inside import names_inside, read_inside
-from gradstore.layout import COLLECTIONS, PROBES, ROUNDS, ZARR, store_of
+from gradstore.layout import PROBES, ROUNDS
 from gradstore.schema import Checker, lists, one_of, record, text, whole
+
+log = logging.getLogger(__name__)
 
 INVENTORY = "inventory.json"
 FORMAT = 1
@@ -24,19 +28,12 @@ OF_COLLECTION = (PROBES, ROUNDS)
 _HEAD = b'{"crc32c":"%08x","inventory":'
 _HEAD_BYTES = len(_HEAD % 0)
 _TAIL = b"}\n"
-_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*[.-][0-9a-f]{8}(\.parquet)?")
+_NAME = r"[A-Za-z0-9_-][A-Za-z0-9._-]*[.-][0-9a-f]{8}(\.parquet)?"
 """Names that contain the checksum of their file."""
-_BODY = Checker(
-    record(
-        {
-            "format": one_of(FORMAT),
-            "commit": whole(),
-            "files": record({}, {kind: lists(text(_NAME.pattern)) for kind in (*OF_STORE, *OF_COLLECTION)}),
-        }
-    )
-)
-MOST_BYTES = 1 << 28
-"""Largest inventory."""
+_FILES = record({}, {folder: lists(text(_NAME)) for folder in (*OF_STORE, *OF_COLLECTION)})
+_BODY = Checker(record({"format": one_of(FORMAT), "commit": whole(), "files": _FILES}))
+MOST_BYTES = 1 << 26
+"""Largest inventory: two million names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,37 +59,44 @@ class Inventory:
         return cls({folder: tuple(names) for folder, names in value["files"].items()}, value["commit"])
 
 
-def read_inventory(folder: Path) -> Inventory | None:
-    """The inventory of a store's or collection's folder; None if it has none."""
-    if INVENTORY not in names_inside(folder, root := _store(folder)):
+def read_inventory(folder: Path, root: Path) -> Inventory | None:
+    """The inventory of a folder, the store's (`root`) or a collection's; None if it has none."""
+    file = folder / INVENTORY
+    if not os.path.lexists(file):
         return None
-    return Inventory.from_bytes(read_inside(folder / INVENTORY, root, MOST_BYTES), folder / INVENTORY)
+    return Inventory.from_bytes(read_inside(file, root, MOST_BYTES), file)
 
 
-def take_inventory(folder: Path, kinds: tuple[str, ...], commit: int = 0) -> None:
-    """Write the inventory of the files that are there now, durably; the caller holds the lock of those who add some."""
-    found = {kind: tuple(sorted(_names(folder / kind))) for kind in kinds}
+def take_inventory(folder: Path, root: Path, kinds: tuple[str, ...], commit: int = 0) -> None:
+    """Write the inventory of the files that are there now, durably; the caller holds the lock of those who add some.
+
+    The files themselves are kept already, so a failed write is a warning: the next addition lists them.
+    """
+    found = {kind: tuple(_names(folder / kind, root)) for kind in kinds}
     data = Inventory({kind: names for kind, names in found.items() if names}, commit).to_bytes()
     file = folder / INVENTORY
-    if INVENTORY not in names_inside(folder, root := _store(folder)) or read_inside(file, root) != data:
-        replace_file(file, data)
+    try:
+        if not os.path.lexists(file) or read_inside(file, root, MOST_BYTES) != data:
+            replace_file(file, data)
+    except GradstoreError as error:
+        log.warning("%s: the newest files are kept but not listed yet (%s)", folder, error)
 
 
-def check_inventory(folder: Path, *kinds: str) -> None:
+def check_inventory(folder: Path, root: Path, *kinds: str) -> None:
     """DamagedError for the first file that the inventory names and that is gone. kinds: of these folders; none: all."""
-    inventory = read_inventory(folder)
-    for path in missing_files(folder, inventory, kinds) if inventory is not None else ():
+    inventory = read_inventory(folder, root)
+    for path in missing_files(folder, root, inventory, kinds) if inventory is not None else ():
         raise DamagedError(
             f"{path}: the file is missing; restore it, or accept the loss by removing {folder / INVENTORY}; "
             "`gradstore verify` lists all damage"
         )
 
 
-def missing_files(folder: Path, inventory: Inventory, kinds: tuple[str, ...] = ()) -> Iterator[Path]:
+def missing_files(folder: Path, root: Path, inventory: Inventory, kinds: tuple[str, ...] = ()) -> Iterator[Path]:
     """Files that an inventory names and that are not there."""
     for kind, names in inventory.files.items():
         if not kinds or kind in kinds:
-            there = set(_names(folder / kind))
+            there = set(_names(folder / kind, root))
             yield from (folder / kind / name for name in names if name not in there)
 
 
@@ -103,10 +107,5 @@ def too_old(inventory: Inventory | None, commit: int) -> str:
     return f"is of commit {commit}, but probes or rounds were added at commit {inventory.commit}: an older manifest"
 
 
-def _names(folder: Path) -> list[str]:
-    return [name for name in names_inside(folder, _store(folder.parent)) if _NAME.fullmatch(name)]
-
-
-def _store(folder: Path) -> Path:
-    """The store's folder, from its own or a collection's."""
-    return store_of(folder) if folder.parent.name == COLLECTIONS and (store_of(folder) / ZARR).exists() else folder
+def _names(folder: Path, root: Path) -> list[str]:
+    return [name for name in names_inside(folder, root) if re.fullmatch(_NAME, name)]

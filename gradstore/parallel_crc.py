@@ -35,5 +35,5 @@ def _library_call() -> Callable[[int, int, int], int] | None:
             continue
         extend.argtypes, extend.restype = (ctypes.c_uint32, ctypes.c_void_p, ctypes.c_size_t), ctypes.c_uint32
         if extend(0, b"123456789", 9) == 0xE3069283:  # The check value of CRC-32C.
-            return extend  # type: ignore[no-any-return]
+            return extend
     return None

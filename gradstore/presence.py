@@ -12,8 +12,9 @@ from gradstore.attachments import ATTACHMENTS
 from gradstore.bases import Basis
 from gradstore.collection import Collection
 from gradstore.errors import DamagedError
+from gradstore.inside import file_inside, names_inside
 from gradstore.inventory import check_inventory, read_inventory, too_old
-from gradstore.layout import COLLECTIONS, MANIFEST, PROBES, ROUNDS, generations
+from gradstore.layout import COLLECTIONS, MANIFEST, PROBES, ROUNDS, generations, store_of
 from gradstore.lock import read_holder
 from gradstore.manifest import Manifest, read_manifest
 from gradstore.snapshot import Snapshot
@@ -25,7 +26,7 @@ _TELLING = ("norm", "state")
 
 def check_store_files(store: Path, fingerprint: dict, bases: Sequence[Basis]) -> None:
     """DamagedError if an attachment is missing, or the manifest of a collection that has files."""
-    check_inventory(store)
+    check_inventory(store, store)
     for name in missing_projections(store, fingerprint, bases):
         raise DamagedError(f"{store / ATTACHMENTS / name}: the file is missing; {_ADVICE}")
     for folder in sorted((store / COLLECTIONS).glob("*/g*")):
@@ -40,7 +41,7 @@ def missing_projections(store: Path, fingerprint: dict, bases: Sequence[Basis]) 
     if not isinstance(projection, dict) or projection.get("kind") != "fitted":
         return []
     folder = store / ATTACHMENTS
-    there = {path.name.rpartition(".")[0] for path in folder.iterdir()} if folder.is_dir() else set()
+    there = {name.rpartition(".")[0] for name in names_inside(folder, store)}
     return [name for basis in bases if (name := f"projection-{basis.digest}.safetensors") not in there]
 
 
@@ -50,10 +51,11 @@ def check_collection_files(collection: Collection, n_bases: int, with_codes: boo
     n_bases: bases of the store. with_codes: whether codes are files of this folder.
     """
     folder = collection.folder
-    inventory = read_inventory(folder)  # Before the manifest, which can only be newer.
+    store = store_of(folder)
+    inventory = read_inventory(folder, store)  # Before the manifest, which can only be newer.
     snapshot = collection.snapshot()
     manifest = snapshot.manifest
-    check_inventory(folder)
+    check_inventory(folder, store)
     for kind in (PROBES, ROUNDS):
         gap = missing_part(folder / kind)
         if gap is not None:
@@ -100,24 +102,32 @@ def _unknown_basis(manifest: Manifest, n_bases: int) -> str:
 def _rows_beyond(snapshot: Snapshot) -> str:
     """Text about rows after the published ones that no writer is at work on: then the manifest is an older one."""
     folder, manifest = snapshot.collection, snapshot.manifest
-    if read_holder(folder):
-        return ""  # A writer is at work, or was interrupted.
+    for _ in range(2):  # Twice: a writer may come, give up and clear its rows between two reads.
+        before = read_holder(folder)
+        beyond = _has_rows_beyond(snapshot)
+        if before or not beyond or read_holder(folder) or read_manifest(folder).commit != manifest.commit:
+            return ""
+    return f"has {manifest.rows} rows, but there are more on disk: an older manifest"
+
+
+def _has_rows_beyond(snapshot: Snapshot) -> bool:
+    folder, manifest = snapshot.collection, snapshot.manifest
     for array in snapshot.header.arrays:
         chunk, within = divmod(manifest.rows, array.chunk_rows)
         path = folder / manifest.folder / array.name / array.chunk_file(chunk)
         if array.name not in _TELLING or not path.exists():
             continue
-        with path.open("rb") as file:
+        with file_inside(path, store_of(folder)) as file:
             file.seek(within * array.row_bytes)
             tail = file.read(array.chunk_bytes)
-        if tail.count(0) != len(tail) and not read_holder(folder) and read_manifest(folder).commit == manifest.commit:
-            return f"has {manifest.rows} rows, but there are more on disk: an older manifest"
-    return ""
+        if tail.count(0) != len(tail):
+            return True
+    return False
 
 
 def _size(path: Path) -> int:
     """Bytes of a file; -1 if there is none."""
     try:
-        return path.stat().st_size
+        return path.lstat().st_size
     except FileNotFoundError:
         return -1

@@ -13,6 +13,7 @@ import numpy as np
 
 from gradstore.attachments import ATTACHMENTS, read_attachment
 from gradstore.bases import Basis
+from gradstore.durable import crc32c
 from gradstore.errors import GradstoreError, first_line
 
 Segment = tuple[str, int, int]
@@ -49,9 +50,10 @@ def changed_projections(store: Path, fingerprint: dict, bases: Sequence[Basis]) 
         return
     for basis in bases:
         name = f"projection-{basis.digest}.safetensors"
-        path = next((store / ATTACHMENTS).glob(f"{name}.*"), store / ATTACHMENTS / name)
+        path = store / ATTACHMENTS / name
         try:
             data = read_attachment(store, name)
+            path = path.with_name(f"{name}.{crc32c(data):08x}")
         except GradstoreError:
             continue  # Missing or changed: its own finding.
         try:

@@ -33,6 +33,7 @@ from gradstore.header import Header, parse_header
 from gradstore.inside import MOST_BYTES as MOST_FILE_BYTES
 from gradstore.inside import check_folder, open_inside, read_inside
 from gradstore.inventory import INVENTORY, Inventory
+from gradstore.inventory import MOST_BYTES as MOST_INVENTORY_BYTES
 from gradstore.layout import (
     COLLECTIONS,
     MANIFEST,
@@ -46,6 +47,7 @@ from gradstore.layout import (
     group_json,
     store_of,
 )
+from gradstore.lock import WriterLock
 from gradstore.manifest import MOST_BYTES, Manifest, publish_manifest, read_manifest
 from gradstore.session import Session
 from gradstore.snapshot import check_manifest
@@ -137,17 +139,12 @@ def _prepare(source: "ZarrStore", path: Path) -> Header:
         path.mkdir(parents=True, exist_ok=True)
     _make_folder(path / COLLECTIONS, path)
     replace_file(path / COLLECTIONS / ZARR, group_json({}))
-    # Before the files that it names: there may be more, never fewer.
-    inventory = _get(source, [(INVENTORY, MOST_BYTES)])[0]
+    # Before the files that it names: there may be more of them, never fewer.
+    inventory = _get(source, [(INVENTORY, MOST_INVENTORY_BYTES)])[0]
     _copy_named(source, ATTACHMENTS, path)
     _keep_inventory(inventory, path)
     replace_file(path / ZARR, root)
     return header
-
-
-def _make_folder(folder: Path, root: Path) -> None:
-    check_folder(folder, root)
-    make_folder(folder)
 
 
 def _keep_inventory(inventory: bytes | None, folder: Path) -> None:
@@ -155,6 +152,11 @@ def _keep_inventory(inventory: bytes | None, folder: Path) -> None:
     if inventory is not None:
         Inventory.from_bytes(inventory, folder / INVENTORY)
         replace_file(folder / INVENTORY, inventory)
+
+
+def _make_folder(folder: Path, root: Path) -> None:
+    check_folder(folder, root)
+    make_folder(folder)
 
 
 def _copy_named(source: "ZarrStore", where: str, path: Path) -> None:
@@ -179,7 +181,7 @@ def _bring_up_to_date(source: "ZarrStore", header: Header, path: Path, name: str
     """Update the copy of one collection; if the source publishes or compacts meanwhile, retry with the new manifest."""
     where = f"{COLLECTIONS}/{name}"
     for attempt in range(_ATTEMPTS):
-        inventory = _get(source, [(f"{where}/{INVENTORY}", MOST_BYTES)])[0]
+        inventory = _get(source, [(f"{where}/{INVENTORY}", MOST_INVENTORY_BYTES)])[0]
         raw = _get(source, [(f"{where}/{MANIFEST}", MOST_BYTES)])[0]
         if raw is None:
             raise RequestError(f"{source}: there is no collection {name!r}")
@@ -212,11 +214,17 @@ def _copy(
     replace_file(folder / ZARR, group_json({}))
     create_generation(generation, header.arrays)
     wanted = list(_missing(manifest, known, arrays))
-    for file, data in zip(wanted, _fetched(source, where, wanted), strict=True):
-        with replacing_file(folder / file.name) as unfinished:
-            unfinished.write(data)
-            unfinished.truncate(max(file.size, len(data)))
-    publish_manifest(folder, manifest)
+    lock = WriterLock(folder)  # While rows are there that no manifest counts, readers must see that somebody writes.
+    done = False
+    try:
+        for file, data in zip(wanted, _fetched(source, where, wanted), strict=True):
+            with replacing_file(folder / file.name) as unfinished:
+                unfinished.write(data)
+                unfinished.truncate(max(file.size, len(data)))
+        publish_manifest(folder, manifest)
+        done = True
+    finally:
+        lock.release(clean=done)
     with Session(header, folder):
         pass  # Shows the rows to other Zarr readers, and removes a generation that a compaction replaced.
 

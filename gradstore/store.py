@@ -64,7 +64,7 @@ def create(
     for name, data in (attachments or {}).items():
         write_attachment(path, name, data)
     if attachments:
-        take_inventory(path, OF_STORE)
+        take_inventory(path, path, OF_STORE)
     replace_file(path / ZARR, header.to_bytes())  # Last: with it the folder becomes a store.
     return Store(path, header, "a")
 

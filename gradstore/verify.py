@@ -130,7 +130,7 @@ class _Checker:
         self._missing(folder, OF_COLLECTION, inventory)
         if fault := too_old(inventory, snapshot.manifest.commit):
             self._find(folder / MANIFEST, None, fault)
-        for path, fault in unreadable_indexes(folder):
+        for path, fault in unreadable_indexes(folder, self.root):
             self.report.notes.append(f"{path.relative_to(self.root)}: {fault}; it will be built anew when it is used")
         self._beyond(folder)
 
@@ -208,7 +208,7 @@ class _Checker:
 
     def _inventory(self, folder: Path) -> Inventory | None:
         try:
-            found = read_inventory(folder)
+            found = read_inventory(folder, self.root)
         except GradstoreError as error:
             self._find(folder / INVENTORY, None, str(error).removeprefix(f"{folder / INVENTORY}: "))
             return None
@@ -218,14 +218,14 @@ class _Checker:
     def _missing(self, folder: Path, kinds: tuple[str, ...], inventory: Inventory | None) -> None:
         """Find the files that an inventory names and that are gone; without one, note that none would be missed."""
         if inventory is None:
-            if not (folder / INVENTORY).exists() and any(any((folder / kind).glob("[!.]*")) for kind in kinds):
+            if not (folder / INVENTORY).exists() and any(names_inside(folder / kind, self.root) for kind in kinds):
                 self.report.notes.append(
                     f"{(folder / INVENTORY).relative_to(self.root)}: there is none, as in stores of earlier versions: "
                     f"if the newest of the {' or '.join(kinds)} were missing, nothing would show it"
                 )
             return
         known = {finding.file for finding in self.report.findings}
-        for path in missing_files(folder, inventory):
+        for path in missing_files(folder, self.root, inventory):
             shown = path.relative_to(self.root).as_posix()
             if not any(shown.startswith(file) for file in known):  # A gap in the numbers was found already.
                 self._find(path, None, "missing")

@@ -171,21 +171,22 @@ class IndexFolder:
         """The files of the index on disk; none if it cannot be read."""
         try:
             body = self._body()
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError):
             return {}
         return {} if body is None else body["files"]
 
     def _body(self) -> dict[str, Any] | None:
         """What index.json says; None for an index of an earlier format or another generation. ValueError if damaged."""
+        raw = self._bytes("index.json", _MOST_BYTES)
         try:
-            found = _WHOLE.parse(self._bytes("index.json", _MOST_BYTES), "index.json")
+            found = _WHOLE.parse(raw, "index.json")
         except DamagedError as error:
             raise ValueError(str(error)) from None
         body: dict[str, Any] = found["index"]
         if found["crc32c"] != crc32c(canonical_json(body)):
             raise ValueError("index.json does not match its checksum")
         if body["files"] and (set(body["files"]) != set(_FILES) or (body["kind"], body["metric"]) != self._what):
-            raise ValueError("index.json describes another index")
+            raise ValueError("index.json is of another index")
         return body if (body["format"], body["generation"]) == (_FORMAT, self._generation) else None
 
     def _read(self, kind: type[Kind]) -> Kept | None:
