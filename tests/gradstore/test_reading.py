@@ -212,8 +212,8 @@ def test_parquet_with_a_footer_that_lies(tmp_path: Path) -> None:
     """A broken statistic in the footer aborts the process where pyarrow's metadata is asked for a column."""
     path = tmp_path / "x.parquet"
     data = honest("verl.parquet")
-    for place in range(len(data) - 8, len(data) - 700, -1):
-        for bit in (0, 1, 7):
+    for place in range(len(data) - 8, len(data) - 900, -2):
+        for bit in (0, 6):
             changed = bytearray(data)
             changed[place] ^= 1 << bit
             path.write_bytes(changed)
@@ -379,18 +379,18 @@ def test_an_empty_problem_file_makes_no_collection(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_mutated_files(tmp_path: Path, kind: str) -> None:
+def test_mutated_files(fast_path: Path, kind: str) -> None:
     """Structured faults by seed: a file is taken, or refused in one line that names a file; stores stay whole."""
-    files, path = _put(tmp_path), tmp_path / kind
-    _import(tmp_path / "store", files)
-    before = tree(tmp_path / "store")
+    files, path = _put(fast_path), fast_path / kind
+    _import(fast_path / "store", files)
+    before = tree(fast_path / "store")
     taken = 0
 
     def read() -> None:
         if kind in files:
-            _import(tmp_path / "new", {**files, kind: path})
-            assert gradstore.open(tmp_path / "new").verify().ok
-            shutil.rmtree(tmp_path / "new")
+            _import(fast_path / "new", {**files, kind: path})
+            assert gradstore.open(fast_path / "new").verify().ok
+            shutil.rmtree(fast_path / "new")
         elif kind.startswith(("problems", "verl")):
             read_problems(path)
         else:
@@ -403,7 +403,7 @@ def test_mutated_files(tmp_path: Path, kind: str) -> None:
         taken += message is None
         if message is not None:
             assert "\n" not in message, (seed, what)
-            assert any(text in message for text in (str(tmp_path), "collection", "fingerprint")), (seed, what, message)
-        assert not (tmp_path / "new").exists(), (seed, what)
+            assert any(text in message for text in (str(fast_path), "collection", "fingerprint")), (seed, what, message)
+        assert not (fast_path / "new").exists(), (seed, what)
     assert taken or kind == "dump.jsonl"
-    assert tree(tmp_path / "store") == before
+    assert tree(fast_path / "store") == before
