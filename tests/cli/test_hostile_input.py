@@ -166,7 +166,7 @@ def test_a_bad_group_makes_no_store(cli, tmp_path: Path, model_folder: Path, rol
         file.writelines(json.dumps(row | {"reward": reward}) + "\n" for reward in (0.0, 1.0))
     for basis in ("random", "fitted"):
         arguments = ("--model", model_folder, "--rank", 4, "--basis", basis, *accepted)
-        status, _, err = cli("collect", tmp_path / "deep/new", "pool", rollout_files["pool"], *arguments)
+        status, _, err = cli("collect", tmp_path / "new", "pool", rollout_files["pool"], *arguments)
         assert status == 2, err
         assert "'z'" in err
-        assert not (tmp_path / "deep").exists()
+        assert not (tmp_path / "new").exists()

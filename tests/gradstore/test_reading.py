@@ -308,7 +308,7 @@ def test_a_failed_import_of_sketches_changes_nothing(tmp_path: Path, case: str, 
             *wanted,
         )
         assert (tree(store) if there else None) == before
-    assert there or not (tmp_path / "new").exists()
+    assert there or not store.exists()
 
 
 @pytest.mark.parametrize(
