@@ -1,5 +1,6 @@
 """`collect`: rollouts into a store, one sketch for each problem."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -175,43 +176,44 @@ def collect(
     version = (source.step or 0) if step is None else step
     outcome = None
     known: list[SketchBatch] = []
-    with undone_on(RequestError, store, keep=lambda: bool(gradstore.open(store).collections)):
-        if opened is None:
-            made = start_store(
-                store,
-                policy,
-                source,
-                spec,
-                benchmark=wanted,
-                dtype=dtype,
-                fit_problems=fit_problems,
-                measured=measure != "never",
-                optimizer=adam,
-                accept_coverage=accept_coverage,
-                widen=embeddings is None,
-                option="--accept-coverage ",
-                say=say,
-                bar=progress,
-            )
-            opened, sketcher, known = made.store, made.sketcher, made.rows
-        else:
-            sketcher = sketcher_of(opened, policy, spec, optimizer=adam)
-            basis_of(opened, sketcher.fingerprint)
-            if wanted and spec.basis == "fitted" and measure != "never":
-                sketcher, outcome = _checked(opened, sketcher, source, fit_problems, wanted, version, refit == "auto")
-        also = bases_in_use(opened, besides=collection) if every_basis else []
-        with progress(f"{collection} step {version}", len(source)) as advance:
-            report = run(
-                opened,
-                collection,
-                source,
-                sketcher=sketcher,
-                step=version,
-                measure="never" if wanted else cast("Measure", measure),
-                known=known,
-                also=also,
-                progress=advance,
-            )
+    is_new = opened is None
+    if opened is None:
+        made = start_store(
+            store,
+            policy,
+            source,
+            spec,
+            benchmark=wanted,
+            dtype=dtype,
+            fit_problems=fit_problems,
+            measured=measure != "never",
+            optimizer=adam,
+            accept_coverage=accept_coverage,
+            widen=embeddings is None,
+            option="--accept-coverage ",
+            say=say,
+            bar=progress,
+        )
+        opened, sketcher, known = made.store, made.sketcher, made.rows
+    else:
+        sketcher = sketcher_of(opened, policy, spec, optimizer=adam)
+        basis_of(opened, sketcher.fingerprint)
+        if wanted and spec.basis == "fitted" and measure != "never":
+            sketcher, outcome = _checked(opened, sketcher, source, fit_problems, wanted, version, refit == "auto")
+    also = bases_in_use(opened, besides=collection) if every_basis else []
+    undo = undone_on(RequestError, opened) if is_new else nullcontext()
+    with undo, progress(f"{collection} step {version}", len(source)) as advance:
+        report = run(
+            opened,
+            collection,
+            source,
+            sketcher=sketcher,
+            step=version,
+            measure="never" if wanted else cast("Measure", measure),
+            known=known,
+            also=also,
+            progress=advance,
+        )
     if halves:
         from gradstore.engine.assessing.stored_halves import collect_halves
 

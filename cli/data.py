@@ -158,7 +158,7 @@ def _config(texts: Sequence[str], parts: "Sequence[Part]") -> dict[str, dict[str
             task = tasks[0]
         try:
             found.setdefault(task, {})[setting] = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             found.setdefault(task, {})[setting] = value
     return found
 

@@ -16,7 +16,7 @@ from gradstore.bases import first_basis
 from gradstore.errors import RequestError
 from gradstore.header import Header, new_header
 from gradstore.keepable import check_keepable
-from gradstore.layout import COLLECTIONS, check_name, check_step
+from gradstore.layout import check_name, check_step
 from gradstore.new_rows import NewRows
 from gradstore.problems import read_problems
 from gradstore.reading.columns import check_columns
@@ -37,9 +37,7 @@ OF_WRITER = {"norm": "norms", "pass_rate": "pass_rate", "n_rollouts": "n_rollout
 def import_problems(store_path: Path, collection: str, problems_path: Path) -> int:
     """Add the problems of a file to a collection of an existing store; returns how many were new."""
     records = read_problems(problems_path)
-    store = open_store(store_path, mode="a")
-    with undone_on(BaseException, store.path / COLLECTIONS / check_name(collection)):
-        return store.add_problems(collection, records)
+    return open_store(store_path, mode="a").add_problems(collection, records)
 
 
 def import_sketches(
@@ -67,8 +65,7 @@ def import_sketches(
     if store_path.exists():
         store = open_store(store_path, mode="a", fingerprint=fingerprint)
         _check_rows(store._header, ids, sketches, others, str(sketches_path))
-        with undone_on(BaseException, store.path / COLLECTIONS / collection):
-            return _append(store, collection, step, records, ids, sketches, others), len(ids)
+        return _append(store, collection, step, records, ids, sketches, others), len(ids)
     if fingerprint is None:
         raise RequestError(
             f"{store_path}: no store there; to create one, say how the sketches were made: --fingerprint FILE"
@@ -82,8 +79,8 @@ def import_sketches(
     unknown = next((one for one in ids if one not in known), None)
     if unknown is not None:
         raise RequestError(f"{sketches_path}: problem id {unknown!r} is not in {problems_path}; add its record there")
-    with undone_on(BaseException, store_path):
-        store = create(store_path, dim=dim, fingerprint=fingerprint, dtype=dtype)
+    store = create(store_path, dim=dim, fingerprint=fingerprint, dtype=dtype)
+    with undone_on(BaseException, store):
         return _append(store, collection, step, records, ids, sketches, others), len(ids)
 
 

@@ -17,8 +17,8 @@ from gradstore.reading.columns import check_spelling
 from gradstore.reading.opening import read_records
 
 FIELDS = ("id", "source", "prompt", "ground_truth", "tags", "extra")
-FLAT_FIELDS = ("problem_id", *FIELDS)
-VERL_FIELDS = ("data_source", "prompt", "ability", "reward_model", "extra_info")
+_FLAT_FIELDS = FIELDS[1:]
+_VERL_FIELDS = ("data_source", "prompt", "ability", "reward_model", "extra_info")
 
 
 def canonical(record: Any, where: str) -> dict:
@@ -88,7 +88,7 @@ def is_verl(record: dict) -> bool:
 def from_verl(record: dict, where: str) -> dict:
     """Convert a verl record to canonical form; id: extra_info.index, else extra_info.id, else from the top level."""
     check_keepable(record, where)
-    check_spelling(record, VERL_FIELDS, where)
+    check_spelling(record, _VERL_FIELDS, where)
     rest = {name: value for name, value in record.items() if name not in ("data_source", "prompt")}
     for field in ("extra_info", "reward_model"):
         if rest.get(field):
@@ -189,7 +189,7 @@ def _from_flat(record: dict, where: str) -> dict:
     if value is None:
         raise RequestError(f"{where}: field 'problem_id' is missing: a problem needs an id")
     check_keepable(fields, where)
-    check_spelling(fields, FLAT_FIELDS, where)
+    check_spelling(fields, _FLAT_FIELDS, where)
     extra = _object(fields.pop("extra", None) or {}, "extra", where)
     known = {field: fields.pop(field, None) for field in ("source", "prompt", "ground_truth", "tags")}
     known["ground_truth"] = _text(known["ground_truth"], "ground_truth", where)

@@ -53,6 +53,7 @@ class Session:
             self._checked()  # Before the lock file is touched: a store that is refused stays as it is.
         self.unpublished = False
         """True if the disk may hold bytes that no manifest names."""
+        self._began = False
         self._in_doubt = False  # True after a failed publication: the disk may show either manifest.
         self._lock = WriterLock(collection)
         try:
@@ -69,9 +70,23 @@ class Session:
         if error is None:
             self.close()
             return
-        # Raise the first error; the next writer clears what could not be cleared now.
+        self.abandon()
+
+    def abandon(self) -> None:
+        """Close after an error: a collection that began in this session and has no publication is removed.
+
+        The first error is the one to raise; the next writer clears what could not be cleared now.
+        """
         with suppress(GradstoreError, OSError):
-            self.close()
+            if self._began and self.manifest.commit == 1:
+                try:
+                    (self.collection / MANIFEST).unlink()  # first: without it there is no collection, whatever is left
+                    fsync_folder(self.collection)
+                    shutil.rmtree(self.collection)
+                finally:
+                    self._lock.release(clean=False)
+            else:
+                self.close()
 
     @property
     def generation(self) -> Path:
@@ -143,6 +158,7 @@ class Session:
         replace_file(self.collection / ZARR, group_json({}))
         manifest = Manifest(commit=1, chunks={array.name: () for array in self.header.arrays})
         publish_manifest(self.collection, manifest)
+        self._began = True
         return manifest
 
     def _clear(self) -> None:

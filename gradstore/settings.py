@@ -24,6 +24,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 from gradstore.durable import write_text_file
 from gradstore.errors import RequestError
+from gradstore.reading.files import open_regular
 
 T = TypeVar("T")
 Aliases = Mapping[str, str]
@@ -168,6 +169,8 @@ def differences(one: Any, other: Any) -> dict[str, tuple[Any, Any]]:
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file; RequestError for a broken file, and for a name given twice."""
+    if path.exists():
+        open_regular(path).close()
     try:
         found = _yaml(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -4,7 +4,7 @@ D sketch dimensions, P problems of one append.
 """
 
 from collections.abc import Iterable, Sequence
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self
@@ -13,7 +13,7 @@ import numpy as np
 
 from gradstore.appender import Appender
 from gradstore.collection import Collection
-from gradstore.errors import GradstoreError, RequestError
+from gradstore.errors import RequestError
 from gradstore.layout import check_step
 from gradstore.new_problems import NewParts, checked_table, new_rows
 from gradstore.new_rows import NewRows
@@ -54,8 +54,7 @@ class Writer:
             try:
                 self._addition = NewParts.write(self._session, self._collection, self._records)
             except BaseException:
-                with suppress(GradstoreError, OSError):
-                    self._session.close()
+                self._session.abandon()
                 raise
             self._problems = ProblemTable(self._collection.folder, replace(manifest, parts=self._addition.parts))
         self._reasons = manifest.reasons

@@ -45,7 +45,8 @@ def write_report(
     pool: None: the collection with rounds, else the largest. benchmarks: empty: all other collections. format: html or
     md. figures: folder for every figure as SVG and PNG. rollouts: rollout files whose responses are shown with the
     problems. tokenizer: needed for responses stored only as token ids. n_listed: problems listed from each end of a
-    ranking. RequestError for missing data or files, for an output inside a store, and if a package is missing.
+    ranking. RequestError for missing data or files, for an output inside a store, and if a required package is not
+    installed.
     """
     check_known("report format", format, FORMATS)
     check_number("number of problems to list", n_listed, least=1)

@@ -25,9 +25,9 @@ def check_out(path: Path, form: str) -> None:
     """RequestError for an unknown form or suffix, a missing folder, or a file that already exists."""
     check_known("form", form, FORMS)
     check_known(f"{path}: the suffix", path.suffix, (".jsonl", ".parquet"))
+    check_output(path)
     if not path.parent.is_dir():
         raise RequestError(f"{path}: the folder {path.parent} does not exist")
-    check_output(path)
     for file in (path, about_path(path)):
         if file.exists():
             raise RequestError(f"{file}: already there; choose another path or remove it")
