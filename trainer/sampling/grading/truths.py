@@ -87,11 +87,13 @@ Truth = Label | Number | InBase | Listed | Union | Words | Literal | Element
 """A ground truth that can be graded: `kind` names its kind, `agrees` compares one answer with it."""
 
 
-@functools.lru_cache(maxsize=65536)
 def read_truth(gold: str) -> Truth | None:
     """The ground truth, by its kind; None if no grader can read it."""
-    if len(gold) > _LONGEST_TRUTH or not gold.strip():
-        return None
+    return _of(gold) if len(gold) <= _LONGEST_TRUTH and gold.strip() else None
+
+
+@functools.lru_cache(maxsize=65536)
+def _of(gold: str) -> Truth | None:
     box = last_box(gold)
     if box is None and re.search(r"\\f?box(?:ed)?\s*\{", gold):
         return None
