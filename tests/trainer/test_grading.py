@@ -159,6 +159,8 @@ def test_options_are_not_listed() -> None:
             for wrap in (r"\boxed{%s}", "The answer is %s", "Answer: %s", "thinking\n%s"):
                 assert grade(gold, wrap % options) is False, (gold, wrap % options)
         assert grade(gold, " ".join(rf"\boxed{{{option}}}" for option in "ABCD")) is False
+        assert grade(gold, "\n".join(f"{option}. it grows" for option in "ABCD")) is False
+        assert grade(gold, f"A. it grows\nB. it falls\n\nI choose by the text.\n{gold}.") is True
 
 
 @pytest.mark.parametrize("gold", UNREADABLE)

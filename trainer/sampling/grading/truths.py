@@ -112,6 +112,8 @@ def grade(gold: str, response: str) -> bool | None:
     answer = final_answer(response, values=values, longest=LONGEST + len(gold))
     if answer is None:
         return False
+    if isinstance(truth, Label) and read_label(answer.before) not in (None, truth):
+        return False
     if isinstance(truth, Listed):
         if len(answer.parts) > 1:
             return truth.agrees_with(answer.parts) or all(truth.agrees(part) for part in answer.parts)
