@@ -232,4 +232,15 @@ MATH_TRUTHS = [
 ]  # fmt: skip
 """Forms of truths as MATH publishes them."""
 
-UNREADABLE = ["", "   ", "the $ sign", "\\boxed{", "\\boxed{5", "\\frac{", "?", "a long explanation " * 20, "1" * 3000]
+UNREADABLE = [
+    "",
+    "   ",
+    "the $ sign",
+    "\\boxed{",
+    "\\boxed{5",
+    "\\frac{",
+    "?",
+    "a long explanation " * 20,
+    "1" * 3000,
+    "(1," * 600 + ")" * 600,
+]

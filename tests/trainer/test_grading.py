@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from gradstore.trainer.data import answers
-from gradstore.trainer.sampling.grading import grade, last_box, read_truth, readable, unreadable
+from gradstore.trainer.sampling.grading import expressions, grade, last_box, read_truth, readable, unreadable
 from gradstore.trainer.sampling.grading.labels import Label
+from gradstore.trainer.sampling.grading.truths import of_text
 from gradstore.trainer.sampling.rewards import load_reward
 from tests.trainer.grading_cases import (
     BASES,
@@ -151,6 +152,27 @@ def test_a_megabyte_costs_no_second(name: str) -> None:
         assert time.process_time() - start < 1, gold
 
 
+def test_nothing_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A truth or a response of any characters is read or not, without a traceback. math-verify is left out: slow."""
+    monkeypatch.setattr(expressions, "_parsed", lambda source, seconds: (source,))
+    monkeypatch.setattr(expressions, "_verified", lambda gold, answer: False)
+    of_text.cache_clear()
+    characters = "5 , . - + = < ( ) [ ] { } _ ^ % $ | / : A i x \\ é 中 ² ½ ٣ \ud800 \x00 \u202e"
+    pieces = [
+        *characters.split(), " ", "\n", r"\$", r"\{", r"\}", r"\frac", r"\text{", r"\boxed{", r"\pm ", r"\cup ", r"\infty",
+        r"\le ", "1,234", "10_2", " cm", "e999", "9" * 50, " or ", "answer is ", "#### ", "Monday", "True",
+    ]  # fmt: skip
+    rng = random.Random(3)
+    for _ in range(5000):
+        gold, other = ("".join(rng.choices(pieces, k=rng.choice([1, 2, 3, 6]))) for _ in range(2))
+        response = rng.choice(["%s", r"\boxed{%s}", "The answer is %s", "$%s$"]).replace(
+            "%s", rng.choice([gold, other])
+        )
+        assert grade(gold, response) in (True, False, None), (gold, response)
+        assert unreadable(gold)
+    of_text.cache_clear()
+
+
 def test_options_are_not_listed() -> None:
     """Whoever names all options has not answered, however the list is written."""
     listing = ("A, B, C, D", "A or B or C or D", "(A), (B), (C), (D)", "A/B/C/D", "A and B and C and D", "A; B; C; D")
@@ -159,6 +181,8 @@ def test_options_are_not_listed() -> None:
             for wrap in (r"\boxed{%s}", "The answer is %s", "Answer: %s", "thinking\n%s"):
                 assert grade(gold, wrap % options) is False, (gold, wrap % options)
         assert grade(gold, " ".join(rf"\boxed{{{option}}}" for option in "ABCD")) is False
+        assert grade(gold, "\n".join(f"{option}. it grows" for option in "ABCD")) is False
+        assert grade(gold, f"A. it grows\nB. it falls\n\nI choose by the text.\n{gold}.") is True
 
 
 @pytest.mark.parametrize("gold", UNREADABLE)

@@ -38,7 +38,7 @@ _RELATION = re.compile(
 )
 _MOST_WORDS = 4
 """Most words of three letters or more in a truth that is no prose."""
-_DEPTH = 40
+DEEPEST = 40
 """Deepest nesting of braces and brackets that is parsed."""
 _LONGEST = 300
 """Characters of the longest answer that is parsed, beyond four times the truth's: parsing is slow."""
@@ -81,7 +81,7 @@ class Literal:
 def read_expression(text: str) -> Expression | None:
     """The truth as an expression; None if math-verify cannot parse it."""
     written = latex(text)
-    if not written or _depth(written) > _DEPTH:
+    if not written or depth(written) > DEEPEST:
         return None
     source, unit = without_unit(written)
     if _TEXTUAL.search(source) or len(_WORD.findall(_COMMAND.sub(" ", source))) > _MOST_WORDS:
@@ -91,7 +91,7 @@ def read_expression(text: str) -> Expression | None:
 
 def same(gold: str, answer: str) -> bool:
     """Whether two expressions in the form of `latex` are equal; False for prose, and for what cannot be parsed."""
-    if not answer or len(answer) > _LONGEST + 4 * len(gold) or _depth(answer) > _DEPTH:
+    if not answer or len(answer) > _LONGEST + 4 * len(gold) or depth(answer) > DEEPEST:
         return False
     if _words(answer) - _words(gold):
         return False
@@ -144,14 +144,15 @@ def _words(text: str) -> set[str]:
     return {word.casefold() for word in _WORD.findall(_COMMAND.sub(" ", bare)) if word not in _FUNCTIONS}
 
 
-def _depth(text: str) -> int:
-    deepest = depth = 0
+def depth(text: str) -> int:
+    """How deep a text's brackets are nested."""
+    deepest = now = 0
     for character in text:
         if character in "{([":
-            depth += 1
-            deepest = max(deepest, depth)
+            now += 1
+            deepest = max(deepest, now)
         elif character in "})]":
-            depth -= 1
+            now -= 1
     return deepest
 
 

@@ -58,6 +58,8 @@ class Answer:
     """One text; several if the response gave several side by side."""
     all_boxes: tuple[str, ...] = ()
     """The contents of all boxes of the response, for truths that are lists."""
+    before: str = ""
+    """The line before, where the answer is the last line: a response may list all options."""
 
 
 def final_answer(response: str, *, values: bool, longest: int = LONGEST) -> Answer | None:
@@ -71,9 +73,12 @@ def final_answer(response: str, *, values: bool, longest: int = LONGEST) -> Answ
     tail = _TAG.sub(" ", response[-_TAIL:])
     markers = list(_MARKER.finditer(tail))
     text = _CLOSING.sub("", tail[markers[-1].end() :][:_WINDOW] if markers else tail[-_WINDOW:])
-    parts = _values(text, first=bool(markers)) if values else _line(text, first=bool(markers))
+    if values:
+        parts, before = _values(text, first=bool(markers)), ""
+    else:
+        parts, before = _line(text, first=bool(markers))
     parts = tuple(part.strip() for part in parts)
-    return Answer(parts) if parts and all(parts) and max(map(len, parts)) <= longest else None
+    return Answer(parts, before=before) if parts and all(parts) and max(map(len, parts)) <= longest else None
 
 
 def _boxed(response: str, found: list[Box], longest: int) -> Answer | None:
@@ -100,14 +105,17 @@ def _contents(response: str, found: list[Box], longest: int) -> tuple[str, ...] 
     return tuple(contents)
 
 
-def _line(text: str, *, first: bool) -> tuple[str, ...]:
-    """The first or the last line with text."""
+def _line(text: str, *, first: bool) -> tuple[tuple[str, ...], str]:
+    """(the first or the last line with text, the line before the last)."""
     lines = [line for line in text.splitlines() if line.strip()]
-    return (lines[0 if first else -1],) if lines else ()
+    if first or len(lines) < 2:
+        return tuple(lines[:1]), ""
+    return (lines[-1],), lines[-2]
 
 
 def _values(text: str, *, first: bool) -> tuple[str, ...]:
     """The value, or the values side by side, that a text names first or last."""
+    text = re.sub(r"[^\S\n]+", " ", text)
     lines = [found for found in re.finditer(r"[^\n\r]+", text) if found[0].strip(_NOISE)]
     if not lines:
         return ()

@@ -5,7 +5,15 @@ import re
 from dataclasses import dataclass
 
 from gradstore.trainer.sampling.grading.boxes import last_box
-from gradstore.trainer.sampling.grading.expressions import Literal, read_expression, same, sides, without_unit
+from gradstore.trainer.sampling.grading.expressions import (
+    DEEPEST,
+    Literal,
+    depth,
+    read_expression,
+    same,
+    sides,
+    without_unit,
+)
 from gradstore.trainer.sampling.grading.labels import Label, read_label
 from gradstore.trainer.sampling.grading.markup import latex, plain
 from gradstore.trainer.sampling.grading.quantities import Quantity, read_quantity
@@ -87,10 +95,15 @@ Truth = Label | Number | InBase | Listed | Union | Words | Literal | Element
 """A ground truth that can be graded: `kind` names its kind, `agrees` compares one answer with it."""
 
 
-@functools.lru_cache(maxsize=65536)
 def read_truth(gold: str) -> Truth | None:
     """The ground truth, by its kind; None if no grader can read it."""
-    if len(gold) > _LONGEST_TRUTH or not gold.strip():
+    return of_text(gold) if len(gold) <= _LONGEST_TRUTH and gold.strip() else None
+
+
+@functools.lru_cache(maxsize=65536)
+def of_text(gold: str) -> Truth | None:
+    """As `read_truth`, for a text of bounded length; remembered, because a truth is read for each response."""
+    if depth(gold) > DEEPEST:
         return None
     box = last_box(gold)
     if box is None and re.search(r"\\f?box(?:ed)?\s*\{", gold):
@@ -102,6 +115,7 @@ def grade(gold: str, response: str) -> bool | None:
     """Whether a response's final answer agrees with the ground truth; None if no grader can read the truth.
 
     A response without an answer does not agree, and neither does one that gives others beside the right one.
+    math-verify limits its time by a signal, so expressions can be graded in a main thread only; elsewhere ValueError.
     """
     truth = read_truth(gold)
     if truth is None:
@@ -109,6 +123,8 @@ def grade(gold: str, response: str) -> bool | None:
     values = not isinstance(truth, Label | Words)
     answer = final_answer(response, values=values, longest=LONGEST + len(gold))
     if answer is None:
+        return False
+    if isinstance(truth, Label) and read_label(answer.before) not in (None, truth):
         return False
     if isinstance(truth, Listed):
         if len(answer.parts) > 1:

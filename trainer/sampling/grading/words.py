@@ -18,7 +18,7 @@ _LEADING = re.compile(
     r"^(?:(?:so|thus|therefore|hence|the|final|correct|answer|it|is|was|are)\s+(?:is\s+|are\s+)?)*", re.IGNORECASE
 )
 _REASON = re.compile(r"\s*[,;.:(-]?\s*\b(?:because|since|as|which|so|for)\b.*$", re.IGNORECASE | re.DOTALL)
-_SYMBOLS = "sqrt infinity theta alpha beta gamma delta lambda sigma omega frac sinh cosh tanh arcsin arccos arctan"
+_SYMBOLS = "sqrt theta alpha beta gamma delta lambda sigma omega frac sinh cosh tanh arcsin arccos arctan"
 _MATHS = frozenset(_SYMBOLS.split())
 
 
@@ -51,13 +51,14 @@ def read_words(text: str) -> Words | None:
     dressed = WRAPPER.search(text) is not None
     longest = max(map(len, words))
     wordy = longest >= 4 and not (len(words) == 1 and written.isupper() and longest < 5)
-    if not (wordy or (longest >= 3 and len(words) > 1) or (dressed and len(written) > 1)):
+    clock = _HALVES.search(written.lower()) is not None and written[0].isdigit()
+    if not (clock or wordy or (longest >= 3 and len(words) > 1) or (dressed and len(written) > 1)):
         return None
     key = _key(written)
     return Words(key) if key else None
 
 
 def _key(text: str) -> str:
-    text = _HALVES.sub(r"\1m", text.casefold().replace("_", " "))
+    text = _HALVES.sub(r"\1m", text.casefold().replace("_", " ").replace("\\infty", "infinity"))
     text = _ARTICLES.sub("", " ".join(re.sub(r"[^\w\s]", " ", text.replace("'", "")).split()) + " ")
     return text.strip()
