@@ -335,6 +335,17 @@ def test_a_key_that_is_echoed_is_not_shown(
     assert no_key("".join(capfd.readouterr()))
 
 
+def test_a_key_in_a_reply_is_neither_shown_nor_kept(endpoint: Endpoint, judge: Make, tmp_path: Path) -> None:
+    for number, echo in enumerate(ECHOES):
+        endpoint.answer = lambda number, body, echo=echo: f"{echo}\nVERDICT: CORRECT"
+        assert judge().reward()(problem(), box(number), 0) == 1.0
+    endpoint.answer = lambda number, body: f"I saw {KEY}"
+    with pytest.raises(GradstoreError, match=r"its reply ends in 'I saw \*\*\*'") as failed:
+        ask(judge())
+    assert no_key(chain(failed.value))
+    assert no_key((tmp_path / "verdicts.sqlite").read_bytes().decode(errors="replace"))
+
+
 def test_other_messages_stay(endpoint: Endpoint, judge: Make) -> None:
     endpoint.answer = lambda number, body: (404, {"error": {"message": "The model `m` \x1b[31mdoes\nnot exist"}})
     with pytest.raises(RequestError, match=r"HTTP 404: The model `m` \[31mdoes not exist$"):

@@ -191,10 +191,14 @@ class Endpoint:
             return _Failure(problem, refused=True)
         return _Failure(f"HTTP {status}", self._shown(_message(body)), refused=True)
 
+    def masked(self, text: str) -> str:
+        """A foreign text without the key and other secrets."""
+        return self._secrets.masked(text)
+
     def _shown(self, text: str) -> str:
         """A foreign text in one line, without control characters and secrets."""
         plain = " ".join("".join(c if c.isprintable() else " " for c in text[: 50 * SHOWN]).split())
-        return self._secrets.masked(plain)[:SHOWN]
+        return self.masked(plain)[:SHOWN]
 
 
 _HEADERS = {"Accept": "application/json", "Accept-Encoding": "identity", "Content-Type": "application/json"}
