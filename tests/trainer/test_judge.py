@@ -1,6 +1,6 @@
 """The judge against a server of this process: what it asks, and that a question without a verdict is never a reward.
 
-test_judge_hostile.py has the servers and responses that mean harm.
+test_judge_hostile.py has the servers and responses that mean harm, test_judge_secrecy.py the keys.
 """
 
 import asyncio
@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from gradstore.errors import GradstoreError, RequestError
-from gradstore.trainer.sampling.judge import Judge, Verdicts, final_answer, judge_settings, verdict
+from gradstore.trainer.sampling.judge import Judge, final_answer, judge_settings, verdict
 from gradstore.trainer.sampling.reward import Reward
 from gradstore.trainer.sampling.rewards import load_reward
 from gradstore.trainer.verl.reward import compute_score, compute_score_async
@@ -318,26 +318,6 @@ def test_the_first_failure_ends_the_batch(endpoint: Endpoint, judge: Make) -> No
         judge().score([(problem(), box(f"answer {j}"), j) for j in range(100)])
     assert time.monotonic() - start < 2
     assert len(endpoint.requests) <= 64
-
-
-def test_two_judges_share_a_cache(tmp_path: Path) -> None:
-    """Rollout workers of one run write the same file."""
-    caches = [Verdicts(tmp_path / "v.sqlite") for _ in range(2)]
-
-    def fill(cache: Verdicts, name: str) -> None:
-        for i in range(8):
-            cache.put(f"{name}{i}", 1.0, "")
-            cache.put(f"both{i}", float(name == "a"), "")
-
-    threads = [threading.Thread(target=fill, args=pair) for pair in zip(caches, "ab", strict=True)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for i in range(8):
-        assert caches[0].get(f"b{i}") == caches[1].get(f"a{i}") == 1.0
-        assert caches[0].get(f"both{i}") == caches[1].get(f"both{i}") in (0.0, 1.0)
-    assert len(caches[0].get_many(f"{name}{i}" for name in ("a", "b", "both", "none") for i in range(1000))) == 24
 
 
 def test_by_name(endpoint: Endpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -87,28 +87,19 @@ class Endpoint:
     def __init__(self, settings: JudgeSettings) -> None:
         self._settings = settings
         self.address = Address.of(settings.base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI)
-        auth, secrets = _authorization(settings, self.address)
+        self._auth, secrets = _authorization(settings, self.address)
         self._secrets: Secrets = secrets_of(*secrets)
+        self._places = asyncio.Semaphore(settings.concurrency)
+        # One client for each request under way: httpx's time for a request grows with the connections of its client.
+        self._idle: list[httpx.AsyncClient] = []
         query = f"?{self.address.query}" if self.address.query else ""
-        connections = httpx.Limits(max_connections=settings.concurrency, max_keepalive_connections=settings.concurrency)
-        wrong = "its URL or a proxy of the environment cannot be used"
         try:
             self._url = httpx.URL(f"{self.address.url}/chat/completions{query}")
-            self._client = httpx.AsyncClient(
-                auth=auth,
-                headers=_HEADERS,
-                verify=_trusted(),
-                timeout=None,
-                limits=connections,
-                follow_redirects=False,
-            )
-        except (httpx.InvalidURL, ValueError, ImportError, OSError, ssl.SSLError) as error:
-            wrong = f"{wrong}: {self._secrets.masked(type(error).__name__)}"
-        else:
-            self._client.cookies.jar.set_policy(DefaultCookiePolicy(allowed_domains=[]))
-            self._places = asyncio.Semaphore(settings.concurrency)
+            self._idle.append(self._client())
             return
-        raise RequestError(f"judge at {self.address}: {wrong}")
+        except (httpx.InvalidURL, ValueError, ImportError, OSError) as error:
+            kind = type(error).__name__  # its text may hold a proxy's password
+        raise RequestError(f"judge at {self.address}: its URL or a proxy of the environment cannot be used: {kind}")
 
     async def reply(self, messages: list[dict[str, str]], where: str) -> Reply:
         """The model's reply to a conversation.
@@ -124,28 +115,40 @@ class Endpoint:
         content = json.dumps(body).encode()
         tries = 0
         async with self._places:
-            while True:
-                outcome = await self._try(content)
-                if isinstance(outcome, Reply):
-                    return outcome
-                tries += 1
-                if not outcome.again or tries > self._settings.retries:
-                    break
-                await asyncio.sleep(_backoff(tries) if outcome.pause is None else outcome.pause)
+            client = self._idle.pop() if self._idle else self._client()
+            try:
+                while True:
+                    outcome = await self._try(client, content)
+                    if isinstance(outcome, Reply):
+                        return outcome
+                    tries += 1
+                    if not outcome.again or tries > self._settings.retries:
+                        break
+                    await asyncio.sleep(_backoff(tries) if outcome.pause is None else outcome.pause)
+            finally:
+                self._idle.append(client)
         problem = f"{outcome.problem}{f' after {tries} tries' if outcome.again else ''}"
         kind = RequestError if outcome.refused else GradstoreError
         raise kind(f"{where} at {self.address}: {problem}{f': {outcome.detail}' if outcome.detail else ''}")
 
     async def close(self) -> None:
         """Close the connections."""
-        await self._client.aclose()
+        for client in self._idle:
+            await client.aclose()
 
-    async def _try(self, content: bytes) -> Reply | _Failure:
+    def _client(self) -> httpx.AsyncClient:
+        client = httpx.AsyncClient(
+            auth=self._auth, headers=_HEADERS, verify=_trusted(), timeout=None, follow_redirects=False
+        )
+        client.cookies.jar.set_policy(DefaultCookiePolicy(allowed_domains=[]))
+        return client
+
+    async def _try(self, client: httpx.AsyncClient, content: bytes) -> Reply | _Failure:
         """One request, within the time of one try."""
         try:
             async with (
                 asyncio.timeout(self._settings.timeout),
-                self._client.stream("POST", self._url, content=content) as response,
+                client.stream("POST", self._url, content=content) as response,
             ):
                 if response.is_success:
                     return await self._completion(response)
@@ -188,10 +191,14 @@ class Endpoint:
             return _Failure(problem, refused=True)
         return _Failure(f"HTTP {status}", self._shown(_message(body)), refused=True)
 
+    def masked(self, text: str) -> str:
+        """A foreign text without the key and other secrets."""
+        return self._secrets.masked(text)
+
     def _shown(self, text: str) -> str:
         """A foreign text in one line, without control characters and secrets."""
         plain = " ".join("".join(c if c.isprintable() else " " for c in text[: 50 * SHOWN]).split())
-        return self._secrets.masked(plain)[:SHOWN]
+        return self.masked(plain)[:SHOWN]
 
 
 _HEADERS = {"Accept": "application/json", "Accept-Encoding": "identity", "Content-Type": "application/json"}

@@ -45,8 +45,8 @@ Rule = Callable[[Sequence[tuple[str, str]]], Sequence[bool | None]]
 
 REMINDERS = 2
 """Maximum reminders of the verdict's form before the question fails."""
-KEPT = 4000
-"""Characters of a reply, from its end, that are kept in the cache and shown to the model with a reminder."""
+KEPT = 2000
+"""Characters of a reply, from its end, that are kept in the cache and sent with a reminder."""
 _SUSPICIOUS = 16
 """Size of a batch from which on it is worth a warning that no response holds an answer."""
 
@@ -210,18 +210,15 @@ class Judge:
         for _ in range(1 + REMINDERS):
             reply = await self._line.endpoint.reply(messages, where)
             score = verdict(reply.text) if reply.complete else None
+            end = self._line.endpoint.masked(reply.text[-KEPT:])
             if score is not None:
-                self._line.keep((key, score, reply.text[-KEPT:]))
+                self._line.keep((key, score, end))
                 return score
-            messages = [
-                first,
-                {"role": "assistant", "content": reply.text[-KEPT:]},
-                {"role": "user", "content": REMINDER},
-            ]
-        end = f"ends in {' '.join(reply.text.split())[-80:]!r}"
+            messages = [first, {"role": "assistant", "content": end}, {"role": "user", "content": REMINDER}]
+        problem = f"ends in {' '.join(end.split())[-80:]!r}"
         if not reply.complete:
-            end = f"was cut off; is max_tokens={self.settings.max_tokens} too small?"
-        raise GradstoreError(f"{where} gave no verdict after {REMINDERS} reminders; its reply {end}")
+            problem = f"was cut off; is max_tokens={self.settings.max_tokens} too small?"
+        raise GradstoreError(f"{where} gave no verdict after {REMINDERS} reminders; its reply {problem}")
 
     def _open(self) -> "_Line":
         """The judge's loop and connections; new ones in a forked process, where the thread does not exist."""

@@ -108,9 +108,8 @@ class Secrets:
         if self._pattern is None:
             return text
         shown = self._pattern.sub(HIDDEN, text)
-        for read in (shown, unquote(shown), html.unescape(shown)):
-            squeezed = _squeezed(read)
-            if any(window in squeezed for window in self._windows):
+        for read in {shown, unquote(shown), html.unescape(shown)}:
+            if not self._windows.isdisjoint(_windows(_squeezed(read))):
                 return "(a text that repeats the key: not shown)"
         return shown
 
