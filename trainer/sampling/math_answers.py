@@ -55,8 +55,22 @@ def decisive(response: str) -> str | None:
         if before.rstrip(" ").endswith(opening):
             box, _, after = rest.partition(closing)
             head = before.rstrip(" ").removesuffix(opening)
-            return f"{opening}{box}{closing}" if _is_alone(head, box, after, opening, closing) else None
+            if not _is_alone(head, box, after, opening, closing):
+                return None
+            return box.rstrip(" ") if _is_closed(box.rstrip(" ")) else f"{opening}{box}{closing}"
     return None
+
+
+def _is_closed(box: str) -> bool:
+    """Whether the first brace is closed by the last one; then the formula around a box makes no difference."""
+    depth = 0
+    for place, character in enumerate(box):
+        depth += {"{": 1, "}": -1}.get(character, 0)
+        if not depth and character == "}":
+            return place == len(box) - 1 and "\\" not in box[len(_BOX) - 1 :].replace("\\frac", "").replace(
+                "\\sqrt", ""
+            )
+    return False
 
 
 def _is_alone(head: str, box: str, after: str, opening: str, closing: str) -> bool:
@@ -85,7 +99,7 @@ def _parsed_box(box: str) -> list[Any] | None:
     """What math-verify reads in a decisive box; None if not the box as a whole, but a part of it as a last resort."""
     from math_verify.parser import parse_latex_cached
 
-    answer = parse_answer(box)
+    answer = _parsed(box)
     if "answer" in box.lower() or len(answer) < 2 or not isinstance(answer[-1], str):
         return None
     try:
@@ -101,11 +115,16 @@ def _equal_parsed(gold: str, answer: list[Any]) -> bool | None:
     return bool(verify(gold_answers, answer)) if gold_answers else None
 
 
-@functools.lru_cache(maxsize=4096)
 def _parsed_gold(gold: str) -> list[Any]:
     # math-verify reads bare LaTeX such as \frac12 only inside a box or dollar signs
     marked = "\\boxed" in gold or "$" in gold or not gold.strip()
-    return parse_answer(gold if marked else f"\\boxed{{{gold}}}")
+    return _parsed(gold if marked else f"\\boxed{{{gold}}}")
+
+
+@functools.lru_cache(maxsize=4096)
+def _parsed(text: str) -> list[Any]:
+    """`parse_answer` of texts that come up again: ground truths and boxes."""
+    return parse_answer(text)
 
 
 def parse_answer(text: str) -> list[Any]:
