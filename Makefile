@@ -93,7 +93,7 @@ $(VERL_VLLM)/.installed: pyproject.toml constraints.txt gradstore/_encode.c engi
 test-verl-vllm: $(VERL_VLLM)/.installed
 	$(VERL_VLLM)/bin/python -m pytest -m "verl and vllm" tests/trainer/verl
 
-BENCHMARKS ?= query sketch fidelity drift store search indexes probe_table suspicion evaluation tail_patch
+BENCHMARKS ?= query sketch fidelity drift store search indexes probe_table suspicion evaluation tail_patch rewards
 
 bench: install
 	for name in $(BENCHMARKS); do $(PY) -m benchmarks.$$name || exit 1; done

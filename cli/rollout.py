@@ -96,8 +96,8 @@ def rollout(
         )
     if report.stopped:
         warn(
-            f"{report.stopped} of {report.rollouts} responses were not graded and score 0; extra.reward_stopped of their "
-            f"rows says why. The first: {report.first_stopped}"
+            f"{report.stopped} of {report.rollouts} responses were not graded and score 0; extra.reward_stopped of "
+            f"their rows says why. The first: {report.first_stopped}"
         )
     if json:
         print_json({**asdict(report), "path": str(report.path), "left_out": left_out})

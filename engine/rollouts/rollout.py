@@ -44,6 +44,8 @@ FORMATS["verl-validation"] = FORMATS["verl"]
 COLUMNS = sorted({name.split(".")[0] for names in FORMATS.values() for alias in names.values() for name in alias})
 """Every field of a row that any format reads."""
 
+STOPPED = "reward_stopped"
+"""Field of a rollout's extra: why its response was not graded. It is no part of the problem."""
 LOGPROB_SLACK = 0.01
 """Log-probabilities may exceed 0 by this much (rounding in half precision); larger values are rejected."""
 

@@ -15,7 +15,7 @@ import numpy as np
 from gradstore.engine.rollouts import tokens
 from gradstore.engine.rollouts.files import RowFile, files_at, open_rows
 from gradstore.engine.rollouts.group import Group
-from gradstore.engine.rollouts.rollout import COLUMNS, FORMATS, Rollout, detect_format, read_row
+from gradstore.engine.rollouts.rollout import COLUMNS, FORMATS, STOPPED, Rollout, detect_format, read_row
 from gradstore.engine.rollouts.templates import check_arguments, kept_arguments, prompt_text, tools_of
 from gradstore.errors import RequestError, check_known
 
@@ -80,7 +80,7 @@ class RolloutSource:
                 "prompt": prompt,
                 "ground_truth": rollout.ground_truth,
                 "tags": rollout.tags,
-                "extra": rollout.extra,
+                "extra": {name: value for name, value in rollout.extra.items() if name != STOPPED},
             }
 
     def rollouts(self, ids: Iterable[str] | None = None) -> Iterator[list[Rollout]]:

@@ -212,7 +212,7 @@ def test_a_data_file_cannot_choose_code(kept: dict[str, Any], message: str) -> N
     problem = _problem(reasoning_gym={"entry": _entry("chain_sum")} | kept)
     with pytest.raises(RequestError, match=rf"problem 'p1': .*{message}"):
         load_reward("reasoning-gym")(problem, "1", 0)
-    with pytest.raises(RequestError, match="problem 'p1': reward 'auto' needs extra.reward to be"):
+    with pytest.raises(RequestError, match=r"problem 'p1': reward 'auto' needs extra\.reward to be"):
         load_reward("auto")(_problem(reward="os:system"), "1", 0)
 
 
