@@ -64,7 +64,7 @@ def _whole(gold: str, response: str) -> bool | None:
 def test_shortcuts_give_what_math_verify_gives() -> None:
     """A reward that pays a wrong answer because of its surroundings is found by every policy."""
     random, taken, differing = Random(1), 0, []
-    for _ in range(1500):
+    for _ in range(800):
         gold = random.choice(ANSWERS)
         answer = gold if random.random() < 0.4 else random.choice(ANSWERS)
         before = random.choice(BEFORE) + (random.choice(BEFORE) if random.random() < 0.2 else "")
@@ -75,4 +75,4 @@ def test_shortcuts_give_what_math_verify_gives() -> None:
         if math_equal(gold, response) != _whole(gold, response):
             differing.append((gold, response))
     assert differing == []
-    assert taken > 500
+    assert taken > 250
