@@ -213,7 +213,9 @@ class WorkerPool:
     def _received(self, worker: _Worker, message: Mapping[str, Any], found: dict[int, dict[str, Any]]) -> None:
         if "failed" in message:
             worker.close()
-            raise RequestError(f"the workers of reward {self._spec or self._role!r} cannot start: {message['failed']}")
+            reason = message["failed"]
+            hint = "; pip install 'gradstore[models]'" if not self._spec and reason.startswith("ModuleNotFound") else ""
+            raise RequestError(f"the workers of reward {self._spec or self._role!r} cannot start: {reason}{hint}")
         if "ready" in message:
             worker.ready = True
             _say_missing(tuple(message["missing"]))
