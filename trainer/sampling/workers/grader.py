@@ -100,6 +100,7 @@ class _Slow(logging.Handler):
         self.told = False
         logger = logging.getLogger("math_verify")
         logger.addHandler(self)
+        logger.setLevel(logging.WARNING)
         logger.propagate = False
 
     def emit(self, record: logging.LogRecord) -> None:
