@@ -100,7 +100,7 @@ MINUTES ?= 10
 fuzz: install
 	$(PY) -m tests.fuzz.run --minutes $(MINUTES) $(FUZZ)
 
-BENCHMARKS ?= query sketch fidelity drift store search indexes probe_table suspicion evaluation tail_patch
+BENCHMARKS ?= query sketch fidelity drift store search indexes probe_table suspicion evaluation tail_patch rewards
 
 bench: install
 	for name in $(BENCHMARKS); do $(PY) -m benchmarks.$$name || exit 1; done

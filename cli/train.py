@@ -44,7 +44,7 @@ def train(
         list[str] | None, typer.Option(help="[NAME=]PATH of the problems to aim at; may be repeated.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the run: store, checkpoint, metrics, model.")] = None,
-    reward: Annotated[str, typer.Option(help="math, reasoning-gym, auto, judge or module:function.")] = "math",
+    reward: Annotated[str, typer.Option(help="math, reasoning-gym, auto, judge, [isolated:]module:function.")] = "math",
     train_rollouts: Annotated[int, typer.Option(min=1, help="Responses to each problem of a training step.")] = 16,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest response.")] = 1024,
     temperature: Annotated[float, typer.Option(help="Sampling temperature.")] = 1.0,

@@ -50,7 +50,8 @@ NAMES = {
     for format, names in FORMATS.items()
 }
 """Fields of a row that each format reads."""
-
+STOPPED = "reward_stopped"
+"""Field of a rollout's extra: why its response was not graded. It is no part of the problem."""
 LOGPROB_SLACK = 0.01
 """Log-probabilities may exceed 0 by this much (rounding in half precision); larger values are rejected."""
 

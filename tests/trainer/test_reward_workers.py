@@ -264,7 +264,7 @@ def harm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[
     """Run an expression inside a worker of little memory and a second of time; returns its result."""
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
     (tmp_path / "harm.py").write_text(HARM, encoding="utf-8")
-    limits = Limits(seconds=1, wall=5, memory=256 << 20)
+    limits = Limits(seconds=1, wall=50, memory=256 << 20)
     workers = WorkerPool("function", f"{tmp_path}/harm.py:graded", limits, workers=1)
     verl = {"data_source": "", "ground_truth": "", "extra_info": {}}
 
@@ -312,13 +312,23 @@ def test_a_worker_has_nothing_and_reaches_nothing(harm: Callable[[str], dict[str
 
 def test_answers_that_overrun_or_end_their_worker_score_nothing(harm: Callable[[str], dict[str, Any]]) -> None:
     """The answers before and after them are paid; `harm` compares them."""
-    assert harm("time.sleep(60)") == {"stopped": "its grading waited longer than 5 seconds"}
     assert harm("9**9**9 and 1") == {"stopped": "its grading took longer than 1 seconds"}
     assert harm("os._exit(0)") == {"stopped": "its grader ended with status 0"}
     assert harm("os.abort()")["stopped"].startswith("its grader was ended by SIG")
     assert harm("sys.exit(3)") == {"stopped": "its grading raised SystemExit: 3"}
     assert harm("1 / 0") == {"unusable": "raised ZeroDivisionError: division by zero"}
     assert harm("float('nan')") == {"unusable": "gave nan, expected a finite number"}
+
+
+def test_a_worker_that_waits_is_ended(tmp_path: Path) -> None:
+    """Processor time does not run while a grader sleeps."""
+    (tmp_path / "harm.py").write_text(HARM, encoding="utf-8")
+    workers = WorkerPool("function", f"{tmp_path}/harm.py:graded", Limits(wall=3), workers=1)
+    verl = {"data_source": "", "ground_truth": "", "extra_info": {}}
+    asked = [(0, "1", 0), (0, "time.sleep(60)", 1), (0, "2", 2)]
+    stopped = {"stopped": "its grading waited longer than 3 seconds"}
+    assert workers.results([verl], asked) == [{"score": 1.0}, stopped, {"score": 2.0}]
+    workers.close()
 
 
 @linux

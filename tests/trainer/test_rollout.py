@@ -14,7 +14,7 @@ import pytest
 from gradstore import LockedError, RequestError
 from gradstore.engine.rollouts import read_rollouts
 from gradstore.trainer.sampling.backends import Response, derived_seed, load_backend
-from gradstore.trainer.sampling.reward import Reward
+from gradstore.trainer.sampling.reward import Reward, Score
 from gradstore.trainer.sampling.rewards import load_reward
 from gradstore.trainer.sampling.rollout import RolloutReport, rollout, settings_path
 
@@ -288,6 +288,21 @@ def test_a_chunk_is_scored_at_once(tmp_path: Path, tiny_tokenizer: Any) -> None:
     assert batches == [CHUNK * N, CHUNK * N, 2 * N]
     _run(tiny_tokenizer, tmp_path / "single.jsonl")
     assert (tmp_path / "r.jsonl").read_bytes() == (tmp_path / "single.jsonl").read_bytes()
+
+
+def test_responses_that_were_not_graded_are_counted(tmp_path: Path, tiny_tokenizer: Any) -> None:
+    """A reward that stops answers pays them 0; the run goes on, the rows and the report say why."""
+
+    def scores(items: Any) -> list[Any]:
+        return [Score(0.0, "it took too long") if j == 0 and record["id"] != "p0" else 1.0 for record, _, j in items]
+
+    reward = Reward("stopping", lambda *item: scores([item])[0], scores)
+    report = rollout(PROBLEMS, RandomBackend(tiny_tokenizer), reward, tmp_path / "r.jsonl", n=N, max_new_tokens=8)
+    assert (report.stopped, report.first_stopped) == (9, "problem 'p1': it took too long")
+    (group,) = [group for group in read_rollouts(tmp_path / "r.jsonl").rollouts() if group[0].problem_id == "p1"]
+    assert [row.extra.get("reward_stopped") for row in group] == ["it took too long", None, None]
+    assert [row.reward for row in group] == [0.0, 1.0, 1.0]
+    assert all("reward_stopped" not in record["extra"] for record in read_rollouts(tmp_path / "r.jsonl").records())
 
 
 def test_progress(tmp_path: Path, tiny_tokenizer: Any) -> None:

@@ -32,7 +32,7 @@ from gradstore.trainer.sampling.judge.secrecy import without_credentials
 from gradstore.trainer.sampling.judge.settings import writable
 from gradstore.trainer.sampling.readable import readable
 from gradstore.trainer.sampling.reward import Reward
-from gradstore.trainer.sampling.rewards import JUDGES, load_reward
+from gradstore.trainer.sampling.rewards import ISOLATED, JUDGES, load_reward
 
 WRITTEN = "run.yaml"
 """File of the run's folder with its settings."""
@@ -121,12 +121,13 @@ class RunSettings:
 
     def filled(self) -> "RunSettings":
         """The settings with absolute paths, learning rate and judge filled in, so that they hold anywhere."""
-        kind, _, about = self.reward.partition(":")
+        isolated = ISOLATED if self.reward.startswith(ISOLATED) else ""
+        kind, _, about = self.reward.removeprefix(isolated).partition(":")
         reward, judge = self.reward, self.judge
         if kind in JUDGES:
             reward, judge = "judge", judge or judge_settings(about)
         elif kind.endswith(".py"):
-            reward = f"{Path(kind).absolute()}:{about}"
+            reward = f"{isolated}{Path(kind).absolute()}:{about}"
         if judge is not None:
             judge = replace(judge, base_url=writable(judge.base_url))  # without credentials
         return replace(

@@ -20,6 +20,7 @@ import numpy as np
 
 from gradstore.durable import write_text_file
 from gradstore.engine.rollouts import Rollout, read_rollouts, write_rollouts
+from gradstore.engine.rollouts.rollout import STOPPED
 from gradstore.engine.rollouts.templates import check_arguments, settings_path, tools_of
 from gradstore.engine.rollouts.tokens import prompt_ids, text_of
 from gradstore.engine.rollouts.write import SUFFIXES
@@ -33,8 +34,6 @@ from gradstore.trainer.sampling.readable import named, readable
 from gradstore.trainer.sampling.reward import Reward
 
 CHUNK = 64
-STOPPED = "reward_stopped"
-"""Field of a row's extra: why its response was not graded."""
 
 
 @dataclass(frozen=True)

@@ -97,11 +97,12 @@ def _applied(op: ast.operator, left: Any, right: Any) -> Any:
     """The result of an operation; RefusedError if it has more than BITS bits."""
     if isinstance(left, int | Fraction) and isinstance(right, int | Fraction):
         have, other = _bits(left), _bits(right)
-        powers = have * abs(right) if abs(left) > 1 else 0
+        large: Any = abs(right)
+        powers = have * large if abs(Fraction(left)) > 1 else 0
         needed = {ast.Mult: have + other, ast.LShift: have + abs(int(right)), ast.Pow: powers}
         if needed.get(type(op), 0) > BITS:
             raise RefusedError(f"a number of more than {BITS} bits")
-        if isinstance(op, ast.Pow) and isinstance(left, Fraction) and abs(right) * have > BITS:
+        if isinstance(op, ast.Pow) and isinstance(left, Fraction) and large * have > BITS:
             raise RefusedError(f"a number of more than {BITS} bits")
     if type(op) not in _BINARY:
         raise RefusedError(type(op).__name__)
@@ -179,7 +180,7 @@ def _exact(op: ast.operator, left: Any, right: Any) -> Any:
 
 def _size_of_call(name: str, arguments: list[Any]) -> Any:
     if name in ("factorial", "factorial2", "gamma", "fibonacci", "binomial") and any(
-        isinstance(value, int | Fraction) and abs(value) > 10_000 for value in arguments
+        isinstance(value, int | Fraction) and abs(Fraction(value)) > 10_000 for value in arguments
     ):
         raise RefusedError(f"an endless {name}")
     if name == "Integer" and len(arguments) == 1:

@@ -180,27 +180,24 @@ def main() -> None:
     role = frames.read(requests)
     if role is None:
         return
-    scratch = tempfile.mkdtemp(prefix="gradstore-rewards-")
-    os.environ["TMPDIR"] = os.environ["HOME"] = scratch
-    tempfile.tempdir = scratch
-    keeper = None
     try:
-        try:
-            grade = loaded(role["role"], role["spec"])
-        except Exception as error:  # noqa: BLE001 - whatever an import raises; the trainer says it
-            frames.write(answers, {"failed": f"{type(error).__name__}: {first_line(error)}"})
-            return
-        gc.collect()
-        gc.freeze()  # forked graders share what is there now
+        grade = loaded(role["role"], role["spec"])
+    except Exception as error:  # noqa: BLE001 - whatever an import raises; the trainer says it
+        frames.write(answers, {"failed": f"{type(error).__name__}: {first_line(error)}"})
+        return
+    gc.collect()
+    gc.freeze()  # forked graders share what is there now
+    scratch = tempfile.mkdtemp(prefix="gradstore-rewards-")
+    os.environ["TMPDIR"] = os.environ["HOME"] = tempfile.tempdir = scratch
+    keeper = Keeper(requests, role["role"], grade, scratch, role["limits"])
+    try:
         frames.write(answers, {"ready": True, "missing": missing()})
-        keeper = Keeper(requests, role["role"], grade, scratch, role["limits"])
         while batch := frames.read(requests):
             frames.write(answers, {"results": keeper.results(batch)})
     except BrokenPipeError:
         pass
     finally:
-        if keeper is not None:
-            keeper.close()
+        keeper.close()
         shutil.rmtree(scratch, ignore_errors=True)
 
 

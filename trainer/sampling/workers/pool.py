@@ -93,13 +93,15 @@ class _Worker:
         self.deadline = time.monotonic() + 60 + 2 * len(chunk.items) * (limits.wall + 5)
         frames.write(self.requests, {"problems": chunk.problems, "items": chunk.items})
 
-    def close(self, wait: float = 0.0) -> None:
-        """Close the pipes, which ends the keeper; kill it if it has not ended after `wait` seconds."""
+    def close(self, wait: float = 10.0) -> None:
+        """Close the pipes, which ends the keeper and its scratch folder; kill it if it lives after `wait` seconds."""
         _live.discard(self)
         self.lost = True
         for pipe in (self.process.stdin, self.process.stdout):
             if pipe is not None:
                 pipe.close()
+        if not self.ready:  # it imports, and has no scratch folder yet
+            self.process.kill()
         try:
             self.process.wait(wait)
         except subprocess.TimeoutExpired:
@@ -150,7 +152,7 @@ class WorkerPool:
         with self._change:
             idle, self._idle = self._idle, []
         for worker in idle:
-            worker.close(2.0)
+            worker.close()
 
     def _borrow(self, wanted: int) -> list[_Worker]:
         """At least one worker; more, up to `wanted`, if they are free or there may be more."""
@@ -213,7 +215,9 @@ class WorkerPool:
     def _received(self, worker: _Worker, message: Mapping[str, Any], found: dict[int, dict[str, Any]]) -> None:
         if "failed" in message:
             worker.close()
-            raise RequestError(f"the workers of reward {self._spec or self._role!r} cannot start: {message['failed']}")
+            reason = message["failed"]
+            hint = "; pip install 'gradstore[models]'" if not self._spec and reason.startswith("ModuleNotFound") else ""
+            raise RequestError(f"the workers of reward {self._spec or self._role!r} cannot start: {reason}{hint}")
         if "ready" in message:
             worker.ready = True
             _say_missing(tuple(message["missing"]))
@@ -279,7 +283,7 @@ def _forget() -> None:
     _lock = threading.Lock()
     _pools.clear()
     for worker in list(_live):
-        worker.process.returncode = 0  # no child of this process
+        worker.process.returncode, worker.ready = 0, True  # no child of this process
         worker.close()
 
 
