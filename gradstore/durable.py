@@ -53,7 +53,9 @@ def reading(path: Path) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        raise DamagedError(f"{path}: the file is missing; `gradstore verify` lists all damage") from error
+        # Without flock a reader cannot hold files (lock.py), and a compaction removes whole folders.
+        hint = "" if path.parent.exists() else "; if the collection was compacted meanwhile, open the store again"
+        raise DamagedError(f"{path}: the file is missing{hint}; `gradstore verify` lists all damage") from error
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else str(error)
         raise GradstoreError(f"{path}: cannot be read ({reason})") from error

@@ -5,6 +5,7 @@ ask, turns.py how much is computed at once, and serving.py how long a client may
 """
 
 import errno
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,6 +66,7 @@ def serve(
     server = make_server(make_app(catalogue, access).server, access, bound)
     name = f"[{host}]" if ":" in host else host
     tell(f"http://{name}:{port}/" + (f"?token={access.token}" if token else ""))
+    sys.setswitchinterval(0.001)  # a scan's thread then gives way to answers sooner
     try:
         server.run()
     finally:

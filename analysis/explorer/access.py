@@ -112,7 +112,7 @@ def _answer(environ: dict[str, Any], access: Access) -> Response | None:
     if refused is not None:
         return Response(refused.text, refused.status, mimetype="text/plain")
     length = environ.get("CONTENT_LENGTH") or "0"
-    if not length.isdigit() or int(length[:20]) > MOST_BODY:
+    if not (length.isascii() and length.isdigit()) or int(length[:20]) > MOST_BODY:
         return Response(f"the body is too large: at most {MOST_BODY} bytes\n", 413, mimetype="text/plain")
     given = parse_qsl(query, keep_blank_values=True)
     if access.token is None or "token" not in dict(given):

@@ -19,7 +19,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from gradstore import Store, View
+from gradstore import Store
 from gradstore.analysis.agreement import jaccard, spearman
 from gradstore.analysis.explorer.turns import Turns
 from gradstore.analysis.report.transcripts import Transcript, Transcripts
@@ -74,6 +74,16 @@ class Filter:
     """Search text in the problem's text or id; case is ignored."""
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Listing:
+    """All problems of the pool, in order of addition. One copy of the texts serves the frames of all scores."""
+
+    ids_P: np.ndarray
+    sources_P: np.ndarray
+    names_P: np.ndarray
+    """Rank of each id in the order of ids."""
+
+
 @dataclass(frozen=True, eq=False)
 class Scores:
     """Scores of all problems at one moment."""
@@ -118,9 +128,8 @@ class Catalogue:
     transcripts: Transcripts | None = None
     turns: Turns = field(default_factory=Turns)
     """Who may compute now."""
-    _scores: Recent[Scores] = field(default_factory=lambda: Recent(32))
-    _views: Recent[View] = field(default_factory=lambda: Recent(4))
-    _names: Recent[np.ndarray] = field(default_factory=lambda: Recent(1))
+    _scores: Recent[Scores] = field(default_factory=lambda: Recent(24))
+    _listed: Recent[Listing] = field(default_factory=lambda: Recent(1))
     _texts: Recent[np.ndarray] = field(default_factory=lambda: Recent(64))
 
     def version(self) -> Hashable:
@@ -194,23 +203,27 @@ class Catalogue:
 
         Empty if the problem has no gradient.
         """
-        view = self._view(step)
-        place = int(view.positions([problem_id], strict=False)[0])
+        view = self.store.view(self.pool, step)
+        row = pc.index(self.store.problems(self.pool)["id"], problem_id).as_py()
+        rows = view.stored.column("problem")
+        place = int(np.searchsorted(rows, row))
         columns = ["id", "source", "cosine", "pass_rate"]
-        if place < 0 or not view.live[place]:
+        if row < 0 or place == len(rows) or rows[place] != row or not view.live[place]:
             return pd.DataFrame(columns=columns)
         query = view.rows(np.array([place]))[0]
         if view.n_bases > 1:  # rows of other bases share no dimensions with this one
             basis = int(view.bases[place])
             view = self.store.view(self.pool, step, basis=basis)
             query = laid_out({basis: query}, view.n_bases)
-        hits = search(view, query, k + 1, metric="cosine")
+        with self.turns.scan():
+            hits = search(view, query, k + 1, metric="cosine")
         others = hits.ids != problem_id
         positions = hits.positions[others][:k]
+        ids = view.ids_at(positions)
         return pd.DataFrame(
             {
-                "id": view.ids_at(positions),
-                "source": view.problems["source"].take(positions).to_pylist(),
+                "id": ids,
+                "source": self.store.problems(self.pool, ids.tolist())["source"].to_pylist(),
                 "cosine": hits.scores[others][:k].astype(float),
                 "pass_rate": view.pass_rates[positions].astype(float),
             },
@@ -232,7 +245,7 @@ class Catalogue:
         a, b = self.scored(*left, metric), self.scored(*right, metric)
         both = a["score"].notna() & b["score"].notna()
         frame = pd.DataFrame({"id": a["id"], "source": a["source"], "left": a["score"], "right": b["score"]})[both]
-        names_P = self._order_of_ids()[frame.index.to_numpy()]
+        names_P = self._listing().names_P[frame.index.to_numpy()]
         frame = frame.reset_index(drop=True)
         for side in ("left", "right"):
             ranks = np.empty(len(frame))
@@ -256,7 +269,7 @@ class Catalogue:
 
         def make() -> Scores:
             frame = self._scored(benchmark, step, cast("Metric", metric))
-            return Scores(frame, self._order_of_ids()[frame.index.to_numpy()])
+            return Scores(frame, self._listing().names_P[frame.index.to_numpy()])
 
         found = self._scores.find(key)
         if found is None:
@@ -264,21 +277,19 @@ class Catalogue:
                 found = self._scores.get(key, make)  # the one before in the line may have asked the same
         return found
 
-    def _order_of_ids(self) -> np.ndarray:
-        """Rank of each problem's id in the order of ids, int64 [P]."""
-        ids = self.store.problems(self.pool)["id"]
-        return self._names.get((self.store.commit(self.pool), len(ids)), lambda: _ranks(ids))
-
-    def _view(self, step: int | None) -> View:
-        """The pool's view; kept, because it looks problems up by an index that it makes once."""
-        key = (step, self.store.commit(self.pool))
-        return self._views.get(key, lambda: self.store.view(self.pool, step))
+    def _listing(self) -> Listing:
+        problems = self.store.problems(self.pool)
+        ids, sources = problems["id"], problems["source"]
+        key = (self.store.commit(self.pool), len(problems))
+        return self._listed.get(key, lambda: Listing(ids.to_numpy(), sources.to_numpy(), _ranks(ids)))
 
     def _scored(self, benchmark: str, step: int | None, metric: Metric) -> pd.DataFrame:
-        problems = self.store.problems(self.pool)
-        ids, gone = problems["id"].to_numpy(), self.store.deleted(self.pool)
-        view = self._view(step)
-        place_P = view.positions(ids, strict=False)
+        view = self.store.view(self.pool, step)
+        listing, gone = self._listing(), self.store.deleted(self.pool)
+        if self.store.commit(self.pool) != view.commit:  # published meanwhile: a compaction gives other numbers
+            return self._scored(benchmark, step, metric)
+        place_P = np.full(len(listing.ids_P), -1)
+        place_P[view.stored.column("problem")] = np.arange(len(view))
         wanted = target_at(self.store, benchmark, step)
         scores = np.full(len(view), np.nan, np.float32)
         if wanted is not None and view.live.any():
@@ -288,8 +299,8 @@ class Catalogue:
         names = np.array([*STATE_NAMES[:3], STATE_NAMES[3]], object)
         frame = pd.DataFrame(
             {
-                "id": ids,
-                "source": problems["source"].to_numpy(),
+                "id": listing.ids_P,
+                "source": listing.sources_P,
                 "score": np.append(scores, np.nan)[place_P].astype(float),
                 "state": names[np.where(states == UNMEASURED, 3, states)],
                 "pass_rate": np.append(view.pass_rates, np.nan)[place_P].astype(float),

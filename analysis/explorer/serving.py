@@ -66,6 +66,7 @@ def make_server(app: Callable[..., Iterable[bytes]], access: Access, bound: sock
         asyncore_use_poll=True,  # select cannot watch descriptors above 1023
         max_request_header_size=MOST_HEAD,
         max_request_body_size=MOST_BODY,
+        recv_bytes=64 << 10,  # each read waits for Python's lock, which a scan may hold
         inbuf_overflow=2 * MOST_BODY,
         outbuf_overflow=MOST_UNSENT,
         cleanup_interval=1,

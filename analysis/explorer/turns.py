@@ -146,5 +146,5 @@ def _called(app: _Wsgi, environ: dict[str, Any]) -> tuple[str, list, bytes]:
         content = b"".join(parts)
     finally:
         if hasattr(parts, "close"):
-            parts.close()  # type: ignore[attr-defined]
+            parts.close()
     return *told[-1], content

@@ -34,7 +34,8 @@ def started(course: Path, *more: str) -> tuple[subprocess.Popen, str]:
 @pytest.fixture(scope="module")
 def address(course: Path) -> Iterator[str]:
     against = ["--against", "sums", "--against", "spelling"]
-    process, found = started(course, "--rollouts", str(course / ROLLOUTS), *against, "--tokenizer", str(MODEL))
+    more = ["--rollouts", str(course / ROLLOUTS), "--tokenizer", str(MODEL), "--no-token"]
+    process, found = started(course, *more, *against)
     yield found
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=60) in (0, 130)
@@ -144,6 +145,22 @@ def test_beyond_this_machine_a_token_is_printed(course: Path) -> None:
             urllib.request.urlopen(local.partition("?")[0])
         asked = urllib.request.Request(local.partition("?")[0], headers={"Authorization": f"Bearer {token}"})
         assert b"<html" in urllib.request.urlopen(asked).read()
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(timeout=60)
+
+
+def test_the_link_opens_the_page_and_the_token_leaves_the_address(course: Path, visit: Callable) -> None:
+    process, link = started(course)
+    try:
+        assert "?token=" in link
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            urllib.request.urlopen(link.partition("?")[0])
+        page = visit(link)
+        page.wait_for_selector("#ranking-table tbody tr")
+        assert "token" not in page.url
+        page.locator("#to-compare").click()
+        page.wait_for_selector("#comparison .main-svg")
     finally:
         process.send_signal(signal.SIGINT)
         process.wait(timeout=60)

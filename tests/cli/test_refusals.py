@@ -124,6 +124,7 @@ def assert_refused(status: int, out: str, err: str, wanted: list[str]) -> None:
         (["report", "{tmp}/nothing", "--out", "{tmp}/out"], ["nothing"]),
         (["serve", "{store}", "--against", "nobody"], ["nobody"]),
         (["serve", "{store}", "--port", "70000"], ["70000"]),
+        (["serve", "{store}", "--host", "0.0.0.0", "--no-token"], ["0.0.0.0", "--no-token"]),
         (["serve", "{tmp}/nothing"], ["nothing"]),
     ],
     ids=lambda value: " ".join(value[:1] + value[2:]) if isinstance(value, list) else None,

@@ -1,6 +1,7 @@
 """Model folders of others: their code does not run unless a flag says so, their pickles build nothing, and the error is
 one line."""
 
+import ast
 import json
 import os
 import subprocess
@@ -198,3 +199,27 @@ def test_broken_files_are_one_line(make_model: Any, tmp_path: Path, name: str, c
             line = str(error)
             assert "\n" not in line
     vocabulary_size(tmp_path)
+
+
+def test_every_call_that_could_run_code_says_whether_it_may() -> None:
+    """transformers' Auto classes ask on the terminal when nothing is said; no file is unpickled."""
+    root = Path(__file__).parents[2]
+    faults = []
+    for file in root.glob("*/**/*.py"):
+        if file.relative_to(root).parts[0] in (".venv", "tests", "build") or file.is_symlink():
+            continue
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call):
+                continue
+            name, given = ast.unparse(node.func), {one.arg for one in node.keywords}
+            if name.startswith(("Auto", "transformers.Auto")) and name.endswith(".from_pretrained"):
+                wanted = {"trust_remote_code"}
+            elif name == "torch.load":
+                wanted = {"weights_only"}
+            elif name in ("np.load", "numpy.load"):
+                wanted = {"allow_pickle"}
+            else:
+                wanted = {"nothing makes it safe"} if name in ("pickle.load", "pickle.loads", "joblib.load") else set()
+            if not wanted <= given:
+                faults.append(f"{file.relative_to(root)}:{node.lineno}: {name}")
+    assert faults == []

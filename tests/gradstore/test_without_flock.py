@@ -240,3 +240,25 @@ def test_the_lock_file_says_who_writes(without: str, tmp_path: Path) -> None:
     with store.writer("pool", step=0):
         assert json.loads((tmp_path / "store/collections/pool/LOCK").read_text("utf-8"))["pid"] == os.getpid()
         assert gradstore.open(tmp_path / "store").info()["collections"]["pool"]["writer"]
+
+
+def test_a_reader_whose_files_another_machine_removed_gets_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reader without flock cannot show that it reads: what it has not opened yet may be gone. No row is wrong."""
+    store = make(tmp_path / "store")
+    append(store, 0)
+    append(store, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(fcntl, "flock", _refuse)
+        reader = gradstore.open(tmp_path / "store")
+        old = reader.view("pool")
+    gradstore.open(tmp_path / "store", "a").compact(keep="newest")
+    expected = gradstore.open(tmp_path / "store").view("pool").rows(np.arange(8))
+    try:
+        assert np.array_equal(old.rows(np.arange(8)), expected)
+    except GradstoreError as error:
+        line = str(error)
+        assert "\n" not in line
+        assert "open the store again" in line
+    assert np.array_equal(reader.view("pool").rows(np.arange(8)), expected)
