@@ -7,6 +7,7 @@ from dash import ClientsideFunction, Dash, Input, Output, dcc, html
 from gradstore.analysis.explorer import comparison, problem, ranking
 from gradstore.analysis.explorer.access import guard
 from gradstore.analysis.explorer.catalogue import Catalogue
+from gradstore.analysis.explorer.misfits import refuse_misfits
 
 _VIEWS = (("/", "Rank"), ("/problem", "Problem"), ("/compare", "Compare"))
 
@@ -74,6 +75,7 @@ def make_app(catalogue: Catalogue, token: str | None = None) -> Dash:
     ranking.register(app, catalogue)
     problem.register(app, catalogue)
     comparison.register(app, catalogue)
+    refuse_misfits(app.server)
     return app
 
 
