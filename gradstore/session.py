@@ -82,7 +82,7 @@ class Session:
                 try:
                     (self.collection / MANIFEST).unlink()  # first: without it there is no collection, whatever is left
                     fsync_folder(self.collection)
-                    shutil.rmtree(self.collection)
+                    remove_folder(self.collection, store_of(self.collection))
                 finally:
                     self._lock.release(clean=False)
             else:

@@ -7,6 +7,7 @@ from dash import ClientsideFunction, Dash, Input, Output, dcc, html
 from gradstore.analysis.explorer import comparison, problem, ranking
 from gradstore.analysis.explorer.access import MOST_BODY, Access, guard
 from gradstore.analysis.explorer.catalogue import Catalogue
+from gradstore.analysis.explorer.misfits import refuse_misfits
 from gradstore.analysis.explorer.turns import Answers, BusyError, busy
 
 _VIEWS = (("/", "Rank"), ("/problem", "Problem"), ("/compare", "Compare"))
@@ -78,6 +79,7 @@ def make_app(catalogue: Catalogue, access: Access | None = None) -> Dash:
     ranking.register(app, catalogue)
     problem.register(app, catalogue)
     comparison.register(app, catalogue)
+    refuse_misfits(app.server)
     return app
 
 

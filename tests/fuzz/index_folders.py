@@ -6,6 +6,7 @@ that cannot be read is rebuilt, or the query ends with one line.
 
 import io
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -26,6 +27,8 @@ TOP = 8
 KINDS = ("flat", "turbovec")
 METRICS = ("cosine", "dot")
 _FOLDER = "collections/pool/indexes"
+_RANDOM = re.compile(r"(?<=-)[0-9a-f]{16}\b")
+_END = "0123456789abcdef"
 
 FORKS = True
 
@@ -49,7 +52,19 @@ def prepare(folder: Path) -> Honest:
         exact[metric] = dict(zip(map(str, hits.ids), map(float, hits.scores), strict=True))
         for kind in KINDS:
             search(view, wanted, TOP, metric=metric, index=kind)
-    return Honest(read_tree(folder), exact)
+    return Honest(_named_alike(read_tree(folder)), exact)
+
+
+def _named_alike(files: dict[str, bytes]) -> dict[str, bytes]:
+    """The files under names that are the same in every process: those of an index have random ends."""
+    found = {}
+    for name, data in files.items():
+        if name.startswith(_FOLDER):
+            name = _RANDOM.sub(_END, name)
+            if name.endswith("index.json"):
+                data = _sealed(Path(name), _RANDOM.sub(_END, data.decode()).encode())
+        found[name] = data
+    return found
 
 
 def draw(random: Random, honest: Honest) -> dict[str, Any]:

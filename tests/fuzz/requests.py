@@ -396,7 +396,7 @@ def _exchange(honest: Honest, request: bytes, whole: bool = True) -> bytes | Non
                 data += more
         except TimeoutError:
             return data or None
-        except ConnectionError:
+        except OSError:  # the server closed the connection
             return data
         return data
 

@@ -70,7 +70,7 @@ def draw(random: Random, honest: Honest) -> dict[str, Any]:
         before = picture(store)
         try:
             what = mutated(store, random)
-        except GradstoreError as error:  # an edit of a store that another one broke
+        except (GradstoreError, RecursionError) as error:  # an edit of a store that another one broke
             what = f"signed: {error}"
         found = _differences(store, before, Path(folder) / "moved")
         planted = (

@@ -159,8 +159,8 @@ def test_nothing_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     of_text.cache_clear()
     characters = "5 , . - + = < ( ) [ ] { } _ ^ % $ | / : A i x \\ é 中 ² ½ ٣ \ud800 \x00 \u202e"
     pieces = [
-        *characters.split(), " ", "\n", r"\$", r"\{", r"\}", r"\frac", r"\text{", r"\boxed{", r"\pm ", r"\cup ", r"\infty",
-        r"\le ", "1,234", "10_2", " cm", "e999", "9" * 50, " or ", "answer is ", "#### ", "Monday", "True",
+        *characters.split(), " ", "\n", r"\$", r"\{", r"\}", r"\frac", r"\text{", r"\boxed{", r"\pm ", r"\cup ",
+        r"\infty", r"\le ", "1,234", "10_2", " cm", "e999", "9" * 50, " or ", "answer is ", "#### ", "Monday", "True",
     ]  # fmt: skip
     rng = random.Random(3)
     for _ in range(5000):
