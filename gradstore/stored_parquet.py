@@ -1,8 +1,9 @@
 """Reading Parquet files of a store within limits.
 
 A file of some kilobytes can stand for many gigabytes: pages compress, runs repeat, and a dictionary holds a long text
-once for a million rows. So the footer's sizes are checked first. Then rows are read in batches small enough that even
-the longest text in each of them fits in memory, and reading stops when the columns have become too large.
+once for a million rows. So the sizes in the headers of its pages are checked first (the footer may lie). Then rows are
+read in batches small enough that even the longest text in each of them fits in memory, and reading stops when the
+columns have become too large.
 """
 
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from gradstore.errors import DamagedError, first_line
+from gradstore.page_sizes import page_sizes
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -57,7 +59,7 @@ def _read(file: BinaryIO, schema: "pa.Schema", columns: list[str] | None, rows: 
         if not _alike(field.type, own.type):
             raise ValueError(f"column {field.name} is {str(own.type)[:80]}, expected {field.type}")
     wanted = pa.schema([field for field in schema if columns is None or field.name in columns])
-    most_rows, lists = _checked_sizes(found, wanted, size)
+    most_rows, lists = _checked_sizes(file, found, wanted, size)
     if lists:
         found = pq.ParquetFile(file, page_checksum_verification=True, read_dictionary=lists, **limits)
     taken: list[pa.RecordBatch] = []
@@ -88,16 +90,14 @@ def metadata_of(file: BinaryIO) -> dict[bytes, bytes]:
     return read.metadata.metadata or {}
 
 
-def _checked_sizes(found: "pq.ParquetFile", wanted: "pa.Schema", size: int) -> tuple[int, list[str]]:
-    """(rows of a batch, leaf columns to read as dictionaries), by the footer's sizes; ValueError if they are too large.
+def _checked_sizes(file: BinaryIO, found: "pq.ParquetFile", wanted: "pa.Schema", size: int) -> tuple[int, list[str]]:
+    """(rows of a batch, leaf columns to read as dictionaries), by the pages' sizes; ValueError if they are too large.
 
     A text can be as long as all pages of its column together. A row of a list can hold as many texts as the whole
     column, so lists of texts are read as dictionaries, in which a text takes its bytes once.
     """
     total, longest, as_dictionaries = 0, 1, []
-    for name, path, values, nbytes in _leaves(found):
-        if name not in wanted.names:
-            continue
+    for name, path, values, nbytes in _leaves(file, found, wanted.names):
         kind = wanted.field(name).type
         if "string" not in str(kind):
             total += max(nbytes, 8 * values)
@@ -113,17 +113,24 @@ def _checked_sizes(found: "pq.ParquetFile", wanted: "pa.Schema", size: int) -> t
     return (max(1, _BATCH // longest) if longest > 1 else max(1, found.metadata.num_rows)), as_dictionaries
 
 
-def _leaves(found: "pq.ParquetFile") -> Iterator[tuple[str, str, int, int]]:
-    """(column, leaf path, values, uncompressed bytes) of every leaf, over all row groups."""
+def _leaves(file: BinaryIO, found: "pq.ParquetFile", names: list[str]) -> Iterator[tuple[str, str, int, int]]:
+    """(column, leaf path, values, bytes without compression) of every leaf of the columns, over all row groups."""
     metadata = found.metadata
     groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
     for j in range(metadata.num_columns):
-        parts = [group.column(j) for group in groups]
         path = metadata.schema.column(j).path
-        for part in parts:
-            if part.num_values < 0 or part.total_uncompressed_size < 0:
-                raise ValueError(f"column {path[:80]} has a negative size")
-        values, nbytes = sum(part.num_values for part in parts), sum(part.total_uncompressed_size for part in parts)
+        if path.split(".")[0] not in names:
+            continue
+        values = nbytes = 0
+        for part in (group.column(j) for group in groups):
+            start = part.data_page_offset
+            if part.has_dictionary_page and part.dictionary_page_offset is not None:
+                start = min(start, part.dictionary_page_offset)
+            if start < 0 or part.total_compressed_size < 0:
+                raise ValueError(f"column {path[:80]} begins at {start}")
+            for page_bytes, page_values in page_sizes(file, start, start + part.total_compressed_size):
+                nbytes += page_bytes
+                values += page_values
         yield path.split(".")[0], path, values, nbytes
 
 

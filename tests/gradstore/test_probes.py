@@ -55,7 +55,11 @@ def test_a_step_is_read_without_the_others(store, monkeypatch) -> None:
     answer depend on what was asked before."""
     read = []
     whole = additions.read_inside
-    monkeypatch.setattr(additions, "read_inside", lambda path, store: (read.append(path.name), whole(path, store))[1])
+    monkeypatch.setattr(
+        additions,
+        "read_inside",
+        lambda path, *more, **named: (read.append(path.name), whole(path, *more, **named))[1],
+    )
     for step in range(5):
         for target in ("bench", "other"):
             add(store, IDS[: 1 + step % 3], step, target, seed=step)
