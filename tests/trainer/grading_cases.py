@@ -144,6 +144,7 @@ EXPRESSIONS = boxed(
     ("3:4", "3 : 4", True), ("3:4", "4:3", False), (r"\overline{AB}", r"\overline{AB}", True),
     (r"\overline{AB}", r"\overline{AC}", False),
     (r"\angle ABC", r"\angle ABC", True), (r"\angle ABC", r"\angle BAC", False), ("x", "x", True), ("x", "y", False),
+    ("5", r"9^9\infty", False), (r"\sqrt{5}", r"\infty", False),
     (r"A \subset B", r"A\subset B", True), (r"A \subset B", r"B \subset A", False), (r"\frac{x}{y}", "x/y", True),
 )  # fmt: skip
 

@@ -165,12 +165,18 @@ def test_nothing_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = random.Random(3)
     for _ in range(5000):
         gold, other = ("".join(rng.choices(pieces, k=rng.choice([1, 2, 3, 6]))) for _ in range(2))
-        response = rng.choice(["%s", r"\boxed{%s}", "The answer is %s", "$%s$"]).replace(
-            "%s", rng.choice([gold, other])
-        )
+        wrap = rng.choice(["%s", r"\boxed{%s}", "The answer is %s", "$%s$"])
+        response = wrap.replace("%s", rng.choice([gold, other]))
         assert grade(gold, response) in (True, False, None), (gold, response)
         assert unreadable(gold)
     of_text.cache_clear()
+
+
+def test_a_cut_comparison_is_counted() -> None:
+    """sympy may be in disorder afterwards, so whoever keeps the process must know."""
+    before = expressions.interrupted()
+    assert grade("7351", r"\boxed{(9^9)!}") is False
+    assert expressions.interrupted() == before + 1
 
 
 def test_options_are_not_listed() -> None:

@@ -15,6 +15,7 @@ rules, with the published conventions they follow.
 """
 
 from gradstore.trainer.sampling.grading.boxes import last_box
+from gradstore.trainer.sampling.grading.expressions import interrupted
 from gradstore.trainer.sampling.grading.truths import EXPECTED, Truth, grade, read_truth, readable, unreadable
 
-__all__ = ["EXPECTED", "Truth", "grade", "last_box", "read_truth", "readable", "unreadable"]
+__all__ = ["EXPECTED", "Truth", "grade", "interrupted", "last_box", "read_truth", "readable", "unreadable"]

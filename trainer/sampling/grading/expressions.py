@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import logging
 import re
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +37,9 @@ _APPROXIMATELY = re.compile(r"\\(?:approx|simeq|doteq)(?![A-Za-z])")
 _RELATION = re.compile(
     r"[<>]|\\(?:le|ge|ne|in|sim|equiv|subset\w*|mid|to|implies|Rightarrow|cup|cap|not)(?![A-Za-z])|!="
 )
+_RANGES = re.compile(r"\\(?:lim|sum|int|prod)(?![A-Za-z])")
+_CUT: list[float] = []
+"""When a time limit struck, by the monotonic clock."""
 _MOST_WORDS = 4
 """Most words of three letters or more in a truth that is no prose."""
 DEEPEST = 40
@@ -93,7 +97,7 @@ def same(gold: str, answer: str) -> bool:
     """Whether two expressions in the form of `latex` are equal; False for prose, and for what cannot be parsed."""
     if not answer or len(answer) > _LONGEST + 4 * len(gold) or depth(answer) > DEEPEST:
         return False
-    if _words(answer) - _words(gold):
+    if _words(answer) - _words(gold) or _infinite(answer) != _infinite(gold):
         return False
     return squeezed(gold) == squeezed(answer) or _verified(gold, answer)
 
@@ -138,6 +142,19 @@ def squeezed(text: str) -> str:
     return re.sub(r"\s+", "", plain(text) or text)
 
 
+def interrupted() -> int:
+    """How many times a time limit cut sympy short in this process.
+
+    Its caches may hold half-made values after that. A process that grades for others should be replaced then.
+    """
+    return len(_CUT)
+
+
+def _infinite(text: str) -> bool:
+    """Whether infinity is part of a value, not of the range of a limit, sum or integral."""
+    return "\\infty" in text and _RANGES.search(text) is None
+
+
 def _words(text: str) -> set[str]:
     """The words of a text that are no commands or functions."""
     bare = re.sub(r"\\(?:begin|end)\s*\{\w+\*?\}(?:\s*\{[clr| ]*\})?", " ", text)
@@ -163,14 +180,28 @@ def _parsed(source: str, seconds: int) -> tuple[Any, ...]:
     # Its removal of units takes variables for units: a + b - c would become "a +". `without_unit` has removed them.
     form = dataclasses.replace(latex_config.normalization_config, units=False)
     configs = [dataclasses.replace(latex_config, normalization_config=form), verifier.ExprExtractionConfig()]
-    text = f"\\boxed{{{source.replace('**', '^')}}}"
-    return tuple(verifier.parse(text, configs, fallback_mode="no_fallback", parsing_timeout=seconds))
+    text, start = f"\\boxed{{{source.replace('**', '^')}}}", time.monotonic()
+    found = tuple(verifier.parse(text, configs, fallback_mode="no_fallback", parsing_timeout=seconds))
+    _note_limit(start, seconds)
+    return found
 
 
 @functools.lru_cache(maxsize=65536)
 def _verified(gold: str, answer: str) -> bool:
     golden, given = list(_parsed(gold, TRUTH_S)), list(_parsed(answer, ANSWER_S))
-    return bool(golden and given and _math_verify().verify(golden, given, timeout_seconds=ANSWER_S))
+    start = time.monotonic()
+    equal = bool(golden and given and _math_verify().verify(golden, given, timeout_seconds=ANSWER_S))
+    _note_limit(start, ANSWER_S)
+    return equal
+
+
+def _note_limit(start: float, seconds: int) -> None:
+    """After a time limit struck, forget what sympy has remembered: it was cut at any place."""
+    if time.monotonic() - start >= seconds:
+        from sympy.core.cache import clear_cache  # type: ignore[import-untyped]
+
+        _CUT.append(start)
+        clear_cache()
 
 
 @functools.cache
