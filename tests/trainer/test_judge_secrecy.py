@@ -191,6 +191,12 @@ def test_messages_about_the_reward_itself() -> None:
     assert "ssw0rd" not in repr(judge_settings(f"model=m,base_url={url}"))
 
 
+def test_a_key_in_place_of_its_variable(endpoint: Endpoint) -> None:
+    with pytest.raises(RequestError, match=r"key_variable is no name of an environment variable") as bad:
+        load_reward(f"judge:model=m,base_url={endpoint.url},key_variable={KEY.replace('/', '-')}")
+    assert no_key(chain(bad.value))
+
+
 def test_a_proxys_password_is_not_shown(judge: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HTTP_PROXY", "http://robert:ssw0rd-9876@127.0.0.1:1")
     monkeypatch.delenv("NO_PROXY")

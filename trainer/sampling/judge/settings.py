@@ -1,6 +1,7 @@
 """Settings of the judge: model, endpoint, limits of a request, and how a question is put."""
 
 import os
+import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
@@ -57,6 +58,8 @@ class JudgeSettings:
             check_number(name, getattr(self, name), above=0)
         for name in ("retries", "temperature"):
             check_number(name, getattr(self, name), least=0)
+        if not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", self.key_variable):  # it may be a key, put in the wrong place
+            raise RequestError("key_variable is no name of an environment variable, such as OPENAI_API_KEY")
         check_known("answer", self.answer, ANSWERS)
         check_known("rule", self.rule, RULES)
 
