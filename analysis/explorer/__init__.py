@@ -5,6 +5,7 @@ ask, turns.py how much is computed at once, and serving.py how long a client may
 """
 
 import errno
+import gc
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -67,6 +68,7 @@ def serve(
     name = f"[{host}]" if ":" in host else host
     tell(f"http://{name}:{port}/" + (f"?token={access.token}" if token else ""))
     sys.setswitchinterval(0.001)  # a scan's thread then gives way to answers sooner
+    gc.freeze()  # garbage collection, which stops all threads, need not walk through what is loaded so far
     try:
         server.run()
     finally:

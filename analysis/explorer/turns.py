@@ -7,6 +7,7 @@ When too many wait, or one waits too long, the answer is 503 with Retry-After.
 
 import hashlib
 import io
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
@@ -17,6 +18,8 @@ from werkzeug.wrappers import Response
 
 PATH = "/_dash-update-component"
 """Where Dash's pages send the values of their controls."""
+FRESH_SECONDS = 0.25
+"""How long after a publication answers of before may be given."""
 _Wsgi = Callable[[dict[str, Any], Callable], Iterable[bytes]]
 
 
@@ -89,7 +92,9 @@ class Answers:
         self, app: _Wsgi, version: Callable[[], Hashable], turns: Turns | None = None, most_bytes: int = 64 << 20
     ) -> None:
         """version: what a kept answer depends on beside the request. most_bytes: of kept answers, the oldest go."""
-        self._app, self._version, self._turns, self._most_bytes = app, version, turns or Turns(), most_bytes
+        self._app, self._turns, self._most_bytes = app, turns or Turns(), most_bytes
+        self._version, self._known_until = version, 0.0
+        self._known: Hashable = None
         self._kept: OrderedDict[tuple, tuple[str, list, bytes]] = OrderedDict()
         self._n_bytes, self._lock = 0, Lock()
 
@@ -106,7 +111,7 @@ class Answers:
         return [content]
 
     def _answer(self, environ: dict[str, Any], body: bytes) -> tuple[str, list, bytes]:
-        key = (hashlib.sha256(body).digest(), environ.get("CONTENT_TYPE"), self._version())
+        key = (hashlib.sha256(body).digest(), environ.get("CONTENT_TYPE"), self._newest())
         if found := self._find(key):
             return found
         with self._turns.answer():
@@ -116,6 +121,13 @@ class Answers:
         if computed[0].startswith("200"):
             self._keep(key, computed)
         return computed
+
+    def _newest(self) -> Hashable:
+        """The version, looked up four times a second: a lookup reads files, each of which waits for Python's lock."""
+        if time.monotonic() >= self._known_until:
+            self._known_until = time.monotonic() + FRESH_SECONDS
+            self._known = self._version()
+        return self._known
 
     def _find(self, key: tuple) -> tuple[str, list, bytes] | None:
         with self._lock:

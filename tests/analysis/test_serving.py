@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from gradstore.analysis.explorer import serve, serving
+from gradstore.analysis.explorer import serve, serving, turns
 from gradstore.analysis.explorer.access import MOST_BODY, Access, guard
 from gradstore.analysis.explorer.serving import Server, listen, make_server
 from gradstore.analysis.explorer.turns import PATH, Answers, BusyError, Line, Turns
@@ -260,6 +260,7 @@ def test_an_answer_is_computed_once_until_something_is_published() -> None:
         assert post(app, "same")[2] == b'"same"'
     assert asked.n == 1
     commit[0] = 1
+    time.sleep(turns.FRESH_SECONDS)
     post(app, "same")
     post(app, "other")
     assert asked.n == 3
@@ -311,12 +312,12 @@ def test_nobody_waits_for_ever() -> None:
 
 def test_who_waits_for_a_scan_lets_others_pass() -> None:
     """Quick answers do not wait for slow ones; the line for scans is bounded too."""
-    turns = Turns(Line(1, 10, 5.0), Line(1, 2, 5.0))
+    both = Turns(Line(1, 10, 5.0), Line(1, 2, 5.0))
     done: list[str] = []
 
     def slow(number: int) -> None:
         try:
-            with turns.answer(), turns.scan():
+            with both.answer(), both.scan():
                 time.sleep(0.3)
             done.append("slow")
         except BusyError:
@@ -326,13 +327,13 @@ def test_who_waits_for_a_scan_lets_others_pass() -> None:
     for thread in threads:
         thread.start()
     time.sleep(0.1)
-    with turns.answer():
+    with both.answer():
         done.append("quick")
     for thread in threads:
         thread.join()
     assert done.index("quick") < done.index("slow")
     assert sorted(done) == ["busy", "busy", "quick", "slow", "slow", "slow"]
-    with turns.answer(), turns.scan():
+    with both.answer(), both.scan():
         pass
 
 
@@ -342,8 +343,8 @@ def test_a_busy_scan_is_told_to_come_back(history: Any) -> None:
     from gradstore.analysis.explorer.app import make_app
     from gradstore.analysis.explorer.catalogue import Catalogue
 
-    turns = Turns(Line(1, 1, 1.0), Line(1, 0, 0.0))
-    catalogue = Catalogue(gradstore.open(history.store.path), "pool", ("bench",), turns=turns)
+    full = Turns(Line(1, 1, 1.0), Line(1, 0, 0.0))
+    catalogue = Catalogue(gradstore.open(history.store.path), "pool", ("bench",), turns=full)
     client = make_app(catalogue).server.test_client()
     known = next(one for one in client.get("/_dash-dependencies").json if "comparison" in one["output"])
     values = {"left-benchmark": "bench", "right-benchmark": "bench", "left-step": "0", "right-step": "10"}
