@@ -49,7 +49,7 @@ def picks_over_time(
         among = Counter(group for each in groups for group in each)
         of_picks = Counter(group for each, chosen in zip(groups, picked, strict=True) if chosen for group in each)
         rows += [(one.number, group, of_picks[group], among[group]) for group in among]
-        steps[one.number], totals[one.number] = int(one.about["step"]), (int(picked.sum()), len(table))
+        steps[one.number], totals[one.number] = int(one.step), (int(picked.sum()), len(table))
     counts = pd.DataFrame(rows, columns=["round", "group", "n", "n_candidates"])
     every = pd.MultiIndex.from_product([list(totals), sorted(set(counts["group"]))], names=["round", "group"])
     whole = counts.set_index(["round", "group"]).reindex(every, fill_value=0).reset_index()

@@ -55,7 +55,7 @@ def counterfactual(
     names = [benchmark] if isinstance(benchmark, str) else list(benchmark)
     if not names:
         raise RequestError("no benchmark given: name at least one")
-    recorded = {int(one.about["step"]): one for one in store.rounds(pool)}
+    recorded = {int(one.step): one for one in store.rounds(pool)}
     chosen = sorted(recorded) if steps is None and recorded else steps_of(store, names[0], steps).tolist()
     later = _LaterRows(store, pool)
     rows: list[dict] = []

@@ -4,8 +4,13 @@
 
 Makes an int8 store of random rows in a temporary folder and runs `gradstore query` on it in new processes. This process
 times, interleaved: the exact scan, reading the same bytes once, and decoding them once. Times have their spread.
+
+The query runs also without the checks of files and codes, which only this benchmark can switch off. Both are compared in
+the same repeat: wall time, and processor time, which other load on the machine changes less. The same for the first and a
+later scan in this process.
 """
 
+import resource
 import subprocess
 import sys
 import tempfile
@@ -18,8 +23,18 @@ import numpy as np
 import typer
 
 import gradstore
+from benchmarks.timing import interleaved
+from gradstore import chunks
 from gradstore.cli.show import print_table
 from gradstore.engine.searching.query import search
+
+_UNCHECKED = """
+from gradstore import Store, chunks
+from gradstore.stored_rows import StoredRows
+chunks._Checked.holds = lambda *_: True
+Store.check_files = StoredRows.read_ahead = lambda *_: None
+"""
+_RUN = "from gradstore.cli import main; main()"
 
 
 def main(
@@ -31,6 +46,7 @@ def main(
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "store"
         make_store(path, rows, dim)
+        compare_checks(path, dim, repeats)
         view = gradstore.open(path).view("pool")
         query = np.random.default_rng(1).normal(size=dim).astype(np.float32)
         codes = sorted(path.glob("collections/pool/*/codes/c*"))
@@ -60,6 +76,65 @@ def main(
         ],
         right=["median s", "min s", "max s", "x reading"],
     )
+
+
+def compare_checks(path: Path, dim: int, repeats: int) -> None:
+    """Time queries with and without the checks, and print the ratios of each repeat."""
+    asked = ["query", str(path), "--against", "bench", "--top", "20"]
+    query = np.random.default_rng(1).normal(size=dim).astype(np.float32)
+    view, holds = gradstore.open(path).view("pool"), chunks._Checked.holds
+    spent: dict[str, list[float]] = {}
+
+    def processor_time(name: str, job: Callable[[], object]) -> Callable[[], object]:
+        def run() -> object:
+            before = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+            told = job()
+            after = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+            pairs = zip(before, after, strict=True)
+            spent.setdefault(name, []).append(sum(b.ru_utime + b.ru_stime - a.ru_utime - a.ru_stime for a, b in pairs))
+            return told
+
+        return run
+
+    def first(checked: bool) -> float:
+        fresh = gradstore.open(path).view("pool")
+        chunks._CHECKED = chunks._Checked()
+        chunks._Checked.holds = holds if checked else lambda *_: True  # type: ignore[method-assign, assignment]
+        try:
+            started = time.perf_counter()
+            search(fresh, query, 20)
+            return time.perf_counter() - started
+        finally:
+            chunks._Checked.holds = holds  # type: ignore[method-assign]
+
+    def files() -> float:
+        fresh = gradstore.open(path)
+        started = time.perf_counter()
+        fresh.check_files()
+        return time.perf_counter() - started
+
+    def command(before: str) -> Callable[[], object]:
+        return lambda: subprocess.run([sys.executable, "-c", before + _RUN, *asked], check=True, capture_output=True)
+
+    jobs: dict[str, Callable[[], object]] = {
+        "query in a fresh process, unchecked": command(_UNCHECKED),
+        "query in a fresh process": command(""),
+        "first scan, unchecked": lambda: first(False),
+        "first scan": lambda: first(True),
+        "later scan": lambda: search(view, query, 20),
+        "check_files": files,
+    }
+    seconds = interleaved({name: processor_time(name, job) for name, job in jobs.items()}, repeats)
+    bases = {"query in a fresh process": "query in a fresh process, unchecked", "first scan": "first scan, unchecked"}
+    lines = []
+    for name, wall in seconds.items():
+        used = np.array(spent[name][-repeats:])
+        base = bases.get(name, name)
+        ratios = wall / seconds[base], used / np.array(spent[base][-repeats:])
+        shown = [f"{np.median(ratio):.3f} ({ratio.min():.2f}-{ratio.max():.2f})" for ratio in ratios]
+        lines.append([name, f"{np.median(wall):.4f}", f"{np.median(used):.4f}", *(shown if base != name else ["", ""])])
+    columns = ["what", "wall s", "processor s", "wall, x unchecked", "processor, x unchecked"]
+    print_table(f"the checks, {repeats} interleaved repeats, medians (range)", columns, lines, right=columns[1:3])
 
 
 def make_store(path: Path, rows: int, dim: int) -> None:

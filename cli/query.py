@@ -62,11 +62,6 @@ def query(
 ) -> None:
     """Which problems align with a benchmark, or with several, best first."""
     import gradstore
-    from gradstore.engine.searching.fisher import DAMPING
-    from gradstore.engine.searching.fusion import search_fused
-    from gradstore.engine.searching.query import search
-    from gradstore.engine.searching.targets import target
-    from gradstore.engine.searching.where import Where
 
     if not against:
         raise RequestError("query needs a benchmark: --against NAME")
@@ -76,7 +71,16 @@ def query(
     if several and (layers or index != "scan"):
         raise RequestError("--layers and --index are for one benchmark: give --against once")
     opened = gradstore.open(store)
-    view = opened.view(_pool(opened, pool, against), at)
+    chosen = _pool(opened, pool, against)
+    opened.check_files(chosen, *against)
+    view = opened.view(chosen, at)
+    view.stored.read_ahead()  # Reading and checking the codes takes as long as these imports.
+    from gradstore.engine.searching.fisher import DAMPING
+    from gradstore.engine.searching.fusion import search_fused
+    from gradstore.engine.searching.query import search
+    from gradstore.engine.searching.targets import target
+    from gradstore.engine.searching.where import Where
+
     wanted = [target(opened, name, at, cast("Aggregate", aggregate)) for name in against]
     strength = DAMPING if damping is None else damping
     asked: dict[str, Any] = {
@@ -196,9 +200,11 @@ def select(
 
     opened = gradstore.open(store)
     names = against or []
+    chosen = _pool(opened, pool, names)
+    opened.check_files(chosen, *names)
     selection = choose(
         opened,
-        _pool(opened, pool, names),
+        chosen,
         [target(opened, name, at, cast("Aggregate", aggregate)) for name in names],
         n,
         selector,

@@ -28,8 +28,11 @@ from gradstore.durable import (
     write_past_cache,
     writing,
 )
-from gradstore.layout import IN_USE, PROBLEMS, ZARR, RowArray, group_json
+from gradstore.inside import names_inside, open_inside, read_inside, remove_file
+from gradstore.layout import IN_USE, PROBLEMS, ZARR, RowArray, group_json, store_of
 
+MOST_TEXT = 1 << 16
+"""Largest zarr.json of an array or group."""
 _WRITES_WAITING = 2
 """Most pending calls of `write`: more would only hold memory."""
 _LARGE = 1 << 20
@@ -195,7 +198,7 @@ class Appender:
         path = self._generation / array.name / array.chunk_file(chunk)
         with writing(path):
             existed = path.exists()
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            descriptor = open_inside(path, store_of(self._generation.parent), os.O_RDWR | os.O_CREAT)
             self._open[array.name] = _OpenChunk(path, descriptor)
             if not existed:
                 self._grown.add(path.parent)
@@ -222,8 +225,7 @@ def show_rows(generation: Path, arrays: tuple[RowArray, ...], rows: int) -> None
     def show(array: RowArray) -> None:
         path = generation / array.name / ZARR
         text = array.zarr_json(rows)
-        with writing(path):
-            current = path.read_bytes() if path.exists() else b""
+        current = read_inside(path, store_of(generation.parent), MOST_TEXT) if os.path.lexists(path) else b""
         if current != text:
             replace_file(path, text)
 
@@ -236,18 +238,19 @@ def clear_beyond(generation: Path, arrays: tuple[RowArray, ...], rows: int) -> N
         full, within = divmod(rows, array.chunk_rows)
         folder = generation / array.name
         keep = {array.chunk_file(chunk) for chunk in range(array.chunks(rows))}
+        store = store_of(generation.parent)
         with writing(folder):
-            for path in folder.iterdir():
-                if path.name != ZARR and path.name not in keep:
-                    path.unlink()
+            for name in names_inside(folder, store):
+                if array.is_chunk_file(name) and name not in keep:
+                    remove_file(folder / name, store)
             fsync_folder(folder)
         if within:
-            _clear_tail(folder / array.chunk_file(full), within * array.row_bytes, array.chunk_bytes)
+            _clear_tail(folder / array.chunk_file(full), store, within * array.row_bytes, array.chunk_bytes)
 
 
-def _clear_tail(path: Path, used: int, size: int) -> None:
+def _clear_tail(path: Path, store: Path, used: int, size: int) -> None:
     with writing(path):
-        descriptor = os.open(path, os.O_RDWR)
+        descriptor = open_inside(path, store, os.O_RDWR)
         try:
             tail = os.pread(descriptor, size - used, used)
             if tail.count(0) == size - used:

@@ -3,23 +3,49 @@
 The checksum of the bytes is in the file's name, so a reader and `verify` can detect damage without an index.
 """
 
-import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from gradstore.durable import TEMPORARY, alone, crc32c, make_folder, reading, replace_file, writing
-from gradstore.errors import DamagedError, RequestError
+from gradstore.durable import TEMPORARY, alone, crc32c, make_folder, replace_file, writing
+from gradstore.errors import DamagedError, GradstoreError, RequestError
+from gradstore.inside import check_folder, names_inside, read_inside
+from gradstore.inventory import OF_STORE, check_inventory, take_inventory
+from gradstore.layout import is_name
+from gradstore.schema import Checker, lists, number, one_of, optional, record, text, whole
 
 ATTACHMENTS = "attachments"
 COVERAGE = "coverage.json"
 """Attachment with the measured coverage of the store's sketches."""
 _FILE = re.compile(r"(.+)\.([0-9a-f]{8})")
+_SHARE = number(0)
+_LEFT_OUT = {"name": text(), "parameters": _SHARE, "gradient": optional(_SHARE), "is_known": one_of(True, False)}
+_COVERAGE = Checker(
+    record(
+        {},
+        {
+            "parameters": _SHARE,
+            "gradient": optional(_SHARE),
+            "n_groups": whole(),
+            "lookups": _SHARE,
+            "left_out": lists(record({}, _LEFT_OUT)),
+        },
+    )
+)
+
+
+def checksum_in(name: str) -> int | None:
+    """Checksum in the name of an attachment's file; None if it is the name of none."""
+    match = _FILE.fullmatch(name)
+    return int(match[2], 16) if match is not None and is_name(match[1]) else None
 
 
 def write_attachment(store: Path, name: str, data: bytes) -> None:
     """Store bytes under a name, durably; an attachment never changes."""
+    if not is_name(name):
+        raise RequestError(f"attachment name {name!r:.80} is not possible: use letters, digits, '.', '_' and '-'")
+    check_folder(store / ATTACHMENTS, store)
     make_folder(store / ATTACHMENTS)
     replace_file(store / ATTACHMENTS / f"{name}.{crc32c(data):08x}", data)
 
@@ -29,8 +55,7 @@ def read_attachment(store: Path, name: str) -> bytes:
     path = _find(store, name)
     if path is None:
         raise RequestError(f"{store}: keeps no attachment {name!r}")
-    with reading(path):
-        data = path.read_bytes()
+    data = read_inside(path, store, crc=checksum_in(path.name))
     if not _is_whole(path, data):
         raise DamagedError(f"{path}: damaged: bytes do not match the checksum in its name")
     return data
@@ -40,9 +65,12 @@ def read_attachment(store: Path, name: str) -> bytes:
 def adding(store: Path) -> Iterator[None]:
     """Lock against other processes that add attachments, so that check and write are one atomic step."""
     folder = store / ATTACHMENTS
+    check_folder(folder, store)
     make_folder(folder)
     with writing(folder), alone(folder):
+        check_inventory(store, store)
         yield
+        take_inventory(store, store, OF_STORE)
 
 
 def keep_coverage(store: Path, data: bytes) -> None:
@@ -55,25 +83,36 @@ def keep_coverage(store: Path, data: bytes) -> None:
 def read_coverage(store: Path) -> dict | None:
     """Coverage: the part of the trained gradient that the sketches contain (docs/format.md); None if not measured.
 
-    It was measured when the store was made. DamagedError if the bytes changed.
+    It was measured when the store was made. DamagedError if the bytes changed, or a field cannot be.
     """
-    return None if _find(store, COVERAGE) is None else json.loads(read_attachment(store, COVERAGE))
+    if _find(store, COVERAGE) is None:
+        return None
+    found: dict = _COVERAGE.parse(read_attachment(store, COVERAGE), store / ATTACHMENTS / COVERAGE)
+    return found
 
 
 def damaged_attachments(store: Path) -> Iterator[tuple[Path, str]]:
     """Each damaged or unknown file among the attachments, with a description of the fault."""
-    for path in sorted((store / ATTACHMENTS).glob("*")):
+    for path in (store / ATTACHMENTS / name for name in names_inside(store / ATTACHMENTS, store)):
         if path.name.startswith(TEMPORARY):
             continue
         if not _FILE.fullmatch(path.name):
             yield path, "not a file of this store"
-        elif not _is_whole(path, path.read_bytes()):
-            yield path, "bytes do not match the checksum in its name"
+            continue
+        try:
+            if not _is_whole(path, read_inside(path, store, crc=checksum_in(path.name))):
+                yield path, "bytes do not match the checksum in its name"
+        except GradstoreError as error:
+            yield path, str(error).removeprefix(f"{path}: ")
 
 
 def _find(store: Path, name: str) -> Path | None:
-    found = [path for path in (store / ATTACHMENTS).glob(f"{name}.*") if _FILE.fullmatch(path.name)]
-    return found[0] if found else None
+    folder = store / ATTACHMENTS
+    matches = map(_FILE.fullmatch, names_inside(folder, store))
+    found = [match[0] for match in matches if match and match[1] == name]
+    if len(found) > 1:
+        raise DamagedError(f"{folder}: damaged: {len(found)} attachments have the name {name!r}, expected one")
+    return folder / found[0] if found else None
 
 
 def _is_whole(path: Path, data: bytes) -> bool:

@@ -7,7 +7,6 @@ basis. A basis is an attachment `basis-NNNNNN.json`, written after the files it 
 A query of a store with B bases of D dimensions is one vector of B * D: one block per basis.
 """
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,8 +16,12 @@ from typing import Any
 from gradstore.attachments import ATTACHMENTS, adding, read_attachment, write_attachment
 from gradstore.durable import canonical_json
 from gradstore.errors import DamagedError
+from gradstore.header import LAYOUT, layout_of
+from gradstore.inside import names_inside
+from gradstore.schema import ANYTHING, Checker, mapping, record, text
 
 _FILE = re.compile(r"(basis-([0-9]{6})\.json)\.[0-9a-f]{8}")
+_BODY = Checker(record({"digest": text(), "layout": LAYOUT, "about": mapping(ANYTHING)}))
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,28 +42,38 @@ def first_basis(fingerprint: dict, dim: int) -> Basis:
     """Build basis 0 from the fingerprint."""
     projection = fingerprint.get("projection")
     digest = projection.get("basis", "") if isinstance(projection, dict) else ""
-    layout = fingerprint.get("layout", [["all", 0, dim]])
-    return Basis(0, str(digest), [(name, start, stop) for name, start, stop in layout], {})
+    return Basis(0, str(digest), layout_of(fingerprint, dim, "fingerprint"), {})
 
 
-def added_bases(store: Path) -> list[Basis]:
-    """Bases 1, 2, ... in order; DamagedError if one is missing or its bytes changed."""
-    folder = store / ATTACHMENTS
-    if not folder.is_dir():
-        return []
-    found = sorted({(int(match[2]), match[1]) for path in folder.iterdir() if (match := _FILE.fullmatch(path.name))})
+def count_bases(store: Path) -> int:
+    """Number of bases, the first included; reads names alone. DamagedError if one is missing."""
+    return 1 + len(_names(store))
+
+
+def added_bases(store: Path, dim: int) -> list[Basis]:
+    """Bases 1, 2, ... in order, of `dim` dimensions; DamagedError if one is missing, changed, or cannot be."""
     bases = []
-    for number, (named, name) in enumerate(found, start=1):
+    for number, name in enumerate(_names(store), start=1):
+        file = store / ATTACHMENTS / name
+        value = _BODY.parse(read_attachment(store, name), file)
+        bases.append(Basis(number, value["digest"], layout_of(value, dim, file), value["about"]))
+    return bases
+
+
+def _names(store: Path) -> list[str]:
+    """Names of the attachments that hold the bases 1, 2, ..."""
+    folder = store / ATTACHMENTS
+    matches = map(_FILE.fullmatch, names_inside(folder, store))
+    found = sorted({(int(match[2]), match[1]) for match in matches if match})
+    for number, (named, _) in enumerate(found, start=1):
         if named != number:
             raise DamagedError(f"{folder}: basis {number} is missing, basis {named} is there")
-        value = json.loads(read_attachment(store, name))
-        layout = [(layer, start, stop) for layer, start, stop in value["layout"]]
-        bases.append(Basis(number, value["digest"], layout, value["about"]))
-    return bases
+    return [name for _, name in found]
 
 
 def add_basis(
     store: Path,
+    dim: int,
     digest: str,
     layout: list[tuple[str, int, int]],
     about: Mapping[str, Any],
@@ -71,7 +84,7 @@ def add_basis(
     attachments: files by name; the store must not have a name yet, or have it with the same bytes.
     """
     with adding(store):
-        bases = added_bases(store)
+        bases = added_bases(store, dim)
         for basis in bases:
             if basis.digest == digest:
                 return basis.number

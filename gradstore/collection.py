@@ -6,6 +6,7 @@ from pathlib import Path
 from gradstore.chunks import CodeRows
 from gradstore.errors import RequestError
 from gradstore.header import Header
+from gradstore.inventory import OF_COLLECTION, check_inventory, take_inventory
 from gradstore.layout import COLLECTIONS, check_collection, check_name
 from gradstore.manifest import Manifest
 from gradstore.problem_table import ProblemTable
@@ -60,8 +61,10 @@ class Collection:
         """Write an addition (probes or a round) for known problems, under the lock; returns its number."""
         with Session(self.header, self.folder) as session:
             self.problems(session.manifest).rows_of(ids, self.where)
+            check_inventory(self.folder, self._store)  # A new part must not take the number of one that was lost.
             session.unpublished = True
             number = write()
+            take_inventory(self.folder, self._store, OF_COLLECTION, session.manifest.commit)
             session.unpublished = False
         return number
 

@@ -6,6 +6,7 @@ damage never gets a new, valid checksum.
 """
 
 from dataclasses import asdict, dataclass
+from itertools import count
 from pathlib import Path
 from typing import Literal
 
@@ -67,7 +68,7 @@ def _compact(header: Header, folder: Path, keep: str) -> CompactedCollection:
         kept_rows = snapshot.alive()
         if keep == "newest":
             kept_rows = _current(snapshot)
-        kept_problems = np.ones(old.n_problems, dtype=bool)
+        kept_problems = np.ones(snapshot.n_problems, dtype=bool)
         kept_problems[snapshot.deleted()] = False
         if old.tombstones or not kept_rows.all():
             session.unpublished = True
@@ -98,7 +99,8 @@ def _current(snapshot: Snapshot) -> np.ndarray:
 
 def _rewrite(session: Session, snapshot: Snapshot, kept_rows: np.ndarray, kept_problems: np.ndarray) -> None:
     header, folder = session.header, session.collection
-    number = generations(folder)[-1] + 1
+    used = {session.manifest.generation, *generations(folder)}
+    number = next(n for n in count(session.manifest.generation + 1) if n not in used)
     generation = folder / generation_name(number)
     create_generation(generation, header.arrays)
     parts = _write_problems(generation / PROBLEMS, snapshot, kept_problems)

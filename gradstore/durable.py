@@ -11,7 +11,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import cache
 from pathlib import Path
 from queue import SimpleQueue
@@ -170,7 +170,7 @@ def replacing_file(path: Path, beside: AbstractContextManager[None] | None = Non
     """Context manager: yields a file for the new content, renamed into place at the end; not if the block raises."""
     temporary = path.with_name(f"{TEMPORARY}{path.name}")
     with writing(path):
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        descriptor = _new_file(temporary)
         try:
             with open(descriptor, "wb", closefd=False) as file:
                 yield file
@@ -180,6 +180,16 @@ def replacing_file(path: Path, beside: AbstractContextManager[None] | None = Non
             os.close(descriptor)
         os.rename(temporary, path)
         fsync_folder(path.parent)
+
+
+def _new_file(path: Path) -> int:
+    """Descriptor of a new file, in place of what an interrupted writer left, or of a link that somebody put there."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+    try:
+        return os.open(path, flags, 0o666)
+    except FileExistsError:
+        os.unlink(path)
+        return os.open(path, flags, 0o666)
 
 
 @contextmanager
@@ -203,6 +213,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     unfinished = final.with_name(f"{TEMPORARY}{os.getpid()}-{final.name}")
     try:
         with writing(path):
+            unfinished.unlink(missing_ok=True)  # A link there would be written through.
             try:
                 yield unfinished
                 _fsync(unfinished)
@@ -262,8 +273,13 @@ def make_folder(folder: Path) -> None:
 
 
 def folder_bytes(folder: Path) -> int:
-    """Bytes of all files in a folder and its subfolders."""
-    return sum(file.stat().st_size for file in folder.glob("**/*") if file.is_file())
+    """Bytes of all files in a folder and its subfolders; follows no links."""
+    total = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):
+                total += os.lstat(os.path.join(place, name)).st_size
+    return total
 
 
 def preallocate(descriptor: int, size: int) -> None:

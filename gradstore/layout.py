@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from gradstore.errors import RequestError
+from gradstore.inside import names_inside
 
 FORMAT = 1
 """Version of the on-disk format; a reader refuses a newer one."""
@@ -55,8 +56,15 @@ _CODES = {
 }
 DTYPES = tuple(_CODES)
 
+PROBLEM_PART = r"part-[0-9]{6,9}\.parquet"
+"""Names of the parts of the problems, as a regular expression."""
+MOST_DIM = 1 << 24
+MOST_CHUNK_ROWS = 1 << 24
+MOST_CHUNK_BYTES = 1 << 32
+"""Limits of a store's header: a number alone must not make a reader or writer take memory or disk without end."""
+
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
-_GENERATION = re.compile(r"g(0|[1-9][0-9]*)")
+_GENERATION = re.compile(r"g(0|[1-9][0-9]{0,8})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +100,10 @@ class RowArray:
 
     def chunk_file(self, chunk: int) -> str:
         return f"c.{chunk}" if self.width is None else f"c.{chunk}.0"
+
+    def is_chunk_file(self, name: str) -> bool:
+        """Whether a file of this name can be a chunk."""
+        return re.fullmatch(r"c\.(0|[1-9][0-9]*)" + ("" if self.width is None else r"\.0"), name) is not None
 
     def zarr_json(self, rows: int) -> bytes:
         """The exact bytes of the array's zarr.json for `rows` rows."""
@@ -150,16 +162,17 @@ def group_json(attributes: dict) -> bytes:
 
 def check_name(name: object) -> str:
     """Check and return a collection's name; RequestError states the rule for names."""
-    if not isinstance(name, str) or not _NAME.fullmatch(name) or len(name) > 200:
+    if not isinstance(name, str) or not is_name(name):
         rule = "use letters, digits, '.', '_' and '-', not starting with a dot, at most 200 of them"
         raise RequestError(f"collection name {name!r} is not possible: {rule}")
     return name
 
 
-def check_whole(name: str, value: Any, least: int, note: str = "") -> int:
-    """Check and return a whole number; RequestError names it with `note` if it is another thing or below `least`."""
-    if isinstance(value, bool) or not hasattr(value, "__index__") or not least <= value.__index__() < 2**63:
-        raise RequestError(f"{name} must be a whole number of at least {least}{note}, not {value!r}")
+def check_whole(name: str, value: Any, least: int, note: str = "", most: int = 2**63 - 1) -> int:
+    """Check and return a whole number; RequestError names it with `note` if it is another thing or out of bounds."""
+    if isinstance(value, bool) or not hasattr(value, "__index__") or not least <= value.__index__() <= most:
+        limit = "" if most == 2**63 - 1 else f" and at most {most}"
+        raise RequestError(f"{name} must be a whole number of at least {least}{limit}{note}, not {value!r}")
     return int(value)
 
 
@@ -168,15 +181,26 @@ def check_step(step: Any) -> int:
     return check_whole("step", step, 0, " (0 = the base model)")
 
 
+def is_name(name: str) -> bool:
+    """Whether this can be the name of a collection or of an attachment."""
+    return len(name) <= 200 and _NAME.fullmatch(name) is not None
+
+
 def collection_names(store: Path) -> list[str]:
     """Names of a store's collections, sorted."""
-    return sorted(entry.parent.name for entry in (store / COLLECTIONS).glob(f"*/{MANIFEST}"))
+    names = names_inside(store / COLLECTIONS, store)
+    return [name for name in names if is_name(name) and (store / COLLECTIONS / name / MANIFEST).exists()]
+
+
+def store_of(collection: Path) -> Path:
+    """The store's folder, from a collection's."""
+    return collection.parent.parent
 
 
 def check_collection(folder: Path) -> None:
     """Raise RequestError, which names the store's collections, if there is none in the folder."""
     if not (folder / MANIFEST).exists():
-        store = folder.parent.parent
+        store = store_of(folder)
         known = ", ".join(collection_names(store)) or "none"
         raise RequestError(f"{store}: there is no collection {folder.name!r}; the store has {known}")
 
@@ -187,8 +211,8 @@ def generation_name(generation: int) -> str:
 
 def generations(collection: Path) -> list[int]:
     """Numbers of the generation folders that exist, published or not."""
-    found = (_GENERATION.fullmatch(entry.name) for entry in collection.iterdir())
-    return sorted(int(match[1]) for match in found if match)
+    names = names_inside(collection, store_of(collection))
+    return sorted(int(match[1]) for match in map(_GENERATION.fullmatch, names) if match)
 
 
 def _text(value: dict) -> bytes:

@@ -15,8 +15,13 @@ import weakref
 from pathlib import Path
 
 from gradstore.durable import fsync_folder, write_all, writing
-from gradstore.errors import LockedError
-from gradstore.layout import IN_USE, LOCK
+from gradstore.errors import DamagedError, LockedError
+from gradstore.inside import open_inside
+from gradstore.layout import IN_USE, LOCK, store_of
+from gradstore.schema import Checker, record, text, whole
+
+_HOLDER = Checker(record({"pid": whole(1, 2**31 - 1), "host": text(), "started": text(), "program": text()}))
+_HOLDER_BYTES = 1 << 16
 
 
 class WriterLock:
@@ -29,7 +34,7 @@ class WriterLock:
         self._path = collection / LOCK
         with writing(self._path):
             created = not self._path.exists()
-            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
+            descriptor = open_inside(self._path, store_of(collection), os.O_RDWR | os.O_CREAT)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -73,9 +78,11 @@ class WriterLock:
 def read_holder(collection: Path) -> str:
     """Text of the lock file: names a running or interrupted writer; empty if the last one closed properly."""
     try:
-        return (collection / LOCK).read_text(errors="replace")
+        descriptor = open_inside(collection / LOCK, store_of(collection))
     except OSError:
         return ""
+    with os.fdopen(descriptor, "rb") as file:
+        return file.read(_HOLDER_BYTES).decode(errors="replace")
 
 
 def is_running(content: str) -> bool:
@@ -84,13 +91,13 @@ def is_running(content: str) -> bool:
     The lock itself is not probed: taking it even for a moment could refuse a writer that is starting.
     """
     try:
-        holder = json.loads(content)
+        holder = _HOLDER.parse(content, LOCK)
         if holder["host"] != socket.gethostname():
             return False
         os.kill(holder["pid"], 0)
     except PermissionError:
         return True
-    except (ValueError, KeyError, TypeError, OSError):
+    except (DamagedError, OSError):
         return False
     return True
 
@@ -100,9 +107,9 @@ def describe_holder(content: str) -> str:
     if not content:
         return ""
     try:
-        holder = json.loads(content)
+        holder = _HOLDER.parse(content, LOCK)
         return f"process {holder['pid']} on {holder['host']} ({holder['program']}, since {holder['started']})"
-    except (ValueError, KeyError, TypeError):
+    except DamagedError:
         return "a process that did not get to name itself"
 
 
@@ -127,7 +134,7 @@ def take_lease(generation: Path) -> Lease | None:
     """Take a lease on a generation's files; None if they are being removed or no longer exist."""
     path = generation / IN_USE
     try:
-        descriptor = os.open(path, os.O_RDONLY)
+        descriptor = open_inside(path, store_of(generation.parent))
     except FileNotFoundError:
         return None
     except OSError:
@@ -146,7 +153,7 @@ def take_lease(generation: Path) -> Lease | None:
 
 def claim_for_removal(generation: Path) -> int | None:
     """Lock a generation exclusively, for removal; returns an open descriptor, or None if a reader uses it."""
-    descriptor = os.open(generation / IN_USE, os.O_RDWR | os.O_CREAT, 0o666)
+    descriptor = open_inside(generation / IN_USE, store_of(generation.parent), os.O_RDWR | os.O_CREAT)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

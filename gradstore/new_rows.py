@@ -99,7 +99,7 @@ class NewRows:
         for row, (problem_id, given) in enumerate(zip(self.ids, texts, strict=True)):
             if given is not None and not isinstance(given, str):
                 raise RequestError(f"{self._where}: problem {problem_id!r}: reason {given!r} is not a string")
-            text = (given or "")[:_REASON_LENGTH]
+            text = (given or "")[:_REASON_LENGTH].encode(errors="replace").decode()  # Half surrogate pairs are no text.
             if states_P[row] == State.FAILED and not text:
                 raise RequestError(f"{self._where}: problem {problem_id!r} failed without a reason; say why")
             if text not in number:

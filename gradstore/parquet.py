@@ -12,12 +12,12 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 
-def table_bytes(table: "pa.Table", **options: Any) -> bytes:
+def table_bytes(table: "pa.Table", *, compression: str = "zstd", **options: Any) -> bytes:
     """A Parquet file as bytes, compressed. options: of `pyarrow.parquet.write_table`."""
     import pyarrow.parquet as pq
 
     buffer = io.BytesIO()
-    pq.write_table(table, buffer, compression="zstd", **options)
+    pq.write_table(table, buffer, compression=compression, **options)
     return buffer.getvalue()
 
 

@@ -6,21 +6,24 @@ defines naming and durability.
 
 import io
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from gradstore import additions
 from gradstore.collection import Collection
 from gradstore.durable import canonical_json
-from gradstore.errors import RequestError
+from gradstore.errors import DamagedError, RequestError
 from gradstore.layout import PROBES, check_step
 from gradstore.parquet import table_bytes
 from gradstore.problem_table import repeated
+from gradstore.schema import ANYTHING, Checker, mapping
+from gradstore.stored_parquet import read_stored
 
+_OBJECTIVE = Checker(mapping(ANYTHING))
 SCHEMA = pa.schema(
     [
         pa.field("id", pa.string(), nullable=False),
@@ -98,7 +101,7 @@ class RecordedProbes:
         others = {name for name, held in self._held.copy().items() if not any(map(asked, held))}
         tables = []
         for name, data in additions.read_parts(self._folder, skip=others).items():
-            tables.append(pq.read_table(io.BytesIO(data)))
+            tables.append(_read(data, self._folder / name))
             if name not in self._held:
                 held = tables[-1].group_by(["step", "target"]).aggregate([])
                 self._held[name] = set(zip(held["step"].to_pylist(), held["target"].to_pylist(), strict=True))
@@ -108,6 +111,26 @@ class RecordedProbes:
         if target is not None:
             table = table.filter(pc.equal(table["target"], target))
         return table.filter(pc.invert(pc.is_in(table["id"], value_set=deleted)))
+
+
+def _read(data: bytes, path: Path) -> pa.Table:
+    """The table of a part; DamagedError names the row and the column of what no probe can be."""
+    table = read_stored(io.BytesIO(data), path, SCHEMA)
+    for objective in table["objective"].unique().to_pylist():
+        _OBJECTIVE.parse(objective, f"{path}, objective")
+    lengths = [pc.list_value_length(table[name]) for name in ("derivatives", "rewards", "lengths")]
+    faults = {
+        "step: negative": pc.less(table["step"], 0),
+        "rewards: not one for each derivative": pc.not_equal(lengths[0], lengths[1]),
+        "lengths: not one for each derivative": pc.not_equal(lengths[0], lengths[2]),
+    }
+    for fault, wrong in faults.items():
+        row = pc.index(wrong, True).as_py()
+        if row >= 0:
+            raise DamagedError(f"{path}: damaged: row {row}: {fault}")
+    if not np.isfinite(table["rewards"].combine_chunks().flatten().to_numpy()).all():
+        raise DamagedError(f"{path}: damaged: rewards: one is not finite")
+    return table
 
 
 def _check(ids: Sequence[str], given: dict[str, Sequence[np.ndarray]], where: str) -> None:

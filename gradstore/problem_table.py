@@ -14,15 +14,21 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gradstore.durable import at_once, crc32c, reading, replace_file
-from gradstore.errors import DamagedError, RequestError, first_line
-from gradstore.manifest import Manifest, Part, read_manifest
+from gradstore.durable import at_once, crc32c, replace_file
+from gradstore.errors import DamagedError, RequestError
+from gradstore.inside import file_inside
+from gradstore.layout import store_of
+from gradstore.manifest import Manifest, Part, part_number, read_manifest
 from gradstore.parquet import table_bytes
 from gradstore.problems import message_text
+from gradstore.schema import ANYTHING, Checker, lists, load_json, mapping, record, text
+from gradstore.stored_parquet import read_stored, within
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
+_MESSAGES = Checker(lists(record({"role": text(), "content": ANYTHING}, open=True), least=1))
+_EXTRA = Checker(mapping(ANYTHING))
 _FEW = 500
 """Up to this number of texts, reading them one by one is faster than a call of an Arrow kernel."""
 PART_ROWS = 65536
@@ -52,30 +58,35 @@ def to_table(records: Sequence[dict]) -> "pa.Table":
     import pyarrow as pa
 
     columns: dict[str, list] = {name: [] for name in table_schema().names}
-    for record in records:
-        prompt = record["prompt"]
+    for problem in records:
+        prompt = problem["prompt"]
         chat = not isinstance(prompt, str)
         for name in ("id", "source", "ground_truth", "tags"):
-            columns[name].append(record[name])
+            columns[name].append(problem[name])
         columns["prompt"].append(_shown(prompt) if chat else prompt)
-        columns["messages"].append(_json(prompt) if chat else None)
-        columns["extra"].append(_json(record["extra"]) if record["extra"] else "{}")
+        columns["messages"].append(_kept(prompt, problem["id"], "prompt") if chat else None)
+        columns["extra"].append(_kept(problem["extra"], problem["id"], "extra") if problem["extra"] else "{}")
     return pa.table(columns, schema=table_schema())
 
 
-def to_records(table: "pa.Table") -> list[dict]:
-    """Convert rows of a problem table back to canonical records."""
+def to_records(table: "pa.Table", where: str) -> list[dict]:
+    """Convert rows of a problem table back to canonical records; DamagedError, with `where`, for one that is none."""
     return [
         {
             "id": row["id"],
             "source": row["source"],
-            "prompt": row["prompt"] if row["messages"] is None else json.loads(row["messages"]),
+            "prompt": row["prompt"] if row["messages"] is None else _stored(_MESSAGES, row, "messages", where),
             "ground_truth": row["ground_truth"],
             "tags": row["tags"],
-            "extra": json.loads(row["extra"]),
+            "extra": _stored(_EXTRA, row, "extra", where) if row["extra"] != "{}" else {},
         }
         for row in table.to_pylist()
     ]
+
+
+def _stored(checker: Checker, row: dict, field: str, where: str) -> Any:
+    """The value of a column of JSON."""
+    return checker.parse(row[field], f"{where}, problem {row['id']!r:.80}, {field}", nan=True)
 
 
 class ProblemTable:
@@ -145,7 +156,12 @@ class ProblemTable:
     @cached_property
     def index(self) -> dict[str, int]:
         """id -> row."""
-        return {problem_id: row for row, problem_id in enumerate(self.ids)}
+        found = {problem_id: row for row, problem_id in enumerate(self.ids)}
+        twice = repeated(self.ids) if len(found) < len(self) else None
+        if twice is not None:
+            folder = self._manifest.problems_folder(self._collection)
+            raise DamagedError(f"{folder}: damaged: problem id {twice!r:.80} occurs more than once")
+        return found
 
     @cached_property
     def table(self) -> "pa.Table":
@@ -213,7 +229,7 @@ def add_to_parts(collection: Path, manifest: Manifest, table: "pa.Table") -> tup
     import pyarrow as pa
 
     parts = list(manifest.parts)
-    number = int(parts[-1].file.removeprefix("part-").removesuffix(".parquet")) + 1 if parts else 0
+    number = part_number(parts[-1].file) + 1 if parts else 0
     swallowed: list[Part] = []
     rows = table.num_rows
     while parts and parts[-1].rows <= 2 * rows and parts[-1].rows + rows <= PART_ROWS:
@@ -231,6 +247,8 @@ def add_to_parts(collection: Path, manifest: Manifest, table: "pa.Table") -> tup
 def write_part(folder: Path, number: int, table: "pa.Table") -> Part:
     """Write one Parquet file durably, with a checksum in every page."""
     data = table_bytes(table, write_page_checksum=True)
+    if not within(table.nbytes, len(data)):  # Texts that compress this far would not be read again.
+        data = table_bytes(table, write_page_checksum=True, compression="none", use_dictionary=False)
     name = f"part-{number:06d}.parquet"
     replace_file(folder / name, data)
     return Part(name, table.num_rows, len(data), crc32c(data))
@@ -238,26 +256,28 @@ def write_part(folder: Path, number: int, table: "pa.Table") -> Part:
 
 def _read_part(collection: Path, manifest: Manifest, part: Part, columns: list[str] | None) -> "pa.Table":
     """Read columns of a part; checks the checksum of every page read."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     path = manifest.problems_folder(collection) / part.file
-    with reading(path):
-        size = path.stat().st_size
-    try:
+    with file_inside(path, store_of(collection)) as file:
+        size = file.seek(0, 2)
         if size != part.bytes:
-            raise pa.ArrowInvalid(f"{size} bytes instead of {part.bytes}")
-        table = pq.ParquetFile(path, page_checksum_verification=True).read(columns=columns)
-        if table.num_rows != part.rows:
-            raise pa.ArrowInvalid(f"{table.num_rows} rows instead of {part.rows}")
-    except (pa.ArrowException, OSError) as error:
-        raise DamagedError(f"{path}: damaged: {first_line(error)}; see `gradstore verify`") from error
-    return table.cast(table_schema() if columns is None else pa.schema([table_schema().field(n) for n in columns]))
+            raise DamagedError(f"{path}: damaged: {size} bytes instead of {part.bytes}; see `gradstore verify`")
+        return read_stored(file, path, table_schema(), columns=columns, rows=part.rows)
 
 
 def _shown(messages: list[dict]) -> str:
     users = [message for message in messages if message["role"] == "user"] or messages
     return message_text(users[-1]["content"]) or _json(users[-1]["content"])
+
+
+def _kept(value: Any, problem_id: str, field: str) -> str:
+    """A field as JSON; RequestError if it could not be read again."""
+    written = _json(value)
+    try:
+        load_json(written, field, nan=True)
+    except DamagedError as error:
+        reason = str(error).removeprefix(f"{field}: damaged: ")
+        raise RequestError(f"problem {problem_id!r}: field {field!r} cannot be kept: {reason}") from None
+    return written
 
 
 def _json(value: Any) -> str:

@@ -7,24 +7,33 @@ locally. Searches then use mapped local files at full speed, and a refresh costs
 `open_remote` copies everything except the rows' codes: steps, norms, problems, a few dozen bytes per row. A scan
 fetches and checks each chunk of codes that it reads; memory holds a few chunks at a time.
 
+Whoever wrote the source may have written anything. Names are those of the format or are refused, sizes are those of the
+manifest, and nothing is written outside the copy's folder.
+
 The source is any zarr store: `zarr.storage.ObjectStore` (obstore: S3, Google Cloud, Azure, HTTP),
-`zarr.storage.FsspecStore`, `LocalStore`. To put a store there, upload its folder, manifests last.
+`zarr.storage.FsspecStore`, `LocalStore`. To put a store there, upload its folder, manifests and then inventories last.
 """
 
 import asyncio
-import re
-from collections.abc import Iterator
+import os
+from collections.abc import Coroutine, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 
+from gradstore import additions, attachments
 from gradstore.appender import create_generation
 from gradstore.attachments import ATTACHMENTS
 from gradstore.chunks import CodeRows
-from gradstore.durable import crc32c, make_folder, replace_file, writing
-from gradstore.errors import DamagedError, NotAStoreError, RequestError
-from gradstore.header import Header, read_header
+from gradstore.durable import crc32c, make_folder, replace_file, replacing_file, writing
+from gradstore.errors import DamagedError, GradstoreError, NotAStoreError, RequestError, first_line
+from gradstore.header import MOST_BYTES as MOST_HEADER_BYTES
+from gradstore.header import Header, parse_header
+from gradstore.inside import MOST_BYTES as MOST_FILE_BYTES
+from gradstore.inside import check_folder, open_inside, read_inside
+from gradstore.inventory import INVENTORY, Inventory
+from gradstore.inventory import MOST_BYTES as MOST_INVENTORY_BYTES
 from gradstore.layout import (
     COLLECTIONS,
     MANIFEST,
@@ -36,19 +45,22 @@ from gradstore.layout import (
     RowArray,
     check_name,
     group_json,
+    store_of,
 )
-from gradstore.manifest import Manifest, publish_manifest, read_manifest
+from gradstore.lock import WriterLock
+from gradstore.manifest import MOST_BYTES, Manifest, publish_manifest, read_manifest
 from gradstore.session import Session
+from gradstore.snapshot import check_manifest
 from gradstore.store import Store
 
 if TYPE_CHECKING:
     from zarr.abc.store import Store as ZarrStore
 
+T = TypeVar("T")
 _AT_ONCE = 16
 _CHUNKS_KEPT = 8
+_BYTES_AT_ONCE = 256 << 20
 _ATTEMPTS = 5
-_CHECKSUM = re.compile(r"[.-]([0-9a-f]{8})(\.parquet)?$")
-"""End of a file name with a checksum: of an attachment, or of a part of probes or rounds."""
 
 
 def mirror(source: "ZarrStore", path: str | Path, collections: list[str] | None = None) -> Store:
@@ -103,8 +115,8 @@ class _File(NamedTuple):
     """Its path within the folder that is copied."""
     crc32c: int
     """Checksum of its published bytes."""
-    used: int | None = None
-    """Number of published bytes, at its beginning; None: all."""
+    used: int = 0
+    """Number of published bytes, at its beginning."""
     size: int = 0
     """Size of the copy: zeros follow the published bytes."""
 
@@ -117,46 +129,74 @@ def _chunk_file(manifest: Manifest, array: RowArray, chunk: int) -> _File:
 
 def _prepare(source: "ZarrStore", path: Path) -> Header:
     """Prepare the folder of a copy: everything outside the collections."""
-    root = _get(source, [ZARR])[0]
+    root = _get(source, [(ZARR, MOST_HEADER_BYTES)])[0]
     if root is None:
         raise NotAStoreError(f"{source}: there is no gradstore store here (no {ZARR})")
-    if (path / ZARR).exists() and (path / ZARR).read_bytes() != root:
+    header = parse_header(root, Path(str(source)))
+    if (path / ZARR).exists() and read_inside(path / ZARR, path, MOST_HEADER_BYTES) != root:
         raise RequestError(f"{path}: holds another store than {source}; choose another path")
     with writing(path):
         path.mkdir(parents=True, exist_ok=True)
-    make_folder(path / COLLECTIONS)
+    _make_folder(path / COLLECTIONS, path)
     replace_file(path / COLLECTIONS / ZARR, group_json({}))
-    _copy_named(source, ATTACHMENTS, path / ATTACHMENTS)
+    # Before the files that it names: there may be more of them, never fewer.
+    inventory = _get(source, [(INVENTORY, MOST_INVENTORY_BYTES)])[0]
+    _copy_named(source, ATTACHMENTS, path)
+    _keep_inventory(inventory, path)
     replace_file(path / ZARR, root)
-    return read_header(path)
+    return header
 
 
-def _copy_named(source: "ZarrStore", where: str, folder: Path) -> None:
+def _keep_inventory(inventory: bytes | None, folder: Path) -> None:
+    """Copy the inventory of the source, fetched before the files it names; DamagedError if its bytes changed."""
+    if inventory is not None:
+        Inventory.from_bytes(inventory, folder / INVENTORY)
+        replace_file(folder / INVENTORY, inventory)
+
+
+def _make_folder(folder: Path, root: Path) -> None:
+    check_folder(folder, root)
+    make_folder(folder)
+
+
+def _copy_named(source: "ZarrStore", where: str, path: Path) -> None:
     """Copy the missing files of a folder; their names contain the checksum of their bytes."""
-    missing = [name for name in _listed(source, where) if not (folder / name).exists()]
-    if missing:
-        make_folder(folder.parent)
-        make_folder(folder)
-    files = [_File(name, int(found[1], 16) if (found := _CHECKSUM.search(name)) else -1) for name in missing]
-    for file, data in zip(files, _fetched(source, where, files), strict=True):
-        replace_file(folder / file.name, data)
+    kind = attachments if where == ATTACHMENTS else additions
+    files = []
+    for name in _listed(source, where):
+        crc = kind.checksum_in(name)
+        if crc is None:
+            raise DamagedError(f"{source}: {where}/{name!r:.80}: is not the name of a file that a store has there")
+        if not (path / where / name).exists():
+            files.append(_File(name, crc))
+    if files:
+        _make_folder((path / where).parent, path)
+        _make_folder(path / where, path)
+    for file, size in zip(files, _sizes(source, [f"{where}/{file.name}" for file in files]), strict=True):
+        (data,) = _fetched(source, where, [file._replace(used=size)])
+        replace_file(path / where / file.name, data)
 
 
 def _bring_up_to_date(source: "ZarrStore", header: Header, path: Path, name: str, arrays: tuple[RowArray, ...]) -> None:
     """Update the copy of one collection; if the source publishes or compacts meanwhile, retry with the new manifest."""
     where = f"{COLLECTIONS}/{name}"
     for attempt in range(_ATTEMPTS):
-        raw = _get(source, [f"{where}/{MANIFEST}"])[0]
+        inventory = _get(source, [(f"{where}/{INVENTORY}", MOST_INVENTORY_BYTES)])[0]
+        raw = _get(source, [(f"{where}/{MANIFEST}", MOST_BYTES)])[0]
         if raw is None:
             raise RequestError(f"{source}: there is no collection {name!r}")
         manifest = Manifest.from_bytes(raw, Path(f"{where}/{MANIFEST}"))
         try:
+            if manifest.bases:
+                _copy_named(source, ATTACHMENTS, path)  # A basis may be newer than the copy's attachments.
+            check_manifest(manifest, header, path / where)
             for kind in (PROBES, ROUNDS):
-                _copy_named(source, f"{where}/{kind}", path / where / kind)
+                _copy_named(source, f"{where}/{kind}", path)
             _copy(source, header, path / where, where, manifest, arrays)
+            _keep_inventory(inventory, path / where)
             return
         except DamagedError:
-            if attempt == _ATTEMPTS - 1 or _get(source, [f"{where}/{MANIFEST}"])[0] == raw:
+            if attempt == _ATTEMPTS - 1 or _get(source, [(f"{where}/{MANIFEST}", MOST_BYTES)])[0] == raw:
                 raise
 
 
@@ -166,14 +206,25 @@ def _copy(
     known = read_manifest(folder) if (folder / MANIFEST).exists() else Manifest()
     if known == manifest:
         return
-    make_folder(folder)
-    replace_file(folder / ZARR, group_json({}))
+    root = store_of(folder)
+    _make_folder(folder, root)
     generation = folder / manifest.folder
+    for name in (PROBLEMS, *(array.name for array in header.arrays)):
+        check_folder(generation / name, root)
+    replace_file(folder / ZARR, group_json({}))
     create_generation(generation, header.arrays)
     wanted = list(_missing(manifest, known, arrays))
-    for file, data in zip(wanted, _fetched(source, where, wanted), strict=True):
-        replace_file(folder / file.name, data + bytes(max(0, file.size - len(data))))
-    publish_manifest(folder, manifest)
+    lock = WriterLock(folder)  # While rows are there that no manifest counts, readers must see that somebody writes.
+    done = False
+    try:
+        for file, data in zip(wanted, _fetched(source, where, wanted), strict=True):
+            with replacing_file(folder / file.name) as unfinished:
+                unfinished.write(data)
+                unfinished.truncate(max(file.size, len(data)))
+        publish_manifest(folder, manifest)
+        done = True
+    finally:
+        lock.release(clean=done)
     with Session(header, folder):
         pass  # Shows the rows to other Zarr readers, and removes a generation that a compaction replaced.
 
@@ -196,37 +247,86 @@ def _fetched(
     source: "ZarrStore", where: str, files: list[_File], fault: str = "do not match their checksum"
 ) -> Iterator[bytes]:
     """Fetch the published bytes of files below `where`, some at a time; DamagedError for bytes that were changed."""
-    for start in range(0, len(files), _AT_ONCE):
-        part = files[start : start + _AT_ONCE]
-        for file, found in zip(part, _get(source, [f"{where}/{file.name}" for file in part]), strict=True):
-            data = None if found is None else found[: file.used]
-            if data is None or len(data) < (file.used or 0) or crc32c(data) != file.crc32c:
+    for part in _some_at_once(files):
+        for file, data in zip(part, _get(source, [(f"{where}/{file.name}", file.used) for file in part]), strict=True):
+            if data is None or len(data) != file.used or crc32c(data) != file.crc32c:
                 raise DamagedError(f"{where}/{file.name}: its bytes at {source} {fault}")
             yield data
 
 
-def _get(source: "ZarrStore", keys: list[str]) -> list[bytes | None]:
-    """Fetch the values of several keys concurrently; None for a missing key."""
+def _some_at_once(files: list[_File]) -> Iterator[list[_File]]:
+    """The files in groups that are fetched together: few, and of a bounded size unless it is one file."""
+    group: list[_File] = []
+    for file in files:
+        if group and (len(group) == _AT_ONCE or sum(one.used for one in [*group, file]) > _BYTES_AT_ONCE):
+            yield group
+            group = []
+        group.append(file)
+    if group:
+        yield group
+
+
+def _get(source: "ZarrStore", keys: list[tuple[str, int]]) -> list[bytes | None]:
+    """Fetch the beginning of several values concurrently, of each as many bytes as given; None for a missing key."""
+    from zarr.abc.store import RangeByteRequest
     from zarr.core.buffer import default_buffer_prototype
-    from zarr.core.sync import sync
+    from zarr.storage import LocalStore
 
     async def fetch() -> list[bytes | None]:
-        found = await asyncio.gather(*(source.get(key, default_buffer_prototype()) for key in keys))
+        prototype = default_buffer_prototype()
+        found = await asyncio.gather(*(source.get(key, prototype, RangeByteRequest(0, most)) for key, most in keys))
         return [None if buffer is None else buffer.to_bytes() for buffer in found]
 
-    return sync(fetch())
+    if isinstance(source, LocalStore):
+        for key, _ in keys:
+            _refuse_links(source.root, key)
+    return [
+        None if data is None else data[:most] for data, (_, most) in zip(_reached(source, fetch()), keys, strict=True)
+    ]
+
+
+def _refuse_links(root: Path, key: str) -> None:
+    """DamagedError for what is no ordinary file of a store on this machine: zarr would open it."""
+    try:
+        os.close(open_inside(root / key, root))
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise GradstoreError(f"{root / key}: cannot be read ({error.strerror})") from error
+
+
+def _sizes(source: "ZarrStore", keys: list[str]) -> list[int]:
+    """Sizes of several values; GradstoreError for one that is too large to be a file of a store."""
+
+    async def ask() -> list[int]:
+        return list(await asyncio.gather(*(source.getsize(key) for key in keys)))
+
+    sizes = _reached(source, ask())
+    for key, size in zip(keys, sizes, strict=True):
+        if not 0 < size <= MOST_FILE_BYTES:
+            raise DamagedError(f"{source}: {key} has {size} bytes, expected 1 to {MOST_FILE_BYTES}")
+    return sizes
 
 
 def _collections(source: "ZarrStore") -> list[str]:
     names = [name for name in _listed(source, COLLECTIONS) if name != ZARR]
-    return [name for name in names if _get(source, [f"{COLLECTIONS}/{name}/{MANIFEST}"])[0] is not None]
+    return [name for name in names if _get(source, [(f"{COLLECTIONS}/{name}/{MANIFEST}", 1)])[0] is not None]
 
 
 def _listed(source: "ZarrStore", folder: str) -> list[str]:
     """Names in a folder, sorted, without names that begin with a dot."""
-    from zarr.core.sync import sync
 
     async def names() -> list[str]:
         return [key.rstrip("/").split("/")[-1] async for key in source.list_dir(folder)]
 
-    return sorted(name for name in sync(names()) if name and not name.startswith("."))
+    return sorted(name for name in _reached(source, names()) if name and not name.startswith("."))
+
+
+def _reached(source: "ZarrStore", work: Coroutine[Any, Any, T]) -> T:
+    """Result of a request to the source. Each library has errors of its own; they become a GradstoreError."""
+    from zarr.core.sync import sync
+
+    try:
+        return sync(work)
+    except Exception as error:
+        raise GradstoreError(f"{source}: cannot be read ({first_line(error)})") from error

@@ -5,7 +5,6 @@ its number is the part's. The table has one row per candidate; the round's setti
 """
 
 import io
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,6 @@ from typing import Any, overload
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from gradstore import additions
 from gradstore.collection import Collection
@@ -22,6 +20,8 @@ from gradstore.errors import DamagedError, RequestError, check_known
 from gradstore.layout import ROUNDS
 from gradstore.parquet import table_bytes
 from gradstore.problem_table import repeated
+from gradstore.schema import ANYTHING, Checker, lists, load_json, mapping, number, one_of, optional, record, text, whole
+from gradstore.stored_parquet import metadata_of, read_stored
 
 STATES = ("live", "no_signal", "failed", "unmeasured")
 
@@ -43,6 +43,29 @@ SCHEMA = pa.schema(
 """One row per candidate; docs/format.md explains the columns."""
 
 _ABOUT = b"gradstore.round"
+_COUNTS = {name: whole() for name in ("number", "n_candidates", "n_rolled_out", "rollouts", "target_rollouts")}
+_MEMBERS = Checker(
+    record(
+        {},
+        {
+            "step": whole(),
+            **_COUNTS,
+            "warm_up": one_of(True, False),
+            "selector": text(),
+            "settings": mapping(ANYTHING),
+            "benchmarks": lists(text()),
+            "costs": mapping(number(0)),
+            "counts": mapping(whole()),
+            "probe": optional(mapping(ANYTHING)),
+            "refresh": mapping(ANYTHING),
+            "selection": mapping(ANYTHING),
+            "picked_by": lists(text()),
+            "warnings": lists(text()),
+        },
+        open=True,
+    )
+)
+"""Of `about`; docs/rounds.md lists all members."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +78,13 @@ class Round:
     """Step, selector, seed, target, commit, settings, counts, costs, warnings: docs/rounds.md lists the members."""
     table: pa.Table
     """One row per candidate (SCHEMA)."""
+
+    @property
+    def step(self) -> int:
+        """The policy's step; DamagedError if `about` does not say it."""
+        if "step" not in self.about:
+            raise DamagedError(f"round {self.number}: its record does not say the step")
+        return int(self.about["step"])
 
     @property
     def picks(self) -> list[str]:
@@ -108,7 +138,9 @@ class RecordedRounds(Sequence[Round]):
     def _read(self, first: int = 0, stop: int | None = None) -> list[Round]:
         """Rounds from `first` up to (not including) `stop`."""
         parts = additions.read_parts(self._folder, first, stop)
-        return [_from_bytes(data, number, self._folder) for number, data in enumerate(parts.values(), first)]
+        return [
+            _from_bytes(data, place, self._folder / name) for place, (name, data) in enumerate(parts.items(), first)
+        ]
 
 
 def _to_bytes(about: Mapping[str, Any], table: pa.Table, where: str) -> bytes:
@@ -126,20 +158,39 @@ def _to_bytes(about: Mapping[str, Any], table: pa.Table, where: str) -> bytes:
         raise RequestError(f"{where}: problem id {twice!r} occurs more than once in the round; keep one")
     for state in table["state"].unique().to_pylist():
         check_known(f"{where}: state", state, STATES)
-    ranks = np.sort(table["picked"].to_numpy())
-    ranks = ranks[ranks != -1]
-    if not np.array_equal(ranks, np.arange(len(ranks))):
+    if not _ranks_are_whole(table):
         raise RequestError(f"{where}: `picked` must count the picks 0, 1, ... and be -1 elsewhere")
     try:
         text = canonical_json(dict(about))
-    except (TypeError, ValueError) as error:
+        _MEMBERS.check(load_json(text, where, nan=True), where)
+    except DamagedError as error:
+        raise RequestError(f"{where}: the round: {str(error).removeprefix(f'{where}: damaged: ')}") from None
+    except (TypeError, ValueError, RecursionError) as error:
         raise RequestError(f"{where}: what the round was is not JSON: {error}") from None
     return table_bytes(table.replace_schema_metadata({_ABOUT: text}))
 
 
-def _from_bytes(data: bytes, number: int, folder: Path) -> Round:
-    table = pq.read_table(io.BytesIO(data))
-    text = (table.schema.metadata or {}).get(_ABOUT)
+def _ranks_are_whole(table: pa.Table) -> bool:
+    """Whether `picked` counts the picks from 0 and is -1 elsewhere."""
+    ranks = np.sort(table["picked"].to_numpy())
+    ranks = ranks[ranks != -1]
+    return np.array_equal(ranks, np.arange(len(ranks)))
+
+
+def _from_bytes(data: bytes, number: int, path: Path) -> Round:
+    """The round of a part; DamagedError names the file and the column for what no round can be."""
+    table = read_stored(io.BytesIO(data), path, SCHEMA)
+    text = metadata_of(io.BytesIO(data)).get(_ABOUT)
     if text is None:
-        raise DamagedError(f"{folder}: part {number} is no round: it does not say what the round was")
-    return Round(number, json.loads(text), table.replace_schema_metadata(None))
+        raise DamagedError(f"{path}: is no round: it does not say what the round was")
+    about = load_json(text, f"{path}, {_ABOUT.decode()}", nan=True)
+    _MEMBERS.check(about, f"{path}, {_ABOUT.decode()}")
+    faults = {
+        "id: one occurs twice": len(table["id"].unique()) < len(table),
+        "state: not one of " + ", ".join(STATES): not set(table["state"].unique().to_pylist()) <= set(STATES),
+        "picked: does not count the picks": not _ranks_are_whole(table),
+    }
+    for fault, wrong in faults.items():
+        if wrong:
+            raise DamagedError(f"{path}: damaged: {fault}")
+    return Round(number, about, table)

@@ -4,7 +4,7 @@ Every change of a collection (adding problems, appending rows, deleting, compact
 """
 
 import os
-import shutil
+import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
@@ -14,20 +14,24 @@ from typing import Any, Self
 
 from gradstore.appender import clear_beyond, create_generation, show_rows
 from gradstore.durable import TEMPORARY, fsync_folder, make_folder, replace_file, writing
-from gradstore.errors import GradstoreError
+from gradstore.errors import DamagedError, GradstoreError
 from gradstore.header import Header
+from gradstore.inside import check_folder, names_inside, remove_file, remove_folder
 from gradstore.layout import (
     IN_USE,
     MANIFEST,
+    PROBLEM_PART,
     PROBLEMS,
     ZARR,
     check_collection,
     generation_name,
     generations,
     group_json,
+    store_of,
 )
 from gradstore.lock import WriterLock, claim_for_removal
 from gradstore.manifest import Manifest, publish_manifest, read_manifest
+from gradstore.snapshot import check_manifest
 
 
 class Session:
@@ -39,10 +43,14 @@ class Session:
     def __init__(self, header: Header, collection: Path, *, create: bool = False) -> None:
         self.header = header
         self.collection = collection
+        self.store = store_of(collection)
+        check_folder(collection, self.store)
         if create:
             make_folder(collection)
         else:
             check_collection(collection)
+        if (collection / MANIFEST).exists():
+            self._checked()  # Before the lock file is touched: a store that is refused stays as it is.
         self.unpublished = False
         """True if the disk may hold bytes that no manifest names."""
         self._in_doubt = False  # True after a failed publication: the disk may show either manifest.
@@ -109,14 +117,29 @@ class Session:
             # Make the visible manifest durable before removing anything that an older one names.
             with writing(self.collection):
                 fsync_folder(self.collection)
-        self.manifest = read_manifest(self.collection)
+        self.manifest = self._checked()
         if self._lock.interrupted:
             self._clear()
         return self.manifest
 
+    def _checked(self) -> Manifest:
+        """The newest manifest; DamagedError if it cannot be, or a folder that a writer changes or removes is a link."""
+        manifest = read_manifest(self.collection)
+        check_manifest(manifest, self.header, self.collection)
+        for number in generations(self.collection):
+            check_folder(self.collection / generation_name(number), self.store)
+        for name in (PROBLEMS, *(array.name for array in self.header.arrays)):
+            folder = self.collection / manifest.folder / name
+            if not check_folder(folder, self.store):
+                raise DamagedError(f"{folder}: is missing; `gradstore verify` lists all damage")
+        return manifest
+
     def _first_manifest(self) -> Manifest:
         """Create and publish the first manifest; with it the collection begins to exist."""
-        create_generation(self.collection / generation_name(0), self.header.arrays)
+        generation = self.collection / generation_name(0)
+        for name in (PROBLEMS, *(array.name for array in self.header.arrays)):
+            check_folder(generation / name, self.store)
+        create_generation(generation, self.header.arrays)
         replace_file(self.collection / ZARR, group_json({}))
         manifest = Manifest(commit=1, chunks={array.name: () for array in self.header.arrays})
         publish_manifest(self.collection, manifest)
@@ -126,10 +149,20 @@ class Session:
         manifest, header = self.manifest, self.header
         with writing(self.collection):
             named = {part.file for part in manifest.parts}
-            left = set(self.collection.glob(f"**/{TEMPORARY}*"))
-            left |= {path for path in (self.generation / PROBLEMS).iterdir() if path.name not in named}
+            problems = self.generation / PROBLEMS
+            left = [
+                Path(place, name)
+                for place, _, names in os.walk(self.collection)
+                for name in names
+                if name.startswith(TEMPORARY)
+            ]
+            left += [
+                problems / name
+                for name in names_inside(problems, self.store)
+                if re.fullmatch(PROBLEM_PART, name) and name not in named
+            ]
             for path in left:
-                path.unlink(missing_ok=True)
+                remove_file(path, self.store)
             for folder in {path.parent for path in left}:
                 fsync_folder(folder)
         clear_beyond(self.generation, header.arrays, manifest.rows)
@@ -153,8 +186,8 @@ class Session:
                     continue
                 try:
                     # Remove the lease file first, so that no reader starts on a half-removed folder.
-                    (folder / IN_USE).unlink()
-                    shutil.rmtree(folder)
+                    remove_file(folder / IN_USE, self.store)
+                    remove_folder(folder, self.store)
                     fsync_folder(self.collection)
                 finally:
                     os.close(claim)

@@ -1,14 +1,19 @@
 """Snapshot: a reader's fixed state of a collection at one commit, with a lease on its files."""
 
 import time
+from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
+from gradstore.bases import count_bases
 from gradstore.chunks import mapped_rows, read_column
+from gradstore.column_checks import check_column
 from gradstore.errors import DamagedError
 from gradstore.header import Header
-from gradstore.layout import IN_USE
+from gradstore.inside import check_folder
+from gradstore.layout import IN_USE, MANIFEST, store_of
 from gradstore.lock import Lease, take_lease
 from gradstore.manifest import Manifest, read_manifest
 from gradstore.problem_table import ProblemTable
@@ -27,21 +32,35 @@ class Snapshot:
         self._lease = lease
         self._generation = collection / manifest.folder
         self._columns: dict[str, np.ndarray] = {}
-        self.codes = mapped_rows(self._generation, header.arrays[0], manifest.rows)
+        codes = header.arrays[0]
+        self.codes = mapped_rows(self._generation, codes, manifest.rows, manifest.chunks[codes.name])
 
     def column(self, name: str) -> np.ndarray:
         """All published entries of a one-dimensional array; read and checked once, then cached."""
         if name not in self._columns:
             manifest = self.manifest
             array = next(array for array in self.header.arrays if array.name == name)
-            self._columns[name] = read_column(self._generation, array, manifest.rows, manifest.chunks[name])
+            column = read_column(self._generation, array, manifest.rows, manifest.chunks[name])
+            check_column(array, column, manifest, str(self._generation))
+            self._columns[name] = column
         return self._columns[name]
+
+    @cached_property
+    def n_problems(self) -> int:
+        """Number of problems; DamagedError if their files have other sizes, before memory is taken for so many."""
+        folder = self.manifest.problems_folder(self.collection)
+        for part in self.manifest.parts:
+            with suppress(FileNotFoundError):  # A later writer may have merged the part.
+                size = (folder / part.file).lstat().st_size
+                if size != part.bytes:
+                    raise DamagedError(f"{folder / part.file}: damaged: {size} bytes, expected {part.bytes}")
+        return self.manifest.n_problems
 
     def alive(self) -> np.ndarray:
         """True for rows that are not deleted, bool [rows]."""
         if not self.manifest.tombstones:
             return np.ones(self.manifest.rows, dtype=bool)
-        dead_before = np.zeros(self.manifest.n_problems, dtype=np.int64)
+        dead_before = np.zeros(self.n_problems, dtype=np.int64)
         dead_before[list(self.manifest.tombstones)] = list(self.manifest.tombstones.values())
         alive: np.ndarray = np.arange(self.manifest.rows) >= dead_before[self.column("problem")]
         return alive
@@ -64,7 +83,7 @@ class Snapshot:
         The newest row has the largest step; among rows of that step it is the last one appended. basis: use only rows
         in this basis.
         """
-        newest = np.full(self.manifest.n_problems, -1, dtype=np.int64)
+        newest = np.full(self.n_problems, -1, dtype=np.int64)
         step = self.column("step")
         rows: np.ndarray | None = None
         if at is not None and len(step) and step.max() > at:
@@ -102,11 +121,23 @@ def open_snapshot(header: Header, collection: Path) -> Snapshot:
         generation = collection / manifest.folder
         lease = take_lease(generation)
         if lease is not None:
+            check_manifest(manifest, header, collection)
             return Snapshot(header, collection, manifest, lease)
-        if attempt and generation.is_dir() and not (generation / IN_USE).exists():
+        if attempt and check_folder(generation, store_of(collection)) and not (generation / IN_USE).exists():
             # A copy of a store may lack the empty lease file; its rows are complete.
             if read_manifest(collection).generation == manifest.generation:
+                check_manifest(manifest, header, collection)
                 return Snapshot(header, collection, manifest)
         elif attempt:
             time.sleep(0.01)
     raise DamagedError(f"{generation}: the files that the manifest names are missing; see `gradstore verify`")
+
+
+def check_manifest(manifest: Manifest, header: Header, collection: Path) -> None:
+    """DamagedError if a manifest is of other arrays or bases than its store has."""
+    file = collection / MANIFEST
+    manifest.check_arrays(header.arrays, file)
+    if manifest.bases:
+        known, largest = count_bases(store_of(collection)), max(basis for _, basis in manifest.bases)
+        if largest >= known:
+            raise DamagedError(f"{file}: damaged: field bases: basis {largest}, the store has {known}")

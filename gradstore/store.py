@@ -10,7 +10,8 @@ from gradstore.collection import CodesOf, Collection, refuse_read_only
 from gradstore.description import describe
 from gradstore.durable import TEMPORARY, make_folder, replace_file, writing
 from gradstore.errors import FingerprintError, RequestError
-from gradstore.header import Header, check_fingerprint, new_header, read_header
+from gradstore.header import Header, check_fingerprint, check_layout, new_header, read_header
+from gradstore.inventory import INVENTORY, OF_STORE, take_inventory
 from gradstore.layout import COLLECTIONS, WITHOUT_CODES, ZARR, collection_names, group_json
 from gradstore.new_problems import add_problems
 from gradstore.problem_table import to_records
@@ -60,6 +61,8 @@ def create(
     replace_file(path / COLLECTIONS / ZARR, group_json({}))
     for name, data in (attachments or {}).items():
         write_attachment(path, name, data)
+    if attachments:
+        take_inventory(path, path, OF_STORE)
     replace_file(path / ZARR, header.to_bytes())  # Last: with it the folder becomes a store.
     return Store(path, header, "a")
 
@@ -127,7 +130,7 @@ class Store:
     @property
     def bases(self) -> list[Basis]:
         """The projections of the store, oldest first; new rows use the last one."""
-        return [first_basis(self.fingerprint, self.dim), *added_bases(self.path)]
+        return [first_basis(self.fingerprint, self.dim), *added_bases(self.path, self.dim)]
 
     @property
     def collections(self) -> list[str]:
@@ -150,10 +153,11 @@ class Store:
         refuse_read_only(self.path, self.mode)
         if not layout or layout[-1][2] != self.dim:
             raise RequestError(f"{self.path}: the basis does not have the store's {self.dim} dimensions")
+        check_layout([list(segment) for segment in layout], self.dim, f"{self.path}: the basis")
         if digest == self.bases[0].digest:
             return 0
         about = check_fingerprint(dict(about or {}))
-        return add_basis(self.path, digest, list(layout), about, attachments or {})
+        return add_basis(self.path, self.dim, digest, list(layout), about, attachments or {})
 
     def add_problems(self, collection: str, records: Iterable[dict]) -> int:
         """Add problem records (creates the collection if it is new); returns the number of new problems.
@@ -174,7 +178,7 @@ class Store:
 
     def records(self, collection: str, ids: Sequence[str] | None = None) -> list[dict]:
         """Like `problems`, as canonical records."""
-        return to_records(self.problems(collection, ids))
+        return to_records(self.problems(collection, ids), f"{self.path}: collection {collection!r}")
 
     def delete(self, collection: str, ids: Sequence[str]) -> None:
         """Delete all current rows of some problems: later views do not show them. They may be appended again."""
@@ -235,6 +239,18 @@ class Store:
         """Number of the collection's newest publication."""
         return self._collection(collection).snapshot().manifest.commit
 
+    def check_files(self, *collections: str) -> None:
+        """Check that no file of some collections (none named: of all) is missing, cut or of another moment.
+
+        Reads names, sizes, manifests and columns, not codes: those are checked when a chunk is first read. DamagedError
+        names the first file at fault. `query`, `select` and `report` do this before anything else.
+        """
+        from gradstore.presence import check_collection_files, check_store_files
+
+        check_store_files(self.path, self.fingerprint, self.bases)
+        for name in collections or self.collections:
+            check_collection_files(self._collection(name), len(self.bases), self._codes_of is None)
+
     def verify(self) -> "Report":
         """Check every stored byte against its checksum; safe while another process writes."""
         from gradstore.verify import verify
@@ -285,6 +301,6 @@ def _is_blank(path: Path) -> bool:
     """Whether this is an empty folder, or one left by an interrupted `create`."""
     if not path.is_dir():
         return False
-    ours = {COLLECTIONS, f"{COLLECTIONS}/{ZARR}", ATTACHMENTS}
+    ours = {COLLECTIONS, f"{COLLECTIONS}/{ZARR}", ATTACHMENTS, INVENTORY}
     names = (entry.relative_to(path) for entry in path.glob("**/*"))
     return all(str(name) in ours or name.parts[0] == ATTACHMENTS or name.name.startswith(TEMPORARY) for name in names)

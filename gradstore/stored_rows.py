@@ -61,6 +61,14 @@ class StoredRows:
         """Entry of each row in a one-dimensional array (docs/format.md), [N]."""
         return self._snapshot.column(name)[self.numbers]
 
+    def read_ahead(self) -> None:
+        """Start to map and check the codes of these rows, in a thread of its own, while the caller does other work.
+
+        Whoever needs a chunk meanwhile maps it as ever; a damaged one raises there.
+        """
+        chunks = np.unique(self.numbers // self._snapshot.header.chunk_rows).tolist()
+        self._snapshot.codes.read_ahead(chunks)
+
     def pieces(self, positions: np.ndarray | None = None) -> list[Piece]:
         """Rows at some distinct positions (None: all), in any order: one Piece per chunk file, not decoded."""
         row_order = self._row_order

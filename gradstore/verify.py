@@ -11,10 +11,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from gradstore import additions
-from gradstore.attachments import damaged_attachments
+from gradstore.appender import MOST_TEXT
+from gradstore.attachments import ATTACHMENTS, damaged_attachments
+from gradstore.bases import added_bases, first_basis
+from gradstore.derived import unreadable_indexes
 from gradstore.durable import TEMPORARY, crc32c
 from gradstore.errors import GradstoreError
 from gradstore.header import Header, read_header
+from gradstore.inside import names_inside, open_inside
+from gradstore.inventory import INVENTORY, OF_COLLECTION, OF_STORE, Inventory, missing_files, read_inventory, too_old
 from gradstore.layout import (
     COLLECTIONS,
     INDEXES,
@@ -30,7 +35,10 @@ from gradstore.layout import (
 )
 from gradstore.lock import describe_holder, is_running, read_holder
 from gradstore.manifest import Manifest, read_manifest
-from gradstore.snapshot import open_snapshot
+from gradstore.presence import missing_projections
+from gradstore.problem_table import repeated
+from gradstore.projection_digest import changed_projections
+from gradstore.snapshot import Snapshot, open_snapshot
 
 _ATTEMPTS = 5
 
@@ -78,13 +86,21 @@ class _Checker:
     def check(self) -> None:
         self._text(self.root / ZARR, self.header.to_bytes())
         self._text(self.root / COLLECTIONS / ZARR, group_json({}))
-        for path, message in damaged_attachments(self.root):
-            self._find(path, None, message)
-        if not (self.root / COLLECTIONS).is_dir():
+        try:
+            for path, message in damaged_attachments(self.root):
+                self._find(path, None, message)
+            self._missing(self.root, OF_STORE, self._inventory(self.root))
+            self._projections()
+            names = names_inside(self.root / COLLECTIONS, self.root)
+        except GradstoreError as error:
+            self._find(self.root, None, str(error))
             return
-        for folder in sorted((self.root / COLLECTIONS).iterdir()):
+        for folder in (self.root / COLLECTIONS / name for name in names):
             if folder.is_dir():
-                self._collection(folder)
+                try:
+                    self._collection(folder)
+                except GradstoreError as error:
+                    self._find(folder, None, str(error))
 
     def _collection(self, folder: Path) -> None:
         holder = read_holder(folder)
@@ -93,6 +109,7 @@ class _Checker:
             self.report.notes.append(f"collection {folder.name}: {doing} {describe_holder(holder)}")
         if not (folder / MANIFEST).exists() and (holder or not generations(folder)):
             return  # A collection begins to exist with its first manifest.
+        inventory = self._inventory(folder)  # Before the manifest, which can only be newer.
         try:
             snapshot = open_snapshot(self.header, folder)
         except GradstoreError as error:
@@ -107,7 +124,13 @@ class _Checker:
             for chunk in range(array.chunks(snapshot.manifest.rows)):
                 self._chunk(generation, snapshot.manifest, array, chunk)
         self._parts(folder, snapshot.manifest)
+        self._ids(snapshot)
         self._additions(folder)
+        self._missing(folder, OF_COLLECTION, inventory)
+        if fault := too_old(inventory, snapshot.manifest.commit):
+            self._find(folder / MANIFEST, None, fault)
+        for path, fault in unreadable_indexes(folder, self.root):
+            self.report.notes.append(f"{path.relative_to(self.root)}: {fault}; it will be built anew when it is used")
         self._beyond(folder)
 
     def _chunk(self, generation: Path, manifest: Manifest, array: RowArray, chunk: int) -> None:
@@ -129,7 +152,7 @@ class _Checker:
     def _zarr_json(self, folder: Path, manifest: Manifest, array: RowArray) -> None:
         """Check an array's zarr.json; it may show fewer rows while a writer is open, which updates it at its close."""
         path = folder / manifest.folder / array.name / ZARR
-        text = self._bytes(path, None)
+        text = self._bytes(path, None, limit=MOST_TEXT)
         if text is None or text == array.zarr_json(manifest.rows):
             return
         newest = read_manifest(folder)
@@ -152,7 +175,7 @@ class _Checker:
             manifest = newest
         for part in manifest.parts:
             path = manifest.problems_folder(folder) / part.file
-            data = self._bytes(path, None)
+            data = self._bytes(path, None, limit=part.bytes + 1)
             if data is not None and (len(data) != part.bytes or crc32c(data) != part.crc32c):
                 self._find(path, None, f"bytes do not match their checksum ({part.rows} problems, {part.bytes} bytes)")
 
@@ -165,6 +188,55 @@ class _Checker:
                         self._find(path, None, fault)
             except GradstoreError as error:
                 self._find(folder / name, None, str(error))
+
+    def _projections(self) -> None:
+        """Check that the projections named by the fingerprint and the bases are there, with the content they name."""
+        fingerprint = self.header.fingerprint
+        try:
+            bases = [first_basis(fingerprint, self.header.dim), *added_bases(self.root, self.header.dim)]
+        except GradstoreError as error:
+            self._find(self.root / ATTACHMENTS, None, str(error).removeprefix(f"{self.root / ATTACHMENTS}: "))
+            return
+        for name in missing_projections(self.root, fingerprint, bases):
+            self._find(self.root / ATTACHMENTS / name, None, "missing: rows of the store were made with it")
+        try:
+            for path, message in changed_projections(self.root, fingerprint, bases):
+                self._find(path, None, message)
+        except ImportError:
+            self.report.notes.append("projections: their digests were not checked, which needs safetensors")
+
+    def _inventory(self, folder: Path) -> Inventory | None:
+        try:
+            found = read_inventory(folder, self.root)
+        except GradstoreError as error:
+            self._find(folder / INVENTORY, None, str(error).removeprefix(f"{folder / INVENTORY}: "))
+            return None
+        self.report.bytes_checked += 0 if found is None else len(found.to_bytes())
+        return found
+
+    def _missing(self, folder: Path, kinds: tuple[str, ...], inventory: Inventory | None) -> None:
+        """Find the files that an inventory names and that are gone; without one, note that none would be missed."""
+        if inventory is None:
+            if not (folder / INVENTORY).exists() and any(names_inside(folder / kind, self.root) for kind in kinds):
+                self.report.notes.append(
+                    f"{(folder / INVENTORY).relative_to(self.root)}: there is none, as in stores of earlier versions: "
+                    f"if the newest of the {' or '.join(kinds)} were missing, nothing would show it"
+                )
+            return
+        known = {finding.file for finding in self.report.findings}
+        for path in missing_files(folder, self.root, inventory):
+            shown = path.relative_to(self.root).as_posix()
+            if not any(shown.startswith(file) for file in known):  # A gap in the numbers was found already.
+                self._find(path, None, "missing")
+
+    def _ids(self, snapshot: Snapshot) -> None:
+        """Check that problem ids are unique; parts that cannot be read were found already."""
+        try:
+            twice = repeated(snapshot.problems.ids.tolist())
+        except GradstoreError:
+            return
+        if twice is not None:
+            self._find(snapshot.collection / MANIFEST, None, f"problem id {twice!r:.80} occurs more than once")
 
     def _beyond(self, folder: Path) -> None:
         """Check the bytes after the published rows; retries if a writer opens or closes meanwhile."""
@@ -194,16 +266,16 @@ class _Checker:
             place = folder / manifest.folder / array.name
             names = {array.chunk_file(chunk) for chunk in range(chunks)}
             if place.is_dir():
-                for path in sorted(place.iterdir()):
+                for path in (place / name for name in names_inside(place, self.root)):
                     if path.name.startswith("c.") and path.name not in names:
                         chunk = path.name.split(".")[1]
                         number = int(chunk) if chunk.isdecimal() else None
                         yield self._finding(path, number, "a chunk file beyond the published rows")
             path = place / array.chunk_file(chunks - 1)
             if within and path.exists():
-                with path.open("rb") as file:
+                with open(open_inside(path, self.root), "rb") as file:
                     file.seek(within * array.row_bytes)
-                    tail = file.read()
+                    tail = file.read(array.chunk_bytes)
                 self.report.bytes_checked += len(tail)
                 missing = (array.chunk_rows - within) * array.row_bytes - len(tail)
                 if missing > 0:
@@ -213,7 +285,7 @@ class _Checker:
 
     def _strangers(self, folder: Path, manifest: Manifest) -> None:
         """Add a note for each file that does not belong to the store."""
-        known = {MANIFEST, LOCK, ZARR, INDEXES, PROBES, ROUNDS, *map(generation_name, generations(folder))}
+        known = {MANIFEST, LOCK, ZARR, INDEXES, INVENTORY, PROBES, ROUNDS, *map(generation_name, generations(folder))}
         strange = [path for path in sorted(folder.iterdir()) if path.name not in known]
         parts = {part.file for part in manifest.parts}
         problems = manifest.problems_folder(folder)
@@ -225,16 +297,18 @@ class _Checker:
             self.report.notes.append(f"{path.relative_to(self.root)}: {what}")
 
     def _text(self, path: Path, expected: bytes) -> None:
-        text = self._bytes(path, None)
+        text = self._bytes(path, None, limit=len(expected) + 1)
         if text is not None and text != expected:
             self._find(path, None, "not the text that was written")
 
-    def _bytes(self, path: Path, chunk: int | None, limit: int = -1) -> bytes | None:
+    def _bytes(self, path: Path, chunk: int | None, limit: int) -> bytes | None:
         try:
-            with path.open("rb") as file:
+            with open(open_inside(path, self.root), "rb") as file:
                 data = file.read(limit)
         except FileNotFoundError:
             self._find(path, chunk, "missing")
+        except GradstoreError as error:
+            self._find(path, chunk, str(error).removeprefix(f"{path}: "))
         except OSError as error:
             self._find(path, chunk, f"cannot be read ({error.strerror})")
         else:

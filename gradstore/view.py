@@ -198,7 +198,10 @@ class View:
 
     @cached_property
     def _position_of(self) -> dict[str, int]:
-        return {problem_id: position for position, problem_id in enumerate(self.ids)}
+        found = {problem_id: position for position, problem_id in enumerate(self.ids)}
+        if len(found) < len(self):
+            self._snapshot.problems.index  # noqa: B018 (raises the DamagedError that names the id)
+        return found
 
     def _refuse_several_bases(self, positions: np.ndarray) -> None:
         if not self._snapshot.manifest.bases:

@@ -55,6 +55,7 @@ def write_report(
     from gradstore.analysis.report.transcripts import Transcripts
 
     out, folder = Path(out), None if figures is None else Path(figures)
+    store.check_files()
     found = find(store, pool, benchmarks, metric, n_listed)
     page = assemble(found, Transcripts(rollouts, tokenizer) if rollouts else None, tell)
     out.parent.mkdir(parents=True, exist_ok=True)

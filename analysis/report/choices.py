@@ -45,7 +45,7 @@ def _rounds(found: Findings) -> Table:
         rows.append(
             [
                 one.number,
-                one.about["step"],
+                one.step,
                 str(one.about.get("selector", "–")),
                 len(table),
                 int(np.sum(table["rolled_out"].to_numpy(zero_copy_only=False))),
@@ -119,7 +119,7 @@ def costs(found: Findings) -> Section:
         for stage, seconds in one.about["costs"].items():
             stages[stage] = stages.get(stage, 0.0) + float(seconds)
     order = sorted(stages, key=lambda stage: -stages[stage])
-    x = [str(one.about["step"]) for one in timed]
+    x = [str(one.step) for one in timed]
     series = [Series(stage, x, [float(one.about["costs"].get(stage, 0.0)) for one in timed]) for stage in order]
     total = sum(stages.values())
     says = (

@@ -87,7 +87,7 @@ def history_lines(found: Findings, ids: list[str]) -> dict[str, list[tuple[str, 
             shown = parts if len(parts) <= 12 else [*parts[:3], "…", *parts[-8:]]
             lines[name].append((f"Score against {benchmark}", ", ".join(shown)))
     for name in ids:
-        taken = [str(one.about["step"]) for one in found.rounds if name in found.picked[one.number]]
+        taken = [str(one.step) for one in found.rounds if name in found.picked[one.number]]
         if taken:
             lines[name].append(("Trained on", "in the round of step " + ", ".join(taken)))
     return lines

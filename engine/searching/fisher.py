@@ -13,6 +13,7 @@ P rows of a block, N live rows, D sketch dimensions.
 """
 
 import logging
+import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,7 +25,8 @@ from gradstore import Store, View
 from gradstore.durable import crc32c, whole_file, writing
 from gradstore.engine.searching.blocks import blocks_of, only_basis
 from gradstore.errors import GradstoreError, RequestError, check_number
-from gradstore.layout import COLLECTIONS, INDEXES
+from gradstore.inside import check_folder, names_inside, read_inside, remove_file
+from gradstore.layout import COLLECTIONS, INDEXES, store_of
 
 log = logging.getLogger(__name__)
 
@@ -173,10 +175,16 @@ def _kept(
 
 def _read(folder: Path, key: str, shape: tuple[int, int]) -> np.ndarray | None:
     """Read a cached matrix whose size and checksum (in the file name) match; None without one."""
-    for path in folder.glob(f"{key}-*.f64"):
-        matrix = np.fromfile(path, "<f8")
-        if matrix.size == shape[0] * shape[1] and path.stem.endswith(f"-{crc32c(matrix):08x}"):
-            return matrix.reshape(shape)
+    store = store_of(folder.parent.parent)
+    try:
+        names = [name for name in names_inside(folder, store) if name.startswith(f"{key}-") and name.endswith(".f64")]
+        for path in (folder / name for name in names):
+            if path.lstat().st_size == 8 * shape[0] * shape[1]:
+                matrix = np.frombuffer(read_inside(path, store), "<f8")
+                if path.stem.endswith(f"-{crc32c(matrix):08x}") and np.isfinite(matrix).all():
+                    return matrix.reshape(shape)
+    except (GradstoreError, OSError) as error:
+        log.warning("%s: the matrices kept here are not read (%s)", folder, error)
     return None
 
 
@@ -184,12 +192,14 @@ def _write(folder: Path, name: str, key: str, matrix: np.ndarray) -> None:
     """Cache a matrix on disk and remove the one of other rows. The cache only saves time: a failed write only warns."""
     path = folder / f"{key}-{crc32c(np.ascontiguousarray(matrix)):08x}.f64"
     try:
+        check_folder(folder, store_of(folder.parent.parent))
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as unfinished:
             matrix.astype("<f8", copy=False).tofile(unfinished)
-        for other in folder.glob(f"{name}-*.f64"):
-            if other != path:
-                other.unlink(missing_ok=True)
+        store = store_of(folder.parent.parent)
+        for other in names_inside(folder, store):
+            if other != path.name and re.fullmatch(rf"{re.escape(name)}-g.*\.f64", other):
+                remove_file(folder / other, store)
     except (GradstoreError, OSError) as error:
         log.warning("%s: the %s matrix is not kept (%s)", folder, name, error)

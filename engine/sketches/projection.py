@@ -30,6 +30,7 @@ from typing import Literal
 import numpy as np
 
 from gradstore.errors import RequestError
+from gradstore.projection_digest import projection_digest
 
 Kind = Literal["random", "dense", "fitted"]
 REST = "rest of all layers"
@@ -92,17 +93,12 @@ class Projection:
 
     def digest(self) -> str:
         """Digest (SHA-256) over names, ranges and entries: projections with equal digests give equal sketches."""
-        digest = hashlib.sha256(repr(self.layout).encode())
-        for basis in self.layers:
-            digest.update(f"{basis.name}:{basis.start}:{basis.stop}".encode())
-            for side in (basis.left_OR, basis.right_IR):
-                digest.update(b"identity" if side is None else np.ascontiguousarray(side, "<f4").tobytes())
-            if basis.expert_EK is not None:
-                digest.update(b"experts" + np.ascontiguousarray(basis.expert_EK, "<f4").tobytes())
-        if self.fold is not None:
-            digest.update(self.fold.of_M.astype("<i8").tobytes() + self.fold.to_M.astype("<i8").tobytes())
-            digest.update(self.fold.sign_M.astype("<f4").tobytes())
-        return digest.hexdigest()[:16]
+        layers = (
+            ((basis.name, basis.start, basis.stop), (basis.left_OR, basis.right_IR, basis.expert_EK))
+            for basis in self.layers
+        )
+        fold = None if self.fold is None else (self.fold.of_M, self.fold.to_M, self.fold.sign_M)
+        return projection_digest(self.layout, layers, fold)
 
 
 def random_projection(layers: Sequence[Shape], rank: int, seed: int, right_rank: int | None = None) -> Projection:

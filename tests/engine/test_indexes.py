@@ -1,5 +1,6 @@
 """Indexes against the exact scan: the answer, the recall they vouch for, and that they are never stale."""
 
+import io
 import json
 import re
 import subprocess
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 import gradstore
+from gradstore.durable import canonical_json, crc32c
 from gradstore.engine import Index, Where, index_for, search
 from gradstore.engine.searching.indexes import KINDS, auto, recall, serve
 from gradstore.engine.searching.indexes.kinds import installed, kind_class
@@ -300,3 +302,101 @@ def test_auto_rule() -> None:
     assert auto.choose(auto.Situation(1000, 1024, 10, built=frozenset({"turbovec"})), both) == "scan"
     assert auto.choose(auto.Situation(200_000, 4096, 100, built=frozenset({"flat"}), gpu_bytes=10**11), both) == "flat"
     assert set(KINDS) == both
+
+
+def sealed(folder, change) -> None:
+    """Change what index.json says, and give it the checksum that fits."""
+    body = json.loads((folder / "index.json").read_bytes())["index"]
+    change(body)
+    text = canonical_json(body)
+    (folder / "index.json").write_bytes(b'{"crc32c":%d,"index":%s}\n' % (crc32c(text), text))
+
+
+def replaced(folder, name: str, data: bytes) -> None:
+    """Replace one file of an index, with the checksum that fits: nothing but its content is wrong."""
+    other = f"{name}-{'0' * 16}"
+    (folder / other).write_bytes(data)
+    sealed(folder, lambda body: body["files"].update({name: {"name": other, "crc32c": crc32c(data)}}))
+
+
+def saved(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
+
+
+WRONG = {
+    "cut": lambda folder, path: path.write_bytes(path.read_bytes()[:100]),
+    "cut, right checksum": lambda folder, path: replaced(folder, "entries", path.read_bytes()[:100]),
+    "empty": lambda folder, path: replaced(folder, "entries", b""),
+    "zeroed": lambda folder, path: path.write_bytes(bytes(path.stat().st_size)),
+    "zeros, right checksum": lambda folder, path: replaced(folder, "entries", bytes(path.stat().st_size)),
+    "gone": lambda folder, path: path.unlink(),
+    "of another version": lambda folder, path: replaced(folder, "entries", b"XxXx" + path.read_bytes()[4:]),
+    "many entries claimed": lambda folder, path: replaced(
+        folder, "entries", path.read_bytes()[:8] + (10**12).to_bytes(8, "little") + path.read_bytes()[16:]
+    ),
+    "rows of other problems": lambda folder, path: replaced(folder, "rows", saved(np.arange(2000)[::-1].copy())),
+    "rows twice": lambda folder, path: replaced(folder, "rows", saved(np.zeros(2000, np.int64))),
+    "rows beyond all": lambda folder, path: replaced(folder, "rows", saved(np.full(2000, 2**62))),
+    "rows of another type": lambda folder, path: replaced(folder, "rows", saved(np.zeros(2000, "S8"))),
+    "not an object": lambda folder, path: (folder / "index.json").write_text("[1]"),
+    "no JSON": lambda folder, path: (folder / "index.json").write_bytes(b"\xff\xfe"),
+    "fields missing": lambda folder, path: sealed(folder, lambda body: body.pop("tested")),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.parametrize("kind", GOOD)
+def test_an_index_that_cannot_be_used_is_built_anew(store, kind: str, wrong: str, caplog) -> None:
+    """Damaged, foreign, or written by another version of its library: one warning, and the right answer."""
+    need(kind)
+    query = np.random.default_rng(1).normal(size=64)
+    search(store.view("pool"), query, 50, index=kind)
+    folder = store.path / f"collections/pool/indexes/{kind}-cosine"
+    (entries,) = folder.glob("entries-*")
+    WRONG[wrong](folder, entries)
+    noted = any("it will be built anew" in note for note in store.verify().notes)
+    assert noted == (wrong in ("cut", "zeroed", "gone", "not an object", "no JSON"))
+    view = gradstore.open(store.path).view("pool")
+    found, exact = search(view, query, 50, index=kind), search(view, query, 50)
+    assert shared(found, exact) >= 0.96
+    assert len(set(found.ids)) == 50
+    assert [record.message for record in caplog.records if "it is built anew" in record.message], wrong
+    caplog.clear()
+    assert index_for(gradstore.open(store.path).view("pool"), 50, kind=kind) is not None
+    assert not caplog.records
+    assert store.verify().notes == []
+
+
+@pytest.mark.parametrize("kind", GOOD)
+def test_where_the_folder_cannot_be_written_the_scan_answers(store, kind: str, caplog) -> None:
+    """A damaged index on a read-only disk must not be built anew by every command."""
+    need(kind)
+    query = np.random.default_rng(1).normal(size=64)
+    search(store.view("pool"), query, 50, index=kind)
+    folder = store.path / f"collections/pool/indexes/{kind}-cosine"
+    (folder / "index.json").write_text("{")
+    (folder / "LOCK").unlink()
+    (folder / "LOCK").mkdir()
+    view = gradstore.open(store.path).view("pool")
+    assert index_for(view, 50, kind=kind) is None
+    assert [record.message for record in caplog.records if "the exact scan serves" in record.message]
+    assert search(view, query, 50, index=kind).ids.tolist() == search(view, query, 50).ids.tolist()
+    assert (folder / "index.json").read_text() == "{"
+
+
+@pytest.mark.parametrize("kind", GOOD)
+def test_without_file_locks_indexes_are_read_and_built(store, kind: str, monkeypatch) -> None:
+    """Lustre without flock: reading needs no lock, and builders without one only waste work."""
+    need(kind)
+
+    def fails(*arguments: object) -> None:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr("gradstore.engine.searching.indexes.folder.fcntl.flock", fails)
+    query = np.random.default_rng(1).normal(size=64)
+    search(store.view("pool"), query, 50, index=kind)
+    monkeypatch.setattr(Index, "build", lambda *arguments: pytest.fail("built again"))
+    view = gradstore.open(store.path).view("pool")
+    assert shared(search(view, query, 50, index=kind), search(view, query, 50)) >= 0.96

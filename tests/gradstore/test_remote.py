@@ -10,7 +10,7 @@ from zarr.storage import LocalStore
 
 import gradstore
 from gradstore import DamagedError, NotAStoreError, RequestError, engine, mirror, open_remote
-from gradstore.attachments import read_attachment, write_attachment
+from gradstore.attachments import adding, read_attachment, write_attachment
 
 
 class Counting(LocalStore):
@@ -44,7 +44,8 @@ def test_a_copy_follows(new_store: Callable, tools: dict, tmp_path: Path, column
     store = new_store(n=20, column_rows=column_rows)
     assert store.info()["format"] == (3 if column_rows else 1)
     source, path = Counting(store.path), tmp_path / "copy"
-    write_attachment(store.path, "bases", b"kept as they are")
+    with adding(store.path):
+        write_attachment(store.path, "bases", b"kept as they are")
     tools["append"](store, 0, list(range(12)))
     same(mirror(source, path), store)
     assert read_attachment(path, "bases") == b"kept as they are"

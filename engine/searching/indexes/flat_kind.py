@@ -1,5 +1,6 @@
 """flat kind: FAISS's exact float32 index, on the GPU if faiss-gpu finds one. Files are memory-mapped when opened."""
 
+import struct
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Self
@@ -11,6 +12,10 @@ from gradstore.engine.searching.indexes.kinds import Kind
 faiss: Any = import_module("faiss")
 """Typed as Any: FAISS's own stubs describe the C++ signatures, not the Python ones."""
 
+_HEAD = struct.Struct("<4siq")
+"""Beginning of a FAISS file: type, dimensions, number of entries."""
+_MOST_HEADER = 4096
+"""Most bytes of a flat FAISS file beside its entries."""
 _GPU_K = 2048
 """Most results per query of a FAISS GPU search."""
 
@@ -52,8 +57,16 @@ class Flat(Kind):
         faiss.write_index(self.faiss_index, str(path))
 
     @classmethod
-    def load(cls, path: Path) -> Self:
+    def load(cls, path: Path, n: int, dim: int) -> Self:
+        # FAISS allocates what the header claims, so the claims are compared with the file first.
+        with path.open("rb") as file:
+            magic, its_dim, its_n = _HEAD.unpack(file.read(_HEAD.size).ljust(_HEAD.size, b"\0"))
+        spare = path.stat().st_size - 4 * n * dim
+        if not magic.startswith(b"IxF") or (its_dim, its_n) != (dim, n) or not 0 < spare <= _MOST_HEADER:
+            raise ValueError(f"not a flat FAISS index of {n} entries of {dim} dimensions")
         mapped = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
+        if not isinstance(mapped, faiss.IndexFlat):
+            raise ValueError(f"a FAISS index of type {type(mapped).__name__}")
         return cls(mapped.d, mapped)
 
     def _on_gpu(self) -> Any:

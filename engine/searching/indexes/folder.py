@@ -7,23 +7,57 @@ the store: the folder may be removed at any time.
 
 import fcntl
 import io
-import json
 import os
+import re
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
 from gradstore import View
-from gradstore.durable import canonical_json, crc32c, fsync_folder, replace_file, writing
+from gradstore.durable import TEMPORARY, canonical_json, crc32c, fsync_folder, replace_file, writing
 from gradstore.engine.searching.indexes.index import Index, Tested, collection_folder
-from gradstore.engine.searching.indexes.kinds import kind_class
-from gradstore.errors import GradstoreError
-from gradstore.layout import INDEXES
+from gradstore.engine.searching.indexes.kinds import Kind, kind_class
+from gradstore.errors import DamagedError, GradstoreError, first_line
+from gradstore.inside import check_folder, names_inside, open_inside, remove_file
+from gradstore.layout import INDEXES, store_of
+from gradstore.schema import Checker, lists, number, record, text, whole
 
+_FILES = ("entries", "rows", "norms")
+_RECORD = {"k": whole(1), "recall": number(0, 1)}
+_WHOLE = Checker(
+    record(
+        {
+            "crc32c": whole(),
+            "index": record(
+                {
+                    "format": whole(),
+                    "kind": text(),
+                    "metric": text(),
+                    "generation": whole(),
+                    "recall": number(),
+                    "refusals": lists(record({**_RECORD, "asked": number(), "n_rows": whole()})),
+                    "files": record(
+                        {},
+                        {
+                            name: record({"name": text(f"{name}-[0-9a-f]{{16}}"), "crc32c": whole(0, 2**32 - 1)})
+                            for name in _FILES
+                        },
+                    ),
+                    "n_tested": whole(),
+                    "tested": lists(record({**_RECORD, "worst": number(0, 1), "factor": number(0, 1000)})),
+                }
+            ),
+        }
+    )
+)
+_NAMES = re.compile(rf"({'|'.join(_FILES)})-[0-9a-f]+|{re.escape(TEMPORARY)}.*")
+"""Files that a build may leave, and the next one removes."""
+_MOST_BYTES = 1 << 24
+"""Largest index.json."""
 _FORMAT = 2
 _ATTEMPTS = 3
 
@@ -58,50 +92,64 @@ class IndexFolder:
         self.kind = kind
         self.metric = metric
         self.path = collection_folder(view) / INDEXES / f"{kind}-{self.metric}"
+        self.fault = ""
+        """Why `read` could not open the index that is there; empty if it could, or there is none."""
+        self._view = view
         self._collection = collection_folder(view)
+        self._store = store_of(self._collection)
+        self._what = kind, metric
         self._generation = view.stored.generation
 
     @contextmanager
     def building(self) -> Iterator[bool]:
         """Lock for one builder at a time; others wait. Yields False if the folder cannot be written."""
         try:
+            check_folder(self.path, self._store)
             self.path.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(self.path / "LOCK", os.O_RDWR | os.O_CREAT, 0o666)
-        except OSError:
+            descriptor = open_inside(self.path / "LOCK", self._store, os.O_RDWR | os.O_CREAT)
+        except (OSError, DamagedError):
             yield False
             return
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            # Without locks two builders may remove each other's files; then a reader finds none and builds anew.
+            with suppress(OSError):
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
             yield True
         finally:
             os.close(descriptor)
 
     def read(self) -> Kept | None:
-        """Read the index of this generation; None if there is none or it is damaged."""
+        """Read the index of this generation, without a lock; None if there is none.
+
+        One that cannot be used (damaged, of other rows, or of another version of its library) sets `fault`.
+        """
+        kind, self.fault, fault = kind_class(self.kind), "", ""
         for _ in range(_ATTEMPTS):
             try:
-                return self._read()
-            except FileNotFoundError:
-                continue  # Never built, or replaced between the two reads.
-            except (OSError, ValueError, KeyError, TypeError):
-                return None  # No such folder, or damaged: the caller builds a new one.
+                return self._read(kind)
+            except (FileNotFoundError, NotADirectoryError) as error:
+                fault = first_line(error)  # Never built, or replaced between the two reads.
+            except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, MemoryError) as error:
+                fault = first_line(error)
+                break
+        self.fault = fault if (self.path / "index.json").exists() else ""
         return None
 
     def exists(self) -> bool:
         """Whether the folder has an index, not only a refusal; `read` checks its content."""
         try:
-            body = json.loads((self.path / "index.json").read_bytes())["index"]
-        except (OSError, ValueError, KeyError, TypeError):
+            body = self._body()
+        except (OSError, ValueError):
             return False
-        return bool(body.get("files")) and body.get("generation") == self._generation
+        return body is not None and bool(body["files"])
 
     def write(self, kept: Kept) -> None:
         """Publish the index; call inside `building`. Unchanged files are reused."""
         files: dict[str, Any] = {}
         index = kept.index
         if index is not None:
-            old = self._body() if kept.n_saved == len(index) else None
-            files = old["files"] if old and old["files"] else self._write_files(index)
+            files = self._kept_files() if kept.n_saved == len(index) else {}
+            files = files or self._write_files(index)
         body = {
             "format": _FORMAT,
             "kind": self.kind,
@@ -113,26 +161,37 @@ class IndexFolder:
             "n_tested": index.n_tested if index else 0,
             "tested": [asdict(tested) for tested in index.tested] if index else [],
         }
-        text = canonical_json(body)
-        replace_file(self.path / "index.json", b'{"crc32c":%d,"index":%s}\n' % (crc32c(text), text))
+        canonical = canonical_json(body)
+        replace_file(self.path / "index.json", b'{"crc32c":%d,"index":%s}\n' % (crc32c(canonical), canonical))
         kept.n_saved = len(index) if index else 0
         named = {"index.json", "LOCK", *(file["name"] for file in files.values())}
-        for path in self.path.iterdir():
-            if path.name not in named:
-                path.unlink(missing_ok=True)
+        for name in names_inside(self.path, self._store):
+            if name not in named and _NAMES.fullmatch(name):
+                remove_file(self.path / name, self._store)
+
+    def _kept_files(self) -> dict[str, Any]:
+        """The files of the index on disk; none if it cannot be read."""
+        try:
+            body = self._body()
+        except (OSError, ValueError):
+            return {}
+        return {} if body is None else body["files"]
 
     def _body(self) -> dict[str, Any] | None:
+        """What index.json says; None for an index of an earlier format or another generation. ValueError if damaged."""
+        raw = self._bytes("index.json", _MOST_BYTES)
         try:
-            text = (self.path / "index.json").read_bytes()
-            whole = json.loads(text)
-        except (FileNotFoundError, ValueError):
-            return None
-        body: dict[str, Any] = whole["index"]
-        if whole["crc32c"] != crc32c(canonical_json(body)) or body["format"] != _FORMAT:
-            return None
-        return body if body["generation"] == self._generation else None
+            found = _WHOLE.parse(raw, "index.json")
+        except DamagedError as error:
+            raise ValueError(str(error)) from None
+        body: dict[str, Any] = found["index"]
+        if found["crc32c"] != crc32c(canonical_json(body)):
+            raise ValueError("index.json does not match its checksum")
+        if body["files"] and (set(body["files"]) != set(_FILES) or (body["kind"], body["metric"]) != self._what):
+            raise ValueError("index.json is of another index")
+        return body if (body["format"], body["generation"]) == (_FORMAT, self._generation) else None
 
-    def _read(self) -> Kept | None:
+    def _read(self, kind: type[Kind]) -> Kept | None:
         body = self._body()
         if body is None:
             return None
@@ -142,21 +201,41 @@ class IndexFolder:
         paths = {}
         for name, file in body["files"].items():
             paths[name] = self.path / file["name"]
+            os.close(self._opened(file["name"]))  # No link, no pipe: the libraries below open by path.
             if crc32c(np.memmap(paths[name], np.uint8, "r")) != file["crc32c"]:
-                return None
-        kind = kind_class(self.kind)
+                raise ValueError(f"{paths[name].name} does not match its checksum")
         entry_rows, entry_norms = np.load(paths["rows"]), np.load(paths["norms"])
+        n = len(entry_rows)
+        if (entry_rows.dtype, entry_norms.dtype) != (np.int64, np.float32) or entry_norms.shape != (n,):
+            raise ValueError("its rows and norms are not those of an index")
+        if entry_rows.shape != (n,) or entry_rows.min(initial=0) < 0 or len(np.unique(entry_rows)) < n:
+            raise ValueError("its rows are not row numbers, each once")
+        entries = kind.load(paths["entries"], n, self._view.dim)
         index = Index(
-            kind.load(paths["entries"]), self.metric, self._collection, self._generation, entry_rows, entry_norms,
+            entries, self.metric, self._collection, self._generation, entry_rows, entry_norms,
             tuple(Tested(**tested) for tested in body["tested"]), body["n_tested"],
         )  # fmt: skip
+        index.positions(self._view)  # RequestError, which is a ValueError, if it is of other rows.
         return Kept(index, body["recall"], refusals, len(entry_rows))
+
+    def _opened(self, name: str) -> int:
+        """Descriptor of a file of the folder; ValueError for a link and for anything else that is no file."""
+        try:
+            return open_inside(self.path / name, self._store)
+        except DamagedError as error:
+            raise ValueError(str(error)) from None
+
+    def _bytes(self, name: str, most: int) -> bytes:
+        with os.fdopen(self._opened(name), "rb") as file:
+            if os.fstat(file.fileno()).st_size > most:
+                raise ValueError(f"{name} has more than {most} bytes")
+            return file.read()
 
     def _write_files(self, index: Index) -> dict[str, dict[str, Any]]:
         token = secrets.token_hex(8)
         files = {}
         with writing(self.path):
-            for name in ("entries", "rows", "norms"):
+            for name in _FILES:
                 path = self.path / f"{name}-{token}"
                 if name == "entries":
                     try:

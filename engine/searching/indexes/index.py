@@ -105,14 +105,15 @@ class Index:
         """
         key = (view.commit, view.at, len(self))
         if self._seen.get("key") != key:
-            where_R = np.full(int(max(view.stored.numbers.max(initial=-1), self.entry_rows.max(initial=-1))) + 1, -1)
+            last = int(view.stored.numbers.max(initial=-1))
+            where_R = np.full(last + 2, -1)  # The last entry stands for rows that this view does not have.
             where_R[view.stored.numbers[view.live]] = view.live_positions
-            found = where_R[self.entry_rows]
+            found = where_R[np.minimum(self.entry_rows, last + 1)]
             inside = found >= 0
             if not np.array_equal(view.norms[found[inside]], self.entry_norms[inside]):
                 raise RequestError(f"the index of {self.collection} is of other rows than are stored: build it anew")
-            last = {name: self._seen[name] for name in ("view", "complete") if name in self._seen}
-            self._seen = last | {"key": key, "positions": found, "share": inside.mean()}
+            extended = {name: self._seen[name] for name in ("view", "complete") if name in self._seen}
+            self._seen = extended | {"key": key, "positions": found, "share": inside.mean()}
         positions: np.ndarray = self._seen["positions"]
         return positions
 

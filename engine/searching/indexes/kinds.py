@@ -50,8 +50,11 @@ class Kind(ABC):
 
     @classmethod
     @abstractmethod
-    def load(cls, path: Path) -> "Kind":
-        """Open a file written by `save`; memory-mapped if the library can."""
+    def load(cls, path: Path, n: int, dim: int) -> "Kind":
+        """Open a file written by `save`, of n entries of `dim` dimensions; memory-mapped if the library can.
+
+        ValueError, OSError or RuntimeError for another file, such as one of another version of the library.
+        """
 
 
 _MODULE_OF = {

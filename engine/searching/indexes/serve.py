@@ -137,9 +137,18 @@ def _made(
 
 
 def _kept_on_disk(folder: IndexFolder, make: Callable[[Kept | None], Kept], kept: Kept | None) -> Kept:
-    """Make the index under the folder's lock and write it; if it cannot be written, it stays in memory only."""
+    """Make the index under the folder's lock and write it; if it cannot be written, it stays in memory only.
+
+    In place of an index that cannot be read and cannot be replaced the scan answers: no command should build it anew.
+    """
     with folder.building() as writable:
-        kept = make(kept or folder.read())
+        kept = kept or folder.read()
+        if kept is None and folder.fault:
+            then = "it is built anew" if writable else "its folder cannot be written, so the exact scan serves"
+            log.warning("%s: this index cannot be used (%s): %s", folder.path, folder.fault, then)
+            if not writable:
+                return Kept(None, 0.0)
+        kept = make(kept)
         try:
             if writable:
                 folder.write(kept)

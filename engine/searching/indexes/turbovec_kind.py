@@ -42,9 +42,11 @@ class Turbovec(Kind):
         self._built.write(str(path), durable=False)
 
     @classmethod
-    def load(cls, path: Path) -> Self:
-        built = TurboQuantIndex.load(str(path))
-        return cls(built.dim, built)
+    def load(cls, path: Path, n: int, dim: int) -> Self:
+        index = cls(dim, TurboQuantIndex.load(str(path)))
+        if (len(index), index._built.dim) != (n, index._padded):
+            raise ValueError(f"not a turbovec index of {n} entries of {dim} dimensions")
+        return index
 
     def _pad(self, rows: np.ndarray) -> np.ndarray:
         rows = np.ascontiguousarray(rows, np.float32)

@@ -1,0 +1,158 @@
+"""Reading Parquet files of a store within limits.
+
+A file of some kilobytes can stand for many gigabytes: pages compress, runs repeat, and a dictionary holds a long text
+once for a million rows. So the sizes in the headers of its pages are checked first (the footer may lie). Then rows are
+read in batches small enough that even the longest text in each of them fits in memory, and reading stops when the
+columns have become too large.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from gradstore.errors import DamagedError, first_line
+from gradstore.page_sizes import page_sizes
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+EXPANSION, ALLOWANCE = 256, 64 << 20
+"""Most bytes of columns in memory: EXPANSION times the file's, and ALLOWANCE more."""
+_BATCH = 256 << 20
+"""Most bytes of one batch, if every text in it is as long as the largest page allows."""
+
+
+def read_stored(
+    file: BinaryIO, path: Path, schema: "pa.Schema", *, columns: list[str] | None = None, rows: int | None = None
+) -> "pa.Table":
+    """Read columns (None: all) of an open Parquet file, in the types of `schema`; checks every page's checksum.
+
+    rows: number of rows it must have. DamagedError names the path for other columns, types or counts, for nulls where
+    the schema has none, for text that is not UTF-8, and for more bytes than a file of its size may have.
+    """
+    import pyarrow as pa
+
+    try:
+        return _read(file, schema, columns, rows)
+    except (pa.ArrowException, OSError, ValueError, MemoryError, OverflowError) as error:
+        raise DamagedError(f"{path}: damaged: {first_line(error)}; see `gradstore verify`") from error
+
+
+def within(nbytes: int, size: int) -> bool:
+    """Whether columns of so many bytes may come from a file of this size."""
+    return nbytes <= EXPANSION * size + ALLOWANCE
+
+
+def _read(file: BinaryIO, schema: "pa.Schema", columns: list[str] | None, rows: int | None) -> "pa.Table":
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    size = file.seek(0, 2)
+    limits: Any = {"thrift_string_size_limit": max(size, 1), "thrift_container_size_limit": max(size, 1)}
+    found = pq.ParquetFile(file, page_checksum_verification=True, **limits)
+    if found.metadata.num_rows != (found.metadata.num_rows if rows is None else rows):
+        raise ValueError(f"{found.metadata.num_rows} rows instead of {rows}")
+    if found.schema_arrow.names != schema.names:
+        raise ValueError(f"columns {', '.join(found.schema_arrow.names)[:200]}, expected {', '.join(schema.names)}")
+    for field, own in zip(schema, found.schema_arrow, strict=True):
+        if not _alike(field.type, own.type):
+            raise ValueError(f"column {field.name} is {str(own.type)[:80]}, expected {field.type}")
+    wanted = pa.schema([field for field in schema if columns is None or field.name in columns])
+    most_rows, lists = _checked_sizes(file, found, wanted, size)
+    if lists:
+        found = pq.ParquetFile(file, page_checksum_verification=True, read_dictionary=lists, **limits)
+    taken: list[pa.RecordBatch] = []
+    in_memory = n_rows = 0
+    for batch in found.iter_batches(most_rows, columns=wanted.names):
+        in_memory += sum(map(_decoded_bytes, batch.columns))
+        n_rows += batch.num_rows
+        if not within(in_memory, size):
+            raise ValueError(f"more than {in_memory} bytes of columns in a file of {size}")
+        taken.append(batch)
+    if n_rows != found.metadata.num_rows:
+        raise ValueError(f"{n_rows} rows instead of {found.metadata.num_rows}")
+    table = pa.Table.from_batches(taken, taken[0].schema) if taken else wanted.empty_table()
+    for field in wanted:
+        if not field.nullable and table[field.name].null_count:
+            raise ValueError(f"column {field.name} has nulls")
+    table = table.replace_schema_metadata(None).cast(wanted)
+    table.validate(full=True)
+    return table
+
+
+def metadata_of(file: BinaryIO) -> dict[bytes, bytes]:
+    """Members of the footer's metadata."""
+    import pyarrow.parquet as pq
+
+    size = file.seek(0, 2)
+    read = pq.ParquetFile(file, thrift_string_size_limit=size, thrift_container_size_limit=size)
+    return read.metadata.metadata or {}
+
+
+def _checked_sizes(file: BinaryIO, found: "pq.ParquetFile", wanted: "pa.Schema", size: int) -> tuple[int, list[str]]:
+    """(rows of a batch, leaf columns to read as dictionaries), by the pages' sizes; ValueError if they are too large.
+
+    A text can be as long as all pages of its column together. A row of a list can hold as many texts as the whole
+    column, so lists of texts are read as dictionaries, in which a text takes its bytes once.
+    """
+    total, longest, as_dictionaries = 0, 1, []
+    for name, path, values, nbytes in _leaves(file, found, wanted.names):
+        kind = wanted.field(name).type
+        if "string" not in str(kind):
+            total += max(nbytes, 8 * values)
+            continue
+        total += nbytes
+        if "list" in str(kind):
+            as_dictionaries.append(path)
+            total += 8 * values
+        elif not within(values * nbytes, size):
+            longest = max(longest, nbytes)
+    if not within(total, size):
+        raise ValueError(f"{total} bytes of columns in a file of {size}")
+    return (max(1, _BATCH // longest) if longest > 1 else max(1, found.metadata.num_rows)), as_dictionaries
+
+
+def _leaves(file: BinaryIO, found: "pq.ParquetFile", names: list[str]) -> Iterator[tuple[str, str, int, int]]:
+    """(column, leaf path, values, bytes without compression) of every leaf of the columns, over all row groups."""
+    metadata = found.metadata
+    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+    for j in range(metadata.num_columns):
+        path = metadata.schema.column(j).path
+        if path.split(".")[0] not in names:
+            continue
+        values = nbytes = 0
+        for part in (group.column(j) for group in groups):
+            start = part.data_page_offset
+            if part.has_dictionary_page and part.dictionary_page_offset is not None:
+                start = min(start, part.dictionary_page_offset)
+            if start < 0 or part.total_compressed_size < 0:
+                raise ValueError(f"column {path[:80]} begins at {start}")
+            for page_bytes, page_values in page_sizes(file, start, start + part.total_compressed_size):
+                nbytes += page_bytes
+                values += page_values
+        yield path.split(".")[0], path, values, nbytes
+
+
+def _alike(ours: "pa.DataType", theirs: "pa.DataType") -> bool:
+    """Whether a column of another writer has our type: texts and lists may have offsets of 32 or 64 bits."""
+    import pyarrow.types as is_
+
+    if is_.is_large_string(ours) or is_.is_string(ours):
+        return bool(is_.is_large_string(theirs) or is_.is_string(theirs))
+    if is_.is_list(ours):
+        return bool(is_.is_list(theirs) or is_.is_large_list(theirs)) and _alike(ours.value_type, theirs.value_type)
+    return bool(ours == theirs)
+
+
+def _decoded_bytes(column: Any) -> int:
+    """Bytes of a column of a batch once its dictionaries are gone."""
+    import pyarrow.compute as pc
+    import pyarrow.types as is_
+
+    if is_.is_list(column.type) or is_.is_large_list(column.type):
+        return int(column.nbytes) + _decoded_bytes(column.flatten())
+    if is_.is_dictionary(column.type):
+        lengths = pc.binary_length(column.dictionary).take(column.indices)
+        return int(pc.sum(lengths.cast("int64")).as_py() or 0)
+    return int(column.nbytes)
