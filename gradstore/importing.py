@@ -4,17 +4,14 @@ Files are read and checked to their ends before anything is written; problems an
 publication. If that fails, the store is as it was; one that the import created is removed.
 """
 
-import itertools
 import logging
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from gradstore.bases import first_basis
 from gradstore.errors import RequestError
-from gradstore.header import Header, new_header
+from gradstore.header import Header, check_layout, new_header
 from gradstore.keepable import check_keepable
 from gradstore.layout import check_name, check_step
 from gradstore.new_rows import NewRows
@@ -71,7 +68,8 @@ def import_sketches(
             f"{store_path}: no store there; to create one, say how the sketches were made: --fingerprint FILE"
         )
     dim = sketches.shape[1]
-    _check_layout(fingerprint, dim, str(fingerprint_path))
+    if "layout" in fingerprint:
+        check_layout(fingerprint["layout"], dim, str(fingerprint_path))
     _check_rows(new_header(dim, dtype, None, None, fingerprint), ids, sketches, others, str(sketches_path))
     if not records:
         raise RequestError(f"{store_path}: a new store knows no problem yet: give their records, --problems FILE")
@@ -107,23 +105,6 @@ def _check_rows(
     rows.sketches(sketches, others.get("norms"), None, None, header)
     rows.pass_rates(others.get("pass_rate"))
     rows.counts(others.get("n_rollouts"))
-
-
-def _check_layout(fingerprint: dict[str, Any], dim: int, where: str) -> None:
-    """RequestError for a layout of layers that is not one, or of other dimensions than the sketches'."""
-    try:
-        ends = [(start, stop) for name, start, stop in first_basis(fingerprint, dim).layout if isinstance(name, str)]
-        whole = all(isinstance(end, int) for pair in ends for end in pair) and ends[-1][1] == dim
-        whole = whole and len(ends) == len(fingerprint.get("layout", [0])) and ends[0][0] == 0
-        whole = whole and all(start < stop for start, stop in ends)
-        whole = whole and all(one[1] == next_[0] for one, next_ in itertools.pairwise(ends))
-    except (TypeError, ValueError, IndexError):
-        whole = False
-    if not whole:
-        raise RequestError(
-            f"{where}: field 'layout' must be a list of [layer, start, stop] that divides the {dim} dimensions of the "
-            "sketches, or be left out"
-        )
 
 
 def _read_sketches(path: Path) -> tuple[list[str], np.ndarray, dict[str, np.ndarray]]:
