@@ -5,9 +5,9 @@
 Makes an int8 store of random rows in a temporary folder and runs `gradstore query` on it in new processes. This process
 times, interleaved: the exact scan, reading the same bytes once, and decoding them once. Times have their spread.
 
-The query runs also without the checks of files and codes, which only this benchmark can switch off. Both are compared in
-the same repeat: wall time, and processor time, which other load on the machine changes less. The same for the first and a
-later scan in this process.
+The query runs also without the checks of files and codes, which only this benchmark can switch off. Both are compared
+in the same repeat: wall time, and processor time, which other load on the machine changes less. The same for the first
+and a later scan in this process.
 """
 
 import resource
