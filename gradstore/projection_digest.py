@@ -46,7 +46,8 @@ def projection_digest(
 
 def changed_projections(store: Path, fingerprint: dict, bases: Sequence[Basis]) -> Iterator[tuple[Path, str]]:
     """Each kept projection whose content is not the one its rows were made with, and how. Needs safetensors."""
-    if fingerprint.get("projection", {}).get("kind") != "fitted":
+    projection = fingerprint.get("projection")
+    if not isinstance(projection, dict) or projection.get("kind") != "fitted":
         return
     for basis in bases:
         name = f"projection-{basis.digest}.safetensors"

@@ -16,10 +16,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from safetensors.numpy import save
 
 import gradstore
 from gradstore.durable import canonical_json, crc32c
 from gradstore.layout import row_arrays
+from gradstore.projection_digest import projection_digest
 
 DIM = 12
 LAYOUT = [["a", 0, 5], ["b", 5, DIM]]
@@ -34,13 +36,15 @@ def honest_store(path: Path) -> Path:
     """A store with two collections of 12 and 4 problems, two bases, tombstones, reasons, rounds, probes, coverage."""
     random = np.random.default_rng(0)
     coverage = {"parameters": 0.9, "gradient": 0.8, "n_groups": 4, "lookups": 0.0, "left_out": []}
+    first, first_file = _projection(LAYOUT)
+    second, second_file = _projection([["a", 0, 6], ["b", 6, DIM]])
     store = gradstore.create(
         path,
         dim=DIM,
-        fingerprint={"layout": LAYOUT, "model": "m", "projection": {"kind": "fitted", "basis": "d0"}},
+        fingerprint={"layout": LAYOUT, "model": "m", "projection": {"kind": "fitted", "basis": first}},
         chunk_rows=8,
         column_rows=16,
-        attachments={"projection-d0.safetensors": b"kept", "coverage.json": canonical_json(coverage)},
+        attachments={f"projection-{first}.safetensors": first_file, "coverage.json": canonical_json(coverage)},
     )
     for name, n in (("pool", 12), ("bench", 4)):
         ids = [f"{name}{i}" for i in range(n)]
@@ -51,7 +55,8 @@ def honest_store(path: Path) -> Path:
             reasons = ["broken" if state else "" for state in states]
             rates = np.linspace(0, 1, n)
             writer.append(ids, random.normal(size=(n, DIM)), state=states, reason=reasons, pass_rate=rates)
-    store.add_basis("d1", [("a", 0, 6), ("b", 6, DIM)], {"step": 1}, {"projection-d1.safetensors": b"kept too"})
+    attached = {f"projection-{second}.safetensors": second_file}
+    store.add_basis(second, [("a", 0, 6), ("b", 6, DIM)], {"step": 1}, attached)
     with store.writer("pool", step=1) as writer:
         writer.append([f"pool{i}" for i in range(8)], random.normal(size=(8, DIM)), basis=1)
     store.delete("pool", ["pool5"])
@@ -61,6 +66,14 @@ def honest_store(path: Path) -> Path:
         four = [np.ones(4, np.float32)] * 4
         store.probes("pool").add(ids, four, four, [np.ones(4, np.int32)] * 4, step=step, target="bench")
     return path
+
+
+def _projection(layout: list) -> tuple[str, bytes]:
+    """Digest and file of a fitted projection whose sides are kept whole."""
+    layers = [(name, start, stop) for name, start, stop in layout]
+    about = {"kind": "fitted", "captured": None, "layout": layout, "layers": layout}
+    digest = projection_digest(layers, ((layer, (None, None, None)) for layer in layers), None)
+    return digest, save({"_": np.zeros(1, np.float32)}, {"projection": json.dumps(about)})
 
 
 def _record(problem_id: str, i: int) -> dict:
