@@ -1,6 +1,7 @@
 """Inventories: what is listed, when, and what a crash, a copy or another writer makes of them."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -77,6 +78,25 @@ def test_one_with_a_right_checksum_and_wrong_content_is_damage(body: bytes) -> N
     with pytest.raises(DamagedError, match="file: damaged: ") as caught:
         Inventory.from_bytes(b'{"crc32c":"%08x","inventory":%s}\n' % (crc32c(body), body), Path("file"))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "link", "folder"])
+def test_only_an_ordinary_file_is_read(store: gradstore.Store, tmp_path: Path, kind: str) -> None:
+    """A pipe would wait for ever, and a link leads to what somebody else chose."""
+    file = store.path / "collections/pool" / INVENTORY
+    (tmp_path / "outside").write_bytes(file.read_bytes())
+    file.unlink()
+    if kind == "pipe":
+        os.mkfifo(file)
+    elif kind == "link":
+        file.symlink_to(tmp_path / "outside")
+    else:
+        file.mkdir()
+    for attempt in (store.check_files, lambda: len(store.probes("pool").table()), lambda: probe(store, 3)):
+        with pytest.raises(GradstoreError, match=INVENTORY) as caught:
+            attempt()
+        assert "\n" not in str(caught.value)
+    assert not store.verify().ok
 
 
 def test_a_crash_before_it_is_written_costs_nothing(store: gradstore.Store, monkeypatch: pytest.MonkeyPatch) -> None:
