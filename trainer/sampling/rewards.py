@@ -233,7 +233,7 @@ class _Graded:
         places: dict[int, int] = {}
         problems: list[Any] = []
         items: list[PoolItem] = []
-        long = []
+        long: list[int] = []
         for record, response, rollout in asked:
             if id(record) not in places:
                 places[id(record)] = len(problems)
