@@ -14,7 +14,6 @@ import functools
 import os
 import statistics
 import time
-from collections.abc import Callable
 from pathlib import Path
 from random import Random
 from typing import Annotated, Any
@@ -26,6 +25,14 @@ from gradstore.trainer.sampling.workers.pool import WorkerPool
 
 PER_PROBLEM = 8
 FILL = "We add the terms, divide by the number of cases and simplify what is left, which gives the value below. "
+FORMS = (
+    ["{n}"] * 12
+    + [r"\frac{{{n}}}{{{b}}}"] * 3
+    + ["{n}.{b}"]
+    + [r"{n}\sqrt{{{b}}}"] * 2
+    + ["x^2+{n}x-{b}", "({n}, {b})"]
+)
+"""Ground truths and answers; one of them is drawn for each problem."""
 
 
 def draw(problems: int, random: Random) -> list[tuple[str, str]]:
@@ -33,19 +40,11 @@ def draw(problems: int, random: Random) -> list[tuple[str, str]]:
     pairs = []
     for _ in range(problems):
         a, b = random.randint(2, 999), random.randint(2, 99)
-        kinds = [
-            *([lambda k, a=a: f"{a + k}"] * 12),
-            *([lambda k, a=a, b=b: rf"\frac{{{a + k}}}{{{b}}}"] * 3),
-            lambda k, a=a, b=b: f"{a + k}.{b}",
-            *([lambda k, a=a, b=b: rf"{a + k}\sqrt{{{b}}}"] * 2),
-            lambda k, a=a, b=b: f"x^2+{a + k}x-{b}",
-            lambda k, a=a, b=b: f"({a + k}, {b})",
-        ]
-        written: Callable[[int], str] = random.choice(kinds)
+        form = random.choice(FORMS)
         for _ in range(PER_PROBLEM):
-            answer = written(random.choice([0, 0, 0, 1, -1, random.randint(2, 9)]))
+            answer = form.format(n=a + random.choice([0, 0, 0, 1, -1, random.randint(2, 9)]), b=b)
             box = random.choice([rf"\boxed{{{answer}}}.", rf"$\boxed{{{answer}}}$", rf"\[\boxed{{{answer}}}\]"])
-            pairs.append((written(0), f"Let $n$ be the number. {FILL * 3}So the answer is {box}"))
+            pairs.append((form.format(n=a, b=b), f"Let $n$ be the number. {FILL * 3}So the answer is {box}"))
     return pairs
 
 

@@ -143,7 +143,7 @@ def test_wrong_answers_of_all_shapes_are_paid_as_the_data_set_pays_them() -> Non
         "[[0, 1], [1, 0]]",
         "['A', 'B']",
         "(1 + 2) * 3",
-        "x**2 + sin(x)/2 + C",
+        "sin(x)/2 + C",
         "2.5",
         "{'a': 1}",
         "a b",
@@ -214,6 +214,23 @@ def test_a_data_file_cannot_choose_code(kept: dict[str, Any], message: str) -> N
         load_reward("reasoning-gym")(problem, "1", 0)
     with pytest.raises(RequestError, match=r"problem 'p1': reward 'auto' needs extra\.reward to be"):
         load_reward("auto")(_problem(reward="os:system"), "1", 0)
+
+
+def _nested(depth: int) -> dict[str, Any]:
+    nested: dict[str, Any] = {}
+    for _ in range(depth):
+        nested = {"a": nested}
+    return nested
+
+
+@pytest.mark.parametrize("held", [_nested(900), _nested(100_000), {"a": object()}])
+def test_entries_that_cannot_be_sent_name_their_problem(held: dict[str, Any]) -> None:
+    """Deep nesting, and what is no JSON, are faults of one problem; the others are graded."""
+    odd = _problem("odd", reasoning_gym={"dataset": "chain_sum", "entry": {"metadata": held}})
+    first, second = load_reward("reasoning-gym").faults([odd, _of_task("chain_sum")])
+    assert first is not None
+    assert "\n" not in first
+    assert second is None
 
 
 def test_settings_without_bounds_are_stopped(two_seconds: WorkerPool) -> None:

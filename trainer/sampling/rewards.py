@@ -24,13 +24,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gradstore import to_verl
-from gradstore.errors import RequestError
+from gradstore.errors import RequestError, first_line
 from gradstore.keepable import parsed_field
 from gradstore.problems import detail
 from gradstore.trainer.sampling.grading import unreadable
 from gradstore.trainer.sampling.imported import imported
 from gradstore.trainer.sampling.judge.secrecy import without_credentials
 from gradstore.trainer.sampling.reward import Item, Reward, Score
+from gradstore.trainer.sampling.workers import frames
 from gradstore.trainer.sampling.workers.pool import PoolItem, pool_of
 
 if TYPE_CHECKING:
@@ -234,7 +235,7 @@ class _Graded:
         places: dict[int, int] = {}
         problems: list[Any] = []
         items: list[PoolItem] = []
-        long = []
+        long: list[int] = []
         for record, response, rollout in asked:
             if id(record) not in places:
                 places[id(record)] = len(problems)
@@ -272,7 +273,12 @@ def _gym_entry(record: Mapping[str, Any]) -> dict[str, Any]:
     kept = parsed_field(detail(record, "reasoning_gym"), name, "extra.reasoning_gym")
     if not isinstance(kept, Mapping) or not isinstance(kept.get("entry"), Mapping) or "dataset" not in kept:
         raise RequestError(f"{name}: reward 'reasoning-gym' needs extra.reasoning_gym with 'dataset' and 'entry'")
-    return {field: kept[field] for field in ("dataset", "entry", "config") if field in kept}
+    wanted = {field: kept[field] for field in ("dataset", "entry", "config") if field in kept}
+    try:
+        frames.encoded(wanted)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise RequestError(f"{name}: extra.reasoning_gym is nothing that JSON can hold: {first_line(error)}") from None
+    return wanted
 
 
 def answer_of(response: str) -> str:
