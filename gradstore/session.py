@@ -12,11 +12,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from gradstore.appender import clear_beyond, create_generation, show_rows
+from gradstore.appender import MOST_TEXT, clear_beyond, create_generation, show_rows
 from gradstore.durable import TEMPORARY, fsync_folder, make_folder, replace_file, writing
 from gradstore.errors import DamagedError, GradstoreError
 from gradstore.header import Header
-from gradstore.inside import check_folder, names_inside, remove_file, remove_folder
+from gradstore.inside import check_folder, names_inside, read_inside, remove_file, remove_folder
 from gradstore.layout import (
     IN_USE,
     MANIFEST,
@@ -54,6 +54,7 @@ class Session:
         self.unpublished = False
         """True if the disk may hold bytes that no manifest names."""
         self._began = False
+        self._published = False
         self._in_doubt = False  # True after a failed publication: the disk may show either manifest.
         self._lock = WriterLock(collection)
         try:
@@ -86,7 +87,7 @@ class Session:
                 finally:
                     self._lock.release(clean=False)
             else:
-                self.close()
+                self._close(tidy=self._published)  # A request that failed repairs nothing.
 
     @property
     def generation(self) -> Path:
@@ -108,18 +109,22 @@ class Session:
         publish_manifest(self.collection, manifest, beside())
         self._in_doubt = False
         self.manifest = manifest
-        self.unpublished = False
+        self.unpublished, self._published = False, True
         return manifest
 
     def close(self) -> None:
         """Remove unpublished bytes, update zarr.json for other Zarr readers, and unlock."""
+        self._close(tidy=True)
+
+    def _close(self, *, tidy: bool) -> None:
         clean = False
         try:
             if self._in_doubt:
                 return
             if self.unpublished:
+                self.remove_unused_generations(newer=True)
                 self._clear()
-            else:
+            if tidy:
                 self._tidy()
             clean = True
         finally:
@@ -135,6 +140,7 @@ class Session:
         self.manifest = self._checked(locked=True)
         if self._lock.interrupted:
             self._clear()
+            self._tidy()
         return self.manifest
 
     def _checked(self, *, locked: bool) -> Manifest:
@@ -150,6 +156,8 @@ class Session:
             folder = self.collection / manifest.folder / name
             if not check_folder(folder, self.store) and locked:
                 raise DamagedError(f"{folder}: is missing; `gradstore verify` lists all damage")
+            if name != PROBLEMS and os.path.lexists(folder / ZARR):
+                read_inside(folder / ZARR, self.store, MOST_TEXT)  # A publication ends with its renewal.
         return manifest
 
     def _first_manifest(self) -> Manifest:
@@ -185,18 +193,20 @@ class Session:
             for folder in {path.parent for path in left}:
                 fsync_folder(folder)
         clear_beyond(self.generation, header.arrays, manifest.rows)
-        self._tidy()
 
     def _tidy(self) -> None:
         show_rows(self.generation, self.header.arrays, self.manifest.rows)
         self.remove_unused_generations()
 
-    def remove_unused_generations(self) -> list[str]:
-        """Remove all generations except the published one, unless a reader uses them; returns those that stay."""
+    def remove_unused_generations(self, *, newer: bool = False) -> list[str]:
+        """Remove all generations except the published one, unless a reader uses them; returns those that stay.
+
+        newer: only those that were begun and not published.
+        """
         kept = []
         for number in generations(self.collection):
             folder = self.collection / generation_name(number)
-            if number == self.manifest.generation:
+            if number == self.manifest.generation or (newer and number < self.manifest.generation):
                 continue
             with writing(folder):
                 claim = claim_for_removal(folder)

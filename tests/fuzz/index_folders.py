@@ -197,7 +197,7 @@ def _seal_files(folder: Path) -> None:
         for file in value["index"]["files"].values():
             named = folder / file["name"]
             if named.parent == folder and named.is_file() and not named.is_symlink() and named.stat().st_size < 1 << 24:
-                file["crc32c"] = crc32c(named.read_bytes())
+                file |= {"bytes": named.stat().st_size, "crc32c": crc32c(named.read_bytes())}
         path.write_bytes(_sealed(path, json.dumps(value).encode()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return  # not such a document any more

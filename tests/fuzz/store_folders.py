@@ -144,7 +144,7 @@ def _do(trial: Trial, name: str, store: Path, honest: Honest, refresh: bool = Fa
         (inputs / "more.jsonl").write_text('{"id": "new", "prompt": "What is new?"}\n', encoding="utf-8")
         trial.command("import", store, "pool", "--problems", inputs / "more.jsonl", "--quiet", store=store, reads=False)
     elif name == "compact":
-        trial.command("compact", store, "--keep", "newest", "--quiet", store=store, reads=False)
+        trial.command("compact", store, "--collection", "pool", "--keep", "newest", "--quiet", store=store, reads=False)
     elif name in ("delete", "sketches"):
         trial.call(name, _deleted if name == "delete" else _appended, store, store=store, reads=False)
     else:

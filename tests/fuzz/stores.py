@@ -20,11 +20,13 @@ from safetensors.numpy import save
 
 import gradstore
 from gradstore.durable import canonical_json, crc32c
+from gradstore.inventory import INVENTORY, OF_COLLECTION, OF_STORE, take_inventory
 from gradstore.layout import row_arrays
 from gradstore.projection_digest import projection_digest
 
 DIM = 12
 LAYOUT = [["a", 0, 5], ["b", 5, DIM]]
+SECOND: Any = [("a", 0, 6), ("b", 6, DIM)]
 NASTY: tuple[Any, ...] = (
     None, True, False, 0, 1, -1, 3, 255, 65536, 2**31, 2**53, 2**63 - 1, 2**63, -(2**63), 10**30, 0.5, -1.5, 1e308,
     "", "x", "../../../outside", "/etc/passwd", "a/b", "\x00", "\n", "g1", "g99999999999", "00000000", "🙂" * 50,
@@ -35,9 +37,8 @@ NASTY: tuple[Any, ...] = (
 def honest_store(path: Path) -> Path:
     """A store with two collections of 12 and 4 problems, two bases, tombstones, reasons, rounds, probes, coverage."""
     random = np.random.default_rng(0)
+    (first, first_file), (second, second_file) = _projection(LAYOUT), _projection(SECOND)
     coverage = {"parameters": 0.9, "gradient": 0.8, "n_groups": 4, "lookups": 0.0, "left_out": []}
-    first, first_file = _projection(LAYOUT)
-    second, second_file = _projection([["a", 0, 6], ["b", 6, DIM]])
     store = gradstore.create(
         path,
         dim=DIM,
@@ -55,8 +56,7 @@ def honest_store(path: Path) -> Path:
             reasons = ["broken" if state else "" for state in states]
             rates = np.linspace(0, 1, n)
             writer.append(ids, random.normal(size=(n, DIM)), state=states, reason=reasons, pass_rate=rates)
-    attached = {f"projection-{second}.safetensors": second_file}
-    store.add_basis(second, [("a", 0, 6), ("b", 6, DIM)], {"step": 1}, attached)
+    store.add_basis(second, SECOND, {"step": 1}, {f"projection-{second}.safetensors": second_file})
     with store.writer("pool", step=1) as writer:
         writer.append([f"pool{i}" for i in range(8)], random.normal(size=(8, DIM)), basis=1)
     store.delete("pool", ["pool5"])
@@ -69,11 +69,22 @@ def honest_store(path: Path) -> Path:
 
 
 def _projection(layout: list) -> tuple[str, bytes]:
-    """Digest and file of a fitted projection whose sides are kept whole."""
-    layers = [(name, start, stop) for name, start, stop in layout]
-    about = {"kind": "fitted", "captured": None, "layout": layout, "layers": layout}
-    digest = projection_digest(layers, ((layer, (None, None, None)) for layer in layers), None)
-    return digest, save({"_": np.zeros(1, np.float32)}, {"projection": json.dumps(about)})
+    """(digest, file) of a projection of this layout that keeps no matrix."""
+    about = json.dumps({"layout": layout, "layers": []})
+    digest = projection_digest([(name, start, stop) for name, start, stop in layout], [], None)
+    return digest, save({"x": np.zeros(1, np.float32)}, {"projection": about})
+
+
+def _list_again(folder: Path) -> None:
+    """Write the inventory of the files that are in a folder now, as whoever edits a store would."""
+    file = folder / INVENTORY
+    if file.is_file() and not file.is_symlink():
+        try:
+            commit = json.loads(file.read_bytes())["inventory"]["commit"]
+        except (ValueError, LookupError, TypeError):
+            return
+        store = folder.parent.parent if folder.parent.name == "collections" else folder
+        take_inventory(folder, store, OF_STORE if folder == store else OF_COLLECTION, commit)
 
 
 def _record(problem_id: str, i: int) -> dict:
@@ -128,6 +139,7 @@ def edit_attachment(store: Path, name: str, change: Callable[[bytes], bytes]) ->
     data = change(_bytes(file))
     file.unlink()
     (store / "attachments" / f"{name}.{crc32c(data):08x}").write_bytes(data)
+    _list_again(store)
 
 
 def edit_json(change: Callable[[Any], Any]) -> Callable[[bytes], bytes]:
@@ -180,6 +192,7 @@ def edit_addition(folder: Path, change: Callable[[pa.Table], pa.Table | bytes], 
     data = found if isinstance(found, bytes) else parquet(found)
     file.unlink()
     (folder / f"part-{number:06d}-{crc32c(data):08x}.parquet").write_bytes(data)
+    _list_again(folder.parent)
 
 
 def _bytes(file: Path) -> bytes:

@@ -43,7 +43,10 @@ _WHOLE = Checker(
                     "files": record(
                         {},
                         {
-                            name: record({"name": text(f"{name}-[0-9a-f]{{16}}"), "crc32c": whole(0, 2**32 - 1)})
+                            name: record(
+                                {"name": text(f"{name}-[0-9a-f]{{16}}"), "crc32c": whole(0, 2**32 - 1)},
+                                {"bytes": whole()},
+                            )
                             for name in _FILES
                         },
                     ),
@@ -199,7 +202,11 @@ class IndexFolder:
         paths = {}
         for name, file in body["files"].items():
             paths[name] = self.path / file["name"]
-            os.close(self._opened(file["name"]))  # No link, no pipe: the libraries below open by path.
+            descriptor = self._opened(file["name"])  # No link, no pipe: the libraries below open by path.
+            size = os.fstat(descriptor).st_size
+            os.close(descriptor)
+            if size != file.get("bytes"):  # Before they are read: a sparse file may claim any size.
+                raise ValueError(f"{paths[name].name} has {size} bytes, not those that its index.json tells")
             if crc32c(np.memmap(paths[name], np.uint8, "r")) != file["crc32c"]:
                 raise ValueError(f"{paths[name].name} does not match its checksum")
         entry_rows, entry_norms = (np.load(paths[name], allow_pickle=False) for name in ("rows", "norms"))
@@ -249,7 +256,8 @@ class IndexFolder:
                     os.fsync(descriptor)
                 finally:
                     os.close(descriptor)
-                files[name] = {"name": path.name, "crc32c": crc32c(np.memmap(path, np.uint8, "r"))}
+                crc = crc32c(np.memmap(path, np.uint8, "r"))
+                files[name] = {"name": path.name, "bytes": path.stat().st_size, "crc32c": crc}
             fsync_folder(self.path)
             fsync_folder(self.path.parent)
         return files
