@@ -89,7 +89,7 @@ def _append(
     records: list[dict],
     ids: list[str],
     sketches: np.ndarray,
-    others: dict[str, np.ndarray],
+    others: dict[str, Any],
 ) -> int:
     before = len(store.problems(collection)) if collection in store.collections else 0
     with store.writer(collection, step=step, records=records) as writer:

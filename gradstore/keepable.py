@@ -6,7 +6,7 @@ tokenizers cannot encode it. Bytes and dates come from columns such as images.
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from gradstore.errors import RequestError, first_line
@@ -60,6 +60,7 @@ def check_depth(value: Any, parts: int) -> None:
 
 def _deeper(value: Any, levels: int) -> bool:
     """Whether a list or an object has more levels."""
+    inside: Collection[Any]
     if value.__class__ is dict:
         inside = value.values()
     elif value.__class__ is list:

@@ -198,7 +198,7 @@ def _verified(gold: str, answer: str) -> bool:
 def _note_limit(start: float, seconds: int) -> None:
     """After a time limit struck, forget what sympy has remembered: it was cut at any place."""
     if time.monotonic() - start >= seconds:
-        from sympy.core.cache import clear_cache  # type: ignore[import-untyped]
+        from sympy.core.cache import clear_cache
 
         _CUT.append(start)
         clear_cache()
