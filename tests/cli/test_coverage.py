@@ -11,6 +11,7 @@ from gradstore.engine.gradients.models import load_model, load_tokenizer
 from gradstore.engine.rollouts import read_rollouts
 from gradstore.engine.sketches.fitting import sample_groups
 from gradstore.engine.sketches.spec import SketchSpec
+from gradstore.inventory import INVENTORY
 
 
 @pytest.fixture
@@ -94,6 +95,7 @@ def test_a_store_without_a_coverage_is_as_good_as_before(cli, tmp_path, argument
     assert status == 0, err
     (kept,) = (tmp_path / "s" / "attachments").glob("coverage.json.*")
     kept.unlink()
+    (tmp_path / "s" / INVENTORY).unlink()
     status, out, err = cli(*arguments, "--step", 1, "--json")
     assert status == 0, err
     assert json.loads(out)["coverage"] is None

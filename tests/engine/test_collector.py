@@ -23,6 +23,7 @@ from gradstore.engine.gradients.gradient_pass import GradientPass
 from gradstore.engine.rollouts import Group, read_rollouts
 from gradstore.engine.sketches.collector import windows
 from gradstore.errors import FingerprintError, RequestError
+from gradstore.inventory import INVENTORY
 
 SPEC = SketchSpec(rank=4, token_budget=60)
 collect = partial(gradstore.engine.collect, accept_coverage=0.0)
@@ -243,6 +244,7 @@ def test_a_new_store_keeps_its_coverage(store, model, make_groups) -> None:
     collect(store, "pool", groups, model=model, step=2, spec=SPEC)
     assert sorted((store.path / "attachments").iterdir()) == before
     before[0].unlink()
+    (store.path / INVENTORY).unlink()
     gradstore.engine.collect(store, "pool", groups, model=model, step=3, spec=SPEC, accept_coverage=1.0)
     assert read_coverage(store.path) is None
     assert store.verify().ok
