@@ -93,8 +93,11 @@ def serve(
     import gradstore
     from gradstore.analysis.explorer import serve as run
 
-    if no_token:
-        warn("no token: every user of this machine can read the problems while this runs")
+    def tell(address: str) -> None:
+        say(f"exploring {store} at {address}  (Ctrl-C ends it)")
+        if no_token:
+            warn("no token: every user of this machine can read the problems while this runs")
+
     run(
         gradstore.open(store),
         pool=pool,
@@ -104,5 +107,5 @@ def serve(
         host=host,
         port=port,
         token=not no_token,
-        tell=lambda address: say(f"exploring {store} at {address}  (Ctrl-C ends it)"),
+        tell=tell,
     )
