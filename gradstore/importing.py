@@ -6,6 +6,7 @@ publication. If that fails, the store is as it was; one that the import created 
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
