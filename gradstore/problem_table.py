@@ -157,7 +157,7 @@ class ProblemTable:
     def index(self) -> dict[str, int]:
         """id -> row."""
         found = {problem_id: row for row, problem_id in enumerate(self.ids)}
-        twice = repeated(self.ids) if len(found) < len(self) else None
+        twice = repeated(self.ids.tolist()) if len(found) < len(self) else None
         if twice is not None:
             folder = self._manifest.problems_folder(self._collection)
             raise DamagedError(f"{folder}: damaged: problem id {twice!r:.80} occurs more than once")

@@ -50,7 +50,7 @@ class Session:
         else:
             check_collection(collection)
         if (collection / MANIFEST).exists():
-            self._checked()  # Before the lock file is touched: a store that is refused stays as it is.
+            self._checked(locked=False)  # Before the lock file is touched: a store that is refused stays as it is.
         self.unpublished = False
         """True if the disk may hold bytes that no manifest names."""
         self._in_doubt = False  # True after a failed publication: the disk may show either manifest.
@@ -117,20 +117,23 @@ class Session:
             # Make the visible manifest durable before removing anything that an older one names.
             with writing(self.collection):
                 fsync_folder(self.collection)
-        self.manifest = self._checked()
+        self.manifest = self._checked(locked=True)
         if self._lock.interrupted:
             self._clear()
         return self.manifest
 
-    def _checked(self) -> Manifest:
-        """The newest manifest; DamagedError if it cannot be, or a folder that a writer changes or removes is a link."""
+    def _checked(self, *, locked: bool) -> Manifest:
+        """The newest manifest; DamagedError if it cannot be, or a folder that a writer changes or removes is a link.
+
+        locked: its folders must be there; without the lock a compaction of another writer may just have removed them.
+        """
         manifest = read_manifest(self.collection)
         check_manifest(manifest, self.header, self.collection)
         for number in generations(self.collection):
             check_folder(self.collection / generation_name(number), self.store)
         for name in (PROBLEMS, *(array.name for array in self.header.arrays)):
             folder = self.collection / manifest.folder / name
-            if not check_folder(folder, self.store):
+            if not check_folder(folder, self.store) and locked:
                 raise DamagedError(f"{folder}: is missing; `gradstore verify` lists all damage")
         return manifest
 

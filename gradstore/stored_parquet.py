@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 EXPANSION, ALLOWANCE = 256, 64 << 20
 """Most bytes of columns in memory: EXPANSION times the file's, and ALLOWANCE more."""
-_BATCH = 256 << 20
+_BATCH = 512 << 20
 """Most bytes of one batch, if every text in it is as long as the largest page allows."""
 
 
@@ -65,7 +65,7 @@ def _read(file: BinaryIO, schema: "pa.Schema", columns: list[str] | None, rows: 
     taken: list[pa.RecordBatch] = []
     in_memory = n_rows = 0
     for batch in found.iter_batches(most_rows, columns=wanted.names):
-        in_memory += sum(map(_decoded_bytes, batch.columns))
+        in_memory += batch.nbytes + (sum(map(_hidden_bytes, batch.columns)) if lists else 0)
         n_rows += batch.num_rows
         if not within(in_memory, size):
             raise ValueError(f"more than {in_memory} bytes of columns in a file of {size}")
@@ -93,11 +93,11 @@ def metadata_of(file: BinaryIO) -> dict[bytes, bytes]:
 def _checked_sizes(file: BinaryIO, found: "pq.ParquetFile", wanted: "pa.Schema", size: int) -> tuple[int, list[str]]:
     """(rows of a batch, leaf columns to read as dictionaries), by the pages' sizes; ValueError if they are too large.
 
-    A text can be as long as all pages of its column together. A row of a list can hold as many texts as the whole
+    A text can be as long as the largest page of its column. A row of a list can hold as many texts as the whole
     column, so lists of texts are read as dictionaries, in which a text takes its bytes once.
     """
     total, longest, as_dictionaries = 0, 1, []
-    for name, path, values, nbytes in _leaves(file, found, wanted.names):
+    for name, path, values, nbytes, largest in _leaves(file, found, wanted.names):
         kind = wanted.field(name).type
         if "string" not in str(kind):
             total += max(nbytes, 8 * values)
@@ -106,22 +106,22 @@ def _checked_sizes(file: BinaryIO, found: "pq.ParquetFile", wanted: "pa.Schema",
         if "list" in str(kind):
             as_dictionaries.append(path)
             total += 8 * values
-        elif not within(values * nbytes, size):
-            longest = max(longest, nbytes)
+        elif not within(values * largest, size):
+            longest = max(longest, largest)
     if not within(total, size):
         raise ValueError(f"{total} bytes of columns in a file of {size}")
     return (max(1, _BATCH // longest) if longest > 1 else max(1, found.metadata.num_rows)), as_dictionaries
 
 
-def _leaves(file: BinaryIO, found: "pq.ParquetFile", names: list[str]) -> Iterator[tuple[str, str, int, int]]:
-    """(column, leaf path, values, bytes without compression) of every leaf of the columns, over all row groups."""
+def _leaves(file: BinaryIO, found: "pq.ParquetFile", names: list[str]) -> Iterator[tuple[str, str, int, int, int]]:
+    """(column, leaf path, values, bytes, bytes of the largest page) of each leaf of the columns, not compressed."""
     metadata = found.metadata
     groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
     for j in range(metadata.num_columns):
         path = metadata.schema.column(j).path
         if path.split(".")[0] not in names:
             continue
-        values = nbytes = 0
+        values = nbytes = largest = 0
         for part in (group.column(j) for group in groups):
             start = part.data_page_offset
             if part.has_dictionary_page and part.dictionary_page_offset is not None:
@@ -131,7 +131,8 @@ def _leaves(file: BinaryIO, found: "pq.ParquetFile", names: list[str]) -> Iterat
             for page_bytes, page_values in page_sizes(file, start, start + part.total_compressed_size):
                 nbytes += page_bytes
                 values += page_values
-        yield path.split(".")[0], path, values, nbytes
+                largest = max(largest, page_bytes)
+        yield path.split(".")[0], path, values, nbytes, largest
 
 
 def _alike(ours: "pa.DataType", theirs: "pa.DataType") -> bool:
@@ -145,14 +146,14 @@ def _alike(ours: "pa.DataType", theirs: "pa.DataType") -> bool:
     return bool(ours == theirs)
 
 
-def _decoded_bytes(column: Any) -> int:
-    """Bytes of a column of a batch once its dictionaries are gone."""
+def _hidden_bytes(column: Any) -> int:
+    """Bytes that the texts of a list take once its dictionary is gone."""
     import pyarrow.compute as pc
     import pyarrow.types as is_
 
-    if is_.is_list(column.type) or is_.is_large_list(column.type):
-        return int(column.nbytes) + _decoded_bytes(column.flatten())
-    if is_.is_dictionary(column.type):
-        lengths = pc.binary_length(column.dictionary).take(column.indices)
-        return int(pc.sum(lengths.cast("int64")).as_py() or 0)
-    return int(column.nbytes)
+    if not (is_.is_list(column.type) or is_.is_large_list(column.type)):
+        return 0
+    texts = column.flatten()
+    if not is_.is_dictionary(texts.type):
+        return 0
+    return int(pc.sum(pc.binary_length(texts.dictionary).take(texts.indices).cast("int64")).as_py() or 0)
