@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from gradstore.errors import RequestError
+from gradstore.trainer.sampling.judge.secrecy import without_credentials
 
 
 def imported(spec: str) -> Callable[..., Any]:
     """The function that a text names. RequestError if it cannot be imported."""
     module, _, function = spec.partition(":")
+    shown = without_credentials(spec)  # it may be a judge whose name is misspelt
     try:
         if module.endswith(".py"):
             loaded = _from_file(Path(module))
@@ -25,10 +27,10 @@ def imported(spec: str) -> Callable[..., Any]:
             finally:
                 sys.path.remove(os.getcwd())
     except Exception as error:
-        raise RequestError(f"reward {spec!r}: cannot import {module}: {type(error).__name__}: {error}") from error
+        raise RequestError(f"reward {shown!r}: cannot import {module}: {type(error).__name__}: {error}") from error
     found = getattr(loaded, function, None)
     if not callable(found):
-        raise RequestError(f"reward {spec!r}: {module} has no function {function!r}")
+        raise RequestError(f"reward {shown!r}: {module} has no function {function!r}")
     return found
 
 

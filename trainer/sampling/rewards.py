@@ -1,7 +1,7 @@
 """Built-in rewards by name, and rewards from the user's own function.
 
-- `math`: math-verify compares the response's boxed answer, or its last expression, with the ground truth; names
-  (True, no, the letter of an option) are compared as names (grading.py).
+- `math`: the response's boxed answer, or its last value, is compared with the ground truth by the kind of the truth:
+  labels, numbers with units, lists, intervals and text by rules, other mathematics by math-verify (grading/).
 - `reasoning-gym`: the data set's own verifier, on the entry stored in the problem's `extra["reasoning_gym"]`.
 - `judge`: a model behind an OpenAI-compatible endpoint compares the answer with the ground truth (judge.py).
 - `auto`: each problem's `extra["reward"]` names one of the above, for pools of mixed sources.
