@@ -420,6 +420,7 @@ def test_a_lost_worker_is_replaced() -> None:
     worker.process.wait()
     assert workers.results(["42"], ask) == [{"score": 1.0}, {"score": 0.0}]
     assert workers._idle[0].process.pid != worker.process.pid
+    assert not Path(worker.scratch).exists()
     workers.close()
 
 

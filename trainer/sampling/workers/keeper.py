@@ -190,7 +190,7 @@ def main() -> None:
     os.environ["TMPDIR"] = os.environ["HOME"] = tempfile.tempdir = scratch
     keeper = Keeper(requests, role["role"], grade, scratch, role["limits"])
     try:
-        frames.write(answers, {"ready": True, "missing": missing()})
+        frames.write(answers, {"ready": True, "missing": missing(), "scratch": scratch})
         while batch := frames.read(requests):
             frames.write(answers, {"results": keeper.results(batch)})
     except BrokenPipeError:

@@ -11,6 +11,7 @@ import functools
 import logging
 import os
 import selectors
+import shutil
 import subprocess
 import sys
 import threading
@@ -81,6 +82,7 @@ class _Worker:
         self.requests, self.answers = self.process.stdin.fileno(), self.process.stdout.fileno()
         self.inbox = frames.Inbox()
         self.ready = self.lost = False
+        self.scratch = ""
         self.chunk: _Chunk | None = None
         self.deadline = time.monotonic() + START_S
         _live.add(self)
@@ -107,6 +109,8 @@ class _Worker:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+        if self.scratch:  # the keeper removes it, unless it was killed
+            shutil.rmtree(self.scratch, ignore_errors=True)
 
 
 @dataclass
@@ -219,7 +223,7 @@ class WorkerPool:
             hint = "; pip install 'gradstore[models]'" if not self._spec and reason.startswith("ModuleNotFound") else ""
             raise RequestError(f"the workers of reward {self._spec or self._role!r} cannot start: {reason}{hint}")
         if "ready" in message:
-            worker.ready = True
+            worker.ready, worker.scratch = True, message["scratch"]
             _say_missing(tuple(message["missing"]))
             return
         chunk, worker.chunk = worker.chunk, None
@@ -283,7 +287,7 @@ def _forget() -> None:
     _lock = threading.Lock()
     _pools.clear()
     for worker in list(_live):
-        worker.process.returncode, worker.ready = 0, True  # no child of this process
+        worker.process.returncode, worker.ready, worker.scratch = 0, True, ""  # no child of this process
         worker.close()
 
 
