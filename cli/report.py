@@ -1,5 +1,6 @@
 """`report`: a page of what a store holds; `serve`: the same functions in the browser, live."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -7,6 +8,7 @@ from gradstore.cli.app import command, opt
 from gradstore.cli.query import Json, Pool, StorePath
 from gradstore.cli.rollout import Trust
 from gradstore.cli.show import print_json, say, warn
+from gradstore.wording import shown
 
 AgainstAny = Annotated[
     list[str] | None, opt("Benchmark to look at, the first one closest; may be repeated. Default: all.", "--against")
@@ -94,7 +96,8 @@ def serve(
     from gradstore.analysis.explorer import serve as run
 
     def tell(address: str) -> None:
-        say(f"exploring {store} at {address}  (Ctrl-C ends it)")
+        # Also with --quiet: nobody can guess the token in it.
+        print(shown(f"exploring {store} at {address}  (Ctrl-C ends it)"), file=sys.stderr, flush=True)
         if no_token:
             warn("no token: every user of this machine can read the problems while this runs")
 
