@@ -41,7 +41,7 @@ _BODY = Checker(
             "generation": text("g(0|[1-9][0-9]{0,8})"),
             "rows": whole(most=_MOST_ROWS),
             "chunks": mapping(lists(CRC)),
-            "problems": lists(row(text(PROBLEM_PART), whole(1, _MOST_PROBLEMS), whole(1, 1 << 48), CRC)),
+            "problems": lists(row(text(PROBLEM_PART), whole(1, _MOST_PROBLEMS), whole(1, 1 << 32), CRC)),
             "tombstones": lists(row(whole(), whole())),
             "reasons": lists(text(), least=1, most=1 << 16),
         },

@@ -49,6 +49,7 @@ class Snapshot:
     def n_problems(self) -> int:
         """Number of problems; DamagedError if their files have other sizes, before memory is taken for so many."""
         folder = self.manifest.problems_folder(self.collection)
+        check_folder(folder, store_of(self.collection))
         for part in self.manifest.parts:
             with suppress(FileNotFoundError):  # A later writer may have merged the part.
                 size = (folder / part.file).lstat().st_size

@@ -6,6 +6,7 @@ after one was interrupted; the lock file shows this. Then the report has a note,
 clears them.
 """
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -306,7 +307,7 @@ class _Checker:
     def _bytes(self, path: Path, chunk: int | None, limit: int) -> bytes | None:
         try:
             with open(open_inside(path, self.root), "rb") as file:
-                data = file.read(limit)
+                data = file.read(min(limit, os.fstat(file.fileno()).st_size))
         except FileNotFoundError:
             self._find(path, chunk, "missing")
         except GradstoreError as error:
