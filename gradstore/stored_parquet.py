@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from gradstore.errors import DamagedError, first_line
-from gradstore.page_sizes import page_sizes
+from gradstore.parquet_headers import pages, row_groups
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -21,6 +21,8 @@ EXPANSION, ALLOWANCE = 256, 64 << 20
 """Most bytes of columns in memory: EXPANSION times the file's, and ALLOWANCE more."""
 _BATCH = 512 << 20
 """Most bytes of one batch, if every text in it is as long as the largest page allows."""
+_MOST_PAGES = 100_000
+"""Of one column and row group."""
 
 
 def read_stored(
@@ -97,7 +99,7 @@ def _checked_sizes(file: BinaryIO, found: "pq.ParquetFile", wanted: "pa.Schema",
     column, so lists of texts are read as dictionaries, in which a text takes its bytes once.
     """
     total, longest, as_dictionaries = 0, 1, []
-    for name, path, values, nbytes, largest in _leaves(file, found, wanted.names):
+    for name, path, values, nbytes, largest in _leaves(file, wanted.names):
         kind = wanted.field(name).type
         if "string" not in str(kind):
             total += max(nbytes, 8 * values)
@@ -113,26 +115,14 @@ def _checked_sizes(file: BinaryIO, found: "pq.ParquetFile", wanted: "pa.Schema",
     return (max(1, _BATCH // longest) if longest > 1 else max(1, found.metadata.num_rows)), as_dictionaries
 
 
-def _leaves(file: BinaryIO, found: "pq.ParquetFile", names: list[str]) -> Iterator[tuple[str, str, int, int, int]]:
+def _leaves(file: BinaryIO, names: list[str]) -> Iterator[tuple[str, str, int, int, int]]:
     """(column, leaf path, values, bytes, bytes of the largest page) of each leaf of the columns, not compressed."""
-    metadata = found.metadata
-    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
-    for j in range(metadata.num_columns):
-        path = metadata.schema.column(j).path
-        if path.split(".")[0] not in names:
-            continue
-        values = nbytes = largest = 0
-        for part in (group.column(j) for group in groups):
-            start = part.data_page_offset
-            if part.has_dictionary_page and part.dictionary_page_offset is not None:
-                start = min(start, part.dictionary_page_offset)
-            if start < 0 or part.total_compressed_size < 0:
-                raise ValueError(f"column {path[:80]} begins at {start}")
-            for page_bytes, page_values in page_sizes(file, start, start + part.total_compressed_size):
-                nbytes += page_bytes
-                values += page_values
-                largest = max(largest, page_bytes)
-        yield path.split(".")[0], path, values, nbytes, largest
+    groups = row_groups(file)
+    for chunks in zip(*(group.chunks for group in groups), strict=True):
+        if chunks[0].path[0] in names:
+            found = [page for chunk in chunks for page in pages(file, chunk, _MOST_PAGES)]
+            values, nbytes = sum(page.values for page in found), sum(page.size for page in found)
+            yield chunks[0].path[0], chunks[0].name, values, nbytes, max((page.size for page in found), default=0)
 
 
 def _alike(ours: "pa.DataType", theirs: "pa.DataType") -> bool:
