@@ -1,9 +1,9 @@
 """Footer and page headers of a Parquet file, read without pyarrow.
 
 A footer repeats what its pages hold, but nothing makes it tell the truth, and Arrow takes the memory that a page asks
-for. So readers bound a file by the headers of its pages. pyarrow gives no sizes of pages, and its `RowGroupMetaData.column`
-aborts the process for a broken statistic in the footer (seen with pyarrow 26). Footer and headers are structs of
-numbered fields in Thrift's compact protocol; the numbers here are those of Parquet's definition (parquet.thrift).
+for. So readers bound a file by the headers of its pages. pyarrow gives no sizes of pages, and its method
+`RowGroupMetaData.column` aborts the process for a broken statistic in the footer (seen with pyarrow 26). Footer and
+headers are structs of numbered fields in Thrift's compact protocol; the numbers are Parquet's (parquet.thrift).
 """
 
 import struct
