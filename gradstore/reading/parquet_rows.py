@@ -20,6 +20,8 @@ from gradstore.reading.parquet_sizes import MOST_BYTES, MOST_RATIO, checked_size
 
 CACHE_BYTES = 256 << 20
 """Size of the cache of decoded row groups: bounds memory if rows are read out of order."""
+_FEW = 8
+"""Up to this number of expected columns, an error names them."""
 _FAULTS = (
     pa.ArrowException, OSError, ValueError, TypeError, LookupError, ArithmeticError, MemoryError, RecursionError
 )  # fmt: skip
@@ -37,7 +39,8 @@ class ParquetRows(RowFile):
         self._check_names()
         self._columns = [name for name in self.names if columns is None or name in columns]
         if not self._columns:
-            raise RequestError(f"{path}: none of a {what}'s columns is there (found: {', '.join(self.names)})")
+            few = f"; expected {', '.join(columns)}" if columns is not None and len(columns) <= _FEW else ""
+            raise RequestError(f"{path}: none of a {what}'s columns is there (found: {', '.join(self.names)}{few})")
         self._ends, self._batch_rows = np.cumsum(sizes.rows, dtype=np.int64), sizes.batch_rows
         self._cache: OrderedDict[int, pa.Table] = OrderedDict()
 

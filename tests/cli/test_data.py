@@ -126,7 +126,10 @@ def test_known_data_sets(cli) -> None:
         (["gsm8k:2x", "--from", "gsm8k.parquet"], "gsm8k:2x: the count is '2x'"),
         (["gsm8k:0.5", "--from", "gsm8k.parquet"], "gsm8k:0.5: a share needs --size"),
         (["gsm8k:51", "--from", "gsm8k.parquet"], "gsm8k: 51 problems asked for, 50 there are"),
-        (["gsm8k", "--from", "math.parquet"], "math.parquet, row 1: no column 'question'"),
+        (
+            ["gsm8k", "--from", "math.parquet"],
+            "math.parquet: none of a row's columns is there (found: problem, level, type, solution; expected",
+        ),
         (["gsm8k", "math", "--from", "gsm8k.parquet"], "several data sets are asked for; say which"),
         (["gsm8k", "--from", "none.parquet"], "none.parquet: the file or folder does not exist"),
         (["gsm8k", "--from", "gsm8k.parquet", "--config", "a=1"], "--config a=1: 0 reasoning-gym tasks are asked for"),

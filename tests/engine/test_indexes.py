@@ -394,7 +394,7 @@ def test_without_file_locks_indexes_are_read_and_built(store, kind: str, monkeyp
     def fails(*arguments: object) -> None:
         raise OSError(38, "Function not implemented")
 
-    monkeypatch.setattr("gradstore.engine.searching.indexes.folder.fcntl.flock", fails)
+    monkeypatch.setattr("gradstore.exclusive.fcntl.flock", fails)
     query = np.random.default_rng(1).normal(size=64)
     search(store.view("pool"), query, 50, index=kind)
     monkeypatch.setattr(Index, "build", lambda *arguments: pytest.fail("built again"))

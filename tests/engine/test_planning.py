@@ -173,7 +173,7 @@ def test_prompts_run_once_where_that_spares_enough() -> None:
     ("text", "message"),
     [
         (None, "neither a model's folder, nor a config.json, nor a known shape"),
-        ("[1]", "expected a model's configuration"),
+        ("[1]", "expected a JSON object, found list"),
         ("{", "not valid JSON"),
         (json.dumps({"model_type": "no_such_model"}), "not the configuration of a causal language model"),
         (json.dumps({"model_type": "vit"}), "not the configuration of a causal language model"),
