@@ -366,7 +366,7 @@ def test_a_checkpoint_on_a_full_disk_is_one_line(tmp_path: Path, model: Any, mon
     """torch reports the disk as an error of its own archive; the checkpoint before stays."""
     learner = Learner(model, UpdateSettings())
     save_checkpoint(tmp_path / "c.pt", learner, {"step": 1})
-    monkeypatch.setattr("gradstore.durable.open", lambda *_, **__: open("/dev/full", "wb"), raising=False)
+    monkeypatch.setattr("gradstore.durable.open", lambda *_, **__: open("/dev/full", "wb"), raising=False)  # noqa: SIM115
     with pytest.raises(GradstoreError, match="the disk is full"):
         save_checkpoint(tmp_path / "c.pt", learner, {"step": 2})
     assert load_checkpoint(tmp_path / "c.pt", learner) == {"step": 1}
