@@ -144,7 +144,7 @@ def test_half_sent_requests_hold_nobody(server: Server) -> None:
             if number % 20 == 0:
                 status, _, seconds = ask(server)
                 assert status == 200
-                assert seconds < 5
+                assert seconds < 10
 
 
 def test_above_the_limit_those_without_a_token_go_first(server: Server) -> None:
@@ -171,7 +171,7 @@ def test_a_request_that_drips_ends(server: Server, begun: bytes, monkeypatch: py
         start = time.monotonic()
         client.sendall(begun)
         client.settimeout(0.1)
-        while time.monotonic() - start < 8:
+        while time.monotonic() - start < 25:
             try:
                 if client.recv(1) == b"":
                     break
@@ -180,7 +180,7 @@ def test_a_request_that_drips_ends(server: Server, begun: bytes, monkeypatch: py
                     client.sendall(b"x")
             except ConnectionError:
                 break
-        assert time.monotonic() - start < 6
+        assert time.monotonic() - start < 20
 
 
 def test_an_answer_that_is_not_taken_ends(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -311,12 +311,12 @@ def test_a_failed_batch_keeps_what_was_judged(endpoint: Endpoint, judge: Make) -
 def test_the_first_failure_ends_the_batch(endpoint: Endpoint, judge: Make) -> None:
     """Others under way are not waited for."""
     endpoint.answer = lambda number, body: (
-        (404, {}) if "answer 0" in body["messages"][0]["content"] else time.sleep(3) or "VERDICT: CORRECT"  # type: ignore[func-returns-value]
+        (404, {}) if "answer 0" in body["messages"][0]["content"] else time.sleep(8) or "VERDICT: CORRECT"  # type: ignore[func-returns-value]
     )
     start = time.monotonic()
     with pytest.raises(RequestError, match="HTTP 404"):
         judge().score([(problem(), box(f"answer {j}"), j) for j in range(100)])
-    assert time.monotonic() - start < 2
+    assert time.monotonic() - start < 7
     assert len(endpoint.requests) <= 64
 
 

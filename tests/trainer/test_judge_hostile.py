@@ -89,7 +89,7 @@ def test_a_byte_at_a_time_meets_the_deadline(endpoint: Endpoint, judge: Make, wh
     start = time.monotonic()
     with pytest.raises(GradstoreError, match=r"problem 'p0': judge:m at .*: no answer within 0\.5 s after 2 tries"):
         ask(judge(timeout=0.5, retries=1))
-    assert time.monotonic() - start < 6
+    assert time.monotonic() - start < 9
     assert len(endpoint.requests) == 2
 
 
