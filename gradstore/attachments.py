@@ -20,19 +20,9 @@ COVERAGE = "coverage.json"
 """Attachment with the measured coverage of the store's sketches."""
 _FILE = re.compile(r"(.+)\.([0-9a-f]{8})")
 _SHARE = number(0)
-_LEFT_OUT = {"name": text(), "parameters": _SHARE, "gradient": optional(_SHARE), "is_known": one_of(True, False)}
-_COVERAGE = Checker(
-    record(
-        {},
-        {
-            "parameters": _SHARE,
-            "gradient": optional(_SHARE),
-            "n_groups": whole(),
-            "lookups": _SHARE,
-            "left_out": lists(record({}, _LEFT_OUT)),
-        },
-    )
-)
+_SHARES = {"parameters": _SHARE, "gradient": optional(_SHARE)}
+_LEFT_OUT = record({"name": text(), **_SHARES}, {"is_known": one_of(True, False)})
+_COVERAGE = Checker(record({**_SHARES, "n_groups": whole(), "left_out": lists(_LEFT_OUT)}, {"lookups": _SHARE}))
 
 
 def checksum_in(name: str) -> int | None:

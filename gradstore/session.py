@@ -16,7 +16,7 @@ from gradstore.appender import MOST_TEXT, clear_beyond, create_generation, show_
 from gradstore.durable import TEMPORARY, fsync_folder, make_folder, replace_file, writing
 from gradstore.errors import DamagedError, GradstoreError
 from gradstore.header import Header
-from gradstore.inside import check_folder, names_inside, read_inside, remove_file, remove_folder
+from gradstore.inside import check_folder, names_inside, open_inside, read_inside, remove_file, remove_folder
 from gradstore.layout import (
     IN_USE,
     MANIFEST,
@@ -152,6 +152,9 @@ class Session:
         check_manifest(manifest, self.header, self.collection)
         for number in generations(self.collection):
             check_folder(self.collection / generation_name(number), self.store)
+        in_use = self.collection / manifest.folder / IN_USE
+        if os.path.lexists(in_use):
+            os.close(open_inside(in_use, self.store))
         for name in (PROBLEMS, *(array.name for array in self.header.arrays)):
             folder = self.collection / manifest.folder / name
             if not check_folder(folder, self.store) and locked:
