@@ -12,6 +12,7 @@ import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -209,7 +210,7 @@ class IndexFolder:
                 raise ValueError(f"{paths[name].name} has {size} bytes, not those that its index.json tells")
             if crc32c(np.memmap(paths[name], np.uint8, "r")) != file["crc32c"]:
                 raise ValueError(f"{paths[name].name} does not match its checksum")
-        entry_rows, entry_norms = (np.load(paths[name], allow_pickle=False) for name in ("rows", "norms"))
+        entry_rows, entry_norms = (_array(paths[name]) for name in ("rows", "norms"))
         n = len(entry_rows)
         if (entry_rows.dtype, entry_norms.dtype) != (np.int64, np.float32) or entry_norms.shape != (n,):
             raise ValueError("its rows and norms are not those of an index")
@@ -261,3 +262,13 @@ class IndexFolder:
             fsync_folder(self.path)
             fsync_folder(self.path.parent)
         return files
+
+
+def _array(path: Path) -> np.ndarray:
+    """The array in a file of numpy's; ValueError for any other file."""
+    try:
+        return np.load(path, allow_pickle=False)
+    except OSError:
+        raise
+    except Exception as error:  # numpy parses the header as Python, which raises what it likes
+        raise ValueError(f"{path.name}: {first_line(error)}") from None
