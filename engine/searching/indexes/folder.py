@@ -270,5 +270,5 @@ def _array(path: Path) -> np.ndarray:
         return np.load(path, allow_pickle=False)
     except OSError:
         raise
-    except Exception as error:  # numpy parses the header as Python, which raises what it likes
+    except Exception as error:  # noqa: BLE001 (numpy parses the header as Python, which raises what it likes)
         raise ValueError(f"{path.name}: {first_line(error)}") from None
