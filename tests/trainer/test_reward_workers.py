@@ -1,5 +1,6 @@
 """Answers, data files and functions that mean harm: nothing runs, nothing hangs, and the others are paid right."""
 
+import itertools
 import json
 import os
 import signal
@@ -17,9 +18,10 @@ import reasoning_gym
 from reasoning_gym.factory import DATASETS
 
 from gradstore import RequestError
+from gradstore.trainer.sampling import grading
 from gradstore.trainer.sampling.reward import Reward
 from gradstore.trainer.sampling.rewards import load_reward
-from gradstore.trainer.sampling.workers import confinement, frames, pool
+from gradstore.trainer.sampling.workers import confinement, frames, grader, pool
 from gradstore.trainer.sampling.workers.expressions import RefusedError, literal
 from gradstore.trainer.sampling.workers.keeper import checked
 from gradstore.trainer.sampling.workers.pool import Limits, WorkerPool
@@ -512,3 +514,12 @@ def test_the_reason_reaches_the_user(caplog: pytest.LogCaptureFixture) -> None:
     ]
     assert reward.many([(problem, "42", 0), (problem, long, 1)]) == [1.0, 0.0]
     assert "1 of 2 answers were not graded and score 0; the first is rollout 1 of problem 'p': it has" in caplog.text
+
+
+def test_a_comparison_that_was_cut_pays_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What sympy remembers of it is not sure: a truth was once found equal to anything. So the grader is replaced."""
+    cuts = itertools.count()
+    monkeypatch.setattr(grading, "interrupted", lambda: next(cuts))
+    monkeypatch.setattr(grading, "grade", lambda gold, response: True)
+    result = grader._math("5", "\\boxed{9^9\\infty}")
+    assert result == {"stopped": "its comparison took longer than five seconds", "retire": True}

@@ -7,7 +7,6 @@ be graded at all.
 """
 
 import functools
-import logging
 import resource
 import sys
 from collections.abc import Callable, Mapping
@@ -20,7 +19,7 @@ from gradstore.trainer.sampling.workers.auditing import guard, watch
 from gradstore.trainer.sampling.workers.confinement import confine, limit_time, readable_paths
 
 Grade = Callable[[Any, str | None, int], Mapping[str, Any]]
-"""Grades a response to a problem, and takes the number of its rollout: {"score": number}, or {"unusable": text}."""
+"""Grades a response to a problem, and takes the number of its rollout; returns a message without its place."""
 
 _KIBIBYTES = 1 if sys.platform == "darwin" else 1024
 """What one unit of ru_maxrss is in bytes."""
@@ -67,15 +66,11 @@ def serve(requests: int, answers: int, role: str, grade: Grade, scratch: str, li
 
     if role != "function":
         watch(refused)
-    slow = _Slow()
     largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _KIBIBYTES + int(limits["memory"]) // 2
     while batch := frames.read(requests):
         for place, (problem, response, rollout) in enumerate(batch["items"]):
             limit_time(limits["seconds"])
-            slow.told = False
             result = _graded(grade, batch["problems"][problem], response, rollout)
-            if slow.told and not result.get("score"):
-                result = {"stopped": "its comparison took longer than five seconds"}
             if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _KIBIBYTES > largest:
                 result["retire"] = True
             frames.write(answers, {"n": place, **result})
@@ -92,27 +87,16 @@ def _graded(grade: Grade, problem: Any, response: str | None, rollout: int) -> d
         return {"stopped": f"its grading raised {type(error).__name__}: {first_line(error)}"}
 
 
-class _Slow(logging.Handler):
-    """Notices that math-verify gave up: it says so in its log, and counts the answer as wrong."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.told = False
-        logger = logging.getLogger("math_verify")
-        logger.addHandler(self)
-        logger.setLevel(logging.WARNING)
-        logger.propagate = False
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.told = self.told or "imeout during" in record.msg
-
-
 def _math(gold: Any, response: str | None, rollout: int = 0) -> Mapping[str, Any]:
-    from gradstore.trainer.sampling.grading import grade, readable
+    from gradstore.trainer.sampling.grading import grade, interrupted, readable
 
     if not isinstance(gold, str):
         return {"unusable": ""}
+    before = interrupted()
     equal = grade(gold, response) if response is not None else (False if readable(gold) else None)
+    if response is not None and interrupted() > before:
+        # A time limit cut sympy at any place: neither this verdict nor the next ones of this process are sure.
+        return {"stopped": "its comparison took longer than five seconds", "retire": True}
     return {"unusable": ""} if equal is None else {"score": float(equal)}
 
 
