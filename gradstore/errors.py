@@ -10,10 +10,20 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 
+LONGEST_LINE = 2000
+"""Most characters of an error's line."""
+
+
 class GradstoreError(Exception):
-    """The work failed."""
+    """The work failed. A line of more than LONGEST_LINE characters, as hostile names make it, loses its middle."""
 
     exit_status = 1
+
+    def __init__(self, line: object = "") -> None:
+        text = str(line)
+        if len(text) > LONGEST_LINE:
+            text = f"{text[: LONGEST_LINE * 2 // 3]} [...] {text[-LONGEST_LINE // 4 :]}"
+        super().__init__(text)
 
 
 class RequestError(GradstoreError, ValueError):

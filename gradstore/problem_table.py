@@ -147,7 +147,7 @@ class ProblemTable:
         if number not in self._part_ids:
             part = self._manifest.parts[number]
             try:
-                table = _read_part(self._collection, self._manifest, part, ["id"])
+                table = read_part(self._collection, self._manifest, part, ["id"])
             except DamagedError:
                 # A later writer may have merged the part: then read the whole column from the newer parts.
                 start = sum(earlier.rows for earlier in self._manifest.parts[:number])
@@ -192,13 +192,13 @@ class ProblemTable:
         import pyarrow as pa
 
         try:
-            tables = [_read_part(self._collection, self._manifest, part, columns) for part in self._manifest.parts]
+            tables = [read_part(self._collection, self._manifest, part, columns) for part in self._manifest.parts]
         except DamagedError:
             # A later writer may have merged small parts. The same problems then lead the newer parts.
             newer = read_manifest(self._collection)
             if newer.generation != self._manifest.generation or newer.parts == self._manifest.parts:
                 raise
-            tables = [_read_part(self._collection, newer, part, columns) for part in newer.parts]
+            tables = [read_part(self._collection, newer, part, columns) for part in newer.parts]
         schema = table_schema()
         if columns is not None:
             schema = pa.schema([schema.field(name) for name in columns])
@@ -238,7 +238,7 @@ def add_to_parts(collection: Path, manifest: Manifest, table: "pa.Table") -> tup
         swallowed.insert(0, parts.pop())
         rows += swallowed[0].rows
     if swallowed:
-        table = pa.concat_tables([*(_read_part(collection, manifest, part, None) for part in swallowed), table])
+        table = pa.concat_tables([*(read_part(collection, manifest, part, None) for part in swallowed), table])
     folder = manifest.problems_folder(collection)
     for start in range(0, table.num_rows, PART_ROWS):
         parts.append(write_part(folder, number, table.slice(start, PART_ROWS)))
@@ -256,8 +256,8 @@ def write_part(folder: Path, number: int, table: "pa.Table") -> Part:
     return Part(name, table.num_rows, len(data), crc32c(data))
 
 
-def _read_part(collection: Path, manifest: Manifest, part: Part, columns: list[str] | None) -> "pa.Table":
-    """Read columns of a part; checks the checksum of every page read."""
+def read_part(collection: Path, manifest: Manifest, part: Part, columns: list[str] | None = None) -> "pa.Table":
+    """Read columns of a part (None: all); checks the checksum of every page read."""
     path = manifest.problems_folder(collection) / part.file
     with file_inside(path, store_of(collection)) as file:
         size = file.seek(0, 2)

@@ -8,7 +8,8 @@ locally. Searches then use mapped local files at full speed, and a refresh costs
 fetches and checks each chunk of codes that it reads; memory holds a few chunks at a time.
 
 Whoever wrote the source may have written anything. Names are those of the format or are refused, sizes are those of the
-manifest, and nothing is written outside the copy's folder.
+manifest, and nothing is written outside the copy's folder. A refresh is first made and read beside the copy
+(`_rehearsed`): one that fails leaves the copy as it was.
 
 The source is any zarr store: `zarr.storage.ObjectStore` (obstore: S3, Google Cloud, Azure, HTTP),
 `zarr.storage.FsspecStore`, `LocalStore`. To put a store there, upload its folder, manifests and then inventories last.
@@ -16,26 +17,32 @@ The source is any zarr store: `zarr.storage.ObjectStore` (obstore: S3, Google Cl
 
 import asyncio
 import os
+import shutil
 from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from gradstore import additions, attachments
+from gradstore import additions, attachments, exclusive
 from gradstore.appender import create_generation
 from gradstore.attachments import ATTACHMENTS
 from gradstore.chunks import CodeRows
-from gradstore.durable import crc32c, make_folder, replace_file, replacing_file, writing
+from gradstore.collection import Collection
+from gradstore.durable import TEMPORARY, crc32c, make_folder, replace_file, replacing_file, writing
 from gradstore.errors import DamagedError, GradstoreError, NotAStoreError, RequestError, first_line
 from gradstore.header import MOST_BYTES as MOST_HEADER_BYTES
 from gradstore.header import Header, parse_header
 from gradstore.inside import MOST_BYTES as MOST_FILE_BYTES
-from gradstore.inside import check_folder, open_inside, read_inside
+from gradstore.inside import check_folder, open_inside, read_inside, remove_folder
 from gradstore.inventory import INVENTORY, Inventory
 from gradstore.inventory import MOST_BYTES as MOST_INVENTORY_BYTES
 from gradstore.layout import (
     COLLECTIONS,
+    IN_USE,
+    INDEXES,
+    LOCK,
     MANIFEST,
     PROBES,
     PROBLEMS,
@@ -49,6 +56,8 @@ from gradstore.layout import (
 )
 from gradstore.lock import WriterLock
 from gradstore.manifest import MOST_BYTES, Manifest, publish_manifest, read_manifest
+from gradstore.presence import check_collection_files, check_store_files
+from gradstore.problem_table import read_part
 from gradstore.session import Session
 from gradstore.snapshot import check_manifest
 from gradstore.store import Store
@@ -73,10 +82,7 @@ def mirror(source: "ZarrStore", path: str | Path, collections: list[str] | None 
     path = Path(path)
     if (path / WITHOUT_CODES).exists():
         raise RequestError(f"{path}: holds what open_remote keeps, no whole copy; choose another path")
-    header = _prepare(source, path)
-    for name in _collections(source) if collections is None else collections:
-        _bring_up_to_date(source, header, path, check_name(name), header.arrays)
-    return Store(path, header, "r")
+    return Store(path, _refresh(source, path, collections), "r")
 
 
 def open_remote(source: "ZarrStore", path: str | Path, collections: list[str] | None = None) -> Store:
@@ -91,10 +97,8 @@ def open_remote(source: "ZarrStore", path: str | Path, collections: list[str] | 
     with writing(path):
         path.mkdir(parents=True, exist_ok=True)
     replace_file(path / WITHOUT_CODES, b"")
-    header = _prepare(source, path)
-    codes, *columns = header.arrays
-    for name in _collections(source) if collections is None else collections:
-        _bring_up_to_date(source, header, path, check_name(name), tuple(columns))
+    header = _refresh(source, path, collections)
+    codes = header.arrays[0]
 
     def codes_of(collection: Path, manifest: Manifest) -> CodeRows:
         where, fault = f"{COLLECTIONS}/{collection.name}", f"are not those of commit {manifest.commit}; open it again"
@@ -106,6 +110,84 @@ def open_remote(source: "ZarrStore", path: str | Path, collections: list[str] | 
         return CodeRows(read, _CHUNKS_KEPT)
 
     return Store(path, header, "r", codes_of)
+
+
+def _refresh(source: "ZarrStore", path: Path, collections: list[str] | None) -> Header:
+    """Bring a copy up to date, without codes where `path` is marked so; returns the header."""
+    from zarr.storage import LocalStore
+
+    names = _collections(source) if collections is None else [check_name(name) for name in collections]
+    if not (path / ZARR).exists():
+        return _copy_store(source, path, names)
+    _header_of(source, path)  # Another store than the copied one is refused by the name of the copy.
+    with _rehearsed(path) as beside:
+        try:
+            header = _copy_store(source, beside, names)
+            _read(Store(beside, header, "r"), path, names)
+        except GradstoreError as error:
+            raise type(error)(str(error).replace(str(beside), str(source))) from error
+        return _copy_store(LocalStore(beside, read_only=True), path, names)
+
+
+@contextmanager
+def _rehearsed(path: Path) -> Iterator[Path]:
+    """A folder in which a refresh is tried: a copy of the copy, made of hard links; one process at a time has it."""
+    beside = path / f"{TEMPORARY}refresh"
+    with writing(path):
+        unlock = exclusive.lock(os.open(path, os.O_RDONLY), path, wait=True)
+    try:
+        with writing(beside):
+            with suppress(FileNotFoundError):
+                remove_folder(beside, path)  # left by a process that was killed
+            shutil.copytree(path, beside, symlinks=True, copy_function=_link, ignore=_NOT_REHEARSED)
+        try:
+            yield beside
+        finally:
+            with writing(beside):
+                remove_folder(beside, path)
+    finally:
+        unlock()
+
+
+_NOT_REHEARSED = shutil.ignore_patterns(f"{TEMPORARY}*", LOCK, f"*{exclusive.SUFFIX}", IN_USE, INDEXES)
+
+
+def _link(there: str, here: str) -> None:
+    """A second name of a file; where the file system has none, a copy. No file of a store is changed in place here."""
+    try:
+        os.link(there, here, follow_symlinks=False)
+    except OSError:
+        shutil.copy2(there, here, follow_symlinks=False)
+
+
+def _read(copy: Store, older: Path, names: list[str]) -> None:
+    """Read what readers read of the collections that differ from an older copy; their first error is raised."""
+    check_store_files(copy.path, copy.fingerprint, copy.bases)
+    for name in names:
+        opened, before = Collection(copy.path, copy._header, name, "r"), older / COLLECTIONS / name
+        if all(_same(opened.folder / file, before / file) for file in (MANIFEST, INVENTORY)):
+            continue  # The inventory names what the manifest does not.
+        check_collection_files(opened, len(copy.bases), not (copy.path / WITHOUT_CODES).exists())
+        manifest = opened.snapshot().manifest
+        known = read_manifest(before).parts if (before / MANIFEST).exists() else ()
+        for part in manifest.parts:
+            if part not in known:
+                read_part(opened.folder, manifest, part)
+        _ = copy.view(name).ids
+        copy.probes(name).table()
+        list(copy.rounds(name))
+
+
+def _same(one: Path, other: Path) -> bool:
+    return one.exists() and other.exists() and one.read_bytes() == other.read_bytes()
+
+
+def _copy_store(source: "ZarrStore", path: Path, names: list[str]) -> Header:
+    header = _prepare(source, path)
+    arrays = header.arrays[1:] if (path / WITHOUT_CODES).exists() else header.arrays
+    for name in names:
+        _bring_up_to_date(source, header, path, name, arrays)
+    return header
 
 
 class _File(NamedTuple):
@@ -127,14 +209,20 @@ def _chunk_file(manifest: Manifest, array: RowArray, chunk: int) -> _File:
     return _File(name, manifest.chunks[array.name][chunk], used, array.chunk_bytes)
 
 
-def _prepare(source: "ZarrStore", path: Path) -> Header:
-    """Prepare the folder of a copy: everything outside the collections."""
+def _header_of(source: "ZarrStore", path: Path) -> tuple[Header, bytes]:
+    """The header of a source and its bytes; RequestError if `path` is the copy of another store."""
     root = _get(source, [(ZARR, MOST_HEADER_BYTES)])[0]
     if root is None:
         raise NotAStoreError(f"{source}: there is no gradstore store here (no {ZARR})")
     header = parse_header(root, Path(str(source)))
     if (path / ZARR).exists() and read_inside(path / ZARR, path, MOST_HEADER_BYTES) != root:
         raise RequestError(f"{path}: holds another store than {source}; choose another path")
+    return header, root
+
+
+def _prepare(source: "ZarrStore", path: Path) -> Header:
+    """Prepare the folder of a copy: everything outside the collections."""
+    header, root = _header_of(source, path)
     with writing(path):
         path.mkdir(parents=True, exist_ok=True)
     _make_folder(path / COLLECTIONS, path)

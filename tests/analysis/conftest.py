@@ -251,7 +251,11 @@ def visit(browser: Any) -> Iterator[Callable[..., Any]]:
         faults.append(f"{kind}: {text}")
 
     def go(address: str, scheme: str = "light", width: int = 1360) -> Any:
-        context = browser.new_context(color_scheme=scheme, viewport={"width": width, "height": 900})
+        context = browser.new_context(
+            color_scheme=scheme,
+            viewport={"width": width, "height": 900},
+            reduced_motion="reduce",  # a page that still scrolls moves its links between press and release
+        )
         context.set_default_timeout(90_000)  # a machine that is busy is slow, not wrong
         contexts.append(context)
         page = context.new_page()

@@ -243,7 +243,7 @@ def apply(edits: Sequence[Edit], root: Path, outside: Path, sealed: Callable[[Pa
         path = root / edit["file"]
         try:
             _apply(edit, root, path, sealed)
-        except (OSError, KeyError, IndexError, TypeError, ValueError, AttributeError, RecursionError):
+        except (OSError, KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError):
             continue  # an earlier edit of the case took what this one needs
 
 

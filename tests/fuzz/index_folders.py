@@ -193,6 +193,8 @@ def _seal_files(folder: Path) -> None:
     try:
         if path.is_symlink() or folder.is_symlink() or folder.parent.is_symlink() or not path.is_file():
             return
+        if path.stat().st_size > 1 << 24:
+            return
         value = json.loads(path.read_bytes())
         for file in value["index"]["files"].values():
             named = folder / file["name"]

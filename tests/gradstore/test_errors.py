@@ -22,3 +22,12 @@ from gradstore import errors
 def test_errors_survive_pickling(error: errors.GradstoreError) -> None:
     again = pickle.loads(pickle.dumps(error))
     assert (type(again), str(again), again.exit_status) == (type(error), str(error), error.exit_status)
+
+
+def test_a_line_has_an_end() -> None:
+    """A name of a megabyte does not make a line of one; begin and end stay."""
+    error = errors.RequestError(f"file.jsonl, row 3: id {'x' * 1_000_000!r} is there twice; use one")
+    assert len(str(error)) <= errors.LONGEST_LINE
+    assert str(error).startswith("file.jsonl, row 3")
+    assert str(error).endswith("use one")
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)

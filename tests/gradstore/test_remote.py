@@ -1,5 +1,6 @@
 """A copy of a remote store equals it after every change of it, fetches only what is new, and believes no wrong byte."""
 
+import dataclasses
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,6 +12,8 @@ from zarr.storage import LocalStore
 import gradstore
 from gradstore import DamagedError, NotAStoreError, RequestError, engine, mirror, open_remote
 from gradstore.attachments import adding, read_attachment, write_attachment
+from gradstore.durable import crc32c
+from gradstore.manifest import publish_manifest, read_manifest
 
 
 class Counting(LocalStore):
@@ -201,3 +204,25 @@ def test_from_an_s3_server(bucket, new_store: Callable, tools: dict, tmp_path: P
     same(mirror(source, tmp_path / "copy"), store)
     remote_view, own = open_remote(source, tmp_path / "kept").view("pool"), store.view("pool")
     assert np.array_equal(remote_view.rows(np.arange(20)), own.rows(np.arange(20)))
+
+
+def test_a_refresh_that_fails_leaves_the_copy(new_store: Callable, tools: dict, tmp_path: Path) -> None:
+    """Right checksums over values that readers refuse: the copy answers as before, and holds nothing new."""
+    store, path = new_store(n=20), tmp_path / "copy"
+    tools["append"](store, 0, list(range(12)))
+    mirror(LocalStore(store.path), path)
+    files = {file: file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
+    tools["append"](store, 1, list(range(5, 10)))
+    folder = store.path / "collections/pool"
+    manifest = read_manifest(folder)
+    chunk = folder / manifest.folder / "norm/c.0"
+    norm = np.fromfile(chunk, "<f4")
+    norm[0] = -1.0
+    norm.tofile(chunk)
+    array = next(array for array in store._header.arrays if array.name == "norm")
+    signed = (crc32c(norm[: array.rows_in(0, manifest.rows)].tobytes()), *manifest.chunks["norm"][1:])
+    publish_manifest(folder, dataclasses.replace(manifest, chunks={**manifest.chunks, "norm": signed}))
+    with pytest.raises(DamagedError, match="norm") as caught:
+        mirror(LocalStore(store.path), path)
+    assert str(path) not in str(caught.value)
+    assert files == {file: file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
