@@ -9,7 +9,6 @@ import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-
 LONGEST_LINE = 2000
 """Most characters of an error's line."""
 
