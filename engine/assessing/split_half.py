@@ -170,8 +170,8 @@ def exact_scores(
 
 
 def _part(group: Group, first: int) -> Group:
-    logprobs, reference = (
-        None if given is None else given[first::2] for given in (group.logprobs, group.reference_logprobs)
+    logprobs, reference, masks = (
+        None if given is None else given[first::2] for given in (group.logprobs, group.reference_logprobs, group.masks)
     )
     responses, rewards = group.responses[first::2], group.rewards[first::2]
-    return Group(group.problem_id, group.prompt_ids, responses, rewards, logprobs, reference)
+    return Group(group.problem_id, group.prompt_ids, responses, rewards, logprobs, reference, masks)

@@ -22,13 +22,17 @@ class Group:
     prompt_ids: np.ndarray
     """Token ids of the prompt, int64 [prompt tokens], at least one."""
     responses: Sequence[np.ndarray]
-    """Token ids of each response, int64 [response tokens]; an empty response counts only in the baseline."""
+    """Token ids of each response, int64 [response tokens]; an empty response counts only in the baseline. With tools or
+    several turns it is everything after the prompt, as the model saw it: see `masks`."""
     rewards: np.ndarray
     """One finite reward per response, float64 [responses]."""
     logprobs: Sequence[np.ndarray] | None = None
     """Behaviour log-probability of each response token, float32 [response tokens] each; None if not recorded."""
     reference_logprobs: Sequence[np.ndarray] | None = None
     """The same under a reference policy, for objectives with a KL term; None if unknown."""
+    masks: Sequence[np.ndarray] | None = None
+    """Which tokens of each response the policy wrote, bool [response tokens] each. It reads the others (tools, users,
+    the environment) and is not trained on them. None: it wrote all."""
 
     def __post_init__(self) -> None:
         name = f"problem {self.problem_id!r}"
@@ -41,18 +45,18 @@ class Group:
         if not np.isfinite(self.rewards).all():
             j = int(np.flatnonzero(~np.isfinite(self.rewards))[0])
             raise RequestError(f"{name}: reward of rollout {j} is {self.rewards[j]}, expected a finite number")
-        for kind, given in (("", self.logprobs), ("reference ", self.reference_logprobs)):
+        for kind, given in (
+            ("log-probabilities", self.logprobs),
+            ("reference log-probabilities", self.reference_logprobs),
+            ("mask values", self.masks),
+        ):
             if given is None:
                 continue
             if len(given) != len(self.responses):
-                raise RequestError(
-                    f"{name}: {len(self.responses)} responses but {len(given)} lists of {kind}log-probabilities"
-                )
-            for j, (response, logprobs) in enumerate(zip(self.responses, given, strict=True)):
-                if len(response) != len(logprobs):
-                    raise RequestError(
-                        f"{name}: rollout {j} has {len(response)} tokens but {len(logprobs)} {kind}log-probabilities"
-                    )
+                raise RequestError(f"{name}: {len(self.responses)} responses but {len(given)} lists of {kind}")
+            for j, (response, values) in enumerate(zip(self.responses, given, strict=True)):
+                if len(response) != len(values):
+                    raise RequestError(f"{name}: rollout {j} has {len(response)} tokens but {len(values)} {kind}")
 
     @property
     def pass_rate(self) -> float:
@@ -66,6 +70,13 @@ class Group:
     def has_signal(self) -> bool:
         """False if all rewards are equal up to rounding: then all advantages, and so the gradient, are zero."""
         return differ(self.rewards)
+
+    @property
+    def n_written(self) -> np.ndarray:
+        """Tokens of each response that the policy wrote, int64 [responses]: the lengths that objectives divide by."""
+        if self.masks is None:
+            return np.array([len(response) for response in self.responses], dtype=np.int64)
+        return np.array([np.count_nonzero(mask) for mask in self.masks], dtype=np.int64)
 
     @property
     def n_tokens(self) -> int:
@@ -83,6 +94,9 @@ def joined(groups: Sequence[Group]) -> Group:
     if len(groups) == 1:
         return groups[0]
 
+    def masks_of(group: Group) -> Sequence[np.ndarray]:
+        return group.masks or [np.ones(len(response), dtype=bool) for response in group.responses]
+
     def together(given: list[Sequence[np.ndarray] | None]) -> list[np.ndarray] | None:
         known = [own for own in given if own is not None]
         return [tokens for own in known for tokens in own] if len(known) == len(given) else None
@@ -94,4 +108,5 @@ def joined(groups: Sequence[Group]) -> Group:
         np.concatenate([group.rewards for group in groups]),
         together([group.logprobs for group in groups]),
         together([group.reference_logprobs for group in groups]),
+        None if all(group.masks is None for group in groups) else [mask for one in groups for mask in masks_of(one)],
     )
