@@ -134,7 +134,7 @@ def _kept_in(told: list[tuple[Tensor, Tensor, Tensor]]) -> OnWeights:
 class EffectiveSampleSize:
     """Effective sample size (Kish) of a group's importance-weighted rollouts: G (sum rho)^2 / (n sum rho^2).
 
-    rho: importance ratio of each of the n response tokens with nonzero weight, 0 where clipped. The size is G for
+    rho: importance ratio of each of the n tokens of the policy with nonzero weight, 0 where clipped. The size is G for
     on-policy rollouts, and less if a few tokens dominate the ratios or ratios are clipped.
     """
 

@@ -36,13 +36,15 @@ class WeightedSequence:
     prompt_ids: np.ndarray
     response_ids: np.ndarray
     weight: float
-    """Weight of each response token in the objective."""
+    """Weight in the objective of each response token that the policy wrote."""
     behaviour: np.ndarray | None
     """The behaviour policy's log-probabilities, float32 [response tokens]."""
     kl_scale: float = 0.0
-    """Factor of the KL term of each response token."""
+    """Factor of the KL term of each response token that the policy wrote."""
     reference: np.ndarray | None = None
     """The reference policy's log-probabilities, float32 [response tokens]; needed if there is a KL term."""
+    written: np.ndarray | None = None
+    """Whether the policy wrote each response token, bool [response tokens]; None: it wrote all."""
 
     def n_tokens(self, shared: bool) -> int:
         """Tokens of the continuation."""
@@ -73,8 +75,8 @@ class MicroBatch:
     """Position in the continuation that predicts the first response token; the other tokens follow one by one."""
     targets_BN: Tensor
     weights_BN: Tensor
-    filled_BN: Tensor
-    """False at padding, where the weights are zero."""
+    written_BN: Tensor
+    """True at the tokens that the policy wrote; the weights of others, and of padding, are zero."""
     behaviour_BN: Tensor | None
     prompts: Prompts | None
     kl_scales_BN: Tensor | None = None
@@ -106,7 +108,7 @@ def rollouts_of(
     """
     rollouts = []
     for problem, group in enumerate(groups):
-        lengths_G = np.array([len(response) for response in group.responses])
+        lengths_G = group.n_written
         total_G = rollout_weights(group.rewards, lengths_G, objective)
         scales_G = kl_scales(group.rewards, lengths_G, objective)
         slack_G = weight_rounding(group.rewards, lengths_G, objective)
@@ -125,6 +127,7 @@ def rollouts_of(
                 None if group.logprobs is None else group.logprobs[j],
                 float(scales_G[j]),
                 None if group.reference_logprobs is None else group.reference_logprobs[j],
+                None if group.masks is None else group.masks[j],
             )
             for j in np.flatnonzero((total_G != 0) | (scales_G != 0)).tolist()
         ]
@@ -134,16 +137,18 @@ def rollouts_of(
 def _merged(group: Group, total_G: np.ndarray, slack_G: np.ndarray, objective: Objective) -> np.ndarray:
     """The weights, summed over equal rollouts into the first of them; zero if the sum is rounding error.
 
-    total_G, slack_G: the rollouts' weights and their rounding errors. Rollouts are equal if their tokens are equal and,
-    with importance ratios, their behaviour log-probabilities too. Clipping depends on a weight's sign, so with clipping
-    only weights of the same sign are summed.
+    total_G, slack_G: the rollouts' weights and their rounding errors. Rollouts are equal if their tokens and masks are
+    equal and, with importance ratios, the behaviour log-probabilities of the policy's tokens too. Clipping depends on a
+    weight's sign, so with clipping only weights of the same sign are summed.
     """
     sums_G, slacks_G = total_G.copy(), slack_G.copy()
     clipped = (objective.clip_low, objective.clip_high) != (None, None)
-    first: dict[tuple[bytes, bytes, bool], int] = {}
+    first: dict[tuple[bytes, bytes, bytes, bool], int] = {}
     for j, response in enumerate(group.responses):
-        behaviour = group.logprobs[j].tobytes() if objective.importance and group.logprobs is not None else b""
-        original = first.setdefault((response.tobytes(), behaviour, clipped and total_G[j] > 0), j)
+        recorded = group.logprobs if objective.importance else None
+        behaviour = b"" if recorded is None else group.written(j, recorded[j]).tobytes()
+        mask = b"" if group.masks is None else group.masks[j].tobytes()
+        original = first.setdefault((response.tobytes(), mask, behaviour, clipped and total_G[j] > 0), j)
         if original != j:
             sums_G[original] += sums_G[j]
             slacks_G[original] += slacks_G[j]
@@ -213,11 +218,13 @@ def _collate(batch: Sequence[tuple[int, WeightedSequence]], shared: bool) -> Mic
         for rollout, start in zip(rollouts, starts, strict=True)
     ]
     lengths = np.array([len(rollout.response_ids) for rollout in rollouts])
-    filled_BN = np.arange(padded_width(lengths.max())) < lengths[:, None]
-    weights_BN = filled_BN * np.array([rollout.weight for rollout in rollouts])[:, None]
-    behaviours = [rollout.behaviour for rollout in rollouts if rollout.behaviour is not None]
-    scales_BN = filled_BN * np.array([rollout.kl_scale for rollout in rollouts])[:, None]
-    references = [rollout.reference for rollout in rollouts if rollout.kl_scale and rollout.reference is not None]
+    written_BN = np.arange(padded_width(lengths.max())) < lengths[:, None]
+    for row_N, rollout in zip(written_BN, rollouts, strict=True):
+        if rollout.written is not None:
+            row_N[: len(rollout.written)] = rollout.written
+    weights_BN = written_BN * np.array([rollout.weight for rollout in rollouts])[:, None]
+    scales_BN = written_BN * np.array([rollout.kl_scale for rollout in rollouts])[:, None]
+    references_BN = _at_written([rollout.reference if rollout.kl_scale else None for rollout in rollouts], written_BN)
     return MicroBatch(
         torch.from_numpy(_padded(continuations)),
         torch.tensor([rollout.problem for rollout in rollouts]),
@@ -225,12 +232,27 @@ def _collate(batch: Sequence[tuple[int, WeightedSequence]], shared: bool) -> Mic
         torch.tensor([len(rollout.prompt_ids) - 1 - start for rollout, start in zip(rollouts, starts, strict=True)]),
         torch.from_numpy(_padded([rollout.response_ids for rollout in rollouts])),
         torch.from_numpy(weights_BN.astype(np.float32)),
-        torch.from_numpy(filled_BN),
-        torch.from_numpy(_padded(behaviours, np.float32)) if behaviours else None,
+        torch.from_numpy(written_BN),
+        _at_written([rollout.behaviour for rollout in rollouts], written_BN),
         _prompts(rollouts) if shared else None,
-        torch.from_numpy(scales_BN.astype(np.float32)) if references else None,
-        torch.from_numpy(_padded(references, np.float32)) if references else None,
+        None if references_BN is None else torch.from_numpy(scales_BN.astype(np.float32)),
+        references_BN,
     )
+
+
+def _at_written(rows: Sequence[np.ndarray | None], written_BN: np.ndarray) -> Tensor | None:
+    """Log-probabilities as float32 [B, N], zero where the policy did not write: what was recorded there may be nan.
+
+    None if no row has any.
+    """
+    if all(row is None for row in rows):
+        return None
+    grid_BN: np.ndarray = np.zeros(written_BN.shape, np.float32)
+    for i, row in enumerate(rows):
+        if row is not None:
+            grid_BN[i, : len(row)] = row
+    grid_BN[~written_BN] = 0.0
+    return torch.from_numpy(grid_BN)
 
 
 def _prompts(rollouts: Sequence[WeightedSequence]) -> Prompts:
@@ -245,9 +267,9 @@ def _prompts(rollouts: Sequence[WeightedSequence]) -> Prompts:
     )
 
 
-def _padded(rows: Sequence[np.ndarray], dtype: type = np.int64) -> np.ndarray:
-    """Rows of different lengths as one array, with zeros on the right."""
-    grid: np.ndarray = np.zeros((len(rows), padded_width(max(len(row) for row in rows))), dtype)
+def _padded(rows: Sequence[np.ndarray]) -> np.ndarray:
+    """Token ids of different lengths as one array, with zeros on the right."""
+    grid: np.ndarray = np.zeros((len(rows), padded_width(max(len(row) for row in rows))), np.int64)
     for i, row in enumerate(rows):
         grid[i, : len(row)] = row
     return grid

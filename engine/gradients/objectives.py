@@ -104,8 +104,8 @@ def _scaled(values_G: np.ndarray, rewards_G: np.ndarray, kind: Advantage) -> np.
 def rollout_weights(rewards_G: np.ndarray, lengths_G: np.ndarray, objective: Objective) -> np.ndarray:
     """Token weight of each rollout before importance ratios and KL term, float64 [G].
 
-    rewards_G: float64. lengths_G: response tokens; an empty response has weight 0 but counts in the baseline and in
-    the number of sequences.
+    rewards_G: float64. lengths_G: tokens of each response that the policy wrote (`Group.n_written`); a response without
+    any has weight 0 but counts in the baseline and in the number of sequences.
     """
     return _shared_out(advantages(rewards_G, objective.advantage), lengths_G, objective.aggregation)
 

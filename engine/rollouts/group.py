@@ -57,6 +57,9 @@ class Group:
             for j, (response, values) in enumerate(zip(self.responses, given, strict=True)):
                 if len(response) != len(values):
                     raise RequestError(f"{name}: rollout {j} has {len(response)} tokens but {len(values)} {kind}")
+        for j, mask in enumerate(self.masks or ()):
+            if mask.dtype != bool:
+                raise RequestError(f"{name}: the mask of rollout {j} has dtype {mask.dtype}, expected bool")
 
     @property
     def pass_rate(self) -> float:
@@ -77,6 +80,10 @@ class Group:
         if self.masks is None:
             return np.array([len(response) for response in self.responses], dtype=np.int64)
         return np.array([np.count_nonzero(mask) for mask in self.masks], dtype=np.int64)
+
+    def written(self, j: int, values: np.ndarray) -> np.ndarray:
+        """The values, one per token of response j, at the tokens that the policy wrote."""
+        return values if self.masks is None else values[self.masks[j]]
 
     @property
     def n_tokens(self) -> int:

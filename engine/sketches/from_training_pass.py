@@ -106,8 +106,7 @@ def factor(group: Group, trained: Objective, wanted: Objective) -> float | None:
             return None
     if trained.temperature != wanted.temperature:
         return None
-    lengths_G = np.array([len(response) for response in group.responses])
-    have_G, want_G = (rollout_weights(group.rewards, lengths_G, rule) for rule in (trained, wanted))
+    have_G, want_G = (rollout_weights(group.rewards, group.n_written, rule) for rule in (trained, wanted))
     if not want_G.any():
         return 0.0
     if ((have_G == 0) & (want_G != 0)).any():
