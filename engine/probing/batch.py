@@ -56,7 +56,7 @@ class ProbeBatch:
             [group.problem_id for group in groups],
             list(derivatives),
             [np.asarray(group.rewards, np.float64) for group in groups],
-            [group.n_written for group in groups],
+            [group.n_written_of_rollouts for group in groups],
             settings,
             calibration,
         )

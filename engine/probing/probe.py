@@ -8,7 +8,7 @@ statistic and a p-value, and corrected rewards need no new run. Formulas: docs/m
 
 The step is measured, not guessed: see `Probe.calibrate`.
 
-Dimension letters: P problems, G rollouts of one problem, N response tokens that the policy wrote.
+Dimension letters: P problems, G rollouts of one problem, R their responses, N response tokens that the policy wrote.
 """
 
 import logging
@@ -126,7 +126,9 @@ class Probe:
                 above = self._logprobs(chosen)
                 move(-eps)
                 below = self._logprobs(chosen)
-                middle = [[(a + b) / 2 for a, b in zip(*pair, strict=True)] for pair in zip(above, below, strict=True)]
+                middle: TokenLogprobs = [
+                    [(a + b) / 2 for a, b in zip(*pair, strict=True)] for pair in zip(above, below, strict=True)
+                ]
                 step = 2 * eps
             else:
                 step = calibration.one_sided
@@ -136,7 +138,7 @@ class Probe:
                 middle = below
         found = iter(self._weigh(chosen, above, below, middle))
         return [
-            next(found) / step if runs else np.full(len(group.responses), np.nan)
+            next(found) / step if runs else np.full(group.n_rollouts, np.nan)
             for group, runs in zip(groups, run, strict=True)
         ]
 
@@ -288,9 +290,9 @@ class Probe:
     def _compare(self, groups: Sequence[Group], derivatives: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """<g_i, V> of the groups, by autograd and from their derivatives; under FSDP2 only of the first rank's groups,
         while the other ranks idle."""
-        ends = np.cumsum([len(group.responses) for group in groups])[:-1]
+        ends = np.cumsum([group.n_rollouts for group in groups])[:-1]
         found_P = [
-            probe_statistics.dot_and_error(group.rewards, d_G, group.n_written, self.settings)[0]
+            probe_statistics.dot_and_error(group.rewards, d_G, group.n_written_of_rollouts, self.settings)[0]
             for group, d_G in zip(groups, np.split(derivatives, ends), strict=bool(len(groups)))
         ]
         first = n_shards(self.model) == 1 or torch.distributed.get_rank() == 0
@@ -353,16 +355,16 @@ class Probe:
         """Differences of log-probabilities of the policy's tokens, summed with the objective's weights."""
         found = []
         for group, high, low, mid in zip(groups, above, below, middle, strict=True):
-            lengths_G = group.n_written
-            factors_G = _token_factors(lengths_G, self.settings)
-            signs_G = rollout_weights(group.rewards, lengths_G, self.settings)
-            d_G = np.zeros(len(lengths_G))
-            for j in np.flatnonzero(lengths_G).tolist():
+            lengths_R = group.n_written
+            factors_R = _token_factors(lengths_R, self.settings)
+            signs_R = rollout_weights(group.rewards, lengths_R, self.settings, group.rollout_of)
+            d_R = np.zeros(len(lengths_R))
+            for j in np.flatnonzero(lengths_R).tolist():
                 difference_N = np.asarray(high[j], np.float64) - low[j]
                 if self.settings.importance and group.logprobs is not None:
-                    difference_N *= _ratios(mid[j], group.written(j, group.logprobs[j]), signs_G[j], self.settings)
-                d_G[j] = factors_G[j] * difference_N.sum()
-            found.append(d_G)
+                    difference_N *= _ratios(mid[j], group.written(j, group.logprobs[j]), signs_R[j], self.settings)
+                d_R[j] = factors_R[j] * difference_N.sum()
+            found.append(_of_rollouts(group, d_R))
         return found
 
 
@@ -374,13 +376,20 @@ def _written(groups: Sequence[Group], logprobs: TokenLogprobs) -> TokenLogprobs:
     ]
 
 
-def _token_factors(lengths_G: np.ndarray, settings: Objective) -> np.ndarray:
-    """G times the aggregation's weight per token: the objective's token weight is A_j times this, divided by G."""
+def _of_rollouts(group: Group, d_R: np.ndarray) -> np.ndarray:
+    """From the responses' derivatives, those of rollouts: mean_j A_j d_j over rollouts equals the responses' mean."""
+    if group.rollout_of is None:
+        return d_R
+    return np.bincount(group.rollout_of, d_R, group.n_rollouts) * (group.n_rollouts / len(d_R))
+
+
+def _token_factors(lengths_R: np.ndarray, settings: Objective) -> np.ndarray:
+    """R times the aggregation's weight per token: the objective's token weight is A times this, divided by R."""
     if settings.aggregation == "seq-mean-token-sum":
-        return np.ones(len(lengths_G))
+        return np.ones(len(lengths_R))
     if settings.aggregation == "seq-mean-token-mean":
-        return 1 / np.maximum(lengths_G, 1)
-    return np.full(len(lengths_G), len(lengths_G) / max(int(lengths_G.sum()), 1))
+        return 1 / np.maximum(lengths_R, 1)
+    return np.full(len(lengths_R), len(lengths_R) / max(int(lengths_R.sum()), 1))
 
 
 def _ratios(logprobs_N: np.ndarray, behaviour_N: np.ndarray, sign: float, settings: Objective) -> np.ndarray:

@@ -11,6 +11,7 @@ from torch import nn
 from gradstore.engine import (
     Objective,
     Probe,
+    ProbeBatch,
     Sketcher,
     SketchSpec,
     exact_dots,
@@ -63,23 +64,26 @@ def slow_objective(model: nn.Module, group: Group, settings: Objective) -> torch
     """One token at a time, straight from the definitions, over the tokens that the policy wrote."""
     advantages = slow_advantages(group.rewards, settings.advantage)
     masks = group.masks or [np.ones(len(response), bool) for response in group.responses]
+    prompts = group.prompts or [group.prompt_ids] * len(group.responses)
+    rollout_of = range(len(group.responses)) if group.rollout_of is None else group.rollout_of
     n, total = len(group.responses), torch.zeros(())
-    for j, (response, mask) in enumerate(zip(group.responses, masks, strict=True)):
-        logits = model(input_ids=torch.tensor([*group.prompt_ids, *response])[None]).logits[0]
+    for j, (prompt, response, mask) in enumerate(zip(prompts, group.responses, masks, strict=True)):
+        logits = model(input_ids=torch.tensor([*prompt, *response])[None]).logits[0]
         logprobs = (logits / settings.temperature).log_softmax(-1)
+        advantage = advantages[rollout_of[j]]
         for t in np.flatnonzero(mask):
-            logprob = logprobs[len(group.prompt_ids) + t - 1, response[t]]
+            logprob = logprobs[len(prompt) + t - 1, response[t]]
             share = {
                 "seq-mean-token-sum": 1 / n,
                 "seq-mean-token-mean": 1 / n / int(mask.sum()),
                 "token-mean": 1 / sum(int(m.sum()) for m in masks),
             }[settings.aggregation]
-            term = advantages[j] * logprob
+            term = advantage * logprob
             if settings.importance:
                 ratio = (logprob - float(group.logprobs[j][t])).exp()
                 low = 0 if settings.clip_low is None else 1 - settings.clip_low
                 high = float("inf") if settings.clip_high is None else 1 + settings.clip_high
-                term = torch.minimum(ratio * advantages[j], ratio.clamp(low, high) * advantages[j])
+                term = torch.minimum(ratio * advantage, ratio.clamp(low, high) * advantage)
             if settings.kl_beta:
                 difference = float(group.reference_logprobs[j][t]) - logprob
                 term = term - settings.kl_beta * (difference.exp() - difference - 1)
@@ -188,8 +192,15 @@ def test_probes(make_model, make_groups, aggregation: Aggregation, kind: str) ->
     """Each rollout's derivative is that of the policy's own tokens, from both kinds of differences (float32, so to
     about a thousandth); log-probabilities given for other tokens are not looked at."""
     model, settings = make_model("qwen2"), Objective(aggregation=aggregation, **KINDS[kind])
-    groups = near(model, multi_turn(make_groups(4)))
-    direction = validation_gradient(model, near(model, multi_turn(make_groups(3, seed=5))), settings)
+    batch = check_probes(model, multi_turn(make_groups(4)), multi_turn(make_groups(3, seed=5)), settings)
+    for group, lengths, derivatives in zip(multi_turn(make_groups(4)), batch.lengths, batch.derivatives, strict=True):
+        assert lengths.tolist() == [int(mask.sum()) for mask in group.masks or ()]
+        assert derivatives[0] == 0
+
+
+def check_probes(model: nn.Module, groups: list[Group], bench: list[Group], settings: Objective) -> ProbeBatch:
+    groups, bench = near(model, groups), near(model, bench)
+    direction = validation_gradient(model, bench, settings)
     probe = Probe(model, direction, settings)
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     expected = []
@@ -213,10 +224,11 @@ def test_probes(make_model, make_groups, aggregation: Aggregation, kind: str) ->
     assert central.calibration is not None
     assert central.calibration.relative_error < 2e-3
     for i, group in enumerate(groups):
-        assert central.lengths[i].tolist() == [int(mask.sum()) for mask in group.masks or ()]
-        assert central.derivatives[i][0] == 0
-        error = statistics.dot_and_error(group.rewards, central.derivatives[i], central.lengths[i], settings)[1]
+        dot, error = statistics.dot_and_error(group.rewards, central.derivatives[i], central.lengths[i], settings)
+        advantages = slow_advantages(group.rewards, settings.advantage)
+        assert dot == pytest.approx(float(np.mean(advantages * central.derivatives[i])), rel=1e-9)
         assert central.standard_errors[i] == error
+    return central
 
 
 def near(model: nn.Module, groups: list[Group]) -> list[Group]:
@@ -224,10 +236,11 @@ def near(model: nn.Module, groups: list[Group]) -> list[Group]:
     random, found = np.random.default_rng(0), []
     for group in groups:
         logprobs = []
-        for response, mask in zip(group.responses, group.masks or (), strict=True):
+        for j, (response, mask) in enumerate(zip(group.responses, group.masks or (), strict=True)):
+            prompt = group.prompt_of(j)
             with torch.no_grad():
-                logits = model(input_ids=torch.tensor([*group.prompt_ids, *response])[None]).logits[0]
-            own = logits.log_softmax(-1)[len(group.prompt_ids) - 1 : -1][np.arange(len(response)), response].numpy()
+                logits = model(input_ids=torch.tensor([*prompt, *response])[None]).logits[0]
+            own = logits.log_softmax(-1)[len(prompt) - 1 : -1][np.arange(len(response)), response].numpy()
             noisy = own + 0.3 * random.normal(size=len(own))
             logprobs.append(np.where(mask, noisy, np.nan).astype(np.float32))
         found.append(replace(group, logprobs=logprobs))
@@ -363,7 +376,7 @@ def test_a_mask_that_is_not_of_booleans_is_refused(make_groups) -> None:
     """Numbers would be taken for positions."""
     (group,) = make_groups(1)
     with pytest.raises(
-        RequestError, match=r"problem 'problem-0': the mask of rollout 0 has dtype int64, expected bool"
+        RequestError, match=r"problem 'problem-0': the mask of response 0 has dtype int64, expected bool"
     ):
         replace(group, masks=[np.ones(len(response), np.int64) for response in group.responses])
     with pytest.raises(RequestError, match="mask values"):
@@ -375,3 +388,99 @@ def test_a_group_in_which_the_policy_wrote_nothing(make_model, make_groups) -> N
     silent = replace(group, masks=[np.zeros(len(response), bool) for response in group.responses])
     model = make_model("qwen2")
     assert [state.name for state in Sketcher(model, SketchSpec(rank=4)).sketch([silent]).states] == ["NO_SIGNAL"]
+
+
+def several_outputs(groups: list[Group], seed: int = 0) -> list[Group]:
+    """Masked groups whose rollouts have one to three outputs each, some after a prompt of their own."""
+    random, found = np.random.default_rng(seed), []
+    for group in groups:
+        counts = random.integers(1, 4, group.n_rollouts)
+        rollout_of = np.repeat(np.arange(group.n_rollouts), counts)
+        responses = [random.integers(0, 61, random.integers(2, 9)) for _ in rollout_of]
+        own = [random.integers(0, 61, random.integers(2, 12)) for _ in range(2)]
+        prompts = [[group.prompt_ids, *own][random.integers(3)] for _ in rollout_of]
+        whole = Group(
+            group.problem_id, group.prompt_ids, responses, group.rewards, prompts=prompts, rollout_of=rollout_of
+        )
+        found += multi_turn([whole], seed)
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_sketches_of_several_outputs(make_model, make_groups, aggregation: Aggregation, kind: str) -> None:
+    """Each output is a sequence with its rollout's advantage; the baseline counts each rollout once."""
+    settings = Objective(aggregation=aggregation, **KINDS[kind])
+    groups = several_outputs(make_groups(3))
+    check(make_model("qwen2"), groups, settings)
+    check(make_model("qwen2"), groups, settings, token_budget=60)
+
+
+def test_prompts_are_shared_by_problem_and_prompt(make_model, make_groups) -> None:
+    """Continuations must follow their own prompt's cache, not that of the problem's first output."""
+    model, groups = make_model("llama"), several_outputs(make_groups(3, n_rollouts=8))
+    settings = objective("gradalign")
+    alone = Sketcher(model, SketchSpec(rank=6, objective=settings, share_prompts=False)).sketch(groups)
+    shared = Sketcher(model, SketchSpec(rank=6, objective=settings))
+    keys = []
+    run = shared.policy._run_prompts
+    shared.policy._run_prompts = lambda batch, prompts: keys.append(prompts.problem_Q.tolist()) or run(batch, prompts)
+    found = shared.sketch(groups)
+    assert keys
+    assert len(keys[0]) > len(set(keys[0]))  # several prompts of one problem in a micro-batch
+    assert relative_error(found.sketches, alone.sketches) < 1e-5
+    check(model, groups, settings)
+    assert found.n_rollouts.tolist() == [8] * 3
+    assert found.pass_rates.tolist() == [np.float32(group.rewards.mean()) for group in groups]
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_probes_of_several_outputs(make_model, make_groups, aggregation: Aggregation) -> None:
+    """A rollout's derivative is the sum over its outputs, scaled so that the dot is a mean over rollouts."""
+    model, groups = make_model("qwen2"), several_outputs(make_groups(4))
+    settings = Objective("rloo", aggregation, importance=True, clip_low=0.2, clip_high=0.3)
+    batch = check_probes(model, groups, several_outputs(make_groups(3, seed=5), 5), settings)
+    for group, lengths in zip(groups, batch.lengths, strict=True):
+        assert lengths.tolist() == [group.n_written[group.rollouts == j].sum() for j in range(group.n_rollouts)]
+
+
+def test_exact_dots_halves_and_joins_of_several_outputs(make_model, make_groups) -> None:
+    model, groups = make_model("qwen2"), several_outputs(make_groups(2))
+    target = layer_gradients(model, groups)
+    batch = exact_dots(model, groups, target)
+    for group, found in zip(groups, batch.dots[:, 0], strict=True):
+        slow = slow_gradients(model, group, objective("gradalign"), target.names)
+        expected = sum(float((g * v.numpy()).sum(dtype=np.float64)) for g, v in zip(slow, target.matrices, strict=True))
+        assert found == pytest.approx(expected, rel=1e-4, abs=1e-5 * target.norm**2)
+    whole = groups[0]
+    for first, half in enumerate(split([whole])):
+        assert half[0].rewards.tolist() == whole.rewards[first::2].tolist()
+        places = [place for place, j in enumerate(whole.rollouts) if j % 2 == first]
+        assert [response.tolist() for response in half[0].responses] == [whole.responses[p].tolist() for p in places]
+        assert half[0].rollouts.tolist() == [whole.rollouts[place] // 2 for place in places]
+        check(model, [group for group in half if group.has_signal], objective("gradalign"))
+    (plain,) = make_groups(1)
+    check(model, [joined([whole, replace(plain, problem_id=whole.problem_id)])], objective("grpo"))
+
+
+def test_one_output_each_changes_no_bit(make_model, make_groups) -> None:
+    model, groups = make_model("gpt2"), make_groups(4)
+    stated = [replace(group, prompts=[group.prompt_ids] * 4, rollout_of=np.arange(4), masks=None) for group in groups]
+    sketcher = Sketcher(model, SketchSpec(rank=6))
+    assert np.array_equal(sketcher.sketch(groups).sketches, sketcher.sketch(stated).sketches)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rollout_of": np.array([0, 0, 1])}, r"shape \(3,\) and dtype int64, expected integers for 4 responses"),
+        ({"rollout_of": np.array([0.0, 1, 2, 3])}, "dtype float64, expected integers"),
+        ({"rollout_of": np.array([0, 1, 1, 3])}, r"names rollouts \[0, 1, 3\], expected each of the 4"),
+        ({"prompts": [np.arange(3)]}, "4 responses but 1 prompts"),
+        ({"prompts": [np.arange(n) for n in range(4)]}, "the prompt of a response has no tokens"),
+    ],
+)
+def test_outputs_that_do_not_fit_are_refused(make_groups, changes: dict, message: str) -> None:
+    (group,) = make_groups(1)
+    with pytest.raises(RequestError, match=message):
+        replace(group, **changes)
