@@ -76,6 +76,7 @@ class MicroBatch:
     filled_BN: Tensor
     """False at padding, where the weights are zero."""
     behaviour_BN: Tensor | None
+    """None if a rollout has no recorded log-probabilities."""
     prompts: Prompts | None
     kl_scales_BN: Tensor | None = None
     """None without a KL term."""
@@ -135,15 +136,14 @@ def _merged(group: Group, total_G: np.ndarray, slack_G: np.ndarray, objective: O
     """The weights, summed over equal rollouts into the first of them; zero if the sum is rounding error.
 
     total_G, slack_G: the rollouts' weights and their rounding errors. Rollouts are equal if their tokens are equal and,
-    with importance ratios, their behaviour log-probabilities too. Clipping depends on a weight's sign, so with clipping
-    only weights of the same sign are summed.
+    with importance ratios, their behaviour log-probabilities too. If the objective depends on a weight's sign, only
+    weights of the same sign are summed.
     """
     sums_G, slacks_G = total_G.copy(), slack_G.copy()
-    clipped = (objective.clip_low, objective.clip_high) != (None, None)
     first: dict[tuple[bytes, bytes, bool], int] = {}
     for j, response in enumerate(group.responses):
         behaviour = group.logprobs[j].tobytes() if objective.importance and group.logprobs is not None else b""
-        original = first.setdefault((response.tobytes(), behaviour, clipped and total_G[j] > 0), j)
+        original = first.setdefault((response.tobytes(), behaviour, objective.sign_dependent and total_G[j] > 0), j)
         if original != j:
             sums_G[original] += sums_G[j]
             slacks_G[original] += slacks_G[j]
@@ -216,6 +216,7 @@ def _collate(batch: Sequence[tuple[int, WeightedSequence]], shared: bool) -> Mic
     filled_BN = np.arange(padded_width(lengths.max())) < lengths[:, None]
     weights_BN = filled_BN * np.array([rollout.weight for rollout in rollouts])[:, None]
     behaviours = [rollout.behaviour for rollout in rollouts if rollout.behaviour is not None]
+    known = len(behaviours) == len(rollouts)
     scales_BN = filled_BN * np.array([rollout.kl_scale for rollout in rollouts])[:, None]
     references = [rollout.reference for rollout in rollouts if rollout.kl_scale and rollout.reference is not None]
     return MicroBatch(
@@ -226,7 +227,7 @@ def _collate(batch: Sequence[tuple[int, WeightedSequence]], shared: bool) -> Mic
         torch.from_numpy(_padded([rollout.response_ids for rollout in rollouts])),
         torch.from_numpy(weights_BN.astype(np.float32)),
         torch.from_numpy(filled_BN),
-        torch.from_numpy(_padded(behaviours, np.float32)) if behaviours else None,
+        torch.from_numpy(_padded(behaviours, np.float32)) if known else None,
         _prompts(rollouts) if shared else None,
         torch.from_numpy(scales_BN.astype(np.float32)) if references else None,
         torch.from_numpy(_padded(references, np.float32)) if references else None,

@@ -358,7 +358,13 @@ class Probe:
             for j in np.flatnonzero(lengths_G).tolist():
                 difference_N = np.asarray(high[j], np.float64) - low[j]
                 if self.settings.importance and group.logprobs is not None:
-                    difference_N *= _ratios(mid[j], group.logprobs[j], signs_G[j], self.settings)
+                    difference_N *= _ratios(
+                        mid[j],
+                        group.logprobs[j],
+                        None if group.masks is None else group.masks[j],
+                        signs_G[j],
+                        self.settings,
+                    )
                 d_G[j] = factors_G[j] * difference_N.sum()
             found.append(d_G)
         return found
@@ -373,14 +379,16 @@ def _token_factors(lengths_G: np.ndarray, settings: Objective) -> np.ndarray:
     return np.full(len(lengths_G), len(lengths_G) / max(int(lengths_G.sum()), 1))
 
 
-def _ratios(logprobs_N: np.ndarray, behaviour_N: np.ndarray, sign: float, settings: Objective) -> np.ndarray:
-    """Importance ratios; zero where PPO's clipped surrogate is flat for an advantage of this sign."""
-    signs_N = torch.full((len(logprobs_N),), float(np.sign(sign)) or 1.0, dtype=torch.float64)
-    ratios_N = importance_weights(
-        torch.from_numpy(np.asarray(logprobs_N, np.float64)),
-        torch.from_numpy(np.asarray(behaviour_N, np.float64)),
-        signs_N,
-        settings.clip_low,
-        settings.clip_high,
+def _ratios(
+    logprobs_N: np.ndarray, behaviour_N: np.ndarray, written_N: np.ndarray | None, sign: float, settings: Objective
+) -> np.ndarray:
+    """Importance ratios as the objective's rule bounds them, for an advantage of this sign; zero where it is flat."""
+    signs_1N = torch.full((1, len(logprobs_N)), float(np.sign(sign)) or 1.0, dtype=torch.float64)
+    ratios_1N = importance_weights(
+        torch.from_numpy(np.asarray(logprobs_N, np.float64))[None],
+        torch.from_numpy(np.asarray(behaviour_N, np.float64))[None],
+        signs_1N,
+        torch.ones_like(signs_1N, dtype=torch.bool) if written_N is None else torch.from_numpy(written_N)[None],
+        settings,
     )
-    return (ratios_N * signs_N).numpy()
+    return (ratios_1N * signs_1N)[0].numpy()

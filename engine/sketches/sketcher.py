@@ -105,7 +105,8 @@ class Sketcher:
             torch.zeros(len(groups), projection.core_dim, dtype=torch.float32, device=self.device)
             for projection in projections
         ]
-        ess = EffectiveSampleSize(groups, self.device) if self.spec.objective.importance else None
+        rule = self.spec.objective
+        ess = EffectiveSampleSize(groups, self.device, rule.ratio) if rule.importance else None
         sides = [self._sides_of(projection) for projection in projections]
         projector = _Projector(list(zip(sides, sums, strict=True)))
         if self.optimizer is None:
