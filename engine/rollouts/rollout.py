@@ -50,8 +50,9 @@ NAMES = {
     for format, names in FORMATS.items()
 }
 """Fields of a row that each format reads."""
-STOPPED = "reward_stopped"
-"""Field of a rollout's extra: why its response was not graded. It is no part of the problem."""
+STOPPED, OVERLONG = "reward_stopped", "reward_overlong"
+"""Fields of a rollout's extra that are no part of the problem: why its response was not graded, and the penalty for its
+length that its reward includes (trainer/sampling/overlong.py)."""
 LOGPROB_SLACK = 0.01
 """Log-probabilities may exceed 0 by this much (rounding in half precision); larger values are rejected."""
 

@@ -14,7 +14,16 @@ import numpy as np
 
 from gradstore.engine.rollouts import tokens
 from gradstore.engine.rollouts.group import Group
-from gradstore.engine.rollouts.rollout import COLUMNS, FORMATS, NAMES, STOPPED, Rollout, detect_format, read_row
+from gradstore.engine.rollouts.rollout import (
+    COLUMNS,
+    FORMATS,
+    NAMES,
+    OVERLONG,
+    STOPPED,
+    Rollout,
+    detect_format,
+    read_row,
+)
 from gradstore.engine.rollouts.templates import check_arguments, kept_arguments, prompt_text, tools_of
 from gradstore.errors import RequestError, check_known
 from gradstore.reading.columns import check_columns
@@ -82,7 +91,7 @@ class RolloutSource:
                 "prompt": prompt,
                 "ground_truth": rollout.ground_truth,
                 "tags": rollout.tags,
-                "extra": {name: value for name, value in rollout.extra.items() if name != STOPPED},
+                "extra": {name: value for name, value in rollout.extra.items() if name not in (STOPPED, OVERLONG)},
             }
 
     def rollouts(self, ids: Iterable[str] | None = None) -> Iterator[list[Rollout]]:
