@@ -51,14 +51,18 @@ def collect(
     ] = None,
     template_kwargs: TemplateKwargs = None,
     objective: Annotated[
-        str | None, opt("gradalign (default), grpo or dr_grpo; a store keeps the one it was made with.")
+        str | None,
+        opt(
+            "gradalign (default), grpo, dr_grpo, dapo, gspo or cispo, and changes of its fields: "
+            "`grpo,importance=true,clip_low=0.2,clip_high=0.28`; NAME=VALUE alone changes the store's own."
+        ),
     ] = None,
     advantage: Annotated[str | None, opt("mean, mean_std or rloo, instead of the preset's.")] = None,
     aggregation: Annotated[str | None, opt("As verl's loss_agg_mode, instead of the preset's.")] = None,
     importance: Annotated[
         bool | None, opt("Weight tokens by pi / behaviour policy.", "--importance/--on-policy")
     ] = None,
-    clip: Annotated[float | None, opt("PPO clipping of the importance ratio, both sides.")] = None,
+    clip: Annotated[float | None, opt("clip_low and clip_high of the objective, both.")] = None,
     kl_beta: Annotated[
         float | None, opt("Weight of GRPO's KL term to a reference policy (LearnAlign: 0.04).", min=0)
     ] = None,
@@ -123,12 +127,13 @@ def collect(
     from gradstore.engine.assessing.start import default_spec, start_store
     from gradstore.engine.gradients.logprobs import Reference
     from gradstore.engine.gradients.models import load_model, load_tokenizer, vocabulary_size
-    from gradstore.engine.gradients.objectives import objective as preset
+    from gradstore.engine.gradients.objectives import Objective
     from gradstore.engine.rollouts import read_rollouts
     from gradstore.engine.sketches.bases import bases_in_use, basis_of, sketcher_of
     from gradstore.engine.sketches.collector import Measure
     from gradstore.engine.sketches.collector import collect as run
     from gradstore.engine.sketches.spec import SketchSpec
+    from gradstore.settings import build, parse
 
     check_number("step", step or 0, least=0)
     check_known("--refit", refit, ("warn", "auto"))
@@ -145,7 +150,8 @@ def collect(
         advantage=advantage, aggregation=aggregation, importance=importance,
         clip_low=clip, clip_high=clip, kl_beta=kl_beta,
     )  # fmt: skip
-    settings = replace(spec.objective if objective is None else preset(objective), **changed)
+    named = {} if objective is None else parse(SketchSpec, {"objective": objective}, "--")["objective"]
+    settings = build(Objective, {**named, **changed}, "--objective", default=spec.objective)
     given = _given(
         rank=rank, right_rank=right_rank, dim=dim, seed=seed, basis=basis, modules=tuple(modules) if modules else None,
         head_only=head or None, embeddings=embeddings, token_budget=token_budget,
@@ -229,6 +235,8 @@ def collect(
             "exact ranking: the policy has moved from what it was fitted to; collect with --refit auto and "
             "--benchmark-rollouts for a new basis"
         )
+    if report.sizes.warning is not None:
+        warn(report.sizes.warning)
     if json:
         refitted = None if outcome is None else outcome.describe()
         print_json({**report.describe(), "refit": refitted, "coverage": read_coverage(opened.path)})

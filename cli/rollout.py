@@ -21,6 +21,10 @@ Device = Annotated[str | None, opt("cpu, cuda, cuda:1 ...; default: a GPU where 
 TemplateKwargs = Annotated[
     str | None, opt("Arguments of the chat template as JSON: '{\"enable_thinking\": false}'.", "--template-kwargs")
 ]
+OverlongBuffer = Annotated[
+    int, opt("DAPO's shaping: penalise responses in the last so many tokens before --max-new-tokens.", min=0)
+]
+OverlongPenalty = Annotated[float, opt("--overlong-buffer: the penalty of a response of --max-new-tokens.")]
 SkipUnreadable = Annotated[
     bool, opt("Leave problems out whose ground truth the reward cannot read.", "--skip-unreadable")
 ]
@@ -39,6 +43,8 @@ def rollout(
     max_new_tokens: Annotated[int, opt("Longest response.")] = 1024,
     temperature: Annotated[float, opt("Sampling temperature.")] = 1.0,
     top_p: Annotated[float, opt("Nucleus of the sampling distribution.")] = 1.0,
+    overlong_buffer: OverlongBuffer = 0,
+    overlong_penalty: OverlongPenalty = 1.0,
     seed: Annotated[int, opt("Same seed, same rollouts.")] = 0,
     step: Annotated[int | None, opt("Policy version of the model, written in every row.")] = None,
     template_kwargs: TemplateKwargs = None,
@@ -97,6 +103,8 @@ def rollout(
             seed=seed,
             step=step,
             template_kwargs=arguments,
+            overlong_buffer=overlong_buffer,
+            overlong_penalty=overlong_penalty,
             names=names,
             progress=advance,
         )

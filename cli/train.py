@@ -8,7 +8,7 @@ import typer
 
 from gradstore.cli.app import command
 from gradstore.cli.query import Json
-from gradstore.cli.rollout import Device, SkipUnreadable, TemplateKwargs, Trust
+from gradstore.cli.rollout import Device, OverlongBuffer, OverlongPenalty, SkipUnreadable, TemplateKwargs, Trust
 from gradstore.cli.show import print_json, progress, say
 from gradstore.errors import RequestError
 
@@ -48,11 +48,22 @@ def train(
     train_rollouts: Annotated[int, typer.Option(min=1, help="Responses to each problem of a training step.")] = 16,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest response.")] = 1024,
     temperature: Annotated[float, typer.Option(help="Sampling temperature.")] = 1.0,
+    overlong_buffer: OverlongBuffer = 0,
+    overlong_penalty: OverlongPenalty = 1.0,
     lr: Annotated[float | None, typer.Option(help="Learning rate; default 1e-6, with LoRA 2e-5.")] = None,
     weight_decay: Annotated[float, typer.Option(help="Decoupled weight decay; 0 is Adam.")] = 0.0,
     clip_grad: Annotated[float, typer.Option(help="Largest norm of a step's gradient.")] = 1.0,
-    minibatches: Annotated[int, typer.Option(min=1, help="Updates a step is dealt to; above 1 with PPO's clip.")] = 1,
-    objective: Annotated[str, typer.Option(help="Preset of the update: grpo, dr_grpo, gradalign.")] = "grpo",
+    minibatches: Annotated[
+        int,
+        typer.Option(min=1, help="Updates a step is dealt to; above 1 by the objective's rule, or PPO's clip."),
+    ] = 1,
+    objective: Annotated[
+        str,
+        typer.Option(
+            help="Objective of the update: grpo, dr_grpo, gradalign, dapo, gspo or cispo, and changes of its fields: "
+            "`dapo,clip_high=0.3,ratio_cap=3`. That of the sketches is the setting spec.objective=..., likewise."
+        ),
+    ] = "grpo",
     kl_beta: Annotated[
         float,
         typer.Option(

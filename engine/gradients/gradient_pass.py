@@ -16,6 +16,7 @@ from gradstore.engine.gradients.adapters import check_adapters
 from gradstore.engine.gradients.hooks import Observer, PausableObserver, observed
 from gradstore.engine.gradients.layers import Layer, find_layers, output_layer
 from gradstore.engine.gradients.microbatch import in_step, pack, pays_to_share, rollouts_of
+from gradstore.engine.gradients.objectives import Ratio
 from gradstore.engine.gradients.packed import check_packed
 from gradstore.engine.gradients.passes import OnWeights, PolicyForward
 from gradstore.engine.gradients.retrying import TokenBudget, noticing
@@ -136,18 +137,22 @@ def _kept_in(told: list[tuple[Tensor, Tensor, Tensor]]) -> OnWeights:
 class EffectiveSampleSize:
     """Effective sample size (Kish) of a group's importance-weighted rollouts: G (sum rho)^2 / (n sum rho^2).
 
-    rho: importance ratio of each of the n tokens of the policy with nonzero weight, 0 where clipped. The size is G for
-    on-policy rollouts, and less if a few tokens dominate the ratios or ratios are clipped.
+    rho: importance ratio of each of the n tokens of the policy with nonzero weight, as the objective's rule bounds it,
+    0 where that is flat. If ratios are of whole responses, each response counts once. The size is G for on-policy
+    rollouts, and less if a few ratios dominate or some have no gradient.
     """
 
-    def __init__(self, groups: Sequence[Group], device: torch.device) -> None:
+    def __init__(self, groups: Sequence[Group], device: torch.device, ratio: Ratio = "token") -> None:
         self._n_rollouts_P = np.array([group.n_rollouts for group in groups])
         self._sums_P3 = torch.zeros(len(groups), 3, dtype=torch.float64, device=device)
+        self._by_token = ratio == "token"
 
     def __call__(self, problem_B: Tensor, before_BN: Tensor, after_BN: Tensor) -> None:
         """Adds one micro-batch: token weights before and after importance ratios."""
         weighted_BN = before_BN != 0
         ratio_BN = torch.where(weighted_BN, after_BN.double() / torch.where(weighted_BN, before_BN, 1.0), 0.0)
+        if not self._by_token:  # the same at all tokens with a weight
+            weighted_BN, ratio_BN = weighted_BN.any(1, keepdim=True), ratio_BN.amax(1, keepdim=True)
         sums_B3 = torch.stack([weighted_BN.sum(1).double(), ratio_BN.sum(1), ratio_BN.square().sum(1)], 1)
         self._sums_P3.index_add_(0, problem_B, sums_B3)
 

@@ -85,6 +85,7 @@ class MicroBatch:
     written_BN: Tensor
     """True at the tokens that the policy wrote; the weights of others, and of padding, are zero."""
     behaviour_BN: Tensor | None
+    """None if a rollout has no recorded log-probabilities."""
     prompts: Prompts | None
     kl_scales_BN: Tensor | None = None
     """None without a KL term."""
@@ -158,16 +159,16 @@ def _merged(
 
     prompt_R: as in `prompt_numbers`. total_R, slack_R: the weights and their rounding errors. Responses are equal if
     their prompts, tokens and masks are equal and, with importance ratios, the behaviour log-probabilities of the
-    policy's tokens too. Clipping depends on a weight's sign, so with clipping only weights of the same sign are summed.
+    policy's tokens too. If the objective depends on a weight's sign, only weights of the same sign are summed.
     """
     sums_R, slacks_R = total_R.copy(), slack_R.copy()
-    clipped = (objective.clip_low, objective.clip_high) != (None, None)
+    signs_R = objective.sign_dependent & (total_R > 0)
     first: dict[tuple[int, bytes, bytes, bytes, bool], int] = {}
     for j, response in enumerate(group.responses):
         recorded = group.logprobs if objective.importance else None
         behaviour = b"" if recorded is None else group.written(j, recorded[j]).tobytes()
         mask = b"" if group.masks is None else group.masks[j].tobytes()
-        original = first.setdefault((prompt_R[j], response.tobytes(), mask, behaviour, clipped and total_R[j] > 0), j)
+        original = first.setdefault((prompt_R[j], response.tobytes(), mask, behaviour, bool(signs_R[j])), j)
         if original != j:
             sums_R[original] += sums_R[j]
             slacks_R[original] += slacks_R[j]
@@ -244,6 +245,7 @@ def _collate(batch: Sequence[tuple[int, WeightedSequence]], shared: bool) -> Mic
             row_N[: len(rollout.written)] = rollout.written
     weights_BN = written_BN * np.array([rollout.weight for rollout in rollouts])[:, None]
     scales_BN = written_BN * np.array([rollout.kl_scale for rollout in rollouts])[:, None]
+    behaviours = [rollout.behaviour for rollout in rollouts]
     references_BN = _at_written([rollout.reference if rollout.kl_scale else None for rollout in rollouts], written_BN)
     return MicroBatch(
         torch.from_numpy(_padded(continuations)),
@@ -253,7 +255,7 @@ def _collate(batch: Sequence[tuple[int, WeightedSequence]], shared: bool) -> Mic
         torch.from_numpy(_padded([rollout.response_ids for rollout in rollouts])),
         torch.from_numpy(weights_BN.astype(np.float32)),
         torch.from_numpy(written_BN),
-        _at_written([rollout.behaviour for rollout in rollouts], written_BN),
+        None if any(row is None for row in behaviours) else _at_written(behaviours, written_BN),
         _prompts(rollouts) if shared else None,
         None if references_BN is None else torch.from_numpy(scales_BN.astype(np.float32)),
         references_BN,

@@ -18,6 +18,7 @@ from gradstore.engine.rollouts.group import Group
 from gradstore.engine.rollouts.rollout import (
     COLUMNS,
     FORMATS,
+    OVERLONG,
     STOPPED,
     TRL,
     Rollout,
@@ -97,7 +98,7 @@ class RolloutSource:
                 "prompt": prompt,
                 "ground_truth": rollout.ground_truth,
                 "tags": rollout.tags,
-                "extra": {name: value for name, value in rollout.extra.items() if name != STOPPED},
+                "extra": {name: value for name, value in rollout.extra.items() if name not in (STOPPED, OVERLONG)},
             }
 
     def rollouts(self, ids: Iterable[str] | None = None) -> Iterator[list[Rollout]]:

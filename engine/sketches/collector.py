@@ -20,6 +20,7 @@ from gradstore.engine.gradients.coverage import measure as measured_coverage
 from gradstore.engine.rollouts.group import Group
 from gradstore.engine.rollouts.source import RolloutSource
 from gradstore.engine.sketches.bases import basis_of, load_projection
+from gradstore.engine.sketches.effective_sizes import EffectiveSizes
 from gradstore.engine.sketches.exact_ranking import ExactRanking, Rows, needs_refit
 from gradstore.engine.sketches.sketcher import Sketcher
 from gradstore.engine.sketches.spec import SketchBatch, SketchSpec
@@ -53,6 +54,8 @@ class CollectReport:
     """Bases of the store that contain the rows."""
     failures: list[tuple[str, str]] = field(default_factory=list)
     """Id of each failed problem, and the reason."""
+    sizes: EffectiveSizes = field(default_factory=EffectiveSizes)
+    """Effective sample sizes of the rows' rollouts."""
 
     @property
     def collected(self) -> int:
@@ -65,6 +68,7 @@ class CollectReport:
         self.live += states.count(State.LIVE)
         self.no_signal += states.count(State.NO_SIGNAL)
         self.failed += states.count(State.FAILED)
+        self.sizes.add(batch)
         self.failures += [(batch.ids[place], batch.reasons[place]) for place in places if batch.reasons[place]]
 
     @property
@@ -75,7 +79,8 @@ class CollectReport:
 
     def describe(self) -> dict:
         """The report as a JSON-ready dict."""
-        return {"collected": self.collected, "needs_refit": self.needs_refit, **asdict(self)}
+        own = {name: value for name, value in asdict(self).items() if name != "sizes"}
+        return {"collected": self.collected, "needs_refit": self.needs_refit, **own, "ess": self.sizes.describe()}
 
 
 def collect(

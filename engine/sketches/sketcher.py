@@ -105,7 +105,9 @@ class Sketcher:
             torch.zeros(len(groups), projection.core_dim, dtype=torch.float32, device=self.device)
             for projection in projections
         ]
-        ess = EffectiveSampleSize(groups, self.device) if self.spec.objective.importance else None
+        rule = self.spec.objective
+        recorded = all(group.logprobs is not None for group in groups)
+        ess = EffectiveSampleSize(groups, self.device, rule.ratio) if rule.importance or recorded else None
         sides = [self._sides_of(projection) for projection in projections]
         projector = _Projector(list(zip(sides, sums, strict=True)))
         if self.optimizer is None:
@@ -115,7 +117,9 @@ class Sketcher:
         batches = [
             _batch(groups, projection, sums_PC, n_tokens) for projection, sums_PC in zip(projections, sums, strict=True)
         ]
-        return batches if ess is None else [replace(batch, ess=ess.of_groups()) for batch in batches]
+        sizes_P = None if ess is None else ess.of_groups()
+        name = "ess" if rule.importance else "ess_of_ratios"
+        return [replace(batch, **{name: sizes_P}) for batch in batches]
 
     def observer(self, n: int) -> tuple[Observer, Tensor]:
         """An observer of `gradients.layers` for a backward pass that runs for another purpose, and its sums: the cores

@@ -147,11 +147,35 @@ def test_training_raises_the_reward(policy: LocalPolicy) -> None:
     assert last > first + 0.2
 
 
-def test_later_minibatches_follow_the_clipped_surrogate(model: Any, groups: list[Group]) -> None:
-    """They are off-policy: without ratio and clipping they would push again what was pushed enough (PPO, eq. 7)."""
-    random, rate, settings = np.random.default_rng(0), 0.5, UpdateSettings(minibatches=2, clip_low=0.01, clip_high=0.02)
+def _ppo(now_N: torch.Tensor, then_N: torch.Tensor, weight: float) -> torch.Tensor:
+    ratio_N = (now_N - then_N).exp()
+    return torch.minimum(ratio_N * weight, ratio_N.clamp(1 - 0.01, 1 + 0.02) * weight)
+
+
+def _cispo(now_N: torch.Tensor, then_N: torch.Tensor, weight: float) -> torch.Tensor:
+    return (now_N - then_N).exp().clamp(max=1 + 0.02).detach() * weight * now_N
+
+
+def _gspo(now_N: torch.Tensor, then_N: torch.Tensor, weight: float) -> torch.Tensor:
+    ratio = (now_N - then_N).mean().exp()
+    return torch.minimum(ratio * weight, ratio.clamp(1 - 3e-4, 1 + 4e-4) * weight).expand(len(now_N))
+
+
+@pytest.mark.parametrize(
+    ("surrogate", "settings"),
+    [
+        (_ppo, UpdateSettings(minibatches=2, clip_low=0.01, clip_high=0.02)),
+        (_cispo, UpdateSettings(minibatches=2, objective=objective("cispo", clip_high=0.02))),
+        (_gspo, UpdateSettings(minibatches=2, objective=objective("gspo"))),
+    ],
+)
+def test_later_minibatches_follow_the_surrogate(
+    model: Any, groups: list[Group], surrogate: Any, settings: UpdateSettings
+) -> None:
+    """They are off-policy: without ratio and bound they would push again what was pushed enough."""
+    random, rate = np.random.default_rng(0), 0.5
     paid = [Group(g.problem_id, g.prompt_ids, g.responses, random.random(len(g.responses)), g.logprobs) for g in groups]
-    slow, n_clipped = copy.deepcopy(model), 0
+    slow, n_bounded = copy.deepcopy(model), 0
     for part in np.array_split(np.random.default_rng(7).permutation(len(paid)), 2):
         slow.zero_grad()
         for group in (paid[i] for i in part):
@@ -161,10 +185,10 @@ def test_later_minibatches_follow_the_clipped_surrogate(model: Any, groups: list
             for response, weight, old in zip(group.responses, weights, group.logprobs, strict=True):
                 ids = torch.from_numpy(np.concatenate([group.prompt_ids, response]))
                 logprobs = slow(ids[None], use_cache=False).logits[0].log_softmax(-1)[len(group.prompt_ids) - 1 : -1]
-                ratio = (logprobs.gather(1, torch.from_numpy(response)[:, None])[:, 0] - torch.from_numpy(old)).exp()
-                surrogate = torch.minimum(ratio * weight, ratio.clamp(1 - 0.01, 1 + 0.02) * weight)
-                n_clipped += int((surrogate != ratio * weight).sum())
-                (-surrogate.sum() / len(part)).backward()
+                now_N, then_N = logprobs.gather(1, torch.from_numpy(response)[:, None])[:, 0], torch.from_numpy(old)
+                terms_N = surrogate(now_N, then_N, weight)
+                n_bounded += int((terms_N.detach() != ((now_N - then_N).exp() * weight).detach()).sum())
+                (-terms_N.sum() / len(part)).backward()
         with torch.no_grad():
             for weight in slow.parameters():
                 weight -= rate * weight.grad
@@ -172,13 +196,21 @@ def test_later_minibatches_follow_the_clipped_surrogate(model: Any, groups: list
     learner.optimizer = torch.optim.SGD(learner.parameters.values(), lr=rate)
     learner.step(paid, seed=7)
     assert learner.updates == 2
-    assert n_clipped > 100
+    assert n_bounded > 100
     torch.testing.assert_close(
         _flat(dict(model.named_parameters())), _flat(dict(slow.named_parameters())), atol=2e-5, rtol=1e-3
     )
     bare = [Group(g.problem_id, g.prompt_ids, g.responses, g.rewards) for g in paid]
     with pytest.raises(RequestError, match="log-probabilities"):
         learner.step(bare)
+
+
+def test_an_update_has_one_pair_of_bounds() -> None:
+    """Bounds of the update beside an objective that has its own would be read as the ones that hold."""
+    assert UpdateSettings(objective=objective("gspo")).rule == objective("gspo")
+    assert UpdateSettings().rule == objective("grpo")
+    with pytest.raises(RequestError, match=r"give objective\.clip_low"):
+        UpdateSettings(minibatches=2, objective=objective("dapo"), clip_high=0.3)
 
 
 @pytest.mark.parametrize("minibatches", [1, 2])

@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 
 LEARNING_RATE, ADAPTER_LEARNING_RATE = 1e-6, 2e-5
 """Default learning rates, of all weights and of adapters."""
+PPO_CLIP = 0.2
+"""PPO's default range of the importance ratio, on both sides of 1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,14 +49,16 @@ class UpdateSettings:
     clip_grad: float | None = 1.0
     """Maximum gradient norm; None: no clipping."""
     objective: Objective = field(default_factory=lambda: objective("grpo"))
-    """How rewards become token weights: a preset's name, or fields."""
+    """How rewards become token weights: a preset's name, fields, or both (`gspo,clip_high=0.001`)."""
     minibatches: int = 1
     """Number of updates per step; the step's problems are split among them. With more than one, later updates are
-    off-policy and use PPO's clipped surrogate against the log-probabilities recorded at sampling."""
-    clip_low: float = 0.2
+    off-policy, against the log-probabilities recorded at sampling: by the objective's own rule, or PPO's clipped
+    surrogate if it has no importance ratios."""
+    clip_low: float = PPO_CLIP
     """See `clip_high`."""
-    clip_high: float = 0.2
-    """PPO clips the ratio to [1 - clip_low, 1 + clip_high]; only used if minibatches > 1."""
+    clip_high: float = PPO_CLIP
+    """PPO clips the ratio to [1 - clip_low, 1 + clip_high]; only used if minibatches > 1, for an objective without
+    importance ratios. Others have bounds of their own."""
     token_budget: int | None = None
     """Tokens per micro-batch, padding included; None: as many as memory allows (engine/gradients/budget.py)."""
 
@@ -67,6 +71,18 @@ class UpdateSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise RequestError(f"{name} is {value}, expected 1 or more")
+        if self.objective.importance and (self.clip_low, self.clip_high) != (PPO_CLIP, PPO_CLIP):
+            raise RequestError(
+                "clip_low and clip_high of the update are for objectives without importance ratios: give objective."
+                "clip_low and objective.clip_high"
+            )
+
+    @property
+    def rule(self) -> Objective:
+        """The objective of the updates, with importance ratios if there are minibatches."""
+        if self.minibatches == 1 or self.objective.importance:
+            return self.objective
+        return replace(self.objective, importance=True, clip_low=self.clip_low, clip_high=self.clip_high)
 
     def rate(self, *, adapters: bool) -> float:
         """The learning rate, with the default filled in."""
@@ -92,11 +108,8 @@ class Learner:
             fused=True if all(weight.is_cuda for weight in self.parameters.values()) else None,
         )  # on a GPU, the other implementations make a temporary copy of all weights
         self.updates = 0
-        rule = settings.objective
-        if settings.minibatches > 1:
-            rule = replace(rule, importance=True, clip_low=settings.clip_low, clip_high=settings.clip_high)
         self._told = False
-        self._pass = GradientPass(model, SketchSpec(objective=rule, token_budget=settings.token_budget))
+        self._pass = GradientPass(model, SketchSpec(objective=settings.rule, token_budget=settings.token_budget))
 
     def step(self, groups: Sequence[Group], seed: int = 0, weights: Sequence[float] | None = None) -> dict[str, float]:
         """Do one training step on a batch of groups; returns its metrics.

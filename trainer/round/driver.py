@@ -207,7 +207,15 @@ class Rounds:
         return store.rounds(self._run.pool)[chosen_in]
 
 
-_NOTHING = {"n_rolled_out": 0, "rollouts": 0, "target_rollouts": 0, "costs": {}, "tokens": 0, "warnings": []}
+_NOTHING = {
+    "n_rolled_out": 0,
+    "rollouts": 0,
+    "target_rollouts": 0,
+    "costs": {},
+    "tokens": 0,
+    "ess": None,
+    "warnings": [],
+}
 """Zero costs, for a round that reuses earlier picks."""
 
 

@@ -18,6 +18,7 @@ from gradstore.engine.probing.calibration import Calibration
 from gradstore.engine.rollouts.group import Group, joined
 from gradstore.engine.rollouts.rollout import Rollout
 from gradstore.engine.rollouts.write import write_rollouts
+from gradstore.engine.sketches.effective_sizes import EffectiveSizes
 from gradstore.engine.sketches.spec import SketchBatch
 from gradstore.errors import GradstoreError
 from gradstore.trainer.round.journal import Journal, Plan
@@ -28,12 +29,14 @@ from gradstore.trainer.sampling.backends import derived_seed
 
 @dataclass(slots=True)
 class Costs:
-    """Costs of a round: time and tokens."""
+    """Costs of a round, time and tokens, and what its rollouts are worth."""
 
     seconds: dict[str, float] = field(default_factory=dict)
     """Wall time by stage, in seconds."""
     tokens: int = 0
     """Tokens that went through the model for sketches."""
+    sizes: EffectiveSizes = field(default_factory=EffectiveSizes)
+    """Effective sample sizes of the rollouts that were sketched."""
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -160,6 +163,7 @@ def sketch_benchmarks(
     with costs.stage("sketch"):
         batch = policy.aim(groups)
     costs.tokens += batch.n_tokens
+    costs.sizes.add(batch)
     start = 0
     for name, windows in windows_of.items():
         done = _measured_at(store, name, policy.step)
@@ -243,6 +247,7 @@ def append(store: Store, collection: str, groups: Sequence[Group], policy: Polic
     with costs.stage("sketch"):
         batch = policy.sketch(groups)
     costs.tokens += batch.n_tokens
+    costs.sizes.add(batch)
     with costs.stage("store"):
         publish(store, collection, batch, policy.step, range(len(groups)))
 

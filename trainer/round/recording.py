@@ -113,7 +113,8 @@ def about_round(scope: Scope, aim: Aim, picked: Picked, work: Work) -> dict[str,
         },
         "selection": selection,
         "picked_by": [*chosen.picked_by, *([FILLED] * len(picked.filled))],
-        "warnings": [*picked.warnings, *_warnings(counts)],
+        "ess": work.costs.sizes.describe(),
+        "warnings": [*picked.warnings, *_warnings(counts), *filter(None, [work.costs.sizes.warning])],
     }
 
 
