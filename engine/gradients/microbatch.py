@@ -96,13 +96,17 @@ class MicroBatch:
 
 
 def rollouts_of(
-    groups: Sequence[Group], objective: Objective, factors_P: Sequence[float] | None = None
+    groups: Sequence[Group],
+    objective: Objective,
+    factors_P: Sequence[float] | None = None,
+    rollout_weights_PG: Sequence[np.ndarray] | None = None,
 ) -> list[WeightedSequence]:
     """The rollouts of the groups with nonzero weight; the others add nothing to any gradient.
 
     A repeated response is run once with the sum of its weights, because the gradient is linear in them; not if
     importance ratios multiply each weight. Weights that are rounding error become zero, and a group whose repeated
-    responses cancel is not run. factors_P: factor of each group's gradient, 0 or more.
+    responses cancel is not run. factors_P: factor of each group's gradient, 0 or more. rollout_weights_PG: factor of
+    each rollout's advantage, 0 or more, float64 [G] for each group; the KL term does not have it.
     """
     rollouts = []
     for problem, group in enumerate(groups):
@@ -110,25 +114,69 @@ def rollouts_of(
         total_G = rollout_weights(group.rewards, lengths_G, objective)
         scales_G = kl_scales(group.rewards, lengths_G, objective)
         slack_G = weight_rounding(group.rewards, lengths_G, objective)
+        if rollout_weights_PG is not None:
+            total_G, slack_G = total_G * rollout_weights_PG[problem], slack_G * rollout_weights_PG[problem]
         merged_G = _merged(group, total_G, slack_G, objective)
         if not objective.importance or not merged_G.any():
             total_G = merged_G
         if factors_P is not None:
             total_G, scales_G = total_G * factors_P[problem], scales_G * factors_P[problem]
         rollouts += [
-            WeightedSequence(
-                problem,
-                j,
-                group.prompt_ids,
-                group.responses[j],
-                float(total_G[j]),
-                None if group.logprobs is None else group.logprobs[j],
-                float(scales_G[j]),
-                None if group.reference_logprobs is None else group.reference_logprobs[j],
-            )
+            _sequence(group, problem, j, float(total_G[j]), float(scales_G[j]))
             for j in np.flatnonzero((total_G != 0) | (scales_G != 0)).tolist()
         ]
     return rollouts
+
+
+def _sequence(group: Group, problem: int, j: int, weight: float, kl_scale: float = 0.0) -> WeightedSequence:
+    return WeightedSequence(
+        problem,
+        j,
+        group.prompt_ids,
+        group.responses[j],
+        weight,
+        None if group.logprobs is None else group.logprobs[j],
+        kl_scale,
+        None if group.reference_logprobs is None else group.reference_logprobs[j],
+    )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Apart:
+    """Rollouts of groups, each a problem of its own: gradients of the single rollouts."""
+
+    sequences: list[WeightedSequence]
+    """What is run: a problem for each distinct response of a group whose weight is not zero."""
+    groups: list[int]
+    """Group of each sequence."""
+    sequence_PG: list[np.ndarray]
+    """Sequence of each rollout, int64 [G] for each group; -1 if its weight is zero."""
+    factor_PG: list[np.ndarray]
+    """A rollout's gradient is its sequence's times this, float64 [G]; 0 if its weight is zero."""
+
+
+def apart(groups: Sequence[Group], objective: Objective) -> Apart:
+    """The rollouts of the groups as problems of their own, with the weights that they have in their group's objective.
+
+    The parts of a group's rollouts add up to its gradient. objective: without importance ratios and KL term, whose
+    token weights no single factor turns into those of an equal response.
+    """
+    found = Apart([], [], [], [])
+    for number, group in enumerate(groups):
+        lengths_G = np.array([len(response) for response in group.responses])
+        total_G = rollout_weights(group.rewards, lengths_G, objective)
+        sequence_G, factor_G = np.full(len(total_G), -1), np.zeros(len(total_G))
+        first: dict[bytes, int] = {}
+        for j in np.flatnonzero(total_G).tolist():
+            original = first.setdefault(group.responses[j].tobytes(), j)
+            if original == j:
+                sequence_G[j] = len(found.sequences)
+                found.sequences.append(_sequence(group, len(found.sequences), j, float(total_G[j])))
+                found.groups.append(number)
+            sequence_G[j], factor_G[j] = sequence_G[original], total_G[j] / total_G[original]
+        found.sequence_PG.append(sequence_G)
+        found.factor_PG.append(factor_G)
+    return found
 
 
 def _merged(group: Group, total_G: np.ndarray, slack_G: np.ndarray, objective: Objective) -> np.ndarray:
