@@ -4,9 +4,10 @@ This module holds what all gradient measurements share: choice of layers, token 
 observer decides what to keep of the gradients: a projection, dot products, or the gradients themselves.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from copy import copy
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -15,8 +16,16 @@ from torch import Tensor, nn
 from gradstore.engine.gradients.adapters import check_adapters
 from gradstore.engine.gradients.hooks import Observer, PausableObserver, observed
 from gradstore.engine.gradients.layers import Layer, find_layers, output_layer
-from gradstore.engine.gradients.microbatch import in_step, pack, pays_to_share, rollouts_of
-from gradstore.engine.gradients.objectives import Ratio
+from gradstore.engine.gradients.microbatch import (
+    Apart,
+    WeightedSequence,
+    apart,
+    in_step,
+    pack,
+    pays_to_share,
+    rollouts_of,
+)
+from gradstore.engine.gradients.objectives import Objective, Ratio
 from gradstore.engine.gradients.packed import check_packed
 from gradstore.engine.gradients.passes import OnWeights, PolicyForward
 from gradstore.engine.gradients.retrying import TokenBudget, noticing
@@ -48,6 +57,12 @@ class GradientPass:
         """The same pass, observing these layers alone."""
         other = copy(self)
         other.layers = list(layers)
+        return other
+
+    def under(self, objective: Objective) -> "GradientPass":
+        """The same pass under another objective."""
+        other = copy(self)
+        other.spec = replace(self.spec, objective=objective)
         return other
 
     @property
@@ -100,7 +115,33 @@ class GradientPass:
         """
         for group in groups:
             self.check(group)
-        rollouts = rollouts_of(groups, self.spec.objective)
+        return self._run(rollouts_of(groups, self.spec.objective), groups, observer, on_weights, inputs_kept)
+
+    def run_apart(self, groups: Sequence[Group], observer_of: Callable[[int], Observer]) -> tuple[Apart, int]:
+        """Back-propagate each rollout for itself, its prompt too; returns what was run, and its tokens.
+
+        observer_of: makes the observer from the number of sequences; its problems are `Apart.sequences`. A prompt's
+        keys and values get the gradients of all its rollouts at once, so prompts are not shared. Otherwise as `run`.
+        RequestError for an objective with importance ratios or a KL term.
+        """
+        rule = self.spec.objective
+        if rule.importance or rule.kl_beta:
+            raise RequestError("gradients of single rollouts are of objectives without importance ratios and KL term")
+        for group in groups:
+            self.check(group)
+        found = apart(groups, rule)
+        own = [groups[number] for number in found.groups]
+        return found, self._run(found.sequences, own, observer_of(len(own)), None, False)
+
+    def _run(
+        self,
+        rollouts: list[WeightedSequence],
+        groups: Sequence[Group],
+        observer: Observer,
+        on_weights: OnWeights | None,
+        inputs_kept: bool,
+    ) -> int:
+        """`run` for these rollouts. groups: those of the rollouts' problems."""
         self.policy.verify(rollouts)
         muted = PausableObserver(observer)
         reshard(self.model)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from gradstore.engine.gradients.objectives import Objective, kl_scales, rollout_weights, weight_rounding
 from gradstore.engine.gradients.sharding import largest
 from gradstore.engine.rollouts.group import Group
+from gradstore.errors import RequestError
 
 _WIDTH = 8
 """Grid widths are multiples of this many tokens: attention to 191 tokens takes an eighth longer than to 192."""
@@ -106,13 +107,17 @@ class MicroBatch:
 
 
 def rollouts_of(
-    groups: Sequence[Group], objective: Objective, factors_P: Sequence[float] | None = None
+    groups: Sequence[Group],
+    objective: Objective,
+    factors_P: Sequence[float] | None = None,
+    rollout_weights_PG: Sequence[np.ndarray] | None = None,
 ) -> list[WeightedSequence]:
     """The rollouts of the groups with nonzero weight; the others add nothing to any gradient.
 
     A repeated response is run once with the sum of its weights, because the gradient is linear in them; not if
     importance ratios multiply each weight. Weights that are rounding error become zero, and a group whose repeated
-    responses cancel is not run. factors_P: factor of each group's gradient, 0 or more.
+    responses cancel is not run. factors_P: factor of each group's gradient, 0 or more. rollout_weights_PG: factor of
+    each rollout's advantage, 0 or more, float64 [G] for each group; the KL term does not have it.
     """
     rollouts = []
     for problem, group in enumerate(groups):
@@ -120,6 +125,10 @@ def rollouts_of(
         total_R = rollout_weights(group.rewards, lengths_R, objective, group.rollout_of)
         scales_R = kl_scales(group.rewards, lengths_R, objective)
         slack_R = weight_rounding(group.rewards, lengths_R, objective, group.rollout_of)
+        if rollout_weights_PG is not None:
+            factors_G = np.asarray(rollout_weights_PG[problem])
+            factors_R = factors_G if group.rollout_of is None else factors_G[group.rollout_of]
+            total_R, slack_R = total_R * factors_R, slack_R * factors_R
         prompt_R = prompt_numbers(group)
         merged_R = _merged(group, prompt_R, total_R, slack_R, objective)
         if not objective.importance or not merged_R.any():
@@ -127,18 +136,7 @@ def rollouts_of(
         if factors_P is not None:
             total_R, scales_R = total_R * factors_P[problem], scales_R * factors_P[problem]
         rollouts += [
-            WeightedSequence(
-                problem,
-                j,
-                group.prompt_of(j),
-                group.responses[j],
-                float(total_R[j]),
-                None if group.logprobs is None else group.logprobs[j],
-                float(scales_R[j]),
-                None if group.reference_logprobs is None else group.reference_logprobs[j],
-                None if group.masks is None else group.masks[j],
-                prompt_R[j],
-            )
+            _sequence(group, problem, j, float(total_R[j]), prompt_R[j], float(scales_R[j]))
             for j in np.flatnonzero((total_R != 0) | (scales_R != 0)).tolist()
         ]
     return rollouts
@@ -150,6 +148,66 @@ def prompt_numbers(group: Group) -> list[int]:
         return [0] * len(group.responses)
     first: dict[bytes, int] = {}
     return [first.setdefault(prompt.tobytes(), len(first)) for prompt in group.prompts]
+
+
+def _sequence(
+    group: Group, problem: int, j: int, weight: float, prompt: int = 0, kl_scale: float = 0.0
+) -> WeightedSequence:
+    return WeightedSequence(
+        problem,
+        j,
+        group.prompt_of(j),
+        group.responses[j],
+        weight,
+        None if group.logprobs is None else group.logprobs[j],
+        kl_scale,
+        None if group.reference_logprobs is None else group.reference_logprobs[j],
+        None if group.masks is None else group.masks[j],
+        prompt,
+    )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Apart:
+    """Rollouts of groups, each a problem of its own: gradients of the single rollouts."""
+
+    sequences: list[WeightedSequence]
+    """What is run: a problem for each distinct response of a group whose weight is not zero."""
+    groups: list[int]
+    """Group of each sequence."""
+    sequence_PG: list[np.ndarray]
+    """Sequence of each rollout, int64 [G] for each group; -1 if its weight is zero."""
+    factor_PG: list[np.ndarray]
+    """A rollout's gradient is its sequence's times this, float64 [G]; 0 if its weight is zero."""
+
+
+def apart(groups: Sequence[Group], objective: Objective) -> Apart:
+    """The rollouts of the groups as problems of their own, with the weights that they have in their group's objective.
+
+    The parts of a group's rollouts add up to its gradient. objective: without importance ratios and KL term, whose
+    token weights no single factor turns into those of an equal response. RequestError for rollouts of several outputs.
+    """
+    found = Apart([], [], [], [])
+    for number, group in enumerate(groups):
+        if group.rollout_of is not None:
+            raise RequestError(
+                f"problem {group.problem_id!r}: its rollouts have several outputs, which are not told apart: leave the "
+                "rollout rule out"
+            )
+        total_G = rollout_weights(group.rewards, group.n_written, objective)
+        sequence_G, factor_G = np.full(len(total_G), -1), np.zeros(len(total_G))
+        first: dict[tuple[bytes, bytes], int] = {}
+        for j in np.flatnonzero(total_G).tolist():
+            mask = b"" if group.masks is None else group.masks[j].tobytes()
+            original = first.setdefault((group.responses[j].tobytes(), mask), j)
+            if original == j:
+                sequence_G[j] = len(found.sequences)
+                found.sequences.append(_sequence(group, len(found.sequences), j, float(total_G[j])))
+                found.groups.append(number)
+            sequence_G[j], factor_G[j] = sequence_G[original], total_G[j] / total_G[original]
+        found.sequence_PG.append(sequence_G)
+        found.factor_PG.append(factor_G)
+    return found
 
 
 def _merged(

@@ -23,7 +23,7 @@ def _thompson(candidates: Candidates) -> np.ndarray:
     return -np.abs(candidates.random.beta(history.a, history.b) - 0.5)
 
 
-BY_PASS_RATE = [
+BY_PASS_RATE: list[Selector] = [
     Selector("accgreedy", _accgreedy, "-|p - 1/2|", live_only=False),
     Selector("acc", _acc, "uniform over 0.2 <= p <= 0.8", live_only=False),
     Selector("rand", _uniform, "uniform", live_only=False, whole_pool=True),

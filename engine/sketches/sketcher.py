@@ -127,6 +127,10 @@ class Sketcher:
         sums_PC = torch.zeros(n, self.projection.core_dim, dtype=torch.float32, device=self.device)
         return _Projector([(self._sides_of(self.projection), sums_PC)]), sums_PC
 
+    def folded(self, cores_PC: Tensor) -> Tensor:
+        """The sketches of cores, float32 [P, D]."""
+        return _folded(self.projection, cores_PC)
+
     def batch(self, groups: Sequence[Group], cores_PC: Tensor, n_tokens: int) -> SketchBatch:
         """Sketches of groups from their cores."""
         return _batch(groups, self.projection, cores_PC, n_tokens)

@@ -23,6 +23,7 @@ from gradstore.engine.rollouts.group import Group
 from gradstore.engine.rollouts.tokens import text_of
 from gradstore.engine.sketches.bases import SketcherFiles, fit_sketcher, sketcher_from
 from gradstore.engine.sketches.from_training_pass import sketched_and_summed
+from gradstore.engine.sketches.rollout_sketches import RolloutSketches, sketch_rollouts
 from gradstore.engine.sketches.sketcher import Sketcher
 from gradstore.engine.sketches.spec import SketchBatch, SketchSpec
 from gradstore.errors import RequestError, check_number
@@ -132,6 +133,9 @@ class LocalPolicy:
 
     def sketch(self, groups: Sequence[Group]) -> SketchBatch:
         return self.sketcher.sketch(groups)
+
+    def sketch_rollouts(self, groups: Sequence[Group], objective: Objective | None = None) -> RolloutSketches:
+        return sketch_rollouts(self.sketcher, groups, objective)
 
     def aim(self, groups: Sequence[Group]) -> SketchBatch:
         self._aimed = None  # free the old direction before making a new one

@@ -19,6 +19,7 @@ from typing import Any
 
 import gradstore
 from gradstore import Round, Store
+from gradstore.engine.gradients.objectives import Objective
 from gradstore.engine.rollouts.group import Group
 from gradstore.engine.selecting.selection import Selection
 from gradstore.engine.sketches.spec import SketchBatch
@@ -32,6 +33,7 @@ from gradstore.trainer.round.recording import scalars, selection_of
 from gradstore.trainer.round.run import Run
 from gradstore.trainer.round.runner import RoundRunner
 from gradstore.trainer.round.settings import RoundSettings
+from gradstore.trainer.round.weighing import Weighed, weigh
 
 _FREE = ("rounds", "window", "observe", "accept_coverage")
 """Settings that may change when a run is resumed."""
@@ -75,6 +77,8 @@ class Rounds:
         )
         if self._run.needs_target and not any(self._run.benchmarks.values()):
             raise RequestError(f"selector {settings.selector!r} needs a target: give a benchmark with problems")
+        if self._run.weighs_by_target and not any(self._run.benchmarks.values()):
+            raise RequestError(f"rollout_rule {settings.rollout_rule!r} needs a target: give a benchmark with problems")
         if self._run.needs_probes and 0 in (settings.refresh, settings.refresh_first):
             raise RequestError(f"selector {settings.selector!r} goes by probes of this step: refresh must be above 0")
         self._logger = logger
@@ -161,6 +165,24 @@ class Rounds:
         else:
             append(store, self._run.pool, [seen[place] for place in new], policy, Costs())
         return len(new)
+
+    def weigh(
+        self,
+        policy: Policy,
+        groups: Sequence[Group],
+        factors: Sequence[float] | None = None,
+        objective: Objective | None = None,
+    ) -> Weighed:
+        """Weights of a training step's rollouts by the setting `rollout_rule`; call it before the update.
+
+        groups: the step's own rollouts, by the policy that sampled them. factors: the problems' weights in the step;
+        None: all 1. objective: that of the update; None: that of the sketches. The weights depend on the store's rows
+        and on the arguments alone, so a repeated step has the same. RequestError before the first round.
+        """
+        store = self._open(policy)
+        if store is None:
+            raise RequestError("no round was done yet: call next before weigh")
+        return weigh(store, self._run, policy, groups, factors, objective)
 
     def state_dict(self) -> dict[str, Any]:
         """State to save with the trainer's checkpoint, as plain values."""

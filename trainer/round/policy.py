@@ -8,10 +8,12 @@ result. Resuming a run depends on this.
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+from gradstore.engine.gradients.objectives import Objective
 from gradstore.engine.probing.batch import ProbeBatch
 from gradstore.engine.probing.calibration import Calibration
 from gradstore.engine.rollouts.group import Group
 from gradstore.engine.sketches.bases import SketcherFiles as SketcherFiles
+from gradstore.engine.sketches.rollout_sketches import RolloutSketches
 from gradstore.engine.sketches.spec import SketchBatch, SketchSpec
 
 
@@ -50,6 +52,13 @@ class Policy(Protocol):
 
     def sketch(self, groups: Sequence[Group]) -> SketchBatch:
         """Sketch the groups with the sketcher of `fit` or `use`; one row per group, in their order."""
+        ...
+
+    def sketch_rollouts(self, groups: Sequence[Group], objective: Objective | None = None) -> RolloutSketches:
+        """Sketch each rollout of the groups for itself, in their order; needed for `rollout_rule` alone.
+
+        objective: that of the update, which weighs the rollouts; None: the sketcher's.
+        """
         ...
 
     def aim(self, groups: Sequence[Group]) -> SketchBatch:

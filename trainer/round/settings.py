@@ -13,8 +13,9 @@ from typing import Any, ClassVar, Literal
 from gradstore.engine.searching.targets import Aggregate
 from gradstore.engine.selecting.diversity import Diversity
 from gradstore.engine.selecting.mixture import parts_of
+from gradstore.engine.selecting.rollout_rules import ROLLOUT_RULES
 from gradstore.engine.sketches.spec import SketchSpec
-from gradstore.errors import RequestError
+from gradstore.errors import RequestError, check_known, check_number
 from gradstore.settings import Aliases, check, read, spelled
 
 GRADALIGN_NAMES = {
@@ -100,6 +101,11 @@ class RoundSettings:
     """Problems rolled out and sketched at once; an interruption loses at most this much work."""
     fit_problems: int = 200
     """Number of first-round candidates used to fit the projection, in addition to the benchmarks' problems."""
+    rollout_rule: str | None = None
+    """Rule that weighs or drops single rollouts of the training steps (engine.ROLLOUT_RULES); None: all count."""
+    rollout_threshold: float = 0.0
+    """How far a rollout may oppose the rule's direction before the rule acts, in root mean squares of the step's
+    dots."""
 
     def __post_init__(self) -> None:
         if (self.selected is None) == (self.ratio is None):
@@ -134,6 +140,11 @@ class RoundSettings:
             )
         if self.spec.objective.kl_beta and any(part.selector.needs_probes for part in parts_of(self.selector)):
             raise RequestError(f"selector {self.selector!r} goes by probes, which have no KL term: leave kl_beta out")
+        check_number("rollout_threshold", self.rollout_threshold, least=0)
+        if self.rollout_rule is None and self.rollout_threshold:
+            raise RequestError(f"rollout_threshold is {self.rollout_threshold}, but there is no rollout_rule")
+        if self.rollout_rule is not None:
+            check_known("rollout_rule", self.rollout_rule, ROLLOUT_RULES)
         if self.candidates is not None:
             self.n_selected(self.candidates)
 
@@ -196,5 +207,6 @@ class RoundSettings:
         return self.observe == "all"
 
     def describe(self) -> dict[str, Any]:
-        """The settings as JSON-able values."""
-        return asdict(self)
+        """The settings as JSON-able values; without a rollout rule its settings are omitted, as in older stores."""
+        unused = () if self.rollout_rule else ("rollout_rule", "rollout_threshold")
+        return {name: value for name, value in asdict(self).items() if name not in unused}

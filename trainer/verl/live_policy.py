@@ -13,10 +13,12 @@ import ray
 import transfer_queue as tq
 from verl.utils import tensordict_utils
 
+from gradstore.engine.gradients.objectives import Objective
 from gradstore.engine.probing.batch import ProbeBatch
 from gradstore.engine.probing.calibration import Calibration
 from gradstore.engine.rollouts.group import Group
 from gradstore.engine.sketches.bases import SketcherFiles
+from gradstore.engine.sketches.rollout_sketches import RolloutSketches
 from gradstore.engine.sketches.spec import SketchBatch, SketchSpec
 from gradstore.errors import GradstoreError
 from gradstore.trainer.verl.ranks import deal, gather
@@ -72,6 +74,10 @@ class LivePolicy:
     def sketch(self, groups: Sequence[Group]) -> SketchBatch:
         """Sketch the groups; each group is computed by one rank."""
         return self._on_ranks("sketch_groups", groups)
+
+    def sketch_rollouts(self, groups: Sequence[Group], objective: Objective | None = None) -> RolloutSketches:
+        """Sketch each rollout of the groups for itself; each group is computed by one rank."""
+        return self._on_ranks("sketch_rollouts", groups, objective)
 
     def aim(self, groups: Sequence[Group]) -> SketchBatch:
         """Sketch validation groups, each on one rank; the ranks keep the gradient as this round's probe direction."""

@@ -185,13 +185,43 @@ class SelectingTrainer(PPOTrainerSync):
 
     def _compute_advantage(self, batch: Any, metrics: dict[str, Any]) -> Any:
         batch = super()._compute_advantage(batch, metrics)
-        if self._weight_of:
-            weigh(batch.keys, [self._weight_of.get(uid_of(key), 1.0) for key in batch.keys])
+        weights = [self._weight_of.get(uid_of(key), 1.0) for key in batch.keys]
+        if self.settings.rounds.rollout_rule is not None:
+            of_rollouts = self._rollout_weights(batch, metrics)
+            weights = [weight * of_rollouts.get(key, 1.0) for weight, key in zip(weights, batch.keys, strict=True)]
+        if any(weight != 1 for weight in weights):
+            weigh(batch.keys, weights)
         drawn = len(self.sampler.order) - self.sampler.left
         if self.settings.rounds.observes(drawn, len(set(self.sampler.order))):
             with marked_timer("observe", self.timing_raw, color="blue"):
-                rows = zip(batch.keys, batch.tags, strict=True)
-                own = [key for key, tag in rows if not tag.get("is_padding", False)]
-                groups = groups_of(own, self._problem_of, self.settings.logprobs)
+                groups = groups_of(_own(batch), self._problem_of, self.settings.logprobs)
                 self.rounds.observe(self.policy, joined([groups[uid] for uid in sorted(groups)]))
         return batch
+
+    def _rollout_weights(self, batch: Any, metrics: dict[str, Any]) -> dict[str, float]:
+        """Weight of each rollout by its key, by the rounds' rollout rule; logs what was dropped and what it cost."""
+        own = sorted(_own(batch), key=place_of)
+        with marked_timer("weigh", self.timing_raw, color="blue"):
+            groups = groups_of(own, self._problem_of, self.settings.logprobs)
+            factors = [self._weight_of.get(uid, 1.0) for uid in groups]
+            weighed = self.rounds.weigh(self.policy, list(groups.values()), factors)
+        metrics |= {f"gradstore/{name}": value for name, value in weighed.scalars().items()}
+        weights_of = dict(zip(groups, weighed.weights, strict=True))
+        return {key: float(weights_of[uid_of(key)][place]) for key, place in _places(own)}
+
+
+def _own(batch: Any) -> list[str]:
+    """Keys of the rollouts in a batch, without the rows that verl fills it up with."""
+    rows = zip(batch.keys, batch.tags, strict=True)
+    return [key for key, tag in rows if not tag.get("is_padding", False)]
+
+
+def _places(keys: list[str]) -> list[tuple[str, int]]:
+    """Each key of sorted keys, with its place in its group."""
+    seen: dict[str, int] = {}
+    placed = []
+    for key in keys:
+        uid = uid_of(key)
+        placed.append((key, seen.get(uid, 0)))
+        seen[uid] = placed[-1][1] + 1
+    return placed

@@ -1,6 +1,6 @@
 """A selection's weights scale the advantages of each problem's rollouts, and the default ones touch nothing."""
 
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -15,7 +15,7 @@ class Batch:
 
     def __init__(self, keys: list[str]) -> None:
         self.keys, self.partition_id = keys, "train"
-        self.tags: list[dict] = [{} for _ in keys]
+        self.tags: list[dict] = [{"is_padding": True} if key.startswith("pad") else {} for key in keys]
 
 
 class Queue:
@@ -23,6 +23,7 @@ class Queue:
 
     def __init__(self, rows: dict[str, list[float]]) -> None:
         self.rows, self.n_written = rows, 0
+        self.metrics: dict[str, float] = {}
 
     def kv_batch_get(self, keys: list[str], partition_id: str, select_fields: list[str]) -> Any:
         import torch
@@ -39,7 +40,9 @@ class Queue:
             self.rows[key] = row.tolist()
 
 
-def computed(monkeypatch: pytest.MonkeyPatch, weight_of: dict[str, float]) -> Queue:
+def computed(
+    monkeypatch: pytest.MonkeyPatch, weight_of: dict[str, float], rule: str | None = None, rounds: Any = None
+) -> Queue:
     """The queue after our trainer's advantages, verl's own being there."""
     from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
@@ -49,11 +52,12 @@ def computed(monkeypatch: pytest.MonkeyPatch, weight_of: dict[str, float]) -> Qu
     monkeypatch.setattr(transfer, "tq", queue)
     monkeypatch.setattr(PPOTrainerSync, "_compute_advantage", lambda self, batch, metrics: batch)
     trainer = object.__new__(selecting_trainer.SelectingTrainer)
-    rounds = RoundSettings(selected=1, train_batch=1, steps=1, observe="none")
-    trainer.settings, trainer.sampler = type("Settings", (), {"rounds": rounds})(), RoundSampler(["a"])
-    trainer._weight_of = weight_of
+    settings = RoundSettings(selected=1, train_batch=1, steps=1, observe="none", rollout_rule=rule)
+    trainer.settings = type("Settings", (), {"rounds": settings, "logprobs": False})()
+    trainer.sampler, trainer.rounds, trainer._policy = RoundSampler(["a"]), rounds, cast(Any, object())
+    trainer._weight_of, trainer._problem_of, trainer.timing_raw = weight_of, {"a": "p", "b": "q"}, {}
     batch = Batch(list(queue.rows))
-    assert trainer._compute_advantage(batch, {}) is batch
+    assert trainer._compute_advantage(batch, queue.metrics) is batch
     return queue
 
 
@@ -69,3 +73,32 @@ def test_rows_are_scaled_by_their_problems_weight(monkeypatch: pytest.MonkeyPatc
 def test_usual_weights_write_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """A run without weights is verl's own, bit for bit."""
     assert computed(monkeypatch, {}).n_written == 0
+
+
+def test_a_rollout_rule_scales_each_rollout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On top of its problem's weight, in the order of the rollouts' numbers, and never the rows of padding."""
+    import numpy as np
+
+    from gradstore.engine.rollouts.group import Group
+    from gradstore.trainer.round.weighing import Weighed
+    from gradstore.trainer.verl import selecting_trainer
+
+    asked: list = []
+
+    class Rounds:
+        def weigh(self, policy: object, groups: list[Group], factors: list[float]) -> Weighed:
+            asked.append(([group.problem_id for group in groups], factors))
+            return Weighed([np.array([0.0, 0.5]), np.array([1.0])], 1 / 3, 7)
+
+    def groups_of(keys: list[str], problem_of: dict[str, str], logprobs: bool) -> dict[str, Group]:
+        assert keys == ["a_0_0", "a_1_0", "b_0_0"]
+        ids = np.arange(2)
+        return {"a": Group("p", ids, [ids, ids], np.array([0.0, 1.0])), "b": Group("q", ids, [ids], np.ones(1))}
+
+    monkeypatch.setattr(selecting_trainer, "groups_of", groups_of)
+    queue = computed(monkeypatch, {"b": 2.0}, rule="dtv", rounds=Rounds())
+    assert asked == [(["p", "q"], [1.0, 2.0])]
+    assert queue.rows["a_0_0"] == [0.0, 0.0, 0.0]
+    assert queue.rows["a_1_0"] == pytest.approx([-0.35])
+    assert queue.rows["b_0_0"] == pytest.approx([0.6, 0.6])
+    assert queue.metrics == {"gradstore/rollouts_dropped": pytest.approx(1 / 3), "gradstore/weigh_tokens": 7}
