@@ -38,6 +38,7 @@ FORMATS: dict[str, dict[str, tuple[str, ...]]] = {
         "response": ("response",),
         "reward": ("passed", "is_correct"),
         "ground_truth": ("expected_answer",),
+        "source": ("data_source",),
     },
 }
 """Field names per format and part of a rollout; the first field whose value is not null is used."""
