@@ -16,10 +16,21 @@ EXTRA_OF = dict.fromkeys(("torch", "transformers", "safetensors", "jinja2", "mat
 def main() -> None:
     """Run the command line."""
     # each registers its commands
-    from gradstore.cli import collect, data, demo, fidelity, plan, probe, query, report, rollout, stores, train  # noqa: F401
-    from gradstore.cli.show import take_any_text
+    from gradstore.cli import (  # noqa: F401
+        collect,
+        data,
+        demo,
+        fidelity,
+        importing,
+        plan,
+        probe,
+        query,
+        report,
+        rollout,
+        stores,
+        train,
+    )
 
-    take_any_text()
     try:
         app()
     except GradstoreError as error:

@@ -19,8 +19,8 @@ app = typer.Typer(
 )
 
 
-def command(name: str | None = None, **settings: Any) -> Callable[[Callable], Callable]:
-    """`app.command`, with the options that every command has, --verbose and --quiet."""
+def command(name: str | None = None, of: typer.Typer = app, **settings: Any) -> Callable[[Callable], Callable]:
+    """`app.command`, with the options that every command has, --verbose and --quiet. of: a command with its own."""
 
     def register(function: Callable) -> Callable:
         @functools.wraps(function)
@@ -35,7 +35,7 @@ def command(name: str | None = None, **settings: Any) -> Callable[[Callable], Ca
         ]
         told.__signature__ = own.replace(parameters=[*own.parameters.values(), *more])  # type: ignore[attr-defined]
         told.__annotations__ = {**function.__annotations__, **_TOLD}
-        app.command(name, **settings)(told)
+        of.command(name, **settings)(told)
         return function
 
     return register

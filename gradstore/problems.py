@@ -108,7 +108,7 @@ def from_verl(record: dict, where: str) -> dict:
         rest["reward_model"] = {name: part for name, part in reward.items() if name != "ground_truth"}
     return canonical(
         {
-            "id": _id_text(value, field, where),
+            "id": id_text(value, field, where),
             "source": record.get("data_source"),
             "prompt": record.get("prompt"),
             "ground_truth": _text(truth, "reward_model.ground_truth", where),
@@ -193,7 +193,7 @@ def _from_flat(record: dict, where: str) -> dict:
     extra = _object(fields.pop("extra", None) or {}, "extra", where)
     known = {field: fields.pop(field, None) for field in ("source", "prompt", "ground_truth", "tags")}
     known["ground_truth"] = _text(known["ground_truth"], "ground_truth", where)
-    return canonical({"id": _id_text(value, name, where), **known, "extra": {**fields, **extra}}, where)
+    return canonical({"id": id_text(value, name, where), **known, "extra": {**fields, **extra}}, where)
 
 
 def _prompt(prompt: Any, where: str) -> str | list[dict]:
@@ -225,8 +225,8 @@ def _optional(record: dict, field: str, default: Any) -> Any:
     return default if value is None else value
 
 
-def _id_text(value: Any, field: str, where: str) -> str:
-    """Convert an id to text; verl's data often has integers, and pandas turns them into floats."""
+def id_text(value: Any, field: str, where: str) -> str:
+    """Convert the id of a problem to text; verl's data often has integers, and pandas turns them into floats."""
     if isinstance(value, float) and math.isfinite(value) and value == int(value):
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, str | int) or value == "":

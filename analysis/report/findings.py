@@ -51,8 +51,9 @@ class Findings:
 
     @cached_property
     def steps(self) -> list[int]:
-        """Steps at which the pool or a benchmark was measured."""
-        return sorted({step for name in (self.pool, *self.benchmarks) for step in self.store.steps(name)})
+        """Steps at which the pool or a benchmark was measured; without any row, those of the rounds."""
+        measured = {step for name in (self.pool, *self.benchmarks) for step in self.store.steps(name)}
+        return sorted(measured or {one.step for one in self.rounds})
 
     @cached_property
     def alignments(self) -> dict[str, pd.DataFrame]:
@@ -87,7 +88,7 @@ def find(
     """
     check_known("metric", metric, METRICS)
     sizes = {name: len(store.view(name)) for name in store.collections}
-    if not any(sizes.values()):
+    if not any(sizes.values()) and not any(store.rounds(name) for name in store.collections):
         raise RequestError(f"{store.path}: the store has no rows yet; run `gradstore collect` first")
     for name in [*benchmarks, *([pool] if pool is not None else [])]:
         store.view(name)

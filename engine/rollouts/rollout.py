@@ -45,6 +45,7 @@ FORMATS: dict[str, dict[str, tuple[str, ...]]] = {
         "response": ("response",),
         "reward": ("passed", "is_correct"),
         "ground_truth": ("expected_answer",),
+        "source": ("data_source",),
     },
     "trl": {
         "problem_id": ("problem_id",),

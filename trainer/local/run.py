@@ -41,6 +41,7 @@ _JUDGE_FREE = ("base_url", "key_variable", "concurrency", "timeout", "retries", 
 _FREE = {
     *("out", "device", "save_every", "sampling.batch_tokens", "update.token_budget"),
     *("rounds.window", "rounds.observe", "rounds.accept_coverage"),
+    "rounds.draw",  # older files do not have it; the rounds check it against their store
     *(f"judge.{name}" for name in _JUDGE_FREE),
 }
 """Settings that may change when a run is resumed; `rounds.rounds` may grow."""

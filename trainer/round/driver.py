@@ -258,6 +258,7 @@ def _plain(settings: RoundSettings) -> dict[str, Any]:
 
 
 def _check_same(stored: Mapping[str, Any], offered: Mapping[str, Any], where: str) -> None:
+    stored = {"draw": "independent", **stored}  # the only way before this setting
     stored, offered = ({**of, "spec": {**of["spec"], "token_budget": None}} for of in (stored, offered))
     differing = [
         f"{name} was {stored.get(name)!r}, now {offered.get(name)!r}"

@@ -12,6 +12,7 @@ from gradstore import Store
 from gradstore.engine.selecting.mixture import Part, parts_of
 from gradstore.engine.selecting.rollout_rules import ROLLOUT_RULES
 from gradstore.engine.sketches.bases import files_in
+from gradstore.trainer.round.drawing import chunk, independent, shuffled
 from gradstore.trainer.round.policy import Policy
 from gradstore.trainer.round.settings import RoundSettings
 from gradstore.trainer.sampling.backends import derived_seed
@@ -106,8 +107,10 @@ class Scope:
         settings = run.settings
         assert settings.candidates is not None
         assert settings.selected is not None
-        ids = np.array(list(run.records), dtype=object)
-        order = np.random.default_rng(derived_seed(settings.seed, number, DRAW)).permutation(len(ids))
+        if settings.draw == "chunks":
+            candidates = chunk(shuffled(run.records, settings.seed), settings.candidates, number)
+        else:
+            candidates = independent(list(run.records), settings.candidates, derived_seed(settings.seed, number, DRAW))
         warm_up, budget = number < settings.warm_up, settings.budget(number)
         measures = run.needs_rows and not warm_up
         looks = measures and budget is not None and number == settings.warm_up
@@ -116,7 +119,7 @@ class Scope:
             run,
             number,
             step,
-            candidates=ids[order[: settings.candidates]].tolist(),
+            candidates=candidates,
             n_picks=settings.selected,
             budget=budget,
             warm_up=warm_up,

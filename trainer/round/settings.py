@@ -17,6 +17,7 @@ from gradstore.engine.selecting.rollout_rules import ROLLOUT_RULES
 from gradstore.engine.sketches.spec import SketchSpec
 from gradstore.errors import RequestError, check_known, check_number
 from gradstore.settings import Aliases, check, read, spelled
+from gradstore.trainer.round.drawing import Draw
 
 GRADALIGN_NAMES = {
     "chunk_size": "candidates",
@@ -41,6 +42,9 @@ class RoundSettings:
     ALIASES: ClassVar[Aliases] = GRADALIGN_NAMES
     candidates: int | None = None
     """Problems drawn from the pool for each round; None: the whole pool."""
+    draw: Draw = "chunks"
+    """How they are drawn: `chunks`, the shuffled pool chunk by chunk (as in GradAlign), or `independent`, each round
+    anew."""
     selected: int | None = None
     """Problems picked per round; give this or `ratio`."""
     ratio: float | None = None
