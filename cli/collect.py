@@ -126,6 +126,7 @@ def collect(
     from gradstore.engine.sketches.spec import SketchSpec
 
     check_number("step", step or 0, least=0)
+    check_number("--fit-problems", fit_problems, least=4)
     check_known("--refit", refit, ("warn", "auto"))
     check_known("--measure", measure, get_args(Measure))
     if refit == "auto" and measure == "never":
