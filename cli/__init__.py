@@ -6,7 +6,7 @@ Exit status: 0, done; 1, the work failed; 2, the request was wrong. Errors are o
 
 import sys
 
-from gradstore.cli.app import app
+from gradstore.cli.app import in_order_of_work
 from gradstore.errors import GradstoreError
 
 EXTRA_OF = dict.fromkeys(("torch", "transformers", "safetensors", "jinja2", "math_verify", "reasoning_gym"), "models")
@@ -32,7 +32,7 @@ def main() -> None:
     )
 
     try:
-        app()
+        in_order_of_work()()
     except GradstoreError as error:
         _fail(str(error), error.exit_status)
     except OSError as error:

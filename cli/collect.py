@@ -136,6 +136,7 @@ def collect(
     from gradstore.settings import build, parse
 
     check_number("step", step or 0, least=0)
+    check_number("--fit-problems", fit_problems, least=4)
     check_known("--refit", refit, ("warn", "auto"))
     check_known("--measure", measure, get_args(Measure))
     if refit == "auto" and measure == "never":

@@ -28,7 +28,7 @@ importing = typer.Typer(
     context_settings={"ignore_unknown_options": True},
     help="Add problems, sketches made elsewhere, or the run folder of another program.",
 )
-app.add_typer(importing, name="import")
+app.add_typer(importing, name="import", rich_help_panel="Measure")
 
 
 @command(FILES, importing)

@@ -48,6 +48,13 @@ def rollout(
     seed: Annotated[int, opt("Same seed, same rollouts.")] = 0,
     step: Annotated[int | None, opt("Policy version of the model, written in every row.")] = None,
     template_kwargs: TemplateKwargs = None,
+    as_chat: Annotated[
+        bool | None,
+        opt(
+            "Sample plain-text prompts as one user message through the model's chat template, or as they stand.",
+            "--as-chat/--as-text",
+        ),
+    ] = None,
     skip_unreadable: SkipUnreadable = False,
     batch_tokens: Annotated[
         int | None, opt("transformers: tokens sampled at once [default: what memory allows].")
@@ -66,7 +73,7 @@ def rollout(
     """Sample and reward rollouts; started again after an interruption, it goes on where it was."""
     from dataclasses import asdict
 
-    from gradstore.problems import placed_problems
+    from gradstore.problems import as_message, placed_problems
     from gradstore.trainer.sampling.backends import load_backend
     from gradstore.trainer.sampling.readable import readable
     from gradstore.trainer.sampling.rewards import load_reward
@@ -86,10 +93,19 @@ def rollout(
     placed = placed_problems(problems)
     names = {record["id"]: where for where, record in placed}
     scored_by = load_reward(reward)
+    if as_chat:
+        placed = [(where, {**record, "prompt": as_message(record["prompt"])}) for where, record in placed]
     records, left_out = readable([record for _, record in placed], scored_by, skip=skip_unreadable, names=names)
     for line in left_out:
         say(f"left out: {line}")
     sampled_by = load_backend(backend, model, trust_remote_code=trust_remote_code, **options)
+    n_plain = sum(isinstance(record["prompt"], str) for record in records)
+    if as_chat is None and n_plain and getattr(sampled_by.tokenizer, "chat_template", None):
+        warn(
+            f"{n_plain} of {len(records)} prompts are plain text and are sampled as they stand, though {model} has a "
+            "chat template; `select` writes them for training as chat messages, which are other tokens: give --as-chat "
+            "(as one user message) or --as-text (as they stand)"
+        )
     with progress("rollouts", len(records)) as advance:
         report = run(
             records,

@@ -89,3 +89,5 @@ from .verify import Finding as Finding
 from .verify import Report as Report
 from .view import View as View
 from .writer import Writer as Writer
+
+__version__: str

@@ -138,7 +138,7 @@ def to_verl(record: dict) -> dict:
         info["tags"] = record["tags"]
     return {
         "data_source": record["source"],
-        "prompt": [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt,
+        "prompt": as_message(prompt),
         "ability": ability,
         "reward_model": {"ground_truth": record["ground_truth"], **reward},
         "extra_info": info,
@@ -172,6 +172,11 @@ def with_id(record: Mapping[str, Any], problem_id: str) -> dict:
     return renamed
 
 
+def as_message(prompt: str | list[dict]) -> list[dict]:
+    """A prompt as chat messages: a text becomes one message of the user."""
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+
+
 def message_text(content: Any) -> str:
     """Text of a chat message's content; text parts are joined by newlines; "" for null and images."""
     if isinstance(content, list | tuple):
@@ -187,7 +192,9 @@ def _from_flat(record: dict, where: str) -> dict:
     name = "problem_id" if fields.get("problem_id") is not None else "id"
     value = fields.pop(name, None)
     if value is None:
-        raise RequestError(f"{where}: field 'problem_id' is missing: a problem needs an id")
+        raise RequestError(
+            f"{where}: field 'id' is missing: a problem needs an id (found: {', '.join(map(str, record))})"
+        )
     check_keepable(fields, where)
     check_spelling(fields, _FLAT_FIELDS, where)
     extra = _object(fields.pop("extra", None) or {}, "extra", where)

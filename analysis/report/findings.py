@@ -15,6 +15,7 @@ from gradstore import Store
 from gradstore.analysis import alignment
 from gradstore.engine.searching.query import METRICS, Metric
 from gradstore.errors import RequestError, check_known
+from gradstore.layout import is_half
 from gradstore.rounds import Round
 
 
@@ -93,7 +94,7 @@ def find(
     for name in [*benchmarks, *([pool] if pool is not None else [])]:
         store.view(name)
     if pool is None:
-        others = {name: size for name, size in sizes.items() if name not in benchmarks}
+        others = {name: size for name, size in sizes.items() if name not in benchmarks and not is_half(name)}
         if not others:
             raise RequestError("every collection was named as a benchmark; name the pool with --pool")
         pool = max(others, key=lambda name: (bool(store.rounds(name)), others[name]))
@@ -109,7 +110,7 @@ def _benchmarks(store: Store, pool: str) -> list[str]:
     """All other collections; those that rounds used as benchmarks come first."""
     rounds = store.rounds(pool)
     used = [name for name in (rounds[-1].about.get("benchmarks") or []) if name in store.collections] if rounds else []
-    return [*used, *(name for name in store.collections if name != pool and name not in used)]
+    return [*used, *(name for name in store.collections if name not in (pool, *used) and not is_half(name))]
 
 
 def mean_or_nan(values: Any) -> float:

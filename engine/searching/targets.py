@@ -34,6 +34,11 @@ class Target:
     vectors: dict[int, np.ndarray] = field(default_factory=dict)
     """Vector per basis, for the bases that contain every problem's newest measurement; empty: `vector` only."""
 
+    def __repr__(self) -> str:
+        old, new = self.steps
+        steps = f"step {new}" if old == new else f"steps {old} to {new}"
+        return f"Target({self.benchmark!r} at {steps}, {self.aggregate} of {self.n_problems}, {self.n_live} live)"
+
     def query(self, view: View) -> np.ndarray:
         """Query for the rows of the view: `vector`, or one block per basis of the store (blocks.py)."""
         if view.n_bases == 1:
