@@ -52,21 +52,27 @@ def test_files_of_other_kinds_are_read(tmp_path: Path, name: str) -> None:
     assert [record["id"] for record in gradstore.read_problems(tmp_path / name)] == [row["id"] for row in ROWS]
 
 
-@pytest.mark.parametrize(
-    ("name", "data", "message"),
-    [
-        ("u.jsonl", '{"id": "a"}'.encode("utf-16"), "UTF-16"),
-        ("a.gz", gzip.compress(b"hello"), "gzip of something else"),
-        ("a.jsonl.gz", gzip.compress(b'{"id": "a"}\n' * 99)[:30], "cannot be unpacked"),
-        ("bomb.jsonl.gz", gzip.compress(b"{" + bytes(200 << 20)), "unpacks to more than"),
-        ("a.csv", b"id,prompt\n", "no rows"),
-        ("a.csv", b"id,id\n1,2\n", "twice"),
-        ("a.csv", b"id,prompt\n1,2,3\n", "not a CSV file"),
-        ("a.csv", b"id,prompt\n1,\xff\n", "not a CSV file"),
-        ("a.txt", b"id prompt\n", "neither JSON Lines"),
-    ],
-)
-def test_files_that_cannot_be_read_are_named(tmp_path: Path, name: str, data: bytes, message: str) -> None:
+UNREADABLE = {
+    "u.jsonl": ('{"id": "a"}'.encode("utf-16"), "UTF-16"),
+    "a.gz": (gzip.compress(b"hello", mtime=0), "gzip of something else"),
+    "cut.jsonl.gz": (gzip.compress(b'{"id": "a"}\n' * 99, mtime=0)[:30], "cannot be unpacked"),
+    "heading.csv": (b"id,prompt\n", "no rows"),
+    "twice.csv": (b"id,id\n1,2\n", "twice"),
+    "ragged.csv": (b"id,prompt\n1,2,3\n", "not a CSV file"),
+    "bytes.csv": (b"id,prompt\n1,\xff\n", "not a CSV file"),
+    "a.txt": (b"id prompt\n", "neither JSON Lines"),
+}
+
+
+def test_a_bomb_is_not_unpacked(tmp_path: Path) -> None:
+    (tmp_path / "bomb.jsonl.gz").write_bytes(gzip.compress(b"{" + bytes(200 << 20)))
+    with pytest.raises(RequestError, match="unpacks to more than"):
+        open_rows(tmp_path / "bomb.jsonl.gz")
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_files_that_cannot_be_read_are_named(tmp_path: Path, name: str) -> None:
+    data, message = UNREADABLE[name]
     (tmp_path / name).write_bytes(data)
     with pytest.raises(RequestError, match=message) as caught:
         list(open_rows(tmp_path / name).scan())
