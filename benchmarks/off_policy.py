@@ -7,9 +7,10 @@ the oldest rollouts are to be old. The pool is rolled out before steps n - k: th
 is reached. There, with the current weights, every problem's gradient is computed from its old rollouts under each rule,
 and its exact cosine to the benchmark's gradient (fresh rollouts). The ranking is compared with the one from fresh
 rollouts of the current policy, four times as many as a ranking has. The ceiling is what another fresh ranking reaches.
-Spearman correlations are over problems with a signal in both. On-policy (0 steps) all rules are one.
+Spearman correlations are over the problems with a signal in both rollouts; where a rule drops every token, the cosine
+is 0. On-policy (0 steps) all rules are one.
 
-Beside them: the effective sample size of the plain token ratios as a share of the rollouts, and the estimate of
+Beside them: the effective sample sizes of token ratios and of their products, as shares of the rollouts; the estimate of
 KL(behaviour || policy) per token, the mean of log mu - log pi. A second table pools all seeds and ages: the error of a
 problem's cosine by its own effective sample size.
 
@@ -57,7 +58,9 @@ BINS = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.97, 1.0)
 """Edges of the bins of a problem's effective sample size, as a share of its rollouts."""
 
 
-CEILING, ESS, KL = "ceiling: fresh rollouts", "ESS of token ratios, share", "KL per token, nats"
+CEILING, RANKED = "fresh rollouts again", "problems ranked"
+ESS, PRODUCT_ESS, KL = "ESS of tokens, share", "ESS of products, share", "KL per token, nats"
+ABOUT = (ESS, PRODUCT_ESS, KL, RANKED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +102,7 @@ def show(found: list[Ranked], about: dict[tuple[str, int], list[float]], ages: l
     values = {**about, **{(rule, age): [] for rule in RULES for age in ages}}
     for one in found:
         values[one.rule, one.age].append(one.spearman)
-    rows = [[name, *(_spread(values.get((name, age), [])) for age in ages)] for name in [CEILING, *RULES, ESS, KL]]
+    rows = [[name, *(_spread(values.get((name, age), [])) for age in ages)] for name in [CEILING, *RULES, *ABOUT]]
     print_table(f"Spearman with fresh rollouts: {what}, mean (range)", ["rule", *columns], rows, right=columns)
     labels = [f"{low:g} to {high:g}" for low, high in pairwise(BINS)]
     rows = [[rule, *_errors([one for one in found if one.rule == rule])] for rule in RULES]
@@ -123,15 +126,17 @@ def one_seed(
     found = []
     for age, groups in sorted(rolled_out.items()):
         token_P, ess_P = cosines(model, groups, target_D, RULES["token"])
+        _, whole_P = cosines(model, groups, target_D, RULES["product"])
         ranked_P = np.isfinite(token_P) & np.isfinite(truth_P)
-        about.setdefault((ESS, age), []).append(float(ess_P[ranked_P].mean()))
+        for name, value in ((ESS, ess_P[ranked_P].mean()), (PRODUCT_ESS, whole_P[ranked_P].mean())):
+            about.setdefault((name, age), []).append(float(value))
         about.setdefault((KL, age), []).append(divergence(model, groups))
+        about.setdefault((RANKED, age), []).append(float(ranked_P.sum()))
         for rule, settings in RULES.items() if age else [("no correction", BASE)]:
-            found_P = token_P if rule == "token" else cosines(model, groups, target_D, settings)[0]
-            both_P = ranked_P & np.isfinite(found_P)
-            error_P = (found_P - truth_P)[both_P]
-            found.append(Ranked(age, rule, correlation(found_P[both_P], truth_P[both_P]), ess_P[both_P], error_P))
-            say(f"seed {seed}, {age} steps, ESS {ess_P[ranked_P].mean():.3f}, {rule}: {found[-1].spearman:.3f}")
+            found_P = np.nan_to_num(cosines(model, groups, target_D, settings)[0])[ranked_P]
+            spearman = correlation(found_P, truth_P[ranked_P])
+            found.append(Ranked(age, rule, spearman, ess_P[ranked_P], found_P - truth_P[ranked_P]))
+            say(f"seed {seed}, {age} steps, ESS {ess_P[ranked_P].mean():.3f}, {rule}: {spearman:.3f}")
     return found
 
 

@@ -117,9 +117,10 @@ class Sketcher:
         batches = [
             _batch(groups, projection, sums_PC, n_tokens) for projection, sums_PC in zip(projections, sums, strict=True)
         ]
-        sizes_P = None if ess is None else ess.of_groups()
-        name = "ess" if rule.importance else "ess_of_ratios"
-        return [replace(batch, **{name: sizes_P}) for batch in batches]
+        if ess is None:
+            return batches
+        used, unused = (ess.of_groups(), None) if rule.importance else (None, ess.of_groups())
+        return [replace(batch, ess=used, ess_of_ratios=unused) for batch in batches]
 
     def observer(self, n: int) -> tuple[Observer, Tensor]:
         """An observer of `gradients.layers` for a backward pass that runs for another purpose, and its sums: the cores
