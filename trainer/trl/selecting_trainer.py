@@ -33,7 +33,7 @@ with needing("selection in TRL", "gradstore[trl]"):
     from trl import __version__ as trl_version
 
 if TYPE_CHECKING:
-    _Base = GRPOTrainer
+    from trl import GRPOTrainer as _Base
 else:
     _Base = object  # what is mixed in is the user's choice
 
