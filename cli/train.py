@@ -73,6 +73,10 @@ def train(
     ] = 0.0,
     lora_rank: Annotated[int, typer.Option(min=0, help="Train adapters of this rank; 0: all weights.")] = 0,
     save_every: Annotated[int, typer.Option(min=0, help="Steps between checkpoints; 0: after each round.")] = 0,
+    log: Annotated[
+        list[str] | None,
+        typer.Option(help="Where metrics go too: tensorboard, wandb, mlflow, trackio; may be repeated."),
+    ] = None,
     template_kwargs: TemplateKwargs = None,
     skip_unreadable: SkipUnreadable = False,
     resume: Annotated[

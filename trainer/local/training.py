@@ -20,6 +20,7 @@ from gradstore.trainer.local.checkpoint import load_checkpoint, save_checkpoint
 from gradstore.trainer.local.grpo import Learner
 from gradstore.trainer.local.metrics import Metrics
 from gradstore.trainer.local.policy import LocalPolicy
+from gradstore.trainer.loggers import Logger
 from gradstore.trainer.round.settings import RoundSettings
 from gradstore.trainer.round.weighing import Weighed
 from gradstore.trainer.sampling.backends import derived_seed
@@ -72,10 +73,13 @@ class Training:
         rollouts: int = 16,
         save_every: int = 0,
         resume: bool = False,
+        log: Sequence[str] | None = None,
+        loggers: Sequence[Logger] = (),
     ) -> None:
         """settings: the settings of the chooser's rounds; they give the number of steps and the batch size. rollouts:
         rollouts per problem, if the selection does not set a number. save_every: steps between checkpoints; 0: save
-        only at the end of each round. RequestError when the folder already holds a run and `resume` is False."""
+        only at the end of each round. log, loggers: where the metrics go besides `metrics.jsonl`, by name and as
+        objects (`Metrics`). RequestError when the folder already holds a run and `resume` is False."""
         self._rollouts, self._save_every = rollouts, save_every
         self.policy, self.learner, self.chooser, self.settings = policy, learner, chooser, settings
         self._records = {record["id"]: record for record in records}
@@ -91,7 +95,7 @@ class Training:
             raise RequestError(f"{folder}: holds a run already; go on with it (--resume), or choose another folder")
         if self._path.exists():
             self._restore()
-        self.metrics = Metrics(folder, policy.step)
+        self.metrics = Metrics(folder, policy.step, log, loggers)
 
     def run(self, after_step: Callable[[int], None] | None = None) -> None:
         """Train until the last round. after_step: callback(number of steps done)."""

@@ -26,9 +26,9 @@ from gradstore.engine.sketches.spec import SketchBatch
 from gradstore.errors import RequestError
 from gradstore.layout import check_name
 from gradstore.problems import canonical
+from gradstore.trainer.loggers import Log, log_of
 from gradstore.trainer.round.measuring import Costs, append, publish
 from gradstore.trainer.round.policy import Policy
-from gradstore.trainer.round.progress import Logger
 from gradstore.trainer.round.recording import scalars, selection_of
 from gradstore.trainer.round.run import Run
 from gradstore.trainer.round.runner import RoundRunner
@@ -50,14 +50,15 @@ class Rounds:
         settings: RoundSettings,
         *,
         name: str = "pool",
-        logger: Logger | None = None,
+        logger: Log | None = None,
         export: str | Path | None = None,
         dtype: str = "int8",
     ) -> None:
         """store: path of the run's store; the first round creates it if it does not exist. Each run needs its own
         store, which may already hold rows collected at step 0. pool, benchmarks: problem records. name: name of the
-        pool's collection. logger: receives each round's scalars. export: folder for rollout files of the rollouts made
-        for selection. dtype: dtype of a new store's rows.
+        pool's collection. logger: receives each round's scalars (trainer/loggers.py); a function of values and step
+        will do. export: folder for rollout files of the rollouts made for selection. dtype: dtype of a new store's
+        rows.
 
         RequestError for settings that do not fit the pool, for invalid records, and for a selector that needs a target
         when there is no benchmark.
@@ -81,7 +82,7 @@ class Rounds:
             raise RequestError(f"rollout_rule {settings.rollout_rule!r} needs a target: give a benchmark with problems")
         if self._run.needs_probes and 0 in (settings.refresh, settings.refresh_first):
             raise RequestError(f"selector {settings.selector!r} goes by probes of this step: refresh must be above 0")
-        self._logger = logger
+        self._log = None if logger is None else log_of(logger)
         self._done = 0
         self._store: Store | None = None
         self._policy: Policy | None = None
@@ -132,10 +133,10 @@ class Rounds:
             assert store is not None
             found = store.rounds(self._run.pool)[number]
         self._done = number + 1
-        if self._logger is not None:
+        if self._log is not None:
             assert store is not None
             before = store.rounds(self._run.pool)[number - 1] if number else None
-            self._logger(scalars(found, before), policy.step)
+            self._log(scalars(found, before), policy.step)
         return selection_of(found)
 
     def observe(self, policy: Policy, seen: Sequence[Group] | SketchBatch) -> int:

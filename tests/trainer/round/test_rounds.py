@@ -326,16 +326,16 @@ def test_tensorboard_gets_the_numbers(tmp_path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    from gradstore.trainer.round.progress import tensorboard
+    from gradstore.trainer.loggers import TensorBoard
 
-    log = tensorboard(tmp_path)
-    log({"round/rollouts": 192.0}, 4)
-    log({"round/rollouts": 96.0}, 8)
+    log = TensorBoard(tmp_path)
+    log.log({"round/rollouts": 192.0}, 4)
+    log.log({"round/rollouts": 96.0}, 8)
     events = EventAccumulator(str(tmp_path)).Reload()
     assert [(event.step, event.value) for event in events.Scalars("round/rollouts")] == [(4, 192.0), (8, 96.0)]
     log.close()
-    resumed = tensorboard(tmp_path, purge_step=5)
-    resumed({"round/rollouts": 48.0}, 8)
+    resumed = TensorBoard(tmp_path, purge_step=5)
+    resumed.log({"round/rollouts": 48.0}, 8)
     resumed.close()
     events = EventAccumulator(str(tmp_path)).Reload()
     assert [(event.step, event.value) for event in events.Scalars("round/rollouts")] == [(4, 192.0), (8, 48.0)]

@@ -14,7 +14,7 @@ from gradstore.engine.gradients.coverage import measure
 from gradstore.engine.gradients.gradient_pass import GradientPass
 from gradstore.engine.rollouts.group import Group
 from gradstore.engine.sketches.bases import sketcher_from
-from gradstore.trainer.verl.ranks import deal, gather
+from gradstore.trainer.round.ranks import deal, gather
 
 pytestmark = pytest.mark.verl
 

@@ -1,4 +1,4 @@
-"""Distribute groups over the actor's ranks, and put their results back in order.
+"""Distribute groups over the ranks of a sharded or replicated policy, and put their results back in order.
 
 A rank's run time depends on its tokens, not on its number of problems. So groups are assigned longest first, each to
 the rank with the fewest tokens. A rank may get no group.
