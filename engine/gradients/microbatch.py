@@ -17,7 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gradstore.engine.gradients.objectives import Objective, kl_scales, rollout_weights, weight_rounding
+from gradstore.engine.gradients.objectives import (
+    Objective,
+    kl_scales,
+    likelihood_weights,
+    rollout_weights,
+    weight_rounding,
+)
 from gradstore.engine.gradients.sharding import largest
 from gradstore.engine.rollouts.group import Group
 
@@ -107,9 +113,13 @@ def rollouts_of(
     rollouts = []
     for problem, group in enumerate(groups):
         lengths_G = np.array([len(response) for response in group.responses])
-        total_G = rollout_weights(group.rewards, lengths_G, objective)
-        scales_G = kl_scales(group.rewards, lengths_G, objective)
-        slack_G = weight_rounding(group.rewards, lengths_G, objective)
+        if group.solution:
+            total_G, scales_G = likelihood_weights(lengths_G), np.zeros(len(lengths_G))
+            slack_G = scales_G
+        else:
+            total_G = rollout_weights(group.rewards, lengths_G, objective)
+            scales_G = kl_scales(group.rewards, lengths_G, objective)
+            slack_G = weight_rounding(group.rewards, lengths_G, objective)
         merged_G = _merged(group, total_G, slack_G, objective)
         if not objective.importance or not merged_G.any():
             total_G = merged_G
