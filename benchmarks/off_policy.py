@@ -10,8 +10,8 @@ rollouts of the current policy, four times as many as a ranking has. The ceiling
 Spearman correlations are over the problems with a signal in both rollouts; where a rule drops every token, the cosine
 is 0. On-policy (0 steps) all rules are one.
 
-Beside them: the effective sample sizes of token ratios and of their products, as shares of the rollouts; the estimate of
-KL(behaviour || policy) per token, the mean of log mu - log pi. A second table pools all seeds and ages: the error of a
+Beside them: the effective sample sizes of token ratios and of their products, as shares of the rollouts; the estimate
+of KL(behaviour || policy) per token, the mean of log mu - log pi. A second table pools all seeds and ages: the error of a
 problem's cosine by its own effective sample size.
 
 Dimension letters: P problems.

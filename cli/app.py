@@ -72,6 +72,12 @@ def opt(help: str, *names: str, **settings: Any) -> Any:
     return typer.Option(*names, help=help.replace("[", "\\["), **settings)
 
 
+def given(context: typer.Context) -> dict[str, Any]:
+    """The parameters that stand on the command line, with their values."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return {name: context.params[name] for name, own in sources.items() if own and own.name == "COMMANDLINE"}
+
+
 def _print_version(asked: bool) -> None:
     if asked:
         from importlib.metadata import version

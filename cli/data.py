@@ -40,6 +40,9 @@ def data(
     instruction: Annotated[
         str | None, opt("What follows every question, instead of the usual text; '' for nothing.")
     ] = None,
+    solutions: Annotated[
+        bool, opt("Keep reference solutions (of gsm8k, math, metamath), for targets without rollouts.", "--solutions")
+    ] = False,
     form: Annotated[str, opt("verl or flat: the fields of the records.")] = "verl",
     known: Annotated[bool, opt("List the data sets known by name, and end.", "--list")] = False,
     json: Json = False,
@@ -59,6 +62,7 @@ def data(
         config=_config(config or [], parts),
         exclude=exclude or [],
         corruptions=[_corruption(text) for text in corrupt or []],
+        solutions=solutions,
         instruction=instruction,
     )
     pool = build(parts, options)
@@ -73,6 +77,7 @@ def data(
         "exclude": [str(path) for path in exclude or []],
         "corrupt": corrupt,
         "instruction": instruction,
+        **({"solutions": True} if solutions else {}),
     }
     write_problems(out, pool.records, {"asked": asked, **report}, form)
     if json:

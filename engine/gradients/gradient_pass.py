@@ -86,6 +86,8 @@ class GradientPass:
         )
         if largest >= n_vocabulary:
             raise RequestError(f"{name}: token id {largest} is outside the model's vocabulary of {n_vocabulary}")
+        if group.solution:
+            return
         if self.spec.objective.importance and group.logprobs is None:
             raise RequestError(f"{name}: has no log-probabilities, which an importance-weighted objective needs")
         beta = self.spec.objective.kl_beta

@@ -17,7 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gradstore.engine.gradients.objectives import Objective, kl_scales, rollout_weights, weight_rounding
+from gradstore.engine.gradients.objectives import (
+    Objective,
+    kl_scales,
+    likelihood_weights,
+    rollout_weights,
+    weight_rounding,
+)
 from gradstore.engine.gradients.sharding import largest
 from gradstore.engine.rollouts.group import Group
 from gradstore.errors import RequestError
@@ -122,9 +128,13 @@ def rollouts_of(
     rollouts = []
     for problem, group in enumerate(groups):
         lengths_R = group.n_written
-        total_R = rollout_weights(group.rewards, lengths_R, objective, group.rollout_of)
-        scales_R = kl_scales(group.rewards, lengths_R, objective)
-        slack_R = weight_rounding(group.rewards, lengths_R, objective, group.rollout_of)
+        if group.solution:
+            total_R, scales_R = likelihood_weights(lengths_R), np.zeros(len(lengths_R))
+            slack_R = scales_R
+        else:
+            total_R = rollout_weights(group.rewards, lengths_R, objective, group.rollout_of)
+            scales_R = kl_scales(group.rewards, lengths_R, objective)
+            slack_R = weight_rounding(group.rewards, lengths_R, objective, group.rollout_of)
         if rollout_weights_PG is not None:
             factors_G = np.asarray(rollout_weights_PG[problem])
             factors_R = factors_G if group.rollout_of is None else factors_G[group.rollout_of]

@@ -204,6 +204,14 @@ def _shared_out(values_R: np.ndarray, lengths_R: np.ndarray, aggregation: Aggreg
     return np.where(lengths_R > 0, weights_R, 0.0)
 
 
+def likelihood_weights(lengths_G: np.ndarray) -> np.ndarray:
+    """Token weight of reference solutions, float64 [G]: J is the mean token log-likelihood (LESS, arXiv 2402.04333).
+
+    lengths_G: tokens of each solution. No advantage, no baseline: the solution is right.
+    """
+    return 1.0 / np.maximum(lengths_G, 1)
+
+
 def kl_weights(logprobs_N: "Tensor", reference_N: "Tensor", scales_N: "Tensor") -> "Tensor":
     """KL part of the token weights: derivative of -KL with respect to the log-probability, times scales_N.
 

@@ -52,6 +52,8 @@ class DataSet:
     """Text after the question in the prompt."""
     ability: str = "math"
     """verl's `ability` field, and the problems' first tag."""
+    solution: bool = False
+    """Whether the answer column is a whole solution, which `--solutions` keeps."""
     reward: str = "math"
     """The reward that can grade its answers; `--reward auto` uses it."""
 
@@ -103,14 +105,14 @@ DATA_SETS: dict[str, DataSet] = {
                 read_question=_dapo_question, read_answer=answers.ground_truth),
         DataSet("deepscaler", "agentica-org/DeepScaleR-Preview-Dataset", "train", "problem", "answer"),
         DataSet("gsm8k", "openai/gsm8k", "train", "question", "answer",
-                configs=("main",), read_answer=answers.after_hashes),
+                configs=("main",), read_answer=answers.after_hashes, solution=True),
         DataSet("math", "EleutherAI/hendrycks_math", "train", "problem", "solution",
                 configs=("algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory",
                          "prealgebra", "precalculus"),
-                topic="type", read_answer=answers.boxed),
+                topic="type", read_answer=answers.boxed, solution=True),
         DataSet("math500", "HuggingFaceH4/MATH-500", "test", "problem", "answer", id="unique_id", topic="subject"),
         DataSet("metamath", "meta-math/MetaMathQA", "train", "query", "response",
-                topic="type", read_answer=answers.after_phrase),
+                topic="type", read_answer=answers.after_phrase, solution=True),
         _choice("mmlupro", "TIGER-Lab/MMLU-Pro", "test", "answer", "question_id", "category"),
         DataSet("strategyqa", "tasksource/strategy-qa", "train", "question", "answer",
                 id="qid", instruction=TRUE_FALSE, ability="knowledge"),

@@ -50,6 +50,8 @@ class Options:
     exclude: Sequence[Path] = ()
     """Problem files, such as held-out benchmarks, whose prompts are excluded from the pool."""
     corruptions: Sequence[Corruption] = ()
+    solutions: bool = False
+    """Keep reference solutions (gsm8k, math, metamath) in the problems' `extra`."""
     instruction: str | None = None
     """Text after every question; None: the data sets' own texts; "": nothing."""
 
@@ -203,7 +205,9 @@ def _candidates(
         yield from files[part.name]
     for source in _data_sets(part):
         local = options.local.get(source.name, options.local.get(part.name))
-        loaded = load(source, split=part.split, local=local, instruction=options.instruction)
+        loaded = load(
+            source, split=part.split, local=local, instruction=options.instruction, solutions=options.solutions
+        )
         report.rows += loaded.rows
         report.not_kept += loaded.not_kept
         report.duplicates += loaded.duplicates

@@ -20,6 +20,7 @@ from gradstore.engine.probing.batch import ProbeBatch
 from gradstore.engine.probing.calibration import Calibration
 from gradstore.engine.probing.probe import Probe
 from gradstore.engine.rollouts.group import Group
+from gradstore.engine.rollouts.solutions import solution_groups
 from gradstore.engine.rollouts.tokens import text_of
 from gradstore.engine.sketches.bases import SketcherFiles, fit_sketcher, sketcher_from
 from gradstore.engine.sketches.from_training_pass import sketched_and_summed
@@ -122,6 +123,9 @@ class LocalPolicy:
             for i, problem in enumerate(problems)
         ]
         return groups if self.reference is None else self.reference.of(groups)
+
+    def solutions(self, problems: Sequence[Mapping[str, Any]]) -> list[Group]:
+        return solution_groups(problems, self.tokenizer, template_kwargs=self.sampling.template_kwargs)
 
     def fit(self, spec: SketchSpec, groups: Sequence[Group], benchmark: Sequence[Group] = ()) -> SketcherFiles:
         self._sketcher, files = fit_sketcher(self.model, self._checked(spec), groups, benchmark)

@@ -21,6 +21,8 @@ import gradstore
 from gradstore import Round, Store
 from gradstore.engine.gradients.objectives import Objective
 from gradstore.engine.rollouts.group import Group
+from gradstore.engine.rollouts.solutions import solution_text
+from gradstore.engine.searching.targets import SOLUTIONS, kind_of
 from gradstore.engine.selecting.selection import Selection
 from gradstore.engine.sketches.spec import SketchBatch
 from gradstore.errors import RequestError
@@ -80,12 +82,29 @@ class Rounds:
             raise RequestError(f"selector {settings.selector!r} needs a target: give a benchmark with problems")
         if self._run.weighs_by_target and not any(self._run.benchmarks.values()):
             raise RequestError(f"rollout_rule {settings.rollout_rule!r} needs a target: give a benchmark with problems")
+        self._check_solutions()
         if self._run.needs_probes and 0 in (settings.refresh, settings.refresh_first):
             raise RequestError(f"selector {settings.selector!r} goes by probes of this step: refresh must be above 0")
         self._log = None if logger is None else log_of(logger)
         self._done = 0
         self._store: Store | None = None
         self._policy: Policy | None = None
+
+    def _check_solutions(self) -> None:
+        """RequestError if a name of the pool or of a benchmark claims solutions that cannot be used."""
+        run = self._run
+        if kind_of(run.pool) == "solutions":
+            raise RequestError(f"the pool is called {run.pool!r}: names that end in {SOLUTIONS} are for solutions")
+        for name, records in run.benchmarks.items():
+            if kind_of(name) == "rollouts":
+                continue
+            if run.needs_probes:
+                raise RequestError(
+                    f"benchmark {name!r}: probes need its rollouts: leave {SOLUTIONS} out of its name, or take another "
+                    "selector"
+                )
+            for record in records:
+                solution_text(record)
 
     @property
     def settings(self) -> RoundSettings:
@@ -126,6 +145,7 @@ class Rounds:
                     {**kept.about, "number": number, "step": policy.step, **_NOTHING}, kept.table
                 )
             else:
+                self._check_policy(policy)
                 runner = RoundRunner(self._run, policy, number)
                 if store is None:
                     self._store = store = runner.make_store()
@@ -195,6 +215,11 @@ class Rounds:
             raise RequestError("this is not a state of selection rounds: it has no member `rounds` or `settings`")
         _check_same(dict(state["settings"]), _plain(self.settings), "the saved state")
         self._done = int(state["rounds"])
+
+    def _check_policy(self, policy: Policy) -> None:
+        of_solutions = [name for name in self._run.benchmarks if kind_of(name) == "solutions"]
+        if of_solutions and not hasattr(policy, "solutions"):
+            raise RequestError(f"benchmark {of_solutions[0]!r}: this trainer makes no targets from solutions")
 
     def _open(self, policy: Policy) -> Store | None:
         if self._store is None or self._policy is not policy:

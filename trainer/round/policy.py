@@ -33,6 +33,13 @@ class Policy(Protocol):
         """
         ...
 
+    def solutions(self, problems: Sequence[Mapping[str, Any]]) -> list[Group]:
+        """The problems' reference solutions, one group each (engine/rollouts/solutions.py), in the problems' order.
+
+        Needed only for benchmarks of solutions; a policy may do without it, and such rounds are then refused.
+        """
+        ...
+
     def fit(self, spec: SketchSpec, groups: Sequence[Group], benchmark: Sequence[Group] = ()) -> SketcherFiles:
         """Make the run's sketcher and use it from now on.
 

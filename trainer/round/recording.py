@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from gradstore import Round, State, Store
 from gradstore.engine.probing.calibration import Calibration
+from gradstore.engine.searching.targets import kind_of
 from gradstore.engine.selecting.selection import Selection
 from gradstore.trainer.round.aiming import Aim
 from gradstore.trainer.round.journal import Plan
@@ -97,7 +98,8 @@ def about_round(scope: Scope, aim: Aim, picked: Picked, work: Work, seen: int) -
     targets = [own.describe() for own in aim.targets]
     selection = chosen.describe()
     del selection["problems"]
-    n_validation = sum(len(scope.run.benchmarks[name]) for name in scope.benchmarks)
+    rolled_out = [name for name in scope.benchmarks if kind_of(name) == "rollouts"]
+    n_validation = sum(len(scope.run.benchmarks[name]) for name in rolled_out)
     return {
         "number": scope.number,
         "step": scope.step,
