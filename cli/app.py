@@ -57,7 +57,7 @@ _PANEL = {
 def in_order_of_work() -> typer.Typer:
     """The application with its commands in the order of `_PANEL`, whatever file was imported first."""
     order = list(_PANEL)
-    app.registered_commands.sort(key=lambda one: order.index(one.name or getattr(one.callback, "__name__", "")))
+    app.registered_commands.sort(key=lambda one: order.index(str(one.name or getattr(one.callback, "__name__", ""))))
     return app
 
 

@@ -97,7 +97,7 @@ def search(
     check_number("k", k, least=1)
     goal = target(view.store, query, view.at) if isinstance(query, str) else query
     queries_QD = query_vectors(view, [goal], metric, damping)
-    eligible = eligible_positions(view, Where.of(where))
+    eligible = eligible_positions(view, where if isinstance(where, np.ndarray) else Where.of(where))
     if index is not None and len(view.live_bases) > 1:
         index = None  # an index has entries of one basis
     if isinstance(index, str):

@@ -27,9 +27,9 @@ class Where:
             object.__setattr__(self, name, (given,) if isinstance(given, str) else tuple(given))
 
     @classmethod
-    def of(cls, given: "Where | str | Iterable[str] | np.ndarray | None") -> "Where | np.ndarray | None":
-        """A filter as it is, or from terms as `parse` takes them: `"source=gsm8k"`; a mask and None stay."""
-        if given is None or isinstance(given, Where | np.ndarray):
+    def of(cls, given: "Where | str | Iterable[str] | None") -> "Where | None":
+        """A filter as it is, or from terms as `parse` takes them: `"source=gsm8k"`; None stays."""
+        if given is None or isinstance(given, Where):
             return given
         if isinstance(given, Mapping) or not isinstance(given, Iterable):
             raise RequestError(f"where is {given!r:.80}, expected Where(sources=..., tags=..., pass_rate=...) or terms")
