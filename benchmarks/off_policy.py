@@ -11,8 +11,8 @@ Spearman correlations are over the problems with a signal in both rollouts; wher
 is 0. On-policy (0 steps) all rules are one.
 
 Beside them: the effective sample sizes of token ratios and of their products, as shares of the rollouts; the estimate
-of KL(behaviour || policy) per token, the mean of log mu - log pi. A second table pools all seeds and ages: the error of a
-problem's cosine by its own effective sample size.
+of KL(behaviour || policy) per token, the mean of log mu - log pi. A second table pools all seeds and ages: the error of
+a problem's cosine by its own effective sample size.
 
 Dimension letters: P problems.
 """
