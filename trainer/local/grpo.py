@@ -185,7 +185,7 @@ class Learner:
         groups = dealt.groups
         parts = np.array_split(np.arange(len(groups)), min(self.settings.minibatches, len(groups)))
         norms = [self._update(dealt.taken(part.tolist()), along) for part in parts]
-        lengths = [len(response) for group in groups for response in group.responses]
+        lengths = np.concatenate([group.n_written for group in groups])
         return {
             "reward": float(np.mean([group.rewards.mean() for group in groups])),
             "with_signal": float(np.mean([group.has_signal for group in groups])),
