@@ -26,7 +26,6 @@ from gradstore.engine.gradients.objectives import (
 )
 from gradstore.engine.gradients.sharding import largest
 from gradstore.engine.rollouts.group import Group
-from gradstore.errors import RequestError
 
 _WIDTH = 8
 """Grid widths are multiples of this many tokens: attention to 191 tokens takes an eighth longer than to 192."""
@@ -118,7 +117,7 @@ def rollouts_of(
     factors_P: Sequence[float] | None = None,
     rollout_weights_PG: Sequence[np.ndarray] | None = None,
 ) -> list[WeightedSequence]:
-    """The rollouts of the groups with nonzero weight; the others add nothing to any gradient.
+    """The responses of the groups with nonzero weight; the others add nothing to any gradient.
 
     A repeated response is run once with the sum of its weights, because the gradient is linear in them; not if
     importance ratios multiply each weight. Weights that are rounding error become zero, and a group whose repeated
@@ -136,9 +135,8 @@ def rollouts_of(
             scales_R = kl_scales(group.rewards, lengths_R, objective)
             slack_R = weight_rounding(group.rewards, lengths_R, objective, group.rollout_of)
         if rollout_weights_PG is not None:
-            factors_G = np.asarray(rollout_weights_PG[problem])
-            factors_R = factors_G if group.rollout_of is None else factors_G[group.rollout_of]
-            total_R, slack_R = total_R * factors_R, slack_R * factors_R
+            factor_R = rollout_weights_PG[problem][group.rollouts]
+            total_R, slack_R = total_R * factor_R, slack_R * factor_R
         prompt_R = prompt_numbers(group)
         merged_R = _merged(group, prompt_R, total_R, slack_R, objective)
         if not objective.importance or not merged_R.any():
@@ -146,22 +144,14 @@ def rollouts_of(
         if factors_P is not None:
             total_R, scales_R = total_R * factors_P[problem], scales_R * factors_P[problem]
         rollouts += [
-            _sequence(group, problem, j, float(total_R[j]), prompt_R[j], float(scales_R[j]))
+            _sequence(group, problem, j, prompt_R[j], float(total_R[j]), float(scales_R[j]))
             for j in np.flatnonzero((total_R != 0) | (scales_R != 0)).tolist()
         ]
     return rollouts
 
 
-def prompt_numbers(group: Group) -> list[int]:
-    """Number of each response's prompt among the group's different prompts, in order of first appearance."""
-    if group.prompts is None:
-        return [0] * len(group.responses)
-    first: dict[bytes, int] = {}
-    return [first.setdefault(prompt.tobytes(), len(first)) for prompt in group.prompts]
-
-
 def _sequence(
-    group: Group, problem: int, j: int, weight: float, prompt: int = 0, kl_scale: float = 0.0
+    group: Group, problem: int, j: int, prompt: int, weight: float, kl_scale: float = 0.0
 ) -> WeightedSequence:
     return WeightedSequence(
         problem,
@@ -179,45 +169,50 @@ def _sequence(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Apart:
-    """Rollouts of groups, each a problem of its own: gradients of the single rollouts."""
+    """Responses of groups, each a problem of its own: gradients of the single responses."""
 
     sequences: list[WeightedSequence]
     """What is run: a problem for each distinct response of a group whose weight is not zero."""
     groups: list[int]
     """Group of each sequence."""
-    sequence_PG: list[np.ndarray]
-    """Sequence of each rollout, int64 [G] for each group; -1 if its weight is zero."""
-    factor_PG: list[np.ndarray]
-    """A rollout's gradient is its sequence's times this, float64 [G]; 0 if its weight is zero."""
+    sequence_PR: list[np.ndarray]
+    """Sequence of each response, int64 [R] for each group; -1 if its weight is zero."""
+    factor_PR: list[np.ndarray]
+    """A response's gradient is its sequence's times this, float64 [R]; 0 if its weight is zero."""
 
 
 def apart(groups: Sequence[Group], objective: Objective) -> Apart:
-    """The rollouts of the groups as problems of their own, with the weights that they have in their group's objective.
+    """The responses of the groups as problems of their own, with the weights that they have in their group's objective.
 
-    The parts of a group's rollouts add up to its gradient. objective: without importance ratios and KL term, whose
-    token weights no single factor turns into those of an equal response. RequestError for rollouts of several outputs.
+    The parts of a group's responses add up to its gradient. objective: without importance ratios and KL term, whose
+    token weights no single factor turns into those of an equal response.
     """
     found = Apart([], [], [], [])
     for number, group in enumerate(groups):
-        if group.rollout_of is not None:
-            raise RequestError(
-                f"problem {group.problem_id!r}: its rollouts have several outputs, which are not told apart: leave the "
-                "rollout rule out"
-            )
-        total_G = rollout_weights(group.rewards, group.n_written, objective)
-        sequence_G, factor_G = np.full(len(total_G), -1), np.zeros(len(total_G))
-        first: dict[tuple[bytes, bytes], int] = {}
-        for j in np.flatnonzero(total_G).tolist():
+        total_R = rollout_weights(group.rewards, group.n_written, objective, group.rollout_of)
+        prompt_R = prompt_numbers(group)
+        sequence_R, factor_R = np.full(len(total_R), -1), np.zeros(len(total_R))
+        first: dict[tuple[int, bytes, bytes], int] = {}
+        for j in np.flatnonzero(total_R).tolist():
             mask = b"" if group.masks is None else group.masks[j].tobytes()
-            original = first.setdefault((group.responses[j].tobytes(), mask), j)
+            original = first.setdefault((prompt_R[j], group.responses[j].tobytes(), mask), j)
             if original == j:
-                sequence_G[j] = len(found.sequences)
-                found.sequences.append(_sequence(group, len(found.sequences), j, float(total_G[j])))
+                sequence_R[j] = len(found.sequences)
+                weight = float(total_R[j])
+                found.sequences.append(_sequence(group, len(found.sequences), j, prompt_R[j], weight))
                 found.groups.append(number)
-            sequence_G[j], factor_G[j] = sequence_G[original], total_G[j] / total_G[original]
-        found.sequence_PG.append(sequence_G)
-        found.factor_PG.append(factor_G)
+            sequence_R[j], factor_R[j] = sequence_R[original], total_R[j] / total_R[original]
+        found.sequence_PR.append(sequence_R)
+        found.factor_PR.append(factor_R)
     return found
+
+
+def prompt_numbers(group: Group) -> list[int]:
+    """Number of each response's prompt among the group's different prompts, in order of first appearance."""
+    if group.prompts is None:
+        return [0] * len(group.responses)
+    first: dict[bytes, int] = {}
+    return [first.setdefault(prompt.tobytes(), len(first)) for prompt in group.prompts]
 
 
 def _merged(

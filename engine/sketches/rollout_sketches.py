@@ -5,7 +5,8 @@ prompt once for each of its distinct responses, because a shared prompt's gradie
 the rows follow a rollout's dot with any target in sketch space, its dot with the step's mean gradient, and its square:
 what the rules in engine/selecting/rollout_rules.py go by.
 
-Dimension letters: P problems, G rollouts of a group, S sequences that are run, C core entries, D sketch dimensions.
+Dimension letters: P problems, G rollouts of a group, R responses (outputs) of a group, S sequences that are run,
+C core entries, D sketch dimensions.
 """
 
 from collections.abc import Sequence
@@ -28,8 +29,8 @@ class RolloutSketches:
     ids: list[str]
     """Problem of each group."""
     rows: list[np.ndarray]
-    """Sketch of each rollout's part, float32 [G, D] for each group; zero where the advantage is. The rows of a group
-    add up to the sketch of its gradient."""
+    """Sketch of each rollout's part, all its outputs together, float32 [G, D] for each group; zero where the advantage
+    is. The rows of a group add up to the sketch of its gradient."""
     n_tokens: int
     """Tokens that went through the model, without padding and repeated responses."""
 
@@ -59,10 +60,11 @@ def sketch_rollouts(sketcher: Sketcher, groups: Sequence[Group], objective: Obje
         name = groups[found.groups[bad.problem]].problem_id
         raise RequestError(f"problem {name!r}: the gradient of rollout {bad.index} is not finite")
     padded_SD = np.concatenate([sketches_SD, np.zeros((1, sketcher.dim), np.float32)])  # the row of sequence -1
-    rows = [
-        padded_SD[sequence_G] * factor_G.astype(np.float32)[:, None]
-        for sequence_G, factor_G in zip(found.sequence_PG, found.factor_PG, strict=True)
-    ]
+    rows = []
+    for group, sequence_R, factor_R in zip(groups, found.sequence_PR, found.factor_PR, strict=True):
+        own_GD = np.zeros((len(group.rewards), sketcher.dim), np.float32)
+        np.add.at(own_GD, group.rollouts, padded_SD[sequence_R] * factor_R.astype(np.float32)[:, None])
+        rows.append(own_GD)
     return RolloutSketches([group.problem_id for group in groups], rows, n_tokens)
 
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from gradstore import RequestError
 from gradstore.engine import Direction, Probe, Sketcher, SketchSpec, objective, validation_gradient
+from gradstore.engine.gradients.microbatch import rollouts_of
 from gradstore.engine.gradients.objectives import Objective, rollout_weights
 from gradstore.engine.rollouts.group import Group
 from gradstore.engine.selecting import registry
@@ -104,6 +105,25 @@ def test_parts_of_a_group_add_up_to_its_sketch(
     off_policy = replace(sketcher.spec.objective, importance=True, clip_low=0.2, kl_beta=0.1)
     for one, other in zip(rows, sketch_rollouts(sketcher, step, off_policy).rows, strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+def test_outputs_of_a_rollout_are_weighed_together(make_model: Callable[[str], nn.Module], step: list[Group]) -> None:
+    """A rollout of two outputs has one row and one weight; tokens of tools are in neither."""
+    random, group = np.random.default_rng(4), step[0]
+    masks = [random.random(len(response)) < 0.7 for response in group.responses]
+    prompts = [group.prompt_ids, *[random.integers(0, 61, 5) for _ in group.responses[1:]]]
+    outputs = replace(
+        group, masks=masks, prompts=prompts, rollout_of=np.array([0, 0, 1, 2, 2, 1]), rewards=np.array([1.0, 0.0, 0.5])
+    )
+    sketcher = Sketcher(make_model("qwen2"), SketchSpec(rank=8))
+    found = sketch_rollouts(sketcher, [outputs]).rows[0]
+    assert len(found) == 3
+    np.testing.assert_allclose(found.sum(0), sketcher.sketch([outputs]).sketches[0], rtol=1e-3, atol=1e-6)
+    kept = np.array([0.0, 0.5, 2.0])
+    whole = {f"{r.index}": r.weight for r in rollouts_of([outputs], objective("grpo"))}
+    for rollout in rollouts_of([outputs], objective("grpo"), None, [kept]):
+        expected = whole[f"{rollout.index}"] * kept[outputs.rollouts[rollout.index]]
+        assert rollout.weight == pytest.approx(expected)
 
 
 def test_probed_derivatives_give_the_same_dots(
