@@ -19,19 +19,22 @@ class Batch:
 
 
 class Queue:
-    """verl's queue with advantages of the rollouts; counts what is written."""
+    """verl's queue with advantages and weights of the rollouts; counts what is written."""
 
-    def __init__(self, rows: dict[str, list[float]]) -> None:
-        self.rows, self.n_written = rows, 0
+    def __init__(self, rows: dict[str, list[float]], weight_of: dict[str, float]) -> None:
+        self.rows, self.weight_of, self.n_written = rows, weight_of, 0
 
     def kv_batch_get(self, keys: list[str], partition_id: str, select_fields: list[str]) -> Any:
         import torch
-        from tensordict import TensorDict
+        from tensordict import NonTensorData, NonTensorStack, TensorDict
 
-        assert select_fields == ["advantages"]
+        (field,) = select_fields
+        if field == "gradstore_weight":
+            weights = [NonTensorData(self.weight_of.get(key.split("_")[0], 1.0)) for key in keys]
+            return TensorDict({field: NonTensorStack(*weights)}, batch_size=len(keys))
         rows = [torch.tensor(self.rows[key]) for key in keys]
         nested = torch.nested.as_nested_tensor(rows, layout=torch.jagged)
-        return TensorDict({"advantages": nested}, batch_size=len(keys))
+        return TensorDict({field: nested}, batch_size=len(keys))
 
     def kv_batch_put(self, keys: list[str], partition_id: str, fields: Any) -> None:
         self.n_written += 1
@@ -39,19 +42,21 @@ class Queue:
             self.rows[key] = row.tolist()
 
 
-def computed(monkeypatch: pytest.MonkeyPatch, weight_of: dict[str, float]) -> Queue:
+def computed(monkeypatch: pytest.MonkeyPatch, weight_of: dict[str, float], ahead: bool = False) -> Queue:
     """The queue after our trainer's advantages, verl's own being there."""
     from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
     from gradstore.trainer.verl import selecting_trainer, transfer
 
-    queue = Queue({"a_0_0": [0.1, 0.2, 0.3], "a_1_0": [-0.7], "b_0_0": [0.3, 0.3], "pad1_0_0": [0.0]})
+    rows = {"a_0_0": [0.1, 0.2, 0.3], "a_1_0": [-0.7], "b_0_0": [0.3, 0.3], "pad1_0_0": [0.0]}
+    queue = Queue(rows, weight_of)
     monkeypatch.setattr(transfer, "tq", queue)
     monkeypatch.setattr(PPOTrainerSync, "_compute_advantage", lambda self, batch, metrics: batch)
     trainer = object.__new__(selecting_trainer.SelectingTrainer)
     rounds = RoundSettings(selected=1, train_batch=1, steps=1, observe="none")
-    trainer.settings, trainer.sampler = type("Settings", (), {"rounds": rounds})(), RoundSampler(["a"])
-    trainer._weight_of = weight_of
+    trainer.settings = type("Settings", (), {"rounds": rounds, "asynchronous": ahead})()
+    trainer.sampler = RoundSampler(["a", "b"])
+    trainer.sampler.feed(["a"], weights=weight_of)
     batch = Batch(list(queue.rows))
     assert trainer._compute_advantage(batch, {}) is batch
     return queue
@@ -66,6 +71,7 @@ def test_rows_are_scaled_by_their_problems_weight(monkeypatch: pytest.MonkeyPatc
     assert queue.rows["pad1_0_0"] == [0.0]
 
 
-def test_usual_weights_write_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("ahead", [False, True])
+def test_usual_weights_write_nothing(monkeypatch: pytest.MonkeyPatch, ahead: bool) -> None:
     """A run without weights is verl's own, bit for bit."""
-    assert computed(monkeypatch, {}).n_written == 0
+    assert computed(monkeypatch, {}, ahead).n_written == 0
