@@ -65,7 +65,9 @@ class GradientPass:
                 f"the model's context is {self.context}"
             )
         n_vocabulary = self.policy.n_vocabulary
-        largest = max(int(ids.max()) for ids in (group.prompt_ids, *group.responses) if len(ids))
+        largest = max(
+            int(ids.max()) for ids in (group.prompt_ids, *(group.prompts or ()), *group.responses) if len(ids)
+        )
         if largest >= n_vocabulary:
             raise RequestError(f"{name}: token id {largest} is outside the model's vocabulary of {n_vocabulary}")
         if self.spec.objective.importance and group.logprobs is None:
@@ -134,12 +136,12 @@ def _kept_in(told: list[tuple[Tensor, Tensor, Tensor]]) -> OnWeights:
 class EffectiveSampleSize:
     """Effective sample size (Kish) of a group's importance-weighted rollouts: G (sum rho)^2 / (n sum rho^2).
 
-    rho: importance ratio of each of the n response tokens with nonzero weight, 0 where clipped. The size is G for
+    rho: importance ratio of each of the n tokens of the policy with nonzero weight, 0 where clipped. The size is G for
     on-policy rollouts, and less if a few tokens dominate the ratios or ratios are clipped.
     """
 
     def __init__(self, groups: Sequence[Group], device: torch.device) -> None:
-        self._n_rollouts_P = np.array([len(group.responses) for group in groups])
+        self._n_rollouts_P = np.array([group.n_rollouts for group in groups])
         self._sums_P3 = torch.zeros(len(groups), 3, dtype=torch.float64, device=device)
 
     def __call__(self, problem_B: Tensor, before_BN: Tensor, after_BN: Tensor) -> None:

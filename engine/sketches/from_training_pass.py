@@ -10,7 +10,7 @@ factor. Otherwise the problem is sketched in a separate pass, before the weights
 different length under another aggregation, importance ratios, a KL term in one objective only, or several groups of one
 problem (they need a common baseline).
 
-Dimension letters: P problems, W groups of the training pass, G rollouts of a group, C core entries.
+Dimension letters: P problems, W groups of the training pass, R responses of a group, C core entries.
 """
 
 import logging
@@ -106,11 +106,12 @@ def factor(group: Group, trained: Objective, wanted: Objective) -> float | None:
             return None
     if trained.temperature != wanted.temperature:
         return None
-    lengths_G = np.array([len(response) for response in group.responses])
-    have_G, want_G = (rollout_weights(group.rewards, lengths_G, rule) for rule in (trained, wanted))
-    if not want_G.any():
+    have_R, want_R = (
+        rollout_weights(group.rewards, group.n_written, rule, group.rollout_of) for rule in (trained, wanted)
+    )
+    if not want_R.any():
         return 0.0
-    if ((have_G == 0) & (want_G != 0)).any():
+    if ((have_R == 0) & (want_R != 0)).any():
         return None
-    ratios = want_G[have_G != 0] / have_G[have_G != 0]
+    ratios = want_R[have_R != 0] / have_R[have_R != 0]
     return float(ratios[0]) if np.ptp(ratios) <= _RELATIVE * np.abs(ratios).max() else None

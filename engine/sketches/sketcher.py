@@ -271,6 +271,6 @@ def _label(groups: Sequence[Group], sketches_PD: np.ndarray, n_tokens: int) -> S
         states,
         reasons,
         np.array([group.pass_rate for group in groups], np.float32),
-        np.array([len(group.responses) for group in groups], np.int32),
+        np.array([group.n_rollouts for group in groups], np.int32),
         n_tokens,
     )

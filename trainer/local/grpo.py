@@ -138,7 +138,7 @@ class Learner:
             self._update([groups[i] for i in part], None if shares is None else [shares[i] for i in part], along)
             for part in (part.tolist() for part in parts)
         ]
-        lengths = [len(response) for group in groups for response in group.responses]
+        lengths = np.concatenate([group.n_written for group in groups])
         return {
             "reward": float(np.mean([group.rewards.mean() for group in groups])),
             "with_signal": float(np.mean([group.has_signal for group in groups])),

@@ -17,7 +17,9 @@ Batch = TypeVar("Batch")
 
 def deal(groups: Sequence[Group], n_ranks: int) -> list[list[int]]:
     """Indices into `groups` for each rank; deterministic."""
-    tokens = np.array([sum(len(group.prompt_ids) + len(response) for response in group.responses) for group in groups])
+    tokens = np.array(
+        [sum(len(group.prompt_of(j)) + len(response) for j, response in enumerate(group.responses)) for group in groups]
+    )
     shares: list[list[int]] = [[] for _ in range(n_ranks)]
     loads = np.zeros(n_ranks)
     for place in np.argsort(-tokens, kind="stable").tolist():
