@@ -48,8 +48,7 @@ class LivePolicy:
         """Sample and score n rollouts per problem, through verl's agent loop and rewards.
 
         With a KL term they have the reference policy's log-probabilities, where the rewards have a signal.
-        GradstoreError when the rollout engine failed on a problem, or wrote with other weights than the actor's;
-        RequestError for rollouts that cannot be sketched (several outputs).
+        GradstoreError when the rollout engine failed on a problem, or wrote with other weights than the actor's.
         """
         if not problems:
             return []

@@ -204,7 +204,7 @@ def _follow(verl: Mapping[str, Any], parsed: dict[str, Any]) -> tuple[str, ...]:
     """Give the parsed settings verl's objective, where they have no preset; fields given by name win. Returns notes."""
     spec = parsed.setdefault("spec", {})
     own = spec.get("objective") or {}
-    if isinstance(own, Objective):  # a preset
+    if isinstance(own, Objective) or {field.name for field in fields(Objective)} <= own.keys():  # a preset
         return ()
     theirs, notes = verls_objective(verl, importance=bool(own.get("importance")))
     if theirs.get("kl_beta") and "kl_beta" not in own and _probes(parsed.get("selector")):

@@ -19,7 +19,6 @@ from verl.utils.dataset.rl_dataset import collate_fn
 
 from gradstore.engine.rollouts import group
 from gradstore.engine.rollouts.group import Group
-from gradstore.errors import RequestError
 from gradstore.problems import to_verl
 from gradstore.trainer.sampling.backends import derived_seed
 from gradstore.trainer.verl.agent_loop import SEED_FIELD
@@ -86,7 +85,7 @@ def groups_of(
 
     id_of: uid -> problem id. logprobs: keep the rollout engine's log-probabilities. reference: keep the reference
     policy's, which the trainer has computed. Tokens that the policy did not write (of tools, of users) are masked out.
-    RequestError for a rollout with more than one output.
+    Several outputs of a rollout are sequences with a prompt each; as in verl, the reward is that of the last one.
     """
     keys = sorted(keys, key=place_of)
     wanted = [*FIELDS, *([LOGPROBS] if logprobs else []), *([REFERENCE] if reference else [])]
@@ -102,19 +101,22 @@ def groups_of(
 
     groups = {}
     for uid, places in members.items():
-        name = id_of[uid]
-        sessions = [place_of(keys[place])[1] for place in places]
-        if len(set(sessions)) < len(sessions):
-            raise RequestError(f"problem {name!r}: an agent loop gave several outputs for one rollout, expected one")
+        last_of = {place_of(keys[place])[1]: place for place in places}
+        rollouts = {session: number for number, session in enumerate(last_of)}
+        prompts = [columns["prompts"][place].numpy().astype(np.int64) for place in places]
         masks = [columns["response_mask"][place].numpy() > 0 for place in places]
         groups[uid] = Group(
-            name,
-            columns["prompts"][places[0]].numpy().astype(np.int64),
+            id_of[uid],
+            prompts[0],
             [columns["responses"][place].numpy().astype(np.int64) for place in places],
-            np.array([float(columns["rm_scores"][place].sum()) for place in places]),
+            np.array([float(columns["rm_scores"][place].sum()) for place in last_of.values()]),
             floats(LOGPROBS, places),
             floats(REFERENCE, places),
             None if all(mask.all() for mask in masks) else masks,
+            None if all(np.array_equal(prompt, prompts[0]) for prompt in prompts) else prompts,
+            None
+            if len(last_of) == len(places)
+            else np.array([rollouts[place_of(keys[place])[1]] for place in places], dtype=np.int64),
         )
     return groups
 

@@ -1,6 +1,7 @@
 """The node `gradstore` of a configuration in verl's form, read without verl."""
 
 import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -94,10 +95,21 @@ def test_the_objective_follows_verls(verl: dict[str, Any], node: dict[str, Any],
     assert found.notes == ()
 
 
-def test_ratios_follow_verls_loss() -> None:
-    """Off policy the losses differ, and so do their bounds."""
-    found = reading({**GRPO, **CLIPS}, spec={"objective": {"importance": True}}).rounds.spec.objective
-    assert (found.importance, found.clip_low, found.clip_high) == (True, 0.2, 0.28)
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [
+        ("vanilla", {"ratio_cap": 3.0}),
+        ("gspo", {"ratio": "sequence"}),
+        ("cispo", {"off_policy": "cispo"}),
+    ],
+)
+def test_ratios_follow_verls_loss(mode: str, expected: dict[str, Any]) -> None:
+    """Off policy the losses differ, and so do their ratios and bounds."""
+    verl = {**GRPO, **CLIPS, f"{ACTOR}.clip_ratio_c": 3.0, f"{ACTOR}.policy_loss": {"loss_mode": mode}}
+    found = asdict(reading(verl, spec={"objective": {"importance": True}}).rounds.spec.objective)
+    known = {name: value for name, value in expected.items() if name in found}
+    expected = {"importance": True, "clip_low": 0.2, "clip_high": 0.28, **known}
+    assert {name: found[name] for name in expected} == expected
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,9 @@
 """Groups read from verl's queue: order, masks of tools' tokens, log-probabilities, policy versions."""
 
-import re
 from typing import Any
 
 import numpy as np
 import pytest
-
-from gradstore.errors import RequestError
 
 pytestmark = pytest.mark.verl
 
@@ -86,7 +83,15 @@ def test_versions() -> None:
     assert versions_of([{"min_global_steps": None, "max_global_steps": None}, {}]) == set()
 
 
-def test_several_outputs_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = {**ROWS, "b_1_1": row([3], [1], 1.0)}
-    with pytest.raises(RequestError, match=re.escape("'second': an agent loop gave several outputs")):
-        groups(monkeypatch, rows)
+def test_several_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An agent that goes on from a summary gives a sequence with a prompt of its own. verl takes the reward of a
+    rollout's last output, and gives its advantage to all."""
+    later = {**row([4, 4, 4], [1, 1, 0], 1.0), "prompts": [9, 9]}
+    found = groups(monkeypatch, {**ROWS, "b_1_1": later, "b_1_0": row([3, 4], [1, 1], 0.25)})["b"]
+    assert [response.tolist() for response in found.responses] == [[3], [3, 4], [4, 4, 4]]
+    assert [prompt.tolist() for prompt in found.prompts] == [PROMPT, PROMPT, [9, 9]]
+    assert found.rollout_of.tolist() == [0, 1, 1]
+    assert found.rewards.tolist() == [0.0, 1.0]
+    assert found.n_written.tolist() == [1, 2, 2]
+    assert groups(monkeypatch, ROWS)["b"].rollout_of is None
+    assert groups(monkeypatch, ROWS)["b"].prompts is None
