@@ -367,13 +367,41 @@ def test_two_ranks(start, tiny_model, tmp_path: Path) -> None:
     store = gradstore.open(run.folder / "store")
     assert set(store.history("pool")["step"].to_pylist()) == {0, 1, 2, 3}
     assert store.fingerprint["objective"]["kl_beta"] == 0.05, "as verl's loss has it"
+    refers_to(tiny_model, tmp_path / "rollouts")
+
+
+def refers_to(model, folder: Path) -> None:
+    """The exported rollouts of two rounds have the base model's log-probabilities, whatever the step."""
     for number in (0, 1):
-        (exported,) = (tmp_path / "rollouts").glob(f"round-000{number}-pool-*.jsonl")
-        for group in exported_groups(exported):
-            if group.has_signal:
-                expected = Reference(tiny_model)(replace(group, reference_logprobs=None))
-                for given, own in zip(group.reference_logprobs, expected.reference_logprobs, strict=True):
-                    np.testing.assert_allclose(given, own, atol=1e-4, err_msg="of the base model, whatever the step")
+        (exported,) = folder.glob(f"round-000{number}-pool-*.jsonl")
+        groups = [group for group in exported_groups(exported) if group.has_signal]
+        assert groups
+        for group in groups:
+            expected = Reference(model)(replace(group, reference_logprobs=None))
+            for given, own in zip(group.reference_logprobs, expected.reference_logprobs, strict=True):
+                np.testing.assert_allclose(given, own, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["transformers"], indirect=True)
+def test_adapters_and_their_reference(start, tiny_model, tmp_path: Path) -> None:
+    """With LoRA the reference is the model without its adapters, also where verl's own loss has no KL term."""
+    run = start(
+        "adapters",
+        more=[
+            "actor_rollout_ref.model.lora_rank=4",
+            "actor_rollout_ref.model.lora_alpha=8",
+            "actor_rollout_ref.model.target_modules=all-linear",
+            "actor_rollout_ref.model.lora.merge=True",
+            "gradstore.rounds=2",
+            "gradstore.selector=cosine",
+            "gradstore.spec.objective.kl_beta=0.05",
+            f"gradstore.export={tmp_path}/rollouts",
+        ],
+    )
+    run.wait()
+    assert [found.about["step"] for found in run.rounds] == [0, 2]
+    refers_to(tiny_model, tmp_path / "rollouts")
 
 
 def trained_on(dump: Path) -> set[str]:
