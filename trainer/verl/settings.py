@@ -133,6 +133,8 @@ def _check_verl(verl: Mapping[str, Any]) -> None:
     """RequestError for a verl configuration in which rounds or sketches cannot work."""
     actor, data, trainer = verl["actor_rollout_ref"]["actor"], verl["data"], verl["trainer"]
     strategy = actor["strategy"]
+    if "fsdp_config" not in actor:  # model_engine has set another back end, whatever the strategy
+        strategy = next((name for name in ("megatron", "veomni", "torchtitan") if name in actor), "unknown")
     if strategy == "megatron":
         raise RequestError(
             "actor_rollout_ref.actor.strategy is 'megatron', whose shards rounds cannot sketch: set model_engine=dp "
@@ -143,7 +145,7 @@ def _check_verl(verl: Mapping[str, Any]) -> None:
     if strategy != "fsdp2":
         raise RequestError(
             f"actor_rollout_ref.actor.strategy is {strategy!r}: sketches read a policy sharded by FSDP2; "
-            "set actor_rollout_ref.actor.strategy=fsdp2"
+            "set model_engine=dp actor_rollout_ref.actor.strategy=fsdp2"
         )
     mode = trainer.get("v1", {}).get("trainer_mode", "sync")
     if not trainer.get("use_v1", True):

@@ -140,7 +140,7 @@ def test_probes_leave_the_kl_term_out() -> None:
     ("verl", "node", "message"),
     [
         ({f"{ACTOR}.strategy": "megatron"}, {}, "verl.model_merger merge --backend megatron"),
-        ({f"{ACTOR}.strategy": "veomni"}, {}, "set actor_rollout_ref.actor.strategy=fsdp2"),
+        ({f"{ACTOR}.strategy": "veomni"}, {}, "set model_engine=dp actor_rollout_ref.actor.strategy=fsdp2"),
         ({"trainer.v1.trainer_mode": "separate_async"}, {}, "set trainer.v1.trainer_mode=colocate_async"),
         ({"trainer.v1.trainer_mode": "mine"}, {}, "rounds know sync and colocate_async"),
         ({"trainer.use_v1": False}, {}, "set trainer.use_v1=True"),

@@ -78,7 +78,7 @@ def test_settings_of_its_own() -> None:
     ("override", "message"),
     [
         ("data.dataloader_num_workers=8", "set data.dataloader_num_workers=0"),
-        ("actor_rollout_ref.actor.strategy=fsdp", "set actor_rollout_ref.actor.strategy=fsdp2"),
+        ("actor_rollout_ref.actor.strategy=fsdp", "actor_rollout_ref.actor.strategy=fsdp2"),
         ("model_engine=megatron", "verl.model_merger merge --backend megatron"),
         ("trainer.v1.trainer_mode=separate_async", "set trainer.v1.trainer_mode=colocate_async"),
         ("actor_rollout_ref.actor.fsdp_config.offload_policy=True", "param_offload=True"),
