@@ -39,7 +39,10 @@ class SketchingWorker(ActorRolloutRefWorker):
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def fit_sketcher(self, spec: SketchSpec, groups: Sequence[Group], benchmark: Sequence[Group]) -> SketcherFiles:
-        """Make the sketcher, the same on every rank; a fitted basis is fitted to the groups and the benchmark."""
+        """Make the sketcher, the same on every rank; a fitted basis is fitted to the groups and the benchmark.
+
+        All ranks get the same groups. Each runs its own share, and the ranks add up what they found.
+        """
         with self._live_policy() as model:
             self._sketcher, files = fit_sketcher(model, spec, groups, benchmark)
             return files
