@@ -19,6 +19,7 @@ from gradstore.engine.gradients.objectives import Objective
 from gradstore.engine.probing.batch import ProbeBatch
 from gradstore.engine.probing.calibration import Calibration
 from gradstore.engine.rollouts.group import Group
+from gradstore.engine.rollouts.solutions import solution_groups
 from gradstore.engine.sketches.bases import SketcherFiles
 from gradstore.engine.sketches.rollout_sketches import RolloutSketches
 from gradstore.engine.sketches.spec import SketchBatch, SketchSpec
@@ -59,6 +60,13 @@ class LivePolicy:
         uids = [f"select-{self._calls:06d}-{i:06d}" for i in range(len(problems))]
         rows = rows_of(self._trainer.train_dataset, problems, uids, n, (seed,) if self._settings.seeded else None)
         return self._generated(rows, [record["id"] for record in problems])
+
+    def solutions(self, problems: Sequence[Mapping[str, Any]]) -> list[Group]:
+        """The problems' reference solutions, after their prompts as verl renders them."""
+        arguments = self._trainer.config.data.get("apply_chat_template_kwargs", None)
+        return solution_groups(
+            problems, self._trainer.tokenizer, template_kwargs=None if arguments is None else dict(arguments)
+        )
 
     def fit(self, spec: SketchSpec, groups: Sequence[Group], benchmark: Sequence[Group] = ()) -> SketcherFiles:
         """Make the sketcher on every rank; a fitted basis is fitted to the groups and the benchmark.
