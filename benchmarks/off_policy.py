@@ -10,9 +10,9 @@ rollouts of the current policy, four times as many as a ranking has. The ceiling
 Spearman correlations are over the problems with a signal in both rollouts; where a rule drops every token, the cosine
 is 0. On-policy (0 steps) all rules are one.
 
-Beside them: the effective sample sizes of token ratios and of their products, as shares of the rollouts; the estimate
-of KL(behaviour || policy) per token, the mean of log mu - log pi. A second table pools all seeds and ages: the error of
-a problem's cosine by its own effective sample size.
+Beside them: effective sample sizes of token ratios and of their products, as shares of the rollouts; the estimate of
+KL(behaviour || policy) per token, the mean of log mu - log pi. A second table pools all seeds and ages: the error of a
+problem's cosine by its own effective sample size.
 
 Dimension letters: P problems.
 """
@@ -79,6 +79,7 @@ class Ranked:
 def main(
     quick: Annotated[bool, typer.Option("--quick", help="One seed, ages 4 and 16, a pool of 40 problems.")] = False,
     seeds: Annotated[int, typer.Option(help="Repeats.")] = 3,
+    first: Annotated[int, typer.Option(help="Number of the first seed.")] = 0,
     ages: Annotated[str, typer.Option(help="Ages of rollouts, in training steps.")] = "2,8,32",
     lr: Annotated[float, typer.Option(help="Adam's learning rate: how far a step moves the policy.")] = 5e-5,
     problems: Annotated[int, typer.Option(help="Problems in the pool.")] = 64,
@@ -91,9 +92,9 @@ def main(
     known = [0, *sorted(int(age) for age in ages.split(","))]
     found: list[Ranked] = []
     about: dict[tuple[str, int], list[float]] = {}
-    for seed in range(seeds):
+    for seed in range(first, first + seeds):
         found += one_seed(seed, known, lr, problems, rollouts, about)
-        show(found, about, known, f"{seed + 1} seeds, lr {lr:g}")
+        show(found, about, known, f"{seed + 1 - first} seeds, lr {lr:g}")
 
 
 def show(found: list[Ranked], about: dict[tuple[str, int], list[float]], ages: list[int], what: str) -> None:

@@ -97,6 +97,23 @@ def test_the_record_tells_the_round(world, training, tmp_path) -> None:
     assert all(isinstance(value, float) for value in values.values())
 
 
+def test_a_round_says_what_its_rollouts_are_worth(world, training, tmp_path, monkeypatch) -> None:
+    """Rollouts that the policy did not sample (another engine, a late sync of weights) rank as if it had."""
+    run = training(tmp_path / "store", world(), settings(rounds=1))
+    plain = run.policy.sketch
+
+    def sketch(groups):
+        batch = plain(groups)
+        return replace(batch, ess_of_ratios=(0.3 * batch.n_rollouts).astype(np.float32))
+
+    monkeypatch.setattr(run.policy, "sketch", sketch)
+    run.run()
+    about = gradstore.open(tmp_path / "store").rounds("pool")[0].about
+    assert about["ess"]["low"] == about["ess"]["rows"] > 0
+    assert about["ess"]["median_share"] == pytest.approx(0.3, rel=1e-5)
+    assert any("this policy did not sample the rollouts" in line for line in about["warnings"])
+
+
 def test_the_projection_is_fitted_to_rollouts_that_are_kept(world, training, tmp_path) -> None:
     """Rolling out for the fit alone would be selection rollouts for nothing."""
     run = training(tmp_path / "store", world(), settings(rounds=1))
