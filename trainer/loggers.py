@@ -13,6 +13,7 @@ import importlib
 import json
 import math
 import os
+import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -72,7 +73,7 @@ class WandB:
 
     def __init__(self, folder: Path) -> None:
         wandb = _library("wandb")
-        name = _kept(folder, "wandb", wandb.util.generate_id)
+        name = _kept(folder, "wandb", lambda: secrets.token_hex(4))
         project = os.environ.get("WANDB_PROJECT", PROJECT)
         self._run = wandb.init(project=project, name=folder.name, id=name, resume="allow", dir=str(folder))
 
@@ -113,7 +114,7 @@ class Trackio:
 
     def __init__(self, folder: Path) -> None:
         trackio = _library("trackio")
-        name = _kept(folder, "trackio", lambda: f"{folder.name}-{os.urandom(3).hex()}")
+        name = _kept(folder, "trackio", lambda: f"{folder.name}-{secrets.token_hex(4)}")
         self._run = trackio.init(project=os.environ.get("TRACKIO_PROJECT", PROJECT), name=name, resume="allow")
 
     def log(self, values: Mapping[str, float], step: int) -> None:

@@ -42,7 +42,6 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     wandb, trackio, mlflow = ModuleType("wandb"), ModuleType("trackio"), ModuleType("mlflow")
     wandb.init = trackio.init = init  # type: ignore[attr-defined]
-    wandb.util = SimpleNamespace(generate_id=lambda: "abc")  # type: ignore[attr-defined]
 
     class MlflowClient(Client):
         def __init__(self) -> None:

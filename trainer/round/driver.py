@@ -112,6 +112,11 @@ class Rounds:
         return self._run.settings
 
     @property
+    def ids(self) -> list[str]:
+        """Ids of the pool's problems, in its order."""
+        return list(self._run.records)
+
+    @property
     def done(self) -> int:
         """Rounds done."""
         return self._done

@@ -96,7 +96,7 @@ class Windows:
             path = self._export.with_name(f"{self._export.name}-{window:04d}.jsonl")
             path.parent.mkdir(parents=True, exist_ok=True)
             with write_rollouts(path) as writer:
-                writer.append(_rows(records, groups, self._policy.step))
+                writer.append(rollouts_of(records, groups, self._policy.step))
         if keep:
             self._kept[window] = groups
         return groups
@@ -270,7 +270,8 @@ def _lacks(ids: Sequence[str], now: Counter[str], planned: Mapping[str, int]) ->
     return any(now[name] <= planned[name] for name in ids)
 
 
-def _rows(records: Sequence[Mapping[str, Any]], groups: Sequence[Group], step: int) -> Iterator[Rollout]:
+def rollouts_of(records: Sequence[Mapping[str, Any]], groups: Sequence[Group], step: int) -> Iterator[Rollout]:
+    """The groups' rollouts as rows of a rollout file; records: of their problems, in the same order."""
     for record, group in zip(records, groups, strict=True):
         for j, response_ids in enumerate(group.responses):
             yield Rollout(

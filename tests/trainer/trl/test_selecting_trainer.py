@@ -355,3 +355,60 @@ def test_a_batch_becomes_groups_with_masks_and_scored_rollouts_alone() -> None:
     assert len(b.responses[0]) == 0  # truncated: it counts in the baseline alone
     assert c.rewards.tolist() == [0.0]
     assert not c.has_signal
+
+
+@pytest.mark.real
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_smollm2_with_adapters(tmp_path: Path) -> None:
+    """A chat model that people use, by the lines of docs/trl.md: two rounds, adapters, chat prompts, resume."""
+    from datasets import Dataset
+    from peft import LoraConfig
+
+    from gradstore.trainer.trl import SelectingGRPOTrainer
+
+    model = Path(__file__).parents[3] / ".models" / "smollm2"
+    if not (model / "config.json").exists():
+        pytest.skip("needs .models/smollm2: make test-real")
+
+    def asked(rows: list[dict]) -> list[dict]:
+        return [row | {"prompt": [{"role": "user", "content": row["prompt"]}]} for row in rows]
+
+    def short(completions: list[Any], **columns: Any) -> list[float]:
+        return [1 / (1 + len(one[0]["content"])) for one in completions]
+
+    def make(steps: int) -> Any:
+        return SelectingGRPOTrainer(
+            model=str(model),
+            reward_funcs=short,
+            args=trl.GRPOConfig(
+                str(tmp_path / "out"),
+                per_device_train_batch_size=4,
+                num_generations=2,
+                max_completion_length=8,
+                max_steps=steps,
+                save_steps=1,
+                use_cpu=True,
+                bf16=False,
+                report_to=[],
+                model_init_kwargs={"dtype": "float32"},
+            ),
+            train_dataset=Dataset.from_list(asked(POOL[:6])),
+            eval_dataset=Dataset.from_list(asked(BENCHMARK[:2])),
+            peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"]),
+            selection={
+                "store": tmp_path / "store",
+                "candidates": 3,
+                "selected": 2,
+                "steps": 1,
+                "target_rollouts": 2,
+                "observe": "none",
+                "spec": {"basis": "random", "rank": 4},
+            },
+        )
+
+    make(1).train()
+    make(2).train(resume_from_checkpoint=True)
+    store = gradstore.open(tmp_path / "store")
+    assert [(one.about["step"], len(one.picks)) for one in store.rounds("pool")] == [(0, 2), (1, 2)]
+    assert store.view("pool", 1).live.any()
