@@ -258,10 +258,14 @@ def _chooses_among(selector: "Selector") -> str:
     return "all" if selector.whole_pool else "live" if selector.live_only else "measured"
 
 
+_DERIVED = (".even", ".odd", ".solutions")
+"""Ends of the names of collections that stand beside another one and are no pools."""
+
+
 def _pool(store: "Store", pool: str | None, against: list[str]) -> str:
     if pool is not None:
         return pool
-    others = [name for name in store.collections if name not in against and not name.endswith((".even", ".odd"))]
+    others = [name for name in store.collections if name not in against and not name.endswith(_DERIVED)]
     if len(others) == 1:
         return others[0]
     raise RequestError(

@@ -10,7 +10,7 @@ from importlib.metadata import EntryPoint, entry_points
 
 from gradstore.engine.selecting.candidates import Selector
 from gradstore.engine.selecting.scores_by_gradient import BY_GRADIENT
-from gradstore.engine.selecting.scores_by_pass_rate import BY_PASS_RATE
+from gradstore.engine.selecting.scores_by_pass_rate import BY_PASS_RATE, acc_of
 from gradstore.engine.selecting.scores_by_probe import BY_PROBE
 from gradstore.errors import RequestError, check_known
 
@@ -20,7 +20,7 @@ ALIASES = {"sim": "cosine", "align": "chunk_mean", "random": "rand"}
 
 
 class Registry(Mapping[str, Selector]):
-    """Selectors by name or alias."""
+    """Selectors by name or alias; `acc(LOW..HIGH)` is `acc` with another window."""
 
     def __init__(self) -> None:
         self._loaded = {selector.name: selector for selector in (*BY_GRADIENT, *BY_PASS_RATE, *BY_PROBE)}
@@ -40,6 +40,9 @@ class Registry(Mapping[str, Selector]):
 
     def __getitem__(self, name: str) -> Selector:
         name = ALIASES.get(name, name)
+        windowed = acc_of(name)
+        if windowed is not None:
+            return windowed
         if name not in self._loaded:
             check_known("selector", name, self)
             self._loaded[name] = _load(self._entries[name])
