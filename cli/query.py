@@ -8,7 +8,7 @@ import typer
 from gradstore.cli.app import command, opt
 from gradstore.cli.show import print_csv, print_json, print_table, say, warn
 from gradstore.errors import RequestError
-from gradstore.layout import is_half
+from gradstore.layout import DERIVED
 from gradstore.wording import first_words, short_layer
 
 if TYPE_CHECKING:
@@ -294,7 +294,7 @@ def _filter(view: "View", terms: list[str] | None) -> "Where | None":
 def _pool(store: "Store", pool: str | None, against: list[str]) -> str:
     if pool is not None:
         return pool
-    others = [name for name in store.collections if name not in against and not is_half(name)]
+    others = [name for name in store.collections if name not in against and not name.endswith(DERIVED)]
     sizes = {name: store.info()["collections"][name]["problems"] for name in others} if len(others) > 1 else {}
     largest = max(others, key=lambda name: sizes.get(name, 0), default="")
     if others and all(2 * size <= sizes[largest] for name, size in sizes.items() if name != largest):

@@ -50,6 +50,7 @@ def train(
     temperature: Annotated[float, typer.Option(help="Sampling temperature.")] = 1.0,
     overlong_buffer: OverlongBuffer = 0,
     overlong_penalty: OverlongPenalty = 1.0,
+    top_p: Annotated[float, typer.Option(help="Nucleus of the sampling distribution.")] = 1.0,
     lr: Annotated[float | None, typer.Option(help="Learning rate; default 1e-6, with LoRA 2e-5.")] = None,
     weight_decay: Annotated[float, typer.Option(help="Decoupled weight decay; 0 is Adam.")] = 0.0,
     clip_grad: Annotated[float, typer.Option(help="Largest norm of a step's gradient.")] = 1.0,

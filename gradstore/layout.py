@@ -185,6 +185,12 @@ HALVES = (".even", ".odd")
 """Suffixes of the collections that hold a collection's even and odd rollouts."""
 
 
+SOLUTIONS = ".solutions"
+"""Suffix of the collection whose rows are of a benchmark's reference solutions: `amc.solutions`."""
+DERIVED = (*HALVES, SOLUTIONS)
+"""Suffixes of collections that stand beside another one and are no pools."""
+
+
 def is_half(name: str) -> bool:
     """Whether a collection holds one half of another's rollouts: it is neither a pool nor a benchmark."""
     return name.endswith(HALVES)

@@ -15,7 +15,7 @@ from gradstore import Store
 from gradstore.analysis import alignment
 from gradstore.engine.searching.query import METRICS, Metric
 from gradstore.errors import RequestError, check_known
-from gradstore.layout import is_half
+from gradstore.layout import DERIVED, is_half
 from gradstore.rounds import Round
 
 
@@ -94,7 +94,7 @@ def find(
     for name in [*benchmarks, *([pool] if pool is not None else [])]:
         store.view(name)
     if pool is None:
-        others = {name: size for name, size in sizes.items() if name not in benchmarks and not is_half(name)}
+        others = {name: size for name, size in sizes.items() if name not in benchmarks and not name.endswith(DERIVED)}
         if not others:
             raise RequestError("every collection was named as a benchmark; name the pool with --pool")
         pool = max(others, key=lambda name: (bool(store.rounds(name)), others[name]))

@@ -8,12 +8,11 @@ import numpy as np
 from gradstore import State, Store, View
 from gradstore.engine.searching.blocks import laid_out
 from gradstore.errors import RequestError, check_known
+from gradstore.layout import SOLUTIONS
 
 Aggregate = Literal["mean", "unit_mean"]
 Kind = Literal["rollouts", "solutions"]
 """Origin of gradients: the policy's rollouts and their rewards, or the likelihood of reference solutions."""
-SOLUTIONS = ".solutions"
-"""End of the name of a collection whose rows are of solutions: those of benchmark `amc` are in `amc.solutions`."""
 
 
 def kind_of(collection: str) -> Kind:

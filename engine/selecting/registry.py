@@ -3,7 +3,7 @@
 An entry is imported only when it is requested. docs/selectors.md shows a complete package.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from importlib.metadata import EntryPoint, entry_points
 from typing import Generic, Protocol, TypeVar
@@ -33,9 +33,12 @@ class Registry(Mapping[str, T], Generic[T]):
         group: str,
         aliases: Mapping[str, str] | None = None,
         forbidden: str = "",
+        spelled: Callable[[str], T | None] = lambda name: None,
     ) -> None:
         """cls: class of the entries. kind: what messages call an entry. group: the entry-point group. aliases: other
-        name -> name. forbidden: characters that no name may have; they mean something else."""
+        name -> name. forbidden: characters that no name may have; they mean something else. spelled: the entry that a
+        name with settings in it means; None for other names."""
+        self._spelled = spelled
         self._cls, self._kind, self._group, self._forbidden = cls, kind, group, forbidden
         self._aliases = dict(aliases or {})
         self._loaded = {entry.name: entry for entry in built_in}
@@ -56,6 +59,9 @@ class Registry(Mapping[str, T], Generic[T]):
 
     def __getitem__(self, name: str) -> T:
         name = self._aliases.get(name, name)
+        meant = self._spelled(name)
+        if meant is not None:
+            return meant
         if name not in self._loaded:
             check_known(self._kind, name, self)
             self._loaded[name] = self._load(self._entries[name])

@@ -7,7 +7,7 @@ docs/selectors.md shows a complete package.
 from gradstore.engine.selecting.candidates import Selector
 from gradstore.engine.selecting.registry import Registry
 from gradstore.engine.selecting.scores_by_gradient import BY_GRADIENT
-from gradstore.engine.selecting.scores_by_pass_rate import BY_PASS_RATE
+from gradstore.engine.selecting.scores_by_pass_rate import BY_PASS_RATE, acc_of
 from gradstore.engine.selecting.scores_by_probe import BY_PROBE
 
 GROUP = "gradstore.selectors"
@@ -21,4 +21,6 @@ SELECTORS: Registry[Selector] = Registry(
     group=GROUP,
     aliases=ALIASES,
     forbidden="+:",
+    spelled=acc_of,
 )
+"""By name or alias; `acc(LOW..HIGH)` is `acc` with another window."""

@@ -30,7 +30,7 @@ def test_from_a_data_set_to_a_ranking(cli, store, model_folder, write_lines, tmp
     report = json.loads(printed)
     assert (report["collection"], report["live"], report["skipped"]) == ("gsm8k.solutions", 2, 0)
     assert json.loads(cli(*collect, "--json")[1])["skipped"] == 2  # goes on where it was
-    status, printed, err = cli("query", store, "pool", "--against", "gsm8k.solutions", "--json")
+    status, printed, err = cli("query", store, "--pool", "pool", "--against", "gsm8k.solutions", "--json")
     assert status == 0, err
     assert gradstore.open(store).verify().ok
 

@@ -14,7 +14,7 @@ from typing import Any
 from gradstore.errors import GradstoreError, RequestError, first_line
 from gradstore.reading.opening import read_records
 from gradstore.trainer.data.answers import plain
-from gradstore.trainer.data.catalogue import DataSet
+from gradstore.trainer.data.catalogue import DataSet, half_of
 
 BATCH = 1000
 SUFFIXES = (".parquet", ".jsonl")
@@ -55,6 +55,9 @@ def load(
         raise RequestError(f"{source.name}: its answers are no solutions, so none can be kept: leave --solutions out")
     split = split or source.split
     rows = _hub_rows(source, split) if local is None else _local_rows(source, local)
+    if source.half is not None:
+        rows = list(rows)
+        rows = [rows[number] for number in half_of(len(rows), source.half)]
     loaded = Loaded([])
     read: dict[str, dict[str, Any]] = {}
     for where, row in rows:

@@ -54,7 +54,7 @@ class RunSettings:
 
     ALIASES: ClassVar[Aliases] = {
         "seed": "rounds.seed",
-        **{name: f"sampling.{name}" for name in ("max_new_tokens", "temperature", "template_kwargs")},
+        **{name: f"sampling.{name}" for name in ("max_new_tokens", "temperature", "top_p", "template_kwargs")},
         **{name: f"sampling.{name}" for name in ("overlong_buffer", "overlong_penalty")},
         **{name: f"update.{name}" for name in ("lr", "weight_decay", "clip_grad", "minibatches", "objective")},
     }

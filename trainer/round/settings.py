@@ -14,6 +14,7 @@ from gradstore.engine.searching.targets import Aggregate
 from gradstore.engine.selecting.diversity import Diversity
 from gradstore.engine.selecting.mixture import parts_of
 from gradstore.engine.selecting.rollout_rules import ROLLOUT_RULES
+from gradstore.engine.selecting.scores_by_pass_rate import acc
 from gradstore.engine.sketches.spec import SketchSpec
 from gradstore.errors import RequestError, check_known, check_number
 from gradstore.settings import Aliases, check, read, spelled
@@ -61,6 +62,10 @@ class RoundSettings:
     """Rollouts per benchmark problem."""
     selector: str = "cosine"
     """Any of engine.SELECTORS, an alias of GradAlign's, or a mixture such as `cosine:0.7+rand:0.3`."""
+    acc_low: float | None = None
+    """Lowest pass rate that the selector `acc` draws from; None: 0.2 (as in GradAlign). Kept in the selector's name."""
+    acc_high: float | None = None
+    """Highest pass rate that the selector `acc` draws from; None: 0.8."""
     refresh: Literal["all"] | int = "all"
     """Candidates rolled out again in each round: `all` (as in GradAlign), or a budget, the number of problems."""
     refresh_first: Literal["all"] | int | None = None
@@ -117,6 +122,8 @@ class RoundSettings:
                 "give either `selected` (problems picked in a round) or `ratio` (share of the candidates)"
             )
         check(self)
+        if (self.acc_low, self.acc_high) != (None, None):
+            self._name_window()
         least = dict.fromkeys(("first_look", "warm_up", "fit_problems", "refresh", "refresh_first"), 0)
         ones = ("candidates", "selected", "train_batch", "steps", "rounds", "rollouts", "target_rollouts", "window")
         for name, lowest in {**least, **dict.fromkeys(ones, 1)}.items():
@@ -151,6 +158,15 @@ class RoundSettings:
             check_known("rollout_rule", self.rollout_rule, ROLLOUT_RULES)
         if self.candidates is not None:
             self.n_selected(self.candidates)
+
+    def _name_window(self) -> None:
+        """Write the window of `acc` into the selector's name, the one place that has it from then on."""
+        if self.selector != "acc":
+            raise RequestError(f"acc_low and acc_high are for selector acc, not for {self.selector!r}")
+        low, high = 0.2 if self.acc_low is None else self.acc_low, 0.8 if self.acc_high is None else self.acc_high
+        object.__setattr__(self, "selector", acc(low, high).name)
+        object.__setattr__(self, "acc_low", None)
+        object.__setattr__(self, "acc_high", None)
 
     @classmethod
     def from_names(cls, values: Mapping[str, Any]) -> "RoundSettings":
