@@ -16,8 +16,8 @@ import numpy as np
 from gradstore.engine.rollouts import tokens
 from gradstore.engine.rollouts.group import Group
 from gradstore.engine.rollouts.templates import tools_of
-from gradstore.engine.searching.targets import SOLUTIONS
 from gradstore.errors import RequestError
+from gradstore.layout import SOLUTIONS
 from gradstore.problems import detail
 
 FIELD = "solution"

@@ -19,13 +19,14 @@ from gradstore.engine.gradients.coverage import least_of
 from gradstore.engine.gradients.coverage import measure as measured_coverage
 from gradstore.engine.rollouts.group import Group
 from gradstore.engine.rollouts.source import RolloutSource
-from gradstore.engine.searching.targets import SOLUTIONS, Kind, kind_of
+from gradstore.engine.searching.targets import Kind, kind_of
 from gradstore.engine.sketches.bases import basis_of, load_projection
 from gradstore.engine.sketches.effective_sizes import EffectiveSizes
 from gradstore.engine.sketches.exact_ranking import ExactRanking, Rows, needs_refit
 from gradstore.engine.sketches.sketcher import Sketcher
 from gradstore.engine.sketches.spec import SketchBatch, SketchSpec
 from gradstore.errors import RequestError, check_number
+from gradstore.layout import SOLUTIONS
 
 Measure = Literal["auto", "always", "never"]
 """When a run measures the fidelity of its sketches. auto: if the store is new and its projection was not measured when

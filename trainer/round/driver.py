@@ -22,11 +22,11 @@ from gradstore import Round, Store
 from gradstore.engine.gradients.objectives import Objective
 from gradstore.engine.rollouts.group import Group
 from gradstore.engine.rollouts.solutions import solution_text
-from gradstore.engine.searching.targets import SOLUTIONS, kind_of
+from gradstore.engine.searching.targets import kind_of
 from gradstore.engine.selecting.selection import Selection
 from gradstore.engine.sketches.spec import SketchBatch
 from gradstore.errors import RequestError
-from gradstore.layout import check_name
+from gradstore.layout import SOLUTIONS, check_name
 from gradstore.problems import canonical
 from gradstore.trainer.loggers import Log, log_of
 from gradstore.trainer.round.measuring import Costs, append, publish
