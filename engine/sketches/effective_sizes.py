@@ -14,9 +14,13 @@ from gradstore.engine.sketches.spec import SketchBatch
 from gradstore.state import live_mask
 
 LOW = 0.5
-"""Share of a problem's rollouts below which its ESS is low. The variance of an importance-weighted mean grows by the
-inverse of this share (Kish 1965), so below it the rollouts are worth fewer than half of as many fresh ones; particle
-filters draw anew at the same share (Liu and Chen 1995)."""
+"""With importance ratios: share of a problem's rollouts below which its ESS is low. The variance of an
+importance-weighted mean grows by the inverse of this share (Kish 1965), so below it the rollouts are worth fewer than
+half of as many fresh ones; particle filters draw anew at the same share (Liu and Chen 1995)."""
+OTHER = 0.97
+"""Without ratios: share below which another policy sampled the rollouts. The token ratios then have a variance of 0.03,
+about 0.17 nats root mean square; half precision and another engine's kernels change a token by 0.02 to 0.1. In
+benchmarks/off_policy.py the errors of cosines double about here."""
 MANY = 0.1
 """Share of the rows with a low ESS from which a warning is given: a few stale rows change no ranking."""
 
@@ -40,30 +44,39 @@ class EffectiveSizes:
         self.shares += (sizes_P[known_P] / batch.n_rollouts[known_P]).tolist()
 
     @property
+    def threshold(self) -> float:
+        """Share below which an ESS is low."""
+        return LOW if self.importance else OTHER
+
+    @property
     def low(self) -> int:
         """Rows with a low ESS."""
-        return sum(share < LOW for share in self.shares)
+        return sum(share < self.threshold for share in self.shares)
 
     def describe(self) -> dict[str, Any]:
-        """JSON-ready: whether ratios were used, the rows measured, those with a low ESS, and the median share."""
-        median = float(np.median(self.shares)) if self.shares else None
-        return {"importance": self.importance, "rows": len(self.shares), "low": self.low, "median_share": median}
+        """JSON-ready: whether ratios were used, the rows measured, how many are below `threshold`, the median share."""
+        return {
+            "importance": self.importance,
+            "rows": len(self.shares),
+            "low": self.low,
+            "threshold": self.threshold,
+            "median_share": float(np.median(self.shares)) if self.shares else None,
+        }
 
     @property
     def warning(self) -> str | None:
         """What is wrong with the rollouts and what to do, in one line; None if nothing is."""
         if not self.shares or self.low < MANY * len(self.shares):
             return None
-        median = f"median {100 * float(np.median(self.shares)):.0f} %"
+        median, n = f"median {100 * float(np.median(self.shares)):.0f} %", len(self.shares)
         if self.importance:
             return (
-                f"{self.low} of {len(self.shares)} rows have an effective sample size below {LOW:.0%} of their "
-                f"rollouts ({median}): these are too old for this policy, and their ranking is mostly noise; make "
-                "fresh rollouts"
+                f"{self.low} of {n} rows have an effective sample size below {LOW:.0%} of their rollouts ({median}): "
+                "they tell less of this policy than half as many fresh rollouts would; make fresh rollouts"
             )
         return (
-            f"this policy did not sample the rollouts of {self.low} of {len(self.shares)} rows, as their recorded "
-            f"log-probabilities say: weighted by importance ratios they would be worth fewer than {LOW:.0%} of as "
-            f"many fresh ones ({median}); make fresh rollouts, or give the model that sampled them; for slightly "
-            "older rollouts, use an objective with importance=true"
+            f"this policy did not sample the rollouts of {self.low} of {n} rows, as their recorded log-probabilities "
+            f"say (effective sample size under importance ratios below {OTHER:.0%} of the rollouts, {median}); make "
+            "fresh rollouts, or give the model that sampled them; for slightly older rollouts, use an objective with "
+            "importance=true"
         )
