@@ -24,7 +24,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 from gradstore.durable import write_text_file
 from gradstore.errors import RequestError
-from gradstore.reading.files import open_regular
+from gradstore.reading.files import read_text
 
 T = TypeVar("T")
 Aliases = Mapping[str, str]
@@ -167,14 +167,15 @@ def differences(one: Any, other: Any) -> dict[str, tuple[Any, Any]]:
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
+MOST_YAML_BYTES = 1 << 24
+"""Largest file that is taken for settings."""
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file; RequestError for a broken file, and for a name given twice."""
-    if path.exists():
-        open_regular(path).close()
+    text = read_text(path, MOST_YAML_BYTES)
     try:
-        found = _yaml(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RequestError(f"{path}: cannot be read: {error.strerror}") from None
+        found = _yaml(text)
     except ValueError as error:
         raise RequestError(f"{path}: is not YAML: {error}") from None
     if not isinstance(found, dict):
