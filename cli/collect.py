@@ -36,7 +36,12 @@ def collect(
         int | None, opt("Policy version of the model, 0 the base model; default: the rollouts' own, or 0.")
     ] = None,
     adapter: Annotated[str | None, opt("PEFT adapter to load on the model.")] = None,
-    format: Annotated[str, opt("auto, rollouts, verl, verl-validation or gradalign.")] = "auto",
+    format: Annotated[
+        str,
+        opt(
+            "auto, rollouts, verl, verl-validation, gradalign or trl (trl:REWARD where several columns may be rewards)."
+        ),
+    ] = "auto",
     rollout_step: Annotated[
         int | None, opt("Take only the rollouts that state this step (of a verl dump: its file's).")
     ] = None,

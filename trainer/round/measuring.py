@@ -263,10 +263,12 @@ def _rows(records: Sequence[Mapping[str, Any]], groups: Sequence[Group], step: i
         for j, response_ids in enumerate(group.responses):
             yield Rollout(
                 problem_id=group.problem_id,
-                reward=float(group.rewards[j]),
+                reward=float(group.rewards[group.rollouts[j]]),
                 prompt=record["prompt"],
-                prompt_ids=group.prompt_ids,
+                prompt_ids=group.prompt_of(j),
                 response_ids=response_ids,
+                response_mask=None if group.masks is None else group.masks[j],
+                rollout=None if group.rollout_of is None else str(group.rollout_of[j]),
                 logprobs=None if group.logprobs is None else group.logprobs[j],
                 reference_logprobs=None if group.reference_logprobs is None else group.reference_logprobs[j],
                 source=record.get("source", ""),
