@@ -336,3 +336,22 @@ def test_sources_of_responses_are_kept(cli, model_folder, run, tmp_path) -> None
     assert status == 0, err
     sources = {record["id"]: record["source"] for record in gradstore.open(tmp_path / "C").records("pool")}
     assert sources == {"7": "s1", "2": "s0", "5": "s1"}
+
+
+def test_rollouts_first_then_the_run(cli, model_folder, tiny_tokenizer, run, tmp_path) -> None:
+    """Rows and rounds in one store, as docs/gradalign.md says: the problems are the run's own in both."""
+    rows = []
+    for index in CHUNKS[0]:
+        text = tiny_tokenizer.apply_chat_template(problem(index)["prompt"], tokenize=False, add_generation_prompt=True)
+        rows += [response(index, right, prompt=text) for right in (True, False)]
+    part = run / "global_step_0/train_split/part_0/responses_sorted.json"
+    part.write_text(json.dumps(rows), encoding="utf-8")
+    arguments = ("--problems", run / "chunks/chunk_0/train.jsonl", "--model", model_folder, "--rank", 4, "--step", 0)
+    status, _, err = cli("collect", tmp_path / "S", "pool", part, *arguments, "--basis", "random", "--embeddings")
+    assert status == 0, err
+    status, out, err = cli("import", "gradalign", run, "--store", tmp_path / "S")
+    assert status == 0, err
+    assert out.startswith("4 problems and 3 rounds added to pool")
+    store = gradstore.open(tmp_path / "S")
+    assert len(store.view("pool")) == 4
+    assert store.rounds("pool")[0].table["id"].to_pylist() == [str(index) for index in CHUNKS[0]]

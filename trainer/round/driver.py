@@ -30,7 +30,7 @@ from gradstore.layout import SOLUTIONS, check_name
 from gradstore.problems import canonical
 from gradstore.trainer.loggers import Log, log_of
 from gradstore.trainer.round.measuring import Costs, append, publish
-from gradstore.trainer.round.policy import Policy
+from gradstore.trainer.round.policy import Policy, ReadsSolutions
 from gradstore.trainer.round.recording import scalars, selection_of
 from gradstore.trainer.round.run import Run
 from gradstore.trainer.round.runner import RoundRunner
@@ -223,7 +223,7 @@ class Rounds:
 
     def _check_policy(self, policy: Policy) -> None:
         of_solutions = [name for name in self._run.benchmarks if kind_of(name) == "solutions"]
-        if of_solutions and not hasattr(policy, "solutions"):
+        if of_solutions and not isinstance(policy, ReadsSolutions):
             raise RequestError(f"benchmark {of_solutions[0]!r}: this trainer makes no targets from solutions")
 
     def _open(self, policy: Policy) -> Store | None:

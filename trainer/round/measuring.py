@@ -23,7 +23,7 @@ from gradstore.engine.sketches.effective_sizes import EffectiveSizes
 from gradstore.engine.sketches.spec import SketchBatch
 from gradstore.errors import GradstoreError
 from gradstore.trainer.round.journal import Journal, Plan
-from gradstore.trainer.round.policy import Policy
+from gradstore.trainer.round.policy import Policy, ReadsSolutions
 from gradstore.trainer.round.run import BENCHMARK, POOL, Scope
 from gradstore.trainer.sampling.backends import derived_seed
 
@@ -85,6 +85,7 @@ class Windows:
         records = self._records[window * self._size : (window + 1) * self._size]
         with self._costs.stage("rollouts"):
             if self._solutions:
+                assert isinstance(self._policy, ReadsSolutions)  # `Rounds.next` checked it
                 groups = self._policy.solutions(records)
             else:
                 groups = self._policy.roll_out(records, self._n, seed=derived_seed(*self._seed, window))

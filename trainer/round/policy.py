@@ -6,7 +6,7 @@ result. Resuming a run depends on this.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from gradstore.engine.gradients.objectives import Objective
 from gradstore.engine.probing.batch import ProbeBatch
@@ -30,13 +30,6 @@ class Policy(Protocol):
 
         problems: canonical records (docs/format.md, Problems). A group's problem_id is its record's id. A problem's
         rollouts may depend on the other problems of the call.
-        """
-        ...
-
-    def solutions(self, problems: Sequence[Mapping[str, Any]]) -> list[Group]:
-        """The problems' reference solutions, one group each (engine/rollouts/solutions.py), in the problems' order.
-
-        Needed only for benchmarks of solutions; a policy may do without it, and such rounds are then refused.
         """
         ...
 
@@ -78,4 +71,13 @@ class Policy(Protocol):
         The objective is the sketcher's. like: calibration of the probe at an earlier step, as the starting point. A
         round calls this several times; results do not depend on earlier calls.
         """
+        ...
+
+
+@runtime_checkable
+class ReadsSolutions(Protocol):
+    """A policy that benchmarks of solutions can be measured with; a round refuses them for any other."""
+
+    def solutions(self, problems: Sequence[Mapping[str, Any]]) -> list[Group]:
+        """The problems' reference solutions, one group each (engine/rollouts/solutions.py), in the problems' order."""
         ...
