@@ -122,7 +122,10 @@ def _entry(honest: Honest, name: str) -> dict[str, Any]:
 def _changed(record: dict[str, Any], place: str, value: Any, outside: Path) -> dict[str, Any]:
     """A record with another value at some place of what reasoning-gym is given."""
     record = json.loads(json.dumps(record))
-    value = json.loads(edits.dumped(value).replace(b"{outside}", str(outside).encode()))
+    try:
+        value = json.loads(edits.dumped(value).replace(b"{outside}", str(outside).encode()))
+    except RecursionError:
+        return record  # no record of a file can hold it: reading refuses such depth
     kept = record["extra"]["reasoning_gym"]
     entry = kept["entry"]
     if place in ("dataset", "config", "entry"):
