@@ -1,6 +1,7 @@
 """`data`: problem files from public data sets and reasoning-gym, mixed, cleaned, spoiled on purpose."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,8 +12,10 @@ from gradstore.cli.query import Json
 from gradstore.cli.rollout import row_range
 from gradstore.cli.show import print_json, print_table, say
 from gradstore.errors import RequestError
+from gradstore.wording import first_words
 
 if TYPE_CHECKING:
+    from gradstore.trainer.data.columns import Columns
     from gradstore.trainer.data.corruption import Corruption
     from gradstore.trainer.data.pool import Part
 
@@ -22,8 +25,8 @@ def data(
     sources: Annotated[
         list[str] | None,
         typer.Argument(
-            help="NAME[@SPLIT][:COUNT] of a data set, reasoning-gym:TASK:COUNT, or FILE[:COUNT] of problems. "
-            "A COUNT such as 0.9 is a share of --size."
+            help="NAME[@SPLIT][:COUNT] of a data set, reasoning-gym:TASK:COUNT, FILE[:COUNT] of problems, or with "
+            "--prompt and --truth FILE or hub:USER/NAME[/CONFIG][@SPLIT][:COUNT]. A COUNT of 0.9 is a share of --size."
         ),
     ] = None,
     out: Annotated[Path, opt("Problem file to write, .jsonl or .parquet.")] = Path("problems.parquet"),
@@ -48,6 +51,12 @@ def data(
     solutions: Annotated[
         bool, opt("Keep reference solutions (of gsm8k, math, metamath), for targets without rollouts.", "--solutions")
     ] = False,
+    prompt: Annotated[str | None, opt("Column of the question, in a file or data set of one's own.")] = None,
+    truth: Annotated[str | None, opt("Column of the ground truth.")] = None,
+    truth_after: Annotated[str | None, opt("Take what follows this text in --truth, such as '####'.")] = None,
+    id: Annotated[str | None, opt("Column of a stable id [default: a hash of the question].", "--id")] = None,
+    source: Annotated[str | None, opt("Column of the source [default: the name of the file or data set].")] = None,
+    template: Annotated[str | None, opt("The prompt with {COLUMN} for the text of a column.")] = None,
     form: Annotated[str, opt("verl or flat: the fields of the records.")] = "verl",
     known: Annotated[bool, opt("List the data sets known by name, and end.", "--list")] = False,
     json: Json = False,
@@ -69,6 +78,7 @@ def data(
         corruptions=[_corruption(text) for text in corrupt or []],
         solutions=solutions,
         instruction=instruction,
+        columns=_columns(prompt, truth, truth_after, id, source, template),
     )
     pool = build(parts, options)
     report = {"path": str(out), "form": form, **pool.describe()}
@@ -84,6 +94,7 @@ def data(
         "corrupt": corrupt,
         "instruction": instruction,
         **({"solutions": True} if solutions else {}),
+        **({"columns": asdict(options.columns)} if options.columns else {}),
     }
     write_problems(out, pool.records, {"asked": asked, **report}, form)
     if json:
@@ -95,7 +106,34 @@ def data(
         left = {"duplicates": part.duplicates, "held out": part.excluded, "left out": part.not_kept, **part.unusable}
         why = ", ".join(f"{n} {reason}" for reason, n in left.items() if n)
         say(f"{part.name}: {part.taken} problems of {part.rows} rows{f'; {why}' if why else ''}")
+    if options.columns:
+        first = pool.records[0]
+        text = first["prompt"] if isinstance(first["prompt"], str) else first["prompt"][-1]["content"]
+        say(
+            f"the first, {first['id']}: {first_words(text, 200)!r}, ground truth {first_words(first['ground_truth'])!r}"
+        )
     say(f"{out}: {len(pool.records)} problems")
+
+
+def _columns(
+    prompt: str | None,
+    truth: str | None,
+    truth_after: str | None,
+    id: str | None,
+    source: str | None,
+    template: str | None,
+) -> "Columns | None":
+    from gradstore.trainer.data.columns import Columns
+
+    if prompt is None and truth is None:
+        if any((truth_after, id, source, template)):
+            raise RequestError(
+                "--truth-after, --id, --source and --template go with --prompt COLUMN and --truth COLUMN"
+            )
+        return None
+    if prompt is None or truth is None:
+        raise RequestError("a file or data set of one's own needs --prompt COLUMN and --truth COLUMN")
+    return Columns(prompt, truth, truth_after, id, source, template)
 
 
 def _list(json: bool) -> None:
@@ -117,6 +155,7 @@ def _list(json: bool) -> None:
 
 
 def _parts(sources: Sequence[str], count: int | None, size: int | None) -> "list[Part]":
+    from gradstore.trainer.data.loading import SUFFIXES
     from gradstore.trainer.data.pool import Part
 
     parts = []
@@ -136,7 +175,7 @@ def _parts(sources: Sequence[str], count: int | None, size: int | None) -> "list
                 value = round(value * size)
             wanted = value
         whole, at, split = name.rpartition("@")
-        named_split = bool(at) and not name.endswith((".jsonl", ".parquet"))
+        named_split = bool(at) and not name.endswith(SUFFIXES)
         parts.append(Part(whole, wanted, split) if named_split else Part(name, wanted))
     return parts
 

@@ -216,3 +216,49 @@ def test_names_do_in_python(tmp_path) -> None:
 def test_defaults_in_help_are_shown(cli) -> None:
     for command in ("collect", "query", "report"):
         assert "[default: " in cli(command, "--help")[1]
+
+
+OWN = [
+    {"question": "What is 1+1?", "answer": "We add. #### 2", "topic": "sums", "key": "a1"},
+    {"question": "What is 7-4?", "answer": "#### 3", "topic": "differences", "key": "a2"},
+]
+
+
+@pytest.mark.parametrize("name", ["own.csv", "own.jsonl.gz", "own.json"])
+def test_own_data_in_one_command(cli, tmp_path, name: str) -> None:
+    """Columns are named; the first record is shown; the result is a pool."""
+    options = ["--prompt", "question", "--truth", "answer", "--truth-after", "####", "--id", "key", "--source", "topic"]
+    out = tmp_path / "pool.jsonl"
+    status, _, err = cli("data", _made(tmp_path / name, OWN), *options, "--out", out)
+    assert (status, "What is 1+1?" in err) == (0, True)
+    records = gradstore.read_problems(out)
+    assert [record["ground_truth"] for record in records] == ["2", "3"]
+    assert [record["source"] for record in records] == ["sums", "differences"]
+    assert [record["id"] for record in records] == ["own-a1", "own-a2"]
+    assert records[0]["prompt"] == [{"role": "user", "content": "What is 1+1?"}]
+
+
+def test_own_prompts_by_a_template(cli, tmp_path) -> None:
+    options = ["--prompt", "question", "--truth", "key", "--template", "Of {topic}: {question} Be brief."]
+    status, _, _ = cli("data", _made(tmp_path / "own.csv", OWN), *options, "--out", tmp_path / "pool.jsonl")
+    assert status == 0
+    first = gradstore.read_problems(tmp_path / "pool.jsonl")[0]
+    assert first["prompt"][0]["content"] == "Of sums: What is 1+1? Be brief."
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--prompt", "qestion", "--truth", "answer"], "found question, answer, topic, key"),
+        (["--prompt", "question"], "--truth"),
+        (["--id", "key"], "--prompt"),
+        (["--prompt", "question", "--truth", "answer", "--template", "{nothing}"], "no column 'nothing'"),
+        ([], "'id' is missing"),
+    ],
+)
+def test_own_data_is_refused(cli, tmp_path, options: list[str], message: str) -> None:
+    status, _, err = cli("data", _made(tmp_path / "own.csv", OWN), *options, "--out", tmp_path / "pool.jsonl")
+    assert status == 2
+    assert message in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "pool.jsonl").exists()

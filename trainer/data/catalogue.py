@@ -3,6 +3,7 @@
 To add a data set, add an entry. docs/data.md says how each schema was checked.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,6 +12,8 @@ import numpy as np
 
 from gradstore.trainer.data import answers
 
+PLACE = r"\{([^{}]+)\}"
+"""Place of a column in a template."""
 BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
 TRUE_FALSE = "Please reason step by step, and put your final answer, True or False, within \\boxed{}."
 LETTER = "Please reason step by step, and put the letter of the right option within \\boxed{}."
@@ -60,13 +63,28 @@ class DataSet:
     """Whether the answer column is a whole solution, which `--solutions` keeps."""
     reward: str = "math"
     """The reward that can grade its answers; `--reward auto` uses it."""
+    source: str | None = None
+    """Column of a problem's source; None: the data set's name."""
+    template: str | None = None
+    """The prompt, with `{COLUMN}` for the text of a column; None: question, options and instruction."""
 
     @property
     def columns(self) -> tuple[str, ...]:
         """The columns a row must have."""
         return tuple(
             dict.fromkeys(
-                name for name in (self.question, self.answer, self.id, self.topic, self.options, *self.needs) if name
+                name
+                for name in (
+                    self.question,
+                    self.answer,
+                    self.id,
+                    self.topic,
+                    self.options,
+                    self.source,
+                    *re.findall(PLACE, self.template or ""),
+                    *self.needs,
+                )
+                if name
             )
         )
 

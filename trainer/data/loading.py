@@ -5,6 +5,7 @@ error.
 """
 
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -14,10 +15,11 @@ from typing import Any
 from gradstore.errors import GradstoreError, RequestError, first_line
 from gradstore.reading.opening import read_records
 from gradstore.trainer.data.answers import plain
-from gradstore.trainer.data.catalogue import DataSet, half_of
+from gradstore.trainer.data.catalogue import PLACE, DataSet, half_of
 
 BATCH = 1000
-SUFFIXES = (".parquet", ".jsonl")
+SUFFIXES = (".parquet", ".jsonl", ".json", ".csv", ".tsv", ".gz", ".zst")
+"""Ends of the names of files of rows."""
 
 
 @dataclass
@@ -65,7 +67,7 @@ def load(
         missing = [name for name in source.columns if name not in row]
         if missing:
             raise RequestError(
-                f"{where}: no column {missing[0]!r}; {source.name} has {', '.join(source.columns)}, this has "
+                f"{where}: no column {missing[0]!r}; expected {', '.join(source.columns)}, found "
                 f"{', '.join(map(str, row))}"
             )
         if source.keep is not None and not source.keep(row):
@@ -104,14 +106,25 @@ def _record(source: DataSet, row: Mapping[str, Any], split: str, instruction: st
     if source.reward == "judge":  # a judge needs the question, and verl does not pass the prompt to reward functions
         extra["question"] = question
     topic = "" if source.topic is None or row[source.topic] is None else str(row[source.topic])
+    named = None if source.source is None else row[source.source]
+    prompt = "\n\n".join(filter(None, (question, instruction)))
+    if source.template is not None:
+        prompt = re.sub(PLACE, lambda place: _cell(row, place[1]), source.template)
     return digest, {
         "id": f"{source.name}-{digest if own is None or own == '' else own}",
-        "source": source.name,
-        "prompt": [{"role": "user", "content": "\n\n".join(filter(None, (question, instruction)))}],
+        "source": source.name if named is None or named == "" else str(named),
+        "prompt": [{"role": "user", "content": prompt}],
         "ground_truth": truth,
         "tags": [source.ability, *([topic] if topic and topic != source.ability else [])],
         "extra": extra,
     }
+
+
+def _cell(row: Mapping[str, Any], column: str) -> str:
+    """A column's text for a template."""
+    if row[column] is None:
+        raise ValueError(f"column {column!r} is empty")
+    return str(row[column]).strip()
 
 
 def _options(options: Any) -> Iterator[str]:
@@ -149,6 +162,9 @@ def _hub_rows(source: DataSet, split: str) -> Iterable[tuple[str, Mapping[str, A
         except ValueError as error:
             raise RequestError(f"{source.name}: {name} has no such data: {first_line(error)}") from None
         present = [column for column in source.columns if column in table.column_names]
+        if len(present) < len(source.columns):
+            lacking = next(column for column in source.columns if column not in present)
+            raise RequestError(f"{name}: no column {lacking!r}; there are {', '.join(table.column_names)}")
         number = 0
         # Arrow format: pictures are not decoded, and columns that are not needed are not read
         for batch in table.select_columns(present).with_format("arrow").iter(BATCH):

@@ -16,8 +16,9 @@ from gradstore.errors import RequestError, check_number
 from gradstore.problems import with_id
 from gradstore.trainer.data import gym
 from gradstore.trainer.data.catalogue import ALIASES, DATA_SETS, NAMES, TOGETHER, DataSet
+from gradstore.trainer.data.columns import HUB, Columns
 from gradstore.trainer.data.corruption import Corruption, corrupted
-from gradstore.trainer.data.loading import load
+from gradstore.trainer.data.loading import SUFFIXES, load
 from gradstore.trainer.data.prompts import prompt_key
 
 
@@ -56,6 +57,8 @@ class Options:
     """Keep reference solutions (gsm8k, math, metamath) in the problems' `extra`."""
     instruction: str | None = None
     """Text after every question; None: the data sets' own texts; "": nothing."""
+    columns: Columns | None = None
+    """Columns of the files, and of the data sets `hub:...`, among the parts; None: files hold problem records."""
 
 
 @dataclass
@@ -112,7 +115,8 @@ def build(parts: Sequence[Part], options: Options) -> Pool:
     seen: set[str] = set()
     records: list[dict[str, Any]] = []
     reports = []
-    files, notes = _files_with_own_ids([part.name for part in parts if _is_file(part.name)])
+    problem_files = [] if options.columns else [part.name for part in parts if _is_file(part.name)]
+    files, notes = _files_with_own_ids(problem_files)
     for part in parts:
         report = PartReport(part.label)
         reports.append(report)
@@ -153,8 +157,15 @@ def build(parts: Sequence[Part], options: Options) -> Pool:
 def _check(parts: Sequence[Part], options: Options) -> None:
     """RequestError for mistakes that can be found before loading anything."""
     known = set()
+    own = [part for part in parts if _is_file(part.name) or part.name.startswith(HUB)]
+    if options.columns and not own:
+        raise RequestError(f"columns are given, and no file or {HUB}USER/NAME that they are of")
     for part in parts:
-        known |= {part.name, *(source.name for source in _data_sets(part))}
+        if part.name.startswith(HUB) and options.columns is None:
+            raise RequestError(
+                f"{part.name}: say which columns hold question and truth: --prompt COLUMN --truth COLUMN"
+            )
+        known |= {part.name, *(source.name for source in _data_sets(part, options.columns))}
         if part.count is not None:
             check_number(f"{part.label}: the count", part.count, least=1)
         if _is_gym(part.name):
@@ -177,15 +188,17 @@ def _check(parts: Sequence[Part], options: Options) -> None:
             raise RequestError(f"{path}: the file or folder does not exist")
 
 
-def _data_sets(part: Part) -> list[DataSet]:
-    """The catalogue entries of a part; empty for reasoning-gym and files."""
+def _data_sets(part: Part, columns: Columns | None = None) -> list[DataSet]:
+    """The catalogue entries of a part; empty for reasoning-gym and files of problem records."""
+    if columns is not None and (part.name.startswith(HUB) or _is_file(part.name)):
+        return [columns.data_set(part.name, part.split)]
     if _is_gym(part.name) or _is_file(part.name):
         return []
     name = ALIASES.get(part.name, part.name)
     if name not in (*DATA_SETS, *TOGETHER):
         raise RequestError(
-            f"unknown data set {part.name!r}, expected one of {', '.join(NAMES)}, reasoning-gym:TASK, or a .jsonl or "
-            ".parquet file of problems"
+            f"unknown data set {part.name!r}, expected one of {', '.join(NAMES)}, reasoning-gym:TASK, "
+            f"{HUB}USER/NAME, or a file of problems ({', '.join(SUFFIXES)})"
         )
     return [DATA_SETS[name] for name in TOGETHER.get(name, (name,))]
 
@@ -195,7 +208,7 @@ def _is_gym(name: str) -> bool:
 
 
 def _is_file(name: str) -> bool:
-    return name.endswith((".jsonl", ".parquet"))
+    return name.endswith(SUFFIXES)
 
 
 def _candidates(
@@ -207,11 +220,11 @@ def _candidates(
         for record in gym.draw(task, count, options.seed, options.config.get(task, {}), options.instruction):
             report.rows += 1
             yield record
-    elif _is_file(part.name):
+    elif part.name in files:
         report.rows = len(files[part.name])
         yield from files[part.name]
-    for source in _data_sets(part):
-        local = options.local.get(source.name, options.local.get(part.name))
+    for source in _data_sets(part, options.columns):
+        local = Path(part.name) if _is_file(part.name) else options.local.get(source.name, options.local.get(part.name))
         loaded = load(
             source, split=part.split, local=local, instruction=options.instruction, solutions=options.solutions
         )
