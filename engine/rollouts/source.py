@@ -347,8 +347,8 @@ def read_rollouts(
         paths = files_at(path)
         if format == "auto":
             format = detect_format(next((row.value for row in open_rows(paths[0], COLUMNS, "rollout").scan()), None))
-        if format == TRL:
-            format = with_rewards(format, open_rows(paths[0]).names, paths[0])
+        if format.rstrip(":") == TRL:
+            format = with_rewards(TRL, open_rows(paths[0]).names, paths[0])
         if path.is_dir() and format.startswith("verl") and all(file.stem.isdecimal() for file in paths):
             paths = _files_of_step(path, paths, step)
         files = [open_rows(file, [*COLUMNS, *names_in(format)], "rollout") for file in paths]

@@ -183,7 +183,7 @@ def test_trl_dump_with_several_columns_of_rewards(tmp_path: Path, tiny_tokenizer
     """Which columns are rewards, and which were logged beside them, the file does not say."""
     path = write_rows(tmp_path / "completions_00005.parquet", _trl(format_reward=0.25, answer="2", empty=None))
     with pytest.raises(RequestError, match="accuracy_reward, format_reward, answer, empty may be: choose, as in trl:"):
-        read_rollouts(path, tokenizer=tiny_tokenizer)
+        read_rollouts(path, tokenizer=tiny_tokenizer, format="trl:")
     source = read_rollouts(path, tokenizer=tiny_tokenizer, format="trl:accuracy_reward+format_reward+empty")
     assert next(source.groups()).rewards.tolist() == [0.25, 1.25]
     with pytest.raises(RequestError, match="row 1: field 'answer' is text, expected a number"):
