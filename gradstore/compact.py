@@ -102,15 +102,20 @@ def _rewrite(session: Session, snapshot: Snapshot, kept_rows: np.ndarray, kept_p
     used = {session.manifest.generation, *generations(folder)}
     number = next(n for n in count(session.manifest.generation + 1) if n not in used)
     generation = folder / generation_name(number)
-    create_generation(generation, header.arrays)
-    parts = _write_problems(generation / PROBLEMS, snapshot, kept_problems)
-    appender = Appender(generation, header.arrays, 0, {})
     try:
-        _copy_rows(appender, snapshot, kept_rows, np.cumsum(kept_problems) - 1)
-        appender.sync()
-    finally:
-        appender.close()
-    show_rows(generation, header.arrays, appender.rows)
+        create_generation(generation, header.arrays)
+        parts = _write_problems(generation / PROBLEMS, snapshot, kept_problems)
+        appender = Appender(generation, header.arrays, 0, {})
+        try:
+            _copy_rows(appender, snapshot, kept_rows, np.cumsum(kept_problems) - 1)
+            appender.sync()
+        finally:
+            appender.close()
+        show_rows(generation, header.arrays, appender.rows)
+    except BaseException:
+        session.remove_unused_generations(newer=True)
+        session.unpublished = False  # Nothing was written elsewhere: the published generation stays as it is.
+        raise
     session.publish(
         generation=number,
         rows=appender.rows,

@@ -28,7 +28,7 @@ class ProbeBatch:
     rewards: list[np.ndarray]
     """Rewards of the rollouts, float64 [G] each."""
     lengths: list[np.ndarray]
-    """Response tokens of the rollouts, int64 [G] each."""
+    """Tokens of the rollouts that the policy wrote, int64 [G] each."""
     dots: np.ndarray
     """<g_i, V>, float64 [P]; 0 where not live."""
     standard_errors: np.ndarray
@@ -56,7 +56,7 @@ class ProbeBatch:
             [group.problem_id for group in groups],
             list(derivatives),
             [np.asarray(group.rewards, np.float64) for group in groups],
-            [np.array([len(response) for response in group.responses]) for group in groups],
+            [group.n_written_of_rollouts for group in groups],
             settings,
             calibration,
         )
@@ -148,7 +148,7 @@ class ProbeBatch:
         RequestError if counts differ, if a reward is not finite, or under a clipped objective: its derivatives depend
         on the sign of the advantage.
         """
-        if self.settings.clip_low is not None or self.settings.clip_high is not None:
+        if self.settings.sign_dependent:
             raise RequestError("a clipped objective's derivatives depend on the rewards: probe again")
         if len(rewards) != len(self.ids):
             raise RequestError(f"{len(rewards)} lists of rewards for {len(self.ids)} problems")

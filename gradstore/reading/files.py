@@ -37,6 +37,18 @@ def open_regular(path: Path) -> BinaryIO:
     return os.fdopen(descriptor, "rb")
 
 
+def read_text(path: Path, most: int) -> str:
+    """The text of a regular file of at most `most` bytes; RequestError for another, or if it is not UTF-8."""
+    with open_regular(path) as file:
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise RequestError(f"{path}: has more than {most} bytes")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise RequestError(f"{path}: is not UTF-8 text ({error.reason} at byte {error.start})") from None
+
+
 def read_object(path: Path) -> dict[str, Any]:
     """The JSON object that is the whole content of a file."""
     with open_regular(path) as file:

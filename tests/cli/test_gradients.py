@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import gradstore
+from gradstore.engine import objective
 
 
 @pytest.fixture
@@ -68,6 +69,52 @@ def test_kl_term(cli, tmp_path, model_folder, files, tiny_model, accepted) -> No
     plain_rows, same_rows, other_rows = (view.take(view.ids) for view in rows)
     np.testing.assert_allclose(same_rows, plain_rows, atol=1e-5)
     assert np.abs(other_rows - plain_rows).max() > 1e-3
+
+
+def test_off_policy_objectives(cli, tmp_path, model_folder, accepted, write_lines) -> None:
+    """Every rule and bound can be named on the command line; rollouts that another policy sampled are said to be so."""
+    random = np.random.default_rng(0)
+    rows = [
+        {
+            "problem_id": f"p{i}",
+            "prompt": f"{i}+{i}=",
+            "response": "?",
+            "response_ids": random.integers(4, 200, 6).tolist(),
+            "logprobs": np.minimum(random.normal(-5.5, 2, 6), -0.1).tolist(),
+            "reward": j % 2,
+        }
+        for i in range(6)
+        for j in range(4)
+    ]
+    rollouts = write_lines(tmp_path / "stale.jsonl", rows)
+
+    def run(name: str, *options: object) -> tuple[int, str, str]:
+        kind = ["--rank", 4, "--basis", "random", "--dtype", "fp32", *accepted, "--json"]
+        return cli("collect", tmp_path / name, "pool", rollouts, "--model", model_folder, *kind, *options)
+
+    status, out, err = run("plain")
+    assert (status, "this policy did not sample the rollouts of" in err) == (0, True), err
+    assert json.loads(out)["ess"]["low"] == 6
+    assert not json.loads(out)["ess"]["importance"]
+    status, out, err = run("gspo", "--objective", "gspo,clip_high=0.001")
+    assert (status, "have an effective sample size below 50%" in err) == (0, True), err
+    rule = gradstore.open(tmp_path / "gspo").fingerprint["objective"]
+    assert rule == objective("gspo", clip_high=0.001).as_dict()
+    assert run("gspo")[0] == 0, "a store keeps its objective"
+    status, _, err = run("gspo", "--objective", "clip_low=0.01")
+    assert (status, "objective" in err) == (2, True)
+    assert run("cap", "--objective", "off_policy=truncate,ratio_cap=2", "--importance")[0] == 0
+    rule = gradstore.open(tmp_path / "cap").fingerprint["objective"]
+    assert rule == objective("gradalign", importance=True, off_policy="truncate", ratio_cap=2.0).as_dict()
+    for options, message in (
+        (["--objective", "cispo,clip_hi=2"], "did you mean 'clip_high'"),
+        (["--objective", "dapo,clip_high=x"], "clip_high is 'x', expected a number"),
+        (["--objective", "off_policy=mask"], "off_policy needs importance=True"),
+        (["--objective", "off_policy=mask", "--importance"], "mask needs ratio_cap"),
+        (["--clip", 0.2], "need importance=True"),
+    ):
+        status, _, err = run("refused", *options)
+        assert (status, message in err, (tmp_path / "refused").exists()) == (2, True, False), err
 
 
 def test_optimizer_direction(cli, tmp_path, model_folder, files, tiny_model, accepted) -> None:
@@ -144,3 +191,29 @@ def test_probe(cli, tmp_path, model_folder, files, accepted) -> None:
     status, _, err = cli(*arguments, "--benchmark-rollouts", files["b"], "--model", model_folder, "--known")
     assert status == 2
     assert "--known" in err
+
+
+def test_masked_rollouts(cli, tmp_path, model_folder, write_lines, accepted) -> None:
+    """What tools wrote behind the policy's last token changes no row; a mask that does not fit is one line."""
+    random, files = np.random.default_rng(0), {}
+    bare, masked = [], []
+    for i in range(6):
+        for j in range(4):
+            row = {"problem_id": f"p{i}", "prompt_ids": [5, 6 + i], "reward": float(j % 2)}
+            own, tool = (random.integers(4, 60, n).tolist() for n in (1 + j, 3))
+            bare.append(row | {"response_ids": own})
+            masked.append(row | {"response_ids": own + tool, "response_mask": [1] * len(own) + [0] * 3})
+    kind = ["--model", model_folder, "--rank", 4, "--basis", "random", "--dtype", "fp32", *accepted]
+    for name, rows in (("bare", bare), ("masked", masked)):
+        files[name] = write_lines(tmp_path / f"{name}.jsonl", rows)
+        status, _, err = cli("collect", tmp_path / name, "pool", files[name], *kind, "--halves")
+        assert status == 0, err
+    for collection in ("pool", "pool.even"):
+        one, other = (gradstore.open(tmp_path / name).view(collection) for name in ("bare", "masked"))
+        assert one.ids.tolist() == other.ids.tolist()
+        np.testing.assert_allclose(one.norms, other.norms, rtol=1e-5)
+        np.testing.assert_allclose(one.take(one.ids), other.take(one.ids), atol=1e-6)
+    masked[5]["response_mask"] = masked[5]["response_mask"][:-1]
+    status, _, err = cli("collect", tmp_path / "s", "pool", write_lines(tmp_path / "bad.jsonl", masked), *kind)
+    assert (status, err.count("\n")) == (2, 1)
+    assert "bad.jsonl, line 6: field 'response_mask' has 4 entries, but 'response_ids' has 5" in err

@@ -124,6 +124,16 @@ def test_a_kl_term_in_updates_and_sketches(cli, files: Path) -> None:
     assert not (files / "other").exists()
 
 
+def test_the_nucleus_is_an_option(cli, files: Path) -> None:
+    """GradAlign samples with top_p; training took it from Python alone."""
+    found = cli(*_arguments(files, "--top-p", "1.5"), *SETTINGS)
+    assert found[0] == 2
+    assert "top_p is 1.5" in found[2]
+    usual = {"model": "m", "pool": "p", "out": "o", "top_p": 0.9}
+    rounds = {"selected": 2, "train_batch": 2, "steps": 1}
+    assert RunSettings.of(None, usual, rounds).sampling.top_p == 0.9
+
+
 def test_options_that_verl_would_not_see_are_refused(cli) -> None:
     """A seed that goes nowhere is worse than an error."""
     status, _, error = cli("train", "--backend", "verl", "--seed", "3", "--lr", "1e-5", "data.train_files=x")

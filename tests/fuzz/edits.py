@@ -219,8 +219,8 @@ def dumped(value: Any) -> bytes:
     deep: list[str] = []
 
     def marked(item: Any) -> Any:
-        if isinstance(item, dict) and item.keys() == {"nested", "kind"}:
-            depth = item["nested"]
+        if isinstance(item, dict) and item.keys() == {"nested", "kind"} and isinstance(item["nested"], int):
+            depth = min(item["nested"], 1 << 20)
             deep.append("[" * depth + "]" * depth if item["kind"] == "list" else '{"a":' * depth + "1" + "}" * depth)
             return f"\ue000{len(deep) - 1}\ue001"
         if isinstance(item, dict):

@@ -366,7 +366,7 @@ def test_own_template(judge: Make, endpoint: Endpoint, tmp_path: Path, caplog: p
         ("model=m,max_bytes=0", "max_bytes is 0, expected above 0"),
         ("model=m,answer=last", "judge: answer is 'last', expected one of final, whole"),
         ("model=m,rule=yes", "judge: rule is 'yes', expected one of equal, both, none"),
-        ("model=m,template=none.txt", "template none.txt cannot be read"),
+        ("model=m,template=none.txt", "template none.txt: the file does not exist"),
         ("model=m,base_url=http://x,cache=/dev/null/x", "no cache of verdicts can be kept there"),
         ("model=m,base_url=http://x,cache=/dev/null", "it is no regular file"),
     ],

@@ -42,6 +42,7 @@ _JUDGE_FREE = ("base_url", "key_variable", "concurrency", "timeout", "retries", 
 _FREE = {
     *("out", "device", "save_every", "log", "sampling.batch_tokens", "update.token_budget"),
     *("rounds.window", "rounds.observe", "rounds.accept_coverage"),
+    "rounds.draw",  # older files do not have it; the rounds check it against their store
     *(f"judge.{name}" for name in _JUDGE_FREE),
 }
 """Settings that may change when a run is resumed; `rounds.rounds` may grow."""
@@ -53,7 +54,8 @@ class RunSettings:
 
     ALIASES: ClassVar[Aliases] = {
         "seed": "rounds.seed",
-        **{name: f"sampling.{name}" for name in ("max_new_tokens", "temperature", "template_kwargs")},
+        **{name: f"sampling.{name}" for name in ("max_new_tokens", "temperature", "top_p", "template_kwargs")},
+        **{name: f"sampling.{name}" for name in ("overlong_buffer", "overlong_penalty")},
         **{name: f"update.{name}" for name in ("lr", "weight_decay", "clip_grad", "minibatches", "objective")},
     }
     """Short names, those of the options of `gradstore train`."""

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from gradstore.durable import writing
+from gradstore.engine.gradients.objectives import Objective
 from gradstore.engine.rollouts.group import Group
 from gradstore.engine.sketches.spec import SketchBatch
 from gradstore.errors import RequestError
@@ -21,6 +22,7 @@ from gradstore.trainer.local.metrics import Metrics
 from gradstore.trainer.local.policy import LocalPolicy
 from gradstore.trainer.loggers import Logger
 from gradstore.trainer.round.settings import RoundSettings
+from gradstore.trainer.round.weighing import Weighed
 from gradstore.trainer.sampling.backends import derived_seed
 
 ORDER, ROLLOUTS, MINIBATCHES = range(3)
@@ -46,6 +48,10 @@ class Chooser(Protocol):
     def next(self, policy: Any) -> Picks: ...
 
     def observe(self, policy: Any, seen: Sequence[Group] | SketchBatch) -> Any: ...
+
+    def weigh(
+        self, policy: Any, groups: Sequence[Group], factors: Sequence[float] | None, objective: Objective
+    ) -> Weighed: ...
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -126,11 +132,20 @@ class Training:
         sampled = time.monotonic()
         deal = derived_seed(seed, MINIBATCHES, step)
         weights = [self._weights.get(group.problem_id, 1.0) for group in groups] if self._weights else None
+        rollout_weights: list[np.ndarray] | None = None
+        about: dict[str, float] = {}
+        if self.settings.rollout_rule is not None:
+            weighed = self.chooser.weigh(self.policy, groups, weights, self.learner.settings.objective)
+            rollout_weights = weighed.weights
+            about = {**weighed.scalars(), "seconds_weigh": time.monotonic() - sampled}
+        weighed_at = time.monotonic()
         sketches: SketchBatch | None = None
         if self._observes(self._done):
-            values, sketches = self.learner.step_and_sketch(groups, self.policy.sketcher, deal, weights)
+            values, sketches = self.learner.step_and_sketch(
+                groups, self.policy.sketcher, deal, weights, rollout_weights
+            )
         else:
-            values = self.learner.step(groups, deal, weights)
+            values = self.learner.step(groups, deal, weights, rollout_weights)
         updated = time.monotonic()
         if sketches is not None:
             self.chooser.observe(self.policy, sketches)
@@ -139,10 +154,10 @@ class Training:
         self.seconds += updated - started
         seconds = {
             "seconds_rollouts": sampled - started,
-            "seconds_update": updated - sampled,
+            "seconds_update": updated - weighed_at,
             "seconds_observe": time.monotonic() - updated,
         }
-        self.metrics.add("step", self.policy.step, {"round": self._round, **values, **seconds})
+        self.metrics.add("step", self.policy.step, {"round": self._round, **values, **about, **seconds})
 
     def _observes(self, step: int) -> bool:
         """Whether the rollouts of this step of the round become rows."""

@@ -17,7 +17,9 @@ Batch = TypeVar("Batch")
 
 def deal(groups: Sequence[Group], n_ranks: int) -> list[list[int]]:
     """Indices into `groups` for each rank; deterministic."""
-    tokens = np.array([sum(len(group.prompt_ids) + len(response) for response in group.responses) for group in groups])
+    tokens = np.array(
+        [sum(len(group.prompt_of(j)) + len(response) for j, response in enumerate(group.responses)) for group in groups]
+    )
     shares: list[list[int]] = [[] for _ in range(n_ranks)]
     loads = np.zeros(n_ranks)
     for place in np.argsort(-tokens, kind="stable").tolist():
@@ -47,7 +49,9 @@ def gather(batches: Sequence[Batch], shares: Sequence[Sequence[int]]) -> Batch:
         elif all(isinstance(value, list) for value in values):
             joined = [row for value in values for row in value]
             merged[field.name] = [joined[i] for i in back.tolist()]
-    wrong = [name for name, rows in merged.items() if name != "n_tokens" and len(rows) != n]
+        elif any(value is None for value in values):  # one rank does not know it
+            merged[field.name] = None
+    wrong = [name for name, rows in merged.items() if name != "n_tokens" and rows is not None and len(rows) != n]
     if wrong:
         raise ValueError(f"{type(first).__name__}.{wrong[0]} has {len(merged[wrong[0]])} rows for {n} problems")
     return replace(first, **merged)

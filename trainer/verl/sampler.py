@@ -46,6 +46,10 @@ class RoundSampler(Sampler[int]):
             self._drawn += 1
             yield self._row_of[name]
 
+    def row_of(self, name: str) -> int:
+        """A problem's row in the pool."""
+        return self._row_of[name]
+
     @property
     def left(self) -> int:
         """Remaining draws before a round must feed more."""

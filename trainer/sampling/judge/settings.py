@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from gradstore.errors import RequestError, check_known, check_number
+from gradstore.reading.files import read_text
 from gradstore.settings import read
 from gradstore.trainer.sampling.judge.secrecy import HIDDEN, URL_VARIABLE, Address, without_credentials
 
@@ -87,12 +88,16 @@ def judge_settings(text: str = "") -> JudgeSettings:
     raise RequestError(wrong)
 
 
+MOST_TEMPLATE_BYTES = 1 << 20
+"""Largest file that is taken for a template."""
+
+
 def read_template(path: Path, places: tuple[str, ...]) -> str:
     """A question's template; RequestError if the file cannot be read or lacks one of the places."""
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"judge: template {path} cannot be read: {error}") from None
+        text = read_text(path, MOST_TEMPLATE_BYTES)
+    except RequestError as error:
+        raise RequestError(f"judge: template {error}") from None
     missing = [name for name in places if f"{{{name}}}" not in text]
     if missing:
         raise RequestError(f"judge: template {path} lacks {', '.join(f'{{{name}}}' for name in missing)}")
