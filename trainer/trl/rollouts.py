@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from gradstore.engine.rollouts.group import Group
+from gradstore.errors import RequestError
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -66,7 +67,7 @@ def sampled_of(ids: Sequence[str], output: dict[str, Any], scored: Scored) -> li
 
 
 def groups_of(sampled: Sequence[Sampled]) -> list[Group]:
-    """One group per problem, in the order of their first rollouts."""
+    """One group per problem, in the order of their first rollouts; RequestError if a problem has several prompts."""
     of: dict[str, list[Sampled]] = {}
     for one in sampled:
         of.setdefault(one.problem_id, []).append(one)
@@ -78,6 +79,11 @@ def _group(rollouts: list[Sampled]) -> Group:
     # Nobody scored any: equal rewards, so that the problem has no signal.
     rewards = [one.reward for one in kept] or [0.0] * len(rollouts)
     kept = kept or rollouts
+    if any(not np.array_equal(one.prompt_ids, kept[0].prompt_ids) for one in kept):
+        raise RequestError(
+            f"problem {kept[0].problem_id!r}: its rollouts have different prompts, as an environment's `reset` makes "
+            "them: rounds need one prompt for all rollouts of a problem"
+        )
     masks = None
     if any(one.mask is not None for one in kept):
         masks = [np.ones(len(one.response_ids), dtype=bool) if one.mask is None else one.mask for one in kept]

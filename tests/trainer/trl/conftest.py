@@ -67,9 +67,7 @@ def make_trainer(tiny_model: Any, tiny_tokenizer: Any, tmp_path: Path) -> Callab
             reward_funcs=rewards,
             args=args,
             train_dataset=Dataset.from_list(pool or POOL),
-            processing_class=copy.deepcopy(tiny_tokenizer),
-            **given,
-            **(more or {}),
+            **{"processing_class": copy.deepcopy(tiny_tokenizer), **given, **(more or {})},
         )
 
     return make

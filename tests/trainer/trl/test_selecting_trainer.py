@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -285,6 +286,75 @@ def test_tokens_of_an_environment_are_masked(make_trainer: Make) -> None:
             assert response[~mask].tolist() == said
 
 
+TOOL_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}{% for c in m.tool_calls or [] %}"
+    "{{ c.function.name }} {{ c.function.arguments | tojson }}{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_a_run_with_tools(make_trainer: Make, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TRL calls the tools, in rounds as in steps; what they answered is masked in the sketches of both."""
+    pytest.importorskip("jmespath", reason="TRL parses tool calls with it")
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = TOOL_TEMPLATE
+    tokenizer.response_schema = {"type": "object"}
+    asked: list[int] = []
+
+    def seven(place: int) -> str:
+        """
+        Says seven.
+
+        Args:
+            place: any number.
+
+        Returns:
+            Seven.
+        """
+        asked.append(place)
+        return "7"
+
+    def parse(tokenizer: Any, ids: list[int], prefix: list[int] | None = None, **options: Any) -> dict[str, Any]:
+        """A random model calls no tool: here every first turn does."""
+        message: dict[str, Any] = {"role": "assistant", "content": "-"}
+        if "tool" not in tokenizer.decode(prefix):
+            message["tool_calls"] = [{"type": "function", "function": {"name": "seven", "arguments": {"place": 1}}}]
+        return message
+
+    monkeypatch.setattr("trl.trainer.grpo_trainer.parse_response", parse)
+    chats = [row | {"prompt": [{"role": "user", "content": row["prompt"]}]} for row in POOL]
+    trainer = make_trainer(
+        SELECTION | {"benchmarks": {"bench": chats[:2]}, "observe": "all"},
+        pool=[{**row, "id": f"chat-{row['id']}"} for row in chats],
+        more={"tools": [seven], "processing_class": tokenizer},
+        max_steps=2,
+        max_completion_length=48,
+        generation_kwargs={"max_new_tokens": 8},
+    )
+    sketched: list[Group] = []
+    sketch = trainer._policy.sketch
+    trainer._policy.sketch = lambda groups: sketched.extend(groups) or sketch(groups)
+    trainer.train()
+    assert len(asked) >= len(sketched) * GENERATIONS
+    said = tokenizer("<|im_start|>tool\n7<|im_end|>\n<|im_start|>assistant\n")["input_ids"]
+    for group in sketched:
+        assert group.masks is not None
+        for response, mask in zip(group.responses, group.masks, strict=True):
+            assert response[~mask].tolist() == said
+    assert {group.problem_id for group in sketched} > {"p00", "p01"}
+    store = gradstore.open(trainer._settings.store)
+    assert store.view("pool", 1).live.any()
+    check_masked(trainer, [group for group in sketched if group.has_signal][-1])
+
+
+def check_masked(trainer: Any, group: Group) -> None:
+    """The tool's tokens have no gradient: with other log-probabilities asked of them the sketch would differ."""
+    found_D = trainer._policy.sketch([group]).sketches[0]
+    unmasked = Group(group.problem_id, group.prompt_ids, group.responses, group.rewards)
+    assert found_D.any()
+    assert not np.allclose(found_D, trainer._policy.sketch([unmasked]).sketches[0])
+
+
 REFUSED = {
     "importance": ({"spec": {"objective": {"importance": True}}}, {}, "importance"),
     "batch": ({"train_batch": 3}, {}, "train_batch"),
@@ -355,6 +425,8 @@ def test_a_batch_becomes_groups_with_masks_and_scored_rollouts_alone() -> None:
     assert len(b.responses[0]) == 0  # truncated: it counts in the baseline alone
     assert c.rewards.tolist() == [0.0]
     assert not c.has_signal
+    with pytest.raises(RequestError, match="'a': its rollouts have different prompts"):
+        groups_of([sampled[0], replace(sampled[1], prompt_ids=np.array([9]))])
 
 
 @pytest.mark.real
