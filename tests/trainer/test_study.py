@@ -164,23 +164,24 @@ def test_the_page_tells_what_the_rows_say(results: Path, tmp_path: Path) -> None
 
 @pytest.fixture(scope="module")
 def by_rollouts() -> dict[str, dict[str, Any]]:
-    """Methods that weigh rollouts or spend few on selection, once each."""
-    names = ("random+dtv_loo*4", "random+oppose_target", "refresh0-dot", "pilot")
+    """Methods that weigh rollouts or spend few on selection, and random picks, once each."""
+    names = ("random", "random+dtv_loo*4", "random+oppose_target", "refresh0-dot", "pilot")
     return {name: run_one("wrong_truths", name, 0, SHORT) for name in names}
 
 
-def test_rollouts_are_weighed_and_counted(by_rollouts: dict[str, dict[str, Any]], results: Path) -> None:
+def test_rollouts_are_weighed_and_counted(by_rollouts: dict[str, dict[str, Any]]) -> None:
     """What each method spends is what its name promises; a rule by the batch alone spends nothing."""
     spent_on = {name: selection_rollouts(row) for name, row in by_rollouts.items()}
     benchmark = SHORT.rounds * SHORT.validation * SHORT.budget_target
     assert spent_on == {
+        "random": 0,
         "random+dtv_loo*4": 0,
         "random+oppose_target": benchmark,
         "refresh0-dot": SHORT.pool * SHORT.first_look + benchmark,
         "pilot": SHORT.rounds * 64 * 4,
     }
     assert len(by_rollouts["random+dtv_loo*4"]["accuracy"]) == 4 + 1
-    plain = next(row for row in read_results(results, SHORT) if row["method"] == "random")
+    plain = by_rollouts["random"]
     for name in ("random+dtv_loo*4", "random+oppose_target"):
         row = by_rollouts[name]
         assert len(row["dropped"]) == (len(row["accuracy"]) - 1) * SHORT.steps
