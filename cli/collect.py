@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Annotated, cast, get_args
 
 import typer
 
-from gradstore.cli.app import command, opt
+from gradstore.cli.app import command, given, opt
 from gradstore.cli.query import Json, StorePath
 from gradstore.cli.rollout import Device, Model, TemplateKwargs, Trust, template_arguments
 from gradstore.cli.show import print_json, progress, say, warn
+from gradstore.cli.solutions import collect_solutions
 from gradstore.errors import RequestError, check_known, check_number
 from gradstore.undo import undone_on
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 @command()
 def collect(
+    context: typer.Context,
     store: StorePath,
     collection: Annotated[str, typer.Argument(help="Pool or benchmark the rollouts belong to.")],
     rollouts: Annotated[Path, typer.Argument(help="Rollout file, verl rollout dump or responses_sorted.json.")],
@@ -36,11 +38,24 @@ def collect(
         int | None, opt("Policy version of the model, 0 the base model; default: the rollouts' own, or 0.")
     ] = None,
     adapter: Annotated[str | None, opt("PEFT adapter to load on the model.")] = None,
-    format: Annotated[str, opt("auto, rollouts, verl, verl-validation or gradalign.")] = "auto",
+    format: Annotated[
+        str,
+        opt(
+            "auto, rollouts, verl, verl-validation, gradalign or trl (trl:REWARD where several columns may be rewards)."
+        ),
+    ] = "auto",
     rollout_step: Annotated[
         int | None, opt("Take only the rollouts that state this step (of a verl dump: its file's).")
     ] = None,
     append_eos: Annotated[bool, opt("End text responses in the end token.", "--append-eos")] = False,
+    solutions: Annotated[
+        bool,
+        opt(
+            "The file has problems with reference solutions (extra.solution) instead of rollouts: their likelihood's "
+            "gradients become rows of COLLECTION.solutions, in a store that is there.",
+            "--solutions",
+        ),
+    ] = False,
     problems: Annotated[
         Path | None, opt("Problem records whose ids and prompts the rollouts are given, by prompt.")
     ] = None,
@@ -131,6 +146,7 @@ def collect(
     from gradstore.settings import build, parse
 
     check_number("step", step or 0, least=0)
+    check_number("--fit-problems", fit_problems, least=4)
     check_known("--refit", refit, ("warn", "auto"))
     check_known("--measure", measure, get_args(Measure))
     if refit == "auto" and measure == "never":
@@ -138,6 +154,11 @@ def collect(
     if refit == "auto" and benchmark_rollouts is None:
         raise RequestError("--refit auto measures against the benchmark: give --benchmark-rollouts")
     opened = gradstore.open(store, mode="a") if store.exists() else None
+    if solutions:
+        if opened is None:
+            raise RequestError(f"{store}: no store there; collect rollouts first, which its projection is fitted to")
+        collect_solutions(opened, collection, rollouts, given(context))
+        return
     spec = default_spec(head=head, optimizer=optimizer is not None)
     if opened is not None:
         spec = SketchSpec.of(opened.fingerprint)
@@ -147,11 +168,11 @@ def collect(
     )  # fmt: skip
     named = {} if objective is None else parse(SketchSpec, {"objective": objective}, "--")["objective"]
     settings = build(Objective, {**named, **changed}, "--objective", default=spec.objective)
-    given = _given(
+    projected = _given(
         rank=rank, right_rank=right_rank, dim=dim, seed=seed, basis=basis, modules=tuple(modules) if modules else None,
         head_only=head or None, embeddings=embeddings, token_budget=token_budget,
     )  # fmt: skip
-    spec = replace(spec, objective=settings, **given)
+    spec = replace(spec, objective=settings, **projected)
     if reference is not None and not settings.kl_beta:
         raise RequestError("--reference is for a KL term: give its weight, --kl-beta 0.04")
     if settings.reference is not None and reference is None:

@@ -170,13 +170,15 @@ def _legend(found: list[Transcript]) -> str:
 def _rollout(one: Transcript) -> Any:
     head = f"Rollout {one.number + 1}" + ("" if one.step is None else f", step {one.step}")
     head += f", reward {one.reward:g}"
-    body: Any = one.text
+    body: Any = one.marked
     if one.tokens is not None and one.shares is not None:
-        body = _shaded(one.tokens, _share_colours(one.shares), [written(share, "signed") for share in one.shares])
+        body = _shaded(one, _share_colours(one.shares), [written(share, "signed") for share in one.shares])
     elif one.tokens is not None and one.logprobs is not None:
         chances = np.exp(np.minimum(np.array(one.logprobs), 0))
         colours = [f"rgba(217,130,43,{0.75 * (1 - chance):.2f})" for chance in chances]
-        body = _shaded(one.tokens, colours, [f"probability {chance:.3f}" for chance in chances])
+        body = _shaded(one, colours, [f"probability {chance:.3f}" for chance in chances])
+    if one.told and not isinstance(body, str):
+        head += f"; {one.told}"
     return html.Div(
         [html.P(head), html.Pre(body, tabIndex=0)], className="rollout paid" if one.reward > 0 else "rollout"
     )
@@ -189,8 +191,13 @@ def _share_colours(shares: tuple[float, ...]) -> list[str]:
     ]
 
 
-def _shaded(tokens: tuple[str, ...], colours: list[str], titles: list[str]) -> list:
+def _shaded(one: Transcript, colours: list[str], titles: list[str]) -> list:
+    """The tokens in their colours; those that the policy did not write are plain and in italics."""
+    tokens = one.tokens or ()
+    own = one.written or (True,) * len(tokens)
     return [
         html.Span(token, title=title, style={"backgroundColor": colour})
-        for token, colour, title in zip(tokens, colours, titles, strict=True)
+        if is_own
+        else html.Span(token, title="not written by the policy", style={"fontStyle": "italic", "opacity": 0.7})
+        for token, colour, title, is_own in zip(tokens, colours, titles, own, strict=True)
     ]

@@ -7,16 +7,21 @@ decoded if a tokenizer is given, else its ids are shown. Nothing is tokenized.
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from gradstore.engine.rollouts.rollout import COLUMNS, Rollout, detect_format, read_row
+from gradstore.engine.rollouts.rollout import COLUMNS, TRL, Rollout, detect_format, names_in, read_row, with_rewards
 from gradstore.errors import RequestError
 from gradstore.reading.files import RowFile
 from gradstore.reading.opening import files_at, open_rows
 
 TOKEN_SHARES = "token_shares"
 """Field of a rollout's `extra`: share of each response token in the rollout's alignment, as numbers."""
+
+
+MARKS = "\u27e6", "\u27e7"
+"""Brackets around what the policy did not write: tools, users, the environment."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +39,28 @@ class Transcript:
     """One value per response token: its share of the rollout's alignment."""
     tokens: tuple[str, ...] | None
     """Texts of the response's tokens; None without token ids or a tokenizer."""
+    written: tuple[bool, ...] | None = None
+    """Whether the policy wrote each response token; None: it wrote all."""
+
+    @property
+    def marked(self) -> str:
+        """The text, with what the policy did not write between MARKS if tokens are known; headed by their numbers."""
+        if self.written is None or all(self.written):
+            return self.text
+        text = self.text
+        if self.tokens is not None:
+            runs = groupby(zip(self.written, self.tokens, strict=True), key=lambda pair: pair[0])
+            parts = [(own, "".join(token for _, token in run)) for own, run in runs]
+            text = "".join(part if own else f"{MARKS[0]}{part}{MARKS[1]}" for own, part in parts)
+        marks = "" if self.tokens is None else f"; {MARKS[0]} {MARKS[1]} mark the others"
+        return f"[{self.told}{marks}]\n{text}"
+
+    @property
+    def told(self) -> str:
+        """How many of the response's tokens the policy wrote, if not all; else empty."""
+        if self.written is None or all(self.written):
+            return ""
+        return f"the policy wrote {sum(self.written)} of {len(self.written)} tokens"
 
 
 class Transcripts:
@@ -66,11 +93,13 @@ class Transcripts:
     def _index(self, path: Path) -> None:
         try:
             rows = open_rows(path, COLUMNS, "rollout")
+            format = detect_format(next((row.value for row in rows.scan()), None))
+            if format == TRL:
+                format = with_rewards(format, open_rows(path).names, path)
+                rows = open_rows(path, names_in(format), "rollout")
         except OSError as error:
             raise RequestError(f"{path}: cannot be read: {error.strerror or error}") from None
-        format = ""
         for row in rows.scan():
-            format = format or detect_format(row.value)
             rollout = read_row(row.value, format, row.where)
             self._places[rollout.problem_id].append((len(self._files), row.place, row.size))
         self._files.append((rows, format))
@@ -93,6 +122,7 @@ class Transcripts:
             None if rollout.logprobs is None else tuple(rollout.logprobs.tolist()),
             _shares(rollout),
             tokens,
+            None if rollout.response_mask is None else tuple(rollout.response_mask.tolist()),
         )
 
 
@@ -113,9 +143,9 @@ def chosen(transcripts: Iterable[Transcript], n: int, longest: int) -> list[dict
             "number": one.number + 1,
             "reward": one.reward,
             "step": one.step,
-            "text": one.text
-            if len(one.text) <= longest
-            else f"{one.text[:longest]} … (cut, {len(one.text)} characters)",
+            "text": one.marked
+            if len(one.marked) <= longest
+            else f"{one.marked[:longest]} … (cut, {len(one.marked)} characters)",
         }
         for one in kept
     ]

@@ -125,9 +125,9 @@ def split(groups: Sequence[Group]) -> tuple[list[Group], list[Group]]:
     RequestError for a group with a single rollout.
     """
     for group in groups:
-        if len(group.responses) < 2:
+        if group.n_rollouts < 2:
             raise RequestError(f"problem {group.problem_id!r} has one rollout: halves need at least two")
-    return [_part(group, 0) for group in groups], [_part(group, 1) for group in groups]
+    return [group.part(slice(0, None, 2)) for group in groups], [group.part(slice(1, None, 2)) for group in groups]
 
 
 def permuted(groups: Sequence[Group], seed: int) -> list[Group]:
@@ -167,11 +167,3 @@ def exact_scores(
         return np.where(live_P, batch.dots[:, 0], np.nan)
 
     return score
-
-
-def _part(group: Group, first: int) -> Group:
-    logprobs, reference, masks = (
-        None if given is None else given[first::2] for given in (group.logprobs, group.reference_logprobs, group.masks)
-    )
-    responses, rewards = group.responses[first::2], group.rewards[first::2]
-    return Group(group.problem_id, group.prompt_ids, responses, rewards, logprobs, reference, masks)

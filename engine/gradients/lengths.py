@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 
 from gradstore.engine.gradients.microbatch import MicroBatch, WeightedSequence, padded_width
 
@@ -55,16 +56,16 @@ def frequencies_change_at(config: Any) -> int | None:
 
 
 def alone(batch: MicroBatch) -> Iterator[MicroBatch]:
-    """Each sequence of a batch without shared prompts as a micro-batch of its own, unpadded."""
-    firsts, sizes = batch.first_B.tolist(), batch.filled_BN.sum(1).tolist()
-    for i, (first, size) in enumerate(zip(firsts, sizes, strict=True)):
-        row, n = slice(i, i + 1), max(1, size)
+    """Each sequence of a batch without shared prompts as a micro-batch of its own, up to its last written token."""
+    ends_BN = batch.written_BN * torch.arange(1, batch.written_BN.shape[1] + 1, device=batch.written_BN.device)
+    for i, (first, end) in enumerate(zip(batch.first_B.tolist(), ends_BN.amax(1).tolist(), strict=True)):
+        row, n = slice(i, i + 1), max(1, end)
         cut: dict[str, Any] = {
             name: None if grid_BN is None else grid_BN[row, :n]
             for name, grid_BN in (
                 ("targets_BN", batch.targets_BN),
                 ("weights_BN", batch.weights_BN),
-                ("filled_BN", batch.filled_BN),
+                ("written_BN", batch.written_BN),
                 ("behaviour_BN", batch.behaviour_BN),
                 ("kl_scales_BN", batch.kl_scales_BN),
                 ("reference_BN", batch.reference_BN),

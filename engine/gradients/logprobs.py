@@ -9,7 +9,14 @@ from torch import Tensor, nn
 
 from gradstore.engine.gradients.gradient_pass import GradientPass
 from gradstore.engine.gradients.hooks import evaluating
-from gradstore.engine.gradients.microbatch import MicroBatch, WeightedSequence, in_step, pack, pays_to_share
+from gradstore.engine.gradients.microbatch import (
+    MicroBatch,
+    WeightedSequence,
+    in_step,
+    pack,
+    pays_to_share,
+    prompt_numbers,
+)
 from gradstore.engine.gradients.models import weights_digest
 from gradstore.engine.gradients.objectives import Objective
 from gradstore.engine.gradients.retrying import noticing
@@ -61,18 +68,19 @@ class Reference:
 def response_logprobs(runner: GradientPass, groups: Sequence[Group]) -> list[list[np.ndarray]]:
     """Log-probability of every response token at the objective's temperature, float32 [response tokens] each.
 
-    A repeated response is run once. The model must be in evaluation mode; under FSDP2 all ranks call this together.
+    A response repeated after the same prompt is run once. The model must be in evaluation mode; under FSDP2 all ranks
+    call this together.
     """
     first: list[list[int]] = []
     rollouts: list[WeightedSequence] = []
     for problem, group in enumerate(groups):
-        seen: dict[bytes, int] = {}
+        seen: dict[tuple[int, bytes], int] = {}
         first.append([])
-        for j, response in enumerate(group.responses):
-            place = seen.setdefault(response.tobytes(), len(rollouts) if len(response) else -1)
+        for j, (response, prompt) in enumerate(zip(group.responses, prompt_numbers(group), strict=True)):
+            place = seen.setdefault((prompt, response.tobytes()), len(rollouts) if len(response) else -1)
             first[-1].append(place)
             if place == len(rollouts):
-                rollouts.append(WeightedSequence(problem, j, group.prompt_ids, response, 1.0, None))
+                rollouts.append(WeightedSequence(problem, j, group.prompt_of(j), response, 1.0, None, prompt=prompt))
     spec, policy = runner.spec, runner.policy
     policy.verify(rollouts)
     shares = policy.shares_prompts and spec.share_prompts

@@ -6,7 +6,7 @@ the importance ratio, as an off-policy rule bounds it; a KL penalty to a referen
 only on its problem, so a problem's gradient does not depend on the batch, the rank or the file.
 Formulas and sources: docs/methods.md.
 
-Dimension letters: G rollouts of a group, B sequences, N response tokens.
+Dimension letters: G rollouts of a problem, R their responses (one each, or several outputs), B sequences, N tokens.
 """
 
 from dataclasses import asdict, dataclass, replace
@@ -156,41 +156,60 @@ def _scaled(values_G: np.ndarray, rewards_G: np.ndarray, kind: Advantage) -> np.
     return values_G
 
 
-def rollout_weights(rewards_G: np.ndarray, lengths_G: np.ndarray, objective: Objective) -> np.ndarray:
-    """Token weight of each rollout before importance ratios and KL term, float64 [G].
+def rollout_weights(
+    rewards_G: np.ndarray, lengths_R: np.ndarray, objective: Objective, rollout_of_R: np.ndarray | None = None
+) -> np.ndarray:
+    """Token weight of each response before importance ratios and KL term, float64 [R].
 
-    rewards_G: float64. lengths_G: response tokens; an empty response has weight 0 but counts in the baseline and in
-    the number of sequences.
+    rewards_G: float64. lengths_R: tokens of each response that the policy wrote (`Group.n_written`); a response without
+    any has weight 0 but counts in the baseline and in the number of sequences. rollout_of_R: the rollout that each
+    response is an output of (`Group.rollout_of`); None: each is a rollout.
     """
-    return _shared_out(advantages(rewards_G, objective.advantage), lengths_G, objective.aggregation)
+    values_R = _of_responses(advantages(rewards_G, objective.advantage), rollout_of_R)
+    return _shared_out(values_R, lengths_R, objective.aggregation)
 
 
-def weight_rounding(rewards_G: np.ndarray, lengths_G: np.ndarray, objective: Objective) -> np.ndarray:
-    """Upper bound of the rounding error in each of `rollout_weights`, from the rewards alone, float64 [G]."""
+def weight_rounding(
+    rewards_G: np.ndarray, lengths_R: np.ndarray, objective: Objective, rollout_of_R: np.ndarray | None = None
+) -> np.ndarray:
+    """Upper bound of the rounding error in each of `rollout_weights`, from the rewards alone, float64 [R]."""
     if not differ(rewards_G):
-        return np.zeros(len(rewards_G))
+        return np.zeros(len(lengths_R))
     slack_G = np.full(len(rewards_G), ROUNDING * np.abs(rewards_G).max())
-    return _shared_out(_scaled(slack_G, rewards_G, objective.advantage), lengths_G, objective.aggregation)
+    values_R = _of_responses(_scaled(slack_G, rewards_G, objective.advantage), rollout_of_R)
+    return _shared_out(values_R, lengths_R, objective.aggregation)
 
 
-def kl_scales(rewards_G: np.ndarray, lengths_G: np.ndarray, objective: Objective) -> np.ndarray:
-    """Factor of the KL term of each rollout's tokens, float64 [G]: beta times the aggregation's weight.
+def kl_scales(rewards_G: np.ndarray, lengths_R: np.ndarray, objective: Objective) -> np.ndarray:
+    """Factor of the KL term of each response's tokens, float64 [R]: beta times the aggregation's weight.
 
     Zero if all rewards are equal: LearnAlign weights such problems by p (1 - p) = 0, and they are never run.
     """
-    betas_G = np.full(len(rewards_G), objective.kl_beta if differ(rewards_G) else 0.0)
-    return _shared_out(betas_G, lengths_G, objective.aggregation)
+    betas_R = np.full(len(lengths_R), objective.kl_beta if differ(rewards_G) else 0.0)
+    return _shared_out(betas_R, lengths_R, objective.aggregation)
 
 
-def _shared_out(values_G: np.ndarray, lengths_G: np.ndarray, aggregation: Aggregation) -> np.ndarray:
-    """Each rollout's value times the aggregation's weight per token."""
+def _of_responses(values_G: np.ndarray, rollout_of_R: np.ndarray | None) -> np.ndarray:
+    return values_G if rollout_of_R is None else values_G[rollout_of_R]
+
+
+def _shared_out(values_R: np.ndarray, lengths_R: np.ndarray, aggregation: Aggregation) -> np.ndarray:
+    """Each response's value times the aggregation's weight per token."""
     if aggregation == "seq-mean-token-sum":
-        weights_G = values_G / len(values_G)
+        weights_R = values_R / len(values_R)
     elif aggregation == "seq-mean-token-mean":
-        weights_G = values_G / (len(values_G) * np.maximum(lengths_G, 1))
+        weights_R = values_R / (len(values_R) * np.maximum(lengths_R, 1))
     else:
-        weights_G = values_G / max(int(lengths_G.sum()), 1)
-    return np.where(lengths_G > 0, weights_G, 0.0)
+        weights_R = values_R / max(int(lengths_R.sum()), 1)
+    return np.where(lengths_R > 0, weights_R, 0.0)
+
+
+def likelihood_weights(lengths_G: np.ndarray) -> np.ndarray:
+    """Token weight of reference solutions, float64 [G]: J is the mean token log-likelihood (LESS, arXiv 2402.04333).
+
+    lengths_G: tokens of each solution. No advantage, no baseline: the solution is right.
+    """
+    return 1.0 / np.maximum(lengths_G, 1)
 
 
 def kl_weights(logprobs_N: "Tensor", reference_N: "Tensor", scales_N: "Tensor") -> "Tensor":

@@ -154,10 +154,10 @@ class PolicyForward:
     def _chosen(self, batches: Iterable[MicroBatch]) -> dict[int, Tensor]:
         """Log-probabilities of the response tokens, by rollout number."""
         return {
-            j: row_N[filled_N]
+            j: row_N[written_N]
             for batch in batches
-            for j, row_N, filled_N in zip(
-                batch.rollout_B.tolist(), self._logprobs_together(batch, 1.0), batch.filled_BN, strict=True
+            for j, row_N, written_N in zip(
+                batch.rollout_B.tolist(), self._logprobs_together(batch, 1.0), batch.written_BN, strict=True
             )
         }
 
@@ -182,7 +182,7 @@ class PolicyForward:
             self._split, self.shares_prompts = shortcuts
 
     def logprobs(self, batch: MicroBatch, temperature: float = 1.0) -> Tensor:
-        """Log-probability of each response token, float32 [B, N], zero at padding; no gradient is computed."""
+        """Log-probability of each token that the policy wrote, float32 [B, N], zero elsewhere; without gradients."""
         if self._checked.pads or batch.prompts is not None:
             return self._logprobs_together(batch, temperature)
         found_BN = torch.zeros_like(batch.weights_BN)
@@ -196,7 +196,7 @@ class PolicyForward:
             hidden_BTH = self._hidden(batch, None) if self._split else None
             for rows in self._chunks(batch):
                 found_BN[rows] = self._logprobs(batch, rows, self._grid(batch, hidden_BTH, rows), temperature)
-        return torch.where(batch.filled_BN, found_BN, 0.0)
+        return torch.where(batch.written_BN, found_BN, 0.0)
 
     def backward(
         self, batch: MicroBatch, objective: Objective, observation: Observation, on_weights: OnWeights | None = None
@@ -371,7 +371,7 @@ def _weights(batch: MicroBatch, rows: slice, logprobs_BN: Tensor, objective: Obj
     weighted_BN = weights_BN
     if batch.behaviour_BN is not None:
         weighted_BN = importance_weights(
-            logprobs_BN, batch.behaviour_BN[rows], weights_BN, batch.filled_BN[rows], objective
+            logprobs_BN, batch.behaviour_BN[rows], weights_BN, batch.written_BN[rows], objective
         )
     tell(batch.problem_B[rows], weights_BN, weighted_BN)
     if objective.importance:

@@ -28,7 +28,7 @@ class ProbeBatch:
     rewards: list[np.ndarray]
     """Rewards of the rollouts, float64 [G] each."""
     lengths: list[np.ndarray]
-    """Response tokens of the rollouts, int64 [G] each."""
+    """Tokens of the rollouts that the policy wrote, int64 [G] each."""
     dots: np.ndarray
     """<g_i, V>, float64 [P]; 0 where not live."""
     standard_errors: np.ndarray
@@ -56,7 +56,7 @@ class ProbeBatch:
             [group.problem_id for group in groups],
             list(derivatives),
             [np.asarray(group.rewards, np.float64) for group in groups],
-            [np.array([len(response) for response in group.responses]) for group in groups],
+            [group.n_written_of_rollouts for group in groups],
             settings,
             calibration,
         )

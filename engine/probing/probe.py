@@ -8,7 +8,7 @@ statistic and a p-value, and corrected rewards need no new run. Formulas: docs/m
 
 The step is measured, not guessed: see `Probe.calibrate`.
 
-Dimension letters: P problems, G rollouts of one problem, N response tokens.
+Dimension letters: P problems, G rollouts of one problem, R their responses, N response tokens that the policy wrote.
 """
 
 import logging
@@ -104,10 +104,10 @@ class Probe:
 
         d_ij is the derivative along V of the rollout's log-probability, weighted by the objective's aggregation: the
         mean over its tokens (`seq-mean-token-mean`), their sum (`seq-mean-token-sum`), or the sum divided by the mean
-        length of the group's responses (`token-mean`). With importance weights each token is multiplied by its ratio,
-        and is zero where PPO's surrogate is flat.
+        length of the group's responses (`token-mean`). Only tokens that the policy wrote count. With importance weights
+        each token is multiplied by its ratio, and is zero where PPO's surrogate is flat.
 
-        base_logprobs: log-probabilities of the response tokens under the current model (those of the rollouts, if this
+        base_logprobs: log-probabilities of all response tokens under the current model (those of the rollouts, if this
         policy sampled them at the objective's temperature); then one forward is run instead of two. run_all: also run
         groups with equal rewards, whose rewards may be corrected later; otherwise their derivatives are nan. The first
         call calibrates the step. RequestError for a group that the model cannot run, or for base log-probabilities of
@@ -123,20 +123,22 @@ class Probe:
             if base_logprobs is None:
                 eps = calibration.central
                 move(eps)
-                above = response_logprobs(self._pass, chosen)
+                above = self._logprobs(chosen)
                 move(-eps)
-                below = response_logprobs(self._pass, chosen)
-                middle = [[(a + b) / 2 for a, b in zip(*pair, strict=True)] for pair in zip(above, below, strict=True)]
+                below = self._logprobs(chosen)
+                middle: TokenLogprobs = [
+                    [(a + b) / 2 for a, b in zip(*pair, strict=True)] for pair in zip(above, below, strict=True)
+                ]
                 step = 2 * eps
             else:
                 step = calibration.one_sided
                 move(step)
-                above = response_logprobs(self._pass, chosen)
-                below = [list(base) for base, runs in zip(base_logprobs, run, strict=True) if runs]
+                above = self._logprobs(chosen)
+                below = _written(chosen, [base for base, runs in zip(base_logprobs, run, strict=True) if runs])
                 middle = below
         found = iter(self._weigh(chosen, above, below, middle))
         return [
-            next(found) / step if runs else np.full(len(group.responses), np.nan)
+            next(found) / step if runs else np.full(group.n_rollouts, np.nan)
             for group, runs in zip(groups, run, strict=True)
         ]
 
@@ -169,14 +171,14 @@ class Probe:
             live = list(range(len(groups)))  # every dot is zero, but derivatives can still be measured
         pilot = [live[i] for i in np.unique(np.linspace(0, len(live) - 1, min(self.n_check, len(live))).astype(int))]
         chosen = [groups[i] for i in pilot]
-        given = None if base_logprobs is None else [base_logprobs[i] for i in pilot]
+        given = None if base_logprobs is None else _written(chosen, [base_logprobs[i] for i in pilot])
         if like is not None and self._eps is None:
             calibration = self._carried(like, chosen[:1], None if given is None else given[:1])
             if calibration is not None:
                 self.calibration, self._knows_base = calibration, given is not None
                 return calibration
         with self._moving() as move:
-            base = response_logprobs(self._pass, chosen)
+            base = self._logprobs(chosen)
             at = self._at(move, chosen, base)
             first, nats = self._first_step(move, chosen, base)
             offset = 0.0
@@ -229,10 +231,10 @@ class Probe:
         first, expected = (like.central, like.nats_central) if given is None else (like.one_sided, like.nats_one_sided)
         eps, nats = first, 0.0
         with self._moving() as move:
-            base = response_logprobs(self._pass, groups) if given is None else given
+            base = self._logprobs(groups) if given is None else given
             for _ in range(_TRIES):
                 move(eps)
-                above = response_logprobs(self._pass, groups)
+                above = self._logprobs(groups)
                 nats = self._moved(above, base)
                 if expected / 2 < nats < expected * 2 or not 0 < nats < np.inf:
                     break
@@ -242,7 +244,7 @@ class Probe:
             below, distance = base, eps
             if given is None:
                 move(-eps)
-                below, distance = response_logprobs(self._pass, groups), 2 * eps
+                below, distance = self._logprobs(groups), 2 * eps
             changes = self._weigh(groups, above, below, base)
         exact, found = self._compare(groups, np.concatenate([np.zeros(0), *changes]) / distance)
         checked = replace(like.along(like.norm, eps / first * expected / nats), exact=exact, found=found)
@@ -254,7 +256,7 @@ class Probe:
         nats = 0.0
         for _ in range(16):
             move(eps)
-            nats = self._moved(response_logprobs(self._pass, groups), base)
+            nats = self._moved(self._logprobs(groups), base)
             if FIRST_STEP / 1.5 < nats < FIRST_STEP * 1.5:
                 break
             low, high = (eps, high) if nats < FIRST_STEP else (low, eps)
@@ -275,12 +277,12 @@ class Probe:
         squares, n = total(self.model, [float(moves_N @ moves_N), float(len(moves_N))])
         return float(np.sqrt(squares / n)) if n else FIRST_STEP
 
-    def _at(self, move: Move, groups: Sequence[Group], base: list[list[np.ndarray]]) -> Callable[[float], np.ndarray]:
+    def _at(self, move: Move, groups: Sequence[Group], base: TokenLogprobs) -> Callable[[float], np.ndarray]:
         """Function eps -> change from theta of every rollout's weighted log-probability, concatenated, float64."""
 
         def at(eps: float) -> np.ndarray:
             move(eps)
-            changes = self._weigh(groups, response_logprobs(self._pass, groups), base, base)
+            changes = self._weigh(groups, self._logprobs(groups), base, base)
             return np.concatenate(changes) if changes else np.zeros(0)
 
         return at
@@ -288,11 +290,9 @@ class Probe:
     def _compare(self, groups: Sequence[Group], derivatives: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """<g_i, V> of the groups, by autograd and from their derivatives; under FSDP2 only of the first rank's groups,
         while the other ranks idle."""
-        ends = np.cumsum([len(group.responses) for group in groups])[:-1]
+        ends = np.cumsum([group.n_rollouts for group in groups])[:-1]
         found_P = [
-            probe_statistics.dot_and_error(
-                group.rewards, d_G, np.array([len(response) for response in group.responses]), self.settings
-            )[0]
+            probe_statistics.dot_and_error(group.rewards, d_G, group.n_written_of_rollouts, self.settings)[0]
             for group, d_G in zip(groups, np.split(derivatives, ends), strict=bool(len(groups)))
         ]
         first = n_shards(self.model) == 1 or torch.distributed.get_rank() == 0
@@ -345,50 +345,61 @@ class Probe:
         with evaluating(self.model), torch.no_grad(), way as move:
             yield move
 
+    def _logprobs(self, groups: Sequence[Group]) -> TokenLogprobs:
+        """Log-probabilities, where the model has been moved to, of the tokens that the policy wrote."""
+        return _written(groups, response_logprobs(self._pass, groups))
+
     def _weigh(
         self, groups: Sequence[Group], above: TokenLogprobs, below: TokenLogprobs, middle: TokenLogprobs
     ) -> list[np.ndarray]:
-        """Differences of log-probabilities, summed over each rollout's tokens with the objective's weights."""
+        """Differences of log-probabilities of the policy's tokens, summed with the objective's weights."""
         found = []
         for group, high, low, mid in zip(groups, above, below, middle, strict=True):
-            lengths_G = np.array([len(response) for response in group.responses])
-            factors_G = _token_factors(lengths_G, self.settings)
-            signs_G = rollout_weights(group.rewards, lengths_G, self.settings)
-            d_G = np.zeros(len(lengths_G))
-            for j in np.flatnonzero(lengths_G).tolist():
+            lengths_R = group.n_written
+            factors_R = _token_factors(lengths_R, self.settings)
+            signs_R = rollout_weights(group.rewards, lengths_R, self.settings, group.rollout_of)
+            d_R = np.zeros(len(lengths_R))
+            for j in np.flatnonzero(lengths_R).tolist():
                 difference_N = np.asarray(high[j], np.float64) - low[j]
                 if self.settings.importance and group.logprobs is not None:
-                    difference_N *= _ratios(
-                        mid[j],
-                        group.logprobs[j],
-                        None if group.masks is None else group.masks[j],
-                        signs_G[j],
-                        self.settings,
-                    )
-                d_G[j] = factors_G[j] * difference_N.sum()
-            found.append(d_G)
+                    difference_N *= _ratios(mid[j], group.written(j, group.logprobs[j]), signs_R[j], self.settings)
+                d_R[j] = factors_R[j] * difference_N.sum()
+            found.append(_of_rollouts(group, d_R))
         return found
 
 
-def _token_factors(lengths_G: np.ndarray, settings: Objective) -> np.ndarray:
-    """G times the aggregation's weight per token: the objective's token weight is A_j times this, divided by G."""
+def _written(groups: Sequence[Group], logprobs: TokenLogprobs) -> TokenLogprobs:
+    """Of log-probabilities of every response token, those of the tokens that the policy wrote."""
+    return [
+        [group.written(j, np.asarray(tokens)) for j, tokens in enumerate(own)]
+        for group, own in zip(groups, logprobs, strict=True)
+    ]
+
+
+def _of_rollouts(group: Group, d_R: np.ndarray) -> np.ndarray:
+    """From the responses' derivatives, those of rollouts: mean_j A_j d_j over rollouts equals the responses' mean."""
+    if group.rollout_of is None:
+        return d_R
+    return np.bincount(group.rollout_of, d_R, group.n_rollouts) * (group.n_rollouts / len(d_R))
+
+
+def _token_factors(lengths_R: np.ndarray, settings: Objective) -> np.ndarray:
+    """R times the aggregation's weight per token: the objective's token weight is A times this, divided by R."""
     if settings.aggregation == "seq-mean-token-sum":
-        return np.ones(len(lengths_G))
+        return np.ones(len(lengths_R))
     if settings.aggregation == "seq-mean-token-mean":
-        return 1 / np.maximum(lengths_G, 1)
-    return np.full(len(lengths_G), len(lengths_G) / max(int(lengths_G.sum()), 1))
+        return 1 / np.maximum(lengths_R, 1)
+    return np.full(len(lengths_R), len(lengths_R) / max(int(lengths_R.sum()), 1))
 
 
-def _ratios(
-    logprobs_N: np.ndarray, behaviour_N: np.ndarray, written_N: np.ndarray | None, sign: float, settings: Objective
-) -> np.ndarray:
+def _ratios(logprobs_N: np.ndarray, behaviour_N: np.ndarray, sign: float, settings: Objective) -> np.ndarray:
     """Importance ratios as the objective's rule bounds them, for an advantage of this sign; zero where it is flat."""
     signs_1N = torch.full((1, len(logprobs_N)), float(np.sign(sign)) or 1.0, dtype=torch.float64)
     ratios_1N = importance_weights(
         torch.from_numpy(np.asarray(logprobs_N, np.float64))[None],
         torch.from_numpy(np.asarray(behaviour_N, np.float64))[None],
         signs_1N,
-        torch.ones_like(signs_1N, dtype=torch.bool) if written_N is None else torch.from_numpy(written_N)[None],
+        torch.ones_like(signs_1N, dtype=torch.bool),
         settings,
     )
     return (ratios_1N * signs_1N)[0].numpy()

@@ -23,10 +23,11 @@ def dot_and_error(
 ) -> tuple[float, float]:
     """The dot product mean_j A_j d_j, and its standard error over draws of the rollouts.
 
-    rewards_G, derivatives_G: float64. lengths_G: response tokens. The error is the standard deviation (G - 1) of the
-    rollouts' influences on the dot, divided by sqrt(G). The influence is A_j (d_j - mean d) - dot for the plain
-    advantage; minus dot (A_j^2 - mean A^2) / 2 if the advantage is divided by the rewards' standard deviation; minus
-    dot (T_j / mean T - 1) if the lengths of all rollouts normalise the sum. nan for fewer than two rollouts.
+    rewards_G, derivatives_G: float64. lengths_G: tokens that the policy wrote. The error is the standard deviation
+    (G - 1) of the rollouts' influences on the dot, divided by sqrt(G). The influence is A_j (d_j - mean d) - dot for
+    the plain advantage; minus dot (A_j^2 - mean A^2) / 2 if the advantage is divided by the rewards' standard
+    deviation; minus dot (T_j / mean T - 1) if the lengths of all rollouts normalise the sum.
+    nan for fewer than two rollouts.
     """
     A_G = advantages(rewards_G, settings.advantage)
     dot = float(np.mean(A_G * derivatives_G))

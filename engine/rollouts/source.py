@@ -5,6 +5,7 @@ and its place. `RolloutSource.groups()` then fetches one problem's rows at a tim
 memory does not grow with the size of the rows. A fault in the last row is found before hours of work.
 """
 
+import logging
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,18 +18,23 @@ from gradstore.engine.rollouts.group import Group
 from gradstore.engine.rollouts.rollout import (
     COLUMNS,
     FORMATS,
-    NAMES,
     OVERLONG,
     STOPPED,
+    TRL,
     Rollout,
     detect_format,
+    names_in,
+    names_of,
     read_row,
+    with_rewards,
 )
 from gradstore.engine.rollouts.templates import check_arguments, kept_arguments, prompt_text, tools_of
 from gradstore.errors import RequestError, check_known
 from gradstore.reading.columns import check_columns
 from gradstore.reading.files import RowFile
 from gradstore.reading.opening import files_at, open_rows
+
+log = logging.getLogger(__name__)
 
 _LOGPROBS = ("logprobs", "reference_logprobs")
 
@@ -42,6 +48,7 @@ class RolloutSource:
     """The policy version that sampled the rollouts, if stated; t - 1 for verl's training dump of trainer step t."""
     problem_ids: list[str]
     n_rollouts: int
+    """Number of rollouts; several outputs of one count once."""
     counts: np.ndarray
     """Rollouts of each problem, int64 [P], in the order of problem_ids."""
     has_logprobs: bool
@@ -119,6 +126,8 @@ class RolloutSource:
         # per problem: prompt digest, which log-probabilities it has, where it first appears
         first: list[tuple[bytes, tuple[bool, bool], str]] = []
         steps: dict[int | None, str] = {}
+        outputs: dict[tuple[int, str], tuple[float, str]] = {}  # reward and first row of each named rollout
+        n_hints, hint = 0, ""  # responses that look like several turns, and where the first is
         for j, file in enumerate(self._files):
             for row in file.scan():
                 rollout = self._read(row.value, row.where)
@@ -127,12 +136,17 @@ class RolloutSource:
                 steps.setdefault(rollout.step, row.where)
                 self._check_tokenizable(rollout, row.where)
                 given = (rollout.logprobs is not None, rollout.reference_logprobs is not None)
-                traits = (rollout.prompt_digest(), given)
+                # Outputs of one rollout may have prompts of their own.
+                traits = (rollout.prompt_digest() if rollout.rollout is None else b"", given)
                 problem = numbers.setdefault(rollout.problem_id, len(numbers))
                 if problem == len(first):
                     first.append((*traits, row.where))
                 elif traits != first[problem][:2]:
                     name, other = f"{row.where}: problem {rollout.problem_id!r}", first[problem][2]
+                    if b"" in (traits[0], first[problem][0]) and traits[0] != first[problem][0]:
+                        raise RequestError(
+                            f"{name}: give 'rollout' in all rows of a problem or in none, unlike {other}"
+                        )
                     if traits[0] != first[problem][0]:
                         raise RequestError(f"{name} has another prompt than in {other}; one problem has one prompt")
                     part = int(given[0] == first[problem][1][0])
@@ -140,6 +154,15 @@ class RolloutSource:
                         f"{name} has {'' if given[part] else 'no '}'{_LOGPROBS[part]}', unlike {other}; "
                         "give them for all rollouts of a problem or for none"
                     )
+                if rollout.rollout is not None:
+                    reward, other = outputs.setdefault((problem, rollout.rollout), (rollout.reward, row.where))
+                    if reward != rollout.reward:
+                        raise RequestError(
+                            f"{row.where}: field 'reward' is {rollout.reward:g}, but {reward:g} in {other}, which is "
+                            f"of the same rollout {rollout.rollout!r}"
+                        )
+                if self.format != "rollouts" and rollout.hints_at_turns:
+                    n_hints, hint = n_hints + 1, hint or row.where
                 problem_of.append(problem)
                 file_of.append(j)
                 places.append(row.place)
@@ -151,25 +174,35 @@ class RolloutSource:
         if len(steps) > 1:
             where = "; ".join(f"step {s} in {w}" for s, w in sorted(steps.items(), key=lambda item: str(item[0]))[:3])
             raise RequestError(f"{paths}: rollouts of {len(steps)} steps ({where}); choose one with step=")
+        if n_hints:
+            log.warning(
+                "%s: %d responses look like several turns, first in %s; this format does not say which tokens the "
+                "policy wrote, so all are taken as its own: write rollouts with 'response_mask' if others wrote some",
+                paths,
+                n_hints,
+                hint,
+            )
         self.step = self._policy_version(next(iter(steps)))
         order = np.argsort(np.frombuffer(problem_of, np.int64), kind="stable")
         self._file_of = np.frombuffer(file_of, np.int64)[order]
         self._places = np.frombuffer(places, np.int64)[order]
         self._sizes = np.frombuffer(sizes, np.int64)[order]
         self.problem_ids = list(numbers)
-        self.counts = np.bincount(np.frombuffer(problem_of, np.int64), minlength=len(numbers))
-        self._starts = np.concatenate([[0], np.cumsum(self.counts)])
-        self.n_rollouts = len(order)
+        n_rows_P = np.bincount(np.frombuffer(problem_of, np.int64), minlength=len(numbers))
+        self._starts = np.concatenate([[0], np.cumsum(n_rows_P)])
+        n_named_P = np.bincount(np.array([problem for problem, _ in outputs], np.int64), minlength=len(numbers))
+        self.counts = np.where(n_named_P > 0, n_named_P, n_rows_P)
+        self.n_rollouts = int(self.counts.sum())
         self.has_logprobs = all(given[0] for _, given, _ in first)
         self.has_reference = any(given[1] for _, given, _ in first)
 
     def _policy_version(self, step: int | None) -> int | None:
-        if self.format != "verl" or step is None:
+        if step is None or not (self.format == "verl" or self.format.startswith(TRL)):
             return step
         if step == 0:
             raise RequestError(
-                f"{self._files[0].path}: step 0, but verl's first training step is 1; "
-                "read validation dumps with format='verl-validation'"
+                f"{self._files[0].path}: step 0, but a trainer's first training step is 1; "
+                "read verl's validation dumps with format='verl-validation'"
             )
         return step - 1
 
@@ -177,7 +210,9 @@ class RolloutSource:
         rollout = read_row(value, self.format, where, vocabulary=self._vocabulary)
         if self._known is None:
             return rollout
-        record = self._known.get(rollout.prompt) if isinstance(rollout.prompt, str) else None
+        record = None
+        if isinstance(rollout.prompt, str):
+            record = self._known.get(rollout.prompt) or self._known.get(self._without_special_tokens(rollout.prompt))
         if record is None:
             raise RequestError(
                 f"{where}: no problem given has this prompt as the chat template renders it; give the problems these "
@@ -187,6 +222,11 @@ class RolloutSource:
         known = {"problem_id": record["id"], "prompt": record["prompt"], "extra": record.get("extra") or {}}
         return Rollout(**fields | known)
 
+    def _without_special_tokens(self, prompt: str) -> str:
+        """A prompt that keeps the template's special tokens, as GradAlign's responses do, in the form of `_known`."""
+        ids = self._tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        return tokens.text_of(self._tokenizer, ids, skip_special_tokens=True)
+
     def _check_tokenizable(self, rollout: Rollout, where: str) -> None:
         if self._tokenizer is not None:
             if isinstance(rollout.prompt, list) and rollout.prompt_ids is None:
@@ -194,7 +234,7 @@ class RolloutSource:
             return
         for ids, text in ((rollout.prompt_ids, "prompt"), (rollout.response_ids, "response")):
             if ids is None:
-                name = FORMATS[self.format][text][0]
+                name = names_of(self.format)[text][0]
                 raise RequestError(f"{where}: field {name!r} is text: give a tokenizer, or token ids as '{text}_ids'")
 
     def _rendered(self, rollout: Rollout, where: str) -> str:
@@ -229,26 +269,37 @@ class RolloutSource:
         return rollouts
 
     def _group(self, rollouts: list[Rollout]) -> Group:
-        first, name = rollouts[0], f"problem {rollouts[0].problem_id!r}"
-        prompt = first.prompt_ids
-        if prompt is None:
-            prompt = tokens.prompt_ids(
-                self._tokenizer,
-                first.prompt or "",
-                name,
-                tools=tools_of({"extra": first.extra}, name),
-                arguments=self._arguments,
-            )
+        first, responses = rollouts[0], [self._response_ids(rollout) for rollout in rollouts]
+        names = list(dict.fromkeys(rollout.rollout for rollout in rollouts))
+        several = first.rollout is not None
+        masks: list[np.ndarray] | None = None
+        if any(rollout.response_mask is not None for rollout in rollouts):
+            masks = [
+                np.ones(len(response), dtype=bool) if rollout.response_mask is None else rollout.response_mask
+                for response, rollout in zip(responses, rollouts, strict=True)
+            ]
+        reward_of = {rollout.rollout: rollout.reward for rollout in rollouts}
+        rewards = [reward_of[name] for name in names] if several else [rollout.reward for rollout in rollouts]
         return Group(
             problem_id=first.problem_id,
-            prompt_ids=prompt,
-            responses=[self._response_ids(rollout) for rollout in rollouts],
-            rewards=np.asarray([rollout.reward for rollout in rollouts], dtype=np.float64),
+            prompt_ids=self._prompt_ids(first),
+            responses=responses,
+            rewards=np.asarray(rewards, dtype=np.float64),
             logprobs=None if first.logprobs is None else [r.logprobs for r in rollouts if r.logprobs is not None],
             reference_logprobs=None
             if first.reference_logprobs is None
             else [r.reference_logprobs for r in rollouts if r.reference_logprobs is not None],
+            masks=masks,
+            prompts=[self._prompt_ids(rollout) for rollout in rollouts] if several else None,
+            rollout_of=np.array([names.index(rollout.rollout) for rollout in rollouts]) if several else None,
         )
+
+    def _prompt_ids(self, rollout: Rollout) -> np.ndarray:
+        if rollout.prompt_ids is not None:
+            return rollout.prompt_ids
+        name = f"problem {rollout.problem_id!r}"
+        tools = tools_of({"extra": rollout.extra}, name)
+        return tokens.prompt_ids(self._tokenizer, rollout.prompt or "", name, tools=tools, arguments=self._arguments)
 
     def _response_ids(self, rollout: Rollout) -> np.ndarray:
         if rollout.response_ids is not None:
@@ -277,7 +328,8 @@ def read_rollouts(
     path: JSON Lines or Parquet with one rollout per row, a JSON list, or a folder of such files.
     tokenizer: a transformers tokenizer; needed if prompts or responses are text.
     format: "rollouts", "verl" (trainer.rollout_data_dir), "verl-validation" (trainer.validation_data_dir),
-        "gradalign" (responses_sorted.json), or "auto": by the fields of the first row.
+        "gradalign" (responses_sorted.json), "trl" (log_completions; "trl:NAME" or "trl:NAME+NAME" where several columns
+        may be rewards), or "auto": by the fields of the first row.
     append_eos: append the end-of-sequence token to each text response, except those cut at the length limit.
     step: read only the rows that state this step (verl: the trainer's step, as in the dump's file name).
     problems: canonical problem records; each rollout gets the id and the prompt of the problem with the same prompt
@@ -288,18 +340,20 @@ def read_rollouts(
     Raises RequestError, naming file, row and field, for input that cannot be used; docs/rollouts.md has the list.
     """
     path = Path(path)
-    check_known("rollout format", format, ("auto", *FORMATS))
+    check_known("rollout format", TRL if format.startswith(f"{TRL}:") else format, ("auto", *FORMATS))
     if append_eos and getattr(tokenizer, "eos_token_id", None) is None:
         raise RequestError("append_eos needs a tokenizer with an end-of-sequence token")
     try:
         paths = files_at(path)
         if format == "auto":
             format = detect_format(next((row.value for row in open_rows(paths[0], COLUMNS, "rollout").scan()), None))
+        if format == TRL:
+            format = with_rewards(format, open_rows(paths[0]).names, paths[0])
         if path.is_dir() and format.startswith("verl") and all(file.stem.isdecimal() for file in paths):
             paths = _files_of_step(path, paths, step)
-        files = [open_rows(file, COLUMNS, "rollout") for file in paths]
+        files = [open_rows(file, [*COLUMNS, *names_in(format)], "rollout") for file in paths]
         for file in files:
-            check_columns(file.names, NAMES[format], str(file.path))
+            check_columns(file.names, names_in(format), str(file.path))
         arguments = kept_arguments(path, template_kwargs)
         if tokenizer is not None:
             check_arguments(tokenizer, arguments)

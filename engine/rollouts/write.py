@@ -28,6 +28,8 @@ _COLUMNS: dict[str, pa.DataType] = {
     "prompt_ids": pa.list_(pa.int32()),
     "response": pa.string(),
     "response_ids": pa.list_(pa.int32()),
+    "response_mask": pa.list_(pa.int8()),
+    "rollout": pa.string(),
     "reward": pa.float64(),
     "logprobs": pa.list_(pa.float32()),
     "reference_logprobs": pa.list_(pa.float32()),

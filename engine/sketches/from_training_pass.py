@@ -10,7 +10,7 @@ factor. Otherwise the problem is sketched in a separate pass, before the weights
 different length under another aggregation, importance ratios, a KL term in one objective only, or several groups of one
 problem (they need a common baseline).
 
-Dimension letters: P problems, W groups of the training pass, G rollouts of a group, C core entries.
+Dimension letters: P problems, W groups of the training pass, R responses of a group, C core entries.
 """
 
 import logging
@@ -39,11 +39,17 @@ class SketchesFromTrainingPass:
     """Sketches of a training step's groups, one per problem, from the pass that trains on them."""
 
     def __init__(
-        self, sketcher: Sketcher, groups: Sequence[Group], trained: Objective, factors_P: Sequence[float] | None = None
+        self,
+        sketcher: Sketcher,
+        groups: Sequence[Group],
+        trained: Objective,
+        factors_P: Sequence[float] | None = None,
+        rollout_weights_PG: Sequence[np.ndarray] | None = None,
     ) -> None:
         """Sketch at once the problems that the pass cannot give. groups: in the order of the pass. trained: the pass's
         objective. factors_P: factor by which the pass multiplies each group's gradient; a group with factor 0 is not
-        run in the pass. RequestError as in `Sketcher.sketch`."""
+        run in the pass. rollout_weights_PG: factor of each rollout's advantage in the pass; a sketch is of the
+        problem's own gradient, without them. RequestError as in `Sketcher.sketch`."""
         self._sketcher = sketcher
         windows_of: dict[str, list[int]] = {}
         for window, group in enumerate(groups):
@@ -56,6 +62,8 @@ class SketchesFromTrainingPass:
             found = factor(own[0], trained, sketcher.spec.objective) if len(own) == 1 else None
             if found is not None and factors_P is not None:
                 found = found / factors_P[windows[0]] if factors_P[windows[0]] else None
+            if rollout_weights_PG is not None and not (rollout_weights_PG[windows[0]] == 1).all():
+                found = None
             if found is None or sketcher.optimizer is not None:
                 separate.append(joined(own))
             else:
@@ -106,11 +114,12 @@ def factor(group: Group, trained: Objective, wanted: Objective) -> float | None:
             return None
     if trained.temperature != wanted.temperature:
         return None
-    lengths_G = np.array([len(response) for response in group.responses])
-    have_G, want_G = (rollout_weights(group.rewards, lengths_G, rule) for rule in (trained, wanted))
-    if not want_G.any():
+    have_R, want_R = (
+        rollout_weights(group.rewards, group.n_written, rule, group.rollout_of) for rule in (trained, wanted)
+    )
+    if not want_R.any():
         return 0.0
-    if ((have_G == 0) & (want_G != 0)).any():
+    if ((have_R == 0) & (want_R != 0)).any():
         return None
-    ratios = want_G[have_G != 0] / have_G[have_G != 0]
+    ratios = want_R[have_R != 0] / have_R[have_R != 0]
     return float(ratios[0]) if np.ptp(ratios) <= _RELATIVE * np.abs(ratios).max() else None

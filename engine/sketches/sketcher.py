@@ -128,6 +128,10 @@ class Sketcher:
         sums_PC = torch.zeros(n, self.projection.core_dim, dtype=torch.float32, device=self.device)
         return _Projector([(self._sides_of(self.projection), sums_PC)]), sums_PC
 
+    def folded(self, cores_PC: Tensor) -> Tensor:
+        """The sketches of cores, float32 [P, D]."""
+        return _folded(self.projection, cores_PC)
+
     def batch(self, groups: Sequence[Group], cores_PC: Tensor, n_tokens: int) -> SketchBatch:
         """Sketches of groups from their cores."""
         return _batch(groups, self.projection, cores_PC, n_tokens)
@@ -276,6 +280,6 @@ def _label(groups: Sequence[Group], sketches_PD: np.ndarray, n_tokens: int) -> S
         states,
         reasons,
         np.array([group.pass_rate for group in groups], np.float32),
-        np.array([len(group.responses) for group in groups], np.int32),
+        np.array([group.n_rollouts for group in groups], np.int32),
         n_tokens,
     )

@@ -176,6 +176,21 @@ def test_tokens_are_coloured_by_their_share() -> None:
     assert "Blue tokens" in problem._legend([one])
 
 
+def test_tokens_of_others_are_marked() -> None:
+    """What a tool wrote must not be read as the policy's."""
+    own = (True, False, False, True)
+    one = Transcript(0, "abcd", 1.0, 0, (-0.1, float("nan"), -9.0, -0.2), None, ("a", "b", "c", "d"), own)
+    assert one.marked == "[the policy wrote 2 of 4 tokens; \u27e6 \u27e7 mark the others]\na\u27e6bc\u27e7d"
+    head, body = problem._rollout(one).children
+    assert head.children.endswith("reward 1; the policy wrote 2 of 4 tokens")
+    spans = body.children
+    assert ["not written" in span.title for span in spans] == [False, True, True, False]
+    assert "backgroundColor" not in spans[1].style
+    plain = Transcript(0, "abcd", 1.0, 0, None, None, None, own)
+    assert plain.marked == "[the policy wrote 2 of 4 tokens]\nabcd"
+    assert Transcript(0, "ab", 1.0, 0, None, None, ("a", "b")).marked == "ab"
+
+
 @pytest.mark.parametrize(
     ("ask", "words"),
     [

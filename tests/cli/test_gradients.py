@@ -191,3 +191,29 @@ def test_probe(cli, tmp_path, model_folder, files, accepted) -> None:
     status, _, err = cli(*arguments, "--benchmark-rollouts", files["b"], "--model", model_folder, "--known")
     assert status == 2
     assert "--known" in err
+
+
+def test_masked_rollouts(cli, tmp_path, model_folder, write_lines, accepted) -> None:
+    """What tools wrote behind the policy's last token changes no row; a mask that does not fit is one line."""
+    random, files = np.random.default_rng(0), {}
+    bare, masked = [], []
+    for i in range(6):
+        for j in range(4):
+            row = {"problem_id": f"p{i}", "prompt_ids": [5, 6 + i], "reward": float(j % 2)}
+            own, tool = (random.integers(4, 60, n).tolist() for n in (1 + j, 3))
+            bare.append(row | {"response_ids": own})
+            masked.append(row | {"response_ids": own + tool, "response_mask": [1] * len(own) + [0] * 3})
+    kind = ["--model", model_folder, "--rank", 4, "--basis", "random", "--dtype", "fp32", *accepted]
+    for name, rows in (("bare", bare), ("masked", masked)):
+        files[name] = write_lines(tmp_path / f"{name}.jsonl", rows)
+        status, _, err = cli("collect", tmp_path / name, "pool", files[name], *kind, "--halves")
+        assert status == 0, err
+    for collection in ("pool", "pool.even"):
+        one, other = (gradstore.open(tmp_path / name).view(collection) for name in ("bare", "masked"))
+        assert one.ids.tolist() == other.ids.tolist()
+        np.testing.assert_allclose(one.norms, other.norms, rtol=1e-5)
+        np.testing.assert_allclose(one.take(one.ids), other.take(one.ids), atol=1e-6)
+    masked[5]["response_mask"] = masked[5]["response_mask"][:-1]
+    status, _, err = cli("collect", tmp_path / "s", "pool", write_lines(tmp_path / "bad.jsonl", masked), *kind)
+    assert (status, err.count("\n")) == (2, 1)
+    assert "bad.jsonl, line 6: field 'response_mask' has 4 entries, but 'response_ids' has 5" in err

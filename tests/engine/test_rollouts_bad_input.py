@@ -53,6 +53,21 @@ BAD_ROWS: dict[str, tuple[dict[str, Any], str]] = {
     "logprobs inf": (GOOD | {"logprobs": [float("-inf"), -1.0]}, "field 'logprobs' entry 0 is -inf"),
     "logprobs positive": (GOOD | {"logprobs": [-1.0, 2.5]}, "field 'logprobs' entry 1 is 2.5, expected a finite"),
     "logprobs text": (GOOD | {"logprobs": [-1.0, "x"]}, "field 'logprobs' entry 1 is text, expected a number"),
+    "mask short": (GOOD | {"response_mask": [1]}, "field 'response_mask' has 1 entries, but 'response_ids' has 2"),
+    "mask numbers": (GOOD | {"response_mask": [1, 2]}, "field 'response_mask' entry 1 is 2, expected 0 or 1"),
+    "mask fractions": (GOOD | {"response_mask": [1.0, 0.0]}, "field 'response_mask' entry 0 is 1.0, expected 0 or 1"),
+    "mask null": (GOOD | {"response_mask": [0, None]}, "field 'response_mask' entry 1 is None, expected 0 or 1"),
+    "mask text": (GOOD | {"response_mask": "10"}, "field 'response_mask' is text, expected a list of 0 and 1"),
+    "mask misspelt": (GOOD | {"responses_mask": [1, 1]}, "field 'responses_mask' is not known; did you mean"),
+    "mask of text": (
+        _without("response_ids") | {"response": "ab", "response_mask": [1, 1]},
+        "field 'response_mask' needs 'response_ids' beside it",
+    ),
+    "logprobs of own null": (
+        GOOD | {"response_mask": [1, 0], "logprobs": [None, None]},
+        "field 'logprobs' entry 0 is null, expected a number",
+    ),
+    "rollout": (GOOD | {"rollout": 1.5}, "field 'rollout' is a number, expected text"),
     "logprobs object": (GOOD | {"logprobs": {"3": -1}}, "field 'logprobs' is an object, expected a list"),
     "logprobs of text": (
         _without("response_ids") | {"response": "ab", "logprobs": [-1, -1]},

@@ -122,3 +122,91 @@ def test_gradalign_responses(tmp_path: Path, tiny_tokenizer: Any, container: str
     assert source.problem_ids == ["4", "2"]
     assert [group.rewards.tolist() for group in source.groups()] == [[1, 1, 0], [0]]
     assert [record["ground_truth"] for record in source.records()] == ["x", "x"]
+
+
+def test_verl_dump_that_looks_like_several_turns_warns_once(
+    tmp_path: Path, tiny_tokenizer: Any, write_rows: Callable, caplog: pytest.LogCaptureFixture
+) -> None:
+    """verl's dumps hold the text of tools beside the policy's; nothing in them tells the two apart."""
+    rows = _dump(3, ["a", "b"])
+    read_rollouts(write_rows(tmp_path / "3.jsonl", rows), tokenizer=tiny_tokenizer)
+    assert not caplog.records
+    for row in rows[1:3]:
+        row["output"] = "<tool_call>1+1</tool_call>\nuser\n<tool_response>2</tool_response>\nassistant\nSo 2."
+    read_rollouts(write_rows(tmp_path / "3.jsonl", rows), tokenizer=tiny_tokenizer)
+    (record,) = caplog.records
+    assert "2 responses look like several turns, first in" in record.getMessage()
+    assert "line 2; this format does not say which tokens the policy wrote" in record.getMessage()
+
+
+def test_verl_dump_with_several_outputs_is_refused(tmp_path: Path, tiny_tokenizer: Any, write_rows: Callable) -> None:
+    rows = _dump(3, ["a"])
+    for row, key in zip(rows, ("u-1_0_0", "u-1_1_0"), strict=True):
+        row["uid"] = key
+    assert read_rollouts(write_rows(tmp_path / "3.jsonl", rows), tokenizer=tiny_tokenizer).n_rollouts == 2
+    rows[1]["uid"] = "u-1_0_1"
+    with pytest.raises(RequestError, match="line 2: field 'uid' is 'u-1_0_1', output 1 of its rollout: verl's dumps"):
+        read_rollouts(write_rows(tmp_path / "3.jsonl", rows), tokenizer=tiny_tokenizer)
+
+
+def _trl(*, chat: bool = False, **more: Any) -> list[dict[str, Any]]:
+    """Rows as TRL 1.16's `log_completions` writes them after step 5."""
+    return [
+        {
+            "step": 5,
+            "prompt": [{"role": "user", "content": prompt}] if chat else prompt,
+            "completion": [{"role": "assistant", "content": f"answer {j}"}] if chat else f"answer {j}",
+            "accuracy_reward": float(j),
+            **more,
+            "advantage": 2.0 * j - 1,
+        }
+        for prompt in ("a", "b")
+        for j in range(2)
+    ]
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_trl_dump(tmp_path: Path, tiny_tokenizer: Any, write_rows: Callable, chat: bool) -> None:
+    """The rewards' column is named after the function; problems are known by their prompts alone."""
+    path = write_rows(tmp_path / "completions_00005.parquet", _trl(chat=chat))
+    source = read_rollouts(path, tokenizer=tiny_tokenizer, append_eos=True)
+    assert (source.format, source.step, source.counts.tolist()) == ("trl:accuracy_reward", 4, [2, 2])
+    assert chat or source.problem_ids == [text_id("a"), text_id("b")]
+    group = next(source.groups())
+    assert group.rewards.tolist() == [0, 1]
+    assert group.masks is None
+    assert tiny_tokenizer.decode(group.responses[1]) == "answer 1<eos>"
+    assert tiny_tokenizer.decode(group.prompt_ids).endswith("assistant\n" if chat else "a")
+
+
+def test_trl_dump_with_several_columns_of_rewards(tmp_path: Path, tiny_tokenizer: Any, write_rows: Callable) -> None:
+    """Which columns are rewards, and which were logged beside them, the file does not say."""
+    path = write_rows(tmp_path / "completions_00005.parquet", _trl(format_reward=0.25, answer="2", empty=None))
+    with pytest.raises(RequestError, match="accuracy_reward, format_reward, answer, empty may be: choose, as in trl:"):
+        read_rollouts(path, tokenizer=tiny_tokenizer)
+    source = read_rollouts(path, tokenizer=tiny_tokenizer, format="trl:accuracy_reward+format_reward+empty")
+    assert next(source.groups()).rewards.tolist() == [0.25, 1.25]
+    with pytest.raises(RequestError, match="row 1: field 'answer' is text, expected a number"):
+        read_rollouts(path, tokenizer=tiny_tokenizer, format="trl:answer")
+    with pytest.raises(RequestError, match="row 1: missing field 'no_such'"):
+        read_rollouts(path, tokenizer=tiny_tokenizer, format="trl:no_such")
+
+
+@pytest.mark.parametrize(
+    ("completion", "told"),
+    [
+        ([{"role": "assistant", "content": "x"}, {"role": "tool", "content": "2"}], "2 messages with content, role"),
+        ([{"role": "assistant", "content": None, "tool_calls": "f"}], "1 messages with role, tool_calls"),
+    ],
+)
+def test_trl_dump_of_several_turns_is_refused(
+    tmp_path: Path, tiny_tokenizer: Any, write_rows: Callable, completion: list, told: str
+) -> None:
+    """A tool's words must not pass for the policy's."""
+    rows = _trl(chat=True)
+    rows[2]["completion"] = completion
+    path = write_rows(tmp_path / "completions_00005.parquet", rows)
+    with pytest.raises(
+        RequestError, match=f"row 3: field 'completion' has {told}: TRL's dumps do not say which tokens"
+    ):
+        read_rollouts(path, tokenizer=tiny_tokenizer)

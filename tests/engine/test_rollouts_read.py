@@ -300,3 +300,75 @@ def test_file_that_changes_after_the_check_is_refused(tmp_path: Path, write_rows
     write_rows(path, _rows(shuffle=True) + _rows())
     with pytest.raises(RequestError, match="the file changed while it was being read"):
         _iterate(source.groups())
+
+
+@pytest.mark.parametrize("kind", [int, bool])
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_masks_are_read(tmp_path: Path, write_rows: Callable, container: str, kind: type) -> None:
+    """Log-probabilities may be missing where the policy did not write; a row without a mask is all its own."""
+    rows = _rows()
+    generator = np.random.default_rng(3)
+    rows[0]["response_mask"] = None
+    for row in rows[1:]:
+        row["response_mask"] = [kind(generator.integers(2)) for _ in row["response_ids"]]
+        for part in ("logprobs", "reference_logprobs"):
+            row[part] = [value if own else None for value, own in zip(row[part], row["response_mask"], strict=True)]
+    source = read_rollouts(write_rows(tmp_path / f"rollouts.{container}", rows))
+    for group in source.groups():
+        mine = [row for row in rows if row["problem_id"] == group.problem_id]
+        if mine == rows[:1]:
+            assert group.masks is None
+            continue
+        assert group.masks is not None
+        for j, row in enumerate(mine):
+            assert group.masks[j].dtype == bool
+            assert group.masks[j].tolist() == [bool(own) for own in row["response_mask"]]
+            for part in ("logprobs", "reference_logprobs"):
+                found = getattr(group, part)[j]
+                assert group.written(j, found).tolist() == [np.float32(v) for v in row[part] if v is not None]
+                assert np.isnan(found[~group.masks[j]]).all()
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_masks_and_outputs_are_written_as_they_are_read(tmp_path: Path, suffix: str) -> None:
+    mask, nan = np.array([True, False, True]), np.float32("nan")
+    rollouts = [
+        Rollout(
+            "p",
+            1.0 - j // 2,
+            prompt_ids=np.array([1, 2 + j]),
+            response_ids=np.array([3, 4, 5]),
+            response_mask=mask if j else None,
+            rollout=f"r{j // 2}",
+            logprobs=np.array([-1, nan if j else -2, -0.3], np.float32),
+        )
+        for j in range(4)
+    ]
+    with write_rollouts(tmp_path / f"r.{suffix}") as writer:
+        writer.append(rollouts)
+    source = read_rollouts(tmp_path / f"r.{suffix}")
+    assert (source.n_rollouts, source.counts.tolist()) == (2, [2])
+    (group,) = source.groups()
+    assert [m.tolist() for m in group.masks or ()] == [[True] * 3, *[mask.tolist()] * 3]
+    assert [prompt.tolist() for prompt in group.prompts or ()] == [[1, 2 + j] for j in range(4)]
+    assert group.rollouts.tolist() == [0, 0, 1, 1]
+    assert group.rewards.tolist() == [1, 0]
+    for given, found in zip(rollouts, group.logprobs or (), strict=True):
+        assert np.array_equal(given.logprobs, found, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"reward": 0.5}, r"line 3: field 'reward' is 0.5, but 1 in .*line 1, which is of the same rollout '7'"),
+        (
+            {"rollout": None},
+            r"line 3: problem 'p0' has|line 3: problem 'p0': give 'rollout' in all rows of a problem or in none",
+        ),
+    ],
+)
+def test_outputs_that_disagree_are_refused(tmp_path: Path, write_rows: Callable, changes: dict, message: str) -> None:
+    row = {"problem_id": "p0", "prompt_ids": [1], "response_ids": [2], "reward": 1.0, "rollout": 7}
+    rows = [row, row | {"prompt_ids": [1, 5]}, row | changes]
+    with pytest.raises(RequestError, match=message):
+        read_rollouts(write_rows(tmp_path / "r.jsonl", rows))

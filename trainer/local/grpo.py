@@ -89,6 +89,51 @@ class UpdateSettings:
         return self.lr if self.lr is not None else ADAPTER_LEARNING_RATE if adapters else LEARNING_RATE
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Dealt:
+    """The groups of a step with their weights; None: all 1. Minibatches are consecutive parts of this order."""
+
+    groups: list[Group]
+    weights: list[float] | None
+    rollout_weights: list[np.ndarray] | None
+
+    @classmethod
+    def of(
+        cls,
+        groups: Sequence[Group],
+        seed: int,
+        weights: Sequence[float] | None,
+        rollout_weights: Sequence[np.ndarray] | None,
+    ) -> "_Dealt":
+        """Shuffled by `seed`. RequestError for rollout weights that are not one finite number, 0 or more, a rollout."""
+        if rollout_weights is not None:
+            _check(groups, rollout_weights)
+        whole = cls(
+            list(groups),
+            None if weights is None else list(weights),
+            None if rollout_weights is None else list(rollout_weights),
+        )
+        return whole.taken(np.random.default_rng(seed).permutation(len(groups)).tolist())
+
+    def taken(self, places: Sequence[int]) -> "_Dealt":
+        """The groups at these places."""
+        return _Dealt(
+            [self.groups[i] for i in places],
+            None if self.weights is None else [self.weights[i] for i in places],
+            None if self.rollout_weights is None else [self.rollout_weights[i] for i in places],
+        )
+
+
+def _check(groups: Sequence[Group], rollout_weights: Sequence[np.ndarray]) -> None:
+    if len(rollout_weights) != len(groups):
+        raise RequestError(f"rollout weights of {len(rollout_weights)} groups for {len(groups)}")
+    for group, own in zip(groups, rollout_weights, strict=True):
+        if own.shape != group.rewards.shape or not (np.isfinite(own) & (own >= 0)).all():
+            raise RequestError(
+                f"problem {group.problem_id!r}: expected {len(group.rewards)} finite rollout weights of 0 or more"
+            )
+
+
 class Learner:
     """A model and its optimizer; trains every parameter that requires a gradient."""
 
@@ -111,47 +156,49 @@ class Learner:
         self._told = False
         self._pass = GradientPass(model, SketchSpec(objective=settings.rule, token_budget=settings.token_budget))
 
-    def step(self, groups: Sequence[Group], seed: int = 0, weights: Sequence[float] | None = None) -> dict[str, float]:
+    def step(
+        self,
+        groups: Sequence[Group],
+        seed: int = 0,
+        weights: Sequence[float] | None = None,
+        rollout_weights: Sequence[np.ndarray] | None = None,
+    ) -> dict[str, float]:
         """Do one training step on a batch of groups; returns its metrics.
 
         groups: rollouts of the current policy. seed: for splitting the groups into minibatches. weights: factor of each
-        group's term in the mean; None: all 1. A minibatch without signal changes nothing. RequestError for a group that
-        the model cannot run, or when the gradient is not finite; that update is then not applied.
+        group's term in the mean; None: all 1. rollout_weights: factor of each rollout's advantage, float64 [G] for each
+        group; None: all 1. A minibatch without signal changes nothing. RequestError for a group that the model cannot
+        run, or when the gradient is not finite; that update is then not applied.
         """
-        dealt, shares = self._dealt(groups, seed, weights)
-        return self._step(dealt, shares, None)
+        return self._step(_Dealt.of(groups, seed, weights, rollout_weights), None)
 
     def step_and_sketch(
-        self, groups: Sequence[Group], sketcher: Sketcher, seed: int = 0, weights: Sequence[float] | None = None
+        self,
+        groups: Sequence[Group],
+        sketcher: Sketcher,
+        seed: int = 0,
+        weights: Sequence[float] | None = None,
+        rollout_weights: Sequence[np.ndarray] | None = None,
     ) -> tuple[dict[str, float], SketchBatch]:
         """`step`, plus sketches of its problems under the policy before the update, from the update's backward pass.
 
         Several groups of one problem share one sketch. A separate pass makes the sketches if there are minibatches, and
         for problems that the update's pass cannot sketch (engine/sketches/from_training_pass.py).
         """
-        dealt, shares = self._dealt(groups, seed, weights)
-        along = SketchesFromTrainingPass(sketcher, dealt, self._pass.spec.objective, shares)
+        dealt = _Dealt.of(groups, seed, weights, rollout_weights)
+        along = SketchesFromTrainingPass(
+            sketcher, dealt.groups, self._pass.spec.objective, dealt.weights, dealt.rollout_weights
+        )
         if along.n_separate and not self._told:
             self._told = True
             log.info("%d of %d groups are sketched in a pass of their own", along.n_separate, len(groups))
-        return self._step(dealt, shares, along), along.batch()
+        return self._step(dealt, along), along.batch()
 
-    def _dealt(
-        self, groups: Sequence[Group], seed: int, weights: Sequence[float] | None
-    ) -> tuple[list[Group], list[float] | None]:
-        """The groups and weights, shuffled by `seed`; minibatches are consecutive parts of this order."""
-        order = np.random.default_rng(seed).permutation(len(groups)).tolist()
-        return [groups[i] for i in order], None if weights is None else [weights[i] for i in order]
-
-    def _step(
-        self, groups: Sequence[Group], shares: Sequence[float] | None, along: SketchesFromTrainingPass | None
-    ) -> dict[str, float]:
+    def _step(self, dealt: "_Dealt", along: SketchesFromTrainingPass | None) -> dict[str, float]:
+        groups = dealt.groups
         parts = np.array_split(np.arange(len(groups)), min(self.settings.minibatches, len(groups)))
-        norms = [
-            self._update([groups[i] for i in part], None if shares is None else [shares[i] for i in part], along)
-            for part in (part.tolist() for part in parts)
-        ]
-        lengths = [len(response) for group in groups for response in group.responses]
+        norms = [self._update(dealt.taken(part.tolist()), along) for part in parts]
+        lengths = np.concatenate([group.n_written for group in groups])
         return {
             "reward": float(np.mean([group.rewards.mean() for group in groups])),
             "with_signal": float(np.mean([group.has_signal for group in groups])),
@@ -160,16 +207,15 @@ class Learner:
             "lr": self.optimizer.param_groups[0]["lr"],
         }
 
-    def _update(
-        self, groups: Sequence[Group], shares: Sequence[float] | None, along: SketchesFromTrainingPass | None
-    ) -> float:
+    def _update(self, dealt: "_Dealt", along: SketchesFromTrainingPass | None) -> float:
         """One optimizer step on the mean of the groups' gradients; returns the gradient norm before clipping."""
-        sums = summed_gradient(self._pass, groups, along.watch if along else None, shares)
+        watch = along.watch if along else None
+        sums = summed_gradient(self._pass, dealt.groups, watch, dealt.weights, dealt.rollout_weights)
         if not sums:
             return 0.0
         for name, weight in self.parameters.items():
             if name in sums:  # the engine's gradients point uphill, an optimizer steps downhill
-                weight.grad = sums[name].mul_(-1 / len(groups)).to(weight.dtype)
+                weight.grad = sums[name].mul_(-1 / len(dealt.groups)).to(weight.dtype)
         weights = self.parameters.values()
         norm = float(nn.utils.get_total_norm([weight.grad for weight in weights if weight.grad is not None]))
         if not np.isfinite(norm):

@@ -20,9 +20,11 @@ from gradstore.engine.probing.batch import ProbeBatch
 from gradstore.engine.probing.calibration import Calibration
 from gradstore.engine.probing.probe import Probe
 from gradstore.engine.rollouts.group import Group
+from gradstore.engine.rollouts.solutions import solution_groups
 from gradstore.engine.rollouts.tokens import text_of
 from gradstore.engine.sketches.bases import SketcherFiles, fit_sketcher, sketcher_from
 from gradstore.engine.sketches.from_training_pass import sketched_and_summed
+from gradstore.engine.sketches.rollout_sketches import RolloutSketches, sketch_rollouts
 from gradstore.engine.sketches.sketcher import Sketcher
 from gradstore.engine.sketches.spec import SketchBatch, SketchSpec
 from gradstore.errors import RequestError, check_number
@@ -122,6 +124,9 @@ class LocalPolicy:
         ]
         return groups if self.reference is None else self.reference.of(groups)
 
+    def solutions(self, problems: Sequence[Mapping[str, Any]]) -> list[Group]:
+        return solution_groups(problems, self.tokenizer, template_kwargs=self.sampling.template_kwargs)
+
     def fit(self, spec: SketchSpec, groups: Sequence[Group], benchmark: Sequence[Group] = ()) -> SketcherFiles:
         self._sketcher, files = fit_sketcher(self.model, self._checked(spec), groups, benchmark)
         return files
@@ -132,6 +137,9 @@ class LocalPolicy:
 
     def sketch(self, groups: Sequence[Group]) -> SketchBatch:
         return self.sketcher.sketch(groups)
+
+    def sketch_rollouts(self, groups: Sequence[Group], objective: Objective | None = None) -> RolloutSketches:
+        return sketch_rollouts(self.sketcher, groups, objective)
 
     def aim(self, groups: Sequence[Group]) -> SketchBatch:
         self._aimed = None  # free the old direction before making a new one

@@ -5,7 +5,8 @@ Your own entry module needs two lines:
     from gradstore.trainer.verl import task_runner
     run_ppo(config, task_runner_class=task_runner())
 
-verl itself is not modified: its task runner looks trainers up in a registry, where our class replaces "sync".
+verl itself is not modified: its task runner looks trainers up in a registry, where ours replace "sync" and
+"colocate_async".
 """
 
 import logging
@@ -78,15 +79,15 @@ def task_runner(base: Any = None) -> Any:
     plain: Any = given.__ray_metadata__.modified_class if hasattr(given, "__ray_metadata__") else given
 
     class SelectingTaskRunner(plain):
-        """verl's task runner, with our class as its synchronous trainer."""
+        """verl's task runner, with our classes as its trainers."""
 
         def run(self, config: Any) -> None:
             from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY
 
-            from gradstore.trainer.verl.selecting_trainer import SelectingTrainer
+            from gradstore.trainer.verl.selecting_trainer import SelectingAheadTrainer, SelectingTrainer
 
             _seed_rollouts(config)
-            TRAINER_REGISTRY["sync"] = SelectingTrainer
+            TRAINER_REGISTRY |= {"sync": SelectingTrainer, "colocate_async": SelectingAheadTrainer}
             super().run(config)
 
     return ray.remote(SelectingTaskRunner)

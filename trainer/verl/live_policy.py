@@ -2,7 +2,8 @@
 
 Rollouts use the same path as training: verl's agent loop, rollout engine and rewards. So there is no second model and
 no second reward. Sketches and probes run in the actor's ranks (worker.py). The rollout engine and the actor share the
-device: as in a training step, the engine sleeps while the actor works, and wakes with the actor's weights.
+device: as in a training step, the engine sleeps while the actor works, and wakes with the actor's weights. A round's
+rollouts all come from the weights that sketch them; where verl generates ahead of training that is checked.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,17 +12,21 @@ from typing import Any
 
 import ray
 import transfer_queue as tq
+from verl.trainer.ppo.padding_utils import upsample_batch_to_divisible_size
 from verl.utils import tensordict_utils
 
+from gradstore.engine.gradients.objectives import Objective
 from gradstore.engine.probing.batch import ProbeBatch
 from gradstore.engine.probing.calibration import Calibration
 from gradstore.engine.rollouts.group import Group
+from gradstore.engine.rollouts.solutions import solution_groups
 from gradstore.engine.sketches.bases import SketcherFiles
+from gradstore.engine.sketches.rollout_sketches import RolloutSketches
 from gradstore.engine.sketches.spec import SketchBatch, SketchSpec
 from gradstore.errors import GradstoreError
-from gradstore.trainer.verl.ranks import deal, gather
+from gradstore.trainer.round.ranks import deal, gather
 from gradstore.trainer.verl.settings import VerlSettings
-from gradstore.trainer.verl.transfer import PARTITION, Rows, groups_of, rows_of, wait_for
+from gradstore.trainer.verl.transfer import PARTITION, Rows, groups_of, rows_of, uid_of, versions_of, wait_for
 
 
 class LivePolicy:
@@ -45,8 +50,8 @@ class LivePolicy:
     def roll_out(self, problems: Sequence[Mapping[str, Any]], n: int, *, seed: int) -> list[Group]:
         """Sample and score n rollouts per problem, through verl's agent loop and rewards.
 
-        GradstoreError when the rollout engine failed on a problem; RequestError for rollouts that cannot be sketched
-        (more than one turn).
+        With a KL term they have the reference policy's log-probabilities, where the rewards have a signal.
+        GradstoreError when the rollout engine failed on a problem, or wrote with other weights than the actor's.
         """
         if not problems:
             return []
@@ -56,11 +61,23 @@ class LivePolicy:
         rows = rows_of(self._trainer.train_dataset, problems, uids, n, (seed,) if self._settings.seeded else None)
         return self._generated(rows, [record["id"] for record in problems])
 
+    def solutions(self, problems: Sequence[Mapping[str, Any]]) -> list[Group]:
+        """The problems' reference solutions, after their prompts as verl renders them."""
+        arguments = self._trainer.config.data.get("apply_chat_template_kwargs", None)
+        return solution_groups(
+            problems, self._trainer.tokenizer, template_kwargs=None if arguments is None else dict(arguments)
+        )
+
     def fit(self, spec: SketchSpec, groups: Sequence[Group], benchmark: Sequence[Group] = ()) -> SketcherFiles:
-        """Make the sketcher on every rank; a fitted basis is fitted to the groups and the benchmark."""
+        """Make the sketcher on every rank; a fitted basis is fitted to the groups and the benchmark.
+
+        Every rank reads all groups, from Ray's shared memory, and runs its share of them.
+        """
         self._rest()
         with _plain_errors():
-            files: list[SketcherFiles] = self._workers.fit_sketcher(spec, list(groups), list(benchmark))
+            files: list[SketcherFiles] = self._workers.fit_sketcher(
+                spec, ray.put(list(groups)), ray.put(list(benchmark))
+            )
         return files[0]
 
     def use(self, fingerprint: dict, attachments: Mapping[str, bytes]) -> None:
@@ -72,6 +89,10 @@ class LivePolicy:
     def sketch(self, groups: Sequence[Group]) -> SketchBatch:
         """Sketch the groups; each group is computed by one rank."""
         return self._on_ranks("sketch_groups", groups)
+
+    def sketch_rollouts(self, groups: Sequence[Group], objective: Objective | None = None) -> RolloutSketches:
+        """Sketch each rollout of the groups for itself; each group is computed by one rank."""
+        return self._on_ranks("sketch_rollouts", groups, objective)
 
     def aim(self, groups: Sequence[Group]) -> SketchBatch:
         """Sketch validation groups, each on one rank; the ranks keep the gradient as this round's probe direction."""
@@ -122,19 +143,62 @@ class LivePolicy:
                     tq.KVBatchMeta(partition_id=PARTITION, keys=keys, tags=[{}] * len(keys))
                 )
                 self._wake()
-            found = groups_of(keys, dict(zip(rows.uids, ids, strict=True)), self._settings.logprobs)
+            self._check_version(keys)
+            found = self.groups(keys, dict(zip(rows.uids, ids, strict=True)))
         finally:
             tq.kv_clear(keys=[*rows.uids, *keys], partition_id=PARTITION)
         return [found[uid] for uid in rows.uids]
 
+    def groups(self, keys: Sequence[str], id_of: Mapping[str, str], *, referred: bool = False) -> dict[str, Group]:
+        """Groups of rollouts in the queue by uid, with what the sketches' objective needs.
+
+        id_of: uid -> problem id. referred: whether the queue has the reference policy's log-probabilities.
+        """
+        has_kl = self._settings.rounds.spec.objective.kl_beta > 0
+        found = groups_of(keys, id_of, logprobs=self._settings.logprobs, reference=has_kl and referred)
+        if has_kl and not referred:
+            live = [key for key in keys if found[uid_of(key)].has_signal]
+            if live:
+                self._refer(live)
+                found |= groups_of(live, id_of, logprobs=self._settings.logprobs, reference=True)
+        return found
+
+    def _refer(self, keys: Sequence[str]) -> None:
+        """Have verl compute the reference's log-probabilities of rollouts, into the queue."""
+        self._rest()
+        trainer, settings = self._trainer, self._trainer.config.actor_rollout_ref
+        forwards = settings.rollout if trainer.ref_in_actor else settings.ref
+        multiple = self._workers.world_size
+        if not forwards.log_prob_use_dynamic_bsz:
+            multiple *= int(forwards.log_prob_micro_batch_size_per_gpu or 1)
+        tags = tq.kv_list(PARTITION)[PARTITION]
+        batch = tq.KVBatchMeta(partition_id=PARTITION, keys=list(keys), tags=[dict(tags[key]) for key in keys])
+        batch = upsample_batch_to_divisible_size(batch, multiple, trainer.tokenizer.eos_token_id)
+        try:
+            trainer._compute_ref_log_prob(batch, {})
+        finally:
+            padding = batch.keys[len(keys) :]
+            if padding:
+                tq.kv_clear(keys=padding, partition_id=PARTITION)
+
+    def _check_version(self, keys: Sequence[str]) -> None:
+        """GradstoreError if the rollout engine says that it wrote with other weights than those that sketch."""
+        tags = tq.kv_list(PARTITION)[PARTITION]
+        wrong = versions_of([tags[key] for key in keys]) - {self.step}
+        if wrong:
+            raise GradstoreError(
+                f"rollouts of a round at step {self.step} are of the policy of step {min(wrong)}: "
+                "the rollout engine's weights were not those of the actor"
+            )
+
     def _wake(self) -> None:
         if not self.awake:
-            self._trainer.checkpoint_manager.update_weights(self.step)
+            self._trainer.wake_engine(self.step)
             self.awake = True
 
     def _rest(self) -> None:
         if self.awake and self._takes_turns:
-            self._trainer.checkpoint_manager.sleep_replicas()
+            self._trainer.rest_engine()
             self.awake = False
 
 

@@ -1,39 +1,48 @@
-"""verl's synchronous trainer with a selection round whenever the last round's picks are used up.
+"""verl's trainers with a selection round whenever the last round's picks are used up.
 
-A round runs before the step that needs it, when the rollout engine is awake and has the newest weights. Only the
-sampler's state decides when, so a resumed run does the same rounds as an uninterrupted one. Rollouts of training steps
-are sketched before the update, by the policy that sampled them.
+A round runs when the data loader needs a problem and has none: the rollout engine is awake and has the newest weights.
+Only the sampler's state decides when, so a resumed run does the same rounds as an uninterrupted one. Rollouts of
+training steps are sketched before the update, if the policy at that step sampled them.
+
+`Selecting` holds all of it, for verl's synchronous trainer and for the one that generates ahead of training.
 """
 
 import logging
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
 from omegaconf import open_dict
 from torchdata.stateful_dataloader import StatefulDataLoader
 from verl.trainer.ppo.utils import Role, create_rl_dataset
+from verl.trainer.ppo.v1.trainer_base import PPOTrainer
+from verl.trainer.ppo.v1.trainer_colocate_async import PPOTrainerColocateAsync
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils import tensordict_utils
 from verl.utils.dataset.rl_dataset import collate_fn
 from verl.utils.debug import marked_timer
 
+from gradstore.engine.selecting.selection import Selection
 from gradstore.errors import RequestError
 from gradstore.trainer.round.driver import Rounds
 from gradstore.trainer.sampling.backends import derived_seed
-from gradstore.trainer.verl.agent_loop import SEED_FIELD
+from gradstore.trainer.verl.agent_loop import SEED_FIELD, SeededClient, SeededResumingClient
 from gradstore.trainer.verl.live_policy import LivePolicy
 from gradstore.trainer.verl.sampler import RoundSampler, drawing_order, records_of
 from gradstore.trainer.verl.settings import VerlSettings
 from gradstore.trainer.verl.transfer import (
     ROLLOUTS_FIELD,
-    groups_of,
+    WEIGHT_FIELD,
     joined,
     place_of,
+    rollout_numbers,
     row_seeds,
+    row_weights,
     uid_of,
+    versions_of,
     weigh,
 )
 from gradstore.trainer.verl.worker import SketchingWorker
@@ -45,16 +54,19 @@ _TRAINING = 1
 """Seed component that separates training rollouts from rollouts of rounds."""
 
 
-class SelectingTrainer(PPOTrainerSync):
-    """verl's synchronous trainer, training on the rounds' picks."""
+_Base: Any = PPOTrainer if TYPE_CHECKING else object
+
+
+class Selecting(_Base):
+    """Training on the rounds' picks; stands before one of verl's trainers among a class's bases."""
 
     def __init__(self, config: Any) -> None:
         self.settings = VerlSettings.of(config)
+        for note in self.settings.notes:
+            log.warning("the sketches' objective follows verl's, except: %s", note)
         super().__init__(config)
-        self._problem_of: dict[str, str] = {}
-        """uid -> problem id, for the rows of the current step."""
-        self._weight_of: dict[str, float] = {}
-        """uid -> weight, for rows whose weight is not 1."""
+        self._n_drawn: Counter[int] = Counter()
+        """Rows drawn while each step was the current one, for uids that differ."""
         self._policy: LivePolicy | None = None
         self._of_round: dict[str, float] = {}
         """Scalars of the last round, until they are passed to verl's logger."""
@@ -87,8 +99,15 @@ class SelectingTrainer(PPOTrainerSync):
             collate_fn=collate_fn,
             sampler=self.sampler,
         )
+        self._ids = [record["id"] for record in records]
         self.rounds = Rounds(
-            self.settings.store, records, benchmarks, rounds, name=self.settings.pool, logger=self._keep_numbers
+            self.settings.store,
+            records,
+            benchmarks,
+            rounds,
+            name=self.settings.pool,
+            logger=self._keep_numbers,
+            export=self.settings.export,
         )
 
     def _benchmark(self, name: str, files: list[str]) -> list[dict[str, Any]]:
@@ -123,52 +142,70 @@ class SelectingTrainer(PPOTrainerSync):
         return self._policy
 
     def prepare_step(self) -> dict[str, Any]:
-        if self.sampler.left < self.config.data.train_batch_size:
-            self._round()
+        found = super().prepare_step()
         metrics, self._of_round = self._of_round, {}
-        return {**metrics, **super().prepare_step()}
+        return {**found, **metrics}
 
     def _keep_numbers(self, values: Mapping[str, float], step: int) -> None:
         self._of_round = {f"gradstore/{name}": value for name, value in values.items()}
 
     def _round(self) -> None:
-        settings = self.settings.rounds
-        with marked_timer("selection", self.timing_raw, color="blue"):
+        timing: dict[str, float] = {}
+        with marked_timer("selection", timing, color="blue"):
             selection = self.rounds.next(self.policy)
             self.policy.end_round()
+        self._of_round["timing_s/selection"] = timing["selection"]
+        self.sampler.keep(self.rounds.state_dict())
+        self._feed(selection)
+        log.info("round %d at step %d picked %s", self.rounds.done, self.policy.step, ", ".join(selection.ids))
+
+    def _feed(self, selection: Selection) -> None:
+        """Have the data loader draw a selection's picks, for the steps of one round."""
+        settings = self.settings.rounds
         order = drawing_order(
             selection.ids, settings.train_batch * settings.steps, derived_seed(settings.seed, self.policy.step)
         )
         rollouts = {name: n for name, n in zip(selection.ids, selection.rollouts.tolist(), strict=True) if n}
         weights = dict(zip(selection.ids, selection.relative_weights.tolist(), strict=True))
         self.sampler.feed(order, rollouts, {name: weight for name, weight in weights.items() if weight != 1})
-        self.sampler.keep(self.rounds.state_dict())
         self.train_dataloader_it = iter(self.train_dataloader)
-        log.info("round %d at step %d picked %s", self.rounds.done, self.policy.step, ", ".join(selection.ids))
 
     def _fetch_one_gen_batch(self) -> Any:
+        size = self.config.data.get("gen_batch_size", None) or self.config.data.train_batch_size
+        if self.sampler.left < size:
+            last = self.rounds.current
+            if last is None or self.rounds.done < self.settings.rounds.rounds:
+                self._round()
+            else:  # drawn ahead of a step that the run does not have
+                self._feed(last)
         batch = super()._fetch_one_gen_batch()
         n = len(batch)
         ids = self.sampler.order[-self.sampler.left - n :][:n]
-        first = len(self._problem_of)
-        uids = [f"train-{self.global_steps:08d}-{first + i:06d}" for i in range(n)]
-        self._problem_of |= dict(zip(uids, ids, strict=True))
-        weights = self.sampler.weights
-        self._weight_of |= {uid: weights[name] for uid, name in zip(uids, ids, strict=True) if name in weights}
+        first = self._n_drawn[self.global_steps]
+        self._n_drawn[self.global_steps] += n
+        uids = [
+            f"train-{self.global_steps:08d}-{first + i:06d}-{self.sampler.row_of(name)}" for i, name in enumerate(ids)
+        ]
         seed = (self.settings.rounds.seed, _TRAINING, self.global_steps, first) if self.settings.seeded else None
         columns = {"uid": np.array(uids, dtype=object), SEED_FIELD: row_seeds(seed, n)}
         chosen = self.sampler.rollouts
-        if chosen:
+        if chosen or self.settings.asynchronous:
             usual = self.config.actor_rollout_ref.rollout.n
             columns[ROLLOUTS_FIELD] = np.array([chosen.get(name, usual) for name in ids], dtype=object)
+        if self._weighs:
+            columns[WEIGHT_FIELD] = np.array([self.sampler.weights.get(name, 1.0) for name in ids], dtype=object)
         return batch.update(tensordict_utils.get_tensordict(columns))
 
-    # Steps
+    @property
+    def _weighs(self) -> bool:
+        """Whether rows carry a weight. A batch drawn ahead may be of two rounds, so there all do."""
+        return bool(self.sampler.weights) or self.settings.asynchronous
 
-    def on_step_begin(self) -> None:
-        super().on_step_begin()
-        self._problem_of.clear()
-        self._weight_of.clear()
+    def _problems(self, keys: Sequence[str]) -> dict[str, str]:
+        """uid -> problem id, for the rollouts of training rows: a uid ends with the problem's row in the pool."""
+        return {uid: self._ids[int(uid.rsplit("-", 1)[1])] for uid in map(uid_of, keys)}
+
+    # Steps
 
     def on_sample_end(self) -> None:
         super().on_sample_end()
@@ -185,13 +222,86 @@ class SelectingTrainer(PPOTrainerSync):
 
     def _compute_advantage(self, batch: Any, metrics: dict[str, Any]) -> Any:
         batch = super()._compute_advantage(batch, metrics)
-        if self._weight_of:
-            weigh(batch.keys, [self._weight_of.get(uid_of(key), 1.0) for key in batch.keys])
-        drawn = len(self.sampler.order) - self.sampler.left
-        if self.settings.rounds.observes(drawn, len(set(self.sampler.order))):
+        weights = row_weights(batch.keys) if self._weighs else [1.0] * len(batch.keys)
+        if self.settings.rounds.rollout_rule is not None:
+            of_rollouts = self._rollout_weights(batch, weights, metrics)
+            weights = [weight * of_rollouts.get(key, 1.0) for weight, key in zip(weights, batch.keys, strict=True)]
+        weigh(batch.keys, weights)
+        if self._observes():
             with marked_timer("observe", self.timing_raw, color="blue"):
-                rows = zip(batch.keys, batch.tags, strict=True)
-                own = [key for key, tag in rows if not tag.get("is_padding", False)]
-                groups = groups_of(own, self._problem_of, self.settings.logprobs)
-                self.rounds.observe(self.policy, joined([groups[uid] for uid in sorted(groups)]))
+                self._observe(batch, metrics)
         return batch
+
+    def _rollout_weights(self, batch: Any, weights: Sequence[float], metrics: dict[str, Any]) -> dict[str, float]:
+        """Weight of each rollout by its key, by the rounds' rollout rule; logs what was dropped and what it cost."""
+        own = [key for key, _ in _own(batch)]
+        weight_of = {uid_of(key): weight for key, weight in zip(batch.keys, weights, strict=True)}
+        with marked_timer("weigh", self.timing_raw, color="blue"):
+            groups = self.policy.groups(own, self._problems(own), referred=self.use_reference_policy)
+            weighed = self.rounds.weigh(self.policy, list(groups.values()), [weight_of[uid] for uid in groups])
+        metrics |= {f"gradstore/{name}": value for name, value in weighed.scalars().items()}
+        weights_of = dict(zip(groups, weighed.weights, strict=True))
+        return {key: float(weights_of[uid_of(key)][number]) for key, number in rollout_numbers(own).items()}
+
+    def _observes(self) -> bool:
+        """Whether this step's rollouts become rows. Ahead of training, steps and passes over the picks do not match."""
+        if self.settings.asynchronous:
+            return self.settings.rounds.observe != "none"
+        drawn = len(self.sampler.order) - self.sampler.left
+        return self.settings.rounds.observes(drawn, len(set(self.sampler.order)))
+
+    def _observe(self, batch: Any, metrics: dict[str, Any]) -> None:
+        """Sketch a step's rollouts. Those of an earlier policy only if the objective has importance ratios."""
+        tags_of: dict[str, list[dict[str, Any]]] = {}
+        own = []
+        for key, tag in _own(batch):
+            own.append(key)
+            tags_of.setdefault(uid_of(key), []).append(tag)
+        if self.settings.asynchronous and not self.settings.rounds.spec.objective.importance:
+            fresh = {uid for uid, tags in tags_of.items() if versions_of(tags) == {self.policy.step}}
+            metrics["gradstore/observe/of_earlier_policies"] = len(tags_of) - len(fresh)
+            own = [key for key in own if uid_of(key) in fresh]
+        if own:
+            groups = self.policy.groups(own, self._problems(own), referred=self.use_reference_policy)
+            self.rounds.observe(self.policy, joined([groups[uid] for uid in sorted(groups)]))
+
+
+def _own(batch: Any) -> list[tuple[str, dict[str, Any]]]:
+    """Keys and tags of the rollouts in a batch, without the rows that verl fills it up with."""
+    rows = zip(batch.keys, batch.tags, strict=True)
+    return [(key, tag) for key, tag in rows if not tag.get("is_padding", False)]
+
+
+class SelectingTrainer(Selecting, PPOTrainerSync):
+    """verl's synchronous trainer, training on the rounds' picks."""
+
+    def get_llm_client(self) -> SeededClient:
+        return self.llm_server_manager.get_client(client_cls=SeededClient)
+
+    def rest_engine(self) -> None:
+        """Have the rollout engine give its memory to the actor."""
+        self.checkpoint_manager.sleep_replicas()
+
+    def wake_engine(self, step: int) -> None:
+        """Give the rollout engine the actor's weights, those of `step`."""
+        self.checkpoint_manager.update_weights(step)
+
+
+class SelectingAheadTrainer(Selecting, PPOTrainerColocateAsync):
+    """verl's trainer that generates ahead of training (colocate_async), training on the rounds' picks.
+
+    Training rollouts under way when the engine rests are broken off and go on when it wakes, as at verl's own steps.
+    """
+
+    def get_llm_client(self) -> SeededResumingClient:
+        return self.llm_server_manager.get_client(client_cls=SeededResumingClient)
+
+    def rest_engine(self) -> None:
+        """Break off what is generated, and have the rollout engine give its memory to the actor."""
+        self.checkpoint_manager.abort_replicas()
+        self.checkpoint_manager.sleep_replicas()
+
+    def wake_engine(self, step: int) -> None:
+        """Give the rollout engine the actor's weights, those of `step`, and let it go on."""
+        self.checkpoint_manager.update_weights(step)
+        self.checkpoint_manager.resume_generation_replicas()

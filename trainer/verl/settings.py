@@ -1,8 +1,8 @@
 """gradstore's settings of a verl run: the `gradstore` node of verl's configuration.
 
 Give them like verl's own, as overrides: `gradstore.store=...`, or `+gradstore.store=...` with your own entry module.
-The node holds the settings of the rounds and of the integration; GradAlign's names are accepted. The batch size and the
-number of rollouts default to verl's own settings.
+The node holds the settings of the rounds and of the integration; GradAlign's names are accepted. The batch size, the
+number of rollouts and the objective default to verl's own settings.
 """
 
 from collections.abc import Mapping
@@ -10,9 +10,12 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from gradstore.engine.gradients.objectives import Objective
+from gradstore.engine.selecting.mixture import parts_of
 from gradstore.errors import RequestError
 from gradstore.settings import build, parse
 from gradstore.trainer.round.settings import RoundSettings
+from gradstore.trainer.verl.objective import has_adapters, has_reference, verls_objective
 
 NODE = "gradstore"
 _COARSE_PROBE_RANK = 64
@@ -36,6 +39,12 @@ class VerlSettings:
     """Whether the rollout engine's log-probabilities are the policy's at temperature 1; from verl's settings."""
     probe_rank: int | None = None
     """Rank of the low-rank branch that probes move along; None: move the weights themselves (float32 only)."""
+    export: Path | None = None
+    """Folder for files of the rollouts that rounds make; None: they are not kept."""
+    asynchronous: bool = False
+    """Whether verl generates ahead of training (trainer_mode=colocate_async); from verl's settings."""
+    notes: tuple[str, ...] = ()
+    """What of verl's objective the sketches leave out, one line each; from verl's settings."""
 
     @classmethod
     def of(cls, config: Any) -> "VerlSettings":
@@ -49,7 +58,7 @@ class VerlSettings:
             raise RequestError(f"{NODE}.store is missing: the folder that keeps sketches and rounds")
         _refuse_old_names(verl)
         _check_verl(verl)
-        own = [field.name for field in fields(cls) if field.name not in ("rounds", "logprobs")]
+        own = [field.name for field in fields(cls) if field.name not in _DERIVED]
         options: dict[str, Any] = {name: given.pop(name) for name in list(given) if name in own}
         rollout, batch = verl["actor_rollout_ref"]["rollout"], int(verl["data"]["train_batch_size"])
         parsed = {"train_batch": batch, "rollouts": rollout["n"], **parse(RoundSettings, given, f"{NODE}.", also=own)}
@@ -58,6 +67,7 @@ class VerlSettings:
                 f"{NODE}.train_batch (train_batch_size) is {parsed['train_batch']}, data.train_batch_size is {batch}: "
                 "leave the former out, or make them equal"
             )
+        options["notes"] = _follow(verl, parsed)
         rounds = build(RoundSettings, parsed, f"{NODE}.")
         if rounds.selected is not None:
             rounds.n_selected(rounds.candidates or rounds.selected)
@@ -68,25 +78,28 @@ class VerlSettings:
                 f"{rounds.steps} (iters_per_select) are {planned}: leave the former out, or raise these"
             )
         _check_queue(verl, rounds)
+        options["asynchronous"] = _check_mode(verl, rounds)
         options["logprobs"] = _exact_logprobs(rollout)
         if rounds.spec.objective.importance and not options["logprobs"]:
             raise RequestError(
                 f"{NODE}.spec.objective.importance needs the rollouts' log-probabilities at temperature 1: set "
                 "actor_rollout_ref.rollout.temperature=1, top_p=1, top_k=-1 and calculate_log_probs=True"
             )
-        if rounds.spec.objective.kl_beta:
-            raise RequestError(
-                f"{NODE}.spec.objective.kl_beta: rounds in verl have no reference policy's log-probabilities; leave it "
-                "out, keep rollouts and sketch them with `gradstore collect --reference`, or train with --backend local"
-            )
+        _check_reference(verl, rounds.spec.objective)
         options["benchmarks"] = options.get("benchmarks") or {"validation": verl["data"]["val_files"]}
         found = build(cls, {**parse(cls, options, f"{NODE}."), "rounds": rounds}, f"{NODE}.")
         found = replace(found, store=found.store.expanduser().absolute())
+        if found.export is not None:
+            found = replace(found, export=found.export.expanduser().absolute())
         if rollout["name"] == "sglang" and found.seeded:
             raise RequestError(f"SGLang takes no seed for a request: set {NODE}.seeded=false (docs/verl.md, Resume)")
         if "probe_rank" not in options and _coarse(verl["actor_rollout_ref"]["actor"]["fsdp_config"]):
             found = replace(found, probe_rank=_COARSE_PROBE_RANK)
         return found
+
+
+_DERIVED = ("rounds", "logprobs", "asynchronous", "notes")
+"""Fields that do not stand in the node under their names."""
 
 
 def _plain(config: Any) -> dict[str, Any]:
@@ -119,12 +132,31 @@ _MOVED = {"trainer.verl_reward": "gradstore.trainer.verl.reward", "trainer.verl"
 def _check_verl(verl: Mapping[str, Any]) -> None:
     """RequestError for a verl configuration in which rounds or sketches cannot work."""
     actor, data, trainer = verl["actor_rollout_ref"]["actor"], verl["data"], verl["trainer"]
-    mode = trainer.get("v1", {}).get("trainer_mode", "sync")
-    if not trainer.get("use_v1", True) or mode != "sync":
+    strategy = actor["strategy"]
+    if "fsdp_config" not in actor:  # model_engine has set another back end, whatever the strategy
+        strategy = next((name for name in ("megatron", "veomni", "torchtitan") if name in actor), "unknown")
+    if strategy == "megatron":
         raise RequestError(
-            f"trainer.v1.trainer_mode is {mode!r} (use_v1 {trainer.get('use_v1')}): rounds need the synchronous "
-            "trainer, trainer.use_v1=True trainer.v1.trainer_mode=sync"
+            "actor_rollout_ref.actor.strategy is 'megatron', whose shards rounds cannot sketch: set model_engine=dp "
+            "actor_rollout_ref.actor.strategy=fsdp2; or train without rounds, merge a checkpoint (python -m "
+            "verl.model_merger merge --backend megatron --local_dir CHECKPOINT/actor --target_dir FOLDER) and run "
+            "`gradstore collect --model FOLDER`"
         )
+    if strategy != "fsdp2":
+        raise RequestError(
+            f"actor_rollout_ref.actor.strategy is {strategy!r}: sketches read a policy sharded by FSDP2; "
+            "set model_engine=dp actor_rollout_ref.actor.strategy=fsdp2"
+        )
+    mode = trainer.get("v1", {}).get("trainer_mode", "sync")
+    if not trainer.get("use_v1", True):
+        raise RequestError("trainer.use_v1 is False: rounds need verl's v1 trainers, set trainer.use_v1=True")
+    if mode == "separate_async":
+        raise RequestError(
+            "trainer.v1.trainer_mode is 'separate_async', with which no round was ever run: set "
+            "trainer.v1.trainer_mode=colocate_async (it generates ahead of training, too) or sync (docs/verl.md)"
+        )
+    if mode not in _MODES:
+        raise RequestError(f"trainer.v1.trainer_mode is {mode!r}: rounds know {' and '.join(_MODES)}")
     if data["dataloader_num_workers"] != 0:
         raise RequestError(
             f"data.dataloader_num_workers is {data['dataloader_num_workers']}: workers draw problems before a round "
@@ -139,11 +171,6 @@ def _check_verl(verl: Mapping[str, Any]) -> None:
         raise RequestError(
             "trainer.v1.sampler.sync_refill_failed_groups draws more problems than a round picked: leave it off"
         )
-    if actor["strategy"] != "fsdp2":
-        raise RequestError(
-            f"actor_rollout_ref.actor.strategy is {actor['strategy']!r}: sketches read a policy sharded by FSDP2; "
-            "set actor_rollout_ref.actor.strategy=fsdp2"
-        )
     if verl["actor_rollout_ref"]["model"].get("use_fused_kernels"):
         raise RequestError(
             "actor_rollout_ref.model.use_fused_kernels leaves the model without logits, which sketches need: "
@@ -153,6 +180,60 @@ def _check_verl(verl: Mapping[str, Any]) -> None:
         raise RequestError(
             "actor.fsdp_config.offload_policy keeps the weights off the device that computes: "
             "use actor_rollout_ref.actor.fsdp_config.param_offload=True instead"
+        )
+
+
+_MODES = ("sync", "colocate_async")
+
+
+def _check_mode(verl: Mapping[str, Any], rounds: RoundSettings) -> bool:
+    """Whether verl generates ahead of training; RequestError if then no round can come at a step of its own."""
+    v1 = verl["trainer"].get("v1", {})
+    if v1.get("trainer_mode", "sync") == "sync":
+        return False
+    ahead = v1.get("colocate_async", {}).get("num_warmup_batches", 0)
+    if ahead >= rounds.steps:
+        raise RequestError(
+            f"trainer.v1.colocate_async.num_warmup_batches is {ahead}, {NODE}.steps (iters_per_select) {rounds.steps}: "
+            "two rounds would meet one policy; raise steps above it, or lower num_warmup_batches"
+        )
+    if v1.get("colocate_async", {}).get("parameter_sync_step", 1) != 1:
+        raise RequestError("trainer.v1.colocate_async.parameter_sync_step: rounds need 1, so that weights are in step")
+    return True
+
+
+def _follow(verl: Mapping[str, Any], parsed: dict[str, Any]) -> tuple[str, ...]:
+    """Give the parsed settings verl's objective, where they have no preset; fields given by name win. Returns notes."""
+    spec = parsed.setdefault("spec", {})
+    own = spec.get("objective") or {}
+    if isinstance(own, Objective) or {field.name for field in fields(Objective)} <= own.keys():  # a preset
+        return ()
+    theirs, notes = verls_objective(verl, importance=bool(own.get("importance")))
+    if theirs.get("kl_beta") and "kl_beta" not in own and _probes(parsed.get("selector")):
+        del theirs["kl_beta"]
+        notes.append("actor.use_kl_loss: probes, and with them the sketches, leave the KL term out")
+    spec["objective"] = {**theirs, **own}
+    return tuple(notes)
+
+
+def _probes(selector: str | None) -> bool:
+    return selector is not None and any(part.selector.needs_probes for part in parts_of(selector))
+
+
+def _check_reference(verl: Mapping[str, Any], objective: Objective) -> None:
+    """RequestError for a KL term without a reference policy, or at another temperature than the reference's."""
+    if not objective.kl_beta:
+        return
+    if not (has_reference(verl) or has_adapters(verl)):
+        raise RequestError(
+            f"{NODE}.spec.objective.kl_beta needs a reference policy, and verl starts none: set "
+            "actor_rollout_ref.actor.use_kl_loss=True (kl_loss_coef=0 trains without the term), or train LoRA adapters"
+        )
+    sampled = verl["actor_rollout_ref"]["rollout"].get("temperature", 1.0)
+    if objective.temperature != sampled:
+        raise RequestError(
+            f"{NODE}.spec.objective: kl_beta at temperature {objective.temperature}, but verl's reference works at "
+            f"actor_rollout_ref.rollout.temperature={sampled}: make them equal"
         )
 
 

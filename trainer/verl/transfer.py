@@ -19,7 +19,6 @@ from verl.utils.dataset.rl_dataset import collate_fn
 
 from gradstore.engine.rollouts import group
 from gradstore.engine.rollouts.group import Group
-from gradstore.errors import RequestError
 from gradstore.problems import to_verl
 from gradstore.trainer.sampling.backends import derived_seed
 from gradstore.trainer.verl.agent_loop import SEED_FIELD
@@ -29,6 +28,9 @@ ROLLOUTS_FIELD = "__rollout_n__"
 """Field of a row with its number of rollouts, if that is not rollout.n."""
 FIELDS = ["prompts", "responses", "response_mask", "rm_scores"]
 LOGPROBS = "rollout_log_probs"
+REFERENCE = "ref_log_prob"
+WEIGHT_FIELD = "gradstore_weight"
+"""Field of a row with the weight of its rollouts in the loss."""
 _LONGEST_WAIT = 1.0
 
 
@@ -76,44 +78,59 @@ def wait_for(uids: Sequence[str]) -> tuple[list[str], set[str]]:
     return sorted(keys, key=place_of), {uid for uid, state in states.items() if state == "failure"}
 
 
-def groups_of(keys: Sequence[str], id_of: Mapping[str, str], logprobs: bool) -> dict[str, Group]:
+def groups_of(
+    keys: Sequence[str], id_of: Mapping[str, str], *, logprobs: bool, reference: bool = False
+) -> dict[str, Group]:
     """Read groups of rollouts from the queue; returns uid -> group.
 
-    id_of: uid -> problem id. logprobs: keep the rollout engine's log-probabilities. RequestError for a rollout with
-    more than one output, or with response tokens that the policy did not write (a tool's): this engine cannot compute
-    the gradient of such a group.
+    id_of: uid -> problem id. logprobs: keep the rollout engine's log-probabilities. reference: keep the reference
+    policy's, which the trainer has computed. Tokens that the policy did not write (of tools, of users) are masked out.
+    Several outputs of a rollout are sequences with a prompt each; as in verl, the reward is that of the last one.
     """
     keys = sorted(keys, key=place_of)
-    wanted = [*FIELDS, LOGPROBS] if logprobs else FIELDS
+    wanted = [*FIELDS, *([LOGPROBS] if logprobs else []), *([REFERENCE] if reference else [])]
     data = tq.kv_batch_get(keys=keys, partition_id=PARTITION, select_fields=wanted)
     columns = {name: list(data[name].unbind(0)) for name in wanted}
     members: dict[str, list[int]] = {}
     for place, key in enumerate(keys):
         members.setdefault(uid_of(key), []).append(place)
+
+    def floats(name: str, places: list[int]) -> list[np.ndarray] | None:
+        given = columns.get(name)
+        return None if given is None else [given[place].numpy().astype(np.float32) for place in places]
+
     groups = {}
     for uid, places in members.items():
-        name = id_of[uid]
-        sessions = [place_of(keys[place])[1] for place in places]
-        if len(set(sessions)) < len(sessions):
-            raise RequestError(f"problem {name!r}: an agent loop gave several outputs for one rollout, expected one")
-        if not all(bool((columns["response_mask"][place] > 0).all()) for place in places):
-            raise RequestError(
-                f"problem {name!r}: a response has tokens that the policy did not write (tools, more turns); "
-                "sketches are of single-turn rollouts"
-            )
-        given = columns.get(LOGPROBS)
+        last_of = {place_of(keys[place])[1]: place for place in places}
+        rollouts = {session: number for number, session in enumerate(last_of)}
+        prompts = [columns["prompts"][place].numpy().astype(np.int64) for place in places]
+        masks = [columns["response_mask"][place].numpy() > 0 for place in places]
         groups[uid] = Group(
-            name,
-            columns["prompts"][places[0]].numpy().astype(np.int64),
+            id_of[uid],
+            prompts[0],
             [columns["responses"][place].numpy().astype(np.int64) for place in places],
-            np.array([float(columns["rm_scores"][place].sum()) for place in places]),
-            None if given is None else [given[place].numpy().astype(np.float32) for place in places],
+            np.array([float(columns["rm_scores"][place].sum()) for place in last_of.values()]),
+            floats(LOGPROBS, places),
+            floats(REFERENCE, places),
+            None if all(mask.all() for mask in masks) else masks,
+            None if all(np.array_equal(prompt, prompts[0]) for prompt in prompts) else prompts,
+            None
+            if len(last_of) == len(places)
+            else np.array([rollouts[place_of(keys[place])[1]] for place in places], dtype=np.int64),
         )
     return groups
 
 
+def row_weights(keys: Sequence[str]) -> list[float]:
+    """Weight of the row that each rollout in the queue was sampled for."""
+    column = tq.kv_batch_get(keys=list(keys), partition_id=PARTITION, select_fields=[WEIGHT_FIELD])[WEIGHT_FIELD]
+    return [float(getattr(weight, "data", weight)) for weight in column]
+
+
 def weigh(keys: Sequence[str], weights: Sequence[float]) -> None:
-    """Multiply the advantages of each rollout in the queue by the rollout's weight."""
+    """Multiply the advantages of each rollout in the queue by its weight; weights of 1 write nothing."""
+    if all(weight == 1 for weight in weights):
+        return
     given = tq.kv_batch_get(keys=list(keys), partition_id=PARTITION, select_fields=["advantages"])["advantages"]
     rows = [row * weight for row, weight in zip(given.unbind(0), weights, strict=True)]
     scaled = torch.nested.as_nested_tensor(rows, layout=torch.jagged)
@@ -122,12 +139,28 @@ def weigh(keys: Sequence[str], weights: Sequence[float]) -> None:
     )
 
 
+def rollout_numbers(keys: Sequence[str]) -> dict[str, int]:
+    """Key of each output -> its rollout's position in the group that `groups_of` makes."""
+    seen: dict[str, dict[int, int]] = {}
+    numbers = {}
+    for key in sorted(keys, key=place_of):
+        sessions = seen.setdefault(uid_of(key), {})
+        numbers[key] = sessions.setdefault(place_of(key)[1], len(sessions))
+    return numbers
+
+
 def joined(groups: Sequence[Group]) -> list[Group]:
     """Join several groups of the same problem into one; problems are in the order of their first group."""
     parts: dict[str, list[Group]] = {}
     for each in groups:
         parts.setdefault(each.problem_id, []).append(each)
     return [group.joined(same) for same in parts.values()]
+
+
+def versions_of(tags: Sequence[Mapping[str, Any]]) -> set[int]:
+    """Policy versions that wrote rollouts, from their tags; an engine that does not say is left out."""
+    found = {tag.get(f"{which}_global_steps") for tag in tags for which in ("min", "max")}
+    return {int(version) for version in found if version is not None}
 
 
 def uid_of(key: str) -> str:

@@ -3,6 +3,7 @@
 Each run starts Ray and imports verl in a dozen processes: most of its minute.
 """
 
+import json
 import os
 import re
 import shutil
@@ -12,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,9 @@ import pytest
 import torch
 
 import gradstore
+from gradstore.engine.gradients.logprobs import Reference
+from gradstore.engine.rollouts.group import Group
+from gradstore.engine.sketches.bases import sketcher_of
 
 pytestmark = [pytest.mark.verl, pytest.mark.timeout(2000)]
 
@@ -58,7 +62,7 @@ class Run:
 
     def logged(self, name: str) -> list[float]:
         """A metric of verl's at each step."""
-        return [float(text) for text in re.findall(rf"{name}:([0-9.e+-]+)", self.log)]
+        return [float(text) for text in re.findall(rf"{name}:(?:np\.\w+\()?([0-9.e+-]+)", self.log)]
 
     def wait(self) -> None:
         """Until it ends by itself; fails with the end of its log where it does not, or not well."""
@@ -68,6 +72,15 @@ class Run:
             self.kill()
             pytest.fail(f"the run did not end within {LIMIT} s:\n{self.log[-4000:]}")
         assert status == 0, self.log[-6000:]
+
+    def kill_after(self, rounds: int) -> None:
+        """kill -9 when the store has so many rounds."""
+        deadline = time.monotonic() + LIMIT
+        while len(self.rounds) < rounds:
+            assert self.process.poll() is None, self.log[-6000:]
+            assert time.monotonic() < deadline, self.log[-4000:]
+            time.sleep(0.2)
+        self.kill()
 
     def kill(self) -> None:
         """kill -9 of the process and of all it started, and of nothing else."""
@@ -158,12 +171,7 @@ def test_killed_and_resumed(start) -> None:
     assert max(differences) < 1e-6, "the rollouts are made by the weights that train"
 
     killed = start("killed")
-    deadline = time.monotonic() + LIMIT
-    while len(killed.rounds) < 3:
-        assert killed.process.poll() is None, killed.log[-6000:]
-        assert time.monotonic() < deadline, killed.log[-4000:]
-        time.sleep(0.2)
-    killed.kill()
+    killed.kill_after(rounds=3)
     assert checkpoints(killed.folder) == [3], "killed before its last checkpoint"
     position = sampler_state(killed.folder, 3)
     assert (len(position["order"]), position["drawn"]) == (8, 4), "in the middle of the second round"
@@ -171,9 +179,7 @@ def test_killed_and_resumed(start) -> None:
     resumed = start("killed")
     resumed.wait()
     assert "Resuming from" in resumed.log
-    assert [found.picks for found in resumed.rounds] == [found.picks for found in expected]
-    for found, other in zip(resumed.rounds, expected, strict=True):
-        np.testing.assert_allclose(found.table["score"].to_numpy(), other.table["score"].to_numpy(), rtol=1e-5)
+    same_rounds(resumed, undisturbed)
     assert checkpoints(resumed.folder) == checkpoints(undisturbed.folder) == [3, 6]
     for step in (3, 6):
         assert sampler_state(resumed.folder, step) == sampler_state(undisturbed.folder, step)
@@ -183,6 +189,123 @@ def test_killed_and_resumed(start) -> None:
         for number, found in enumerate(expected):
             trained = sorted(ids[steps == 2 * number + 1].tolist())
             assert trained == sorted(found.picks), "the rollouts of the last pass over the picks are kept"
+
+
+def same_rounds(one: Run, other: Run) -> None:
+    """Equal picks, by equal scores."""
+    assert [found.picks for found in one.rounds] == [found.picks for found in other.rounds]
+    for found, expected in zip(one.rounds, other.rounds, strict=True):
+        np.testing.assert_allclose(found.table["score"].to_numpy(), expected.table["score"].to_numpy(), rtol=1e-5)
+
+
+TOOLS = [
+    "actor_rollout_ref.rollout.agent.default_agent_loop=tool_agent",
+    "actor_rollout_ref.rollout.multi_turn.enable=True",
+    f"actor_rollout_ref.rollout.multi_turn.function_tool_path={Path(__file__).parent}/cpu/calculator.py",
+    "actor_rollout_ref.rollout.multi_turn.format=every_turn",
+    "actor_rollout_ref.rollout.multi_turn.max_assistant_turns=2",
+    "data.max_response_length=48",
+    "gradstore.rounds=2",
+    "trainer.save_freq=1",
+]
+"""Two turns by verl's own agent loop, with the answer of a calculator between them."""
+
+
+@pytest.mark.parametrize("engine", ["transformers"], indirect=True)
+def test_tools(start, tiny_model, tmp_path: Path) -> None:
+    """Tokens of a tool are read by the policy and not trained on: the store's rows are the engine's sketches of the
+    same masked rollouts. And resuming is as exact as with one turn."""
+    undisturbed = start("undisturbed", more=[*TOOLS, f"gradstore.export={tmp_path}/rollouts"])
+    undisturbed.wait()
+    assert [found.about["step"] for found in undisturbed.rounds] == [0, 2]
+    assert undisturbed.logged("training/num_turns/min") == [4.0] * 4, "two of the policy's, the problem's, the tool's"
+    assert max(undisturbed.logged("training/rollout_probs_diff_max")) < 1e-6
+    store = gradstore.open(undisturbed.folder / "store")
+    (exported,) = (tmp_path / "rollouts").glob("round-0000-pool-*.jsonl")
+    groups = exported_groups(exported)
+    assert [len(group.responses) for group in groups] == [4] * 8
+    assert all(0 < written < len(response) for group in groups for written, response in lengths(group))
+    expected = sketcher_of(store, tiny_model).sketch(groups)
+    view = store.view("pool", 0)
+    norms_P = dict(zip(view.ids, view.norms, strict=True))
+    np.testing.assert_allclose([norms_P[name] for name in expected.ids], expected.norms, rtol=1e-4)
+    rows_PD, expected_PD = view.take(expected.ids), expected.sketches / expected.norms[:, None]
+    off_P = np.linalg.norm(rows_PD - expected_PD, axis=1) / np.linalg.norm(expected_PD, axis=1)
+    assert off_P.max() < 0.03, "rows have 8 bits a number"
+
+    killed = start("killed", more=TOOLS)
+    killed.kill_after(rounds=2)
+    resumed = start("killed", more=TOOLS)
+    resumed.wait()
+    assert "Resuming from" in resumed.log
+    same_rounds(resumed, undisturbed)
+
+
+def exported_groups(exported: Path) -> list[Group]:
+    """Groups of a round's exported rollouts; verl records 0 as the log-probability of a token that a tool wrote."""
+    rows: dict[str, list[dict]] = {}
+    for line in exported.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        rows.setdefault(row["problem_id"], []).append(row)
+    return [
+        Group(
+            name,
+            np.array(of_problem[0]["prompt_ids"]),
+            [np.array(row["response_ids"]) for row in of_problem],
+            np.array([row["reward"] for row in of_problem]),
+            reference_logprobs=[np.array(row["reference_logprobs"]) for row in of_problem]
+            if "reference_logprobs" in of_problem[0]
+            else None,
+            masks=[np.array(row["logprobs"]) != 0 for row in of_problem],
+        )
+        for name, of_problem in rows.items()
+    ]
+
+
+def lengths(group: Group) -> Iterator[tuple[int, np.ndarray]]:
+    """Tokens that the policy wrote, and the response, of each rollout."""
+    return zip(group.n_written.tolist(), group.responses, strict=True)
+
+
+KL = [
+    "actor_rollout_ref.actor.use_kl_loss=True",
+    "actor_rollout_ref.actor.kl_loss_coef=0.05",
+    "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu=4",
+    "actor_rollout_ref.ref.use_torch_compile=False",
+    "actor_rollout_ref.ref.fsdp_config.use_torch_compile=False",
+    "actor_rollout_ref.ref.fsdp_config.dtype=float32",
+    "+actor_rollout_ref.ref.fsdp_config.mixed_precision={param_dtype:fp32,reduce_dtype:fp32,buffer_dtype:fp32}",
+]
+"""verl's KL loss, and with it its reference worker."""
+AHEAD = ["trainer.v1.trainer_mode=colocate_async", "gradstore.rounds=2", "trainer.save_freq=2"]
+
+
+@pytest.mark.parametrize("engine", ["transformers"], indirect=True)
+def test_generating_ahead(start, tmp_path: Path) -> None:
+    """Where verl generates a batch ahead, a round comes that much before the steps it picks for. Its rollouts and its
+    sketches are of one policy all the same, and rows of a step are of that step's policy or are not kept."""
+    more = [*AHEAD, f"trainer.rollout_data_dir={tmp_path}/trained"]
+    begun = start("ahead", more=[*more, "trainer.total_training_steps=2"])
+    begun.wait()
+    rounds = begun.rounds
+    assert [found.about["step"] for found in rounds] == [0, 1], "at 2 r - 1, after the first"
+    assert [found.about["n_rolled_out"] for found in rounds] == [8, 8]
+    assert max(begun.logged("training/off_policy/trajectory_staleness_worst/max")) >= 1, "it did generate ahead"
+
+    ended = start("ahead", more=[*more, "trainer.total_training_steps=4"])
+    ended.wait()
+    assert "Resuming from" in ended.log
+    assert [found.picks for found in ended.rounds] == [found.picks for found in rounds]
+    assert checkpoints(ended.folder) == [2, 4]
+    trained = [trained_on(tmp_path / f"trained/{step}.jsonl") for step in (1, 2, 3, 4)]
+    assert trained[0] <= set(rounds[0].picks)
+    assert trained[3] <= set(rounds[1].picks)
+    assert all(found <= set(rounds[0].picks) | set(rounds[1].picks) for found in trained)
+    observed = gradstore.open(ended.folder / "store").history("pool")
+    left_out = ended.logged("gradstore/observe/of_earlier_policies")  # of both runs: they share a log
+    assert len(left_out) == 4
+    assert max(left_out) > 0
+    assert set(observed["step"].to_pylist()) <= {0, 1, 2, 3}
 
 
 UNEVEN = """
@@ -211,9 +334,10 @@ def installed(engine: tuple[list, dict], tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("engine", ["transformers"], indirect=True)
 @pytest.mark.usefixtures("installed")
-def test_two_ranks(start) -> None:
+def test_two_ranks(start, tiny_model, tmp_path: Path) -> None:
     """Most runs have many ranks: the policy is in shards, each rank sketches some of the problems, and two rollout
-    engines are given the weights that train. And a selector's weights must reach the loss."""
+    engines are given the weights that train. A selector's weights must reach the loss, and log-probabilities of verl's
+    reference the sketches."""
     run = start(
         "two",
         more=[
@@ -221,6 +345,8 @@ def test_two_ranks(start) -> None:
             "ray_kwargs.ray_init.num_gpus=2",
             "gradstore.rounds=2",
             "gradstore.selector=uneven",
+            f"gradstore.export={tmp_path}/rollouts",
+            *KL,
         ],
     )
     run.wait()
@@ -238,8 +364,50 @@ def test_two_ranks(start) -> None:
     # The largest of GRPO's advantages of 4 rewards that differ lies between sqrt(3) / 2 and 3 / 2.
     advantages = [*run.logged("critic/advantages/max"), *run.logged("critic/advantages/min")]
     assert max(map(abs, advantages)) > 2.5, "those of the best problem count 9 / 3 times"
-    observed = gradstore.open(run.folder / "store").history("pool")
-    assert set(observed["step"].to_pylist()) == {0, 1, 2, 3}
+    store = gradstore.open(run.folder / "store")
+    assert set(store.history("pool")["step"].to_pylist()) == {0, 1, 2, 3}
+    assert store.fingerprint["objective"]["kl_beta"] == 0.05, "as verl's loss has it"
+    refers_to(tiny_model, tmp_path / "rollouts")
+
+
+def refers_to(model, folder: Path) -> None:
+    """The exported rollouts of two rounds have the base model's log-probabilities, whatever the step."""
+    for number in (0, 1):
+        (exported,) = folder.glob(f"round-000{number}-pool-*.jsonl")
+        groups = [group for group in exported_groups(exported) if group.has_signal]
+        assert groups
+        for group in groups:
+            expected = Reference(model)(replace(group, reference_logprobs=None))
+            for given, own in zip(group.reference_logprobs, expected.reference_logprobs, strict=True):
+                np.testing.assert_allclose(given, own, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["transformers"], indirect=True)
+def test_adapters_and_their_reference(start, tiny_model, tmp_path: Path) -> None:
+    """With LoRA the reference is the model without its adapters, also where verl's own loss has no KL term."""
+    run = start(
+        "adapters",
+        more=[
+            "actor_rollout_ref.model.lora_rank=4",
+            "actor_rollout_ref.model.lora_alpha=8",
+            "actor_rollout_ref.model.target_modules=all-linear",
+            "actor_rollout_ref.model.lora.merge=True",
+            "gradstore.rounds=2",
+            "gradstore.selector=cosine",
+            "gradstore.spec.objective.kl_beta=0.05",
+            f"gradstore.export={tmp_path}/rollouts",
+        ],
+    )
+    run.wait()
+    assert [found.about["step"] for found in run.rounds] == [0, 2]
+    refers_to(tiny_model, tmp_path / "rollouts")
+
+
+def trained_on(dump: Path) -> set[str]:
+    """Problems of a step, from verl's dump of its rollouts: a uid ends with the row in the pool, here the id."""
+    uids = {json.loads(line)["uid"].split("_")[0] for line in dump.read_text(encoding="utf-8").splitlines()}
+    return {uid.rsplit("-", 1)[1] for uid in uids if not uid.startswith("pad")}
 
 
 def checkpoints(folder: Path) -> list[int]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from gradstore.engine.gradients.objectives import Objective
 from gradstore.errors import RequestError
 
 pytestmark = pytest.mark.verl
@@ -46,6 +47,11 @@ def test_what_verl_says_already() -> None:
     assert found.store.is_absolute()
     assert found.rounds.spec.basis == "fitted"
     assert found.logprobs, "nothing is scaled or cut off by default"
+    assert found.rounds.spec.objective == Objective("mean", "seq-mean-token-sum"), "verl averages over tokens"
+    assert "adv_estimator=gae" in found.notes[0]
+    grpo = settings("algorithm.adv_estimator=grpo", "actor_rollout_ref.actor.use_kl_loss=True")
+    assert grpo.rounds.spec.objective == Objective("mean_std", "seq-mean-token-sum", kl_beta=0.001)
+    assert grpo.notes == ()
     assert not settings("actor_rollout_ref.rollout.temperature=0.7").logprobs
     mixed = "+actor_rollout_ref.actor.fsdp_config.mixed_precision={param_dtype:fp32}"
     assert (found.probe_rank, settings(mixed).probe_rank) == (64, None), "verl computes in bfloat16 by default"
@@ -72,13 +78,14 @@ def test_settings_of_its_own() -> None:
     ("override", "message"),
     [
         ("data.dataloader_num_workers=8", "set data.dataloader_num_workers=0"),
-        ("actor_rollout_ref.actor.strategy=fsdp", "set actor_rollout_ref.actor.strategy=fsdp2"),
-        ("trainer.v1.trainer_mode=colocate_async", "trainer.v1.trainer_mode=sync"),
+        ("actor_rollout_ref.actor.strategy=fsdp", "actor_rollout_ref.actor.strategy=fsdp2"),
+        ("model_engine=megatron", "verl.model_merger merge --backend megatron"),
+        ("trainer.v1.trainer_mode=separate_async", "set trainer.v1.trainer_mode=colocate_async"),
         ("actor_rollout_ref.actor.fsdp_config.offload_policy=True", "param_offload=True"),
         ("algorithm.filter_groups={enable: True}", "selector=dynamic"),
         ("gradstore.train_batch_size=16", "data.train_batch_size is 8"),
         ("gradstore.selectr=cosine", "did you mean 'selector'"),
-        ("gradstore.spec.objective={kl_beta: 0.04}", "gradstore collect --reference"),
+        ("gradstore.spec.objective={kl_beta: 0.04}", "set actor_rollout_ref.actor.use_kl_loss=True"),
         ("gradstore.spec.rnk=4", "gradstore.spec.rnk is not known"),
         ("gradstore.diversity={metod: mmr}", "gradstore.diversity.metod is not known; did you mean 'method'"),
         ("gradstore.selected=5", "not a multiple of the 5 selected"),

@@ -13,14 +13,15 @@ from gradstore.engine import Probe, Sketcher, SketchSpec, validation_gradient
 from gradstore.engine.gradients.coverage import measure
 from gradstore.engine.gradients.gradient_pass import GradientPass
 from gradstore.engine.rollouts.group import Group
-from gradstore.engine.sketches.bases import sketcher_from
-from gradstore.trainer.verl.ranks import deal, gather
+from gradstore.engine.sketches.bases import _projection, sketcher_from
+from gradstore.engine.sketches.fitting import fit, passed
+from gradstore.trainer.round.ranks import deal, gather
 
 pytestmark = pytest.mark.verl
 
 
 def random_groups(n: int, seed: int, vocabulary: int) -> list[Group]:
-    """Groups of 4 random responses of different lengths; every third has equal rewards."""
+    """Groups of 4 random responses of different lengths; every third has equal rewards, every second tools' tokens."""
     random = np.random.default_rng(seed)
     groups = []
     for i in range(n):
@@ -32,6 +33,7 @@ def random_groups(n: int, seed: int, vocabulary: int) -> list[Group]:
                 random.integers(4, vocabulary, random.integers(3, 10)),
                 [random.integers(4, vocabulary, length) for length in lengths],
                 rewards,
+                masks=[random.random(length) < 0.7 for length in lengths] if i % 2 else None,
             )
         )
     return groups
@@ -88,6 +90,28 @@ def test_sketches_are_the_engines(ranks: dict[str, Any], tiny_model: Any, basis:
     assert files.coverage == measure(GradientPass(tiny_model, spec), [])  # sharded: of the parameters alone
     if basis == "random":
         assert Sketcher(tiny_model, spec).fingerprint == files.fingerprint
+
+
+def test_one_fit_by_all_ranks(ranks: dict[str, Any], tiny_model: Any) -> None:
+    """Each rank runs its share of the sample, and the sums make every rank the basis of one process: a problem left
+    out, or counted on each rank, would turn the sides."""
+    digests = {part["fitted"]["files"].fingerprint["projection"]["basis"] for part in ranks["found"]}
+    assert len(digests) == 1
+    n_live = sum(group.has_signal for group in ranks["groups"])
+    assert sum(part["n_fitted"] for part in ranks["found"]) == passed(n_live)
+    if ranks["world"] > 1:
+        assert max(part["n_fitted"] for part in ranks["found"]) < passed(n_live)
+    files = ranks["found"][0]["fitted"]["files"]
+    together = _projection(files.fingerprint, files.attachments)
+    alone = fit(tiny_model, ranks["groups"], SketchSpec(rank=4, dim=64, basis="fitted", token_budget=64)).projection
+    assert together.captured == pytest.approx(alone.captured, rel=1e-3)
+    for one, other in zip(together.layers, alone.layers, strict=True):
+        for side, expected in ((one.left_OR, other.left_OR), (one.right_IR, other.right_IR)):
+            if expected is None:
+                assert side is None
+                continue
+            same = np.abs((side * expected).sum(0)) / np.square(expected).sum(0)
+            np.testing.assert_allclose(same, 1, atol=1e-2, err_msg=one.name)
 
 
 def test_the_policy_is_left_alone(ranks: dict[str, Any]) -> None:

@@ -26,8 +26,9 @@ def main(rank: int, world: int, folder: Path) -> None:
     from conftest import overrides
 
     from gradstore.engine import SketchSpec
+    from gradstore.engine.gradients.gradient_pass import GradientPass
     from gradstore.engine.gradients.sharding import is_sharded, own_part, reshard
-    from gradstore.trainer.verl.ranks import deal
+    from gradstore.trainer.round.ranks import deal
     from gradstore.trainer.verl.worker import SketchingWorker
 
     torch.set_num_threads(1)
@@ -45,9 +46,18 @@ def main(rank: int, world: int, folder: Path) -> None:
     own = [groups[i] for i in share]
     found: dict = {"share": share, "sharded": is_sharded(model)}
     before = {name: own_part(parameter).clone() for name, parameter in model.named_parameters()}
+    run, ran = GradientPass.run, []
+
+    def counted(self: GradientPass, given: list, *more: object, **named: object) -> int:
+        ran.append(len(given))
+        return run(self, given, *more, **named)
+
+    GradientPass.run = counted
     for basis in ("random", "fitted"):
         spec = SketchSpec(rank=4, dim=64, basis=basis, token_budget=64)
+        ran.clear()
         files = worker.fit_sketcher(spec, groups, [])
+        found["n_fitted"] = sum(ran)
         fitted = worker.sketch_groups(own)
         worker.use_sketcher(files.fingerprint, files.attachments, 64)
         found[basis] = {"files": files, "fitted": fitted, "used": worker.sketch_groups(own)}

@@ -13,6 +13,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch
+import torch.distributed.fsdp
 import verl.utils.distributed
 from verl.plugin.platform import PlatformBase, PlatformRegistry
 
@@ -117,4 +118,12 @@ def _join_over_gloo(timeout_second: float | None = None, backend: str | None = N
     )
 
 
+class _Unpinned(torch.distributed.fsdp.CPUOffloadPolicy):
+    """verl offloads a reference policy to pinned memory, which there is not without an accelerator."""
+
+    def __init__(self, pin_memory: bool = True) -> None:
+        super().__init__(pin_memory=False)
+
+
 verl.utils.distributed.initialize_global_process_group_ray = _join_over_gloo
+torch.distributed.fsdp.CPUOffloadPolicy = _Unpinned

@@ -37,7 +37,8 @@ class TransformersServer:
             random.seed()
         else:
             random.manual_seed(int(sampling_params["seed"]))
-        tokens, logprobs, finished = self._sample(list(prompt_ids), temperature, random)
+        longest = min(self._response_length, int(sampling_params.get("max_tokens") or self._response_length))
+        tokens, logprobs, finished = self._sample(list(prompt_ids), temperature, random, longest)
         return TokenOutput(
             token_ids=tokens,
             log_probs=logprobs,
@@ -47,13 +48,13 @@ class TransformersServer:
 
     @torch.no_grad()
     def _sample(
-        self, prompt_ids: list[int], temperature: float, random: torch.Generator
+        self, prompt_ids: list[int], temperature: float, random: torch.Generator, longest: int
     ) -> tuple[list[int], list[float], bool]:
         end = self._model.config.eos_token_id
         given, cache = torch.tensor([prompt_ids]), None
         tokens: list[int] = []
         logprobs: list[float] = []
-        while len(tokens) < self._response_length:
+        while len(tokens) < longest:
             out = self._model(input_ids=given, past_key_values=cache, use_cache=True)
             logprobs_V = (out.logits[0, -1] / (temperature or 1.0)).log_softmax(-1)
             if temperature:
@@ -87,10 +88,12 @@ class TransformersReplica(RolloutReplica):
 
     async def launch_servers(self) -> None:
         path = getattr(self.model_config, "local_path", None) or self.model_config.path
+        # A model without training ends no turn: a quarter of the response each leaves room for the tool's answer.
+        longest = self.config.response_length // (4 if self.config.multi_turn.enable else 1)
         server = (
             ray.remote(TransformersServer)
             .options(name=_server_name(self.replica_rank), max_concurrency=1000)
-            .remote(path, self.config.response_length)
+            .remote(path, longest)
         )
         await server.ready.remote()
         self.servers = [server]

@@ -1,4 +1,4 @@
-"""Distribute groups over the actor's ranks, and put their results back in order.
+"""Distribute groups over the ranks of a sharded or replicated policy, and put their results back in order.
 
 A rank's run time depends on its tokens, not on its number of problems. So groups are assigned longest first, each to
 the rank with the fewest tokens. A rank may get no group.
@@ -17,7 +17,9 @@ Batch = TypeVar("Batch")
 
 def deal(groups: Sequence[Group], n_ranks: int) -> list[list[int]]:
     """Indices into `groups` for each rank; deterministic."""
-    tokens = np.array([sum(len(group.prompt_ids) + len(response) for response in group.responses) for group in groups])
+    tokens = np.array(
+        [sum(len(group.prompt_of(j)) + len(response) for j, response in enumerate(group.responses)) for group in groups]
+    )
     shares: list[list[int]] = [[] for _ in range(n_ranks)]
     loads = np.zeros(n_ranks)
     for place in np.argsort(-tokens, kind="stable").tolist():
