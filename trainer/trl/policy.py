@@ -7,10 +7,12 @@ functions. Each process works on a share of the problems (rank.py); what they re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from gradstore.engine.gradients.objectives import Objective
 from gradstore.engine.probing.batch import ProbeBatch
 from gradstore.engine.probing.calibration import Calibration
 from gradstore.engine.rollouts.group import Group
 from gradstore.engine.sketches.bases import SketcherFiles
+from gradstore.engine.sketches.rollout_sketches import RolloutSketches
 from gradstore.engine.sketches.spec import SketchBatch, SketchSpec
 from gradstore.trainer.round.ranks import deal, gather
 from gradstore.trainer.trl.lockstep import Lockstep
@@ -54,6 +56,9 @@ class TrlPolicy:
 
     def sketch(self, groups: Sequence[Group]) -> SketchBatch:
         return self._shared("sketch", groups)
+
+    def sketch_rollouts(self, groups: Sequence[Group], objective: Objective | None = None) -> RolloutSketches:
+        return self._shared("sketch_rollouts", groups, objective)
 
     def aim(self, groups: Sequence[Group]) -> SketchBatch:
         self._aimed = True

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from gradstore.engine.gradients.objectives import Objective
 from gradstore.engine.gradients.sharding import reshard, total
 from gradstore.engine.probing.aimed import AimedProbe
 from gradstore.engine.probing.batch import ProbeBatch
@@ -22,6 +23,7 @@ from gradstore.engine.probing.probe import Probe
 from gradstore.engine.rollouts.group import Group
 from gradstore.engine.sketches.bases import SketcherFiles, fit_sketcher, sketcher_from
 from gradstore.engine.sketches.from_training_pass import sketched_and_summed
+from gradstore.engine.sketches.rollout_sketches import RolloutSketches, sketch_rollouts
 from gradstore.engine.sketches.sketcher import Sketcher
 from gradstore.engine.sketches.spec import SketchBatch, SketchSpec
 from gradstore.errors import RequestError
@@ -66,6 +68,10 @@ class Rank:
     def sketch(self, shares: Sequence[Sequence[Group]]) -> SketchBatch:
         with self._live():
             return self._made().sketch(self._own(shares))
+
+    def sketch_rollouts(self, shares: Sequence[Sequence[Group]], objective: Objective | None) -> RolloutSketches:
+        with self._live():
+            return sketch_rollouts(self._made(), self._own(shares), objective)
 
     def aim(self, shares: Sequence[Sequence[Group]]) -> SketchBatch:
         """Sketch this process's groups; set the probe direction to the gradient of all processes' groups."""

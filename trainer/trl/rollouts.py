@@ -6,7 +6,7 @@ it counts in the baseline alone. A rollout that no reward function scored has no
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,11 +74,26 @@ def groups_of(sampled: Sequence[Sampled]) -> list[Group]:
     return [_group(rollouts) for rollouts in of.values()]
 
 
+def in_order(sampled: Sequence[Sampled], values_of: Mapping[str, Sequence[float]]) -> list[float]:
+    """The value of each rollout, from those of the groups that `groups_of` makes; 1 for a rollout that is in none."""
+    of: dict[str, list[Sampled]] = {}
+    for one in sampled:
+        of.setdefault(one.problem_id, []).append(one)
+    found: dict[int, float] = {}
+    for problem_id, rollouts in of.items():
+        found |= zip(map(id, _kept(rollouts)), values_of[problem_id], strict=True)
+    return [found.get(id(one), 1.0) for one in sampled]
+
+
+def _kept(rollouts: list[Sampled]) -> list[Sampled]:
+    """The rollouts that some reward function scored; if there is none, all."""
+    return [one for one in rollouts if not math.isnan(one.reward)] or rollouts
+
+
 def _group(rollouts: list[Sampled]) -> Group:
-    kept = [one for one in rollouts if not math.isnan(one.reward)]
+    kept = _kept(rollouts)
     # Nobody scored any: equal rewards, so that the problem has no signal.
-    rewards = [one.reward for one in kept] or [0.0] * len(rollouts)
-    kept = kept or rollouts
+    rewards = [0.0 if math.isnan(one.reward) else one.reward for one in kept]
     if any(not np.array_equal(one.prompt_ids, kept[0].prompt_ids) for one in kept):
         raise RequestError(
             f"problem {kept[0].problem_id!r}: its rollouts have different prompts, as an environment's `reset` makes "

@@ -24,7 +24,7 @@ from gradstore.trainer.trl.lockstep import Lockstep
 from gradstore.trainer.trl.order import Passes
 from gradstore.trainer.trl.policy import TrlPolicy
 from gradstore.trainer.trl.rank import Rank
-from gradstore.trainer.trl.rollouts import Sampled, Scored, groups_of, sampled_of, weighted_rewards
+from gradstore.trainer.trl.rollouts import Sampled, Scored, groups_of, in_order, sampled_of, weighted_rewards
 from gradstore.trainer.trl.rows import Rows
 from gradstore.trainer.trl.settings import WHERE, TrlSettings
 
@@ -201,12 +201,32 @@ class Selecting(_Base):
         first = self.accelerator.process_index * len(inputs)
         ids = [self._rows.pool[row]["id"] for row in repeated[first : first + len(inputs)]]
         output = super()._generate_and_score_completions([self._rows.row(name) for name in ids])
-        if in_hand.weights:
-            weights = [in_hand.weights.get(name, 1.0) for name in ids]
+        weights = [in_hand.weights.get(name, 1.0) for name in ids]
+        if self._rounds.settings.rollout_rule is not None:
+            of_rollouts = self._weigh(sampled_of(ids, output, self._scored), in_hand)
+            weights = [weight * own for weight, own in zip(weights, of_rollouts, strict=True)]
+        if any(weight != 1 for weight in weights):
             output["advantages"] = output["advantages"] * output["advantages"].new_tensor(weights)
         if self._rounds.settings.observes(drawn, in_hand.n_picks):
             self._observe(sampled_of(ids, output, self._scored))
         return output
+
+    def _weigh(self: Any, sampled: list[Sampled], in_hand: _InHand) -> list[float]:
+        """Weights of this process's rollouts by the rounds' rollout rule, from all processes' rollouts of the batch."""
+        everyones = gather_object(sampled)
+
+        def decide() -> tuple[dict[str, list[float]], dict[str, float]]:
+            groups = groups_of(everyones)
+            factors = [in_hand.weights.get(group.problem_id, 1.0) for group in groups]
+            weighed = self._rounds.weigh(self._policy, groups, factors)
+            pairs = zip(groups, weighed.weights, strict=True)
+            return {group.problem_id: weights_G.tolist() for group, weights_G in pairs}, weighed.scalars()
+
+        weights_of, numbers = self._ranks.lead(decide)
+        for name, value in numbers.items():
+            self._metrics["train"][f"gradstore/{name}"].append(float(value))
+        first = self.accelerator.process_index * len(sampled)
+        return in_order(everyones, weights_of)[first : first + len(sampled)]
 
     def _observe(self: Any, sampled: list[Sampled]) -> None:
         """Sketch the batch's rollouts before the update, by the policy that sampled them."""

@@ -242,6 +242,30 @@ def test_weights_of_a_selection_multiply_the_advantages(make_trainer: Make) -> N
     torch.testing.assert_close(found[GENERATIONS:], plain[GENERATIONS:])
 
 
+def test_a_rollout_rule_multiplies_the_advantages_of_each_rollout(make_trainer: Make) -> None:
+    """The rule's own weights of the batch's rollouts, in the batch's order; some are dropped."""
+    plain, ruled = make_trainer(SELECTION, "plain"), make_trainer({**SELECTION, "rollout_rule": "dtv"}, "ruled")
+    weigh, asked = ruled._rounds.weigh, {}
+
+    def weighed(policy: Any, groups: list, factors: list) -> Any:
+        found = weigh(policy, groups, factors)
+        asked.update({group.problem_id: own for group, own in zip(groups, found.weights, strict=True)})
+        return found
+
+    ruled._rounds.weigh = weighed
+    outputs = []
+    for trainer in (plain, ruled):
+        trainer.model.train()
+        trainer._restore(trainer.state)
+        torch.manual_seed(0)
+        outputs.append(trainer._generate_and_score_completions([{}] * (BATCH * GENERATIONS))["advantages"])
+    ids = [ruled._rows.pool[row]["id"] for row in ruled._in_hand.order[:BATCH]]
+    weights_B = torch.tensor(np.concatenate([asked[name] for name in ids]), dtype=outputs[0].dtype)
+    assert (weights_B == 0).any()
+    torch.testing.assert_close(outputs[1], outputs[0] * weights_B)
+    assert ruled._metrics["train"]["gradstore/rollouts_dropped"][-1] > 0
+
+
 def test_lora_trains_and_is_sketched(make_trainer: Make) -> None:
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=4, target_modules="all-linear")
