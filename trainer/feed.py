@@ -107,7 +107,12 @@ class RoundFeed(_Drawn):
     """Picks of rounds, which measure the policy when they are due."""
 
     def __init__(self, rounds: Rounds, policy: Policy) -> None:
+        """RequestError for rounds with a `rollout_rule`: a feed has one weight for a problem's rollouts."""
         super().__init__(rounds.ids)
+        if rounds.settings.rollout_rule is not None:
+            raise RequestError(
+                f"rollout_rule {rounds.settings.rollout_rule!r}: a feed weighs problems alone; leave it out"
+            )
         self._rounds, self._policy = rounds, policy
 
     def observe(self, groups: Sequence[Group], step: int) -> None:

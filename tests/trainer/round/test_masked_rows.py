@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gradstore.engine.rollouts import Group, read_rollouts, write_rollouts
-from gradstore.trainer.round.measuring import _rows
+from gradstore.trainer.round.measuring import rollouts_of
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
@@ -31,7 +31,7 @@ def test_groups_are_read_back_as_they_were(tmp_path: Path, suffix: str) -> None:
     ]
     path = tmp_path / f"rollouts.{suffix}"
     with write_rollouts(path) as writer:
-        writer.append(_rows([{"prompt": group.problem_id} for group in groups], groups, 3))
+        writer.append(rollouts_of([{"prompt": group.problem_id} for group in groups], groups, 3))
     for group, found in zip(groups, read_rollouts(path).groups(), strict=True):
         assert found.rewards.tolist() == group.rewards.tolist()
         assert found.rollouts.tolist() == group.rollouts.tolist()
