@@ -107,11 +107,6 @@ def _rounds(settings: RoundSettings, given: bool, args: Any, n_pool: int) -> int
 
 
 def _check_objective(settings: RoundSettings) -> None:
-    if settings.rollout_rule is not None:
-        raise RequestError(
-            f"{WHERE}rollout_rule {settings.rollout_rule!r}: rounds in TRL weigh problems, not single rollouts; leave "
-            "it out, or train with verl or --backend local"
-        )
     rule = settings.spec.objective
     if rule.importance or rule.kl_beta:
         name = "importance" if rule.importance else "kl_beta"

@@ -380,7 +380,6 @@ def check_masked(trainer: Any, group: Group) -> None:
 
 
 REFUSED = {
-    "rule": ({"rollout_rule": "oppose_target"}, {}, "not single rollouts"),
     "importance": ({"spec": {"objective": {"importance": True}}}, {}, "importance"),
     "batch": ({"train_batch": 3}, {}, "train_batch"),
     "unknown": ({"candidate": 8}, {}, "did you mean"),
