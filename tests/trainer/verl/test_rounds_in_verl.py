@@ -225,6 +225,9 @@ def test_tools(start, tiny_model, tmp_path: Path) -> None:
     groups = exported_groups(exported)
     assert [len(group.responses) for group in groups] == [4] * 8
     assert all(0 < written < len(response) for group in groups for written, response in lengths(group))
+    for row in map(json.loads, exported.read_text(encoding="utf-8").splitlines()):
+        written = [int(value != 0) for value in row["logprobs"]]  # verl records 0 for a tool's tokens
+        assert [int(value) for value in row["response_mask"]] == written
     expected = sketcher_of(store, tiny_model).sketch(groups)
     view = store.view("pool", 0)
     norms_P = dict(zip(view.ids, view.norms, strict=True))
@@ -242,7 +245,7 @@ def test_tools(start, tiny_model, tmp_path: Path) -> None:
 
 
 def exported_groups(exported: Path) -> list[Group]:
-    """Groups of a round's exported rollouts; verl records 0 as the log-probability of a token that a tool wrote."""
+    """Groups of a round's exported rollouts."""
     rows: dict[str, list[dict]] = {}
     for line in exported.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
@@ -256,7 +259,9 @@ def exported_groups(exported: Path) -> list[Group]:
             reference_logprobs=[np.array(row["reference_logprobs"]) for row in of_problem]
             if "reference_logprobs" in of_problem[0]
             else None,
-            masks=[np.array(row["logprobs"]) != 0 for row in of_problem],
+            masks=[np.array(row["response_mask"], dtype=bool) for row in of_problem]
+            if "response_mask" in of_problem[0]
+            else None,
         )
         for name, of_problem in rows.items()
     ]
