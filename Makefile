@@ -47,9 +47,9 @@ test: lint types browser
 	$(MAKE) test-newest
 	$(MAKE) test-verl
 
-# The command line on a real model, with both cores for its threads.
+# The command line and TRL on a real model, with both cores for its threads.
 test-real: $(SMOLLM2)/config.json
-	$(PY) -m pytest -m real tests/cli/test_smollm2.py
+	$(PY) -m pytest -m real tests/cli/test_smollm2.py tests/trainer/trl
 
 # Engine and rollouts on the newest transformers, which verl does not take yet.
 NEWEST := .venv-newest

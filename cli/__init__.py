@@ -6,7 +6,7 @@ Exit status: 0, done; 1, the work failed; 2, the request was wrong. Errors are o
 
 import sys
 
-from gradstore.cli.app import app
+from gradstore.cli.app import in_order_of_work
 from gradstore.errors import GradstoreError
 
 EXTRA_OF = dict.fromkeys(("torch", "transformers", "safetensors", "jinja2", "math_verify", "reasoning_gym"), "models")
@@ -16,12 +16,23 @@ EXTRA_OF = dict.fromkeys(("torch", "transformers", "safetensors", "jinja2", "mat
 def main() -> None:
     """Run the command line."""
     # each registers its commands
-    from gradstore.cli import collect, data, demo, fidelity, plan, probe, query, report, rollout, stores, train  # noqa: F401
-    from gradstore.cli.show import take_any_text
+    from gradstore.cli import (  # noqa: F401
+        collect,
+        data,
+        demo,
+        fidelity,
+        importing,
+        plan,
+        probe,
+        query,
+        report,
+        rollout,
+        stores,
+        train,
+    )
 
-    take_any_text()
     try:
-        app()
+        in_order_of_work()()
     except GradstoreError as error:
         _fail(str(error), error.exit_status)
     except OSError as error:

@@ -13,14 +13,13 @@ from gradstore.cli.show import NOTICE, show_from
 app = typer.Typer(
     name="gradstore",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 
-def command(name: str | None = None, **settings: Any) -> Callable[[Callable], Callable]:
-    """`app.command`, with the options that every command has, --verbose and --quiet."""
+def command(name: str | None = None, of: typer.Typer = app, **settings: Any) -> Callable[[Callable], Callable]:
+    """`app.command`, with the options that every command has, --verbose and --quiet. of: a command with its own."""
 
     def register(function: Callable) -> Callable:
         @functools.wraps(function)
@@ -35,10 +34,31 @@ def command(name: str | None = None, **settings: Any) -> Callable[[Callable], Ca
         ]
         told.__signature__ = own.replace(parameters=[*own.parameters.values(), *more])  # type: ignore[attr-defined]
         told.__annotations__ = {**function.__annotations__, **_TOLD}
-        app.command(name, **settings)(told)
+        panel = _PANEL.get(name or function.__name__) if of is app else None
+        of.command(name, rich_help_panel=panel, **settings)(told)
         return function
 
     return register
+
+
+_PANEL = {
+    name: panel
+    for panel, names in {
+        "Measure": ("data", "rollout", "plan", "collect", "probe", "import"),
+        "Ask": ("query", "select", "selectors", "fidelity", "report", "serve"),
+        "Train": ("train", "demo"),
+        "Keep": ("info", "verify", "compact"),
+    }.items()
+    for name in names
+}
+"""Command -> its heading in the help, in the order of work."""
+
+
+def in_order_of_work() -> typer.Typer:
+    """The application with its commands in the order of `_PANEL`, whatever file was imported first."""
+    order = list(_PANEL)
+    app.registered_commands.sort(key=lambda one: order.index(str(one.name or getattr(one.callback, "__name__", ""))))
+    return app
 
 
 _TOLD = {
@@ -48,8 +68,14 @@ _TOLD = {
 
 
 def opt(help: str, *names: str, **settings: Any) -> Any:
-    """`typer.Option` with its help first."""
-    return typer.Option(*names, help=help, **settings)
+    """`typer.Option` with its help first; brackets in it are text, not markup."""
+    return typer.Option(*names, help=help.replace("[", "\\["), **settings)
+
+
+def given(context: typer.Context) -> dict[str, Any]:
+    """The parameters that stand on the command line, with their values."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return {name: context.params[name] for name, own in sources.items() if own and own.name == "COMMANDLINE"}
 
 
 def _print_version(asked: bool) -> None:

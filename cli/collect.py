@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Annotated, cast, get_args
 
 import typer
 
-from gradstore.cli.app import command, opt
+from gradstore.cli.app import command, given, opt
 from gradstore.cli.query import Json, StorePath
 from gradstore.cli.rollout import Device, Model, TemplateKwargs, Trust, template_arguments
 from gradstore.cli.show import print_json, progress, say, warn
+from gradstore.cli.solutions import collect_solutions
 from gradstore.errors import RequestError, check_known, check_number
 from gradstore.undo import undone_on
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 @command()
 def collect(
+    context: typer.Context,
     store: StorePath,
     collection: Annotated[str, typer.Argument(help="Pool or benchmark the rollouts belong to.")],
     rollouts: Annotated[Path, typer.Argument(help="Rollout file, verl rollout dump or responses_sorted.json.")],
@@ -46,19 +48,31 @@ def collect(
         int | None, opt("Take only the rollouts that state this step (of a verl dump: its file's).")
     ] = None,
     append_eos: Annotated[bool, opt("End text responses in the end token.", "--append-eos")] = False,
+    solutions: Annotated[
+        bool,
+        opt(
+            "The file has problems with reference solutions (extra.solution) instead of rollouts: their likelihood's "
+            "gradients become rows of COLLECTION.solutions, in a store that is there.",
+            "--solutions",
+        ),
+    ] = False,
     problems: Annotated[
         Path | None, opt("Problem records whose ids and prompts the rollouts are given, by prompt.")
     ] = None,
     template_kwargs: TemplateKwargs = None,
     objective: Annotated[
-        str | None, opt("gradalign (default), grpo or dr_grpo; a store keeps the one it was made with.")
+        str | None,
+        opt(
+            "gradalign (default), grpo, dr_grpo, dapo, gspo or cispo, and changes of its fields: "
+            "`grpo,importance=true,clip_low=0.2,clip_high=0.28`; NAME=VALUE alone changes the store's own."
+        ),
     ] = None,
     advantage: Annotated[str | None, opt("mean, mean_std or rloo, instead of the preset's.")] = None,
     aggregation: Annotated[str | None, opt("As verl's loss_agg_mode, instead of the preset's.")] = None,
     importance: Annotated[
         bool | None, opt("Weight tokens by pi / behaviour policy.", "--importance/--on-policy")
     ] = None,
-    clip: Annotated[float | None, opt("PPO clipping of the importance ratio, both sides.")] = None,
+    clip: Annotated[float | None, opt("clip_low and clip_high of the objective, both.")] = None,
     kl_beta: Annotated[
         float | None, opt("Weight of GRPO's KL term to a reference policy (LearnAlign: 0.04).", min=0)
     ] = None,
@@ -123,14 +137,16 @@ def collect(
     from gradstore.engine.assessing.start import default_spec, start_store
     from gradstore.engine.gradients.logprobs import Reference
     from gradstore.engine.gradients.models import load_model, load_tokenizer, vocabulary_size
-    from gradstore.engine.gradients.objectives import objective as preset
+    from gradstore.engine.gradients.objectives import Objective
     from gradstore.engine.rollouts import read_rollouts
     from gradstore.engine.sketches.bases import bases_in_use, basis_of, sketcher_of
     from gradstore.engine.sketches.collector import Measure
     from gradstore.engine.sketches.collector import collect as run
     from gradstore.engine.sketches.spec import SketchSpec
+    from gradstore.settings import build, parse
 
     check_number("step", step or 0, least=0)
+    check_number("--fit-problems", fit_problems, least=4)
     check_known("--refit", refit, ("warn", "auto"))
     check_known("--measure", measure, get_args(Measure))
     if refit == "auto" and measure == "never":
@@ -138,6 +154,11 @@ def collect(
     if refit == "auto" and benchmark_rollouts is None:
         raise RequestError("--refit auto measures against the benchmark: give --benchmark-rollouts")
     opened = gradstore.open(store, mode="a") if store.exists() else None
+    if solutions:
+        if opened is None:
+            raise RequestError(f"{store}: no store there; collect rollouts first, which its projection is fitted to")
+        collect_solutions(opened, collection, rollouts, given(context))
+        return
     spec = default_spec(head=head, optimizer=optimizer is not None)
     if opened is not None:
         spec = SketchSpec.of(opened.fingerprint)
@@ -145,12 +166,13 @@ def collect(
         advantage=advantage, aggregation=aggregation, importance=importance,
         clip_low=clip, clip_high=clip, kl_beta=kl_beta,
     )  # fmt: skip
-    settings = replace(spec.objective if objective is None else preset(objective), **changed)
-    given = _given(
+    named = {} if objective is None else parse(SketchSpec, {"objective": objective}, "--")["objective"]
+    settings = build(Objective, {**named, **changed}, "--objective", default=spec.objective)
+    projected = _given(
         rank=rank, right_rank=right_rank, dim=dim, seed=seed, basis=basis, modules=tuple(modules) if modules else None,
         head_only=head or None, embeddings=embeddings, token_budget=token_budget,
     )  # fmt: skip
-    spec = replace(spec, objective=settings, **given)
+    spec = replace(spec, objective=settings, **projected)
     if reference is not None and not settings.kl_beta:
         raise RequestError("--reference is for a KL term: give its weight, --kl-beta 0.04")
     if settings.reference is not None and reference is None:
@@ -229,6 +251,8 @@ def collect(
             "exact ranking: the policy has moved from what it was fitted to; collect with --refit auto and "
             "--benchmark-rollouts for a new basis"
         )
+    if report.sizes.warning is not None:
+        warn(report.sizes.warning)
     if json:
         refitted = None if outcome is None else outcome.describe()
         print_json({**report.describe(), "refit": refitted, "coverage": read_coverage(opened.path)})

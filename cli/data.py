@@ -8,6 +8,7 @@ import typer
 
 from gradstore.cli.app import command, opt
 from gradstore.cli.query import Json
+from gradstore.cli.rollout import row_range
 from gradstore.cli.show import print_json, print_table, say
 from gradstore.errors import RequestError
 
@@ -27,6 +28,10 @@ def data(
     ] = None,
     out: Annotated[Path, opt("Problem file to write, .jsonl or .parquet.")] = Path("problems.parquet"),
     count: Annotated[int | None, opt("Problems of each source that states no count.")] = None,
+    range: Annotated[
+        list[str] | None,
+        opt("[NAME=]A:B: only problems A to B - 1 of a source, in its own order, counted from 0.", "--range"),
+    ] = None,
     size: Annotated[int | None, opt("Problems altogether, where counts are shares.")] = None,
     seed: Annotated[int, opt("Same seed, same problems.")] = 0,
     local: Annotated[
@@ -40,6 +45,9 @@ def data(
     instruction: Annotated[
         str | None, opt("What follows every question, instead of the usual text; '' for nothing.")
     ] = None,
+    solutions: Annotated[
+        bool, opt("Keep reference solutions (of gsm8k, math, metamath), for targets without rollouts.", "--solutions")
+    ] = False,
     form: Annotated[str, opt("verl or flat: the fields of the records.")] = "verl",
     known: Annotated[bool, opt("List the data sets known by name, and end.", "--list")] = False,
     json: Json = False,
@@ -52,13 +60,14 @@ def data(
     from gradstore.trainer.data.pool import Options, build
 
     check_out(out, form)
-    parts = _parts(sources or [], count, size)
+    parts = _with_ranges(_parts(sources or [], count, size), range or [])
     options = Options(
         seed=seed,
         local=_local(local or [], parts),
         config=_config(config or [], parts),
         exclude=exclude or [],
         corruptions=[_corruption(text) for text in corrupt or []],
+        solutions=solutions,
         instruction=instruction,
     )
     pool = build(parts, options)
@@ -67,12 +76,14 @@ def data(
         "sources": sources,
         "count": count,
         "size": size,
+        **({"range": range} if range else {}),
         "seed": seed,
         "from": local,
         "config": config,
         "exclude": [str(path) for path in exclude or []],
         "corrupt": corrupt,
         "instruction": instruction,
+        **({"solutions": True} if solutions else {}),
     }
     write_problems(out, pool.records, {"asked": asked, **report}, form)
     if json:
@@ -88,7 +99,7 @@ def data(
 
 
 def _list(json: bool) -> None:
-    from gradstore.trainer.data.catalogue import DATA_SETS, TOGETHER
+    from gradstore.trainer.data.catalogue import ALIASES, DATA_SETS, TOGETHER
 
     if json:
         rows = [
@@ -96,10 +107,12 @@ def _list(json: bool) -> None:
              "reward": d.reward}
             for d in DATA_SETS.values()
         ]  # fmt: skip
-        print_json({"data_sets": rows, "together": {name: list(parts) for name, parts in TOGETHER.items()}})
+        together = {name: list(parts) for name, parts in TOGETHER.items()}
+        print_json({"data_sets": rows, "together": together, "aliases": ALIASES})
         return
     rows_shown = [[d.name, d.split, d.reward, d.hub, ", ".join(d.columns)] for d in DATA_SETS.values()]
     rows_shown += [[name, "", "", " and ".join(parts), ""] for name, parts in TOGETHER.items()]
+    rows_shown += [[name, "", "", f"another name of {own}", ""] for name, own in ALIASES.items()]
     print_table("Data sets", ["name", "split", "reward", "hub", "columns"], sorted(rows_shown))
 
 
@@ -125,6 +138,19 @@ def _parts(sources: Sequence[str], count: int | None, size: int | None) -> "list
         whole, at, split = name.rpartition("@")
         named_split = bool(at) and not name.endswith((".jsonl", ".parquet"))
         parts.append(Part(whole, wanted, split) if named_split else Part(name, wanted))
+    return parts
+
+
+def _with_ranges(parts: "list[Part]", texts: Sequence[str]) -> "list[Part]":
+    from dataclasses import replace
+
+    parts = list(parts)
+    for text in texts:
+        name, _, span = text.rpartition("=")
+        places = [place for place, part in enumerate(parts) if name in ("", part.name, part.label)]
+        if len(places) != 1:
+            raise RequestError(f"--range {text}: expected NAME=A:B with the name of one source that is asked for")
+        parts[places[0]] = replace(parts[places[0]], rows=row_range(span, f"--range {text}"))
     return parts
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from gradstore.cli.app import command, opt
 from gradstore.cli.query import Json
-from gradstore.cli.show import duration, print_json, print_line, print_table, say
+from gradstore.cli.show import duration, print_json, print_line, print_table, say, started_as
 from gradstore.errors import RequestError
 from gradstore.wording import size
 
@@ -34,7 +34,7 @@ def demo(
     Started again after an interruption, it goes on where it was.
     """
     from gradstore.cli.query import query
-    from gradstore.demo.course import SHOWN
+    from gradstore.demo.course import ROLLOUTS, SHOWN
     from gradstore.demo.run import DemoSettings, run_demo, summary
 
     settings, course = DemoSettings(), SHOWN
@@ -79,8 +79,9 @@ def demo(
     print_line(
         f"\n{facts['bytes_per_problem']:.0f} bytes per problem ({facts['dim']} dimensions as int8); pool: {states}"
     )
-    print_line(f"ask again: gradstore query {store} --against benchmark --top 20 --layers 3")
-    print_line(f"look around: gradstore serve {folder / 'run' / 'store'}")
+    print_line(f"ask again: {started_as()} query {store} --against benchmark --top 20 --layers 3")
+    rollouts = folder / "run" / ROLLOUTS
+    print_line(f"look around: {started_as()} serve {folder / 'run' / 'store'} --rollouts {rollouts}")
     print_line(told)
 
 

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from gradstore.cli.app import command, opt
-from gradstore.cli.show import print_json, print_table, say
+from gradstore.cli.show import print_csv, print_json, print_table, say, warn
 from gradstore.errors import RequestError
+from gradstore.layout import DERIVED
 from gradstore.wording import first_words, short_layer
 
 if TYPE_CHECKING:
@@ -17,11 +18,14 @@ if TYPE_CHECKING:
     from gradstore.engine.searching.fusion import Fusion
     from gradstore.engine.searching.query import Hits, Metric
     from gradstore.engine.searching.targets import Aggregate, Target
+    from gradstore.engine.searching.where import Where
     from gradstore.engine.selecting.candidates import Selector
 
 StorePath = Annotated[Path, typer.Argument(metavar="STORE", help="Folder of the store.")]
 AgainstAny = Annotated[list[str] | None, opt("Benchmark whose gradient is the target; may be repeated.", "--against")]
-Pool = Annotated[str | None, opt("Collection to rank; default: the only other one.", "--pool")]
+Pool = Annotated[
+    str | None, opt("Collection to rank; default: the only other one, or one that is twice as large as any.", "--pool")
+]
 At = Annotated[int | None, opt("Look at the store as of this step.", "--at")]
 HowAggregated = Annotated[str, opt("How the target is made: mean or unit_mean.")]
 Filter = Annotated[
@@ -59,6 +63,7 @@ def query(
     ] = "scan",
     layers: Annotated[int, opt("Show the N layers with the largest terms of each score.")] = 0,
     json: Json = False,
+    csv: Annotated[bool, opt("Print CSV.", "--csv")] = False,
 ) -> None:
     """Which problems align with a benchmark, or with several, best first."""
     import gradstore
@@ -68,6 +73,8 @@ def query(
     several = len(against) > 1
     if not several and (fuse or weight):
         raise RequestError("--fuse and --weight combine several benchmarks: give --against more than once")
+    if json and csv:
+        raise RequestError("--json and --csv are two forms of one answer: give one")
     if several and (layers or index != "scan"):
         raise RequestError("--layers and --index are for one benchmark: give --against once")
     opened = gradstore.open(store)
@@ -77,14 +84,14 @@ def query(
     view.stored.read_ahead()  # Reading and checking the codes takes as long as these imports.
     from gradstore.engine.searching.fisher import DAMPING
     from gradstore.engine.searching.fusion import search_fused
+    from gradstore.engine.searching.notices import notices
     from gradstore.engine.searching.query import search
     from gradstore.engine.searching.targets import target
-    from gradstore.engine.searching.where import Where
 
     wanted = [target(opened, name, at, cast("Aggregate", aggregate)) for name in against]
     strength = DAMPING if damping is None else damping
     asked: dict[str, Any] = {
-        "metric": metric, "largest": not smallest, "where": Where.parse(where) if where else None, "damping": strength,
+        "metric": metric, "largest": not smallest, "where": _filter(view, where), "damping": strength,
     }  # fmt: skip
     if several:
         combined = search_fused(view, wanted, top, how=cast("Fusion", fuse or "mean"), weights=weight or None, **asked)
@@ -96,6 +103,8 @@ def query(
     if layers:
         shares = _largest_layers(view, hits.positions, wanted[0], cast("Metric", metric), layers, strength)
         more = [{"layers": share} for share in shares]
+    best = float(hits.scores[0]) if len(hits) and not smallest and (fuse or "mean") != "rrf" else None
+    said = notices(view, wanted, best)
     newest = max(int(view.steps.max()), *(goal.steps[1] for goal in wanted)) if at is None else at
     rows = [
         {
@@ -126,9 +135,15 @@ def query(
                 "n_problems": len(view),
                 "n_eligible": hits.n_eligible,
                 "n_unknown": hits.n_unknown,
+                "notices": said,
                 "hits": rows,
             }
         )
+        return
+    for sentence in said:
+        warn(sentence)
+    if csv:
+        print_csv([{name: value for name, value in row.items() if not isinstance(value, dict)} for row in rows])
         return
     against_what = " and ".join(against) + (f" ({fuse or 'mean'})" if several else "")
     unknown = f", {hits.n_unknown} in a basis without target left out" if hits.n_unknown else ""
@@ -153,7 +168,8 @@ def _print_hits(title: str, rows: list[dict], with_layers: bool) -> None:
         ]
         shown.append([*cells, *terms * with_layers, first_words(row["problem"])])
     columns = ["rank", "id", "score", "pass rate", "age", "source", *["layers"] * with_layers, "problem"]
-    print_table(title, columns, shown, right=["rank", "score", "pass rate", "age"])
+    numbers = ["rank", "score", "pass rate", "age"]
+    print_table(title, columns, shown, right=numbers, spare=["layers", "source", "age", "pass rate"], signed="score")
 
 
 @command()
@@ -191,8 +207,8 @@ def select(
 ) -> None:
     """Choose n problems and write them ready for verl."""
     import gradstore
+    from gradstore.engine.searching.notices import notices
     from gradstore.engine.searching.targets import target
-    from gradstore.engine.searching.where import Where
     from gradstore.engine.selecting.diversity import Diversity, Method
     from gradstore.engine.selecting.export import write_selection
     from gradstore.engine.selecting.quotas import parse_quotas
@@ -202,14 +218,15 @@ def select(
     names = against or []
     chosen = _pool(opened, pool, names)
     opened.check_files(chosen, *names)
+    targets = [target(opened, name, at, cast("Aggregate", aggregate)) for name in names]
     selection = choose(
         opened,
         chosen,
-        [target(opened, name, at, cast("Aggregate", aggregate)) for name in names],
+        targets,
         n,
         selector,
         at,
-        where=Where.parse(where) if where else None,
+        where=_filter(opened.view(chosen, at), where),
         seed=seed,
         allow_fewer=allow_fewer,
         diversity=Diversity(cast("Method", diversity), relevance) if diversity else None,
@@ -218,9 +235,13 @@ def select(
         confidence=confidence,
     )
     written = write_selection(opened, selection, out)
+    best = float(selection.scores.max()) if selection.targets and not (temperature or quota) else None
+    said = notices(opened.view(chosen, at), targets if selection.targets else [], best)
     if json:
-        print_json(selection.describe())
+        print_json({**selection.describe(), "notices": said})
     else:
+        for sentence in said:
+            warn(sentence)
         if len(selection) < n:
             say(f"only {len(selection)} of {n} problems could be chosen")
         say(f"{len(selection)} of {selection.n_candidates} candidates by {selection.selector}: {', '.join(written)}")
@@ -258,12 +279,26 @@ def _chooses_among(selector: "Selector") -> str:
     return "all" if selector.whole_pool else "live" if selector.live_only else "measured"
 
 
+def _filter(view: "View", terms: list[str] | None) -> "Where | None":
+    """The filter of some terms; RequestError for a source or tag that no problem of the view has."""
+    from gradstore.engine.searching.where import Where
+
+    if not terms:
+        return None
+    found = Where.parse(terms)
+    if found.sources or found.tags:
+        found.check(view.problems)
+    return found
+
+
 def _pool(store: "Store", pool: str | None, against: list[str]) -> str:
     if pool is not None:
         return pool
-    others = [name for name in store.collections if name not in against and not name.endswith((".even", ".odd"))]
-    if len(others) == 1:
-        return others[0]
+    others = [name for name in store.collections if name not in against and not name.endswith(DERIVED)]
+    sizes = {name: store.info()["collections"][name]["problems"] for name in others} if len(others) > 1 else {}
+    largest = max(others, key=lambda name: sizes.get(name, 0), default="")
+    if others and all(2 * size <= sizes[largest] for name, size in sizes.items() if name != largest):
+        return largest
     raise RequestError(
         f"name the collection to rank with --pool: {', '.join(store.collections) or 'the store has none'}"
     )

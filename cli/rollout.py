@@ -21,6 +21,10 @@ Device = Annotated[str | None, opt("cpu, cuda, cuda:1 ...; default: a GPU where 
 TemplateKwargs = Annotated[
     str | None, opt("Arguments of the chat template as JSON: '{\"enable_thinking\": false}'.", "--template-kwargs")
 ]
+OverlongBuffer = Annotated[
+    int, opt("DAPO's shaping: penalise responses in the last so many tokens before --max-new-tokens.", min=0)
+]
+OverlongPenalty = Annotated[float, opt("--overlong-buffer: the penalty of a response of --max-new-tokens.")]
 SkipUnreadable = Annotated[
     bool, opt("Leave problems out whose ground truth the reward cannot read.", "--skip-unreadable")
 ]
@@ -35,18 +39,29 @@ def rollout(
         str, opt("math, reasoning-gym, judge, auto, or [isolated:]module:function as verl's compute_score.")
     ],
     n: Annotated[int, opt("Rollouts per problem.", "-n")] = 16,
+    range: Annotated[str | None, opt("A:B: only problems A to B - 1 of the file, counted from 0.", "--range")] = None,
     backend: Annotated[str, opt("transformers or vllm.")] = "transformers",
     max_new_tokens: Annotated[int, opt("Longest response.")] = 1024,
     temperature: Annotated[float, opt("Sampling temperature.")] = 1.0,
     top_p: Annotated[float, opt("Nucleus of the sampling distribution.")] = 1.0,
+    overlong_buffer: OverlongBuffer = 0,
+    overlong_penalty: OverlongPenalty = 1.0,
     seed: Annotated[int, opt("Same seed, same rollouts.")] = 0,
     step: Annotated[int | None, opt("Policy version of the model, written in every row.")] = None,
     template_kwargs: TemplateKwargs = None,
+    as_chat: Annotated[
+        bool | None,
+        opt(
+            "Sample plain-text prompts as one user message through the model's chat template, or as they stand.",
+            "--as-chat/--as-text",
+        ),
+    ] = None,
     skip_unreadable: SkipUnreadable = False,
     batch_tokens: Annotated[
         int | None, opt("transformers: tokens sampled at once [default: what memory allows].")
     ] = None,
     tensor_parallel_size: Annotated[int | None, opt("vllm: GPUs that share the model [default: 1].")] = None,
+    pipeline_parallel_size: Annotated[int | None, opt("vllm: stages the layers are divided into [default: 1].")] = None,
     gpu_memory_utilization: Annotated[
         float | None, opt("vllm: share of a GPU's memory to take [default: vLLM's].")
     ] = None,
@@ -60,7 +75,7 @@ def rollout(
     """Sample and reward rollouts; started again after an interruption, it goes on where it was."""
     from dataclasses import asdict
 
-    from gradstore.problems import placed_problems
+    from gradstore.problems import as_message, placed_problems
     from gradstore.trainer.sampling.backends import load_backend
     from gradstore.trainer.sampling.readable import readable
     from gradstore.trainer.sampling.rewards import load_reward
@@ -71,6 +86,7 @@ def rollout(
         transformers={"device": device, "batch_tokens": batch_tokens},
         vllm={
             "tensor_parallel_size": tensor_parallel_size,
+            "pipeline_parallel_size": pipeline_parallel_size,
             "gpu_memory_utilization": gpu_memory_utilization,
             "max_model_len": max_model_len,
         },
@@ -78,12 +94,26 @@ def rollout(
     arguments = template_arguments(template_kwargs)
     check_output(out, [problems])
     placed = placed_problems(problems)
+    if range is not None:
+        first, last = row_range(range, f"--range {range}")
+        if last > len(placed):
+            raise RequestError(f"--range {range}: {problems} has {len(placed)} problems")
+        placed = placed[first:last]
     names = {record["id"]: where for where, record in placed}
     scored_by = load_reward(reward)
+    if as_chat:
+        placed = [(where, {**record, "prompt": as_message(record["prompt"])}) for where, record in placed]
     records, left_out = readable([record for _, record in placed], scored_by, skip=skip_unreadable, names=names)
     for line in left_out:
         say(f"left out: {line}")
     sampled_by = load_backend(backend, model, trust_remote_code=trust_remote_code, **options)
+    n_plain = sum(isinstance(record["prompt"], str) for record in records)
+    if as_chat is None and n_plain and getattr(sampled_by.tokenizer, "chat_template", None):
+        warn(
+            f"{n_plain} of {len(records)} prompts are plain text and are sampled as they stand, though {model} has a "
+            "chat template; `select` writes them for training as chat messages, which are other tokens: give --as-chat "
+            "(as one user message) or --as-text (as they stand)"
+        )
     with progress("rollouts", len(records)) as advance:
         report = run(
             records,
@@ -97,6 +127,8 @@ def rollout(
             seed=seed,
             step=step,
             template_kwargs=arguments,
+            overlong_buffer=overlong_buffer,
+            overlong_penalty=overlong_penalty,
             names=names,
             progress=advance,
         )
@@ -113,6 +145,14 @@ def rollout(
         f"mean reward {report.mean_reward:.3f}, {report.with_signal} with differing rewards, "
         f"{report.tokens} tokens; {report.kept_problems} problems were there"
     )
+
+
+def row_range(text: str, where: str) -> tuple[int, int]:
+    """First and last + 1 of a range A:B; RequestError, beginning with `where`, for another text."""
+    first, _, last = text.partition(":")
+    if not (first.isascii() and first.isdigit() and last.isascii() and last.isdigit() and int(first) < int(last)):
+        raise RequestError(f"{where}: expected A:B with 0 <= A < B, whole numbers, as in 0:5000")
+    return int(first), int(last)
 
 
 def template_arguments(text: str | None) -> dict[str, Any] | None:

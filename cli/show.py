@@ -4,8 +4,9 @@ import io
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 from gradstore.wording import json_shown, shown
 
@@ -32,25 +33,79 @@ def print_json(value: object) -> None:
     sys.stdout.write(f"{text}\n")
 
 
-def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str] = ()) -> None:
-    """A rich table; the columns named in `right` are right-aligned, the last one is cut to the screen's width."""
+_CUT = 24
+"""Characters that the last column keeps before other columns are left out."""
+
+
+def print_table(
+    title: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    right: Sequence[str] = (),
+    spare: Sequence[str] = (),
+    signed: str = "",
+) -> None:
+    """A rich table; the columns named in `right` are right-aligned, the last one is cut to the screen's width.
+
+    spare: columns that a narrow screen leaves out, the first one first; a line under the table names them. The others
+    stay, and wrap where even they do not fit. signed: column whose numbers are coloured by their sign.
+    """
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
-    console.print(Text(_line(title), style="bold"))
-    rows = [[shown(cell) for cell in row] for row in rows]
+    console.print(Text(_line(title), style="bold"), soft_wrap=True)
+    cells = [[shown(cell) for cell in row] for row in rows]
+    widths = [max([len(name), *(len(row[i]) for row in cells)]) for i, name in enumerate(columns)]
+    widths[-1] = min(widths[-1], _CUT)
+    kept = list(range(len(columns)))
+    for name in spare:
+        if sum(widths[i] + 1 for i in kept) - 1 > console.width:
+            kept.remove(list(columns).index(name))
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for i, column in enumerate(columns):
-        last = i == len(columns) - 1
-        width = None if last else max(len(column), *(len(row[i]) for row in rows), 0)
+    fits = sum(widths[i] + 1 for i in kept) - 1 <= console.width
+    for i in kept:
         table.add_column(
-            column, justify="right" if column in right else "left", no_wrap=True, overflow="ellipsis", min_width=width
+            columns[i],
+            justify="right" if columns[i] in right else "left",
+            no_wrap=fits,
+            overflow="ellipsis" if fits else "fold",
+            min_width=widths[i] if fits and i != len(columns) - 1 else None,
         )
-    for row in rows:
-        table.add_row(*map(Text, row))
+    for row in cells:
+        colours = [_colour(row[i]) if columns[i] == signed else "" for i in kept]
+        table.add_row(*(Text(row[i], style) for i, style in zip(kept, colours, strict=True)))
     console.print(table)
+    if len(kept) < len(columns):
+        names = ", ".join(columns[i] for i in range(len(columns)) if i not in kept)
+        console.print(Text(f"left out at {console.width} characters: {names}", style="dim"), soft_wrap=True)
+
+
+def _colour(number: str) -> str:
+    """green for a positive number, red for a negative one."""
+    return {"+": "green", "-": "red"}.get(number[:1], "")
+
+
+def print_csv(rows: Sequence[Mapping[str, object]]) -> None:
+    """Rows as CSV on standard output, with a heading."""
+    import csv
+
+    writer = csv.DictWriter(sys.stdout, list(rows[0]) if rows else [], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(
+        {name: shown(value) if isinstance(value, str) else value for name, value in row.items()} for row in rows
+    )
+
+
+def started_as() -> str:
+    """How this program was started, to be typed again: its name where a shell finds it, else its path."""
+    import shutil
+
+    name = Path(sys.argv[0])
+    if name.name == "__main__.py":
+        return f"{sys.executable} -m gradstore"
+    return name.name if shutil.which(name.name) else str(name)
 
 
 def print_line(text: str) -> None:

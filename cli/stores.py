@@ -1,6 +1,5 @@
-"""`info`, `verify`, `compact`, `import`: what a store holds, whether it is whole, and putting things into it."""
+"""`info`, `verify`, `compact`: what a store holds, whether it is whole, and rewriting it smaller."""
 
-from pathlib import Path
 from typing import Annotated, Literal, cast
 
 import typer
@@ -8,7 +7,7 @@ import typer
 from gradstore.cli.app import command, opt
 from gradstore.cli.query import Json, StorePath
 from gradstore.cli.show import print_json, print_line, print_table, say
-from gradstore.errors import RequestError, check_known
+from gradstore.errors import check_known
 from gradstore.wording import size
 
 
@@ -91,37 +90,6 @@ def compact(
     else:
         for name, (before, after) in report.rows.items():
             print_line(f"{name}: {before} rows before, {after} after")
-
-
-@command("import")
-def import_(
-    store: StorePath,
-    collection: Annotated[str, typer.Argument(help="Collection to add to.")],
-    problems: Annotated[Path | None, opt("Problem records, JSONL or Parquet, flat or verl's.")] = None,
-    sketches: Annotated[Path | None, opt("Parquet with id, sketch, and maybe norm, pass_rate, n_rollouts.")] = None,
-    step: Annotated[int | None, opt("Step of the sketches.")] = None,
-    fingerprint: Annotated[
-        Path | None, opt("JSON object saying how the sketches were made; needed to create a store.")
-    ] = None,
-    dtype: Annotated[str, opt("int8, int4, fp16 or fp32; only when the store is created.")] = "int8",
-    json: Json = False,
-) -> None:
-    """Add problems, or sketches made elsewhere."""
-    from gradstore.importing import import_problems, import_sketches
-
-    if problems is None and sketches is None:
-        raise RequestError("import needs --problems FILE, --sketches FILE or both")
-    if sketches is not None and step is None:
-        raise RequestError("--sketches needs --step")
-    added = rows = 0
-    if sketches is not None:
-        added, rows = import_sketches(store, collection, sketches, step or 0, problems, fingerprint, dtype)
-    elif problems is not None:
-        added = import_problems(store, collection, problems)
-    if json:
-        print_json({"problems_added": added, "rows_added": rows})
-    else:
-        print_line(f"{added} problems and {rows} rows added to {collection}")
 
 
 def _steps(steps: dict) -> str:

@@ -2,13 +2,13 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from gradstore.cli.app import command
+from gradstore.cli.app import command, given
 from gradstore.cli.query import Json
-from gradstore.cli.rollout import Device, SkipUnreadable, TemplateKwargs, Trust
+from gradstore.cli.rollout import Device, OverlongBuffer, OverlongPenalty, SkipUnreadable, TemplateKwargs, Trust
 from gradstore.cli.show import print_json, progress, say
 from gradstore.errors import RequestError
 
@@ -48,11 +48,23 @@ def train(
     train_rollouts: Annotated[int, typer.Option(min=1, help="Responses to each problem of a training step.")] = 16,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest response.")] = 1024,
     temperature: Annotated[float, typer.Option(help="Sampling temperature.")] = 1.0,
+    overlong_buffer: OverlongBuffer = 0,
+    overlong_penalty: OverlongPenalty = 1.0,
+    top_p: Annotated[float, typer.Option(help="Nucleus of the sampling distribution.")] = 1.0,
     lr: Annotated[float | None, typer.Option(help="Learning rate; default 1e-6, with LoRA 2e-5.")] = None,
     weight_decay: Annotated[float, typer.Option(help="Decoupled weight decay; 0 is Adam.")] = 0.0,
     clip_grad: Annotated[float, typer.Option(help="Largest norm of a step's gradient.")] = 1.0,
-    minibatches: Annotated[int, typer.Option(min=1, help="Updates a step is dealt to; above 1 with PPO's clip.")] = 1,
-    objective: Annotated[str, typer.Option(help="Preset of the update: grpo, dr_grpo, gradalign.")] = "grpo",
+    minibatches: Annotated[
+        int,
+        typer.Option(min=1, help="Updates a step is dealt to; above 1 by the objective's rule, or PPO's clip."),
+    ] = 1,
+    objective: Annotated[
+        str,
+        typer.Option(
+            help="Objective of the update: grpo, dr_grpo, gradalign, dapo, gspo or cispo, and changes of its fields: "
+            "`dapo,clip_high=0.3,ratio_cap=3`. That of the sketches is the setting spec.objective=..., likewise."
+        ),
+    ] = "grpo",
     kl_beta: Annotated[
         float,
         typer.Option(
@@ -62,6 +74,10 @@ def train(
     ] = 0.0,
     lora_rank: Annotated[int, typer.Option(min=0, help="Train adapters of this rank; 0: all weights.")] = 0,
     save_every: Annotated[int, typer.Option(min=0, help="Steps between checkpoints; 0: after each round.")] = 0,
+    log: Annotated[
+        list[str] | None,
+        typer.Option(help="Where metrics go too: tensorboard, wandb, mlflow, trackio; may be repeated."),
+    ] = None,
     template_kwargs: TemplateKwargs = None,
     skip_unreadable: SkipUnreadable = False,
     resume: Annotated[
@@ -84,7 +100,7 @@ def train(
     from gradstore.settings import arguments
 
     rounds = arguments(settings or [], help=" (gradstore train --help)")
-    options = {name: value for name, value in _given(context).items() if name not in BESIDE}
+    options = {name: value for name, value in given(context).items() if name not in BESIDE}
     if benchmark:
         options["benchmarks"] = dict(map(_benchmark, benchmark))
     missing = [f"--{name}" for name in ("model", "pool", "out") if name not in options]
@@ -120,18 +136,12 @@ def train(
 
 def _refuse_local_options(context: typer.Context) -> None:
     """RequestError naming the options that verl would never see."""
-    ours = ["--" + name.replace("_", "-") for name in _given(context) if name not in VERL_TOO]
+    ours = ["--" + name.replace("_", "-") for name in given(context) if name not in VERL_TOO]
     if ours:
         raise RequestError(
             f"{', '.join(ours)}: only for --backend local; with verl say it as an override of verl's configuration, or "
             "as gradstore.NAME=VALUE (docs/verl.md)"
         )
-
-
-def _given(context: typer.Context) -> dict[str, Any]:
-    """The parameters that stand on the command line, with their values."""
-    sources = {name: context.get_parameter_source(name) for name in context.params}
-    return {name: context.params[name] for name, own in sources.items() if own and own.name == "COMMANDLINE"}
 
 
 def _benchmark(text: str) -> tuple[str, str]:

@@ -43,6 +43,10 @@ from .selecting.candidates import Scored as Scored
 from .selecting.candidates import Selector as Selector
 from .selecting.diversity import Diversity as Diversity
 from .selecting.history import History as History
+from .selecting.rollout_rules import ROLLOUT_RULES as ROLLOUT_RULES
+from .selecting.rollout_rules import RolloutRule as RolloutRule
+from .selecting.rollout_rules import StepRollouts as StepRollouts
+from .selecting.rollout_rules import weigh_rollouts as weigh_rollouts
 from .selecting.selection import Selection as Selection
 from .selecting.selection import select as select
 from .selecting.selectors import SELECTORS as SELECTORS
@@ -53,6 +57,8 @@ from .sketches.bases import sketcher_of as sketcher_of
 from .sketches.collector import CollectReport as CollectReport
 from .sketches.collector import collect as collect
 from .sketches.fitting import fit_projection as fit_projection
+from .sketches.rollout_sketches import RolloutSketches as RolloutSketches
+from .sketches.rollout_sketches import sketch_rollouts as sketch_rollouts
 from .sketches.sketcher import Sketcher as Sketcher
 from .sketches.spec import SketchBatch as SketchBatch
 from .sketches.spec import SketchSpec as SketchSpec

@@ -5,6 +5,7 @@ from .budget import RowFormat as RowFormat
 from .budget import row_format as row_format
 from .compact import CompactReport as CompactReport
 from .engine import PRESETS as PRESETS
+from .engine import ROLLOUT_RULES as ROLLOUT_RULES
 from .engine import SELECTORS as SELECTORS
 from .engine import AdamState as AdamState
 from .engine import Candidates as Candidates
@@ -25,6 +26,8 @@ from .engine import ProbeBatch as ProbeBatch
 from .engine import Reference as Reference
 from .engine import Refit as Refit
 from .engine import Reliability as Reliability
+from .engine import RolloutRule as RolloutRule
+from .engine import RolloutSketches as RolloutSketches
 from .engine import Scored as Scored
 from .engine import Selection as Selection
 from .engine import Selector as Selector
@@ -32,6 +35,7 @@ from .engine import SketchBatch as SketchBatch
 from .engine import Sketcher as Sketcher
 from .engine import SketchSpec as SketchSpec
 from .engine import Start as Start
+from .engine import StepRollouts as StepRollouts
 from .engine import StoredHalves as StoredHalves
 from .engine import Target as Target
 from .engine import Where as Where
@@ -56,12 +60,14 @@ from .engine import search as search
 from .engine import search_each as search_each
 from .engine import search_fused as search_fused
 from .engine import select as select
+from .engine import sketch_rollouts as sketch_rollouts
 from .engine import sketch_scores as sketch_scores
 from .engine import sketcher_of as sketcher_of
 from .engine import start_store as start_store
 from .engine import stored_halves as stored_halves
 from .engine import target as target
 from .engine import validation_gradient as validation_gradient
+from .engine import weigh_rollouts as weigh_rollouts
 from .errors import DamagedError as DamagedError
 from .errors import FingerprintError as FingerprintError
 from .errors import GradstoreError as GradstoreError
@@ -83,3 +89,5 @@ from .verify import Finding as Finding
 from .verify import Report as Report
 from .view import View as View
 from .writer import Writer as Writer
+
+__version__: str

@@ -181,6 +181,21 @@ def check_step(step: Any) -> int:
     return check_whole("step", step, 0, " (0 = the base model)")
 
 
+HALVES = (".even", ".odd")
+"""Suffixes of the collections that hold a collection's even and odd rollouts."""
+
+
+SOLUTIONS = ".solutions"
+"""Suffix of the collection whose rows are of a benchmark's reference solutions: `amc.solutions`."""
+DERIVED = (*HALVES, SOLUTIONS)
+"""Suffixes of collections that stand beside another one and are no pools."""
+
+
+def is_half(name: str) -> bool:
+    """Whether a collection holds one half of another's rollouts: it is neither a pool nor a benchmark."""
+    return name.endswith(HALVES)
+
+
 def is_name(name: str) -> bool:
     """Whether this can be the name of a collection or of an attachment."""
     return len(name) <= 200 and _NAME.fullmatch(name) is not None

@@ -108,7 +108,7 @@ def from_verl(record: dict, where: str) -> dict:
         rest["reward_model"] = {name: part for name, part in reward.items() if name != "ground_truth"}
     return canonical(
         {
-            "id": _id_text(value, field, where),
+            "id": id_text(value, field, where),
             "source": record.get("data_source"),
             "prompt": record.get("prompt"),
             "ground_truth": _text(truth, "reward_model.ground_truth", where),
@@ -138,7 +138,7 @@ def to_verl(record: dict) -> dict:
         info["tags"] = record["tags"]
     return {
         "data_source": record["source"],
-        "prompt": [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt,
+        "prompt": as_message(prompt),
         "ability": ability,
         "reward_model": {"ground_truth": record["ground_truth"], **reward},
         "extra_info": info,
@@ -172,6 +172,11 @@ def with_id(record: Mapping[str, Any], problem_id: str) -> dict:
     return renamed
 
 
+def as_message(prompt: str | list[dict]) -> list[dict]:
+    """A prompt as chat messages: a text becomes one message of the user."""
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+
+
 def message_text(content: Any) -> str:
     """Text of a chat message's content; text parts are joined by newlines; "" for null and images."""
     if isinstance(content, list | tuple):
@@ -187,13 +192,15 @@ def _from_flat(record: dict, where: str) -> dict:
     name = "problem_id" if fields.get("problem_id") is not None else "id"
     value = fields.pop(name, None)
     if value is None:
-        raise RequestError(f"{where}: field 'problem_id' is missing: a problem needs an id")
+        raise RequestError(
+            f"{where}: field 'id' is missing: a problem needs an id (found: {', '.join(map(str, record))})"
+        )
     check_keepable(fields, where)
     check_spelling(fields, _FLAT_FIELDS, where)
     extra = _object(fields.pop("extra", None) or {}, "extra", where)
     known = {field: fields.pop(field, None) for field in ("source", "prompt", "ground_truth", "tags")}
     known["ground_truth"] = _text(known["ground_truth"], "ground_truth", where)
-    return canonical({"id": _id_text(value, name, where), **known, "extra": {**fields, **extra}}, where)
+    return canonical({"id": id_text(value, name, where), **known, "extra": {**fields, **extra}}, where)
 
 
 def _prompt(prompt: Any, where: str) -> str | list[dict]:
@@ -225,8 +232,8 @@ def _optional(record: dict, field: str, default: Any) -> Any:
     return default if value is None else value
 
 
-def _id_text(value: Any, field: str, where: str) -> str:
-    """Convert an id to text; verl's data often has integers, and pandas turns them into floats."""
+def id_text(value: Any, field: str, where: str) -> str:
+    """Convert the id of a problem to text; verl's data often has integers, and pandas turns them into floats."""
     if isinstance(value, float) and math.isfinite(value) and value == int(value):
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, str | int) or value == "":

@@ -56,6 +56,7 @@ _MEMBERS = Checker(
             "benchmarks": lists(text()),
             "costs": mapping(number(0)),
             "counts": mapping(whole()),
+            "pool": record({"problems": whole(1), "seen": whole()}, open=True),
             "probe": optional(mapping(ANYTHING)),
             "refresh": mapping(ANYTHING),
             "selection": mapping(ANYTHING),

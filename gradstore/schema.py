@@ -28,9 +28,9 @@ def whole(least: int = 0, most: int = LARGEST) -> Any:
     return core_schema.int_schema(strict=True, ge=least, le=most)
 
 
-def number(least: float | None = None, most: float | None = None) -> Any:
-    """A finite number within bounds."""
-    return core_schema.float_schema(strict=True, ge=least, le=most, allow_inf_nan=False)
+def number(least: float | None = None, most: float | None = None, *, finite: bool = True) -> Any:
+    """A number within bounds. finite: False: NaN and infinity too."""
+    return core_schema.float_schema(strict=True, ge=least, le=most, allow_inf_nan=not finite)
 
 
 def text(pattern: str | None = None) -> Any:

@@ -8,7 +8,7 @@ pydantic parses each value to its field's type. A text is parsed as on a command
 already: 20.5 is no whole number, true is no number. The text `null` is None where a field may be None. A nested
 dataclass is given by the names of its fields; those left out keep the default of that place. A class may have
 `ALIASES`, other names of its fields, and a method `from_text` for a text that stands for the whole dataclass, such as
-the name of a preset.
+the name of a preset; NAME=VALUE pairs after it change fields of the preset.
 
 A mistake is a RequestError of one line: where, the field, its value, and what is expected. pydantic and PyYAML are
 imported when they are first used.
@@ -233,15 +233,15 @@ def _default(field: Any) -> Any:
 def _from_text(inner: Any, kind: Any, text: str) -> Any:
     """What a text says of a dataclass, a mapping or a list; ValueError for what it cannot be.
 
-    YAML in brackets, NAME=VALUE pairs, or a bare name: for a dataclass what its `from_text` says, or its first field;
-    for a list its only item.
+    YAML in brackets, NAME=VALUE pairs, or a bare name: for a dataclass what its `from_text` says, which pairs after it
+    change (`gspo,clip_high=0.001`), or its first field; for a list its only item.
     """
     if (text[:1], text[-1:]) in (("{", "}"), ("[", "]")):
         return _yaml(text)
     parts = [part.strip() for part in text.split(",") if part.strip()]
     if inner is not None:
-        if hasattr(inner, "from_text") and "=" not in text:
-            return inner.from_text(text)
+        if hasattr(inner, "from_text") and "=" not in (parts or [""])[0]:
+            return {**plain(inner.from_text(parts[0] if parts else text)), **arguments(parts[1:])}
         return arguments(part if "=" in part else f"{fields(inner)[0].name}={part}" for part in parts)
     if not issubclass(kind, Mapping):
         return [text]

@@ -18,6 +18,7 @@ from gradstore.state import State
 from gradstore.stored_rows import StoredRows, checked_positions
 
 if TYPE_CHECKING:
+    import pandas as pd
     import pyarrow as pa
 
     from gradstore.store import Store
@@ -62,6 +63,24 @@ class View:
             "norm": self.norms[shown],
         }
         return rows_html(repr(self), self.states, columns)
+
+    def to_pandas(self) -> "pd.DataFrame":
+        """One row per problem, in order of addition: id, source, state, step, pass_rate, n_rollouts, norm, problem."""
+        import pandas as pd
+
+        problems = self.problems
+        return pd.DataFrame(
+            {
+                "id": self.ids,
+                "source": problems["source"].to_pandas().to_numpy(),
+                "state": [State(state).name.lower() for state in self.states],
+                "step": self.steps,
+                "pass_rate": self.pass_rates,
+                "n_rollouts": self.n_rollouts,
+                "norm": self.norms,
+                "problem": problems["prompt"].to_pandas().to_numpy(),
+            }
+        )
 
     @property
     def commit(self) -> int:

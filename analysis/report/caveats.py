@@ -6,6 +6,8 @@ from gradstore.analysis import alignment, drift
 from gradstore.analysis.report.findings import Findings
 from gradstore.analysis.report.pieces import written
 from gradstore.attachments import read_coverage
+from gradstore.engine.searching.notices import notices
+from gradstore.engine.searching.targets import target
 
 MUCH = 0.25
 """Share of the pool above which something gets a sentence."""
@@ -22,6 +24,7 @@ def caveats(found: Findings) -> list[str]:
     lines = _coverage(found)
     lines += _states(found)
     lines += _benchmarks(found)
+    lines += _notices(found)
     lines += _noise(found)
     lines += _age(found)
     lines += _rounds(found)
@@ -75,6 +78,17 @@ def _benchmarks(found: Findings) -> list[str]:
         if live < FEW_LIVE:
             lines.append(f"The target of {name} rests on {live} problems with a gradient; more would make it steadier.")
     return lines
+
+
+def _notices(found: Findings) -> list[str]:
+    """What a query of the main benchmark would say."""
+    if not found.benchmarks:
+        return []
+    view = found.store.view(found.pool)
+    scores = found.newest[found.main]["score"].to_numpy(float)
+    best = float(np.nanmax(scores)) if np.isfinite(scores).any() else None
+    said = notices(view, [target(found.store, found.main)], best)
+    return [f"{sentence[0].upper()}{sentence[1:]}." for sentence in said]
 
 
 def _noise(found: Findings) -> list[str]:

@@ -8,6 +8,7 @@ import pandas as pd
 from gradstore.analysis import curricula, figures
 from gradstore.analysis.report.findings import Findings, mean_or_nan
 from gradstore.analysis.report.pieces import Figure, Section, Series, Table, columns_of
+from gradstore.rounds import Round
 
 _SHOWN = ("cosine", "accgreedy", "rand", curricula.TRAINED, curricula.BEST)
 
@@ -48,6 +49,7 @@ def _rounds(found: Findings) -> Table:
                 one.step,
                 str(one.about.get("selector", "–")),
                 len(table),
+                _seen(one),
                 int(np.sum(table["rolled_out"].to_numpy(zero_copy_only=False))),
                 len(picked),
                 no_signal / max(1, len(table)),
@@ -59,12 +61,21 @@ def _rounds(found: Findings) -> Table:
         )
         before = picked
     columns = columns_of(
-        "Round:integer | Step:integer | Selector | Candidates:integer | Rolled out:integer | "
+        "Round:integer | Step:integer | Selector | Candidates:integer | Pool seen:percent | Rolled out:integer | "
         "Picked:integer | No signal:percent | Score, picked:signed | Score, left:signed | "
         "Pass rate, picked:percent | Picked before:percent"
     )
-    says = "Picked before: share of the picks that the round before had taken too."
+    says = (
+        "Pool seen: share of the pool's problems that were candidates up to then. Picked before: share of the picks "
+        "that the round before had taken too."
+    )
     return Table("rounds", "Rounds", columns, rows, says=says)
+
+
+def _seen(one: Round) -> float:
+    """Share of the pool that was a candidate up to the round; nan where its record does not say."""
+    pool = one.about.get("pool")
+    return pool["seen"] / pool["problems"] if pool else float("nan")
 
 
 def _gained(found: Findings, frame: pd.DataFrame) -> Figure:

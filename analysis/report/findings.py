@@ -15,6 +15,7 @@ from gradstore import Store
 from gradstore.analysis import alignment
 from gradstore.engine.searching.query import METRICS, Metric
 from gradstore.errors import RequestError, check_known
+from gradstore.layout import DERIVED, is_half
 from gradstore.rounds import Round
 
 
@@ -51,8 +52,9 @@ class Findings:
 
     @cached_property
     def steps(self) -> list[int]:
-        """Steps at which the pool or a benchmark was measured."""
-        return sorted({step for name in (self.pool, *self.benchmarks) for step in self.store.steps(name)})
+        """Steps at which the pool or a benchmark was measured; without any row, those of the rounds."""
+        measured = {step for name in (self.pool, *self.benchmarks) for step in self.store.steps(name)}
+        return sorted(measured or {one.step for one in self.rounds})
 
     @cached_property
     def alignments(self) -> dict[str, pd.DataFrame]:
@@ -87,12 +89,12 @@ def find(
     """
     check_known("metric", metric, METRICS)
     sizes = {name: len(store.view(name)) for name in store.collections}
-    if not any(sizes.values()):
+    if not any(sizes.values()) and not any(store.rounds(name) for name in store.collections):
         raise RequestError(f"{store.path}: the store has no rows yet; run `gradstore collect` first")
     for name in [*benchmarks, *([pool] if pool is not None else [])]:
         store.view(name)
     if pool is None:
-        others = {name: size for name, size in sizes.items() if name not in benchmarks}
+        others = {name: size for name, size in sizes.items() if name not in benchmarks and not name.endswith(DERIVED)}
         if not others:
             raise RequestError("every collection was named as a benchmark; name the pool with --pool")
         pool = max(others, key=lambda name: (bool(store.rounds(name)), others[name]))
@@ -108,7 +110,7 @@ def _benchmarks(store: Store, pool: str) -> list[str]:
     """All other collections; those that rounds used as benchmarks come first."""
     rounds = store.rounds(pool)
     used = [name for name in (rounds[-1].about.get("benchmarks") or []) if name in store.collections] if rounds else []
-    return [*used, *(name for name in store.collections if name != pool and name not in used)]
+    return [*used, *(name for name in store.collections if name not in (pool, *used) and not is_half(name))]
 
 
 def mean_or_nan(values: Any) -> float:

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from benchmarks.study.arms import ARMS
-from benchmarks.study.methods import DEFAULT_METHODS
+from benchmarks.study.methods import DEFAULT_METHODS, ROLLOUTS
 from benchmarks.study.results import alone, append_result, key, numbers, plan, read_results
 from benchmarks.study.running import SHORT, StudySettings, run_one
 from gradstore.cli.show import say
@@ -28,7 +28,9 @@ SEEDS = "0-4,7-11"
 def run(
     out: Annotated[Path, typer.Option(help="File of results; finished runs in it are not done again.")] = RESULTS,
     arms: Annotated[str, typer.Option(help="Arms, by commas.")] = ",".join(ARMS),
-    methods: Annotated[str, typer.Option(help="Methods, by commas.")] = ",".join(DEFAULT_METHODS),
+    methods: Annotated[
+        str, typer.Option(help="Methods, by commas; `rollouts`: those with the rollout as unit.")
+    ] = ",".join(DEFAULT_METHODS),
     seeds: Annotated[str, typer.Option(help="Of each, numbers and ranges by commas.")] = SEEDS,
     short: Annotated[bool, typer.Option("--short", help="A miniature, some minutes long, for tests.")] = False,
 ) -> None:
@@ -39,7 +41,8 @@ def run(
     )  # no log lines about rounds with too few candidates: the rows have this information
     with alone(out):
         done = {key(row) for row in read_results(out, settings)}
-        wanted = plan(arms.split(","), methods.split(","), numbers(seeds))
+        named = (",".join(ROLLOUTS) if methods == "rollouts" else methods).split(",")
+        wanted = plan(arms.split(","), named, numbers(seeds))
         missing = [run for run in wanted if run not in done]
         say(f"{len(wanted) - len(missing)} of {len(wanted)} runs are done")
         started = time.monotonic()

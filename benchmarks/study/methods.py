@@ -9,9 +9,12 @@ import numpy as np
 
 from benchmarks.study.ablations import PARTS, WITHOUT
 from benchmarks.study.arms import is_useful
+from gradstore.engine.gradients.objectives import Objective
 from gradstore.engine.rollouts.group import Group
-from gradstore.engine.sketches.spec import SketchBatch
+from gradstore.engine.selecting.rollout_rules import ROLLOUT_RULES
+from gradstore.engine.sketches.spec import SketchBatch, SketchSpec
 from gradstore.errors import RequestError
+from gradstore.trainer.round.weighing import Weighed
 from gradstore.trainer.sampling.backends import derived_seed
 
 
@@ -43,6 +46,15 @@ METHODS: dict[str, Method] = {
     "lcb": Method("probe: lower confidence bound", {"selector": "lcb"}),
     "shrunk": Method("probe: empirical Bayes", {"selector": "shrunk"}),
     "fdr": Method("probe: false-discovery cut, then dot", {"selector": "fdr"}),
+    "refresh0-dot": Method(
+        "sketched dot product, no candidate rolled out after the first look: rows of training rollouts",
+        {"selector": "dot", "refresh": 0, "observe": "last"},
+    ),
+    "pilot": Method(
+        "as Pilot-Commit: each round 4 rollouts of each of 64 problems drawn at random, those nearest to p = 1/2 "
+        "are trained on (the 4 are not)",
+        {"selector": "accgreedy", "candidates": 64, "rollouts": 4},
+    ),
 }
 
 DEFAULT_METHODS = (
@@ -56,9 +68,40 @@ BUDGETED = "budgeted"
 budget."""
 
 
+ROLLOUTS = (
+    *("random*13", "random+dtv*13", "random+dtv_loo*13", "random+oppose_target*11", "random+oppose_target_soft*11"),
+    *("budgeted/4-lcb+oppose_target", "budgeted/4-lcb+dtv_loo", "refresh0-dot*10", "pilot*11"),
+)
+"""Methods with the rollout as unit, and others that spend few rollouts on selection, with as many rounds as bring their
+total to that of `budgeted/4-lcb` or more."""
+
+DENSE = SketchSpec(basis="dense", rank=64, dim=2048)
+"""Sketches of rollouts where no candidate is rolled out to fit a projection to: a dense one needs a higher rank."""
+
+RULE, ROUNDS = "+", "*"
+"""Before the rollout rule that a method is joined with, and before its number of rounds."""
+
+
 def method(name: str, budgeted: Mapping[str, int]) -> Method:
     """The method of this name. `budgeted-SELECTOR` has the round settings `budgeted`; `budgeted/N-SELECTOR` has 1/N of
-    their budget; `METHOD~PART` does without a part of the forecast. RequestError for an unknown name."""
+    their budget; `METHOD~PART` does without a part of the forecast; `METHOD+RULE` weighs the rollouts of training steps
+    by a rule; `METHOD*N` has N rounds. RequestError for an unknown name."""
+    whole, _, rounds = name.partition(ROUNDS)
+    if rounds:
+        if not rounds.isdecimal() or int(rounds) < 1:
+            raise RequestError(f"method {name!r}: {rounds!r} is no number of rounds")
+        about = method(whole, budgeted)
+        return replace(about, title=f"{about.title}; {rounds} rounds", rounds={**about.rounds, "rounds": int(rounds)})
+    whole, _, rule = name.partition(RULE)
+    if rule:
+        about, own = method(whole, budgeted), ROLLOUT_RULES[rule]
+        aimed = {"target_rollouts": budgeted["target_rollouts"]} if own.needs_target else {}
+        title = f"{about.title}; each rollout of a training step weighed by `{rule}`: {own.formula}"
+        finer = {"spec": DENSE} if about.rounds.get("selector") == "rand" else {}
+        return replace(about, title=title, rounds={**finer, **aimed, **about.rounds, "rollout_rule": rule})
+    if name == "refresh0-dot":
+        own_settings = {name: budgeted[name] for name in ("first_look", "target_rollouts")}
+        return replace(METHODS[name], rounds={**METHODS[name].rounds, **own_settings})
     whole, _, part = name.partition(WITHOUT)
     if part:
         if part not in PARTS:
@@ -105,6 +148,11 @@ class Oracle:
 
     def observe(self, policy: Any, seen: Sequence[Group] | SketchBatch) -> None:
         """Do nothing: the oracle stores no rollouts."""
+
+    def weigh(
+        self, policy: Any, groups: Sequence[Group], factors: Sequence[float] | None, objective: Objective
+    ) -> Weighed:
+        raise RequestError("the oracle has no sketches to weigh rollouts by")
 
     def state_dict(self) -> dict[str, Any]:
         return {"rounds": self._done}

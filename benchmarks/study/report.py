@@ -14,6 +14,8 @@ from benchmarks.study.methods import method
 from benchmarks.study.running import StudySettings
 from benchmarks.study.statistics import (
     Estimate,
+    accuracy_within,
+    estimate,
     final_accuracy,
     of,
     overhead,
@@ -47,6 +49,7 @@ def write_page(rows: Sequence[dict[str, Any]], page: Path, settings: StudySettin
             methods="\n".join(f"| `{name}` | {method(name, settings.budgeted).title} |" for name in methods),
             arms="\n".join(f"| `{arm}` | {ARMS[arm].title} |" for arm in arms),
         ),
+        _equal_totals(rows, arms, methods),
         "## What was wanted, what came\n\n" + "\n".join(f"- {line}" for line in findings(rows, arms)) + "\n",
         f"## Accuracy\n\n![Accuracy by training step]({folder.name}/accuracy.svg)\n",
         f"![Bad picks]({folder.name}/picks.svg)\n",
@@ -59,10 +62,50 @@ def write_page(rows: Sequence[dict[str, Any]], page: Path, settings: StudySettin
     page.write_text("\n".join(parts), encoding="utf-8")
 
 
+TOTALS = (4096, 8192, 10240, 13312, 53248)
+"""Rollouts, for selection and training together, at which methods are compared: training alone for 4, 8, 10 and 13
+rounds, and GradAlign's 8 rounds."""
+
+
+def _equal_totals(rows: Sequence[dict[str, Any]], arms: Sequence[str], methods: Sequence[str]) -> str:
+    """Accuracy against the rollouts spent; once more on the seeds that all methods have, where they differ in seeds."""
+    parts = [
+        "## Accuracy against rollouts spent\n",
+        "Rollouts of selection and of training together. A cell is the accuracy after the last round that ends within "
+        "that many; it is empty where the runs of a method end a round or more before. `METHOD*N` has N rounds.\n",
+    ]
+    for arm in arms:
+        seeds_of = [{row["seed"] for row in of(rows, arm, name)} for name in methods if of(rows, arm, name)]
+        shared = set.intersection(*seeds_of)
+        parts.append(f"### {arm} by rollouts\n\n" + _totals_table(rows, arm, methods))
+        if shared and shared != set.union(*seeds_of):
+            those = [row for row in rows if row["seed"] in shared]
+            named = ("seed " if len(shared) == 1 else "seeds ") + ", ".join(map(str, sorted(shared)))
+            parts.append(f"On {named} alone, which all methods have:\n\n" + _totals_table(those, arm, methods))
+    return "\n".join(parts)
+
+
+def _totals_table(rows: Sequence[dict[str, Any]], arm: str, methods: Sequence[str]) -> str:
+    lines = [
+        "| method | " + " | ".join(f"{total:,}" for total in TOTALS) + " | seeds |",
+        "| --- |" + " --- |" * len(TOTALS) + " ---: |",
+    ]
+    for name in methods:
+        own = of(rows, arm, name)
+        if own:
+            found = [[accuracy_within(row, total) for row in own] for total in TOTALS]
+            cells = [
+                "" if any(value is None for value in values) else _interval(estimate(values), 3)  # type: ignore[arg-type]
+                for values in found
+            ]
+            lines.append(f"| `{name}` | " + " | ".join(cells) + f" | {len(own)} |")
+    return "\n".join(lines) + "\n"
+
+
 def _arm_table(rows: Sequence[dict[str, Any]], arm: str, methods: Sequence[str]) -> str:
     lines = [
         f"### {arm}: {ARMS[arm].title}\n",
-        "| method | accuracy after the last step | bad picks | useful picks | selection rollouts | seeds |",
+        "| method | accuracy after its last step | bad picks | useful picks | selection rollouts | seeds |",
         "| --- | --- | --- | --- | ---: | ---: |",
     ]
     start = np.mean([row["accuracy"][0] for row in rows if row["arm"] == arm])

@@ -17,7 +17,7 @@ from gradstore.demo import tasks
 from gradstore.demo.course import TOKEN_BUDGET
 from gradstore.demo.run import MODEL, SEEN
 from gradstore.engine.gradients.models import load_model, load_tokenizer
-from gradstore.engine.gradients.objectives import objective
+from gradstore.engine.gradients.objectives import Objective, objective
 from gradstore.engine.rollouts.group import Group
 from gradstore.engine.sketches.spec import SketchBatch, SketchSpec
 from gradstore.trainer.local.grpo import Learner, UpdateSettings
@@ -25,6 +25,7 @@ from gradstore.trainer.local.policy import LocalPolicy, Sampling
 from gradstore.trainer.local.training import Chooser, Picks, Training
 from gradstore.trainer.round.driver import Rounds
 from gradstore.trainer.round.settings import RoundSettings
+from gradstore.trainer.round.weighing import Weighed
 from gradstore.trainer.sampling.reward import Reward
 
 
@@ -82,6 +83,12 @@ class Meter:
     rollout_seconds: list[float] = field(default_factory=list)
     """Seconds of these that were spent on rollouts."""
     observe_seconds: float = 0.0
+    weigh_seconds: float = 0.0
+    """Seconds of finding the weights of rollouts."""
+    weigh_tokens: int = 0
+    """Tokens that went through the model for this."""
+    dropped: list[float] = field(default_factory=list)
+    """Share of the rollouts with an advantage that was dropped, step by step."""
 
 
 class MeteredPolicy(LocalPolicy):
@@ -118,6 +125,20 @@ class MeteredChooser:
         started = time.monotonic()
         self._chooser.observe(policy, seen)
         self.meter.observe_seconds += time.monotonic() - started
+
+    def weigh(
+        self,
+        policy: MeteredPolicy,
+        groups: Sequence[Group],
+        factors: Sequence[float] | None,
+        objective: Objective,
+    ) -> Weighed:
+        started = time.monotonic()
+        weighed = self._chooser.weigh(policy, groups, factors, objective)
+        self.meter.weigh_seconds += time.monotonic() - started
+        self.meter.weigh_tokens += weighed.n_tokens
+        self.meter.dropped.append(weighed.dropped)
+        return weighed
 
     def state_dict(self) -> dict[str, Any]:
         return self._chooser.state_dict()
@@ -169,9 +190,17 @@ def run_one(arm: str, name: str, seed: int, settings: StudySettings) -> dict[str
         "selection_seconds": meter.seconds,
         "selection_rollout_seconds": meter.rollout_seconds,
         "observe_seconds": meter.observe_seconds,
+        **_weighing(meter),
         "training_seconds": training.seconds,
         "seconds": time.monotonic() - started,
     }
+
+
+def _weighing(meter: Meter) -> dict[str, Any]:
+    """What weighing rollouts cost and dropped; nothing where no rollout was weighed."""
+    if not meter.dropped:
+        return {}
+    return {"weigh_seconds": meter.weigh_seconds, "weigh_tokens": meter.weigh_tokens, "dropped": meter.dropped}
 
 
 def round_settings(settings: StudySettings, seed: int, changes: Mapping[str, Any]) -> RoundSettings:

@@ -70,6 +70,22 @@ def selection_rollouts(row: dict[str, Any]) -> int:
     return int(sum(row["selection_rollouts"]))
 
 
+def spent(row: Mapping[str, Any]) -> list[int]:
+    """Rollouts spent, for selection and training together, before the first round and after each."""
+    settings = row["settings"]
+    training = settings["steps"] * settings["train_batch"] * settings["rollouts"]
+    return [0, *np.cumsum([own + training for own in row["selection_rollouts"]]).tolist()]
+
+
+def accuracy_within(row: Mapping[str, Any], total: int) -> float | None:
+    """Accuracy after the last round that ends within `total` rollouts; None if the run ended a round or more short."""
+    after = spent(row)
+    done = sum(own <= total for own in after) - 1
+    if done == len(after) - 1 and total >= 2 * after[-1] - after[-2]:
+        return None
+    return float(row["accuracy"][done])
+
+
 def selection_seconds(row: dict[str, Any]) -> float:
     """Seconds of a run's rounds without rollouts: gradients, probes, store, selection, and observation."""
     return float(sum(row["selection_seconds"]) - sum(row["selection_rollout_seconds"]) + row["observe_seconds"])

@@ -22,8 +22,7 @@ from gradstore.engine.searching.targets import Target
 from gradstore.engine.sketches.collector import CollectReport, collect
 from gradstore.engine.sketches.sketcher import Sketcher
 from gradstore.errors import RequestError
-
-HALVES = (".even", ".odd")
+from gradstore.layout import HALVES
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -10,6 +10,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -78,16 +79,17 @@ def summed_gradient(
     groups: Sequence[Group],
     watch: tuple[Sequence[Layer], Observer] | None = None,
     factors_P: Sequence[float] | None = None,
+    rollout_weights_PG: Sequence[np.ndarray] | None = None,
 ) -> dict[str, Tensor]:
     """Sum of the groups' gradients over all ranks, by name of the trainable parameter.
 
     watch: layers, and an observer that sees their inputs and output gradients during the pass; its problems are
-    positions in `groups`. factors_P: factor of each group's gradient, 0 or more.
+    positions in `groups`. factors_P, rollout_weights_PG: as in `rollouts_of`.
     """
     model, policy, spec = runner.model, runner.policy, runner.spec
     for group in groups:
         runner.check(group)
-    rollouts = rollouts_of(groups, spec.objective, factors_P)
+    rollouts = rollouts_of(groups, spec.objective, factors_P, rollout_weights_PG)
     policy.verify(rollouts)
     scale = n_shards(model)
     plain = policy.plain() if is_sharded(model) else nullcontext()

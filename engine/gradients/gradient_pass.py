@@ -4,9 +4,10 @@ This module holds what all gradient measurements share: choice of layers, token 
 observer decides what to keep of the gradients: a projection, dot products, or the gradients themselves.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from copy import copy
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -15,7 +16,16 @@ from torch import Tensor, nn
 from gradstore.engine.gradients.adapters import check_adapters
 from gradstore.engine.gradients.hooks import Observer, PausableObserver, observed
 from gradstore.engine.gradients.layers import Layer, find_layers, output_layer
-from gradstore.engine.gradients.microbatch import in_step, pack, pays_to_share, rollouts_of
+from gradstore.engine.gradients.microbatch import (
+    Apart,
+    WeightedSequence,
+    apart,
+    in_step,
+    pack,
+    pays_to_share,
+    rollouts_of,
+)
+from gradstore.engine.gradients.objectives import Objective, Ratio
 from gradstore.engine.gradients.packed import check_packed
 from gradstore.engine.gradients.passes import OnWeights, PolicyForward
 from gradstore.engine.gradients.retrying import TokenBudget, noticing
@@ -49,6 +59,12 @@ class GradientPass:
         other.layers = list(layers)
         return other
 
+    def under(self, objective: Objective) -> "GradientPass":
+        """The same pass under another objective."""
+        other = copy(self)
+        other.spec = replace(self.spec, objective=objective)
+        return other
+
     @property
     def context(self) -> int | None:
         """Longest sequence the model accepts, in tokens; None if its configuration does not say."""
@@ -70,6 +86,8 @@ class GradientPass:
         )
         if largest >= n_vocabulary:
             raise RequestError(f"{name}: token id {largest} is outside the model's vocabulary of {n_vocabulary}")
+        if group.solution:
+            return
         if self.spec.objective.importance and group.logprobs is None:
             raise RequestError(f"{name}: has no log-probabilities, which an importance-weighted objective needs")
         beta = self.spec.objective.kl_beta
@@ -99,7 +117,33 @@ class GradientPass:
         """
         for group in groups:
             self.check(group)
-        rollouts = rollouts_of(groups, self.spec.objective)
+        return self._run(rollouts_of(groups, self.spec.objective), groups, observer, on_weights, inputs_kept)
+
+    def run_apart(self, groups: Sequence[Group], observer_of: Callable[[int], Observer]) -> tuple[Apart, int]:
+        """Back-propagate each rollout for itself, its prompt too; returns what was run, and its tokens.
+
+        observer_of: makes the observer from the number of sequences; its problems are `Apart.sequences`. A prompt's
+        keys and values get the gradients of all its rollouts at once, so prompts are not shared. Otherwise as `run`.
+        RequestError for an objective with importance ratios or a KL term.
+        """
+        rule = self.spec.objective
+        if rule.importance or rule.kl_beta:
+            raise RequestError("gradients of single rollouts are of objectives without importance ratios and KL term")
+        for group in groups:
+            self.check(group)
+        found = apart(groups, rule)
+        own = [groups[number] for number in found.groups]
+        return found, self._run(found.sequences, own, observer_of(len(own)), None, False)
+
+    def _run(
+        self,
+        rollouts: list[WeightedSequence],
+        groups: Sequence[Group],
+        observer: Observer,
+        on_weights: OnWeights | None,
+        inputs_kept: bool,
+    ) -> int:
+        """`run` for these rollouts. groups: those of the rollouts' problems."""
         self.policy.verify(rollouts)
         muted = PausableObserver(observer)
         reshard(self.model)
@@ -136,18 +180,22 @@ def _kept_in(told: list[tuple[Tensor, Tensor, Tensor]]) -> OnWeights:
 class EffectiveSampleSize:
     """Effective sample size (Kish) of a group's importance-weighted rollouts: G (sum rho)^2 / (n sum rho^2).
 
-    rho: importance ratio of each of the n tokens of the policy with nonzero weight, 0 where clipped. The size is G for
-    on-policy rollouts, and less if a few tokens dominate the ratios or ratios are clipped.
+    rho: importance ratio of each of the n tokens of the policy with nonzero weight, as the objective's rule bounds it,
+    0 where that is flat. If ratios are of whole responses, each response counts once. The size is G for on-policy
+    rollouts, and less if a few ratios dominate or some have no gradient.
     """
 
-    def __init__(self, groups: Sequence[Group], device: torch.device) -> None:
+    def __init__(self, groups: Sequence[Group], device: torch.device, ratio: Ratio = "token") -> None:
         self._n_rollouts_P = np.array([group.n_rollouts for group in groups])
         self._sums_P3 = torch.zeros(len(groups), 3, dtype=torch.float64, device=device)
+        self._by_token = ratio == "token"
 
     def __call__(self, problem_B: Tensor, before_BN: Tensor, after_BN: Tensor) -> None:
         """Adds one micro-batch: token weights before and after importance ratios."""
         weighted_BN = before_BN != 0
         ratio_BN = torch.where(weighted_BN, after_BN.double() / torch.where(weighted_BN, before_BN, 1.0), 0.0)
+        if not self._by_token:  # the same at all tokens with a weight
+            weighted_BN, ratio_BN = weighted_BN.any(1, keepdim=True), ratio_BN.amax(1, keepdim=True)
         sums_B3 = torch.stack([weighted_BN.sum(1).double(), ratio_BN.sum(1), ratio_BN.square().sum(1)], 1)
         self._sums_P3.index_add_(0, problem_B, sums_B3)
 

@@ -17,7 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gradstore.engine.gradients.objectives import Objective, kl_scales, rollout_weights, weight_rounding
+from gradstore.engine.gradients.objectives import (
+    Objective,
+    kl_scales,
+    likelihood_weights,
+    rollout_weights,
+    weight_rounding,
+)
 from gradstore.engine.gradients.sharding import largest
 from gradstore.engine.rollouts.group import Group
 
@@ -85,6 +91,7 @@ class MicroBatch:
     written_BN: Tensor
     """True at the tokens that the policy wrote; the weights of others, and of padding, are zero."""
     behaviour_BN: Tensor | None
+    """None if a rollout has no recorded log-probabilities."""
     prompts: Prompts | None
     kl_scales_BN: Tensor | None = None
     """None without a KL term."""
@@ -105,20 +112,31 @@ class MicroBatch:
 
 
 def rollouts_of(
-    groups: Sequence[Group], objective: Objective, factors_P: Sequence[float] | None = None
+    groups: Sequence[Group],
+    objective: Objective,
+    factors_P: Sequence[float] | None = None,
+    rollout_weights_PG: Sequence[np.ndarray] | None = None,
 ) -> list[WeightedSequence]:
-    """The rollouts of the groups with nonzero weight; the others add nothing to any gradient.
+    """The responses of the groups with nonzero weight; the others add nothing to any gradient.
 
     A repeated response is run once with the sum of its weights, because the gradient is linear in them; not if
     importance ratios multiply each weight. Weights that are rounding error become zero, and a group whose repeated
-    responses cancel is not run. factors_P: factor of each group's gradient, 0 or more.
+    responses cancel is not run. factors_P: factor of each group's gradient, 0 or more. rollout_weights_PG: factor of
+    each rollout's advantage, 0 or more, float64 [G] for each group; the KL term does not have it.
     """
     rollouts = []
     for problem, group in enumerate(groups):
         lengths_R = group.n_written
-        total_R = rollout_weights(group.rewards, lengths_R, objective, group.rollout_of)
-        scales_R = kl_scales(group.rewards, lengths_R, objective)
-        slack_R = weight_rounding(group.rewards, lengths_R, objective, group.rollout_of)
+        if group.solution:
+            total_R, scales_R = likelihood_weights(lengths_R), np.zeros(len(lengths_R))
+            slack_R = scales_R
+        else:
+            total_R = rollout_weights(group.rewards, lengths_R, objective, group.rollout_of)
+            scales_R = kl_scales(group.rewards, lengths_R, objective)
+            slack_R = weight_rounding(group.rewards, lengths_R, objective, group.rollout_of)
+        if rollout_weights_PG is not None:
+            factor_R = rollout_weights_PG[problem][group.rollouts]
+            total_R, slack_R = total_R * factor_R, slack_R * factor_R
         prompt_R = prompt_numbers(group)
         merged_R = _merged(group, prompt_R, total_R, slack_R, objective)
         if not objective.importance or not merged_R.any():
@@ -126,21 +144,67 @@ def rollouts_of(
         if factors_P is not None:
             total_R, scales_R = total_R * factors_P[problem], scales_R * factors_P[problem]
         rollouts += [
-            WeightedSequence(
-                problem,
-                j,
-                group.prompt_of(j),
-                group.responses[j],
-                float(total_R[j]),
-                None if group.logprobs is None else group.logprobs[j],
-                float(scales_R[j]),
-                None if group.reference_logprobs is None else group.reference_logprobs[j],
-                None if group.masks is None else group.masks[j],
-                prompt_R[j],
-            )
+            _sequence(group, problem, j, prompt_R[j], float(total_R[j]), float(scales_R[j]))
             for j in np.flatnonzero((total_R != 0) | (scales_R != 0)).tolist()
         ]
     return rollouts
+
+
+def _sequence(
+    group: Group, problem: int, j: int, prompt: int, weight: float, kl_scale: float = 0.0
+) -> WeightedSequence:
+    return WeightedSequence(
+        problem,
+        j,
+        group.prompt_of(j),
+        group.responses[j],
+        weight,
+        None if group.logprobs is None else group.logprobs[j],
+        kl_scale,
+        None if group.reference_logprobs is None else group.reference_logprobs[j],
+        None if group.masks is None else group.masks[j],
+        prompt,
+    )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Apart:
+    """Responses of groups, each a problem of its own: gradients of the single responses."""
+
+    sequences: list[WeightedSequence]
+    """What is run: a problem for each distinct response of a group whose weight is not zero."""
+    groups: list[int]
+    """Group of each sequence."""
+    sequence_PR: list[np.ndarray]
+    """Sequence of each response, int64 [R] for each group; -1 if its weight is zero."""
+    factor_PR: list[np.ndarray]
+    """A response's gradient is its sequence's times this, float64 [R]; 0 if its weight is zero."""
+
+
+def apart(groups: Sequence[Group], objective: Objective) -> Apart:
+    """The responses of the groups as problems of their own, with the weights that they have in their group's objective.
+
+    The parts of a group's responses add up to its gradient. objective: without importance ratios and KL term, whose
+    token weights no single factor turns into those of an equal response.
+    """
+    found = Apart([], [], [], [])
+    for number, group in enumerate(groups):
+        total_R = rollout_weights(group.rewards, group.n_written, objective, group.rollout_of)
+        prompt_R = prompt_numbers(group)
+        sequence_R, factor_R = np.full(len(total_R), -1), np.zeros(len(total_R))
+        first: dict[tuple[int, bytes, bytes], int] = {}
+        for j in np.flatnonzero(total_R).tolist():
+            mask = b"" if group.masks is None else group.masks[j].tobytes()
+            original = first.setdefault((prompt_R[j], group.responses[j].tobytes(), mask), j)
+            if original == j:
+                sequence_R[j] = len(found.sequences)
+                weight = float(total_R[j])
+                found.sequences.append(_sequence(group, len(found.sequences), j, prompt_R[j], weight))
+                found.groups.append(number)
+            sequence_R[j], factor_R[j] = sequence_R[original], total_R[j] / total_R[original]
+        found.sequence_PR.append(sequence_R)
+        found.factor_PR.append(factor_R)
+    return found
 
 
 def prompt_numbers(group: Group) -> list[int]:
@@ -158,16 +222,16 @@ def _merged(
 
     prompt_R: as in `prompt_numbers`. total_R, slack_R: the weights and their rounding errors. Responses are equal if
     their prompts, tokens and masks are equal and, with importance ratios, the behaviour log-probabilities of the
-    policy's tokens too. Clipping depends on a weight's sign, so with clipping only weights of the same sign are summed.
+    policy's tokens too. If the objective depends on a weight's sign, only weights of the same sign are summed.
     """
     sums_R, slacks_R = total_R.copy(), slack_R.copy()
-    clipped = (objective.clip_low, objective.clip_high) != (None, None)
+    signs_R = objective.sign_dependent & (total_R > 0)
     first: dict[tuple[int, bytes, bytes, bytes, bool], int] = {}
     for j, response in enumerate(group.responses):
         recorded = group.logprobs if objective.importance else None
         behaviour = b"" if recorded is None else group.written(j, recorded[j]).tobytes()
         mask = b"" if group.masks is None else group.masks[j].tobytes()
-        original = first.setdefault((prompt_R[j], response.tobytes(), mask, behaviour, clipped and total_R[j] > 0), j)
+        original = first.setdefault((prompt_R[j], response.tobytes(), mask, behaviour, bool(signs_R[j])), j)
         if original != j:
             sums_R[original] += sums_R[j]
             slacks_R[original] += slacks_R[j]
@@ -244,6 +308,7 @@ def _collate(batch: Sequence[tuple[int, WeightedSequence]], shared: bool) -> Mic
             row_N[: len(rollout.written)] = rollout.written
     weights_BN = written_BN * np.array([rollout.weight for rollout in rollouts])[:, None]
     scales_BN = written_BN * np.array([rollout.kl_scale for rollout in rollouts])[:, None]
+    behaviours = [rollout.behaviour for rollout in rollouts]
     references_BN = _at_written([rollout.reference if rollout.kl_scale else None for rollout in rollouts], written_BN)
     return MicroBatch(
         torch.from_numpy(_padded(continuations)),
@@ -253,7 +318,7 @@ def _collate(batch: Sequence[tuple[int, WeightedSequence]], shared: bool) -> Mic
         torch.from_numpy(_padded([rollout.response_ids for rollout in rollouts])),
         torch.from_numpy(weights_BN.astype(np.float32)),
         torch.from_numpy(written_BN),
-        _at_written([rollout.behaviour for rollout in rollouts], written_BN),
+        None if any(row is None for row in behaviours) else _at_written(behaviours, written_BN),
         _prompts(rollouts) if shared else None,
         None if references_BN is None else torch.from_numpy(scales_BN.astype(np.float32)),
         references_BN,

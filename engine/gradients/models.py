@@ -45,7 +45,8 @@ def load_model(
 
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = checked_device(device)
+    _check_folder(path)
     dtype = dtype or (torch.float32 if device == "cpu" else torch.bfloat16)
     try:
         model, loaded = AutoModelForCausalLM.from_pretrained(
@@ -66,6 +67,7 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a model folder or hub name; RequestError when there is none, or one that is code."""
     from transformers import AutoTokenizer
 
+    _check_folder(path)
     try:
         return AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
     except Exception as error:
@@ -81,6 +83,28 @@ def vocabulary_size(path: str | Path, *, trust_remote_code: bool = False) -> int
     except Exception:  # noqa: BLE001 (a broken file can raise anything)
         return None  # loading the model says what is wrong
     return getattr(config.get_text_config(), "vocab_size", None)
+
+
+def checked_device(name: str | None) -> str:
+    """The device of this name, by default a GPU if there is one; RequestError for one that torch does not see."""
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise RequestError(f"device {name!r}: expected cpu, cuda or cuda:N") from None
+    if device.type == "cuda":
+        n_seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= n_seen:
+            raise RequestError(f"device {name!r}: torch sees {n_seen or 'no'} GPU{'s' * (n_seen > 1)} here")
+    return name
+
+
+def _check_folder(path: str | Path) -> None:
+    """RequestError for a path that can only be a folder and is not there; a hub name has at most one slash."""
+    text = str(path)
+    if not Path(text).exists() and (text.startswith((".", "/", "~")) or text.count("/") > 1):
+        raise RequestError(f"{text}: there is no such folder")
 
 
 def weights_digest(model: nn.Module) -> str:

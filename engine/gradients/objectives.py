@@ -2,11 +2,11 @@
 
 The objective of a problem with rollouts y_1..y_G is J = sum_j sum_t w_jt * log pi(y_jt | x, y_j<t). Its gradient is the
 policy gradient in the ascent direction. The weight is advantage x aggregation. Importance sampling multiplies it by
-the importance ratio; a KL penalty to a reference policy adds a term. A weight depends only on its problem, so a
-problem's gradient does not depend on the batch, the rank or the file.
+the importance ratio, as an off-policy rule bounds it; a KL penalty to a reference policy adds a term. A weight depends
+only on its problem, so a problem's gradient does not depend on the batch, the rank or the file.
 Formulas and sources: docs/methods.md.
 
-Dimension letters: G rollouts of a problem, R their responses (one each, or several outputs), N tokens.
+Dimension letters: G rollouts of a problem, R their responses (one each, or several outputs), B sequences, N tokens.
 """
 
 from dataclasses import asdict, dataclass, replace
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 Advantage = Literal["mean", "mean_std", "rloo"]
 Aggregation = Literal["seq-mean-token-sum", "seq-mean-token-mean", "token-mean"]
+Ratio = Literal["token", "sequence", "product"]
+OffPolicy = Literal["ppo", "cispo", "truncate", "mask"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +38,21 @@ class Objective:
     importance: bool = False
     """Multiply each token by its importance ratio, pi / behaviour policy; needs the rollouts' log-probabilities."""
     clip_low: float | None = None
-    """With importance: no gradient if the advantage is negative and the ratio below 1 - clip_low (PPO)."""
+    """`ppo`: no gradient if the advantage is negative and the ratio below 1 - clip_low. `cispo`: the ratio is at least
+    1 - clip_low. None: no such bound."""
     clip_high: float | None = None
-    """With importance: no gradient if the advantage is positive and the ratio above 1 + clip_high (PPO)."""
+    """`ppo`: no gradient if the advantage is positive and the ratio above 1 + clip_high. `cispo`: the ratio is at most
+    1 + clip_high. None: no such bound."""
+    ratio: Ratio = "token"
+    """The importance ratio of a token: its own (`token`), the geometric mean of its response's (`sequence`, GSPO), or
+    their product, which is the response's own ratio (`product`: without bias, but of high variance)."""
+    off_policy: OffPolicy = "ppo"
+    """What bounds the ratios. `ppo`: the clipped surrogate. `cispo`: ratios are clipped, and every token keeps its
+    gradient. `truncate`: ratios are at most ratio_cap. `mask`: ratios outside [1 / ratio_cap, ratio_cap] have no
+    gradient."""
+    ratio_cap: float | None = None
+    """The bound C, above 1, of `truncate` and `mask`. With `ppo` it is dual clip's: no gradient if the advantage is
+    negative and the ratio above C (verl's clip_ratio_c: 3)."""
     temperature: float = 1.0
     """Logits are divided by this before log-probabilities are computed."""
     kl_beta: float = 0.0
@@ -51,11 +65,36 @@ class Objective:
         check_known("advantage", self.advantage, get_args(Advantage))
         check_known("aggregation", self.aggregation, get_args(Aggregation))
         check_number("temperature", self.temperature, above=0)
-        if not self.importance and (self.clip_low, self.clip_high) != (None, None):
-            raise RequestError("clip_low and clip_high need importance=True")
+        self._check_off_policy()
         check_number("kl_beta", self.kl_beta, least=0)
         if self.reference is not None and not self.kl_beta:
             raise RequestError("a reference policy needs kl_beta above 0")
+
+    def _check_off_policy(self) -> None:
+        check_known("ratio", self.ratio, get_args(Ratio))
+        check_known("off_policy", self.off_policy, get_args(OffPolicy))
+        given = [name for name, default in _OFF_POLICY.items() if getattr(self, name) != default]
+        if not self.importance and given:
+            need = "needs" if len(given) == 1 else "need"
+            raise RequestError(f"{' and '.join(given)} {need} importance=True")
+        for name in ("clip_low", "clip_high"):
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name), least=0)
+                if self.off_policy in ("truncate", "mask"):
+                    raise RequestError(f"{name} is a bound of ppo and cispo: {self.off_policy} has ratio_cap")
+        if self.ratio_cap is not None:
+            check_number("ratio_cap", self.ratio_cap, above=1)
+            if self.off_policy == "cispo":
+                raise RequestError("ratio_cap is no bound of cispo, whose ratios are at most 1 + clip_high")
+        elif self.off_policy in ("truncate", "mask"):
+            raise RequestError(f"off_policy {self.off_policy} needs ratio_cap, a number above 1")
+        if self.off_policy == "cispo" and (self.clip_low, self.clip_high) == (None, None):
+            raise RequestError("off_policy cispo needs clip_high (its ratios are at most 1 + clip_high), or clip_low")
+
+    @property
+    def sign_dependent(self) -> bool:
+        """Whether the sign of an advantage decides which tokens have a gradient: PPO's rule, if it has a bound."""
+        return self.off_policy == "ppo" and (self.clip_low, self.clip_high, self.ratio_cap) != (None, None, None)
 
     @classmethod
     def from_text(cls, text: str) -> "Objective":
@@ -63,16 +102,30 @@ class Objective:
         return objective(text)
 
     def as_dict(self) -> dict:
-        """The fields as a JSON-ready dict; without a KL term its settings are omitted, as in older stores."""
-        unused = () if self.kl_beta else ("kl_beta", "reference")
+        """The fields as a JSON-ready dict; without a KL term its settings are omitted, as in older stores, and so are
+        ratio, off_policy and ratio_cap at their defaults."""
+        unused = {"kl_beta", "reference"} if not self.kl_beta else set()
+        unused |= {name for name in _NEWER if getattr(self, name) == _OFF_POLICY[name]}
         return {name: value for name, value in asdict(self).items() if name not in unused}
+
+
+_OFF_POLICY = {"ratio": "token", "off_policy": "ppo", "ratio_cap": None, "clip_low": None, "clip_high": None}
+"""Settings of importance ratios, with their defaults."""
+_NEWER = ("ratio", "off_policy", "ratio_cap")
+"""Those that older stores do not have in their fingerprints."""
 
 
 PRESETS: dict[str, Objective] = {
     "gradalign": Objective("mean", "seq-mean-token-mean"),
     "grpo": Objective("mean_std", "seq-mean-token-mean"),
     "dr_grpo": Objective("mean", "seq-mean-token-sum"),
+    "dapo": Objective("mean_std", "token-mean", importance=True, clip_low=0.2, clip_high=0.28),
+    "gspo": Objective(
+        "mean_std", "seq-mean-token-mean", importance=True, ratio="sequence", clip_low=3e-4, clip_high=4e-4
+    ),
+    "cispo": Objective("mean_std", "token-mean", importance=True, off_policy="cispo", clip_high=4.0),
 }
+"""Objectives by name; docs/methods.md has their sources. The last three need the rollouts' log-probabilities."""
 
 
 def objective(preset: str, **changes: object) -> Objective:
@@ -151,6 +204,14 @@ def _shared_out(values_R: np.ndarray, lengths_R: np.ndarray, aggregation: Aggreg
     return np.where(lengths_R > 0, weights_R, 0.0)
 
 
+def likelihood_weights(lengths_G: np.ndarray) -> np.ndarray:
+    """Token weight of reference solutions, float64 [G]: J is the mean token log-likelihood (LESS, arXiv 2402.04333).
+
+    lengths_G: tokens of each solution. No advantage, no baseline: the solution is right.
+    """
+    return 1.0 / np.maximum(lengths_G, 1)
+
+
 def kl_weights(logprobs_N: "Tensor", reference_N: "Tensor", scales_N: "Tensor") -> "Tensor":
     """KL part of the token weights: derivative of -KL with respect to the log-probability, times scales_N.
 
@@ -163,20 +224,45 @@ def kl_weights(logprobs_N: "Tensor", reference_N: "Tensor", scales_N: "Tensor") 
 
 
 def importance_weights(
-    logprobs_N: "Tensor", behaviour_N: "Tensor", weights_N: "Tensor", clip_low: float | None, clip_high: float | None
+    logprobs_BN: "Tensor", behaviour_BN: "Tensor", weights_BN: "Tensor", written_BN: "Tensor", objective: Objective
 ) -> "Tensor":
-    """Token weights times the importance ratio, zero where PPO's clipped surrogate has no gradient.
+    """Token weights times the importance ratios, as the objective's rule bounds them; [B, N] in the dtype of weights.
 
-    logprobs_N, behaviour_N: log-probabilities of the same tokens under the current and the behaviour policy.
-    The gradient of min(ratio A, clip(ratio) A) is ratio x A x grad log pi if the first term is the smaller one,
-    and zero otherwise (PPO, arXiv 1707.06347, equation 7).
+    logprobs_BN, behaviour_BN: log-probabilities of the same tokens under the current and the behaviour policy.
+    weights_BN: advantage x aggregation. written_BN: bool, False at padding and at tokens that the policy did not write;
+    the ratio of a response is over the others. The result times grad log pi is the gradient of the published surrogate
+    (docs/methods.md, off-policy); it is zero where that is flat. Nothing is bounded if `objective.importance` is False.
     """
     import torch  # Here, so that statistics of stored probes need not import it.
 
-    ratio_N = torch.exp(logprobs_N - behaviour_N)
-    clipped_N = torch.zeros_like(weights_N, dtype=torch.bool)
-    if clip_high is not None:
-        clipped_N |= (weights_N > 0) & (ratio_N > 1 + clip_high)
-    if clip_low is not None:
-        clipped_N |= (weights_N < 0) & (ratio_N < 1 - clip_low)
-    return torch.where(clipped_N, 0.0, weights_N * ratio_N)
+    ratio_BN = _ratios(logprobs_BN, behaviour_BN, written_BN, objective.ratio)
+    low, high, cap = objective.clip_low, objective.clip_high, objective.ratio_cap
+    flat_BN = weights_BN == 0  # so that no infinite ratio meets a zero
+    if objective.off_policy == "ppo":
+        if high is not None:
+            flat_BN |= (weights_BN > 0) & (ratio_BN > 1 + high)
+        if low is not None:
+            flat_BN |= (weights_BN < 0) & (ratio_BN < 1 - low)
+        if cap is not None:
+            flat_BN |= (weights_BN < 0) & (ratio_BN > cap)
+    elif objective.off_policy == "mask":
+        assert cap is not None
+        flat_BN |= (ratio_BN > cap) | (ratio_BN < 1 / cap)
+    elif objective.off_policy == "cispo":
+        ratio_BN = ratio_BN.clamp(None if low is None else 1 - low, None if high is None else 1 + high)
+    else:
+        ratio_BN = ratio_BN.clamp(max=cap)
+    return torch.where(flat_BN, 0.0, weights_BN * ratio_BN)
+
+
+def _ratios(logprobs_BN: "Tensor", behaviour_BN: "Tensor", written_BN: "Tensor", kind: Ratio) -> "Tensor":
+    """Importance ratio of each token, [B, N]; those of a response are equal, unless the kind is `token`."""
+    import torch
+
+    logs_BN = torch.where(written_BN, logprobs_BN - behaviour_BN, 0.0)
+    if kind != "token":
+        logs_B1 = logs_BN.sum(1, keepdim=True)
+        if kind == "sequence":
+            logs_B1 = logs_B1 / written_BN.sum(1, keepdim=True).clamp(min=1)
+        logs_BN = logs_B1.expand_as(logs_BN)
+    return logs_BN.exp()

@@ -45,7 +45,8 @@ _TOLERANCE = 1e-3
 
 
 OnWeights = Callable[[Tensor, Tensor, Tensor], None]
-"""Callback(problem_B, token weights [B, N] before importance ratios, after them)."""
+"""Callback(problem_B, token weights [B, N] before importance ratios, after them). If the objective has no ratios, the
+rollouts' own are told all the same; where log-probabilities are not recorded, both weights are the same."""
 
 _NOT_SUPPORTED = (TypeError, ValueError, RuntimeError, AttributeError, NotImplementedError, IndexError)
 
@@ -367,11 +368,14 @@ class _PromptCache(DynamicCache):
 def _weights(batch: MicroBatch, rows: slice, logprobs_BN: Tensor, objective: Objective, tell: OnWeights) -> Tensor:
     """Token weights with importance ratios and KL term, both computed from the current log-probabilities."""
     weights_BN, logprobs_BN = batch.weights_BN[rows], logprobs_BN.detach()
-    if objective.importance and batch.behaviour_BN is not None:
-        weights_BN = importance_weights(
-            logprobs_BN, batch.behaviour_BN[rows], weights_BN, objective.clip_low, objective.clip_high
+    weighted_BN = weights_BN
+    if batch.behaviour_BN is not None:
+        weighted_BN = importance_weights(
+            logprobs_BN, batch.behaviour_BN[rows], weights_BN, batch.written_BN[rows], objective
         )
-    tell(batch.problem_B[rows], batch.weights_BN[rows], weights_BN)
+    tell(batch.problem_B[rows], weights_BN, weighted_BN)
+    if objective.importance:
+        weights_BN = weighted_BN
     if batch.kl_scales_BN is None or batch.reference_BN is None:
         return weights_BN
     return weights_BN + kl_weights(logprobs_BN, batch.reference_BN[rows], batch.kl_scales_BN[rows])

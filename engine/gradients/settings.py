@@ -1,5 +1,6 @@
 """Settings of every gradient pass over a model: layers, objective and micro-batches."""
 
+import re
 from dataclasses import dataclass, field
 
 from gradstore.engine.gradients.objectives import Objective, objective
@@ -27,5 +28,10 @@ class GradientSpec:
     def __post_init__(self) -> None:
         if self.head_only and (self.modules or self.embeddings):
             raise RequestError("head_only sketches the output layer alone: leave `modules` and `embeddings` out")
+        for pattern in self.modules or ():
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise RequestError(f"modules {pattern!r}: not a regular expression: {error}") from None
         if self.token_budget is not None:
             check_number("token budget", self.token_budget, least=1)

@@ -148,7 +148,7 @@ class ProbeBatch:
         RequestError if counts differ, if a reward is not finite, or under a clipped objective: its derivatives depend
         on the sign of the advantage.
         """
-        if self.settings.clip_low is not None or self.settings.clip_high is not None:
+        if self.settings.sign_dependent:
             raise RequestError("a clipped objective's derivatives depend on the rewards: probe again")
         if len(rewards) != len(self.ids):
             raise RequestError(f"{len(rewards)} lists of rewards for {len(self.ids)} problems")

@@ -393,13 +393,13 @@ def _token_factors(lengths_R: np.ndarray, settings: Objective) -> np.ndarray:
 
 
 def _ratios(logprobs_N: np.ndarray, behaviour_N: np.ndarray, sign: float, settings: Objective) -> np.ndarray:
-    """Importance ratios; zero where PPO's clipped surrogate is flat for an advantage of this sign."""
-    signs_N = torch.full((len(logprobs_N),), float(np.sign(sign)) or 1.0, dtype=torch.float64)
-    ratios_N = importance_weights(
-        torch.from_numpy(np.asarray(logprobs_N, np.float64)),
-        torch.from_numpy(np.asarray(behaviour_N, np.float64)),
-        signs_N,
-        settings.clip_low,
-        settings.clip_high,
+    """Importance ratios as the objective's rule bounds them, for an advantage of this sign; zero where it is flat."""
+    signs_1N = torch.full((1, len(logprobs_N)), float(np.sign(sign)) or 1.0, dtype=torch.float64)
+    ratios_1N = importance_weights(
+        torch.from_numpy(np.asarray(logprobs_N, np.float64))[None],
+        torch.from_numpy(np.asarray(behaviour_N, np.float64))[None],
+        signs_1N,
+        torch.ones_like(signs_1N, dtype=torch.bool),
+        settings,
     )
-    return (ratios_N * signs_N).numpy()
+    return (ratios_1N * signs_1N)[0].numpy()

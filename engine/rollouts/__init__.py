@@ -2,6 +2,7 @@
 
 from gradstore.engine.rollouts.group import Group
 from gradstore.engine.rollouts.rollout import FORMATS, Rollout, text_id
+from gradstore.engine.rollouts.solutions import solution_groups, solutions_of
 from gradstore.engine.rollouts.source import RolloutSource, read_rollouts
 from gradstore.engine.rollouts.write import RolloutWriter, write_rollouts
 
@@ -12,6 +13,8 @@ __all__ = [
     "RolloutSource",
     "RolloutWriter",
     "read_rollouts",
+    "solution_groups",
+    "solutions_of",
     "text_id",
     "write_rollouts",
 ]

@@ -41,6 +41,9 @@ class Group:
     rollout_of: np.ndarray | None = None
     """The rollout that each response is an output of, as its position in `rewards`, int64 [responses]; every rollout
     has one or more. None: each response is a rollout."""
+    solution: bool = False
+    """Whether the one response is the problem's reference solution (solutions.py): then the objective is its mean token
+    log-likelihood, whatever the rewards."""
 
     def __post_init__(self) -> None:
         name = f"problem {self.problem_id!r}"
@@ -57,6 +60,8 @@ class Group:
                 raise RequestError(f"{name}: {len(self.responses)} responses but {len(self.prompts)} prompts")
             if not all(len(prompt) for prompt in self.prompts):
                 raise RequestError(f"{name}: the prompt of a response has no tokens")
+        if self.solution and (len(self.responses) != 1 or not len(self.responses[0])):
+            raise RequestError(f"{name}: a group of a solution has one response, which has tokens")
         if not np.isfinite(self.rewards).all():
             j = int(np.flatnonzero(~np.isfinite(self.rewards))[0])
             raise RequestError(f"{name}: reward of rollout {j} is {self.rewards[j]}, expected a finite number")
@@ -112,7 +117,9 @@ class Group:
 
     @property
     def pass_rate(self) -> float:
-        """Mean reward if all rewards are in [0, 1]; otherwise the share of rewards above 0."""
+        """Mean reward if all rewards are in [0, 1]; otherwise the share of rewards above 0. NaN for a solution."""
+        if self.solution:
+            return float("nan")
         rewards = self.rewards
         if rewards.min() >= 0 and rewards.max() <= 1:
             return float(rewards.mean())
@@ -121,7 +128,7 @@ class Group:
     @property
     def has_signal(self) -> bool:
         """False if all rewards are equal up to rounding: then all advantages, and so the gradient, are zero."""
-        return differ(self.rewards)
+        return self.solution or differ(self.rewards)
 
     @property
     def n_written(self) -> np.ndarray:

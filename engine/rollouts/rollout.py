@@ -45,6 +45,7 @@ FORMATS: dict[str, dict[str, tuple[str, ...]]] = {
         "response": ("response",),
         "reward": ("passed", "is_correct"),
         "ground_truth": ("expected_answer",),
+        "source": ("data_source",),
     },
     "trl": {
         "problem_id": ("problem_id",),
@@ -68,8 +69,9 @@ _OUTPUT = re.compile(r".+_\d+_(\d+)")
 """Key of an output in verl's dumps: prompt, rollout, number of the output."""
 _TURNS = ("<tool_response>", "\nassistant\n", "\nuser\n", "<|im_start|>", "<|start_header_id|>", "[TOOL_RESULTS]")
 """Texts that chat templates put between turns."""
-STOPPED = "reward_stopped"
-"""Field of a rollout's extra: why its response was not graded. It is no part of the problem."""
+STOPPED, OVERLONG = "reward_stopped", "reward_overlong"
+"""Fields of a rollout's extra that are no part of the problem: why its response was not graded, and the penalty for its
+length that its reward includes (trainer/sampling/overlong.py)."""
 LOGPROB_SLACK = 0.01
 """Log-probabilities may exceed 0 by this much (rounding in half precision); larger values are rejected."""
 

@@ -18,6 +18,7 @@ from gradstore.engine.rollouts.group import Group
 from gradstore.engine.rollouts.rollout import (
     COLUMNS,
     FORMATS,
+    OVERLONG,
     STOPPED,
     TRL,
     Rollout,
@@ -97,7 +98,7 @@ class RolloutSource:
                 "prompt": prompt,
                 "ground_truth": rollout.ground_truth,
                 "tags": rollout.tags,
-                "extra": {name: value for name, value in rollout.extra.items() if name != STOPPED},
+                "extra": {name: value for name, value in rollout.extra.items() if name not in (STOPPED, OVERLONG)},
             }
 
     def rollouts(self, ids: Iterable[str] | None = None) -> Iterator[list[Rollout]]:
@@ -209,7 +210,9 @@ class RolloutSource:
         rollout = read_row(value, self.format, where, vocabulary=self._vocabulary)
         if self._known is None:
             return rollout
-        record = self._known.get(rollout.prompt) if isinstance(rollout.prompt, str) else None
+        record = None
+        if isinstance(rollout.prompt, str):
+            record = self._known.get(rollout.prompt) or self._known.get(self._without_special_tokens(rollout.prompt))
         if record is None:
             raise RequestError(
                 f"{where}: no problem given has this prompt as the chat template renders it; give the problems these "
@@ -218,6 +221,11 @@ class RolloutSource:
         fields = {name: getattr(rollout, name) for name in Rollout.__slots__}
         known = {"problem_id": record["id"], "prompt": record["prompt"], "extra": record.get("extra") or {}}
         return Rollout(**fields | known)
+
+    def _without_special_tokens(self, prompt: str) -> str:
+        """A prompt that keeps the template's special tokens, as GradAlign's responses do, in the form of `_known`."""
+        ids = self._tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        return tokens.text_of(self._tokenizer, ids, skip_special_tokens=True)
 
     def _check_tokenizable(self, rollout: Rollout, where: str) -> None:
         if self._tokenizer is not None:

@@ -7,9 +7,10 @@ searches of one collection; its scores are those of the scan.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from itertools import islice
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 
@@ -19,9 +20,12 @@ from gradstore.engine.searching.fisher import DAMPING, preconditioned
 from gradstore.engine.searching.indexes import Index, index_for
 from gradstore.engine.searching.ranking import best
 from gradstore.engine.searching.scan import scan_rows
-from gradstore.engine.searching.targets import Target
+from gradstore.engine.searching.targets import Target, target
 from gradstore.engine.searching.where import Where
 from gradstore.errors import RequestError, check_known, check_number
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Metric = Literal["cosine", "dot", "fisher"]
 METRICS: tuple[Metric, ...] = get_args(Metric)
@@ -45,6 +49,20 @@ class Hits:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def __iter__(self) -> Iterator[tuple[str, float]]:
+        """Pairs of id and score, best first."""
+        return zip(self.ids.tolist(), self.scores.tolist(), strict=True)
+
+    def __repr__(self) -> str:
+        first = ", ".join(f"{name!r} {score:+.4g}" for name, score in islice(self, 3))
+        return f"Hits({len(self)} of {self.n_eligible} eligible: {first}{', ...' if len(self) > 3 else ''})"
+
+    def to_pandas(self) -> "pd.DataFrame":
+        """A DataFrame with the columns id, score and position, best first."""
+        import pandas as pd
+
+        return pd.DataFrame({"id": self.ids, "score": self.scores, "position": self.positions})
+
     def _repr_html_(self) -> str:
         from gradstore.notebook import SHOWN, html_table
 
@@ -56,28 +74,30 @@ class Hits:
 
 def search(
     view: View,
-    query: Target | np.ndarray,
+    query: Target | str | np.ndarray,
     k: int,
     *,
     metric: Metric = "cosine",
     largest: bool = True,
-    where: Where | np.ndarray | None = None,
+    where: Where | str | Sequence[str] | np.ndarray | None = None,
     index: Index | str | None = None,
     damping: float = DAMPING,
 ) -> Hits:
     """The k live problems of the view with the largest (or smallest) score, ties by id.
 
-    query: a target or a float vector [D] (in a store with several bases: in the newest basis). metric: `cosine` of
-    gradient and query; `dot`, gradient times query; `fisher`, g^T (M/n + lambda I)^-1 q with the second moment M of the
-    view's n live rows. damping: lambda over the mean eigenvalue of M/n. where: a filter, or a bool mask [P] over the
-    view. index: None scans every row and is exact; a kind of index or `auto` opens or builds one in the collection's
-    folder (see `index_for`); an Index is used directly. Hits of an index have the exact scores of the scan. The scan
-    replaces an index that cannot answer (k above its tested k, or a filter that leaves few rows).
+    query: a target, a benchmark's name, or a float vector [D] (in a store with several bases: in the newest basis).
+    metric: `cosine` of gradient and query; `dot`, gradient times query; `fisher`, g^T (M/n + lambda I)^-1 q with the
+    second moment M of the view's n live rows. damping: lambda over the mean eigenvalue of M/n. where: a filter, its
+    terms (`"source=gsm8k"`), or a bool mask [P] over the view. index: None scans every row and is exact; a kind of
+    index or `auto` opens or builds one in the collection's folder (see `index_for`); an Index is used directly. Hits of
+    an index have the exact scores of the scan. The scan replaces an index that cannot answer (k above its tested k, or
+    a filter that leaves few rows).
     Only live problems are ranked. RequestError for k below 1, a wrong dimension, a zero or non-finite query.
     """
     check_number("k", k, least=1)
-    queries_QD = query_vectors(view, [query], metric, damping)
-    eligible = eligible_positions(view, where)
+    goal = target(view.store, query, view.at) if isinstance(query, str) else query
+    queries_QD = query_vectors(view, [goal], metric, damping)
+    eligible = eligible_positions(view, where if isinstance(where, np.ndarray) else Where.of(where))
     if index is not None and len(view.live_bases) > 1:
         index = None  # an index has entries of one basis
     if isinstance(index, str):
@@ -121,7 +141,7 @@ def direction(query: Target | np.ndarray, dim: int, metric: Metric) -> np.ndarra
     With several blocks, each is checked and scaled separately; blocks of NaN stay.
     """
     check_known("metric", metric, METRICS)
-    query_D = np.asarray(query.vector if isinstance(query, Target) else query, np.float32)
+    query_D = _numbers(query.vector if isinstance(query, Target) else query)
     if query_D.ndim != 1 or not len(query_D) or len(query_D) % dim:
         raise RequestError(f"the query has shape {query_D.shape}, the store holds rows of {dim} dimensions")
     lengths_1B = lengths_of(query_D[None], dim)
@@ -133,9 +153,18 @@ def direction(query: Target | np.ndarray, dim: int, metric: Metric) -> np.ndarra
     return scaled(query_D[None], lengths_1B)[0] if metric == "cosine" else query_D
 
 
+def _numbers(query: object) -> np.ndarray:
+    """A query as float32; RequestError for what is no vector."""
+    try:
+        return np.asarray(query, np.float32)
+    except (TypeError, ValueError):
+        expected = "a Target (engine.target(store, NAME)), a benchmark's name or a vector"
+        raise RequestError(f"the query is {type(query).__name__}, expected {expected}") from None
+
+
 def _newest(query: np.ndarray, view: View) -> np.ndarray:
     """The vector unchanged; in a store with several bases a vector [D] becomes the block of the newest basis."""
-    query_D = np.asarray(query, np.float32)
+    query_D = _numbers(query)
     if view.n_bases == 1 or query_D.shape != (view.dim,):
         return query_D
     return laid_out({view.n_bases - 1: query_D}, view.n_bases)

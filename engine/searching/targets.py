@@ -8,8 +8,16 @@ import numpy as np
 from gradstore import State, Store, View
 from gradstore.engine.searching.blocks import laid_out
 from gradstore.errors import RequestError, check_known
+from gradstore.layout import SOLUTIONS
 
 Aggregate = Literal["mean", "unit_mean"]
+Kind = Literal["rollouts", "solutions"]
+"""Origin of gradients: the policy's rollouts and their rewards, or the likelihood of reference solutions."""
+
+
+def kind_of(collection: str) -> Kind:
+    """Kind of a collection's rows. A collection holds one kind alone, and its name says which."""
+    return "solutions" if collection.endswith(SOLUTIONS) else "rollouts"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -34,6 +42,16 @@ class Target:
     vectors: dict[int, np.ndarray] = field(default_factory=dict)
     """Vector per basis, for the bases that contain every problem's newest measurement; empty: `vector` only."""
 
+    def __repr__(self) -> str:
+        old, new = self.steps
+        steps = f"step {new}" if old == new else f"steps {old} to {new}"
+        return f"Target({self.benchmark!r} at {steps}, {self.aggregate} of {self.n_problems}, {self.n_live} live)"
+
+    @property
+    def kind(self) -> Kind:
+        """Whether the gradients are of rollouts or of solutions."""
+        return kind_of(self.benchmark)
+
     def query(self, view: View) -> np.ndarray:
         """Query for the rows of the view: `vector`, or one block per basis of the store (blocks.py)."""
         if view.n_bases == 1:
@@ -44,6 +62,7 @@ class Target:
         """All fields except the vectors, for records and `--json`."""
         return {
             "benchmark": self.benchmark,
+            **({} if self.kind == "rollouts" else {"kind": self.kind}),
             "steps": list(self.steps),
             "aggregate": self.aggregate,
             "n_problems": self.n_problems,

@@ -1,6 +1,6 @@
 """Filters on problems: by source, tags and pass rate."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,12 +21,26 @@ class Where:
     pass_rate: tuple[float, float] | None = None
     """Lowest and highest pass rate, both included; an unknown pass rate never passes."""
 
+    def __post_init__(self) -> None:
+        for name in ("sources", "tags"):
+            given = getattr(self, name)
+            object.__setattr__(self, name, (given,) if isinstance(given, str) else tuple(given))
+
+    @classmethod
+    def of(cls, given: "Where | str | Iterable[str] | None") -> "Where | None":
+        """A filter as it is, or from terms as `parse` takes them: `"source=gsm8k"`; None stays."""
+        if given is None or isinstance(given, Where):
+            return given
+        if isinstance(given, Mapping) or not isinstance(given, Iterable):
+            raise RequestError(f"where is {given!r:.80}, expected Where(sources=..., tags=..., pass_rate=...) or terms")
+        return cls.parse([given] if isinstance(given, str) else given)
+
     @classmethod
     def parse(cls, terms: Iterable[str]) -> "Where":
         """Parse texts such as `source=gsm8k`, `tag=algebra`, `pass_rate=0.2..0.8`; RequestError for another form."""
         sources, tags, pass_rate = [], [], None
         for term in terms:
-            name, _, value = term.partition("=")
+            name, _, value = str(term).partition("=")
             if name == "source" and value:
                 sources.append(value)
             elif name == "tag" and value:
@@ -36,6 +50,19 @@ class Where:
             else:
                 raise RequestError(f"filter {term!r}: expected source=NAME, tag=NAME or pass_rate=LOW..HIGH")
         return cls(tuple(sources), tuple(tags), pass_rate)
+
+    def check(self, problems: pa.Table) -> None:
+        """RequestError, with what there is, for a source or tag that no problem has."""
+        there = {
+            "source": pc.unique(problems.column("source")).to_pylist(),
+            "tag": pc.unique(problems.column("tags").combine_chunks().flatten()).to_pylist(),
+        }
+        for name, wanted in (("source", self.sources), ("tag", self.tags)):
+            for one in wanted:
+                if one not in there[name]:
+                    some = ", ".join(map(repr, sorted(there[name])[:10])) or "none"
+                    more = f" and {len(there[name]) - 10} more" if len(there[name]) > 10 else ""
+                    raise RequestError(f"where: no problem has {name} {one!r}; there are {some}{more}")
 
     def mask(self, problems: pa.Table, pass_rates_P: np.ndarray) -> np.ndarray:
         """bool [P]: which problems satisfy the filter.

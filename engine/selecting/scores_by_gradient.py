@@ -108,7 +108,7 @@ def _learning_rates(candidates: Candidates, goals: list[Target]) -> list[tuple[i
     return [(goal.steps[1], rate) for goal, rate in zip(goals, rates, strict=True)]
 
 
-BY_GRADIENT = [
+BY_GRADIENT: list[Selector] = [
     Selector("cosine", cosine, "cos(g, t)", needs_target=True),
     Selector("dot", _dot, "<g, t>", needs_target=True),
     Selector("fisher", _fisher, "<g, (M/n + lambda I)^-1 t>", needs_target=True),

@@ -61,7 +61,7 @@ def _selector(name: str, kind: str, formula: str) -> Selector:
     return Selector(name, _by(kind), formula, live_only=False, whole_pool=True, needs_probes=True)
 
 
-BY_PROBE = [
+BY_PROBE: list[Selector] = [
     _selector("exact", "dot", "<g, V> over every parameter"),
     _selector("corr", "corr", "correlation of reward and derivative"),
     _selector("snr", "snr", "<g, V> / SE"),

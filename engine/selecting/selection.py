@@ -4,7 +4,7 @@ The numbers of picks form a table, parts of the mixture by sources with a quota;
 cell takes its number of best candidates among those not taken by an earlier cell.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -13,9 +13,10 @@ import numpy as np
 from gradstore import State, Store, View
 from gradstore.engine.searching.query import direction
 from gradstore.engine.searching.targets import Target
+from gradstore.engine.searching.targets import target as target_of
 from gradstore.engine.searching.where import Where
 from gradstore.engine.selecting.candidates import Candidates, Selector
-from gradstore.engine.selecting.diversity import Diversity
+from gradstore.engine.selecting.diversity import Diversity, Method
 from gradstore.engine.selecting.membership import places
 from gradstore.engine.selecting.mixture import Part, mixture_name, parts_of
 from gradstore.engine.selecting.picking import Picks, answer, numbers_of_picks, pick_from_groups, refuse_shortage, taker
@@ -25,6 +26,8 @@ from gradstore.engine.selecting.scores_by_probe import stored_probes
 from gradstore.errors import RequestError, check_number
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from gradstore.engine.probing.batch import ProbeBatch
 
 
@@ -73,6 +76,19 @@ class Selection:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def __iter__(self) -> Iterator[tuple[str, float]]:
+        """Pairs of id and score, in the order chosen."""
+        return zip(self.ids, self.scores.tolist(), strict=True)
+
+    def __repr__(self) -> str:
+        return f"Selection({len(self)} of {self.n_candidates} candidates of {self.collection!r} by {self.selector})"
+
+    def to_pandas(self) -> "pd.DataFrame":
+        """One row per chosen problem: id, score, low, high, weight, rollouts, picked_by."""
+        import pandas as pd
+
+        return pd.DataFrame(self.describe()["problems"])
 
     @property
     def relative_weights(self) -> np.ndarray:
@@ -125,16 +141,16 @@ class Selection:
 def select(
     store: Store,
     collection: str,
-    target: Target | Sequence[Target] | None,
+    target: Target | str | Sequence[Target | str] | None,
     n: int,
     selector: str | Selector | Sequence[Part] = "cosine",
     at: int | None = None,
     *,
-    where: Where | None = None,
+    where: Where | str | Sequence[str] | None = None,
     candidates: Sequence[str] | None = None,
     seed: int = 0,
     allow_fewer: bool = False,
-    diversity: Diversity | None = None,
+    diversity: Diversity | Method | None = None,
     probes: "ProbeBatch | None" = None,
     temperature: float | None = None,
     quotas: Mapping[str, float] | None = None,
@@ -143,8 +159,8 @@ def select(
 ) -> Selection:
     """The n best problems of a collection for a selector, seen as of step `at`.
 
-    target: one or several; several have equal weight unless the selector combines them in its own way (`less`,
-    `cropi`). selector: a name, a mixture such as `cosine:0.7+rand:0.3`, or a Selector.
+    target: one or several, or names of benchmarks; several have equal weight unless the selector combines them in its
+    own way (`less`, `cropi`). selector: a name, a mixture such as `cosine:0.7+rand:0.3`, or a Selector.
     candidates: choose among these ids only (a round's chunk). seed: seed of all random draws.
     diversity: re-rank the best few times n so that the picks differ (engine.Diversity has the formulas and the cost);
     problems without a gradient are then left out.
@@ -156,7 +172,11 @@ def select(
     needs a target or probes and there are none; for an unknown selector or candidate.
     """
     parts = parts_of(selector)
-    targets = [] if target is None else [target] if isinstance(target, Target) else list(target)
+    named = [] if target is None else [target] if isinstance(target, Target | str) else list(target)
+    targets = [target_of(store, one, at) if isinstance(one, str) else one for one in named]
+    filtered = Where.of(where)
+    if diversity is not None and not isinstance(diversity, Diversity):
+        diversity = Diversity(diversity)
     _check(parts, targets, n, seed, confidence)
     if quotas is not None:
         check_quotas(quotas, store.problems(collection)["source"].to_numpy())
@@ -167,7 +187,7 @@ def select(
     target_D = _direction(targets, view)
     picks = Picks()
     for i, (part, n_S) in enumerate(zip(parts, numbers_of_picks(n, parts, quotas), strict=True)):
-        ids, positions, group_P = _candidates(store, view, part.selector, where, candidates, quotas)
+        ids, positions, group_P = _candidates(store, view, part.selector, filtered, candidates, quotas)
         of_scores, of_sampling = (np.random.default_rng([seed, i, purpose]) for purpose in range(2))
         seen = Candidates(view, ids, positions, target_D, of_scores, tuple(targets), probes, confidence, forgetting)
         scored = answer(part.selector, seen)

@@ -19,11 +19,14 @@ from gradstore.engine.gradients.coverage import least_of
 from gradstore.engine.gradients.coverage import measure as measured_coverage
 from gradstore.engine.rollouts.group import Group
 from gradstore.engine.rollouts.source import RolloutSource
+from gradstore.engine.searching.targets import Kind, kind_of
 from gradstore.engine.sketches.bases import basis_of, load_projection
+from gradstore.engine.sketches.effective_sizes import EffectiveSizes
 from gradstore.engine.sketches.exact_ranking import ExactRanking, Rows, needs_refit
 from gradstore.engine.sketches.sketcher import Sketcher
 from gradstore.engine.sketches.spec import SketchBatch, SketchSpec
 from gradstore.errors import RequestError, check_number
+from gradstore.layout import SOLUTIONS
 
 Measure = Literal["auto", "always", "never"]
 """When a run measures the fidelity of its sketches. auto: if the store is new and its projection was not measured when
@@ -53,6 +56,8 @@ class CollectReport:
     """Bases of the store that contain the rows."""
     failures: list[tuple[str, str]] = field(default_factory=list)
     """Id of each failed problem, and the reason."""
+    sizes: EffectiveSizes = field(default_factory=EffectiveSizes)
+    """Effective sample sizes of the rows' rollouts."""
 
     @property
     def collected(self) -> int:
@@ -65,6 +70,7 @@ class CollectReport:
         self.live += states.count(State.LIVE)
         self.no_signal += states.count(State.NO_SIGNAL)
         self.failed += states.count(State.FAILED)
+        self.sizes.add(batch)
         self.failures += [(batch.ids[place], batch.reasons[place]) for place in places if batch.reasons[place]]
 
     @property
@@ -75,7 +81,8 @@ class CollectReport:
 
     def describe(self) -> dict:
         """The report as a JSON-ready dict."""
-        return {"collected": self.collected, "needs_refit": self.needs_refit, **asdict(self)}
+        own = {name: value for name, value in asdict(self).items() if name != "sizes"}
+        return {"collected": self.collected, "needs_refit": self.needs_refit, **own, "ess": self.sizes.describe()}
 
 
 def collect(
@@ -110,6 +117,9 @@ def collect(
     everything published so far is kept.
     """
     check_number("step (0: the base model)", step, least=0)
+    groups = groups if isinstance(groups, RolloutSource) else _of_kind(groups, kind_of(collection))
+    if isinstance(groups, RolloutSource) and kind_of(collection) == "solutions":
+        raise RequestError(f"collection {collection!r} is for solutions: collect rollouts under another name")
     if sketcher is None:
         if model is None:
             raise RequestError("collect needs a model or a sketcher")
@@ -165,6 +175,18 @@ def collect(
                 progress(len(window))
     report.seconds = time.monotonic() - started
     return report
+
+
+def _of_kind(groups: Iterable[Group], kind: Kind) -> Iterator[Group]:
+    """The groups; RequestError for one whose kind is not the collection's, so that no target mixes the two unseen."""
+    for group in groups:
+        if group.solution != (kind == "solutions"):
+            own = "a solution" if group.solution else "rollouts"
+            raise RequestError(
+                f"problem {group.problem_id!r}: has {own}, but the collection is for {kind}; rows of solutions are in "
+                f"collections named BENCHMARK{SOLUTIONS}, and those alone"
+            )
+        yield group
 
 
 def check_fingerprint(store: Store, sketcher: Sketcher) -> int:

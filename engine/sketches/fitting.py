@@ -243,7 +243,8 @@ def _row(sketcher: Sketcher, groups: Sequence[Group], cores: SketchBatch) -> Ske
     live = [place for place, state in enumerate(cores.states) if state is State.LIVE]
     cores_PC = torch.from_numpy(cores.sketches[live])
     rows = sketcher.batch([groups[place] for place in live], cores_PC, cores.n_tokens)
-    return rows if cores.ess is None else replace(rows, ess=cores.ess[live])
+    used, unused = (None if sizes_P is None else sizes_P[live] for sizes_P in (cores.ess, cores.ess_of_ratios))
+    return replace(rows, ess=used, ess_of_ratios=unused)
 
 
 def window_size(problem_bytes: int) -> int:

@@ -39,11 +39,17 @@ class SketchesFromTrainingPass:
     """Sketches of a training step's groups, one per problem, from the pass that trains on them."""
 
     def __init__(
-        self, sketcher: Sketcher, groups: Sequence[Group], trained: Objective, factors_P: Sequence[float] | None = None
+        self,
+        sketcher: Sketcher,
+        groups: Sequence[Group],
+        trained: Objective,
+        factors_P: Sequence[float] | None = None,
+        rollout_weights_PG: Sequence[np.ndarray] | None = None,
     ) -> None:
         """Sketch at once the problems that the pass cannot give. groups: in the order of the pass. trained: the pass's
         objective. factors_P: factor by which the pass multiplies each group's gradient; a group with factor 0 is not
-        run in the pass. RequestError as in `Sketcher.sketch`."""
+        run in the pass. rollout_weights_PG: factor of each rollout's advantage in the pass; a sketch is of the
+        problem's own gradient, without them. RequestError as in `Sketcher.sketch`."""
         self._sketcher = sketcher
         windows_of: dict[str, list[int]] = {}
         for window, group in enumerate(groups):
@@ -56,6 +62,8 @@ class SketchesFromTrainingPass:
             found = factor(own[0], trained, sketcher.spec.objective) if len(own) == 1 else None
             if found is not None and factors_P is not None:
                 found = found / factors_P[windows[0]] if factors_P[windows[0]] else None
+            if rollout_weights_PG is not None and not (rollout_weights_PG[windows[0]] == 1).all():
+                found = None
             if found is None or sketcher.optimizer is not None:
                 separate.append(joined(own))
             else:

@@ -105,7 +105,9 @@ class Sketcher:
             torch.zeros(len(groups), projection.core_dim, dtype=torch.float32, device=self.device)
             for projection in projections
         ]
-        ess = EffectiveSampleSize(groups, self.device) if self.spec.objective.importance else None
+        rule = self.spec.objective
+        recorded = all(group.logprobs is not None for group in groups)
+        ess = EffectiveSampleSize(groups, self.device, rule.ratio) if rule.importance or recorded else None
         sides = [self._sides_of(projection) for projection in projections]
         projector = _Projector(list(zip(sides, sums, strict=True)))
         if self.optimizer is None:
@@ -115,13 +117,20 @@ class Sketcher:
         batches = [
             _batch(groups, projection, sums_PC, n_tokens) for projection, sums_PC in zip(projections, sums, strict=True)
         ]
-        return batches if ess is None else [replace(batch, ess=ess.of_groups()) for batch in batches]
+        if ess is None:
+            return batches
+        used, unused = (ess.of_groups(), None) if rule.importance else (None, ess.of_groups())
+        return [replace(batch, ess=used, ess_of_ratios=unused) for batch in batches]
 
     def observer(self, n: int) -> tuple[Observer, Tensor]:
         """An observer of `gradients.layers` for a backward pass that runs for another purpose, and its sums: the cores
         of n groups, float32 [n, C], initially zero. `batch` turns them into sketches."""
         sums_PC = torch.zeros(n, self.projection.core_dim, dtype=torch.float32, device=self.device)
         return _Projector([(self._sides_of(self.projection), sums_PC)]), sums_PC
+
+    def folded(self, cores_PC: Tensor) -> Tensor:
+        """The sketches of cores, float32 [P, D]."""
+        return _folded(self.projection, cores_PC)
 
     def batch(self, groups: Sequence[Group], cores_PC: Tensor, n_tokens: int) -> SketchBatch:
         """Sketches of groups from their cores."""

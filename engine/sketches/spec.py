@@ -94,6 +94,9 @@ class SketchBatch:
     for other projections. For `Writer.append(whole_norms=...)`."""
     ess: np.ndarray | None = None
     """Effective sample size in rollouts, float32 [P] (docs/methods.md, off-policy); None without importance."""
+    ess_of_ratios: np.ndarray | None = None
+    """The same for token ratios that the objective does not use, float32 [P], if all rollouts have log-probabilities:
+    how far they are from this policy. None with importance; not stored."""
 
     def rows(self, places: Sequence[int] | None = None) -> dict[str, Any]:
         """Arguments of `Writer.append` for the problems at these positions; None: for all."""

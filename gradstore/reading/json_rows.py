@@ -19,9 +19,12 @@ class JsonLines(RowFile):
     unit = "line"
     _file: BinaryIO | None = None
 
+    def _open(self) -> BinaryIO:
+        return open_regular(self.path)
+
     def scan(self) -> Iterator[Row]:
         place = 0
-        with open_regular(self.path) as file:
+        with self._open() as file:
             for number, line in enumerate(iter(partial(file.readline, MAX_ROW_BYTES + 1), b""), 1):
                 if line.strip():
                     yield Row(self.where(number), place, len(line), parsed_line(line, self.where(number)))
@@ -29,7 +32,7 @@ class JsonLines(RowFile):
 
     def fetch(self, places: Sequence[int], sizes: Sequence[int]) -> list[Any]:
         if self._file is None:
-            self._file = open_regular(self.path)
+            self._file = self._open()
         rows = []
         for place, size in zip(places, sizes, strict=True):
             self._file.seek(place)
@@ -48,7 +51,7 @@ class JsonList(JsonLines):
     unit = "entry"
 
     def scan(self) -> Iterator[Row]:
-        with open_regular(self.path) as file:
+        with self._open() as file:
             text = _Text(self, file)
             text.mark()
             text.at += 1  # the opening bracket, by which the file was recognised as a list

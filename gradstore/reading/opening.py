@@ -1,4 +1,4 @@
-"""Open a file of rows by its first bytes, not by its name."""
+"""Open a file of rows by its first bytes; CSV, which has none of its own, by its name."""
 
 import codecs
 from collections.abc import Iterator, Mapping, Sequence
@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from gradstore.errors import RequestError
+from gradstore.reading.csv_rows import SEPARATORS, CsvRows
 from gradstore.reading.files import RowFile, open_regular
 from gradstore.reading.json_rows import CHUNK_BYTES, JsonLines, JsonList
+from gradstore.reading.packed import MAGIC, open_packed
 
 
 def open_rows(path: Path, columns: Sequence[str] | None = None, what: str = "record") -> RowFile:
-    """Open a file of rows: JSON Lines, a JSON list or Parquet.
+    """Open a file of rows: JSON Lines or a JSON list, also packed by gzip or zstd; Parquet; CSV or TSV with a heading.
 
     columns: the columns to read of a Parquet file; None: all. what: one row, for messages.
     Raises RequestError for an empty file, for one of another format, and for what is not a regular file.
@@ -26,13 +28,23 @@ def open_rows(path: Path, columns: Sequence[str] | None = None, what: str = "rec
         from gradstore.reading.parquet_rows import ParquetRows  # only where it is needed: it imports pyarrow
 
         return ParquetRows(path, columns, what)
+    packed = next((kind for magic, kind in MAGIC.items() if head.startswith(magic)), None)
+    if packed is not None:
+        return open_packed(path, packed)
     if not mark:
         raise RequestError(f"{path}: the file is empty, expected at least one {what}")
     if mark == b"[":
         return JsonList(path)
     if mark == b"{":
         return JsonLines(path)
-    raise RequestError(f"{path}: neither JSON Lines, nor a JSON list, nor Parquet (starts with {head[:4]!r})")
+    if head[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        raise RequestError(f"{path}: is UTF-16 text; save it as UTF-8 (iconv -f utf-16 -t utf-8)")
+    if path.suffix.lower() in SEPARATORS:
+        return CsvRows(path)
+    raise RequestError(
+        f"{path}: neither JSON Lines, nor a JSON list, nor Parquet (starts with {head[:4]!r}); a CSV file's name ends "
+        "in .csv or .tsv"
+    )
 
 
 def read_records(

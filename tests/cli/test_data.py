@@ -105,6 +105,17 @@ def test_from_data_to_rollouts(cli, files, tiny_model, tiny_tokenizer) -> None:
     assert set(flips) == {0.0, 1.0}
 
 
+def test_ranges_and_other_names(cli, files) -> None:
+    """GradAlign's --ls and --nums: a slice of each source in its own order; its names for the data sets."""
+    whole = ("data", "gsm8k", "--from", "gsm8k.parquet", "--form", "flat", "--out", "whole.jsonl")
+    assert cli(*whole)[0] == 0
+    asked = ("data", "gsm-8k", "--from", "gsm8k.parquet", "--form", "flat", "--range", "gsm-8k=5:25")
+    status, _, err = cli(*asked, "--out", "part.jsonl")
+    assert status == 0, err
+    lines = Path("whole.jsonl").read_text(encoding="utf-8").splitlines()
+    assert Path("part.jsonl").read_text(encoding="utf-8").splitlines() == lines[5:25]
+
+
 def test_known_data_sets(cli) -> None:
     status, out, _ = cli("data", "--list")
     assert status == 0
@@ -139,6 +150,10 @@ def test_known_data_sets(cli) -> None:
             "wrong_truth: expected KIND=SHARE",
         ),
         (["gsm8k", "--from", "gsm8k.parquet", "--corrupt", "noise=0.1"], "corruption 'noise' is not one of"),
+        (["gsm8k", "--from", "gsm8k.parquet", "--range", "5:3"], "--range 5:3: expected A:B with 0 <= A < B"),
+        (["gsm8k", "--from", "gsm8k.parquet", "--range", "40:60"], "gsm8k: range 40:60 of 50 problems"),
+        (["gsm8k", "--from", "gsm8k.parquet", "--range", "math=0:2"], "the name of one source that is asked for"),
+        (["reasoning-gym:ab:5", "--range", "0:2"], "reasoning-gym:ab: has no range of rows"),
         (["gsm8k", "--from", "gsm8k.parquet", "--form", "csv"], "form 'csv' is not one of verl, flat"),
         (["gsm8k", "--from", "gsm8k.parquet", "--out", "x.csv"], "the suffix '.csv' is not one of .jsonl, .parquet"),
         (["gsm8k", "--from", "gsm8k.parquet", "--out", "no/x.jsonl"], "the folder no does not exist"),

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import gradstore
+from gradstore.engine import objective
 
 
 @pytest.fixture
@@ -68,6 +69,52 @@ def test_kl_term(cli, tmp_path, model_folder, files, tiny_model, accepted) -> No
     plain_rows, same_rows, other_rows = (view.take(view.ids) for view in rows)
     np.testing.assert_allclose(same_rows, plain_rows, atol=1e-5)
     assert np.abs(other_rows - plain_rows).max() > 1e-3
+
+
+def test_off_policy_objectives(cli, tmp_path, model_folder, accepted, write_lines) -> None:
+    """Every rule and bound can be named on the command line; rollouts that another policy sampled are said to be so."""
+    random = np.random.default_rng(0)
+    rows = [
+        {
+            "problem_id": f"p{i}",
+            "prompt": f"{i}+{i}=",
+            "response": "?",
+            "response_ids": random.integers(4, 200, 6).tolist(),
+            "logprobs": np.minimum(random.normal(-5.5, 2, 6), -0.1).tolist(),
+            "reward": j % 2,
+        }
+        for i in range(6)
+        for j in range(4)
+    ]
+    rollouts = write_lines(tmp_path / "stale.jsonl", rows)
+
+    def run(name: str, *options: object) -> tuple[int, str, str]:
+        kind = ["--rank", 4, "--basis", "random", "--dtype", "fp32", *accepted, "--json"]
+        return cli("collect", tmp_path / name, "pool", rollouts, "--model", model_folder, *kind, *options)
+
+    status, out, err = run("plain")
+    assert (status, "this policy did not sample the rollouts of" in err) == (0, True), err
+    assert json.loads(out)["ess"]["low"] == 6
+    assert not json.loads(out)["ess"]["importance"]
+    status, out, err = run("gspo", "--objective", "gspo,clip_high=0.001")
+    assert (status, "have an effective sample size below 50%" in err) == (0, True), err
+    rule = gradstore.open(tmp_path / "gspo").fingerprint["objective"]
+    assert rule == objective("gspo", clip_high=0.001).as_dict()
+    assert run("gspo")[0] == 0, "a store keeps its objective"
+    status, _, err = run("gspo", "--objective", "clip_low=0.01")
+    assert (status, "objective" in err) == (2, True)
+    assert run("cap", "--objective", "off_policy=truncate,ratio_cap=2", "--importance")[0] == 0
+    rule = gradstore.open(tmp_path / "cap").fingerprint["objective"]
+    assert rule == objective("gradalign", importance=True, off_policy="truncate", ratio_cap=2.0).as_dict()
+    for options, message in (
+        (["--objective", "cispo,clip_hi=2"], "did you mean 'clip_high'"),
+        (["--objective", "dapo,clip_high=x"], "clip_high is 'x', expected a number"),
+        (["--objective", "off_policy=mask"], "off_policy needs importance=True"),
+        (["--objective", "off_policy=mask", "--importance"], "mask needs ratio_cap"),
+        (["--clip", 0.2], "need importance=True"),
+    ):
+        status, _, err = run("refused", *options)
+        assert (status, message in err, (tmp_path / "refused").exists()) == (2, True, False), err
 
 
 def test_optimizer_direction(cli, tmp_path, model_folder, files, tiny_model, accepted) -> None:

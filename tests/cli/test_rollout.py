@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from gradstore import RequestError
 from gradstore.cli import main  # noqa: F401 - registers the commands before `cli` is called
 
 
@@ -164,6 +165,9 @@ def test_unreadable_truths(cli: Callable, tmp_path: Path, thinking_folder: Path,
             "--gpu-memory-utilization, --max-model-len: only for",
         ),
         (("--backend", "vllm", "--batch-tokens", 9), "--batch-tokens: only for --backend transformers, not for vllm"),
+        (("--pipeline-parallel-size", 2), "--pipeline-parallel-size: only for --backend vllm, not for transformers"),
+        (("--range", "1"), "--range 1: expected A:B with 0 <= A < B"),
+        (("--range", "0:99"), "p.jsonl has "),
         (("--backend", "vllm", "--device", "cpu"), "--device: only for --backend transformers, not for vllm"),
         (("--backend", "other"), "back end 'other' is not one of"),
         (("--batch-tokens", 0), "batch_tokens is 0, expected at least 1"),
@@ -179,3 +183,35 @@ def test_options_of_one_back_end(
     )
     assert (status, told in err, err.count("\n")) == (2, True, 1), err
     assert not (tmp_path / "r.jsonl").exists()
+
+
+def test_a_range_of_the_problems(cli: Callable, tmp_path: Path, thinking_folder: Path, write_lines: Callable) -> None:
+    """GradAlign's --min_problems and --max_problems: a part of the file, for one of several machines."""
+    rows = [{"id": f"p{i}", "prompt": f"{i}+1=", "ground_truth": str(i + 1)} for i in range(6)]
+    problems, out = write_lines(tmp_path / "many.jsonl", rows), tmp_path / "r.jsonl"
+    status, _, err = cli("rollout", problems, "--model", thinking_folder, *SHORT, "--out", out, "--range", "2:4")
+    assert status == 0, err
+    ids = [json.loads(line)["problem_id"] for line in out.read_text(encoding="utf-8").splitlines()]
+    assert list(dict.fromkeys(ids)) == ["p2", "p3"]
+
+
+def test_vllm_gets_what_is_asked(cli: Callable, tmp_path: Path, write_lines: Callable, monkeypatch) -> None:
+    """Parallel sizes, memory share and length reach vLLM's engine by the names that it knows."""
+    asked = {}
+
+    def load(name: str, model: str, **options: object) -> None:
+        asked.update(options, name=name)
+        raise RequestError("enough seen")
+
+    monkeypatch.setattr("gradstore.trainer.sampling.backends.load_backend", load)
+    problems = write_lines(tmp_path / "p.jsonl", PROBLEMS)
+    status, _, err = cli(
+        *("rollout", problems, "--model", tmp_path, *SHORT, "--out", tmp_path / "r.jsonl", "--backend", "vllm"),
+        *("--tensor-parallel-size", 2, "--pipeline-parallel-size", 3, "--gpu-memory-utilization", 0.5),
+        *("--max-model-len", 4096),
+    )
+    assert (status, "enough seen" in err) == (2, True)
+    assert asked == {
+        "name": "vllm", "trust_remote_code": False, "tensor_parallel_size": 2, "pipeline_parallel_size": 3,
+        "gpu_memory_utilization": 0.5, "max_model_len": 4096,
+    }  # fmt: skip

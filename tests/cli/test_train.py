@@ -91,6 +91,13 @@ def test_too_little_coverage_is_refused(cli, files: Path, monkeypatch: pytest.Mo
     assert little.sentence() in found[2]
 
 
+def test_an_unknown_logger_is_refused(cli, files: Path) -> None:
+    status, _, error = cli(*_arguments(files, "--log", "tensorboard", "--log", "mflow"), *SETTINGS)
+    assert status == 2
+    assert "did you mean 'mlflow'" in error
+    assert not (files / "run").exists()
+
+
 def test_adapters(cli, files: Path) -> None:
     """With LoRA the base stays as it is on disk and only the adapter is written."""
     found = cli(*_arguments(files, "--lora-rank", "2"), *SETTINGS)
@@ -115,6 +122,16 @@ def test_a_kl_term_in_updates_and_sketches(cli, files: Path) -> None:
     assert probes[0] == 2
     assert "leave kl_beta out" in probes[2]
     assert not (files / "other").exists()
+
+
+def test_the_nucleus_is_an_option(cli, files: Path) -> None:
+    """GradAlign samples with top_p; training took it from Python alone."""
+    found = cli(*_arguments(files, "--top-p", "1.5"), *SETTINGS)
+    assert found[0] == 2
+    assert "top_p is 1.5" in found[2]
+    usual = {"model": "m", "pool": "p", "out": "o", "top_p": 0.9}
+    rounds = {"selected": 2, "train_batch": 2, "steps": 1}
+    assert RunSettings.of(None, usual, rounds).sampling.top_p == 0.9
 
 
 def test_options_that_verl_would_not_see_are_refused(cli) -> None:
@@ -277,6 +294,36 @@ def test_options_are_settings(cli, files: Path) -> None:
         if name == "objective":
             default = plain(objective(default))
         assert value == (default if default is not None or name != "template_kwargs" else {}), name
+
+
+class Kept:
+    """A logger of a user's own."""
+
+    def __init__(self) -> None:
+        self.logged: list[tuple[set[str], int]] = []
+        self.closed = False
+
+    def log(self, values: Any, step: int) -> None:
+        self.logged.append((set(values), step))
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_a_logger_as_an_object(files: Path) -> None:
+    own = Kept()
+    given = {"model": MODEL, "pool": files / "pool.jsonl", "benchmarks": {"sums": files / "sums.jsonl"}}
+    rounds = RoundSettings(
+        candidates=6, selected=2, train_batch=2, steps=1, rounds=1, rollouts=4, target_rollouts=4, accept_coverage=0
+    )
+    settings = RunSettings(**given, out=files / "run", reward=f"{files / 'reward.py'}:compute_score", rounds=rounds)
+    settings = replace(settings, sampling=replace(settings.sampling, max_new_tokens=4), train_rollouts=2, log=())
+    train(settings, loggers=[own])
+    assert own.closed
+    assert [step for _, step in own.logged] == [0, 0, 1]
+    assert "selection/round/rolled_out" in own.logged[0][0]
+    assert "step/reward" in own.logged[2][0]
+    assert not (files / "run" / "tensorboard").exists()
 
 
 def test_settings_of_a_run_and_back(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

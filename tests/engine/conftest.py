@@ -28,6 +28,8 @@ from gradstore.engine import PRESETS, ProbeBatch
 from gradstore.engine.rollouts import Group
 
 N_VOCABULARY = 61
+ON_POLICY = {name: rule for name, rule in PRESETS.items() if not rule.importance}
+"""Presets that need no log-probabilities; tests/engine/test_off_policy.py has the others."""
 
 
 def _qwen2() -> nn.Module:

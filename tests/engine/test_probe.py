@@ -10,14 +10,15 @@ import pytest
 import torch
 from torch import nn
 
-from gradstore.engine import PRESETS, Direction, Objective, Probe, objective, validation_gradient
+from gradstore.engine import Direction, Objective, Probe, objective, validation_gradient
 from gradstore.engine.rollouts import Group
 from gradstore.errors import RequestError
+from tests.engine.conftest import ON_POLICY
 from tests.engine.ranks import run_ranks
 
 ARCHITECTURES = ["qwen2", "llama", "gpt2", "qwen2-lora"]
 SETTINGS = {
-    **PRESETS,
+    **ON_POLICY,
     "rloo-token-mean": Objective("rloo", "token-mean"),
     "temperature": Objective("mean_std", "token-mean", temperature=0.7),
     "importance": Objective("mean", "seq-mean-token-sum", importance=True),

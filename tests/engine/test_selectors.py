@@ -84,6 +84,26 @@ def test_acc_draws_from_the_middle(make_store) -> None:
     assert drawn[0] == select(store, "pool", None, 5, "acc", seed=0).ids != drawn[1]
 
 
+def test_acc_has_a_window_of_ones_own(make_store) -> None:
+    """GradAlign's acc_low and acc_high, in the name: so records and mixtures say it without another setting."""
+    store = make_store()
+    view = store.view("pool")
+    rates = dict(zip(view.ids, view.pass_rates, strict=True))
+    within = {i for i, s in zip(view.ids, view.states, strict=True) if 0.4 <= rates[i] <= 0.6 and s != State.FAILED}
+    drawn = [select(store, "pool", None, 2, "acc(0.4..0.6)", seed=seed) for seed in range(100)]
+    assert {i for one in drawn for i in one.ids} == within
+    assert drawn[0].selector == "acc(0.4..0.6)"
+    assert select(store, "pool", None, 2, "acc(.4 .. .60)").selector == "acc(0.4..0.6)"
+    assert len(select(store, "pool", None, 4, "acc(0.4..0.6):0.5+rand:0.5").ids) == 4
+    for name, message in {
+        "acc(0.6..0.4)": "0 <= LOW <= HIGH",
+        "acc(0..2)": "0 <= LOW",
+        "acc(a..b)": "not one of",
+    }.items():
+        with pytest.raises(RequestError, match=message):
+            select(store, "pool", None, 2, name)
+
+
 def test_rand_draws_from_the_whole_pool(make_store) -> None:
     """Random is the yardstick: problems without signal and problems never measured are in it, evenly."""
     store = make_store()

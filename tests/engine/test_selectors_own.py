@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from gradstore.engine import Selector, select, target
-from gradstore.engine.selecting import selectors
-from gradstore.engine.selecting.selectors import Registry
+from gradstore.engine.selecting import registry
+from gradstore.engine.selecting.registry import Registry
+from gradstore.engine.selecting.selectors import ALIASES, GROUP, SELECTORS
 from gradstore.errors import RequestError
 
 PAGE = Path(__file__).parents[2] / "docs" / "selectors.md"
@@ -100,8 +101,9 @@ MINE = Selector("mine", lambda c: np.ones(len(c)), "1")
 )
 def test_wrong_registrations(monkeypatch, name: str, loaded: object, message: str) -> None:
     """The package at fault is named; built-in selectors work all the same."""
-    monkeypatch.setattr(selectors, "entry_points", lambda group: [Entry(name, loaded)])
-    registry = Registry()
+    built_in = list(SELECTORS.values())
+    monkeypatch.setattr(registry, "entry_points", lambda group: [Entry(name, loaded)])
+    found = Registry(Selector, built_in, kind="selector", group=GROUP, aliases=ALIASES, forbidden="+:")
     with pytest.raises(RequestError, match=re.escape(message)):
-        dict(registry)
-    assert registry["sim"].name == "cosine"
+        dict(found)
+    assert found["sim"].name == "cosine"

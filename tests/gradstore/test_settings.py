@@ -30,6 +30,7 @@ from gradstore.settings import (
     spelled,
     write_yaml,
 )
+from gradstore.trainer.local.grpo import UpdateSettings
 from gradstore.trainer.round.settings import GRADALIGN_NAMES, RoundSettings
 from gradstore.trainer.sampling.judge import JudgeSettings
 
@@ -252,7 +253,8 @@ objectives = st.builds(
     Objective,
     advantage=st.sampled_from(["mean", "mean_std", "rloo"]),
     importance=st.just(True),
-    clip_low=st.none() | numbers,
+    clip_low=st.none() | st.floats(0, 1e300),
+    ratio=st.sampled_from(["token", "sequence", "product"]),
     temperature=st.floats(1e-3, 1e6),
     kl_beta=st.floats(1e-300, 1e300),
     reference=st.none() | texts,
@@ -326,3 +328,23 @@ def test_reading_stays_light() -> None:
     code = "import gradstore.settings, gradstore.cli, sys; print([n for n in ('pydantic', 'yaml') if n in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+def test_a_preset_can_be_changed_where_it_is_named() -> None:
+    """The command line has one text for an objective; a preset whose bounds stay could not be tuned."""
+
+    def update(text: Any) -> Objective:
+        return read(UpdateSettings, {"objective": text}, "").objective
+
+    assert update("gspo") == PRESETS["gspo"]
+    assert update("dapo,clip_high=0.3, ratio_cap=3") == replace(PRESETS["dapo"], clip_high=0.3, ratio_cap=3.0)
+    assert update("importance=true,clip_low=0.1") == replace(PRESETS["grpo"], importance=True, clip_low=0.1)
+    for text, message in (
+        ("gspo,clip_hi=0.3", "clip_hi is not known; did you mean 'clip_high'"),
+        ("gpso", "objective 'gpso' is not one of .*; did you mean 'gspo'"),
+        ("gspo,dapo", "'dapo' is no option and no setting"),
+        ("grpo,clip_high=0.3", "clip_high needs importance=True"),
+        ("cispo,clip_high=null", "needs clip_high"),
+    ):
+        with pytest.raises(RequestError, match=message):
+            update(text)

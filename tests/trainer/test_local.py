@@ -22,7 +22,7 @@ from gradstore import RequestError, State
 from gradstore.engine import Reference, Sketcher, SketchSpec, objective, validation_gradient
 from gradstore.engine.gradients.coverage import measure
 from gradstore.engine.gradients.gradient_pass import GradientPass
-from gradstore.engine.gradients.objectives import rollout_weights
+from gradstore.engine.gradients.objectives import Objective, rollout_weights
 from gradstore.engine.probing.probe import Probe
 from gradstore.engine.rollouts.group import Group, joined
 from gradstore.errors import GradstoreError
@@ -57,11 +57,12 @@ def paid(groups: list[Group]) -> list[Group]:
     return [replace(group, rewards=random.random(len(group.responses))) for group in groups]
 
 
-def _objective_of(model: Any, group: Group, settings: Any) -> torch.Tensor:
-    """sum_j w_j sum_t log pi(y_jt), one plain forward a response."""
+def _objective_of(model: Any, group: Group, settings: Any, factors: np.ndarray | None = None) -> torch.Tensor:
+    """sum_j w_j sum_t log pi(y_jt), one plain forward a response; factors: of each rollout's weight."""
     lengths = np.array([len(response) for response in group.responses])
     total = torch.zeros(())
-    for response, weight in zip(group.responses, rollout_weights(group.rewards, lengths, settings), strict=True):
+    weights = rollout_weights(group.rewards, lengths, settings) * (1.0 if factors is None else factors)
+    for response, weight in zip(group.responses, weights, strict=True):
         ids = torch.from_numpy(np.concatenate([group.prompt_ids, response]))
         logprobs = model(ids[None], use_cache=False).logits[0].log_softmax(-1)[len(group.prompt_ids) - 1 : -1]
         total = total + weight * logprobs.gather(1, torch.from_numpy(response)[:, None]).sum()
@@ -118,11 +119,42 @@ def test_sketches_of_a_weighted_step_are_of_the_problems_themselves(model: Any, 
     sketcher = Sketcher(model, SketchSpec(rank=4))
     expected = sketcher.sketch(paid)
     learner = Learner(model, UpdateSettings(lr=1e-3, objective=objective("gradalign")))
-    _, found = learner.step_and_sketch(paid, sketcher, 3, [3.0, 0.0, 0.25, 1.0, 1.0, 0.5])
+    kept = [np.ones(len(group.rewards)) for group in paid]
+    kept[3][::2] = 0.0
+    _, found = learner.step_and_sketch(paid, sketcher, 3, [3.0, 0.0, 0.25, 1.0, 1.0, 0.5], kept)
     rows = dict(zip(found.ids, found.sketches, strict=True))
     assert expected.sketches.any(axis=1).all()
     for name, row in zip(expected.ids, expected.sketches, strict=True):
         np.testing.assert_allclose(rows[name], row, atol=1e-5 * np.abs(expected.sketches).max())
+
+
+def _moved(model: Any, rule: Objective, groups: list[Group], **weights: Any) -> torch.Tensor:
+    """What one step of plain gradient ascent with rate 1 does to the weights."""
+    own = copy.deepcopy(model)
+    learner = Learner(own, UpdateSettings(lr=1.0, objective=rule, clip_grad=None))
+    learner.optimizer = torch.optim.SGD(learner.parameters.values(), lr=1.0)
+    learner.step(groups, 5, **weights)
+    before = dict(model.named_parameters())
+    return _flat({name: weight.detach() - before[name].detach() for name, weight in own.named_parameters()})
+
+
+def test_rollout_weights_multiply_each_rollouts_part(model: Any, paid: list[Group]) -> None:
+    """A dropped rollout leaves the baseline of the others; weights of 1 leave not a bit different."""
+    rule, random = objective("grpo"), np.random.default_rng(1)
+    weights = [random.choice([0.0, 0.5, 1.0, 2.0], len(group.rewards)) for group in paid]
+    slow = copy.deepcopy(model)
+    parts = [_objective_of(slow, group, rule, own) for group, own in zip(paid, weights, strict=True)]
+    torch.stack(parts).mean().backward()
+    grads = {name: torch.zeros_like(w) if w.grad is None else w.grad for name, w in slow.named_parameters()}
+    moved = _moved(model, rule, paid, rollout_weights=weights)
+    torch.testing.assert_close(moved, _flat(grads), atol=1e-5, rtol=1e-3)
+    plain = _moved(model, rule, paid)
+    assert torch.equal(_moved(model, rule, paid, rollout_weights=[np.ones(len(g.rewards)) for g in paid]), plain)
+    nothing = [np.zeros(len(g.rewards)) for g in paid]
+    assert not _moved(model, rule, paid, rollout_weights=nothing).any()
+    for wrong in (weights[1:], [-own for own in weights], [own[1:] for own in weights]):
+        with pytest.raises(RequestError, match="rollout weights"):
+            Learner(model, UpdateSettings()).step(paid, 5, None, wrong)
 
 
 def test_clipping_scales_the_gradient_and_keeps_its_direction(model: Any, groups: list[Group]) -> None:
@@ -147,11 +179,35 @@ def test_training_raises_the_reward(policy: LocalPolicy) -> None:
     assert last > first + 0.2
 
 
-def test_later_minibatches_follow_the_clipped_surrogate(model: Any, groups: list[Group]) -> None:
-    """They are off-policy: without ratio and clipping they would push again what was pushed enough (PPO, eq. 7)."""
-    random, rate, settings = np.random.default_rng(0), 0.5, UpdateSettings(minibatches=2, clip_low=0.01, clip_high=0.02)
+def _ppo(now_N: torch.Tensor, then_N: torch.Tensor, weight: float) -> torch.Tensor:
+    ratio_N = (now_N - then_N).exp()
+    return torch.minimum(ratio_N * weight, ratio_N.clamp(1 - 0.01, 1 + 0.02) * weight)
+
+
+def _cispo(now_N: torch.Tensor, then_N: torch.Tensor, weight: float) -> torch.Tensor:
+    return (now_N - then_N).exp().clamp(max=1 + 0.02).detach() * weight * now_N
+
+
+def _gspo(now_N: torch.Tensor, then_N: torch.Tensor, weight: float) -> torch.Tensor:
+    ratio = (now_N - then_N).mean().exp()
+    return torch.minimum(ratio * weight, ratio.clamp(1 - 3e-4, 1 + 4e-4) * weight).expand(len(now_N))
+
+
+@pytest.mark.parametrize(
+    ("surrogate", "settings"),
+    [
+        (_ppo, UpdateSettings(minibatches=2, clip_low=0.01, clip_high=0.02)),
+        (_cispo, UpdateSettings(minibatches=2, objective=objective("cispo", clip_high=0.02))),
+        (_gspo, UpdateSettings(minibatches=2, objective=objective("gspo"))),
+    ],
+)
+def test_later_minibatches_follow_the_surrogate(
+    model: Any, groups: list[Group], surrogate: Any, settings: UpdateSettings
+) -> None:
+    """They are off-policy: without ratio and bound they would push again what was pushed enough."""
+    random, rate = np.random.default_rng(0), 0.5
     paid = [Group(g.problem_id, g.prompt_ids, g.responses, random.random(len(g.responses)), g.logprobs) for g in groups]
-    slow, n_clipped = copy.deepcopy(model), 0
+    slow, n_bounded = copy.deepcopy(model), 0
     for part in np.array_split(np.random.default_rng(7).permutation(len(paid)), 2):
         slow.zero_grad()
         for group in (paid[i] for i in part):
@@ -161,10 +217,10 @@ def test_later_minibatches_follow_the_clipped_surrogate(model: Any, groups: list
             for response, weight, old in zip(group.responses, weights, group.logprobs, strict=True):
                 ids = torch.from_numpy(np.concatenate([group.prompt_ids, response]))
                 logprobs = slow(ids[None], use_cache=False).logits[0].log_softmax(-1)[len(group.prompt_ids) - 1 : -1]
-                ratio = (logprobs.gather(1, torch.from_numpy(response)[:, None])[:, 0] - torch.from_numpy(old)).exp()
-                surrogate = torch.minimum(ratio * weight, ratio.clamp(1 - 0.01, 1 + 0.02) * weight)
-                n_clipped += int((surrogate != ratio * weight).sum())
-                (-surrogate.sum() / len(part)).backward()
+                now_N, then_N = logprobs.gather(1, torch.from_numpy(response)[:, None])[:, 0], torch.from_numpy(old)
+                terms_N = surrogate(now_N, then_N, weight)
+                n_bounded += int((terms_N.detach() != ((now_N - then_N).exp() * weight).detach()).sum())
+                (-terms_N.sum() / len(part)).backward()
         with torch.no_grad():
             for weight in slow.parameters():
                 weight -= rate * weight.grad
@@ -172,13 +228,21 @@ def test_later_minibatches_follow_the_clipped_surrogate(model: Any, groups: list
     learner.optimizer = torch.optim.SGD(learner.parameters.values(), lr=rate)
     learner.step(paid, seed=7)
     assert learner.updates == 2
-    assert n_clipped > 100
+    assert n_bounded > 100
     torch.testing.assert_close(
         _flat(dict(model.named_parameters())), _flat(dict(slow.named_parameters())), atol=2e-5, rtol=1e-3
     )
     bare = [Group(g.problem_id, g.prompt_ids, g.responses, g.rewards) for g in paid]
     with pytest.raises(RequestError, match="log-probabilities"):
         learner.step(bare)
+
+
+def test_an_update_has_one_pair_of_bounds() -> None:
+    """Bounds of the update beside an objective that has its own would be read as the ones that hold."""
+    assert UpdateSettings(objective=objective("gspo")).rule == objective("gspo")
+    assert UpdateSettings().rule == objective("grpo")
+    with pytest.raises(RequestError, match=r"give objective\.clip_low"):
+        UpdateSettings(minibatches=2, objective=objective("dapo"), clip_high=0.3)
 
 
 @pytest.mark.parametrize("minibatches", [1, 2])
@@ -391,6 +455,7 @@ pool = tasks.pool(0, 60)
 settings = RoundSettings(
     candidates=40, selected=8, train_batch=8, steps=2, rounds=3, rollouts=8, target_rollouts=8, selector="lcb",
     refresh=12, spec=SketchSpec(basis="fitted", rank=4, dim=64), fit_problems=20, window=20,
+    rollout_rule="oppose_target",
     accept_coverage=0.8,  # a vocabulary this small leaves much to the embedding's lookup
 )
 model = load_model(MODEL, device="cpu")

@@ -16,7 +16,7 @@ from benchmarks.study.methods import DEFAULT_METHODS, method
 from benchmarks.study.report import write_page
 from benchmarks.study.results import alone, append_result, key, numbers, plan, read_results
 from benchmarks.study.running import SHORT, run_one
-from benchmarks.study.statistics import estimate, selection_rollouts
+from benchmarks.study.statistics import accuracy_within, estimate, selection_rollouts, spent
 from gradstore import LockedError, RequestError
 from gradstore.demo import tasks
 from gradstore.demo.run import MODEL
@@ -162,6 +162,43 @@ def test_the_page_tells_what_the_rows_say(results: Path, tmp_path: Path) -> None
         write_page([], page, SHORT)
 
 
+@pytest.fixture(scope="module")
+def by_rollouts() -> dict[str, dict[str, Any]]:
+    """Methods that weigh rollouts or spend few on selection, once each."""
+    names = ("random+dtv_loo*4", "random+oppose_target", "refresh0-dot", "pilot")
+    return {name: run_one("wrong_truths", name, 0, SHORT) for name in names}
+
+
+def test_rollouts_are_weighed_and_counted(by_rollouts: dict[str, dict[str, Any]], results: Path) -> None:
+    """What each method spends is what its name promises; a rule by the batch alone spends nothing."""
+    spent_on = {name: selection_rollouts(row) for name, row in by_rollouts.items()}
+    benchmark = SHORT.rounds * SHORT.validation * SHORT.budget_target
+    assert spent_on == {
+        "random+dtv_loo*4": 0,
+        "random+oppose_target": benchmark,
+        "refresh0-dot": SHORT.pool * SHORT.first_look + benchmark,
+        "pilot": SHORT.rounds * 64 * 4,
+    }
+    assert len(by_rollouts["random+dtv_loo*4"]["accuracy"]) == 4 + 1
+    plain = next(row for row in read_results(results, SHORT) if row["method"] == "random")
+    for name in ("random+dtv_loo*4", "random+oppose_target"):
+        row = by_rollouts[name]
+        assert len(row["dropped"]) == (len(row["accuracy"]) - 1) * SHORT.steps
+        assert 0 < np.mean(row["dropped"]) < 1
+        assert row["weigh_tokens"] > 0
+        assert row["accuracy"][0] == plain["accuracy"][0]
+        assert row["accuracy"][1] != plain["accuracy"][1]
+
+
+def test_methods_are_compared_at_equal_rollouts() -> None:
+    """The last round within the total counts; a run that ended long before says nothing about it."""
+    settings = {"steps": 2, "train_batch": 5, "rollouts": 10}
+    row = {"settings": settings, "selection_rollouts": [50, 20, 20], "accuracy": [0.1, 0.2, 0.3, 0.4]}
+    assert spent(row) == [0, 150, 270, 390]
+    found = [accuracy_within(row, total) for total in (149, 150, 389, 390, 509, 510)]
+    assert found == [0.1, 0.2, 0.3, 0.4, 0.4, None]
+
+
 def test_findings_say_when_intervals_are_apart() -> None:
     """The one place where a claim is made: means with wide intervals are no finding."""
 
@@ -212,6 +249,10 @@ def test_unknown_names_are_refused() -> None:
         method("best", SHORT.budgeted)
     with pytest.raises(RequestError, match="no part 'nothing'"):
         method("budgeted-lcb~nothing", SHORT.budgeted)
+    with pytest.raises(RequestError, match="rollout rule 'dvt'"):
+        method("random+dvt", SHORT.budgeted)
+    with pytest.raises(RequestError, match="no number of rounds"):
+        method("random*x", SHORT.budgeted)
     for name in ("budgeted/0-lcb", "budgeted/-lcb", "budgeted/4", "budgeted-"):
         with pytest.raises(RequestError, match=r"budgeted\[/N\]-SELECTOR"):
             method(name, SHORT.budgeted)

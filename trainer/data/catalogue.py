@@ -4,8 +4,10 @@ To add a data set, add an entry. docs/data.md says how each schema was checked.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+import numpy as np
 
 from gradstore.trainer.data import answers
 
@@ -52,6 +54,10 @@ class DataSet:
     """Text after the question in the prompt."""
     ability: str = "math"
     """verl's `ability` field, and the problems' first tag."""
+    half: str | None = None
+    """`train` or `test`: the first or the second half of the rows, after GradAlign's shuffle (`half_of`); None: all."""
+    solution: bool = False
+    """Whether the answer column is a whole solution, which `--solutions` keeps."""
     reward: str = "math"
     """The reward that can grade its answers; `--reward auto` uses it."""
 
@@ -83,6 +89,16 @@ def _without_picture(row: Mapping[str, Any]) -> bool:
     return row["Picture"] is None
 
 
+def _of_mathematics(row: Mapping[str, Any]) -> bool:
+    return row["category"] == "math"
+
+
+def half_of(n: int, half: str) -> list[int]:
+    """Row numbers of a half of n rows, in GradAlign's order: `datasets` shuffles with seed 42, `train` comes first."""
+    order = np.random.default_rng(42).permutation(n).tolist()
+    return order[: n // 2] if half == "train" else order[n // 2 :]
+
+
 def _choice(name: str, hub: str, split: str, answer: str, id: str, topic: str) -> DataSet:
     return DataSet(
         name, hub, split, "question", answer,
@@ -103,14 +119,14 @@ DATA_SETS: dict[str, DataSet] = {
                 read_question=_dapo_question, read_answer=answers.ground_truth),
         DataSet("deepscaler", "agentica-org/DeepScaleR-Preview-Dataset", "train", "problem", "answer"),
         DataSet("gsm8k", "openai/gsm8k", "train", "question", "answer",
-                configs=("main",), read_answer=answers.after_hashes),
+                configs=("main",), read_answer=answers.after_hashes, solution=True),
         DataSet("math", "EleutherAI/hendrycks_math", "train", "problem", "solution",
                 configs=("algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory",
                          "prealgebra", "precalculus"),
-                topic="type", read_answer=answers.boxed),
+                topic="type", read_answer=answers.boxed, solution=True),
         DataSet("math500", "HuggingFaceH4/MATH-500", "test", "problem", "answer", id="unique_id", topic="subject"),
         DataSet("metamath", "meta-math/MetaMathQA", "train", "query", "response",
-                topic="type", read_answer=answers.after_phrase),
+                topic="type", read_answer=answers.after_phrase, solution=True),
         _choice("mmlupro", "TIGER-Lab/MMLU-Pro", "test", "answer", "question_id", "category"),
         DataSet("strategyqa", "tasksource/strategy-qa", "train", "question", "answer",
                 id="qid", instruction=TRUE_FALSE, ability="knowledge"),
@@ -121,6 +137,22 @@ DATA_SETS: dict[str, DataSet] = {
                 "short_answer", ability="knowledge", reward="judge"),
     )
 }  # fmt: skip
+
+DATA_SETS |= {
+    f"{name}_{half}": replace(DATA_SETS[name], name=f"{name}_{half}", half=half)
+    for name in ("theoremqa", "supergpqa")
+    for half in ("train", "test")
+}
+DATA_SETS["mmlupro-math"] = replace(DATA_SETS["mmlupro"], name="mmlupro-math", keep=_of_mathematics)
+
+ALIASES = {
+    "hendrycks_math": "math",
+    "gsm-8k": "gsm8k",
+    "dapo-math-17k": "dapo",
+    "mmlu-pro": "mmlupro",
+    "mmlu_pro": "mmlupro",
+}
+"""GradAlign's other names."""
 
 TOGETHER: dict[str, tuple[str, ...]] = {"aime": ("aime24", "aime25")}
 """Names for several data sets, read one after the other."""

@@ -13,7 +13,8 @@ from typing import Any
 
 from gradstore.errors import GradstoreError, RequestError, first_line
 from gradstore.reading.opening import read_records
-from gradstore.trainer.data.catalogue import DataSet
+from gradstore.trainer.data.answers import plain
+from gradstore.trainer.data.catalogue import DataSet, half_of
 
 BATCH = 1000
 SUFFIXES = (".parquet", ".jsonl")
@@ -35,17 +36,28 @@ class Loaded:
 
 
 def load(
-    source: DataSet, *, split: str | None = None, local: Path | None = None, instruction: str | None = None
+    source: DataSet,
+    *,
+    split: str | None = None,
+    local: Path | None = None,
+    instruction: str | None = None,
+    solutions: bool = False,
 ) -> Loaded:
     """Load a data set's problems.
 
     split: None: the default split. local: a file, or a folder of files, with the data set's columns, to read instead of
     the hub. instruction: text after the question in the prompt; None: the data set's own; "": nothing.
+    solutions: keep each problem's reference solution in its `extra`.
     Raises RequestError for a split or file that does not exist or has other columns; GradstoreError when the hub cannot
     be reached.
     """
+    if solutions and not source.solution:
+        raise RequestError(f"{source.name}: its answers are no solutions, so none can be kept: leave --solutions out")
     split = split or source.split
     rows = _hub_rows(source, split) if local is None else _local_rows(source, local)
+    if source.half is not None:
+        rows = list(rows)
+        rows = [rows[number] for number in half_of(len(rows), source.half)]
     loaded = Loaded([])
     read: dict[str, dict[str, Any]] = {}
     for where, row in rows:
@@ -61,6 +73,8 @@ def load(
             continue
         try:
             digest, record = _record(source, row, split, source.instruction if instruction is None else instruction)
+            if solutions:
+                record["extra"]["solution"] = plain(row[source.answer])
         except ValueError as error:
             loaded.unusable[str(error)] += 1
             continue

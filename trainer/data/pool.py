@@ -15,7 +15,7 @@ from gradstore import read_problems
 from gradstore.errors import RequestError, check_number
 from gradstore.problems import with_id
 from gradstore.trainer.data import gym
-from gradstore.trainer.data.catalogue import DATA_SETS, NAMES, TOGETHER, DataSet
+from gradstore.trainer.data.catalogue import ALIASES, DATA_SETS, NAMES, TOGETHER, DataSet
 from gradstore.trainer.data.corruption import Corruption, corrupted
 from gradstore.trainer.data.loading import load
 from gradstore.trainer.data.prompts import prompt_key
@@ -31,6 +31,8 @@ class Part:
     """Problems to draw; None: all, in their own order. reasoning-gym is endless, so it needs a count."""
     split: str | None = None
     """Split of a data set; None: its default."""
+    rows: tuple[int, int] | None = None
+    """Take only the problems [first, last) of the source, in its own order, counted from 0; None: all."""
 
     @property
     def label(self) -> str:
@@ -50,6 +52,8 @@ class Options:
     exclude: Sequence[Path] = ()
     """Problem files, such as held-out benchmarks, whose prompts are excluded from the pool."""
     corruptions: Sequence[Corruption] = ()
+    solutions: bool = False
+    """Keep reference solutions (gsm8k, math, metamath) in the problems' `extra`."""
     instruction: str | None = None
     """Text after every question; None: the data sets' own texts; "": nothing."""
 
@@ -113,6 +117,8 @@ def build(parts: Sequence[Part], options: Options) -> Pool:
         report = PartReport(part.label)
         reports.append(report)
         candidates = _candidates(part, options, report, files)
+        if part.rows is not None:
+            candidates = _in_range(list(candidates), part)
         if part.count is not None and not _is_gym(part.name):
             candidates = list(candidates)
             Random(f"{options.seed} {part.label}").shuffle(candidates)
@@ -154,6 +160,8 @@ def _check(parts: Sequence[Part], options: Options) -> None:
         if _is_gym(part.name):
             task = part.name.partition(":")[2]
             known.add(task)
+            if part.rows is not None:
+                raise RequestError(f"{part.name}: has no range of rows; its problems are drawn from the seed")
             if part.count is None:
                 raise RequestError(f"{part.name} has no end: say how many, as in {part.name}:1000")
             gym.check(task, options.config.get(task, {}))
@@ -173,12 +181,13 @@ def _data_sets(part: Part) -> list[DataSet]:
     """The catalogue entries of a part; empty for reasoning-gym and files."""
     if _is_gym(part.name) or _is_file(part.name):
         return []
-    if part.name not in (*DATA_SETS, *TOGETHER):
+    name = ALIASES.get(part.name, part.name)
+    if name not in (*DATA_SETS, *TOGETHER):
         raise RequestError(
             f"unknown data set {part.name!r}, expected one of {', '.join(NAMES)}, reasoning-gym:TASK, or a .jsonl or "
             ".parquet file of problems"
         )
-    return [DATA_SETS[name] for name in TOGETHER.get(part.name, (part.name,))]
+    return [DATA_SETS[name] for name in TOGETHER.get(name, (name,))]
 
 
 def _is_gym(name: str) -> bool:
@@ -203,13 +212,26 @@ def _candidates(
         yield from files[part.name]
     for source in _data_sets(part):
         local = options.local.get(source.name, options.local.get(part.name))
-        loaded = load(source, split=part.split, local=local, instruction=options.instruction)
+        loaded = load(
+            source, split=part.split, local=local, instruction=options.instruction, solutions=options.solutions
+        )
         report.rows += loaded.rows
         report.not_kept += loaded.not_kept
         report.duplicates += loaded.duplicates
         for reason, n in loaded.unusable.items():
             report.unusable[reason] = report.unusable.get(reason, 0) + n
         yield from loaded.records
+
+
+def _in_range(records: list[dict[str, Any]], part: Part) -> list[dict[str, Any]]:
+    """The problems of the part's range; RequestError for one that the source does not have whole."""
+    assert part.rows is not None
+    first, last = part.rows
+    if not 0 <= first < last <= len(records):
+        raise RequestError(
+            f"{part.label}: range {first}:{last} of {len(records)} problems, expected 0 <= A < B <= {len(records)}"
+        )
+    return records[first:last]
 
 
 def _files_with_own_ids(paths: Sequence[str]) -> tuple[dict[str, list[dict[str, Any]]], list[str]]:

@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 
 LEARNING_RATE, ADAPTER_LEARNING_RATE = 1e-6, 2e-5
 """Default learning rates, of all weights and of adapters."""
+PPO_CLIP = 0.2
+"""PPO's default range of the importance ratio, on both sides of 1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,14 +49,16 @@ class UpdateSettings:
     clip_grad: float | None = 1.0
     """Maximum gradient norm; None: no clipping."""
     objective: Objective = field(default_factory=lambda: objective("grpo"))
-    """How rewards become token weights: a preset's name, or fields."""
+    """How rewards become token weights: a preset's name, fields, or both (`gspo,clip_high=0.001`)."""
     minibatches: int = 1
     """Number of updates per step; the step's problems are split among them. With more than one, later updates are
-    off-policy and use PPO's clipped surrogate against the log-probabilities recorded at sampling."""
-    clip_low: float = 0.2
+    off-policy, against the log-probabilities recorded at sampling: by the objective's own rule, or PPO's clipped
+    surrogate if it has no importance ratios."""
+    clip_low: float = PPO_CLIP
     """See `clip_high`."""
-    clip_high: float = 0.2
-    """PPO clips the ratio to [1 - clip_low, 1 + clip_high]; only used if minibatches > 1."""
+    clip_high: float = PPO_CLIP
+    """PPO clips the ratio to [1 - clip_low, 1 + clip_high]; only used if minibatches > 1, for an objective without
+    importance ratios. Others have bounds of their own."""
     token_budget: int | None = None
     """Tokens per micro-batch, padding included; None: as many as memory allows (engine/gradients/budget.py)."""
 
@@ -67,10 +71,67 @@ class UpdateSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise RequestError(f"{name} is {value}, expected 1 or more")
+        if self.objective.importance and (self.clip_low, self.clip_high) != (PPO_CLIP, PPO_CLIP):
+            raise RequestError(
+                "clip_low and clip_high of the update are for objectives without importance ratios: give objective."
+                "clip_low and objective.clip_high"
+            )
+
+    @property
+    def rule(self) -> Objective:
+        """The objective of the updates, with importance ratios if there are minibatches."""
+        if self.minibatches == 1 or self.objective.importance:
+            return self.objective
+        return replace(self.objective, importance=True, clip_low=self.clip_low, clip_high=self.clip_high)
 
     def rate(self, *, adapters: bool) -> float:
         """The learning rate, with the default filled in."""
         return self.lr if self.lr is not None else ADAPTER_LEARNING_RATE if adapters else LEARNING_RATE
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Dealt:
+    """The groups of a step with their weights; None: all 1. Minibatches are consecutive parts of this order."""
+
+    groups: list[Group]
+    weights: list[float] | None
+    rollout_weights: list[np.ndarray] | None
+
+    @classmethod
+    def of(
+        cls,
+        groups: Sequence[Group],
+        seed: int,
+        weights: Sequence[float] | None,
+        rollout_weights: Sequence[np.ndarray] | None,
+    ) -> "_Dealt":
+        """Shuffled by `seed`. RequestError for rollout weights that are not one finite number, 0 or more, a rollout."""
+        if rollout_weights is not None:
+            _check(groups, rollout_weights)
+        whole = cls(
+            list(groups),
+            None if weights is None else list(weights),
+            None if rollout_weights is None else list(rollout_weights),
+        )
+        return whole.taken(np.random.default_rng(seed).permutation(len(groups)).tolist())
+
+    def taken(self, places: Sequence[int]) -> "_Dealt":
+        """The groups at these places."""
+        return _Dealt(
+            [self.groups[i] for i in places],
+            None if self.weights is None else [self.weights[i] for i in places],
+            None if self.rollout_weights is None else [self.rollout_weights[i] for i in places],
+        )
+
+
+def _check(groups: Sequence[Group], rollout_weights: Sequence[np.ndarray]) -> None:
+    if len(rollout_weights) != len(groups):
+        raise RequestError(f"rollout weights of {len(rollout_weights)} groups for {len(groups)}")
+    for group, own in zip(groups, rollout_weights, strict=True):
+        if own.shape != group.rewards.shape or not (np.isfinite(own) & (own >= 0)).all():
+            raise RequestError(
+                f"problem {group.problem_id!r}: expected {len(group.rewards)} finite rollout weights of 0 or more"
+            )
 
 
 class Learner:
@@ -92,52 +153,51 @@ class Learner:
             fused=True if all(weight.is_cuda for weight in self.parameters.values()) else None,
         )  # on a GPU, the other implementations make a temporary copy of all weights
         self.updates = 0
-        rule = settings.objective
-        if settings.minibatches > 1:
-            rule = replace(rule, importance=True, clip_low=settings.clip_low, clip_high=settings.clip_high)
         self._told = False
-        self._pass = GradientPass(model, SketchSpec(objective=rule, token_budget=settings.token_budget))
+        self._pass = GradientPass(model, SketchSpec(objective=settings.rule, token_budget=settings.token_budget))
 
-    def step(self, groups: Sequence[Group], seed: int = 0, weights: Sequence[float] | None = None) -> dict[str, float]:
+    def step(
+        self,
+        groups: Sequence[Group],
+        seed: int = 0,
+        weights: Sequence[float] | None = None,
+        rollout_weights: Sequence[np.ndarray] | None = None,
+    ) -> dict[str, float]:
         """Do one training step on a batch of groups; returns its metrics.
 
         groups: rollouts of the current policy. seed: for splitting the groups into minibatches. weights: factor of each
-        group's term in the mean; None: all 1. A minibatch without signal changes nothing. RequestError for a group that
-        the model cannot run, or when the gradient is not finite; that update is then not applied.
+        group's term in the mean; None: all 1. rollout_weights: factor of each rollout's advantage, float64 [G] for each
+        group; None: all 1. A minibatch without signal changes nothing. RequestError for a group that the model cannot
+        run, or when the gradient is not finite; that update is then not applied.
         """
-        dealt, shares = self._dealt(groups, seed, weights)
-        return self._step(dealt, shares, None)
+        return self._step(_Dealt.of(groups, seed, weights, rollout_weights), None)
 
     def step_and_sketch(
-        self, groups: Sequence[Group], sketcher: Sketcher, seed: int = 0, weights: Sequence[float] | None = None
+        self,
+        groups: Sequence[Group],
+        sketcher: Sketcher,
+        seed: int = 0,
+        weights: Sequence[float] | None = None,
+        rollout_weights: Sequence[np.ndarray] | None = None,
     ) -> tuple[dict[str, float], SketchBatch]:
         """`step`, plus sketches of its problems under the policy before the update, from the update's backward pass.
 
         Several groups of one problem share one sketch. A separate pass makes the sketches if there are minibatches, and
         for problems that the update's pass cannot sketch (engine/sketches/from_training_pass.py).
         """
-        dealt, shares = self._dealt(groups, seed, weights)
-        along = SketchesFromTrainingPass(sketcher, dealt, self._pass.spec.objective, shares)
+        dealt = _Dealt.of(groups, seed, weights, rollout_weights)
+        along = SketchesFromTrainingPass(
+            sketcher, dealt.groups, self._pass.spec.objective, dealt.weights, dealt.rollout_weights
+        )
         if along.n_separate and not self._told:
             self._told = True
             log.info("%d of %d groups are sketched in a pass of their own", along.n_separate, len(groups))
-        return self._step(dealt, shares, along), along.batch()
+        return self._step(dealt, along), along.batch()
 
-    def _dealt(
-        self, groups: Sequence[Group], seed: int, weights: Sequence[float] | None
-    ) -> tuple[list[Group], list[float] | None]:
-        """The groups and weights, shuffled by `seed`; minibatches are consecutive parts of this order."""
-        order = np.random.default_rng(seed).permutation(len(groups)).tolist()
-        return [groups[i] for i in order], None if weights is None else [weights[i] for i in order]
-
-    def _step(
-        self, groups: Sequence[Group], shares: Sequence[float] | None, along: SketchesFromTrainingPass | None
-    ) -> dict[str, float]:
+    def _step(self, dealt: "_Dealt", along: SketchesFromTrainingPass | None) -> dict[str, float]:
+        groups = dealt.groups
         parts = np.array_split(np.arange(len(groups)), min(self.settings.minibatches, len(groups)))
-        norms = [
-            self._update([groups[i] for i in part], None if shares is None else [shares[i] for i in part], along)
-            for part in (part.tolist() for part in parts)
-        ]
+        norms = [self._update(dealt.taken(part.tolist()), along) for part in parts]
         lengths = np.concatenate([group.n_written for group in groups])
         return {
             "reward": float(np.mean([group.rewards.mean() for group in groups])),
@@ -147,16 +207,15 @@ class Learner:
             "lr": self.optimizer.param_groups[0]["lr"],
         }
 
-    def _update(
-        self, groups: Sequence[Group], shares: Sequence[float] | None, along: SketchesFromTrainingPass | None
-    ) -> float:
+    def _update(self, dealt: "_Dealt", along: SketchesFromTrainingPass | None) -> float:
         """One optimizer step on the mean of the groups' gradients; returns the gradient norm before clipping."""
-        sums = summed_gradient(self._pass, groups, along.watch if along else None, shares)
+        watch = along.watch if along else None
+        sums = summed_gradient(self._pass, dealt.groups, watch, dealt.weights, dealt.rollout_weights)
         if not sums:
             return 0.0
         for name, weight in self.parameters.items():
             if name in sums:  # the engine's gradients point uphill, an optimizer steps downhill
-                weight.grad = sums[name].mul_(-1 / len(groups)).to(weight.dtype)
+                weight.grad = sums[name].mul_(-1 / len(dealt.groups)).to(weight.dtype)
         weights = self.parameters.values()
         norm = float(nn.utils.get_total_norm([weight.grad for weight in weights if weight.grad is not None]))
         if not np.isfinite(norm):

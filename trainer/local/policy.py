@@ -20,13 +20,16 @@ from gradstore.engine.probing.batch import ProbeBatch
 from gradstore.engine.probing.calibration import Calibration
 from gradstore.engine.probing.probe import Probe
 from gradstore.engine.rollouts.group import Group
+from gradstore.engine.rollouts.solutions import solution_groups
 from gradstore.engine.rollouts.tokens import text_of
 from gradstore.engine.sketches.bases import SketcherFiles, fit_sketcher, sketcher_from
 from gradstore.engine.sketches.from_training_pass import sketched_and_summed
+from gradstore.engine.sketches.rollout_sketches import RolloutSketches, sketch_rollouts
 from gradstore.engine.sketches.sketcher import Sketcher
 from gradstore.engine.sketches.spec import SketchBatch, SketchSpec
 from gradstore.errors import RequestError, check_number
 from gradstore.trainer.sampling.backends.hugging_face import TransformersBackend
+from gradstore.trainer.sampling.overlong import check_overlong, penalties
 from gradstore.trainer.sampling.reward import Reward
 from gradstore.trainer.sampling.rollout import checked_prompts
 
@@ -49,6 +52,11 @@ class Sampling:
     """Tokens (prompts and responses) sampled at once; None: as many as memory allows."""
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     """Arguments of the chat template."""
+    overlong_buffer: int = 0
+    """DAPO's reward shaping: the last tokens before max_new_tokens in which a response is penalised, more and more; 0:
+    no shaping."""
+    overlong_penalty: float = 1.0
+    """The penalty of a response of max_new_tokens."""
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "batch_tokens"):
@@ -57,6 +65,7 @@ class Sampling:
                 raise RequestError(f"{name} is {value}, expected 1 or more")
         check_number("temperature", self.temperature, above=0)
         check_number("top_p", self.top_p, above=0, most=1)
+        check_overlong(self.max_new_tokens, self.overlong_buffer, self.overlong_penalty)
 
 
 class LocalPolicy:
@@ -99,18 +108,24 @@ class LocalPolicy:
         give_back(self.model)
         ids = [response.token_ids for responses in found for response in responses]
         texts = [text_of(self.tokenizer, own.tolist(), skip_special_tokens=True) for own in ids]
-        rewards = self.reward.many([(problems[k // n], text, k % n) for k, text in enumerate(texts)])
+        rewards = np.array(self.reward.many([(problems[k // n], text, k % n) for k, text in enumerate(texts)]))
+        rewards = rewards + penalties(
+            [len(own) for own in ids], sampling.max_new_tokens, sampling.overlong_buffer, sampling.overlong_penalty
+        )
         groups = [
             Group(
                 problem["id"],
                 np.array(prompts[i], np.int64),
                 [response.token_ids for response in found[i]],
-                np.array(rewards[i * n : (i + 1) * n]),
+                rewards[i * n : (i + 1) * n].copy(),
                 [response.logprobs for response in found[i]],
             )
             for i, problem in enumerate(problems)
         ]
         return groups if self.reference is None else self.reference.of(groups)
+
+    def solutions(self, problems: Sequence[Mapping[str, Any]]) -> list[Group]:
+        return solution_groups(problems, self.tokenizer, template_kwargs=self.sampling.template_kwargs)
 
     def fit(self, spec: SketchSpec, groups: Sequence[Group], benchmark: Sequence[Group] = ()) -> SketcherFiles:
         self._sketcher, files = fit_sketcher(self.model, self._checked(spec), groups, benchmark)
@@ -122,6 +137,9 @@ class LocalPolicy:
 
     def sketch(self, groups: Sequence[Group]) -> SketchBatch:
         return self.sketcher.sketch(groups)
+
+    def sketch_rollouts(self, groups: Sequence[Group], objective: Objective | None = None) -> RolloutSketches:
+        return sketch_rollouts(self.sketcher, groups, objective)
 
     def aim(self, groups: Sequence[Group]) -> SketchBatch:
         self._aimed = None  # free the old direction before making a new one

@@ -9,7 +9,7 @@ The run's folder has its settings in run.yaml, which `RunSettings.of` reads. doc
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 from gradstore.attachments import read_coverage
 from gradstore.engine.gradients.logprobs import Reference
 from gradstore.engine.gradients.models import load_model, load_tokenizer
-from gradstore.errors import RequestError
+from gradstore.errors import RequestError, check_known
 from gradstore.outputs import check_output_folder
 from gradstore.problems import placed_problems
 from gradstore.settings import Aliases, build, differences, merge, parse, read_yaml, write_yaml
@@ -25,6 +25,7 @@ from gradstore.trainer.local.grpo import Learner, UpdateSettings
 from gradstore.trainer.local.lora import with_adapters
 from gradstore.trainer.local.policy import LocalPolicy, Sampling
 from gradstore.trainer.local.training import Training
+from gradstore.trainer.loggers import LOGGERS, Logger
 from gradstore.trainer.round.driver import Rounds
 from gradstore.trainer.round.settings import RoundSettings
 from gradstore.trainer.sampling.judge import JudgeSettings, judge_settings
@@ -39,8 +40,9 @@ WRITTEN = "run.yaml"
 
 _JUDGE_FREE = ("base_url", "key_variable", "concurrency", "timeout", "retries", "max_bytes", "cache")
 _FREE = {
-    *("out", "device", "save_every", "sampling.batch_tokens", "update.token_budget"),
+    *("out", "device", "save_every", "log", "sampling.batch_tokens", "update.token_budget"),
     *("rounds.window", "rounds.observe", "rounds.accept_coverage"),
+    "rounds.draw",  # older files do not have it; the rounds check it against their store
     *(f"judge.{name}" for name in _JUDGE_FREE),
 }
 """Settings that may change when a run is resumed; `rounds.rounds` may grow."""
@@ -52,7 +54,8 @@ class RunSettings:
 
     ALIASES: ClassVar[Aliases] = {
         "seed": "rounds.seed",
-        **{name: f"sampling.{name}" for name in ("max_new_tokens", "temperature", "template_kwargs")},
+        **{name: f"sampling.{name}" for name in ("max_new_tokens", "temperature", "top_p", "template_kwargs")},
+        **{name: f"sampling.{name}" for name in ("overlong_buffer", "overlong_penalty")},
         **{name: f"update.{name}" for name in ("lr", "weight_decay", "clip_grad", "minibatches", "objective")},
     }
     """Short names, those of the options of `gradstore train`."""
@@ -81,6 +84,8 @@ class RunSettings:
     """Train adapters of this rank; 0: all weights."""
     save_every: int = 0
     """Steps between checkpoints; 0: after each round."""
+    log: tuple[str, ...] | None = None
+    """Loggers besides metrics.jsonl: tensorboard, wandb, mlflow, trackio; None: TensorBoard where it is installed."""
     skip_unreadable: bool = False
     """Leave out problems whose ground truth the reward cannot read; False: refuse them."""
     device: str | None = None
@@ -94,6 +99,8 @@ class RunSettings:
         for name, least in {"train_rollouts": 1, "kl_beta": 0, "lora_rank": 0, "save_every": 0}.items():
             if not getattr(self, name) >= least:
                 raise RequestError(f"{name} is {getattr(self, name)}, expected {least} or more")
+        for name in self.log or ():
+            check_known("logger", name, LOGGERS)
         if self.update.objective.kl_beta:
             raise RequestError("update.objective.kl_beta: give the run's kl_beta, which makes the reference too")
         if self.judge is not None and self.reward not in (*JUDGES, "auto"):
@@ -164,11 +171,13 @@ def train(
     resume: bool = False,
     on_step: Callable[[int], None] | None = None,
     say: Callable[[str], None] = lambda line: None,
+    loggers: Sequence[Logger] = (),
 ) -> RunReport:
     """Train with a selection before each round, and write the trained model.
 
     resume: go on with the run in `settings.out`; with the same settings it ends with the weights and picks of an
     undisturbed run. on_step: called with the number of steps done. say: called with lines of commentary.
+    loggers: receive the metrics, in addition to those that the settings name; they are closed at the end.
 
     RequestError for invalid settings or problems, for a folder that holds a run if `resume` is False, and for other
     settings than those of a run that was begun in the folder.
@@ -196,12 +205,16 @@ def train(
     network = with_adapters(network, rank, rounds.seed) if rank else network.requires_grad_(True)
     policy = LocalPolicy(network, tokenizer, scored_by, settings.sampling, reference=reference)
     out = Path(settings.out)
+
+    def keep(values: Mapping[str, float], step: int) -> None:
+        training.metrics.add("selection", step, values)
+
     chooser = Rounds(
         out / "store",
         records,
         benchmarks,
         rounds,
-        logger=lambda values, step: training.metrics.add("selection", step, values),
+        logger=keep,
     )
     training = Training(
         policy,
@@ -213,6 +226,8 @@ def train(
         rollouts=settings.train_rollouts,
         save_every=settings.save_every,
         resume=resume,
+        log=settings.log,
+        loggers=loggers,
     )
     write_yaml(written, filled)
     if policy.step:

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from gradstore.durable import writing
+from gradstore.engine.gradients.objectives import Objective
 from gradstore.engine.rollouts.group import Group
 from gradstore.engine.sketches.spec import SketchBatch
 from gradstore.errors import RequestError
@@ -19,7 +20,9 @@ from gradstore.trainer.local.checkpoint import load_checkpoint, save_checkpoint
 from gradstore.trainer.local.grpo import Learner
 from gradstore.trainer.local.metrics import Metrics
 from gradstore.trainer.local.policy import LocalPolicy
+from gradstore.trainer.loggers import Logger
 from gradstore.trainer.round.settings import RoundSettings
+from gradstore.trainer.round.weighing import Weighed
 from gradstore.trainer.sampling.backends import derived_seed
 
 ORDER, ROLLOUTS, MINIBATCHES = range(3)
@@ -46,6 +49,10 @@ class Chooser(Protocol):
 
     def observe(self, policy: Any, seen: Sequence[Group] | SketchBatch) -> Any: ...
 
+    def weigh(
+        self, policy: Any, groups: Sequence[Group], factors: Sequence[float] | None, objective: Objective
+    ) -> Weighed: ...
+
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
@@ -66,10 +73,13 @@ class Training:
         rollouts: int = 16,
         save_every: int = 0,
         resume: bool = False,
+        log: Sequence[str] | None = None,
+        loggers: Sequence[Logger] = (),
     ) -> None:
         """settings: the settings of the chooser's rounds; they give the number of steps and the batch size. rollouts:
         rollouts per problem, if the selection does not set a number. save_every: steps between checkpoints; 0: save
-        only at the end of each round. RequestError when the folder already holds a run and `resume` is False."""
+        only at the end of each round. log, loggers: where the metrics go besides `metrics.jsonl`, by name and as
+        objects (`Metrics`). RequestError when the folder already holds a run and `resume` is False."""
         self._rollouts, self._save_every = rollouts, save_every
         self.policy, self.learner, self.chooser, self.settings = policy, learner, chooser, settings
         self._records = {record["id"]: record for record in records}
@@ -85,7 +95,7 @@ class Training:
             raise RequestError(f"{folder}: holds a run already; go on with it (--resume), or choose another folder")
         if self._path.exists():
             self._restore()
-        self.metrics = Metrics(folder, policy.step)
+        self.metrics = Metrics(folder, policy.step, log, loggers)
 
     def run(self, after_step: Callable[[int], None] | None = None) -> None:
         """Train until the last round. after_step: callback(number of steps done)."""
@@ -122,11 +132,20 @@ class Training:
         sampled = time.monotonic()
         deal = derived_seed(seed, MINIBATCHES, step)
         weights = [self._weights.get(group.problem_id, 1.0) for group in groups] if self._weights else None
+        rollout_weights: list[np.ndarray] | None = None
+        about: dict[str, float] = {}
+        if self.settings.rollout_rule is not None:
+            weighed = self.chooser.weigh(self.policy, groups, weights, self.learner.settings.objective)
+            rollout_weights = weighed.weights
+            about = {**weighed.scalars(), "seconds_weigh": time.monotonic() - sampled}
+        weighed_at = time.monotonic()
         sketches: SketchBatch | None = None
         if self._observes(self._done):
-            values, sketches = self.learner.step_and_sketch(groups, self.policy.sketcher, deal, weights)
+            values, sketches = self.learner.step_and_sketch(
+                groups, self.policy.sketcher, deal, weights, rollout_weights
+            )
         else:
-            values = self.learner.step(groups, deal, weights)
+            values = self.learner.step(groups, deal, weights, rollout_weights)
         updated = time.monotonic()
         if sketches is not None:
             self.chooser.observe(self.policy, sketches)
@@ -135,10 +154,10 @@ class Training:
         self.seconds += updated - started
         seconds = {
             "seconds_rollouts": sampled - started,
-            "seconds_update": updated - sampled,
+            "seconds_update": updated - weighed_at,
             "seconds_observe": time.monotonic() - updated,
         }
-        self.metrics.add("step", self.policy.step, {"round": self._round, **values, **seconds})
+        self.metrics.add("step", self.policy.step, {"round": self._round, **values, **about, **seconds})
 
     def _observes(self, step: int) -> bool:
         """Whether the rollouts of this step of the round become rows."""

@@ -19,19 +19,23 @@ from typing import Any
 
 import gradstore
 from gradstore import Round, Store
+from gradstore.engine.gradients.objectives import Objective
 from gradstore.engine.rollouts.group import Group
+from gradstore.engine.rollouts.solutions import solution_text
+from gradstore.engine.searching.targets import kind_of
 from gradstore.engine.selecting.selection import Selection
 from gradstore.engine.sketches.spec import SketchBatch
 from gradstore.errors import RequestError
-from gradstore.layout import check_name
+from gradstore.layout import SOLUTIONS, check_name
 from gradstore.problems import canonical
+from gradstore.trainer.loggers import Log, log_of
 from gradstore.trainer.round.measuring import Costs, append, publish
-from gradstore.trainer.round.policy import Policy
-from gradstore.trainer.round.progress import Logger
+from gradstore.trainer.round.policy import Policy, ReadsSolutions
 from gradstore.trainer.round.recording import scalars, selection_of
 from gradstore.trainer.round.run import Run
 from gradstore.trainer.round.runner import RoundRunner
 from gradstore.trainer.round.settings import RoundSettings
+from gradstore.trainer.round.weighing import Weighed, weigh
 
 _FREE = ("rounds", "window", "observe", "accept_coverage")
 """Settings that may change when a run is resumed."""
@@ -48,14 +52,15 @@ class Rounds:
         settings: RoundSettings,
         *,
         name: str = "pool",
-        logger: Logger | None = None,
+        logger: Log | None = None,
         export: str | Path | None = None,
         dtype: str = "int8",
     ) -> None:
         """store: path of the run's store; the first round creates it if it does not exist. Each run needs its own
         store, which may already hold rows collected at step 0. pool, benchmarks: problem records. name: name of the
-        pool's collection. logger: receives each round's scalars. export: folder for rollout files of the rollouts made
-        for selection. dtype: dtype of a new store's rows.
+        pool's collection. logger: receives each round's scalars (trainer/loggers.py); a function of values and step
+        will do. export: folder for rollout files of the rollouts made for selection. dtype: dtype of a new store's
+        rows.
 
         RequestError for settings that do not fit the pool, for invalid records, and for a selector that needs a target
         when there is no benchmark.
@@ -75,17 +80,41 @@ class Rounds:
         )
         if self._run.needs_target and not any(self._run.benchmarks.values()):
             raise RequestError(f"selector {settings.selector!r} needs a target: give a benchmark with problems")
+        if self._run.weighs_by_target and not any(self._run.benchmarks.values()):
+            raise RequestError(f"rollout_rule {settings.rollout_rule!r} needs a target: give a benchmark with problems")
+        self._check_solutions()
         if self._run.needs_probes and 0 in (settings.refresh, settings.refresh_first):
             raise RequestError(f"selector {settings.selector!r} goes by probes of this step: refresh must be above 0")
-        self._logger = logger
+        self._log = None if logger is None else log_of(logger)
         self._done = 0
         self._store: Store | None = None
         self._policy: Policy | None = None
+
+    def _check_solutions(self) -> None:
+        """RequestError if a name of the pool or of a benchmark claims solutions that cannot be used."""
+        run = self._run
+        if kind_of(run.pool) == "solutions":
+            raise RequestError(f"the pool is called {run.pool!r}: names that end in {SOLUTIONS} are for solutions")
+        for name, records in run.benchmarks.items():
+            if kind_of(name) == "rollouts":
+                continue
+            if run.needs_probes:
+                raise RequestError(
+                    f"benchmark {name!r}: probes need its rollouts: leave {SOLUTIONS} out of its name, or take another "
+                    "selector"
+                )
+            for record in records:
+                solution_text(record)
 
     @property
     def settings(self) -> RoundSettings:
         """The run's settings, with every count filled in."""
         return self._run.settings
+
+    @property
+    def ids(self) -> list[str]:
+        """Ids of the pool's problems, in its order."""
+        return list(self._run.records)
 
     @property
     def done(self) -> int:
@@ -121,6 +150,7 @@ class Rounds:
                     {**kept.about, "number": number, "step": policy.step, **_NOTHING}, kept.table
                 )
             else:
+                self._check_policy(policy)
                 runner = RoundRunner(self._run, policy, number)
                 if store is None:
                     self._store = store = runner.make_store()
@@ -128,10 +158,10 @@ class Rounds:
             assert store is not None
             found = store.rounds(self._run.pool)[number]
         self._done = number + 1
-        if self._logger is not None:
+        if self._log is not None:
             assert store is not None
             before = store.rounds(self._run.pool)[number - 1] if number else None
-            self._logger(scalars(found, before), policy.step)
+            self._log(scalars(found, before), policy.step)
         return selection_of(found)
 
     def observe(self, policy: Policy, seen: Sequence[Group] | SketchBatch) -> int:
@@ -162,6 +192,24 @@ class Rounds:
             append(store, self._run.pool, [seen[place] for place in new], policy, Costs())
         return len(new)
 
+    def weigh(
+        self,
+        policy: Policy,
+        groups: Sequence[Group],
+        factors: Sequence[float] | None = None,
+        objective: Objective | None = None,
+    ) -> Weighed:
+        """Weights of a training step's rollouts by the setting `rollout_rule`; call it before the update.
+
+        groups: the step's own rollouts, by the policy that sampled them. factors: the problems' weights in the step;
+        None: all 1. objective: that of the update; None: that of the sketches. The weights depend on the store's rows
+        and on the arguments alone, so a repeated step has the same. RequestError before the first round.
+        """
+        store = self._open(policy)
+        if store is None:
+            raise RequestError("no round was done yet: call next before weigh")
+        return weigh(store, self._run, policy, groups, factors, objective)
+
     def state_dict(self) -> dict[str, Any]:
         """State to save with the trainer's checkpoint, as plain values."""
         return {"rounds": self._done, "settings": _plain(self.settings)}
@@ -172,6 +220,11 @@ class Rounds:
             raise RequestError("this is not a state of selection rounds: it has no member `rounds` or `settings`")
         _check_same(dict(state["settings"]), _plain(self.settings), "the saved state")
         self._done = int(state["rounds"])
+
+    def _check_policy(self, policy: Policy) -> None:
+        of_solutions = [name for name in self._run.benchmarks if kind_of(name) == "solutions"]
+        if of_solutions and not isinstance(policy, ReadsSolutions):
+            raise RequestError(f"benchmark {of_solutions[0]!r}: this trainer makes no targets from solutions")
 
     def _open(self, policy: Policy) -> Store | None:
         if self._store is None or self._policy is not policy:
@@ -207,7 +260,15 @@ class Rounds:
         return store.rounds(self._run.pool)[chosen_in]
 
 
-_NOTHING = {"n_rolled_out": 0, "rollouts": 0, "target_rollouts": 0, "costs": {}, "tokens": 0, "warnings": []}
+_NOTHING = {
+    "n_rolled_out": 0,
+    "rollouts": 0,
+    "target_rollouts": 0,
+    "costs": {},
+    "tokens": 0,
+    "ess": None,
+    "warnings": [],
+}
 """Zero costs, for a round that reuses earlier picks."""
 
 
@@ -228,6 +289,7 @@ def _plain(settings: RoundSettings) -> dict[str, Any]:
 
 
 def _check_same(stored: Mapping[str, Any], offered: Mapping[str, Any], where: str) -> None:
+    stored = {"draw": "independent", **stored}  # the only way before this setting
     stored, offered = ({**of, "spec": {**of["spec"], "token_budget": None}} for of in (stored, offered))
     differing = [
         f"{name} was {stored.get(name)!r}, now {offered.get(name)!r}"

@@ -18,22 +18,26 @@ from gradstore.engine.probing.calibration import Calibration
 from gradstore.engine.rollouts.group import Group, joined
 from gradstore.engine.rollouts.rollout import Rollout
 from gradstore.engine.rollouts.write import write_rollouts
+from gradstore.engine.searching.targets import kind_of
+from gradstore.engine.sketches.effective_sizes import EffectiveSizes
 from gradstore.engine.sketches.spec import SketchBatch
 from gradstore.errors import GradstoreError
 from gradstore.trainer.round.journal import Journal, Plan
-from gradstore.trainer.round.policy import Policy
+from gradstore.trainer.round.policy import Policy, ReadsSolutions
 from gradstore.trainer.round.run import BENCHMARK, POOL, Scope
 from gradstore.trainer.sampling.backends import derived_seed
 
 
 @dataclass(slots=True)
 class Costs:
-    """Costs of a round: time and tokens."""
+    """Costs of a round, time and tokens, and what its rollouts are worth."""
 
     seconds: dict[str, float] = field(default_factory=dict)
     """Wall time by stage, in seconds."""
     tokens: int = 0
     """Tokens that went through the model for sketches."""
+    sizes: EffectiveSizes = field(default_factory=EffectiveSizes)
+    """Effective sample sizes of the rollouts that were sketched."""
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -56,11 +60,13 @@ class Windows:
         seed: tuple[int, ...],
         costs: Costs,
         export: Path | None,
+        *,
+        solutions: bool = False,
     ) -> None:
         """n: rollouts per problem. size: problems per window. seed: each window's seed is derived from it. export: path
-        prefix of the rollout files."""
+        prefix of the rollout files. solutions: the problems' reference solutions instead of rollouts."""
         self._policy, self._records, self._n, self._size = policy, records, n, size
-        self._seed, self._costs, self._export = seed, costs, export
+        self._seed, self._costs, self._export, self._solutions = seed, costs, export, solutions
         self._kept: dict[int, list[Group]] = {}
         self.all_ids = [record["id"] for record in records]
         """Problem ids of all windows."""
@@ -78,7 +84,11 @@ class Windows:
             return self._kept[window] if keep else self._kept.pop(window)
         records = self._records[window * self._size : (window + 1) * self._size]
         with self._costs.stage("rollouts"):
-            groups = self._policy.roll_out(records, self._n, seed=derived_seed(*self._seed, window))
+            if self._solutions:
+                assert isinstance(self._policy, ReadsSolutions)  # `Rounds.next` checked it
+                groups = self._policy.solutions(records)
+            else:
+                groups = self._policy.roll_out(records, self._n, seed=derived_seed(*self._seed, window))
         if [group.problem_id for group in groups] != [record["id"] for record in records]:
             raise GradstoreError(
                 f"the policy rolled out {len(groups)} problems, not the {len(records)} asked for in their order"
@@ -87,7 +97,7 @@ class Windows:
             path = self._export.with_name(f"{self._export.name}-{window:04d}.jsonl")
             path.parent.mkdir(parents=True, exist_ok=True)
             with write_rollouts(path) as writer:
-                writer.append(_rows(records, groups, self._policy.step))
+                writer.append(rollouts_of(records, groups, self._policy.step))
         if keep:
             self._kept[window] = groups
         return groups
@@ -106,7 +116,7 @@ class Windows:
 
 
 def rollouts_of_benchmarks(scope: Scope, policy: Policy, costs: Costs) -> dict[str, Windows]:
-    """Rollouts of the benchmarks that the round measures."""
+    """Rollouts, or reference solutions, of the benchmarks that the round measures."""
     n, records_of = scope.settings.target_rollouts, scope.run.benchmarks
     return {
         name: _windows(scope, policy, costs, records_of[name], n, (BENCHMARK, i), name)
@@ -129,9 +139,10 @@ def _windows(
     seed: tuple[int, int],
     name: str,
 ) -> Windows:
-    settings, folder = scope.settings, scope.run.export
-    export = None if folder is None else folder / f"round-{scope.number:04d}-{name}"
-    return Windows(policy, records, n, settings.window, (settings.seed, scope.number, *seed), costs, export)
+    settings, folder, solutions = scope.settings, scope.run.export, kind_of(name) == "solutions"
+    export = None if folder is None or solutions else folder / f"round-{scope.number:04d}-{name}"
+    seeds = (settings.seed, scope.number, *seed)
+    return Windows(policy, records, n, settings.window, seeds, costs, export, solutions=solutions)
 
 
 def sketch_collection(store: Store, collection: str, windows: Windows, policy: Policy, costs: Costs) -> None:
@@ -160,6 +171,7 @@ def sketch_benchmarks(
     with costs.stage("sketch"):
         batch = policy.aim(groups)
     costs.tokens += batch.n_tokens
+    costs.sizes.add(batch)
     start = 0
     for name, windows in windows_of.items():
         done = _measured_at(store, name, policy.step)
@@ -243,6 +255,7 @@ def append(store: Store, collection: str, groups: Sequence[Group], policy: Polic
     with costs.stage("sketch"):
         batch = policy.sketch(groups)
     costs.tokens += batch.n_tokens
+    costs.sizes.add(batch)
     with costs.stage("store"):
         publish(store, collection, batch, policy.step, range(len(groups)))
 
@@ -258,7 +271,8 @@ def _lacks(ids: Sequence[str], now: Counter[str], planned: Mapping[str, int]) ->
     return any(now[name] <= planned[name] for name in ids)
 
 
-def _rows(records: Sequence[Mapping[str, Any]], groups: Sequence[Group], step: int) -> Iterator[Rollout]:
+def rollouts_of(records: Sequence[Mapping[str, Any]], groups: Sequence[Group], step: int) -> Iterator[Rollout]:
+    """The groups' rollouts as rows of a rollout file; records: of their problems, in the same order."""
     for record, group in zip(records, groups, strict=True):
         for j, response_ids in enumerate(group.responses):
             yield Rollout(

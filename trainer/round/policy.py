@@ -6,12 +6,14 @@ result. Resuming a run depends on this.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
+from gradstore.engine.gradients.objectives import Objective
 from gradstore.engine.probing.batch import ProbeBatch
 from gradstore.engine.probing.calibration import Calibration
 from gradstore.engine.rollouts.group import Group
 from gradstore.engine.sketches.bases import SketcherFiles as SketcherFiles
+from gradstore.engine.sketches.rollout_sketches import RolloutSketches
 from gradstore.engine.sketches.spec import SketchBatch, SketchSpec
 
 
@@ -52,6 +54,13 @@ class Policy(Protocol):
         """Sketch the groups with the sketcher of `fit` or `use`; one row per group, in their order."""
         ...
 
+    def sketch_rollouts(self, groups: Sequence[Group], objective: Objective | None = None) -> RolloutSketches:
+        """Sketch each rollout of the groups for itself, in their order; needed for `rollout_rule` alone.
+
+        objective: that of the update, which weighs the rollouts; None: the sketcher's.
+        """
+        ...
+
     def aim(self, groups: Sequence[Group]) -> SketchBatch:
         """Sketch validation groups, like `sketch`, and set the probe direction to their mean gradient."""
         ...
@@ -62,4 +71,13 @@ class Policy(Protocol):
         The objective is the sketcher's. like: calibration of the probe at an earlier step, as the starting point. A
         round calls this several times; results do not depend on earlier calls.
         """
+        ...
+
+
+@runtime_checkable
+class ReadsSolutions(Protocol):
+    """A policy that benchmarks of solutions can be measured with; a round refuses them for any other."""
+
+    def solutions(self, problems: Sequence[Mapping[str, Any]]) -> list[Group]:
+        """The problems' reference solutions, one group each (engine/rollouts/solutions.py), in the problems' order."""
         ...

@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from gradstore import Round, State, Store
 from gradstore.engine.probing.calibration import Calibration
+from gradstore.engine.searching.targets import kind_of
 from gradstore.engine.selecting.selection import Selection
 from gradstore.trainer.round.aiming import Aim
 from gradstore.trainer.round.journal import Plan
@@ -40,10 +41,21 @@ class Work:
 
 def record(store: Store, scope: Scope, aim: Aim, picked: Picked, work: Work) -> None:
     """Add the round to the store: its table and its metadata, whose warnings are logged too."""
-    about = about_round(scope, aim, picked, work)
+    seen = seen_of_pool(store, scope)
+    about = about_round(scope, aim, picked, work, seen)
     for line in about["warnings"]:
         log.warning("round %d: %s", scope.number, line)
+    share = 100 * seen / len(scope.run.records)
+    log.info("round %d: %d candidates; seen so far: %.0f %% of the pool", scope.number, len(picked.forecast), share)
     store.rounds(scope.run.pool).add(about, round_table(picked, _rolled_out(work)))
+
+
+def seen_of_pool(store: Store, scope: Scope) -> int:
+    """How many of the pool's problems were candidates in this round or an earlier one."""
+    unseen = scope.run.records.keys() - set(scope.candidates)
+    for found in store.rounds(scope.run.pool) if unseen else ():
+        unseen -= set(found.table["id"].to_pylist())
+    return len(scope.run.records) - len(unseen)
 
 
 def _rolled_out(work: Work) -> set[str]:
@@ -78,15 +90,16 @@ def round_table(picked: Picked, rolled_out: set[str]) -> pa.Table:
     )
 
 
-def about_round(scope: Scope, aim: Aim, picked: Picked, work: Work) -> dict[str, Any]:
-    """The round's metadata; docs/rounds.md lists the members."""
+def about_round(scope: Scope, aim: Aim, picked: Picked, work: Work, seen: int) -> dict[str, Any]:
+    """The round's metadata; docs/rounds.md lists the members. seen: as `seen_of_pool` returns it."""
     settings, now, chosen = scope.settings, picked.forecast, picked.chosen
     counted = Counter(_STATES[state] for state in now.newest.states.tolist())
     counts = {name: counted.get(name, 0) for name in _STATES.values()}
     targets = [own.describe() for own in aim.targets]
     selection = chosen.describe()
     del selection["problems"]
-    n_validation = sum(len(scope.run.benchmarks[name]) for name in scope.benchmarks)
+    rolled_out = [name for name in scope.benchmarks if kind_of(name) == "rollouts"]
+    n_validation = sum(len(scope.run.benchmarks[name]) for name in rolled_out)
     return {
         "number": scope.number,
         "step": scope.step,
@@ -98,6 +111,7 @@ def about_round(scope: Scope, aim: Aim, picked: Picked, work: Work) -> dict[str,
         "benchmarks": list(scope.run.benchmarks),
         "commit": chosen.commit,
         "settings": settings.describe(),
+        "pool": {"problems": len(scope.run.records), "seen": seen},
         "n_candidates": len(now),
         "n_rolled_out": len(_rolled_out(work)),
         "rollouts": sum(scope.rollouts(number) * len(plan.ids) for number, plan in enumerate(work.plans)),
@@ -113,7 +127,8 @@ def about_round(scope: Scope, aim: Aim, picked: Picked, work: Work) -> dict[str,
         },
         "selection": selection,
         "picked_by": [*chosen.picked_by, *([FILLED] * len(picked.filled))],
-        "warnings": [*picked.warnings, *_warnings(counts)],
+        "ess": work.costs.sizes.describe(),
+        "warnings": [*picked.warnings, *_warnings(counts), *filter(None, [work.costs.sizes.warning])],
     }
 
 
@@ -170,6 +185,8 @@ def scalars(found: Round, before: Round | None) -> dict[str, float]:
         "round/seconds_without_rollouts": float(sum(about["costs"].values()) - about["costs"].get("rollouts", 0.0)),
         **{f"round/seconds/{stage}": float(took) for stage, took in about["costs"].items()},
     }
+    if "pool" in about:
+        values["round/pool_seen"] = about["pool"]["seen"] / about["pool"]["problems"]
     if np.isfinite(scores[picked]).any():
         values["round/score_picked"] = float(np.nanmean(scores[picked]))
     if np.isfinite(scores).any():

@@ -10,7 +10,9 @@ import numpy as np
 import gradstore
 from gradstore import Store
 from gradstore.engine.selecting.mixture import Part, parts_of
+from gradstore.engine.selecting.rollout_rules import ROLLOUT_RULES
 from gradstore.engine.sketches.bases import files_in
+from gradstore.trainer.round.drawing import chunk, independent, shuffled
 from gradstore.trainer.round.policy import Policy
 from gradstore.trainer.round.settings import RoundSettings
 from gradstore.trainer.sampling.backends import derived_seed
@@ -48,6 +50,12 @@ class Run:
     @property
     def needs_target(self) -> bool:
         return self.needs_probes or any(part.selector.needs_target for part in self.parts)
+
+    @property
+    def weighs_by_target(self) -> bool:
+        """Whether rollouts of training steps are weighed by the target."""
+        rule = self.settings.rollout_rule
+        return rule is not None and ROLLOUT_RULES[rule].needs_target
 
     @property
     def kind(self) -> str:
@@ -99,17 +107,19 @@ class Scope:
         settings = run.settings
         assert settings.candidates is not None
         assert settings.selected is not None
-        ids = np.array(list(run.records), dtype=object)
-        order = np.random.default_rng(derived_seed(settings.seed, number, DRAW)).permutation(len(ids))
+        if settings.draw == "chunks":
+            candidates = chunk(shuffled(run.records, settings.seed), settings.candidates, number)
+        else:
+            candidates = independent(list(run.records), settings.candidates, derived_seed(settings.seed, number, DRAW))
         warm_up, budget = number < settings.warm_up, settings.budget(number)
         measures = run.needs_rows and not warm_up
         looks = measures and budget is not None and number == settings.warm_up
-        aims = measures and (run.needs_target or budget is not None)
+        aims = run.weighs_by_target or (measures and (run.needs_target or budget is not None))
         return cls(
             run,
             number,
             step,
-            candidates=ids[order[: settings.candidates]].tolist(),
+            candidates=candidates,
             n_picks=settings.selected,
             budget=budget,
             warm_up=warm_up,

@@ -13,9 +13,12 @@ from typing import Any, ClassVar, Literal
 from gradstore.engine.searching.targets import Aggregate
 from gradstore.engine.selecting.diversity import Diversity
 from gradstore.engine.selecting.mixture import parts_of
+from gradstore.engine.selecting.rollout_rules import ROLLOUT_RULES
+from gradstore.engine.selecting.scores_by_pass_rate import acc
 from gradstore.engine.sketches.spec import SketchSpec
-from gradstore.errors import RequestError
+from gradstore.errors import RequestError, check_known, check_number
 from gradstore.settings import Aliases, check, read, spelled
+from gradstore.trainer.round.drawing import Draw
 
 GRADALIGN_NAMES = {
     "chunk_size": "candidates",
@@ -40,6 +43,9 @@ class RoundSettings:
     ALIASES: ClassVar[Aliases] = GRADALIGN_NAMES
     candidates: int | None = None
     """Problems drawn from the pool for each round; None: the whole pool."""
+    draw: Draw = "chunks"
+    """How they are drawn: `chunks`, the shuffled pool chunk by chunk (as in GradAlign), or `independent`, each round
+    anew."""
     selected: int | None = None
     """Problems picked per round; give this or `ratio`."""
     ratio: float | None = None
@@ -56,6 +62,10 @@ class RoundSettings:
     """Rollouts per benchmark problem."""
     selector: str = "cosine"
     """Any of engine.SELECTORS, an alias of GradAlign's, or a mixture such as `cosine:0.7+rand:0.3`."""
+    acc_low: float | None = None
+    """Lowest pass rate that the selector `acc` draws from; None: 0.2 (as in GradAlign). Kept in the selector's name."""
+    acc_high: float | None = None
+    """Highest pass rate that the selector `acc` draws from; None: 0.8."""
     refresh: Literal["all"] | int = "all"
     """Candidates rolled out again in each round: `all` (as in GradAlign), or a budget, the number of problems."""
     refresh_first: Literal["all"] | int | None = None
@@ -100,6 +110,11 @@ class RoundSettings:
     """Problems rolled out and sketched at once; an interruption loses at most this much work."""
     fit_problems: int = 200
     """Number of first-round candidates used to fit the projection, in addition to the benchmarks' problems."""
+    rollout_rule: str | None = None
+    """Rule that weighs or drops single rollouts of the training steps (engine.ROLLOUT_RULES); None: all count."""
+    rollout_threshold: float = 0.0
+    """How far a rollout may oppose the rule's direction before the rule acts, in root mean squares of the step's
+    dots."""
 
     def __post_init__(self) -> None:
         if (self.selected is None) == (self.ratio is None):
@@ -107,6 +122,8 @@ class RoundSettings:
                 "give either `selected` (problems picked in a round) or `ratio` (share of the candidates)"
             )
         check(self)
+        if (self.acc_low, self.acc_high) != (None, None):
+            self._name_window()
         least = dict.fromkeys(("first_look", "warm_up", "fit_problems", "refresh", "refresh_first"), 0)
         ones = ("candidates", "selected", "train_batch", "steps", "rounds", "rollouts", "target_rollouts", "window")
         for name, lowest in {**least, **dict.fromkeys(ones, 1)}.items():
@@ -134,8 +151,22 @@ class RoundSettings:
             )
         if self.spec.objective.kl_beta and any(part.selector.needs_probes for part in parts_of(self.selector)):
             raise RequestError(f"selector {self.selector!r} goes by probes, which have no KL term: leave kl_beta out")
+        check_number("rollout_threshold", self.rollout_threshold, least=0)
+        if self.rollout_rule is None and self.rollout_threshold:
+            raise RequestError(f"rollout_threshold is {self.rollout_threshold}, but there is no rollout_rule")
+        if self.rollout_rule is not None:
+            check_known("rollout_rule", self.rollout_rule, ROLLOUT_RULES)
         if self.candidates is not None:
             self.n_selected(self.candidates)
+
+    def _name_window(self) -> None:
+        """Write the window of `acc` into the selector's name, the one place that has it from then on."""
+        if self.selector != "acc":
+            raise RequestError(f"acc_low and acc_high are for selector acc, not for {self.selector!r}")
+        low, high = 0.2 if self.acc_low is None else self.acc_low, 0.8 if self.acc_high is None else self.acc_high
+        object.__setattr__(self, "selector", acc(low, high).name)
+        object.__setattr__(self, "acc_low", None)
+        object.__setattr__(self, "acc_high", None)
 
     @classmethod
     def from_names(cls, values: Mapping[str, Any]) -> "RoundSettings":
@@ -196,5 +227,6 @@ class RoundSettings:
         return self.observe == "all"
 
     def describe(self) -> dict[str, Any]:
-        """The settings as JSON-able values."""
-        return asdict(self)
+        """The settings as JSON-able values; without a rollout rule its settings are omitted, as in older stores."""
+        unused = () if self.rollout_rule else ("rollout_rule", "rollout_threshold")
+        return {name: value for name, value in asdict(self).items() if name not in unused}

@@ -20,7 +20,7 @@ import numpy as np
 
 from gradstore.durable import write_text_file
 from gradstore.engine.rollouts import Rollout, read_rollouts, write_rollouts
-from gradstore.engine.rollouts.rollout import STOPPED
+from gradstore.engine.rollouts.rollout import OVERLONG, STOPPED
 from gradstore.engine.rollouts.templates import check_arguments, settings_path, tools_of
 from gradstore.engine.rollouts.tokens import prompt_ids, text_of
 from gradstore.engine.rollouts.write import SUFFIXES
@@ -30,6 +30,7 @@ from gradstore.keepable import MAX_ROW_BYTES, parsed_line
 from gradstore.outputs import check_output
 from gradstore.reading.files import open_regular, read_object
 from gradstore.trainer.sampling.backends import Backend, Response, derived_seed
+from gradstore.trainer.sampling.overlong import check_overlong, penalties
 from gradstore.trainer.sampling.readable import named, readable
 from gradstore.trainer.sampling.reward import Reward
 
@@ -70,6 +71,8 @@ def rollout(
     chunk: int = CHUNK,
     step: int | None = None,
     template_kwargs: Mapping[str, Any] | None = None,
+    overlong_buffer: int = 0,
+    overlong_penalty: float = 1.0,
     names: Mapping[str, str] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> RolloutReport:
@@ -79,6 +82,7 @@ def rollout(
     chunk: problems sampled at once. A kill loses at most one chunk. The responses depend on this size.
     step: the policy version, written in every row.
     template_kwargs: arguments of the chat template, such as {"enable_thinking": False}; stored with the settings.
+    overlong_buffer, overlong_penalty: DAPO's reward shaping (overlong.py); a row's penalty is in its `extra` too.
     names: problem id -> file and row, for messages.
     progress: callback(number of newly finished problems); the first call counts those already in the file.
 
@@ -88,6 +92,7 @@ def rollout(
     """
     out = Path(out)
     _check_settings(n=n, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, chunk=chunk)
+    check_overlong(max_new_tokens, overlong_buffer, overlong_penalty)
     check_known(f"{out}: the suffix", out.suffix, SUFFIXES)
     check_output(out)
     if out.suffix == ".parquet" and len({isinstance(problem["prompt"], str) for problem in problems}) > 1:
@@ -105,8 +110,10 @@ def rollout(
         "step": step,
         "reward": reward.name,
         **({"template_kwargs": dict(template_kwargs)} if template_kwargs else {}),
+        **({"overlong_buffer": overlong_buffer, "overlong_penalty": overlong_penalty} if overlong_buffer else {}),
         **backend.settings(),
     }
+    shaping = partial(penalties, max_new_tokens=max_new_tokens, buffer=overlong_buffer, penalty=overlong_penalty)
     # rows cannot be appended to Parquet: collect them in a .jsonl file next to it first
     growing = out if out.suffix == ".jsonl" else out.with_name(out.name + ".unfinished.jsonl")
     try:
@@ -128,7 +135,9 @@ def rollout(
                     top_p=top_p,
                     seed=derived_seed(seed, first // chunk),
                 )
-                rows = _scored(problems[of_chunk], prompts[of_chunk], responses, backend.tokenizer, reward, step)
+                rows = _scored(
+                    problems[of_chunk], prompts[of_chunk], responses, backend.tokenizer, reward, step, shaping
+                )
                 with write_rollouts(growing, append=True) as writer:
                     writer.append(rows)
                 advance(len(responses))
@@ -149,14 +158,16 @@ def _scored(
     tokenizer: Any,
     reward: Reward,
     step: int | None,
+    shaping: Callable[[Sequence[int]], np.ndarray],
 ) -> list[Rollout]:
-    """The rows of a chunk: decode its responses, then score all at once."""
+    """The rows of a chunk: decode its responses, then score all at once. shaping: lengths -> what rewards get added."""
     sampled = [
         (problem, ids, response, j, text_of(tokenizer, response.token_ids.tolist(), skip_special_tokens=True))
         for problem, ids, group in zip(problems, prompts, responses, strict=True)
         for j, response in enumerate(group)
     ]
     scores = reward.scores([(problem, text, j) for problem, _, _, j, text in sampled])
+    shaped = shaping([len(response.token_ids) for _, _, response, _, _ in sampled]).tolist()
     return [
         Rollout(
             problem_id=problem["id"],
@@ -164,16 +175,20 @@ def _scored(
             prompt_ids=np.asarray(ids, dtype=np.int64),
             response=text,
             response_ids=response.token_ids,
-            reward=score.value,
+            reward=score.value + added,
             logprobs=response.logprobs,
             source=problem.get("source", ""),
             ground_truth=problem.get("ground_truth", ""),
             tags=list(problem.get("tags", ())),
             finish_reason=response.finish_reason,
-            extra=dict(problem.get("extra", {})) | ({} if score.stopped is None else {STOPPED: score.stopped}),
+            extra={
+                **problem.get("extra", {}),
+                **({} if score.stopped is None else {STOPPED: score.stopped}),
+                **({OVERLONG: added} if added else {}),
+            },
             step=step,
         )
-        for (problem, ids, response, _, text), score in zip(sampled, scores, strict=True)
+        for (problem, ids, response, _, text), score, added in zip(sampled, scores, shaped, strict=True)
     ]
 
 

@@ -7,7 +7,7 @@
     live_policy.py        the policy for rounds: rollouts by verl, sketches in the workers
     worker.py             verl's actor worker with sketches and probes
     agent_loop.py         a seed for every rollout
-    transfer.py, ranks.py verl's queue of rollouts; groups distributed over ranks
+    transfer.py           verl's queue of rollouts
     sampler_07.py         verl 0.7.x, through data.sampler.class_path
 
 docs/verl.md has the settings and complete commands. verl is imported only when it is used.

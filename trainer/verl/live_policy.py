@@ -15,13 +15,16 @@ import transfer_queue as tq
 from verl.trainer.ppo.padding_utils import upsample_batch_to_divisible_size
 from verl.utils import tensordict_utils
 
+from gradstore.engine.gradients.objectives import Objective
 from gradstore.engine.probing.batch import ProbeBatch
 from gradstore.engine.probing.calibration import Calibration
 from gradstore.engine.rollouts.group import Group
+from gradstore.engine.rollouts.solutions import solution_groups
 from gradstore.engine.sketches.bases import SketcherFiles
+from gradstore.engine.sketches.rollout_sketches import RolloutSketches
 from gradstore.engine.sketches.spec import SketchBatch, SketchSpec
 from gradstore.errors import GradstoreError
-from gradstore.trainer.verl.ranks import deal, gather
+from gradstore.trainer.round.ranks import deal, gather
 from gradstore.trainer.verl.settings import VerlSettings
 from gradstore.trainer.verl.transfer import PARTITION, Rows, groups_of, rows_of, uid_of, versions_of, wait_for
 
@@ -58,6 +61,13 @@ class LivePolicy:
         rows = rows_of(self._trainer.train_dataset, problems, uids, n, (seed,) if self._settings.seeded else None)
         return self._generated(rows, [record["id"] for record in problems])
 
+    def solutions(self, problems: Sequence[Mapping[str, Any]]) -> list[Group]:
+        """The problems' reference solutions, after their prompts as verl renders them."""
+        arguments = self._trainer.config.data.get("apply_chat_template_kwargs", None)
+        return solution_groups(
+            problems, self._trainer.tokenizer, template_kwargs=None if arguments is None else dict(arguments)
+        )
+
     def fit(self, spec: SketchSpec, groups: Sequence[Group], benchmark: Sequence[Group] = ()) -> SketcherFiles:
         """Make the sketcher on every rank; a fitted basis is fitted to the groups and the benchmark.
 
@@ -79,6 +89,10 @@ class LivePolicy:
     def sketch(self, groups: Sequence[Group]) -> SketchBatch:
         """Sketch the groups; each group is computed by one rank."""
         return self._on_ranks("sketch_groups", groups)
+
+    def sketch_rollouts(self, groups: Sequence[Group], objective: Objective | None = None) -> RolloutSketches:
+        """Sketch each rollout of the groups for itself; each group is computed by one rank."""
+        return self._on_ranks("sketch_rollouts", groups, objective)
 
     def aim(self, groups: Sequence[Group]) -> SketchBatch:
         """Sketch validation groups, each on one rank; the ranks keep the gradient as this round's probe direction."""

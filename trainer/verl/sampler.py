@@ -10,11 +10,11 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 from torch.utils.data import Sampler
 
 from gradstore.errors import RequestError
 from gradstore.problems import from_verl
+from gradstore.trainer.feed import drawing_order as drawing_order
 
 
 class RoundSampler(Sampler[int]):
@@ -135,14 +135,3 @@ def records_of(dataset: Any, where: str) -> list[dict[str, Any]]:
             fields["prompt"] = fields.pop(dataset.prompt_key)
         records.append(from_verl(fields, f"{where}, row {row + 1}"))
     return records
-
-
-def drawing_order(picks: Sequence[str], n_draws: int, seed: int) -> list[str]:
-    """Repeat the picks until there are n_draws ids, each pass shuffled differently.
-
-    RequestError unless n_draws is a multiple of the number of picks, so that each is trained on equally often.
-    """
-    if not len(picks) or n_draws % len(picks):
-        raise RequestError(f"{n_draws} draws are not a multiple of {len(picks)} picks")
-    random = np.random.default_rng([seed, 0x0D7A])
-    return [picks[i] for _ in range(n_draws // len(picks)) for i in random.permutation(len(picks)).tolist()]

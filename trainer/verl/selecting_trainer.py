@@ -38,7 +38,9 @@ from gradstore.trainer.verl.transfer import (
     WEIGHT_FIELD,
     joined,
     place_of,
+    rollout_numbers,
     row_seeds,
+    row_weights,
     uid_of,
     versions_of,
     weigh,
@@ -220,12 +222,26 @@ class Selecting(_Base):
 
     def _compute_advantage(self, batch: Any, metrics: dict[str, Any]) -> Any:
         batch = super()._compute_advantage(batch, metrics)
-        if self._weighs:
-            weigh(batch.keys)
+        weights = row_weights(batch.keys) if self._weighs else [1.0] * len(batch.keys)
+        if self.settings.rounds.rollout_rule is not None:
+            of_rollouts = self._rollout_weights(batch, weights, metrics)
+            weights = [weight * of_rollouts.get(key, 1.0) for weight, key in zip(weights, batch.keys, strict=True)]
+        weigh(batch.keys, weights)
         if self._observes():
             with marked_timer("observe", self.timing_raw, color="blue"):
                 self._observe(batch, metrics)
         return batch
+
+    def _rollout_weights(self, batch: Any, weights: Sequence[float], metrics: dict[str, Any]) -> dict[str, float]:
+        """Weight of each rollout by its key, by the rounds' rollout rule; logs what was dropped and what it cost."""
+        own = [key for key, _ in _own(batch)]
+        weight_of = {uid_of(key): weight for key, weight in zip(batch.keys, weights, strict=True)}
+        with marked_timer("weigh", self.timing_raw, color="blue"):
+            groups = self.policy.groups(own, self._problems(own), referred=self.use_reference_policy)
+            weighed = self.rounds.weigh(self.policy, list(groups.values()), [weight_of[uid] for uid in groups])
+        metrics |= {f"gradstore/{name}": value for name, value in weighed.scalars().items()}
+        weights_of = dict(zip(groups, weighed.weights, strict=True))
+        return {key: float(weights_of[uid_of(key)][number]) for key, number in rollout_numbers(own).items()}
 
     def _observes(self) -> bool:
         """Whether this step's rollouts become rows. Ahead of training, steps and passes over the picks do not match."""
@@ -238,10 +254,9 @@ class Selecting(_Base):
         """Sketch a step's rollouts. Those of an earlier policy only if the objective has importance ratios."""
         tags_of: dict[str, list[dict[str, Any]]] = {}
         own = []
-        for key, tag in zip(batch.keys, batch.tags, strict=True):
-            if not tag.get("is_padding", False):
-                own.append(key)
-                tags_of.setdefault(uid_of(key), []).append(tag)
+        for key, tag in _own(batch):
+            own.append(key)
+            tags_of.setdefault(uid_of(key), []).append(tag)
         if self.settings.asynchronous and not self.settings.rounds.spec.objective.importance:
             fresh = {uid for uid, tags in tags_of.items() if versions_of(tags) == {self.policy.step}}
             metrics["gradstore/observe/of_earlier_policies"] = len(tags_of) - len(fresh)
@@ -249,6 +264,12 @@ class Selecting(_Base):
         if own:
             groups = self.policy.groups(own, self._problems(own), referred=self.use_reference_policy)
             self.rounds.observe(self.policy, joined([groups[uid] for uid in sorted(groups)]))
+
+
+def _own(batch: Any) -> list[tuple[str, dict[str, Any]]]:
+    """Keys and tags of the rollouts in a batch, without the rows that verl fills it up with."""
+    rows = zip(batch.keys, batch.tags, strict=True)
+    return [(key, tag) for key, tag in rows if not tag.get("is_padding", False)]
 
 
 class SelectingTrainer(Selecting, PPOTrainerSync):

@@ -121,10 +121,14 @@ def groups_of(
     return groups
 
 
-def weigh(keys: Sequence[str]) -> None:
-    """Multiply the advantages of each rollout in the queue by its row's weight; weights of 1 write nothing."""
+def row_weights(keys: Sequence[str]) -> list[float]:
+    """Weight of the row that each rollout in the queue was sampled for."""
     column = tq.kv_batch_get(keys=list(keys), partition_id=PARTITION, select_fields=[WEIGHT_FIELD])[WEIGHT_FIELD]
-    weights = [float(getattr(weight, "data", weight)) for weight in column]
+    return [float(getattr(weight, "data", weight)) for weight in column]
+
+
+def weigh(keys: Sequence[str], weights: Sequence[float]) -> None:
+    """Multiply the advantages of each rollout in the queue by its weight; weights of 1 write nothing."""
     if all(weight == 1 for weight in weights):
         return
     given = tq.kv_batch_get(keys=list(keys), partition_id=PARTITION, select_fields=["advantages"])["advantages"]
@@ -133,6 +137,16 @@ def weigh(keys: Sequence[str]) -> None:
     tq.kv_batch_put(
         keys=list(keys), partition_id=PARTITION, fields=TensorDict({"advantages": scaled}, batch_size=len(rows))
     )
+
+
+def rollout_numbers(keys: Sequence[str]) -> dict[str, int]:
+    """Key of each output -> its rollout's position in the group that `groups_of` makes."""
+    seen: dict[str, dict[int, int]] = {}
+    numbers = {}
+    for key in sorted(keys, key=place_of):
+        sessions = seen.setdefault(uid_of(key), {})
+        numbers[key] = sessions.setdefault(place_of(key)[1], len(sessions))
+    return numbers
 
 
 def joined(groups: Sequence[Group]) -> list[Group]:

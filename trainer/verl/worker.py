@@ -2,7 +2,7 @@
 
 Weights are not merged, copied or saved, and gradients are not reduced among the ranks. Each rank runs its own problems,
 in step with the others. The driver calls these methods with one list of groups per rank
-(`gradstore.trainer.verl.ranks`); the results are plain values.
+(`gradstore.trainer.round.ranks`); the results are plain values.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +15,7 @@ from torch import nn
 from verl.single_controller.base.decorator import Dispatch, register
 from verl.workers.engine_workers import ActorRolloutRefWorker
 
+from gradstore.engine.gradients.objectives import Objective
 from gradstore.engine.gradients.sharding import reshard, total
 from gradstore.engine.probing.aimed import AimedProbe
 from gradstore.engine.probing.batch import ProbeBatch
@@ -23,6 +24,7 @@ from gradstore.engine.probing.probe import Probe
 from gradstore.engine.rollouts.group import Group
 from gradstore.engine.sketches.bases import SketcherFiles, fit_sketcher, sketcher_from
 from gradstore.engine.sketches.from_training_pass import sketched_and_summed
+from gradstore.engine.sketches.rollout_sketches import RolloutSketches, sketch_rollouts
 from gradstore.engine.sketches.sketcher import Sketcher
 from gradstore.engine.sketches.spec import SketchBatch, SketchSpec
 from gradstore.errors import GradstoreError, RequestError
@@ -57,6 +59,12 @@ class SketchingWorker(ActorRolloutRefWorker):
         """Sketch this rank's groups."""
         with self._live_policy():
             return self._made().sketch(groups)
+
+    @register(dispatch_mode=Dispatch.DP_COMPUTE)
+    def sketch_rollouts(self, groups: Sequence[Group], objective: Objective | None) -> RolloutSketches:
+        """Sketch the single rollouts of this rank's groups."""
+        with self._live_policy():
+            return sketch_rollouts(self._made(), groups, objective)
 
     @register(dispatch_mode=Dispatch.DP_COMPUTE)
     def aim(self, groups: Sequence[Group]) -> SketchBatch:

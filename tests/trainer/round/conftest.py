@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 
 from gradstore import State
-from gradstore.engine.gradients.objectives import objective
+from gradstore.engine.gradients.objectives import Objective, objective
 from gradstore.engine.probing.batch import ProbeBatch
 from gradstore.engine.probing.calibration import Calibration
 from gradstore.engine.rollouts.group import Group
 from gradstore.engine.sketches.bases import SketcherFiles
+from gradstore.engine.sketches.rollout_sketches import RolloutSketches
 from gradstore.engine.sketches.spec import SketchBatch, SketchSpec
 from gradstore.trainer.round.driver import Rounds
 from gradstore.trainer.round.settings import RoundSettings
@@ -131,6 +132,15 @@ class FakePolicy:
         """Of one group with signal, float64 [D]: each rollout brings its own noise, which more rollouts average out."""
         noise_GD = [np.random.default_rng(response.tolist()).normal(size=DIM) for response in group.responses]
         return self.world.gradient_of[group.problem_id][self._step] + self.world.noise * np.mean(noise_GD, axis=0)
+
+    def sketch_rollouts(self, groups: Sequence[Group], objective: Objective | None = None) -> RolloutSketches:
+        """A rollout's part is its advantage times its own noise."""
+        self._called()
+        rows = []
+        for group in groups:
+            noise_GD = np.array([np.random.default_rng(r.tolist()).normal(size=DIM) for r in group.responses])
+            rows.append(((group.rewards - group.rewards.mean())[:, None] * noise_GD).astype(np.float32))
+        return RolloutSketches([group.problem_id for group in groups], rows, 3 * sum(map(len, rows)))
 
     def aim(self, groups: Sequence[Group]) -> SketchBatch:
         batch = self.sketch(groups)

@@ -97,6 +97,23 @@ def test_the_record_tells_the_round(world, training, tmp_path) -> None:
     assert all(isinstance(value, float) for value in values.values())
 
 
+def test_a_round_says_what_its_rollouts_are_worth(world, training, tmp_path, monkeypatch) -> None:
+    """Rollouts that the policy did not sample (another engine, a late sync of weights) rank as if it had."""
+    run = training(tmp_path / "store", world(), settings(rounds=1))
+    plain = run.policy.sketch
+
+    def sketch(groups):
+        batch = plain(groups)
+        return replace(batch, ess_of_ratios=(0.3 * batch.n_rollouts).astype(np.float32))
+
+    monkeypatch.setattr(run.policy, "sketch", sketch)
+    run.run()
+    about = gradstore.open(tmp_path / "store").rounds("pool")[0].about
+    assert about["ess"]["low"] == about["ess"]["rows"] > 0
+    assert about["ess"]["median_share"] == pytest.approx(0.3, rel=1e-5)
+    assert any("this policy did not sample the rollouts" in line for line in about["warnings"])
+
+
 def test_the_projection_is_fitted_to_rollouts_that_are_kept(world, training, tmp_path) -> None:
     """Rolling out for the fit alone would be selection rollouts for nothing."""
     run = training(tmp_path / "store", world(), settings(rounds=1))
@@ -304,6 +321,62 @@ def test_observed_rollouts_are_kept_once(world, fake_policy, tmp_path) -> None:
         rounds.observe(policy, [*groups, groups[0]])
 
 
+@pytest.mark.parametrize("selector", ["rand", "cosine"])
+def test_rollouts_are_weighed_by_the_rounds_target(world, fake_policy, tmp_path, selector: str) -> None:
+    """By the newest target, with any selector; rolled out for it is the benchmark alone. Twice gives the same."""
+    policy = fake_policy(world())
+    made = settings(selector=selector, rollout_rule="oppose_target")
+    rounds = Rounds(tmp_path / "store", policy.world.pool, {"bench": policy.world.benchmark}, made)
+    with pytest.raises(RequestError, match="call next before weigh"):
+        rounds.weigh(policy, [])
+    picks = rounds.next(policy).ids[:4]
+    if selector == "rand":
+        assert {name for _, name, _ in policy.rolled} == {record["id"] for record in policy.world.benchmark}
+    policy.train()
+    groups = policy.roll_out([record for record in policy.world.pool if record["id"] in picks], 8, seed=1)
+    found = rounds.weigh(policy, groups)
+    target_D = target(gradstore.open(tmp_path / "store"), "bench", 0).vector
+    rows = policy.sketch_rollouts(groups).rows
+    for own_G, row_GD in zip(found.weights, rows, strict=True):
+        assert own_G.tolist() == [float(dot >= 0) for dot in row_GD @ target_D]
+    assert 0 < found.dropped < 1
+    assert found.n_tokens == 3 * 8 * 4
+    again = Rounds(tmp_path / "store", policy.world.pool, {"bench": policy.world.benchmark}, made)
+    again.load_state_dict(rounds.state_dict())
+    for one, other in zip(found.weights, again.weigh(policy, groups).weights, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_a_target_without_signal_drops_nothing(world, fake_policy, tmp_path) -> None:
+    """A step must not fail because the benchmark is solved."""
+    policy = fake_policy(world())
+    policy.world.rate_of |= {record["id"]: 1.0 for record in policy.world.benchmark}
+    made = settings(selector="rand", rollout_rule="oppose_target")
+    rounds = Rounds(tmp_path / "store", policy.world.pool, {"bench": policy.world.benchmark}, made)
+    rounds.next(policy)
+    found = rounds.weigh(policy, policy.roll_out(policy.world.pool[:3], 8, seed=1))
+    assert all((own == 1).all() for own in found.weights)
+    assert (found.dropped, found.n_tokens) == (0, 0)
+
+
+def test_rules_that_cannot_work_are_refused(world, fake_policy, tmp_path) -> None:
+    with pytest.raises(RequestError, match="rollout_rule 'oppose_target' needs a target"):
+        Rounds(tmp_path / "store", world().pool, {}, settings(selector="rand", rollout_rule="oppose_target"))
+    with pytest.raises(RequestError, match=r"rollout_rule 'dvt' is not one of.*did you mean 'dtv'"):
+        settings(rollout_rule="dvt")
+    with pytest.raises(RequestError, match="there is no rollout_rule"):
+        settings(rollout_threshold=0.5)
+    with pytest.raises(RequestError, match="rollout_threshold"):
+        settings(rollout_rule="dtv", rollout_threshold=-0.5)
+    assert "rollout_rule" not in settings().describe(), "rounds recorded before there were rules are the same"
+    assert settings(rollout_rule="dtv").describe()["rollout_threshold"] == 0
+    policy = fake_policy(world())
+    rounds = Rounds(tmp_path / "store", policy.world.pool, {}, settings(selector="rand"))
+    rounds.next(policy)
+    with pytest.raises(RequestError, match="nothing to weigh rollouts by"):
+        rounds.weigh(policy, [])
+
+
 def test_wrong_requests(world, tmp_path) -> None:
     """Refused before anything is rolled out."""
     made = world()
@@ -326,16 +399,16 @@ def test_tensorboard_gets_the_numbers(tmp_path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    from gradstore.trainer.round.progress import tensorboard
+    from gradstore.trainer.loggers import TensorBoard
 
-    log = tensorboard(tmp_path)
-    log({"round/rollouts": 192.0}, 4)
-    log({"round/rollouts": 96.0}, 8)
+    log = TensorBoard(tmp_path)
+    log.log({"round/rollouts": 192.0}, 4)
+    log.log({"round/rollouts": 96.0}, 8)
     events = EventAccumulator(str(tmp_path)).Reload()
     assert [(event.step, event.value) for event in events.Scalars("round/rollouts")] == [(4, 192.0), (8, 96.0)]
     log.close()
-    resumed = tensorboard(tmp_path, purge_step=5)
-    resumed({"round/rollouts": 48.0}, 8)
+    resumed = TensorBoard(tmp_path, purge_step=5)
+    resumed.log({"round/rollouts": 48.0}, 8)
     resumed.close()
     events = EventAccumulator(str(tmp_path)).Reload()
     assert [(event.step, event.value) for event in events.Scalars("round/rollouts")] == [(4, 192.0), (8, 48.0)]

@@ -102,6 +102,18 @@ def test_texts_for_what_is_no_number() -> None:
         RoundSettings.from_names({"selected": 4, "diversity": "much"})
 
 
+def test_the_window_of_acc_is_gradaligns() -> None:
+    """acc_low and acc_high become part of the selector's name, so a record needs nothing more to say them."""
+    usual = {"selected": "4", "train_batch": "8", "steps": "1"}
+    found = RoundSettings.from_names({**usual, "mode": "acc", "acc_low": "0.3", "acc_high": "0.9"})
+    assert (found.selector, found.acc_low, found.acc_high) == ("acc(0.3..0.9)", None, None)
+    assert RoundSettings.from_names({**usual, "mode": "acc", "acc_high": "0.5"}).selector == "acc(0.2..0.5)"
+    assert RoundSettings.from_names({**usual, "mode": "acc"}).selector == "acc"
+    assert replace(found, seed=1).selector == found.selector
+    with pytest.raises(RequestError, match="acc_low and acc_high are for selector acc, not for 'cosine'"):
+        RoundSettings.from_names({**usual, "acc_low": "0.3"})
+
+
 def test_the_pool_must_be_large_enough() -> None:
     """Counts that depend on the pool are checked against it."""
     settings = RoundSettings(candidates=20, selected=4, train_batch=4, steps=1)

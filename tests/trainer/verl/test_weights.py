@@ -15,7 +15,7 @@ class Batch:
 
     def __init__(self, keys: list[str]) -> None:
         self.keys, self.partition_id = keys, "train"
-        self.tags: list[dict] = [{} for _ in keys]
+        self.tags: list[dict] = [{"is_padding": True} if key.startswith("pad") else {} for key in keys]
 
 
 class Queue:
@@ -23,6 +23,7 @@ class Queue:
 
     def __init__(self, rows: dict[str, list[float]], weight_of: dict[str, float]) -> None:
         self.rows, self.weight_of, self.n_written = rows, weight_of, 0
+        self.metrics: dict[str, float] = {}
 
     def kv_batch_get(self, keys: list[str], partition_id: str, select_fields: list[str]) -> Any:
         import torch
@@ -42,7 +43,14 @@ class Queue:
             self.rows[key] = row.tolist()
 
 
-def computed(monkeypatch: pytest.MonkeyPatch, weight_of: dict[str, float], ahead: bool = False) -> Queue:
+def computed(
+    monkeypatch: pytest.MonkeyPatch,
+    weight_of: dict[str, float],
+    ahead: bool = False,
+    rule: str | None = None,
+    rounds: Any = None,
+    policy: Any = None,
+) -> Queue:
     """The queue after our trainer's advantages, verl's own being there."""
     from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
@@ -53,12 +61,14 @@ def computed(monkeypatch: pytest.MonkeyPatch, weight_of: dict[str, float], ahead
     monkeypatch.setattr(transfer, "tq", queue)
     monkeypatch.setattr(PPOTrainerSync, "_compute_advantage", lambda self, batch, metrics: batch)
     trainer = object.__new__(selecting_trainer.SelectingTrainer)
-    rounds = RoundSettings(selected=1, train_batch=1, steps=1, observe="none")
-    trainer.settings = type("Settings", (), {"rounds": rounds, "asynchronous": ahead})()
-    trainer.sampler = RoundSampler(["a", "b"])
+    settings = RoundSettings(selected=1, train_batch=1, steps=1, observe="none", rollout_rule=rule)
+    trainer.settings = type("Settings", (), {"rounds": settings, "asynchronous": ahead})()
+    trainer.sampler, trainer.rounds, trainer._policy = RoundSampler(["a", "b"]), rounds, policy
     trainer.sampler.feed(["a"], weights=weight_of)
+    trainer._ids, trainer.timing_raw, trainer.use_reference_policy = ["p", "q"], {}, False
+    monkeypatch.setattr(trainer, "_problems", lambda keys: {"a": "p", "b": "q"})
     batch = Batch(list(queue.rows))
-    assert trainer._compute_advantage(batch, {}) is batch
+    assert trainer._compute_advantage(batch, queue.metrics) is batch
     return queue
 
 
@@ -75,3 +85,31 @@ def test_rows_are_scaled_by_their_problems_weight(monkeypatch: pytest.MonkeyPatc
 def test_usual_weights_write_nothing(monkeypatch: pytest.MonkeyPatch, ahead: bool) -> None:
     """A run without weights is verl's own, bit for bit."""
     assert computed(monkeypatch, {}, ahead).n_written == 0
+
+
+def test_a_rollout_rule_scales_each_rollout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On top of its problem's weight, in the order of the rollouts' numbers, and never the rows of padding."""
+    import numpy as np
+
+    from gradstore.engine.rollouts.group import Group
+    from gradstore.trainer.round.weighing import Weighed
+
+    asked: list = []
+
+    class Rounds:
+        def weigh(self, policy: object, groups: list[Group], factors: list[float]) -> Weighed:
+            asked.append(([group.problem_id for group in groups], factors))
+            return Weighed([np.array([0.0, 0.5]), np.array([1.0])], 1 / 3, 7)
+
+    class Policy:
+        def groups(self, keys: list[str], problem_of: dict[str, str], referred: bool) -> dict[str, Group]:
+            assert sorted(keys) == ["a_0_0", "a_1_0", "b_0_0"]
+            ids = np.arange(2)
+            return {"a": Group("p", ids, [ids, ids], np.array([0.0, 1.0])), "b": Group("q", ids, [ids], np.ones(1))}
+
+    queue = computed(monkeypatch, {"b": 2.0}, rule="dtv", rounds=Rounds(), policy=Policy())
+    assert asked == [(["p", "q"], [1.0, 2.0])]
+    assert queue.rows["a_0_0"] == [0.0, 0.0, 0.0]
+    assert queue.rows["a_1_0"] == pytest.approx([-0.35])
+    assert queue.rows["b_0_0"] == pytest.approx([0.6, 0.6])
+    assert queue.metrics == {"gradstore/rollouts_dropped": pytest.approx(1 / 3), "gradstore/weigh_tokens": 7}

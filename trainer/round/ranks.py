@@ -1,4 +1,4 @@
-"""Distribute groups over the actor's ranks, and put their results back in order.
+"""Distribute groups over the ranks of a sharded or replicated policy, and put their results back in order.
 
 A rank's run time depends on its tokens, not on its number of problems. So groups are assigned longest first, each to
 the rank with the fewest tokens. A rank may get no group.
@@ -49,7 +49,9 @@ def gather(batches: Sequence[Batch], shares: Sequence[Sequence[int]]) -> Batch:
         elif all(isinstance(value, list) for value in values):
             joined = [row for value in values for row in value]
             merged[field.name] = [joined[i] for i in back.tolist()]
-    wrong = [name for name, rows in merged.items() if name != "n_tokens" and len(rows) != n]
+        elif any(value is None for value in values):  # one rank does not know it
+            merged[field.name] = None
+    wrong = [name for name, rows in merged.items() if name != "n_tokens" and rows is not None and len(rows) != n]
     if wrong:
         raise ValueError(f"{type(first).__name__}.{wrong[0]} has {len(merged[wrong[0]])} rows for {n} problems")
     return replace(first, **merged)

@@ -1,0 +1,218 @@
+"""What a new user runs into: other files, mistyped names, rankings that mislead; each is said, with the way on."""
+
+import csv
+import gzip
+import io
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import gradstore
+from gradstore import RequestError, engine
+from gradstore.engine.searching.where import Where
+from gradstore.reading.opening import open_rows
+
+ROWS = [{"id": f"p{i}", "prompt": f'say "{i}",\nplease', "ground_truth": str(i)} for i in range(5)]
+
+
+def _made(path: Path, rows: list[dict]) -> Path:
+    """A file of the kind that its name says."""
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    if path.suffix in (".csv", ".tsv"):
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(rows[0]), delimiter="," if path.suffix == ".csv" else "\t")
+        writer.writeheader()
+        writer.writerows(rows)
+        path.write_text(text.getvalue(), encoding="utf-8")
+    elif path.name.endswith(".jsonl.gz"):
+        path.write_bytes(gzip.compress(lines.encode()))
+    elif path.name.endswith(".json.gz"):
+        path.write_bytes(gzip.compress(json.dumps(rows).encode()))
+    elif path.suffix == ".zst":
+        import pyarrow as pa
+
+        with pa.CompressedOutputStream(str(path), "zstd") as file:
+            file.write(lines.encode())
+    else:
+        path.write_text(json.dumps(rows), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("name", ["p.csv", "p.tsv", "p.jsonl.gz", "p.json.gz", "p.jsonl.zst", "p.json"])
+def test_files_of_other_kinds_are_read(tmp_path: Path, name: str) -> None:
+    """Rows come as from JSON Lines, in order, and again by their places."""
+    file = open_rows(_made(tmp_path / name, ROWS))
+    found = list(file.scan())
+    assert [row.value for row in found] == ROWS
+    back = found[::-2]
+    assert file.fetch([row.place for row in back], [row.size for row in back]) == ROWS[::-2]
+    assert [record["id"] for record in gradstore.read_problems(tmp_path / name)] == [row["id"] for row in ROWS]
+
+
+UNREADABLE = {
+    "u.jsonl": ('{"id": "a"}'.encode("utf-16"), "UTF-16"),
+    "a.gz": (gzip.compress(b"hello", mtime=0), "gzip of something else"),
+    "cut.jsonl.gz": (gzip.compress(b'{"id": "a"}\n' * 99, mtime=0)[:30], "cannot be unpacked"),
+    "heading.csv": (b"id,prompt\n", "no rows"),
+    "twice.csv": (b"id,id\n1,2\n", "twice"),
+    "ragged.csv": (b"id,prompt\n1,2,3\n", "not a CSV file"),
+    "bytes.csv": (b"id,prompt\n1,\xff\n", "not a CSV file"),
+    "a.txt": (b"id prompt\n", "neither JSON Lines"),
+}
+
+
+def test_a_bomb_is_not_unpacked(tmp_path: Path) -> None:
+    (tmp_path / "bomb.jsonl.gz").write_bytes(gzip.compress(b"{" + bytes(200 << 20)))
+    with pytest.raises(RequestError, match="unpacks to more than"):
+        open_rows(tmp_path / "bomb.jsonl.gz")
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_files_that_cannot_be_read_are_named(tmp_path: Path, name: str) -> None:
+    data, message = UNREADABLE[name]
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(RequestError, match=message) as caught:
+        list(open_rows(tmp_path / name).scan())
+    assert name in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--device", "gpu"], "expected cpu, cuda"),
+        (["--device", "cuda:99"], "torch sees"),
+        (["--modules", "[["], "not a regular expression"),
+        (["--fit-problems", "0"], "--fit-problems"),
+    ],
+)
+def test_collect_refuses(cli, tmp_path, model_folder, rollout_files, options: list[str], message: str) -> None:
+    """One line and status 2, and no store is made."""
+    status, _, err = cli(
+        "collect", tmp_path / "new", "pool", rollout_files["pool"], "--model", model_folder, "--quiet", *options
+    )
+    assert status == 2
+    assert err.count("\n") == 1
+    assert message in err
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_folder_that_is_not_there(cli, tmp_path, model_folder) -> None:
+    problems = model_folder / "problems.jsonl"
+    status, _, err = cli(
+        "rollout", problems, "--model", "./modle", "--reward", "math", "--out", tmp_path / "r.jsonl", "--quiet"
+    )
+    assert (status, err) == (2, "gradstore: ./modle: there is no such folder\n")
+
+
+def _store(path: Path, sign: float = 1.0, step: int = 0, target_step: int = 0) -> gradstore.Store:
+    """A pool along the first axis (times `sign`), a benchmark along it, a smaller one, and halves."""
+    store = gradstore.create(path, dim=4, fingerprint={"model": "m", "layout": [["all", 0, 4]]})
+    sizes = {"pool": 8, "pool.even": 8, "pool.odd": 8, "bench": 4, "other": 3}
+    for name, n in sizes.items():
+        ids = [f"{name}{i}" for i in range(n)]
+        store.add_problems(name, [{"id": one, "prompt": one, "ground_truth": "1", "source": "sums"} for one in ids])
+        rows = np.tile([sign if name == "pool" else 1.0, 0.1, 0, 0], (n, 1)).astype(np.float32)
+        with store.writer(name, step=step if name.startswith("pool") else target_step) as writer:
+            writer.append(ids, rows)
+    return gradstore.open(path)
+
+
+@pytest.mark.parametrize("command", ["query", "select"])
+def test_what_misleads_is_said(cli, tmp_path, command: str) -> None:
+    """A target much older than the rows, and scores that are all below zero: as warnings, and in the JSON."""
+    _store(tmp_path / "store", sign=-1.0, step=42)
+    more, again = [["-n", "2", "--out", tmp_path / name] if command == "select" else [] for name in ("one", "two")]
+    status, _, err = cli(command, tmp_path / "store", "--against", "bench", *more)
+    assert status == 0
+    assert "42 steps older" in err
+    assert "all scores are below 0" in err
+    notices = json.loads(cli(command, tmp_path / "store", "--against", "bench", *again, "--json")[1])["notices"]
+    assert len(notices) == 2
+    _store(tmp_path / "fine")
+    more = ["-n", "2", "--out", tmp_path / "three"] if command == "select" else []
+    assert "warning" not in cli(command, tmp_path / "fine", "--against", "bench", *more)[2]
+
+
+def test_the_pool_need_not_be_named(cli, tmp_path) -> None:
+    """The collection twice as large as any other is the pool; halves are neither pool nor benchmark."""
+    store = _store(tmp_path / "store")
+    assert cli("query", store.path, "--against", "bench", "--json")[0] == 0
+    status, _, err = cli("query", store.path, "--against", "pool")
+    assert status == 2
+    assert "--pool" in err
+
+
+def test_halves_are_no_benchmarks(tmp_path) -> None:
+    from gradstore.analysis.report.findings import find
+
+    found = find(_store(tmp_path / "store"))
+    assert (found.pool, found.benchmarks) == ("pool", ("bench", "other"))
+
+
+def test_a_filter_that_fits_nothing_names_what_there_is(cli, tmp_path) -> None:
+    store = _store(tmp_path / "store")
+    status, _, err = cli("query", store.path, "--against", "bench", "--where", "source=sum")
+    assert status == 2
+    assert "'sums'" in err
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 120, 160])
+def test_tables_fit(cli, tmp_path, monkeypatch, width: int) -> None:
+    """Rank, id and score stay; what goes is said; no line is wider than the terminal."""
+    import sys
+
+    store = _store(tmp_path / "store")
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setattr(type(sys.stdout), "isatty", lambda self: True, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    status, out, _ = cli("query", store.path, "--against", "bench", "--top", "3", "--layers", "1")
+    assert status == 0
+    title, *lines = re.sub(r"\x1b\[[0-9;]*m", "", out).rstrip().splitlines()
+    assert "pool against bench" in title
+    table = [line for line in lines if not line.startswith("left out")]
+    assert all(len(line) <= width for line in table)
+    assert {"rank", "id", "score"} <= set(table[0].split())
+    assert "pool0" in out
+    columns = {"pass rate", "age", "source", "layers"}
+    gone = next((line for line in lines if line.startswith("left out")), "")
+    assert all((name in gone) != (name in table[0]) for name in columns)
+
+
+def test_csv(cli, tmp_path) -> None:
+    store = _store(tmp_path / "store")
+    status, out, _ = cli("query", store.path, "--against", "bench", "--top", "3", "--csv")
+    rows = list(csv.DictReader(io.StringIO(out)))
+    assert status == 0
+    assert [row["rank"] for row in rows] == ["1", "2", "3"]
+    assert rows[0]["id"] == "pool0"
+
+
+def test_names_do_in_python(tmp_path) -> None:
+    """A benchmark's name, a filter's terms and a method's name are taken where objects are."""
+    store = _store(tmp_path / "store")
+    view, goal = store.view("pool"), engine.target(store, "bench")
+    whole = engine.search(view, goal, 3)
+    assert list(engine.search(view, "bench", 3)) == list(whole)
+    assert engine.search(view, goal, 3, where="source=sums").ids.tolist() == whole.ids.tolist()
+    assert engine.search(view, goal, 3, where=Where(sources="sums")).ids.tolist() == whole.ids.tolist()
+    assert engine.select(store, "pool", "bench", 3).ids == engine.select(store, "pool", goal, 3).ids
+    assert len(engine.select(store, "pool", "bench", 3, diversity="mmr")) == 3
+    assert whole.to_pandas()["id"].tolist() == whole.ids.tolist()
+    assert view.to_pandas()["state"].tolist() == ["live"] * 8
+    assert engine.select(store, "pool", goal, 3).to_pandas()["id"].tolist() == whole.ids.tolist()
+    assert "bench" in repr(goal)
+    assert "3 of 8" in repr(whole)
+    for wrong in ({"where": {"source": "sums"}}, {"where": 7}):
+        with pytest.raises(RequestError):
+            engine.search(view, goal, 3, **wrong)
+    with pytest.raises(RequestError, match="expected a Target"):
+        engine.search(view, object(), 3)
+    assert gradstore.__version__
+
+
+def test_defaults_in_help_are_shown(cli) -> None:
+    for command in ("collect", "query", "report"):
+        assert "[default: " in cli(command, "--help")[1]
