@@ -30,7 +30,9 @@ def main() -> None:
         stores,
         train,
     )
+    from gradstore.cli.show import take_any_text
 
+    take_any_text()
     try:
         in_order_of_work()()
     except GradstoreError as error:

@@ -79,6 +79,7 @@ def rollout(
     from gradstore.trainer.sampling.backends import load_backend
     from gradstore.trainer.sampling.readable import readable
     from gradstore.trainer.sampling.rewards import load_reward
+    from gradstore.trainer.sampling.rollout import check_settings
     from gradstore.trainer.sampling.rollout import rollout as run
 
     options = _backend_options(
@@ -92,6 +93,7 @@ def rollout(
         },
     )
     arguments = template_arguments(template_kwargs)
+    check_settings(n=n, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
     check_output(out, [problems])
     placed = placed_problems(problems)
     if range is not None:

@@ -60,7 +60,7 @@ def print_table(
     widths = [max([len(name), *(len(row[i]) for row in cells)]) for i, name in enumerate(columns)]
     widths[-1] = min(widths[-1], _CUT)
     kept = list(range(len(columns)))
-    for name in spare:
+    for name in (name for name in spare if name in columns):
         if sum(widths[i] + 1 for i in kept) - 1 > console.width:
             kept.remove(list(columns).index(name))
     table = Table(box=None, pad_edge=False, header_style="bold")

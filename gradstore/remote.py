@@ -116,7 +116,7 @@ def _refresh(source: "ZarrStore", path: Path, collections: list[str] | None) -> 
     """Bring a copy up to date, without codes where `path` is marked so; returns the header."""
     from zarr.storage import LocalStore
 
-    names = _collections(source) if collections is None else [check_name(name) for name in collections]
+    names = [check_name(name) for name in (_collections(source) if collections is None else collections)]
     if not (path / ZARR).exists():
         return _copy_store(source, path, names)
     _header_of(source, path)  # Another store than the copied one is refused by the name of the copy.

@@ -216,6 +216,7 @@ def round_settings(settings: StudySettings, seed: int, changes: Mapping[str, Any
         "seed": seed,
         "window": settings.window,
         "fit_problems": settings.fit_problems,
+        "draw": "independent",  # as the runs were made that are there
         "accept_coverage": SEEN,
         "spec": SketchSpec(basis="fitted", rank=settings.rank, dim=settings.dim),
     }

@@ -131,6 +131,7 @@ def select_record(cli, store, out, *options: object) -> dict:
     status, printed, err = cli("select", store.path, "--pool", "pool", "--out", out, *options, "--json")
     assert status == 0, err
     record = json.loads(printed)
+    record.pop("notices")
     assert record == json.loads((out / "selection.json").read_text())
     return record
 

@@ -261,7 +261,7 @@ def write_yaml_file(files: Path):
         ({}, ("k=many",), "round settings: ratio (1/k) is 'many', expected a number"),
         ({}, ("--lr", "-1"), "whole.yaml with options over it: update: lr is -1.0, expected"),
         ({}, ("--template-kwargs", "{"), "train: sampling.template_kwargs"),
-        ({}, ("--config", "none.yaml"), "none.yaml: cannot be read: No such file or directory"),
+        ({}, ("--config", "none.yaml"), "none.yaml: the file does not exist"),
         ("a: [1\nb: 2", (), "whole.yaml: is not YAML: line 2: "),
         ("- a", (), "whole.yaml: holds no settings, expected lines of NAME: VALUE"),
     ],

@@ -23,9 +23,9 @@ def test_ids_at_positions(new_store: Callable, tools: dict, monkeypatch) -> None
     assert view.ids.tolist() == ids.tolist()
     assert view.ids_at([]).tolist() == []
     read: list[str] = []
-    real = problem_table._read_part
+    real = problem_table.read_part
     monkeypatch.setattr(
-        problem_table, "_read_part", lambda c, m, part, n: (read.append(part.file), real(c, m, part, n))[1]
+        problem_table, "read_part", lambda c, m, part, n: (read.append(part.file), real(c, m, part, n))[1]
     )
     fresh = gradstore.open(store.path).view("pool")
     assert fresh.ids_at([0, 1]).tolist() == view.ids[:2].tolist()

@@ -147,7 +147,7 @@ def test_flat_records(tmp_path: Path, write: Callable) -> None:
         ('{"id": "a", "prompt": "x"}\n\n{"id": "b", "prom', "line 3: not valid JSON: .*the line may have been cut off"),
         ('{"id": "a", "prompt": "x"}\nnonsense\n', "line 2: not valid JSON: "),
         ('{"id": "a", "prompt": "x"}\n[1]\n', "line 2: expected a JSON object, not list"),
-        ('{"prompt": "x"}\n', "line 1: field 'problem_id' is missing"),
+        ('{"prompt": "x"}\n', "line 1: field 'id' is missing"),
         ('{"id": "a"}\n', "line 1: problem 'a': field 'prompt' must be"),
         ('{"id": true, "prompt": "x"}\n', "line 1: field 'id' must be a non-empty string or a whole number, not True"),
         ('{"id": 1.5, "prompt": "x"}\n', "line 1: field 'id' must be a non-empty string or a whole number, not 1.5"),

@@ -72,7 +72,7 @@ LINES: dict[str, tuple[Callable[[dict], bytes], str]] = {
     "a huge integer": (lambda row: _spelled(row, tags="1" * 5000).encode(), "not usable JSON"),
     "half a surrogate pair": (lambda row: _spelled(row, prompt='"a\\ud800"').encode(), "has half a surrogate pair"),
     "not UTF-8": (lambda row: _spelled(row).encode()[:-1] + b', "a": "\xff"}', "not UTF-8 text"),
-    "UTF-16": (lambda row: _spelled(row).encode("utf-16"), "neither JSON Lines"),
+    "UTF-16": (lambda row: _spelled(row).encode("utf-16"), "is UTF-16 text"),
     "a long line": (lambda row: b'{"a": "' + b"x" * MAX_ROW_BYTES + b'"}', "longer than 32 MiB"),
     "a misspelled field": (lambda row: _spelled(row).replace('"tags"', '"tag"').encode(), "did you mean 'tags'?"),
     "capitals": (lambda row: _spelled(row).replace('"source"', '"Source"').encode(), "did you mean 'source'?"),

@@ -260,8 +260,8 @@ def test_problems_read_once_serve_until_they_change(new_store: Callable, tools: 
 
     store = new_store(n=5)
     rows, reads = np.eye(5, store.dim, dtype=np.float32), []
-    read = problem_table._read_part
-    monkeypatch.setattr(problem_table, "_read_part", lambda *given: reads.append(1) or read(*given))
+    read = problem_table.read_part
+    monkeypatch.setattr(problem_table, "read_part", lambda *given: reads.append(1) or read(*given))
     for step in range(3):
         with store.writer("pool", step=step) as writer:
             writer.append([f"p{i}" for i in (4, 2, 0, 1, 3)], rows)

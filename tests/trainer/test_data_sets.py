@@ -282,7 +282,7 @@ def test_another_schema_is_an_error(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", [{"question": "?", "target": "1"}])
     with pytest.raises(RequestError, match=r"rows\.jsonl, line 1: no column 'answer'; expected question, answer"):
         load(DATA_SETS["gsm8k"], local=path)
-    with pytest.raises(RequestError, match=r"no \.parquet or \.jsonl file for gsm8k in this folder"):
+    with pytest.raises(RequestError, match=r"no file for gsm8k in this folder \(\.parquet, \.jsonl"):
         (tmp_path / "empty").mkdir()
         load(DATA_SETS["gsm8k"], local=tmp_path / "empty")
 

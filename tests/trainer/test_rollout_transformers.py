@@ -294,8 +294,11 @@ def test_loaded_from_a_folder(tmp_path: Path, backend: TransformersBackend) -> N
     settings = loaded.settings()
     assert settings["weights"] == weights_digest(backend.model)
     assert (settings["backend"], settings["dtype"], settings["model"]) == ("transformers", "float32", str(tmp_path))
-    with pytest.raises(RequestError, match="not a causal language model that can be loaded"):
+    with pytest.raises(RequestError, match="there is no such folder"):
         load_backend("transformers", tmp_path / "none")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(RequestError, match="not a causal language model that can be loaded"):
+        load_backend("transformers", tmp_path / "empty")
 
 
 def test_digest_tells_policies_apart(backend: TransformersBackend) -> None:

@@ -137,7 +137,7 @@ def _options(options: Any) -> Iterator[str]:
 def _local_rows(source: DataSet, path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     files = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES) if path.is_dir() else [path]
     if not files:
-        raise RequestError(f"{path}: no {' or '.join(SUFFIXES)} file for {source.name} in this folder")
+        raise RequestError(f"{path}: no file for {source.name} in this folder ({', '.join(SUFFIXES)})")
     for file in files:
         yield from read_records(file, source.columns, "row")
 

@@ -91,7 +91,7 @@ def rollout(
     LockedError when another run is writing the file. Chunks already written stay in the file.
     """
     out = Path(out)
-    _check_settings(n=n, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, chunk=chunk)
+    check_settings(n=n, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, chunk=chunk)
     check_overlong(max_new_tokens, overlong_buffer, overlong_penalty)
     check_known(f"{out}: the suffix", out.suffix, SUFFIXES)
     check_output(out)
@@ -240,7 +240,8 @@ def _prompts(
     return checked_prompts(problems, backend.tokenizer, backend.context, max_new_tokens, template_kwargs, names)
 
 
-def _check_settings(*, n: int, max_new_tokens: int, temperature: float, top_p: float, chunk: int) -> None:
+def check_settings(*, n: int, max_new_tokens: int, temperature: float, top_p: float, chunk: int = CHUNK) -> None:
+    """RequestError for a setting of `rollout` that is out of range."""
     for name, value in {"n": n, "max_new_tokens": max_new_tokens, "chunk": chunk}.items():
         check_number(name, value, least=1)
     check_number("temperature", temperature, least=0)
