@@ -257,6 +257,8 @@ def _apply(edit: Edit, root: Path, path: Path, sealed: Callable[[Path, bytes], b
         return  # the edit itself must not go through a link that an earlier one made
     if path.is_file() and path.stat().st_size > _LARGEST:
         return
+    if op == "swap" and not (path.is_file() and (root / edit["with"]).is_file()):
+        return  # reading a pipe would wait for its other end
     if op in ("set", "drop", "double"):
         _edit_json(edit, path, sealed)
     elif op == "flip":

@@ -16,7 +16,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from gradstore.trainer.sampling.judge import Judge, JudgeSettings, verdict
+from gradstore.trainer.sampling.judge import Judge, JudgeSettings, endpoint, verdict
 from tests.fuzz import edits
 from tests.fuzz.trial import Trial
 
@@ -83,8 +83,9 @@ class Honest:
 def prepare(folder: Path) -> Honest:
     """Start the server, and ask once: the client's imports take seconds."""
     folder.mkdir()
+    endpoint.LONGEST_PAUSE_S = 0.5  # an endpoint may ask for a minute, and gets it
     os.environ |= {"OPENAI_API_KEY": KEY, "NO_PROXY": "127.0.0.1"}
-    endpoint = Endpoint()
+    server = Endpoint()
     known = {field.name for field in fields(JudgeSettings)}
     wanted = {
         "timeout": 1.0,
@@ -92,17 +93,17 @@ def prepare(folder: Path) -> Honest:
         "deadline": DEADLINE_S,
         "cache": "none",
         "model": "m",
-        "base_url": endpoint.url,
+        "base_url": server.url,
     }
     settings = {name: value for name, value in wanted.items() if name in known}
     message = {"role": "assistant", "content": "Both name the scattering.\nVERDICT: CORRECT"}
     choice = {"index": 0, "message": message, "finish_reason": "stop"}
     usage = {"prompt_tokens": 5, "completion_tokens": 7, "total_tokens": 12}
     body = {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice], "usage": usage}
-    endpoint.parts = [{"data": _plain(json.dumps(body).encode()).decode()}]
+    server.parts = [{"data": _plain(json.dumps(body).encode()).decode()}]
     if _judge(settings) != [1.0]:
         raise RuntimeError("an honest answer is not read")
-    return Honest(endpoint, body, settings)
+    return Honest(server, body, settings)
 
 
 def draw(random: Random, honest: Honest) -> dict[str, Any]:
