@@ -117,6 +117,23 @@ def test_a_kl_term_in_updates_and_sketches(cli, files: Path) -> None:
     assert not (files / "other").exists()
 
 
+def test_a_benchmark_of_solutions(cli, files: Path) -> None:
+    """No rollout of the benchmark: the target is of its solutions, with the current weights."""
+    records = [{**record, "extra": {"solution": record["ground_truth"]}} for record in tasks.benchmark(0, 8)]
+    solved = files / "solved.jsonl"
+    solved.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    line = [f"sums.solutions={solved}" if part == str(files / "sums.jsonl") else part for part in _arguments(files)]
+    found = cli(*line, *SETTINGS[:-1], "accept_coverage=0.5")
+    assert found[0] == 0, found[2]
+    store = gradstore.open(files / "run" / "store")
+    assert "sums" not in store.collections
+    rounds = store.rounds("pool")
+    assert [one.about["target"]["kind"] for one in rounds] == ["solutions"] * 2
+    assert [one.about["target_rollouts"] for one in rounds] == [0, 0]
+    assert [one.about["target"]["steps"] for one in rounds] == [[0, 0], [2, 2]]
+    assert all(len(one.picks) == 6 for one in rounds)
+
+
 def test_the_nucleus_is_an_option(cli, files: Path) -> None:
     """GradAlign samples with top_p; training took it from Python alone."""
     found = cli(*_arguments(files, "--top-p", "1.5"), *SETTINGS)
