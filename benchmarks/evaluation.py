@@ -50,7 +50,7 @@ def main(
         say(f"seed {seed}: LDS " + ", ".join(f"{name} {runs[-1][name]['LDS']:.3f}" for name in METRICS))
     columns = list(dict.fromkeys(key for run in runs for row in run.values() for key in row))
     rows = [
-        [name, *(_spread([run[name][key] for run in runs if key in run[name]]) for key in columns)] for name in runs[0]
+        [name, *(spread([run[name][key] for run in runs if key in run[name]]) for key in columns)] for name in runs[0]
     ]
     print_table(f"digits, {models} models, {dim} dimensions, {seeds} seeds", ["score", *columns], rows)
     if out is not None:
@@ -114,7 +114,8 @@ def _dattri() -> object | None:
     return dattri.metric
 
 
-def _spread(values: list[float]) -> str:
+def spread(values: list[float]) -> str:
+    """Mean and range; empty without values."""
     if not values:
         return ""
     return f"{np.mean(values):.3f} ({min(values):.3f}-{max(values):.3f})"

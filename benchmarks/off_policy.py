@@ -28,6 +28,7 @@ import typer
 from scipy.stats import spearmanr  # type: ignore[import-untyped]
 from torch import nn
 
+from benchmarks.evaluation import spread
 from benchmarks.probe_table import Sampler
 from gradstore.cli.show import print_table, say
 from gradstore.demo import tasks
@@ -103,7 +104,7 @@ def show(found: list[Ranked], about: dict[tuple[str, int], list[float]], ages: l
     values = {**about, **{(rule, age): [] for rule in RULES for age in ages}}
     for one in found:
         values[one.rule, one.age].append(one.spearman)
-    rows = [[name, *(_spread(values.get((name, age), [])) for age in ages)] for name in [CEILING, *RULES, *ABOUT]]
+    rows = [[name, *(spread(values.get((name, age), [])) for age in ages)] for name in [CEILING, *RULES, *ABOUT]]
     print_table(f"Spearman with fresh rollouts: {what}, mean (range)", ["rule", *columns], rows, right=columns)
     labels = [f"{low:g} to {high:g}" for low, high in pairwise(BINS)]
     rows = [[rule, *_errors([one for one in found if one.rule == rule])] for rule in RULES]
@@ -200,12 +201,6 @@ def _errors(found: list[Ranked]) -> list[str]:
     bins_P = np.clip(np.digitize(ess_P, BINS) - 1, 0, len(BINS) - 2)
     parts = [error_P[bins_P == number] for number in range(len(BINS) - 1)]
     return [f"{np.sqrt(np.mean(part**2)):.3f}" if len(part) >= 10 else "" for part in parts]
-
-
-def _spread(values: list[float]) -> str:
-    if not values:
-        return ""
-    return f"{np.mean(values):.3f} ({min(values):.3f}-{max(values):.3f})"
 
 
 if __name__ == "__main__":

@@ -219,6 +219,7 @@ def select(
     chosen = _pool(opened, pool, names)
     opened.check_files(chosen, *names)
     targets = [target(opened, name, at, cast("Aggregate", aggregate)) for name in names]
+    view = opened.view(chosen, at)
     selection = choose(
         opened,
         chosen,
@@ -226,7 +227,7 @@ def select(
         n,
         selector,
         at,
-        where=_filter(opened.view(chosen, at), where),
+        where=_filter(view, where),
         seed=seed,
         allow_fewer=allow_fewer,
         diversity=Diversity(cast("Method", diversity), relevance) if diversity else None,
@@ -236,7 +237,7 @@ def select(
     )
     written = write_selection(opened, selection, out)
     best = float(selection.scores.max()) if selection.targets and not (temperature or quota) else None
-    said = notices(opened.view(chosen, at), targets if selection.targets else [], best)
+    said = notices(view, targets if selection.targets else [], best)
     if json:
         print_json({**selection.describe(), "notices": said})
     else:
@@ -295,7 +296,10 @@ def _pool(store: "Store", pool: str | None, against: list[str]) -> str:
     if pool is not None:
         return pool
     others = [name for name in store.collections if name not in against and not name.endswith(DERIVED)]
-    sizes = {name: store.info()["collections"][name]["problems"] for name in others} if len(others) > 1 else {}
+    if len(others) == 1:
+        return others[0]
+    facts = store.info()["collections"]
+    sizes = {name: facts[name]["problems"] for name in others}
     largest = max(others, key=lambda name: sizes.get(name, 0), default="")
     if others and all(2 * size <= sizes[largest] for name, size in sizes.items() if name != largest):
         return largest
