@@ -250,7 +250,11 @@ def _spelled(value: Any, ascii_only: bool) -> str:
 @cache
 def _bomb(packing: str, line: bytes) -> bytes:
     """Few bytes that unpack to 300 MB."""
-    return pa.compress(line * ((300 << 20) // len(line)), packing, asbytes=True)
+    packed, block = pa.BufferOutputStream(), line * ((1 << 20) // len(line))
+    with pa.CompressedOutputStream(packed, packing) as stream:
+        for _ in range(300):
+            stream.write(block)
+    return packed.getvalue().to_pybytes()
 
 
 def _packed(data: bytes, what: str, packing: str, rng: Random) -> Change:
