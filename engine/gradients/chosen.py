@@ -26,7 +26,7 @@ def at_least_float32(values: Tensor) -> Tensor:
 
 
 def chosen_logprobs(logits_BNV: Tensor, targets_BN: Tensor, temperature: float) -> Tensor:
-    """Log-softmax of logits / temperature at the targets, [B, N], float32 (float64 of such logits); differentiated once."""
+    """Log-softmax of logits / temperature at the targets, [B, N], float32 (float64 of float64)."""
     return cast(Tensor, _ChosenLogprobs.apply(logits_BNV, targets_BN, temperature))
 
 
