@@ -10,7 +10,7 @@ import typer
 
 from gradstore.cli.app import command, given, opt
 from gradstore.cli.query import Json, StorePath
-from gradstore.cli.rollout import Device, Model, TemplateKwargs, Trust, template_arguments
+from gradstore.cli.rollout import Device, Model, ShardOf, TemplateKwargs, Trust, template_arguments
 from gradstore.cli.show import print_json, progress, say, warn
 from gradstore.cli.solutions import collect_solutions
 from gradstore.errors import RequestError, check_known, check_number
@@ -46,6 +46,11 @@ def collect(
     ] = "auto",
     rollout_step: Annotated[
         int | None, opt("Take only the rollouts that state this step (of a verl dump: its file's).")
+    ] = None,
+    shard: ShardOf = None,
+    like: Annotated[
+        Path | None,
+        opt("Make the new store like this one: its settings and its fitted projection, so that both can be merged."),
     ] = None,
     append_eos: Annotated[bool, opt("End text responses in the end token.", "--append-eos")] = False,
     solutions: Annotated[
@@ -143,7 +148,9 @@ def collect(
     from gradstore.engine.sketches.collector import Measure
     from gradstore.engine.sketches.collector import collect as run
     from gradstore.engine.sketches.spec import SketchSpec
+    from gradstore.likeness import check_like, create_like
     from gradstore.settings import build, parse
+    from gradstore.shards import Shard
 
     check_number("step", step or 0, least=0)
     check_number("--fit-problems", fit_problems, least=4)
@@ -153,15 +160,23 @@ def collect(
         raise RequestError("--refit auto fits anew by what it measures: leave --measure never out")
     if refit == "auto" and benchmark_rollouts is None:
         raise RequestError("--refit auto measures against the benchmark: give --benchmark-rollouts")
+    if refit == "auto" and (shard or like):
+        raise RequestError("--refit auto fits a projection to this shard alone, which cannot be merged: leave it out")
+    part = None if shard is None else Shard.parse(shard)
     opened = gradstore.open(store, mode="a") if store.exists() else None
+    if like is not None and "dtype" in given(context) and gradstore.open(like).dtype != dtype:
+        raise RequestError(f"--dtype {dtype}: the rows of {like} are {gradstore.open(like).dtype}; leave it out")
+    if like is not None and opened is not None:
+        check_like(opened, like)
     if solutions:
         if opened is None:
             raise RequestError(f"{store}: no store there; collect rollouts first, which its projection is fitted to")
         collect_solutions(opened, collection, rollouts, given(context))
         return
+    kin = opened or (None if like is None else gradstore.open(like))
     spec = default_spec(head=head, optimizer=optimizer is not None)
-    if opened is not None:
-        spec = SketchSpec.of(opened.fingerprint)
+    if kin is not None:
+        spec = SketchSpec.of(kin.fingerprint)
     changed = _given(
         advantage=advantage, aggregation=aggregation, importance=importance,
         clip_low=clip, clip_high=clip, kl_beta=kl_beta,
@@ -173,6 +188,11 @@ def collect(
         head_only=head or None, embeddings=embeddings, token_budget=token_budget,
     )  # fmt: skip
     spec = replace(spec, objective=settings, **projected)
+    if part is not None and part.index and kin is None and spec.basis == "fitted":
+        raise RequestError(
+            f"--shard {shard}: a store of its own would have a projection fitted to its own rollouts, and could not be "
+            "merged: give --like STORE, the store of shard 0"
+        )
     if reference is not None and not settings.kl_beta:
         raise RequestError("--reference is for a KL term: give its weight, --kl-beta 0.04")
     if settings.reference is not None and reference is None:
@@ -186,6 +206,7 @@ def collect(
         template_kwargs=template_arguments(template_kwargs),
     )
     source = read(rollouts, format=format, step=rollout_step, problems=records)
+    mine = None if part is None else part.places(len(source), f"{rollouts}, --shard {shard}")
     if settings.kl_beta and reference is None and not source.has_reference:
         raise RequestError(f"{rollouts}: has no `reference_logprobs` for the KL term: give its model, --reference")
     policy = load_model(model, adapter, device, trust_remote_code=trust_remote_code)
@@ -204,7 +225,7 @@ def collect(
     outcome = None
     known: list[SketchBatch] = []
     is_new = opened is None
-    if opened is None:
+    if kin is None:
         made = start_store(
             store,
             policy,
@@ -223,10 +244,13 @@ def collect(
         )
         opened, sketcher, known = made.store, made.sketcher, made.rows
     else:
-        sketcher = sketcher_of(opened, policy, spec, optimizer=adam)
-        basis_of(opened, sketcher.fingerprint)
+        sketcher = sketcher_of(kin, policy, spec, optimizer=adam)
+        basis_of(kin, sketcher.fingerprint)
+        opened = create_like(store, kin.path) if opened is None else opened
         if wanted and spec.basis == "fitted" and measure != "never":
             sketcher, outcome = _checked(opened, sketcher, source, fit_problems, wanted, version, refit == "auto")
+    if mine is not None:  # After the fit, which is to all problems.
+        source.keep(mine)
     also = bases_in_use(opened, besides=collection) if every_basis else []
     undo = undone_on(RequestError, opened) if is_new else nullcontext()
     with undo, progress(f"{collection} step {version}", len(source)) as advance:

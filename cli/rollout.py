@@ -25,6 +25,10 @@ OverlongBuffer = Annotated[
     int, opt("DAPO's shaping: penalise responses in the last so many tokens before --max-new-tokens.", min=0)
 ]
 OverlongPenalty = Annotated[float, opt("--overlong-buffer: the penalty of a response of --max-new-tokens.")]
+ShardOf = Annotated[
+    str | None,
+    opt("I/N: only shard I (from 0) of N that divide the file's problems; `merge` unites their stores.", "--shard"),
+]
 SkipUnreadable = Annotated[
     bool, opt("Leave problems out whose ground truth the reward cannot read.", "--skip-unreadable")
 ]
@@ -40,6 +44,7 @@ def rollout(
     ],
     n: Annotated[int, opt("Rollouts per problem.", "-n")] = 16,
     range: Annotated[str | None, opt("A:B: only problems A to B - 1 of the file, counted from 0.", "--range")] = None,
+    shard: ShardOf = None,
     backend: Annotated[str, opt("transformers or vllm.")] = "transformers",
     max_new_tokens: Annotated[int, opt("Longest response.")] = 1024,
     temperature: Annotated[float, opt("Sampling temperature.")] = 1.0,
@@ -76,10 +81,11 @@ def rollout(
     from dataclasses import asdict
 
     from gradstore.problems import as_message, placed_problems
+    from gradstore.shards import WHOLE, Shard
     from gradstore.trainer.sampling.backends import load_backend
     from gradstore.trainer.sampling.readable import readable
     from gradstore.trainer.sampling.rewards import load_reward
-    from gradstore.trainer.sampling.rollout import check_settings
+    from gradstore.trainer.sampling.rollout import CHUNK, check_settings
     from gradstore.trainer.sampling.rollout import rollout as run
 
     options = _backend_options(
@@ -101,6 +107,10 @@ def rollout(
         if last > len(placed):
             raise RequestError(f"--range {range}: {problems} has {len(placed)} problems")
         placed = placed[first:last]
+    part = WHOLE if shard is None else Shard.parse(shard)
+    chunk = part.block(len(placed)) if shard else CHUNK
+    if shard is not None:
+        placed = [placed[place] for place in part.places(len(placed), f"{problems}, --shard {shard}")]
     names = {record["id"]: where for where, record in placed}
     scored_by = load_reward(reward)
     if as_chat:
@@ -127,6 +137,8 @@ def rollout(
             temperature=temperature,
             top_p=top_p,
             seed=seed,
+            chunk=chunk,
+            shard=part,
             step=step,
             template_kwargs=arguments,
             overlong_buffer=overlong_buffer,
