@@ -75,6 +75,8 @@ from .errors import LockedError as LockedError
 from .errors import NotAStoreError as NotAStoreError
 from .errors import RequestError as RequestError
 from .likeness import create_like as create_like
+from .merging import MergeReport as MergeReport
+from .merging import merge as merge
 from .probes import RecordedProbes as RecordedProbes
 from .problems import read_problems as read_problems
 from .problems import to_verl as to_verl

@@ -127,3 +127,62 @@ def test_a_likeness(tmp_path: Path, store: Path) -> None:
     assert made.verify().ok
     names = lambda one: sorted(path.name for path in (one.path / "attachments").iterdir())  # noqa: E731
     assert names(made) == names(like) != []
+
+
+def test_merged_shards_answer_as_the_undivided_store(
+    cli: Callable, tmp_path: Path, model_folder: Path, rollout_files: dict[str, Path], store: Path
+) -> None:
+    """The same ranking, but for the rounding of other batches, whatever the order of the shards."""
+    arguments = ("--model", model_folder, "--like", store)
+    for index in range(3):
+        for name, rollouts in rollout_files.items():
+            part = ("--shard", f"{index}/3") if name == "pool" else ()
+            status, _, err = cli("collect", tmp_path / f"{index}", name, rollouts, *arguments, *part)
+            assert status == 0, err
+    shards = [tmp_path / f"{index}" for index in range(3)]
+    status, out, err = cli("merge", *shards, "--out", tmp_path / "merged", "--json")
+    assert status == 0, err
+    report = json.loads(out)
+    assert report["left_out"] == []
+    assert report["collections"]["pool"]["problems"] == 12
+    assert report["collections"]["bench"] | {"again": 0} == {
+        "stores": 3,
+        "problems": 4,
+        "rows": 4,
+        "again": 0,
+        "deleted": 0,
+        "probes": 0,
+        "rounds": 0,
+    }
+    assert report["collections"]["bench"]["again"] == 8
+    status, out, err = cli("merge", *shards, "--out", tmp_path / "merged")
+    assert status == 0, err
+    assert out.splitlines()[-1] == f"{tmp_path / 'merged'}: was merged already"
+    status, _, err = cli("merge", *shards[::-1], "--out", tmp_path / "other")
+    assert status == 0, err
+    answers = []
+    for path in (store, tmp_path / "merged", tmp_path / "other"):
+        status, out, err = cli("query", path, "--against", "bench", "--pool", "pool", "--top", 12, "--json")
+        assert status == 0, err
+        answers.append([(hit["id"], hit["score"]) for hit in json.loads(out)["hits"]])
+    assert answers[1] == answers[2]
+    assert [one for one, _ in answers[0]] == [one for one, _ in answers[1]]
+    assert np.allclose([score for _, score in answers[0]], [score for _, score in answers[1]], atol=0.02)
+
+
+def test_stores_that_cannot_be_merged(
+    cli: Callable, tmp_path: Path, model_folder: Path, rollout_files: dict[str, Path], store: Path, accepted: tuple
+) -> None:
+    """Exit status 2, one line with field, values and both stores; projections fitted apart are named as such."""
+    arguments = ("--model", model_folder, "--rank", 4, *accepted)
+    status, _, err = cli("collect", tmp_path / "apart", "pool", rollout_files["bench"], *arguments)
+    assert status == 0, err
+    status, _, err = cli("merge", store, tmp_path / "apart", "--out", tmp_path / "out")
+    assert status == 2
+    assert "projection.basis" in err
+    assert str(store) in err
+    assert "fitted apart: collect one with --like the other" in err
+    assert err.count("\n") == 1
+    status, _, err = cli("merge", store, "--out", store)
+    assert status == 2
+    assert "something else here already" in err
