@@ -45,7 +45,22 @@ def rollout(
     n: Annotated[int, opt("Rollouts per problem.", "-n")] = 16,
     range: Annotated[str | None, opt("A:B: only problems A to B - 1 of the file, counted from 0.", "--range")] = None,
     shard: ShardOf = None,
-    backend: Annotated[str, opt("transformers or vllm.")] = "transformers",
+    backend: Annotated[
+        str | None, opt("transformers, vllm or server [default: transformers, or server with --server].")
+    ] = None,
+    server: Annotated[
+        str | None,
+        opt("URL of a running server with the weights of --policy-version; its key is in $GRADSTORE_SERVER_KEY."),
+    ] = None,
+    policy_version: Annotated[
+        str | None, opt("server: name of the weights that it holds; kept with the rollouts.")
+    ] = None,
+    server_api: Annotated[str | None, opt("server: vllm or sglang [default: vllm].")] = None,
+    served_model: Annotated[str | None, opt("server: its name of the model, where it serves several.")] = None,
+    concurrency: Annotated[int | None, opt("server: problems asked for at once [default: 64].")] = None,
+    server_timeout: Annotated[
+        float | None, opt("server: seconds for all responses of a problem [default: 600].")
+    ] = None,
     max_new_tokens: Annotated[int, opt("Longest response.")] = 1024,
     temperature: Annotated[float, opt("Sampling temperature.")] = 1.0,
     top_p: Annotated[float, opt("Nucleus of the sampling distribution.")] = 1.0,
@@ -88,6 +103,7 @@ def rollout(
     from gradstore.trainer.sampling.rollout import CHUNK, check_settings
     from gradstore.trainer.sampling.rollout import rollout as run
 
+    backend = backend or ("transformers" if server is None else "server")
     options = _backend_options(
         backend,
         transformers={"device": device, "batch_tokens": batch_tokens},
@@ -97,7 +113,17 @@ def rollout(
             "gpu_memory_utilization": gpu_memory_utilization,
             "max_model_len": max_model_len,
         },
+        server={
+            "server": server,
+            "policy_version": policy_version,
+            "server_api": server_api,
+            "served_model": served_model,
+            "concurrency": concurrency,
+            "server_timeout": server_timeout,
+        },
     )
+    if backend == "server" and not (server and policy_version):
+        raise RequestError("a server is named by --server URL, and the weights that it holds by --policy-version NAME")
     arguments = template_arguments(template_kwargs)
     check_settings(n=n, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
     check_output(out, [problems])

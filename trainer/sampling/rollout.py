@@ -31,7 +31,7 @@ from gradstore.keepable import MAX_ROW_BYTES, parsed_line
 from gradstore.outputs import check_output
 from gradstore.reading.files import open_regular, read_object
 from gradstore.shards import BLOCK, WHOLE, Shard
-from gradstore.trainer.sampling.backends import Backend, Response, derived_seed
+from gradstore.trainer.sampling.backends import Backend, PromptError, Response, derived_seed
 from gradstore.trainer.sampling.overlong import check_overlong, penalties
 from gradstore.trainer.sampling.readable import named, readable
 from gradstore.trainer.sampling.reward import Reward
@@ -132,14 +132,18 @@ def rollout(
             advance(kept)
             for first in range(kept, len(problems), chunk):
                 of_chunk = slice(first, first + chunk)
-                responses = backend.generate(
-                    prompts[of_chunk],
-                    n,
-                    max_new_tokens=max_new_tokens,
-                    temperature=temperature,
-                    top_p=top_p,
-                    seed=derived_seed(seed, shard.number(first // chunk)),
-                )
+                try:
+                    responses = backend.generate(
+                        prompts[of_chunk],
+                        n,
+                        max_new_tokens=max_new_tokens,
+                        temperature=temperature,
+                        top_p=top_p,
+                        seed=derived_seed(seed, shard.number(first // chunk)),
+                    )
+                except PromptError as found:
+                    name = named(problems[first + found.prompt], names)
+                    raise type(found.error)(f"{name}: {found.error}") from None
                 rows = _scored(
                     problems[of_chunk], prompts[of_chunk], responses, backend.tokenizer, reward, step, shaping
                 )

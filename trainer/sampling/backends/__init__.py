@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from gradstore.errors import check_known
+from gradstore.errors import GradstoreError, check_known
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -25,6 +25,15 @@ class Response:
     """Log-probability of each token under the policy at temperature 1, float32 [T]."""
     finish_reason: Literal["stop", "length"]
     """"stop": the model ended the response; "length": the limit of new tokens did."""
+
+
+class PromptError(Exception):
+    """A prompt for which a back end has no responses; `rollout` names its problem."""
+
+    def __init__(self, prompt: int, error: GradstoreError) -> None:
+        """prompt: its place in the call of `generate`. error: what was wrong."""
+        super().__init__(prompt, error)
+        self.prompt, self.error = prompt, error
 
 
 class Backend(Protocol):
@@ -41,6 +50,7 @@ class Backend(Protocol):
         """Sample n responses per prompt, in the prompts' order; the same call returns the same responses.
 
         prompts: token ids, at least one per prompt. temperature: 0 always takes the most probable token.
+        PromptError for an answer of a server that cannot be used.
         """
         ...
 
@@ -55,6 +65,7 @@ class Backend(Protocol):
 BACKENDS = {
     "transformers": ("gradstore.trainer.sampling.backends.hugging_face", "TransformersBackend"),
     "vllm": ("gradstore.trainer.sampling.backends.vllm", "VllmBackend"),
+    "server": ("gradstore.trainer.sampling.backends.server", "ServerBackend"),
 }
 
 
