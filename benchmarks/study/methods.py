@@ -27,6 +27,8 @@ class Method:
     """Settings of the round that differ from the study's."""
     without: str | None = None
     """Part of the forecast taken out (ablations.py)."""
+    solutions: bool = False
+    """Whether the target is of the benchmark's reference solutions."""
 
 
 ORACLE = "oracle"
@@ -63,6 +65,9 @@ DEFAULT_METHODS = (
 )
 """Default methods, in running order."""
 
+SOLUTIONS = "@solutions"
+"""After a method whose target is of the benchmark's reference solutions: no rollouts of the benchmark."""
+
 BUDGETED = "budgeted"
 """Name prefix of methods with a budgeted refresh: `budgeted-lcb` picks by `lcb`; `budgeted/4-lcb` has a quarter of the
 budget."""
@@ -71,6 +76,7 @@ budget."""
 ROLLOUTS = (
     *("random*13", "random+dtv*13", "random+dtv_loo*13", "random+oppose_target*11", "random+oppose_target_soft*11"),
     *("budgeted/4-lcb+oppose_target", "budgeted/4-lcb+dtv_loo", "refresh0-dot*10", "pilot*11"),
+    f"refresh0-dot{SOLUTIONS}*12",
 )
 """Methods with the rollout as unit, and others that spend few rollouts on selection, with as many rounds as bring their
 total to that of `budgeted/4-lcb` or more."""
@@ -85,7 +91,8 @@ RULE, ROUNDS = "+", "*"
 def method(name: str, budgeted: Mapping[str, int]) -> Method:
     """The method of this name. `budgeted-SELECTOR` has the round settings `budgeted`; `budgeted/N-SELECTOR` has 1/N of
     their budget; `METHOD~PART` does without a part of the forecast; `METHOD+RULE` weighs the rollouts of training steps
-    by a rule; `METHOD*N` has N rounds. RequestError for an unknown name."""
+    by a rule; `METHOD@solutions` aims at the benchmark's solutions; `METHOD*N` has N rounds. RequestError for an
+    unknown name."""
     whole, _, rounds = name.partition(ROUNDS)
     if rounds:
         if not rounds.isdecimal() or int(rounds) < 1:
@@ -99,6 +106,9 @@ def method(name: str, budgeted: Mapping[str, int]) -> Method:
         title = f"{about.title}; each rollout of a training step weighed by `{rule}`: {own.formula}"
         finer = {"spec": DENSE} if about.rounds.get("selector") == "rand" else {}
         return replace(about, title=title, rounds={**finer, **aimed, **about.rounds, "rollout_rule": rule})
+    if name.endswith(SOLUTIONS):
+        about = method(name.removesuffix(SOLUTIONS), budgeted)
+        return replace(about, title=f"{about.title}; target from reference solutions", solutions=True)
     if name == "refresh0-dot":
         own_settings = {name: budgeted[name] for name in ("first_look", "target_rollouts")}
         return replace(METHODS[name], rounds={**METHODS[name].rounds, **own_settings})

@@ -19,6 +19,7 @@ from gradstore.demo.run import MODEL, SEEN
 from gradstore.engine.gradients.models import load_model, load_tokenizer
 from gradstore.engine.gradients.objectives import Objective, objective
 from gradstore.engine.rollouts.group import Group
+from gradstore.engine.rollouts.solutions import FIELD, solutions_of
 from gradstore.engine.sketches.spec import SketchBatch, SketchSpec
 from gradstore.trainer.local.grpo import Learner, UpdateSettings
 from gradstore.trainer.local.policy import LocalPolicy, Sampling
@@ -171,7 +172,7 @@ def run_one(arm: str, name: str, seed: int, settings: StudySettings) -> dict[str
         if name == ORACLE:
             inner = Oracle(found.pool, settings.selected, seed)
         else:
-            inner = Rounds(Path(folder) / "store", found.pool, {"benchmark": found.validation}, rounds)
+            inner = Rounds(Path(folder) / "store", found.pool, benchmark(found.validation, about.solutions), rounds)
         chooser, run = MeteredChooser(inner), Path(folder) / "run"
         training = Training(policy, learner, chooser, found.pool, rounds, run, rollouts=settings.rollouts)
         with without(about.without):
@@ -194,6 +195,14 @@ def run_one(arm: str, name: str, seed: int, settings: StudySettings) -> dict[str
         "training_seconds": training.seconds,
         "seconds": time.monotonic() - started,
     }
+
+
+def benchmark(records: Sequence[dict[str, Any]], solutions: bool) -> dict[str, list[dict[str, Any]]]:
+    """The benchmark under its name. solutions: as one of reference solutions, which are the ground truths."""
+    if not solutions:
+        return {"benchmark": list(records)}
+    solved = [{**record, "extra": {**record.get("extra", {}), FIELD: record["ground_truth"]}} for record in records]
+    return {solutions_of("benchmark"): solved}
 
 
 def _weighing(meter: Meter) -> dict[str, Any]:

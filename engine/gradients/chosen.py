@@ -20,8 +20,13 @@ def at_responses(batch: MicroBatch, x_BTW: Tensor) -> Tensor:
     return x_BTW.gather(1, n_BN[..., None].expand(-1, -1, x_BTW.shape[2]))
 
 
+def at_least_float32(values: Tensor) -> Tensor:
+    """The values in float32, or as they are in float64."""
+    return values if values.dtype == torch.float64 else values.float()
+
+
 def chosen_logprobs(logits_BNV: Tensor, targets_BN: Tensor, temperature: float) -> Tensor:
-    """Log-softmax of logits / temperature at the targets, float32 [B, N]; back-propagated once."""
+    """Log-softmax of logits / temperature at the targets, [B, N], float32 (float64 of such logits); differentiated once."""
     return cast(Tensor, _ChosenLogprobs.apply(logits_BNV, targets_BN, temperature))
 
 
@@ -32,7 +37,8 @@ class _ChosenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits_BNV: Tensor, targets_BN: Tensor, temperature: float) -> Tensor:
-        scaled_BNV = logits_BNV.float() if temperature == 1.0 else logits_BNV.float() / temperature
+        wide_BNV = at_least_float32(logits_BNV)
+        scaled_BNV = wide_BNV if temperature == 1.0 else wide_BNV / temperature
         peak_BN1 = scaled_BNV.amax(-1, keepdim=True)
         chosen_BN = scaled_BNV.gather(2, targets_BN[..., None])[..., 0]
         exp_BNV = scaled_BNV.sub(peak_BN1).exp_()

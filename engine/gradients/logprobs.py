@@ -66,7 +66,8 @@ class Reference:
 
 
 def response_logprobs(runner: GradientPass, groups: Sequence[Group]) -> list[list[np.ndarray]]:
-    """Log-probability of every response token at the objective's temperature, float32 [response tokens] each.
+    """Log-probability of every response token at the objective's temperature, [response tokens] each: float32, or
+    float64 of a float64 model.
 
     A response repeated after the same prompt is run once. The model must be in evaluation mode; under FSDP2 all ranks
     call this together.
@@ -99,7 +100,7 @@ def response_logprobs(runner: GradientPass, groups: Sequence[Group]) -> list[lis
     batches, grids = runner.budget.fitting(attempt, groups)
     found: list[np.ndarray] = [np.zeros(0, np.float32)] * len(rollouts)
     if grids:
-        numbers = torch.cat([grid_BN.float().flatten() for grid_BN in grids]).cpu().numpy()  # one copy to the host
+        numbers = torch.cat([grid_BN.flatten() for grid_BN in grids]).cpu().numpy()  # one copy to the host
         parts = np.split(numbers, np.cumsum([grid_BN.numel() for grid_BN in grids])[:-1])
         for batch, grid_BN, part in zip(batches, grids, parts, strict=False):
             for row, number in zip(part.reshape(grid_BN.shape), batch.rollout_B.tolist(), strict=True):

@@ -182,21 +182,27 @@ class PolicyForward:
             self._split, self.shares_prompts = shortcuts
 
     def logprobs(self, batch: MicroBatch, temperature: float = 1.0) -> Tensor:
-        """Log-probability of each token that the policy wrote, float32 [B, N], zero elsewhere; without gradients."""
+        """Log-probability of each token that the policy wrote, [B, N], zero elsewhere; without gradients. float32, or
+        float64 for a float64 model."""
         if self._checked.pads or batch.prompts is not None:
             return self._logprobs_together(batch, temperature)
-        found_BN = torch.zeros_like(batch.weights_BN)
+        found_BN = torch.zeros_like(batch.weights_BN, dtype=self._wide)
         for i, row in enumerate(alone(batch)):
             found_BN[i, : row.weights_BN.shape[1]] = self._logprobs_together(row, temperature)[0]
         return found_BN
 
     def _logprobs_together(self, batch: MicroBatch, temperature: float) -> Tensor:
         with torch.no_grad():
-            found_BN = torch.zeros_like(batch.weights_BN)
+            found_BN = torch.zeros_like(batch.weights_BN, dtype=self._wide)
             hidden_BTH = self._hidden(batch, None) if self._split else None
             for rows in self._chunks(batch):
                 found_BN[rows] = self._logprobs(batch, rows, self._grid(batch, hidden_BTH, rows), temperature)
         return torch.where(batch.written_BN, found_BN, 0.0)
+
+    @property
+    def _wide(self) -> torch.dtype:
+        """Type of log-probabilities."""
+        return torch.promote_types(torch.float32, next(self.model.parameters()).dtype)
 
     def backward(
         self, batch: MicroBatch, objective: Objective, observation: Observation, on_weights: OnWeights | None = None

@@ -143,7 +143,7 @@ class Probe:
         ]
 
     def logprobs(self, groups: Sequence[Group]) -> list[list[np.ndarray]]:
-        """Log-probability of every response token under the current model, float32; for use as `base_logprobs`."""
+        """Log-probability of every response token under the current model; for use as `base_logprobs`."""
         self._check(groups, None)
         with evaluating(self.model):
             found = response_logprobs(self._pass, groups)
@@ -185,7 +185,8 @@ class Probe:
             if given is not None:
                 offset = self._base_noise(chosen, given, base)
                 self._knows_base = True
-            noise = self._rms(at(first / 200) + at(-first / 200)) / np.sqrt(6)
+            tiny = first / (2e6 if self._fine else 200)
+            noise = self._rms(at(tiny) + at(-tiny)) / np.sqrt(6)
             for _ in range(3):
                 up, down, up_2, down_2 = at(first), at(-first), at(2 * first), at(-2 * first)
                 slope = self._rms((up - down) / (2 * first)) or 1.0
@@ -224,6 +225,11 @@ class Probe:
                 eps,
             )
         return self.calibration
+
+    @property
+    def _fine(self) -> bool:
+        """Whether the model runs in float64, where rounding is left alone only at much smaller steps."""
+        return next(self.model.parameters()).dtype == torch.float64
 
     def _carried(self, like: Calibration, groups: Sequence[Group], given: TokenLogprobs | None) -> Calibration | None:
         """An earlier calibration, scaled to this direction and checked; None if its error is too large here."""

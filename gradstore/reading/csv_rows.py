@@ -24,11 +24,8 @@ class CsvRows(RowFile):
         super().__init__(path)
         separator = SEPARATORS[path.suffix.lower()]
         with open_regular(path) as file:
-            heading = file.readline(_HEADING_BYTES).decode("utf-8-sig", "replace")
+            self.names = _heading(path, iter(lambda: file.readline(_HEADING_BYTES), b""), separator)
             file.seek(0)
-            self.names = next(csv.reader([heading], delimiter=separator), [])
-            if len(set(self.names)) < len(self.names) or not all(self.names):
-                raise RequestError(f"{path}: the heading names a column twice, or not at all: {heading.strip()!r:.200}")
             try:
                 self._table = pacsv.read_csv(
                     file,
@@ -42,6 +39,8 @@ class CsvRows(RowFile):
                 )
             except (pa.ArrowException, OSError) as error:
                 raise RequestError(f"{path}: not a CSV file that can be read: {first_line(error)}") from None
+        if self._table.column_names != self.names:
+            raise RequestError(f"{path}: its heading cannot be told from its rows: {separator.join(self.names)!r:.200}")
         if not self._table.num_rows:
             raise RequestError(f"{path}: has a heading and no rows")
 
@@ -54,6 +53,19 @@ class CsvRows(RowFile):
 
     def fetch(self, places: Sequence[int], sizes: Sequence[int]) -> list[Any]:
         return [_filled(value) for value in self._table.take(list(places)).to_pylist()]
+
+
+def _heading(path: Path, lines: Iterator[bytes], separator: str) -> list[str]:
+    """The names of the columns; RequestError for a heading that cannot be read or does not name each column once."""
+    try:
+        names = next(csv.reader((line.decode("utf-8-sig") for line in lines), delimiter=separator), [])
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise RequestError(f"{path}: the heading cannot be read: {first_line(error)}") from None
+    if not names:
+        raise RequestError(f"{path}: the first line is empty, expected a heading that names the columns")
+    if len(set(names)) < len(names) or not all(names):
+        raise RequestError(f"{path}: the heading names a column twice, or not at all: {separator.join(names)!r:.200}")
+    return names
 
 
 def _filled(row: dict[str, Any]) -> dict[str, Any]:

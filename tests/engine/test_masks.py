@@ -189,16 +189,25 @@ def test_exact_dots(make_model, make_groups, norms: bool) -> None:
 @pytest.mark.parametrize("kind", ["plain", "importance", "clipped"])
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 def test_probes(make_model, make_groups, aggregation: Aggregation, kind: str) -> None:
-    """Each rollout's derivative is that of the policy's own tokens, from both kinds of differences (float32, so to
-    about a thousandth); log-probabilities given for other tokens are not looked at."""
-    model, settings = make_model("qwen2"), Objective(aggregation=aggregation, **KINDS[kind])
-    batch = check_probes(model, multi_turn(make_groups(4)), multi_turn(make_groups(3, seed=5)), settings)
+    """Each rollout's derivative is that of the policy's own tokens, from both kinds of differences; log-probabilities
+    given for other tokens are not looked at. In float32 rounding leaves about a thousandth."""
+    settings = Objective(aggregation=aggregation, **KINDS[kind])
+    groups, bench = multi_turn(make_groups(4)), multi_turn(make_groups(3, seed=5))
+    check_probes(make_model("gpt2").double(), groups, bench, settings, within=1e-5, one_sided_within=1e-5)
+    batch = check_probes(make_model("qwen2"), groups, bench, settings)
     for group, lengths, derivatives in zip(multi_turn(make_groups(4)), batch.lengths, batch.derivatives, strict=True):
         assert lengths.tolist() == [int(mask.sum()) for mask in group.masks or ()]
         assert derivatives[0] == 0
 
 
-def check_probes(model: nn.Module, groups: list[Group], bench: list[Group], settings: Objective) -> ProbeBatch:
+def check_probes(
+    model: nn.Module,
+    groups: list[Group],
+    bench: list[Group],
+    settings: Objective,
+    within: float = 2e-3,
+    one_sided_within: float = 2e-2,
+) -> ProbeBatch:
     groups, bench = near(model, groups), near(model, bench)
     direction = validation_gradient(model, bench, settings)
     probe = Probe(model, direction, settings)
@@ -219,10 +228,10 @@ def check_probes(model: nn.Module, groups: list[Group], bench: list[Group], sett
         for group, own in zip(groups, probe.logprobs(groups), strict=True)
     ]
     one_sided = probe.probe(groups, known)
-    assert relative_error(central.dots, np.array(expected)) < 2e-3
-    assert relative_error(one_sided.dots, np.array(expected)) < 2e-2
+    assert relative_error(central.dots, np.array(expected)) < within
+    assert relative_error(one_sided.dots, np.array(expected)) < one_sided_within
     assert central.calibration is not None
-    assert central.calibration.relative_error < 2e-3
+    assert central.calibration.relative_error < within
     for i, group in enumerate(groups):
         dot, error = statistics.dot_and_error(group.rewards, central.derivatives[i], central.lengths[i], settings)
         advantages = slow_advantages(group.rewards, settings.advantage)

@@ -4,36 +4,49 @@
 property to test is that a reader takes a file or refuses it in one line, and nothing else.
 """
 
+import csv
 import datetime
 import io
 import json
 from collections.abc import Callable
 from decimal import Decimal
+from functools import cache
 from random import Random
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from gradstore.reading.csv_rows import SEPARATORS
+
 DIM = 8
 """Dimensions of the sketches."""
 KINDS = (
     "problems.jsonl", "problems.json", "problems.parquet", "verl.jsonl", "verl.parquet",
     "rollouts.jsonl", "rollouts.json", "rollouts.parquet", "dump.jsonl",
-    "sketches.parquet", "fingerprint.json",
+    "sketches.parquet", "fingerprint.json", "problems.csv", "problems.tsv",
+    "problems.jsonl.gz", "problems.json.gz", "rollouts.jsonl.gz", "problems.jsonl.zst", "rollouts.json.zst",
 )  # fmt: skip
+PACKED = {".gz": "gzip", ".zst": "zstd"}
 Change = tuple[bytes, str]
 
 
 def mutated(kind: str, rng: Random) -> Change:
     """The bytes of a file of this kind with one to three faults, and a description of them."""
+    if (suffix := kind[kind.rindex(".") :]) in PACKED:
+        return _packed(*mutated(kind.removesuffix(suffix), rng), PACKED[suffix], rng)
     rows = honest_rows(kind.partition(".")[0])
     done = []
     for _ in range(rng.choice((0, 1, 1, 2))):
         if rows and rows[0]:
             rows, what = rng.choice(_ROWS)(rows, rng)
             done.append(what)
-    data, what = _parquet(rows, rng) if kind.endswith("parquet") else _json(kind, rows, rng)
+    if kind.endswith("parquet"):
+        data, what = _parquet(rows, rng)
+    elif kind.endswith(tuple(SEPARATORS)):
+        data, what = _csv(kind, rows, rng)
+    else:
+        data, what = _json(kind, rows, rng)
     done.append(what)
     if not any(done) or rng.random() < 0.3:
         data, what = rng.choice(_BYTES)(data, rng)
@@ -43,9 +56,13 @@ def mutated(kind: str, rng: Random) -> Change:
 
 def honest(kind: str) -> bytes:
     """The bytes of a file of this kind without a fault."""
+    if (suffix := kind[kind.rindex(".") :]) in PACKED:
+        return pa.compress(honest(kind.removesuffix(suffix)), PACKED[suffix], asbytes=True)
     rows = honest_rows(kind.partition(".")[0])
     if kind.endswith("parquet"):
         return _parquet_bytes(pa.Table.from_pylist(rows))
+    if kind.endswith(tuple(SEPARATORS)):
+        return _csv_text(kind, rows).encode()
     return _text(kind, [json.dumps(row) for row in rows]).encode()
 
 
@@ -225,6 +242,76 @@ def _spelled(value: Any, ascii_only: bool) -> str:
     if isinstance(value, list):
         return f"[{', '.join(_spelled(part, ascii_only) for part in value)}]"
     return json.dumps(value, ensure_ascii=ascii_only, default=str)
+
+
+# Faults of packed files and of CSV.
+
+
+@cache
+def _bomb(packing: str, line: bytes) -> bytes:
+    """Few bytes that unpack to 300 MB."""
+    packed, block = pa.BufferOutputStream(), line * ((1 << 20) // len(line))
+    with pa.CompressedOutputStream(packed, packing) as stream:
+        for _ in range(300):
+            stream.write(block)
+    return packed.getvalue().to_pybytes()
+
+
+def _packed(data: bytes, what: str, packing: str, rng: Random) -> Change:
+    packed = pa.compress(data, packing, asbytes=True)
+    return rng.choice(
+        [(packed, what)] * 8
+        + [
+            (data, f"{what}; not packed"),
+            (packed + packed, f"{what}; two members"),
+            (packed + b"\n", f"{what}; a byte behind it"),
+            (pa.compress(packed, packing, asbytes=True), f"{what}; packed twice"),
+            (pa.compress(data, "gzip" if packing == "zstd" else "zstd", asbytes=True), f"{what}; packed otherwise"),
+            (packed[: rng.randrange(len(packed) + 1)], f"{what}; the packed file is cut"),
+            _with(what, _flipped(packed, rng)),
+            _with(what, _random_bytes(packed, rng)),
+            (_bomb(packing, rng.choice((b" ", b"\n", b"{", b'{"id": "a"}\n'))), "a bomb"),
+        ]
+    )
+
+
+def _with(what: str, change: Change) -> Change:
+    return change[0], f"{what}; packed, then {change[1]}"
+
+
+def _csv(kind: str, rows: list[Any], rng: Random) -> Change:
+    text = _csv_text(kind, [row for row in rows if isinstance(row, dict)])
+    lines = text.splitlines(keepends=True)
+    what, place, between = "", rng.randrange(len(lines) + 1), SEPARATORS[kind[-4:]]
+    if rng.random() < 0.5:
+        odd = (between, '"', '""', "\x00", "\r", "\n\n", between * 50, '"a\nb', "x" * 200_000, "#", "'", "\\", "é∂")
+        added = rng.choice(odd)
+        lines.insert(place, added)
+        text, what = "".join(lines), f"line {place} begins with {added!r:.20}"
+    data = text.encode("utf-8", "surrogatepass")
+    return rng.choice(
+        [(data, what)] * 6
+        + [
+            (b"\xef\xbb\xbf" + data, f"{what}; a byte order mark"),
+            (data.replace(b"\r\n", b"\r"), f"{what}; carriage returns alone"),
+            (data.decode("utf-8", "replace").encode("utf-16", "surrogatepass"), f"{what}; as UTF-16"),
+            (data.decode("utf-8", "replace").encode("latin-1", "replace"), f"{what}; as Latin-1"),
+            (data.replace(between.encode(), b";"), f"{what}; semicolons"),
+            (data.split(b"\n", 1)[-1], f"{what}; no heading"),
+        ]
+    )
+
+
+def _csv_text(kind: str, rows: list[dict]) -> str:
+    """Rows as CSV; cells that are no text are JSON."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, delimiter=SEPARATORS[kind[-4:]])
+    names = list(dict.fromkeys(str(key) for row in rows for key in row))
+    writer.writerow(names)
+    for row in rows:
+        cells = (row.get(name, "") for name in names)
+        writer.writerow([cell if isinstance(cell, str) else _spelled(cell, True) for cell in cells])
+    return buffer.getvalue()
 
 
 # Faults of Parquet: types of columns, and how the file is written.
