@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from gradstore.durable import write_text_file
+from gradstore.engine.cluster.pool import named_range
 from gradstore.engine.rollouts import Rollout, read_rollouts, write_rollouts
 from gradstore.engine.rollouts.rollout import OVERLONG, STOPPED
 from gradstore.engine.rollouts.templates import check_arguments, settings_path, tools_of
@@ -29,7 +30,7 @@ from gradstore.exclusive import lock
 from gradstore.keepable import MAX_ROW_BYTES, parsed_line
 from gradstore.outputs import check_output
 from gradstore.reading.files import open_regular, read_object
-from gradstore.trainer.sampling.backends import Backend, Response, derived_seed
+from gradstore.trainer.sampling.backends import Backend, Call, Response, derived_seed, generate_each
 from gradstore.trainer.sampling.overlong import check_overlong, penalties
 from gradstore.trainer.sampling.readable import named, readable
 from gradstore.trainer.sampling.reward import Reward
@@ -125,16 +126,20 @@ def rollout(
             kept = _drop_torn(growing, [problem["id"] for problem in problems], n, chunk)
             advance = progress or (lambda n: None)
             advance(kept)
-            for first in range(kept, len(problems), chunk):
-                of_chunk = slice(first, first + chunk)
-                responses = backend.generate(
-                    prompts[of_chunk],
-                    n,
+            chunks = [slice(first, first + chunk) for first in range(kept, len(problems), chunk)]
+            calls = (
+                Call(
+                    prompts=prompts[of_chunk],
+                    n=n,
                     max_new_tokens=max_new_tokens,
                     temperature=temperature,
                     top_p=top_p,
-                    seed=derived_seed(seed, first // chunk),
+                    seed=derived_seed(seed, of_chunk.start // chunk),
+                    name=named_range([problem["id"] for problem in problems[of_chunk]]),
                 )
+                for of_chunk in chunks
+            )
+            for of_chunk, responses in zip(chunks, generate_each(backend, calls), strict=True):
                 rows = _scored(
                     problems[of_chunk], prompts[of_chunk], responses, backend.tokenizer, reward, step, shaping
                 )
