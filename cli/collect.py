@@ -1,13 +1,14 @@
 """`collect`: rollouts into a store, one sketch for each problem."""
 
-from contextlib import nullcontext
-from dataclasses import replace
+from contextlib import ExitStack, nullcontext
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast, get_args
 
 import typer
 
+from gradstore.cli import ray as ray_options
 from gradstore.cli.app import command, given, opt
 from gradstore.cli.query import Json, StorePath
 from gradstore.cli.rollout import Device, Model, ShardOf, TemplateKwargs, Trust, template_arguments
@@ -131,6 +132,9 @@ def collect(
     ] = None,
     device: Device = None,
     trust_remote_code: Trust = False,
+    ray: ray_options.Address = None,
+    workers: ray_options.Workers = None,
+    threads: ray_options.Threads = None,
     json: Json = False,
 ) -> None:
     """Turn rollouts into sketches; started again after an interruption, it goes on where it was.
@@ -147,11 +151,13 @@ def collect(
     from gradstore.engine.sketches.bases import bases_in_use, basis_of, sketcher_of
     from gradstore.engine.sketches.collector import Measure
     from gradstore.engine.sketches.collector import collect as run
+    from gradstore.engine.sketches.on_workers import OnWorkers, Replica
     from gradstore.engine.sketches.spec import SketchSpec
     from gradstore.likeness import check_like, create_like
     from gradstore.settings import build, parse
     from gradstore.shards import Shard
 
+    spread = ray_options.asked(ray, workers, threads, device)
     check_number("step", step or 0, least=0)
     check_number("--fit-problems", fit_problems, least=4)
     check_known("--refit", refit, ("warn", "auto"))
@@ -220,7 +226,8 @@ def collect(
         spec = replace(spec, objective=replace(settings, reference=log_probabilities.digest))
         source.change(log_probabilities)
         wanted = [log_probabilities(group) for group in wanted]
-    adam = _direction(policy, optimizer, formula, bias_correction)
+    direction = partial(_direction, path=optimizer, formula=formula, bias_correction=bias_correction)
+    adam = direction(policy)
     version = (source.step or 0) if step is None else step
     outcome = None
     known: list[SketchBatch] = []
@@ -253,22 +260,37 @@ def collect(
         source.keep(mine)
     also = bases_in_use(opened, besides=collection) if every_basis else []
     undo = undone_on(RequestError, opened) if is_new else nullcontext()
-    with undo, progress(f"{collection} step {version}", len(source)) as advance:
-        report = run(
-            opened,
-            collection,
-            source,
-            sketcher=sketcher,
-            step=version,
-            measure="never" if wanted else cast("Measure", measure),
-            known=known,
-            also=also,
-            progress=advance,
-        )
-    if halves:
-        from gradstore.engine.assessing.stored_halves import collect_halves
+    with undo, ExitStack() as stack:
+        on_workers = None
+        if spread is not None:
+            size = stack.enter_context(spread.connected())
+            replica = Replica(
+                model=model,
+                spec=sketcher.spec,
+                adapter=adapter,
+                device=device,
+                trust_remote_code=trust_remote_code,
+                direction=direction,
+            )
+            on_workers = stack.enter_context(OnWorkers(replica, sketcher, **asdict(size)))
+        with progress(f"{collection} step {version}", len(source)) as advance:
+            report = run(
+                opened,
+                collection,
+                source,
+                sketcher=sketcher,
+                step=version,
+                measure="never" if wanted else cast("Measure", measure),
+                known=known,
+                also=also,
+                sketch_each=on_workers,
+                progress=advance,
+            )
+        if halves:
+            from gradstore.engine.assessing.stored_halves import collect_halves
 
-        collect_halves(opened, collection, source, sketcher=sketcher, step=version)
+            collect_halves(opened, collection, source, sketcher=sketcher, step=version, sketch_each=on_workers)
+    costs = [] if on_workers is None else on_workers.costs
     if report.needs_refit:
         warn(
             f"the store's projection ranks these gradients with a correlation of {report.fidelity:.2f} to the "
@@ -279,7 +301,8 @@ def collect(
         warn(report.sizes.warning)
     if json:
         refitted = None if outcome is None else outcome.describe()
-        print_json({**report.describe(), "refit": refitted, "coverage": read_coverage(opened.path)})
+        found = {**report.describe(), "refit": refitted, "coverage": read_coverage(opened.path)}
+        print_json(found if spread is None else {**found, "workers": ray_options.described(costs)})
         return
     if len(report.bases) > 1:
         say(f"in bases {', '.join(map(str, report.bases))}")
@@ -290,6 +313,7 @@ def collect(
     )
     for problem_id, reason in report.failures:
         say(f"problem {problem_id!r} failed: {reason}")
+    ray_options.say_costs(costs)
 
 
 def _direction(

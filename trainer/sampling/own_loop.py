@@ -5,6 +5,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Coroutine, Iterable
+from concurrent.futures import Future
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -24,9 +25,13 @@ class OwnLoop:
         thread.start()
         self.close = weakref.finalize(self, _stop, self._loop, thread, at_end, self.process)
 
+    def begin(self, work: Coroutine[Any, Any, T]) -> Future[T]:
+        """Begin the work; its result comes later."""
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
     def wait(self, work: Coroutine[Any, Any, T]) -> T:
         """The work's result; it is cancelled if the caller is interrupted."""
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        future = self.begin(work)
         try:
             return future.result()
         finally:
@@ -34,7 +39,7 @@ class OwnLoop:
 
     async def awaited(self, work: Coroutine[Any, Any, T]) -> T:
         """The work's result, awaited in the caller's loop; it is cancelled with the caller."""
-        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self._loop))
+        return await asyncio.wrap_future(self.begin(work))
 
 
 async def all_done(work: Iterable[Callable[[], Coroutine[Any, Any, None]]], most: int) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from gradstore.durable import write_text_file
+from gradstore.engine.cluster.pool import named_range
 from gradstore.engine.rollouts import Rollout, read_rollouts, write_rollouts
 from gradstore.engine.rollouts.rollout import OVERLONG, STOPPED
 from gradstore.engine.rollouts.templates import check_arguments, settings_path, tools_of
@@ -31,7 +32,7 @@ from gradstore.keepable import MAX_ROW_BYTES, parsed_line
 from gradstore.outputs import check_output
 from gradstore.reading.files import open_regular, read_object
 from gradstore.shards import BLOCK, WHOLE, Shard
-from gradstore.trainer.sampling.backends import Backend, PromptError, Response, derived_seed
+from gradstore.trainer.sampling.backends import Backend, Call, PromptError, Response, derived_seed, generate_each
 from gradstore.trainer.sampling.overlong import check_overlong, penalties
 from gradstore.trainer.sampling.readable import named, readable
 from gradstore.trainer.sampling.reward import Reward
@@ -130,19 +131,25 @@ def rollout(
             kept = _drop_torn(growing, [problem["id"] for problem in problems], n, chunk)
             advance = progress or (lambda n: None)
             advance(kept)
-            for first in range(kept, len(problems), chunk):
-                of_chunk = slice(first, first + chunk)
+            chunks = [slice(first, first + chunk) for first in range(kept, len(problems), chunk)]
+            calls = (
+                Call(
+                    prompts=prompts[of_chunk],
+                    n=n,
+                    max_new_tokens=max_new_tokens,
+                    temperature=temperature,
+                    top_p=top_p,
+                    seed=derived_seed(seed, shard.number(of_chunk.start // chunk)),
+                    name=named_range([problem["id"] for problem in problems[of_chunk]]),
+                )
+                for of_chunk in chunks
+            )
+            answers = generate_each(backend, calls)
+            for of_chunk in chunks:
                 try:
-                    responses = backend.generate(
-                        prompts[of_chunk],
-                        n,
-                        max_new_tokens=max_new_tokens,
-                        temperature=temperature,
-                        top_p=top_p,
-                        seed=derived_seed(seed, shard.number(first // chunk)),
-                    )
+                    responses = next(answers)
                 except PromptError as found:
-                    name = named(problems[first + found.prompt], names)
+                    name = named(problems[of_chunk.start + found.prompt], names)
                     raise type(found.error)(f"{name}: {found.error}") from None
                 rows = _scored(
                     problems[of_chunk], prompts[of_chunk], responses, backend.tokenizer, reward, step, shaping

@@ -6,9 +6,10 @@ policy itself (temperature 1, no truncation), whatever the sampling temperature.
 
 import hashlib
 import importlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -60,6 +61,45 @@ class Backend(Protocol):
         They are stored with the rollouts.
         """
         ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """Arguments of one `generate`."""
+
+    prompts: list[list[int]]
+    n: int
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    seed: int
+    name: str = ""
+    """For messages: `problems 'a' to 'b'`."""
+
+    def of(self, backend: Backend) -> list[list[Response]]:
+        """The responses of this back end."""
+        return backend.generate(
+            self.prompts,
+            self.n,
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            seed=self.seed,
+        )
+
+
+@runtime_checkable
+class ManyAtOnce(Protocol):
+    """A back end that answers several calls at the same time."""
+
+    def generate_each(self, calls: Iterable[Call]) -> Iterator[list[list[Response]]]:
+        """The responses of each call, in the calls' order; those of a call are as from `generate`."""
+        ...
+
+
+def generate_each(backend: Backend, calls: Iterable[Call]) -> Iterator[list[list[Response]]]:
+    """The responses of each call, in the calls' order, by any back end."""
+    return backend.generate_each(calls) if isinstance(backend, ManyAtOnce) else (call.of(backend) for call in calls)
 
 
 BACKENDS = {

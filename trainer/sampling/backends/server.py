@@ -6,13 +6,16 @@ is sampled a request of one token shows whether the server returns what is neede
 """
 
 import os
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from gradstore.engine.gradients.models import load_tokenizer, vocabulary_size
 from gradstore.errors import GradstoreError, RequestError, check_known, check_number, needing
-from gradstore.trainer.sampling.backends import PromptError, Response, derived_seed, end_tokens
+from gradstore.trainer.sampling.backends import Call, PromptError, Response, derived_seed, end_tokens
 from gradstore.trainer.sampling.backends.answers import (
     DIALECTS,
     Dialect,
@@ -33,6 +36,8 @@ KEY_VARIABLE = "GRADSTORE_SERVER_KEY"
 """Environment variable with the server's API key; servers without one need none."""
 URL_VARIABLE = "GRADSTORE_SERVER_URL"
 """Environment variable with the URL, for a password or parameters that should not stand on a command line."""
+_AHEAD = 2
+"""Calls that have begun while one before them is waited for."""
 _NAME = 500
 """Most characters in a served model's name."""
 _RAW = 0.05
@@ -113,20 +118,44 @@ class ServerBackend:
     def generate(
         self, prompts: list[list[int]], n: int, *, max_new_tokens: int, temperature: float, top_p: float, seed: int
     ) -> list[list[Response]]:
-        self._check_raw(temperature, top_p)
-        found: list[list[Response]] = [[] for _ in prompts]
+        call = Call(
+            prompts=prompts, n=n, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed
+        )
+        return next(self.generate_each([call]))
+
+    def generate_each(self, calls: Iterable[Call]) -> Iterator[list[list[Response]]]:
+        """The responses of each call; a call begins before the one before it has ended, so that the server stays busy.
+
+        All calls together ask for `concurrency` problems at once.
+        """
+        if self._line.loop.process != os.getpid():
+            self._line = self._open()
+        begun: deque[Future[list[list[Response]]]] = deque()
+        try:
+            for call in calls:
+                self._check_raw(call.temperature, call.top_p)
+                begun.append(self._line.loop.begin(self._sample(call)))
+                if len(begun) > _AHEAD:
+                    yield begun.popleft().result()
+            while begun:
+                yield begun.popleft().result()
+        finally:
+            for future in begun:
+                future.cancel()
+
+    async def _sample(self, call: Call) -> list[list[Response]]:
+        found: list[list[Response]] = [[] for _ in call.prompts]
 
         async def sample(place: int) -> None:
-            asked = Sampling(prompts[place], n, max_new_tokens, temperature, top_p, derived_seed(seed, place))
+            own = derived_seed(call.seed, place)
+            asked = Sampling(call.prompts[place], call.n, call.max_new_tokens, call.temperature, call.top_p, own)
             try:
                 found[place] = await self._ask(asked)
             except GradstoreError as error:
                 raise PromptError(place, error) from None
 
-        if self._line.loop.process != os.getpid():
-            self._line = self._open()
-        work = (partial(sample, place) for place in range(len(prompts)))
-        self._line.loop.wait(all_done(work, min(self._concurrency, len(prompts))))
+        work = (partial(sample, place) for place in range(len(call.prompts)))
+        await all_done(work, min(self._concurrency, len(call.prompts)))
         return found
 
     async def _ask(self, asked: Sampling) -> list[Response]:
