@@ -101,7 +101,7 @@ def test_an_interrupted_run_goes_on(server: PolicyServer, connect: Callable, tmp
     sixth = next(row["prompt_ids"] for row in rows if row["problem_id"] == "p6")
     out = tmp_path / "r.jsonl"
     server.change = lambda answer, body: (400, b"out of order") if body["prompt"] == sixth else answer
-    with pytest.raises(RequestError, match="problem 'p6': the server at .* HTTP 400: out of order"):
+    with pytest.raises(RequestError, match=r"problem 'p6': the server at .* HTTP 400: out of order"):
         rollout(PROBLEMS, connect(), REWARD, out, **SHORT)
     assert len(out.read_text().splitlines()) == 12
     server.change = lambda answer, body: answer
