@@ -74,8 +74,11 @@ def test_shards_of_a_collection(
     whole = tmp_path / "whole"
     assert _collect(cli, whole, rollouts, *own)[0] == 0
     first = tmp_path / "0"
-    status, err = _collect(cli, first, rollouts, *own, "--shard", "0/3")
+    status, err = _collect(cli, first, rollouts, *own, "--shard", "0/3", "--halves")
     assert status == 0, err
+    for half in (".even", ".odd"):
+        opened = gradstore.open(first)
+        assert opened.view(f"pool{half}").ids.tolist() == opened.view("pool").ids.tolist()
     for index in (1, 2):
         more = ("--model", model_folder, "--shard", f"{index}/3")
         status, err = _collect(cli, tmp_path / str(index), rollouts, *more)
