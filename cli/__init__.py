@@ -22,6 +22,7 @@ def main() -> None:
         demo,
         fidelity,
         importing,
+        merge,
         plan,
         probe,
         query,

@@ -47,7 +47,7 @@ _PANEL = {
         "Measure": ("data", "rollout", "plan", "collect", "probe", "import"),
         "Ask": ("query", "select", "selectors", "fidelity", "report", "serve"),
         "Train": ("train", "demo"),
-        "Keep": ("info", "verify", "compact"),
+        "Keep": ("info", "verify", "merge", "compact"),
     }.items()
     for name in names
 }

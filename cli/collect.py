@@ -1,16 +1,17 @@
 """`collect`: rollouts into a store, one sketch for each problem."""
 
-from contextlib import nullcontext
-from dataclasses import replace
+from contextlib import ExitStack, nullcontext
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast, get_args
 
 import typer
 
+from gradstore.cli import ray as ray_options
 from gradstore.cli.app import command, given, opt
 from gradstore.cli.query import Json, StorePath
-from gradstore.cli.rollout import Device, Model, TemplateKwargs, Trust, template_arguments
+from gradstore.cli.rollout import Device, Model, ShardOf, TemplateKwargs, Trust, template_arguments
 from gradstore.cli.show import print_json, progress, say, warn
 from gradstore.cli.solutions import collect_solutions
 from gradstore.errors import RequestError, check_known, check_number
@@ -46,6 +47,11 @@ def collect(
     ] = "auto",
     rollout_step: Annotated[
         int | None, opt("Take only the rollouts that state this step (of a verl dump: its file's).")
+    ] = None,
+    shard: ShardOf = None,
+    like: Annotated[
+        Path | None,
+        opt("Make the new store like this one: its settings and its fitted projection, so that both can be merged."),
     ] = None,
     append_eos: Annotated[bool, opt("End text responses in the end token.", "--append-eos")] = False,
     solutions: Annotated[
@@ -126,6 +132,9 @@ def collect(
     ] = None,
     device: Device = None,
     trust_remote_code: Trust = False,
+    ray: ray_options.Address = None,
+    workers: ray_options.Workers = None,
+    threads: ray_options.Threads = None,
     json: Json = False,
 ) -> None:
     """Turn rollouts into sketches; started again after an interruption, it goes on where it was.
@@ -142,9 +151,13 @@ def collect(
     from gradstore.engine.sketches.bases import bases_in_use, basis_of, sketcher_of
     from gradstore.engine.sketches.collector import Measure
     from gradstore.engine.sketches.collector import collect as run
+    from gradstore.engine.sketches.on_workers import OnWorkers, Replica
     from gradstore.engine.sketches.spec import SketchSpec
+    from gradstore.likeness import check_like, create_like
     from gradstore.settings import build, parse
+    from gradstore.shards import Shard
 
+    spread = ray_options.asked(ray, workers, threads, device)
     check_number("step", step or 0, least=0)
     check_number("--fit-problems", fit_problems, least=4)
     check_known("--refit", refit, ("warn", "auto"))
@@ -153,15 +166,23 @@ def collect(
         raise RequestError("--refit auto fits anew by what it measures: leave --measure never out")
     if refit == "auto" and benchmark_rollouts is None:
         raise RequestError("--refit auto measures against the benchmark: give --benchmark-rollouts")
+    if refit == "auto" and (shard or like):
+        raise RequestError("--refit auto fits a projection to this shard alone, which cannot be merged: leave it out")
+    part = None if shard is None else Shard.parse(shard)
     opened = gradstore.open(store, mode="a") if store.exists() else None
+    if like is not None and "dtype" in given(context) and gradstore.open(like).dtype != dtype:
+        raise RequestError(f"--dtype {dtype}: the rows of {like} are {gradstore.open(like).dtype}; leave it out")
+    if like is not None and opened is not None:
+        check_like(opened, like)
     if solutions:
         if opened is None:
             raise RequestError(f"{store}: no store there; collect rollouts first, which its projection is fitted to")
         collect_solutions(opened, collection, rollouts, given(context))
         return
+    kin = opened or (None if like is None else gradstore.open(like))
     spec = default_spec(head=head, optimizer=optimizer is not None)
-    if opened is not None:
-        spec = SketchSpec.of(opened.fingerprint)
+    if kin is not None:
+        spec = SketchSpec.of(kin.fingerprint)
     changed = _given(
         advantage=advantage, aggregation=aggregation, importance=importance,
         clip_low=clip, clip_high=clip, kl_beta=kl_beta,
@@ -173,6 +194,11 @@ def collect(
         head_only=head or None, embeddings=embeddings, token_budget=token_budget,
     )  # fmt: skip
     spec = replace(spec, objective=settings, **projected)
+    if part is not None and part.index and kin is None and spec.basis == "fitted":
+        raise RequestError(
+            f"--shard {shard}: a store of its own would have a projection fitted to its own rollouts, and could not be "
+            "merged: give --like STORE, the store of shard 0"
+        )
     if reference is not None and not settings.kl_beta:
         raise RequestError("--reference is for a KL term: give its weight, --kl-beta 0.04")
     if settings.reference is not None and reference is None:
@@ -186,6 +212,7 @@ def collect(
         template_kwargs=template_arguments(template_kwargs),
     )
     source = read(rollouts, format=format, step=rollout_step, problems=records)
+    mine = None if part is None else part.places(len(source), f"{rollouts}, --shard {shard}")
     if settings.kl_beta and reference is None and not source.has_reference:
         raise RequestError(f"{rollouts}: has no `reference_logprobs` for the KL term: give its model, --reference")
     policy = load_model(model, adapter, device, trust_remote_code=trust_remote_code)
@@ -199,12 +226,13 @@ def collect(
         spec = replace(spec, objective=replace(settings, reference=log_probabilities.digest))
         source.change(log_probabilities)
         wanted = [log_probabilities(group) for group in wanted]
-    adam = _direction(policy, optimizer, formula, bias_correction)
+    direction = partial(_direction, path=optimizer, formula=formula, bias_correction=bias_correction)
+    adam = direction(policy)
     version = (source.step or 0) if step is None else step
     outcome = None
     known: list[SketchBatch] = []
     is_new = opened is None
-    if opened is None:
+    if kin is None:
         made = start_store(
             store,
             policy,
@@ -223,28 +251,46 @@ def collect(
         )
         opened, sketcher, known = made.store, made.sketcher, made.rows
     else:
-        sketcher = sketcher_of(opened, policy, spec, optimizer=adam)
-        basis_of(opened, sketcher.fingerprint)
+        sketcher = sketcher_of(kin, policy, spec, optimizer=adam)
+        basis_of(kin, sketcher.fingerprint)
+        opened = create_like(store, kin.path) if opened is None else opened
         if wanted and spec.basis == "fitted" and measure != "never":
             sketcher, outcome = _checked(opened, sketcher, source, fit_problems, wanted, version, refit == "auto")
+    if mine is not None:  # After the fit, which is to all problems.
+        source.keep(mine)
     also = bases_in_use(opened, besides=collection) if every_basis else []
     undo = undone_on(RequestError, opened) if is_new else nullcontext()
-    with undo, progress(f"{collection} step {version}", len(source)) as advance:
-        report = run(
-            opened,
-            collection,
-            source,
-            sketcher=sketcher,
-            step=version,
-            measure="never" if wanted else cast("Measure", measure),
-            known=known,
-            also=also,
-            progress=advance,
-        )
-    if halves:
-        from gradstore.engine.assessing.stored_halves import collect_halves
+    with undo, ExitStack() as stack:
+        on_workers = None
+        if spread is not None:
+            size = stack.enter_context(spread.connected())
+            replica = Replica(
+                model=model,
+                spec=sketcher.spec,
+                adapter=adapter,
+                device=device,
+                trust_remote_code=trust_remote_code,
+                direction=direction,
+            )
+            on_workers = stack.enter_context(OnWorkers(replica, sketcher, **asdict(size)))
+        with progress(f"{collection} step {version}", len(source)) as advance:
+            report = run(
+                opened,
+                collection,
+                source,
+                sketcher=sketcher,
+                step=version,
+                measure="never" if wanted else cast("Measure", measure),
+                known=known,
+                also=also,
+                sketch_each=on_workers,
+                progress=advance,
+            )
+        if halves:
+            from gradstore.engine.assessing.stored_halves import collect_halves
 
-        collect_halves(opened, collection, source, sketcher=sketcher, step=version)
+            collect_halves(opened, collection, source, sketcher=sketcher, step=version, sketch_each=on_workers)
+    costs = [] if on_workers is None else on_workers.costs
     if report.needs_refit:
         warn(
             f"the store's projection ranks these gradients with a correlation of {report.fidelity:.2f} to the "
@@ -255,7 +301,8 @@ def collect(
         warn(report.sizes.warning)
     if json:
         refitted = None if outcome is None else outcome.describe()
-        print_json({**report.describe(), "refit": refitted, "coverage": read_coverage(opened.path)})
+        found = {**report.describe(), "refit": refitted, "coverage": read_coverage(opened.path)}
+        print_json(found if spread is None else {**found, "workers": ray_options.described(costs)})
         return
     if len(report.bases) > 1:
         say(f"in bases {', '.join(map(str, report.bases))}")
@@ -266,6 +313,7 @@ def collect(
     )
     for problem_id, reason in report.failures:
         say(f"problem {problem_id!r} failed: {reason}")
+    ray_options.say_costs(costs)
 
 
 def _direction(

@@ -1,10 +1,12 @@
 """`rollout`, and options that other commands have too."""
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from gradstore.cli import ray as ray_options
 from gradstore.cli.app import command, opt
 from gradstore.cli.query import Json
 from gradstore.cli.show import print_json, progress, say, warn
@@ -25,6 +27,10 @@ OverlongBuffer = Annotated[
     int, opt("DAPO's shaping: penalise responses in the last so many tokens before --max-new-tokens.", min=0)
 ]
 OverlongPenalty = Annotated[float, opt("--overlong-buffer: the penalty of a response of --max-new-tokens.")]
+ShardOf = Annotated[
+    str | None,
+    opt("I/N: only shard I (from 0) of N that divide the file's problems; `merge` unites their stores.", "--shard"),
+]
 SkipUnreadable = Annotated[
     bool, opt("Leave problems out whose ground truth the reward cannot read.", "--skip-unreadable")
 ]
@@ -40,7 +46,23 @@ def rollout(
     ],
     n: Annotated[int, opt("Rollouts per problem.", "-n")] = 16,
     range: Annotated[str | None, opt("A:B: only problems A to B - 1 of the file, counted from 0.", "--range")] = None,
-    backend: Annotated[str, opt("transformers or vllm.")] = "transformers",
+    shard: ShardOf = None,
+    backend: Annotated[
+        str | None, opt("transformers, vllm or server [default: transformers, or server with --server].")
+    ] = None,
+    server: Annotated[
+        str | None,
+        opt("URL of a running server with the weights of --policy-version; its key is in $GRADSTORE_SERVER_KEY."),
+    ] = None,
+    policy_version: Annotated[
+        str | None, opt("server: name of the weights that it holds; kept with the rollouts.")
+    ] = None,
+    server_api: Annotated[str | None, opt("server: vllm or sglang [default: vllm].")] = None,
+    served_model: Annotated[str | None, opt("server: its name of the model, where it serves several.")] = None,
+    concurrency: Annotated[int | None, opt("server: problems asked for at once [default: 64].")] = None,
+    server_timeout: Annotated[
+        float | None, opt("server: seconds for all responses of a problem [default: 600].")
+    ] = None,
     max_new_tokens: Annotated[int, opt("Longest response.")] = 1024,
     temperature: Annotated[float, opt("Sampling temperature.")] = 1.0,
     top_p: Annotated[float, opt("Nucleus of the sampling distribution.")] = 1.0,
@@ -70,18 +92,24 @@ def rollout(
     ] = None,
     device: Device = None,
     trust_remote_code: Trust = False,
+    ray: ray_options.Address = None,
+    workers: ray_options.Workers = None,
+    threads: ray_options.Threads = None,
     json: Json = False,
 ) -> None:
     """Sample and reward rollouts; started again after an interruption, it goes on where it was."""
     from dataclasses import asdict
 
     from gradstore.problems import as_message, placed_problems
-    from gradstore.trainer.sampling.backends import load_backend
+    from gradstore.shards import WHOLE, Shard
+    from gradstore.trainer.sampling.backends import Backend, load_backend
+    from gradstore.trainer.sampling.on_workers import OnWorkers, Replica
     from gradstore.trainer.sampling.readable import readable
     from gradstore.trainer.sampling.rewards import load_reward
-    from gradstore.trainer.sampling.rollout import check_settings
+    from gradstore.trainer.sampling.rollout import CHUNK, check_settings
     from gradstore.trainer.sampling.rollout import rollout as run
 
+    backend = backend or ("transformers" if server is None else "server")
     options = _backend_options(
         backend,
         transformers={"device": device, "batch_tokens": batch_tokens},
@@ -91,9 +119,23 @@ def rollout(
             "gpu_memory_utilization": gpu_memory_utilization,
             "max_model_len": max_model_len,
         },
+        server={
+            "server": server,
+            "policy_version": policy_version,
+            "server_api": server_api,
+            "served_model": served_model,
+            "concurrency": concurrency,
+            "server_timeout": server_timeout,
+        },
     )
+    if backend == "server" and not (server and policy_version):
+        raise RequestError("a server is named by --server URL, and the weights that it holds by --policy-version NAME")
+    spread = ray_options.asked(ray, workers, threads, device)
+    if backend == "server" and spread is not None:
+        raise RequestError("--ray is for models of its own; a server has its own, and --concurrency asks it for more")
     arguments = template_arguments(template_kwargs)
-    check_settings(n=n, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
+    sampling: dict[str, Any] = {"n": n, "max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
+    check_settings(**sampling)
     check_output(out, [problems])
     placed = placed_problems(problems)
     if range is not None:
@@ -101,6 +143,10 @@ def rollout(
         if last > len(placed):
             raise RequestError(f"--range {range}: {problems} has {len(placed)} problems")
         placed = placed[first:last]
+    part = WHOLE if shard is None else Shard.parse(shard)
+    chunk = part.block(len(placed)) if shard else CHUNK
+    if shard is not None:
+        placed = [placed[place] for place in part.places(len(placed), f"{problems}, --shard {shard}")]
     names = {record["id"]: where for where, record in placed}
     scored_by = load_reward(reward)
     if as_chat:
@@ -108,45 +154,56 @@ def rollout(
     records, left_out = readable([record for _, record in placed], scored_by, skip=skip_unreadable, names=names)
     for line in left_out:
         say(f"left out: {line}")
-    sampled_by = load_backend(backend, model, trust_remote_code=trust_remote_code, **options)
-    n_plain = sum(isinstance(record["prompt"], str) for record in records)
-    if as_chat is None and n_plain and getattr(sampled_by.tokenizer, "chat_template", None):
-        warn(
-            f"{n_plain} of {len(records)} prompts are plain text and are sampled as they stand, though {model} has a "
-            "chat template; `select` writes them for training as chat messages, which are other tokens: give --as-chat "
-            "(as one user message) or --as-text (as they stand)"
-        )
-    with progress("rollouts", len(records)) as advance:
-        report = run(
-            records,
-            sampled_by,
-            scored_by,
-            out,
-            n=n,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            seed=seed,
-            step=step,
-            template_kwargs=arguments,
-            overlong_buffer=overlong_buffer,
-            overlong_penalty=overlong_penalty,
-            names=names,
-            progress=advance,
-        )
+    gpus = (tensor_parallel_size or 1) * (pipeline_parallel_size or 1)
+    options |= {"trust_remote_code": trust_remote_code}
+    with ExitStack() as stack:
+        sampled_by: Backend
+        if spread is None:
+            sampled_by = load_backend(backend, model, **options)
+        else:
+            size = stack.enter_context(spread.connected(gpus))
+            replica = Replica(backend=backend, model=model, options=options)
+            sampled_by = stack.enter_context(OnWorkers(replica, **asdict(size)))
+        n_plain = sum(isinstance(record["prompt"], str) for record in records)
+        if as_chat is None and n_plain and getattr(sampled_by.tokenizer, "chat_template", None):
+            warn(
+                f"{n_plain} of {len(records)} prompts are plain text and are sampled as they stand, though {model} has "
+                "a chat template; `select` writes them for training as chat messages, which are other tokens: give "
+                "--as-chat (as one user message) or --as-text (as they stand)"
+            )
+        with progress("rollouts", len(records)) as advance:
+            report = run(
+                records,
+                sampled_by,
+                scored_by,
+                out,
+                seed=seed,
+                chunk=chunk,
+                shard=part,
+                step=step,
+                template_kwargs=arguments,
+                overlong_buffer=overlong_buffer,
+                overlong_penalty=overlong_penalty,
+                names=names,
+                progress=advance,
+                **sampling,
+            )
+        costs = sampled_by.costs if isinstance(sampled_by, OnWorkers) else None
     if report.stopped:
         warn(
             f"{report.stopped} of {report.rollouts} responses were not graded and score 0; extra.reward_stopped of "
             f"their rows says why. The first: {report.first_stopped}"
         )
     if json:
-        print_json({**asdict(report), "path": str(report.path), "left_out": left_out})
+        done = {**asdict(report), "path": str(report.path), "left_out": left_out}
+        print_json(done if costs is None else {**done, "workers": ray_options.described(costs)})
         return
     say(
         f"{report.path}: {report.rollouts} rollouts of {report.problems} problems, "
         f"mean reward {report.mean_reward:.3f}, {report.with_signal} with differing rewards, "
         f"{report.tokens} tokens; {report.kept_problems} problems were there"
     )
+    ray_options.say_costs(costs or [])
 
 
 def row_range(text: str, where: str) -> tuple[int, int]:

@@ -152,8 +152,11 @@ def warn(text: str) -> None:
 
 
 @contextmanager
-def progress(description: str, total: int | None) -> Iterator[Callable[[int], None]]:
-    """A bar on standard error that advances by what it is called with; silent when not a terminal."""
+def progress(description: str, total: int | None) -> Iterator[Callable[..., None]]:
+    """A bar on standard error that advances by what it is called with; silent when not a terminal.
+
+    total None: unknown yet; it may be given with the number.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -161,7 +164,7 @@ def progress(description: str, total: int | None) -> Iterator[Callable[[int], No
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not (console.is_terminal and log.isEnabledFor(NOTICE))) as bar:
         task = bar.add_task(description, total=total)
-        yield lambda n: bar.advance(task, n)
+        yield lambda n, total=None: bar.update(task, advance=n, total=total)
 
 
 def duration(seconds: float) -> str:

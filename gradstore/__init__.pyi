@@ -74,6 +74,9 @@ from .errors import GradstoreError as GradstoreError
 from .errors import LockedError as LockedError
 from .errors import NotAStoreError as NotAStoreError
 from .errors import RequestError as RequestError
+from .likeness import create_like as create_like
+from .merging import MergeReport as MergeReport
+from .merging import merge as merge
 from .probes import RecordedProbes as RecordedProbes
 from .problems import read_problems as read_problems
 from .problems import to_verl as to_verl
@@ -81,6 +84,7 @@ from .remote import mirror as mirror
 from .remote import open_remote as open_remote
 from .rounds import RecordedRounds as RecordedRounds
 from .rounds import Round as Round
+from .shards import Shard as Shard
 from .state import State as State
 from .store import Store as Store
 from .store import create as create

@@ -18,6 +18,8 @@ from gradstore.schema import Checker, lists, number, one_of, optional, record, t
 ATTACHMENTS = "attachments"
 COVERAGE = "coverage.json"
 """Attachment with the measured coverage of the store's sketches."""
+ORIGIN = "merged.json"
+"""Attachment of a merged store: the stores that it was merged from (merging.py)."""
 _FILE = re.compile(r"(.+)\.([0-9a-f]{8})")
 _SHARE = number(0)
 _SHARES = {"parameters": _SHARE, "gradient": optional(_SHARE)}
@@ -49,6 +51,15 @@ def read_attachment(store: Path, name: str) -> bytes:
     if not _is_whole(path, data):
         raise DamagedError(f"{path}: damaged: bytes do not match the checksum in its name")
     return data
+
+
+def all_attachments(store: Path) -> dict[str, bytes]:
+    """Name -> bytes of every attachment; DamagedError if one changed, or is none."""
+    names = [name for name in names_inside(store / ATTACHMENTS, store) if not name.startswith(TEMPORARY)]
+    for name in names:
+        if checksum_in(name) is None:
+            raise DamagedError(f"{store / ATTACHMENTS / name}: not a file of this store")
+    return {name.rpartition(".")[0]: read_attachment(store, name.rpartition(".")[0]) for name in names}
 
 
 @contextmanager

@@ -122,11 +122,11 @@ def _rewrite(session: Session, snapshot: Snapshot, kept_rows: np.ndarray, kept_p
         chunks=appender.chunks,
         parts=parts,
         tombstones={},
-        bases=_runs(snapshot.bases()[kept_rows]),
+        bases=runs(snapshot.bases()[kept_rows]),
     )
 
 
-def _runs(basis_of_rows: np.ndarray) -> tuple[tuple[int, int], ...]:
+def runs(basis_of_rows: np.ndarray) -> tuple[tuple[int, int], ...]:
     """Run-length form of the bases for a manifest: (row, basis) at each change."""
     starts = np.flatnonzero(np.diff(basis_of_rows, prepend=0))
     return tuple((int(row), int(basis_of_rows[row])) for row in starts)
@@ -138,15 +138,21 @@ def _copy_rows(appender: Appender, snapshot: Snapshot, kept_rows: np.ndarray, ne
         rows = start + np.flatnonzero(kept_rows[start : start + header.chunk_rows])
         if not len(rows):
             continue
-        codes = snapshot.codes.chunk(chunk)
-        if crc32c(codes) != manifest.chunks["codes"][chunk]:
-            path = snapshot.collection / manifest.folder / "codes" / header.arrays[0].chunk_file(chunk)
-            raise DamagedError(
-                f"{path}: damaged: its bytes do not match their checksum; nothing was rewritten; see `gradstore verify`"
-            )
+        codes = checked_codes(snapshot, chunk)
         columns = {array.name: snapshot.column(array.name)[rows] for array in header.arrays if array.width is None}
         columns["problem"] = new_problem[columns["problem"]]
         appender.write({**columns, "codes": codes[rows - start]})
+
+
+def checked_codes(snapshot: Snapshot, chunk: int) -> np.ndarray:
+    """The published codes of a chunk to be copied, [rows, width]; DamagedError if the mapped bytes changed."""
+    codes, manifest = snapshot.codes.chunk(chunk), snapshot.manifest
+    if crc32c(codes) != manifest.chunks["codes"][chunk]:
+        path = snapshot.collection / manifest.folder / "codes" / snapshot.header.arrays[0].chunk_file(chunk)
+        raise DamagedError(
+            f"{path}: damaged: its bytes do not match their checksum; nothing was rewritten; see `gradstore verify`"
+        )
+    return codes
 
 
 def _write_problems(folder: Path, snapshot: Snapshot, kept: np.ndarray) -> tuple[Part, ...]:

@@ -41,8 +41,8 @@ class FingerprintError(RequestError):
     @classmethod
     def between(cls, stored: dict, offered: dict, where: str) -> "FingerprintError":
         """The error for two fingerprints; `where` names the store or the sketcher."""
-        differences = "; ".join(_differences(stored, offered))
-        return cls(f"{where}: fingerprint differs: {differences}. Use the store's settings, or another store")
+        found = "; ".join(differences(stored, offered, "the store", "this run"))
+        return cls(f"{where}: fingerprint differs: {found}. Use the store's settings, or another store")
 
 
 class LockedError(GradstoreError):
@@ -96,8 +96,8 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
-def _differences(stored: dict, offered: dict) -> list[str]:
-    """Each field that differs with both values; of a list the first entry that does."""
+def differences(stored: dict, offered: dict, one_name: str, other_name: str) -> list[str]:
+    """Each field that differs, "NAME: ONE has 1, OTHER has 2"; of a list the first entry that does."""
     found = []
     ours, theirs = leaves(stored), leaves(offered)
     for name in sorted(ours.keys() | theirs.keys()):
@@ -106,7 +106,7 @@ def _differences(stored: dict, offered: dict) -> list[str]:
             continue
         if isinstance(one, list) and isinstance(other, list):
             name, one, other = _first_difference(name, one, other)
-        found.append(f"{name}: the store has {one!r}, this run has {other!r}")
+        found.append(f"{name}: {one_name} has {one!r}, {other_name} has {other!r}")
     return found
 
 

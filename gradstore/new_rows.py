@@ -20,6 +20,16 @@ _NO_MORE_REASONS = f"(not kept: the collection already has {MAX_REASONS} differe
 _REASON_LENGTH = 500
 
 
+def reason_number(text: str, number: dict[str, int], reasons: list[str]) -> int:
+    """Number of a reason; a new one is added to `reasons` and `number`, unless the collection has MAX_REASONS."""
+    if text not in number:
+        text = text if len(reasons) <= MAX_REASONS else _NO_MORE_REASONS
+        if text not in number:
+            number[text] = len(reasons)
+            reasons.append(text)
+    return number[text]
+
+
 class NewRows:
     """The rows of one append, one per problem; each method checks one field and returns its columns, [P].
 
@@ -102,12 +112,7 @@ class NewRows:
             text = (given or "")[:_REASON_LENGTH].encode(errors="replace").decode()  # Half surrogate pairs are no text.
             if states_P[row] == State.FAILED and not text:
                 raise RequestError(f"{self._where}: problem {problem_id!r} failed without a reason; say why")
-            if text not in number:
-                text = text if len(reasons) <= MAX_REASONS else _NO_MORE_REASONS
-                if text not in number:
-                    number[text] = len(reasons)
-                    reasons.append(text)
-            rows[row] = number[text]
+            rows[row] = reason_number(text, number, reasons)
         return rows, tuple(reasons)
 
     def _matrix(self, sketches: Any, dim: int) -> np.ndarray:

@@ -101,7 +101,7 @@ class RecordedProbes:
         others = {name for name, held in self._held.copy().items() if not any(map(asked, held))}
         tables = []
         for name, data in additions.read_parts(self._folder, skip=others).items():
-            tables.append(_read(data, self._folder / name))
+            tables.append(read_part(data, self._folder / name))
             if name not in self._held:
                 held = tables[-1].group_by(["step", "target"]).aggregate([])
                 self._held[name] = set(zip(held["step"].to_pylist(), held["target"].to_pylist(), strict=True))
@@ -113,7 +113,7 @@ class RecordedProbes:
         return table.filter(pc.invert(pc.is_in(table["id"], value_set=deleted)))
 
 
-def _read(data: bytes, path: Path) -> pa.Table:
+def read_part(data: bytes, path: Path) -> pa.Table:
     """The table of a part; DamagedError names the row and the column of what no probe can be."""
     table = read_stored(io.BytesIO(data), path, SCHEMA)
     for objective in table["objective"].unique().to_pylist():

@@ -139,9 +139,7 @@ class RecordedRounds(Sequence[Round]):
     def _read(self, first: int = 0, stop: int | None = None) -> list[Round]:
         """Rounds from `first` up to (not including) `stop`."""
         parts = additions.read_parts(self._folder, first, stop)
-        return [
-            _from_bytes(data, place, self._folder / name) for place, (name, data) in enumerate(parts.items(), first)
-        ]
+        return [read_part(data, place, self._folder / name) for place, (name, data) in enumerate(parts.items(), first)]
 
 
 def _to_bytes(about: Mapping[str, Any], table: pa.Table, where: str) -> bytes:
@@ -178,7 +176,7 @@ def _ranks_are_whole(table: pa.Table) -> bool:
     return np.array_equal(ranks, np.arange(len(ranks)))
 
 
-def _from_bytes(data: bytes, number: int, path: Path) -> Round:
+def read_part(data: bytes, number: int, path: Path) -> Round:
     """The round of a part; DamagedError names the file and the column for what no round can be."""
     table = read_stored(io.BytesIO(data), path, SCHEMA)
     text = metadata_of(io.BytesIO(data)).get(_ABOUT)

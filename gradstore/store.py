@@ -10,6 +10,7 @@ from gradstore.collection import CodesOf, Collection, refuse_read_only
 from gradstore.description import describe
 from gradstore.durable import TEMPORARY, make_folder, replace_file, writing
 from gradstore.errors import FingerprintError, RequestError
+from gradstore.exclusive import held_file
 from gradstore.header import Header, check_fingerprint, check_layout, new_header, read_header
 from gradstore.inventory import INVENTORY, OF_STORE, take_inventory
 from gradstore.layout import COLLECTIONS, WITHOUT_CODES, ZARR, collection_names, group_json
@@ -54,7 +55,7 @@ def create(
     path = Path(path)
     header = new_header(dim, dtype, chunk_rows, column_rows, fingerprint)
     check_output(path)
-    if path.exists() and not _is_blank(path):
+    if path.exists() and not is_blank(path):
         raise RequestError(f"{path}: there is something here already; open it, or choose another path")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -300,10 +301,10 @@ class Store:
         return self._collection(name)
 
 
-def _is_blank(path: Path) -> bool:
+def is_blank(path: Path) -> bool:
     """Whether this is an empty folder, or one left by an interrupted `create`."""
     if not path.is_dir():
         return False
-    ours = {COLLECTIONS, f"{COLLECTIONS}/{ZARR}", ATTACHMENTS, INVENTORY}
+    ours = {COLLECTIONS, f"{COLLECTIONS}/{ZARR}", ATTACHMENTS, INVENTORY, held_file(path).name}
     names = (entry.relative_to(path) for entry in path.glob("**/*"))
     return all(str(name) in ours or name.parts[0] == ATTACHMENTS or name.name.startswith(TEMPORARY) for name in names)

@@ -19,7 +19,7 @@ from gradstore.engine.rollouts.group import Group
 from gradstore.engine.rollouts.source import RolloutSource
 from gradstore.engine.searching.query import Metric, eligible_positions, query_vectors, score_rows
 from gradstore.engine.searching.targets import Target
-from gradstore.engine.sketches.collector import CollectReport, collect
+from gradstore.engine.sketches.collector import CollectReport, SketchEach, collect
 from gradstore.engine.sketches.sketcher import Sketcher
 from gradstore.errors import RequestError
 from gradstore.layout import HALVES
@@ -40,7 +40,13 @@ class StoredHalves:
 
 
 def collect_halves(
-    store: Store, collection: str, groups: RolloutSource | Iterable[Group], *, sketcher: Sketcher, step: int
+    store: Store,
+    collection: str,
+    groups: RolloutSource | Iterable[Group],
+    *,
+    sketcher: Sketcher,
+    step: int,
+    sketch_each: SketchEach | None = None,
 ) -> list[CollectReport]:
     """Sketch the even and the odd rollouts of groups into `NAME.even` and `NAME.odd`; arguments as in `collect`.
 
@@ -54,7 +60,16 @@ def collect_halves(
     reports = []
     for suffix, half in zip(HALVES, split(members), strict=True):
         store.add_problems(collection + suffix, [records[group.problem_id] for group in half])
-        reports.append(collect(store, collection + suffix, half, sketcher=sketcher, step=step, measure="never"))
+        report = collect(
+            store,
+            collection + suffix,
+            half,
+            sketcher=sketcher,
+            step=step,
+            measure="never",
+            sketch_each=sketch_each,
+        )
+        reports.append(report)
     return reports
 
 

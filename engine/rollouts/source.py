@@ -196,6 +196,17 @@ class RolloutSource:
         self.has_logprobs = all(given[0] for _, given, _ in first)
         self.has_reference = any(given[1] for _, given, _ in first)
 
+    def keep(self, problems: np.ndarray) -> None:
+        """Forget all problems but those at some places of `problem_ids`, ascending: a shard, for example."""
+        lengths_P = np.diff(self._starts)[problems]
+        spans = [np.arange(self._starts[p], self._starts[p + 1]) for p in problems]
+        rows = np.concatenate([np.zeros(0, np.int64), *spans])
+        self._file_of, self._places, self._sizes = self._file_of[rows], self._places[rows], self._sizes[rows]
+        self._starts = np.concatenate([[0], np.cumsum(lengths_P)])
+        self.problem_ids = [self.problem_ids[p] for p in problems]
+        self.counts = self.counts[problems]
+        self.n_rollouts = int(self.counts.sum())
+
     def _policy_version(self, step: int | None) -> int | None:
         if step is None or not (self.format == "verl" or self.format.startswith(TRL)):
             return step

@@ -6,6 +6,7 @@ skipped.
 """
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
@@ -23,6 +24,7 @@ from gradstore.engine.searching.targets import Kind, kind_of
 from gradstore.engine.sketches.bases import basis_of, load_projection
 from gradstore.engine.sketches.effective_sizes import EffectiveSizes
 from gradstore.engine.sketches.exact_ranking import ExactRanking, Rows, needs_refit
+from gradstore.engine.sketches.projection import Projection
 from gradstore.engine.sketches.sketcher import Sketcher
 from gradstore.engine.sketches.spec import SketchBatch, SketchSpec
 from gradstore.errors import RequestError, check_number
@@ -31,6 +33,10 @@ from gradstore.layout import SOLUTIONS
 Measure = Literal["auto", "always", "never"]
 """When a run measures the fidelity of its sketches. auto: if the store is new and its projection was not measured when
 fitted."""
+
+SketchEach = Callable[[Sequence[Projection], Iterable[Sequence[Group]]], Iterator[list[SketchBatch]]]
+"""(projections, windows of groups) -> for each window, in order, its sketches in every projection. It may take windows
+ahead of the results."""
 
 _PUBLISH_SECONDS = 5.0
 """Seconds of work that an interruption can lose, besides the current window."""
@@ -99,6 +105,7 @@ def collect(
     known: Sequence[SketchBatch] = (),
     accept_coverage: float | None = None,
     also: Sequence[int] = (),
+    sketch_each: SketchEach | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> CollectReport:
     """Sketch every group with the model and append the rows at `step`.
@@ -113,6 +120,8 @@ def collect(
     needs them to rank rows of older bases (`bases_in_use`). Known sketches do not include these.
     accept_coverage: share of the gradient that a new store's sketches must see (docs/methods.md, coverage); measured on
     the first window with a signal, and kept. None: 0.95, or 0 if the spec chooses layers.
+    sketch_each: makes the sketches instead of the sketcher, for instance on workers (on_workers.py); the sketcher still
+    measures coverage and fidelity.
     FingerprintError if the store holds rows made in another way. RequestError for too little coverage or bad rollouts;
     everything published so far is kept.
     """
@@ -152,29 +161,50 @@ def collect(
     measures = sketcher.projection.kind == "fitted" and (measure == "always" or (measure == "auto" and unmeasured))
     with store.writer(collection, step=step) as writer:
         taken: set[str] = set()
-        for number, window in enumerate(windows(groups, n_tokens)):
-            if unknown and any(group.has_signal for group in window):
-                _cover(store, sketcher, window, accept_coverage)
-                unknown = False
-            if number == 0 and len(numbers) == 1:
-                taken = _append_known(writer, known, ids - done, report)
-            todo = [group for group in window if group.problem_id not in done | taken]
+        ahead: deque[tuple[list[Group], list[Group]]] = deque()  # windows not yet counted, and their groups to sketch
+
+        def to_sketch() -> Iterator[list[Group]]:
+            nonlocal unknown, taken
+            for number, window in enumerate(windows(groups, n_tokens)):
+                if unknown and any(group.has_signal for group in window):
+                    _cover(store, sketcher, window, accept_coverage)
+                    unknown = False
+                if number == 0 and len(numbers) == 1:
+                    taken = _append_known(writer, known, ids - done, report)
+                ahead.append((window, [group for group in window if group.problem_id not in done | taken]))
+                if ahead[-1][1]:
+                    yield ahead[-1][1]
+
+        def count_next() -> list[Group]:
+            window, todo = ahead.popleft()
             report.skipped += sum(group.problem_id in done for group in window)
-            if todo:
-                batches = sketcher.sketch_in(projections, todo)
-                if measures and report.fidelity is None:
-                    report.fidelity = _fidelity(sketcher, todo, batches[-1], benchmark)
-                for in_basis, batch in zip(numbers, batches, strict=True):
-                    writer.append(**batch.rows(), basis=in_basis)
-                report.add(batches[-1], range(len(todo)))
-                report.n_tokens += batches[-1].n_tokens
+            if progress:
+                progress(len(window))
+            return todo
+
+        for batches in (sketch_each or _here(sketcher))(projections, to_sketch()):
+            while not ahead[0][1]:
+                count_next()
+            todo = ahead[0][1]
+            if measures and report.fidelity is None:
+                report.fidelity = _fidelity(sketcher, todo, batches[-1], benchmark)
+            for in_basis, batch in zip(numbers, batches, strict=True):
+                writer.append(**batch.rows(), basis=in_basis)
+            report.add(batches[-1], range(len(todo)))
+            report.n_tokens += batches[-1].n_tokens
             if time.monotonic() - published > _PUBLISH_SECONDS:
                 writer.publish()
                 published = time.monotonic()
-            if progress:
-                progress(len(window))
+            count_next()
+        while ahead:
+            count_next()
     report.seconds = time.monotonic() - started
     return report
+
+
+def _here(sketcher: Sketcher) -> SketchEach:
+    """Sketch window after window in this process."""
+    return lambda projections, wanted: (sketcher.sketch_in(projections, window) for window in wanted)
 
 
 def _of_kind(groups: Iterable[Group], kind: Kind) -> Iterator[Group]:

@@ -16,7 +16,8 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from gradstore.trainer.sampling.judge import Judge, JudgeSettings, endpoint, verdict
+from gradstore.trainer.sampling import endpoint
+from gradstore.trainer.sampling.judge import Judge, JudgeSettings, verdict
 from tests.fuzz import edits
 from tests.fuzz.trial import Trial
 

@@ -30,7 +30,7 @@ _QUERY = ("query", "--against", "bench", "--pool", "pool", "-k", "5", "--json", 
 COMMANDS: dict[str, int] = {
     "info": 3, "verify": 4, "query": 6, "select": 3, "rounds": 2, "probes": 2, "mirror": 3, "mirror memory": 3,
     "open_remote": 1, "import": 3,
-    "sketches": 2, "delete": 2, "compact": 2, "index": 1, "report": 1,
+    "sketches": 2, "delete": 2, "compact": 2, "merge": 3, "index": 1, "report": 1,
 }  # fmt: skip
 """What is done with a store, and how often."""
 
@@ -145,6 +145,11 @@ def _do(trial: Trial, name: str, store: Path, honest: Honest, refresh: bool = Fa
         trial.command("import", store, "pool", "--problems", inputs / "more.jsonl", "--quiet", store=store, reads=False)
     elif name == "compact":
         trial.command("compact", store, "--collection", "pool", "--keep", "newest", "--quiet", store=store, reads=False)
+    elif name == "merge":
+        write_tree(inputs / "honest", honest.files)
+        trial.command("merge", store, inputs / "honest", "--out", out / "merged", "--quiet", store=store)
+        for left in (inputs / "honest", out / "merged", out / "merged.unfinished"):
+            shutil.rmtree(left, ignore_errors=True)
     elif name in ("delete", "sketches"):
         trial.call(name, _deleted if name == "delete" else _appended, store, store=store, reads=False)
     else:

@@ -16,8 +16,8 @@ from gradstore.errors import GradstoreError, RequestError
 from gradstore.settings import plain, write_yaml
 from gradstore.trainer import RoundSettings, RunSettings
 from gradstore.trainer.sampling.judge import Judge, JudgeSettings, judge_settings
-from gradstore.trainer.sampling.judge.secrecy import Address, Secrets, without_credentials
 from gradstore.trainer.sampling.rewards import load_reward
+from gradstore.trainer.sampling.secrecy import Address, Secrets, without_credentials
 from tests.trainer.judge_server import KEY, Endpoint, box, problem
 
 Make = Callable[..., Judge]

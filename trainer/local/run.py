@@ -29,11 +29,11 @@ from gradstore.trainer.loggers import LOGGERS, Logger
 from gradstore.trainer.round.driver import Rounds
 from gradstore.trainer.round.settings import RoundSettings
 from gradstore.trainer.sampling.judge import JudgeSettings, judge_settings
-from gradstore.trainer.sampling.judge.secrecy import without_credentials
 from gradstore.trainer.sampling.judge.settings import writable
 from gradstore.trainer.sampling.readable import readable
 from gradstore.trainer.sampling.reward import Reward
 from gradstore.trainer.sampling.rewards import ISOLATED, JUDGES, load_reward
+from gradstore.trainer.sampling.secrecy import without_credentials
 
 WRITTEN = "run.yaml"
 """File of the run's folder with its settings."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gradstore.errors import RequestError
-from gradstore.trainer.sampling.judge.secrecy import without_credentials
+from gradstore.trainer.sampling.secrecy import without_credentials
 
 
 def imported(spec: str) -> Callable[..., Any]:

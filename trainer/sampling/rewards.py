@@ -29,8 +29,8 @@ from gradstore.keepable import parsed_field
 from gradstore.problems import detail
 from gradstore.trainer.sampling.grading import unreadable
 from gradstore.trainer.sampling.imported import imported
-from gradstore.trainer.sampling.judge.secrecy import without_credentials
 from gradstore.trainer.sampling.reward import Item, Reward, Score
+from gradstore.trainer.sampling.secrecy import without_credentials
 from gradstore.trainer.sampling.workers import frames
 from gradstore.trainer.sampling.workers.pool import PoolItem, pool_of
 

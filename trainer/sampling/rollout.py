@@ -3,7 +3,8 @@
 The problems are cut into chunks. Each chunk has a seed derived from (seed, chunk number) and is written at once, so the
 file itself is the only state. A restarted run cuts the file after the last whole chunk and continues; the final file is
 byte for byte that of an uninterrupted run. The settings are stored next to the file, in NAME.settings.json. Resuming
-with other settings raises an error.
+with other settings raises an error. A shard's chunks have the numbers that they have in the undivided run, so the rows
+are those of the undivided run too (gradstore/shards.py).
 """
 
 import hashlib
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from gradstore.durable import write_text_file
+from gradstore.engine.cluster.pool import named_range
 from gradstore.engine.rollouts import Rollout, read_rollouts, write_rollouts
 from gradstore.engine.rollouts.rollout import OVERLONG, STOPPED
 from gradstore.engine.rollouts.templates import check_arguments, settings_path, tools_of
@@ -29,12 +31,13 @@ from gradstore.exclusive import lock
 from gradstore.keepable import MAX_ROW_BYTES, parsed_line
 from gradstore.outputs import check_output
 from gradstore.reading.files import open_regular, read_object
-from gradstore.trainer.sampling.backends import Backend, Response, derived_seed
+from gradstore.shards import BLOCK, WHOLE, Shard
+from gradstore.trainer.sampling.backends import Backend, Call, PromptError, Response, derived_seed, generate_each
 from gradstore.trainer.sampling.overlong import check_overlong, penalties
 from gradstore.trainer.sampling.readable import named, readable
 from gradstore.trainer.sampling.reward import Reward
 
-CHUNK = 64
+CHUNK = BLOCK
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,7 @@ def rollout(
     top_p: float = 1.0,
     seed: int = 0,
     chunk: int = CHUNK,
+    shard: Shard = WHOLE,
     step: int | None = None,
     template_kwargs: Mapping[str, Any] | None = None,
     overlong_buffer: int = 0,
@@ -80,6 +84,7 @@ def rollout(
 
     problems: canonical problem records, as returned by gradstore.read_problems.
     chunk: problems sampled at once. A kill loses at most one chunk. The responses depend on this size.
+    shard: which shard of a larger run `problems` are (`problems[shard.places(n)]` of its n, with chunk=shard.block(n)).
     step: the policy version, written in every row.
     template_kwargs: arguments of the chat template, such as {"enable_thinking": False}; stored with the settings.
     overlong_buffer, overlong_penalty: DAPO's reward shaping (overlong.py); a row's penalty is in its `extra` too.
@@ -107,6 +112,7 @@ def rollout(
         "top_p": top_p,
         "seed": seed,
         "chunk": chunk,
+        **({} if shard == WHOLE else {"shard": str(shard)}),
         "step": step,
         "reward": reward.name,
         **({"template_kwargs": dict(template_kwargs)} if template_kwargs else {}),
@@ -125,16 +131,26 @@ def rollout(
             kept = _drop_torn(growing, [problem["id"] for problem in problems], n, chunk)
             advance = progress or (lambda n: None)
             advance(kept)
-            for first in range(kept, len(problems), chunk):
-                of_chunk = slice(first, first + chunk)
-                responses = backend.generate(
-                    prompts[of_chunk],
-                    n,
+            chunks = [slice(first, first + chunk) for first in range(kept, len(problems), chunk)]
+            calls = (
+                Call(
+                    prompts=prompts[of_chunk],
+                    n=n,
                     max_new_tokens=max_new_tokens,
                     temperature=temperature,
                     top_p=top_p,
-                    seed=derived_seed(seed, first // chunk),
+                    seed=derived_seed(seed, shard.number(of_chunk.start // chunk)),
+                    name=named_range([problem["id"] for problem in problems[of_chunk]]),
                 )
+                for of_chunk in chunks
+            )
+            answers = generate_each(backend, calls)
+            for of_chunk in chunks:
+                try:
+                    responses = next(answers)
+                except PromptError as found:
+                    name = named(problems[of_chunk.start + found.prompt], names)
+                    raise type(found.error)(f"{name}: {found.error}") from None
                 rows = _scored(
                     problems[of_chunk], prompts[of_chunk], responses, backend.tokenizer, reward, step, shaping
                 )

@@ -6,13 +6,14 @@ policy itself (temperature 1, no truncation), whatever the sampling temperature.
 
 import hashlib
 import importlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
-from gradstore.errors import check_known
+from gradstore.errors import GradstoreError, check_known
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -25,6 +26,15 @@ class Response:
     """Log-probability of each token under the policy at temperature 1, float32 [T]."""
     finish_reason: Literal["stop", "length"]
     """"stop": the model ended the response; "length": the limit of new tokens did."""
+
+
+class PromptError(Exception):
+    """A prompt for which a back end has no responses; `rollout` names its problem."""
+
+    def __init__(self, prompt: int, error: GradstoreError) -> None:
+        """prompt: its place in the call of `generate`. error: what was wrong."""
+        super().__init__(prompt, error)
+        self.prompt, self.error = prompt, error
 
 
 class Backend(Protocol):
@@ -41,6 +51,7 @@ class Backend(Protocol):
         """Sample n responses per prompt, in the prompts' order; the same call returns the same responses.
 
         prompts: token ids, at least one per prompt. temperature: 0 always takes the most probable token.
+        PromptError for an answer of a server that cannot be used.
         """
         ...
 
@@ -52,9 +63,49 @@ class Backend(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """Arguments of one `generate`."""
+
+    prompts: list[list[int]]
+    n: int
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    seed: int
+    name: str = ""
+    """For messages: `problems 'a' to 'b'`."""
+
+    def of(self, backend: Backend) -> list[list[Response]]:
+        """The responses of this back end."""
+        return backend.generate(
+            self.prompts,
+            self.n,
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            seed=self.seed,
+        )
+
+
+@runtime_checkable
+class ManyAtOnce(Protocol):
+    """A back end that answers several calls at the same time."""
+
+    def generate_each(self, calls: Iterable[Call]) -> Iterator[list[list[Response]]]:
+        """The responses of each call, in the calls' order; those of a call are as from `generate`."""
+        ...
+
+
+def generate_each(backend: Backend, calls: Iterable[Call]) -> Iterator[list[list[Response]]]:
+    """The responses of each call, in the calls' order, by any back end."""
+    return backend.generate_each(calls) if isinstance(backend, ManyAtOnce) else (call.of(backend) for call in calls)
+
+
 BACKENDS = {
     "transformers": ("gradstore.trainer.sampling.backends.hugging_face", "TransformersBackend"),
     "vllm": ("gradstore.trainer.sampling.backends.vllm", "VllmBackend"),
+    "server": ("gradstore.trainer.sampling.backends.server", "ServerBackend"),
 }
 
 

@@ -65,7 +65,7 @@ class VllmBackend:
         except (ValueError, TypeError) as error:
             reason = " ".join(str(error).split())[:400]
             raise RequestError(f"{model}: vLLM refuses these settings: {reason}") from None
-        end_ids = end_tokens(_generation_config(model), tokenizer)
+        end_ids = end_tokens(generation_config(model), tokenizer)
         return cls(engine, tokenizer, settings | {"engine_options": engine_options}, end_ids)
 
     def settings(self) -> dict[str, Any]:
@@ -101,7 +101,8 @@ class VllmBackend:
         )
 
 
-def _generation_config(model: str | Path) -> Any:
+def generation_config(model: str | Path) -> Any:
+    """A model's generation config; None if it has none."""
     import transformers
 
     try:

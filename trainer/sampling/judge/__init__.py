@@ -7,9 +7,8 @@ trusted; a missing verdict is an error that names the problem, never a reward of
     settings.py    model, endpoint, limits, and how a question is put
     question.py    what is sent: the final answer, between tags that a response cannot guess; how a reply is read
     judging.py     Judge: by rule first, then from the cache, then by the model, many questions at a time
-    endpoint.py    one HTTP request and its retries: total deadline, maximum size, checked answers
+    chat.py        a question as a chat completion, sent through ../endpoint.py
     cache.py       verdicts in a file, so that no question is asked twice
-    secrecy.py     keys and credentials, kept out of messages, logs and files
 
 The API key comes from an environment variable; it is neither printed nor stored.
 """

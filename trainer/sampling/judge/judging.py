@@ -11,10 +11,10 @@ import json
 import logging
 import os
 import secrets
-import threading
 import weakref
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,10 +33,11 @@ from gradstore.trainer.sampling.judge.question import (
     verdict,
 )
 from gradstore.trainer.sampling.judge.settings import JudgeSettings, read_template
+from gradstore.trainer.sampling.own_loop import OwnLoop, all_done
 from gradstore.trainer.sampling.reward import Item, Reward
 
 if TYPE_CHECKING:
-    from gradstore.trainer.sampling.judge.endpoint import Endpoint
+    pass
 
 log = logging.getLogger(__name__)
 
@@ -102,12 +103,12 @@ class Judge:
         when the endpoint rejects the request itself. Earlier verdicts stay in the cache.
         """
         plan = self._plan(items)
-        return plan.scores(self._open().wait(self._ask_all(plan.asked)))
+        return plan.scores(self._open().loop.wait(self._ask_all(plan.asked)))
 
     async def score_async(self, items: Sequence[Item]) -> list[float]:
         """`score`, to be awaited in any event loop, which is not blocked: rules and the cache work in a thread."""
         plan = await asyncio.to_thread(self._plan, items)
-        return plan.scores(await self._open().awaited(self._ask_all(plan.asked)))
+        return plan.scores(await self._open().loop.awaited(self._ask_all(plan.asked)))
 
     def close(self) -> None:
         """Close connections and the cache."""
@@ -171,22 +172,17 @@ class Judge:
     async def _ask_all(self, asked: Mapping[str, Question]) -> dict[str, float]:
         """The verdicts, by key. The first failure cancels the other questions."""
         found: dict[str, float] = {}
-        questions = iter(asked.items())
 
-        async def work() -> None:
-            for key, one in questions:
-                found[key] = await self._ask_once(key, one)
+        async def work(key: str, one: Question) -> None:
+            found[key] = await self._ask_once(key, one)
 
         try:
-            async with asyncio.TaskGroup() as group:
-                for _ in range(min(self.settings.concurrency, len(asked))):
-                    group.create_task(work())
-            return found
-        except ExceptionGroup as failures:
-            failure = failures.exceptions[0]
+            await all_done(
+                (partial(work, key, one) for key, one in asked.items()), min(self.settings.concurrency, len(asked))
+            )
         finally:
             await self._line.kept()
-        raise failure
+        return found
 
     async def _ask_once(self, key: str, one: Question) -> float:
         """The verdict on a question, which another batch may be asking at this moment."""
@@ -208,9 +204,9 @@ class Judge:
         first = {"role": "user", "content": one.text(self.template, secrets.token_hex(TOKEN_BYTES))}
         messages = [first]
         for _ in range(1 + REMINDERS):
-            reply = await self._line.endpoint.reply(messages, where)
+            reply = await self._line.chat.reply(messages, where)
             score = verdict(reply.text) if reply.complete else None
-            end = self._line.endpoint.masked(reply.text[-KEPT:])
+            end = self._line.chat.endpoint.masked(reply.text[-KEPT:])
             if score is not None:
                 self._line.keep((key, score, end))
                 return score
@@ -222,7 +218,7 @@ class Judge:
 
     def _open(self) -> "_Line":
         """The judge's loop and connections; new ones in a forked process, where the thread does not exist."""
-        if self._line.process != os.getpid():
+        if self._line.loop.process != os.getpid():
             self._line = _Line(self.settings)
         return self._line
 
@@ -252,30 +248,15 @@ class _Line:
 
     def __init__(self, settings: JudgeSettings) -> None:
         with needing("the judge", "gradstore[judge]"):
-            from gradstore.trainer.sampling.judge.endpoint import Endpoint
+            from gradstore.trainer.sampling.judge.chat import Chat
 
-        self.process = os.getpid()
-        self.endpoint: Endpoint = Endpoint(settings)
+        self.chat: Chat = Chat(settings)
         self.verdicts = None if settings.cache == "none" else Verdicts(settings.cache or _default_cache())
         self.flights: dict[str, _Flight] = {}
         self._unkept: list[Row] = []
         self._writing: asyncio.Task[None] | None = None
-        self._loop = asyncio.new_event_loop()
-        thread = threading.Thread(target=self._loop.run_forever, name="judge", daemon=True)
-        thread.start()
-        self.close = weakref.finalize(self, _stop, self._loop, thread, self.endpoint, self.verdicts, os.getpid())
-
-    def wait(self, work: Coroutine[Any, Any, dict[str, float]]) -> dict[str, float]:
-        """The work's result; it is cancelled if the caller is interrupted."""
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
-        try:
-            return future.result()
-        finally:
-            future.cancel()
-
-    async def awaited(self, work: Coroutine[Any, Any, dict[str, float]]) -> dict[str, float]:
-        """The work's result, awaited in the caller's loop; it is cancelled with the caller."""
-        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self._loop))
+        self.loop = OwnLoop("judge", self.chat.endpoint.close)
+        self.close = weakref.finalize(self, _stop, self.loop.close, self.verdicts, os.getpid())
 
     def keep(self, row: Row) -> None:
         """Begin to write a verdict to the cache, with all those that come while the last ones are written."""
@@ -303,24 +284,12 @@ class _Line:
             written.result()
 
 
-def _stop(
-    loop: asyncio.AbstractEventLoop,
-    thread: threading.Thread,
-    endpoint: "Endpoint",
-    verdicts: Verdicts | None,
-    process: int,
-) -> None:
+def _stop(close_loop: Callable[[], Any], verdicts: Verdicts | None, process: int) -> None:
     """Close what a judge has open; nothing in a forked process, whose connections are its parent's."""
-    if process != os.getpid():
-        return
-    closing = asyncio.run_coroutine_threadsafe(endpoint.close(), loop)
-    closing.add_done_callback(lambda _: loop.call_soon_threadsafe(loop.stop))
-    if thread is not threading.current_thread():  # the last reference may end in the judge's own loop
-        thread.join(timeout=5)
-    if not thread.is_alive():
-        loop.close()
-    if verdicts is not None:
-        verdicts.close()
+    if process == os.getpid():
+        close_loop()
+        if verdicts is not None:
+            verdicts.close()
 
 
 def _default_cache() -> Path:

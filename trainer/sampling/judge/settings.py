@@ -9,7 +9,7 @@ from typing import Literal
 from gradstore.errors import RequestError, check_known, check_number
 from gradstore.reading.files import read_text
 from gradstore.settings import read
-from gradstore.trainer.sampling.judge.secrecy import HIDDEN, URL_VARIABLE, Address, without_credentials
+from gradstore.trainer.sampling.secrecy import HIDDEN, URL_VARIABLE, Address, without_credentials
 
 ANSWERS = ("final", "whole")
 RULES = ("equal", "both", "none")

@@ -1,9 +1,10 @@
-"""One chat completions endpoint: requests with a total deadline and a maximum size, retries, checked answers.
+"""One HTTP endpoint that answers in JSON: requests with a total deadline and a maximum size, retries, checked answers.
 
-The endpoint is not trusted. A try ends after `timeout` seconds even if bytes keep coming; an answer of more than
-`max_bytes`, a compressed one and a redirect are refused; the JSON is checked against a schema. What the endpoint
-writes is shown in one line, without control characters and without the key. Errors have no chain: the exceptions of the
-HTTP package hold the request, and with it the key.
+The judge and the server back end send their requests through it. The endpoint is not trusted: a try ends after
+`timeout` seconds even if bytes keep coming; an answer of more than `max_bytes`, a compressed one and a redirect are
+refused; the JSON is checked against a schema. What the endpoint writes is shown in one line, without control
+characters and without the key. Errors have no chain: the exceptions of the HTTP package hold the request, and with it
+the key.
 """
 
 import asyncio
@@ -14,23 +15,22 @@ import random
 import re
 import socket
 import ssl
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from functools import cache
 from http.cookiejar import DefaultCookiePolicy
 from time import time
-from typing import Annotated, Any
+from typing import Any, TypeVar
 from urllib.request import getproxies
 
 import httpx
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import ValidationError
 
 from gradstore.errors import GradstoreError, RequestError
-from gradstore.trainer.sampling.judge.secrecy import Address, Secrets, secrets_of
-from gradstore.trainer.sampling.judge.settings import JudgeSettings
+from gradstore.trainer.sampling.secrecy import Address, Secrets, secrets_of
 
-OPENAI = "https://api.openai.com/v1"
+T = TypeVar("T")
 LONGEST_PAUSE_S = 60.0
 """Maximum pause that an endpoint can ask for with Retry-After."""
 SHOWN = 200
@@ -41,12 +41,33 @@ _BUSY = (408, 409, 429)
 
 
 @dataclass(frozen=True, slots=True)
-class Reply:
-    """What the model replied."""
+class Limits:
+    """Limits of the requests to an endpoint."""
 
-    text: str
-    complete: bool
-    """Whether the model ended the reply itself; False if it was cut off."""
+    concurrency: int
+    """Requests in parallel."""
+    timeout: float
+    """Seconds within which one try must have its whole answer, from connecting to the last byte."""
+    retries: int
+    """Retries after HTTP 408, 409, 429, 5xx, a timeout or a broken connection; pauses grow from 0.5 to 8 s."""
+    max_bytes: int
+    """Maximum size of one answer, in bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A request, and how its answer is read."""
+
+    path: str
+    """Below the endpoint's URL, such as /chat/completions."""
+    body: object | None
+    """JSON to POST; None: GET."""
+    what: str
+    """What the answer should be, such as "chat completion"."""
+    where: str
+    """The beginning of error messages: whose request it is."""
+    max_bytes: int | None = None
+    """Maximum size of the answer; None: that of the limits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,71 +86,62 @@ class _Failure:
     """Whether the request itself was wrong."""
 
 
-class _Message(BaseModel):
-    content: str | None = None
-
-
-class _Choice(BaseModel):
-    message: _Message
-    finish_reason: str | None = None
-
-
-class _Completion(BaseModel):
-    choices: Annotated[list[_Choice], Field(min_length=1, max_length=1)]
-
-
 class Endpoint:
-    """Sends questions to one endpoint. The constructor raises RequestError, without a request, for a bad key or URL.
+    """Sends requests to one endpoint. The constructor raises RequestError, without a request, for a bad key or URL.
 
     To be used within one event loop.
     """
 
-    def __init__(self, settings: JudgeSettings) -> None:
-        self._settings = settings
-        self.address = Address.of(settings.base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI)
-        self._auth, secrets = _authorization(settings, self.address)
+    def __init__(self, who: str, address: Address, key_variable: str, limits: Limits) -> None:
+        """who: the endpoint's role in messages. key_variable: environment variable with the API key; may be unset."""
+        self.address, self._key_variable, self._limits = address, key_variable, limits
+        self._auth, secrets = _authorization(who, key_variable, address)
         self._secrets: Secrets = secrets_of(*secrets)
-        self._places = asyncio.Semaphore(settings.concurrency)
+        self._places = asyncio.Semaphore(limits.concurrency)
         # One client for each request under way: httpx's time for a request grows with the connections of its client.
         self._idle: list[httpx.AsyncClient] = []
-        query = f"?{self.address.query}" if self.address.query else ""
         try:
-            self._url = httpx.URL(f"{self.address.url}/chat/completions{query}")
+            self._url("")
             self._idle.append(self._client())
             return
         except (httpx.InvalidURL, ValueError, ImportError, OSError) as error:
             kind = type(error).__name__  # its text may hold a proxy's password
-        raise RequestError(f"judge at {self.address}: its URL or a proxy of the environment cannot be used: {kind}")
+        raise RequestError(f"{who} at {self.address}: its URL or a proxy of the environment cannot be used: {kind}")
 
-    async def reply(self, messages: list[dict[str, str]], where: str) -> Reply:
-        """The model's reply to a conversation.
+    async def ask(self, question: Question, read: Callable[[bytes], T]) -> T:
+        """The answer to a request, as `read` reads it.
 
-        GradstoreError that begins with `where` if there is none; RequestError if the endpoint refuses the request.
+        read: the body -> the answer; pydantic's ValidationError becomes a GradstoreError, and keys are masked in its
+        errors. GradstoreError that begins with the question's `where` if there is no answer; RequestError if the
+        endpoint refuses the request.
         """
-        body = {
-            "model": self._settings.model,
-            "messages": messages,
-            "temperature": self._settings.temperature,
-            "max_completion_tokens": self._settings.max_tokens,
-        }
-        content = json.dumps(body).encode()
+        content = None if question.body is None else json.dumps(question.body).encode()
         tries = 0
         async with self._places:
             client = self._idle.pop() if self._idle else self._client()
             try:
                 while True:
-                    outcome = await self._try(client, content)
-                    if isinstance(outcome, Reply):
-                        return outcome
+                    outcome = await self._try(client, question, content)
+                    if not isinstance(outcome, _Failure):
+                        break
                     tries += 1
-                    if not outcome.again or tries > self._settings.retries:
+                    if not outcome.again or tries > self._limits.retries:
                         break
                     await asyncio.sleep(_backoff(tries) if outcome.pause is None else outcome.pause)
             finally:
                 self._idle.append(client)
+        if not isinstance(outcome, _Failure):
+            try:
+                return read(outcome)
+            except ValidationError as error:
+                first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+                found = f"{'.'.join(map(str, first['loc']))}: {first['msg']}".removeprefix(": ")
+                outcome = _Failure(f"its answer is no {question.what}", self._shown(found))
+            except GradstoreError as error:
+                outcome = _Failure("its answer", self._shown(str(error)))
         problem = f"{outcome.problem}{f' after {tries} tries' if outcome.again else ''}"
         kind = RequestError if outcome.refused else GradstoreError
-        raise kind(f"{where} at {self.address}: {problem}{f': {outcome.detail}' if outcome.detail else ''}")
+        raise kind(f"{question.where} at {self.address}: {problem}{f': {outcome.detail}' if outcome.detail else ''}")
 
     async def close(self) -> None:
         """Close the connections."""
@@ -143,39 +155,35 @@ class Endpoint:
         client.cookies.jar.set_policy(DefaultCookiePolicy(allowed_domains=[]))
         return client
 
-    async def _try(self, client: httpx.AsyncClient, content: bytes) -> Reply | _Failure:
-        """One request, within the time of one try."""
+    def _url(self, path: str) -> httpx.URL:
+        return httpx.URL(f"{self.address.url}{path}{f'?{self.address.query}' if self.address.query else ''}")
+
+    async def _try(self, client: httpx.AsyncClient, question: Question, content: bytes | None) -> bytes | _Failure:
+        """One request, within the time of one try: the answer's body."""
         try:
             async with (
-                asyncio.timeout(self._settings.timeout),
-                client.stream("POST", self._url, content=content) as response,
+                asyncio.timeout(self._limits.timeout),
+                client.stream(
+                    "GET" if content is None else "POST", self._url(question.path), content=content
+                ) as response,
             ):
                 if response.is_success:
-                    return await self._completion(response)
+                    return await self._body(response, question.max_bytes or self._limits.max_bytes)
                 return self._refusal(response, await _read(response, _ERROR_BYTES))
         except TimeoutError:
-            return _Failure(f"no answer within {self._settings.timeout:g} s", again=True)
+            return _Failure(f"no answer within {self._limits.timeout:g} s", again=True)
         except (httpx.HTTPError, httpx.StreamError, httpx.InvalidURL, OSError, ValueError) as error:
             causes = list(_causes(error))
             reason = next(filter(None, map(_system_reason, causes)), "") or str(error) or type(error).__name__
             untrusted = any(isinstance(cause, ssl.SSLCertVerificationError) for cause in causes)
             return _Failure("cannot be reached", self._shown(reason), again=not untrusted)
 
-    async def _completion(self, response: httpx.Response) -> Reply | _Failure:
+    async def _body(self, response: httpx.Response, limit: int) -> bytes | _Failure:
         encoding = response.headers.get("content-encoding", "identity")
         if encoding.strip().lower() not in ("", "identity"):
             return _Failure(f"its answer is compressed ({self._shown(encoding)}), though it was asked for plain text")
-        limit = self._settings.max_bytes
         body = await _read(response, limit + 1)
-        if len(body) > limit:
-            return _Failure(f"its answer has more than max_bytes={limit} bytes")
-        try:
-            choice = _Completion.model_validate_json(bytes(body), strict=True).choices[0]
-        except ValidationError as error:
-            first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-            found = f"{'.'.join(map(str, first['loc']))}: {first['msg']}".removeprefix(": ")
-            return _Failure("its answer is no chat completion", self._shown(found))
-        return Reply(choice.message.content or "", choice.finish_reason not in ("length", "content_filter"))
+        return _Failure(f"its answer has more than max_bytes={limit} bytes") if len(body) > limit else bytes(body)
 
     def _refusal(self, response: httpx.Response, body: bytearray) -> _Failure:
         """What a status other than 2xx means."""
@@ -183,11 +191,11 @@ class Endpoint:
         if status in _BUSY or status >= 500:
             return _Failure(f"HTTP {status}", again=True, pause=_asked_pause(response.headers))
         if status == 401:
-            key = "the URL's password" if self.address.credentials else f"the key in ${self._settings.key_variable}"
+            key = "the URL's password" if self.address.credentials else f"the key in ${self._key_variable}"
             return _Failure(f"HTTP 401, {key} is refused or missing", refused=True)
         if 300 <= status < 400:
             target = self._shown(response.headers.get("location", ""))
-            problem = f"HTTP {status}, a redirect to {target!r} is not followed; name the right base_url"
+            problem = f"HTTP {status}, a redirect to {target!r} is not followed; name the right URL"
             return _Failure(problem, refused=True)
         return _Failure(f"HTTP {status}", self._shown(_message(body)), refused=True)
 
@@ -216,20 +224,14 @@ class _Bearer(httpx.Auth):
         yield request
 
 
-def _authorization(settings: JudgeSettings, address: Address) -> tuple[httpx.Auth, list[str]]:
-    """How requests are authorized, and all that must not be shown. RequestError for a missing or impossible key."""
-    variable = settings.key_variable
+def _authorization(who: str, variable: str, address: Address) -> tuple[httpx.Auth, list[str]]:
+    """How requests are authorized, and all that must not be shown. RequestError for an impossible key."""
     key = os.environ.get(variable) or ""
-    if not key and settings.base_url is None and not os.environ.get("OPENAI_BASE_URL"):
-        raise RequestError(
-            f"judge: environment variable {variable} is not set and no base_url is given; set the key, or name a local "
-            "endpoint"
-        )
     wrong = re.search(r"[^\x21-\x7e]", key)
     if wrong:
         kind = "a line break or control character" if ord(wrong[0]) < 32 else "a space or a character beyond ASCII"
         raise RequestError(
-            f"judge: the key in ${variable} holds {kind} (character {wrong.start() + 1} of {len(key)}), which no key "
+            f"{who}: the key in ${variable} holds {kind} (character {wrong.start() + 1} of {len(key)}), which no key "
             "has; set it again without"
         )
     secrets = [key, *address.secrets()]

@@ -38,14 +38,15 @@ class Address:
     """Parameters of every request; they may hold a key."""
 
     @classmethod
-    def of(cls, base_url: str) -> "Address":
-        """Split a URL; credentials and parameters left out are taken from GRADSTORE_JUDGE_URL if it names this URL.
+    def of(cls, base_url: str, what: str = "judge: base_url", variable: str = URL_VARIABLE) -> "Address":
+        """Split a URL; credentials and parameters left out are taken from the environment if it names this URL.
 
+        what: the URL's name in messages. variable: environment variable with the URL that has them.
         RequestError, without the URL's text, for one that cannot be read.
         """
-        address, known = _split(base_url), os.environ.get(URL_VARIABLE)
+        address, known = _split(base_url, what), os.environ.get(variable)
         if known and not address.credentials and not address.query:
-            other = _split(known)
+            other = _split(known, what)
             return other if other.url == address.url else address
         return address
 
@@ -66,9 +67,9 @@ class Address:
             yield from (value for _, value in parse_qsl(self.query))
 
 
-def _split(base_url: str) -> Address:
+def _split(base_url: str, what: str) -> Address:
     wrong = RequestError(
-        "judge: base_url is no address, expected http://HOST:PORT/v1 or https://HOST/v1; percent-encode special "
+        f"{what} is no address, expected http://HOST:PORT/v1 or https://HOST/v1; percent-encode special "
         "characters of a password (its text is not shown here)"
     )
     try:
