@@ -143,6 +143,7 @@ def collect(
     """
     import gradstore
     from gradstore.attachments import read_coverage
+    from gradstore.engine.assessing.same_policy import SamePolicy
     from gradstore.engine.assessing.start import default_spec, start_store
     from gradstore.engine.gradients.logprobs import Reference
     from gradstore.engine.gradients.models import load_model, load_tokenizer, vocabulary_size
@@ -229,6 +230,9 @@ def collect(
     direction = partial(_direction, path=optimizer, formula=formula, bias_correction=bias_correction)
     adam = direction(policy)
     version = (source.step or 0) if step is None else step
+    same = SamePolicy(policy)
+    if opened is not None and (sentence := same.warning(opened.path, version)) is not None:
+        warn(sentence)
     outcome = None
     known: list[SketchBatch] = []
     is_new = opened is None
@@ -286,6 +290,7 @@ def collect(
                 sketch_each=on_workers,
                 progress=advance,
             )
+        same.keep(opened.path, version)
         if halves:
             from gradstore.engine.assessing.stored_halves import collect_halves
 

@@ -3,6 +3,7 @@
 The checksum of the bytes is in the file's name, so a reader and `verify` can detect damage without an index.
 """
 
+import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,8 @@ from gradstore.schema import Checker, lists, number, one_of, optional, record, t
 ATTACHMENTS = "attachments"
 COVERAGE = "coverage.json"
 """Attachment with the measured coverage of the store's sketches."""
+WEIGHTS = "weights-{}.json"
+"""Attachment with the digest of the weights that the first rows of a step were collected with."""
 ORIGIN = "merged.json"
 """Attachment of a merged store: the stores that it was merged from (merging.py)."""
 _FILE = re.compile(r"(.+)\.([0-9a-f]{8})")
@@ -25,6 +28,9 @@ _SHARE = number(0)
 _SHARES = {"parameters": _SHARE, "gradient": optional(_SHARE)}
 _LEFT_OUT = record({"name": text(), **_SHARES}, {"is_known": one_of(True, False)})
 _COVERAGE = Checker(record({**_SHARES, "n_groups": whole(), "left_out": lists(_LEFT_OUT)}, {"lookups": _SHARE}))
+
+
+_WEIGHTS = Checker(record({"weights": text()}))
 
 
 def checksum_in(name: str) -> int | None:
@@ -90,6 +96,22 @@ def read_coverage(store: Path) -> dict | None:
         return None
     found: dict = _COVERAGE.parse(read_attachment(store, COVERAGE), store / ATTACHMENTS / COVERAGE)
     return found
+
+
+def keep_weights(store: Path, step: int, digest: str) -> None:
+    """Store the digest of the weights that rows of a step were made with, unless the step has one already."""
+    with adding(store):
+        if _find(store, WEIGHTS.format(step)) is None:
+            write_attachment(store, WEIGHTS.format(step), json.dumps({"weights": digest}).encode())
+
+
+def read_weights(store: Path, step: int) -> str | None:
+    """Digest of the weights that the first rows of a step were collected with; None if it was not kept."""
+    name = WEIGHTS.format(step)
+    if _find(store, name) is None:
+        return None
+    found: dict = _WEIGHTS.parse(read_attachment(store, name), store / ATTACHMENTS / name)
+    return str(found["weights"])
 
 
 def damaged_attachments(store: Path) -> Iterator[tuple[Path, str]]:

@@ -6,9 +6,11 @@ without unpickling objects (torch's `weights_only`, the default of transformers 
 
 import hashlib
 import json
+import logging
 import re
 import sys
 from collections.abc import Collection, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,9 @@ from gradstore.errors import RequestError, first_line, needing
 
 _BUFFERS = re.compile(r"(^|\.)(attn\.bias|attention\.bias|masked_bias|inv_freq|position_ids|(cos|sin)_cached)$")
 """Masks and tables in old checkpoints that models now compute; they are not weights."""
+_HUB_S = 10.0
+"""Seconds in which the hub must answer whether it has a model."""
+log = logging.getLogger(__name__)
 _ADAPTER = "the adapter's configuration"
 
 
@@ -46,11 +51,15 @@ def load_model(
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     device = checked_device(device)
-    _check_folder(path)
+    local = _only_local(str(path))
     dtype = dtype or (torch.float32 if device == "cpu" else torch.bfloat16)
     try:
         model, loaded = AutoModelForCausalLM.from_pretrained(
-            str(path), dtype=dtype, output_loading_info=True, trust_remote_code=trust_remote_code
+            str(path),
+            dtype=dtype,
+            output_loading_info=True,
+            trust_remote_code=trust_remote_code,
+            local_files_only=local,
         )
     except Exception as error:
         raise _refused(path, "not a causal language model that can be loaded", error) from error
@@ -67,9 +76,9 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a model folder or hub name; RequestError when there is none, or one that is code."""
     from transformers import AutoTokenizer
 
-    _check_folder(path)
+    local = _only_local(str(path))
     try:
-        return AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code, local_files_only=local)
     except Exception as error:
         raise _refused(path, "no tokenizer that can be loaded", error) from error
 
@@ -78,8 +87,9 @@ def vocabulary_size(path: str | Path, *, trust_remote_code: bool = False) -> int
     """Vocabulary size in a model's configuration, often larger than its tokenizer's; None if not stated."""
     from transformers import AutoConfig
 
+    local = _only_local(str(path))
     try:
-        config = AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code, local_files_only=local)
     except Exception:  # noqa: BLE001 (a broken file can raise anything)
         return None  # loading the model says what is wrong
     return getattr(config.get_text_config(), "vocab_size", None)
@@ -100,11 +110,37 @@ def checked_device(name: str | None) -> str:
     return name
 
 
-def _check_folder(path: str | Path) -> None:
-    """RequestError for a path that can only be a folder and is not there; a hub name has at most one slash."""
-    text = str(path)
-    if not Path(text).exists() and (text.startswith((".", "/", "~")) or text.count("/") > 1):
-        raise RequestError(f"{text}: there is no such folder")
+@cache
+def _only_local(path: str) -> bool:
+    """Whether a model is read from this machine alone: a folder, or the cache's copy while the hub cannot be asked.
+
+    RequestError for a folder that is not there, and for a hub name that neither the hub nor the cache knows. The hub is
+    asked once, with a time limit; its libraries would try for more than a minute.
+    """
+    if Path(path).exists():
+        return True
+    if path.startswith((".", "/", "~")) or path.count("/") > 1:
+        raise RequestError(f"{path}: there is no such folder")
+    import huggingface_hub as hub
+
+    try:
+        cached = isinstance(hub.try_to_load_from_cache(path, "config.json"), str)
+        if not hub.constants.HF_HUB_OFFLINE:
+            hub.HfApi().model_info(path, timeout=_HUB_S)
+            return False
+        reason = "HF_HUB_OFFLINE is set"
+    except hub.errors.HFValidationError:
+        raise RequestError(f"{path}: there is no such folder, and it is no name of a model on the hub") from None
+    except hub.errors.RepositoryNotFoundError:
+        raise RequestError(
+            f"{path}: there is no such folder, and the hub shows no such model (a private one needs `hf auth login`)"
+        ) from None
+    except Exception as error:  # noqa: BLE001 (errors of the network are those of whatever library the hub's uses)
+        reason = f"the hub cannot be asked: {first_line(error)}"
+    if not cached:
+        raise RequestError(f"{path}: there is no such folder and no model of this name in the cache; {reason}")
+    log.warning("%s: the copy in the cache serves; %s", path, reason)
+    return True
 
 
 def weights_digest(model: nn.Module) -> str:

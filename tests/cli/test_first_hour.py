@@ -5,13 +5,17 @@ import gzip
 import io
 import json
 import re
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 
 import gradstore
 from gradstore import RequestError, engine
+from gradstore.engine.gradients.models import load_model, load_tokenizer
 from gradstore.engine.searching.where import Where
 from gradstore.reading.opening import open_rows
 
@@ -265,3 +269,37 @@ def test_own_data_is_refused(cli, tmp_path, options: list[str], message: str) ->
     assert message in err
     assert err.count("\n") == 1
     assert not (tmp_path / "pool.jsonl").exists()
+
+
+def test_rows_of_other_weights_at_a_step_are_said(cli, tmp_path, model_folder, rollout_files, accepted) -> None:
+    def collected(name: str, model: Path, *options: object) -> str:
+        status, _, err = cli("collect", tmp_path / "st", name, rollout_files["pool"], "--model", model, *options)
+        assert status == 0, err
+        return err
+
+    collected("pool", model_folder, *accepted)
+    assert "other weights" not in collected("again", model_folder)
+    other = Path(shutil.copytree(model_folder, tmp_path / "other"))
+    weights = load_file(other / "model.safetensors")
+    save_file({name: 1.01 * tensor for name, tensor in weights.items()}, other / "model.safetensors", {"format": "pt"})
+    assert "the rows of step 0 were made with other weights" in collected("moved", other)
+    assert "other weights" not in collected("moved", other, "--step", 1)
+
+
+def test_a_model_that_is_nowhere(monkeypatch) -> None:
+    """The hub is asked once, not for a minute."""
+    asked = []
+
+    def unreachable(self: Any, name: str, timeout: float) -> None:
+        asked.append((name, timeout))
+        raise OSError("no network here")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", unreachable)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    for load in (load_tokenizer, load_model):
+        with pytest.raises(RequestError, match="no such folder and no model of this name in the cache; the hub cannot"):
+            load("nobody/has-this")
+    with pytest.raises(RequestError, match="no name of a model"):
+        load_tokenizer("not a name!")
+    assert {name for name, _ in asked} <= {"nobody/has-this", "not a name!"}
+    assert len(asked) <= 3

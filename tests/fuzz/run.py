@@ -28,6 +28,8 @@ from tests.fuzz.trial import ROOT
 
 START_S = 180
 """Seconds that a worker may take to prepare."""
+FRESH = 1000
+"""Tries after which a worker is started anew: its memory grows by some 70 kB a try."""
 TRY_S = 120
 """Seconds after which a worker that does not end by itself is killed."""
 
@@ -43,6 +45,7 @@ class Worker:
             tempfile.mkdtemp(prefix=f"fuzz-{target}-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None)
         )
         self._process: subprocess.Popen[bytes] | None = None
+        self._tries = 0
 
     def __enter__(self) -> "Worker":
         return self
@@ -53,6 +56,9 @@ class Worker:
 
     def ask(self, asked: dict[str, Any]) -> dict[str, Any]:
         """Make one try; a failure of kind hang or died if the worker did not come back."""
+        self._tries += 1
+        if self._tries % FRESH == 0:
+            self.stop()
         process = self.start()
         if process.stdin is None:
             raise RuntimeError("the worker has no pipe")
