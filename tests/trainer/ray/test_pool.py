@@ -83,7 +83,7 @@ def test_a_window_that_kills_every_worker_ends_the_run(
     found = []
     with (
         Pool(_doubling(tmp_path, frozenset({3}), always=True), workers=2) as pool,
-        pytest.raises(GradstoreError, match=r"2 workers were lost at window 3; the last was worker \d \(process \d+ on"),
+        pytest.raises(GradstoreError, match=r"2 workers were lost at window 3; the last was worker \d \(process"),
     ):
         found.extend(pool.map(_windows(3)))
         pool_results = pool.map(_windows(6))
@@ -102,7 +102,7 @@ def test_errors_and_warnings_of_workers_are_told(ray_here: Any, caplog: pytest.L
 
         return function
 
-    with Pool(make, workers=1) as pool, pytest.raises(RequestError, match="^problem 2: it is not wanted$"):
+    with Pool(make, workers=1) as pool, pytest.raises(RequestError, match=r"^problem 2: it is not wanted$"):
         list(pool.map(_windows(5)))
     assert "worker 0: window 1 is odd" in caplog.messages
 
