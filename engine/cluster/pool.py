@@ -13,6 +13,7 @@ consumer slows the workers down instead of filling the memory.
 import logging
 import os
 import pickle
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -157,8 +158,10 @@ class Pool:
         most = len(self._places) * (DEPTH + HELD)
         wanted, exhausted = 0, False
         while True:
-            for place in self._with_room():
+            for place in self._with_room(run):
                 if run.again:
+                    if place.running:
+                        continue  # alone on a worker: if that is lost too, it was at this window
                     number = run.again.popleft()
                 elif exhausted or len(run.windows) >= most:
                     break
@@ -179,10 +182,13 @@ class Pool:
             else:
                 self._wait(run)
 
-    def _with_room(self) -> Iterator[_Place]:
-        """Working places that can take a window, those with the fewest first."""
+    def _with_room(self, run: "_Run") -> Iterator[_Place]:
+        """Working places that can take a window, those with the fewest first; none behind a window done again."""
         for depth in range(DEPTH):
-            yield from (place for place in self._places if place.ready and len(place.running) == depth)
+            for place in self._places:
+                behind = any(number in run.lost for number, _ in place.running)
+                if place.ready and len(place.running) == depth and not behind:
+                    yield place
 
     def _submit(self, place: _Place, number: int, window: Window) -> None:
         place.running.append((number, place.actor.run.remote(pickle_of(window.arguments))))
@@ -255,9 +261,10 @@ class Pool:
         reason = first_line(error)
         place.cost.lost += 1
         if place.running:
-            number = place.running[0][0]
-            run.lost[number] = run.lost.get(number, 0) + 1
-            tries, at = run.lost[number], run.windows[number].name
+            for number, _ in place.running:  # the result of the first may have been on its way
+                run.lost[number] = run.lost.get(number, 0) + 1
+            tries = max(run.lost[number] for number, _ in place.running)
+            at = " or ".join(run.windows[number].name for number, _ in place.running)
         else:
             place.failed_starts += 1
             tries, at = place.failed_starts, "loading"
@@ -312,8 +319,9 @@ class _Worker:
         started = time.perf_counter()
         if Path(folder).is_dir():
             os.chdir(folder)
-        limit_threads(threads)
         self._function = pickle.loads(make)()
+        if "torch" in sys.modules:  # else Ray's OMP_NUM_THREADS holds when it is imported
+            limit_threads(threads)
         about = getattr(self._function, "about", None)
         return self._answer(about, started)
 

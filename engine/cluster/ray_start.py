@@ -4,11 +4,15 @@ The embedded Ray has no dashboard, sends no usage statistics, and ends with the 
 """
 
 import contextlib
+import io
 import logging
 import os
+import sys
 from collections.abc import Iterator
 
 from gradstore.errors import RequestError, check_number, first_line, needing
+
+log = logging.getLogger(__name__)
 
 LOCAL = "local"
 """The address of an embedded Ray."""
@@ -20,6 +24,7 @@ OBJECT_STORE = 1 << 29
 def connected(address: str, cpus: int, object_store: int = OBJECT_STORE) -> Iterator[None]:
     """Ray is initialised inside; it is shut down at the end, unless the caller had started it before.
 
+    Standard output stays clean: Ray prints there when a worker is lost. Inside, what is printed goes to standard error.
     address: `local`, `auto` for the cluster that this machine belongs to, or HOST:PORT. cpus: CPUs that an embedded Ray
     must offer, also more than the machine has. RequestError if Ray is not installed or no cluster answers.
     """
@@ -48,6 +53,25 @@ def connected(address: str, cpus: int, object_store: int = OBJECT_STORE) -> Iter
         hint = "" if address == LOCAL else "; `--ray local` starts one on this machine"
         raise RequestError(f"--ray {address}: no Ray could be reached: {first_line(error)}{hint}") from None
     try:
-        yield
+        with contextlib.redirect_stdout(_ToStandardError()):
+            yield
     finally:
         ray.shutdown()
+
+
+class _ToStandardError(io.TextIOBase):
+    """Passes text on to standard error; Ray's own reports of lost workers only to the log, for debugging."""
+
+    def __init__(self) -> None:
+        self._dropped = False
+
+    def write(self, text: str) -> int:
+        if "(raylet)" in text or (self._dropped and text == "\n"):
+            self._dropped = text != "\n"
+            log.debug("%s", text)
+        else:
+            sys.stderr.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        sys.stderr.flush()
