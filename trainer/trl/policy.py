@@ -14,7 +14,7 @@ from gradstore.engine.rollouts.group import Group
 from gradstore.engine.sketches.bases import SketcherFiles
 from gradstore.engine.sketches.rollout_sketches import RolloutSketches
 from gradstore.engine.sketches.spec import SketchBatch, SketchSpec
-from gradstore.trainer.round.ranks import deal, gather
+from gradstore.engine.gradients.ranks import deal, gather
 from gradstore.trainer.trl.lockstep import Lockstep
 from gradstore.trainer.trl.rollouts import groups_of
 

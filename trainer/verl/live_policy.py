@@ -24,7 +24,7 @@ from gradstore.engine.sketches.bases import SketcherFiles
 from gradstore.engine.sketches.rollout_sketches import RolloutSketches
 from gradstore.engine.sketches.spec import SketchBatch, SketchSpec
 from gradstore.errors import GradstoreError
-from gradstore.trainer.round.ranks import deal, gather
+from gradstore.engine.gradients.ranks import deal, gather
 from gradstore.trainer.verl.settings import VerlSettings
 from gradstore.trainer.verl.transfer import PARTITION, Rows, groups_of, rows_of, uid_of, versions_of, wait_for
 
