@@ -10,6 +10,7 @@ import typer
 
 from gradstore.cli.app import command, given, opt
 from gradstore.cli.query import Json, StorePath
+from gradstore.cli.ranks import check_divided, leads, load_policy
 from gradstore.cli.rollout import Device, Model, TemplateKwargs, Trust, template_arguments
 from gradstore.cli.show import print_json, progress, say, warn
 from gradstore.cli.solutions import collect_solutions
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from gradstore.engine.sketches.spec import SketchBatch
 
 
-@command()
+@command(divided=True)
 def collect(
     context: typer.Context,
     store: StorePath,
@@ -130,7 +131,8 @@ def collect(
 ) -> None:
     """Turn rollouts into sketches; started again after an interruption, it goes on where it was.
 
-    Into a store that is there, settings not given are the store's own.
+    Into a store that is there, settings not given are the store's own. Under torchrun the model is sharded over the
+    ranks and each sketches its own problems; rank 0 writes.
     """
     import gradstore
     from gradstore.attachments import read_coverage
@@ -153,7 +155,9 @@ def collect(
         raise RequestError("--refit auto fits anew by what it measures: leave --measure never out")
     if refit == "auto" and benchmark_rollouts is None:
         raise RequestError("--refit auto measures against the benchmark: give --benchmark-rollouts")
-    opened = gradstore.open(store, mode="a") if store.exists() else None
+    undivided = [("--solutions", solutions), ("--optimizer", optimizer), ("--reference", reference)]
+    check_divided("collect", *(name for name, own in [*undivided, ("--refit auto", refit == "auto")] if own))
+    opened = gradstore.open(store, mode="a" if leads() else "r") if store.exists() else None
     if solutions:
         if opened is None:
             raise RequestError(f"{store}: no store there; collect rollouts first, which its projection is fitted to")
@@ -188,7 +192,7 @@ def collect(
     source = read(rollouts, format=format, step=rollout_step, problems=records)
     if settings.kl_beta and reference is None and not source.has_reference:
         raise RequestError(f"{rollouts}: has no `reference_logprobs` for the KL term: give its model, --reference")
-    policy = load_model(model, adapter, device, trust_remote_code=trust_remote_code)
+    policy = load_policy(model, adapter, device, trust_remote_code=trust_remote_code)
     wanted: list[Group] = [] if benchmark_rollouts is None else list(read(benchmark_rollouts).groups())
     if reference is not None:
         log_probabilities = Reference(
@@ -228,7 +232,7 @@ def collect(
         if wanted and spec.basis == "fitted" and measure != "never":
             sketcher, outcome = _checked(opened, sketcher, source, fit_problems, wanted, version, refit == "auto")
     also = bases_in_use(opened, besides=collection) if every_basis else []
-    undo = undone_on(RequestError, opened) if is_new else nullcontext()
+    undo = undone_on(RequestError, opened) if is_new and leads() else nullcontext()
     with undo, progress(f"{collection} step {version}", len(source)) as advance:
         report = run(
             opened,

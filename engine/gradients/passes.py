@@ -80,6 +80,7 @@ class PolicyForward:
     def __init__(self, model: nn.Module) -> None:
         base = base_of(model)
         self.model = model
+        self._by_layer = False
         self._backbone = cast(Any, base).base_model
         self._head = cast(Any, base).get_output_embeddings()
         self.n_vocabulary = int(cast(Any, base).get_input_embeddings().num_embeddings)
@@ -96,7 +97,6 @@ class PolicyForward:
             known.shares = known.splits and self._attends_fully(base) and self._is_exact(_SHARING, self._cached)
             _CHECKED[model] = known
         self._split, self.shares_prompts = known.splits, known.shares
-        self._by_layer = False
 
     @property
     def fallbacks(self) -> list[str]:
