@@ -58,7 +58,8 @@ def shard(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     """Shard a model in place over a mesh: its blocks one by one, then the rest (embedding, output layer) as one."""
     for block in _blocks(model):
         fully_shard(block, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:
@@ -104,7 +105,7 @@ class _weightless:  # noqa: N801 (a context)
                 parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
             self._register(module, name, parameter)
 
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
+        nn.Module.register_parameter = register  # type: ignore[method-assign,assignment]
 
     def __exit__(self, *_: object) -> None:
         nn.Module.register_parameter = self._register  # type: ignore[method-assign]
