@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from gradstore.cli.ranks import as_rank
 from gradstore.cli.show import NOTICE, show_from
 
 app = typer.Typer(
@@ -18,14 +19,20 @@ app = typer.Typer(
 )
 
 
-def command(name: str | None = None, of: typer.Typer = app, **settings: Any) -> Callable[[Callable], Callable]:
-    """`app.command`, with the options that every command has, --verbose and --quiet. of: a command with its own."""
+def command(
+    name: str | None = None, of: typer.Typer = app, *, divided: bool = False, **settings: Any
+) -> Callable[[Callable], Callable]:
+    """`app.command`, with the options that every command has, --verbose and --quiet. of: a command with its own.
+
+    divided: the command divides its work over the ranks that torchrun starts.
+    """
 
     def register(function: Callable) -> Callable:
         @functools.wraps(function)
         def told(*args: Any, verbose: bool, quiet: bool, **others: Any) -> Any:
             show_from(logging.WARNING if quiet else logging.INFO if verbose else NOTICE)
-            return function(*args, **others)
+            with as_rank(name or function.__name__, divided=divided):
+                return function(*args, **others)
 
         own = inspect.signature(function)
         more = [

@@ -11,6 +11,7 @@ import typer
 from gradstore.cli import ray as ray_options
 from gradstore.cli.app import command, given, opt
 from gradstore.cli.query import Json, StorePath
+from gradstore.cli.ranks import check_divided, leads, load_policy, n_ranks
 from gradstore.cli.rollout import Device, Model, ShardOf, TemplateKwargs, Trust, template_arguments
 from gradstore.cli.show import print_json, progress, say, warn
 from gradstore.cli.solutions import collect_solutions
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from gradstore.engine.sketches.spec import SketchBatch
 
 
-@command()
+@command(divided=True)
 def collect(
     context: typer.Context,
     store: StorePath,
@@ -139,7 +140,8 @@ def collect(
 ) -> None:
     """Turn rollouts into sketches; started again after an interruption, it goes on where it was.
 
-    Into a store that is there, settings not given are the store's own.
+    Into a store that is there, settings not given are the store's own. Under torchrun the model is sharded over the
+    ranks and each sketches its own problems; rank 0 writes.
     """
     import gradstore
     from gradstore.attachments import read_coverage
@@ -167,10 +169,15 @@ def collect(
         raise RequestError("--refit auto fits anew by what it measures: leave --measure never out")
     if refit == "auto" and benchmark_rollouts is None:
         raise RequestError("--refit auto measures against the benchmark: give --benchmark-rollouts")
+    undivided = [
+        *(("--solutions", solutions), ("--optimizer", optimizer), ("--reference", reference)),
+        *(("--refit auto", refit == "auto"), ("--shard", shard), ("--like", like), ("--ray", ray)),
+    ]
+    check_divided("collect", *(name for name, own in undivided if own))
     if refit == "auto" and (shard or like):
         raise RequestError("--refit auto fits a projection to this shard alone, which cannot be merged: leave it out")
     part = None if shard is None else Shard.parse(shard)
-    opened = gradstore.open(store, mode="a") if store.exists() else None
+    opened = gradstore.open(store, mode="a" if leads() else "r") if store.exists() else None
     if like is not None and "dtype" in given(context) and gradstore.open(like).dtype != dtype:
         raise RequestError(f"--dtype {dtype}: the rows of {like} are {gradstore.open(like).dtype}; leave it out")
     if like is not None and opened is not None:
@@ -216,7 +223,7 @@ def collect(
     mine = None if part is None else part.places(len(source), f"{rollouts}, --shard {shard}")
     if settings.kl_beta and reference is None and not source.has_reference:
         raise RequestError(f"{rollouts}: has no `reference_logprobs` for the KL term: give its model, --reference")
-    policy = load_model(model, adapter, device, trust_remote_code=trust_remote_code)
+    policy = load_policy(model, adapter, device, trust_remote_code=trust_remote_code)
     wanted: list[Group] = [] if benchmark_rollouts is None else list(read(benchmark_rollouts).groups())
     if reference is not None:
         log_probabilities = Reference(
@@ -230,8 +237,8 @@ def collect(
     direction = partial(_direction, path=optimizer, formula=formula, bias_correction=bias_correction)
     adam = direction(policy)
     version = (source.step or 0) if step is None else step
-    same = SamePolicy(policy)
-    if opened is not None and (sentence := same.warning(opened.path, version)) is not None:
+    same = SamePolicy(policy) if n_ranks() == 1 else None  # of a sharded model no rank has all weights
+    if same is not None and opened is not None and (sentence := same.warning(opened.path, version)) is not None:
         warn(sentence)
     outcome = None
     known: list[SketchBatch] = []
@@ -263,7 +270,7 @@ def collect(
     if mine is not None:  # After the fit, which is to all problems.
         source.keep(mine)
     also = bases_in_use(opened, besides=collection) if every_basis else []
-    undo = undone_on(RequestError, opened) if is_new else nullcontext()
+    undo = undone_on(RequestError, opened) if is_new and leads() else nullcontext()
     with undo, ExitStack() as stack:
         on_workers = None
         if spread is not None:
@@ -290,7 +297,8 @@ def collect(
                 sketch_each=on_workers,
                 progress=advance,
             )
-        same.keep(opened.path, version)
+        if same is not None:
+            same.keep(opened.path, version)
         if halves:
             from gradstore.engine.assessing.stored_halves import collect_halves
 

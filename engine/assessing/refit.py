@@ -8,10 +8,12 @@ better. Rows that are there stay in their basis and are ranked by targets in it.
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 
 from torch import nn
 
 from gradstore import Store
+from gradstore.engine.gradients.sharding import of_all_ranks
 from gradstore.engine.rollouts.group import Group
 from gradstore.engine.sketches.bases import add_basis
 from gradstore.engine.sketches.exact_ranking import REFIT_LOSS, ExactRanking, Rows, needs_refit
@@ -69,18 +71,20 @@ def first_fit(
     """A sketcher fitted to the sample and the benchmark.
 
     sample: problems with a signal. measured: leave a quarter of them out, where they are `ENOUGH`, to measure how well
-    the projection ranks, which it is stored with.
+    the projection ranks, which it is stored with. Under FSDP2 all ranks call this with the same groups, and all get
+    all rows.
     """
     held_out, fitted_to = parts(sample, measured=measured)
     wanted = [group for group in benchmark if group.has_signal]
     found = fit_to(model, fitted_to, spec, progress, wanted)
     sketcher = Sketcher(model, spec, found.projection)
-    rows, n_fitted = found.rows, len(fitted_to) + len(wanted)
+    rows, of_benchmark = (list(chain(*of_all_ranks(model, own))) for own in (found.rows, found.benchmark))
+    n_fitted = len(fitted_to) + len(wanted)
     ranking = ExactRanking.of(model, spec, held_out, wanted, len(held_out))
     if ranking is None:
         return FirstFit(sketcher, rows, n_fitted)
     others = [sketcher.sketch(held_out)]
-    fidelity = ranking.fidelity(Rows(others), Rows(found.benchmark if wanted else others))
+    fidelity = ranking.fidelity(Rows(others), Rows(of_benchmark if wanted else others))
     sketcher = Sketcher(model, spec, replace(found.projection, fidelity=fidelity))
     return FirstFit(sketcher, [*rows, *others], n_fitted)
 

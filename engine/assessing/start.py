@@ -8,11 +8,12 @@ from pathlib import Path
 
 from torch import nn
 
-from gradstore import Store
+from gradstore import Store, open
 from gradstore.engine.assessing.refit import ENOUGH, FirstFit, first_fit, parts
 from gradstore.engine.gradients.coverage import Coverage, least_of, measure, seeing_enough
 from gradstore.engine.gradients.gradient_pass import GradientPass
 from gradstore.engine.gradients.optimizer_direction import OptimizerDirection
+from gradstore.engine.gradients.sharding import leads, meet
 from gradstore.engine.rollouts.group import Group
 from gradstore.engine.rollouts.source import RolloutSource
 from gradstore.engine.sketches.bases import create_store
@@ -74,6 +75,7 @@ def start_store(
     nobody chose the layers). widen: sketch the input embedding too if too little is seen without it. option: the
     caller's name for `accept_coverage` in the error. say, bar: called with progress messages; makes progress bars.
 
+    Under FSDP2 all ranks call this together with the same arguments; rank 0 makes the store.
     RequestError for groups that the model cannot run, too little coverage, or a fit to an optimizer's steps; nothing
     is made then.
     """
@@ -96,7 +98,10 @@ def start_store(
         say(_about(first))
     else:
         first = FirstFit(Sketcher(model, spec, optimizer=optimizer), [], 0)
-    return Start(create_store(Path(path), first.sketcher, dtype, coverage), first.sketcher, first.rows, coverage)
+    if leads(model):
+        create_store(Path(path), first.sketcher, dtype, coverage)
+    meet(model)
+    return Start(open(path, "a" if leads(model) else "r"), first.sketcher, first.rows, coverage)
 
 
 def _fitted(

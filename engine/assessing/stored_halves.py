@@ -15,6 +15,7 @@ import numpy as np
 
 from gradstore import Store, View
 from gradstore.engine.assessing.split_half import SplitHalf, split, split_half
+from gradstore.engine.gradients.sharding import leads
 from gradstore.engine.rollouts.group import Group
 from gradstore.engine.rollouts.source import RolloutSource
 from gradstore.engine.searching.query import Metric, eligible_positions, query_vectors, score_rows
@@ -52,14 +53,15 @@ def collect_halves(
 
     RequestError for a problem that is not in the collection, or a group with a single rollout.
     """
-    records = {record["id"]: record for record in store.records(collection)}
-    members = list(groups.groups() if isinstance(groups, RolloutSource) else groups)
-    for group in members:
+    members, writes = list(groups.groups() if isinstance(groups, RolloutSource) else groups), leads(sketcher.model)
+    records = {record["id"]: record for record in store.records(collection)} if writes else {}
+    for group in members if writes else ():
         if group.problem_id not in records:
             raise RequestError(f"problem {group.problem_id!r} is not in collection {collection!r}")
     reports = []
     for suffix, half in zip(HALVES, split(members), strict=True):
-        store.add_problems(collection + suffix, [records[group.problem_id] for group in half])
+        if writes:
+            store.add_problems(collection + suffix, [records[group.problem_id] for group in half])
         report = collect(
             store,
             collection + suffix,

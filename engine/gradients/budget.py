@@ -11,6 +11,7 @@ from math import prod
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from gradstore.engine.gradients.layers import head_of, linear_outputs, text_config
 
@@ -32,7 +33,7 @@ def micro_batch_tokens(model: nn.Module, *, inputs_kept: bool = False) -> int:
     """Tokens of a micro-batch, padding included, that fit the model's device now.
 
     inputs_kept: the layers' inputs are kept too, for weight gradients. A resumed run must cut the same micro-batches:
-    on a CPU the result depends on the model alone, on a GPU it is a power of two.
+    on a CPU the result depends on the model and its ranks alone, on a GPU it is a power of two.
     """
     on_gpu = next(model.parameters()).device.type == "cuda"
     return tokens_within(_allowance(model), activation_bytes(model, inputs_kept=inputs_kept), on_gpu=on_gpu)
@@ -82,7 +83,14 @@ def give_back(model: nn.Module) -> None:
 def formed_bytes(model: nn.Module) -> int:
     """Bytes of whole gradients held at once: half the weights' bytes on a CPU, a share of the free memory on a GPU."""
     device = next(model.parameters()).device
-    return formed_within(_weight_bytes(model), free_bytes(device) if device.type == "cuda" else None)
+    if device.type == "cuda":
+        return formed_within(_weight_bytes(model), free_bytes(device))
+    return formed_within(_weight_bytes(model), None) // _ranks(model)
+
+
+def _ranks(model: nn.Module) -> int:
+    """Number of ranks that FSDP2 shards a model over: on a CPU they share its memory."""
+    return next((p.device_mesh.size() for p in model.parameters() if isinstance(p, DTensor)), 1)
 
 
 def _weight_bytes(model: nn.Module) -> int:
@@ -92,7 +100,9 @@ def _weight_bytes(model: nn.Module) -> int:
 def _allowance(model: nn.Module) -> int:
     """Bytes available beside weights and optimizer."""
     device = next(model.parameters()).device
-    return allowance(_weight_bytes(model), free_bytes(device) if device.type == "cuda" else None)
+    if device.type == "cuda":
+        return allowance(_weight_bytes(model), free_bytes(device))
+    return allowance(_weight_bytes(model), None) // _ranks(model)
 
 
 def allowance(weight_bytes: int, free_on_gpu: int | None) -> int:

@@ -30,7 +30,7 @@ from gradstore.engine.gradients.packed import check_packed
 from gradstore.engine.gradients.passes import OnWeights, PolicyForward
 from gradstore.engine.gradients.retrying import TokenBudget, noticing
 from gradstore.engine.gradients.settings import GradientSpec
-from gradstore.engine.gradients.sharding import gathered, reshard
+from gradstore.engine.gradients.sharding import gathered, is_sharded, largest, reshard
 from gradstore.engine.rollouts.group import Group
 from gradstore.errors import RequestError
 
@@ -109,7 +109,7 @@ class GradientPass:
 
         Returns the tokens that went through the model, without padding and repeated responses. Groups whose rewards
         are all equal are not run. Under FSDP2 each rank runs its own groups through the whole model, all ranks must
-        call this together, and no gradient is reduced; prompts are shared if the whole model can be gathered.
+        call this together, and no gradient is reduced.
         inputs_kept: the observer keeps the layers' whole inputs, so micro-batches are smaller unless their size is
         given. After an out-of-memory error the observer is reset and all groups run again in smaller micro-batches;
         on_weights is called at the end, once per chunk of sequences. RequestError as in `check`, and for a response
@@ -150,9 +150,12 @@ class GradientPass:
         with (
             observed(self.model, self.layers, muted) as observation,
             gathered(self.model) as whole,
-            nullcontext() if whole else self.policy.plain(),
+            nullcontext() if whole else self.policy.by_layer(),
         ):
-            shared = self.policy.shares_prompts and self.spec.share_prompts and pays_to_share(rollouts)
+            pays = pays_to_share(rollouts)
+            if is_sharded(self.model) and not whole:  # all ranks must gather the layers equally often
+                pays = not largest(self.model, int(bool(rollouts) and not pays))
+            shared = self.policy.shares_prompts and self.spec.share_prompts and pays
             told: list[tuple[Tensor, Tensor, Tensor]] = []
 
             def attempt(tokens: int) -> None:

@@ -32,7 +32,7 @@ from gradstore.engine.gradients.lengths import SHORTEST, alone, frequencies_chan
 from gradstore.engine.gradients.microbatch import MicroBatch, Prompts, WeightedSequence, pack
 from gradstore.engine.gradients.objectives import Objective, importance_weights, kl_weights
 from gradstore.engine.gradients.retrying import is_out_of_memory
-from gradstore.engine.gradients.sharding import gather, is_sharded, largest, reshard
+from gradstore.engine.gradients.sharding import gather, is_sharded, largest, layer_by_layer, reshard
 from gradstore.errors import RequestError
 
 log = logging.getLogger(__name__)
@@ -80,6 +80,7 @@ class PolicyForward:
     def __init__(self, model: nn.Module) -> None:
         base = base_of(model)
         self.model = model
+        self._by_layer = False
         self._backbone = cast(Any, base).base_model
         self._head = cast(Any, base).get_output_embeddings()
         self.n_vocabulary = int(cast(Any, base).get_input_embeddings().num_embeddings)
@@ -181,6 +182,20 @@ class PolicyForward:
         finally:
             self._split, self.shares_prompts = shortcuts
 
+    @contextmanager
+    def by_layer(self) -> Iterator[None]:
+        """The shortcuts for a model that FSDP2 gathers layer by layer, in the context.
+
+        A layer's weights are gathered for its backward when the gradient of its output arrives. So a prompt's pass runs
+        to its end, and gets a gradient of zero there.
+        """
+        with layer_by_layer(self.model):
+            self._by_layer = True
+            try:
+                yield
+            finally:
+                self._by_layer = False
+
     def logprobs(self, batch: MicroBatch, temperature: float = 1.0) -> Tensor:
         """Log-probability of each token that the policy wrote, [B, N], zero elsewhere; without gradients. float32, or
         float64 for a float64 model."""
@@ -194,7 +209,7 @@ class PolicyForward:
     def _logprobs_together(self, batch: MicroBatch, temperature: float) -> Tensor:
         with torch.no_grad():
             found_BN = torch.zeros_like(batch.weights_BN, dtype=self._wide)
-            hidden_BTH = self._hidden(batch, None) if self._split else None
+            hidden_BTH = self._hidden(batch, None)[0] if self._split else None
             for rows in self._chunks(batch):
                 found_BN[rows] = self._logprobs(batch, rows, self._grid(batch, hidden_BTH, rows), temperature)
         return torch.where(batch.written_BN, found_BN, 0.0)
@@ -227,7 +242,8 @@ class PolicyForward:
             weights_BN = _weights(batch, slice(None), logprobs_BN, objective, tell)
             (logprobs_BN * weights_BN).sum().backward()
             return
-        grid_BNH = at_responses(batch, self._hidden(batch, observation))
+        hidden_BTH, ends = self._hidden(batch, observation)
+        grid_BNH = at_responses(batch, hidden_BTH)
         leaf_BNH = grid_BNH.detach().requires_grad_(grid_BNH.requires_grad)
         for rows in self._chunks(batch):
             observation.of(batch.problem_B[rows])
@@ -235,31 +251,36 @@ class PolicyForward:
             weights_BN = _weights(batch, rows, logprobs_BN, objective, tell)
             (logprobs_BN * weights_BN).sum().backward()
         if grid_BNH.requires_grad:
-            grid_BNH.backward(leaf_BNH.grad)
+            ends = [end for end in ends if end.requires_grad]
+            torch.autograd.backward([grid_BNH, *ends], [leaf_BNH.grad, *map(torch.zeros_like, ends)])
 
-    def _hidden(self, batch: MicroBatch, observation: Observation | None) -> Tensor:
-        """Hidden states of the continuations, [B, T, H]."""
+    def _hidden(self, batch: MicroBatch, observation: Observation | None) -> tuple[Tensor, list[Tensor]]:
+        """Hidden states of the continuations, [B, T, H], and those of the prompts if they ran to their end."""
         cache = mask_BK = positions_BT = None
+        ends: list[Tensor] = []
         if batch.prompts is not None:
             if observation:
                 observation.of(batch.prompts.problem_Q)
-            cache, mask_BK, positions_BT = self._run_prompts(batch, batch.prompts)
+            cache, mask_BK, positions_BT, ends = self._run_prompts(batch, batch.prompts)
         if observation:
             observation.of(batch.problem_B)
         with grouped_attention(self._backbone.config) if cache is not None else nullcontext():
-            return self._backbone(
+            hidden_BTH = self._backbone(
                 input_ids=batch.token_ids_BT,
                 attention_mask=mask_BK,
                 position_ids=positions_BT,
                 past_key_values=cache,
                 use_cache=cache is not None,
             )[0]
+        return hidden_BTH, ends
 
-    def _run_prompts(self, batch: MicroBatch, prompts: Prompts) -> tuple[DynamicCache, Tensor, Tensor]:
-        """The prompts' cache expanded to the continuations, with their attention mask and position ids."""
-        filled = _PromptCache(self._backbone.config.num_hidden_layers)
+    def _run_prompts(self, batch: MicroBatch, prompts: Prompts) -> tuple[DynamicCache, Tensor, Tensor, list[Tensor]]:
+        """The prompts' cache expanded to the continuations, with their attention mask and position ids; and the hidden
+        states of prompts that ran to their end."""
+        ends: list[Tensor] = []
+        filled = DynamicCache() if self._by_layer else _PromptCache(self._backbone.config.num_hidden_layers)
         with suppress(_Filled):
-            self._backbone(input_ids=prompts.token_ids_QS, past_key_values=filled, use_cache=True)
+            ends += self._backbone(input_ids=prompts.token_ids_QS, past_key_values=filled, use_cache=True)[:1]
         cache = DynamicCache()
         for number, layer in enumerate(cast(Any, filled).layers):
             keys, values = (states.index_select(0, prompts.prompt_B) for states in (layer.keys, layer.values))
@@ -269,7 +290,7 @@ class PolicyForward:
         length_B = prompts.length_Q[prompts.prompt_B]
         mask_BK = torch.ones(len(length_B), n_prompt + n_own, dtype=torch.long, device=device)
         mask_BK[:, :n_prompt] = torch.arange(n_prompt, device=device) < length_B[:, None]
-        return cache, mask_BK, length_B[:, None] + torch.arange(n_own, device=device)
+        return cache, mask_BK, length_B[:, None] + torch.arange(n_own, device=device), ends
 
     def _chunks(self, batch: MicroBatch) -> list[slice]:
         """Slices of sequences whose logits are formed at once."""
@@ -349,7 +370,7 @@ class PolicyForward:
             None,
             prompts,
         )
-        return self._head(self._hidden(batch, None))[:2]
+        return self._head(self._hidden(batch, None)[0])[:2]
 
 
 class _Filled(Exception):  # noqa: N818

@@ -63,8 +63,9 @@ def gathered(model: nn.Module) -> Iterator[bool]:
     """Keep all parameters gathered in the context, if there is room; yields whether they are.
 
     Submodules can then be called directly, in any order, and nothing is communicated between micro-batches. Room: on a
-    GPU half of the free memory of every rank; a CPU always has it. Gradients must not be reduced in the context. All
-    ranks enter it together. Yields True for a plain model, and inside another such context of the same model.
+    GPU half of the free memory of every rank; never on a CPU, whose memory all ranks share: a model is sharded there to
+    save memory. Gradients must not be reduced in the context. All ranks enter it together. Yields True for a plain
+    model, and inside another such context of the same model.
     """
     if model in _GATHERED or not is_sharded(model):
         yield True
@@ -74,9 +75,7 @@ def gathered(model: nn.Module) -> Iterator[bool]:
     groups = [group for module in modules for group in _parameter_groups(module)]
     if len(groups) < len(modules) or largest(model, int(not _has_room(model))):
         if model not in _TOLD:
-            log.warning(
-                "no room for the whole sharded model: it is gathered layer by layer, prompts run once a response"
-            )
+            log.info("no room for the whole sharded model: it is gathered layer by layer")
             _TOLD.add(model)
         yield False
         return
@@ -95,6 +94,30 @@ def gathered(model: nn.Module) -> Iterator[bool]:
         reshard(model)
 
 
+@contextmanager
+def layer_by_layer(model: nn.Module) -> Iterator[None]:
+    """Keep the outermost module's own parameters (embedding, output layer) gathered in the context.
+
+    Its sharded submodules (the layers) can then be called directly: FSDP2 gathers each one for its forward, and for its
+    backward once the gradient of its output has arrived. Gradients must not be reduced in the context. All ranks enter
+    it together. No effect on a model whose outermost module is not sharded.
+    """
+    if not isinstance(model, FSDPModule):
+        yield
+        return
+    groups = _parameter_groups(model)
+    before = [(group.post_forward_mesh_info, group.reshard_after_backward) for group in groups]
+    try:
+        for group in groups:
+            group.post_forward_mesh_info, group.reshard_after_backward = None, False
+        model.unshard()
+        yield
+    finally:
+        for group, (mesh, after_backward) in zip(groups, before, strict=True):
+            group.post_forward_mesh_info, group.reshard_after_backward = mesh, after_backward
+        reshard(model)
+
+
 def _parameter_groups(module: FSDPModule) -> list[Any]:
     """FSDP2's groups of a module's own parameters: there is no public way to read when they are resharded."""
     state = module._get_fsdp_state()
@@ -103,11 +126,11 @@ def _parameter_groups(module: FSDPModule) -> list[Any]:
 
 
 def _has_room(model: nn.Module) -> bool:
-    """Whether this rank's GPU has room for the whole model's weights; always on a CPU."""
+    """Whether this rank's GPU has room for the whole model's weights; never on a CPU."""
     parameters = [parameter for parameter in model.parameters() if isinstance(parameter, DTensor)]
     device = own_part(parameters[0]).device
     if device.type != "cuda":
-        return True
+        return False
     return sum(p.numel() * p.element_size() for p in parameters) <= _OF_FREE * free_bytes(device)
 
 
@@ -187,10 +210,28 @@ def divided(model: nn.Module, items: Sequence[T], make: Callable[[T], S]) -> lis
     own = [make(item) for item in own_share(model, items)]
     if not is_sharded(model):
         return own
-    world = dist.get_world_size()
-    shares: list[list[S]] = [[]] * world
-    dist.all_gather_object(shares, own)
+    world, shares = dist.get_world_size(), of_all_ranks(model, own)
     return [shares[place % world][place // world] for place in range(len(items))]
+
+
+def of_all_ranks(model: nn.Module, value: T) -> list[T]:
+    """Every rank's value (pickled), in the order of the ranks, on each; the value alone for a plain model."""
+    if not is_sharded(model):
+        return [value]
+    values: list[T] = [value] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def leads(model: nn.Module) -> bool:
+    """Whether this process is the one that writes: rank 0 of a sharded model; True for a plain model."""
+    return not is_sharded(model) or dist.get_rank() == 0
+
+
+def meet(model: nn.Module) -> None:
+    """Wait until all ranks are here; no effect on a plain model."""
+    if is_sharded(model):
+        dist.barrier()
 
 
 def _reduced(model: nn.Module, values: list, op: dist.ReduceOp.RedOpType) -> list:

@@ -8,16 +8,20 @@ skipped.
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from typing import Literal
 
+import torch.distributed as dist
 from torch import nn
 
 from gradstore import State, Store, Writer
 from gradstore.attachments import keep_coverage, read_coverage
 from gradstore.engine.gradients.coverage import least_of
 from gradstore.engine.gradients.coverage import measure as measured_coverage
+from gradstore.engine.gradients.ranks import deal, gather
+from gradstore.engine.gradients.sharding import is_sharded, leads, meet, of_all_ranks
 from gradstore.engine.rollouts.group import Group
 from gradstore.engine.rollouts.source import RolloutSource
 from gradstore.engine.searching.targets import Kind, kind_of
@@ -122,6 +126,8 @@ def collect(
     the first window with a signal, and kept. None: 0.95, or 0 if the spec chooses layers.
     sketch_each: makes the sketches instead of the sketcher, for instance on workers (on_workers.py); the sketcher still
     measures coverage and fidelity.
+    A model sharded by FSDP2: all ranks call this with the same arguments, and can read the store; each sketches its
+    share of every window, rank 0 writes. All get the same report.
     FingerprintError if the store holds rows made in another way. RequestError for too little coverage or bad rollouts;
     everything published so far is kept.
     """
@@ -140,6 +146,9 @@ def collect(
     ids: set[str] = set()
     unknown = read_coverage(store.path) is None and not any(store.view(name).live.any() for name in store.collections)
     n_tokens = 16 * sketcher.gradients.budget.tokens()
+    unmeasured = sketcher.projection.fidelity is None and not any(store.steps(name) for name in store.collections)
+    writes = leads(sketcher.model)
+    meet(sketcher.model)  # rank 0 writes when all have read
     if isinstance(groups, RolloutSource):
         ids = set(groups.problem_ids)
         missing = [problem_id for problem_id in groups.problem_ids if problem_id not in done]
@@ -150,16 +159,16 @@ def collect(
             for window in islice(first, 1):
                 _cover(store, sketcher, window, accept_coverage)
                 unknown = False
-        store.add_problems(collection, groups.records())
+        if writes:
+            store.add_problems(collection, groups.records())
         if not missing:
             return CollectReport(skipped=len(groups), bases=numbers)
         groups = groups.groups()
     report, started = CollectReport(bases=numbers), time.monotonic()
     report.fidelity_when_fitted = sketcher.projection.fidelity
-    unmeasured = sketcher.projection.fidelity is None and not any(store.steps(name) for name in store.collections)
     published = started
     measures = sketcher.projection.kind == "fitted" and (measure == "always" or (measure == "auto" and unmeasured))
-    with store.writer(collection, step=step) as writer:
+    with store.writer(collection, step=step) if writes else nullcontext() as writer:
         taken: set[str] = set()
         ahead: deque[tuple[list[Group], list[Group]]] = deque()  # windows not yet counted, and their groups to sketch
 
@@ -189,10 +198,11 @@ def collect(
             if measures and report.fidelity is None:
                 report.fidelity = _fidelity(sketcher, todo, batches[-1], benchmark)
             for in_basis, batch in zip(numbers, batches, strict=True):
-                writer.append(**batch.rows(), basis=in_basis)
+                if writer:
+                    writer.append(**batch.rows(), basis=in_basis)
             report.add(batches[-1], range(len(todo)))
             report.n_tokens += batches[-1].n_tokens
-            if time.monotonic() - published > _PUBLISH_SECONDS:
+            if writer and time.monotonic() - published > _PUBLISH_SECONDS:
                 writer.publish()
                 published = time.monotonic()
             count_next()
@@ -203,8 +213,8 @@ def collect(
 
 
 def _here(sketcher: Sketcher) -> SketchEach:
-    """Sketch window after window in this process."""
-    return lambda projections, wanted: (sketcher.sketch_in(projections, window) for window in wanted)
+    """Sketch window after window in this process, or with the other ranks of a sharded model."""
+    return lambda projections, wanted: (_sketched(sketcher, projections, window) for window in wanted)
 
 
 def _of_kind(groups: Iterable[Group], kind: Kind) -> Iterator[Group]:
@@ -229,7 +239,17 @@ def _cover(store: Store, sketcher: Sketcher, groups: Sequence[Group], accepted: 
     """Measure the coverage of a new store's sketches and keep it; RequestError if it is too small."""
     coverage = measured_coverage(sketcher.gradients, groups)
     coverage.require(least_of(sketcher.spec, accepted))
-    keep_coverage(store.path, coverage.to_bytes())
+    if leads(sketcher.model):
+        keep_coverage(store.path, coverage.to_bytes())
+
+
+def _sketched(sketcher: Sketcher, projections: Sequence[Projection], groups: Sequence[Group]) -> list[SketchBatch]:
+    """`sketch_in`; of a sharded model each rank sketches its share, and all get all of it."""
+    if not is_sharded(sketcher.model):
+        return sketcher.sketch_in(projections, groups)
+    shares = deal(groups, dist.get_world_size())
+    own = sketcher.sketch_in(projections, [groups[place] for place in shares[dist.get_rank()]])
+    return [gather(batches, shares) for batches in zip(*of_all_ranks(sketcher.model, own), strict=True)]
 
 
 def windows(groups: Iterable[Group], n_tokens: int, n_problems: int = 256) -> Iterator[list[Group]]:
@@ -246,16 +266,19 @@ def windows(groups: Iterable[Group], n_tokens: int, n_problems: int = 256) -> It
         yield window
 
 
-def _append_known(writer: Writer, known: Sequence[SketchBatch], wanted: set[str], report: CollectReport) -> set[str]:
+def _append_known(
+    writer: Writer | None, known: Sequence[SketchBatch], wanted: set[str], report: CollectReport
+) -> set[str]:
     """Append and publish the known rows of the wanted problems; returns their ids."""
     taken: set[str] = set()
     for batch in known:
         places = [place for place, problem_id in enumerate(batch.ids) if problem_id in wanted]
         if places:
-            writer.append(**batch.rows(places))
+            if writer:
+                writer.append(**batch.rows(places))
             report.add(batch, places)
             taken |= {batch.ids[place] for place in places}
-    if taken:
+    if taken and writer:
         writer.publish()
     return taken
 

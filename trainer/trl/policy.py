@@ -8,13 +8,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gradstore.engine.gradients.objectives import Objective
+from gradstore.engine.gradients.ranks import deal, gather
 from gradstore.engine.probing.batch import ProbeBatch
 from gradstore.engine.probing.calibration import Calibration
 from gradstore.engine.rollouts.group import Group
 from gradstore.engine.sketches.bases import SketcherFiles
 from gradstore.engine.sketches.rollout_sketches import RolloutSketches
 from gradstore.engine.sketches.spec import SketchBatch, SketchSpec
-from gradstore.trainer.round.ranks import deal, gather
 from gradstore.trainer.trl.lockstep import Lockstep
 from gradstore.trainer.trl.rollouts import groups_of
 

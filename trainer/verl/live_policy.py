@@ -16,6 +16,7 @@ from verl.trainer.ppo.padding_utils import upsample_batch_to_divisible_size
 from verl.utils import tensordict_utils
 
 from gradstore.engine.gradients.objectives import Objective
+from gradstore.engine.gradients.ranks import deal, gather
 from gradstore.engine.probing.batch import ProbeBatch
 from gradstore.engine.probing.calibration import Calibration
 from gradstore.engine.rollouts.group import Group
@@ -24,7 +25,6 @@ from gradstore.engine.sketches.bases import SketcherFiles
 from gradstore.engine.sketches.rollout_sketches import RolloutSketches
 from gradstore.engine.sketches.spec import SketchBatch, SketchSpec
 from gradstore.errors import GradstoreError
-from gradstore.trainer.round.ranks import deal, gather
 from gradstore.trainer.verl.settings import VerlSettings
 from gradstore.trainer.verl.transfer import PARTITION, Rows, groups_of, rows_of, uid_of, versions_of, wait_for
 

@@ -2,7 +2,7 @@
 
 Weights are not merged, copied or saved, and gradients are not reduced among the ranks. Each rank runs its own problems,
 in step with the others. The driver calls these methods with one list of groups per rank
-(`gradstore.trainer.round.ranks`); the results are plain values.
+(`gradstore.engine.gradients.ranks`); the results are plain values.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

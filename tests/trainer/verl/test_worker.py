@@ -12,10 +12,10 @@ import pytest
 from gradstore.engine import Probe, Sketcher, SketchSpec, validation_gradient
 from gradstore.engine.gradients.coverage import measure
 from gradstore.engine.gradients.gradient_pass import GradientPass
+from gradstore.engine.gradients.ranks import deal, gather
 from gradstore.engine.rollouts.group import Group
 from gradstore.engine.sketches.bases import _projection, sketcher_from
 from gradstore.engine.sketches.fitting import fit, passed
-from gradstore.trainer.round.ranks import deal, gather
 
 pytestmark = pytest.mark.verl
 

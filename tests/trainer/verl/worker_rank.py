@@ -27,8 +27,8 @@ def main(rank: int, world: int, folder: Path) -> None:
 
     from gradstore.engine import SketchSpec
     from gradstore.engine.gradients.gradient_pass import GradientPass
+    from gradstore.engine.gradients.ranks import deal
     from gradstore.engine.gradients.sharding import is_sharded, own_part, reshard
-    from gradstore.trainer.round.ranks import deal
     from gradstore.trainer.verl.worker import SketchingWorker
 
     torch.set_num_threads(1)
