@@ -7,6 +7,7 @@ large shards are, is measured in docs/benchmarks.md (`python -m benchmarks.compr
 """
 
 import json
+import struct
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +24,8 @@ _LEVEL = 5
 _ENTRY = np.dtype("<u8")
 _EMPTY = 2**64 - 1
 _CRC_BYTES = 4
+_BLOSC_SIZES = struct.Struct("<3I")
+"""In blosc's header, from its fifth byte on: sizes decompressed, of a block, compressed."""
 _OVERHEAD = 64
 """More bytes than blosc and the checksum add to a chunk that does not compress."""
 
@@ -127,16 +130,16 @@ class Packed:
 
     def decode_chunk(self, data: bytes, where: str) -> np.ndarray:
         """The rows of a chunk [chunk_rows] or [chunk_rows, width]; DamagedError for bytes that are none."""
-        from numcodecs import blosc
+        from numcodecs import Blosc
 
         body, expected = data[:-_CRC_BYTES], self.chunk_rows * self.array.row_bytes
         if len(data) < 16 + _CRC_BYTES or _crc_after(data) != crc32c(body):
             raise DamagedError(f"{where}: damaged: a chunk does not match its checksum")
-        size, compressed, _ = blosc.cbuffer_sizes(body)
+        size, _, compressed = _BLOSC_SIZES.unpack_from(body, 4)
         if (size, compressed) != (expected, len(body)):  # Before memory is taken for as much as the bytes claim.
             raise DamagedError(f"{where}: damaged: a chunk of {size} bytes, expected {expected}")
         try:
-            decoded = blosc.decompress(body)
+            decoded = Blosc().decode(body)
         except (RuntimeError, ValueError) as error:
             raise DamagedError(f"{where}: damaged: a chunk cannot be decompressed") from error
         return np.frombuffer(decoded, self.array.dtype).reshape(self.array.shape(self.chunk_rows))

@@ -9,7 +9,7 @@ import asyncio
 import os
 import re
 from collections import OrderedDict
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
@@ -70,8 +70,11 @@ def check_sizes(source: Source, keys: Sequence[str], sizes: Sequence[int]) -> li
 class ZarrSource:
     """Any zarr store. `requests` and `received` count what was asked and the bytes that came."""
 
-    def __init__(self, store: "ZarrStore", name: str | None = None) -> None:
-        self._store, self._name = store, name
+    def __init__(
+        self, store: "ZarrStore", name: str | None = None, said: Callable[[BaseException], str] = first_line
+    ) -> None:
+        """name: for messages. said: a library's error as one line."""
+        self._store, self._name, self._said = store, name, said
         self.requests = self.received = 0
 
     def __str__(self) -> str:
@@ -125,7 +128,7 @@ class ZarrSource:
         try:
             return sync(work)
         except Exception as error:
-            raise GradstoreError(f"{self}: cannot be read ({first_line(error)})") from error
+            raise GradstoreError(f"{self}: cannot be read ({self._said(error)})") from error
 
 
 def _refuse_links(root: Path, key: str) -> None:
@@ -162,6 +165,7 @@ class PackedSource:
         return str(self._source)
 
     def renew(self) -> bool:
+        self._source.renew()
         raw = self._source.get([Wanted(STATE, MOST_BYTES)])[0]
         if raw is None:
             return False
