@@ -47,7 +47,7 @@ _PANEL = {
         "Measure": ("data", "rollout", "plan", "collect", "probe", "import"),
         "Ask": ("query", "select", "selectors", "fidelity", "report", "serve"),
         "Train": ("train", "demo"),
-        "Keep": ("info", "verify", "compact"),
+        "Keep": ("info", "verify", "compact", "push", "pull", "open"),
     }.items()
     for name in names
 }

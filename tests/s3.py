@@ -1,6 +1,7 @@
 """An S3 server on the loopback interface that counts what is asked of it (moto); nothing leaves the machine."""
 
 import threading
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -72,6 +73,8 @@ def s3_server() -> Iterator[S3]:
     server = S3(http.server_port, client)
     thread.start()
     try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{http.server_port}/moto-api/reset", b""):
+            pass  # What earlier servers of this process hold.
         client.create_bucket(Bucket=BUCKET)
         server.forget()
         yield server

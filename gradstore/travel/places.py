@@ -12,13 +12,14 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta
+from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import Any, Protocol, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from gradstore import exclusive
-from gradstore.errors import GradstoreError, RequestError, first_line, needing
+from gradstore.errors import GradstoreError, NotAStoreError, RequestError, first_line, needing
 from gradstore.travel.sources import Source, Wanted, ZarrSource, check_sizes
 from gradstore.travel.state import STATE
 
@@ -120,6 +121,8 @@ class ObjectPlace:
         self._folder = Path(unquote(urlsplit(url).path)) if url.startswith("file://") else None
         if self._folder is not None and urlsplit(url).netloc:
             raise RequestError(f"{url}: a file's URL has three slashes: file:///PATH")
+        if self._folder is not None and not write and not self._folder.is_dir():
+            raise NotAStoreError(f"{url}: there is no such folder")
         try:
             if self._folder is not None:
                 self._store: Any = LocalStore(prefix=self._folder, mkdir=True) if write else None
@@ -129,7 +132,8 @@ class ObjectPlace:
                 self._store = from_url(url, client_options=options, retry_config=retry)
         except Exception as error:  # noqa: BLE001 (each library has its own; `from error` could show secrets)
             raise RequestError(f"{url}: cannot be used ({said(error)})") from None
-        self.source: ZarrSource = ZarrSource(self._zarr_store(), url, said)
+        self._zarr = ZarrSource(self._zarr_store(), url, said)
+        self.source: Source = self._zarr
 
     def _zarr_store(self) -> Any:
         from zarr.storage import LocalStore, ObjectStore
@@ -140,7 +144,7 @@ class ObjectPlace:
 
     @property
     def requests(self) -> int:
-        return self._own + self.source.requests
+        return self._own + self._zarr.requests
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -206,7 +210,7 @@ class ObjectPlace:
     def remove(self, keys: Sequence[str]) -> None:
         for start in range(0, len(keys), 1000):
             some = list(keys[start : start + 1000])
-            self._reached("written", lambda some=some: self._obstore.delete(self._store, some))
+            self._reached("written", partial(self._obstore.delete, self._store, some))
 
     def _reached(self, what: str, work: Callable[[], T]) -> T:
         self._own += 1
@@ -321,7 +325,7 @@ class HubPlace:
         )
         self._head = str(found.sha)
         prefix = f"{self._folder}/" if self._folder else ""
-        sizes = {one.rfilename: one.size or 0 for one in found.siblings or []}
+        sizes = {one.rfilename: one.size or 0 for one in getattr(found, "siblings", None) or []}
         self._objects = {name[len(prefix) :]: size for name, size in sizes.items() if name.startswith(prefix)}
         return self._head != before
 

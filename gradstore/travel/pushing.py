@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -306,7 +307,7 @@ def _jobs(local: _Local, new: State) -> Iterator[_Job]:
     """Every object of a state."""
     yield _Job(f"{COLLECTIONS}/{ZARR}", 0, lambda: group_json({}))
     for file, (size, crc) in new.files.items():
-        yield _Job(object_of(file, crc), size, lambda file=file: local.read(file))
+        yield _Job(object_of(file, crc), size, partial(local.read, file))
     for name, segments in new.segments.items():
         snapshot = local.snapshots[name]
         yield _Job(f"{COLLECTIONS}/{name}/{ZARR}", 0, lambda: group_json({}))

@@ -235,7 +235,7 @@ class PackedSource:
 
     def _rows(self, collection: str, array: RowArray, first: int, n: int) -> bytes:
         """Bytes of rows [first, first + n), fewer if the segments end before."""
-        parts = []
+        parts: list[np.ndarray] = []
         for segment in self.state.segments.get(collection, ()):
             start, stop = max(first, segment.start), min(first + n, segment.stop)
             if start < stop:
