@@ -61,5 +61,5 @@ def open_store(url: Url, json: Json = False) -> None:
 
     if "://" not in url:
         raise RequestError(f"{url}: is no URL; `gradstore info` shows a store on this machine")
-    info(url, json)  # type: ignore[arg-type]
+    info(url, json)
     say(f"kept in {gradstore.open(url).path}; read it with: gradstore query {url} --against BENCHMARK")
