@@ -30,6 +30,7 @@ def main() -> None:
         rollout,
         stores,
         train,
+        travel,
     )
     from gradstore.cli.show import take_any_text
 

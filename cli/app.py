@@ -54,7 +54,7 @@ _PANEL = {
         "Measure": ("data", "rollout", "plan", "collect", "probe", "import"),
         "Ask": ("query", "select", "selectors", "fidelity", "report", "serve"),
         "Train": ("train", "demo"),
-        "Keep": ("info", "verify", "merge", "compact"),
+        "Keep": ("info", "verify", "merge", "compact", "push", "pull", "open"),
     }.items()
     for name in names
 }

@@ -7,7 +7,7 @@ import typer
 
 from gradstore.cli.app import command, opt
 from gradstore.cli.show import print_csv, print_json, print_table, say, warn
-from gradstore.errors import RequestError
+from gradstore.errors import GradstoreError, RequestError
 from gradstore.layout import DERIVED
 from gradstore.wording import first_words, short_layer
 
@@ -21,7 +21,33 @@ if TYPE_CHECKING:
     from gradstore.engine.searching.where import Where
     from gradstore.engine.selecting.candidates import Selector
 
-StorePath = Annotated[Path, typer.Argument(metavar="STORE", help="Folder of the store.")]
+
+class _OnlyReadError(GradstoreError):
+    """A URL where a store is written; no RequestError, because that is a ValueError, which click shows in its way."""
+
+    exit_status = 2
+
+
+def _folder(text: str) -> Path:
+    if "://" in text:
+        raise _OnlyReadError("a store at a URL is only read (query, select, info): pull it, and give the copy's path")
+    return Path(text)
+
+
+def _folder_or_url(text: str) -> Path | str:
+    return text if "://" in text else Path(text)
+
+
+StorePath = Annotated[Path, typer.Argument(metavar="STORE", help="Folder of the store.", parser=_folder)]
+StoreOrUrl = Annotated[
+    Path,
+    typer.Argument(
+        metavar="STORE",
+        help="Folder of the store, or its URL (s3://, gs://, az://, hf://, ...).",
+        parser=_folder_or_url,
+    ),
+]
+"""A store that is only read; a URL is a str, for `gradstore.open`."""
 AgainstAny = Annotated[list[str] | None, opt("Benchmark whose gradient is the target; may be repeated.", "--against")]
 Pool = Annotated[
     str | None, opt("Collection to rank; default: the only other one, or one that is twice as large as any.", "--pool")
@@ -36,7 +62,7 @@ Json = Annotated[bool, opt("Print JSON.", "--json")]
 
 @command()
 def query(
-    store: StorePath,
+    store: StoreOrUrl,
     against: AgainstAny = None,
     top: Annotated[int, opt("How many problems.", "--top", "-k")] = 20,
     pool: Pool = None,
@@ -174,7 +200,7 @@ def _print_hits(title: str, rows: list[dict], with_layers: bool) -> None:
 
 @command()
 def select(
-    store: StorePath,
+    store: StoreOrUrl,
     n: Annotated[int, opt("How many problems.", "-n")],
     out: Annotated[Path, opt("Folder for train.parquet, train.jsonl and selection.json.")],
     against: AgainstAny = None,

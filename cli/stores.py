@@ -5,14 +5,14 @@ from typing import Annotated, Literal, cast
 import typer
 
 from gradstore.cli.app import command, opt
-from gradstore.cli.query import Json, StorePath
+from gradstore.cli.query import Json, StoreOrUrl, StorePath
 from gradstore.cli.show import print_json, print_line, print_table, say
 from gradstore.errors import check_known
 from gradstore.wording import size
 
 
 @command()
-def info(store: StorePath, json: Json = False) -> None:
+def info(store: StoreOrUrl, json: Json = False) -> None:
     """What a store holds: collections, steps, states, bytes, fingerprint."""
     import gradstore
 

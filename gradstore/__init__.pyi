@@ -88,7 +88,11 @@ from .shards import Shard as Shard
 from .state import State as State
 from .store import Store as Store
 from .store import create as create
-from .store import open as open
+from .travel.opening import PullReport as PullReport
+from .travel.opening import open as open
+from .travel.opening import pull as pull
+from .travel.pushing import PushReport as PushReport
+from .travel.pushing import push as push
 from .verify import Finding as Finding
 from .verify import Report as Report
 from .view import View as View

@@ -75,9 +75,12 @@ _CHECKED = _Checked()
 class CodeRows:
     """The published codes of a collection, chunk by chunk; the most recently used chunks stay open or in memory."""
 
-    def __init__(self, read: Callable[[int], np.ndarray], most: int) -> None:
-        """read: chunk number -> its published rows, [rows in it, width], read-only. most: chunks that are kept."""
-        self._read, self._most = read, most
+    def __init__(self, read: Callable[[int], np.ndarray], most: int, threads: int = 1) -> None:
+        """read: chunk number -> its published rows, [rows in it, width], read-only. most: chunks that are kept.
+
+        threads: those that read ahead.
+        """
+        self._read, self._most, self._threads = read, most, threads
         self._kept: OrderedDict[int, np.ndarray] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -95,14 +98,17 @@ class CodeRows:
         return rows
 
     def read_ahead(self, chunks: list[int]) -> None:
-        """Start a thread that reads these chunks, as many as are kept; it stops at the first that is damaged."""
+        """Start threads that read these chunks, as many as are kept; a thread stops at the first that is damaged."""
 
-        def read() -> None:
+        def read(some: list[int]) -> None:
             with suppress(GradstoreError):
-                for chunk in chunks[: self._most]:
+                for chunk in some:
                     self.chunk(chunk)
 
-        threading.Thread(target=read, name="read ahead", daemon=True).start()
+        ahead = chunks[: self._most]
+        for number in range(min(self._threads, len(ahead))):
+            share = ahead[number :: self._threads]
+            threading.Thread(target=read, args=(share,), name="read ahead", daemon=True).start()
 
 
 def mapped_rows(generation: Path, array: RowArray, rows: int, crcs: tuple[int, ...]) -> CodeRows:
@@ -114,21 +120,34 @@ def mapped_rows(generation: Path, array: RowArray, rows: int, crcs: tuple[int, .
     def read(chunk: int) -> np.ndarray:
         path = generation / array.name / array.chunk_file(chunk)
         shape = array.shape(array.rows_in(chunk, rows))
-        size = shape[0] * array.row_bytes
-        with reading(path):
-            descriptor = open_inside(path, store_of(generation.parent))
-            try:
-                status = os.fstat(descriptor)
-                # Touching a mapping past the end of its file would kill the process.
-                if status.st_size < size:
-                    raise DamagedError(f"{path}: damaged: shorter than its {shape[0]} published rows")
-                mapped = mmap.mmap(descriptor, size, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
-            finally:
-                os.close(descriptor)
-        codes = np.frombuffer(mapped, dtype=array.dtype).reshape(shape)
-        if not _CHECKED.holds(status, codes, crcs[chunk]):
-            raise DamagedError(f"{path}: damaged: its bytes do not match their checksum; see `gradstore verify`")
-        return codes
+        return map_checked(path, store_of(generation.parent), array.dtype, shape, crcs[chunk])
 
+    return CodeRows(read, most_mapped())
+
+
+def most_mapped() -> int:
+    """Most files that one collection maps at once: a quarter of the descriptors that the process may have."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return CodeRows(read, 4096 if soft == resource.RLIM_INFINITY else max(8, min(4096, soft // 4)))
+    return 4096 if soft == resource.RLIM_INFINITY else max(8, min(4096, soft // 4))
+
+
+def map_checked(path: Path, root: Path, dtype: np.dtype, shape: tuple[int, ...], crc: int) -> np.ndarray:
+    """The beginning of a file below `root`, mapped as a read-only array; DamagedError if short or of another checksum.
+
+    shape: rows first.
+    """
+    size = int(np.prod(shape)) * dtype.itemsize
+    with reading(path):
+        descriptor = open_inside(path, root)
+        try:
+            status = os.fstat(descriptor)
+            # Touching a mapping past the end of its file would kill the process.
+            if status.st_size < size:
+                raise DamagedError(f"{path}: damaged: shorter than its {shape[0]} published rows")
+            mapped = mmap.mmap(descriptor, size, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
+        finally:
+            os.close(descriptor)
+    found = np.frombuffer(mapped, dtype=dtype).reshape(shape)
+    if not _CHECKED.holds(status, found, crc):
+        raise DamagedError(f"{path}: damaged: its bytes do not match their checksum; see `gradstore verify`")
+    return found

@@ -15,27 +15,27 @@ The source is any zarr store: `zarr.storage.ObjectStore` (obstore: S3, Google Cl
 `zarr.storage.FsspecStore`, `LocalStore`. To put a store there, upload its folder, manifests and then inventories last.
 """
 
-import asyncio
+import hashlib
 import os
 import shutil
-from collections.abc import Coroutine, Iterator
+import threading
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from gradstore import additions, attachments, exclusive
 from gradstore.appender import create_generation
 from gradstore.attachments import ATTACHMENTS
-from gradstore.chunks import CodeRows
+from gradstore.chunks import CodeRows, most_mapped
 from gradstore.collection import Collection
 from gradstore.durable import TEMPORARY, crc32c, make_folder, replace_file, replacing_file, writing
-from gradstore.errors import DamagedError, GradstoreError, NotAStoreError, RequestError, first_line
+from gradstore.errors import DamagedError, GradstoreError, NotAStoreError, RequestError
 from gradstore.header import MOST_BYTES as MOST_HEADER_BYTES
 from gradstore.header import Header, parse_header
-from gradstore.inside import MOST_BYTES as MOST_FILE_BYTES
-from gradstore.inside import check_folder, open_inside, read_inside, remove_folder
+from gradstore.inside import check_folder, read_inside, remove_folder
 from gradstore.inventory import INVENTORY, Inventory
 from gradstore.inventory import MOST_BYTES as MOST_INVENTORY_BYTES
 from gradstore.layout import (
@@ -61,37 +61,53 @@ from gradstore.problem_table import read_part
 from gradstore.session import Session
 from gradstore.snapshot import check_manifest
 from gradstore.store import Store
+from gradstore.travel.cache import ChunkCache
+from gradstore.travel.sources import Source, Wanted, ZarrSource, packed_or_plain
 
 if TYPE_CHECKING:
     from zarr.abc.store import Store as ZarrStore
 
-T = TypeVar("T")
 _AT_ONCE = 16
-_CHUNKS_KEPT = 8
+_THREADS = 8
+"""Threads that read codes ahead of a search."""
 _BYTES_AT_ONCE = 256 << 20
 _ATTEMPTS = 5
+CACHE = "codes-cache"
+"""Folder of the cached codes, where `open_remote` is given no other."""
 
 
 def mirror(source: "ZarrStore", path: str | Path, collections: list[str] | None = None) -> Store:
     """Bring a local copy of a store at `path` up to date with `source`, and open it for reading.
 
-    source: the store's root as a zarr store. collections: names; None: all. Open views do not change. Raises
-    NotAStoreError if the source holds no store, RequestError if `path` holds another one, DamagedError for bytes that
-    do not match their checksums.
+    source: the store's root as a zarr store; an uploaded folder or a pushed store. collections: names; None: all. Open
+    views do not change. Raises NotAStoreError if the source holds no store, RequestError if `path` holds another one,
+    DamagedError for bytes that do not match their checksums.
+    """
+    return copy_store(packed_or_plain(ZarrSource(source)), Path(path), collections)
+
+
+def open_remote(
+    source: "ZarrStore", path: str | Path, collections: list[str] | None = None, *, cache_bytes: int | None = None
+) -> Store:
+    """Open a remote store in place, for reading, in its current state; copies everything except codes to `path`.
+
+    Arguments and errors as in `mirror`. A scan fetches the chunks of codes that it reads, and keeps them in a cache in
+    `path`. cache_bytes: its bound; None: GRADSTORE_CACHE_BYTES, or 20 GB. DamagedError if a chunk does not match its
+    checksum or a compaction removed it.
     """
     path = Path(path)
+    return open_in_place(packed_or_plain(ZarrSource(source)), path, ChunkCache(path / CACHE, cache_bytes), collections)
+
+
+def copy_store(source: Source, path: Path, collections: list[str] | None = None) -> Store:
+    """`mirror` of a source."""
     if (path / WITHOUT_CODES).exists():
         raise RequestError(f"{path}: holds what open_remote keeps, no whole copy; choose another path")
     return Store(path, _refresh(source, path, collections), "r")
 
 
-def open_remote(source: "ZarrStore", path: str | Path, collections: list[str] | None = None) -> Store:
-    """Open a remote store in place, for reading, in its current state; copies everything except codes to `path`.
-
-    Arguments and errors as in `mirror`. Every scan fetches the chunks of codes that it reads. Use it for a few searches
-    in a store too large to copy. DamagedError if a chunk does not match its checksum or a compaction removed it.
-    """
-    path = Path(path)
+def open_in_place(source: Source, path: Path, cache: ChunkCache, collections: list[str] | None = None) -> Store:
+    """`open_remote` of a source, with the codes in a cache that other stores may share."""
     if (path / ZARR).exists() and not (path / WITHOUT_CODES).exists():
         raise RequestError(f"{path}: holds a store; choose another path for what open_remote keeps")
     with writing(path):
@@ -99,21 +115,57 @@ def open_remote(source: "ZarrStore", path: str | Path, collections: list[str] | 
     replace_file(path / WITHOUT_CODES, b"")
     header = _refresh(source, path, collections)
     codes = header.arrays[0]
+    identity = f"{crc32c(header.to_bytes()):08x}"
 
     def codes_of(collection: Path, manifest: Manifest) -> CodeRows:
-        where, fault = f"{COLLECTIONS}/{collection.name}", f"are not those of commit {manifest.commit}; open it again"
+        locks = [threading.Lock() for _ in range(codes.chunks(manifest.rows))]
+        where = f"{COLLECTIONS}/{collection.name}"
 
         def read(chunk: int) -> np.ndarray:
-            (data,) = _fetched(source, where, [_chunk_file(manifest, codes, chunk)], fault)
-            return np.frombuffer(data, codes.dtype).reshape(codes.shape(codes.rows_in(chunk, manifest.rows)))
+            file = _chunk_file(manifest, codes, chunk)
+            name = hashlib.sha256(f"{identity} {where} {file}".encode()).hexdigest()[:32]
+            with locks[chunk]:  # A search and what reads ahead of it fetch a chunk once.
+                found = cache.get(name, file.used, file.crc32c)
+                if found is None:
+                    data = _fetched_anew(source, where, file, manifest)
+                    cache.put(name, data)
+                    found = cache.get(name, file.used, file.crc32c)
+                    found = np.frombuffer(data, np.uint8) if found is None else found
+            return found.view(codes.dtype).reshape(codes.shape(codes.rows_in(chunk, manifest.rows)))
 
-        return CodeRows(read, _CHUNKS_KEPT)
+        # A mapped file takes disk until it is let go, in the cache or not.
+        kept = max(2, min(most_mapped(), cache.most_bytes // (4 * codes.chunk_bytes)))
+        return CodeRows(read, kept, _THREADS)
 
     return Store(path, header, "r", codes_of)
 
 
-def _refresh(source: "ZarrStore", path: Path, collections: list[str] | None) -> Header:
-    """Bring a copy up to date, without codes where `path` is marked so; returns the header."""
+def _fetched_anew(source: Source, where: str, file: "_File", manifest: Manifest) -> bytes:
+    """Fetch a chunk; from the newest state of the source if its last known one no longer has it."""
+    fault = f"are not those of commit {manifest.commit}; open it again"
+    try:
+        return next(_fetched(source, where, [file], fault))
+    except DamagedError:
+        if not source.renew():
+            raise
+    return next(_fetched(source, where, [file], fault))
+
+
+def _refresh(source: Source, path: Path, collections: list[str] | None) -> Header:
+    """Bring a copy up to date, without codes where `path` is marked so; returns the header.
+
+    If a push removes what is being copied, it begins again with the new state.
+    """
+    for _ in range(_ATTEMPTS):
+        try:
+            return _refresh_once(source, path, collections)
+        except DamagedError:
+            if not source.renew():
+                raise
+    return _refresh_once(source, path, collections)
+
+
+def _refresh_once(source: Source, path: Path, collections: list[str] | None) -> Header:
     from zarr.storage import LocalStore
 
     names = [check_name(name) for name in (_collections(source) if collections is None else collections)]
@@ -126,7 +178,7 @@ def _refresh(source: "ZarrStore", path: Path, collections: list[str] | None) -> 
             _read(Store(beside, header, "r"), path, names)
         except GradstoreError as error:
             raise type(error)(str(error).replace(str(beside), str(source))) from error
-        return _copy_store(LocalStore(beside, read_only=True), path, names)
+        return _copy_store(ZarrSource(LocalStore(beside, read_only=True)), path, names)
 
 
 @contextmanager
@@ -149,7 +201,7 @@ def _rehearsed(path: Path) -> Iterator[Path]:
         unlock()
 
 
-_NOT_REHEARSED = shutil.ignore_patterns(f"{TEMPORARY}*", LOCK, f"*{exclusive.SUFFIX}", IN_USE, INDEXES)
+_NOT_REHEARSED = shutil.ignore_patterns(f"{TEMPORARY}*", CACHE, LOCK, f"*{exclusive.SUFFIX}", IN_USE, INDEXES)
 
 
 def _link(there: str, here: str) -> None:
@@ -182,7 +234,7 @@ def _same(one: Path, other: Path) -> bool:
     return one.exists() and other.exists() and one.read_bytes() == other.read_bytes()
 
 
-def _copy_store(source: "ZarrStore", path: Path, names: list[str]) -> Header:
+def _copy_store(source: Source, path: Path, names: list[str]) -> Header:
     header = _prepare(source, path)
     arrays = header.arrays[1:] if (path / WITHOUT_CODES).exists() else header.arrays
     for name in names:
@@ -209,9 +261,9 @@ def _chunk_file(manifest: Manifest, array: RowArray, chunk: int) -> _File:
     return _File(name, manifest.chunks[array.name][chunk], used, array.chunk_bytes)
 
 
-def _header_of(source: "ZarrStore", path: Path) -> tuple[Header, bytes]:
+def _header_of(source: Source, path: Path) -> tuple[Header, bytes]:
     """The header of a source and its bytes; RequestError if `path` is the copy of another store."""
-    root = _get(source, [(ZARR, MOST_HEADER_BYTES)])[0]
+    root = source.get([Wanted(ZARR, MOST_HEADER_BYTES)])[0]
     if root is None:
         raise NotAStoreError(f"{source}: there is no gradstore store here (no {ZARR})")
     header = parse_header(root, Path(str(source)))
@@ -220,7 +272,7 @@ def _header_of(source: "ZarrStore", path: Path) -> tuple[Header, bytes]:
     return header, root
 
 
-def _prepare(source: "ZarrStore", path: Path) -> Header:
+def _prepare(source: Source, path: Path) -> Header:
     """Prepare the folder of a copy: everything outside the collections."""
     header, root = _header_of(source, path)
     with writing(path):
@@ -228,7 +280,7 @@ def _prepare(source: "ZarrStore", path: Path) -> Header:
     _make_folder(path / COLLECTIONS, path)
     replace_file(path / COLLECTIONS / ZARR, group_json({}))
     # Before the files that it names: there may be more of them, never fewer.
-    inventory = _get(source, [(INVENTORY, MOST_INVENTORY_BYTES)])[0]
+    inventory = source.get([Wanted(INVENTORY, MOST_INVENTORY_BYTES)])[0]
     _copy_named(source, ATTACHMENTS, path)
     _keep_inventory(inventory, path)
     replace_file(path / ZARR, root)
@@ -247,11 +299,11 @@ def _make_folder(folder: Path, root: Path) -> None:
     make_folder(folder)
 
 
-def _copy_named(source: "ZarrStore", where: str, path: Path) -> None:
+def _copy_named(source: Source, where: str, path: Path) -> None:
     """Copy the missing files of a folder; their names contain the checksum of their bytes."""
     kind = attachments if where == ATTACHMENTS else additions
     files = []
-    for name in _listed(source, where):
+    for name in source.listed(where):
         crc = kind.checksum_in(name)
         if crc is None:
             raise DamagedError(f"{source}: {where}/{name!r:.80}: is not the name of a file that a store has there")
@@ -260,17 +312,17 @@ def _copy_named(source: "ZarrStore", where: str, path: Path) -> None:
     if files:
         _make_folder((path / where).parent, path)
         _make_folder(path / where, path)
-    for file, size in zip(files, _sizes(source, [f"{where}/{file.name}" for file in files]), strict=True):
+    for file, size in zip(files, source.sizes([f"{where}/{file.name}" for file in files]), strict=True):
         (data,) = _fetched(source, where, [file._replace(used=size)])
         replace_file(path / where / file.name, data)
 
 
-def _bring_up_to_date(source: "ZarrStore", header: Header, path: Path, name: str, arrays: tuple[RowArray, ...]) -> None:
+def _bring_up_to_date(source: Source, header: Header, path: Path, name: str, arrays: tuple[RowArray, ...]) -> None:
     """Update the copy of one collection; if the source publishes or compacts meanwhile, retry with the new manifest."""
     where = f"{COLLECTIONS}/{name}"
     for attempt in range(_ATTEMPTS):
-        inventory = _get(source, [(f"{where}/{INVENTORY}", MOST_INVENTORY_BYTES)])[0]
-        raw = _get(source, [(f"{where}/{MANIFEST}", MOST_BYTES)])[0]
+        inventory = source.get([Wanted(f"{where}/{INVENTORY}", MOST_INVENTORY_BYTES)])[0]
+        raw = source.get([Wanted(f"{where}/{MANIFEST}", MOST_BYTES)])[0]
         if raw is None:
             raise RequestError(f"{source}: there is no collection {name!r}")
         manifest = Manifest.from_bytes(raw, Path(f"{where}/{MANIFEST}"))
@@ -284,12 +336,12 @@ def _bring_up_to_date(source: "ZarrStore", header: Header, path: Path, name: str
             _keep_inventory(inventory, path / where)
             return
         except DamagedError:
-            if attempt == _ATTEMPTS - 1 or _get(source, [(f"{where}/{MANIFEST}", MOST_BYTES)])[0] == raw:
+            if attempt == _ATTEMPTS - 1 or source.get([Wanted(f"{where}/{MANIFEST}", MOST_BYTES)])[0] == raw:
                 raise
 
 
 def _copy(
-    source: "ZarrStore", header: Header, folder: Path, where: str, manifest: Manifest, arrays: tuple[RowArray, ...]
+    source: Source, header: Header, folder: Path, where: str, manifest: Manifest, arrays: tuple[RowArray, ...]
 ) -> None:
     known = read_manifest(folder) if (folder / MANIFEST).exists() else Manifest()
     if known == manifest:
@@ -332,11 +384,13 @@ def _missing(manifest: Manifest, known: Manifest, arrays: tuple[RowArray, ...]) 
 
 
 def _fetched(
-    source: "ZarrStore", where: str, files: list[_File], fault: str = "do not match their checksum"
+    source: Source, where: str, files: list[_File], fault: str = "do not match their checksum"
 ) -> Iterator[bytes]:
     """Fetch the published bytes of files below `where`, some at a time; DamagedError for bytes that were changed."""
     for part in _some_at_once(files):
-        for file, data in zip(part, _get(source, [(f"{where}/{file.name}", file.used) for file in part]), strict=True):
+        for file, data in zip(
+            part, source.get([Wanted(f"{where}/{file.name}", file.used) for file in part]), strict=True
+        ):
             if data is None or len(data) != file.used or crc32c(data) != file.crc32c:
                 raise DamagedError(f"{where}/{file.name}: its bytes at {source} {fault}")
             yield data
@@ -354,67 +408,7 @@ def _some_at_once(files: list[_File]) -> Iterator[list[_File]]:
         yield group
 
 
-def _get(source: "ZarrStore", keys: list[tuple[str, int]]) -> list[bytes | None]:
-    """Fetch the beginning of several values concurrently, of each as many bytes as given; None for a missing key."""
-    from zarr.abc.store import RangeByteRequest
-    from zarr.core.buffer import default_buffer_prototype
-    from zarr.storage import LocalStore
-
-    async def fetch() -> list[bytes | None]:
-        prototype = default_buffer_prototype()
-        found = await asyncio.gather(*(source.get(key, prototype, RangeByteRequest(0, most)) for key, most in keys))
-        return [None if buffer is None else buffer.to_bytes() for buffer in found]
-
-    if isinstance(source, LocalStore):
-        for key, _ in keys:
-            _refuse_links(source.root, key)
-    return [
-        None if data is None else data[:most] for data, (_, most) in zip(_reached(source, fetch()), keys, strict=True)
-    ]
-
-
-def _refuse_links(root: Path, key: str) -> None:
-    """DamagedError for what is no ordinary file of a store on this machine: zarr would open it."""
-    try:
-        os.close(open_inside(root / key, root))
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise GradstoreError(f"{root / key}: cannot be read ({error.strerror})") from error
-
-
-def _sizes(source: "ZarrStore", keys: list[str]) -> list[int]:
-    """Sizes of several values; GradstoreError for one that is too large to be a file of a store."""
-
-    async def ask() -> list[int]:
-        return list(await asyncio.gather(*(source.getsize(key) for key in keys)))
-
-    sizes = _reached(source, ask())
-    for key, size in zip(keys, sizes, strict=True):
-        if not 0 < size <= MOST_FILE_BYTES:
-            raise DamagedError(f"{source}: {key} has {size} bytes, expected 1 to {MOST_FILE_BYTES}")
-    return sizes
-
-
-def _collections(source: "ZarrStore") -> list[str]:
-    names = [name for name in _listed(source, COLLECTIONS) if name != ZARR]
-    return [name for name in names if _get(source, [(f"{COLLECTIONS}/{name}/{MANIFEST}", 1)])[0] is not None]
-
-
-def _listed(source: "ZarrStore", folder: str) -> list[str]:
-    """Names in a folder, sorted, without names that begin with a dot."""
-
-    async def names() -> list[str]:
-        return [key.rstrip("/").split("/")[-1] async for key in source.list_dir(folder)]
-
-    return sorted(name for name in _reached(source, names()) if name and not name.startswith("."))
-
-
-def _reached(source: "ZarrStore", work: Coroutine[Any, Any, T]) -> T:
-    """Result of a request to the source. Each library has errors of its own; they become a GradstoreError."""
-    from zarr.core.sync import sync
-
-    try:
-        return sync(work)
-    except Exception as error:
-        raise GradstoreError(f"{source}: cannot be read ({first_line(error)})") from error
+def _collections(source: Source) -> list[str]:
+    names = [name for name in source.listed(COLLECTIONS) if name != ZARR]
+    found = source.get([Wanted(f"{COLLECTIONS}/{name}/{MANIFEST}", 1) for name in names])
+    return [name for name, first in zip(names, found, strict=True) if first is not None]

@@ -256,9 +256,14 @@ class Store:
             check_collection_files(self._collection(name), len(self.bases), self._codes_of is None)
 
     def verify(self) -> "Report":
-        """Check every stored byte against its checksum; safe while another process writes."""
+        """Check every stored byte against its checksum; safe while another process writes.
+
+        RequestError for a store that is opened in place at a URL.
+        """
         from gradstore.verify import verify
 
+        if self._codes_of is not None:
+            raise RequestError(f"{self.path}: keeps a store at a URL without its codes; pull the store to verify it")
         return verify(self.path, self._header)
 
     def compact(self, collection: str | None = None, *, keep: Literal["all", "newest"] = "all") -> "CompactReport":

@@ -1,6 +1,6 @@
 """A tokenizer of bytes, a random model of 90,000 parameters that speaks it, and a small store."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import gradstore
+from tests.s3 import S3, s3_server
 
 
 @pytest.fixture(scope="session")
@@ -70,3 +71,13 @@ def small_store() -> Callable[[Path], Path]:
         return path
 
     return make
+
+
+@pytest.fixture
+def s3(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[S3]:
+    """An S3 server with an empty bucket, to which the environment leads; and a cache of its own."""
+    with s3_server() as server:
+        for name, value in server.environment.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("GRADSTORE_CACHE", str(tmp_path / "cache"))
+        yield server
