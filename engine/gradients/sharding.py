@@ -63,8 +63,7 @@ def gathered(model: nn.Module) -> Iterator[bool]:
     """Keep all parameters gathered in the context, if there is room; yields whether they are.
 
     Submodules can then be called directly, in any order, and nothing is communicated between micro-batches. Room: on a
-    GPU half of the free memory of every rank; never on a CPU, whose memory all ranks share: a model is sharded there to
-    save memory. Gradients must not be reduced in the context. All ranks enter it together. Yields True for a plain
+    GPU half of the free memory of every rank; a CPU always has it. Gradients must not be reduced in the context. All ranks enter it together. Yields True for a plain
     model, and inside another such context of the same model.
     """
     if model in _GATHERED or not is_sharded(model):
@@ -126,11 +125,11 @@ def _parameter_groups(module: FSDPModule) -> list[Any]:
 
 
 def _has_room(model: nn.Module) -> bool:
-    """Whether this rank's GPU has room for the whole model's weights; never on a CPU."""
+    """Whether this rank's GPU has room for the whole model's weights; always on a CPU."""
     parameters = [parameter for parameter in model.parameters() if isinstance(parameter, DTensor)]
     device = own_part(parameters[0]).device
     if device.type != "cuda":
-        return False
+        return True
     return sum(p.numel() * p.element_size() for p in parameters) <= _OF_FREE * free_bytes(device)
 
 
