@@ -63,8 +63,8 @@ def gathered(model: nn.Module) -> Iterator[bool]:
     """Keep all parameters gathered in the context, if there is room; yields whether they are.
 
     Submodules can then be called directly, in any order, and nothing is communicated between micro-batches. Room: on a
-    GPU half of the free memory of every rank; a CPU always has it. Gradients must not be reduced in the context. All ranks enter it together. Yields True for a plain
-    model, and inside another such context of the same model.
+    GPU half of the free memory of every rank; a CPU always has it. Gradients must not be reduced in the context. All
+    ranks enter it together. Yields True for a plain model, and inside another such context of the same model.
     """
     if model in _GATHERED or not is_sharded(model):
         yield True
