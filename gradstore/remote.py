@@ -12,7 +12,8 @@ manifest, and nothing is written outside the copy's folder. A refresh is first m
 (`_rehearsed`): one that fails leaves the copy as it was.
 
 The source is any zarr store: `zarr.storage.ObjectStore` (obstore: S3, Google Cloud, Azure, HTTP),
-`zarr.storage.FsspecStore`, `LocalStore`. To put a store there, upload its folder, manifests and then inventories last.
+`zarr.storage.FsspecStore`, `LocalStore`. `gradstore push` puts a store
+there, compressed (travel/); a folder that was uploaded, manifests and then inventories last, is read as well.
 """
 
 import hashlib

@@ -12,6 +12,7 @@ from gradstore import DamagedError
 from gradstore.durable import crc32c
 from gradstore.layout import RowArray, row_arrays
 from gradstore.travel.packing import Packed
+from tests.readers import by_tensorstore, by_zarr
 
 
 def packed_array(packed: Packed, rows: np.ndarray, folder: Path) -> Path:
@@ -22,19 +23,6 @@ def packed_array(packed: Packed, rows: np.ndarray, folder: Path) -> Path:
         part = rows[shard * packed.shard_rows : (shard + 1) * packed.shard_rows]
         (folder / packed.shard_file(shard)).write_bytes(packed.encode_shard(part))
     return folder
-
-
-def by_zarr(path: Path) -> np.ndarray:
-    import zarr
-
-    return zarr.open_array(path, mode="r")[...]
-
-
-def by_tensorstore(path: Path) -> np.ndarray:
-    import tensorstore
-
-    spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(path)}}
-    return tensorstore.open(spec, open=True, read=True).result().read().result()
 
 
 @pytest.mark.parametrize("read", [by_zarr, by_tensorstore])

@@ -1,7 +1,6 @@
 """The arrays as other Zarr readers see them: zarr-python alone and tensorstore open all of them, with equal numbers."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,21 +9,9 @@ import gradstore
 from gradstore.header import read_header
 from gradstore.snapshot import open_snapshot
 from gradstore.stored_rows import StoredRows
+from tests.readers import by_tensorstore, by_zarr
 
 ARRAYS = ("codes", "scale", "norm", "step", "problem", "state", "pass_rate", "n_rollouts", "reason")
-
-
-def by_zarr(path: Path) -> np.ndarray:
-    import zarr
-
-    return zarr.open_array(path, mode="r")[...]
-
-
-def by_tensorstore(path: Path) -> np.ndarray:
-    import tensorstore
-
-    spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(path)}}
-    return tensorstore.open(spec, open=True, read=True).result().read().result()
 
 
 @pytest.mark.parametrize("read", [by_zarr, by_tensorstore])
