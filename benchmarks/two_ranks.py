@@ -59,7 +59,8 @@ def collect_and_tell(told: str, *arguments: str) -> None:
     """Run `collect` with these arguments in this process, then write its peak above its base to a file."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    AutoModelForCausalLM._model_mapping[type(AutoConfig.from_pretrained(arguments[arguments.index("--model") + 1]))]
+    folder = arguments[arguments.index("--model") + 1]
+    AutoModelForCausalLM._model_mapping[type(AutoConfig.from_pretrained(folder, trust_remote_code=False))]
     from gradstore.cli import main as gradstore
 
     base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

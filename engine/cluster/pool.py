@@ -12,7 +12,6 @@ consumer slows the workers down instead of filling the memory.
 
 import logging
 import os
-import pickle
 import sys
 import time
 from collections import deque
@@ -112,7 +111,7 @@ class Pool:
             )
         if room < workers:
             log.warning("the Ray cluster has room for %d of %d workers now: %s", room, workers, _resources(ray))
-        self._make = ray.put(pickle_of(make))
+        self._make = ray.put(make)
         self._kind = ray.remote(_Worker).options(num_cpus=cpus, num_gpus=gpus, max_restarts=0, max_task_retries=0)
         self._cpus = cpus
         self._about: Any = None
@@ -191,7 +190,7 @@ class Pool:
                     yield place
 
     def _submit(self, place: _Place, number: int, window: Window) -> None:
-        place.running.append((number, place.actor.run.remote(pickle_of(window.arguments))))
+        place.running.append((number, place.actor.run.remote(window.arguments)))
 
     def _start(self, place: _Place) -> None:
         place.actor = self._kind.remote()
@@ -230,7 +229,7 @@ class Pool:
                 raise RequestError(f"{place}: it has gradstore {version}, here is {_version()}: install the same")
             place.starting, place.loading = place.actor.load.remote(self._make, self._cpus, os.getcwd()), True
             return
-        about, seconds, records = pickle.loads(answer)
+        about, seconds, records = answer
         _pass_on(place, records)
         if not self._agreed:
             self._about, self._agreed = about, True
@@ -248,7 +247,7 @@ class Pool:
             number, reference = place.running[0]
             if not self._ray.wait([reference], timeout=0)[0]:
                 return
-            result, seconds, records = pickle.loads(self._ray.get(reference))
+            result, seconds, records = self._ray.get(reference)
             place.running.popleft()
             _pass_on(place, records)
             cost = place.cost
@@ -314,28 +313,28 @@ class _Worker:
         logging.getLogger("gradstore").addHandler(_Keeping(self._records))
         return ray.util.get_node_ip_address(), os.getpid(), _version()
 
-    def load(self, make: bytes, threads: int, folder: str) -> bytes:
+    def load(self, make: Make, threads: int, folder: str) -> tuple[Any, float, list[tuple[str, int, str]]]:
         """Make the function. threads: torch's. folder: the driver's working folder, for relative paths."""
         started = time.perf_counter()
         if Path(folder).is_dir():
             os.chdir(folder)
-        self._function = pickle.loads(make)()
+        self._function = make()
         if "torch" in sys.modules:  # else Ray's OMP_NUM_THREADS holds when it is imported
             limit_threads(threads)
         about = getattr(self._function, "about", None)
         return self._answer(about, started)
 
-    def run(self, arguments: bytes) -> bytes:
-        """Apply the function."""
+    def run(self, arguments: tuple[Any, ...]) -> tuple[Any, float, list[tuple[str, int, str]]]:
+        """Apply the function. Arrays of the result are read-only for the driver: they lie in Ray's shared memory."""
         started = time.perf_counter()
         if self._function is None:
             raise RuntimeError("run before load")
-        return self._answer(self._function(*pickle.loads(arguments)), started)
+        return self._answer(self._function(*arguments), started)
 
-    def _answer(self, value: Any, started: float) -> bytes:
-        """(value, seconds, log records): pickled here, so that arrays are the driver's own, not shared memory."""
+    def _answer(self, value: Any, started: float) -> tuple[Any, float, list[tuple[str, int, str]]]:
+        """(value, seconds, log records)."""
         records, self._records[:] = list(self._records), []
-        return pickle.dumps((value, time.perf_counter() - started, records), protocol=5)
+        return value, time.perf_counter() - started, records
 
 
 class _Keeping(logging.Handler):
@@ -367,13 +366,6 @@ def room_for(*, cpus: int, gpus: int) -> int:
             fitting = [int(own.get("CPU", 0) // cpus), *([int(own.get("GPU", 0) // gpus)] if gpus else [])]
             total += min(fitting)
     return total
-
-
-def pickle_of(value: Any) -> bytes:
-    """The value's bytes; functions and classes of a script travel by value."""
-    from ray import cloudpickle
-
-    return bytes(cloudpickle.dumps(value, protocol=5))
 
 
 def named_range(ids: Sequence[str]) -> str:
