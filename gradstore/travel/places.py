@@ -19,9 +19,9 @@ from typing import Any, Protocol, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from gradstore import exclusive
-from gradstore.errors import GradstoreError, NotAStoreError, RequestError, first_line, needing
+from gradstore.errors import DamagedError, GradstoreError, NotAStoreError, RequestError, first_line, needing
 from gradstore.travel.sources import Source, Wanted, ZarrSource, check_sizes
-from gradstore.travel.state import STATE
+from gradstore.travel.state import MOST_BYTES, STATE
 
 T = TypeVar("T")
 EXTRA = "gradstore[remote]"
@@ -168,6 +168,8 @@ class ObjectPlace:
                 found = self._obstore.get(self._store, STATE)
             except FileNotFoundError:
                 return None, None
+            if found.meta["size"] > MOST_BYTES:
+                raise DamagedError(f"{self.url}: {STATE} has {found.meta['size']} bytes, a state at most {MOST_BYTES}")
             token = {name: found.meta[name] for name in ("e_tag", "version") if found.meta.get(name)}
             return bytes(found.bytes()), token
 

@@ -213,6 +213,7 @@ def _check_ancestor(local: _Local, place: Place, old: State) -> dict[str, bool]:
     for name in old.segments:
         snapshot, file = local.snapshots[name], f"{COLLECTIONS}/{name}/{MANIFEST}"
         if old.files.get(file) == local.files[file]:
+            _check_segments(old.segments[name], snapshot.manifest.rows, f"{url}: collection {name!r}")
             begins[name] = True
             continue
         (raw,) = place.source.get([Wanted(old.key(file), MOST_MANIFEST_BYTES)]) if file in old.files else (None,)
@@ -220,9 +221,17 @@ def _check_ancestor(local: _Local, place: Place, old: State) -> dict[str, bool]:
             raise DamagedError(f"{url}: {file}: the object is missing; remove the store there and push it anew")
         before = Manifest.from_bytes(raw, Path(f"{url}/{file}"))
         before.check_arrays(local.header.arrays, Path(f"{url}/{file}"))
+        _check_segments(old.segments[name], before.rows, f"{url}: collection {name!r}")
         begins[name] = before.generation == snapshot.manifest.generation
         _check_earlier(before, snapshot, f"{url}: collection {name!r}", local.path)
     return begins
+
+
+def _check_segments(segments: tuple[Segment, ...], rows: int, where: str) -> None:
+    """DamagedError unless the segments hold as many rows as the manifest beside them says."""
+    found = segments[-1].stop if segments else 0
+    if found != rows:
+        raise DamagedError(f"{where}: damaged: its segments have {found} rows, its manifest {rows}")
 
 
 def _check_earlier(before: Manifest, snapshot: Snapshot, where: str, path: Path) -> None:

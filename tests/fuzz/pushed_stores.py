@@ -165,7 +165,7 @@ def _seal_files(pushed: Path) -> None:
                 state["files"][path] = [len(data), f"{crc32c(data):08x}"]
                 there.rename(pushed / object_of(path, crc32c(data)))
         file.write_bytes(_sealed(file, json.dumps(value).encode()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError):
         return  # not such a document any more
 
 
