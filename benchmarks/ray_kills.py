@@ -1,10 +1,10 @@
 """Kill workers and drivers of `rollout --ray` and `collect --ray` at random moments; compare with undisturbed runs.
 
-    python -m benchmarks.ray_kills [--workers-killed 20] [--drivers-killed 5] [--problems 768] [--seed 0]
+    python -m benchmarks.ray_kills [--workers-killed 10] [--drivers-killed 5] [--problems 384] [--seed 0]
 
-Workers: several runs of each command on one Ray, in which workers are killed (SIGKILL) at random times, while they load
-or compute. Drivers: the command is killed at a random time of its start-up or its work, and started again, until it has
-been killed as often as asked; then it runs to its end. The reference is the same command without --ray, undisturbed.
+Workers: several runs of each command on one Ray, in which workers are killed (SIGKILL) at random times, most while they
+compute, the others in whatever they do. Drivers: the command is killed at a random time of its start-up or its work and
+started again, as often as asked; then it runs to its end. The reference is the same command without --ray, undisturbed.
 Every rollout file must have the reference's bytes, and every file of a store too (`benchmarks/contents.py`).
 
 `collect` publishes every 0.2 s here instead of every 5 s: so short a run would otherwise have nothing to go on from.
@@ -36,9 +36,11 @@ from gradstore.engine.sketches import collector
 collector._PUBLISH_SECONDS = 0.2
 from gradstore.cli import main; main()
 """
-_RUNS = 4
-"""Runs of each command over which the killed workers are spread."""
-_MINUTES = 5
+_RUNS = 3
+"""Runs of each command over which the killed workers are spread; more if a run ends before its share is killed."""
+_COMPUTING = "ray::_Worker.run"
+"""How the process of a worker is called while it computes a window."""
+_MINUTES = 15
 
 
 @dataclass(slots=True)
@@ -53,9 +55,9 @@ class Job:
 
 
 def main(
-    workers_killed: Annotated[int, typer.Option(help="Workers killed, of each command.")] = 20,
+    workers_killed: Annotated[int, typer.Option(help="Workers killed, of each command.")] = 10,
     drivers_killed: Annotated[int, typer.Option(help="Drivers killed, of each command.")] = 5,
-    problems: Annotated[int, typer.Option(help="Problems rolled out and collected.")] = 768,
+    problems: Annotated[int, typer.Option(help="Problems rolled out and collected.")] = 384,
     seed: Annotated[int, typer.Option(help="Of the moments.")] = 0,
 ) -> None:
     """Kill, resume, compare; any difference ends the run with an error."""
@@ -79,7 +81,7 @@ def jobs(folder: Path, problems: int) -> list[Job]:
     sampled = ["rollout", str(pool), "--model", model, "--reward", "benchmarks.real:even", "-n", "4", "--as-text"]
     sampled += ["--max-new-tokens", "24", "--device", "cpu"]
     fitted = ["--model", model, "--rank", "4", "--dim", "64", "--fit-problems", "16", "--accept-coverage", "0"]
-    fitted += ["--token-budget", "64", "--device", "cpu"]
+    fitted += ["--token-budget", "128", "--device", "cpu"]
 
     def file_of(out: Path) -> Path:
         return out.with_suffix(".jsonl")
@@ -104,27 +106,29 @@ def reference(job: Job, folder: Path) -> Path:
 
 
 def kill_workers(job: Job, folder: Path, kills: int, expected: object, random: np.random.Generator) -> list[str]:
-    """Runs of the command in which workers are killed at random times; each must give the expected result."""
-    killed = computing = runs = told = 0
+    """Kill workers in runs of the command, two thirds while they compute; each run must give what is expected."""
+    killed = computing = runs = replaced = 0
     while killed < kills:
-        out = folder / f"{job.name}-workers-{runs}"
-        quota = min(kills - killed, -(-kills // _RUNS)) if runs else 0
-        started, before = time.monotonic(), killed
+        out, before, started = folder / f"{job.name}-workers-{runs}", killed, time.monotonic()
+        quota = min(kills - killed, -(-kills // _RUNS))
         driver = start(job, out, with_ray())
         while killed - before < quota and driver.poll() is None:
-            time.sleep(float(random.uniform(0.2, 2)))
-            victims = workers()
-            if victims and driver.poll() is None:
-                pid, title = victims[int(random.integers(len(victims)))]
+            at_work = random.random() < 2 / 3
+            victims = [worker for worker in workers() if not at_work or worker[1].startswith(_COMPUTING)]
+            if not victims:
+                time.sleep(0.02)
+                continue
+            time.sleep(float(random.uniform(0, 1)))
+            pid, title = victims[int(random.integers(len(victims)))]
+            if pid in [worker for worker, _ in workers()]:
                 os.kill(pid, signal.SIGKILL)
-                killed, computing = killed + 1, computing + title.startswith("ray::_Worker.run")
-        answer = finish(driver, job)
-        lost = sum(worker["lost"] for worker in answer["workers"])
+                killed, computing = killed + 1, computing + title.startswith(_COMPUTING)
+        lost = sum(worker["lost"] for worker in finish(driver, job)["workers"])
         compare(job, out, expected)
         took = time.monotonic() - started
         print(f"{job.name}, run {runs}: {killed - before} killed, {lost} replaced, {took:.1f} s", flush=True)
-        runs, told = runs + 1, told + lost
-    how = f"workers, {computing} of them computing; {told} replaced"
+        runs, replaced = runs + 1, replaced + lost
+    how = f"workers, {computing} of them computing; {replaced} replaced"
     return [job.name, str(killed), how, str(runs), "identical"]
 
 

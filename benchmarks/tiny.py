@@ -1,6 +1,4 @@
-"""A tokenizer of bytes and a random model of 90,000 parameters that speaks it: for tests, and for benchmarks of what
-does not depend on the model.
-"""
+"""A tokenizer of bytes and a small random model that speaks it: for tests, and where the model does not matter."""
 
 from pathlib import Path
 from typing import Any
@@ -25,16 +23,16 @@ def tokenizer() -> Any:
     return made
 
 
-def model(tokenizer: Any) -> Any:
-    """Qwen2 of 2 layers, hidden 64, with random weights of a fixed seed, in eval mode."""
+def model(tokenizer: Any, *, hidden: int = 64, layers: int = 2) -> Any:
+    """Qwen2 with random weights of a fixed seed, in eval mode; 90,000 parameters if not told otherwise."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     config = Qwen2Config(
         vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
         num_attention_heads=2,
         num_key_value_heads=1,
         max_position_embeddings=128,
@@ -48,9 +46,9 @@ def model(tokenizer: Any) -> Any:
         return Qwen2ForCausalLM(config).eval()
 
 
-def save(folder: Path) -> Path:
+def save(folder: Path, *, hidden: int = 64, layers: int = 2) -> Path:
     """Save both in a folder."""
     words = tokenizer()
-    model(words).save_pretrained(folder)
+    model(words, hidden=hidden, layers=layers).save_pretrained(folder)
     words.save_pretrained(folder)
     return folder
