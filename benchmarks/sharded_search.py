@@ -25,7 +25,7 @@ from benchmarks.stores import make_store
 from benchmarks.timing import interleaved, print_times
 from gradstore import View
 from gradstore.engine.cluster.ray_start import connected
-from gradstore.engine.searching.on_workers import OnWorkers
+from gradstore.engine.searching.on_workers import SearchOnWorkers
 from gradstore.engine.searching.query import Hits, search
 
 K = 1000
@@ -46,7 +46,7 @@ def main(
         opened = time.perf_counter()
         with connected("local", workers):
             started = time.perf_counter()
-            with OnWorkers(view, workers=workers) as spread:
+            with SearchOnWorkers(view, workers=workers) as spread:
                 ready = time.perf_counter()
                 compare(view, spread, dim)
                 _time(view, spread, dim, repeats)
@@ -55,7 +55,7 @@ def main(
     print(f"rows scanned by each worker, all searches together: {shares}; load at the end {_load()}")
 
 
-def compare(view: View, spread: OnWorkers, dim: int) -> None:
+def compare(view: View, spread: SearchOnWorkers, dim: int) -> None:
     """The first searches, which read and check the codes; ValueError where hits differ."""
     query = np.random.default_rng(1).standard_normal(dim).astype(np.float32)
     thirds = np.arange(len(view)) % 3 == 1
@@ -78,7 +78,7 @@ def _timed(job: Callable[[], Hits]) -> tuple[Hits, float]:
     return job(), time.perf_counter() - started
 
 
-def _time(view: View, spread: OnWorkers, dim: int, repeats: int) -> None:
+def _time(view: View, spread: SearchOnWorkers, dim: int, repeats: int) -> None:
     query = np.random.default_rng(2).standard_normal(dim).astype(np.float32)
     jobs: dict[str, Callable[[], object]] = {
         "one process": lambda: search(view, query, K),

@@ -1,6 +1,6 @@
 """Search of one view by a pool of Ray workers: each scans a part of the rows, and the best of all parts are merged.
 
-    with OnWorkers(view, workers=4) as rows:          # Ray must be initialised (engine/cluster/ray_start.py)
+    with SearchOnWorkers(view, workers=4) as rows:    # Ray must be initialised (engine/cluster/ray_start.py)
         hits = rows.search(target, 20)                # those of `search(view, target, 20)`
 
 The rows stay where they are. A worker opens the view itself, at the same commit, and keeps it open between searches; it
@@ -13,6 +13,7 @@ among the k best of its part, also where ids decide between equal scores.
 P problems of a view, N of a part, W dimensions of a query, K hits.
 """
 
+import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -32,21 +33,23 @@ _Found = tuple[np.ndarray, np.ndarray, int]
 """Positions in the part, scores, and the number of eligible rows without a score."""
 
 
-class OnWorkers:
+class SearchOnWorkers:
     """The rows of a view, divided among workers; as a context manager it ends them."""
 
     def __init__(self, view: View, *, workers: int, parts: int | None = None, cpus: int = 1) -> None:
         """parts: how many to divide the rows into; default: one for each worker. The others are `Pool`'s.
 
-        RequestError for a store that is read from a URL: pull it first.
+        RequestError if a worker does not find the store, and for a store that is read from a URL: pull it first.
         """
+        check_number("workers", workers, least=1)
         check_number("parts", workers if parts is None else parts, least=1)
         self._view = view
         self._parts = parts_of(view, parts or workers)
-        self._pool = Pool(_Replica(view, len(self._parts)), workers=workers, cpus=cpus)
+        self._n_live = [int(view.live[part].sum()) for part in self._parts]
+        self._pool = Pool(_Replica(pickle.dumps(view), len(self._parts)), workers=workers, cpus=cpus)
         self._pool.about()
 
-    def __enter__(self) -> "OnWorkers":
+    def __enter__(self) -> "SearchOnWorkers":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -86,10 +89,12 @@ class OnWorkers:
 
     def _asked(self, eligible: np.ndarray, *, everything: bool) -> list[tuple[int, np.ndarray | None]]:
         """Number of eligible rows of each part, and which they are as packed bits; None: all live ones."""
+        if everything:
+            return [(n, None) for n in self._n_live]
         mask_P = np.zeros(len(self._view), bool)
         mask_P[eligible] = True
         each = [mask_P[part] for part in self._parts]
-        return [(int(mask_N.sum()), None if everything else np.packbits(mask_N)) for mask_N in each]
+        return [(int(mask_N.sum()), np.packbits(mask_N)) for mask_N in each]
 
 
 def parts_of(view: View, n: int) -> list[np.ndarray]:
@@ -104,11 +109,12 @@ def parts_of(view: View, n: int) -> list[np.ndarray]:
 class _Replica:
     """How a worker opens the rows."""
 
-    view: View
+    view: bytes
+    """Pickled, so that it is opened in `__call__`: there what is wrong with the store is told."""
     parts: int
 
     def __call__(self) -> "_Scanning":
-        return _Scanning(self.view, self.parts)
+        return _Scanning(pickle.loads(self.view), self.parts)
 
 
 class _Scanning:

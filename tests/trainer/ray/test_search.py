@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from zarr.storage import LocalStore
 
 import gradstore
 from gradstore import RequestError
 from gradstore.engine.cluster.pool import Cost, Window
 from gradstore.engine.searching import on_workers
-from gradstore.engine.searching.on_workers import OnWorkers, parts_of
+from gradstore.engine.searching.on_workers import SearchOnWorkers, parts_of
 from gradstore.engine.searching.query import search
 from gradstore.layout import DTYPES
 
@@ -77,7 +78,7 @@ def test_hits_are_those_of_one_process(here: None, tmp_path: Path, dtype: str, p
     """A row lost or counted twice at a border, or a tie decided by the part, gives another list."""
     view = filled(tmp_path / "s", dtype).view("pool")
     query = np.random.default_rng(7).standard_normal(DIM).astype(np.float32)
-    with OnWorkers(view, workers=2, parts=parts) as rows:
+    with SearchOnWorkers(view, workers=2, parts=parts) as rows:
         for metric in ("cosine", "dot", "fisher"):
             for largest in (True, False):
                 for k in (1, 5, N // parts + 1, 2 * N):
@@ -94,7 +95,7 @@ def test_ties_across_parts_are_broken_by_id(here: None, tmp_path: Path) -> None:
     store.add_problems("pool", [{"id": name, "prompt": "?"} for name in names])
     with store.writer("pool", step=0) as writer:
         writer.append(names, np.ones((100, DIM), np.float32))
-    with OnWorkers(store.view("pool"), workers=3) as rows:
+    with SearchOnWorkers(store.view("pool"), workers=3) as rows:
         assert rows.search(np.ones(DIM), 7).ids.tolist() == sorted(names)[:7]
 
 
@@ -103,14 +104,14 @@ def test_several_bases_and_past_steps(here: None, tmp_path: Path) -> None:
     store = filled(tmp_path / "s")
     past = store.view("pool", at=0)
     query = np.random.default_rng(1).standard_normal(DIM).astype(np.float32)
-    with OnWorkers(past, workers=3) as rows:
+    with SearchOnWorkers(past, workers=3) as rows:
         equal(rows.search(query, 20), search(past, query, 20))
     store.add_basis("second", [("a", 0, DIM)])
     with store.writer("pool", step=4) as writer:
         again = store.view("pool").ids[::3].tolist()
         writer.append(again, np.ones((len(again), DIM), np.float32), basis=1)
     mixed = store.view("pool")
-    with OnWorkers(mixed, workers=3) as rows:
+    with SearchOnWorkers(mixed, workers=3) as rows:
         equal(rows.search(query, 20), search(mixed, query, 20))
         assert search(mixed, query, 20).n_unknown
         both = np.concatenate([query, query + 1])
@@ -128,20 +129,32 @@ def test_rows_of_the_view_although_the_store_goes_on(here: None, tmp_path: Path)
         writer.append(names, np.ones((150, DIM), np.float32))
     store.delete("pool", view.ids[160:200].tolist())
     store.compact("pool", keep="newest")
-    with OnWorkers(view, workers=3) as rows:
+    with SearchOnWorkers(view, workers=3) as rows:
         equal(rows.search(query, 30), expected)
 
 
 def test_what_cannot_be_searched(here: None, tmp_path: Path) -> None:
     store = filled(tmp_path / "s")
     view = store.view("pool")
-    with OnWorkers(view, workers=2) as rows:
+    with SearchOnWorkers(view, workers=2) as rows:
         with pytest.raises(RequestError, match="k is 0"):
             rows.search(np.ones(DIM), 0)
         with pytest.raises(RequestError, match="holds rows of 24 dimensions"):
             rows.search(np.ones(3), 1)
-    with pytest.raises(RequestError, match="parts is 0"):
-        OnWorkers(view, workers=2, parts=0)
+    for wrong, message in (({"workers": 0}, "workers is 0"), ({"workers": 2, "parts": 0}, "parts is 0")):
+        with pytest.raises(RequestError, match=message):
+            SearchOnWorkers(view, **wrong)
+    store.path.rename(tmp_path / "elsewhere")
+    with pytest.raises(RequestError, match="there is nothing here"):
+        SearchOnWorkers(view, workers=2)
+
+
+def test_a_store_that_is_no_folder_of_files_is_refused(here: None, tmp_path: Path) -> None:
+    """Its codes are in a cache that this process fills."""
+    filled(tmp_path / "s")
+    view = gradstore.open_remote(LocalStore(tmp_path / "s", read_only=True), tmp_path / "kept").view("pool")
+    with pytest.raises(RequestError, match="no whole store"):
+        SearchOnWorkers(view, workers=2)
 
 
 def test_parts_are_all_rows_once_and_about_equal(tmp_path: Path) -> None:
@@ -158,7 +171,7 @@ def test_on_ray(ray_here: Any, tmp_path: Path) -> None:
     """Real workers, one of which is killed; the views stay open from one search to the next."""
     view = filled(tmp_path / "s").view("pool")
     query = np.random.default_rng(7).standard_normal(DIM).astype(np.float32)
-    with OnWorkers(view, workers=2, parts=3) as rows:
+    with SearchOnWorkers(view, workers=2, parts=3) as rows:
         equal(rows.search(query, 20), search(view, query, 20))
         equal(rows.search(query, 20, where="tag=even"), search(view, query, 20, where="tag=even"))
         assert sum(cost.windows for cost in rows.costs) == 6
