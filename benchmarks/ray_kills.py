@@ -183,7 +183,10 @@ def finish(process: subprocess.Popen[str], job: Job) -> dict:
     printed, errors = process.communicate(timeout=60 * _MINUTES)
     if process.returncode:
         raise ValueError(f"{job.name} ended with {process.returncode}:\n{errors}")
-    answer: dict = json.loads(printed)
+    try:
+        answer: dict = json.loads(printed)
+    except ValueError:
+        raise ValueError(f"{job.name} printed {printed!r}, not JSON alone:\n{errors}") from None
     return answer
 
 
