@@ -195,7 +195,7 @@ def test_a_killed_driver_leaves_no_workers_and_is_resumed(
     given.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     asked += ["--model", str(model_folder), "--device", "cpu"]
     to = ["--out", str(out)] if name == "rollout" else []
-    spread = ["--ray", ray_here.get_runtime_context().gcs_address, "--workers", "2"]
+    spread = ["--ray", ray_here.get_runtime_context().gcs_address, "--workers", "1"]
     often = "from gradstore.engine.sketches import collector; collector._PUBLISH_SECONDS = 0"
     run = [sys.executable, "-c", f"{often}\nfrom gradstore.cli import main; main()", *begun, *to, *asked, *spread]
     with subprocess.Popen(run, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as driver:
