@@ -26,8 +26,9 @@ from benchmarks import tiny
 from benchmarks.timing import interleaved, print_times
 from gradstore import State
 from gradstore.cli.show import print_table
-from gradstore.engine.cluster.pool import Pool, Window, limit_threads
+from gradstore.engine.cluster.pool import Pool, Window
 from gradstore.engine.cluster.ray_start import connected
+from gradstore.engine.cluster.worker import limit_threads
 from gradstore.engine.rollouts.group import Group
 from gradstore.engine.sketches.bases import create_store
 from gradstore.engine.sketches.collector import collect

@@ -1,6 +1,7 @@
 """Kill workers and drivers of `rollout --ray` and `collect --ray` at random moments; compare with undisturbed runs.
 
     python -m benchmarks.ray_kills [--workers-killed 10] [--drivers-killed 5] [--problems 384] [--seed 0]
+                                   [--only rollout,collect]
 
 Workers: several runs of each command on one Ray, in which workers are killed (SIGKILL) at random times, most while they
 compute, the others in whatever they do. Drivers: the command is killed at a random time of its start-up or its work and
@@ -38,7 +39,7 @@ from gradstore.cli import main; main()
 """
 _RUNS = 3
 """Runs of each command over which the killed workers are spread; more if a run ends before its share is killed."""
-_COMPUTING = "ray::_Worker.run"
+_COMPUTING = "ray::PoolWorker.run"
 """How the process of a worker is called while it computes a window."""
 _MINUTES = 15
 
@@ -59,6 +60,7 @@ def main(
     drivers_killed: Annotated[int, typer.Option(help="Drivers killed, of each command.")] = 5,
     problems: Annotated[int, typer.Option(help="Problems rolled out and collected.")] = 384,
     seed: Annotated[int, typer.Option(help="Of the moments.")] = 0,
+    only: Annotated[str, typer.Option(help="Commands to disturb, separated by a comma.")] = "rollout,collect",
 ) -> None:
     """Kill, resume, compare; any difference ends the run with an error."""
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -67,8 +69,12 @@ def main(
         folder = Path(temporary)
         for job in jobs(folder, problems):
             expected = job.result(reference(job, folder))
-            worker_row = kill_workers(job, folder, workers_killed, expected, random)
-            rows += [worker_row, kill_drivers(job, folder, drivers_killed, expected, random)]
+            if job.name not in only.split(","):
+                continue
+            if workers_killed:
+                rows.append(kill_workers(job, folder, workers_killed, expected, random))
+            if drivers_killed:
+                rows.append(kill_drivers(job, folder, drivers_killed, expected, random))
     columns = ["command", "killed", "how", "runs", "result"]
     print_table(f"{problems} problems, {_WORKERS} workers, each run compared byte for byte", columns, rows)
 
@@ -216,7 +222,7 @@ def workers() -> list[tuple[int, str]]:
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             title = path.read_bytes().decode(errors="replace")
-            if title.startswith("ray::_Worker") and _parent(_parent(int(path.parent.name))) == os.getpid():
+            if title.startswith("ray::PoolWorker") and _parent(_parent(int(path.parent.name))) == os.getpid():
                 found.append((int(path.parent.name), title))
         except OSError:
             continue  # it has just ended

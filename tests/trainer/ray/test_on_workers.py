@@ -23,7 +23,7 @@ from gradstore import RequestError
 from gradstore.cli import main
 from gradstore.engine.assessing.start import start_store
 from gradstore.engine.assessing.stored_halves import collect_halves
-from gradstore.engine.cluster.pool import limit_threads
+from gradstore.engine.cluster.worker import limit_threads
 from gradstore.engine.gradients.models import load_model, load_tokenizer
 from gradstore.engine.rollouts import read_rollouts
 from gradstore.engine.sketches import on_workers as sketching
