@@ -117,18 +117,20 @@ def kill_workers(job: Job, folder: Path, kills: int, expected: object, random: n
     while killed < kills:
         out, before, started = folder / f"{job.name}-workers-{runs}", killed, time.monotonic()
         quota = min(kills - killed, -(-kills // _RUNS))
-        driver = start(job, out, with_ray())
+        driver, at_work = start(job, out, with_ray()), True
         while killed - before < quota and driver.poll() is None:
-            at_work = random.random() < 2 / 3
             victims = [worker for worker in workers() if not at_work or worker[1].startswith(_COMPUTING)]
             if not victims:
                 time.sleep(0.02)
                 continue
-            time.sleep(float(random.uniform(0, 1)))
+            if not at_work:
+                time.sleep(float(random.uniform(0, 1)))
             pid, title = victims[int(random.integers(len(victims)))]
             if pid in [worker for worker, _ in workers()]:
                 os.kill(pid, signal.SIGKILL)
                 killed, computing = killed + 1, computing + title.startswith(_COMPUTING)
+                at_work = random.random() < 2 / 3
+                time.sleep(float(random.uniform(0, 1)))
         lost = sum(worker["lost"] for worker in finish(driver, job)["workers"])
         compare(job, out, expected)
         took = time.monotonic() - started
