@@ -71,7 +71,7 @@ def asked(address: str | None, workers: int | None, threads: int | None, device:
         return None
     if device not in (None, "cpu", "cuda"):
         raise RequestError(f"--device {device} with --ray: expected cpu or cuda; Ray gives each worker its own GPU")
-    from gradstore.engine.cluster.pool import limit_threads
+    from gradstore.engine.cluster.worker import limit_threads
 
     limit_threads(threads or 1)
     return Asked(address, workers, threads or 1, device)

@@ -32,6 +32,7 @@ from .searching.fusion import search_each as search_each
 from .searching.fusion import search_fused as search_fused
 from .searching.indexes import Index as Index
 from .searching.indexes import index_for as index_for
+from .searching.on_workers import SearchOnWorkers as SearchOnWorkers
 from .searching.query import Hits as Hits
 from .searching.query import search as search
 from .searching.shares import layer_contributions as layer_contributions

@@ -8,10 +8,11 @@ from gradstore.errors import RequestError
 from gradstore.header import Header
 from gradstore.inventory import OF_COLLECTION, check_inventory, take_inventory
 from gradstore.layout import COLLECTIONS, check_collection, check_name
+from gradstore.lock import take_lease
 from gradstore.manifest import Manifest
 from gradstore.problem_table import ProblemTable
 from gradstore.session import Session
-from gradstore.snapshot import Snapshot, open_snapshot
+from gradstore.snapshot import Snapshot, check_manifest, open_snapshot
 
 CodesOf = Callable[[Path, Manifest], CodeRows]
 """(folder of a collection, manifest) -> its codes; for codes that are not files in the folder."""
@@ -40,6 +41,15 @@ class Collection:
             snapshot.codes = self._codes_of(self.folder, snapshot.manifest)
         self._snapshot = snapshot
         return snapshot
+
+    def snapshot_of(self, manifest: Manifest) -> Snapshot:
+        """Snapshot of an earlier commit that another process still reads; RequestError if its files were replaced."""
+        check_collection(self.folder)
+        check_manifest(manifest, self.header, self.folder)
+        lease = take_lease(self.folder / manifest.folder)
+        if lease is None:
+            raise RequestError(f"{self.where}: commit {manifest.commit} is gone, it was compacted: take a new view")
+        return Snapshot(self.header, self.folder, manifest, lease)
 
     def problems(self, manifest: Manifest) -> ProblemTable:
         """Problem table of a manifest; the same one while no problems are added or dropped (new rows do not matter)."""

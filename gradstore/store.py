@@ -14,11 +14,12 @@ from gradstore.exclusive import held_file
 from gradstore.header import Header, check_fingerprint, check_layout, new_header, read_header
 from gradstore.inventory import INVENTORY, OF_STORE, take_inventory
 from gradstore.layout import COLLECTIONS, WITHOUT_CODES, ZARR, collection_names, group_json
+from gradstore.manifest import Manifest
 from gradstore.new_problems import add_problems
 from gradstore.outputs import check_output
 from gradstore.problem_table import to_records
 from gradstore.session import Session
-from gradstore.view import View
+from gradstore.view import MadeBy, View
 from gradstore.writer import Writer
 
 if TYPE_CHECKING:
@@ -224,6 +225,14 @@ class Store:
         if at is not None and (isinstance(at, bool) or not hasattr(at, "__index__")):
             raise RequestError(f"at must be a step (a whole number) or None, not {at!r}")
         return View(self, self._collection(collection).snapshot(), None if at is None else at.__index__(), basis)
+
+    @staticmethod
+    def view_again(path: Path, collection: str, manifest: Manifest, made_by: MadeBy) -> View:
+        """A view that was pickled, in another process: of the same commit, whatever was published since."""
+        at, basis, chosen = made_by
+        store = open(path)
+        view = View(store, store._collection(collection).snapshot_of(manifest), at, basis)
+        return view if chosen is None else view.part(chosen)
 
     def steps(self, collection: str) -> dict[int, int]:
         """Step -> number of rows, ascending, without deleted rows."""

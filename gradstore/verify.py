@@ -52,7 +52,7 @@ _ATTEMPTS = 5
 _DECODED_BYTES = 1 << 22
 """Bytes of rows that are decoded at once."""
 _ROUNDING = 1e-3
-"""Most by which the length of a stored row differs from 1."""
+"""Most by which the length of a stored row is above 1."""
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,10 @@ class _Checker:
             self._find(path, chunk, f"{size} bytes, a chunk has {full}")
 
     def _lengths(self, snapshot: Snapshot) -> None:
-        """Check that every row has unit length, or is zero; chunks that cannot be read were found already."""
+        """Check that no row is longer than 1; it is shorter if its sketch holds only a part of the gradient.
+
+        Chunks that cannot be read were found already.
+        """
         manifest, codes = snapshot.manifest, self.header.arrays[0]
         generation = snapshot.collection / manifest.folder
         try:
@@ -181,7 +184,7 @@ class _Checker:
                     with np.errstate(all="ignore"):
                         decode(some, scale[: len(some)], self.header.dtype, decoded)
                         squares = np.vecdot(decoded, decoded)
-                    wrong = ~((np.abs(squares - 1) < 2 * _ROUNDING) | (scale[: len(some)] == 0))
+                    wrong = ~(squares < 1 + 2 * _ROUNDING)  # also NaN
                     if wrong.any():
                         row = first + int(np.argmax(wrong))
                         self._find(

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
     from gradstore.store import Store
 
+MadeBy = tuple[int | None, int | None, np.ndarray | None]
+"""Step and basis that were asked for, and for a part of a view its positions there."""
 _BLOCK_BYTES = 4 << 20
 """Size of a decoded block: small enough for the allocator to reuse the same memory."""
 
@@ -35,14 +37,43 @@ class View:
     """
 
     def __init__(self, store: "Store", snapshot: Snapshot, at: int | None, basis: int | None = None) -> None:
+        newest = snapshot.newest(at, basis)
+        problem_N = np.flatnonzero(newest >= 0)
+        self._set(store, snapshot, problem_N, newest[problem_N], (at, basis, None))
+
+    def _set(
+        self, store: "Store", snapshot: Snapshot, problem_N: np.ndarray, row_N: np.ndarray, made_by: MadeBy
+    ) -> None:
         self.store = store
         self.collection = snapshot.collection.name
-        self.at = at
+        self.at = made_by[0]
         self._snapshot = snapshot
-        newest = snapshot.newest(at, basis)
-        self._problem_N = np.flatnonzero(newest >= 0)
-        self.stored = StoredRows(snapshot, newest[self._problem_N])
+        self._problem_N = problem_N
+        self.stored = StoredRows(snapshot, row_N)
         """The rows as they are on disk, not decoded."""
+        self._made_by = made_by
+
+    def part(self, positions: Any) -> "View":
+        """View of the problems at some distinct positions alone, in that order; files that were read stay read."""
+        order = checked_positions(positions, len(self))
+        at, basis, chosen = self._made_by
+        part = object.__new__(View)
+        made_by = at, basis, order if chosen is None else chosen[order]
+        part._set(self.store, self._snapshot, self._problem_N[order], self.stored.numbers[order], made_by)
+        return part
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A view is pickled as its store's path and the commit it was made from; the reader needs the same files.
+
+        It has the same rows at the same positions, whatever was published since. Unpickling raises RequestError if the
+        collection was compacted and no reader of that commit is left, or if the store is no folder of files.
+        """
+        return self.store.view_again, (
+            self.store.path.absolute(),
+            self.collection,
+            self._snapshot.manifest,
+            self._made_by,
+        )
 
     def __len__(self) -> int:
         return len(self._problem_N)

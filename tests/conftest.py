@@ -8,51 +8,20 @@ import numpy as np
 import pytest
 
 import gradstore
+from benchmarks import tiny
 from tests.s3 import S3, s3_server
 
 
 @pytest.fixture(scope="session")
 def tiny_tokenizer() -> Any:
     """One token per byte, four special tokens, a chat template; no download."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    special = ["<pad>", "<eos>", "<|im_start|>", "<|im_end|>"]
-    symbols = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    backend = Tokenizer(models.BPE(vocab={symbol: j for j, symbol in enumerate(symbols)}, merges=[]))
-    backend.add_special_tokens(special)
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>")
-    tokenizer.chat_template = (
-        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    )
-    return tokenizer
+    return tiny.tokenizer()
 
 
 @pytest.fixture(scope="session")
 def tiny_model(tiny_tokenizer: Any) -> Any:
     """Qwen2 of 2 layers, hidden 64, with random weights of a fixed seed, in eval mode."""
-    import torch
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    config = Qwen2Config(
-        vocab_size=len(tiny_tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=128,
-        tie_word_embeddings=True,
-        bos_token_id=tiny_tokenizer.eos_token_id,
-        eos_token_id=tiny_tokenizer.eos_token_id,
-        pad_token_id=tiny_tokenizer.pad_token_id,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return Qwen2ForCausalLM(config).eval()
+    return tiny.model(tiny_tokenizer)
 
 
 @pytest.fixture(scope="session")

@@ -1,1 +1,1 @@
-"""Work spread over Ray: windows of problems to workers, results in order (pool.py); starting Ray (ray_start.py)."""
+"""Work spread over Ray: windows of problems to workers (pool.py, worker.py), and starting Ray (ray_start.py)."""

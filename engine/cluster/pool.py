@@ -12,15 +12,14 @@ consumer slows the workers down instead of filling the memory.
 
 import logging
 import os
-import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import count
-from pathlib import Path
 from typing import Any
 
+from gradstore.engine.cluster.worker import Make, PoolWorker, installed_version
 from gradstore.errors import GradstoreError, RequestError, check_number, first_line, needing
 
 log = logging.getLogger(__name__)
@@ -35,10 +34,6 @@ _PATIENCE = 600.0
 """Seconds to wait for the cluster to place the first worker."""
 _REMARK = 30.0
 """Seconds without an event after which missing workers are mentioned."""
-
-Make = Callable[[], Callable[..., Any]]
-"""Runs once in each worker, and returns the function that the worker applies to a window's arguments. If the function
-has an attribute `about`, its value must be the same in all workers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +107,7 @@ class Pool:
         if room < workers:
             log.warning("the Ray cluster has room for %d of %d workers now: %s", room, workers, _resources(ray))
         self._make = ray.put(make)
-        self._kind = ray.remote(_Worker).options(num_cpus=cpus, num_gpus=gpus, max_restarts=0, max_task_retries=0)
+        self._kind = ray.remote(PoolWorker).options(num_cpus=cpus, num_gpus=gpus, max_restarts=0, max_task_retries=0)
         self._cpus = cpus
         self._about: Any = None
         self._agreed = False
@@ -225,8 +220,10 @@ class Pool:
         answer = self._ray.get(place.starting)
         if not place.loading:
             place.cost.node, place.cost.pid, version = answer
-            if version != _version():
-                raise RequestError(f"{place}: it has gradstore {version}, here is {_version()}: install the same")
+            if version != installed_version():
+                raise RequestError(
+                    f"{place}: it has gradstore {version}, here is {installed_version()}: install the same"
+                )
             place.starting, place.loading = place.actor.load.remote(self._make, self._cpus, os.getcwd()), True
             return
         about, seconds, records = answer
@@ -299,62 +296,6 @@ class _Run:
     """Window -> workers lost at it."""
 
 
-class _Worker:
-    """The actor: one process with one function."""
-
-    def __init__(self) -> None:
-        self._function: Callable[..., Any] | None = None
-        self._records: list[tuple[str, int, str]] = []
-
-    def hello(self) -> tuple[str, int, str]:
-        """(address of the machine, process id, version of gradstore)."""
-        import ray
-
-        logging.getLogger("gradstore").addHandler(_Keeping(self._records))
-        return ray.util.get_node_ip_address(), os.getpid(), _version()
-
-    def load(self, make: Make, threads: int, folder: str) -> tuple[Any, float, list[tuple[str, int, str]]]:
-        """Make the function. threads: torch's. folder: the driver's working folder, for relative paths."""
-        started = time.perf_counter()
-        if Path(folder).is_dir():
-            os.chdir(folder)
-        self._function = make()
-        if "torch" in sys.modules:  # else Ray's OMP_NUM_THREADS holds when it is imported
-            limit_threads(threads)
-        about = getattr(self._function, "about", None)
-        return self._answer(about, started)
-
-    def run(self, arguments: tuple[Any, ...]) -> tuple[Any, float, list[tuple[str, int, str]]]:
-        """Apply the function. Arrays of the result are read-only for the driver: they lie in Ray's shared memory."""
-        started = time.perf_counter()
-        if self._function is None:
-            raise RuntimeError("run before load")
-        return self._answer(self._function(*arguments), started)
-
-    def _answer(self, value: Any, started: float) -> tuple[Any, float, list[tuple[str, int, str]]]:
-        """(value, seconds, log records)."""
-        records, self._records[:] = list(self._records), []
-        return value, time.perf_counter() - started, records
-
-
-class _Keeping(logging.Handler):
-    """Keeps the records of warnings, for the driver."""
-
-    def __init__(self, records: list[tuple[str, int, str]]) -> None:
-        super().__init__(logging.WARNING)
-        self._kept = records
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._kept.append((record.name, record.levelno, record.getMessage()))
-
-
-def limit_threads(threads: int) -> None:
-    """Let torch use this many threads: the last bits of a CPU's results can depend on it."""
-    import torch
-
-    torch.set_num_threads(threads)
-
-
 def room_for(*, cpus: int, gpus: int) -> int:
     """Workers of this size that the cluster's machines have room for when nothing else runs there."""
     import ray
@@ -389,12 +330,6 @@ def sentences(costs: Iterable[Cost]) -> list[str]:
 
 def _rate(cost: Cost) -> float:
     return cost.problems / cost.seconds if cost.seconds else 0.0
-
-
-def _version() -> str:
-    from importlib.metadata import version
-
-    return version("gradstore")
 
 
 def _resources(ray: Any) -> str:

@@ -52,11 +52,11 @@ def connected(address: str, cpus: int, object_store: int = OBJECT_STORE) -> Iter
     except (ConnectionError, ValueError, RuntimeError, OSError) as error:
         hint = "" if address == LOCAL else "; `--ray local` starts one on this machine"
         raise RequestError(f"--ray {address}: no Ray could be reached: {first_line(error)}{hint}") from None
-    try:
-        with contextlib.redirect_stdout(_ToStandardError()):
+    with contextlib.redirect_stdout(_ToStandardError()):
+        try:
             yield
-    finally:
-        ray.shutdown()
+        finally:
+            ray.shutdown()  # It prints what its threads still had to say.
 
 
 class _ToStandardError(io.TextIOBase):

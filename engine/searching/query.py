@@ -107,11 +107,20 @@ def search(
         positions, scores = index.search(view, block_D, k, metric, largest, eligible)
         unknown = 0
     else:
-        scores_P = score_rows(view, queries_QD[0], metric, eligible)
-        positions = best(scores_P, k, view.ids_at, largest)
-        scores = scores_P[positions]
-        unknown = int(np.isnan(scores_P[eligible]).sum())
+        positions, scores, unknown = scanned(view, queries_QD[0], k, metric, largest, eligible)
     return Hits(view.ids_at(positions), scores.astype(np.float32), positions, len(eligible), n_unknown=unknown)
+
+
+def scanned(
+    view: View, query: np.ndarray, k: int, metric: Metric, largest: bool, eligible: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """The k best of the eligible positions by the exact scan: positions and scores, best first; rows without a score.
+
+    query: a row of `query_vectors`.
+    """
+    scores_P = score_rows(view, query, metric, eligible)
+    positions = best(scores_P, k, view.ids_at, largest)
+    return positions, scores_P[positions], int(np.isnan(scores_P[eligible]).sum())
 
 
 def eligible_positions(view: View, where: Where | np.ndarray | None) -> np.ndarray:

@@ -1,5 +1,7 @@
 """Views against a slow dictionary, over random histories of appends, deletions, compactions and reopening."""
 
+import gc
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -281,3 +283,44 @@ def test_problems_read_once_serve_until_they_change(new_store: Callable, tools: 
         writer.publish()
     assert store.view("pool").ids.tolist() == ["p1", "p2", "p3", "p4", "new"]
     assert store.view("pool").steps.tolist() == [2, 2, 2, 4, 4]
+
+
+def test_a_part_of_a_view_has_its_columns_and_rows(new_store: Callable, tools: dict) -> None:
+    """In the order asked for; a part of a part too. A part must not show the problems of the whole."""
+    store = new_store()
+    for step, problems in enumerate([range(6), range(1, 6, 2)]):
+        tools["append"](store, step, list(problems))
+    view = store.view("pool")
+    order = np.array([4, 1, 5])
+    part = view.part(order)
+    again = part.part([2, 0])
+    for one, places in ((part, order), (again, order[[2, 0]])):
+        assert one.ids.tolist() == view.ids[places].tolist()
+        assert one.steps.tolist() == view.steps[places].tolist()
+        assert one.rows(np.arange(len(one))).tolist() == view.rows(places).tolist()
+        assert one.positions(one.ids.tolist()).tolist() == list(range(len(one)))
+    with pytest.raises(RequestError, match="positions must be in"):
+        view.part([6])
+
+
+def test_a_pickled_view_is_of_the_same_commit(new_store: Callable, tools: dict) -> None:
+    """Another process must see the rows that this one ranked, whatever was published or compacted meanwhile."""
+    store = new_store()
+    tools["append"](store, 0, list(range(6)))
+    tools["append"](store, 2, [1, 2])
+    views = [store.view("pool"), store.view("pool", at=1), store.view("pool").part([5, 1])]
+    sent = [pickle.dumps(view) for view in views]
+    tools["append"](store, 3, [0, 1, 5])
+    store.delete("pool", ["p4"])
+    store.compact("pool", keep="newest")
+    for view, data in zip(views, sent, strict=True):
+        got = pickle.loads(data)
+        assert (got.at, got.commit, got.ids.tolist()) == (view.at, view.commit, view.ids.tolist())
+        assert got.rows(np.arange(len(got))).tolist() == view.rows(np.arange(len(view))).tolist()
+    del view, views, got
+    gc.collect()
+    with store.writer("pool", step=4) as writer:
+        writer.append(["p0"], np.ones((1, store.dim), np.float32))
+    store.compact("pool", keep="newest")  # Now nobody reads the old files, and they go.
+    with pytest.raises(RequestError, match=r"commit \d+ is gone, it was compacted: take a new view"):
+        pickle.loads(sent[0])

@@ -17,10 +17,13 @@ from typing import Any
 import pytest
 
 import gradstore
+from benchmarks.contents import contents
+from benchmarks.ray_kills import workers as workers_alive
 from gradstore import RequestError
+from gradstore.cli import main
 from gradstore.engine.assessing.start import start_store
 from gradstore.engine.assessing.stored_halves import collect_halves
-from gradstore.engine.cluster.pool import limit_threads
+from gradstore.engine.cluster.worker import limit_threads
 from gradstore.engine.gradients.models import load_model, load_tokenizer
 from gradstore.engine.rollouts import read_rollouts
 from gradstore.engine.sketches import on_workers as sketching
@@ -35,21 +38,6 @@ pytestmark = pytest.mark.slow
 
 SPEC = SketchSpec(basis="fitted", rank=4, dim=64, token_budget=64)
 LENGTH = Reward("length", lambda record, text, j: len(text) % 3)
-
-
-def contents(store: Path) -> dict[str, bytes]:
-    """Every file of a store that says something of its rows."""
-    found = {}
-    for path in sorted(store.rglob("*")):
-        if path.is_file() and path.name not in ("LOCK", "IN-USE"):
-            data = path.read_bytes()
-            if path.name == "manifest.json":
-                manifest = json.loads(data)
-                manifest.pop("crc32c", None)
-                manifest["manifest"].pop("commit")
-                data = json.dumps(manifest, sort_keys=True).encode()
-            found[str(path.relative_to(store))] = data
-    return found
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -160,51 +148,73 @@ def test_another_model_on_the_workers_is_refused(
     assert len(begun.store.view("pool")) == 0
 
 
+@pytest.fixture
+def gradstore_command(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """A command of gradstore run in this process -> what it printed as JSON."""
+
+    def run(*arguments: str) -> Any:
+        monkeypatch.setattr("sys.argv", ["gradstore", *arguments, "--json"])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main()
+            raise SystemExit(0)
+        assert not stop.value.code
+        return json.loads(capsys.readouterr().out)
+
+    return run
+
+
+def _rows(out: Path) -> int:
+    """Lines of a rollout file, or published rows of a store's pool."""
+    if out.suffix == ".jsonl":
+        return out.read_bytes().count(b"\n") if out.exists() else 0
+    manifest = out / "collections/pool/manifest.json"
+    return json.loads(manifest.read_bytes())["manifest"]["rows"] if manifest.exists() else 0
+
+
+@pytest.mark.parametrize("name", ["rollout", "collect"])
 def test_a_killed_driver_leaves_no_workers_and_is_resumed(
-    ray_here: Any, tmp_path: Path, model_folder: Path, sums: list
+    ray_here: Any, tmp_path: Path, model_folder: Path, gradstore_command: Callable[..., Any], name: str
 ) -> None:
-    """By the same command on the same cluster; the file is that of a run of one process."""
-    problems, out = tmp_path / "p.jsonl", tmp_path / "r.jsonl"
-    rows = [{**sums[i % 40], "id": f"q{i}"} for i in range(256)]
-    problems.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    command = [sys.executable, "-m", "gradstore", "rollout", str(problems), "--model", str(model_folder)]
-    command += ["--reward", "math", "-n", "2", "--max-new-tokens", "24", "--as-text", "--device", "cpu"]
-    address = ray_here.get_runtime_context().gcs_address
-    asked = [*command, "--out", str(out), "--ray", address, "--workers", "2", "--json"]
-    with subprocess.Popen(asked, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as driver:
-        while driver.poll() is None and (not out.exists() or out.stat().st_size == 0):
-            time.sleep(0.02)
+    """By the same command on the same cluster; the result is that of one process, byte for byte."""
+    given = tmp_path / "given.jsonl"
+    problems = [{"id": f"q{i}", "prompt": f"{i}+{i}=", "ground_truth": str(2 * i)} for i in range(192)]
+    if name == "rollout":
+        rows, first = problems, 1
+        asked = ["--reward", "benchmarks.real:even", "-n", "2", "--max-new-tokens", "16", "--as-text"]
+        begun, out = ["rollout", str(given)], tmp_path / "r.jsonl"
+    else:
+        rows = [
+            {"problem_id": row["id"], "prompt": row["prompt"], "response": "7" * (1 + i % 9), "reward": float(i % 3)}
+            for row in problems
+            for i in range(4)
+        ]
+        first = 13  # Twelve rows are known from the fit.
+        asked = ["--rank", "4", "--dim", "64", "--fit-problems", "12", "--token-budget", "64", "--accept-coverage", "0"]
+        begun, out = ["collect", str(tmp_path / "s"), "pool", str(given)], tmp_path / "s"
+    given.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    asked += ["--model", str(model_folder), "--device", "cpu"]
+    to = ["--out", str(out)] if name == "rollout" else []
+    spread = ["--ray", ray_here.get_runtime_context().gcs_address, "--workers", "1"]
+    often = "from gradstore.engine.sketches import collector; collector._PUBLISH_SECONDS = 0"
+    run = [sys.executable, "-c", f"{often}\nfrom gradstore.cli import main; main()", *begun, *to, *asked, *spread]
+    with subprocess.Popen(run, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as driver:
+        while driver.poll() is None and _rows(out) < first:
+            time.sleep(0.01)
         driver.kill()
-    assert driver.returncode == -signal.SIGKILL
-    done = subprocess.run(asked, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout)
-    assert 0 < told["kept_problems"] < 256
-    assert sum(worker["problems"] for worker in told["workers"]) == 256 - told["kept_problems"]
-    reference = tmp_path / "one.jsonl"
-    rollout(
-        gradstore.read_problems(problems),
-        load_backend("transformers", model_folder, device="cpu"),
-        Reward("math", lambda record, text, j: float(record["ground_truth"] in text)),
-        reference,
-        n=2,
-        max_new_tokens=24,
-    )
-    kept = [json.loads(line) | {"reward": 0} for line in out.read_text(encoding="utf-8").splitlines()]
-    assert kept == [json.loads(line) | {"reward": 0} for line in reference.read_text(encoding="utf-8").splitlines()]
+    assert driver.returncode == -signal.SIGKILL, driver.stderr
+    told = gradstore_command(*begun, *to, *asked, *spread)
+    kept = told["kept_problems" if name == "rollout" else "skipped"]
+    assert 0 < kept < 192
+    assert sum(worker["problems"] for worker in told["workers"]) == 192 - kept
+    one = tmp_path / "one"
+    if name == "rollout":
+        gradstore_command(*begun, "--out", str(one.with_suffix(".jsonl")), *asked)
+        assert out.read_bytes() == one.with_suffix(".jsonl").read_bytes()
+    else:
+        gradstore_command("collect", str(one), *begun[2:], *asked)
+        assert contents(out) == contents(one)
     deadline = time.monotonic() + 30
-    while (alive := _workers_alive()) and time.monotonic() < deadline:
+    while (alive := workers_alive()) and time.monotonic() < deadline:
         time.sleep(0.2)
     assert not alive
-
-
-def _workers_alive() -> list[str]:
-    """Processes of pools' workers; Ray names a process by its actor's class."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            if path.read_bytes().startswith(b"ray::_Worker"):
-                found.append(path.parent.name)
-        except OSError:
-            continue  # it has just ended
-    return found

@@ -13,6 +13,7 @@ import pytest
 from gradstore import RequestError
 from gradstore.engine.cluster import pool as pools
 from gradstore.engine.cluster.pool import DEPTH, HELD, Pool, Window
+from gradstore.engine.cluster.ray_start import connected
 from gradstore.errors import GradstoreError
 
 
@@ -128,3 +129,16 @@ def test_workers_that_cannot_load_or_differ_are_refused(ray_here: Any) -> None:
         Pool(own, workers=1, gpus=1)
     with pytest.raises(RequestError, match="workers is 0"):
         Pool(own, workers=0)
+
+
+def test_what_ray_prints_when_it_ends_is_not_the_commands_output(
+    ray_here: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Its report of a lost worker can come that late, and `--json` would no longer be JSON."""
+    monkeypatch.setattr(ray_here, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray_here, "init", lambda **_: None)
+    monkeypatch.setattr(ray_here, "shutdown", lambda: print("(raylet) a worker died\nso it is"))
+    with connected("local", 1):
+        print("inside")
+    print("{}")
+    assert capsys.readouterr().out == "{}\n"
