@@ -277,16 +277,21 @@ class ProblemTable:
 
     def _groups(self, number: int, row_in: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Row group of each row of a part, and the first row of each of its groups and the end, int64."""
+        try:
+            footer = self._footer(number)
+        except DamagedError:
+            # A later writer may have merged the part: `_read` then reads it whole from the newer parts.
+            footer = self._footers[number] = [RowGroup(self._manifest.parts[number].rows, [])]
+        starts = np.cumsum([0, *(group.rows for group in footer)])
+        return np.searchsorted(starts, row_in, side="right") - 1, starts
+
+    def _footer(self, number: int) -> list[RowGroup]:
+        """The row groups of a part; kept once they were read."""
         if number not in self._footers:
             part = self._manifest.parts[number]
-            try:
-                with _opened(self._collection, self._manifest, part) as (file, path):
-                    self._footers[number] = read_footer(file, path, part.rows)
-            except DamagedError:
-                # A later writer may have merged the part: `_read` then reads it whole from the newer parts.
-                self._footers[number] = [RowGroup(part.rows, [])]
-        starts = np.cumsum([0, *(group.rows for group in self._footers[number])])
-        return np.searchsorted(starts, row_in, side="right") - 1, starts
+            with _opened(self._collection, self._manifest, part) as (file, path):
+                self._footers[number] = read_footer(file, path, part.rows)
+        return self._footers[number]
 
     def _read(self, number: int, groups: list[int], columns: list[str]) -> "pa.Table":
         """Columns of some row groups of a part, ascending."""
@@ -304,7 +309,10 @@ class ProblemTable:
         import pyarrow as pa
 
         try:
-            tables = [read_part(self._collection, self._manifest, part, columns) for part in self._manifest.parts]
+            tables = [
+                read_part(self._collection, self._manifest, part, columns, footer=self._footer(number))
+                for number, part in enumerate(self._manifest.parts)
+            ]
         except DamagedError:
             # A later writer may have merged small parts. The same problems then lead the newer parts.
             newer = read_manifest(self._collection)

@@ -178,8 +178,9 @@ class _Seen:
     def _add(self, batch: ProbeBatch) -> None:
         for name, dot, error, live in zip(batch.ids, batch.dots, batch.standard_errors, batch.live, strict=True):
             place = self._place_of.setdefault(name, len(self._place_of))
-            for column, value in ((self.dots, float(dot)), (self.errors, float(error)), (self.live, bool(live))):
-                column[place : place + 1] = [value]
+            self.dots[place : place + 1] = [float(dot)]
+            self.errors[place : place + 1] = [float(error)]
+            self.live[place : place + 1] = [bool(live)]
 
 
 def calibrate(view: View, places: Places, probes: Sequence[Probed], length: float) -> Calibration | None:

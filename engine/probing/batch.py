@@ -115,8 +115,9 @@ class ProbeBatch:
         newest = {name: row for row, name in enumerate(table["id"].to_pylist())}
         if len(newest) < len(table):
             table = table.take(list(newest.values()))
-        columns = [_arrays(table[name], kind) for name, kind in _COLUMNS.items()]
-        return cls._of(list(newest), *columns, Objective(**json.loads(table["objective"][0].as_py())), None)
+        derivatives, rewards, lengths = (_arrays(table[name], kind) for name, kind in _COLUMNS.items())
+        settings = Objective(**json.loads(table["objective"][0].as_py()))
+        return cls._of(list(newest), derivatives, rewards, lengths, settings, None)
 
     def save(self, store: Store, collection: str, *, step: int, target: str, target_commit: int = 0) -> None:
         """Save derivatives, rewards and lengths beside the collection's rows; see `RecordedProbes.add`."""
