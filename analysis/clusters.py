@@ -74,7 +74,7 @@ def clusters(
     frame = pd.DataFrame(
         {
             "id": view.ids_at(live),
-            "source": view.problems["source"].to_numpy(zero_copy_only=False)[live],
+            "source": view.problems_at(columns=["source"])["source"].to_numpy(zero_copy_only=False)[live],
             "cluster": cluster_P,
             "x": map_P2[:, 0].astype(np.float64),
             "y": map_P2[:, 1].astype(np.float64),

@@ -80,7 +80,7 @@ def contested(
     return pd.DataFrame(
         {
             "id": ids,
-            "source": view.problems["source"].take(positions[best]).to_pylist(),
+            "source": view.problems_at(positions[best], ["source"])["source"].to_pylist(),
             "score_helped": scores[helped][best].astype(float),
             "score_harmed": scores[harmed][best].astype(float),
             "contest": contest_P[best].astype(float),

@@ -132,7 +132,9 @@ class _LaterRows:
     """Finds each problem's first live row after a step."""
 
     def __init__(self, store: Store, pool: str) -> None:
-        self._place = {name: number for number, name in enumerate(store.problems(pool)["id"].to_pylist())}
+        self._place = {
+            name: number for number, name in enumerate(store.problems(pool, columns=["id"])["id"].to_pylist())
+        }
         self._fresh: list[tuple[View, np.ndarray, np.ndarray]] = []
         for step in measured_steps(store, pool):
             view = store.view(pool, step)

@@ -70,7 +70,7 @@ def half_life(
     """
     pairs = _pairs(store, pool, benchmark, metric, steps)
     names = _groups(store, pool, by)
-    block_of = np.random.default_rng(0).permutation(len(store.problems(pool))) % _BLOCKS
+    block_of = np.random.default_rng(0).permutation(store.n_problems(pool)) % _BLOCKS
     groups = sorted({group for pair in pairs for group, _ in _split(names, pair[2])})
     rows = []
     for group in groups:
@@ -128,7 +128,7 @@ def _pairs(
     store: Store, pool: str, benchmark: str, metric: Metric, steps: Sequence[int] | None
 ) -> list[tuple[int, int, np.ndarray, np.ndarray, np.ndarray]]:
     """(stale step, step, problems, stale scores, fresh scores) of each pair of steps with common problems."""
-    places = {name: number for number, name in enumerate(store.problems(pool)["id"].to_pylist())}
+    places = {name: number for number, name in enumerate(store.problems(pool, columns=["id"])["id"].to_pylist())}
     chosen = measured_steps(store, pool, steps, MOST_PAIRED)
     found = {step: target_at(store, benchmark, step) for step in chosen}
     targets = {step: one for step, one in found.items() if one is not None}
@@ -157,7 +157,7 @@ def _groups(store: Store, pool: str, by: str | None) -> np.ndarray | None:
         return None
     if by != "source":
         raise RequestError(f"half-lives by {by!r}: expected None or 'source'")
-    names: np.ndarray = store.problems(pool)["source"].to_numpy().astype(str)
+    names: np.ndarray = store.problems(pool, columns=["source"])["source"].to_numpy().astype(str)
     return names
 
 

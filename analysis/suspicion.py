@@ -59,7 +59,7 @@ def suspicious(
     if not len(live):
         raise RequestError(f"collection {pool!r} has no live problem in this view: there is nothing to judge")
     ids = view.ids_at(live)
-    sources = view.problems["source"].to_numpy(zero_copy_only=False)[live]
+    sources = view.problems_at(columns=["source"])["source"].to_numpy(zero_copy_only=False)[live]
     frame = pd.DataFrame(
         {
             "id": ids,
@@ -108,7 +108,9 @@ def own_pull(view: View, live: np.ndarray) -> np.ndarray:
 
     nan for the only problem of a source. Two passes over the rows, in bounded memory.
     """
-    sources, group_P = np.unique(view.problems["source"].to_numpy(zero_copy_only=False)[live], return_inverse=True)
+    sources, group_P = np.unique(
+        view.problems_at(columns=["source"])["source"].to_numpy(zero_copy_only=False)[live], return_inverse=True
+    )
     norms_P = view.norms[live].astype(np.float64)
     medians = np.array([np.median(norms_P[group_P == s]) for s in range(len(sources))])
     sums_SD, done = np.zeros((len(sources), view.dim)), 0

@@ -84,7 +84,7 @@ def trajectory(
         if wanted is not None and view.live.any():
             query_D = query_vectors(view, [wanted], metric)[0]
             scores_SP[s, columns] = score_rows(view, query_D, metric, eligible_positions(view, None))[here]
-    sources = last.problems.column("source").to_numpy(zero_copy_only=False)
+    sources = last.problems_at(columns=["source"])["source"].to_numpy(zero_copy_only=False)
     return Trajectory(ids, sources, chosen, scores_SP, norms_SP, rates_SP, states_SP, row_steps_SP)
 
 

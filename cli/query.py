@@ -144,7 +144,7 @@ def query(
             **more[rank],
         }
         for rank, (position, problem) in enumerate(
-            zip(hits.positions, view.problems.take(hits.positions).to_pylist(), strict=True)
+            zip(hits.positions, view.problems_at(hits.positions, ["source", "prompt"]).to_pylist(), strict=True)
         )
     ]
     if json:
@@ -314,7 +314,7 @@ def _filter(view: "View", terms: list[str] | None) -> "Where | None":
         return None
     found = Where.parse(terms)
     if found.sources or found.tags:
-        found.check(view.problems)
+        found.check(view.problems_at(columns=["source", "tags"]))
     return found
 
 

@@ -88,6 +88,7 @@ from .shards import Shard as Shard
 from .state import State as State
 from .store import Store as Store
 from .store import create as create
+from .track import Track as Track
 from .travel.opening import PullReport as PullReport
 from .travel.opening import open as open
 from .travel.opening import pull as pull

@@ -37,6 +37,8 @@ _WRITES_WAITING = 2
 """Most pending calls of `write`: more would only hold memory."""
 _LARGE = 1 << 20
 """Writes of at least this many bytes bypass the page cache and run in parallel."""
+_MORE = 4
+"""A chunk file reserves a part in so many more than it holds."""
 _LARGE_WAITING = 4
 """Most pending large writes: enough to keep the disk busy."""
 _DISK_THREADS = 9
@@ -50,8 +52,25 @@ class _OpenChunk:
 
     path: Path
     descriptor: int
+    size: int
+    """Bytes of the whole chunk."""
+    reserved: int = 0
+    """Bytes from its beginning that surely have their place on disk."""
     large: list[Future] = field(default_factory=list)
     """Pending large writes; a sync waits for them first."""
+
+    def reserve(self, end: int) -> None:
+        """Reserve the disk's space up to a byte, and some more each time; the file has its whole size from the first.
+
+        So a full disk raises before a row is begun, and a collection of few rows takes no space for a whole chunk.
+        """
+        if end > self.reserved:
+            more = min(self.size, -(-(end + end // _MORE) // PAGE) * PAGE)
+            with writing(self.path):
+                preallocate(self.descriptor, more)
+                if os.fstat(self.descriptor).st_size < self.size:
+                    os.ftruncate(self.descriptor, self.size)
+            self.reserved = more
 
     def sync(self) -> None:
         if self.large:
@@ -175,6 +194,7 @@ class Appender:
             if array.name not in self._open:
                 self._open_chunk(array, chunk)
             opened = self._open[array.name]
+            opened.reserve(within * array.row_bytes + part.nbytes)
             self._write_part(opened, part, within * array.row_bytes)
             crcs[chunk] = crc32c(part, crcs[chunk])
             done += len(part)
@@ -199,10 +219,9 @@ class Appender:
         with writing(path):
             existed = path.exists()
             descriptor = open_inside(path, store_of(self._generation.parent), os.O_RDWR | os.O_CREAT)
-            self._open[array.name] = _OpenChunk(path, descriptor)
+            self._open[array.name] = _OpenChunk(path, descriptor, array.chunk_bytes)
             if not existed:
                 self._grown.add(path.parent)
-                preallocate(descriptor, array.chunk_bytes)
 
 
 def create_generation(generation: Path, arrays: tuple[RowArray, ...]) -> None:

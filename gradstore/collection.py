@@ -61,7 +61,7 @@ class Collection:
     def deleted(self) -> list[str]:
         """Ids of the problems that were deleted and not appended again since."""
         snapshot = self.snapshot()
-        return list(snapshot.problems.ids[snapshot.deleted()])
+        return snapshot.problems.ids_at(snapshot.deleted()).tolist()
 
     def forget(self) -> None:
         """Drop what is kept in memory, and with it the lease on the snapshot's files."""

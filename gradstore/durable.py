@@ -284,7 +284,7 @@ def folder_bytes(folder: Path) -> int:
 
 
 def preallocate(descriptor: int, size: int) -> None:
-    """Reserve a file's final size on disk, so that a full disk raises here and not in the middle of a row."""
+    """Reserve the first `size` bytes of a file on disk, so that a full disk raises here and not within a row."""
     try:
         os.posix_fallocate(descriptor, 0, size)
     except (AttributeError, OSError) as error:

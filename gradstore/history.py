@@ -20,10 +20,14 @@ SCHEMA = pa.schema(
         pa.field("n_rollouts", pa.int32(), nullable=False),
     ]
 )
+_BY_NUMBER = SCHEMA.set(0, pa.field("problem", pa.int32(), nullable=False))
 
 
-def history_table(snapshot: Snapshot, at: int | None = None) -> pa.Table:
-    """Rows at or before step `at` (None: all) that are not deleted, sorted by step, then by order of appending."""
+def history_table(snapshot: Snapshot, at: int | None = None, numbers: bool = False) -> pa.Table:
+    """Rows at or before step `at` (None: all) that are not deleted, sorted by step, then by order of appending.
+
+    numbers: `problem`, the problem's number (int32), instead of `id`.
+    """
     steps = snapshot.column("step")
     kept = snapshot.alive()
     if at is not None:
@@ -32,10 +36,11 @@ def history_table(snapshot: Snapshot, at: int | None = None) -> pa.Table:
     if np.any(np.diff(steps[rows]) < 0):
         rows = rows[np.argsort(steps[rows], kind="stable")]
     names = pa.array([state.name.lower() for state in State])
+    problem = pa.array(snapshot.column("problem")[rows])
     columns = [
-        snapshot.problems.id_column.take(pa.array(snapshot.column("problem")[rows])),
+        problem if numbers else snapshot.problems.id_column.take(problem),
         pa.array(steps[rows]),
         names.take(pa.array(snapshot.column("state")[rows])),
         *(pa.array(snapshot.column(name)[rows]) for name in ("norm", "pass_rate", "n_rollouts")),
     ]
-    return pa.table(columns, schema=SCHEMA)
+    return pa.table(columns, schema=_BY_NUMBER if numbers else SCHEMA)

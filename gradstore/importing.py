@@ -92,10 +92,10 @@ def _append(
     sketches: np.ndarray,
     others: dict[str, Any],
 ) -> int:
-    before = len(store.problems(collection)) if collection in store.collections else 0
+    before = store.n_problems(collection) if collection in store.collections else 0
     with store.writer(collection, step=step, records=records) as writer:
         writer.append(ids, sketches, **others)
-    return len(store.problems(collection)) - before
+    return store.n_problems(collection) - before
 
 
 def _check_rows(

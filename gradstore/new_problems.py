@@ -1,7 +1,8 @@
 """Adding problems to a collection: records are checked; a stored problem must be equal in every field."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,12 +13,15 @@ from gradstore.durable import fsync_folder, writing
 from gradstore.errors import RequestError
 from gradstore.layout import MANIFEST
 from gradstore.manifest import Part
-from gradstore.problem_table import ProblemTable, add_to_parts, repeated, to_table
+from gradstore.problem_table import ProblemTable, add_to_parts, plain_table, repeated, to_table
 from gradstore.problems import canonical
 from gradstore.session import Session
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+_AT_ONCE = 8192
+"""Records that are compared with the stored ones at once."""
 
 
 def add_problems(collection: Collection, records: Iterable[dict]) -> int:
@@ -38,14 +42,58 @@ def add_problems(collection: Collection, records: Iterable[dict]) -> int:
 
 
 def checked_table(collection: Collection, records: Iterable[dict]) -> "pa.Table":
-    """The records as rows of a problem table; RequestError for an invalid one and for an id given twice."""
-    where = collection.where
-    checked = [canonical(record, f"{where}, record {n}") for n, record in enumerate(records)]
-    ids = [record["id"] for record in checked]
+    """The records as rows of a problem table, without those stored already with the same content.
+
+    RequestError for an invalid record and for an id given twice. Memory: for what is new, and one block of the others.
+    """
+    import pyarrow as pa
+
+    where, ids = collection.where, []
+    known = collection.snapshot().problems if (collection.folder / MANIFEST).exists() else None
+    tables = [to_table([])]
+    for first, block in _blocks(records):
+        stored = np.zeros(len(block), bool) if known is None else _stored_as_given(known, block)
+        rest = np.flatnonzero(~stored).tolist()
+        checked = [canonical(block[place], f"{where}, record {first + place}") for place in rest]
+        ids += [record["id"] for record in block] if len(rest) < len(block) else [record["id"] for record in checked]
+        if checked:
+            tables.append(to_table(checked))
     twice = repeated(ids)
     if twice is not None:
         raise RequestError(f"{where}: problem id {twice!r} occurs {ids.count(twice)} times; keep one")
-    return to_table(checked)
+    return pa.concat_tables(tables)
+
+
+def _blocks(records: Iterable[dict]) -> Iterator[tuple[int, list[dict]]]:
+    """Blocks of records, each with the number of its first one."""
+    remaining, first = iter(records), 0
+    while block := list(islice(remaining, _AT_ONCE)):
+        yield first, block
+        first += len(block)
+
+
+def _stored_as_given(known: ProblemTable, block: list[dict]) -> np.ndarray:
+    """True for records that are stored with the same content, bool [len(block)]; False for those to be checked.
+
+    What is stored was checked when it came. So a record that converts to the stored row needs no check.
+    """
+    offered = plain_table(block)
+    if offered is None:
+        return np.zeros(len(block), bool)
+    rows = known.find(offered["id"].combine_chunks())
+    again = np.flatnonzero(rows >= 0)
+    if not len(again):
+        return np.zeros(len(block), bool)
+    if len(again) < len(block):
+        offered = offered.take(again)
+    stored = known.take(rows[again])
+    same = np.zeros(len(block), bool)
+    if all(offered[name].combine_chunks().equals(stored[name].combine_chunks()) for name in offered.column_names):
+        same[again] = True
+    else:
+        pairs = zip(offered.to_pylist(), stored.to_pylist(), strict=True)
+        same[again] = [new == old for new, old in pairs]
+    return same
 
 
 def new_rows(collection: Collection, table: "pa.Table") -> np.ndarray:
@@ -88,9 +136,11 @@ def _new_rows(known: ProblemTable, table: "pa.Table", where: str) -> np.ndarray:
     """Rows of `table` whose ids are not known; RequestError if a known one has other content."""
     import pyarrow as pa
 
-    places = np.array([known.index.get(name, -1) for name in table["id"].to_pylist()], dtype=np.int64)
+    if not len(table):
+        return np.zeros(0, np.int64)
+    places = known.find(table["id"].combine_chunks())
     again = np.flatnonzero(places >= 0)
-    offered, stored = table.take(again), known.table.take(places[again]) if len(again) else table.slice(0, 0)
+    offered, stored = table.take(again), known.take(places[again])
     for field in table.column_names:
         if pa.chunked_array(offered[field]).equals(stored[field]):
             continue

@@ -115,26 +115,30 @@ def _struct(data: bytes, at: int, levels: int) -> tuple[dict[int, Any], int]:
     """Fields of a struct by number, and the place after it."""
     fields: dict[int, Any] = {}
     number = 0
-    while data[at]:
-        kind, step = data[at] & 15, data[at] >> 4
+    while head := data[at]:
+        kind, step = head & 15, head >> 4
         at += 1
         if step:
             number += step
         else:
             number, at = _integer(data, at)
-        fields[number], at = _value(data, at, kind, levels)
+        byte = data[at]
+        if 4 <= kind <= 6 and byte < 128:  # As `_value` would; most fields are small numbers.
+            fields[number], at = byte >> 1 ^ -(byte & 1), at + 1
+        else:
+            fields[number], at = _value(data, at, kind, levels)
     return fields, at + 1
 
 
 def _value(data: bytes, at: int, kind: int, levels: int) -> tuple[Any, int]:
     if not levels:
         raise ValueError("nested too deeply")
+    if 4 <= kind <= 6:
+        return _integer(data, at)
     if kind in (1, 2):
         return kind == 1, at
     if kind == 3:
         return data[at], at + 1
-    if kind in (4, 5, 6):
-        return _integer(data, at)
     if kind == 7:
         return struct.unpack_from("<d", data, at)[0], at + 8
     if kind == 8:
@@ -170,6 +174,8 @@ def _integer(data: bytes, at: int) -> tuple[int, int]:
 
 def _unsigned(data: bytes, at: int) -> tuple[int, int]:
     """A number of 7 bits a byte, the lowest first."""
+    if data[at] < 128:
+        return data[at], at + 1
     number = 0
     for shift in range(0, 70, 7):
         byte = data[at]

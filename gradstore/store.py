@@ -17,8 +17,9 @@ from gradstore.layout import COLLECTIONS, WITHOUT_CODES, ZARR, collection_names,
 from gradstore.manifest import Manifest
 from gradstore.new_problems import add_problems
 from gradstore.outputs import check_output
-from gradstore.problem_table import to_records
+from gradstore.problem_table import checked_columns, to_records
 from gradstore.session import Session
+from gradstore.track import Track
 from gradstore.view import MadeBy, View
 from gradstore.writer import Writer
 
@@ -171,14 +172,24 @@ class Store:
         """
         return add_problems(self._writable(collection), records)
 
-    def problems(self, collection: str, ids: Sequence[str] | None = None) -> "pa.Table":
+    def problems(
+        self, collection: str, ids: Sequence[str] | None = None, *, columns: Sequence[str] | None = None
+    ) -> "pa.Table":
         """Table of some problems, in the order of ids; RequestError for an unknown id.
 
-        ids None: every problem ever added (until a compaction drops the deleted ones), in order of addition. Columns:
-        id, source, prompt (text to show), messages (JSON, null for a text prompt), ground_truth, tags, extra (JSON).
+        ids None: every problem ever added (until a compaction drops the deleted ones), in order of addition. columns,
+        None for all: id, source, prompt (text to show), messages (JSON, null for a text prompt), ground_truth, tags,
+        extra (JSON). Only what is asked for is read: ask for few ids or few columns of a large collection.
         """
-        known = self._collection(collection).snapshot().problems
-        return known.table if ids is None else known.table.take(known.rows_of(list(ids), f"collection {collection!r}"))
+        known, names = self._collection(collection).snapshot().problems, checked_columns(columns)
+        if ids is None:
+            return known.table_of(names)
+        ids = list(ids)
+        return known.take(known.rows_of(ids, f"collection {collection!r}"), names)
+
+    def n_problems(self, collection: str) -> int:
+        """Number of problems ever added (until a compaction drops the deleted ones)."""
+        return len(self._collection(collection).snapshot().problems)
 
     def records(self, collection: str, ids: Sequence[str] | None = None) -> list[dict]:
         """Like `problems`, as canonical records."""
@@ -238,15 +249,21 @@ class Store:
         """Step -> number of rows, ascending, without deleted rows."""
         return self._collection(collection).snapshot().rows_by_step()
 
-    def history(self, collection: str, at: int | None = None) -> "pa.Table":
+    def history(self, collection: str, at: int | None = None, *, numbers: bool = False) -> "pa.Table":
         """Table of all rows at or before step `at` (None: all), oldest first, without deleted rows.
 
-        Columns: id, step, state (live, no_signal, failed), norm, pass_rate (nan: unknown), n_rollouts. Rows of one step
-        are in the order of appending. `compact(keep="newest")` drops superseded rows here too.
+        Columns: id, step, state (live, no_signal, failed), norm, pass_rate (nan: unknown), n_rollouts. numbers: the
+        problem's number (View.problem_numbers) instead of its id. Rows of one step are in the order of appending.
+        `compact(keep="newest")` drops superseded rows here too.
         """
         from gradstore.history import history_table
 
-        return history_table(self._collection(collection).snapshot(), at)
+        return history_table(self._collection(collection).snapshot(), at, numbers)
+
+    def track(self, collection: str, problem_id: str) -> Track:
+        """The rows of one problem over all steps; RequestError for an unknown id. Reads no other problem's row."""
+        snapshot = self._collection(collection).snapshot()
+        return Track(snapshot, int(snapshot.problems.rows_of([problem_id], f"collection {collection!r}")[0]))
 
     def commit(self, collection: str) -> int:
         """Number of the collection's newest publication."""

@@ -6,16 +6,16 @@ read in batches small enough that even the longest text in each of them fits in 
 columns have become too large.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from gradstore.errors import DamagedError, first_line
-from gradstore.parquet_headers import pages, row_groups
+from gradstore.parquet_headers import RowGroup, pages, row_groups
 
 if TYPE_CHECKING:
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
 EXPANSION, ALLOWANCE = 256, 64 << 20
 """Most bytes of columns in memory: EXPANSION times the file's, and ALLOWANCE more."""
@@ -26,19 +26,39 @@ _MOST_PAGES = 100_000
 
 
 def read_stored(
-    file: BinaryIO, path: Path, schema: "pa.Schema", *, columns: list[str] | None = None, rows: int | None = None
+    file: BinaryIO,
+    path: Path,
+    schema: "pa.Schema",
+    *,
+    columns: list[str] | None = None,
+    rows: int | None = None,
+    groups: Sequence[int] | None = None,
+    footer: list[RowGroup] | None = None,
 ) -> "pa.Table":
-    """Read columns (None: all) of an open Parquet file, in the types of `schema`; checks every page's checksum.
+    """Read columns (None: all) of an open Parquet file, in the types of `schema`; checks every read page's checksum.
 
-    rows: number of rows it must have. DamagedError names the path for other columns, types or counts, for nulls where
-    the schema has none, for text that is not UTF-8, and for more bytes than a file of its size may have.
+    rows: number of rows the file must have. groups: row groups to read, ascending; None: all. footer: that of this
+    file, as `read_footer` gives it, to save reading it again. DamagedError names the path for other columns, types or
+    counts, for nulls where the schema has none, for text that is not UTF-8, and for more bytes than a file of its size
+    may have.
     """
     import pyarrow as pa
 
     try:
-        return _read(file, schema, columns, rows)
+        return _read(file, schema, columns, rows, groups, row_groups(file) if footer is None else footer)
     except (pa.ArrowException, OSError, ValueError, MemoryError, OverflowError) as error:
         raise DamagedError(f"{path}: damaged: {first_line(error)}; see `gradstore verify`") from error
+
+
+def read_footer(file: BinaryIO, path: Path, rows: int) -> list[RowGroup]:
+    """The row groups of a file that must have so many rows; DamagedError for other numbers and a damaged footer."""
+    try:
+        groups = row_groups(file)
+        if min((group.rows for group in groups), default=0) < 0 or sum(group.rows for group in groups) != rows:
+            raise ValueError(f"its row groups do not have {rows} rows together")
+    except ValueError as error:
+        raise DamagedError(f"{path}: damaged: {first_line(error)}; see `gradstore verify`") from error
+    return groups
 
 
 def within(nbytes: int, size: int) -> bool:
@@ -46,7 +66,14 @@ def within(nbytes: int, size: int) -> bool:
     return nbytes <= EXPANSION * size + ALLOWANCE
 
 
-def _read(file: BinaryIO, schema: "pa.Schema", columns: list[str] | None, rows: int | None) -> "pa.Table":
+def _read(
+    file: BinaryIO,
+    schema: "pa.Schema",
+    columns: list[str] | None,
+    rows: int | None,
+    groups: Sequence[int] | None,
+    footer: list[RowGroup],
+) -> "pa.Table":
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -61,19 +88,26 @@ def _read(file: BinaryIO, schema: "pa.Schema", columns: list[str] | None, rows: 
         if not _alike(field.type, own.type):
             raise ValueError(f"column {field.name} is {str(own.type)[:80]}, expected {field.type}")
     wanted = pa.schema([field for field in schema if columns is None or field.name in columns])
-    most_rows, lists = _checked_sizes(file, found, wanted, size)
+    asked = footer if groups is None else [footer[number] for number in groups]
+    expected = found.metadata.num_rows if groups is None else sum(group.rows for group in asked)
+    most_rows, lists = _checked_sizes(file, asked, wanted, size)
     if lists:
         found = pq.ParquetFile(file, page_checksum_verification=True, read_dictionary=lists, **limits)
     taken: list[pa.RecordBatch] = []
     in_memory = n_rows = 0
-    for batch in found.iter_batches(most_rows, columns=wanted.names):
+    numbers = range(len(footer)) if groups is None else groups
+    # Group by group: Arrow cannot join dictionaries in lists across groups (seen with pyarrow 26).
+    each = [[number] for number in numbers] if lists else [list(numbers)]
+    for batch in chain.from_iterable(
+        found.iter_batches(most_rows, row_groups=one, columns=wanted.names) for one in each
+    ):
         in_memory += batch.nbytes + (sum(map(_hidden_bytes, batch.columns)) if lists else 0)
         n_rows += batch.num_rows
         if not within(in_memory, size):
             raise ValueError(f"more than {in_memory} bytes of columns in a file of {size}")
         taken.append(batch)
-    if n_rows != found.metadata.num_rows:
-        raise ValueError(f"{n_rows} rows instead of {found.metadata.num_rows}")
+    if n_rows != expected:
+        raise ValueError(f"{n_rows} rows instead of {expected}")
     table = pa.Table.from_batches(taken, taken[0].schema) if taken else wanted.empty_table()
     for field in wanted:
         if not field.nullable and table[field.name].null_count:
@@ -92,14 +126,14 @@ def metadata_of(file: BinaryIO) -> dict[bytes, bytes]:
     return read.metadata.metadata or {}
 
 
-def _checked_sizes(file: BinaryIO, found: "pq.ParquetFile", wanted: "pa.Schema", size: int) -> tuple[int, list[str]]:
+def _checked_sizes(file: BinaryIO, groups: list[RowGroup], wanted: "pa.Schema", size: int) -> tuple[int, list[str]]:
     """(rows of a batch, leaf columns to read as dictionaries), by the pages' sizes; ValueError if they are too large.
 
     A text can be as long as the largest page of its column. A row of a list can hold as many texts as the whole
     column, so lists of texts are read as dictionaries, in which a text takes its bytes once.
     """
     total, longest, as_dictionaries = 0, 1, []
-    for name, path, values, nbytes, largest in _leaves(file, wanted.names):
+    for name, path, values, nbytes, largest in _leaves(file, groups, wanted.names):
         kind = wanted.field(name).type
         if "string" not in str(kind):
             total += max(nbytes, 8 * values)
@@ -112,12 +146,11 @@ def _checked_sizes(file: BinaryIO, found: "pq.ParquetFile", wanted: "pa.Schema",
             longest = max(longest, largest)
     if not within(total, size):
         raise ValueError(f"{total} bytes of columns in a file of {size}")
-    return (max(1, _BATCH // longest) if longest > 1 else max(1, found.metadata.num_rows)), as_dictionaries
+    return (max(1, _BATCH // longest) if longest > 1 else max(1, sum(group.rows for group in groups))), as_dictionaries
 
 
-def _leaves(file: BinaryIO, names: list[str]) -> Iterator[tuple[str, str, int, int, int]]:
+def _leaves(file: BinaryIO, groups: list[RowGroup], names: list[str]) -> Iterator[tuple[str, str, int, int, int]]:
     """(column, leaf path, values, bytes, bytes of the largest page) of each leaf of the columns, not compressed."""
-    groups = row_groups(file)
     for chunks in zip(*(group.chunks for group in groups), strict=True):
         if chunks[0].path[0] in names:
             found = [page for chunk in chunks for page in pages(file, chunk, _MOST_PAGES)]

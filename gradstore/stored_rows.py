@@ -53,6 +53,12 @@ class StoredRows:
         return self._snapshot.manifest.generation
 
     @property
+    def base(self) -> tuple[int, int]:
+        """While this is the same, rows keep their numbers, problems theirs, and nothing is deleted: rows only come."""
+        manifest = self._snapshot.manifest
+        return manifest.generation, hash(tuple(sorted(manifest.tombstones.items())))
+
+    @property
     def dtype(self) -> str:
         """How the rows are stored: int8, int4, 1bit, fp16 or fp32."""
         return self._snapshot.header.dtype

@@ -23,6 +23,7 @@ from gradstore.durable import TEMPORARY, crc32c
 from gradstore.errors import GradstoreError
 from gradstore.exclusive import SUFFIX
 from gradstore.header import Header, read_header
+from gradstore.id_lookup import IdLookup
 from gradstore.inside import names_inside, open_inside
 from gradstore.inventory import INVENTORY, OF_COLLECTION, OF_STORE, Inventory, missing_files, read_inventory, too_old
 from gradstore.layout import (
@@ -41,7 +42,6 @@ from gradstore.layout import (
 from gradstore.lock import describe_holder, is_running, read_holder
 from gradstore.manifest import Manifest, read_manifest
 from gradstore.presence import missing_projections
-from gradstore.problem_table import repeated
 from gradstore.projection_digest import changed_projections
 from gradstore.quantise import decode
 from gradstore.snapshot import Snapshot, open_snapshot
@@ -275,7 +275,7 @@ class _Checker:
     def _ids(self, snapshot: Snapshot) -> None:
         """Check that problem ids are unique; parts that cannot be read were found already."""
         try:
-            twice = repeated(snapshot.problems.ids.tolist())
+            twice = IdLookup(snapshot.problems.id_column).repeated()
         except GradstoreError:
             return
         if twice is not None:

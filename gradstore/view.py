@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gradstore.errors import RequestError
+from gradstore.problem_table import checked_columns
 from gradstore.snapshot import Snapshot
 from gradstore.state import State
 from gradstore.stored_rows import StoredRows, checked_positions
@@ -99,7 +100,7 @@ class View:
         """One row per problem, in order of addition: id, source, state, step, pass_rate, n_rollouts, norm, problem."""
         import pandas as pd
 
-        problems = self.problems
+        problems = self.problems_at(columns=["source", "prompt"])
         return pd.DataFrame(
             {
                 "id": self.ids,
@@ -141,6 +142,43 @@ class View:
     def ids(self) -> np.ndarray:
         """Problem ids, object array of str [N]."""
         return self._snapshot.problems.ids[self._problem_N]
+
+    @property
+    def problem_numbers(self) -> np.ndarray:
+        """Number of each problem: its place in the collection's order of addition, int64 [N], ascending.
+
+        Numbers stay while problems are added; a compaction after deletions gives new ones.
+        """
+        return self._problem_N
+
+    @property
+    def n_problems(self) -> int:
+        """Number of problems of the collection, with those that have no row in this view."""
+        return len(self._snapshot.problems)
+
+    @cached_property
+    def deleted_numbers(self) -> np.ndarray:
+        """Numbers of the problems that were deleted and not appended again, int64, ascending."""
+        return self._snapshot.deleted()
+
+    def numbers_of(self, ids: Sequence[str]) -> np.ndarray:
+        """Number of each problem of the collection, int64; -1 for an id that it does not have."""
+        return self._snapshot.problems.find(ids)
+
+    def positions_of(self, numbers: np.ndarray) -> np.ndarray:
+        """Position of each problem by its number, int64; -1 without a row in this view."""
+        if not len(self):
+            return np.full(len(numbers), -1)
+        place = np.minimum(np.searchsorted(self._problem_N, numbers), len(self) - 1)
+        return np.where(self._problem_N[place] == numbers, place, -1)
+
+    def ids_of(self, numbers: np.ndarray) -> np.ndarray:
+        """Ids of problems by their numbers, object array of str; reads only what it needs."""
+        return self._snapshot.problems.ids_at(numbers)
+
+    def column_of(self, numbers: np.ndarray, name: str) -> "pa.ChunkedArray":
+        """A column of the records of problems by their numbers, such as `source` or `tags`."""
+        return self._snapshot.problems.table_of(checked_columns([name]))[name].take(numbers)
 
     @cached_property
     def steps(self) -> np.ndarray:
@@ -195,8 +233,16 @@ class View:
 
     @cached_property
     def problems(self) -> "pa.Table":
-        """Table of the problems' records, one row per position; columns as in `Store.problems`."""
-        return self._snapshot.problems.table.take(self._problem_N)
+        """Table of the problems' records, with every text; `problems_at` reads less. Columns as in `Store.problems`."""
+        return self.problems_at()
+
+    def problems_at(self, positions: Any = None, columns: Sequence[str] | None = None) -> "pa.Table":
+        """Records at some positions (None: all); columns as in `Store.problems`. Reads only what is asked for."""
+        known, names = self._snapshot.problems, checked_columns(columns)
+        if positions is not None:
+            return known.take(self._problem_N[checked_positions(positions, len(self))], names)
+        table = known.table_of(names)
+        return table if len(self) == len(table) else table.take(self._problem_N)
 
     def ids_at(self, positions: Any) -> np.ndarray:
         """Ids at some positions, object array of str; much cheaper than `ids` for a few positions."""
@@ -207,8 +253,7 @@ class View:
 
         strict: RequestError for an id that is not in the view; otherwise its position is -1.
         """
-        index = self._position_of
-        found = np.fromiter((index.get(problem_id, -1) for problem_id in ids), dtype=np.int64, count=len(ids))
+        found = self.positions_of(self.numbers_of(ids))
         if strict and len(found) and found.min() < 0:
             at = "" if self.at is None else f" at step {self.at}"
             unknown = ids[int(found.argmin())]
@@ -245,13 +290,6 @@ class View:
     def take(self, ids: Sequence[str]) -> np.ndarray:
         """Unit rows of some problems, in the order of ids, float32 [len(ids), D]."""
         return self.rows(self.positions(ids))
-
-    @cached_property
-    def _position_of(self) -> dict[str, int]:
-        found = {problem_id: position for position, problem_id in enumerate(self.ids)}
-        if len(found) < len(self):
-            self._snapshot.problems.index  # noqa: B018 (raises the DamagedError that names the id)
-        return found
 
     def _refuse_several_bases(self, positions: np.ndarray) -> None:
         if not self._snapshot.manifest.bases:

@@ -7,7 +7,7 @@ Dimension letters: P problems of the pool.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,13 +19,21 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from gradstore import Store
+from gradstore import State, Store
 from gradstore.analysis.agreement import jaccard, spearman
 from gradstore.analysis.explorer.turns import Turns
 from gradstore.analysis.report.transcripts import Transcript, Transcripts
 from gradstore.analysis.trajectory import STATE_NAMES, UNMEASURED, target_at
 from gradstore.engine.searching.blocks import laid_out
-from gradstore.engine.searching.query import METRICS, Metric, eligible_positions, query_vectors, score_rows, search
+from gradstore.engine.searching.query import (
+    METRICS,
+    Metric,
+    direction,
+    eligible_positions,
+    query_vectors,
+    score_rows,
+    search,
+)
 from gradstore.engine.searching.where import Where
 from gradstore.errors import check_known
 from gradstore.layout import COLLECTIONS, PROBES
@@ -130,6 +138,7 @@ class Catalogue:
     """Who may compute now."""
     _scores: Recent[Scores] = field(default_factory=lambda: Recent(24))
     _listed: Recent[Listing] = field(default_factory=lambda: Recent(1))
+    _queries: Recent[np.ndarray | None] = field(default_factory=lambda: Recent(1024))
     _texts: Recent[np.ndarray] = field(default_factory=lambda: Recent(64))
 
     def version(self) -> Hashable:
@@ -146,12 +155,12 @@ class Catalogue:
 
     def sources(self) -> list[str]:
         """Every source of the pool, sorted."""
-        return sorted(set(self.store.problems(self.pool)["source"].to_pylist()))
+        return sorted(set(pc.unique(self.store.problems(self.pool, columns=["source"])["source"]).to_pylist()))
 
     def tags(self) -> list[str]:
         """Every tag of the pool, sorted."""
-        flat = pc.list_flatten(self.store.problems(self.pool)["tags"])
-        return sorted(set(flat.to_pylist()))
+        flat = pc.list_flatten(self.store.problems(self.pool, columns=["tags"])["tags"])
+        return sorted(pc.unique(flat).to_pylist())
 
     def scored(self, benchmark: str, step: int | None, metric: str) -> pd.DataFrame:
         """Frame of all problems, in order of addition: id, source, score (nan: not ranked), state, pass_rate, norm,
@@ -186,9 +195,11 @@ class Catalogue:
 
     def history(self, problem_id: str, metric: str) -> pd.DataFrame:
         """Frame of one problem at every step: step, benchmark, score, state, pass_rate, norm, n_rollouts, age."""
-        self.record(problem_id)
-        row = pc.index(self.store.problems(self.pool)["id"], problem_id).as_py()
         columns = ["step", "benchmark", "score", "state", "pass_rate", "norm", "n_rollouts", "age"]
+        if metric in ("cosine", "dot") and len(self.store.bases) == 1:
+            return pd.DataFrame(self._own_history(problem_id, cast("Metric", metric)), columns=columns)
+        row = int(self.store.view(self.pool).numbers_of([problem_id])[0])
+        self.record(problem_id)
         rows = []
         for step in self.steps:
             for name in self.benchmarks:
@@ -198,17 +209,43 @@ class Catalogue:
                     rows.append([step, name, *(frame[column].to_numpy()[place] for column in columns[2:])])
         return pd.DataFrame(rows, columns=columns)
 
+    def _own_history(self, problem_id: str, metric: Metric) -> Iterator[tuple]:
+        """The rows of `history`, from the problem's own rows alone; the store has one basis."""
+        track = self.store.track(self.pool, problem_id)
+        if track.is_deleted:
+            return
+        units_RD, live = track.unit_rows(), track.states == State.LIVE
+        nothing = (float("nan"), STATE_NAMES[3], float("nan"), float("nan"), 0, float("nan"))
+        for step in self.steps:
+            row = track.newest(step)
+            for name in self.benchmarks:
+                if row < 0:
+                    yield (step, name, *nothing)
+                    continue
+                score, query_D = float("nan"), self._query(name, step, metric)
+                if live[row] and query_D is not None:
+                    score = float(units_RD[row] @ query_D) * (1.0 if metric == "cosine" else float(track.norms[row]))
+                about = float(track.pass_rates[row]), float(track.norms[row]), int(track.n_rollouts[row])
+                yield (step, name, score, STATE_NAMES[track.states[row]], *about, float(step - track.steps[row]))
+
+    def _query(self, benchmark: str, step: int, metric: Metric) -> np.ndarray | None:
+        """The benchmark's target at a step as a query, float32 [D]; None without one. The store has one basis."""
+
+        def make() -> np.ndarray | None:
+            found = target_at(self.store, benchmark, step)
+            return None if found is None else direction(found, self.store.dim, metric)
+
+        return self._queries.get((benchmark, step, metric, self.store.commit(benchmark)), make)
+
     def nearest(self, problem_id: str, step: int | None, k: int = 10) -> pd.DataFrame:
         """The k problems with the most similar gradients: id, source, cosine, pass_rate.
 
         Empty if the problem has no gradient.
         """
         view = self.store.view(self.pool, step)
-        row = pc.index(self.store.problems(self.pool)["id"], problem_id).as_py()
-        rows = view.stored.column("problem")
-        place = int(np.searchsorted(rows, row))
+        place = int(view.positions([problem_id], strict=False)[0])
         columns = ["id", "source", "cosine", "pass_rate"]
-        if row < 0 or place == len(rows) or rows[place] != row or not view.live[place]:
+        if place < 0 or not view.live[place]:
             return pd.DataFrame(columns=columns)
         query = view.rows(np.array([place]))[0]
         if view.n_bases > 1:  # rows of other bases share no dimensions with this one
@@ -223,7 +260,7 @@ class Catalogue:
         return pd.DataFrame(
             {
                 "id": ids,
-                "source": self.store.problems(self.pool, ids.tolist())["source"].to_pylist(),
+                "source": view.problems_at(positions, ["source"])["source"].to_pylist(),
                 "cosine": hits.scores[others][:k].astype(float),
                 "pass_rate": view.pass_rates[positions].astype(float),
             },
@@ -278,7 +315,7 @@ class Catalogue:
         return found
 
     def _listing(self) -> Listing:
-        problems = self.store.problems(self.pool)
+        problems = self.store.problems(self.pool, columns=["id", "source"])
         ids, sources = problems["id"], problems["source"]
         key = (self.store.commit(self.pool), len(problems))
         return self._listed.get(key, lambda: Listing(ids.to_numpy(), sources.to_numpy(), _ranks(ids)))
@@ -312,12 +349,13 @@ class Catalogue:
         return frame if not gone else frame[~frame["id"].isin(gone)]
 
     def _mask(self, frame: pd.DataFrame, wanted: Filter) -> np.ndarray:
-        problems = self.store.problems(self.pool)
+        words = wanted.text.strip()
+        columns = ["id", "source", "prompt", "tags"] if words else ["source", "tags"]
+        problems = self.store.problems(self.pool, columns=columns)
         rates = frame["pass_rate"].reindex(range(len(problems))).to_numpy(float)
         whole = wanted.pass_rate == (0.0, 1.0)
         where = Where(wanted.sources, wanted.tags, None if whole else wanted.pass_rate)
         mask = where.mask(problems, rates)
-        words = wanted.text.strip()
         if words:
             key = (words, self.store.commit(self.pool), len(problems))
             mask &= self._texts.get(key, lambda: _containing(problems, words))

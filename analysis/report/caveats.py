@@ -64,7 +64,7 @@ def _states(found: Findings) -> list[str]:
         lines.append(f"{n_failed} problems failed at step {found.steps[-1]}: their gradient is not a number.")
     if unmeasured >= MUCH:
         lines.append(f"{written(unmeasured, 'percent')} of the problems were not measured yet.")
-    never = len(found.store.problems(found.pool)) - len(found.store.deleted(found.pool))
+    never = found.store.n_problems(found.pool) - len(found.store.deleted(found.pool))
     never -= len(found.store.view(found.pool))
     if never > 0:
         lines.append(f"{never} problems of {found.pool} have never been measured and appear nowhere on this page.")

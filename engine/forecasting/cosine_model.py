@@ -8,13 +8,15 @@ Kalman filter combines all rows of a problem. Formulas: docs/methods.md, Budgete
 Dimension letters: P problems, N pairs of measurements, R reliabilities and L lives tried.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Hashable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from gradstore import Store
+from gradstore.engine.forecasting.kept import Kept
 from gradstore.engine.forecasting.pass_rates import effective
 from gradstore.engine.searching.query import score_rows
 from gradstore.engine.searching.targets import target
@@ -49,6 +51,10 @@ class Pairs:
 
     def __len__(self) -> int:
         return len(self.old)
+
+    def less(self, offsets: np.ndarray) -> "Pairs":
+        """The pairs with a value subtracted from both scores of each, float64 [N]."""
+        return replace(self, old=self.old - offsets, new=self.new - offsets)
 
     @classmethod
     def join(cls, parts: Sequence["Pairs"]) -> "Pairs":
@@ -159,18 +165,36 @@ def fit(pairs: Pairs, scores_P: np.ndarray, rollouts_P: np.ndarray) -> Staleness
     return Staleness(mean, signal, (1 - reliability) / reliability * n_usual * signal, life, len(pairs))
 
 
-def measured_pairs(store: Store, pool: str, benchmarks: Sequence[str], now: int, offsets: Mapping[str, float]) -> Pairs:
+def measured_pairs(
+    store: Store,
+    pool: str,
+    benchmarks: Sequence[str],
+    now: int,
+    offsets_N: np.ndarray | None = None,
+    base: tuple[int, int] = (0, 0),
+) -> Pairs:
     """Pairs of cosines of problems that were measured twice, from the newest steps of the store up to `now`.
 
     Each live row is paired with the newest earlier row of its problem, if that is live. Two groups of steps are read:
     the newest with a benchmark measurement, and the newest without one (with a trainer's own rollouts).
-    offsets: by problem id, the value to subtract from its scores (its source's mean).
+    offsets_N: by problem number, the value to subtract from its scores (its source's mean); None: 0. base:
+    `StoredRows.base` of the pool. Pairs of a step are read once: again only when there are other rows.
     """
-    measured = [step for step in store.steps(pool) if step <= now]
-    rounds = {step for name in benchmarks for step in store.steps(name)}
-    at_rounds = [step for step in measured if step in rounds][-_STEPS_BACK:]
-    between = [step for step in measured if step not in rounds][-_STEPS_BACK:]
-    return Pairs.join([_pairs_at(store, pool, benchmarks, step, offsets) for step in sorted({*at_rounds, *between})])
+    counts = {step: n for step, n in store.steps(pool).items() if step <= now}
+    of_benchmarks = {name: store.steps(name) for name in benchmarks}
+    rounds = {step for own in of_benchmarks.values() for step in own}
+    at_rounds = [step for step in counts if step in rounds][-_STEPS_BACK:]
+    between = [step for step in counts if step not in rounds][-_STEPS_BACK:]
+    kept, parts, names = Kept.of(store, pool), [], set[Hashable]()
+    for step in sorted({*at_rounds, *between}):
+        before = [[(own, n) for own, n in some.items() if own <= step] for some in (counts, *of_benchmarks.values())]
+        name = ("pairs", step)
+        names.add(name)
+        make = partial(_pairs_at, store, pool, benchmarks, step)
+        pairs, number_N = kept.get(name, (before, tuple(benchmarks), base), make)
+        parts.append(pairs if offsets_N is None else pairs.less(offsets_N[number_N]))
+    kept.keep_only("pairs", names)
+    return Pairs.join(parts)
 
 
 def direction_at(store: Store, benchmarks: Sequence[str], step: int) -> np.ndarray | None:
@@ -191,21 +215,24 @@ def sum_of_units(vectors: Sequence[np.ndarray]) -> np.ndarray:
     return total_D
 
 
-def _pairs_at(store: Store, pool: str, benchmarks: Sequence[str], step: int, offsets: Mapping[str, float]) -> Pairs:
+def _pairs_at(store: Store, pool: str, benchmarks: Sequence[str], step: int) -> tuple[Pairs, np.ndarray]:
+    """Pairs of one step, and the numbers of their problems, int64 [N]."""
     query_D = direction_at(store, benchmarks, step)
     after, before = store.view(pool, step), store.view(pool, step - 1)
     new = np.flatnonzero(after.live & (after.steps == step))
-    old = before.positions(after.ids_at(new).tolist(), strict=False) if len(before) else np.full(len(new), -1)
+    number_N = after.problem_numbers[new]
+    old = before.positions_of(number_N)
     both = (old >= 0) & np.append(before.live, False)[old]
-    new, old = new[both], old[both]
+    new, old, number_N = new[both], old[both], number_N[both]
     if query_D is None or not query_D.any() or not len(new):
-        return Pairs(*np.zeros((5, 0)))
+        return Pairs(*np.zeros((5, 0))), np.zeros(0, np.int64)
     unit_D = query_D / np.linalg.norm(query_D)
-    off = np.array([offsets.get(name, 0.0) for name in after.ids_at(new).tolist()])
-    return Pairs(
-        score_rows(before, unit_D, "cosine", old)[old] - off,
-        score_rows(after, unit_D, "cosine", new)[new] - off,
+    new, old, number_N = new[-_MOST_PAIRS:], old[-_MOST_PAIRS:], number_N[-_MOST_PAIRS:]  # no more can count
+    pairs = Pairs(
+        score_rows(before, unit_D, "cosine", old)[old].astype(np.float64),
+        score_rows(after, unit_D, "cosine", new)[new].astype(np.float64),
         (step - before.steps[old]).astype(np.float64),
         effective(before.n_rollouts[old].astype(np.float64), before.pass_rates[old]),
         effective(after.n_rollouts[new].astype(np.float64), after.pass_rates[new]),
     )
+    return pairs, number_N

@@ -10,16 +10,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import pyarrow as pa
 
 from gradstore import State, Store, View
 from gradstore.engine.forecasting.cosine_model import PRIOR_LIFE, Beliefs, Staleness, fit, measured_pairs, sum_of_units
+from gradstore.engine.forecasting.kept import Kept, Places
 from gradstore.engine.forecasting.live_rows import Rows, live_rows
 from gradstore.engine.forecasting.norms import expected_norms
 from gradstore.engine.forecasting.probe_scale import Calibration, Probed, aim, calibrate, probed_at, probed_before
 from gradstore.engine.forecasting.refresh_choice import Outlook, pass_rate_prior
 from gradstore.engine.selecting.history import History
-from gradstore.engine.selecting.membership import places
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +68,9 @@ class NewestRows:
     """Gradient norm, float64; nan where the row is not live."""
 
     @classmethod
-    def of(cls, view: View, ids: Sequence[str]) -> "NewestRows":
-        """The rows of problems in a view."""
-        place_P = places(list(ids), view.ids)
+    def of(cls, view: View, places: Places) -> "NewestRows":
+        """The rows of candidates in a view."""
+        place_P = view.positions_of(places.numbers)
 
         def column(values: np.ndarray, missing: float) -> np.ndarray:
             return np.append(values.astype(np.float64), missing)[place_P]
@@ -163,21 +162,24 @@ def forecast_candidates(
     toward: ForecastTarget | None = None,
 ) -> CandidateForecast:
     """Forecast problems of a pool at a step. toward: the target; None: without a target."""
-    view, history, ids = store.view(pool, step), store.history(pool, step), list(ids)
-    newest = NewestRows.of(view, ids)
-    past = History.of(history, ids, now=step, forgetting=settings.forgetting, prior=pass_rate_prior(history))
+    view, history = store.view(pool, step), store.history(pool, step, numbers=True)
+    ids = ids if isinstance(ids, list) else list(ids)
+    places = Places.of(view, ids)
+    place_M, prior = places.of_numbers(history["problem"].to_numpy()), pass_rate_prior(history)
+    newest = NewestRows.of(view, places)
+    past = History.at_places(history, place_M, len(ids), now=step, forgetting=settings.forgetting, prior=prior)
     signal_P = past.signal_probability(settings.n_rollouts)
     if toward is None:
         cosine = _without_target(newest, step)
         return CandidateForecast(ids, step, newest, cosine, newest.norms, signal_P, None)
     unit_D = (toward.direction / (np.linalg.norm(toward.direction) or 1.0)).astype(np.float32)
-    rows = live_rows(store, pool, ids, unit_D, step)
-    sources_P = _sources(store, pool, ids) if settings.by_source else np.full(len(ids), "all")
-    cosine = _cosines(store, pool, ids, step, toward.benchmarks, rows, sources_P)
-    norm_P = _norms(history, ids, step, rows, newest)
+    rows = live_rows(store, pool, places, unit_D, step)
+    sources_P = _sources(view, places) if settings.by_source else np.zeros(len(ids), np.int64)
+    cosine = _cosines(view, places, step, toward.benchmarks, rows, sources_P)
+    norm_P = _norms(expected_norms(history, place_M, len(ids), rows), step, newest)
     fresh = probed_at(store, pool, toward.benchmarks, step)
     known = [*([] if fresh is None else [fresh]), *toward.probed]
-    calibration = calibrate(view, ids, known, aim(store, toward.benchmarks, step)[1]) if known else None
+    calibration = calibrate(view, places, known, aim(store, toward.benchmarks, step)[1]) if known else None
     return CandidateForecast(ids, step, newest, cosine, norm_P, signal_P, calibration)
 
 
@@ -189,47 +191,48 @@ def _without_target(newest: NewestRows, step: int) -> CosineForecast:
 
 
 def _cosines(
-    store: Store,
-    pool: str,
-    ids: list[str],
-    step: int,
-    benchmarks: Sequence[str],
-    rows: Sequence[Rows],
-    sources_P: np.ndarray,
+    view: View, places: Places, step: int, benchmarks: Sequence[str], rows: Sequence[Rows], sources_P: np.ndarray
 ) -> CosineForecast:
     """Expected cosines now: a drift model fitted to problems measured twice, then a filter over each problem's rows.
 
     rows: live rows, oldest first.
     """
-    first_P, first_rollouts_P = np.full(len(ids), np.nan), np.zeros(len(ids))
+    first_P, first_rollouts_P = np.full(len(places), np.nan), np.zeros(len(places))
     for row in reversed(rows):
         first_P[row.places], first_rollouts_P[row.places] = row.cosines, row.rollouts
     offsets_P = source_offsets(first_P, sources_P)
-    pairs = measured_pairs(store, pool, benchmarks, step, dict(zip(ids, offsets_P.tolist(), strict=True)))
+    offsets_N, known = np.zeros(view.n_problems), places.numbers >= 0
+    offsets_N[places.numbers[known]] = offsets_P[known]
+    pairs = measured_pairs(view.store, view.collection, benchmarks, step, offsets_N, view.stored.base)
     model = fit(pairs, first_P - offsets_P, first_rollouts_P)
-    beliefs = Beliefs(model, len(ids))
+    beliefs = Beliefs(model, len(places))
     for row in rows:
         beliefs.measure(row.places, row.step, row.cosines - offsets_P[row.places], row.rollouts)
     mean_P, sd_P = beliefs.at(step)
     return CosineForecast(mean_P + offsets_P, sd_P, offsets_P, model)
 
 
-def _norms(history: pa.Table, ids: list[str], step: int, rows: Sequence[Rows], newest: NewestRows) -> np.ndarray:
+def _norms(norm_P: np.ndarray, step: int, newest: NewestRows) -> np.ndarray:
     """Expected norms now, float64 [P]; a live row of this step keeps its own norm, and so does one without forecast."""
-    norm_P = expected_norms(history, ids, rows)
     own_P = (newest.steps == step) & newest.live | ~np.isfinite(norm_P)
     return np.where(own_P, newest.norms, norm_P)
 
 
-def _sources(store: Store, pool: str, ids: list[str]) -> np.ndarray:
-    """Source of each problem, str [P]."""
-    table = store.problems(pool)
-    sources_P: np.ndarray = table["source"].take(places(ids, table["id"])).to_numpy().astype(str)
-    return sources_P
+def _sources(view: View, places: Places) -> np.ndarray:
+    """Number of each candidate's source, int64 [P]."""
+
+    def make() -> np.ndarray:
+        column = view.column_of(places.numbers, "source").combine_chunks()
+        numbers_P: np.ndarray = column.dictionary_encode().indices.to_numpy().astype(np.int64)
+        return numbers_P
+
+    return Kept.of(view.store, view.collection).get("sources", places, make)
 
 
 def source_offsets(scores_P: np.ndarray, sources_P: np.ndarray) -> np.ndarray:
     """Shrunken difference between the mean score of each problem's source and the overall mean, float64 [P].
+
+    sources_P: names or numbers.
 
     A source with m scores keeps m / (m + within / between) of its difference; both variances are moment estimates
     (one-way random effects). NaN scores do not count. All zeros if sources differ by no more than chance.

@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from gradstore import Store, View
 from gradstore.engine.forecasting.cosine_model import sum_of_units
+from gradstore.engine.forecasting.kept import Kept, Places
 from gradstore.engine.probing.batch import ProbeBatch
 from gradstore.engine.searching.query import score_rows
 from gradstore.engine.searching.targets import target
@@ -26,6 +28,10 @@ _STEPS_BACK = 4
 _FEWEST = 3
 _MOST = 1024
 """Newest probes that count: each is compared with every problem."""
+_STEPS = 4000
+"""Steps of a unit row's entries: finer than int8 rows of 1,024 dimensions."""
+_TILE = 256
+"""Rows of a block are a multiple of this."""
 _AT_ONCE = 1 << 20
 """Pairs of a problem and a probe per block."""
 
@@ -49,6 +55,16 @@ class Calibration:
         return {"gain": usual, "gain_low": low, "gain_high": high, "left": self.left, "n_probes": self.n}
 
 
+def _integers(rows: np.ndarray) -> np.ndarray:
+    """Unit rows in steps of 1 / _STEPS, as whole numbers, float32.
+
+    Every partial sum of a product of two such rows is below 2^24, hence exact: products do not depend on the order in
+    which a kernel adds, and with it on the place of a row in its block.
+    """
+    found: np.ndarray = np.multiply(rows, np.float32(_STEPS))
+    return np.rint(found, out=found)
+
+
 class LocalRatios:
     """Locally weighted regression of probed on sketched dots, through the origin; slopes are at least 0.
 
@@ -60,14 +76,21 @@ class LocalRatios:
         squares_K, products_K = sketched_K**2, probed_K * sketched_K
         self._usual = float(products_K.sum() / (squares_K.sum() or 1.0))
         self._one = float(squares_K.mean()) or 1.0
-        self._rows_KD = rows_KD
+        self.n = len(rows_KD)
+        self._rows_KD = _integers(rows_KD)
         self._sums_K2 = np.stack([products_K, squares_K], axis=1).astype(np.float32)
         self.usual = max(self._usual, 0.0)
         """Global slope, at least 0; also the slope of a problem that is similar to no probed one."""
 
+    def same(self, other: "LocalRatios") -> bool:
+        """Whether they are of the same problems with the same dots."""
+        pairs = ((self._rows_KD, other._rows_KD), (self._sums_K2, other._sums_K2))
+        return self._usual == other._usual and all(np.array_equal(ours, theirs) for ours, theirs in pairs)
+
     def __call__(self, rows_PD: np.ndarray) -> np.ndarray:
         """Slopes for problems with these unit sketches, float64 [P]; memory for P x K numbers."""
-        similar_PK = rows_PD @ self._rows_KD.T
+        similar_PK = _integers(rows_PD) @ self._rows_KD.T
+        similar_PK *= np.float32(_STEPS**-2)
         np.maximum(similar_PK, 0.0, out=similar_PK)
         np.square(similar_PK, out=similar_PK)
         products_P, squares_P = (similar_PK @ self._sums_K2).T.astype(np.float64)
@@ -97,29 +120,74 @@ def probed_before(store: Store, pool: str, benchmarks: Sequence[str], step: int)
 
 
 def probed_at(store: Store, pool: str, benchmarks: Sequence[str], step: int) -> Probed | None:
-    """Probes of a step along the benchmarks' target; None if none can be compared with a sketch."""
+    """Probes of a step along the benchmarks' target, the first that count; None if none can be compared with a sketch.
+
+    Statistics of a probe are computed once, at the first call that sees it.
+    """
     try:
-        batch = ProbeBatch.load(store, pool, step=step, target="+".join(benchmarks))
         direction_D, length = aim(store, benchmarks, step)
+        seen = _Seen.of(store, pool, step, "+".join(benchmarks))
     except RequestError:
         return None
     view = store.view(pool, step)
-    places_K = view.positions(batch.ids, strict=False)
-    known_K = (places_K >= 0) & batch.live
+    dots_K, errors_K, live_K = (np.array(column) for column in (seen.dots, seen.errors, seen.live))
+    places_K = view.positions_of(view.numbers_of(seen.ids))
+    known_K = (places_K >= 0) & live_K
     known_K[known_K] = view.live[places_K[known_K]] & (view.steps[places_K[known_K]] == step)
+    known_K = np.flatnonzero(known_K)[:_MOST]
     places_K = places_K[known_K]
     if view.n_bases > 1 or not len(places_K):
         return None
     norms_K = view.norms[places_K].astype(np.float64)
     sketched_K = score_rows(view, direction_D, "cosine", places_K)[places_K].astype(np.float64) * length
-    errors_K = batch.standard_errors[known_K] / norms_K
-    return Probed(view.rows(places_K), sketched_K, batch.dots[known_K] / norms_K, errors_K)
+    return Probed(view.rows(places_K), sketched_K, dots_K[known_K] / norms_K, errors_K[known_K] / norms_K)
 
 
-def calibrate(view: View, ids: Sequence[str], probes: Sequence[Probed], length: float) -> Calibration | None:
-    """Calibration of problems from their newest rows in a view; None with fewer than 3 probes.
+class _Seen:
+    """Statistics of the probes of a step along a target, in the order in which their problems were first probed."""
 
-    probes: probes of several steps, newest first. length: length of the target now.
+    def __init__(self) -> None:
+        self._read = pa.chunked_array([], pa.large_string())
+        self._place_of: dict[str, int] = {}
+        self.dots: list[float] = []
+        self.errors: list[float] = []
+        self.live: list[bool] = []
+
+    @property
+    def ids(self) -> list[str]:
+        return list(self._place_of)
+
+    @classmethod
+    def of(cls, store: Store, pool: str, step: int, target_name: str) -> "_Seen":
+        """All of them; RequestError if there are none, or of several objectives."""
+        kept, name = Kept.of(store, pool), ("probes", step, target_name)
+        table = store.probes(pool).table(step=step, target=target_name)
+        if not len(table) or len(table["objective"].unique()) > 1:
+            raise RequestError(f"no probes of one objective at step {step} along {target_name!r}")
+        ids = table["id"].cast(pa.large_string())
+        seen = kept.last(name)
+        n = 0 if seen is None else len(seen._read)
+        if seen is None or n > len(ids) or not ids.slice(0, n).equals(seen._read):  # some were deleted
+            seen, n = cls(), 0
+        if n < len(ids):
+            seen._add(ProbeBatch.of_table(table.slice(n)))
+        seen._read = ids
+        kept.put(name, seen)
+        return seen
+
+    def _add(self, batch: ProbeBatch) -> None:
+        for name, dot, error, live in zip(batch.ids, batch.dots, batch.standard_errors, batch.live, strict=True):
+            place = self._place_of.setdefault(name, len(self._place_of))
+            self.dots[place : place + 1] = [float(dot)]
+            self.errors[place : place + 1] = [float(error)]
+            self.live[place : place + 1] = [bool(live)]
+
+
+def calibrate(view: View, places: Places, probes: Sequence[Probed], length: float) -> Calibration | None:
+    """Calibration of candidates from their newest rows in a view; None with fewer than 3 probes.
+
+    probes: probes of several steps, newest first. length: length of the target now. A candidate's gain is computed
+    once for a row and a set of probes.
     """
     if sum(len(own.dots) for own in probes) < _FEWEST:
         return None
@@ -128,15 +196,50 @@ def calibrate(view: View, ids: Sequence[str], probes: Sequence[Probed], length: 
         for name in ("rows", "sketched", "dots", "errors")
     )
     ratios = LocalRatios(rows_KD, sketched_K, probed_K)
-    place_P = view.positions(list(ids), strict=False)
-    live = np.flatnonzero((place_P >= 0) & np.append(view.live, False)[place_P])
-    gains_P = np.full(len(ids), ratios.usual)
-    done = 0
-    for block, rows_BD in view.scan(place_P[live], max(1, _AT_ONCE // len(rows_KD))):
-        gains_P[live[done : done + len(block)]] = ratios(rows_BD)
-        done += len(block)
+    position_P = view.positions_of(places.numbers)
+    live = np.flatnonzero((position_P >= 0) & np.append(view.live, False)[position_P])
+    gains_P = np.full(len(places), ratios.usual)
+    gains_P[live] = _Gains.of(view, ratios, position_P[live])
     left = max(float(np.mean((probed_K - ratios(rows_KD) * sketched_K) ** 2)) - float(np.mean(errors_K**2)), 0.0)
     return Calibration(gains_P, left / ((ratios.usual * length) ** 2 or 1.0), length, len(probed_K))
+
+
+class _Gains:
+    """Ratios of the pool's problems for one set of probes, each with the row it was computed from."""
+
+    def __init__(self, view: View, ratios: LocalRatios) -> None:
+        self._ratios, self._base = ratios, view.stored.base
+        self._row_N = np.full(view.n_problems, -1)
+        self._gain_N = np.zeros(view.n_problems)
+
+    @classmethod
+    def of(cls, view: View, ratios: LocalRatios, positions: np.ndarray) -> np.ndarray:
+        """Ratios of the rows at some positions, float64 [len(positions)]."""
+        kept = Kept.of(view.store, view.collection)
+        own = kept.last("gains")
+        same = own is not None and (own._base, len(own._row_N)) == (view.stored.base, view.n_problems)
+        if not same or not own._ratios.same(ratios):
+            own = cls(view, ratios)
+            kept.put("gains", own)
+        number_K, row_K = view.problem_numbers[positions], view.stored.numbers[positions]
+        other = np.flatnonzero(own._row_N[number_K] != row_K)
+        own._gain_N[number_K[other]] = _in_blocks(view, ratios, positions[other])
+        own._row_N[number_K[other]] = row_K[other]
+        gains: np.ndarray = own._gain_N[number_K]
+        return gains
+
+
+def _in_blocks(view: View, ratios: LocalRatios, positions: np.ndarray) -> np.ndarray:
+    """Ratios of rows, in blocks of one size, filled up with zeros: a ratio does not depend on other rows."""
+    size = max(1, _AT_ONCE // ratios.n // _TILE) * _TILE
+    block_BD, found = np.zeros((size, view.dim), np.float32), np.empty(len(positions))
+    done = 0
+    for block, rows_BD in view.scan(positions, size):
+        n = len(block)
+        block_BD[:n], block_BD[n:] = rows_BD, 0.0
+        found[done : done + n] = ratios(block_BD)[:n]
+        done += n
+    return found
 
 
 def aim(store: Store, benchmarks: Sequence[str], step: int) -> tuple[np.ndarray, float]:

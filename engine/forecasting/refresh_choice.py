@@ -51,10 +51,14 @@ def pass_rate_prior(history: pa.Table) -> float:
     known = np.isfinite(rates) & (counts > 0)
     if not known.any():
         return 1.0
-    problem = history["id"].combine_chunks().dictionary_encode().indices.to_numpy()[known]
+    if "problem" in history.column_names:
+        problem = history["problem"].to_numpy()[known]
+    else:
+        problem = history["id"].combine_chunks().dictionary_encode().indices.to_numpy()[known]
     right, wrong = (np.bincount(problem, (share * counts)[known]) for share in (rates, 1 - rates))
+    pairs, times = np.unique(right + 1j * wrong, return_counts=True)  # few are different
     grid = np.geomspace(0.05, 2.0, 24)
-    fits = [float(betaln(right + a, wrong + a).sum() - len(right) * betaln(a, a)) for a in grid]
+    fits = [float(times @ (betaln(pairs.real + a, pairs.imag + a) - betaln(a, a))) for a in grid]
     return float(grid[int(np.argmax(fits))])
 
 

@@ -70,13 +70,15 @@ def with_old_sketches(probes: ProbeBatch, now: CandidateForecast, length: float 
     dots = np.where(dots > 0, now.signal[old], 1.0) * dots
     t = dots / np.where(errors > 0, errors, 1.0)
     counts = np.maximum(now.newest.n_rollouts[old], 3)
-    nothing = [np.full(count, np.nan) for count in counts]
+    blank = {count: np.full(count, np.nan) for count in np.unique(counts).tolist()}
+    unknown = {count: np.zeros(count, np.int64) for count in blank}
+    nothing = [blank[count] for count in counts.tolist()]
     return replace(
         probes,
         ids=[*probes.ids, *(now.ids[place] for place in old)],
         derivatives=[*probes.derivatives, *nothing],
         rewards=[*probes.rewards, *nothing],
-        lengths=[*probes.lengths, *(np.zeros(count, np.int64) for count in counts)],
+        lengths=[*probes.lengths, *(unknown[count] for count in counts.tolist())],
         dots=np.concatenate([probes.dots, dots]),
         standard_errors=np.concatenate([probes.standard_errors, errors]),
         t=np.concatenate([probes.t, t]),

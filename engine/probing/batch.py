@@ -6,6 +6,7 @@ Dimension letters: P problems, G rollouts of one problem.
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,6 +17,12 @@ from gradstore.engine.probing.calibration import Calibration
 from gradstore.engine.rollouts.group import Group
 from gradstore.errors import RequestError, check_known
 from gradstore.state import State, live_mask
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+_COLUMNS: dict[str, type] = {"derivatives": np.float64, "rewards": np.float64, "lengths": np.int64}
+"""Columns of lists, and what their numbers become."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -95,20 +102,22 @@ class ProbeBatch:
 
         RequestError if there are none, or if they were measured under different objectives.
         """
-        rows = {row["id"]: row for row in store.probes(collection).table(step=step, target=target).to_pylist()}
-        if not rows:
+        table = store.probes(collection).table(step=step, target=target)
+        if not len(table):
             raise RequestError(f"collection {collection!r} has no probes at step {step} along {target!r}")
-        objectives = {row["objective"] for row in rows.values()}
-        if len(objectives) > 1:
+        if len(table["objective"].unique()) > 1:
             raise RequestError(f"collection {collection!r}: probes at step {step} along {target!r} differ in objective")
-        return cls._of(
-            list(rows),
-            [np.array(row["derivatives"], np.float64) for row in rows.values()],
-            [np.array(row["rewards"], np.float64) for row in rows.values()],
-            [np.array(row["lengths"], np.int64) for row in rows.values()],
-            Objective(**json.loads(objectives.pop())),
-            None,
-        )
+        return cls.of_table(table)
+
+    @classmethod
+    def of_table(cls, table: "pa.Table") -> "ProbeBatch":
+        """The probes in rows of `RecordedProbes.table`, one or more of one objective; the newest of each problem."""
+        newest = {name: row for row, name in enumerate(table["id"].to_pylist())}
+        if len(newest) < len(table):
+            table = table.take(list(newest.values()))
+        derivatives, rewards, lengths = (_arrays(table[name], kind) for name, kind in _COLUMNS.items())
+        settings = Objective(**json.loads(table["objective"][0].as_py()))
+        return cls._of(list(newest), derivatives, rewards, lengths, settings, None)
 
     def save(self, store: Store, collection: str, *, step: int, target: str, target_commit: int = 0) -> None:
         """Save derivatives, rewards and lengths beside the collection's rows; see `RecordedProbes.add`."""
@@ -157,3 +166,11 @@ class ProbeBatch:
             if r_G.shape != d_G.shape or not np.isfinite(r_G).all():
                 raise RequestError(f"problem {name!r}: expected {len(d_G)} finite rewards, got shape {r_G.shape}")
         return self._of(self.ids, self.derivatives, checked, self.lengths, self.settings, self.calibration)
+
+
+def _arrays(column: "pa.ChunkedArray", kind: type) -> list[np.ndarray]:
+    """Each list of a column as an array."""
+    lists = column.combine_chunks()
+    values = lists.flatten().to_numpy(zero_copy_only=False).astype(kind)
+    ends = np.cumsum(np.diff(lists.offsets.to_numpy()))
+    return np.split(values, ends[:-1])

@@ -128,7 +128,8 @@ def _by_conjugate_gradients(
 
 def _blocks(view: View, live: np.ndarray, scale: float, dtype: type) -> Iterator[np.ndarray]:
     for positions, units_PD in view.scan(live, max(1, _BLOCK_BYTES // (4 * view.dim))):
-        yield (units_PD * (view.norms[positions] / np.float32(scale))[:, None]).astype(dtype, copy=False)
+        units_PD *= (view.norms[positions] / np.float32(scale))[:, None]
+        yield units_PD.astype(dtype, copy=False)
 
 
 def _moment(view: View, live: np.ndarray, scale: float) -> np.ndarray:

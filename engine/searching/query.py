@@ -128,7 +128,12 @@ def eligible_positions(view: View, where: Where | np.ndarray | None) -> np.ndarr
     if where is None:
         return view.live_positions
     return np.flatnonzero(
-        view.live & (where.mask(view.problems, view.pass_rates) if isinstance(where, Where) else where)
+        view.live
+        & (
+            where.mask(view.problems_at(columns=["source", "tags"]), view.pass_rates)
+            if isinstance(where, Where)
+            else where
+        )
     )
 
 

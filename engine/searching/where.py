@@ -71,7 +71,8 @@ class Where:
         """
         mask_P = np.ones(len(problems), bool)
         if self.sources:
-            mask_P &= np.isin(problems.column("source").to_numpy(), self.sources)
+            own = problems.column("source")
+            mask_P &= pc.is_in(own, value_set=pa.array(self.sources, own.type)).to_numpy()
         if self.tags:
             tags = problems.column("tags").combine_chunks()
             flat = tags.flatten().to_numpy(zero_copy_only=False)

@@ -30,8 +30,8 @@ class Candidates:
     """The problems a selector may choose among."""
 
     view: View
-    ids: np.ndarray
-    """str [P]."""
+    numbers: np.ndarray
+    """Numbers of the problems in the collection (View.problem_numbers), int64 [P]."""
     positions: np.ndarray
     """Positions of the candidates in the view, int64 [P]; -1 for a problem never measured (whole-pool selectors)."""
     target_D: np.ndarray | None
@@ -50,6 +50,15 @@ class Candidates:
         return len(self.positions)
 
     @cached_property
+    def ids(self) -> np.ndarray:
+        """Ids, object array of str [P]; `ids_at` gives those of a few."""
+        return self.view.ids_of(self.numbers)
+
+    def ids_at(self, places: np.ndarray) -> np.ndarray:
+        """Ids of some candidates, by their places among the candidates; object array of str."""
+        return self.view.ids_of(self.numbers[places])
+
+    @cached_property
     def norms(self) -> np.ndarray:
         """Norm of each gradient, float64 [P]; NaN where never measured."""
         return self._at(self.view.norms)
@@ -65,8 +74,11 @@ class Candidates:
         from gradstore.engine.selecting.history import History
 
         view = self.view
-        table = view.store.history(view.collection, view.at)
-        return History.of(table, self.ids, now=view.at, forgetting=self.forgetting)
+        table = view.store.history(view.collection, view.at, numbers=True)
+        place_N = np.full(max(view.n_problems, int(table["problem"].to_numpy().max(initial=-1)) + 1), -1)
+        place_N[self.numbers] = np.arange(len(self))
+        place_M = place_N[table["problem"].to_numpy()]
+        return History.at_places(table, place_M, len(self), now=view.at, forgetting=self.forgetting)
 
     def cosines(self, query_D: np.ndarray | None) -> np.ndarray:
         """Cosine of every candidate with a direction, float64 [P]; NaN where never measured.

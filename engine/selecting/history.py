@@ -50,9 +50,22 @@ class History:
         a number of rollouts count as measurements, but do not change the posterior. RequestError for settings outside
         their range.
         """
+        return cls.at_places(table, places(table["id"], ids), len(ids), now=now, forgetting=forgetting, prior=prior)
+
+    @classmethod
+    def at_places(
+        cls,
+        table: pa.Table,
+        place_M: np.ndarray,
+        n: int,
+        *,
+        now: int | None = None,
+        forgetting: float = 1.0,
+        prior: float = 1.0,
+    ) -> "History":
+        """Like `of` for n candidates; place_M: place of each row's problem among them, -1 for others, int64 [M]."""
         check_number("forgetting", forgetting, above=0, most=1)
         check_number("prior", prior, above=0)
-        place_M = places(table["id"], ids)
         wanted_M = place_M >= 0
         place_M = place_M[wanted_M]
         step_M, rate_M, count_M = (table[name].to_numpy()[wanted_M] for name in ("step", "pass_rate", "n_rollouts"))
@@ -61,13 +74,13 @@ class History:
         weight_M = count_M * forgetting ** np.maximum(now - step_M, 0).astype(np.float64)
         weight_M[np.isnan(rate_M)] = 0.0
         right_M = weight_M * np.nan_to_num(rate_M.astype(np.float64))
-        last_P = np.full(len(ids), -1, np.int64)
+        last_P = np.full(n, -1, np.int64)
         np.maximum.at(last_P, place_M, step_M)
         return cls(
-            prior + np.bincount(place_M, right_M, len(ids)),
-            prior + np.bincount(place_M, weight_M - right_M, len(ids)),
+            prior + np.bincount(place_M, right_M, n),
+            prior + np.bincount(place_M, weight_M - right_M, n),
             last_P,
-            np.bincount(place_M, minlength=len(ids)).astype(np.int64),
+            np.bincount(place_M, minlength=n).astype(np.int64),
         )
 
     def __len__(self) -> int:

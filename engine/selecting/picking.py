@@ -12,7 +12,6 @@ from gradstore.engine.searching.ranking import best
 from gradstore.engine.selecting.apportionment import apportion, cross
 from gradstore.engine.selecting.candidates import Candidates, Scored, Selector
 from gradstore.engine.selecting.diversity import Diversity
-from gradstore.engine.selecting.membership import places
 from gradstore.engine.selecting.mixture import Part
 from gradstore.engine.selecting.quotas import OTHERS, group_sizes
 from gradstore.errors import RequestError
@@ -33,7 +32,7 @@ def taker(candidates: Candidates, diversity: Diversity | None, seed: int) -> Tak
     """Function that takes the best candidates: the plain ranking with ties by id, or a diverse one."""
 
     def id_of(places_P: np.ndarray) -> np.ndarray:
-        return candidates.ids[places_P]
+        return candidates.ids_at(places_P)
 
     def ranked(keys_P: np.ndarray, n: int) -> np.ndarray:
         return best(keys_P, n, id_of)
@@ -50,7 +49,7 @@ def taker(candidates: Candidates, diversity: Diversity | None, seed: int) -> Tak
 
 
 def pick_from_groups(
-    keys_P: np.ndarray, n_S: np.ndarray, group_P: np.ndarray | None, take: Take, ids_P: np.ndarray, in_order: bool
+    keys_P: np.ndarray, n_S: np.ndarray, group_P: np.ndarray | None, take: Take, seen: Candidates, in_order: bool
 ) -> tuple[np.ndarray, np.ndarray]:
     """Pick from each group; returns places of the picks, int64, and the number found in each group, int64 [S].
 
@@ -65,7 +64,7 @@ def pick_from_groups(
     ]
     picked = np.concatenate(chosen)
     if in_order and len(chosen) > 1:
-        picked = picked[np.lexsort((ids_P[picked].astype(str), -keys_P[picked]))]
+        picked = picked[np.lexsort((seen.ids_at(picked).astype(str), -keys_P[picked]))]
     return picked, np.array([len(places_P) for places_P in chosen])
 
 
@@ -92,7 +91,8 @@ class Picks:
     """Collects the picks of a selection, part after part."""
 
     def __init__(self) -> None:
-        self._ids: list[np.ndarray] = []
+        self._picked: list[np.ndarray] = []
+        self._ids: list[str] = []
         self._picked_by: list[str] = []
         self._numbers: dict[str, list[np.ndarray]] = {
             name: [] for name in ("scores", "low", "high", "weights", "rollouts")
@@ -101,23 +101,24 @@ class Picks:
 
     def free(self, candidates: Candidates, keys_P: np.ndarray) -> np.ndarray:
         """Set the keys of picked problems to NaN; counts all problems with a key as candidates of the selection."""
-        self._could.append(candidates.ids[~np.isnan(keys_P)])
-        if not self._ids:
+        self._could.append(candidates.numbers[~np.isnan(keys_P)])
+        if not self._picked:
             return keys_P
-        return np.where(places(candidates.ids, np.concatenate(self._ids)) >= 0, np.nan, keys_P)
+        return np.where(np.isin(candidates.numbers, np.concatenate(self._picked)), np.nan, keys_P)
 
     def add(self, selector: Selector, candidates: Candidates, scored: Scored, picked: np.ndarray) -> None:
         """Add a selector's picks; picked: places among its candidates."""
-        self._ids.append(candidates.ids[picked])
+        self._picked.append(candidates.numbers[picked])
+        self._ids += map(str, candidates.ids_at(picked))
         self._picked_by += [selector.name] * len(picked)
         for name, column in self._numbers.items():
             column.append(getattr(scored, name)[picked])
 
     def columns(self) -> dict[str, Any]:
         """Fields of the Selection that describe the picks."""
-        could = self._could[0] if len(self._could) == 1 else np.unique(np.concatenate(self._could).astype(str))
+        could = self._could[0] if len(self._could) == 1 else np.unique(np.concatenate(self._could))
         return {
-            "ids": [str(problem_id) for ids in self._ids for problem_id in ids],
+            "ids": self._ids,
             "picked_by": self._picked_by,
             "n_candidates": len(could),
             **{name: np.concatenate(column) for name, column in self._numbers.items()},

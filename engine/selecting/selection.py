@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pyarrow as pa
 
 from gradstore import State, Store, View
 from gradstore.engine.searching.query import direction
@@ -17,7 +18,6 @@ from gradstore.engine.searching.targets import target as target_of
 from gradstore.engine.searching.where import Where
 from gradstore.engine.selecting.candidates import Candidates, Selector
 from gradstore.engine.selecting.diversity import Diversity, Method
-from gradstore.engine.selecting.membership import places
 from gradstore.engine.selecting.mixture import Part, mixture_name, parts_of
 from gradstore.engine.selecting.picking import Picks, answer, numbers_of_picks, pick_from_groups, refuse_shortage, taker
 from gradstore.engine.selecting.quotas import check_quotas, groups_of
@@ -179,7 +179,7 @@ def select(
         diversity = Diversity(diversity)
     _check(parts, targets, n, seed, confidence)
     if quotas is not None:
-        check_quotas(quotas, store.problems(collection)["source"].to_numpy())
+        check_quotas(quotas, store.problems(collection, columns=["source"])["source"].to_numpy())
     view = store.view(collection, at)
     probe_step = None
     if probes is None and any(part.selector.needs_probes for part in parts):
@@ -187,16 +187,16 @@ def select(
     target_D = _direction(targets, view)
     picks = Picks()
     for i, (part, n_S) in enumerate(zip(parts, numbers_of_picks(n, parts, quotas), strict=True)):
-        ids, positions, group_P = _candidates(store, view, part.selector, filtered, candidates, quotas)
+        numbers, positions, group_P = _candidates(view, part.selector, filtered, candidates, quotas)
         of_scores, of_sampling = (np.random.default_rng([seed, i, purpose]) for purpose in range(2))
-        seen = Candidates(view, ids, positions, target_D, of_scores, tuple(targets), probes, confidence, forgetting)
+        seen = Candidates(view, numbers, positions, target_D, of_scores, tuple(targets), probes, confidence, forgetting)
         scored = answer(part.selector, seen)
         keys_P = softened(scored.scores, temperature or 0.0, of_sampling)
         if diversity is not None:
             keys_P = np.where((positions >= 0) & np.append(view.live, False)[positions], keys_P, np.nan)
         keys_P = picks.free(seen, keys_P)
         take = taker(seen, diversity, seed)
-        picked, found_S = pick_from_groups(keys_P, n_S, group_P, take, ids, in_order=diversity is None)
+        picked, found_S = pick_from_groups(keys_P, n_S, group_P, take, seen, in_order=diversity is None)
         if quotas is not None or not allow_fewer:
             refuse_shortage(part, n_S, found_S, collection, quotas, _census(view, part.selector, probes))
         picks.add(part.selector, seen, scored, picked)
@@ -246,44 +246,43 @@ def _direction(targets: list[Target], view: View) -> np.ndarray | None:
 
 
 def _candidates(
-    store: Store,
     view: View,
     selector: Selector,
     where: Where | None,
     among: Sequence[str] | None,
     quotas: Mapping[str, float] | None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """Problems the selector may choose among: ids, positions in the view (-1: never measured), groups of sources."""
-    problems = None
+    """Problems the selector may choose among: numbers, positions in the view (-1: never measured), source groups."""
     if selector.whole_pool:
-        problems = store.problems(view.collection)
-        ids = problems["id"].to_numpy().astype(object)
-        positions = places(ids, view.ids)
-        mask_P = places(ids, store.deleted(view.collection)) < 0
+        numbers = np.arange(view.n_problems)
+        positions = np.full(len(numbers), -1)
+        positions[view.problem_numbers] = np.arange(len(view))
+        mask_P = np.ones(len(numbers), bool)
+        mask_P[view.deleted_numbers] = False
     else:
-        ids, positions = view.ids, np.arange(len(view))
+        numbers, positions = view.problem_numbers, np.arange(len(view))
         mask_P = view.live if selector.live_only else view.states != State.FAILED
-        if where is not None or quotas is not None:
-            problems = view.problems
     if where is not None:
         rates = np.append(view.pass_rates, np.float32(np.nan))[positions]
+        problems = pa.table({name: view.column_of(numbers, name) for name in ("source", "tags")})
         mask_P = mask_P & where.mask(problems, rates)
     if among is not None:
-        _check_known(store, view, among)
-        mask_P = mask_P & (places(ids, among) >= 0)
-    if quotas is None or problems is None:
-        return ids[mask_P], positions[mask_P], None
-    return ids[mask_P], positions[mask_P], groups_of(quotas, problems["source"].to_numpy()[mask_P])
+        wanted = np.zeros(view.n_problems, bool)
+        wanted[_numbers_of(view, among)] = True
+        mask_P = mask_P & wanted[numbers]
+    numbers, positions = numbers[mask_P], positions[mask_P]
+    if quotas is None:
+        return numbers, positions, None
+    return numbers, positions, groups_of(quotas, view.column_of(numbers, "source").to_numpy())
 
 
-def _check_known(store: Store, view: View, ids: Sequence[str]) -> None:
-    """RequestError for a candidate that is not in the collection; a candidate never measured is allowed."""
-    missing = [problem_id for problem_id, place in zip(ids, places(ids, view.ids), strict=True) if place < 0]
-    if missing:
-        known = places(missing, store.problems(view.collection)["id"])
-        if (known < 0).any():
-            unknown = missing[int(np.argmax(known < 0))]
-            raise RequestError(f"candidate {unknown!r} is not in collection {view.collection!r}")
+def _numbers_of(view: View, ids: Sequence[str]) -> np.ndarray:
+    """Numbers of the candidates; RequestError for one that is not in the collection. One never measured is allowed."""
+    numbers = view.numbers_of(ids)
+    if len(numbers) and numbers.min() < 0:
+        unknown = ids[int(np.argmax(numbers < 0))]
+        raise RequestError(f"candidate {unknown!r} is not in collection {view.collection!r}")
+    return numbers
 
 
 def _census(view: View, selector: Selector, probes: "ProbeBatch | None") -> str:

@@ -3,6 +3,7 @@
 Dimension letters: P problems, D sketch dimensions.
 """
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -122,7 +123,7 @@ def test_history_has_every_step_and_benchmark(trained: Catalogue) -> None:
     ]
     for line in frame.itertuples():
         expected = trained.scored(line.benchmark, line.step, "cosine").set_index("id").loc["chain_sum-0003"]
-        assert line.score == pytest.approx(expected["score"], nan_ok=True)
+        assert line.score == pytest.approx(expected["score"], abs=1e-6, nan_ok=True)
         assert line.n_rollouts == 8
 
 
@@ -304,3 +305,33 @@ def test_answers_forbid_everything_foreign(catalogue: Catalogue) -> None:
     answer = make_app(catalogue).server.test_client().get("/")
     assert "default-src 'self'" in answer.headers["Content-Security-Policy"]
     assert b'lang="en"' in answer.data
+
+
+@pytest.mark.parametrize("metric", ["cosine", "dot"])
+def test_a_problems_history_is_its_line_in_every_ranking(history: Any, tmp_path: Path, metric: str) -> None:
+    """Read from its own rows, also where rows of a step came late, twice, or not at all, and after deletions."""
+    shutil.copytree(history.store.path, tmp_path / "copy")
+    store = gradstore.open(tmp_path / "copy", mode="a")
+    ids, draw = store.problems("pool")["id"].to_pylist(), np.random.default_rng(0)
+    for step, some in ((10, ids[:4]), (0, ids[2:5]), (40, ids[3:6])):
+        with store.writer("pool", step=step) as writer:
+            writer.append(some, draw.normal(size=(len(some), store.dim)), pass_rate=[0.5] * len(some))
+    store.delete("pool", [ids[3], ids[6]])
+    with store.writer("pool", step=20) as writer:
+        writer.append([ids[3]], draw.normal(size=(1, store.dim)))
+    catalogue = Catalogue(gradstore.open(tmp_path / "copy"), "pool", ("bench",))
+    names = ["score", "pass_rate", "norm", "n_rollouts", "age"]
+    for name in ids[:12]:
+        found, steps = catalogue.history(name, metric), []
+        for step in catalogue.steps:
+            line = catalogue.scored("bench", step, metric)
+            line = line[line["id"] == name]
+            if len(line):
+                own = found[found["step"] == step].iloc[0]
+                expected = line.iloc[0][names].astype(float)
+                np.testing.assert_allclose(own[names].astype(float), expected, atol=1e-5, rtol=1e-4)
+                assert own["state"] == line.iloc[0]["state"]
+                steps.append(step)
+        assert found["step"].tolist() == steps
+    with pytest.raises(RequestError, match="not in the collection"):
+        catalogue.history("nobody", metric)

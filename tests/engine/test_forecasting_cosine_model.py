@@ -122,11 +122,11 @@ def test_pairs_from_the_store(tmp_path) -> None:
         row = rows[step, name]
         return float(row @ targets[at] / np.linalg.norm(row) / np.linalg.norm(targets[at]))
 
-    pairs = measured_pairs(store, "pool", ["bench"], 8, {"b": 0.25})
+    pairs = measured_pairs(store, "pool", ["bench"], 8, np.array([0.0, 0.25, 0.0, 0.0]))
     expected = [(0, 5, "b"), (5, 8, "b")]
     assert pairs.ages.tolist() == [5, 3]
     assert pairs.n_old.tolist() == [4, 9]
     assert pairs.n_new.tolist() == [9, 12]
     assert pairs.old == pytest.approx([cosine(old, name, new) - 0.25 for old, new, name in expected], abs=1e-5)
     assert pairs.new == pytest.approx([cosine(new, name, new) - 0.25 for old, new, name in expected], abs=1e-5)
-    assert measured_pairs(store, "pool", ["bench"], 9, {}).ages.tolist() == [5, 3, 9]
+    assert measured_pairs(store, "pool", ["bench"], 9).ages.tolist() == [5, 3, 9]

@@ -6,6 +6,7 @@ import numpy as np
 
 import gradstore
 from gradstore import State, Store
+from gradstore.engine.forecasting.kept import Places
 from gradstore.engine.forecasting.live_rows import live_rows
 from gradstore.engine.forecasting.norms import expected_norms
 
@@ -31,11 +32,18 @@ def filled(path: Path) -> tuple[Store, list[str], list[tuple]]:
     return store, ids, rows
 
 
+def norms(store: Store, ids: list[str], unit: np.ndarray) -> np.ndarray:
+    history = store.history("pool", NOW, numbers=True)
+    places = Places(store.view("pool", NOW), ids)
+    rows = live_rows(store, "pool", places, unit, NOW)
+    return expected_norms(history, places.of_numbers(history["problem"].to_numpy()), len(ids), rows)
+
+
 def test_norms_are_the_slow_loop(tmp_path) -> None:
     """Problem by problem: of several rows of a step the last, all live ones in the contrast, the newest pass rate."""
     store, ids, rows = filled(tmp_path / "store")
     unit = (np.ones(DIM) / np.sqrt(DIM)).astype(np.float32)
-    found = expected_norms(store.history("pool", NOW), ids, live_rows(store, "pool", ids, unit, NOW))
+    found = norms(store, ids, unit)
     last = {(name, step): (g, rate, n) for name, step, g, rate, n in rows}
     expected = []
     for name in ids:
@@ -58,5 +66,5 @@ def test_the_order_of_candidates_does_not_matter(tmp_path) -> None:
     unit = (np.ones(DIM) / np.sqrt(DIM)).astype(np.float32)
     found = []
     for order in (ids, ids[::-1]):
-        found.append(expected_norms(store.history("pool", NOW), order, live_rows(store, "pool", order, unit, NOW)))
+        found.append(norms(store, order, unit))
     np.testing.assert_allclose(found[0], found[1][::-1], rtol=1e-6)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import gradstore
+from gradstore.engine.forecasting.kept import Places
 from gradstore.engine.forecasting.probe_scale import LocalRatios, aim, calibrate, probed_at, probed_before
 from gradstore.engine.gradients.objectives import objective
 from gradstore.engine.probing.batch import ProbeBatch
@@ -24,7 +25,7 @@ def test_local_ratios_are_the_slow_loop() -> None:
         for k in range(20):
             weight = max(similar[place, k], 0.0) ** 2
             top, bottom = top + weight * probed[k] * sketched[k], bottom + weight * sketched[k] ** 2
-        assert found[place] == pytest.approx(max(top / bottom, 0.0), rel=1e-5)
+        assert found[place] == pytest.approx(max(top / bottom, 0.0), rel=2e-3, abs=1e-3)
 
 
 def test_problems_of_two_kinds_have_two_ratios(tmp_path) -> None:
@@ -56,15 +57,16 @@ def test_problems_of_two_kinds_have_two_ratios(tmp_path) -> None:
     assert [len(own.dots) for own in [now, *past]] == [10, 10]
     direction, length = aim(store, ["bench"], 4)
     assert direction @ target == pytest.approx(3.0)
-    found = calibrate(store.view("pool", 4), ids, [now, *past], length)
+    found = calibrate(store.view("pool", 4), Places(store.view("pool", 4), ids), [now, *past], length)
     assert found is not None
     assert found.n == 20
     assert found.length == pytest.approx(3.0)
     assert found.gains[kind == 0].max() < 1.5
     assert found.gains[kind == 1].min() > 2.5
     order = random.permutation(40)
-    again = calibrate(store.view("pool", 4), [ids[i] for i in order], [now, *past], length)
+    shuffled = Places(store.view("pool", 4), [ids[i] for i in order])
+    again = calibrate(store.view("pool", 4), shuffled, [now, *past], length)
     assert again is not None
     assert again.gains == pytest.approx(found.gains[order])
-    assert calibrate(store.view("pool", 4), ids, [], length) is None
+    assert calibrate(store.view("pool", 4), shuffled, [], length) is None
     assert probed_at(store, "pool", ["bench"], 3) is None

@@ -25,7 +25,7 @@ def test_ids_at_positions(new_store: Callable, tools: dict, monkeypatch) -> None
     read: list[str] = []
     real = problem_table.read_part
     monkeypatch.setattr(
-        problem_table, "read_part", lambda c, m, part, n: (read.append(part.file), real(c, m, part, n))[1]
+        problem_table, "read_part", lambda c, m, part, *rest: (read.append(part.file), real(c, m, part, *rest))[1]
     )
     fresh = gradstore.open(store.path).view("pool")
     assert fresh.ids_at([0, 1]).tolist() == view.ids[:2].tolist()

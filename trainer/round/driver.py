@@ -181,7 +181,7 @@ class Rounds:
         if unknown:
             raise RequestError(f"problem {unknown[0]!r} is not in the pool {self._run.pool!r}")
         view = store.view(self._run.pool, policy.step)
-        known = set(view.ids[view.steps == policy.step])
+        known = set(view.ids_at(view.steps == policy.step))
         new = [place for place, name in enumerate(ids) if name not in known]
         name, most = Counter(ids[place] for place in new).most_common(1)[0] if new else ("", 0)
         if most > 1:

@@ -183,7 +183,7 @@ def sketch_benchmarks(
 
 def _measured_at(store: Store, collection: str, step: int) -> set[str]:
     view = store.view(collection, step)
-    return set(view.ids[view.steps == step])
+    return set(view.ids_at(view.steps == step))
 
 
 class Measured:

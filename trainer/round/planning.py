@@ -57,8 +57,8 @@ class Plans:
         self.about["settled"] = settled
 
     def _without_rows(self) -> list[str]:
-        known = set(self._store.view(self._scope.run.pool, self._scope.step).ids.tolist())
-        return [name for name in self._scope.candidates if name not in known]
+        view, candidates = self._store.view(self._scope.run.pool, self._scope.step), self._scope.candidates
+        return [candidates[place] for place in np.flatnonzero(view.positions(candidates, strict=False) < 0).tolist()]
 
     def _outlook(self) -> Outlook:
         scope = self._scope

@@ -12,6 +12,7 @@ import pyarrow as pa
 from gradstore import Round, State, Store
 from gradstore.engine.probing.calibration import Calibration
 from gradstore.engine.searching.targets import kind_of
+from gradstore.engine.selecting.membership import places
 from gradstore.engine.selecting.selection import Selection
 from gradstore.trainer.round.aiming import Aim
 from gradstore.trainer.round.journal import Plan
@@ -65,27 +66,32 @@ def _rolled_out(work: Work) -> set[str]:
 def round_table(picked: Picked, rolled_out: set[str]) -> pa.Table:
     """The round's table: one row per candidate, in the order they were drawn."""
     now, scored, chosen = picked.forecast, picked.scored, picked.chosen
-    score_of = dict(zip(scored.ids, zip(scored.scores, scored.low, scored.high, strict=True), strict=True))
-    score_of |= dict(zip(chosen.ids, zip(chosen.scores, chosen.low, chosen.high, strict=True), strict=True))
-    pick_of = {name: (place, chosen.weights[place], chosen.rollouts[place]) for place, name in enumerate(chosen.ids)}
-    pick_of |= {name: (len(chosen) + place, 1.0, 0) for place, name in enumerate(picked.filled)}
-    unknown, unpicked = (float("nan"),) * 3, (-1, 0.0, 0)
-    scores, picks = (
-        [of.get(name, none) for name in now.ids] for of, none in ((score_of, unknown), (pick_of, unpicked))
-    )
+    n, picks = len(now), [*chosen.ids, *picked.filled]
+    scores_P3 = np.full((n, 3), np.nan)
+    for own in (scored, chosen):
+        scores_P3[places(own.ids, now.ids)] = np.stack([own.scores, own.low, own.high], axis=1)
+    place_P, weight_P, rollouts_P = np.full(n, -1), np.zeros(n), np.zeros(n, np.int64)
+    picked_K, filled = places(picks, now.ids), len(picked.filled)
+    place_P[picked_K] = np.arange(len(picks))
+    weight_P[picked_K] = [*chosen.weights, *[1.0] * filled]
+    rollouts_P[picked_K] = [*chosen.rollouts, *[0] * filled]
+    rolled_out_P = np.zeros(n, bool)
+    again_K = places(list(rolled_out), now.ids)
+    rolled_out_P[again_K[again_K >= 0]] = True
+    names = np.array([_STATES[state] for state in sorted(_STATES)], object)
     return pa.table(
         {
             "id": now.ids,
-            "score": [float(score) for score, _, _ in scores],
-            "low": [float(low) for _, low, _ in scores],
-            "high": [float(high) for _, _, high in scores],
-            "state": [_STATES[state] for state in now.newest.states.tolist()],
+            "score": scores_P3[:, 0],
+            "low": scores_P3[:, 1],
+            "high": scores_P3[:, 2],
+            "state": names[now.newest.states + 1],
             "step": now.newest.steps,
             "pass_rate": now.newest.pass_rates,
-            "rolled_out": [name in rolled_out for name in now.ids],
-            "picked": [int(place) for place, _, _ in picks],
-            "weight": [float(weight) for _, weight, _ in picks],
-            "rollouts": [int(count) for _, _, count in picks],
+            "rolled_out": rolled_out_P,
+            "picked": place_P,
+            "weight": weight_P,
+            "rollouts": rollouts_P,
         }
     )
 
