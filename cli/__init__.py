@@ -4,13 +4,21 @@ so that `gradstore --help` and a query do not wait for torch.
 Exit status: 0, done; 1, the work failed; 2, the request was wrong. Errors are one line on standard error.
 """
 
+import os
 import sys
+from typing import Any
 
-from gradstore.cli.app import in_order_of_work
+import typer
+
+from gradstore.cli.app import application
 from gradstore.errors import GradstoreError
 
 EXTRA_OF = dict.fromkeys(("torch", "transformers", "safetensors", "jinja2", "math_verify", "reasoning_gym"), "models")
 """Module that a plain installation lacks -> the extra that brings it."""
+
+
+_UsageError: Any = typer.BadParameter.__base__
+"""What typer raises for a line that it cannot parse; its click has no public name."""
 
 
 def main() -> None:
@@ -32,21 +40,47 @@ def main() -> None:
         train,
         travel,
     )
+    from gradstore.cli.help import page
     from gradstore.cli.show import take_any_text
 
     take_any_text()
+    app = application(sys.argv[1:])
     try:
-        in_order_of_work()()
+        if (text := page(app, sys.argv[1:])) is not None:
+            print(text, flush=True)
+            sys.exit(0)
+        status = app(standalone_mode=False)
+    except _UsageError as error:
+        _fail_usage(error)
     except GradstoreError as error:
         _fail(str(error), error.exit_status)
+    except BrokenPipeError:  # whoever reads has read enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except OSError as error:
         _fail(f"{error.filename or 'file'}: {error.strerror or error}", 2 if error.filename else 1)
     except ModuleNotFoundError as error:
         if error.name not in EXTRA_OF:
             raise
         _fail(f"this needs {error.name}, which is not installed: pip install 'gradstore[{EXTRA_OF[error.name]}]'", 2)
-    except KeyboardInterrupt:
-        _fail("interrupted; what was published is kept, the same command goes on from there", 130)
+    else:
+        sys.exit(status or 0)
+
+
+def _fail_usage(error: Any) -> None:
+    """One line for what could not be parsed: what it is, its near miss, and where the options are listed."""
+    if type(error).__name__ == "NoArgsIsHelpError":
+        error.show()
+        sys.exit(error.exit_code)
+    words, context = [], error.ctx
+    while context is not None and context.parent is not None:
+        words.append(context.info_name)
+        context = context.parent
+    command = " ".join(["gradstore", *reversed(words)])
+    names = getattr(error, "possibilities", None)
+    message = f"{error.message}; did you mean {' or '.join(names[:2])}?" if names else error.format_message()
+    message = " ".join(message.removesuffix(", unable to parse string as an integer").split()).rstrip(".")
+    _fail(f"{message[:1].lower()}{message[1:]} ({command} --help)", error.exit_code)
 
 
 def _fail(message: str, status: int) -> None:

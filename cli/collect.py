@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, cast, get_args
 import typer
 
 from gradstore.cli import ray as ray_options
-from gradstore.cli.app import command, given, opt
+from gradstore.cli.app import as_option, command, given, opt
+from gradstore.cli.completion import collections
 from gradstore.cli.query import Json, StorePath
 from gradstore.cli.ranks import check_divided, leads, load_policy, n_ranks
 from gradstore.cli.rollout import Device, Model, ShardOf, TemplateKwargs, Trust, template_arguments
@@ -26,14 +27,30 @@ if TYPE_CHECKING:
     from gradstore.engine.gradients.optimizer_direction import OptimizerDirection
     from gradstore.engine.rollouts import Group, RolloutSource
     from gradstore.engine.sketches.sketcher import Sketcher
-    from gradstore.engine.sketches.spec import SketchBatch
+    from gradstore.engine.sketches.spec import SketchBatch, SketchSpec
 
 
-@command(divided=True)
+@command(
+    divided=True,
+    needs={"formula": "optimizer", "bias_correction": "optimizer"},
+    panels={
+        "What is read": "format rollout_step shard problems append_eos template_kwargs solutions step",
+        "The policy": "model adapter device trust_remote_code token_budget",
+        "The objective": "objective advantage aggregation importance clip kl_beta reference",
+        "The projection of a new store": "basis rank right_rank dim fit_problems seed modules embeddings head "
+        "dtype like accept_coverage",
+        "How well it ranks": "measure benchmark_rollouts refit every_basis halves",
+        "Adam's step": "optimizer formula bias_correction",
+        "Ray workers": "ray workers threads",
+    },
+    example="gradstore collect store pool pool-rollouts.jsonl --model MODEL",
+)
 def collect(
     context: typer.Context,
     store: StorePath,
-    collection: Annotated[str, typer.Argument(help="Pool or benchmark the rollouts belong to.")],
+    collection: Annotated[
+        str, typer.Argument(help="Pool or benchmark the rollouts belong to.", autocompletion=collections)
+    ],
     rollouts: Annotated[Path, typer.Argument(help="Rollout file, verl rollout dump or responses_sorted.json.")],
     model: Model,
     step: Annotated[
@@ -156,13 +173,18 @@ def collect(
     from gradstore.engine.sketches.collector import collect as run
     from gradstore.engine.sketches.on_workers import OnWorkers, Replica
     from gradstore.engine.sketches.spec import SketchSpec
+    from gradstore.layout import DERIVED, DTYPES
     from gradstore.likeness import check_like, create_like
     from gradstore.settings import build, parse
     from gradstore.shards import Shard
 
     spread = ray_options.asked(ray, workers, threads, device)
     check_number("step", step or 0, least=0)
+    check_number("seed", seed or 0, least=0)
+    if collection.endswith(DERIVED):
+        raise RequestError(f"{collection}: names ending in {', '.join(DERIVED)} are the store's own; choose another")
     check_number("--fit-problems", fit_problems, least=4)
+    check_known("dtype", dtype, DTYPES)
     check_known("--refit", refit, ("warn", "auto"))
     check_known("--measure", measure, get_args(Measure))
     if refit == "auto" and measure == "never":
@@ -178,8 +200,6 @@ def collect(
         raise RequestError("--refit auto fits a projection to this shard alone, which cannot be merged: leave it out")
     part = None if shard is None else Shard.parse(shard)
     opened = gradstore.open(store, mode="a" if leads() else "r") if store.exists() else None
-    if like is not None and "dtype" in given(context) and gradstore.open(like).dtype != dtype:
-        raise RequestError(f"--dtype {dtype}: the rows of {like} are {gradstore.open(like).dtype}; leave it out")
     if like is not None and opened is not None:
         check_like(opened, like)
     if solutions:
@@ -202,6 +222,7 @@ def collect(
         head_only=head or None, embeddings=embeddings, token_budget=token_budget,
     )  # fmt: skip
     spec = replace(spec, objective=settings, **projected)
+    _check_idle(given(context), kin, spec)
     if part is not None and part.index and kin is None and spec.basis == "fitted":
         raise RequestError(
             f"--shard {shard}: a store of its own would have a projection fitted to its own rollouts, and could not be "
@@ -371,6 +392,21 @@ def _checked(
     else:
         warn(f"the store's projection ranks with {found.fidelity:.3f}{was}: --refit auto fits a new basis")
     return sketcher, found
+
+
+def _check_idle(given: dict, kin: "Store | None", spec: "SketchSpec") -> None:
+    """RequestError for options that change nothing with this projection, or contradict the store that is there."""
+    if "dtype" in given and kin is not None and kin.dtype != given["dtype"]:
+        raise RequestError(f"--dtype {given['dtype']}: the rows of {kin.path} are {kin.dtype}; leave it out")
+    unfitted = None if spec.basis == "fitted" else f"a {spec.basis} basis is fitted to nothing"
+    idle = {
+        "dim": "a random basis has the dimensions of its cores: give --rank" if spec.basis == "random" else None,
+        "fit_problems": unfitted,
+        "benchmark_rollouts": unfitted,
+    }
+    for name in given.keys() & idle.keys():
+        if idle[name] is not None:
+            raise RequestError(f"{as_option(name)}: {idle[name]}; leave it out")
 
 
 def _given(**settings: object) -> dict:

@@ -1,5 +1,6 @@
 """`data`: problem files from public data sets and reasoning-gym, mixed, cleaned, spoiled on purpose."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -7,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gradstore.cli.app import command, opt
-from gradstore.cli.query import Json
+from gradstore.cli.app import check_alone, command, opt
+from gradstore.cli.query import Json, Overwrite
 from gradstore.cli.rollout import row_range
 from gradstore.cli.show import print_json, print_table, say
 from gradstore.errors import RequestError
@@ -20,8 +21,17 @@ if TYPE_CHECKING:
     from gradstore.trainer.data.pool import Part
 
 
-@command()
+@command(
+    panels={
+        "How much of what": "count range size seed exclude",
+        "A file or data set of one's own": "prompt truth truth_after id source template",
+        "Data sets known by name": "known local config solutions instruction corrupt",
+        "What is written": "out form overwrite",
+    },
+    example="gradstore data own.csv --prompt question --truth answer --out pool.jsonl",
+)
 def data(
+    context: typer.Context,
     sources: Annotated[
         list[str] | None,
         typer.Argument(
@@ -58,18 +68,24 @@ def data(
     source: Annotated[str | None, opt("Column of the source [default: the name of the file or data set].")] = None,
     template: Annotated[str | None, opt("The prompt with {COLUMN} for the text of a column.")] = None,
     form: Annotated[str, opt("verl or flat: the fields of the records.")] = "verl",
+    overwrite: Overwrite = False,
     known: Annotated[bool, opt("List the data sets known by name, and end.", "--list")] = False,
     json: Json = False,
 ) -> None:
     """Prepare a pool or a benchmark: problems of one or several sources, without duplicates."""
     if known:
+        check_alone(context, "--list", "known", "json")
         _list(json)
         return
     from gradstore.trainer.data.files import check_out, write_problems
     from gradstore.trainer.data.pool import Options, build
 
-    check_out(out, form)
+    check_out(out, form, overwrite)
     parts = _with_ranges(_parts(sources or [], count, size), range or [])
+    if size is not None and not any(re.search(r":\d*\.\d*$", text) for text in sources or []):
+        raise RequestError(
+            f"--size {size}: is for counts that are shares, as in gsm8k:0.9; give a count, --count {size}"
+        )
     options = Options(
         seed=seed,
         local=_local(local or [], parts),
@@ -96,7 +112,7 @@ def data(
         **({"solutions": True} if solutions else {}),
         **({"columns": asdict(options.columns)} if options.columns else {}),
     }
-    write_problems(out, pool.records, {"asked": asked, **report}, form)
+    write_problems(out, pool.records, {"asked": asked, **report}, form, overwrite)
     if json:
         print_json(report)
         return
@@ -151,7 +167,7 @@ def _list(json: bool) -> None:
     rows_shown = [[d.name, d.split, d.reward, d.hub, ", ".join(d.columns)] for d in DATA_SETS.values()]
     rows_shown += [[name, "", "", " and ".join(parts), ""] for name, parts in TOGETHER.items()]
     rows_shown += [[name, "", "", f"another name of {own}", ""] for name, own in ALIASES.items()]
-    print_table("Data sets", ["name", "split", "reward", "hub", "columns"], sorted(rows_shown))
+    print_table("Data sets", ["name", "split", "reward", "hub", "columns"], sorted(rows_shown), spare=["split"])
 
 
 def _parts(sources: Sequence[str], count: int | None, size: int | None) -> "list[Part]":

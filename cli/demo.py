@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from gradstore.engine.planning.plan import Stage
 
 
-@command()
+@command(example="gradstore demo")
 def demo(
     out: Annotated[
         Path | None, opt("Folder for the store and the selections [default: gradstore-demo, or gradstore-demo-real].")
@@ -36,10 +36,12 @@ def demo(
     from gradstore.cli.query import query
     from gradstore.demo.course import ROLLOUTS, SHOWN
     from gradstore.demo.run import DemoSettings, run_demo, summary
+    from gradstore.outputs import check_output_folder
 
     settings, course = DemoSettings(), SHOWN
     facts: dict[str, Any] = {}
     folder = out or Path("gradstore-demo-real" if real else "gradstore-demo")
+    check_output_folder(folder)
     n_seeds = seeds or (1 if real else 3)
     if real:
         settings, course, facts["foreseen"] = _prepare(folder, model, quick, n_seeds)

@@ -4,17 +4,21 @@ from pathlib import Path
 from typing import Annotated
 
 from gradstore.cli.app import command, opt
+from gradstore.cli.completion import collections
 from gradstore.cli.query import Json, StorePath
-from gradstore.cli.rollout import Device, Model, Trust
+from gradstore.cli.rollout import Device, Model, Trust, check_rollouts_of
 from gradstore.cli.show import print_json, print_table
 from gradstore.errors import RequestError
 
 
-@command()
+@command(
+    example="gradstore fidelity store --pool pool --against amc --model MODEL --rollouts pool-rollouts.jsonl "
+    "--benchmark-rollouts amc-rollouts.jsonl"
+)
 def fidelity(
     store: StorePath,
-    pool: Annotated[str, opt("Collection whose ranking is measured.", "--pool")],
-    against: Annotated[str, opt("Benchmark whose gradient is the target.", "--against")],
+    pool: Annotated[str, opt("Collection whose ranking is measured.", "--pool", autocompletion=collections)],
+    against: Annotated[str, opt("Benchmark whose gradient is the target.", "--against", autocompletion=collections)],
     model: Model,
     rollouts: Annotated[Path, opt("Rollouts the pool's rows were made from.")],
     benchmark_rollouts: Annotated[Path, opt("Rollouts the benchmark's rows were made from.")],
@@ -50,6 +54,8 @@ def fidelity(
         read_rollouts(path, tokenizer=tokenizer, vocabulary=vocabulary_size(model, trust_remote_code=trust_remote_code))
         for path in (rollouts, benchmark_rollouts)
     ]
+    check_rollouts_of(opened, pool, sources[0], rollouts)
+    check_rollouts_of(opened, against, sources[1], benchmark_rollouts)
     policy = load_model(model, adapter, device, trust_remote_code=trust_remote_code)
     if reference is not None:
         compared = Reference(

@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
 from gradstore.cli.app import app, command, opt
+from gradstore.cli.help import Group
 from gradstore.cli.query import Json, StorePath
 from gradstore.cli.show import print_json, print_line, warn
 from gradstore.errors import RequestError
@@ -15,7 +15,7 @@ FILES = "files"
 """The command that a line without the name of a format means: `gradstore import STORE COLLECTION --problems FILE`."""
 
 
-class FilesByDefault(TyperGroup):
+class FilesByDefault(Group):
     """A first argument that is the name of no format is the store of `files`."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
@@ -25,13 +25,19 @@ class FilesByDefault(TyperGroup):
 importing = typer.Typer(
     cls=FilesByDefault,
     no_args_is_help=True,
+    rich_markup_mode=None,
     context_settings={"ignore_unknown_options": True},
     help="Add problems, sketches made elsewhere, or the run folder of another program.",
 )
 app.add_typer(importing, name="import", rich_help_panel="Measure")
 
 
-@command(FILES, importing)
+@command(
+    FILES,
+    importing,
+    example="gradstore import store pool --problems pool.jsonl --sketches sketches.parquet --step 0",
+    needs=dict.fromkeys(("step", "fingerprint", "dtype"), "sketches"),
+)
 def files(
     store: StorePath,
     collection: Annotated[str, typer.Argument(help="Collection to add to.")],
@@ -41,7 +47,9 @@ def files(
     fingerprint: Annotated[
         Path | None, opt("JSON object saying how the sketches were made; needed to create a store.")
     ] = None,
-    dtype: Annotated[str, opt("int8, int4, fp16 or fp32; only when the store is created.")] = "int8",
+    dtype: Annotated[
+        str | None, opt("int8, int4, 1bit, fp16 or fp32, of a store that is created [default: int8].")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Add problems, or sketches made elsewhere; the word `files` may be left out."""
@@ -62,7 +70,7 @@ def files(
         print_line(f"{added} problems and {rows} rows added to {collection}")
 
 
-@command("gradalign", importing)
+@command("gradalign", importing, example="gradstore import gradalign runs/NAME --store store")
 def gradalign(
     run: Annotated[Path, typer.Argument(help="Run folder: ckpt_root/experiment_name, with chunks/ and selected/.")],
     store: Annotated[Path, opt("Store to add to; created if there is none.")],

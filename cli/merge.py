@@ -10,7 +10,7 @@ from gradstore.cli.query import Json
 from gradstore.cli.show import print_json, print_line, progress, warn
 
 
-@command()
+@command(example="gradstore merge store-0 store-1 --out store")
 def merge(
     stores: Annotated[list[Path], typer.Argument(metavar="STORE...", help="Folders of the stores; only read.")],
     out: Annotated[Path, opt("Store to make.")],

@@ -8,19 +8,22 @@ from gradstore.cli.show import duration, print_json, print_line, print_table
 from gradstore.wording import size
 
 
-@command()
+@command(
+    panels={"What is asked": "model pool rollouts tokens prompt_tokens benchmark picks", "On what": "device gpus"},
+    example="gradstore plan --model Qwen/Qwen3-8B --pool 10000 --rollouts 16 --tokens 1000 --device h100 --gpus 8",
+)
 def plan(
     model: Annotated[str, opt("Folder, config.json, or a known name such as Qwen/Qwen3-8B.")],
-    pool: Annotated[int, opt("Problems of the pool.")],
-    rollouts: Annotated[int, opt("Rollouts of each problem.")],
-    tokens: Annotated[int, opt("Tokens of a response.")],
+    pool: Annotated[int, opt("Problems of the pool.", min=1)],
+    rollouts: Annotated[int, opt("Rollouts of each problem.", min=1)],
+    tokens: Annotated[int, opt("Tokens of a response.", min=1)],
     device: Annotated[str, opt("h100, h200, a100-80gb, a100-40gb, l40s, 4090 or cpu.")] = "h100",
-    gpus: Annotated[int, opt("Devices that share the work.")] = 1,
-    prompt_tokens: Annotated[int, opt("Tokens of a prompt.")] = 200,
-    benchmark: Annotated[int, opt("Problems of the benchmark.")] = 64,
-    picks: Annotated[int, opt("Problems of a training round.")] = 128,
-    rank: Annotated[int, opt("Width of each side of a layer's projection.")] = 16,
-    dim: Annotated[int, opt("Dimensions of a sketch.")] = 1024,
+    gpus: Annotated[int, opt("Devices that share the work.", min=1)] = 1,
+    prompt_tokens: Annotated[int, opt("Tokens of a prompt.", min=1)] = 200,
+    benchmark: Annotated[int, opt("Problems of the benchmark.", min=1)] = 64,
+    picks: Annotated[int, opt("Problems of a training round.", min=1)] = 128,
+    rank: Annotated[int, opt("Width of each side of a layer's projection.", min=1)] = 16,
+    dim: Annotated[int, opt("Dimensions of a sketch.", min=1)] = 1024,
     dtype: Annotated[str, opt("Row type: int8, int4, 1bit, fp16 or fp32.")] = "int8",
     json: Json = False,
 ) -> None:
@@ -29,6 +32,10 @@ def plan(
     from gradstore.engine.planning.plan import Request
     from gradstore.engine.planning.plan import plan as planned
     from gradstore.engine.planning.shapes import shape_of
+    from gradstore.errors import check_known
+    from gradstore.layout import DTYPES
+
+    check_known("--dtype", dtype, DTYPES)
 
     request = Request(pool, rollouts, tokens, prompt_tokens, benchmark, picks, gpus, rank, dim, dtype)
     machine = hardware(device)
@@ -52,6 +59,7 @@ def plan(
             for stage in found.stages
         ],
         right=["time", "memory", "disk"],
+        spare=["disk"],
     )
     print_line(
         f"\nMicro-batches by default: {found.micro_batch_tokens:,} tokens, {found.micro_batch_tokens_with_inputs:,} "

@@ -4,8 +4,9 @@ from pathlib import Path
 from typing import Annotated
 
 from gradstore.cli.app import command, opt
+from gradstore.cli.completion import collections
 from gradstore.cli.query import Json, StorePath
-from gradstore.cli.rollout import Device, Model, Trust
+from gradstore.cli.rollout import Device, Model, Trust, check_rollouts_of
 from gradstore.cli.show import print_json, print_table, progress, say
 from gradstore.errors import RequestError
 
@@ -13,12 +14,22 @@ _WINDOW = 64
 """Problems probed and kept at once."""
 
 
-@command()
+@command(
+    panels={
+        "What is probed": "pool against rollouts benchmark_rollouts all_problems step",
+        "With what": "model adapter known rank token_budget device trust_remote_code",
+        "What is printed": "top json verbose quiet help",
+    },
+    example="gradstore probe store --pool pool --against amc --model MODEL --rollouts pool-rollouts.jsonl "
+    "--benchmark-rollouts amc-rollouts.jsonl",
+)
 def probe(
     store: StorePath,
-    pool: Annotated[str, opt("Collection of the problems.", "--pool")],
+    pool: Annotated[str, opt("Collection of the problems.", "--pool", autocompletion=collections)],
     rollouts: Annotated[Path, opt("Rollouts of the problems.")],
-    against: Annotated[str, opt("Benchmark; its name is kept with the derivatives.", "--against")],
+    against: Annotated[
+        str, opt("Benchmark; its name is kept with the derivatives.", "--against", autocompletion=collections)
+    ],
     benchmark_rollouts: Annotated[Path, opt("Rollouts of the benchmark, whose gradient is the direction.")],
     model: Model,
     step: Annotated[int | None, opt("Policy version of the model; default: the rollouts' own, or 0.")] = None,
@@ -32,7 +43,7 @@ def probe(
     all_problems: Annotated[
         bool, opt("Problems with equal rewards too, for rewards that may be corrected.", "--all")
     ] = False,
-    top: Annotated[int, opt("Problems shown.", "--top", "-k")] = 10,
+    top: Annotated[int, opt("Problems shown.", "--top", "-k", min=1)] = 10,
     token_budget: Annotated[int | None, opt("Tokens of one micro-batch [default: as memory allows].")] = None,
     device: Device = None,
     trust_remote_code: Trust = False,
@@ -63,6 +74,8 @@ def probe(
         read_rollouts(path, tokenizer=tokenizer, vocabulary=vocabulary_size(model, trust_remote_code=trust_remote_code))
         for path in (rollouts, benchmark_rollouts)
     )
+    check_rollouts_of(opened, pool, source, rollouts)
+    check_rollouts_of(opened, against, wanted, benchmark_rollouts)
     version = (source.step or 0) if step is None else step
     policy = load_model(model, adapter, device, trust_remote_code=trust_remote_code)
     if rank is None and next(policy.parameters()).dtype != torch.float32:

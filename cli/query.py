@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from gradstore.cli.app import command, opt
+from gradstore.cli.app import command, given, opt
+from gradstore.cli.completion import collections
 from gradstore.cli.show import print_csv, print_json, print_table, say, warn
-from gradstore.errors import GradstoreError, RequestError
-from gradstore.layout import DERIVED
+from gradstore.errors import GradstoreError, RequestError, check_number
 from gradstore.wording import first_words, short_layer
 
 if TYPE_CHECKING:
@@ -48,19 +48,36 @@ StoreOrUrl = Annotated[
     ),
 ]
 """A store that is only read; a URL is a str, for `gradstore.open`."""
-AgainstAny = Annotated[list[str] | None, opt("Benchmark whose gradient is the target; may be repeated.", "--against")]
+AgainstAny = Annotated[
+    list[str] | None,
+    opt("Benchmark whose gradient is the target; may be repeated.", "--against", autocompletion=collections),
+]
 Pool = Annotated[
-    str | None, opt("Collection to rank; default: the only other one, or one that is twice as large as any.", "--pool")
+    str | None,
+    opt(
+        "Collection to rank; default: the only other one, or one that is twice as large as any.",
+        "--pool",
+        autocompletion=collections,
+    ),
 ]
 At = Annotated[int | None, opt("Look at the store as of this step.", "--at")]
 HowAggregated = Annotated[str, opt("How the target is made: mean or unit_mean.")]
 Filter = Annotated[
     list[str] | None, opt("Keep source=NAME, tag=NAME or pass_rate=LOW..HIGH; may be repeated.", "--where")
 ]
+Overwrite = Annotated[bool, opt("Replace files that are there already.", "--overwrite")]
 Json = Annotated[bool, opt("Print JSON.", "--json")]
 
 
-@command()
+@command(
+    needs={"damping": "metric=fisher"},
+    panels={
+        "What is ranked": "against pool at where top smallest",
+        "By what": "metric damping aggregate fuse weight index",
+        "What is printed": "layers json csv verbose quiet help",
+    },
+    example="gradstore query store --against amc --top 20 --where source=gsm8k",
+)
 def query(
     store: StoreOrUrl,
     against: AgainstAny = None,
@@ -96,6 +113,7 @@ def query(
 
     if not against:
         raise RequestError("query needs a benchmark: --against NAME")
+    check_number("--layers", layers, least=0)
     several = len(against) > 1
     if not several and (fuse or weight):
         raise RequestError("--fuse and --weight combine several benchmarks: give --against more than once")
@@ -198,8 +216,17 @@ def _print_hits(title: str, rows: list[dict], with_layers: bool) -> None:
     print_table(title, columns, shown, right=numbers, spare=["layers", "source", "age", "pass rate"], signed="score")
 
 
-@command()
+@command(
+    needs={"relevance": "diversity=mmr"},
+    panels={
+        "What is chosen from": "against pool at where",
+        "By what": "selector aggregate confidence temperature quota diversity relevance seed",
+        "What is written": "n out allow_fewer overwrite",
+    },
+    example="gradstore select store --against amc -n 256 --out selected/",
+)
 def select(
+    context: typer.Context,
     store: StoreOrUrl,
     n: Annotated[int, opt("How many problems.", "-n")],
     out: Annotated[Path, opt("Folder for train.parquet, train.jsonl and selection.json.")],
@@ -229,6 +256,7 @@ def select(
     relevance: Annotated[float, opt("mmr: weight of the score against being different, 0 to 1.")] = 0.5,
     seed: Annotated[int, opt("Drives whatever is drawn at random, and k-means.")] = 0,
     allow_fewer: Annotated[bool, opt("Go on with fewer than asked.", "--allow-fewer")] = False,
+    overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
     """Choose n problems and write them ready for verl."""
@@ -236,12 +264,21 @@ def select(
     from gradstore.engine.searching.notices import notices
     from gradstore.engine.searching.targets import target
     from gradstore.engine.selecting.diversity import Diversity, Method
-    from gradstore.engine.selecting.export import write_selection
+    from gradstore.engine.selecting.export import check_folder, write_selection
+    from gradstore.engine.selecting.mixture import mixture_name, parts_of, sums_to_one
     from gradstore.engine.selecting.quotas import parse_quotas
     from gradstore.engine.selecting.selection import select as choose
 
     opened = gradstore.open(store)
     names = against or []
+    check_folder(out, overwrite)
+    picks_by = parts_of(selector)
+    if "confidence" in given(context) and not any(part.selector.needs_probes for part in picks_by):
+        raise RequestError(f"--confidence: {selector} has no intervals, only selectors by probes have: leave it out")
+    if names and not any(part.selector.needs_target or part.selector.needs_probes for part in picks_by):
+        say(f"{selector} goes by no benchmark: --against is not used")
+    if not sums_to_one(selector):
+        say(f"the weights of {selector} do not sum to 1: taken as {mixture_name(picks_by)}")
     chosen = _pool(opened, pool, names)
     opened.check_files(chosen, *names)
     targets = [target(opened, name, at, cast("Aggregate", aggregate)) for name in names]
@@ -261,7 +298,7 @@ def select(
         quotas=parse_quotas(quota) if quota else None,
         confidence=confidence,
     )
-    written = write_selection(opened, selection, out)
+    written = write_selection(opened, selection, out, overwrite)
     best = float(selection.scores.max()) if selection.targets and not (temperature or quota) else None
     said = notices(view, targets if selection.targets else [], best)
     if json:
@@ -274,7 +311,7 @@ def select(
         say(f"{len(selection)} of {selection.n_candidates} candidates by {selection.selector}: {', '.join(written)}")
 
 
-@command()
+@command(example="gradstore selectors")
 def selectors(json: Json = False) -> None:
     """The selectors there are, those of other packages too."""
     from gradstore.engine.selecting.selectors import ALIASES, SELECTORS
@@ -297,6 +334,7 @@ def selectors(json: Json = False) -> None:
         f"{len(rows)} selectors",
         [name.replace("_", " ") for name in columns],
         [[row[name] for name in columns] for row in rows],
+        spare=["aliases", "chooses among", "needs"],
     )
 
 
@@ -313,12 +351,16 @@ def _filter(view: "View", terms: list[str] | None) -> "Where | None":
     if not terms:
         return None
     found = Where.parse(terms)
-    if found.sources or found.tags:
-        found.check(view.problems_at(columns=["source", "tags"]))
+    found.check(view.problems_at(columns=["source", "tags"]), view.pass_rates)
     return found
 
 
 def _pool(store: "Store", pool: str | None, against: list[str]) -> str:
+    from gradstore.layout import DERIVED
+
+    for name in against:
+        if against.count(name) > 1:
+            raise RequestError(f"--against {name} is given twice: give it once")
     if pool is not None:
         return pool
     others = [name for name in store.collections if name not in against and not name.endswith(DERIVED)]

@@ -5,13 +5,20 @@ from pathlib import Path
 from typing import Annotated
 
 from gradstore.cli.app import command, opt
-from gradstore.cli.query import Json, Pool, StorePath
+from gradstore.cli.completion import collections
+from gradstore.cli.query import Json, Overwrite, Pool, StorePath
 from gradstore.cli.rollout import Trust
 from gradstore.cli.show import print_json, say, warn
+from gradstore.errors import RequestError, check_known
 from gradstore.wording import shown
 
 AgainstAny = Annotated[
-    list[str] | None, opt("Benchmark to look at, the first one closest; may be repeated. Default: all.", "--against")
+    list[str] | None,
+    opt(
+        "Benchmark to look at, the first one closest; may be repeated. Default: all.",
+        "--against",
+        autocompletion=collections,
+    ),
 ]
 Metric = Annotated[str, opt("cosine, dot or fisher.")]
 RolloutFiles = Annotated[
@@ -20,18 +27,25 @@ RolloutFiles = Annotated[
 Tokenizer = Annotated[str | None, opt("Folder or name of a tokenizer, for responses that are token ids alone.")]
 
 
-@command()
+_NEEDS = {"tokenizer": "rollouts", "trust_remote_code": "tokenizer"}
+
+
+@command(needs=_NEEDS, example="gradstore report store --out report.html")
 def report(
     store: StorePath,
     out: Annotated[Path | None, opt("File to write [default: report.html or report.md].")] = None,
     against: AgainstAny = None,
     pool: Pool = None,
     metric: Metric = "cosine",
-    format: Annotated[str, opt("html: one page that needs no network; md: Markdown.")] = "html",
+    format: Annotated[
+        str | None,
+        opt("html: one page that needs no network; md: Markdown [default: by --out's name, or html]."),
+    ] = None,
     figures: Annotated[Path | None, opt("Folder for every figure as SVG and PNG.")] = None,
     rollouts: RolloutFiles = None,
     tokenizer: Tokenizer = None,
     top: Annotated[int, opt("Problems listed from each end of a ranking.")] = 50,
+    overwrite: Overwrite = False,
     trust_remote_code: Trust = False,
     json: Json = False,
 ) -> None:
@@ -39,6 +53,12 @@ def report(
     import gradstore
     from gradstore.analysis.report import write_report
 
+    of_name = None if out is None else _FORMATS.get(out.suffix)
+    if out is not None and out.suffix and of_name is None:
+        check_known(f"{out}: the suffix", out.suffix, _FORMATS)
+    if format is not None and of_name not in (None, format):
+        raise RequestError(f"--format {format}: {out} is named as a file of another kind; leave one of them out")
+    format = format or of_name or "html"
     path = out or Path(f"report.{format}")
     page = write_report(
         gradstore.open(store),
@@ -51,6 +71,7 @@ def report(
         rollouts=rollouts or (),
         tokenizer=_tokenizer(tokenizer, trust_remote_code),
         n_listed=top,
+        overwrite=overwrite,
     )
     if json:
         missing = {section.key: section.missing for section in page.sections if section.missing}
@@ -65,6 +86,10 @@ def report(
     )
 
 
+_FORMATS = {".html": "html", ".htm": "html", ".md": "md"}
+"""Suffix of a report's file -> its format."""
+
+
 def _tokenizer(name: str | None, trusted: bool) -> object:
     if name is None:
         return None
@@ -73,7 +98,7 @@ def _tokenizer(name: str | None, trusted: bool) -> object:
     return load_tokenizer(name, trust_remote_code=trusted)
 
 
-@command()
+@command(needs=_NEEDS, example="gradstore serve store")
 def serve(
     store: StorePath,
     against: AgainstAny = None,

@@ -2,7 +2,7 @@
 
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -11,7 +11,10 @@ from gradstore.cli.app import command, opt
 from gradstore.cli.query import Json
 from gradstore.cli.show import print_json, progress, say, warn
 from gradstore.errors import RequestError
-from gradstore.outputs import check_output
+
+if TYPE_CHECKING:
+    from gradstore import Store
+    from gradstore.engine.rollouts import RolloutSource
 
 Model = Annotated[str, opt("Folder or name of a transformers causal LM.")]
 Trust = Annotated[
@@ -36,7 +39,19 @@ SkipUnreadable = Annotated[
 ]
 
 
-@command()
+@command(
+    needs={"overlong_penalty": "overlong_buffer"},
+    panels={
+        "What is sampled": "n range shard seed step max_new_tokens temperature top_p as_chat template_kwargs",
+        "How it is rewarded": "reward skip_unreadable overlong_buffer overlong_penalty",
+        "By what": "model backend batch_tokens device trust_remote_code",
+        "A server": "server policy_version server_api served_model concurrency server_timeout",
+        "vLLM": "tensor_parallel_size pipeline_parallel_size gpu_memory_utilization max_model_len",
+        "Ray workers": "ray workers threads",
+        "What is written": "out",
+    },
+    example="gradstore rollout pool.jsonl --model MODEL --reward math -n 16 --out pool-rollouts.jsonl",
+)
 def rollout(
     problems: Annotated[Path, typer.Argument(help="Problem records, JSONL or Parquet, flat or verl's.")],
     model: Model,
@@ -100,6 +115,7 @@ def rollout(
     """Sample and reward rollouts; started again after an interruption, it goes on where it was."""
     from dataclasses import asdict
 
+    from gradstore.outputs import check_output
     from gradstore.problems import as_message, placed_problems
     from gradstore.shards import WHOLE, Shard
     from gradstore.trainer.sampling.backends import Backend, load_backend
@@ -135,7 +151,7 @@ def rollout(
         raise RequestError("--ray is for models of its own; a server has its own, and --concurrency asks it for more")
     arguments = template_arguments(template_kwargs)
     sampling: dict[str, Any] = {"n": n, "max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
-    check_settings(**sampling)
+    check_settings(**sampling, out=out, step=step, seed=seed)
     check_output(out, [problems])
     placed = placed_problems(problems)
     if range is not None:
@@ -194,6 +210,8 @@ def rollout(
             f"{report.stopped} of {report.rollouts} responses were not graded and score 0; extra.reward_stopped of "
             f"their rows says why. The first: {report.first_stopped}"
         )
+    if not report.with_signal:
+        warn(f"no problem has rewards that differ: none of {report.path} has a gradient")
     if json:
         done = {**asdict(report), "path": str(report.path), "left_out": left_out}
         print_json(done if costs is None else {**done, "workers": ray_options.described(costs)})
@@ -204,6 +222,15 @@ def rollout(
         f"{report.tokens} tokens; {report.kept_problems} problems were there"
     )
     ray_options.say_costs(costs or [])
+
+
+def check_rollouts_of(store: "Store", collection: str, source: "RolloutSource", path: Path) -> None:
+    """RequestError for rollouts of problems that the collection has no rows of."""
+    others = set(source.problem_ids) - set(store.view(collection).ids.tolist())
+    if others:
+        raise RequestError(
+            f"{path}: problem {min(others)!r} has no row in {collection}; give the rollouts that it was collected from"
+        )
 
 
 def row_range(text: str, where: str) -> tuple[int, int]:

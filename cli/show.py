@@ -35,6 +35,8 @@ def print_json(value: object) -> None:
 
 _CUT = 24
 """Characters that the last column keeps before other columns are left out."""
+_BETWEEN = 2
+"""Blanks between two columns."""
 
 
 def print_table(
@@ -60,18 +62,25 @@ def print_table(
     widths = [max([len(name), *(len(row[i]) for row in cells)]) for i, name in enumerate(columns)]
     widths[-1] = min(widths[-1], _CUT)
     kept = list(range(len(columns)))
+
+    def fit() -> bool:
+        return sum(widths[i] + _BETWEEN for i in kept) - _BETWEEN <= console.width
+
     for name in (name for name in spare if name in columns):
-        if sum(widths[i] + 1 for i in kept) - 1 > console.width:
+        if not fit():
             kept.remove(list(columns).index(name))
     table = Table(box=None, pad_edge=False, header_style="bold")
-    fits = sum(widths[i] + 1 for i in kept) - 1 <= console.width
+    fits = fit()
+    last = len(columns) - 1
+    room = console.width - sum(widths[i] + _BETWEEN for i in kept if i != last)
     for i in kept:
         table.add_column(
             columns[i],
             justify="right" if columns[i] in right else "left",
             no_wrap=fits,
             overflow="ellipsis" if fits else "fold",
-            min_width=widths[i] if fits and i != len(columns) - 1 else None,
+            min_width=widths[i] if fits and i != last else None,
+            max_width=room if fits and i == last else None,
         )
     for row in cells:
         colours = [_colour(row[i]) if columns[i] == signed else "" for i in kept]

@@ -5,16 +5,18 @@ from typing import Annotated, Literal, cast
 import typer
 
 from gradstore.cli.app import command, opt
+from gradstore.cli.completion import collections
 from gradstore.cli.query import Json, StoreOrUrl, StorePath
 from gradstore.cli.show import print_json, print_line, print_table, say
 from gradstore.errors import check_known
 from gradstore.wording import size
 
 
-@command()
+@command(example="gradstore info store")
 def info(store: StoreOrUrl, json: Json = False) -> None:
     """What a store holds: collections, steps, states, bytes, fingerprint."""
     import gradstore
+    from gradstore.layout import DERIVED
 
     facts = gradstore.open(store).info()
     if json:
@@ -34,15 +36,19 @@ def info(store: StoreOrUrl, json: Json = False) -> None:
                 size(about["bytes"]),
             ]
             for name, about in facts["collections"].items()
+            if not name.endswith(DERIVED)
         ],
         right=["problems", "rows", "live", "no signal", "failed", "commit", "size"],
+        spare=["commit", "failed", "no signal", "rows"],
     )
+    if derived := [name for name in facts["collections"] if name.endswith(DERIVED)]:
+        say(f"made from these, never ranked: {', '.join(derived)}")
     for key, value in facts["fingerprint"].items():
         if key != "layout":
             say(f"{key}: {value}")
 
 
-@command()
+@command(example="gradstore verify store")
 def verify(store: StorePath, json: Json = False) -> None:
     """Check every stored byte against its checksum; exit status 1 if one is wrong."""
     import gradstore
@@ -73,10 +79,10 @@ def verify(store: StorePath, json: Json = False) -> None:
         raise typer.Exit(1)
 
 
-@command()
+@command(example="gradstore compact store --keep newest")
 def compact(
     store: StorePath,
-    collection: Annotated[str | None, opt("Only this collection.")] = None,
+    collection: Annotated[str | None, opt("Only this collection.", autocompletion=collections)] = None,
     keep: Annotated[str, opt("all rows, or only the newest of each problem.")] = "all",
     json: Json = False,
 ) -> None:

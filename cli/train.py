@@ -18,7 +18,17 @@ VERL_TOO = ("settings", "backend", "verbose", "quiet")
 """Parameters that mean something with verl."""
 
 
-@command(context_settings={"ignore_unknown_options": True})
+@command(
+    needs={"overlong_penalty": "overlong_buffer"},
+    panels={
+        "The run": "model pool benchmark out config resume backend seed device save_every log trust_remote_code",
+        "Responses": "train_rollouts max_new_tokens temperature top_p template_kwargs",
+        "Rewards": "reward skip_unreadable overlong_buffer overlong_penalty",
+        "Updates": "lr weight_decay clip_grad minibatches objective kl_beta lora_rank",
+    },
+    example="gradstore train --model MODEL --pool pool.jsonl --benchmark amc=amc.jsonl --out run ratio=0.1",
+    context_settings={"ignore_unknown_options": True},
+)
 def train(
     context: typer.Context,
     settings: Annotated[
@@ -102,7 +112,11 @@ def train(
     rounds = arguments(settings or [], help=" (gradstore train --help)")
     options = {name: value for name, value in given(context).items() if name not in BESIDE}
     if benchmark:
-        options["benchmarks"] = dict(map(_benchmark, benchmark))
+        options["benchmarks"] = {}
+        for name, path in map(_benchmark, benchmark):
+            if name in options["benchmarks"]:
+                raise RequestError(f"--benchmark: {name!r} names two files; give them names, as in NAME=PATH")
+            options["benchmarks"][name] = path
     missing = [f"--{name}" for name in ("model", "pool", "out") if name not in options]
     if missing and config is None and not (resume and out):
         raise RequestError(f"gradstore train needs {', '.join(missing)}, or --config with a file that has them")
@@ -112,6 +126,8 @@ def train(
 
     if resume and config is None and out is not None and (out / run.WRITTEN).exists():
         config = out / run.WRITTEN
+    if missing and config is None:
+        raise RequestError(f"{out}: holds no run to go on with (no {run.WRITTEN}); begin one without --resume")
     chosen = run.RunSettings.of(config, options, rounds)
     with progress("training steps", chosen.rounds.rounds * chosen.rounds.steps) as advance:
         done = 0

@@ -9,7 +9,6 @@ from gradstore.cli.app import command, opt
 from gradstore.cli.query import Json, StorePath
 from gradstore.cli.show import print_json, print_line, progress, say
 from gradstore.cli.stores import info
-from gradstore.durable import folder_bytes
 from gradstore.errors import RequestError
 from gradstore.wording import size
 
@@ -19,10 +18,11 @@ Url = Annotated[
 ]
 
 
-@command()
+@command(example="gradstore push store hf://datasets/USER/NAME")
 def push(store: StorePath, url: Url, json: Json = False) -> None:
     """Bring the store at a URL up to date: only what is new is sent, compressed; readers see whole states."""
     import gradstore
+    from gradstore.durable import folder_bytes
 
     with progress("push (bytes)", folder_bytes(store)) as advance:
         report = gradstore.push(store, url, progress=advance)
@@ -36,7 +36,7 @@ def push(store: StorePath, url: Url, json: Json = False) -> None:
     print_line(f"{report.url}: sent {size(report.bytes)} in {report.objects} objects ({rows})")
 
 
-@command()
+@command(example="gradstore pull hf://datasets/USER/NAME store")
 def pull(
     url: Url,
     store: StorePath,
@@ -54,7 +54,7 @@ def pull(
     print_line(f"{report.path}: " + ", ".join(f"{name}: {n} rows" for name, n in report.rows.items()))
 
 
-@command("open")
+@command("open", example="gradstore open s3://BUCKET/store")
 def open_store(url: Url, json: Json = False) -> None:
     """Open the store at a URL in place and show what it holds; query, select and info take the URL too."""
     import gradstore

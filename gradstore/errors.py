@@ -57,11 +57,15 @@ def check_known(what: str, value: object, known: Iterable[str]) -> None:
     """RequestError, with the nearest known name, unless the value is one of the known names."""
     names = list(known)
     if value not in names:
-        from difflib import get_close_matches
+        raise RequestError(f"{what} {value!r} is not one of {', '.join(names)}{near_miss(str(value), names)}")
 
-        near = get_close_matches(str(value), names, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise RequestError(f"{what} {value!r} is not one of {', '.join(names)}{hint}")
+
+def near_miss(name: str, known: Iterable[str]) -> str:
+    """`; did you mean 'NAME'?` with the nearest known name; empty if none is near."""
+    from difflib import get_close_matches
+
+    near = get_close_matches(name, list(known), 1)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def check_number(

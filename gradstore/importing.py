@@ -45,12 +45,13 @@ def import_sketches(
     step: int,
     problems_path: Path | None = None,
     fingerprint_path: Path | None = None,
-    dtype: str = "int8",
+    dtype: str | None = None,
 ) -> tuple[int, int]:
     """Append the rows of a Parquet file (id, sketch; optional: norm, pass_rate, n_rollouts) at a step.
 
     If there is no store, creates one; this needs fingerprint_path, a JSON object that says how the sketches were made.
-    If the store exists, a given fingerprint must equal the store's. Returns the numbers of problems and rows added.
+    If the store exists, a given fingerprint and dtype must equal the store's; a new store's dtype is int8 by default.
+    Returns the numbers of problems and rows added.
     """
     check_step(step)
     check_name(collection)
@@ -62,13 +63,15 @@ def import_sketches(
         check_keepable(fingerprint, str(fingerprint_path))
     if store_path.exists():
         store = open_store(store_path, mode="a", fingerprint=fingerprint)
+        if dtype not in (None, store.dtype):
+            raise RequestError(f"dtype {dtype}: the rows of {store_path} are {store.dtype}; leave it out")
         _check_rows(store._header, ids, sketches, others, str(sketches_path))
         return _append(store, collection, step, records, ids, sketches, others), len(ids)
     if fingerprint is None:
         raise RequestError(
             f"{store_path}: no store there; to create one, say how the sketches were made: --fingerprint FILE"
         )
-    dim = sketches.shape[1]
+    dim, dtype = sketches.shape[1], dtype or "int8"
     if "layout" in fingerprint:
         check_layout(fingerprint["layout"], dim, str(fingerprint_path))
     _check_rows(new_header(dim, dtype, None, None, fingerprint), ids, sketches, others, str(sketches_path))

@@ -1,11 +1,18 @@
-"""Notebook display of views, hits and selections: a line of facts and a small table, all text escaped."""
+"""Notebook display of stores, views, hits and selections (a line of facts and a small table, all text escaped), and
+frames of other libraries."""
 
 from collections.abc import Mapping, Sequence
 from html import escape
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from gradstore.errors import needing
 from gradstore.state import State
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import polars as pl
 
 SHOWN = 10
 """Most rows shown in a table; further rows are only counted."""
@@ -22,6 +29,14 @@ def html_table(title: str, facts: str, columns: Sequence[str], rows: Sequence[Se
         f"<div><strong>{escape(title)}</strong> <span>{escape(facts)}</span>"
         f"<table><thead><tr>{heads}</tr></thead><tbody>{lines}</tbody></table>{more}</div>"
     )
+
+
+def as_polars(frame: "pd.DataFrame") -> "pl.DataFrame":
+    """A pandas frame as one of polars; RequestError if polars is not installed."""
+    with needing("to_polars", "polars"):
+        import polars as pl
+
+    return pl.DataFrame({name: column.to_list() for name, column in frame.items()})
 
 
 def rows_html(title: str, states_N: np.ndarray, columns: Mapping[str, np.ndarray]) -> str:

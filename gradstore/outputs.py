@@ -1,4 +1,5 @@
-"""Where a command may write: never into a store's own folder, and never over a file that it reads."""
+"""Where a command may write: never into a store's own folder, never over a file that it reads, and over another file
+only where that was asked for. `whole_file` of durable.py then replaces it in one step."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -23,9 +24,18 @@ def check_output(path: Path | None, inputs: Iterable[Path | str | None] = ()) ->
             raise RequestError(f"{path}: is also an input; choose another path to write to")
 
 
+def check_free(paths: Iterable[Path], overwrite: bool) -> None:
+    """RequestError for an ordinary file that is there already, unless it may be replaced."""
+    for path in paths:
+        if path.is_file() and not overwrite:
+            raise RequestError(f"{path}: already there; choose another path, or replace it with --overwrite")
+
+
 def check_output_folder(path: Path | None) -> None:
-    """As `check_output`, for a folder to write files into: it may not be a store itself either."""
+    """As `check_output`, for a folder to write files into: it may not be a store itself or a file either."""
     check_output(path)
+    if path is not None and path.exists() and not path.is_dir():
+        raise RequestError(f"{path}: is a file, expected a folder to write into")
     if path is not None and is_store(path.resolve()):
         raise RequestError(f"{path}: is a store, whose files are its own; choose another folder")
 

@@ -109,6 +109,14 @@ class Store:
     def __repr__(self) -> str:
         return f"Store({str(self.path)!r}, dim={self.dim}, dtype={self.dtype!r}, mode={self.mode!r})"
 
+    def _repr_html_(self) -> str:
+        from gradstore.notebook import html_table
+
+        about = self.info()["collections"]
+        rows = [(name, one["problems"], one["rows"], one["states"]["live"]) for name, one in about.items()]
+        columns = ["collection", "problems", "rows", "live"]
+        return html_table(repr(self), f"{len(rows)} collections", columns, rows, len(rows))
+
     @property
     def dim(self) -> int:
         return self._header.dim

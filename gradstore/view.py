@@ -20,6 +20,7 @@ from gradstore.stored_rows import StoredRows, checked_positions
 
 if TYPE_CHECKING:
     import pandas as pd
+    import polars as pl
     import pyarrow as pa
 
     from gradstore.store import Store
@@ -113,6 +114,12 @@ class View:
                 "problem": problems["prompt"].to_pandas().to_numpy(),
             }
         )
+
+    def to_polars(self) -> "pl.DataFrame":
+        """The same as a polars DataFrame; RequestError if polars is not installed."""
+        from gradstore.notebook import as_polars
+
+        return as_polars(self.to_pandas())
 
     @property
     def commit(self) -> int:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from gradstore.durable import write_text_file
 from gradstore.errors import check_known, check_number, needing
-from gradstore.outputs import check_output, check_output_folder
+from gradstore.outputs import check_free, check_output, check_output_folder
 
 if TYPE_CHECKING:
     from gradstore import Store
@@ -38,6 +38,7 @@ def write_report(
     rollouts: Sequence[str | Path] = (),
     tokenizer: Any = None,
     n_listed: int = 50,
+    overwrite: bool = True,
     tell: Callable[[str], None] = lambda line: None,
 ) -> "Page":
     """Write the report of a store to `out`; returns the page as plain values.
@@ -45,12 +46,13 @@ def write_report(
     pool: None: the collection with rounds, else the largest. benchmarks: empty: all other collections. format: html or
     md. figures: folder for every figure as SVG and PNG. rollouts: rollout files whose responses are shown with the
     problems. tokenizer: needed for responses stored only as token ids. n_listed: problems listed from each end of a
-    ranking. RequestError for missing data or files, for an output inside a store, and if a required package is not
-    installed.
+    ranking. overwrite: whether files that are there may be replaced. RequestError for missing data or files, for an
+    output inside a store, and if a required package is not installed.
     """
     check_known("report format", format, FORMATS)
     check_number("number of problems to list", n_listed, least=1)
     check_output(Path(out), rollouts)
+    check_free([Path(out)], overwrite)
     check_output_folder(None if figures is None else Path(figures))
     check_installed()
     from gradstore.analysis.report.assembly import assemble
@@ -65,8 +67,10 @@ def write_report(
     out.parent.mkdir(parents=True, exist_ok=True)
     if folder is not None:
         tell("figures")
+        from gradstore.analysis.report.printed import FORMATS as DRAWN
         from gradstore.analysis.report.printed import print_figures
 
+        check_free((folder / f"{figure.key}.{form}" for figure in page.figures for form in DRAWN), overwrite)
         print_figures(page.figures, folder)
     text = to_html(page) if format == "html" else to_markdown(page, folder, out.parent)
     write_text_file(out, text)

@@ -98,6 +98,8 @@ def find(
         if not others:
             raise RequestError("every collection was named as a benchmark; name the pool with --pool")
         pool = max(others, key=lambda name: (bool(store.rounds(name)), others[name]))
+    if pool in benchmarks:
+        raise RequestError(f"{pool!r} is the pool: it cannot be a benchmark too; name another with --against or --pool")
     named = [name for name in benchmarks or _benchmarks(store, pool) if name != pool]
     with_target = [name for name in named if bool(store.view(name).live.any())]
     if benchmarks and len(with_target) < len(named):

@@ -101,6 +101,8 @@ def fidelity(
         ids = [ids[i] for i in picked]
     if len(ids) < 3:
         raise RequestError(f"{pool!r}: {len(ids)} live problems have rollouts in the file, expected at least 3")
+    if k is not None and k > len(ids):
+        raise RequestError(f"the best {k} of {len(ids)} problems: expected fewer than are measured")
     spec = replace(SketchSpec.of(store.fingerprint), head_only=False)
     groups = [group for group in rollouts.groups(ids) if group.has_signal]
     measured = [*groups, *(half for part in split(groups) for half in part)] if halves else groups

@@ -118,6 +118,9 @@ def _only_local(path: str) -> bool:
     asked once, with a time limit; its libraries would try for more than a minute.
     """
     if Path(path).exists():
+        if not (Path(path) / "config.json").is_file():
+            kind = "no config.json in this folder" if Path(path).is_dir() else "this is a file"
+            raise RequestError(f"{path}: {kind}; expected the folder of a transformers model, or its name on the hub")
         return True
     if path.startswith((".", "/", "~")) or path.count("/") > 1:
         raise RequestError(f"{path}: there is no such folder")

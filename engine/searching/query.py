@@ -26,6 +26,7 @@ from gradstore.errors import RequestError, check_known, check_number
 
 if TYPE_CHECKING:
     import pandas as pd
+    import polars as pl
 
 Metric = Literal["cosine", "dot", "fisher"]
 METRICS: tuple[Metric, ...] = get_args(Metric)
@@ -62,6 +63,12 @@ class Hits:
         import pandas as pd
 
         return pd.DataFrame({"id": self.ids, "score": self.scores, "position": self.positions})
+
+    def to_polars(self) -> "pl.DataFrame":
+        """The same as a polars DataFrame; RequestError if polars is not installed."""
+        from gradstore.notebook import as_polars
+
+        return as_polars(self.to_pandas())
 
     def _repr_html_(self) -> str:
         from gradstore.notebook import SHOWN, html_table

@@ -85,6 +85,9 @@ def target(store: Store, benchmark: str, at: int | None = None, aggregate: Aggre
     view = store.view(benchmark, at)
     live = view.live
     if not live.any():
+        steps = sorted(set(store.view(benchmark).steps.tolist())) if at is not None else []
+        if steps and at is not None and at < steps[0]:
+            raise RequestError(f"benchmark {benchmark!r} has nothing up to step {at}; its first step is {steps[0]}")
         moment = "" if at is None else f" at step {at}"
         raise RequestError(
             f"benchmark {benchmark!r} has no live problem{moment} ({len(view)} measured): collect rollouts for it first"

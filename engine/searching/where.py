@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from gradstore.errors import RequestError
+from gradstore.errors import RequestError, near_miss
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +51,8 @@ class Where:
                 raise RequestError(f"filter {term!r}: expected source=NAME, tag=NAME or pass_rate=LOW..HIGH")
         return cls(tuple(sources), tuple(tags), pass_rate)
 
-    def check(self, problems: pa.Table) -> None:
-        """RequestError, with what there is, for a source or tag that no problem has."""
+    def check(self, problems: pa.Table, pass_rates_P: np.ndarray) -> None:
+        """RequestError, with what there is, for a source or tag that no problem has, and where none passes."""
         there = {
             "source": pc.unique(problems.column("source")).to_pylist(),
             "tag": pc.unique(problems.column("tags").combine_chunks().flatten()).to_pylist(),
@@ -62,7 +62,14 @@ class Where:
                 if one not in there[name]:
                     some = ", ".join(map(repr, sorted(there[name])[:10])) or "none"
                     more = f" and {len(there[name]) - 10} more" if len(there[name]) > 10 else ""
-                    raise RequestError(f"where: no problem has {name} {one!r}; there are {some}{more}")
+                    near = near_miss(one, filter(None, there[name]))
+                    raise RequestError(f"where: no problem has {name} {one!r}; there are {some}{more}{near}")
+        if not self.mask(problems, pass_rates_P).any():
+            known = pass_rates_P[np.isfinite(pass_rates_P)]
+            rates = (
+                f"their pass rates are {known.min():.2f} to {known.max():.2f}" if len(known) else "none has a pass rate"
+            )
+            raise RequestError(f"where: none of {len(problems)} problems passes; {rates}")
 
     def mask(self, problems: pa.Table, pass_rates_P: np.ndarray) -> np.ndarray:
         """bool [P]: which problems satisfy the filter.
@@ -93,4 +100,6 @@ def _interval(term: str, value: str) -> tuple[float, float]:
         bounds = float(low), float(high if dots else low)
     except ValueError:
         raise RequestError(f"filter {term!r}: expected pass_rate=LOW..HIGH with two numbers") from None
+    if not 0 <= bounds[0] <= bounds[1] <= 1:
+        raise RequestError(f"filter {term!r}: expected pass_rate=LOW..HIGH with 0 <= LOW <= HIGH <= 1")
     return bounds

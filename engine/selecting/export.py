@@ -10,18 +10,24 @@ from gradstore import Store, to_verl
 from gradstore.durable import whole_file, write_text_file
 from gradstore.engine.selecting.selection import Selection
 from gradstore.errors import RequestError, first_line
-from gradstore.outputs import check_output_folder
+from gradstore.outputs import check_free, check_output_folder
+
+FILES = ("train.parquet", "train.jsonl", "selection.json")
 
 
-def write_selection(store: Store, selection: Selection, folder: Path) -> list[str]:
+def check_folder(folder: Path, overwrite: bool) -> None:
+    """RequestError for a folder that a selection cannot be written into."""
+    check_output_folder(folder)
+    check_free((folder / name for name in FILES), overwrite)
+
+
+def write_selection(store: Store, selection: Selection, folder: Path, overwrite: bool = False) -> list[str]:
     """Write the chosen problems, best first; returns the paths written.
 
     train.parquet, train.jsonl: verl records; `extra_info.index` is the problem's id. selection.json: settings,
-    scores, target and store commit. RequestError if the folder already contains a selection.
+    scores, target and store commit. overwrite: replace these files if they are there; otherwise that is a RequestError.
     """
-    check_output_folder(folder)
-    if (folder / "selection.json").exists():
-        raise RequestError(f"{folder}: holds a selection already; choose another folder or remove it")
+    check_folder(folder, overwrite)
     records = [to_verl(record) for record in store.records(selection.collection, selection.ids)]
     try:
         table = pa.Table.from_pylist(records)
@@ -31,10 +37,11 @@ def write_selection(store: Store, selection: Selection, folder: Path) -> list[st
             f"({first_line(error)})"
         ) from None
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "selection.json").unlink(missing_ok=True)  # written last: without it the others are no selection
     with whole_file(folder / "train.parquet") as unfinished:
         pq.write_table(table, unfinished)
     lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     write_text_file(folder / "train.jsonl", lines)
     described = json.dumps(selection.describe(), indent=2, ensure_ascii=False)
     write_text_file(folder / "selection.json", f"{described}\n")
-    return [str(folder / name) for name in ("train.parquet", "train.jsonl", "selection.json")]
+    return [str(folder / name) for name in FILES]

@@ -27,6 +27,7 @@ from gradstore.errors import RequestError, check_number
 
 if TYPE_CHECKING:
     import pandas as pd
+    import polars as pl
 
     from gradstore.engine.probing.batch import ProbeBatch
 
@@ -89,6 +90,12 @@ class Selection:
         import pandas as pd
 
         return pd.DataFrame(self.describe()["problems"])
+
+    def to_polars(self) -> "pl.DataFrame":
+        """The same as a polars DataFrame; RequestError if polars is not installed."""
+        from gradstore.notebook import as_polars
+
+        return as_polars(self.to_pandas())
 
     @property
     def relative_weights(self) -> np.ndarray:

@@ -59,7 +59,8 @@ class SketchSpec(GradientSpec):
             )
         except (KeyError, TypeError):
             raise RequestError(
-                "the store's rows were not made by this sketcher: its fingerprint has no settings"
+                "the store's rows were not made by this sketcher (its fingerprint has no settings): they can be "
+                "searched, and more of them imported, but not sketched or measured"
             ) from None
 
     def __post_init__(self) -> None:

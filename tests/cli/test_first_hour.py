@@ -210,6 +210,10 @@ def test_names_do_in_python(tmp_path) -> None:
     assert whole.to_pandas()["id"].tolist() == whole.ids.tolist()
     assert view.to_pandas()["state"].tolist() == ["live"] * 8
     assert engine.select(store, "pool", goal, 3).to_pandas()["id"].tolist() == whole.ids.tolist()
+    for one in (view, whole, engine.select(store, "pool", goal, 3)):
+        with pytest.raises(RequestError, match="pip install 'polars'"):
+            one.to_polars()
+    assert "pool" in store._repr_html_()
     assert "bench" in repr(goal)
     assert "3 of 8" in repr(whole)
     for wrong in ({"where": {"source": "sums"}}, {"where": 7}):

@@ -102,6 +102,10 @@ def test_outputs_inside_a_store_or_over_an_input(
     status, _, err = cli("rollout", pool, "--model", model_folder, "--out", pool, "--reward", "math")
     assert (status, "is also an input" in err) == (2, True), err
     status, _, err = cli("report", store, "--out", pool, "--rollouts", pool)
+    assert (status, "the suffix '.jsonl' is not one of" in err) == (2, True), err
+    link = tmp_path / "report"
+    link.symlink_to(pool)
+    status, _, err = cli("report", store, "--out", link, "--rollouts", pool)
     assert (status, "is also an input" in err) == (2, True), err
     assert snapshot(store) == before
     assert sorted(store.rglob("*")) == files

@@ -1,5 +1,6 @@
 """Problems from a file or data set of one's own: which of its columns are what."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,10 @@ class Columns:
     """Column of the source; None: the name of the file or data set."""
     template: str | None = None
     """The prompt with `{COLUMN}` for a column's text; None: the question alone, and `Options.instruction`."""
+
+    def __post_init__(self) -> None:
+        if self.template is not None and not re.search(r"\{[^{}]+\}", self.template):
+            raise RequestError(f"template {self.template!r}: names no column; expected text with {{COLUMN}} in it")
 
     def data_set(self, name: str, split: str | None = None) -> DataSet:
         """A catalogue entry. `hub:USER/NAME[/CONFIG]` is read from the hub; any other name is a file's path."""

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from gradstore import to_verl
 from gradstore.durable import whole_file, write_text_file
 from gradstore.errors import RequestError, check_known, first_line
-from gradstore.outputs import check_output
+from gradstore.outputs import check_free, check_output
 
 FORMS = ("verl", "flat")
 
@@ -21,25 +21,27 @@ def about_path(path: Path) -> Path:
     return path.with_name(path.name + ".about.json")
 
 
-def check_out(path: Path, form: str) -> None:
-    """RequestError for an unknown form or suffix, a missing folder, or a file that already exists."""
+def check_out(path: Path, form: str, overwrite: bool = False) -> None:
+    """RequestError for an unknown form or suffix, a missing folder, or a file that is there and may not be replaced."""
     check_known("form", form, FORMS)
+    if path.is_dir():
+        raise RequestError(f"{path}: is a folder, expected the name of a file, .jsonl or .parquet")
     check_known(f"{path}: the suffix", path.suffix, (".jsonl", ".parquet"))
     check_output(path)
     if not path.parent.is_dir():
         raise RequestError(f"{path}: the folder {path.parent} does not exist")
-    for file in (path, about_path(path)):
-        if file.exists():
-            raise RequestError(f"{file}: already there; choose another path or remove it")
+    check_free((path, about_path(path)), overwrite)
 
 
-def write_problems(path: Path, records: Sequence[Mapping[str, Any]], about: Mapping[str, Any], form: str) -> None:
+def write_problems(
+    path: Path, records: Sequence[Mapping[str, Any]], about: Mapping[str, Any], form: str, overwrite: bool = False
+) -> None:
     """Write the records atomically, and `about` as JSON next to them.
 
     form: "verl" (data_source, prompt, ability, reward_model, extra_info) or "flat" (the canonical fields).
     `gradstore.read_problems` reads both. Raises RequestError as in `check_out`.
     """
-    check_out(path, form)
+    check_out(path, form, overwrite)
     rows = [to_verl(dict(record)) if form == "verl" else dict(record) for record in records]
     with whole_file(path) as unfinished:
         if path.suffix == ".jsonl":

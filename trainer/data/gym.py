@@ -6,10 +6,11 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import fields
 from itertools import islice
 from typing import Any
 
-from gradstore.errors import GradstoreError, RequestError
+from gradstore.errors import GradstoreError, RequestError, check_known
 from gradstore.trainer.data.prompts import GYM
 
 PREFIX = "reasoning-gym"
@@ -84,6 +85,9 @@ def _created(task: str, seed: int, size: int, config: Mapping[str, Any]) -> Any:
         raise RequestError(f"{name} mixes other tasks: name those, each with its count")
     if task not in DATASETS:
         raise RequestError(f"{name}: no such task; reasoning-gym has {', '.join(sorted(DATASETS))}")
+    known = {field.name for field in fields(DATASETS[task][1])} - {"seed", "size"}
+    for setting in config:
+        check_known(f"{name}: the setting", setting, sorted(known))
     try:
         return reasoning_gym.create_dataset(task, seed=seed, size=size, **config)
     except (TypeError, ValueError, AssertionError) as error:

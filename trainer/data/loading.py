@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gradstore.errors import GradstoreError, RequestError, first_line
+from gradstore.errors import GradstoreError, RequestError, first_line, near_miss
 from gradstore.reading.opening import read_records
 from gradstore.trainer.data.answers import plain
 from gradstore.trainer.data.catalogue import PLACE, DataSet, half_of
@@ -67,8 +67,8 @@ def load(
         missing = [name for name in source.columns if name not in row]
         if missing:
             raise RequestError(
-                f"{where}: no column {missing[0]!r}; expected {', '.join(source.columns)}, found "
-                f"{', '.join(map(str, row))}"
+                f"{where}: no column {missing[0]!r}; found {', '.join(map(str, row))}"
+                f"{near_miss(missing[0], map(str, row))}"
             )
         if source.keep is not None and not source.keep(row):
             loaded.not_kept += 1
@@ -164,7 +164,8 @@ def _hub_rows(source: DataSet, split: str) -> Iterable[tuple[str, Mapping[str, A
         present = [column for column in source.columns if column in table.column_names]
         if len(present) < len(source.columns):
             lacking = next(column for column in source.columns if column not in present)
-            raise RequestError(f"{name}: no column {lacking!r}; there are {', '.join(table.column_names)}")
+            near = near_miss(lacking, table.column_names)
+            raise RequestError(f"{name}: no column {lacking!r}; found {', '.join(table.column_names)}{near}")
         number = 0
         # Arrow format: pictures are not decoded, and columns that are not needed are not read
         for batch in table.select_columns(present).with_format("arrow").iter(BATCH):

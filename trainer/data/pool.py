@@ -12,7 +12,7 @@ from random import Random
 from typing import Any
 
 from gradstore import read_problems
-from gradstore.errors import RequestError, check_number
+from gradstore.errors import RequestError, check_number, near_miss
 from gradstore.problems import with_id
 from gradstore.trainer.data import gym
 from gradstore.trainer.data.catalogue import ALIASES, DATA_SETS, NAMES, TOGETHER, DataSet
@@ -145,7 +145,9 @@ def build(parts: Sequence[Part], options: Options) -> Pool:
                 "a usable question or answer)"
             )
         if not report.taken:
-            raise RequestError(f"{part.label}: no problem is left of {report.rows} rows ({asdict(report)})")
+            lost = {"duplicates": report.duplicates, "held out": report.excluded, "left out": report.not_kept}
+            why = "; ".join(f"{n}: {reason}" for reason, n in {**report.unusable, **lost}.items() if n)
+            raise RequestError(f"{part.label}: no problem is left of {report.rows} rows ({why})")
     _check_ids(records)
     if len(parts) > 1:
         Random(f"{options.seed} order").shuffle(records)
@@ -159,8 +161,19 @@ def _check(parts: Sequence[Part], options: Options) -> None:
     known = set()
     own = [part for part in parts if _is_file(part.name) or part.name.startswith(HUB)]
     if options.columns and not own:
-        raise RequestError(f"columns are given, and no file or {HUB}USER/NAME that they are of")
+        names = ", ".join(part.name for part in parts) or "no source"
+        raise RequestError(
+            f"{names}: columns are those of a file ({', '.join(SUFFIXES)}) or of {HUB}USER/NAME; name one, or leave "
+            "--prompt and --truth out"
+        )
+    made = [part for part in parts if not _is_file(part.name) or options.columns]
+    if options.instruction is not None and (not made or (options.columns and options.columns.template)):
+        raise RequestError("--instruction: these prompts are whole as they are; leave it out, or use a --template")
     for part in parts:
+        if _is_file(part.name.partition("@")[0]) and "@" in part.label:
+            raise RequestError(f"{part.label}: a file has no splits: leave @{part.label.rpartition('@')[2]} out")
+        if _is_file(part.name) and part.name in options.local:
+            raise RequestError(f"{part.name}: is a file already: leave --from out")
         if part.name.startswith(HUB) and options.columns is None:
             raise RequestError(
                 f"{part.name}: say which columns hold question and truth: --prompt COLUMN --truth COLUMN"
@@ -196,9 +209,12 @@ def _data_sets(part: Part, columns: Columns | None = None) -> list[DataSet]:
         return []
     name = ALIASES.get(part.name, part.name)
     if name not in (*DATA_SETS, *TOGETHER):
+        if Path(part.name).exists():
+            kind = "a folder" if Path(part.name).is_dir() else "no file of problems by its name"
+            raise RequestError(f"{part.name}: is {kind}; expected a file of problems ({', '.join(SUFFIXES)})")
         raise RequestError(
             f"unknown data set {part.name!r}, expected one of {', '.join(NAMES)}, reasoning-gym:TASK, "
-            f"{HUB}USER/NAME, or a file of problems ({', '.join(SUFFIXES)})"
+            f"{HUB}USER/NAME, or a file of problems ({', '.join(SUFFIXES)}){near_miss(part.name, [*NAMES, *ALIASES])}"
         )
     return [DATA_SETS[name] for name in TOGETHER.get(name, (name,))]
 

@@ -22,7 +22,7 @@ from gradstore.engine.rollouts.group import Group
 from gradstore.engine.sketches.from_training_pass import SketchesFromTrainingPass
 from gradstore.engine.sketches.sketcher import Sketcher
 from gradstore.engine.sketches.spec import SketchBatch, SketchSpec
-from gradstore.errors import RequestError
+from gradstore.errors import RequestError, check_number
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +67,7 @@ class UpdateSettings:
             raise RequestError(f"lr is {self.lr}, expected a finite number of 0 or more")
         if self.clip_grad is not None and not self.clip_grad > 0:
             raise RequestError(f"clip_grad is {self.clip_grad}, expected a number above 0, or None")
+        check_number("weight_decay", self.weight_decay, least=0)
         for name in ("minibatches", "token_budget"):
             value = getattr(self, name)
             if value is not None and value < 1:

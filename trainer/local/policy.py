@@ -92,11 +92,14 @@ class LocalPolicy:
         self._aimed: tuple[int, AimedProbe] | None = None
         """(step, probe along the validation groups of the last `aim`)."""
 
+    def prompts(self, problems: Sequence[Mapping[str, Any]]) -> list[list[int]]:
+        """The problems' prompts as token ids; RequestError for one that leaves no room for its response."""
+        most, arguments = self.sampling.max_new_tokens, self.sampling.template_kwargs
+        return checked_prompts(problems, self.tokenizer, self.backend.context, most, arguments)
+
     def roll_out(self, problems: Sequence[Mapping[str, Any]], n: int, *, seed: int) -> list[Group]:
         sampling = self.sampling
-        prompts = checked_prompts(
-            problems, self.tokenizer, self.backend.context, sampling.max_new_tokens, sampling.template_kwargs
-        )
+        prompts = self.prompts(problems)
         found = self.backend.generate(
             prompts,
             n,

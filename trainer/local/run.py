@@ -204,6 +204,8 @@ def train(
     rank = settings.lora_rank
     network = with_adapters(network, rank, rounds.seed) if rank else network.requires_grad_(True)
     policy = LocalPolicy(network, tokenizer, scored_by, settings.sampling, reference=reference)
+    for problems in (records, *benchmarks.values()):
+        policy.prompts(problems)  # before anything is written
     out = Path(settings.out)
 
     def keep(values: Mapping[str, float], step: int) -> None:

@@ -96,10 +96,17 @@ def rollout(
     LockedError when another run is writing the file. Chunks already written stay in the file.
     """
     out = Path(out)
-    check_settings(n=n, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, chunk=chunk)
+    check_settings(
+        n=n,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        chunk=chunk,
+        out=out,
+        step=step,
+        seed=seed,
+    )
     check_overlong(max_new_tokens, overlong_buffer, overlong_penalty)
-    check_known(f"{out}: the suffix", out.suffix, SUFFIXES)
-    check_output(out)
     if out.suffix == ".parquet" and len({isinstance(problem["prompt"], str) for problem in problems}) > 1:
         raise RequestError(f"{out}: Parquet cannot mix prompts of text and of chat messages; write .jsonl")
     prompts = _prompts(problems, backend, max_new_tokens, template_kwargs, names)
@@ -256,8 +263,27 @@ def _prompts(
     return checked_prompts(problems, backend.tokenizer, backend.context, max_new_tokens, template_kwargs, names)
 
 
-def check_settings(*, n: int, max_new_tokens: int, temperature: float, top_p: float, chunk: int = CHUNK) -> None:
-    """RequestError for a setting of `rollout` that is out of range."""
+def check_settings(
+    *,
+    n: int,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    chunk: int = CHUNK,
+    out: Path | None = None,
+    step: int | None = None,
+    seed: int = 0,
+) -> None:
+    """RequestError for a setting of `rollout` that is out of range, and for a file that cannot be written."""
+    if out is not None:
+        check_output(out)
+        if out.is_dir():
+            raise RequestError(f"{out}: is a folder, expected the name of a file, {' or '.join(SUFFIXES)}")
+        check_known(f"{out}: the suffix", out.suffix, SUFFIXES)
+        if not out.parent.is_dir():
+            raise RequestError(f"{out}: the folder {out.parent} does not exist")
+    check_number("step", step or 0, least=0)
+    check_number("seed", seed, least=0)
     for name, value in {"n": n, "max_new_tokens": max_new_tokens, "chunk": chunk}.items():
         check_number(name, value, least=1)
     check_number("temperature", temperature, least=0)
