@@ -32,6 +32,12 @@ class Colours:
         for figure in order:
             self.series(figure)
 
+    def learn(self, named: str, names: Iterable[str]) -> None:
+        """Give colours to names of one kind, in this order."""
+        for name in names:
+            if (named, name) not in self._of:
+                self._of[named, name] = self._next()
+
     def series(self, figure: Figure) -> list[str]:
         """Colour of each series of a figure. In a point figure, a dashed series is a fit to the previous series."""
         found: list[str] = []

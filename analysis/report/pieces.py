@@ -7,6 +7,7 @@ matplotlib, and Markdown and screen readers get its numbers as a table, all from
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from decimal import ROUND_HALF_UP, Context
 from typing import Any, Literal, cast
 
 from gradstore.wording import fixed, size
@@ -233,10 +234,15 @@ def _with_digits(value: float, kind: Kind, digits: int) -> str:
         return f"{fixed(100 * value, digits)}\u202f%".replace("-", "\u2212")
     if kind == "seconds":
         return f"{fixed(value, digits)}\u202fs"
-    text = (f"{value:.1e}" if value else "0") if digits < 0 else fixed(value, digits)
+    text = "0" if value == 0 else _in_powers(value) if digits < 0 else fixed(value, digits)
     if not text.strip("-0."):  # it rounds to zero, which has no sign
         return text.lstrip("-")
     return ("+" if kind == "signed" and value > 0 else "") + text.replace("-", "\u2212")
+
+
+def _in_powers(value: float) -> str:
+    """Two digits and a power of ten, halves rounded away from zero as JavaScript does."""
+    return f"{float(Context(prec=2, rounding=ROUND_HALF_UP).create_decimal_from_float(float(value))):.1e}"
 
 
 def _number(value: float) -> str:

@@ -74,7 +74,7 @@ def _sure(found: Findings) -> list[Result]:
     rests = f" The target rests on {live} problems with a gradient."
     if frame.empty or not drift.tells_noise(frame):
         says = f"The store cannot tell how well new rollouts would repeat the ranking against {found.main}: "
-        says += "`gradstore probe`, or more measured steps, would."
+        says += "gradstore probe, or more measured steps, would."
         return [Result(title, says + rests, "flat", "drift")]
     trust = float(frame["reliability"].iloc[-1])
     says = f"New rollouts would repeat the ranking against {found.main} with a rank correlation of {trust:.2f}: "

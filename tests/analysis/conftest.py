@@ -275,8 +275,9 @@ def visit(browser: Any) -> Iterator[Callable[..., Any]]:
 
 
 LOOKED_AT = """() => {
-  const found = [], wide = document.documentElement.clientWidth, name = (one) => one.id || one.className || one.tagName;
-  if (document.documentElement.scrollWidth > wide) found.push(`the page is ${document.documentElement.scrollWidth} wide`);
+  const found = [], whole = document.documentElement, wide = whole.clientWidth;
+  const name = (one) => one.id || one.className || one.tagName;
+  if (whole.scrollWidth > wide) found.push(`the page is ${whole.scrollWidth} wide`);
   const shown = (one) => one.checkVisibility() && !one.closest(".aside, .skip");
   for (const one of document.querySelectorAll("body *:not(svg *)")) {
     if (shown(one) && one.getBoundingClientRect().right > wide + 1) found.push(`${name(one)} goes over the edge`);
