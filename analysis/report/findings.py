@@ -96,9 +96,11 @@ class Findings:
         It is estimated from measurements at successive steps, so drift in between counts as noise: grey is too often
         said rather than too seldom.
         """
-        frame = self.alignments[benchmark]
+        frame, n = self.alignments[benchmark], len(self.newest[benchmark])
+        if not n:
+            return np.empty(0)
         fresh = np.where(frame["age"] == 0, frame["score"], np.nan).astype(np.float64)
-        return measurement_noise(fresh.reshape(-1, len(self.newest[benchmark])))
+        return measurement_noise(fresh.reshape(-1, n))
 
     @cached_property
     def n_picked(self) -> int:
