@@ -68,7 +68,14 @@ def layout(catalogue: Catalogue, search: str = "") -> Any:
         labelled("Pass rate", rates, wide=True),
     ]
     page = asked.one("page", "0")
-    plain = {"benchmark": first, "step": NEWEST, "metric": "cosine", "order": "largest", "text": "", "sources": []}
+    plain: dict[str, Any] = {
+        "benchmark": first,
+        "step": NEWEST,
+        "metric": "cosine",
+        "order": "largest",
+        "text": "",
+        "sources": [],
+    }
     plain |= {"tags": [], "states": [], "rates": [0, 1], "ranking-page": 0}
     tools = [
         html.Button("Previous", id="ranking-back", type="button"),

@@ -1,6 +1,7 @@
 """Sections on the pool's composition: its sources, and clusters of problems with similar gradients."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -65,7 +66,7 @@ def _with_few_sources(frame: pd.DataFrame) -> pd.DataFrame:
 
 def _table(found: Findings) -> Table:
     newest = {name: _with_few_sources(frame) for name, frame in found.newest.items()}
-    rows = []
+    rows: list[list[Any]] = []
     for name, part in newest[found.main].groupby("source", observed=True):
         means = [
             mean_and_error(frame.loc[frame["source"].astype(str) == str(name), "score"]) for frame in newest.values()
