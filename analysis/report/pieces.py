@@ -234,7 +234,7 @@ def _with_digits(value: float, kind: Kind, digits: int) -> str:
         return f"{fixed(100 * value, digits)}\u202f%".replace("-", "\u2212")
     if kind == "seconds":
         return f"{fixed(value, digits)}\u202fs"
-    text = "0" if value == 0 else _in_powers(value) if digits < 0 else fixed(value, digits)
+    text = _in_powers(value) if digits < 0 else fixed(value, digits)
     if not text.strip("-0."):  # it rounds to zero, which has no sign
         return text.lstrip("-")
     return ("+" if kind == "signed" and value > 0 else "") + text.replace("-", "\u2212")
@@ -242,6 +242,8 @@ def _with_digits(value: float, kind: Kind, digits: int) -> str:
 
 def _in_powers(value: float) -> str:
     """Two digits and a power of ten, halves rounded away from zero as JavaScript does."""
+    if value == 0:
+        return "0"
     return f"{float(Context(prec=2, rounding=ROUND_HALF_UP).create_decimal_from_float(float(value))):.1e}"
 
 

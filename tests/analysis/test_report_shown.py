@@ -84,7 +84,7 @@ def test_both_languages_write_numbers_alike(made: Any, visit: Callable) -> None:
         expected = [written(value, kind) for value in values]
         found = page.evaluate("([values, kind]) => values.map((value) => window.written(value, kind))", [values, kind])
         assert (kind, found) == (kind, expected)
-        for digits in (-1, 0, 1, 3):
+        for digits in (-1, 0, 1, 3) if kind in ("number", "signed") else (0, 1):
             expected = [written(value, kind, digits) for value in values]
             script = "([values, kind, digits]) => values.map((value) => window.written(value, kind, digits))"
             assert (kind, digits, page.evaluate(script, [values, kind, digits])) == (kind, digits, expected)
