@@ -18,7 +18,10 @@ SELECTED = ("cosine", "dot", "fisher", "norm", "accgreedy", "rand")
 """Selectors compared by default."""
 TRAINED = "(trained on)"
 BEST = "(best in hindsight)"
-COLUMNS = ["step", "selector", "n", "overlap", "alignment", "gained", "best", "regret", "judged_later", "note"]
+COLUMNS = [
+    "step", "selector", "n", "overlap", "alignment", "gained", "best", "regret", "judged_later", "chance",
+    "chance_error", "note",
+]  # fmt: skip
 
 
 def counterfactual(
@@ -45,7 +48,9 @@ def counterfactual(
     Columns: step int64, selector, n int64 (picked), overlap float64 (share of the picks that were trained on in that
     round; nan without a round), alignment float64 (mean score of the picks as seen at the step), gained float64 (mean
     score in hindsight), best float64 (gained by the best n in hindsight), regret float64 (best - gained), judged_later
-    float64 (share of the picks scored with a later row), note (why a selector could not pick, else empty).
+    float64 (share of the picks scored with a later row), chance float64 (expected `gained` of n problems drawn at
+    random from the same candidates), chance_error float64 (standard deviation of that over draws), note (why a selector
+    could not pick, else empty).
     Picks without a gradient gain 0; picks that were never measured are left out of the means.
     RequestError for an unknown selector, or if n is neither given nor recorded.
     """
@@ -96,6 +101,7 @@ def _at_step(
     hindsight_P, judged_P = later.scores(view, step, queries_QD, metric, now_P)
     best_rows = live[np.argsort(-hindsight_P[live], kind="stable")[:n_picked]]
     best = float(hindsight_P[best_rows].mean()) if len(best_rows) else float("nan")
+    chance = _chance(np.nan_to_num(hindsight_P[positions]), n_picked)
 
     def row(selector: str, ids: Sequence[str], note: str = "") -> dict:
         at = view.positions(list(ids), strict=False)
@@ -112,6 +118,8 @@ def _at_step(
             "best": best,
             "regret": best - gained,
             "judged_later": float(judged_P[at].mean()) if known else float("nan"),
+            "chance": chance[0],
+            "chance_error": chance[1],
             "note": note,
         }
 
@@ -126,6 +134,15 @@ def _at_step(
             continue
         found.append(row(name, chosen.ids))
     return [*found, row(BEST, view.ids_at(best_rows).tolist())]
+
+
+def _chance(values_P: np.ndarray, n: int) -> tuple[float, float]:
+    """Mean and standard deviation of the mean of n values drawn without replacement (Cochran 1977, theorem 2.2)."""
+    total = len(values_P)
+    if total < 2:
+        return (float(values_P.mean()) if total else float("nan")), float("nan")
+    left = max(0.0, 1 - n / total)
+    return float(values_P.mean()), float(values_P.std(ddof=1) * np.sqrt(left / min(n, total)))
 
 
 class _LaterRows:

@@ -43,7 +43,10 @@ def alignment(frame: pd.DataFrame | Mapping[str, pd.DataFrame], ids: Sequence[st
             series.append(Series(name, table["step"].tolist(), table["median"].tolist(), *band))
     says = "Median of the problems with a gradient; the band spans the 5th to the 95th percentile of the problems."
     title, says = "Alignment with the benchmark", says if ids is None else "Each problem's score at each step."
-    return Figure("alignment", title, says, "lines", series, "Step", "Score", y_kind="signed")
+    return Figure(
+        "alignment", title, says, "lines", series, "Step", "Score", y_kind="signed",
+        named="collection" if ids is None else "problem",
+    )  # fmt: skip
 
 
 def target_drift(frame: pd.DataFrame) -> Figure:
@@ -59,7 +62,10 @@ def target_drift(frame: pd.DataFrame) -> Figure:
     if len(before):
         says += f" At step {before['other'].iloc[-1]} it is {before['cosine'].iloc[-1]:.2f} to the one before."
     span = _agreement_range(series)
-    return Figure("target", "Target", says, "lines", series, "Step", "Cosine", y_kind="signed", y_range=span)
+    return Figure(
+        "target", "Target", says, "lines", series, "Step", "Cosine", y_kind="signed", y_range=span,
+        named="against",
+    )  # fmt: skip
 
 
 def ranking_drift(frame: pd.DataFrame, measure: str = "spearman", against: str = "previous") -> Figure:
@@ -86,7 +92,7 @@ def ranking_drift(frame: pd.DataFrame, measure: str = "spearman", against: str =
     span = _agreement_range(series)
     return Figure(
         f"ranking-{measure}", f"Ranking: {what}", f"{says}.{floor}", "lines", series, "Step", what,
-        y_kind="signed", y_range=span,
+        y_kind="signed", y_range=span, named="against",
     )  # fmt: skip
 
 
@@ -129,7 +135,8 @@ def counterfactual(frame: pd.DataFrame, value: str = "gained", words: Mapping[st
     ]
     kind: Kind = "percent" if value == "overlap" else "signed"
     says = "Means over each selector's picks; the dashed line is the most that any choice of as many could have had."
-    return Figure(value, f"{what} by each selector", says, "lines", series, "Step", what, y_kind=kind)
+    title = f"{what} by each selector"
+    return Figure(value, title, says, "lines", series, "Step", what, y_kind=kind, named="selector")
 
 
 def picks_over_time(frame: pd.DataFrame, value: str = "share", by: str = "group") -> Figure:
@@ -147,7 +154,7 @@ def picks_over_time(frame: pd.DataFrame, value: str = "share", by: str = "group"
     title = f"What was picked, by {'pass rate' if by == 'difficulty' else by}"
     if value == "lift":
         says = "Share of each round's picks over the share of its candidates."
-        return Figure(f"lift-by-{by}", title, says, "lines", series, "Step", "Lift", categories=True)
+        return Figure(f"lift-by-{by}", title, says, "lines", series, "Step", "Lift", categories=True, named=by)
     rest = frame[~frame["group"].isin(kept)]
     if len(rest):
         of_round = rest.groupby(["step", "round"])["share"].sum()  # a step may have several rounds
@@ -162,6 +169,7 @@ def picks_over_time(frame: pd.DataFrame, value: str = "share", by: str = "group"
     return Figure(
         f"picks-by-{by}", title, says, "stacked bars", series, "Step", "Share of the picks",
         y_kind="percent", y_range=(0, 1) if whole and by != "tag" else None, categories=True,
+        named=by,
     )  # fmt: skip
 
 
@@ -199,7 +207,10 @@ def clusters(frame: pd.DataFrame, texts: Mapping[str, str] | None = None) -> Fig
         "components can show. Point at one to read it; the large ones are the most typical of their cluster."
     )
     x_label, y_label = "First principal component", "Second principal component"
-    return Figure("map", "Map of the gradients", says, "points", series, x_label, y_label, with_table=False)
+    return Figure(
+        "map", "Map of the gradients", says, "points", series, x_label, y_label, with_table=False,
+        named="cluster",
+    )  # fmt: skip
 
 
 def cluster_name(number: int) -> str:

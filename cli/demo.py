@@ -1,12 +1,15 @@
 """`demo`: the whole road, on a small model that comes along or on a real one."""
 
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from gradstore.cli.app import command, opt
 from gradstore.cli.query import Json
-from gradstore.cli.show import duration, print_json, print_line, print_table, say, started_as
+from gradstore.cli.show import duration, print_json, print_line, print_table, progress, say, started_as
 from gradstore.errors import RequestError
 from gradstore.wording import size
 
@@ -35,7 +38,7 @@ def demo(
     """
     from gradstore.cli.query import query
     from gradstore.demo.course import ROLLOUTS, SHOWN
-    from gradstore.demo.run import DemoSettings, run_demo, summary
+    from gradstore.demo.run import BETTER, DemoSettings, TimeLeft, best_of, conclusion, run_demo, summary
     from gradstore.outputs import check_output_folder
 
     settings, course = DemoSettings(), SHOWN
@@ -47,7 +50,11 @@ def demo(
         settings, course, facts["foreseen"] = _prepare(folder, model, quick, n_seeds)
     elif quick or model is not None:
         raise RequestError("--quick and --model are for --real")
-    results = [run_demo(folder / f"seed-{seed}", seed, settings, say) for seed in range(n_seeds)]
+    left = TimeLeft(n_seeds)
+    results = []
+    for seed in range(n_seeds):
+        called = "one seed" if n_seeds == 1 else f"seed {seed + 1} of {n_seeds}"
+        results.append(run_demo(folder / f"seed-{seed}", seed, settings, say, bar=_bar, called=called, left=left))
     facts |= summary(results)
     page, told = _shown(folder, course)
     if json:
@@ -57,7 +64,8 @@ def demo(
         return
     store = folder / "seed-0" / "store"
     query(store, against=["benchmark"], top=5)
-    columns = ["target family", "broken rewards", "wrong truth", "coin flip"]
+    columns = ["target family, high", "broken rewards, low", "wrong truth, low", "coin flip, low"]
+    best = best_of(facts["shares"])
     print_table(
         f"\nWhat each selector chose: {settings.n_selected} of {settings.n_pool} problems, "
         + ("percent" if n_seeds == 1 else f"percent, mean ± standard deviation over {n_seeds} seeds"),
@@ -65,12 +73,19 @@ def demo(
         [
             [
                 name,
-                *(f"{100 * mean:.1f}" + f" ± {100 * spread:.1f}" * (n_seeds > 1) for mean, spread in shares.values()),
+                *(
+                    f"{100 * shares[kind][0]:.1f}"
+                    + f" ± {100 * shares[kind][1]:.1f}" * (n_seeds > 1)
+                    + (" *" if best[kind] == name else "  ")
+                    for kind in BETTER
+                ),
             ]
             for name, shares in facts["shares"].items()
         ],
         right=columns,
     )
+    print_line("high, low: the direction that is good; *: the best of the selectors")
+    print_line(conclusion(facts["shares"]))
     print_table(
         "\nSeconds of each stage" + ("" if n_seeds == 1 else ", mean over seeds"),
         ["stage", "seconds"],
@@ -85,6 +100,13 @@ def demo(
     rollouts = folder / "run" / ROLLOUTS
     print_line(f"look around: {started_as()} serve {folder / 'run' / 'store'} --rollouts {rollouts}")
     print_line(told)
+
+
+def _bar(title: str, total: int | None) -> AbstractContextManager[Callable[..., None]]:
+    """A bar in a terminal, else a line every 20 s."""
+    from gradstore.demo.run import counted
+
+    return progress(title, total) if sys.stderr.isatty() else nullcontext(counted(title, total, say))
 
 
 def _prepare(
@@ -124,6 +146,6 @@ def _shown(out: Path, settings: "CourseSettings") -> tuple[Path | None, str]:
         check_installed()
     except RequestError as error:
         rollouts = folder / ROLLOUTS
-        return None, f"{error}; then: gradstore report {folder / 'store'} --rollouts {rollouts} --out {page}"
+        return None, f"{error}; then: {started_as()} report {folder / 'store'} --rollouts {rollouts} --out {page}"
     write_report(store, page, rollouts=[folder / ROLLOUTS], tokenizer=load_tokenizer(settings.subject.model))
     return page, f"the report of a short training run: {page}"

@@ -173,7 +173,7 @@ def progress(description: str, total: int | None) -> Iterator[Callable[..., None
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not (console.is_terminal and log.isEnabledFor(NOTICE))) as bar:
         task = bar.add_task(description, total=total)
-        yield lambda n, total=None: bar.update(task, advance=n, total=total)
+        yield lambda n, total=None, description=None: bar.update(task, advance=n, total=total, description=description)
 
 
 def duration(seconds: float) -> str:

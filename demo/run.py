@@ -7,7 +7,7 @@ family or not, with a right reward or a broken one. Every stage resumes after an
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -91,19 +91,42 @@ class DemoResult:
     dim: int = 0
     states: dict[str, int] = field(default_factory=dict)
 
+    called: str = ""
+    """Which seed of how many, in words."""
+    left: "TimeLeft | None" = None
+
     @contextmanager
     def stage(self, name: str, tell: Callable[[str], None]) -> Iterator[None]:
-        """Time a stage and report its end."""
+        """Time a stage and report its end, with the time that is left."""
         started = time.monotonic()
         yield
         self.seconds[name] = time.monotonic() - started
-        tell(f"seed {self.seed}: {name} {self.seconds[name]:.1f} s")
+        left = "" if self.left is None else self.left.after(name)
+        tell(f"{self.called}: {name} {self.seconds[name]:.1f} s{left}")
 
 
-def run_demo(folder: Path, seed: int, settings: DemoSettings, tell: Callable[[str], None]) -> DemoResult:
-    """Run all stages for one seed, in its own folder; `tell` is called with a line at the end of each stage."""
+Bar = Callable[[str, int | None], AbstractContextManager[Callable[..., None]]]
+"""bar(title, total) -> a context with a callback(number newly done)."""
+
+
+def run_demo(
+    folder: Path,
+    seed: int,
+    settings: DemoSettings,
+    tell: Callable[[str], None],
+    *,
+    bar: Bar | None = None,
+    called: str | None = None,
+    left: "TimeLeft | None" = None,
+) -> DemoResult:
+    """Run all stages for one seed, in its own folder; `tell` is called with a line at the end of each stage.
+
+    bar: shows the progress of a long stage; None: a line every 20 s. called: which seed it is, in words. left: tells
+    the time that the whole demo still takes.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    result = DemoResult(seed)
+    result = DemoResult(seed, called=called or f"seed {seed}", left=left)
+    shows: Bar = bar or (lambda title, total: nullcontext(counted(title, total, tell)))
     model, tokenizer = settings.subject.load()
     backend = TransformersBackend(model, tokenizer, batch_tokens=settings.batch_tokens)
     reward = Reward("demo", tasks.reward)
@@ -112,7 +135,8 @@ def run_demo(folder: Path, seed: int, settings: DemoSettings, tell: Callable[[st
         "benchmark": tasks.benchmark(seed, settings.n_benchmark, settings.subject.families),
     }
     for name, records in problems.items():
-        with result.stage(f"rollouts of the {name}", tell):
+        title = f"rollouts of the {name}"
+        with result.stage(title, tell), shows(f"{result.called}: {title}", len(records)) as advance:
             rollout(
                 records,
                 backend,
@@ -123,7 +147,7 @@ def run_demo(folder: Path, seed: int, settings: DemoSettings, tell: Callable[[st
                 seed=seed,
                 chunk=settings.chunk,
                 step=0,
-                progress=counted(f"rollouts of the {name}", len(records), tell),
+                progress=advance,
             )
     path = folder / "store"
     if path.exists():
@@ -139,15 +163,14 @@ def run_demo(folder: Path, seed: int, settings: DemoSettings, tell: Callable[[st
                 measured=False,
                 accept_coverage=settings.subject.least_seen,
                 widen=False,
-                say=lambda line: tell(f"seed {seed}: {line}"),
-                bar=lambda title, total: nullcontext(counted(title, total, tell)),
+                say=lambda line: tell(f"{result.called}: {line}"),
+                bar=lambda title, total: shows(f"{result.called}: {title}", total),
             )
             store = made.store
     sketcher = sketcher_of(store, model)
     for name in problems:
-        with result.stage(f"sketches of the {name}", tell):
-            source = read_rollouts(folder / f"{name}.jsonl")
-            advance = counted(f"sketches of the {name}", len(source), tell)
+        title, source = f"sketches of the {name}", read_rollouts(folder / f"{name}.jsonl")
+        with result.stage(title, tell), shows(f"{result.called}: {title}", len(source)) as advance:
             collect(store, name, source, sketcher=sketcher, step=0, progress=advance)
     with result.stage("target", tell):
         wanted = target(store, "benchmark")
@@ -179,6 +202,82 @@ def counted(name: str, total: int | None, tell: Callable[[str], None], every: fl
             tell(f"{name}: {done} problems" if total is None else f"{name}: {done} of {total} problems")
 
     return advance
+
+
+_FINDS = 0.5
+"""A selector finds the target family if at least this share of its picks is of it."""
+
+
+def conclusion(shares: dict[str, dict[str, list[float]]]) -> str:
+    """What the shares of `summary` say, in two or three sentences."""
+    by_name = {name: kinds for name, kinds in shares.items() if name != "(pool)"}
+    family = {name: kinds["family"] for name, kinds in by_name.items()}
+    pool = shares["(pool)"]
+    best = max(family, key=lambda name: family[name][0])
+    finders = [name for name in family if family[name][0] >= _FINDS]
+    text = (
+        f"Of the picks of {best}, {_percent(family[best][0])} are of the benchmark's family, of the pool "
+        f"{_percent(pool['family'][0])}."
+    )
+    if finders:
+        cleanest = min(finders, key=lambda name: by_name[name]["broken"][0])
+        broken = _percent(by_name[cleanest]["broken"][0]), _percent(pool["broken"][0])
+        text += (
+            f" Of the {len(finders)} selectors that mostly find this family, {cleanest} takes the fewest broken "
+            f"rewards, {broken[0]} of its picks, where the pool has {broken[1]}."
+        )
+    if "rand" in family:
+        worse = [
+            name
+            for name in family
+            if by_name[name]["broken"][0] > by_name["rand"]["broken"][0] + _spread(by_name, name)
+        ]
+        if worse:
+            text += f" More of them than a random choice {'take' if len(worse) > 1 else 'takes'} {', '.join(worse)}."
+    return text
+
+
+def _spread(by_name: dict, name: str) -> float:
+    """Two standard deviations of the difference of a selector's broken share and that of `rand`."""
+    return 2 * float(np.hypot(by_name[name]["broken"][1], by_name["rand"]["broken"][1]))
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+BETTER = {"family": max, "broken": min, "wrong_truth": min, "coin_flip": min}
+"""Share -> which of several is the best."""
+
+
+def best_of(shares: dict[str, dict[str, list[float]]]) -> dict[str, str]:
+    """Share -> the selector that has the best of it, by its mean over seeds."""
+    names = [name for name in shares if name != "(pool)"]
+    return {kind: best(names, key=lambda name: shares[name][kind][0]) for kind, best in BETTER.items()}
+
+
+_USUAL = {
+    "rollouts of the pool": 0.28, "rollouts of the benchmark": 0.03, "fitting the projection": 0.21,
+    "sketches of the pool": 0.43, "sketches of the benchmark": 0.04,
+}  # fmt: skip
+"""Share of each stage in the time of one seed, measured on two cores."""
+_AFTER = 0.25
+"""Time of the training run at the end, in times of one seed."""
+
+
+class TimeLeft:
+    """How long the demo still takes: what is done so far, and what share of the whole that usually is."""
+
+    def __init__(self, n_seeds: int) -> None:
+        self._started, self._whole, self._done = time.monotonic(), n_seeds + _AFTER, 0.0
+
+    def after(self, stage: str) -> str:
+        """Words about the time left after a stage; empty while it is unknown."""
+        self._done += _USUAL.get(stage, 0.0)
+        if self._done < 0.25:
+            return ""
+        seconds = (time.monotonic() - self._started) * (self._whole - self._done) / self._done
+        return f"; about {seconds / 60:.0f} min left" if seconds > 90 else f"; about {seconds:.0f} s left"
 
 
 def _shares(store: gradstore.Store, ids: list[str]) -> dict[str, float]:

@@ -1,14 +1,19 @@
 """The explorer as a Dash app: three views, each with its own address, and one theme for all."""
 
+from functools import partial
 from typing import Any
 
 from dash import ClientsideFunction, Dash, Input, Output, dcc, html
+from flask import Response, request
 
 from gradstore.analysis.explorer import comparison, problem, ranking
 from gradstore.analysis.explorer.access import MOST_BODY, Access, guard
 from gradstore.analysis.explorer.catalogue import Catalogue
+from gradstore.analysis.explorer.elements import note
 from gradstore.analysis.explorer.misfits import refuse_misfits
 from gradstore.analysis.explorer.turns import Answers, BusyError, busy
+from gradstore.analysis.report.colouring import Colours
+from gradstore.errors import GradstoreError
 
 _VIEWS = (("/", "Rank"), ("/problem", "Problem"), ("/compare", "Compare"))
 
@@ -63,12 +68,10 @@ def make_app(catalogue: Catalogue, access: Access | None = None) -> Dash:
         Input("address", "search"),
     )
     def route(path: str | None, search: str | None) -> tuple[Any, ...]:
-        here = path if path in dict(_VIEWS) else "/"
-        if here == "/problem":
-            view = problem.layout(catalogue, search or "")
-        else:
-            view = ranking.layout(catalogue) if here == "/" else comparison.layout(catalogue)
-        return view, *("here" if path == here else "" for path, _ in _VIEWS)
+        layouts = {"/": ranking.layout, "/problem": problem.layout, "/compare": comparison.layout}
+        make = layouts.get(path or "/")
+        view = html.Div([note(f"There is no page {path} here.")]) if make is None else make(catalogue, search or "")
+        return view, *("here" if path == there else "" for there, _ in _VIEWS)
 
     app.clientside_callback(
         ClientsideFunction("explorer", "theme"),
@@ -76,11 +79,29 @@ def make_app(catalogue: Catalogue, access: Access | None = None) -> Dash:
         Output("toggle", "children"),
         Input("toggle", "n_clicks"),
     )
+    colours = Colours()
+    colours.learn("source", (name or "(none)" for name in catalogue.sources()))
+    colours.learn("collection", catalogue.benchmarks)
     ranking.register(app, catalogue)
-    problem.register(app, catalogue)
-    comparison.register(app, catalogue)
+    problem.register(app, catalogue, colours)
+    comparison.register(app, catalogue, colours)
+    app.server.after_request(partial(_not_found, catalogue))
     refuse_misfits(app.server)
     return app
+
+
+def _not_found(catalogue: Catalogue, response: Response) -> Response:
+    """Status 404 for the page of a problem or a view that does not exist; the page itself says so in words."""
+    if response.mimetype != "text/html" or response.status_code != 200:
+        return response
+    try:
+        if request.path == "/problem" and request.args.get("id"):
+            catalogue.record(request.args["id"])
+        elif request.path not in dict(_VIEWS):
+            response.status_code = 404
+    except GradstoreError:
+        response.status_code = 404
+    return response
 
 
 def _assets() -> str:

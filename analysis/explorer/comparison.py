@@ -9,15 +9,20 @@ from dash import Dash, Input, Output, html
 from gradstore.analysis.explorer.catalogue import Catalogue, Comparison
 from gradstore.analysis.explorer.elements import (
     NEWEST,
+    Asked,
     choice,
     figure,
+    keep_in_address,
     labelled,
     note,
+    plain_state,
     problem_link,
     step_choice,
     step_of,
+    steps_allowed,
     table,
 )
+from gradstore.analysis.report.colouring import Colours
 from gradstore.analysis.report.pieces import Figure, Series, columns_of, written
 from gradstore.engine.searching.query import METRICS
 from gradstore.errors import GradstoreError
@@ -27,28 +32,36 @@ _LISTED = 20
 _MOST_POINTS = 4000
 
 
-def layout(catalogue: Catalogue) -> Any:
-    """Controls for the two rankings above, their comparison below."""
+def layout(catalogue: Catalogue, search: str = "") -> Any:
+    """Controls for the two rankings above, their comparison below; they start as the address says."""
     if not catalogue.benchmarks:
         return note("No benchmark in this store has a target, so there is nothing to compare.")
     first, steps = catalogue.benchmarks[0], catalogue.steps
     second = catalogue.benchmarks[1] if len(steps) < 2 and len(catalogue.benchmarks) > 1 else first
     start = str(steps[0]) if len(steps) > 1 else NEWEST
-    sides = [
-        (
-            html.Legend(side.capitalize()),
-            labelled("Benchmark", choice(f"{side}-benchmark", catalogue.benchmarks, benchmark)),
-            labelled("As of", step_choice(f"{side}-step", steps, step)),
+    asked, plain, sides = Asked(search), {"compare-metric": "cosine"}, []
+    for side, benchmark, step in (("left", first, start), ("right", second, NEWEST)):
+        plain |= {f"{side}-benchmark": benchmark, f"{side}-step": step}
+        benchmark = asked.one(f"{side}-benchmark", benchmark, catalogue.benchmarks)
+        step = asked.one(f"{side}-step", step, steps_allowed(steps))
+        sides.append(
+            (
+                html.Legend(side.capitalize()),
+                labelled("Benchmark", choice(f"{side}-benchmark", catalogue.benchmarks, benchmark)),
+                labelled("As of", step_choice(f"{side}-step", steps, step)),
+            )
         )
-        for side, benchmark, step in (("left", first, start), ("right", second, NEWEST))
-    ]
-    both = html.Legend("Both"), labelled("Metric", choice("compare-metric", METRICS, "cosine"))
+    metric = asked.one("compare-metric", "cosine", METRICS)
+    both = html.Legend("Both"), labelled("Metric", choice("compare-metric", METRICS, metric))
     controls = html.Div([html.Fieldset(list(parts)) for parts in (*sides, both)], className="controls")
-    return html.Div([html.H2("Compare two rankings"), controls, html.Div(id="comparison")])
+    kept = plain_state("compare", "/compare", plain)
+    return html.Div([html.H2("Compare two rankings"), controls, html.Div(id="comparison"), kept])
 
 
-def register(app: Dash, catalogue: Catalogue) -> None:
-    """Register the view's callback."""
+def register(app: Dash, catalogue: Catalogue, colours: Colours) -> None:
+    """Register the view's callbacks."""
+    controls = ("left-benchmark", "left-step", "right-benchmark", "right-step", "compare-metric")
+    keep_in_address(app, "compare", [(name, "value") for name in controls])
 
     @app.callback(
         Output("comparison", "children"),
@@ -67,14 +80,16 @@ def register(app: Dash, catalogue: Catalogue) -> None:
         names = (_name(left, left_step), _name(right, right_step))
         if len(found.frame) < 2:
             return note(f"{names[0]} and {names[1]} have fewer than two ranked problems in common.")
-        return _view(catalogue, found, names, metric, theme)
+        return _view(catalogue, found, names, metric, theme, colours)
 
 
 def _name(benchmark: str, step: str) -> str:
     return f"{benchmark}, newest" if step_of(step) is None else f"{benchmark}, step {step}"
 
 
-def _view(catalogue: Catalogue, found: Comparison, names: tuple[str, str], metric: str, theme: str) -> list:
+def _view(
+    catalogue: Catalogue, found: Comparison, names: tuple[str, str], metric: str, theme: str, colours: Colours
+) -> list:
     facts = [
         ("Ranked in both", written(len(found.frame), "integer")),
         ("Spearman of the rankings", written(found.spearman, "signed")),
@@ -89,14 +104,14 @@ def _view(catalogue: Catalogue, found: Comparison, names: tuple[str, str], metri
     moved = found.frame.reindex(found.frame["moved"].abs().sort_values(ascending=False, kind="stable").index)
     return [
         tiles,
-        _scatter(found.frame, names, metric, theme),
+        _scatter(found.frame, names, metric, theme, colours),
         html.Div(best, className="sides"),
         html.H3("Moved the most"),
         _movers(catalogue, moved.head(_LISTED), names),
     ]
 
 
-def _scatter(frame: pd.DataFrame, names: tuple[str, str], metric: str, theme: str) -> Any:
+def _scatter(frame: pd.DataFrame, names: tuple[str, str], metric: str, theme: str, colours: Colours) -> Any:
     shown = frame
     if len(frame) > _MOST_POINTS:
         shown = frame.iloc[np.sort(np.random.default_rng(0).choice(len(frame), _MOST_POINTS, replace=False))]
@@ -111,7 +126,8 @@ def _scatter(frame: pd.DataFrame, names: tuple[str, str], metric: str, theme: st
     drawn = "" if len(shown) == len(frame) else f" {len(shown)} of {len(frame)} are drawn."
     says = f"Each point is a problem that is ranked in both.{drawn}"
     x, y = (f"{metric}: {name}" for name in names)
-    return figure(Figure("scatter", "Score against score", says, "points", few, x, y), theme)
+    named = "source" if few is series else ""
+    return figure(Figure("scatter", "Score against score", says, "points", few, x, y, named=named), theme, colours)
 
 
 def _together(series: list[Series]) -> Series:

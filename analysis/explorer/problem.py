@@ -1,23 +1,27 @@
 """View of one problem: its text, its history, its nearest problems, its probes and its rollouts."""
 
 from typing import Any
-from urllib.parse import parse_qs
 
 import numpy as np
 from dash import Dash, Input, Output, dcc, html
 
-from gradstore.analysis.explorer.catalogue import Catalogue, text_of
+from gradstore.analysis.explorer.catalogue import Catalogue, Filter, text_of
 from gradstore.analysis.explorer.elements import (
     NEWEST,
+    Asked,
     choice,
     figure,
+    keep_in_address,
     labelled,
     note,
+    plain_state,
     problem_link,
     step_choice,
     step_of,
+    steps_allowed,
     table,
 )
+from gradstore.analysis.report.colouring import Colours
 from gradstore.analysis.report.holdings import STATE_WORDS
 from gradstore.analysis.report.pieces import Figure, Series, columns_of, written
 from gradstore.analysis.report.transcripts import Transcript
@@ -27,27 +31,41 @@ from gradstore.wording import first_words
 
 MOST_ROLLOUTS = 64
 _NEAREST = 10
+_OFFERED = 12
+"""Ids offered in place of one that does not exist."""
 
 
 def layout(catalogue: Catalogue, search: str) -> Any:
     """The view for the problem id in the address, with an input to enter another id."""
-    problem_id = parse_qs(search.lstrip("?")).get("id", [""])[0]
-    which = {NEWEST: "newest step", "all": "all steps"}
+    asked, which = Asked(search), {NEWEST: "newest step", "all": "all steps"}
+    typed = dcc.Input(id="problem-id", type="text", debounce=0.4, value=asked.one("id", ""), list="problem-found")
+    step = asked.one("problem-step", NEWEST, steps_allowed(catalogue.steps))
     controls = [
-        labelled("Problem id", dcc.Input(id="problem-id", type="text", debounce=True, value=problem_id), True),
-        labelled("Metric", choice("problem-metric", METRICS, "cosine")),
-        labelled("Nearest as of", step_choice("problem-step", catalogue.steps)),
-        labelled("Rollouts of", choice("problem-rollouts", which, NEWEST)),
+        labelled("Problem id", typed, True),
+        labelled("Metric", choice("problem-metric", METRICS, asked.one("problem-metric", "cosine", METRICS))),
+        labelled("Nearest as of", step_choice("problem-step", catalogue.steps, step)),
+        labelled("Rollouts of", choice("problem-rollouts", which, asked.one("problem-rollouts", NEWEST, which))),
     ]
-    heading = html.H2("One problem")
-    return html.Div([heading, html.Div(controls, className="controls"), html.Div(id="problem-view")])
+    plain = {"problem-id": "", "problem-metric": "cosine", "problem-step": NEWEST, "problem-rollouts": NEWEST}
+    return html.Div(
+        [
+            html.H2("One problem"),
+            html.Div(controls, className="controls"),
+            html.Div(id="problem-view"),
+            html.Datalist(id="problem-found"),
+            plain_state("problem", "/problem", plain, {"problem-id": "id"}),
+        ]
+    )
 
 
-def register(app: Dash, catalogue: Catalogue) -> None:
-    """Register the view's callback."""
+def register(app: Dash, catalogue: Catalogue, colours: Colours) -> None:
+    """Register the view's callbacks."""
+    controls = ("problem-id", "problem-metric", "problem-step", "problem-rollouts")
+    keep_in_address(app, "problem", [(name, "value") for name in controls])
 
     @app.callback(
         Output("problem-view", "children"),
+        Output("problem-found", "children"),
         Input("problem-id", "value"),
         Input("problem-metric", "value"),
         Input("problem-step", "value"),
@@ -56,14 +74,43 @@ def register(app: Dash, catalogue: Catalogue) -> None:
     )
     def show(problem_id: str | None, metric: str, step: str, which: str, theme: str) -> Any:
         if not problem_id:
-            return note("Give a problem's id, or choose one in the ranking.")
+            return note("Give a problem's id, or choose one in the ranking."), []
         try:
-            return _view(catalogue, problem_id.strip(), metric, step_of(step), which, theme)
+            shown = _view(catalogue, problem_id.strip(), metric, step_of(step), which, theme, colours)
         except GradstoreError as error:
-            return note(str(error))
+            near = _containing(catalogue, problem_id.strip())
+            return _unknown(str(error), near), [html.Option(value=name) for name in near]
+        return shown, []
 
 
-def _view(catalogue: Catalogue, problem_id: str, metric: str, step: int | None, which: str, theme: str) -> list:
+def _containing(catalogue: Catalogue, words: str) -> list[str]:
+    """Ids of the first problems that have the words in their id or text."""
+    if not catalogue.benchmarks:
+        return []
+    frame, found = catalogue.ranking(catalogue.benchmarks[0], None, "cosine", Filter(text=words))
+    return [str(name) for name in frame["id"].iloc[found[:_OFFERED]]]
+
+
+def _unknown(reason: str, near: list[str]) -> list:
+    """Why there is nothing, and the problems that have the words."""
+    if not near:
+        return [note(f"{reason}; no id or text has these words either.")]
+    return [
+        note(reason),
+        html.P("In the id or text of these:"),
+        html.Ul([html.Li(problem_link(name)) for name in near]),
+    ]
+
+
+def _view(
+    catalogue: Catalogue,
+    problem_id: str,
+    metric: str,
+    step: int | None,
+    which: str,
+    theme: str,
+    colours: Colours | None = None,
+) -> list:
     record = catalogue.record(problem_id)
     facts = [("Source", record["source"] or "–"), ("Tags", ", ".join(record["tags"]) or "–")]
     facts.append(("Ground truth", record["ground_truth"] or "–"))
@@ -71,7 +118,7 @@ def _view(catalogue: Catalogue, problem_id: str, metric: str, step: int | None, 
         html.H3(problem_id, className="name"),
         html.Pre(text_of(record), tabIndex=0),
         html.Dl([part for name, value in facts for part in (html.Dt(name), html.Dd(value))], className="facts"),
-        *_history(catalogue, problem_id, metric, theme),
+        *_history(catalogue, problem_id, metric, theme, colours),
         html.H3("Nearest problems by gradient"),
         _nearest(catalogue, problem_id, step),
     ]
@@ -81,7 +128,7 @@ def _view(catalogue: Catalogue, problem_id: str, metric: str, step: int | None, 
     return [*parts, html.H3("Rollouts"), *_rollouts(catalogue, problem_id, which)]
 
 
-def _history(catalogue: Catalogue, problem_id: str, metric: str, theme: str) -> list:
+def _history(catalogue: Catalogue, problem_id: str, metric: str, theme: str, colours: Colours | None = None) -> list:
     frame = catalogue.history(problem_id, metric)
     if frame.empty:
         return [note("There is no benchmark to score it against.")]
@@ -92,7 +139,9 @@ def _history(catalogue: Catalogue, problem_id: str, metric: str, theme: str) -> 
     rates = frame.drop_duplicates("step")
     says = f"{metric.capitalize()} of the problem's newest row at or before each step; a gap means it had no gradient."
     label = f"{metric.capitalize()} with the target"
-    described = Figure("history", "Alignment over steps", says, "lines", series, "Step", label, y_kind="signed")
+    described = Figure(
+        "history", "Alignment over steps", says, "lines", series, "Step", label, y_kind="signed", named="collection"
+    )
     scores = " | ".join(f"Score, {name}:signed" for name in catalogue.benchmarks)
     columns = columns_of(
         f"Step:integer | State | {scores} | Pass rate:percent | Rollouts:integer | Gradient norm:number | "
@@ -111,7 +160,8 @@ def _history(catalogue: Catalogue, problem_id: str, metric: str, theme: str) -> 
         ]
         for line in rates.itertuples()
     ]
-    return [figure(described, theme), table(f"History of {problem_id}", columns, rows)]
+    listed = table(f"History of {problem_id}", columns, rows)
+    return [listed] if described.is_one_point else [figure(described, theme, colours), listed]
 
 
 def _nearest(catalogue: Catalogue, problem_id: str, step: int | None) -> Any:

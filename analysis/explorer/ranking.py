@@ -3,19 +3,24 @@
 from typing import Any
 
 import numpy as np
-from dash import Dash, Input, Output, State, ctx, dcc, html
+import pandas as pd
+from dash import ALL, Dash, Input, Output, State, ctx, dcc, html, no_update
 
 from gradstore.analysis.explorer.catalogue import Catalogue, Filter
 from gradstore.analysis.explorer.elements import (
-    PERSISTENT,
+    NEWEST,
+    Asked,
     choice,
     figure,
+    keep_in_address,
     labelled,
     note,
     pages,
+    plain_state,
     problem_link,
     step_choice,
     step_of,
+    steps_allowed,
     table,
 )
 from gradstore.analysis.report.holdings import STATE_WORDS
@@ -25,31 +30,58 @@ from gradstore.errors import GradstoreError
 from gradstore.wording import first_words
 
 PAGE = 20
+MOST_EXPORTED = 100_000
+"""Rows of an exported list."""
+ORDERS = {
+    "largest": "most aligned first", "smallest": "least aligned first", "-pass_rate": "highest pass rate first",
+    "pass_rate": "lowest pass rate first", "-age": "oldest rows first", "age": "newest rows first", "id": "by id",
+    "-id": "by id, backwards", "source": "by source", "-source": "by source, backwards", "state": "by state",
+    "-state": "by state, backwards",
+}  # fmt: skip
+"""Order -> its name; a minus: the largest first."""
+_SORTS = {"Problem": "id", "Source": "source", "Score": "score", "State": "state", "Pass rate": "pass_rate"}
+_SORTS |= {"Age (steps)": "age"}
+_EXPORTED = ["id", "source", "score", "state", "pass_rate", "norm", "n_rollouts", "age"]
 _CONTROLS = ("benchmark", "step", "metric", "order", "text", "sources", "tags", "rates", "states")
 
 
-def layout(catalogue: Catalogue) -> Any:
-    """Controls above, results below."""
+def layout(catalogue: Catalogue, search: str = "") -> Any:
+    """Controls above, results below; they start as the address says."""
     if not catalogue.benchmarks:
         return note("No benchmark in this store has a target, so nothing can be ranked: collect rollouts of one.")
-    orders = {"largest": "most aligned first", "smallest": "least aligned first"}
-    search = dcc.Input(id="text", type="search", debounce=0.4, value="", **PERSISTENT)
-    rates = dcc.RangeSlider(0, 1, 0.05, id="rates", value=[0, 1], marks={0: "0", 0.5: "0.5", 1: "1"}, **PERSISTENT)
+    asked, first = Asked(search), catalogue.benchmarks[0]
+    text = dcc.Input(id="text", type="search", debounce=0.4, value=asked.one("text", ""), list="text-found")
+    rates = dcc.RangeSlider(0, 1, 0.05, id="rates", value=_rates(asked), marks={0: "0", 0.5: "0.5", 1: "1"})
+    step = asked.one("step", NEWEST, steps_allowed(catalogue.steps))
     controls = [
-        labelled("Benchmark", choice("benchmark", catalogue.benchmarks, catalogue.benchmarks[0])),
-        labelled("As of", step_choice("step", catalogue.steps)),
-        labelled("Metric", choice("metric", METRICS, "cosine")),
-        labelled("Order", choice("order", orders, "largest")),
-        labelled("Search in texts and ids", search, wide=True),
-        labelled("Sources", choice("sources", catalogue.sources(), [], multi=True), wide=True),
-        labelled("Tags", choice("tags", catalogue.tags(), [], multi=True), wide=True),
-        labelled("States", choice("states", STATE_WORDS, [], multi=True), wide=True),
+        labelled(
+            "Benchmark",
+            choice("benchmark", catalogue.benchmarks, asked.one("benchmark", first, catalogue.benchmarks)),
+        ),
+        labelled("As of", step_choice("step", catalogue.steps, step)),
+        labelled("Metric", choice("metric", METRICS, asked.one("metric", "cosine", METRICS))),
+        labelled("Order", choice("order", ORDERS, asked.one("order", "largest", ORDERS))),
+        labelled("Search in texts and ids", text, wide=True),
+        labelled("Sources", choice("sources", catalogue.sources(), asked.many("sources"), multi=True), wide=True),
+        labelled("Tags", choice("tags", catalogue.tags(), asked.many("tags"), multi=True), wide=True),
+        labelled("States", choice("states", STATE_WORDS, asked.many("states"), multi=True), wide=True),
         labelled("Pass rate", rates, wide=True),
     ]
+    page = asked.one("page", "0")
+    plain: dict[str, Any] = {
+        "benchmark": first,
+        "step": NEWEST,
+        "metric": "cosine",
+        "order": "largest",
+        "text": "",
+        "sources": [],
+    }
+    plain |= {"tags": [], "states": [], "rates": [0, 1], "ranking-page": 0}
     tools = [
         html.Button("Previous", id="ranking-back", type="button"),
         html.Button("Next", id="ranking-on", type="button"),
         html.Span(id="ranking-where", className="where", **{"aria-live": "polite"}),
+        html.Button("Export these as CSV", id="ranking-export", type="button"),
     ]
     return html.Div(
         [
@@ -58,13 +90,72 @@ def layout(catalogue: Catalogue) -> Any:
             html.Div(id="ranking-figure"),
             html.Div(tools, className="tools"),
             html.Div(id="ranking-table"),
-            dcc.Store(id="ranking-page", data=0),
+            dcc.Store(id="ranking-page", data=int(page) if page.isdecimal() and len(page) < 9 else 0),
+            dcc.Download(id="ranking-file"),
+            html.Datalist(id="text-found"),
+            plain_state("rank", "/", plain, {"ranking-page": "page"}),
         ]
     )
 
 
+def _rates(asked: Asked) -> list[float]:
+    """The range of pass rates that the address asks for; all if it is not two numbers from 0 to 1."""
+    try:
+        low, high = map(float, asked.many("rates"))
+    except ValueError:
+        return [0, 1]
+    return [low, high] if 0 <= low <= high <= 1 else [0, 1]
+
+
+def _in_order(frame: pd.DataFrame, found: np.ndarray, order: str) -> np.ndarray:
+    """The positions by a column; ties as they were, unknown values last."""
+    if order in ("largest", "smallest") or order not in ORDERS:
+        return found
+    values = frame[order.lstrip("-")].to_numpy()[found]
+    if values.dtype.kind not in "fiu":
+        values = pd.factorize(values.astype(str), sort=True)[0]
+    return found[np.argsort(-values if order.startswith("-") else values, kind="stable")]
+
+
+def _filtered(text: str | None, sources: Any, tags: Any, rates: list[float], states: Any) -> Filter:
+    sets = [tuple(values or ()) for values in (sources, tags, states)]
+    return Filter(sets[0], sets[1], (float(rates[0]), float(rates[1])), sets[2], text or "")
+
+
 def register(app: Dash, catalogue: Catalogue) -> None:
-    """Register the view's callback."""
+    """Register the view's callbacks."""
+    keep_in_address(app, "rank", [*((name, "value") for name in _CONTROLS), ("ranking-page", "data")])
+
+    @app.callback(
+        Output("order", "value"),
+        Input({"sort": ALL}, "n_clicks"),
+        State("order", "value"),
+        prevent_initial_call=True,
+    )
+    def sort(clicks: list[int | None], order: str) -> Any:
+        key = ctx.triggered_id["sort"] if ctx.triggered_id and any(clicks) else None
+        if key == "score":
+            return "smallest" if order == "largest" else "largest"
+        return (
+            no_update if f"-{key}" not in ORDERS else key if order == f"-{key}" else f"-{key}" if order == key else key
+        )
+
+    @app.callback(
+        Output("ranking-file", "data"),
+        Input("ranking-export", "n_clicks"),
+        *(State(name, "value") for name in _CONTROLS),
+        prevent_initial_call=True,
+    )
+    def export(
+        clicks: int | None, benchmark: str, step: str, metric: str, order: str, text: str | None, sources: Any,
+        tags: Any, rates: list[float], states: Any,
+    ) -> Any:  # fmt: skip
+        if not clicks:
+            return no_update
+        wanted = _filtered(text, sources, tags, rates, states)
+        frame, found = catalogue.ranking(benchmark, step_of(step), metric, wanted, largest=order != "smallest")
+        rows = frame.iloc[_in_order(frame, found, order)[:MOST_EXPORTED]][_EXPORTED]
+        return dcc.send_data_frame(rows.to_csv, f"{catalogue.pool}-{benchmark}-{metric}.csv", index=False)
 
     @app.callback(
         Output("ranking-figure", "children"),
@@ -73,6 +164,7 @@ def register(app: Dash, catalogue: Catalogue) -> None:
         Output("ranking-back", "disabled"),
         Output("ranking-on", "disabled"),
         Output("ranking-page", "data"),
+        Output("text-found", "children"),
         *(Input(name, "value") for name in _CONTROLS),
         Input("ranking-back", "n_clicks"),
         Input("ranking-on", "n_clicks"),
@@ -94,14 +186,15 @@ def register(app: Dash, catalogue: Catalogue) -> None:
         theme: str,
         page: int,
     ) -> tuple:
-        page = page - 1 if ctx.triggered_id == "ranking-back" else page + 1 if ctx.triggered_id == "ranking-on" else 0
-        wanted = Filter(
-            tuple(sources or ()), tuple(tags or ()), (float(rates[0]), float(rates[1])), tuple(states or ()), text or ""
-        )
+        if ctx.triggered_id not in (None, "theme"):  # else the page is the one that the address asks for
+            moves = {"ranking-back": page - 1, "ranking-on": page + 1}
+            page = moves.get(str(ctx.triggered_id), 0)
+        wanted = _filtered(text, sources, tags, rates, states)
         try:
-            frame, found = catalogue.ranking(benchmark, step_of(step), metric, wanted, largest=order == "largest")
+            frame, found = catalogue.ranking(benchmark, step_of(step), metric, wanted, largest=order != "smallest")
         except GradstoreError as error:
-            return note(str(error)), "", "", True, True, 0
+            return note(str(error)), "", "", True, True, 0, []
+        found = _in_order(frame, found, order)
         page, line, first, last = pages(len(found), page, PAGE)
         shown = frame.iloc[found[page * PAGE : (page + 1) * PAGE]]
         texts = catalogue.texts(shown["id"].tolist())
@@ -127,7 +220,18 @@ def register(app: Dash, catalogue: Catalogue) -> None:
         scores = frame["score"].to_numpy(float)[found]
         scores = scores[~np.isnan(scores)]
         line = f"{line} problems, {written(len(scores), 'integer')} of them ranked"
-        return _histogram(scores, benchmark, metric, theme), table(title, columns, rows), line, first, last, page
+        key = {"largest": "-score", "smallest": "score"}.get(order, order)
+        listed = table(title, columns, rows, empty=_empty(catalogue, wanted), sorts=_SORTS, order=key)
+        words = [html.Option(value=name) for name in shown["id"].tolist()[:12]] if text else []
+        return _histogram(scores, benchmark, metric, theme), listed, line, first, last, page, words
+
+
+def _empty(catalogue: Catalogue, wanted: Filter) -> str:
+    """Why there is nothing in the list."""
+    text = f" has “{wanted.text.strip()}” in its text or id" if wanted.text.strip() else ""
+    others = wanted != Filter(text=wanted.text)
+    rest = f"{' and' if text else ''} passes the filters" if others else ""
+    return f"Nothing to show: no problem of {catalogue.pool}{text}{rest}."
 
 
 def _histogram(scores: np.ndarray, benchmark: str, metric: str, theme: str) -> Any:

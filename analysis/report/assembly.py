@@ -1,13 +1,15 @@
 """Assemble the page, section by section, from the findings."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 
 from gradstore.analysis.report import choices, concerns, holdings, listing, makeup, movement
 from gradstore.analysis.report.caveats import caveats
 from gradstore.analysis.report.findings import Findings
-from gradstore.analysis.report.pieces import Page, Section, written
+from gradstore.analysis.report.pieces import Figure, Page, Section, written
+from gradstore.analysis.report.results import results
 from gradstore.analysis.report.transcripts import Transcripts
 from gradstore.errors import RequestError
 
@@ -17,24 +19,24 @@ def assemble(
 ) -> Page:
     """Make every section of the report; `tell` is called with each section's title before it is made."""
     makers: list[tuple[str, str, Callable[[], Section]]] = [
-        ("holdings", "What the store holds", lambda: holdings.holdings(found)),
+        ("problems", "Problems", lambda: listing.extremes(found, transcripts)),
+        ("selections", "Selections", lambda: choices.selections(found)),
+        ("sources", "Sources", lambda: makeup.sources(found)),
+        ("suspects", "Suspicious rewards", lambda: concerns.suspects(found)),
+        ("turned", "Turned problems", lambda: concerns.turned(found)),
+        ("conflicts", "Conflicts", lambda: concerns.disagreeing(found)),
+        ("clusters", "Clusters", lambda: makeup.clustered(found)),
         ("timeline", "Timeline", lambda: holdings.timeline(found)),
         ("drift", "Drift", lambda: movement.drifting(found)),
-        ("problems", "Problems", lambda: listing.extremes(found, transcripts)),
-        ("sources", "Sources", lambda: makeup.sources(found)),
-        ("clusters", "Clusters", lambda: makeup.clustered(found)),
         ("layers", "Layers", lambda: concerns.through_layers(found)),
-        ("selections", "Selections", lambda: choices.selections(found)),
-        ("conflicts", "Conflicts", lambda: concerns.disagreeing(found)),
-        ("turned", "Turned problems", lambda: concerns.turned(found)),
-        ("suspects", "Suspicious rewards", lambda: concerns.suspects(found)),
         ("costs", "Costs", lambda: choices.costs(found)),
+        ("holdings", "What the store holds", lambda: holdings.holdings(found)),
     ]
     sections = []
     for key, title, make in makers:
         tell(title)
         try:
-            sections.append(make())
+            sections.append(_without_single_points(make()))
         except RequestError as error:  # for example rows of several bases: the section shows the reason
             sections.append(Section(key, title, missing=f"This store cannot tell: {error}"))
     path = found.store.path.resolve()
@@ -46,7 +48,13 @@ def assemble(
         f"Made by gradstore {version('gradstore')} on {datetime.now(UTC):%Y-%m-%d %H:%M} UTC from {path.name}, commits "
     )
     made += ", ".join(f"{name} {found.store.commit(name)}" for name in (found.pool, *found.benchmarks)) + "."
-    return Page(_title(found), subtitle, _tiles(found), caveats(found), sections, made)
+    return Page(_title(found), subtitle, _tiles(found), caveats(found), sections, made, results(found))
+
+
+def _without_single_points(section: Section) -> Section:
+    """A line chart of one point says less than its numbers: a table in its place."""
+    blocks = [one.as_table() if isinstance(one, Figure) and one.is_one_point else one for one in section.blocks]
+    return replace(section, blocks=blocks)
 
 
 def _title(found: Findings) -> str:

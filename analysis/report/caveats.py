@@ -2,12 +2,13 @@
 
 import numpy as np
 
-from gradstore.analysis import alignment, drift
+from gradstore.analysis import alignment, curricula, drift
 from gradstore.analysis.report.findings import Findings
-from gradstore.analysis.report.pieces import written
+from gradstore.analysis.report.pieces import SURE, written
 from gradstore.attachments import read_coverage
 from gradstore.engine.searching.notices import notices
 from gradstore.engine.searching.targets import target
+from gradstore.errors import RequestError
 
 MUCH = 0.25
 """Share of the pool above which something gets a sentence."""
@@ -27,6 +28,7 @@ def caveats(found: Findings) -> list[str]:
     lines += _notices(found)
     lines += _noise(found)
     lines += _age(found)
+    lines += _hindsight(found)
     lines += _rounds(found)
     for name, about in found.about["collections"].items():
         if about["interrupted_writer"]:
@@ -94,7 +96,7 @@ def _notices(found: Findings) -> list[str]:
 def _noise(found: Findings) -> list[str]:
     lines = []
     for name in found.benchmarks:
-        frame = drift.ranking_drift(found.store, found.pool, name, metric=found.metric)
+        frame = found.ranking_drift[name]
         if frame.empty:
             continue
         trust = float(frame["reliability"].iloc[-1])
@@ -127,6 +129,25 @@ def _age(found: Findings) -> list[str]:
     return [
         f"{written(old, 'percent')} of the problems were last measured before step {found.steps[-1]}, "
         f"{np.nanmax(ages):.0f} steps ago at most."
+    ]
+
+
+def _hindsight(found: Findings) -> list[str]:
+    """A sentence where the trained picks did worse than random ones."""
+    if not found.benchmarks or not found.rounds:
+        return []
+    try:
+        judged = found.judged
+    except RequestError:  # for example rows of several bases; the section on selections says why
+        return []
+    mine = judged[judged["selector"] == curricula.TRAINED]
+    worse = mine[mine["gained"] < mine["chance"] - SURE * mine["chance_error"]]
+    if worse.empty:
+        return []
+    steps = ", ".join(str(step) for step in worse["step"])
+    return [
+        f"In hindsight the picks of the rounds at steps {steps} did worse than as many random ones would have: compare "
+        "the selectors below before the next round."
     ]
 
 

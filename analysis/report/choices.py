@@ -20,8 +20,7 @@ def selections(found: Findings) -> Section:
         return Section("selections", "Selections", missing=missing)
     blocks: list[Figure | Table] = [_rounds(found)]
     if found.benchmarks:
-        frame = curricula.counterfactual(found.store, found.pool, found.main, metric=found.metric, seed=found.seed)
-        judged = frame[frame.groupby("step")["judged_later"].transform("max") > 0]
+        frame, judged = found.counterfactual, found.judged
         if not judged.empty:
             blocks.append(_gained(found, judged))
         if not frame.empty:
@@ -91,7 +90,7 @@ def _gained(found: Findings, frame: pd.DataFrame) -> Figure:
 
 
 def _compared(found: Findings, frame: pd.DataFrame, judged: pd.DataFrame) -> Table:
-    rows = []
+    rows, errors = [], []
     for name in dict.fromkeys(frame["selector"]):
         mine, later = frame[frame["selector"] == name], judged[judged["selector"] == name]
         rows.append(
@@ -101,23 +100,33 @@ def _compared(found: Findings, frame: pd.DataFrame, judged: pd.DataFrame) -> Tab
                 mean_or_nan(mine["overlap"]),
                 mean_or_nan(mine["alignment"]),
                 mean_or_nan(later["gained"]),
+                mean_or_nan(later["gained"] - later["chance"]),
                 mean_or_nan(later["regret"]),
                 mean_or_nan(later["judged_later"]),
                 next((note for note in mine["note"] if note), ""),
             ]
         )
+        errors.append(error_of_mean(later["chance_error"]))
     columns = columns_of(
         "Selector | Picks:integer | Overlap with trained on:percent | Alignment when picked:signed | "
-        "Alignment in hindsight:signed | Regret:number | Judged later:percent | Note"
+        "Alignment in hindsight:signed | Better than chance:signed | Regret:number | Judged later:percent | Note"
     )
     if not any(row[-1] for row in rows):
         columns, rows = columns[:-1], [row[:-1] for row in rows]
     says = (
-        "Means over the rounds, of the last three over those after which something was measured again. Regret: what "
+        "Means over the rounds, from hindsight on over those after which something was measured again. Better than "
+        "chance: than as many problems drawn at random from the same candidates, grey where such a draw could be as "
+        "good (two standard deviations). Regret: what "
         "the best choice in hindsight would have gained more. Judged later: share of the picks that were measured "
         "again afterwards; the others are judged by the measurement they were picked by."
     )
-    return Table("selectors", f"Selectors against {found.main}", columns, rows, says=says)
+    noise = {"Better than chance": errors}
+    return Table("selectors", f"Selectors against {found.main}", columns, rows, says=says, errors=noise)
+
+
+def error_of_mean(errors: pd.Series) -> float:
+    """Standard error of the mean of values with these separate errors; nan if there are none."""
+    return float(np.sqrt((errors**2).sum()) / len(errors)) if len(errors) else float("nan")
 
 
 def costs(found: Findings) -> Section:
@@ -147,6 +156,7 @@ def costs(found: Findings) -> Section:
         "Seconds",
         y_kind="seconds",
         categories=True,
+        named="stage",
     )
     rollouts = [one.about.get("rollouts") for one in timed]
     rows = [[stage, stages[stage], stages[stage] / max(total, 1e-12)] for stage in order]

@@ -6,7 +6,7 @@ import pandas as pd
 
 from gradstore.analysis import conflict, figures, layers, suspicion, turning
 from gradstore.analysis.report.findings import Findings
-from gradstore.analysis.report.pieces import Figure, Section, Table, columns_of
+from gradstore.analysis.report.pieces import Figure, Section, Table, columns_of, written
 from gradstore.errors import RequestError
 from gradstore.wording import first_words, short_layer
 
@@ -97,10 +97,18 @@ def turned(found: Findings) -> Section:
         f"Problem:id | Source | Turned | Mean before step {split}:signed | "
         f"Mean from step {split}:signed | q-value:number | Text"
     )
-    rows = _with_texts(found, frame.head(_LISTED), ["source", "turned", "before", "after", "q_value"])
+    listed = frame[frame["significant"]].head(_LISTED)
+    if listed.empty:
+        best = written(float(frame["q_value"].min()), "number", 2)
+        missing = (
+            f"{len(frame)} problems changed the sign of their alignment with {found.main}, none beyond the noise of "
+            f"their rollouts (the smallest q-value is {best}; listed from 0.1 down)."
+        )
+        return Section("turned", "Turned problems", missing=missing)
+    rows = _with_texts(found, listed, ["source", "turned", "before", "after", "q_value"])
     says = (
         f"{sure} of the {len(frame)} that changed sign did so beyond the noise of their rollouts (q-value of at most "
-        "0.1: of those listed below it about one in ten is there by chance)."
+        "0.1: about one in ten of those listed is there by chance)."
     )
     table = Table("turned-table", f"Changed sign against {found.main}", columns, rows, says=says)
     lead = "Problems that helped the benchmark early in training and harm it later, or the other way. The surest first."
@@ -110,9 +118,14 @@ def turned(found: Findings) -> Section:
 def suspects(found: Findings) -> Section:
     """Section on problems whose rewards look broken."""
     try:
-        frame = suspicion.suspicious(found.store, found.pool, found.main if found.benchmarks else None)
+        everything = found.suspicious
     except RequestError as error:
         return Section("suspects", "Suspicious rewards", missing=f"Nothing to judge: {error}")
+    frame = suspicion.beyond(everything)
+    threshold = f"a suspicion of at least {suspicion.THRESHOLD} and a gradient against the rest of its source"
+    if frame.empty:
+        missing = f"None of {len(everything)} problems is suspicious enough to be listed: that takes {threshold}."
+        return Section("suspects", "Suspicious rewards", missing=missing)
     columns = columns_of(
         "Rank:integer | Problem:id | Source | Suspicion:number | Cosine, benchmark:signed | "
         "Pull, own source:signed | Pass rate:percent | Why | Text"
@@ -122,7 +135,9 @@ def suspects(found: Findings) -> Section:
     ranked = [[rank, *row] for rank, row in enumerate(rows, 1)]
     says = (
         "Suspicion, from 0 to 1, is the mean percentile of the evidence: pulling against the benchmark and against "
-        "the own source, a pass rate near one half, and, where probes are stored, halves of the rollouts that disagree."
+        "the own source, a pass rate near one half, and, where probes are stored, halves of the rollouts that "
+        f"disagree. Listed is what has {threshold}: {len(frame)} of {len(everything)}"
+        + ("." if len(frame) <= _LISTED else f", of which the first {_LISTED} are shown.")
     )
     table = Table("suspects-table", "Most suspicious", columns, ranked, says=says)
     lead = "Problems whose ground truth may be wrong or whose reward may be noise: read these before training on them."

@@ -12,7 +12,8 @@ import numpy as np
 import pandas as pd
 
 from gradstore import Store
-from gradstore.analysis import alignment
+from gradstore.analysis import alignment, curricula, drift, suspicion
+from gradstore.analysis.noise import measurement_noise
 from gradstore.engine.searching.query import METRICS, Metric
 from gradstore.errors import RequestError, check_known
 from gradstore.layout import DERIVED, is_half
@@ -69,6 +70,39 @@ class Findings:
         return {name: frame[frame["step"] == self.steps[-1]] for name, frame in self.alignments.items()}
 
     @cached_property
+    def ranking_drift(self) -> dict[str, pd.DataFrame]:
+        """`drift.ranking_drift` for each benchmark."""
+        return {name: drift.ranking_drift(self.store, self.pool, name, metric=self.metric) for name in self.benchmarks}
+
+    @cached_property
+    def counterfactual(self) -> pd.DataFrame:
+        """`curricula.counterfactual` against the main benchmark."""
+        return curricula.counterfactual(self.store, self.pool, self.main, metric=self.metric, seed=self.seed)
+
+    @cached_property
+    def judged(self) -> pd.DataFrame:
+        """The steps of `counterfactual` after which some pick was measured again."""
+        frame = self.counterfactual
+        return frame[frame.groupby("step")["judged_later"].transform("max") > 0]
+
+    @cached_property
+    def suspicious(self) -> pd.DataFrame:
+        """`suspicion.suspicious` against the main benchmark; RequestError if nothing is live."""
+        return suspicion.suspicious(self.store, self.pool, self.main if self.benchmarks else None)
+
+    def noise(self, benchmark: str) -> np.ndarray:
+        """Standard deviation of each problem's score, float64 [P] in the order of `newest`; nan: measured only once.
+
+        It is estimated from measurements at successive steps, so drift in between counts as noise: grey is too often
+        said rather than too seldom.
+        """
+        frame, n = self.alignments[benchmark], len(self.newest[benchmark])
+        if not n:
+            return np.empty(0)
+        fresh = np.where(frame["age"] == 0, frame["score"], np.nan).astype(np.float64)
+        return measurement_noise(fresh.reshape(-1, n))
+
+    @cached_property
     def n_picked(self) -> int:
         """Number of problems the last round picked; a tenth of the pool if no round is recorded."""
         if self.rounds:
@@ -120,3 +154,11 @@ def mean_or_nan(values: Any) -> float:
     found = np.asarray(values, float)
     found = found[np.isfinite(found)]
     return float(found.mean()) if len(found) else float("nan")
+
+
+def mean_and_error(values: Any) -> tuple[float, float]:
+    """Mean of the finite values and its standard error; nan where too few are known."""
+    found = np.asarray(values, float)
+    found = found[np.isfinite(found)]
+    error = float(found.std(ddof=1) / np.sqrt(len(found))) if len(found) > 1 else float("nan")
+    return mean_or_nan(found), error

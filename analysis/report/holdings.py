@@ -48,7 +48,7 @@ def holdings(found: Findings) -> Section:
         says="States are those of each problem's newest row. A row is one sketch of one problem at one step.",
     )
     made = Table("settings", "How the sketches were made", columns_of("Setting | Value"), _settings(found))
-    return Section("holdings", "What the store holds", blocks=[collections, made])
+    return Section("holdings", "What the store holds", blocks=[collections, made], folded=True)
 
 
 def timeline(found: Findings) -> Section:
@@ -75,6 +75,7 @@ def timeline(found: Findings) -> Section:
                 y_kind="percent",
                 y_range=(0, 1),
                 categories=True,
+                named="state",
             )
         )
         blocks.append(_alignment_figure(found))
@@ -114,6 +115,7 @@ def _pass_rates(found: Findings) -> Figure:
         "Pass rate",
         y_kind="percent",
         y_range=(0, 1),
+        named="collection",
     )
 
 

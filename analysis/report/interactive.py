@@ -3,10 +3,8 @@
 from html import escape
 from typing import Any
 
+from gradstore.analysis.report.colouring import PALETTE, Colours
 from gradstore.analysis.report.pieces import Figure, Series
-
-PALETTE = ("#3b78d8", "#d9822b", "#2c9f74", "#c2477f", "#8266cf", "#9c7a1f", "#2b97b0", "#8c5a3c", "#c75146", "#6b8f2a")
-"""Colours of medium lightness, visible on white and on black."""
 
 SEQUENTIAL = [[0.0, "#eaf1fb"], [0.5, "#7fa9e6"], [1.0, "#1d4f9f"]]
 DIVERGING = [[0.0, "#b3446c"], [0.5, "#e9e9ec"], [1.0, "#2b74c9"]]
@@ -15,13 +13,16 @@ _WEBGL_FROM = 1000
 _MOST_TICKS = 12
 
 
-def drawn(figure: Figure) -> dict[str, Any]:
-    """{"data", "layout", "size"} for `Plotly.newPlot` or `plotly.graph_objects.Figure`; size: low, usual or tall."""
+def drawn(figure: Figure, colours: Colours | None = None) -> dict[str, Any]:
+    """{"data", "layout", "size"} for `Plotly.newPlot` or `plotly.graph_objects.Figure`; size: low, usual or tall.
+
+    colours: those of the page; None: the figure stands alone.
+    """
     layout: dict[str, Any] = {
         "font": {"family": _FONT, "size": 13},
         "paper_bgcolor": "rgba(0,0,0,0)",
         "plot_bgcolor": "rgba(0,0,0,0)",
-        "margin": {"l": 70, "r": 20, "t": 20, "b": 55},
+        "margin": {"l": 70, "r": 44, "t": 20, "b": 55},
         "xaxis": {"title": {"text": escape(figure.x_label), "standoff": 8}, "automargin": True},
         "yaxis": {"title": {"text": escape(figure.y_label), "standoff": 8}, "automargin": True, "zeroline": True},
         "legend": {
@@ -32,7 +33,7 @@ def drawn(figure: Figure) -> dict[str, Any]:
             "bgcolor": "rgba(0,0,0,0)",
             "traceorder": "normal",
         },
-        "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": "#8a909c", "activecolor": "#3b78d8"},
+        "modebar": {"orientation": "v", "bgcolor": "rgba(0,0,0,0)", "color": "#8a909c", "activecolor": "#3b78d8"},
         "colorway": list(PALETTE),
         "hovermode": "closest",
         "barmode": "stack" if figure.drawing == "stacked bars" else "group",
@@ -59,21 +60,10 @@ def drawn(figure: Figure) -> dict[str, Any]:
         return {"data": [_heatmap(figure)], "layout": layout, "size": _size(figure)}
     traces = [
         trace
-        for series, colour in zip(figure.series, colours(figure), strict=True)
+        for series, colour in zip(figure.series, (colours or Colours()).series(figure), strict=True)
         for trace in _traces(figure, series, colour)
     ]
     return {"data": traces, "layout": layout, "size": _size(figure)}
-
-
-def colours(figure: Figure) -> list[str]:
-    """Colour of each series. In a point figure, a dashed series is a fit and has the colour of the previous series."""
-    found, place = [], -1
-    for series in figure.series:
-        fitted = figure.drawing == "points" and series.dashed
-        place += not fitted
-        grey = (series.dashed and not fitted) or series.name == "other"
-        found.append("#8a909c" if grey else PALETTE[max(place, 0) % len(PALETTE)])
-    return found
 
 
 def _traces(figure: Figure, series: Series, colour: str) -> list[dict[str, Any]]:

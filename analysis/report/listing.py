@@ -20,22 +20,32 @@ def extremes(found: Findings, transcripts: Transcripts | None) -> Section:
         return Section("problems", "Problems", missing="No benchmark has a target, so problems cannot be ranked.")
     blocks = []
     for name in found.benchmarks:
-        live = found.newest[name].dropna(subset="score")
+        noise_P = found.noise(name)
+        live = found.newest[name].assign(place=np.arange(len(noise_P))).dropna(subset="score")
         ranked = live.assign(text_id=live["id"].astype(str)).sort_values(["score", "text_id"], ascending=[False, True])
         n = min(found.n_listed, (len(ranked) + 1) // 2)
         best, worst = ranked.head(n), ranked.tail(n).iloc[::-1]
         for key, part, words in (("top", best, "most aligned"), ("bottom", worst, "least aligned")):
             first = 1 if key == "top" else len(ranked)
             ranks = [first + place if key == "top" else first - place for place in range(len(part))]
-            table = _table(found, f"{key}-{name}", f"The {len(part)} {words} with {name}", part, ranks, transcripts)
+            title = f"The {len(part)} {words} with {name}"
+            errors = noise_P[part["place"]].tolist()
+            table = _table(found, f"{key}-{name}", title, part, ranks, transcripts, errors)
             blocks.append(table)
     lead = f"Ranked by {found.metric} at step {found.steps[-1]}. Open a row for the whole text, its history"
     lead += " and rollouts." if transcripts is not None else "; give a rollout file with --rollouts to see responses."
+    lead += " Grey: a score within the noise of its rollouts, as far as repeated measurements tell it."
     return Section("problems", "Problems", lead, blocks)
 
 
 def _table(
-    found: Findings, key: str, title: str, part: Any, ranks: list[int], transcripts: Transcripts | None
+    found: Findings,
+    key: str,
+    title: str,
+    part: Any,
+    ranks: list[int],
+    transcripts: Transcripts | None,
+    errors: list[float],
 ) -> Table:
     ids = part["text_id"].tolist()
     records = found.problems(ids)
@@ -65,7 +75,7 @@ def _table(
                 else chosen(transcripts.of(record["id"]), _ROLLOUTS_SHOWN, _LONGEST_ROLLOUT),
             }
         )
-    return Table(key, title, columns, rows, details)
+    return Table(key, title, columns, rows, details, errors={"Score": errors})
 
 
 def _facts(record: dict[str, Any], line: dict[str, Any], history: list[tuple[str, str]]) -> list[tuple[str, str]]:

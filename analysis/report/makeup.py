@@ -1,12 +1,13 @@
 """Sections on the pool's composition: its sources, and clusters of problems with similar gradients."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from gradstore.analysis import alignment, clusters, composition, figures
-from gradstore.analysis.report.findings import Findings, mean_or_nan
+from gradstore.analysis.report.findings import Findings, mean_and_error, mean_or_nan
 from gradstore.analysis.report.holdings import axis_of
 from gradstore.analysis.report.pieces import Figure, Section, Series, Table, columns_of
 from gradstore.errors import RequestError
@@ -40,6 +41,7 @@ def sources(found: Findings) -> Section:
                 "Step",
                 axis_of(found),
                 y_kind="signed",
+                named="source",
             )
         )
         blocks.append(_table(found))
@@ -64,11 +66,12 @@ def _with_few_sources(frame: pd.DataFrame) -> pd.DataFrame:
 
 def _table(found: Findings) -> Table:
     newest = {name: _with_few_sources(frame) for name, frame in found.newest.items()}
-    rows = []
+    rows: list[list[Any]] = []
     for name, part in newest[found.main].groupby("source", observed=True):
-        scores = [
-            mean_or_nan(frame.loc[frame["source"].astype(str) == str(name), "score"]) for frame in newest.values()
+        means = [
+            mean_and_error(frame.loc[frame["source"].astype(str) == str(name), "score"]) for frame in newest.values()
         ]
+        scores = [mean for mean, _ in means]
         states = part["state"].astype(str)
         rows.append(
             [
@@ -78,15 +81,23 @@ def _table(found: Findings) -> Table:
                 float((states == "no_signal").mean()),
                 mean_or_nan(part["pass_rate"]),
                 *scores,
+                *(error for _, error in means),
             ]
         )
-    means = " | ".join(f"Mean {found.metric}, {name}:signed" for name in found.benchmarks)
+    headings = " | ".join(f"Mean {found.metric}, {name}:signed" for name in found.benchmarks)
     columns = columns_of(
-        f"Source | Problems:integer | With a gradient:percent | No signal:percent | Pass rate:percent | {means}"
+        f"Source | Problems:integer | With a gradient:percent | No signal:percent | Pass rate:percent | {headings}"
     )
-    return Table(
-        "sources-table", f"Sources at step {found.steps[-1]}", columns, sorted(rows, key=lambda row: -float(row[1]))
-    )
+    rows.sort(key=lambda row: -_or_zero(row[5]))  # what helps the main benchmark most comes first
+    n = len(found.benchmarks)
+    errors = {column.name: [row[5 + n + j] for row in rows] for j, column in enumerate(columns[5:])}
+    says = "Grey: a mean within two standard errors of 0, over the source's problems with a gradient."
+    cells = [row[: 5 + n] for row in rows]
+    return Table("sources-table", f"Sources at step {found.steps[-1]}", columns, cells, says=says, errors=errors)
+
+
+def _or_zero(value: float) -> float:
+    return value if value == value else 0.0
 
 
 def clustered(found: Findings) -> Section:

@@ -38,7 +38,7 @@ def _target_figure(found: Findings, name: str) -> Figure | None:
 
 
 def _ranking_figures(found: Findings, name: str) -> list[Figure]:
-    frame = drift.ranking_drift(found.store, found.pool, name, metric=found.metric)
+    frame = found.ranking_drift[name]
     if frame.empty:
         return []
     described = []

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gradstore.analysis.report.interactive import colours
+from gradstore.analysis.report.colouring import Colours
 from gradstore.analysis.report.pieces import Figure
 from gradstore.durable import whole_file
 
@@ -33,14 +33,14 @@ def print_figures(figures: list[Figure], folder: Path, formats: tuple[str, ...] 
     from matplotlib.figure import Figure as Canvas
 
     folder.mkdir(parents=True, exist_ok=True)
-    written = []
+    written, colours = [], Colours(figures)
     with matplotlib.rc_context(_STYLE):
         for figure in figures:
             rows = max((len(series.x) for series in figure.series), default=1) if figure.horizontal else 0
             rows = max(rows, len(figure.series) if figure.drawing == "heatmap" else 0)
             canvas = Canvas(figsize=(6.4, max(3.4, 0.22 * rows + 1.2)), layout="constrained")
             axes = canvas.subplots()
-            _draw(canvas, axes, figure)
+            _draw(canvas, axes, figure, colours.series(figure))
             for form in formats:
                 path = folder / f"{figure.key}.{form}"
                 with whole_file(path) as unfinished:
@@ -49,13 +49,13 @@ def print_figures(figures: list[Figure], folder: Path, formats: tuple[str, ...] 
     return written
 
 
-def _draw(canvas: Any, axes: "Axes", figure: Figure) -> None:
+def _draw(canvas: Any, axes: "Axes", figure: Figure, colours: list[str]) -> None:
     if figure.drawing == "heatmap":
         _heatmap(canvas, axes, figure)
     elif figure.drawing in ("bars", "stacked bars"):
-        _bars(axes, figure)
+        _bars(axes, figure, colours)
     else:
-        _lines_or_points(axes, figure)
+        _lines_or_points(axes, figure, colours)
     x_label, y_label = (figure.y_label, figure.x_label) if figure.horizontal else (figure.x_label, figure.y_label)
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
@@ -71,8 +71,8 @@ def _draw(canvas: Any, axes: "Axes", figure: Figure) -> None:
         axes.legend(ncols=2, fontsize=8)
 
 
-def _lines_or_points(axes: "Axes", figure: Figure) -> None:
-    for series, colour in zip(figure.series, colours(figure), strict=True):
+def _lines_or_points(axes: "Axes", figure: Figure, colours: list[str]) -> None:
+    for series, colour in zip(figure.series, colours, strict=True):
         x = [str(value) for value in series.x] if figure.categories else series.x
         y = np.array(series.y, float)
         if figure.drawing == "points" and not series.dashed:
@@ -86,11 +86,11 @@ def _lines_or_points(axes: "Axes", figure: Figure) -> None:
             axes.fill_between(x, low, high, color=colour, alpha=0.16, linewidth=0)
 
 
-def _bars(axes: "Axes", figure: Figure) -> None:
+def _bars(axes: "Axes", figure: Figure, colours: list[str]) -> None:
     names = list(dict.fromkeys(str(x) for series in figure.series for x in series.x))
     places, base = np.arange(len(names)), np.zeros(len(names))
     thick = 0.8 if figure.drawing == "stacked bars" else 0.8 / max(1, len(figure.series))
-    for number, (series, colour) in enumerate(zip(figure.series, colours(figure), strict=True)):
+    for number, (series, colour) in enumerate(zip(figure.series, colours, strict=True)):
         values_of = {str(x): y for x, y in zip(series.x, series.y, strict=True)}
         values = np.nan_to_num(np.array([values_of.get(name) for name in names], float))
         stacked = figure.drawing == "stacked bars"

@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from gradstore.analysis.report.colouring import Colours
 from gradstore.analysis.report.interactive import drawn
 from gradstore.analysis.report.pieces import RIGHT, Figure, Page, Table, written
 
@@ -39,6 +40,8 @@ def to_markdown(page: Page, figures: Path | None = None, base: Path | None = Non
     base: folder of the Markdown file; links are relative to it.
     """
     lines = [f"# {_inline(page.title)}", "", _inline(page.subtitle), ""]
+    lines += [f"- **{result.title}**: {_inline(result.says)}" for result in page.results]
+    lines += [""] * bool(page.results)
     lines += [f"- **{name}**: {_inline(value)}" for name, value in page.tiles]
     if page.warnings:
         lines += ["", "**Worth knowing**", "", *(f"- {_inline(warning)}" for warning in page.warnings)]
@@ -66,10 +69,11 @@ def _embedded(page: Page) -> str:
     """The figures and tables as JSON, escaped so that it cannot close its script element."""
     figures: dict[str, Any] = {}
     tables: dict[str, Any] = {}
+    colours = Colours(page.figures)
     for section in page.sections:
         for block in section.blocks:
             if isinstance(block, Figure):
-                figures[block.key] = drawn(block)
+                figures[block.key] = drawn(block, colours)
                 if block.with_table:
                     tables[f"{block.key}-numbers"] = _table(block.table())
             else:
@@ -81,8 +85,12 @@ def _embedded(page: Page) -> str:
 def _table(table: Table) -> dict[str, Any]:
     return {
         "title": table.title,
-        "columns": [{"name": column.name, "kind": column.kind} for column in table.columns],
+        "columns": [
+            {"name": column.name, "kind": column.kind, "digits": digits}
+            for column, digits in zip(table.columns, table.digits(), strict=True)
+        ],
         "rows": [list(row) for row in table.rows],
+        **({"faint": [table.within_noise(i) for i in range(len(table.rows))]} if table.errors else {}),
         **({"details": list(table.details)} if table.details is not None else {}),
     }
 
@@ -101,11 +109,14 @@ def _plain(value: Any) -> Any:
 
 
 def _markdown_table(table: Table) -> list[str]:
-    columns = table.columns
+    columns, digits = table.columns, table.digits()
     lines = ["| " + " | ".join(_cell(column.name) for column in columns) + " |"]
     lines.append("|" + "|".join("---:" if column.kind in RIGHT else "---" for column in columns) + "|")
     for row in table.rows[:_ROWS_IN_MARKDOWN]:
-        cells = (_cell(written(value, column.kind)) for value, column in zip(row, columns, strict=True))
+        cells = (
+            _cell(written(value, column.kind, places))
+            for value, column, places in zip(row, columns, digits, strict=True)
+        )
         lines.append("| " + " | ".join(cells) + " |")
     if len(table.rows) > _ROWS_IN_MARKDOWN:
         lines += ["", f"The first {_ROWS_IN_MARKDOWN} of {len(table.rows)} rows."]

@@ -274,6 +274,47 @@ def visit(browser: Any) -> Iterator[Callable[..., Any]]:
     assert not faults, faults
 
 
+LOOKED_AT = """() => {
+  const found = [], whole = document.documentElement, wide = whole.clientWidth;
+  const name = (one) => one.id || one.className || one.tagName;
+  if (whole.scrollWidth > wide) found.push(`the page is ${whole.scrollWidth} wide`);
+  const shown = (one) => one.checkVisibility() && !one.closest(".aside, .skip");
+  for (const one of document.querySelectorAll("body *:not(svg *)")) {
+    if (shown(one) && one.getBoundingClientRect().right > wide + 1) found.push(`${name(one)} goes over the edge`);
+  }
+  for (const one of document.querySelectorAll(".scroll th, .scroll td")) {
+    const box = one.getBoundingClientRect(), around = one.closest(".scroll").getBoundingClientRect();
+    if (shown(one) && box.width && box.right > around.right + 1) found.push(`cut: ${one.textContent.slice(0, 40)}`);
+  }
+  for (const plot of document.querySelectorAll(".js-plotly-plot")) {
+    const around = plot.getBoundingClientRect(), bar = plot.querySelector(".modebar")?.getBoundingClientRect();
+    for (const text of plot.querySelectorAll(".main-svg text")) {
+      const box = text.getBoundingClientRect(), inside = box.left >= around.left - 2 && box.right <= around.right + 2;
+      if (box.width && !(inside && box.top >= around.top - 2 && box.bottom <= around.bottom + 2)) {
+        found.push(`clipped label: ${text.textContent}`);
+      }
+    }
+    const legend = plot.querySelector(".legend")?.getBoundingClientRect();
+    const apart = (a, b) => a.right <= b.left || b.right <= a.left || a.bottom <= b.top || b.bottom <= a.top;
+    if (legend && bar && bar.width && !apart(legend, bar)) found.push("the tool bar lies on a legend");
+  }
+  return [...new Set(found)];
+}"""
+"""Lists what is wider than the window, cut at the edge of its table, clipped in a figure, or covered by a tool bar."""
+
+
+@pytest.fixture
+def looks_right() -> Callable[[Any, int], None]:
+    """looks_right(page, width): nothing of a page is cut or hidden in a window of that width."""
+
+    def check(page: Any, width: int) -> None:
+        page.set_viewport_size({"width": width, "height": 900})
+        page.wait_for_timeout(400)  # figures and tables follow the window a tenth of a second later
+        assert page.evaluate(LOOKED_AT) == []
+
+    return check
+
+
 @pytest.fixture
 def keep_picture() -> Callable[[Any, str], None]:
     """keep_picture(page, name): a screenshot of the whole page among the artefacts."""

@@ -75,7 +75,67 @@ def test_ranking_in_a_browser(address: str, trained: Catalogue, visit: Callable,
     choose(page, "metric", "fisher")
     page.wait_for_selector("caption:has-text('fisher')", state="attached")
     page.locator("#text").fill("no such text")
-    page.wait_for_selector("text=Nothing to show.")
+    page.wait_for_selector("text=Nothing to show: no problem of pool has “no such text” in its text or id.")
+
+
+def test_a_view_can_be_shared(address: str, trained: Catalogue, visit: Callable) -> None:
+    """Opened by somebody else, the address shows the same rows, sorted by the same header; the list leaves as CSV."""
+    page = visit(address)
+    page.wait_for_selector("#ranking-table tbody tr.data")
+    choose(page, "benchmark", "spelling")
+    page.locator("#text").fill("a")
+    page.wait_for_function("location.search.includes('text=a')")
+    page.get_by_role("button", name="Pass rate", exact=True).click()
+    page.wait_for_selector("th[aria-sort=ascending]:has-text('Pass rate')")
+    page.get_by_role("button", name="Pass rate", exact=True).click()
+    page.wait_for_selector("th[aria-sort=descending]:has-text('Pass rate')")
+    page.locator("#ranking-on").click()
+    page.wait_for_function("location.search.includes('page=1')")
+    assert "benchmark=spelling" in page.url
+    rows = page.locator("#ranking-table tbody a").all_inner_texts()
+    frame = trained.ranked("spelling", None, "cosine", Filter(text="a"))
+    expected = frame.sort_values("pass_rate", ascending=False, kind="stable", na_position="last")["id"].tolist()
+    assert rows == expected[20:40]
+    shared = visit(page.url)
+    shared.wait_for_selector("th[aria-sort=descending]:has-text('Pass rate')")
+    assert shared.locator("#ranking-table tbody a").all_inner_texts() == rows
+    with shared.expect_download() as got:
+        shared.locator("#ranking-export").click()
+    lines = Path(got.value.path()).read_text(encoding="utf-8").splitlines()
+    assert lines[0].startswith("id,source,score")
+    assert [line.partition(",")[0] for line in lines[1:]] == expected
+
+
+def test_what_is_not_there_is_404(address: str, trained: Catalogue) -> None:
+    """A problem, a view; the others are 200."""
+
+    def status(path: str) -> int:
+        try:
+            with urllib.request.urlopen(address + path) as answer:
+                return int(answer.status)
+        except urllib.error.HTTPError as error:
+            return error.code
+
+    name = trained.ranked("sums", None, "cosine", Filter())["id"].iloc[0]
+    found = [status(path) for path in ("", f"problem?id={name}", "compare", "problem?id=nobody", "rank")]
+    assert found == [200, 200, 200, 404, 404]
+
+
+def test_nothing_is_cut(address: str, trained: Catalogue, visit: Callable, looks_right: Callable) -> None:
+    """Every view, from a wide window to a phone, where a score is seen without scrolling."""
+    name = trained.ranked("sums", None, "cosine", Filter())["id"].iloc[0]
+    for path, ready in (
+        ("", "#ranking-table tr.data"),
+        ("compare", "#comparison tr.data"),
+        (f"problem?id={name}", "pre"),
+    ):
+        page = visit(address + path, scheme="dark", width=1400)
+        page.wait_for_selector(ready)
+        page.wait_for_selector(".main-svg")
+        for width in (1400, 1024, 390):
+            looks_right(page, width)
+        box = page.locator("td[data-name*=Score], td[data-name*=Cosine]").first.bounding_box()
+        assert box["x"] + box["width"] <= 390
 
 
 def test_a_problem_in_a_browser(address: str, trained: Catalogue, visit: Callable, keep_picture: Callable) -> None:
@@ -97,6 +157,8 @@ def test_a_problem_in_a_browser(address: str, trained: Catalogue, visit: Callabl
     page.locator("#problem-id").fill("nobody <b>")
     page.locator("#problem-id").press("Enter")
     page.wait_for_selector(".missing:has-text('nobody <b>')")
+    page.locator("#problem-id").fill(name[:-1])
+    page.wait_for_selector(f"#problem-view li a:has-text('{name}')")
     page.locator("#problem-id").fill("")
     page.locator("#problem-id").press("Enter")
     page.wait_for_selector(".missing:has-text('Give a problem')")

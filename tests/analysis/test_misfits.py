@@ -19,8 +19,9 @@ _INPUTS = [
 
 def _asked(**changes: Any) -> dict[str, Any]:
     inputs = [part | {"value": changes.get(part["id"], part["value"])} for part in _INPUTS]
-    output = {"id": "problem-view", "property": "children"}
-    return {"output": "problem-view.children", "outputs": output, "inputs": inputs, "changedPropIds": [], "state": []}
+    outputs = [{"id": name, "property": "children"} for name in ("problem-view", "problem-found")]
+    output = "..problem-view.children...problem-found.children.."
+    return {"output": output, "outputs": outputs, "inputs": inputs, "changedPropIds": [], "state": []}
 
 
 @pytest.mark.parametrize(
@@ -54,4 +55,4 @@ def test_a_body_that_fits_is_answered(history: Any) -> None:
     assert answer.status_code == 200
     assert "p0001" in answer.text
     assert client.get("/_dash-component-suites/os/x.js", base_url="http://localhost").status_code == 404
-    assert client.get("/nothing.js", base_url="http://localhost").status_code == 200  # every address is a page's
+    assert client.get("/nothing.js", base_url="http://localhost").status_code == 404

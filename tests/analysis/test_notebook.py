@@ -82,12 +82,16 @@ def test_what_is_empty_is_shown_too(store: Store) -> None:
 
 
 def test_the_tutorial_runs(tmp_path: Path) -> None:
-    """Every cell, in a fresh kernel, in an empty folder; and it was committed without output."""
+    """Every cell, in a fresh kernel, in an empty folder, without an error; its outputs and pictures are kept in it."""
     import nbformat
     from nbclient import NotebookClient
 
     notebook = nbformat.read(TUTORIAL, as_version=4)
-    assert not any(cell.get("outputs") for cell in notebook.cells)
+    kept = [out for cell in notebook.cells for out in cell.get("outputs", [])]
+    assert sum("image/png" in out.get("data", {}) for out in kept) >= 4
+    assert not [out for out in kept if out["output_type"] == "error"]
+    assert "/work/" not in str(kept)
+    assert all(cell.get("outputs") for cell in notebook.cells if cell.cell_type == "code")
     NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(tmp_path)}}).execute()
     assert (tmp_path / "run" / "report.html").stat().st_size > 1_000_000
     outputs = [out for cell in notebook.cells for out in cell.get("outputs", [])]

@@ -22,7 +22,7 @@ from gradstore.analysis.conflict import conflict
 from gradstore.analysis.curricula import BEST, counterfactual
 from gradstore.analysis.drift import half_life, ranking_drift, staleness, target_drift
 from gradstore.analysis.layers import layers
-from gradstore.analysis.report.interactive import PALETTE, colours
+from gradstore.analysis.report.colouring import GREY, PALETTE, Colours
 from gradstore.analysis.suspicion import suspicious
 from gradstore.analysis.turning import turning
 from gradstore.errors import RequestError
@@ -228,11 +228,31 @@ def test_layers_are_a_map_in_the_stores_order(history: Any, value: str) -> None:
 
 
 def test_colours_of_fitted_curves_are_those_of_their_points() -> None:
-    """Also behind the palette's end; a reference among lines is grey."""
+    """Also behind the palette's end, where no colour comes again; a reference among lines is grey."""
     pairs = [figures.Series(f"{n}{kind}", [0], [0], dashed=kind == "fit") for n in range(12) for kind in ("", "fit")]
-    marked = colours(figures.Figure("f", "F", "", "points", pairs, "x", "y"))
-    assert marked == [PALETTE[n % len(PALETTE)] for n in range(12) for _ in range(2)]
-    assert set(colours(figures.Figure("f", "F", "", "lines", pairs, "x", "y"))[1::2]) == {"#8a909c"}
+    marked = Colours().series(figures.Figure("f", "F", "", "points", pairs, "x", "y"))
+    assert marked[::2] == marked[1::2]
+    assert marked[:20:2] == list(PALETTE)
+    assert len(set(marked)) == 12
+    assert set(Colours().series(figures.Figure("f", "F", "", "lines", pairs, "x", "y"))[1::2]) == {GREY}
+
+
+def test_a_name_has_one_colour_on_a_page_and_a_colour_one_name() -> None:
+    """Whatever the figures' order and the names' order in them, also for more names than any palette has."""
+    kinds = {"source": 40, "cluster": 30, "collection": 5, "": 3}
+    drawn = [
+        figures.Figure(
+            f"{kind}{turn}", "F", "", "bars",
+            [figures.Series(f"{kind}{n}", [0], [n]) for n in range(count)][:: 1 - 2 * turn], "x", "y", named=kind,
+        )
+        for kind, count in kinds.items() for turn in (0, 1)
+    ]  # fmt: skip
+    page, found = Colours(drawn), {}
+    for one in drawn:
+        for series, colour in zip(one.series, page.series(one), strict=True):
+            found.setdefault((one.named or one.key, series.name), set()).add(colour)
+    assert all(len(each) == 1 for each in found.values())
+    assert len(set.union(*found.values())) == len(found)
 
 
 def test_without_plotly_the_request_says_what_to_install(history: Any, monkeypatch: pytest.MonkeyPatch) -> None:

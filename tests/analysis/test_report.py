@@ -16,7 +16,7 @@ from gradstore import State, Store
 from gradstore.analysis.report import write_report
 from gradstore.analysis.report.assembly import assemble
 from gradstore.analysis.report.findings import find
-from gradstore.analysis.report.pieces import Figure, Page, Table, written
+from gradstore.analysis.report.pieces import Figure, Page, Table, columns_of, written
 from gradstore.analysis.report.rendering import to_html
 from gradstore.analysis.report.transcripts import Transcripts, chosen
 from gradstore.demo.course import ROLLOUTS
@@ -73,11 +73,86 @@ def test_sections_are_all_there(made: Any) -> None:
     """A run with rounds, two benchmarks and three steps has something for every section."""
     keys = [section.key for section in made.page.sections]
     assert keys == [
-        "holdings", "timeline", "drift", "problems", "sources", "clusters", "layers", "selections", "conflicts",
-        "turned", "suspects", "costs",
+        "problems", "selections", "sources", "suspects", "turned", "conflicts", "clusters", "timeline", "drift",
+        "layers", "costs", "holdings",
     ]  # fmt: skip
-    assert [section.key for section in made.page.sections if section.missing] == []
-    assert all(section.blocks for section in made.page.sections)
+    missing = {section.key: section.missing for section in made.page.sections if section.missing}
+    assert set(missing) <= {"turned", "suspects"}  # whether so short a run has any is chance
+    assert all("none beyond" in text or "None of" in text for text in missing.values())
+    assert all(section.blocks for section in made.page.sections if section.key not in missing)
+    assert [section.key for section in made.page.sections if section.folded] == ["holdings"]
+
+
+# What comes first ----------------------------------------------------------------------------------------------------
+
+
+def answers(page: Page) -> dict[str, Any]:
+    return {one.title: one for one in page.results}
+
+
+def test_what_helps_and_what_harms_is_named_with_its_noise(make_history: Callable) -> None:
+    """Sources that were planted along the benchmark, against it, and across it."""
+    along_SP = np.tile([0.6, -0.6, 0.0], (1, 30))
+    found = answers(assemble(find(make_history(along_SP).store)))
+    assert found["What helps"].says.startswith("bench: s0 (+")
+    assert found["What helps"].sign == "up"
+    assert found["What harms"].says.startswith("bench: s1 (−")
+    assert "s2" not in found["What helps"].says + found["What harms"].says
+
+
+def test_nothing_helps_or_harms_where_all_is_noise(make_history: Callable) -> None:
+    """Sources across the benchmark, with noise: none is named."""
+    none = answers(assemble(find(make_history(np.zeros((1, 90)), seed=2).store)))
+    assert none["What helps"].sign == none["What harms"].sign == "flat"
+    assert none["What harms"].says.startswith("No source harms bench beyond chance")
+
+
+@pytest.mark.parametrize(("picked", "sign", "words"), [(0, "up", "better than"), (1, "down", "worse than")])
+def test_picks_are_compared_with_chance(make_history: Callable, picked: int, sign: str, words: str) -> None:
+    """Picks along the benchmark, or against it; the number is the mean of the next measurements."""
+    along_SP = np.tile([0.6, -0.6, 0.0], (3, 20))
+    places = list(range(picked, 60, 3))[:12]
+    history = make_history(along_SP, picks=[places] * 3, steps=[0, 10, 20])
+    page = assemble(find(history.store))
+    found = answers(page)["Better than chance"]
+    assert (found.sign, words in found.says) == (sign, True)
+    gained = np.mean([history.cosine(s + 1, p, s) for s in (0, 1) for p in places])
+    every = np.mean([history.cosine(s + 1, p, s) for s in (0, 1) for p in range(60)])
+    shown = table(page, "selectors")
+    assert column(shown, "Better than chance")[0] == pytest.approx(gained - every, abs=0.02)
+    assert any("worse than" in line or "did worse" in line for line in page.warnings) == (sign == "down")
+
+
+def test_chance_is_the_mean_of_random_draws(make_history: Callable) -> None:
+    """Its mean and its error against ten thousand draws."""
+    from gradstore.analysis.curricula import _chance
+
+    random = np.random.default_rng(0)
+    values_P = random.normal(0.3, 1, 40)
+    means = [random.choice(values_P, 15, replace=False).mean() for _ in range(10_000)]
+    assert _chance(values_P, 15) == pytest.approx((np.mean(means), np.std(means)), abs=0.01)
+
+
+def test_a_list_without_anything_significant_says_so(make_history: Callable) -> None:
+    """Noise alone: no problem turned beyond it, no reward is beyond the threshold, and no row is listed."""
+    page = assemble(find(make_history(np.zeros((4, 60)), noise=1.0, source_strength=3.0).store))
+    parts = {section.key: section for section in page.sections}
+    assert "none beyond the noise" in parts["turned"].missing
+    assert not parts["turned"].blocks
+    assert "None of 60" in parts["suspects"].missing
+
+
+def test_a_column_has_one_precision() -> None:
+    """Three digits of its largest number; what is within its noise is marked, what rounds to zero has no sign."""
+    columns = columns_of("Name | Score:signed | Share:percent")
+    one = Table("t", "T", columns, [["a", 0.285, 0.5], ["b", -3.3e-8, 0.021]], errors={"Score": [0.01, 0.1]})
+    digits = one.digits()
+    assert [written(row[1], "signed", digits[1]) for row in one.rows] == ["+0.285", "0.000"]
+    assert [written(row[2], "percent", digits[2]) for row in one.rows] == ["50.0\u202f%", "2.1\u202f%"]
+    assert [one.within_noise(i) for i in (0, 1)] == [[], [1]]
+
+
+# What it says in detail ----------------------------------------------------------------------------------------------
 
 
 def test_states_are_counted(made: Any) -> None:
@@ -206,7 +281,9 @@ def test_missing_parts_say_so_in_one_line(make_history: Callable) -> None:
     store = make_history(np.random.default_rng(0).normal(size=(1, 30))).store
     page = assemble(find(store))
     missing = {section.key: section.missing for section in page.sections if section.missing}
-    assert set(missing) == {"drift", "selections", "conflicts", "turned", "costs"}
+    assert set(missing) - {"suspects"} == {"drift", "selections", "conflicts", "turned", "costs"}
+    assert not [one.key for one in page.figures if one.is_one_point]
+    assert len(column(table(page, "alignment"), "")) == 1
     assert all(text and "\n" not in text for text in missing.values())
     assert "no signal" not in " ".join(page.warnings)
     to_html(page)

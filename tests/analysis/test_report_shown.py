@@ -13,7 +13,8 @@ import pytest
 import gradstore
 from gradstore import Store
 from gradstore.analysis.report import write_report
-from gradstore.analysis.report.pieces import Figure, Page, Series, written
+from gradstore.analysis.report.colouring import GREY
+from gradstore.analysis.report.pieces import Figure, Page, Series, Table, written
 from gradstore.analysis.report.rendering import to_markdown
 
 # Files ---------------------------------------------------------------------------------------------------------------
@@ -83,6 +84,10 @@ def test_both_languages_write_numbers_alike(made: Any, visit: Callable) -> None:
         expected = [written(value, kind) for value in values]
         found = page.evaluate("([values, kind]) => values.map((value) => window.written(value, kind))", [values, kind])
         assert (kind, found) == (kind, expected)
+        for digits in (-1, 0, 1, 3) if kind in ("number", "signed") else (0, 1):
+            expected = [written(value, kind, digits) for value in values]
+            script = "([values, kind, digits]) => values.map((value) => window.written(value, kind, digits))"
+            assert (kind, digits, page.evaluate(script, [values, kind, digits])) == (kind, digits, expected)
 
 
 def test_nothing_is_fetched_and_the_data_is_json(made: Any) -> None:
@@ -201,15 +206,59 @@ def test_every_view_works(made: Any, visit: Callable, keep_picture: Callable) ->
         page.wait_for_function("there => location.hash === there", arg=link.get_attribute("href"))
 
 
-def test_narrow_and_dark(made: Any, visit: Callable, keep_picture: Callable) -> None:
-    """On a phone nothing is wider than the screen but tables, which scroll by themselves."""
-    page = visit(made.path.as_uri(), scheme="dark", width=400)
+def test_narrow_and_dark(made: Any, visit: Callable, keep_picture: Callable, looks_right: Callable) -> None:
+    """Nothing is cut, hidden or wider than the window, down to a phone, where a score is seen without scrolling."""
+    page = visit(made.path.as_uri(), scheme="dark", width=1400)
     page.wait_for_selector("html[data-ready=yes]")
     see_everything(page)
     page.evaluate("document.querySelectorAll('main details').forEach((one) => { one.open = false; })")
-    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    for width in (1400, 1024, 390):
+        looks_right(page, width)
+    for row in page.locator("[data-table=top-sums] tr.data").all():
+        box = row.locator("[data-name=Score]").bounding_box()
+        assert box["x"] + box["width"] <= 390
     assert page.locator("#theme").inner_text() == "Light"
     keep_picture(page, "report-narrow")
+
+
+def test_a_colour_means_one_thing(made: Any) -> None:
+    """Over all figures of the page, as drawn; grey is for what is no group."""
+    figures = json.loads(re.search(r'id="data">(.*?)</script>', made.path.read_text(), re.S)[1])["figures"]
+    kinds = {one.key: one.named or one.key for one in made.page.figures}
+    meanings: dict[str, set] = {}
+    colours: dict[tuple, set] = {}
+    for key, one in figures.items():
+        for trace in one["data"]:
+            marker, line = trace.get("marker", {}), trace.get("line", {})
+            colour = marker.get("color") or line.get("color")
+            if "name" in trace and isinstance(colour, str) and colour != GREY:
+                meanings.setdefault(colour, set()).add((kinds[key], trace["name"]))
+                colours.setdefault((kinds[key], trace["name"]), set()).add(colour)
+    assert len(meanings) > 10
+    assert {colour: names for colour, names in meanings.items() if len(names) > 1} == {}
+    assert {name: found for name, found in colours.items() if len(found) > 1} == {}
+
+
+def test_on_paper_nothing_is_left_out(made: Any, visit: Callable) -> None:
+    """Every row of every table and every figure, on sections of their own, in light colours; afterwards as before."""
+    page = visit(made.path.as_uri(), scheme="dark", width=1024)
+    page.wait_for_selector("html[data-ready=yes]")
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    page.emulate_media(media="print", color_scheme="dark")
+    page.set_viewport_size({"width": 690, "height": 900})
+    assert page.locator("[data-figure]:not([data-drawn])").count() == 0
+    for section in made.page.sections:
+        for block in section.blocks:
+            if isinstance(block, Table):
+                assert page.locator(f"[data-table='{block.key}'] tr.data").count() == len(block.rows)
+    wide = "all => all.filter((one) => one.scrollWidth > one.clientWidth + 1).map((one) => one.ariaLabel)"
+    assert page.eval_on_selector_all(".scroll", wide) == []
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert page.locator("details.folded").get_attribute("open") is not None
+    page.emulate_media(media="screen", color_scheme="dark")
+    page.evaluate("dispatchEvent(new Event('afterprint'))")
+    assert page.locator("[data-table=top-sums] tr.data").count() == 10
+    assert page.locator("details.folded").get_attribute("open") is None
 
 
 def test_keyboard_and_screen_reader(made: Any, visit: Callable) -> None:

@@ -1,6 +1,7 @@
 """`gradstore train --backend local` from problem files to a trained model."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,9 @@ def test_trains_and_goes_on(cli, files: Path) -> None:
     assert first[0] == 0, first[2]
     facts = json.loads(first[1])
     assert (facts["steps"], facts["rounds"]) == (4, 2)
+    assert re.search(
+        r"round 2 of 2: reward \d\.\d{3}, \d+ % of the problems with a signal, gradient norm \S+", first[2]
+    )
     store = gradstore.open(files / "run" / "store")
     assert facts["coverage"] == read_coverage(store.path)
     assert 0.8 < facts["coverage"]["gradient"] <= 1

@@ -6,7 +6,7 @@ import pytest
 
 import gradstore
 from gradstore import State
-from gradstore.demo.run import DemoSettings, run_demo, summary
+from gradstore.demo.run import DemoSettings, TimeLeft, best_of, conclusion, run_demo, summary
 from gradstore.engine import SELECTORS
 
 SMALL = DemoSettings(n_pool=400, n_benchmark=60, n_selected=40, n_rollouts=12)
@@ -53,3 +53,44 @@ def test_a_second_run_does_nothing_again(demo) -> None:
     again = run_demo(folder, 0, SMALL, lambda line: None)
     assert [gradstore.open(folder / "store").commit(name) for name in ("pool", "benchmark")] == commits
     assert again.shares == first.shares
+
+
+def test_the_conclusion_follows_from_the_numbers() -> None:
+    """Other numbers, other sentences; nobody who is best, and nobody who is worst, is named by accident."""
+
+    def row(family: float, broken: float, spread: float = 0.01) -> dict[str, list[float]]:
+        named = {"family": family, "broken": broken, "wrong_truth": broken / 2, "coin_flip": broken / 2}
+        return {kind: [share, spread] for kind, share in named.items()}
+
+    shares = {
+        "a": row(0.9, 0.2),
+        "b": row(0.6, 0.1),
+        "c": row(0.1, 0.0),
+        "rand": row(0.2, 0.4),
+        "(pool)": row(0.2, 0.4),
+    }
+    found = conclusion(shares)
+    assert found.startswith("Of the picks of a, 90.0 % are of the benchmark's family, of the pool 20.0 %.")
+    assert "Of the 2 selectors that mostly find this family, b takes the fewest broken rewards, 10.0 %" in found
+    assert "More of them" not in found
+    assert best_of(shares) == {"family": "a", "broken": "c", "wrong_truth": "c", "coin_flip": "c"}
+    assert "More of them than a random choice takes c." in conclusion({**shares, "c": row(0.1, 0.5)})
+    assert "More of them" not in conclusion({**shares, "c": row(0.1, 0.5, 0.2)})
+
+
+def test_the_time_left_follows_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing at first; then what is left of the seeds and of the run at the end, at the pace so far."""
+    clock = [0.0]
+    monkeypatch.setattr("gradstore.demo.run.time.monotonic", lambda: clock[0])
+    left = TimeLeft(3)
+    clock[0] = 28.0
+    assert left.after("target") == ""
+    assert left.after("rollouts of the pool") == "; about 5 min left"  # 28 s for 28 % of a seed, 2.97 seeds to go
+
+
+def test_every_line_says_which_seed(demo) -> None:
+    """A second run is quick, and its lines are those of the first."""
+    lines: list[str] = []
+    run_demo(demo[0], 0, SMALL, lines.append, called="seed 1 of 3")
+    assert len(lines) >= 5
+    assert all(line.startswith("seed 1 of 3: ") for line in lines)

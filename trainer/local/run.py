@@ -170,13 +170,15 @@ def train(
     *,
     resume: bool = False,
     on_step: Callable[[int], None] | None = None,
+    on_values: Callable[[int, Mapping[str, float]], None] | None = None,
     say: Callable[[str], None] = lambda line: None,
     loggers: Sequence[Logger] = (),
 ) -> RunReport:
     """Train with a selection before each round, and write the trained model.
 
     resume: go on with the run in `settings.out`; with the same settings it ends with the weights and picks of an
-    undisturbed run. on_step: called with the number of steps done. say: called with lines of commentary.
+    undisturbed run. on_step: called with the number of steps done. on_values: called with
+    the round and the metrics of each step. say: called with lines of commentary.
     loggers: receive the metrics, in addition to those that the settings name; they are closed at the end.
 
     RequestError for invalid settings or problems, for a folder that holds a run if `resume` is False, and for other
@@ -234,7 +236,7 @@ def train(
     write_yaml(written, filled)
     if policy.step:
         say(f"{out}: going on after step {policy.step}")
-    training.run(on_step)
+    training.run(on_step, on_values)
     network.save_pretrained(out / "model")
     tokenizer.save_pretrained(out / "model")
     first, last = _rewards(out / "metrics.jsonl")

@@ -97,8 +97,13 @@ class Training:
             self._restore()
         self.metrics = Metrics(folder, policy.step, log, loggers)
 
-    def run(self, after_step: Callable[[int], None] | None = None) -> None:
-        """Train until the last round. after_step: callback(number of steps done)."""
+    def run(
+        self,
+        after_step: Callable[[int], None] | None = None,
+        on_values: Callable[[int, Mapping[str, float]], None] | None = None,
+    ) -> None:
+        """Train until the last round. after_step: callback(number of steps done). on_values: callback(round, the step's
+        metrics), before after_step."""
         while self._round < self.settings.rounds:
             if not self._done:
                 started = time.monotonic()
@@ -111,7 +116,9 @@ class Training:
                 self.metrics.add("round", self.policy.step, about)
             batches = self._batches()
             for batch in batches[self._done :]:
-                self._step(batch)
+                values = self._step(batch)
+                if on_values:
+                    on_values(self._round, values)
                 every = self._save_every
                 if self._done == len(batches):
                     self._round, self._done = self._round + 1, 0
@@ -121,7 +128,7 @@ class Training:
                     after_step(self.policy.step)
         self.metrics.close()
 
-    def _step(self, batch: Sequence[tuple[str, int]]) -> None:
+    def _step(self, batch: Sequence[tuple[str, int]]) -> Mapping[str, float]:
         step, seed = self.policy.step, self.settings.seed
         started = time.monotonic()
         groups: list[Group] = []
@@ -158,6 +165,7 @@ class Training:
             "seconds_observe": time.monotonic() - updated,
         }
         self.metrics.add("step", self.policy.step, {"round": self._round, **values, **about, **seconds})
+        return values
 
     def _observes(self, step: int) -> bool:
         """Whether the rollouts of this step of the round become rows."""

@@ -22,6 +22,14 @@
       : value.toExponential(1).replace(/e([+-])(\d)$/, "e$10$2");
     return text.replaceAll("-", "−");
   };
+  // One precision for all values of a column; digits below 0: in powers of ten.
+  const exact = (value, kind, digits) => {
+    if (kind === "percent") return (100 * value).toFixed(digits).replaceAll("-", "−") + THIN + "%";
+    if (kind === "seconds") return value.toFixed(digits) + THIN + "s";
+    const text = digits < 0 ? (value === 0 ? "0" : value.toExponential(1).replace(/e([+-])(\d)$/, "e$10$2")) : value.toFixed(digits);
+    if (!/[1-9]/.test(text)) return text.replace("-", "");
+    return (kind === "signed" && value > 0 ? "+" : "") + text.replaceAll("-", "−");
+  };
   const forms = {
     integer: (value) => String(Math.trunc(value)).replace("-", "−").replace(/\B(?=(\d{3})+(?!\d))/g, THIN),
     number,
@@ -38,22 +46,28 @@
       return value.toFixed(1) + THIN + "TB";
     },
   };
-  const written = (value, kind) => value === null || value === undefined ? NONE : kind in forms ? forms[kind](value) : String(value);
+  const FIXED = new Set(["number", "signed", "percent", "seconds"]);
+  const written = (value, kind, digits = null) => value === null || value === undefined ? NONE
+    : digits !== null && FIXED.has(kind) ? exact(value, kind, digits) : kind in forms ? forms[kind](value) : String(value);
 
   window.written = written; // for whoever checks that both languages write numbers alike
+
+  // Whoever must do something when the window changes, and before and after printing.
+  const fits = [], prints = [];
+  let printing = false;
 
   // Tables -----------------------------------------------------------------------------------------------------------
   const compare = (a, b) => typeof a === "number" && typeof b === "number" ? a - b : String(a).localeCompare(String(b), "en", { numeric: true });
 
   function table(host) {
-    const { title, columns, rows, details } = data.tables[host.dataset.table];
-    const state = { first: 0, column: -1, down: false, words: "" };
-    const body = make("tbody"), where = make("span", { class: "where", "aria-live": "polite" });
+    const { title, columns, rows, details, faint } = data.tables[host.dataset.table];
+    const state = { first: 0, column: -1, down: false, words: "", size: PAGE };
+    const body = make("tbody", { role: "rowgroup" }), where = make("span", { class: "where", "aria-live": "polite" });
     const back = make("button", { type: "button", "aria-label": `Previous rows of ${title}` }, "Previous");
     const on = make("button", { type: "button", "aria-label": `Next rows of ${title}` }, "Next");
     const heads = columns.map((column, j) => {
       const button = make("button", { type: "button" }, column.name);
-      const head = make("th", { scope: "col", class: RIGHT.has(column.kind) ? "right" : "" }, button);
+      const head = make("th", { scope: "col", role: "columnheader", class: RIGHT.has(column.kind) ? "right" : "" }, button);
       button.addEventListener("click", () => {
         state.down = state.column === j ? !state.down : RIGHT.has(column.kind);
         state.column = j; state.first = 0; draw();
@@ -81,24 +95,24 @@
         if (j === state.column) head.setAttribute("aria-sort", state.down ? "descending" : "ascending");
         else head.removeAttribute("aria-sort");
       });
-      body.replaceChildren(...order.slice(state.first, state.first + PAGE).flatMap((i) => line(i)));
+      body.replaceChildren(...order.slice(state.first, state.first + state.size).flatMap((i) => line(i)));
       if (!order.length) body.append(make("tr", {}, make("td", { colspan: String(columns.length + (details ? 1 : 0)) }, "Nothing matches.")));
-      const last = Math.min(state.first + PAGE, order.length);
+      const last = Math.min(state.first + state.size, order.length);
       where.textContent = order.length ? `${forms.integer(state.first + 1)}–${forms.integer(last)} of ${forms.integer(order.length)}` : "0";
       back.disabled = state.first === 0; on.disabled = last >= order.length;
     }
     function line(i) {
-      const cells = columns.map((column, j) => cell(rows[i][j], column.kind, j === 0));
-      const row = make("tr", { class: "data" }, ...cells);
+      const cells = columns.map((column, j) => cell(rows[i][j], column, j === 0, faint && faint[i].includes(j)));
+      const row = make("tr", { class: "data", role: "row" }, ...cells);
       if (!details) return [row];
       const button = make("button", { type: "button", "aria-expanded": "false", "aria-label": `Open ${rows[i][1] ?? rows[i][0]}` }, "+");
-      const under = make("tr", { class: "detail", hidden: "" }, make("td", { colspan: String(columns.length + 1) }));
+      const under = make("tr", { class: "detail", role: "row", hidden: "" }, make("td", { role: "cell", colspan: String(columns.length + 1) }));
       button.addEventListener("click", () => {
         const open = under.hidden;
         under.hidden = !open; button.textContent = open ? "−" : "+"; button.setAttribute("aria-expanded", String(open));
         if (open && !under.firstChild.hasChildNodes()) under.firstChild.append(...detail(details[i]));
       });
-      row.prepend(make("td", { class: "open" }, button));
+      row.prepend(make("td", { class: "open", role: "cell" }, button));
       return [row, under];
     }
     back.addEventListener("click", () => { state.first -= PAGE; draw(); });
@@ -109,19 +123,37 @@
       search.addEventListener("input", () => { state.words = search.value.toLowerCase(); state.first = 0; draw(); });
       tools.append(search, back, on, where);
     }
-    const opener = details ? [make("td", { class: "open" }, make("span", { class: "aside" }, "Open"))] : [];
-    const whole = make("table", {}, make("caption", { class: "aside" }, title), make("thead", {}, make("tr", {}, ...opener, ...heads)), body);
+    const opener = details ? [make("td", { class: "open", role: "cell" }, make("span", { class: "aside" }, "Open"))] : [];
+    const head = make("thead", { role: "rowgroup" }, make("tr", { role: "row" }, ...opener, ...heads));
+    const whole = make("table", { role: "table" }, make("caption", { class: "aside" }, title), head, body);
     draw();
-    host.replaceChildren(...(rows.length > PAGE ? [tools] : []), make("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": title }, whole));
+    host.replaceChildren(...(rows.length > PAGE ? [tools] : []), make("div", { class: "scroll", role: "region", "aria-label": title }, whole));
+    // A table that is wider than its place becomes a list of its rows, each with the names of its values.
+    const fit = () => {
+      if (printing || !host.offsetParent) return;
+      host.classList.remove("stacked");
+      host.classList.toggle("stacked", whole.scrollWidth > whole.parentElement.clientWidth + 1);
+    };
+    fits.push(fit); fit();
+    let kept = null;
+    prints.push((begins) => {
+      if (begins) { kept = { ...state }; state.first = 0; state.size = rows.length; state.words = ""; host.classList.remove("stacked"); }
+      else if (kept) Object.assign(state, kept);
+      draw();
+      if (!begins) fit();
+    });
+    back.addEventListener("click", fit); on.addEventListener("click", fit);
   }
 
-  function cell(value, kind, first) {
-    const right = RIGHT.has(kind);
-    const classes = [right ? "right" : "", kind === "id" ? "id" : "", kind === "signed" && value > 0 ? "up" : kind === "signed" && value < 0 ? "down" : ""];
-    const text = written(value, kind);
+  function cell(value, { name, kind, digits }, first, faint) {
+    const right = RIGHT.has(kind), text = written(value, kind, digits);
+    const signs = kind === "signed" && /[1-9]/.test(text);
+    const classes = [right ? "right" : "", kind === "id" ? "id" : "", faint ? "faint" : signs && value > 0 ? "up" : signs && value < 0 ? "down" : ""];
     if (kind === "text") classes.push(text.length > 40 ? "long" : text.length <= 20 ? "short" : "");
     const content = !right && text.length > 60 ? make("span", { class: "clip", title: text.slice(0, 400) }, text) : text;
-    return make(first && !right ? "th" : "td", first && !right ? { class: classes.join(" ").trim(), scope: "row" } : { class: classes.join(" ").trim() }, content);
+    const about = { class: classes.filter(Boolean).join(" "), "data-name": name };
+    if (faint) about.title = "within its noise";
+    return first && !right ? make("th", { ...about, scope: "row", role: "rowheader" }, content) : make("td", { ...about, role: "cell" }, content);
   }
 
   function detail(found) {
@@ -138,6 +170,7 @@
 
   // Figures ----------------------------------------------------------------------------------------------------------
   const dark = () => {
+    if (printing) return false;
     const set = document.documentElement.dataset.theme;
     return set ? set === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
   };
@@ -150,7 +183,7 @@
       hoverlabel: { bgcolor: colour("--card"), bordercolor: colour("--line"), font: { color: colour("--ink") }, align: "left" },
     };
   };
-  const options = { responsive: true, displaylogo: false, showSendToCloud: false, modeBarButtonsToRemove: ["sendChartToCloud", "sendDataToCloud", "lasso2d", "select2d", "autoScale2d"] };
+  const options = { responsive: true, displayModeBar: matchMedia("(hover: hover) and (min-width: 700px)").matches ? "hover" : false, displaylogo: false, showSendToCloud: false, modeBarButtonsToRemove: ["sendChartToCloud", "sendDataToCloud", "lasso2d", "select2d", "autoScale2d"] };
   const drawn = new Set();
   function plot(host) {
     const { data: traces, layout } = data.figures[host.dataset.figure];
@@ -164,11 +197,32 @@
     for (const entry of entries) if (entry.isIntersecting) { sight.unobserve(entry.target); plot(entry.target); }
   }, { rootMargin: "300px" });
   for (const host of hosts) sight.observe(host);
-  addEventListener("beforeprint", () => { for (const host of hosts) if (!drawn.has(host)) { sight.unobserve(host); plot(host); } });
+  // Paper: whole tables, figures as wide as the page in light colours, what is folded opened; then everything back.
+  const PAPER = 640, root = document.documentElement;
+  addEventListener("beforeprint", () => {
+    printing = true; root.classList.add("printing");
+    for (const one of document.querySelectorAll("details.folded")) { one.dataset.was = one.open ? "open" : ""; one.open = true; }
+    for (const host of document.querySelectorAll("[data-table]")) if (!host.hasChildNodes() && !host.closest("details.numbers")) table(host);
+    for (const one of prints) one(true);
+    for (const host of hosts) {
+      sight.unobserve(host); drawn.add(host);
+      const { data: traces, layout } = data.figures[host.dataset.figure];
+      Plotly.react(host, traces, { ...themed(layout), width: PAPER, height: host.clientHeight || 380 }, { ...options, responsive: false, displayModeBar: false });
+      host.dataset.drawn = "yes";
+    }
+  });
+  addEventListener("afterprint", () => {
+    printing = false; root.classList.remove("printing");
+    for (const one of document.querySelectorAll("details.folded")) one.open = one.dataset.was === "open";
+    for (const one of prints) one(false);
+    for (const host of hosts) { Plotly.purge(host); plot(host); }
+  });
+  let waits = 0;
+  addEventListener("resize", () => { clearTimeout(waits); waits = setTimeout(() => { for (const fit of fits) fit(); }, 100); });
 
   for (const host of document.querySelectorAll("[data-table]")) {
     const around = host.closest("details");
-    if (around) around.addEventListener("toggle", () => { if (!host.hasChildNodes()) table(host); });
+    if (around) around.addEventListener("toggle", () => { if (!host.hasChildNodes()) table(host); else for (const fit of fits) fit(); });
     else table(host);
   }
 
