@@ -167,8 +167,10 @@ def differences(one: Any, other: Any) -> dict[str, tuple[Any, Any]]:
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
-MOST_YAML_BYTES = 1 << 24
-"""Largest file that is taken for settings."""
+MOST_YAML_BYTES = 1 << 20
+"""Largest file that is taken for settings: PyYAML reads about a megabyte a second."""
+MOST_YAML_DEPTH = 50
+"""Deepest nesting of settings."""
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -269,7 +271,24 @@ def _loader() -> Any:
     import yaml
 
     class Loader(yaml.SafeLoader):
-        """Refuses a name given twice, of which PyYAML would take the last."""
+        """Refuses a name given twice, of which PyYAML would take the last, references, and deep nesting."""
+
+        depth = 0
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            event = self.peek_event()
+            if isinstance(event, yaml.AliasEvent):
+                raise yaml.MarkedYAMLError(
+                    problem=f"*{event.anchor}: references are not taken", problem_mark=event.start_mark
+                )
+            if self.depth >= MOST_YAML_DEPTH:
+                raise yaml.MarkedYAMLError(
+                    problem=f"nested more than {MOST_YAML_DEPTH} deep", problem_mark=event.start_mark
+                )
+            self.depth += 1
+            node = super().compose_node(parent, index)
+            self.depth -= 1
+            return node
 
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
             seen: set[Any] = set()

@@ -227,7 +227,8 @@ def test_differences() -> None:
         ("", "holds no settings"),
         ("\tx: 1", "is not YAML: line 1: "),
         ("a: \x00", "is not YAML: "),
-        ("[" * 5000, "is not YAML: "),
+        ("[" * 100_000, "is not YAML: line 1: nested more than 50 deep"),
+        ("a: &x [1]\nb: *x\n", "is not YAML: line 2: *x: references are not taken"),
         ("{[1]: 2}", "is not YAML: line 1: "),
     ],
 )
