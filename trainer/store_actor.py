@@ -16,7 +16,7 @@ Imports no torch: neither the owner nor a caller needs a model.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -110,7 +110,7 @@ class StoreOwner:
         """As `engine.target`."""
         return target(self._open(), benchmark, at)
 
-    def _open(self, mode: str = "r") -> Store:
+    def _open(self, mode: Literal["r", "a"] = "r") -> Store:
         return gradstore.open(self._settings.store, mode)
 
 
