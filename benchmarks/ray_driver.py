@@ -48,9 +48,9 @@ class Line:
 class Driver:
     """What the driver needs, in seconds; `Line`s for parts that have a cost per window."""
 
-    index: Line
-    """The pass that checks a rollout file, before anything is computed."""
-    read: Line
+    index: dict[str, Line]
+    """The pass that checks a rollout file, before anything is computed; by the file's suffix."""
+    read: dict[str, Line]
     """Read a problem's group again; twice: for the checks of `collect`, and for the workers."""
     submit: Line
     take: Line
@@ -77,26 +77,32 @@ def measured(folder: Path, dim: int) -> Driver:
 
     tokenizer = make_tokenizer()
     made = {n: list(random_rollouts(n, len(tokenizer))) for n in (1, 8)}
-    files = {n: folder / f"rollouts-{n}.jsonl" for n in made}
 
-    def write(n: int) -> None:
-        with write_rollouts(files[n]) as writer:
+    def file(n: int, suffix: str = ".jsonl") -> Path:
+        return folder / f"rollouts-{n}{suffix}"
+
+    def write(n: int, suffix: str = ".jsonl") -> None:
+        with write_rollouts(file(n, suffix)) as writer:
             writer.append(made[n])
 
     def decode(n: int) -> None:
         for rollout in made[n]:
             text_of(tokenizer, rollout.response_ids.tolist(), skip_special_tokens=True)
 
-    decoded, written = _line(decode), _line(write)
-    index, read = _line(lambda n: read_rollouts(files[n])), _line(lambda n: list(read_rollouts(files[n]).groups()))
-    source = read_rollouts(files[8])
+    decoded, written, index, read = _line(decode), _line(write), {}, {}
+    for suffix in (".jsonl", ".parquet"):
+        for n in made:
+            write(n, suffix)
+        sources = {n: read_rollouts(file(n, suffix)) for n in made}
+        index[suffix] = _line(lambda n, suffix=suffix: read_rollouts(file(n, suffix)))
+        read[suffix] = _line(lambda n, sources=sources: list(sources[n].groups()))
+    source = read_rollouts(file(8))
     submit, take = _through_ray(list(source.groups()), dim)
     append, publish, publish_per_row, row_bytes = _through_store(folder, dim)
     sent = sum(sum(r.nbytes for r in g.responses) + sum(p.nbytes for p in g.logprobs or ()) for g in source.groups())
-    read = Line(max(0.0, read.window - index.window), max(0.0, read.problem - index.problem))
     return Driver(
         index, read, submit, take, append, publish, publish_per_row, decoded, written,
-        files[8].stat().st_size / 8, sent / 8, row_bytes,
+        file(8).stat().st_size / 8, sent / 8, row_bytes,
     )  # fmt: skip
 
 
@@ -201,6 +207,14 @@ def _publication(writer: Writer, batch: SketchBatch) -> float:
         writer.publish()
         taken.append(time.perf_counter() - started)
     return float(np.median(taken))
+
+
+def slowness(source: RolloutSource) -> float:
+    """Seconds by the clock for a second of this thread's processor time, reading groups now: 1 on an idle machine."""
+    started, used = time.perf_counter(), time.thread_time()
+    for _ in range(6):
+        list(source.groups())
+    return (time.perf_counter() - started) / (time.thread_time() - used)
 
 
 def sleeping_run(

@@ -22,8 +22,18 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks.ray_driver import PROMPT, ROLLOUTS, TOKENS, Driver, Sleeping, measured, random_rollouts, sleeping_run
-from benchmarks.simulation import Job, Outcome, simulate
+from benchmarks.ray_driver import (
+    PROMPT,
+    ROLLOUTS,
+    TOKENS,
+    Driver,
+    Sleeping,
+    measured,
+    random_rollouts,
+    sleeping_run,
+    slowness,
+)
+from benchmarks.simulation import Job, simulate
 from gradstore.cli.show import duration, print_line, print_table
 from gradstore.engine.cluster.pool import Pool, Window
 from gradstore.engine.cluster.ray_start import connected
@@ -34,7 +44,8 @@ from gradstore.wording import size
 
 RUNS = (("Qwen2.5-1.5B", 1), ("Qwen3-8B", 8), ("Qwen3-30B-A3B", 16))
 POOLS = (10_000, 100_000, 1_000_000)
-WORKERS = (1, 8, 64, 256)
+LAYOUTS = ((1, 1), (8, 1), (64, 1), (64, 8), (256, 32))
+"""GPUs, and shards that they work on: each has a driver and a store of its own (docs/shards.md)."""
 GRADED = 1300
 """Answers of mathematics that one core grades in a second: `python -m benchmarks.rewards`, docs/benchmarks.md."""
 SPREAD = 0.2
@@ -93,14 +104,15 @@ def plan_table() -> None:
 
 def driver_table(driver: Driver) -> None:
     parts = {
-        "collect: check the file (before the first window)": driver.index,
-        "collect: read a group (once before, once for the workers)": driver.read,
+        "collect: check the file (before the first window), JSON Lines": driver.index[".jsonl"],
+        "the same, Parquet": driver.index[".parquet"],
+        "collect: read a group (once before, once for the workers), JSON Lines": driver.read[".jsonl"],
+        "the same, Parquet ": driver.read[".parquet"],
         "collect: hand out a window": driver.submit,
         "collect: take a result": driver.take,
         "collect: append rows": driver.append,
         "rollout: decode responses": driver.decode,
         "rollout: write rows": driver.write,
-        "rollout: the report reads the file (at the end)": driver.index,
     }
     rows = [[name, f"{line.window * 1e3:.2f}", f"{line.problem * 1e3:.2f}"] for name, line in parts.items()]
     rows.append(["collect: publish, every 5 s", f"{driver.publish * 1e3:.1f} each", ""])
@@ -122,8 +134,8 @@ def check_table(folder: Path, driver: Driver, dim: int, n_windows: int = 64, n_p
     with write_rollouts(path) as writer:
         writer.append(random_rollouts(8, 14))
     source, rows = read_rollouts(path), []
-    costs = {
-        "submit": {"reading": n_problems * driver.read.problem, "Ray": driver.submit(n_problems)},
+    costs: dict[str, Any] = {
+        "submit": {"reading": n_problems * driver.read[".jsonl"].problem, "Ray": driver.submit(n_problems)},
         "take": {"Ray": driver.take(n_problems)},
         "use": {"store": driver.append(n_problems)},
     }
@@ -133,22 +145,29 @@ def check_table(folder: Path, driver: Driver, dim: int, n_windows: int = 64, n_p
                 warm = [Window((list(source.groups())[:1], 0.2), 1, "warm") for _ in range(4 * workers)]
                 list(pool.map(warm))
                 for work in (0.4, 0.1, 0.0):
-                    to = folder / f"check-{work}-{workers}"
+                    to, slow = folder / f"check-{work}-{workers}", slowness(source)
                     took, used = sleeping_run(to, source, pool, work, n_windows, n_problems, dim)
+                    slow = (slow + slowness(source)) / 2
                     job = Job(windows=n_windows, work=work, **costs)
-                    found = simulate(job, workers)
+                    busy = {when: {what: slow * cost for what, cost in parts.items()} for when, parts in costs.items()}
+                    found = simulate(Job(windows=n_windows, work=work, **busy), workers)
                     rows.append(
                         [f"{work * 1e3:.0f}", str(workers), f"{used * 1e3:.0f}", f"{job.driver * 1e3:.0f}",
-                         f"{took:.2f}", f"{found.seconds:.2f}", f"{took / found.seconds:.2f}"]
+                         f"{slow:.1f}", f"{took:.2f}", f"{found.seconds:.2f}", f"{took / found.seconds:.2f}"]
                     )  # fmt: skip
-    columns = ["ms of work", "workers", "driver, ms a window", "by table 2", "measured s", "simulated s", "ratio"]
+    columns = ["ms of work", "workers", "driver, ms a window", "by table 2", "slowed by others", "measured s",
+               "simulated s", "ratio"]  # fmt: skip
     print_table(f"3. {n_windows} windows of {n_problems} problems, workers that sleep", columns, rows, right=columns)
+    print_line(
+        "Slowed by others: seconds by the clock for a second of the driver's processor time, measured before and after "
+        "each run; the simulation's driver is slower by this."
+    )
 
 
 # The simulation
 
 
-def collecting(driver: Driver, name: str, n_pool: int) -> tuple[Job, int, float]:
+def collecting(driver: Driver, name: str, n_pool: int, suffix: str) -> tuple[Job, int, float]:
     """`collect --ray`: the job, problems of a window, and the driver's seconds before the first window."""
     found = planned(name, n_pool, 1)
     stage = next(stage for stage in found.stages if stage.name == "sketches")
@@ -158,18 +177,18 @@ def collecting(driver: Driver, name: str, n_pool: int) -> tuple[Job, int, float]
         windows=-(-n_pool // n),
         work=stage.seconds / n_pool * n,
         spread=SPREAD,
-        submit={"reading rollouts": n * driver.read.problem, "Ray": driver.submit(n)},
+        submit={"reading rollouts": n * driver.read[suffix].problem, "Ray": driver.submit(n)},
         take={"Ray": driver.take(n)},
         use={"store": driver.append(n)},
         publish=driver.publish + n_pool / 2 * driver.publish_per_row,
         sent=n * driver.sent_bytes,
         returned=n * driver.row_bytes * 4,
     )
-    return job, n, n_pool * (driver.index.problem + driver.read.problem)
+    return job, n, n_pool * (driver.index[suffix].problem + driver.read[suffix].problem)
 
 
 def rolling_out(driver: Driver, name: str, n_pool: int, graders: int) -> tuple[Job, int, float]:
-    """`rollout --ray` with vLLM and mathematics: the same, and the driver's seconds after the last window."""
+    """`rollout --ray` with vLLM and mathematics; the driver does nothing alone."""
     found = planned(name, n_pool, 1)
     stage = next(stage for stage in found.stages if stage.name == "rollouts, vllm")
     n = BLOCK
@@ -187,63 +206,61 @@ def rolling_out(driver: Driver, name: str, n_pool: int, graders: int) -> tuple[J
         sent=n * 8.0 * PROMPT,
         returned=n * driver.sent_bytes,
     )
-    return job, n, n_pool * driver.index.problem
+    return job, n, 0.0
 
 
 def simulation_tables(driver: Driver, link: float, graders: int) -> None:
-    rows, limits = [], []
+    rows, limits, n_pool = [], [], POOLS[-1]
     for name, _ in RUNS:
-        for kind in ("rollout", "collect"):
-            n_pool = POOLS[-1]
-            made = collecting(driver, name, n_pool) if kind == "collect" else rolling_out(driver, name, n_pool, graders)
+        for kind, made in {
+            "rollout": rolling_out(driver, name, n_pool, graders),
+            "collect": collecting(driver, name, n_pool, ".jsonl"),
+            "collect, Parquet": collecting(driver, name, n_pool, ".parquet"),
+        }.items():
             job, n, alone = made
-            for workers in WORKERS:
-                found = simulate(_shortened(job, workers), workers, link, latency=LATENCY)
-                rows.append([name, kind, str(workers), *_columns(job, workers, found, alone)])
-            parts: dict[str, float] = {}
-            for where in (job.submit, job.take, job.use):
-                for part, seconds in where.items():
-                    parts[part] = parts.get(part, 0.0) + seconds
-            first = max(parts, key=lambda part: parts[part])
-            full = job.work / job.driver
-            bandwidth = job.work * link / max(job.sent, job.returned)
-            limits.append(
-                [name, kind, str(n), f"{job.work:.1f}", f"{job.driver * 1e3:.0f}", f"{full:,.0f}",
-                 f"{first} ({parts[first] / job.driver:.0%})", f"{bandwidth:,.0f}", duration(alone)]
-            )  # fmt: skip
-    columns = [
-        "model",
-        "command",
-        "GPUs",
-        "time",
-        "of which alone",
-        "x one GPU",
-        "GPUs busy",
-        "driver busy",
-        "link busy",
-    ]
+            for gpus, shards in LAYOUTS:
+                rows.append([name, kind, str(gpus), str(shards), *_columns(job, gpus, shards, link, alone)])
+            limits.append([name, kind, str(n), *_limits(job, link), duration(alone)])
+    shares = [f"{what} busy" for what in ("GPUs", "driver", "link")]
+    columns = ["model", "command", "GPUs", "shards", "time", "alone", "x one GPU", *shares]
     title = f"4. Simulated: 1M problems, one GPU per worker, {link * 8e-9:.0f} Gbit/s, {graders} cores for rewards"
     print_table(title, columns, rows, right=columns[2:])
-    columns = ["model", "command", "problems a window", "GPU s a window", "driver ms a window", "driver full at", "by",
-               "link full at", "driver alone"]  # fmt: skip
-    print_table("What gives way first: numbers of GPUs", columns, limits, right=["driver full at", "link full at"])
+    window = [f"{what} a window" for what in ("problems", "GPU s", "driver ms")]
+    full = ["driver full at", "by", "without it at", "link full at"]
+    columns = ["model", "command", *window, *full, "alone"]
+    right = [name for name in columns[2:-1] if name != "by"]
+    print_table("5. What gives way first: GPUs of one driver", columns, limits, right=right)
     print_line(
-        "Driver alone: seconds of one thread before the first window (`collect` checks its file, then its groups) or "
-        "after the last (`rollout` reads its file for the report), while no GPU works."
+        "Alone: one thread of each driver works and no GPU does: before the first window `collect` checks its file, "
+        "then its groups. Without it: if what takes most of the driver's time took none. Merging shards is not counted."
     )
 
 
-def _shortened(job: Job, workers: int) -> Job:
-    """At most so many windows that the end of the run is still a small part; the rest is in proportion."""
-    return replace(job, windows=min(job.windows, max(4000, 60 * workers)))
-
-
-def _columns(job: Job, workers: int, found: Outcome, alone: float) -> list[str]:
-    computing = found.seconds * job.windows / min(job.windows, max(4000, 60 * workers))
-    one = job.work * job.windows + alone
+def _limits(job: Job, link: float) -> list[str]:
+    parts: dict[str, float] = {}
+    for where in (job.submit, job.take, job.use):
+        for part, seconds in where.items():
+            parts[part] = parts.get(part, 0.0) + seconds
+    first = max(parts, key=lambda part: parts[part])
     return [
-        duration(computing + alone), duration(alone), f"{one / (computing + alone):.1f}", f"{found.workers_busy:.0%}",
-        f"{found.driver_busy:.0%}", f"{found.link_busy:.0%}",
+        f"{job.work:.1f}", f"{job.driver * 1e3:.0f}", f"{job.work / job.driver:,.0f}",
+        f"{first} ({parts[first] / job.driver:.0%})", f"{job.work / (job.driver - parts[first]):,.0f}",
+        f"{job.work * link / max(job.sent, job.returned):,.0f}",
+    ]  # fmt: skip
+
+
+def _columns(job: Job, gpus: int, shards: int, link: float, alone: float) -> list[str]:
+    """Simulate one shard. At most so many windows that the end of the run is still a small part; the rest is in
+    proportion."""
+    workers, windows = gpus // shards, job.windows / shards
+    short = replace(job, windows=int(min(windows, max(4000, 60 * workers))))
+    found = simulate(short, workers, link, latency=LATENCY)
+    whole = found.seconds * windows / short.windows + alone / shards
+    computing = (whole - alone / shards) / whole
+    return [
+        duration(whole), duration(alone / shards), f"{(job.work * job.windows + alone) / whole:.1f}",
+        f"{found.workers_busy * computing:.0%}", f"{found.driver_busy * computing + 1 - computing:.0%}",
+        f"{found.link_busy * computing:.0%}",
     ]  # fmt: skip
 
 
