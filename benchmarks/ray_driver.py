@@ -15,7 +15,6 @@ import numpy as np
 import gradstore
 from gradstore import State, Writer
 from gradstore.engine.cluster.pool import Pool, Window
-from gradstore.engine.cluster.ray_start import connected
 from gradstore.engine.rollouts.group import Group
 from gradstore.engine.rollouts.rollout import Rollout
 from gradstore.engine.rollouts.source import RolloutSource, read_rollouts
@@ -71,7 +70,7 @@ class Driver:
 
 
 def measured(folder: Path, dim: int) -> Driver:
-    """Measure all parts on this machine; what a window costs is found from windows of 1 and of 8 problems."""
+    """Measure all parts on this machine, with Ray initialised; a window's costs follow from windows of 1 and 8 problems."""
     from gradstore.demo.pretrain import make_tokenizer
     from gradstore.engine.rollouts.tokens import text_of
 
@@ -171,13 +170,12 @@ def _batch(ids: Sequence[str], dim: int) -> SketchBatch:
 def _through_ray(groups: Sequence[Group], dim: int, n_windows: int = 150) -> tuple[Line, Line]:
     """The driver's seconds to hand out windows and to take results, with a worker that does nothing."""
     submitting, taking = {}, {}
-    with connected("local", 4, object_store=500 << 20):
-        for n in (1, 8):
-            with _TimedPool(Sleeping(dim), workers=1) as pool:
-                list(pool.map(Window((groups[:n],), n, "warm") for _ in range(10)))
-                pool.submitting = pool.taking = 0.0
-                list(pool.map(Window((groups[:n],), n, "timed") for _ in range(n_windows)))
-            submitting[n], taking[n] = pool.submitting / n_windows, pool.taking / n_windows
+    for n in (1, 8):
+        with _TimedPool(Sleeping(dim), workers=1) as pool:
+            list(pool.map(Window((groups[:n],), n, "warm") for _ in range(10)))
+            pool.submitting = pool.taking = 0.0
+            list(pool.map(Window((groups[:n],), n, "timed") for _ in range(n_windows)))
+        submitting[n], taking[n] = pool.submitting / n_windows, pool.taking / n_windows
     return Line.through(submitting), Line.through(taking)
 
 

@@ -63,7 +63,7 @@ def main(
 ) -> None:
     """Print the tables."""
     plan_table()
-    with tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory() as temporary, connected("local", 4, object_store=500 << 20):
         folder = Path(temporary)
         driver = measured(folder, dim)
         driver_table(driver)
@@ -139,22 +139,21 @@ def check_table(folder: Path, driver: Driver, dim: int, n_windows: int = 64, n_p
         "take": {"Ray": driver.take(n_problems)},
         "use": {"store": driver.append(n_problems)},
     }
-    with connected("local", 4, object_store=500 << 20):
-        for workers in (1, 2, 4):
-            with Pool(Sleeping(dim), workers=workers) as pool:
-                warm = [Window((list(source.groups())[:1], 0.2), 1, "warm") for _ in range(4 * workers)]
-                list(pool.map(warm))
-                for work in (0.4, 0.1, 0.0):
-                    to, slow = folder / f"check-{work}-{workers}", slowness(source)
-                    took, used = sleeping_run(to, source, pool, work, n_windows, n_problems, dim)
-                    slow = (slow + slowness(source)) / 2
-                    job = Job(windows=n_windows, work=work, **costs)
-                    busy = {when: {what: slow * cost for what, cost in parts.items()} for when, parts in costs.items()}
-                    found = simulate(Job(windows=n_windows, work=work, **busy), workers)
-                    rows.append(
-                        [f"{work * 1e3:.0f}", str(workers), f"{used * 1e3:.0f}", f"{job.driver * 1e3:.0f}",
-                         f"{slow:.1f}", f"{took:.2f}", f"{found.seconds:.2f}", f"{took / found.seconds:.2f}"]
-                    )  # fmt: skip
+    for workers in (1, 2, 4):
+        with Pool(Sleeping(dim), workers=workers) as pool:
+            warm = [Window((list(source.groups())[:1], 0.2), 1, "warm") for _ in range(4 * workers)]
+            list(pool.map(warm))
+            for work in (0.4, 0.1, 0.0):
+                to, slow = folder / f"check-{work}-{workers}", slowness(source)
+                took, used = sleeping_run(to, source, pool, work, n_windows, n_problems, dim)
+                slow = (slow + slowness(source)) / 2
+                job = Job(windows=n_windows, work=work, **costs)
+                busy = {when: {what: slow * cost for what, cost in parts.items()} for when, parts in costs.items()}
+                found = simulate(Job(windows=n_windows, work=work, **busy), workers)
+                rows.append(
+                    [f"{work * 1e3:.0f}", str(workers), f"{used * 1e3:.0f}", f"{job.driver * 1e3:.0f}",
+                     f"{slow:.1f}", f"{took:.2f}", f"{found.seconds:.2f}", f"{took / found.seconds:.2f}"]
+                )  # fmt: skip
     columns = ["ms of work", "workers", "driver, ms a window", "by table 2", "slowed by others", "measured s",
                "simulated s", "ratio"]  # fmt: skip
     print_table(f"3. {n_windows} windows of {n_problems} problems, workers that sleep", columns, rows, right=columns)

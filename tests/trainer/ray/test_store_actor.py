@@ -16,6 +16,7 @@ from gradstore import FingerprintError, RequestError, State
 from gradstore.engine import select, target
 from gradstore.engine.sketches.spec import SketchBatch
 from gradstore.errors import GradstoreError
+from gradstore.trainer.feed import OwnerFeed
 from gradstore.trainer.sampling.backends import derived_seed
 from gradstore.trainer.store_actor import NAMESPACE, Owner, OwnerSettings, StoreOwner, connect, start
 
@@ -99,6 +100,23 @@ def test_wrong_requests(settings: OwnerSettings) -> None:
         owner.push("pool", _batch(1, ("nobody",)), 2, SAME)
     with pytest.raises(RequestError, match="has no collection 'none'"):
         StoreOwner(OwnerSettings(store=settings.store, selected=4, pool="none")).check()
+
+
+def test_a_feed_of_an_owner_goes_on_where_it_was(settings: OwnerSettings) -> None:
+    """Each choice is a round; a feed that is loaded, and another trainer's, draw the same."""
+    owner, ids = StoreOwner(settings), [f"p{i}" for i in range(8)]
+    feed = OwnerFeed(owner, ids, draws=8)
+    first = feed.draw(5)
+    assert set(first) <= set(_directly(settings, 0))
+    state = feed.state_dict()
+    later = feed.draw(9)
+    assert sorted([*first, *later[:3]]) == sorted(2 * _directly(settings, 0))
+    again = OwnerFeed(owner, ids, draws=8)
+    again.load_state_dict(state)
+    assert again.draw(9) == later
+    assert OwnerFeed(StoreOwner(settings), ids, draws=8).draw(14) == [*first, *later]
+    with pytest.raises(RequestError, match="which this trainer does not have"):
+        OwnerFeed(owner, ["p0"], draws=8).draw(1)
 
 
 class _Caller:
