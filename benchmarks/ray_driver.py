@@ -70,7 +70,7 @@ class Driver:
 
 
 def measured(folder: Path, dim: int) -> Driver:
-    """Measure all parts on this machine, with Ray initialised; a window's costs follow from windows of 1 and 8 problems."""
+    """Measure all parts on this machine. Ray must be initialised. A window's own cost follows from 1 and 8 problems."""
     from gradstore.demo.pretrain import make_tokenizer
     from gradstore.engine.rollouts.tokens import text_of
 

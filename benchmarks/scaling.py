@@ -52,6 +52,8 @@ SPREAD = 0.2
 """Assumed: standard deviation of the logarithm of a window's work."""
 LATENCY = 0.001
 """Assumed: seconds of a message between machines."""
+CHECKED = (64, 4)
+"""Windows and problems of a window in the check."""
 WINDOW_TOKENS, WINDOW_PROBLEMS = 16, 256
 """Bounds of a window of `collect`: micro-batches of tokens, and problems (engine/sketches/collector.py)."""
 
@@ -66,8 +68,16 @@ def main(
     with tempfile.TemporaryDirectory() as temporary, connected("local", 4, object_store=500 << 20):
         folder = Path(temporary)
         driver = measured(folder, dim)
-        driver_table(driver)
-        check_table(folder, driver, dim)
+        checks = checked(folder, driver, dim)
+    driver_table(driver)
+    columns = ["ms of work", "workers", "driver, ms a window", "by table 2", "slowed by others", "measured s",
+               "simulated s", "ratio"]  # fmt: skip
+    title = f"3. {CHECKED[0]} windows of {CHECKED[1]} problems, workers that sleep"
+    print_table(title, columns, checks, right=columns)
+    print_line(
+        "Slowed by others: seconds by the clock for a second of the driver's processor time, measured before and after "
+        "each run; the simulation's driver is slower by this."
+    )
     simulation_tables(driver, link * 1e9 / 8, graders)
 
 
@@ -128,9 +138,9 @@ def driver_table(driver: Driver) -> None:
 # The check
 
 
-def check_table(folder: Path, driver: Driver, dim: int, n_windows: int = 64, n_problems: int = 4) -> None:
-    """Runs with sleeping workers, against the simulation of them with the costs of table 2."""
-    path = folder / "check.jsonl"
+def checked(folder: Path, driver: Driver, dim: int) -> list[list[str]]:
+    """Runs with sleeping workers, against the simulation of them with the costs of table 2: rows of a table."""
+    path, (n_windows, n_problems) = folder / "check.jsonl", CHECKED
     with write_rollouts(path) as writer:
         writer.append(random_rollouts(8, 14))
     source, rows = read_rollouts(path), []
@@ -154,13 +164,7 @@ def check_table(folder: Path, driver: Driver, dim: int, n_windows: int = 64, n_p
                     [f"{work * 1e3:.0f}", str(workers), f"{used * 1e3:.0f}", f"{job.driver * 1e3:.0f}",
                      f"{slow:.1f}", f"{took:.2f}", f"{found.seconds:.2f}", f"{took / found.seconds:.2f}"]
                 )  # fmt: skip
-    columns = ["ms of work", "workers", "driver, ms a window", "by table 2", "slowed by others", "measured s",
-               "simulated s", "ratio"]  # fmt: skip
-    print_table(f"3. {n_windows} windows of {n_problems} problems, workers that sleep", columns, rows, right=columns)
-    print_line(
-        "Slowed by others: seconds by the clock for a second of the driver's processor time, measured before and after "
-        "each run; the simulation's driver is slower by this."
-    )
+    return rows
 
 
 # The simulation
