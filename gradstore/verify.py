@@ -1,15 +1,18 @@
 """Verification of a store: checks every stored byte.
 
-Published bytes must match the manifest's checksums. Each metadata file must be exactly the text that the format
-defines. Bytes after the published rows must be zeros or absent. Only these last may differ while a writer is active or
-after one was interrupted; the lock file shows this. Then the report has a note, not a finding, because the next writer
-clears them.
+Published bytes must match the manifest's checksums, and rows must have unit length or be zero. Each metadata file must
+be exactly the text that the format defines. Bytes after the published rows must be zeros or absent. Only these last may
+differ while a writer is active or after one was interrupted; the lock file shows this. Then the report has a note, not
+a finding, because the next writer clears them.
 """
 
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import numpy as np
 
 from gradstore import additions
 from gradstore.appender import MOST_TEXT
@@ -40,9 +43,16 @@ from gradstore.manifest import Manifest, read_manifest
 from gradstore.presence import missing_projections
 from gradstore.problem_table import repeated
 from gradstore.projection_digest import changed_projections
+from gradstore.quantise import decode
 from gradstore.snapshot import Snapshot, open_snapshot
 
 _ATTEMPTS = 5
+
+
+_DECODED_BYTES = 1 << 22
+"""Bytes of rows that are decoded at once."""
+_ROUNDING = 1e-3
+"""Most by which the length of a stored row differs from 1."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +135,7 @@ class _Checker:
             self._zarr_json(folder, snapshot.manifest, array)
             for chunk in range(array.chunks(snapshot.manifest.rows)):
                 self._chunk(generation, snapshot.manifest, array, chunk)
+        self._lengths(snapshot)
         self._parts(folder, snapshot.manifest)
         self._ids(snapshot)
         self._additions(folder)
@@ -150,6 +161,33 @@ class _Checker:
             self._find(path, chunk, f"bytes do not match their checksum ({rows} rows, {used} bytes)")
         elif size > full:
             self._find(path, chunk, f"{size} bytes, a chunk has {full}")
+
+    def _lengths(self, snapshot: Snapshot) -> None:
+        """Check that every row has unit length, or is zero; chunks that cannot be read were found already."""
+        manifest, codes = snapshot.manifest, self.header.arrays[0]
+        generation = snapshot.collection / manifest.folder
+        try:
+            scale_P = snapshot.column("scale")
+        except GradstoreError:
+            return
+        step = max(1, _DECODED_BYTES // (4 * self.header.dim))
+        for chunk in range(codes.chunks(manifest.rows)):
+            with suppress(GradstoreError):
+                stored = snapshot.codes.chunk(chunk)
+                for start in range(0, len(stored), step):
+                    first = chunk * codes.chunk_rows + start
+                    some, scale = stored[start : start + step], scale_P[first : first + step]
+                    decoded = np.empty((len(some), self.header.dim), np.float32)
+                    with np.errstate(all="ignore"):
+                        decode(some, scale[: len(some)], self.header.dtype, decoded)
+                        squares = np.vecdot(decoded, decoded)
+                    wrong = ~((np.abs(squares - 1) < 2 * _ROUNDING) | (scale[: len(some)] == 0))
+                    if wrong.any():
+                        row = first + int(np.argmax(wrong))
+                        self._find(
+                            generation / codes.name / codes.chunk_file(chunk), chunk, f"row {row} is no unit row"
+                        )
+                        break
 
     def _zarr_json(self, folder: Path, manifest: Manifest, array: RowArray) -> None:
         """Check an array's zarr.json; it may show fewer rows while a writer is open, which updates it at its close."""

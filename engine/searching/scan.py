@@ -19,6 +19,7 @@ from gradstore import View
 from gradstore.engine.searching.blocks import blocks_of
 from gradstore.engine.searching.products import PICKED_AT_ONCE, PRODUCTS, Pick, Product, int8_product_apart, picking
 from gradstore.engine.searching.ranking import best
+from gradstore.errors import DamagedError
 from gradstore.stored_rows import Piece
 
 QUERIES_AT_ONCE = 16
@@ -31,6 +32,8 @@ _SAMPLE = 2048
 """Sample size for the top-k threshold."""
 _RANKS_MORE = 16
 """Ranks added to the threshold's rank in the sample (that of the best 2 k rows), against sampling error."""
+_LONGEST = 1.001
+"""Length that a stored row, a unit row but for rounding, can have."""
 _SPARSE = 0.25
 """Below this share of wanted rows, from the first to the last wanted one of a chunk, they are copied together."""
 
@@ -62,6 +65,7 @@ def scan_at(view: View, queries_QD: np.ndarray, positions: np.ndarray) -> np.nda
             apart(*view.stored.places(positions), scores_QN[some])
         else:
             PRODUCTS[view.stored.dtype](queries_QD[some])(*view.stored.codes(positions), scores_QN[some])
+    _check(view, positions, scores_QN, _most(queries_QD))
     return scores_QN
 
 
@@ -106,9 +110,9 @@ def _best_of_near(
     sample = positions[:: len(positions) // _SAMPLE]
     rank = -1 - int(2 * k * len(sample) / len(positions)) - _RANKS_MORE
     every_Q = np.full(len(queries_QD), -np.inf, np.float32)
-    sampled_Q = _no_less(view, pick, sample, weights_P, every_Q)
+    sampled_Q = _no_less(view, queries_QD, pick, sample, weights_P, every_Q)
     least_Q = np.array([np.partition(scores, rank)[rank] for _, scores in sampled_Q])
-    near_Q = _no_less(view, pick, positions, weights_P, least_Q)
+    near_Q = _no_less(view, queries_QD, pick, positions, weights_P, least_Q)
     short = [q for q, (places, _) in enumerate(near_Q) if len(places) < k]
     if short:
         for q, answer in zip(short, _best_of_all(view, queries_QD[short], k, positions, weights_P), strict=True):
@@ -120,13 +124,19 @@ def _best_of_near(
     return found
 
 
-def _no_less(view: View, pick: Pick, positions: np.ndarray, weights_P: np.ndarray, least_Q: np.ndarray) -> Found:
+def _no_less(
+    view: View, queries_QD: np.ndarray, pick: Pick, positions: np.ndarray, weights_P: np.ndarray, least_Q: np.ndarray
+) -> Found:
     """Rows at the positions whose score reaches the query's least score, for each query."""
+
+    most_Q = _most(queries_QD)
 
     def look(piece: Piece) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         codes, within = piece.span()
         query, number, score = pick(codes, within, piece.scale, weights_P[piece.positions], least_Q)
-        return query, piece.positions[number], score
+        places = piece.positions[number]
+        _check(view, places, score, most_Q[query] * weights_P[places])
+        return query, places, score
 
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         found = list(pool.map(look, view.stored.pieces(positions)))
@@ -162,10 +172,14 @@ def _in_one_basis(view: View, queries_QD: np.ndarray, positions: np.ndarray | No
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         for start in range(0, len(queries_QD), QUERIES_AT_ONCE):
             some_QP = scores_QP[start : start + QUERIES_AT_ONCE]
-            product = PRODUCTS[view.stored.dtype](queries_QD[start : start + QUERIES_AT_ONCE])
+            some_QD = queries_QD[start : start + QUERIES_AT_ONCE]
+            product, most_Q = PRODUCTS[view.stored.dtype](some_QD), _most(some_QD)
 
-            def score(piece: Piece, some_QP: np.ndarray = some_QP, product: Product = product) -> None:
+            def score(
+                piece: Piece, some_QP: np.ndarray = some_QP, product: Product = product, most_Q: np.ndarray = most_Q
+            ) -> None:
                 _score(piece, product, some_QP)
+                _check(view, piece.positions, some_QP[:, _as_slice(piece.positions)], most_Q)
 
             for _ in pool.map(score, pieces):
                 pass
@@ -188,6 +202,33 @@ def _score(piece: Piece, product: Product, some_QP: np.ndarray) -> None:
         scores_QN = np.empty((len(some_QP), len(codes)), np.float32)
         product(codes, scale_N, scores_QN)
         some_QP[:, places] = scores_QN[:, within]
+
+
+def _most(queries_QD: np.ndarray) -> np.ndarray:
+    """The largest product that each query can have with a stored row, float64 [Q]."""
+    most_Q: np.ndarray = _LONGEST * np.linalg.norm(queries_QD.astype(np.float64), axis=1) + np.finfo(np.float32).tiny
+    return most_Q
+
+
+def _check(view: View, positions: np.ndarray, scores: np.ndarray, most: np.ndarray) -> None:
+    """DamagedError for a product that no unit row has: checksums do not tell who wrote the bytes.
+
+    scores: float [Q, N], columns are the rows at `positions`, most [Q]; or [N], pairs of query and row, most [N].
+    """
+    if not scores.size:
+        return
+    if scores.ndim == 2:
+        largest_Q = np.maximum(scores.max(axis=1), -scores.min(axis=1))
+        if (largest_Q <= most).all():
+            return
+        most = most[:, None]
+    wrong = ~(np.abs(scores) <= most)  # also NaN
+    if wrong.any():
+        column = int(np.argwhere(wrong)[0][-1])
+        problem = view.ids_at(positions[column : column + 1])[0]
+        raise DamagedError(
+            f"{view.store.path}: collection {view.collection!r}: damaged: the row of problem {problem!r} is no unit row"
+        )
 
 
 def _as_slice(places: np.ndarray) -> slice | np.ndarray:

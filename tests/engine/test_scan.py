@@ -1,6 +1,7 @@
 """The exact scan against decoded rows in float64, one product at a time, whatever the rows are stored as."""
 
 from itertools import product
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -181,3 +182,36 @@ def test_an_empty_view(make_view) -> None:
     store = make_view("int8", 8).store
     store.add_problems("empty", [{"id": "a", "prompt": "?"}])
     assert scan_rows(store.view("empty"), np.ones((2, 8), np.float32)).shape == (2, 0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("value", [np.nan, np.inf, 300.0])
+def test_rows_that_are_no_unit_rows_are_refused(make_view, monkeypatch, dtype: str, value: float) -> None:
+    """A checksum does not tell who wrote the bytes: impossible codes, or a scale that is not theirs, are not ranked."""
+    view = make_view(dtype, 64)
+    floats = dtype in ("fp16", "fp32")
+    wanted = int(np.flatnonzero(view.live)[17])
+    original = type(view.stored).pieces
+
+    def pieces(stored, positions=None):
+        for piece in original(stored, positions):
+            at = np.flatnonzero(piece.positions == wanted)
+            if not len(at):
+                yield piece
+            elif floats:
+                codes, within = piece.span()
+                codes = codes.copy()
+                codes[within[at[0]]] = value
+                yield SimpleNamespace(
+                    positions=piece.positions, scale=piece.scale, span=lambda c=codes, w=within: (c, w)
+                )
+            else:
+                scale = piece.scale.copy()
+                scale[at[0]] *= value
+                yield SimpleNamespace(positions=piece.positions, scale=scale, span=piece.span)
+
+    monkeypatch.setattr(type(view.stored), "pieces", pieces)
+    monkeypatch.setattr(scan, "_FEW", 0)
+    query = view.rows(np.array([wanted]))
+    with pytest.raises(gradstore.DamagedError, match=rf"'{view.ids[wanted]}' is no unit row"):
+        scan_rows(view, query)

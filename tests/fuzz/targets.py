@@ -20,7 +20,7 @@ from typing import Any
 
 from tests.fuzz.trial import Trial
 
-TARGETS = ("input_files", "store_folders", "index_folders", "judge_answers", "requests", "answers")
+TARGETS = ("input_files", "store_folders", "pushed_stores", "index_folders", "judge_answers", "requests", "answers")
 HERE = Path(__file__).resolve().parent
 CORPUS = HERE / "corpus"
 LIMIT_S = 5.0

@@ -15,6 +15,7 @@ from tests.fuzz.targets import TARGETS, corpus
 TRIES = {
     "input_files": 40,
     "store_folders": 30,
+    "pushed_stores": 20,
     "index_folders": 25,
     "judge_answers": 12,
     "requests": 40,

@@ -621,3 +621,9 @@ def test_the_root_may_be_a_link(store: Path) -> None:
     use_view(opened, "pool")
     append(opened)
     assert opened.verify().ok
+
+
+def test_verify_sees_rows_that_are_no_unit_rows(store: Path) -> None:
+    column("scale", 0.5)(store)
+    report = gradstore.open(store).verify()
+    assert [str(finding) for finding in report.findings if "row 2 is no unit row" in str(finding)]

@@ -71,7 +71,7 @@ USUAL = {"candidates": 24, "selected": 8, "train_batch": 4, "steps": 4, "rounds"
 
 def test_rounds_take_the_chunks_and_tell_what_they_have_seen(world, training, killed, tmp_path, caplog) -> None:
     """60 problems, 24 a round: 40, 80, then 100 percent, also in a run that is killed and goes on."""
-    caplog.set_level("INFO")
+    caplog.set_level("INFO", "gradstore")  # a command run in this process sets the level
     settings = RoundSettings(**USUAL)
     run = training(tmp_path / "store", world(), settings, kill_at=14)
     with pytest.raises(killed):
