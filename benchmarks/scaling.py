@@ -223,15 +223,15 @@ def simulation_tables(driver: Driver, link: float, graders: int) -> None:
             job, n, alone = made
             for gpus, shards in LAYOUTS:
                 rows.append([name, kind, str(gpus), str(shards), *_columns(job, gpus, shards, link, alone)])
-            limits.append([name, kind, str(n), *_limits(job, link), duration(alone)])
+            limits.append([name, kind, str(n), *_limits(job, link)])
     shares = [f"{what} busy" for what in ("GPUs", "driver", "link")]
     columns = ["model", "command", "GPUs", "shards", "time", "alone", "x one GPU", *shares]
     title = f"4. Simulated: 1M problems, one GPU per worker, {link * 8e-9:.0f} Gbit/s, {graders} cores for rewards"
     print_table(title, columns, rows, right=columns[2:])
     window = [f"{what} a window" for what in ("problems", "GPU s", "driver ms")]
     full = ["driver full at", "by", "without it at", "link full at"]
-    columns = ["model", "command", *window, *full, "alone"]
-    right = [name for name in columns[2:-1] if name != "by"]
+    columns = ["model", "command", *window, *full]
+    right = [name for name in columns[2:] if name != "by"]
     print_table("5. What gives way first: GPUs of one driver", columns, limits, right=right)
     print_line(
         "Alone: one thread of each driver works and no GPU does: before the first window `collect` checks its file, "
