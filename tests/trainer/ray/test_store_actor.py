@@ -21,7 +21,7 @@ from gradstore.trainer.sampling.backends import derived_seed
 from gradstore.trainer.store_actor import NAMESPACE, Owner, OwnerSettings, StoreOwner, connect, start
 
 SAME = {"objective": {"importance": False}}
-PATIENCE = 60.0
+PATIENCE = 180.0
 """Seconds: no call may wait for ever."""
 
 
