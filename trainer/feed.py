@@ -2,6 +2,7 @@
 
     feed = RoundFeed(rounds, policy)              # the policy can be called: rounds measure it (docs/rounds.md)
     feed = StoreFeed(settings, records)           # it cannot: picks from a store that others add to
+    feed = OwnerFeed(owner, ids, draws=320)       # the same through the owner of a store (store_actor.py)
     while training:
         ids = feed.draw(batch)
         ...                                       # sample, score, update
@@ -199,6 +200,34 @@ class StoreFeed(_Drawn):
         targets = [target(store, name) for name in settings.benchmarks]
         picks = select(store, settings.pool, targets, settings.selected, settings.selector, candidates=here, seed=seed)
         return picks, settings.draws, seed
+
+
+class Picking(Protocol):
+    """What gives a round's picks by number: `store_actor.Owner`, for example."""
+
+    def picks(self, number: int) -> Selection:
+        """The picks of round `number`; the same whenever it is asked again."""
+        ...
+
+
+class OwnerFeed(_Drawn):
+    """Picks of a store's owner, for trainers on other nodes; each choice is a round of the store."""
+
+    def __init__(self, owner: Picking, ids: Sequence[str], *, draws: int, seed: int = 0) -> None:
+        """ids: of the problems that the trainer has. draws: problems drawn until the next choice, a multiple of the
+        owner's `selected`. seed: of the drawing order."""
+        super().__init__(ids)
+        self._owner, self._ids, self._draws, self._seed = owner, set(ids), draws, seed
+
+    def observe(self, groups: Sequence[Group], step: int) -> None:
+        """Nothing: the owner gets sketches by `push`, from whatever process has the policy."""
+
+    def _choose(self, number: int) -> tuple[Selection, int, int]:
+        picks = self._owner.picks(number)
+        unknown = [name for name in picks.ids if name not in self._ids]
+        if unknown:
+            raise RequestError(f"the store's owner picked problem {unknown[0]!r}, which this trainer does not have")
+        return picks, self._draws, derived_seed(self._seed, number)
 
 
 def drawing_order(picks: Sequence[str], n_draws: int, seed: int) -> list[str]:

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from gradstore.engine.rollouts.digits import shortest
 from gradstore.engine.rollouts.templates import Prompt
 from gradstore.errors import RequestError
 from gradstore.keepable import check_keepable, parsed, parsed_field
@@ -494,7 +495,7 @@ def _shortest_floats(values: np.ndarray | None, written: np.ndarray | None) -> l
     policy did not write and the value is not finite, which JSON cannot hold."""
     if values is None:
         return None
-    found: list[float | None] = [float(str(value)) for value in np.asarray(values, dtype=np.float32)]
+    found: list[float | None] = shortest(values).tolist()
     for j in [] if written is None else np.flatnonzero(~written & ~np.isfinite(values)).tolist():
         found[j] = None
     return found

@@ -1,7 +1,9 @@
 """A pushed store is the store: it survives kills, shows one commit, moves only what is new, and is not believed."""
 
+import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +12,9 @@ import pytest
 
 import gradstore
 from gradstore import GradstoreError, RequestError
+from gradstore.durable import crc32c
 from gradstore.travel import pushing
+from gradstore.travel.cache import ChunkCache
 from tests.s3 import S3
 
 URL = "s3://stores/pool.gs"
@@ -102,6 +106,89 @@ def test_a_killed_push_leaves_the_old_state(
     copy = gradstore.pull(URL, tmp_path / "now")
     assert files(copy.path) == files(store.path)
     assert copy.verify().ok
+
+
+def test_a_reader_in_a_loop_sees_whole_commits(s3: S3, new_store: Callable, tools: dict) -> None:
+    """While another pushes: each time all rows of one commit, and never an older one than before."""
+    store, rows_of, seen = new_store(n=20), {}, []
+
+    def push(step: int) -> None:
+        tools["append"](store, step, list(range(step, 20)))
+        if step == 3:
+            store.compact("pool", keep="newest")
+        view = gradstore.open(store.path).view("pool")
+        rows_of[view.commit] = (view.ids.tolist(), view.steps.tolist(), view.rows(np.arange(len(view))))
+        gradstore.push(store.path, URL)
+
+    push(0)
+    pushing_all = threading.Thread(target=lambda: [push(step) for step in range(1, 6)])
+    pushing_all.start()
+    while True:
+        last = not pushing_all.is_alive()
+        view = gradstore.open(URL).view("pool")
+        ids, steps, rows = rows_of[view.commit]
+        assert (view.ids.tolist(), view.steps.tolist()) == (ids, steps)
+        np.testing.assert_array_equal(view.rows(np.arange(len(view))), rows)
+        seen.append(view.commit)
+        if last:
+            break
+    pushing_all.join()
+    assert seen == sorted(seen)
+    assert seen[-1] == max(rows_of)
+
+
+def test_damaged_files_of_the_cache_are_fetched_again(s3: S3, new_store: Callable, tools: dict, tmp_path: Path) -> None:
+    """A flipped byte, a short file, an empty one, a folder of that name: right answers all the same."""
+    store = new_store(n=40)
+    tools["append"](store, 0, list(range(40)))
+    gradstore.push(store.path, URL)
+    own = store.view("pool").rows(np.arange(40))
+
+    def read() -> tuple[np.ndarray, int]:
+        s3.forget()
+        return gradstore.open(URL).view("pool").rows(np.arange(40)), len(s3.requests)
+
+    first, fetched = read()
+    np.testing.assert_array_equal(first, own)
+    kept = sorted((tmp_path / "cache" / "codes").iterdir())
+    assert len(kept) >= 3
+    second, from_cache = read()
+    np.testing.assert_array_equal(second, own)
+    assert from_cache < fetched
+    data = bytearray(kept[0].read_bytes())
+    data[3] ^= 1
+    for path, wrong in zip(kept, (bytes(data), b"short", b""), strict=False):
+        path.unlink()
+        path.write_bytes(wrong)
+    np.testing.assert_array_equal(read()[0], own)
+    kept[0].unlink()
+    kept[0].mkdir()
+    np.testing.assert_array_equal(read()[0], own)
+
+
+def test_the_cache_forgets_what_was_not_used_longest(tmp_path: Path) -> None:
+    """Never above its bound; what a search has mapped stays readable; a file larger than the bound is not kept."""
+    cache = ChunkCache(tmp_path, most_bytes=250)
+    parts = {name: np.random.default_rng(j).bytes(100) for j, name in enumerate("abc")}
+    crcs = {name: crc32c(data) for name, data in parts.items()}
+    for age, name in enumerate("ab"):
+        cache.put(name, parts[name])
+        os.utime(tmp_path / name, ns=(age, age))
+    mapped = cache.get("b", 100, crcs["b"])
+    assert mapped is not None
+    os.utime(tmp_path / "b", ns=(0, 0))
+    used = cache.get("a", 100, crcs["a"])  # now the newest
+    assert used is not None
+    cache.put("c", parts["c"])
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "c"}
+    assert mapped.tobytes() == parts["b"]
+    assert cache.get("b", 100, crcs["b"]) is None
+    cache.put("large", bytes(251))
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "c"}
+    (tmp_path / ".tmp-1-2-a").write_bytes(bytes(200))  # of a killed process
+    os.utime(tmp_path / ".tmp-1-2-a", ns=(0, 0))
+    cache.put("b", parts["b"])
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= 250
 
 
 def test_of_two_pushes_at_once_one_is_refused(s3: S3, new_store: Callable, tools: dict, monkeypatch) -> None:

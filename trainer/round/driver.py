@@ -31,7 +31,8 @@ from gradstore.problems import canonical
 from gradstore.trainer.loggers import Log, log_of
 from gradstore.trainer.round.measuring import Costs, append, publish
 from gradstore.trainer.round.policy import Policy, ReadsSolutions
-from gradstore.trainer.round.recording import scalars, selection_of
+from gradstore.trainer.round.recorded import selection_of
+from gradstore.trainer.round.recording import scalars
 from gradstore.trainer.round.run import Run
 from gradstore.trainer.round.runner import RoundRunner
 from gradstore.trainer.round.settings import RoundSettings

@@ -1,9 +1,9 @@
-"""The record of a round (docs/format.md, docs/rounds.md): its table and metadata, read back as Selection or scalars."""
+"""The record of a round (docs/format.md, docs/rounds.md): its table, its metadata, and its scalars for a logger."""
 
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,6 @@ from gradstore import Round, State, Store
 from gradstore.engine.probing.calibration import Calibration
 from gradstore.engine.searching.targets import kind_of
 from gradstore.engine.selecting.membership import places
-from gradstore.engine.selecting.selection import Selection
 from gradstore.trainer.round.aiming import Aim
 from gradstore.trainer.round.journal import Plan
 from gradstore.trainer.round.measuring import Costs
@@ -151,26 +150,6 @@ def _warnings(counts: Mapping[str, int]) -> list[str]:
     if counts["failed"]:
         lines.append(f"{counts['failed']} problems failed; the store has the reasons")
     return lines
-
-
-def selection_of(found: Round) -> Selection:
-    """The picks of a recorded round, identical for a new round and one read back."""
-    ranks = found.table["picked"].to_numpy()
-    rows = np.flatnonzero(ranks >= 0)
-    rows = rows[np.argsort(ranks[rows], kind="stable")]
-    columns = {name: found.table[name].to_numpy()[rows] for name in ("score", "low", "high", "weight", "rollouts")}
-    kept = found.about["selection"]
-    known = {field.name for field in fields(Selection)}
-    return Selection(
-        ids=found.picks,
-        scores=columns["score"],
-        low=columns["low"],
-        high=columns["high"],
-        weights=columns["weight"],
-        rollouts=columns["rollouts"],
-        picked_by=list(found.about["picked_by"]),
-        **{name: value for name, value in kept.items() if name in known},
-    )
 
 
 def scalars(found: Round, before: Round | None) -> dict[str, float]:

@@ -10,9 +10,10 @@ are those of the undivided run too (gradstore/shards.py).
 import hashlib
 import json
 import os
+from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -133,9 +134,10 @@ def rollout(
         _agree(out, growing, settings)
         if growing is not out and out.exists():
             growing.unlink(missing_ok=True)
-            return _report(out, kept=len(problems))
+            return _counted(out).report(out, kept=len(problems))
         with _locked(growing):
             kept = _drop_torn(growing, [problem["id"] for problem in problems], n, chunk)
+            tally = _counted(growing) if kept else _Tally()
             advance = progress or (lambda n: None)
             advance(kept)
             chunks = [slice(first, first + chunk) for first in range(kept, len(problems), chunk)]
@@ -163,6 +165,8 @@ def rollout(
                 )
                 with write_rollouts(growing, append=True) as writer:
                     writer.append(rows)
+                for first in range(0, len(rows), n):
+                    tally.add(rows[first : first + n])
                 advance(len(responses))
             if growing is not out:
                 with write_rollouts(out) as writer:
@@ -171,7 +175,7 @@ def rollout(
                 growing.unlink()
     except OSError as error:
         raise RequestError(f"{error.filename or out}: cannot be written: {error.strerror or error}") from None
-    return _report(out, kept)
+    return tally.report(out, kept)
 
 
 def _scored(
@@ -360,15 +364,39 @@ def _locked(path: Path) -> Iterator[None]:
         release()
 
 
-def _report(path: Path, kept: int) -> RolloutReport:
-    rewards, stopped, tokens, mixed, problems = [], [], 0, 0, 0
+@dataclass(slots=True)
+class _Tally:
+    """Counts for the report: of the rows that were there, read once, and of those written since."""
+
+    rewards: "array[float]" = field(default_factory=lambda: array("d"))
+    problems: int = 0
+    with_signal: int = 0
+    tokens: int = 0
+    stopped: int = 0
+    first_stopped: str = ""
+
+    def add(self, group: Sequence[Rollout]) -> None:
+        """Count the rows of one problem."""
+        self.problems += 1
+        self.rewards.extend(row.reward for row in group)
+        self.with_signal += len({row.reward for row in group}) > 1
+        self.tokens += sum(len(row.response_ids) for row in group if row.response_ids is not None)
+        for row in group:
+            if STOPPED in row.extra:
+                self.stopped += 1
+                self.first_stopped = self.first_stopped or f"problem {row.problem_id!r}: {row.extra[STOPPED]}"
+
+    def report(self, path: Path, kept: int) -> RolloutReport:
+        mean = float(np.mean(self.rewards))
+        return RolloutReport(
+            path, self.problems, len(self.rewards), kept, mean, self.with_signal, self.tokens, self.stopped,
+            self.first_stopped,
+        )  # fmt: skip
+
+
+def _counted(path: Path) -> _Tally:
+    """The counts of a file's rows."""
+    tally = _Tally()
     for group in read_rollouts(path).rollouts():
-        problems += 1
-        rewards += [row.reward for row in group]
-        stopped += [f"problem {row.problem_id!r}: {row.extra[STOPPED]}" for row in group if STOPPED in row.extra]
-        tokens += sum(len(row.response_ids) for row in group if row.response_ids is not None)
-        mixed += len({row.reward for row in group}) > 1
-    mean = float(np.mean(rewards))
-    return RolloutReport(
-        path, problems, len(rewards), kept, mean, mixed, tokens, len(stopped), stopped[0] if stopped else ""
-    )
+        tally.add(group)
+    return tally
