@@ -13,8 +13,7 @@ among the k best of its part, also where ids decide between equal scores.
 P problems of a view, N of a part, W dimensions of a query, K hits.
 """
 
-import pickle
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -46,7 +45,7 @@ class SearchOnWorkers:
         self._view = view
         self._parts = parts_of(view, parts or workers)
         self._n_live = [int(view.live[part].sum()) for part in self._parts]
-        self._pool = Pool(_Replica(pickle.dumps(view), len(self._parts)), workers=workers, cpus=cpus)
+        self._pool = Pool(_Replica(view.__reduce__(), len(self._parts)), workers=workers, cpus=cpus)
         self._pool.about()
 
     def __enter__(self) -> "SearchOnWorkers":
@@ -109,12 +108,13 @@ def parts_of(view: View, n: int) -> list[np.ndarray]:
 class _Replica:
     """How a worker opens the rows."""
 
-    view: bytes
-    """Pickled, so that it is opened in `__call__`: there what is wrong with the store is told."""
+    view: tuple[Callable[..., View], tuple]
+    """What makes the view, called in `__call__`: there what is wrong with the store is told."""
     parts: int
 
     def __call__(self) -> "_Scanning":
-        return _Scanning(pickle.loads(self.view), self.parts)
+        make, arguments = self.view
+        return _Scanning(make(*arguments), self.parts)
 
 
 class _Scanning:
