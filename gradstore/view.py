@@ -176,8 +176,16 @@ class View:
         """Position of each problem by its number, int64; -1 without a row in this view."""
         if not len(self):
             return np.full(len(numbers), -1)
-        place = np.minimum(np.searchsorted(self._problem_N, numbers), len(self) - 1)
+        order = self._order
+        place = np.minimum(np.searchsorted(self._problem_N, numbers, sorter=order), len(self) - 1)
+        place = place if order is None else order[place]
         return np.where(self._problem_N[place] == numbers, place, -1)
+
+    @cached_property
+    def _order(self) -> np.ndarray | None:
+        """Positions by problem number; None if they are in that order, as in every view but some parts."""
+        ascending = bool((self._problem_N[1:] > self._problem_N[:-1]).all())
+        return None if ascending else np.argsort(self._problem_N)
 
     def ids_of(self, numbers: np.ndarray) -> np.ndarray:
         """Ids of problems by their numbers, object array of str; reads only what it needs."""

@@ -78,7 +78,7 @@ def prepare(folder: Path) -> Honest:
     for body in honest.callbacks:
         for _ in range(2):
             answer = _exchange(honest, _request("/_dash-update-component", honest, json.dumps(body).encode())) or b""
-        if not answer.startswith(b"HTTP/1.1 200"):
+        if not answer.startswith((b"HTTP/1.1 200", b"HTTP/1.1 204")):
             raise RuntimeError(f"an honest callback is refused: {answer[:500]!r}")
     honest.before |= {"log": log.stat().st_size, "rss": memory("VmRSS", process.pid)}
     return honest
@@ -160,7 +160,9 @@ def _address(process: subprocess.Popen, log: Path) -> Any:
 def _callback(one: dict[str, Any]) -> dict[str, Any]:
     """The body that a page sends for a callback."""
 
-    def given(part: dict[str, Any]) -> dict[str, Any]:
+    def given(part: dict[str, Any]) -> Any:
+        if part["id"].startswith("{"):  # a pattern stands for the list of those that fit it: the headings to sort by
+            return [{"id": {"sort": name}, "property": part["property"], "value": None} for name in ("score", "id")]
         return {**part, "value": _VALUES.get(f"{part['id']}.{part['property']}")}
 
     outputs = one["output"].strip(".").split("...")
@@ -177,10 +179,11 @@ def _body(random: Random, body: dict[str, Any]) -> Any:
         return random.choice(
             ("", "[]", "null", "{", {"repeat": "[", "times": 200_000}, {"repeat": " ", "times": 1 << 20}, "\xff", "NaN")
         )
-    values = [i for i, part in enumerate(body["inputs"]) if "value" in part]
+    inputs = [one for part in body["inputs"] for one in (part if isinstance(part, list) else [part])]
+    values = [one for one in inputs if "value" in one]
     for _ in range(random.choice((1, 1, 2, 3))):
         if random.random() < 0.7:
-            body["inputs"][random.choice(values)]["value"] = random.choice((edits.nasty(random), _control(random)))
+            random.choice(values)["value"] = random.choice((edits.nasty(random), _control(random)))
         else:
             path = random.choice(list(edits.places(body)) or [("output",)])
             holder = edits.at(body, path[:-1])

@@ -263,7 +263,7 @@ def test_problems_read_once_serve_until_they_change(new_store: Callable, tools: 
     store = new_store(n=5)
     rows, reads = np.eye(5, store.dim, dtype=np.float32), []
     read = problem_table.read_part
-    monkeypatch.setattr(problem_table, "read_part", lambda *given: reads.append(1) or read(*given))
+    monkeypatch.setattr(problem_table, "read_part", lambda *given, **named: reads.append(1) or read(*given, **named))
     for step in range(3):
         with store.writer("pool", step=step) as writer:
             writer.append([f"p{i}" for i in (4, 2, 0, 1, 3)], rows)
