@@ -175,8 +175,20 @@ TABLE = {
 def run(cli: Callable, store: Path, tmp_path: Path) -> Callable[[str], tuple[int, str, str]]:
     arguments: dict[str, tuple] = {
         "query": ("query", store, "--against", "bench", "--pool", "pool"),
-        "select": ("select", store, "-n", 3, "--out", tmp_path / "out", "--against", "bench", "--pool", "pool"),
-        "report": ("report", store, "--out", tmp_path / "report.md", "--format", "md"),
+        "select": (
+            "select",
+            store,
+            "-n",
+            3,
+            "--out",
+            tmp_path / "out",
+            "--against",
+            "bench",
+            "--pool",
+            "pool",
+            "--overwrite",
+        ),
+        "report": ("report", store, "--out", tmp_path / "report.md", "--format", "md", "--overwrite"),
         "verify": ("verify", store),
     }
     return lambda command: cli(*arguments[command])
