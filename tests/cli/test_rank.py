@@ -168,6 +168,8 @@ def test_select_by_stored_probes(cli, store, tmp_path) -> None:
     assert (record["probe_step"], record["confidence"], wide["confidence"]) == (4, 0.5, 0.95)
     for narrow, wider in zip(record["problems"], wide["problems"], strict=True):
         assert wider["low"] < narrow["low"] < narrow["score"] < narrow["high"] < wider["high"]
+    wrong = cli("select", store.path, "--pool", "pool", *options, "--out", tmp_path / "c", "--confidence", 95)
+    assert (wrong[0], "confidence is 95" in wrong[2]) == (2, True)
 
 
 @pytest.mark.parametrize(
@@ -180,7 +182,7 @@ def test_select_by_stored_probes(cli, store, tmp_path) -> None:
         (["--selector", "norm", "--quota", "half"], "expected SOURCE=SHARE"),
         (["--selector", "norm", "--quota", "s=0.5"], "quota of source 's'"),
         (["--selector", "norm", "--temperature", "-1"], "temperature is -1"),
-        (["--selector", "norm", "--confidence", "95"], "confidence is 95"),
+        (["--selector", "norm", "--confidence", "0.9"], "--confidence: norm has no intervals"),
         (["--selector", "norm", "--seed", "-1"], "seed is -1"),
     ],
 )
