@@ -56,7 +56,7 @@ def test_refusals(cli, store, model_folder, write_lines, tmp_path, snapshot) -> 
         assert all(word in err for word in wanted), err
     status, _, err = cli("collect", store, "bench.solutions", rollouts, "--model", model_folder, "--rank", 4)
     assert status == 2
-    assert "is for solutions" in err
+    assert "are the store's own" in err
     assert snapshot(store) == before
 
 
