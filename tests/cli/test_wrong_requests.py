@@ -63,7 +63,7 @@ def world(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Path:
     for name in ("folder", "nomodel", "figures", "run"):
         (folder / name).mkdir()
     (folder / "nomodel" / "readme.md").write_text("nothing\n", encoding="utf-8")
-    (folder / "figures" / "target-bench.svg").write_text("mine\n", encoding="utf-8")
+    (folder / "figures" / "alignment.svg").write_text("mine\n", encoding="utf-8")
     (folder / "run" / "thesis.tex").write_text("mine\n", encoding="utf-8")
     for name, n in (("pool", 12), ("bench", 4)):
         rollouts = [

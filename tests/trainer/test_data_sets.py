@@ -280,7 +280,7 @@ def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_another_schema_is_an_error(tmp_path: Path) -> None:
     """A file of another data set must not become a pool of nothing."""
     path = write(tmp_path / "rows.jsonl", [{"question": "?", "target": "1"}])
-    with pytest.raises(RequestError, match=r"rows\.jsonl, line 1: no column 'answer'; expected question, answer"):
+    with pytest.raises(RequestError, match=r"rows\.jsonl, line 1: no column 'answer'; found question, target"):
         load(DATA_SETS["gsm8k"], local=path)
     with pytest.raises(RequestError, match=r"no file for gsm8k in this folder \(\.parquet, \.jsonl"):
         (tmp_path / "empty").mkdir()
