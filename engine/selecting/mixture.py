@@ -25,16 +25,14 @@ class Part:
 def parts_of(selector: str | Selector | Sequence[Part]) -> list[Part]:
     """Parse a mixture into parts with shares that sum to 1; a sequence of parts is returned unchanged.
 
-    A plain name or a Selector gives one part. A text is `NAME` or `NAME:WEIGHT+NAME:WEIGHT+...`; without weights all
-    parts are equal. RequestError for an unknown or repeated name, or a weight that is not a number above 0.
+    A plain name or a Selector gives one part. A text is `NAME` or `NAME:WEIGHT+NAME:WEIGHT+...`; the default weight is
+    1. RequestError for an unknown or repeated name, or a weight that is not a number above 0.
     """
     if isinstance(selector, Selector):
         return [Part(selector, 1.0)]
     if not isinstance(selector, str):
         return list(selector)
     terms = [term.partition(":") for term in selector.split("+")]
-    if len({colon for _, colon, _ in terms}) > 1:
-        raise RequestError(f"mixture {selector!r}: give every part a weight, or none (equal parts)")
     weights = [_weight(selector, weight) if colon else 1.0 for _, colon, weight in terms]
     selectors = [SELECTORS[name.strip()] for name, _, _ in terms]
     names = [found.name for found in selectors]
