@@ -297,7 +297,7 @@ def test_loaded_from_a_folder(tmp_path: Path, backend: TransformersBackend) -> N
     with pytest.raises(RequestError, match="there is no such folder"):
         load_backend("transformers", tmp_path / "none")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(RequestError, match="no config.json in this folder"):
+    with pytest.raises(RequestError, match=r"no config\.json in this folder"):
         load_backend("transformers", tmp_path / "empty")
 
 
