@@ -83,7 +83,6 @@ class ZarrSource:
     def get(self, wanted: Sequence[Wanted]) -> list[bytes | None]:
         from zarr.abc.store import RangeByteRequest
         from zarr.core.buffer import default_buffer_prototype
-        from zarr.storage import LocalStore
 
         async def fetch() -> list[bytes | None]:
             prototype = default_buffer_prototype()
@@ -95,9 +94,10 @@ class ZarrSource:
             )
             return [None if buffer is None else buffer.to_bytes() for buffer in found]
 
-        if isinstance(self._store, LocalStore):
+        folder = _folder_of(self._store)
+        if folder is not None:
             for one in wanted:
-                _refuse_links(self._store.root, one.key)
+                _refuse_links(folder, one.key)
         found = [
             None if data is None else data[: one.most]
             for data, one in zip(self._reached(fetch(), len(wanted)), wanted, strict=True)
@@ -129,6 +129,17 @@ class ZarrSource:
             return sync(work)
         except Exception as error:
             raise GradstoreError(f"{self}: cannot be read ({self._said(error)})") from error
+
+
+def _folder_of(store: "ZarrStore") -> Path | None:
+    """The folder that a zarr store reads, if it is one of this machine."""
+    from zarr.storage import FsspecStore, LocalStore
+
+    if isinstance(store, LocalStore):
+        return store.root
+    if isinstance(store, FsspecStore) and "file" in store.fs.protocol:
+        return Path(store.path)
+    return None
 
 
 def _refuse_links(root: Path, key: str) -> None:

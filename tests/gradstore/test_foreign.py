@@ -627,3 +627,14 @@ def test_verify_sees_rows_that_are_no_unit_rows(store: Path) -> None:
     column("scale", 0.5)(store)
     report = gradstore.open(store).verify()
     assert [str(finding) for finding in report.findings if "row 2 is no unit row" in str(finding)]
+
+
+def test_a_pipe_behind_fsspec_is_refused(store: Path, tmp_path: Path) -> None:
+    """Opening it would wait for its other end; fsspec opens whatever is there."""
+    fsspec_store = pytest.importorskip("zarr.storage").FsspecStore
+    pytest.importorskip("fsspec")
+    manifest = store / "collections/pool/manifest.json"
+    manifest.unlink()
+    os.mkfifo(manifest)
+    with pytest.raises(GradstoreError, match=r"manifest\.json"):
+        gradstore.mirror(fsspec_store.from_url(f"file://{store}", read_only=True), tmp_path / "copy")
