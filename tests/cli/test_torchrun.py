@@ -102,7 +102,8 @@ def test_goes_on_after_a_kill(cli, torchrun, tmp_path, model_folder, rollout_fil
     one, two = tmp_path / "one", tmp_path / "two"
     assert cli("collect", one, "pool", rollout_files["pool"], *settings)[0] == 0
     kill = (
-        "import os\n"
+        "import os, time\n"
+        "import gradstore\n"
         "from gradstore.engine.sketches import collector\n"
         "collector._PUBLISH_SECONDS = 0.0\n"
         "inner, n = collector._sketched, [0]\n"
@@ -111,6 +112,8 @@ def test_goes_on_after_a_kill(cli, torchrun, tmp_path, model_folder, rollout_fil
         "def sketched(*given):\n"
         "    n[0] += 1\n"
         "    if n[0] == 2 and os.environ['RANK'] == '1':\n"
+        f"        while not len(gradstore.open({str(two)!r}).view('pool').ids):\n"  # rank 0 publishes the first window
+        "            time.sleep(0.02)\n"
         "        os.kill(os.getpid(), 9)\n"
         "    return inner(*given)\n"
         "collector._sketched = sketched\n"
