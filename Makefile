@@ -4,7 +4,7 @@ PYTHON ?= python3
 PY := .venv/bin/python
 READY := .venv/.installed
 
-.PHONY: install browser demo demo-real test test-real test-newest test-verl test-verl-vllm lint types fuzz bench study clean
+.PHONY: install browser demo demo-real test test-real test-newest test-verl test-verl-vllm lint types fuzz bench study study-real clean
 
 install: $(READY)
 
@@ -111,6 +111,15 @@ study: install
 	.venv/bin/python -m benchmarks.study report $(if $(SHORT),--short --results $(STUDY_SHORT)/results.jsonl --page $(STUDY_SHORT)/study.md)
 
 STUDY_SHORT := .study-short
+
+# The study on SmolLM2-135M, hours long: runs and interventions that are missing in docs/study-real, then its page.
+# SVAMP: SVAMP.json of github.com/arkilpatel/SVAMP. SHORT=1: a miniature, some minutes long.
+SVAMP ?= SVAMP.json
+REAL := --bed words --svamp $(SVAMP)
+study-real: install
+	.venv/bin/python -m benchmarks.study run $(REAL) $(if $(SHORT),--short --seeds 0 --out $(STUDY_SHORT)/real/results.jsonl)
+	.venv/bin/python -m benchmarks.study intervene $(REAL) $(if $(SHORT),--short --out $(STUDY_SHORT)/real/interventions.jsonl)
+	.venv/bin/python -m benchmarks.study report $(REAL) $(if $(SHORT),--short --results $(STUDY_SHORT)/real/results.jsonl --page $(STUDY_SHORT)/real.md)
 
 clean:
 	rm -rf .venv .study-short .venv-newest .venv-verl .venv-verl-vllm build *.egg-info .mypy_cache .ruff_cache .pytest_cache

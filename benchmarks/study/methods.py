@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from benchmarks.study.ablations import PARTS, WITHOUT
-from benchmarks.study.arms import is_useful
 from gradstore.engine.gradients.objectives import Objective
 from gradstore.engine.rollouts.group import Group
 from gradstore.engine.selecting.rollout_rules import ROLLOUT_RULES
@@ -38,6 +37,10 @@ METHODS: dict[str, Method] = {
     "random": Method("uniform", {"selector": "rand"}),
     "accgreedy": Method("pass rate nearest to 1/2", {"selector": "accgreedy"}),
     "dynamic": Method("uniform among those with a signal (DAPO)", {"selector": "dynamic"}),
+    "dapo": Method(
+        "DAPO's filter: each round 12 problems drawn at random are rolled out; uniform among those with a signal",
+        {"selector": "dynamic", "candidates": 12},
+    ),
     "learnalign": Method(
         "LearnAlign: one random round as warm-up, then one static choice",
         {"selector": "learnalign", "warm_up": 1, "once": True},
@@ -58,12 +61,6 @@ METHODS: dict[str, Method] = {
         {"selector": "accgreedy", "candidates": 64, "rollouts": 4},
     ),
 }
-
-DEFAULT_METHODS = (
-    *("oracle", "random", "accgreedy", "gradalign", "lcb", "budgeted-lcb", "fdr", "dot", "shrunk", "snr"),
-    *("dynamic", "learnalign", "budgeted/2-lcb", "budgeted/4-lcb"),
-)
-"""Default methods, in running order."""
 
 SOLUTIONS = "@solutions"
 """After a method whose target is of the benchmark's reference solutions: no rollouts of the benchmark."""
@@ -144,8 +141,9 @@ class Chosen:
 class Oracle:
     """Picks random problems among the useful ones, with the interface of `Rounds`."""
 
-    def __init__(self, pool: Sequence[Mapping[str, Any]], n: int, seed: int) -> None:
-        self._useful = [record["id"] for record in pool if is_useful(record)]
+    def __init__(self, useful: Sequence[str], n: int, seed: int) -> None:
+        """useful: ids of the useful problems."""
+        self._useful = list(useful)
         self._n, self._seed, self._done = n, seed, 0
         if len(self._useful) < n:
             raise RequestError(f"the pool has {len(self._useful)} useful problems, the oracle picks {n}")
