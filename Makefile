@@ -105,14 +105,14 @@ BENCHMARKS ?= query sketch fidelity drift store search indexes probe_table suspi
 bench: install
 	for name in $(BENCHMARKS); do $(PY) -m benchmarks.$$name || exit 1; done
 
-# The study: runs that are missing in docs/study/results.jsonl, then docs/study.md. SHORT=1: a miniature, some minutes long.
+# The study: runs that are missing in docs/study-toy/results.jsonl, then docs/study-toy.md. SHORT=1: a miniature, some minutes long.
 study: install
 	.venv/bin/python -m benchmarks.study run $(if $(SHORT),--short --seeds 0 --out $(STUDY_SHORT)/results.jsonl)
 	.venv/bin/python -m benchmarks.study report $(if $(SHORT),--short --results $(STUDY_SHORT)/results.jsonl --page $(STUDY_SHORT)/study.md)
 
 STUDY_SHORT := .study-short
 
-# The study on SmolLM2-135M, hours long: runs and interventions that are missing in docs/study-real, then its page.
+# The study on SmolLM2-135M, hours long: runs and interventions that are missing in docs/study, then docs/study.md.
 # SVAMP: SVAMP.json of github.com/arkilpatel/SVAMP. SHORT=1: a miniature, some minutes long.
 SVAMP ?= SVAMP.json
 REAL := --bed words --svamp $(SVAMP)

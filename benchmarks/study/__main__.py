@@ -20,7 +20,7 @@ from benchmarks.study.words import words
 from gradstore.cli.show import say
 from gradstore.errors import GradstoreError, RequestError
 
-INTERVENTIONS = Path("docs/study-real/interventions.jsonl")
+INTERVENTIONS = Path("docs/study/interventions.jsonl")
 SETS = "dot,cosine,accgreedy"
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)

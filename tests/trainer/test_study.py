@@ -265,7 +265,7 @@ def test_unknown_names_are_refused() -> None:
 
 @pytest.mark.parametrize("bed", [TOY], ids=lambda bed: bed.name)
 def test_the_page_is_what_the_rows_say(bed: Bed) -> None:
-    """Every figure and number of docs/study.md comes from the stored rows, byte for byte."""
+    """Every figure and number of docs/study-toy.md comes from the stored rows, byte for byte."""
     assert differing(bed, read_results(bed.results, bed.settings), bed.page, bed.settings) == []
 
 
