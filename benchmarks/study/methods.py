@@ -81,14 +81,16 @@ total to that of `budgeted/4-lcb` or more."""
 DENSE = SketchSpec(basis="dense", rank=64, dim=2048)
 """Sketches of rollouts where no candidate is rolled out to fit a projection to: a dense one needs a higher rank."""
 
-RULE, ROUNDS = "+", "*"
-"""Before the rollout rule that a method is joined with, and before its number of rounds."""
+RULE, ROUNDS, EVERY = "+", "*", "%"
+"""Before the rollout rule that a method is joined with, before its number of rounds, and before the number of rounds
+between two measurements of the benchmark."""
 
 
 def method(name: str, budgeted: Mapping[str, int]) -> Method:
     """The method of this name. `budgeted-SELECTOR` has the round settings `budgeted`; `budgeted/N-SELECTOR` has 1/N of
     their budget; `METHOD~PART` does without a part of the forecast; `METHOD+RULE` weighs the rollouts of training steps
-    by a rule; `METHOD@solutions` aims at the benchmark's solutions; `METHOD*N` has N rounds. RequestError for an
+    by a rule; `METHOD@solutions` aims at the benchmark's solutions; `METHOD%N` measures the benchmark every N rounds;
+    `METHOD*N` has N rounds. RequestError for an
     unknown name."""
     whole, _, rounds = name.partition(ROUNDS)
     if rounds:
@@ -96,6 +98,13 @@ def method(name: str, budgeted: Mapping[str, int]) -> Method:
             raise RequestError(f"method {name!r}: {rounds!r} is no number of rounds")
         about = method(whole, budgeted)
         return replace(about, title=f"{about.title}; {rounds} rounds", rounds={**about.rounds, "rounds": int(rounds)})
+    whole, _, every = name.partition(EVERY)
+    if every:
+        if not every.isdecimal() or int(every) < 2:
+            raise RequestError(f"method {name!r}: {every!r} is no number of rounds of 2 or more")
+        about = method(whole, budgeted)
+        title = f"{about.title}; the benchmark measured every {every} rounds"
+        return replace(about, title=title, rounds={**about.rounds, "target_every": int(every)})
     whole, _, rule = name.partition(RULE)
     if rule:
         about, own = method(whole, budgeted), ROLLOUT_RULES[rule]

@@ -13,7 +13,7 @@ import gradstore
 from benchmarks.study.ablations import without
 from benchmarks.study.accuracy import expected_accuracy
 from benchmarks.study.bed import Bed, StudySettings
-from benchmarks.study.methods import ORACLE, Oracle, method
+from benchmarks.study.methods import ORACLE, ROUNDS, Oracle, method
 from gradstore.engine.gradients.objectives import Objective, objective
 from gradstore.engine.rollouts.group import Group
 from gradstore.engine.rollouts.solutions import FIELD, solutions_of
@@ -117,7 +117,7 @@ def run_one(bed: Bed, arm: str, name: str, seed: int, settings: StudySettings) -
     with tempfile.TemporaryDirectory(prefix="gradstore-study-") as folder:
         rounds = round_settings(bed, settings, seed, about.rounds)
         inner: Chooser
-        if name == ORACLE:
+        if name.partition(ROUNDS)[0] == ORACLE:
             inner = Oracle([one["id"] for one in found.pool if bed.is_useful(one)], settings.selected, seed)
         else:
             inner = Rounds(Path(folder) / "store", found.pool, benchmark(found.validation, about.solutions), rounds)

@@ -111,6 +111,12 @@ def test_every_path_runs_and_is_counted(results: Path) -> None:
     assert np.mean(rows["wrong_truths", "gradalign", 0]["useful"]) > np.mean(random["useful"])
 
 
+def test_an_oracle_with_rounds_of_its_own_is_one() -> None:
+    row = run_one(TOY, "wrong_truths", "oracle*2", 0, SHORT)
+    assert row["bad"] == [0.0, 0.0]
+    assert row["selection_rollouts"] == [0, 0]
+
+
 def test_a_run_repeats(results: Path) -> None:
     """A study that goes on after a kill must not differ from one that did not stop."""
     row = next(row for row in read_results(results, SHORT) if key(row) == ("wrong_truths", "budgeted-lcb", 0))
