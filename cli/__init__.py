@@ -23,23 +23,6 @@ _UsageError: Any = typer.BadParameter.__base__
 
 def main() -> None:
     """Run the command line."""
-    # each registers its commands
-    from gradstore.cli import (  # noqa: F401
-        collect,
-        data,
-        demo,
-        fidelity,
-        importing,
-        merge,
-        plan,
-        probe,
-        query,
-        report,
-        rollout,
-        stores,
-        train,
-        travel,
-    )
     from gradstore.cli.help import page
     from gradstore.cli.show import take_any_text
 
