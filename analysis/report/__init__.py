@@ -21,7 +21,7 @@ FORMATS = ("html", "md")
 
 def check_installed() -> None:
     """RequestError, with the name of the extra, if a package that the report needs is not installed."""
-    with needing("the report", "gradstore[report]"):
+    with needing("the report", "gradstore[plots]"):
         import jinja2  # noqa: F401
         import plotly  # noqa: F401
 
