@@ -1,4 +1,4 @@
-"""Public names of a package, which load on first use from its `__init__.pyi`, and the version that all packages share."""
+"""Public names of a package, which load on first use from its `__init__.pyi`, and the version, which all share."""
 
 from collections.abc import Callable
 
