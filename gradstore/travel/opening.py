@@ -19,7 +19,8 @@ def open(path: str | Path, mode: Mode = "r", fingerprint: dict | None = None) ->
     """
     if not is_url(path):
         return open_local(path, mode, fingerprint)
-    from gradstore.travel.pulling import open_url, place_at
+    from gradstore.travel.places import place_at
+    from gradstore.travel.pulling import open_url
 
     if mode != "r" or fingerprint is not None:
         raise RequestError(f"{place_at(str(path)).url}: a store at a URL is only read: pull it, write, and push")
