@@ -42,6 +42,13 @@ def test_stores_are_read(plain, small_store: Callable[[Path], Path], tmp_path: P
         assert done.returncode == 0, (words, done.stderr)
 
 
+def test_verl_brings_the_rest(plain) -> None:
+    done = plain("train", "--backend", "verl", "gradstore.store=run/store")
+    assert done.returncode == 2
+    assert "gradstore[verl]" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
 @pytest.mark.parametrize(
     "words",
     [
