@@ -66,7 +66,7 @@ def id_array(ids: "Iterable[object] | pa.Array") -> "pa.Array":
     try:
         if set(map(type, ids)) <= {str}:
             # From buffers: `pa.array` imports pandas, which takes longer than finding a few ids.
-            texts = list(map(str.encode, ids))
+            texts = [str(name).encode() for name in ids]
             ends = np.cumsum([0, *map(len, texts)], dtype=np.int64)
             return pa.LargeStringArray.from_buffers(len(ids), pa.py_buffer(ends), pa.py_buffer(b"".join(texts)))
     except UnicodeEncodeError:

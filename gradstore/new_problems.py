@@ -13,7 +13,8 @@ from gradstore.durable import fsync_folder, writing
 from gradstore.errors import RequestError
 from gradstore.layout import MANIFEST
 from gradstore.manifest import Part
-from gradstore.problem_table import ProblemTable, add_to_parts, plain_columns, plain_table, repeated, to_table
+from gradstore.problem_rows import plain_columns, plain_table, repeated, to_table
+from gradstore.problem_table import ProblemTable, add_to_parts
 from gradstore.problems import canonical
 from gradstore.row_digests import digest_of
 from gradstore.session import Session

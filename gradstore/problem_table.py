@@ -4,19 +4,17 @@ The number of parts stays small: a new part merges the parts before it that are 
 problems a few at a time rewrites each problem only a logarithmic number of times.
 """
 
-import json
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cached_property
-from itertools import chain, pairwise
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
 from gradstore.durable import crc32c, replace_file
-from gradstore.errors import DamagedError, RequestError, check_known
+from gradstore.errors import DamagedError, RequestError
 from gradstore.id_lookup import IdLookup, hashes_of, id_array
 from gradstore.inside import file_inside
 from gradstore.kept_ids import LEAST_ROWS, SortedIds, keep_ids, kept_ids
@@ -25,142 +23,23 @@ from gradstore.manifest import Manifest, Part, part_number, read_manifest
 from gradstore.parquet import table_bytes
 from gradstore.parquet_headers import RowGroup
 from gradstore.parquet_pages import PAGE_ROWS, ColumnPages, PageFile, column_pages, paged
-from gradstore.problems import message_text
+from gradstore.problem_rows import table_schema
 from gradstore.row_digests import DIGEST_ROWS, digests_of, stored_digests
-from gradstore.schema import ANYTHING, Checker, lists, load_json, mapping, record, text
 from gradstore.stored_parquet import read_footer, read_metadata, read_stored, within
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-_MESSAGES = Checker(lists(record({"role": text(), "content": ANYTHING}, open=True), least=1))
-_EXTRA = Checker(mapping(ANYTHING))
 _FEW = 500
 """Up to this number of texts, reading them one by one is faster than a call of an Arrow kernel."""
 _FEW_CALLS = 16
+"""So often are a few ids looked up in the kept lookups; then the column of all ids is read."""
 GROUP_ROWS = 2048
 """Rows of a row group where pages cannot be written: what is read to show one problem then."""
 GROUP_BYTES = 64 << 20
 """Most bytes of a row group of pages, in memory."""
 PART_ROWS = 65536
 """Most problems per part; a full part is not merged again."""
-
-
-def table_schema() -> "pa.Schema":
-    """Columns of a part. Large strings, because a million prompts exceed the two gigabytes of 32-bit offsets."""
-    import pyarrow as pa
-
-    text = pa.large_string()
-    return pa.schema(
-        [
-            pa.field("id", text, nullable=False),
-            pa.field("source", text, nullable=False),
-            pa.field("prompt", text, nullable=False),
-            pa.field("messages", text),
-            pa.field("ground_truth", text, nullable=False),
-            pa.field("tags", pa.list_(pa.string()), nullable=False),
-            pa.field("extra", text, nullable=False),
-        ]
-    )
-
-
-def to_table(records: Sequence[dict]) -> "pa.Table":
-    """Convert canonical records to rows; for a chat prompt, `messages` is JSON and `prompt` the last user message."""
-    import pyarrow as pa
-
-    columns: dict[str, list] = {name: [] for name in table_schema().names}
-    for problem in records:
-        prompt = problem["prompt"]
-        chat = not isinstance(prompt, str)
-        for name in ("id", "source", "ground_truth", "tags"):
-            columns[name].append(problem[name])
-        columns["prompt"].append(_shown(prompt) if chat else prompt)
-        columns["messages"].append(_kept(prompt, problem["id"], "prompt") if chat else None)
-        columns["extra"].append(_kept(problem["extra"], problem["id"], "extra") if problem["extra"] else "{}")
-    return pa.table(columns, schema=table_schema())
-
-
-def plain_columns(records: Sequence[Any]) -> dict[str, list] | None:
-    """Unchecked records as columns, as `to_table` converts them; None if one of them has a field of an unusual type.
-
-    They say nothing about whether the records are valid: they are only compared with rows of valid ones.
-    """
-    if set(map(type, records)) != {dict}:
-        return None
-    names = {"id", "source", "prompt", "ground_truth", "tags", "extra"}
-    shapes = set(map(tuple, records))
-    if not all(names.issuperset(shape) for shape in shapes):
-        return None
-    given: dict[str, Sequence] = {}
-    if len(shapes) == 1:
-        shape = shapes.pop()
-        given = dict(zip(shape, zip(*map(dict.values, records), strict=True), strict=True))
-    else:
-        given = {name: [record.get(name) for record in records] for name in set(chain.from_iterable(shapes))}
-
-    def column(name: str, missing: Any) -> list:
-        values = given.get(name, [missing] * len(records))
-        return [missing if value is None else value for value in values] if None in values else list(values)
-
-    columns = {name: column(name, "") for name in ("id", "source", "ground_truth")} | {"tags": column("tags", [])}
-    prompts, extras = column("prompt", ""), column("extra", {})
-    kinds = set(map(type, prompts))
-    if (
-        not set(map(type, columns["tags"])) <= {list, tuple}
-        or not kinds <= {str, list}
-        or set(map(type, extras)) != {dict}
-    ):
-        return None
-    texts = chain(columns["id"], columns["source"], columns["ground_truth"], *columns["tags"])
-    if set(map(type, texts)) != {str}:
-        return None
-    try:
-        columns["messages"] = [None] * len(prompts)
-        if list in kinds:
-            columns["messages"] = [_exact(own) if isinstance(own, list) else None for own in prompts]
-            prompts = [_shown(own) if isinstance(own, list) else own for own in prompts]
-        columns["prompt"] = prompts
-        columns["extra"] = (
-            [_exact(extra) if extra else "{}" for extra in extras] if any(extras) else ["{}"] * len(extras)
-        )
-    except (TypeError, ValueError, AttributeError, KeyError, IndexError, RecursionError):
-        return None
-    return columns
-
-
-def plain_table(records: Sequence[Any]) -> "pa.Table | None":
-    """The columns of `plain_columns` as a table; None also for what is no text in UTF-8."""
-    import pyarrow as pa
-
-    columns = plain_columns(records)
-    if columns is None:
-        return None
-    try:
-        return pa.table(columns, schema=table_schema())
-    except (pa.ArrowException, TypeError, ValueError, AttributeError):
-        return None
-
-
-def to_records(table: "pa.Table", where: str) -> list[dict]:
-    """Convert rows of a problem table back to canonical records; DamagedError, with `where`, for one that is none."""
-    return [
-        {
-            "id": row["id"],
-            "source": row["source"],
-            "prompt": row["prompt"] if row["messages"] is None else _stored(_MESSAGES, row, "messages", where),
-            "ground_truth": row["ground_truth"],
-            "tags": row["tags"],
-            "extra": _stored(_EXTRA, row, "extra", where) if row["extra"] != "{}" else {},
-        }
-        for row in table.to_pylist()
-    ]
-
-
-def _stored(checker: Checker, row: dict, field: str, where: str) -> Any:
-    """The value of a column of JSON. NaN and Infinity, which earlier versions stored, become None."""
-    value = checker.parse(row[field], f"{where}, problem {row['id']!r:.80}, {field}", nan=True)
-    odd = "NaN" in row[field] or "Infinity" in row[field]
-    return json.loads(row[field], parse_constant=lambda _: None) if odd else value
 
 
 class ProblemTable:
@@ -392,15 +271,18 @@ class ProblemTable:
 
     def _pages(self, file: BinaryIO, number: int, group: int, columns: list[str]) -> list[ColumnPages] | None:
         """Pages of some columns of a row group; None if they are not written so. Kept once they were read."""
-        found = []
+        found: list[ColumnPages] = []
         for chunk in self._footers[number][group].chunks:
             if chunk.path[0] not in columns:
                 continue
             key = number, group, chunk.path
             if key not in self._page_tables:
                 self._page_tables[key] = column_pages(file, self._footers[number][group], chunk)
-            found.append(self._page_tables[key])
-        return found if found and all(own is not None and own.rows == found[0].rows for own in found) else None
+            own = self._page_tables[key]
+            if own is None or (found and own.rows != found[0].rows):
+                return None
+            found.append(own)
+        return found or None
 
     def _groups(self, number: int, row_in: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Row group of each row of a part, and the first row of each of its groups and the end, int64."""
@@ -450,23 +332,6 @@ class ProblemTable:
         schema = pa.schema([schema.field(name) for name in schema.names if name in columns])
         whole = pa.concat_tables(tables) if tables else schema.empty_table()
         return whole.slice(0, len(self))
-
-
-def checked_columns(columns: Sequence[str] | None) -> list[str]:
-    """Names of columns, in the table's order; None: all. RequestError for an unknown one."""
-    names = table_schema().names
-    if columns is None:
-        return names
-    for name in columns:
-        check_known("column", name, names)
-    return [name for name in names if name in columns]
-
-
-def repeated(ids: Sequence[str]) -> str | None:
-    """The first id that occurs more than once; None if all are different."""
-    if len(set(ids)) == len(ids):
-        return None
-    return next(problem_id for problem_id, count in Counter(ids).items() if count > 1)
 
 
 def _texts(column: "pa.Array", rows: np.ndarray) -> np.ndarray:
@@ -544,28 +409,3 @@ def _opened(collection: Path, manifest: Manifest, part: Part) -> Iterator[tuple[
         if size != part.bytes:
             raise DamagedError(f"{path}: damaged: {size} bytes instead of {part.bytes}; see `gradstore verify`")
         yield file, path
-
-
-def _shown(messages: list[dict]) -> str:
-    users = [message for message in messages if message["role"] == "user"] or messages
-    return message_text(users[-1]["content"]) or _json(users[-1]["content"])
-
-
-def _kept(value: Any, problem_id: str, field: str) -> str:
-    """A field as JSON; RequestError if it could not be read again."""
-    written = _json(value)
-    try:
-        load_json(written, field, nan=True)
-    except DamagedError as error:
-        reason = str(error).removeprefix(f"{field}: damaged: ")
-        raise RequestError(f"problem {problem_id!r}: field {field!r} cannot be kept: {reason}") from None
-    return written
-
-
-def _exact(value: Any) -> str:
-    """JSON as `_json` writes it; ValueError for NaN, which is not kept."""
-    return json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False)
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, sort_keys=True, ensure_ascii=False)

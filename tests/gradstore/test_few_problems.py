@@ -13,7 +13,8 @@ import pytest
 
 import gradstore
 from gradstore import RequestError, kept_ids, new_problems, parquet_pages, problem_table, row_digests
-from gradstore.problem_table import ProblemTable, plain_columns, to_table
+from gradstore.problem_rows import plain_columns, to_table
+from gradstore.problem_table import ProblemTable
 from gradstore.problems import canonical
 
 CHAT = [{"role": "system", "content": "Dénke."}, {"role": "user", "content": "1 + 1?"}]
