@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from itertools import chain
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 from gradstore.errors import DamagedError, RequestError, check_known
@@ -62,16 +63,14 @@ def plain_columns(records: Sequence[Any]) -> dict[str, list] | None:
     shapes = set(map(tuple, records))
     if not all(names.issuperset(shape) for shape in shapes):
         return None
-    given: dict[str, Sequence] = {}
-    if len(shapes) == 1:
-        shape = shapes.pop()
-        given = dict(zip(shape, zip(*map(dict.values, records), strict=True), strict=True))
-    else:
-        given = {name: [record.get(name) for record in records] for name in set(chain.from_iterable(shapes))}
+    given: dict[str, list] = {}
+    for name in set(chain.from_iterable(shapes)):
+        everywhere = all(name in shape for shape in shapes)
+        given[name] = list(map(itemgetter(name), records)) if everywhere else [own.get(name) for own in records]
 
     def column(name: str, missing: Any) -> list:
-        values = given.get(name, [missing] * len(records))
-        return [missing if value is None else value for value in values] if None in values else list(values)
+        values = given.get(name) or [missing] * len(records)
+        return [missing if value is None else value for value in values] if None in values else values
 
     columns = {name: column(name, "") for name in ("id", "source", "ground_truth")} | {"tags": column("tags", [])}
     prompts, extras = column("prompt", ""), column("extra", {})
