@@ -201,9 +201,11 @@ class ProblemTable:
     def _find_few(self, asked: "pa.Array") -> np.ndarray | None:
         """Rows of a few ids, without the column of all ids; None where only that can tell.
 
-        For the first calls alone: somebody who looks up ids again and again is served faster by the whole column.
+        For the first calls alone: somebody who looks up ids again and again is served faster by the whole column. So is
+        everybody where that is short.
         """
-        if not 0 < len(asked) <= _FEW or not self._few_calls or "id_column" in self.__dict__:
+        short = len(self) < 4 * LEAST_ROWS or "id_column" in self.__dict__
+        if short or not 0 < len(asked) <= _FEW or not self._few_calls:
             return None
         self._few_calls -= 1
         hashes, rows = hashes_of(asked), np.full(len(asked), -1)

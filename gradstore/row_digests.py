@@ -67,12 +67,15 @@ def _add(digest: "hashlib._Hash", lengths: np.ndarray, text: bytes | memoryview)
 
 
 def _joined(values: Sequence) -> tuple[np.ndarray, bytes]:
-    present = values if None not in values else [value for value in values if value is not None]
-    joined = "".join(present)
+    """Lengths in bytes of texts, -1 for None, int32, and the texts one after the other."""
+    n_missing = values.count(None)
+    if n_missing == len(values):
+        return np.full(len(values), -1, "<i4"), b""
+    joined = "".join([value for value in values if value is not None] if n_missing else values)
     text = joined.encode()
-    if len(text) == len(joined) and len(present) == len(values):
-        return np.fromiter(map(len, values), np.int64, len(values)), text
-    return np.array([-1 if value is None else len(value.encode()) for value in values], np.int64), text
+    if len(text) == len(joined) and not n_missing:
+        return np.fromiter(map(len, values), "<i4", len(values)), text
+    return np.array([-1 if value is None else len(value.encode()) for value in values], "<i4"), text
 
 
 def _lengths_and_text(column: "pa.Array") -> tuple[np.ndarray, memoryview]:
