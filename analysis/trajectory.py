@@ -68,13 +68,13 @@ def trajectory(
     chosen = steps_of(store, benchmark, steps)
     last = store.view(pool)
     ids = last.ids
-    place = {name: number for number, name in enumerate(ids.tolist())}
     shape = (len(chosen), len(ids))
     scores_SP, norms_SP, rates_SP = (np.full(shape, np.nan, np.float32) for _ in range(3))
     states_SP, row_steps_SP = np.full(shape, UNMEASURED, np.uint8), np.full(shape, -1, np.int64)
     for s, step in enumerate(chosen.tolist()):
         view = store.view(pool, step)
-        kept = np.fromiter((place.get(name, -1) for name in view.ids.tolist()), np.int64, len(view))
+        same = view.stored.base == last.stored.base  # else compacted meanwhile: problems have other numbers
+        kept = last.positions_of(view.problem_numbers) if same else last.positions(view.ids.tolist(), strict=False)
         here, columns = kept >= 0, kept[kept >= 0]
         norms_SP[s, columns] = view.norms[here]
         rates_SP[s, columns] = view.pass_rates[here]
