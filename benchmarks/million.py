@@ -188,6 +188,8 @@ def measured(name: str, store: Path) -> Measured:
     """Run one measurement in a new process."""
     out = store.parent / "out"
     shutil.rmtree(out, ignore_errors=True)
+    for written in store.parent.glob("out.*"):
+        written.unlink()
     if name == "query --metric fisher, first":
         shutil.rmtree(store / "store" / "collections" / "pool" / "indexes" / "fisher", ignore_errors=True)
     if name in _SNIPPETS:
