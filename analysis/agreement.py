@@ -26,7 +26,14 @@ def order(scores_P: np.ndarray) -> np.ndarray:
 
 def jaccard(a_P: np.ndarray, b_P: np.ndarray, k: int) -> float:
     """Jaccard index of the two top-k sets: size of the intersection over size of the union."""
-    both = len(np.intersect1d(order(a_P)[:k], order(b_P)[:k]))
+    return jaccard_of_orders(order(a_P), order(b_P), k)
+
+
+def jaccard_of_orders(a_P: np.ndarray, b_P: np.ndarray, k: int) -> float:
+    """`jaccard` of two rankings by their orders, int64 [P]."""
+    among_P = np.zeros(len(a_P), bool)
+    among_P[a_P[:k]] = True
+    both = int(among_P[b_P[:k]].sum())
     size = min(k, len(a_P))
     return both / (2 * size - both) if size else float("nan")
 
@@ -37,13 +44,18 @@ def rank_biased_overlap(a_P: np.ndarray, b_P: np.ndarray, k: int) -> float:
     Such a reader looks at k problems on average. Extrapolated beyond depth 20 k: RBO_ext of Webber, Moffat and Zobel,
     TOIS 2010, equation 32.
     """
+    return overlap_of_orders(order(a_P), order(b_P), k)
+
+
+def overlap_of_orders(a_P: np.ndarray, b_P: np.ndarray, k: int) -> float:
+    """`rank_biased_overlap` of two rankings by their orders, int64 [P]."""
     n = len(a_P)
     if not n:
         return float("nan")
     p = 1 - 1 / max(k, 2)
     depth = min(n, 20 * max(k, 2))
     place_a, place_b = np.empty(n, np.int64), np.empty(n, np.int64)
-    place_a[order(a_P)], place_b[order(b_P)] = np.arange(n), np.arange(n)
+    place_a[a_P], place_b[b_P] = np.arange(n), np.arange(n)
     meet_P = np.maximum(place_a, place_b)
     overlap_D = np.cumsum(np.bincount(meet_P[meet_P < depth], minlength=depth)) / np.arange(1, depth + 1)
     weights_D = p ** np.arange(1, depth + 1)
@@ -79,12 +91,13 @@ def chance(
     """
     if not len(scores_P) or not np.isfinite(noise_P).all():
         return (float("nan"),) * 3
-    found = []
+    found, order_P = [], order(scores_P)
     for repeat in range(int(np.clip(40_000 // len(scores_P), 1, 8))):
         again_P = _measured_again(scores_P, noise_P, np.random.default_rng([seed, repeat]))
         other_P = np.where(anew_P, again_P, scores_P)
-        agreed = spearman(scores_P, other_P), jaccard(scores_P, other_P, k), rank_biased_overlap(scores_P, other_P, k)
-        found.append(agreed)
+        other = order(other_P)
+        overlaps = jaccard_of_orders(order_P, other, k), overlap_of_orders(order_P, other, k)
+        found.append((spearman(scores_P, other_P), *overlaps))
     means = np.mean(found, axis=0)
     return float(means[0]), float(means[1]), float(means[2])
 

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from gradstore import State, Store
-from gradstore.analysis.agreement import calibrated, chance, jaccard, rank_biased_overlap, spearman
+from gradstore.analysis.agreement import calibrated, chance, jaccard_of_orders, order, overlap_of_orders, spearman
 from gradstore.analysis.noise import RankReliability, measurement_noise, rank_reliability
 from gradstore.analysis.staleness import half_life, staleness
 from gradstore.analysis.trajectory import Trajectory, measured_steps, steps_of, target_at, trajectory
@@ -86,7 +86,8 @@ def ranking_drift(
         best = min(n, k or max(1, n // 10))
         anew_P = seen.row_steps_SP[a, both_P] != seen.row_steps_SP[b, both_P]
         floor = chance(x_P.astype(np.float64), noise_P[both_P], anew_P, best, seed=seed)
-        agreed = spearman(x_P, y_P), jaccard(x_P, y_P, best), rank_biased_overlap(x_P, y_P, best)
+        orders = order(x_P), order(y_P)
+        agreed = spearman(x_P, y_P), jaccard_of_orders(*orders, best), overlap_of_orders(*orders, best)
         refreshed = float(anew_P.mean()) if n else 0.0
         steps_ab = int(seen.steps[b]), int(seen.steps[a])
         rows.append((*steps_ab, against, n, best, *agreed, refreshed, *floor, trust.value, trust.source))

@@ -42,13 +42,14 @@ def staleness(
     Columns: group (`all`, or the source), stale_step, step, age int64, n int64 (problems), spearman float64.
     """
     pairs = _pairs(store, pool, benchmark, metric, steps)
-    names = _groups(store, pool, by)
+    labels, group_N = _groups(store, pool, by)
     rows = []
     for stale_step, step, places_P, stale_P, fresh_P in pairs:
-        for group, of_P in _split(names, places_P):
+        for group, label in enumerate(labels):
+            of_P = group_N[places_P] == group
             if of_P.sum() >= LEAST_PROBLEMS:
                 rho = spearman(stale_P[of_P], fresh_P[of_P])
-                rows.append((group, stale_step, step, step - stale_step, int(of_P.sum()), rho))
+                rows.append((label, stale_step, step, step - stale_step, int(of_P.sum()), rho))
     return pd.DataFrame(rows, columns=["group", "stale_step", "step", "age", "n", "spearman"])
 
 
@@ -69,22 +70,21 @@ def half_life(
     extrapolation). Groups with fewer than two ages are left out.
     """
     pairs = _pairs(store, pool, benchmark, metric, steps)
-    names = _groups(store, pool, by)
-    block_of = np.random.default_rng(0).permutation(store.n_problems(pool)) % _BLOCKS
-    groups = sorted({group for pair in pairs for group, _ in _split(names, pair[2])})
+    labels, group_N = _groups(store, pool, by)
+    block_of = np.random.default_rng(0).permutation(len(group_N)) % _BLOCKS
     rows = []
-    for group in groups:
-        ages, rhos, weights, members = [], [], [], set()
+    for group, label in enumerate(labels):
+        ages, rhos, weights, is_member_N = [], [], [], np.zeros(len(group_N), bool)
         blocks: list[list[tuple[int, float, int]]] = [[] for _ in range(_BLOCKS)]
         for stale_step, step, places_P, stale_P, fresh_P in pairs:
-            of_P = dict(_split(names, places_P)).get(group)
-            if of_P is None or of_P.sum() < LEAST_PROBLEMS:
+            of_P = group_N[places_P] == group
+            if of_P.sum() < LEAST_PROBLEMS:
                 continue
             x_P, y_P, block_P = stale_P[of_P], fresh_P[of_P], block_of[places_P[of_P]]
             ages.append(step - stale_step)
             rhos.append(spearman(x_P, y_P))
             weights.append(len(x_P))
-            members.update(places_P[of_P].tolist())
+            is_member_N[places_P[of_P]] = True
             for number, block in enumerate(blocks):
                 inside_P = block_P == number
                 if inside_P.sum() >= LEAST_PROBLEMS:
@@ -94,7 +94,7 @@ def half_life(
             continue
         rate, start = decay(np.array(ages), np.array(rhos), np.array(weights))
         low, high = _interval(rate, [np.array(block) for block in blocks if len({age for age, _, _ in block}) > 1])
-        rows.append((group, _life(rate), low, high, start, len(members), len(ages), max(ages)))
+        rows.append((label, _life(rate), low, high, start, int(is_member_N.sum()), len(ages), max(ages)))
     columns = ["group", "half_life", "low", "high", "reliability", "n_problems", "n_pairs", "longest"]
     return pd.DataFrame(rows, columns=columns)
 
@@ -127,8 +127,7 @@ def decay(ages: np.ndarray, rhos: np.ndarray, weights: np.ndarray) -> tuple[floa
 def _pairs(
     store: Store, pool: str, benchmark: str, metric: Metric, steps: Sequence[int] | None
 ) -> list[tuple[int, int, np.ndarray, np.ndarray, np.ndarray]]:
-    """(stale step, step, problems, stale scores, fresh scores) of each pair of steps with common problems."""
-    places = {name: number for number, name in enumerate(store.problems(pool, columns=["id"])["id"].to_pylist())}
+    """(stale step, step, problem numbers, stale scores, fresh scores) of each pair of steps with common problems."""
     chosen = measured_steps(store, pool, steps, MOST_PAIRED)
     found = {step: target_at(store, benchmark, step) for step in chosen}
     targets = {step: one for step, one in found.items() if one is not None}
@@ -142,7 +141,7 @@ def _pairs(
         wanted = [step, *(later for later in fresh)]
         queries_QD = np.concatenate([query_vectors(view, [targets[later]], metric) for later in wanted])
         scores_QP = score_rows(view, queries_QD, metric, positions)[:, positions]
-        rows_P = np.array([places[name] for name in view.ids_at(positions)], np.int64)
+        rows_P = view.problem_numbers[positions]
         for later, stale_P in zip(wanted[1:], scores_QP[1:], strict=True):
             common, at_stale, at_fresh = np.intersect1d(rows_P, fresh[later][0], return_indices=True)
             if len(common):
@@ -151,21 +150,18 @@ def _pairs(
     return sorted(pairs, key=lambda pair: pair[:2])
 
 
-def _groups(store: Store, pool: str, by: str | None) -> np.ndarray | None:
-    """Group of every problem of the pool's table; None: one group for all."""
+def _groups(store: Store, pool: str, by: str | None) -> tuple[list[str], np.ndarray]:
+    """Names of the groups, sorted, and the group of every problem by its number, int64; None: one group for all."""
     if by is None:
-        return None
+        return ["all"], np.zeros(store.n_problems(pool), np.int64)
     if by != "source":
         raise RequestError(f"half-lives by {by!r}: expected None or 'source'")
-    names: np.ndarray = store.problems(pool, columns=["source"])["source"].to_numpy().astype(str)
-    return names
-
-
-def _split(names: np.ndarray | None, places_P: np.ndarray) -> list[tuple[str, np.ndarray]]:
-    if names is None:
-        return [("all", np.ones(len(places_P), bool))]
-    here_P = names[places_P]
-    return [(str(name), here_P == name) for name in np.unique(here_P)]
+    sources = store.problems(pool, columns=["source"])["source"].combine_chunks().dictionary_encode()
+    names = sources.dictionary.to_pylist()
+    order = sorted(range(len(names)), key=names.__getitem__)
+    rank = np.empty(len(names), np.int64)
+    rank[order] = np.arange(len(names))
+    return [names[place] for place in order], rank[sources.indices.to_numpy()]
 
 
 def _life(rate: float) -> float:

@@ -99,7 +99,7 @@ def suspicious(
     table_PE = np.stack([percentiles[name] for name in used], axis=1)
     weight_PE = np.array([weights[name] for name in used]) * np.isfinite(table_PE)
     frame["suspicion"] = np.nansum(table_PE * weight_PE, axis=1) / np.maximum(weight_PE.sum(axis=1), 1e-12)
-    frame["why"] = [_why(row, used) for row in table_PE]
+    frame["why"] = _why(table_PE > 0.9, used)
     frame = frame.sort_values(["suspicion", "id"], ascending=[False, True], ignore_index=True)
     frame["rank"] = np.arange(1, len(frame) + 1)
     return frame[COLUMNS]
@@ -128,7 +128,9 @@ def own_pull(view: View, live: np.ndarray) -> np.ndarray:
     sums_SD, done = np.zeros((len(sources), view.dim)), 0
     for _, units_ND in view.scan(live):
         some = slice(done, done + len(units_ND))
-        np.add.at(sums_SD, group_P[some], units_ND * norms_P[some, None])
+        order_N = np.argsort(group_P[some], kind="stable")
+        found, first_N = np.unique(group_P[some][order_N], return_index=True)
+        sums_SD[found] += np.add.reduceat((units_ND * norms_P[some, None])[order_N], first_N, axis=0)
         done += len(units_ND)
     own_P, done = np.full(len(live), np.nan), 0
     for _, units_ND in view.scan(live):
@@ -196,5 +198,8 @@ _WORDS = {
 }
 
 
-def _why(percentiles: np.ndarray, names: list[str]) -> str:
-    return "; ".join(_WORDS[name] for name, value in zip(names, percentiles, strict=True) if value > 0.9)
+def _why(high_PE: np.ndarray, names: list[str]) -> np.ndarray:
+    """Words for the kinds of evidence that are high, object array of str [P]; few combinations are different."""
+    kinds, kind_P = np.unique(high_PE @ (1 << np.arange(len(names))), return_inverse=True)
+    words = ["; ".join(_WORDS[name] for bit, name in enumerate(names) if kind >> bit & 1) for kind in kinds.tolist()]
+    return np.array(words, object)[kind_P]

@@ -6,8 +6,9 @@ selection at that moment would have seen.
 Dimension letters: S steps, P problems (those with a row in the newest view), D sketch dimensions.
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -63,18 +64,30 @@ def trajectory(
 ) -> Trajectory:
     """Score the pool at each step (None: the benchmark's steps).
 
-    Memory: 21 bytes per problem and step. RequestError for an unknown collection or metric, or if there is no step.
+    Memory: 21 bytes per problem and step, kept for the next call of the same store until something is published.
+    The arrays are read-only. RequestError for an unknown collection or metric, or if there is no step.
     """
     chosen = steps_of(store, benchmark, steps)
+    key = pool, benchmark, metric, chosen.tobytes(), store.commit(pool), store.commit(benchmark)
+    if store not in _last or _last[store][0] != key:
+        _last[store] = key, _scored(store, pool, benchmark, metric, chosen)
+    return _last[store][1]
+
+
+_last: WeakKeyDictionary[Store, tuple[Hashable, Trajectory]] = WeakKeyDictionary()
+"""The trajectory of each open store that was asked for last, with what it depends on."""
+
+
+def _scored(store: Store, pool: str, benchmark: str, metric: Metric, chosen: np.ndarray) -> Trajectory:
     last = store.view(pool)
     ids = last.ids
-    place = {name: number for number, name in enumerate(ids.tolist())}
     shape = (len(chosen), len(ids))
     scores_SP, norms_SP, rates_SP = (np.full(shape, np.nan, np.float32) for _ in range(3))
     states_SP, row_steps_SP = np.full(shape, UNMEASURED, np.uint8), np.full(shape, -1, np.int64)
     for s, step in enumerate(chosen.tolist()):
         view = store.view(pool, step)
-        kept = np.fromiter((place.get(name, -1) for name in view.ids.tolist()), np.int64, len(view))
+        same = view.stored.base == last.stored.base  # else compacted meanwhile: problems have other numbers
+        kept = last.positions_of(view.problem_numbers) if same else last.positions(view.ids.tolist(), strict=False)
         here, columns = kept >= 0, kept[kept >= 0]
         norms_SP[s, columns] = view.norms[here]
         rates_SP[s, columns] = view.pass_rates[here]
@@ -85,6 +98,8 @@ def trajectory(
             query_D = query_vectors(view, [wanted], metric)[0]
             scores_SP[s, columns] = score_rows(view, query_D, metric, eligible_positions(view, None))[here]
     sources = last.problems_at(columns=["source"])["source"].to_numpy(zero_copy_only=False)
+    for array in (scores_SP, norms_SP, rates_SP, states_SP, row_steps_SP):
+        array.flags.writeable = False
     return Trajectory(ids, sources, chosen, scores_SP, norms_SP, rates_SP, states_SP, row_steps_SP)
 
 

@@ -5,7 +5,8 @@
 The pool has a row of every problem at step 0 and rows of a fifth of them at each later step: 2.8 million rows by
 default, with texts of 500 characters. Rows and texts are made at random and written by the store's own writer. The
 store stays in the folder, so that a later run with the same sizes measures it again; the default is in the temporary
-folder. Every measurement is a new process. "first" is the first call in it; "again" the same call once more.
+folder. Every measurement is a new process. "first" is the first call in it, after pyarrow and pandas were
+imported; "again" is the same call once more.
 
 Memory is the most anonymous memory that the process had, seen every 5 ms: mapped files do not count. "cpu" is processor
 time of all threads, which other load on the machine changes less than wall time. `rounds` are the
@@ -55,12 +56,14 @@ timed("first", lambda: search(view, query, 20))
 timed("again", lambda: search(view, query, 20))
 """,
     "problems of 20 ids": """
+import pyarrow.compute, pyarrow.parquet, pandas
 store = gradstore.open(path)
 ids = [f"pool-{i:07d}" for i in np.random.default_rng(1).permutation(store.view("pool").__len__())[:40]]
 timed("first", lambda: store.records("pool", ids[:20]))
 timed("again", lambda: store.records("pool", ids[20:]))
 """,
     "positions of 20 ids": """
+import pyarrow.compute, pyarrow.parquet, pandas
 view = gradstore.open(path).view("pool")
 ids = [f"pool-{i:07d}" for i in np.random.default_rng(1).permutation(len(view))[:40]]
 timed("first", lambda: view.positions(ids[:20]))
@@ -185,6 +188,8 @@ def measured(name: str, store: Path) -> Measured:
     """Run one measurement in a new process."""
     out = store.parent / "out"
     shutil.rmtree(out, ignore_errors=True)
+    for written in store.parent.glob("out.*"):
+        written.unlink()
     if name == "query --metric fisher, first":
         shutil.rmtree(store / "store" / "collections" / "pool" / "indexes" / "fisher", ignore_errors=True)
     if name in _SNIPPETS:

@@ -5,7 +5,8 @@
 The store holds random sketches. Every half second an honest client asks for the main page's data (the rank view, with
 the token) on a new connection. Meanwhile, one after the other and then together: clients that never finish a request,
 clients that send bodies of 1 GB, and readers that ask without a pause for rankings, text searches, comparisons and
-problems. Clients run in another process, on the same machine.
+problems. Clients run in another process, on the same machine. Before that, fifty people read: each asks for a ranking,
+or for a problem and what is near it, and reads for two to six seconds (`--calm-only`: these alone).
 """
 
 import http.client
@@ -124,6 +125,49 @@ def ranking(step: str = "newest", metric: str = "cosine", order: str = "largest"
     }  # fmt: skip
 
 
+def problem(number: int, step: str = "newest", metric: str = "cosine") -> dict:
+    """Values of the problem view's controls."""
+    values = {"problem-id": f"pool{number:06d}", "problem-metric": metric, "problem-step": step}
+    return {**values, "problem-rollouts": "newest", "theme": "light"}
+
+
+def read_calmly(
+    port: int, token: str, seed: int, steps: int, problems: int, end: float, waits: list, told: Counter
+) -> None:
+    """A person: a ranking or a problem (then its nearest), and two to six seconds of reading."""
+    draw, client = random.Random(seed), Client(port, token)
+    time.sleep(draw.uniform(0, 4))
+    while time.monotonic() < end:
+        client.close()
+        step, number = str(draw.randrange(steps)), draw.randrange(problems)
+        asked = [("ranking-table", ranking(step, draw.choice(["cosine", "dot"])))]
+        if draw.random() < 0.5:
+            asked = [
+                ("problem-view", problem(number, step)),
+                ("problem-nearest", {"problem-shown": [f"pool{number:06d}", int(step)]}),
+            ]
+        for name, values in asked:
+            start = time.perf_counter()
+            try:
+                told[f"{name} {client.call(name, values)[0]}"] += 1
+            except (OSError, http.client.HTTPException) as error:
+                told[type(error).__name__] += 1
+            waits.append((name, time.perf_counter() - start))
+        time.sleep(draw.uniform(2, 6))
+
+
+def people(port: int, token: str, steps: int, problems: int, seconds: float, found: Any) -> None:
+    """Fifty readers in this process; puts their waits and answers."""
+    end, told, waits = time.monotonic() + seconds, Counter[str](), list[tuple[str, float]]()
+    given = [(port, token, seed, steps, problems, end, waits, told) for seed in range(50)]
+    threads = [threading.Thread(target=read_calmly, args=one, daemon=True) for one in given]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(max(0.0, end + 60 - time.monotonic()))
+    found.put((list(waits), dict(told)))
+
+
 def read_on(port: int, token: str, seed: int, steps: int, end: float, told: Counter) -> None:
     """A reader that asks without a pause: six in ten rankings, two searches, one comparison, one problem."""
     draw, client = random.Random(seed), Client(port, token)
@@ -141,9 +185,7 @@ def read_on(port: int, token: str, seed: int, steps: int, end: float, told: Coun
                 values |= {"right-step": str(draw.randrange(steps)), "compare-metric": metric, "theme": "light"}
                 status, _ = client.call("comparison", values)
             else:
-                values = {"problem-id": f"pool{draw.randrange(1000):06d}", "problem-metric": metric}
-                values |= {"problem-step": step, "problem-rollouts": "newest", "theme": "light"}
-                status, _ = client.call("problem-view", values)
+                status, _ = client.call("problem-view", problem(draw.randrange(1000), step, metric))
             told[str(status)] += 1
         except (OSError, http.client.HTTPException) as error:
             told[type(error).__name__] += 1
@@ -227,12 +269,19 @@ def _own_bytes(pid: int) -> int:
     return int(found[1]) * 1024 if found else 0
 
 
+def spread(waits: list[float]) -> str:
+    """Number, median and 95th percentile of waits in seconds."""
+    middle, high = (1000 * np.quantile(waits, (0.5, 0.95))).tolist()
+    return f"{len(waits)} answers, median {middle:.0f} ms, p95 {high:.0f} ms"
+
+
 def main(
     seconds: Annotated[float, typer.Option(help="Of all kinds together; each alone takes a sixth.")] = 60,
     problems: Annotated[int, typer.Option(help="Problems of the pool.")] = 100_000,
     steps: Annotated[int, typer.Option(help="Steps at which all are measured.")] = 8,
     dim: Annotated[int, typer.Option(help="Dimensions of a sketch.")] = 512,
     store: Annotated[Path | None, typer.Option(help="Store to keep; default: a temporary one.")] = None,
+    calm_only: Annotated[bool, typer.Option(help="Measure the fifty readers alone.")] = False,
 ) -> None:
     """Print the table."""
     with tempfile.TemporaryDirectory() as folder:
@@ -240,6 +289,17 @@ def main(
         if not path.exists():
             write_store(path, problems, steps, dim)
         with serving(path) as (port, token, pid):
+            found_people: Any = multiprocessing.Queue()
+            process = multiprocessing.Process(target=people, args=(port, token, steps, problems, seconds, found_people))
+            process.start()
+            waits_of_people, told = found_people.get(timeout=seconds + 120)
+            process.join(timeout=5)
+            for name in ("ranking-table", "problem-view", "problem-nearest"):
+                print(f"50 readers, {name}: {spread([wait for of, wait in waits_of_people if of == name])}")
+            spent = spread([wait for _, wait in waits_of_people])
+            print(f"50 readers, all: {spent}; {told}; server's own memory {_own_bytes(pid) / 1e6:.0f} MB", flush=True)
+            if calm_only:
+                return
             print("| others | honest requests | median | worst | answers | server's own memory | others got |")
             print("|---|---|---|---|---|---|---|")
             for kind in ("none", "half-open", "bodies", "readers", "together"):

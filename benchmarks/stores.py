@@ -10,7 +10,8 @@ import gradstore
 from gradstore.appender import Appender
 from gradstore.header import read_header
 from gradstore.layout import COLLECTIONS, PROBLEMS
-from gradstore.problem_table import PART_ROWS, table_schema, write_part
+from gradstore.problem_rows import table_schema
+from gradstore.problem_table import PART_ROWS, write_part
 from gradstore.quantise import encode
 from gradstore.session import Session
 

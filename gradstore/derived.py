@@ -11,6 +11,7 @@ from pathlib import Path
 from gradstore.durable import canonical_json, crc32c
 from gradstore.errors import GradstoreError
 from gradstore.inside import file_inside, read_inside
+from gradstore.kept_ids import damaged_ids
 from gradstore.layout import INDEXES
 
 _PIECE = 1 << 24
@@ -35,6 +36,8 @@ def unreadable_indexes(collection: Path, store: Path) -> Iterator[tuple[Path, st
             whole = False
         if not whole:
             yield file, "bytes do not match the checksum in its name"
+    for file in damaged_ids(collection, store):
+        yield file, "not the bytes that were written"
 
 
 def _index_fault(file: Path, store: Path) -> str:

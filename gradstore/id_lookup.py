@@ -65,7 +65,10 @@ def id_array(ids: "Iterable[object] | pa.Array") -> "pa.Array":
     ids = list(ids)
     try:
         if set(map(type, ids)) <= {str}:
-            return pa.array(ids, pa.large_string())
+            # From buffers: `pa.array` imports pandas, which takes longer than finding a few ids.
+            texts = [str(name).encode() for name in ids]
+            ends = np.cumsum([0, *map(len, texts)], dtype=np.int64)
+            return pa.LargeStringArray.from_buffers(len(ids), pa.py_buffer(ends), pa.py_buffer(b"".join(texts)))
     except UnicodeEncodeError:
         pass
     return pa.array([name if isinstance(name, str) and _is_valid(name) else None for name in ids], pa.large_string())

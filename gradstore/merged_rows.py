@@ -18,7 +18,8 @@ from gradstore.appender import Appender
 from gradstore.compact import checked_codes, runs
 from gradstore.errors import RequestError
 from gradstore.new_rows import reason_number
-from gradstore.problem_table import add_to_parts, table_schema
+from gradstore.problem_rows import table_schema
+from gradstore.problem_table import add_to_parts
 from gradstore.session import Session
 from gradstore.snapshot import Snapshot
 from gradstore.stored_rows import StoredRows

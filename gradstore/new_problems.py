@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,8 +13,10 @@ from gradstore.durable import fsync_folder, writing
 from gradstore.errors import RequestError
 from gradstore.layout import MANIFEST
 from gradstore.manifest import Part
-from gradstore.problem_table import ProblemTable, add_to_parts, plain_table, repeated, to_table
+from gradstore.problem_rows import plain_columns, plain_table, repeated, to_table
+from gradstore.problem_table import ProblemTable, add_to_parts
 from gradstore.problems import canonical
+from gradstore.row_digests import digest_of
 from gradstore.session import Session
 
 if TYPE_CHECKING:
@@ -50,26 +52,65 @@ def checked_table(collection: Collection, records: Iterable[dict]) -> "pa.Table"
 
     where, ids = collection.where, []
     known = collection.snapshot().problems if (collection.folder / MANIFEST).exists() else None
-    tables = [to_table([])]
-    for first, block in _blocks(records):
+    tables, runs = [to_table([])], list[tuple[int, int]]()
+    for first, block, run in _blocks(records, known):
+        if run is not None:
+            runs.append(run)
+            continue
         stored = np.zeros(len(block), bool) if known is None else _stored_as_given(known, block)
         rest = np.flatnonzero(~stored).tolist()
         checked = [canonical(block[place], f"{where}, record {first + place}") for place in rest]
         ids += [record["id"] for record in block] if len(rest) < len(block) else [record["id"] for record in checked]
         if checked:
             tables.append(to_table(checked))
+    if known is not None and _overlap(known, ids, runs):
+        ids += list(chain.from_iterable(known.ids_at(np.arange(*run)).tolist() for run in runs))
     twice = repeated(ids)
     if twice is not None:
         raise RequestError(f"{where}: problem id {twice!r} occurs {ids.count(twice)} times; keep one")
     return pa.concat_tables(tables)
 
 
-def _blocks(records: Iterable[dict]) -> Iterator[tuple[int, list[dict]]]:
-    """Blocks of records, each with the number of its first one."""
-    remaining, first = iter(records), 0
-    while block := list(islice(remaining, _AT_ONCE)):
-        yield first, block
+def _blocks(
+    records: Iterable[dict], known: ProblemTable | None
+) -> Iterator[tuple[int, list[dict], tuple[int, int] | None]]:
+    """Blocks of records, each with the number of its first one.
+
+    And the first row and the row after the last one, if the digests of the parts say that these rows have the records'
+    content. Records mostly come again in the order in which they were stored.
+    """
+    remaining, first, row = iter(records), 0, 0
+    while True:
+        stop, digest = (row, None) if known is None else known.digest_from(row)
+        block = list(islice(remaining, stop - row or _AT_ONCE))
+        if not block:
+            return
+        run = None
+        if known is not None and digest is not None and len(block) == stop - row and _digest(block) == digest:
+            run = row, stop
+            known.after = stop % len(known)
+        yield first, block, run
         first += len(block)
+        row = 0 if known is None else known.after
+
+
+def _digest(block: list[dict]) -> str | None:
+    columns = plain_columns(block)
+    try:
+        return None if columns is None else digest_of(columns)
+    except UnicodeEncodeError:
+        return None
+
+
+def _overlap(known: ProblemTable, ids: list[str], runs: list[tuple[int, int]]) -> bool:
+    """Whether a row occurs in two runs, or in one that also holds a problem of these ids."""
+    if not runs:
+        return False
+    starts, stops = np.array(sorted(runs)).T
+    if (starts[1:] < stops[:-1]).any():
+        return True
+    rows = known.find(ids)
+    return bool((rows < np.append(0, stops)[np.searchsorted(starts, rows, side="right")]).any())
 
 
 def _stored_as_given(known: ProblemTable, block: list[dict]) -> np.ndarray:

@@ -10,7 +10,7 @@ import numpy as np
 
 from gradstore.errors import RequestError
 from gradstore.header import Header
-from gradstore.problem_table import repeated
+from gradstore.problem_rows import repeated
 from gradstore.quantise import encode
 from gradstore.state import State
 

@@ -8,7 +8,7 @@ headers are structs of numbered fields in Thrift's compact protocol; the numbers
 
 import struct
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, BinaryIO, NamedTuple
 
@@ -17,8 +17,11 @@ BYTE_ARRAY = 6
 DICTIONARY_PAGE = 2
 _WIDTHS = {0: 1, 1: 4, 2: 8, 3: 12, 4: 4, 5: 8}
 """Bytes of a value in memory, by physical type; a text has at least an offset."""
-_FOOTER_BYTES, _HEADER_BYTES = 32 << 20, 1 << 16
+_FOOTER_BYTES, _HEADER_BYTES, _USUAL_HEADER_BYTES = 32 << 20, 1 << 16, 256
 _DEEPEST = 32
+_LIST = 9
+_FAULTS = (IndexError, KeyError, TypeError, ValueError, AttributeError, RecursionError, struct.error)
+"""What parsing of damaged bytes raises."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +36,10 @@ class Chunk:
     """Bytes in the file."""
     start: int
     """Place of its first page."""
+    codec: int = 0
+    """Number of its compression; 0: none."""
+    index: tuple[int, int] = (0, 0)
+    """Place and bytes of its offset index, which lists its pages; (0, 0) without one."""
 
     @property
     def name(self) -> str:
@@ -63,6 +70,20 @@ class Page(NamedTuple):
 
 def row_groups(file: BinaryIO) -> list[RowGroup]:
     """The row groups that the footer states; ValueError for a damaged footer."""
+    footer = _footer(file)
+    with _damaged("its footer is damaged"):
+        groups = _struct(footer, 0, _DEEPEST)[0].get(4, [])
+        return [RowGroup(group[3] + 0, [_chunk(part) for part in group[1]]) for group in groups]
+
+
+def version_and_schema(file: BinaryIO) -> bytes:
+    """The bytes of the footer that tell version and schema: its first two fields. ValueError for a damaged footer."""
+    footer = _footer(file)
+    with _damaged("its footer is damaged"):
+        return footer[: _value(footer, _integer(footer, 1)[1] + 1, _LIST, _DEEPEST)[1]]
+
+
+def _footer(file: BinaryIO) -> bytes:
     size = file.seek(0, 2)
     file.seek(max(size - 8, 0))
     tail = file.read(8)
@@ -70,9 +91,7 @@ def row_groups(file: BinaryIO) -> list[RowGroup]:
     if tail[4:] != b"PAR1" or not 0 < length <= min(size - 8, _FOOTER_BYTES):
         raise ValueError("its footer is damaged")
     file.seek(size - 8 - length)
-    with _damaged("its footer is damaged"):
-        groups = _struct(file.read(length), 0, _DEEPEST)[0].get(4, [])
-        return [RowGroup(group[3] + 0, [_chunk(part[3]) for part in group[1]]) for group in groups]
+    return file.read(length)
 
 
 def pages(file: BinaryIO, chunk: Chunk, most: int) -> Iterator[Page]:
@@ -81,9 +100,8 @@ def pages(file: BinaryIO, chunk: Chunk, most: int) -> Iterator[Page]:
     for _ in range(most):
         if at >= stop:
             return
-        file.seek(at)
+        header, length = _header(file, at, stop - at)
         with _damaged("the header of a page is damaged"):
-            header, length = _struct(file.read(min(_HEADER_BYTES, stop - at)), 0, _DEEPEST)
             about = header.get(5) or header.get(7) or header.get(8) or {}
             page = Page(header[1] + 0, header[2] + 0, about.get(1, 0) + 0)
             compressed = header[3] + 0
@@ -94,20 +112,31 @@ def pages(file: BinaryIO, chunk: Chunk, most: int) -> Iterator[Page]:
     raise ValueError(f"column {chunk.name[:80]!r} has more than {most} pages")
 
 
-def _chunk(fields: dict[int, Any]) -> Chunk:
+def _header(file: BinaryIO, at: int, most: int) -> tuple[dict[int, Any], int]:
+    """The header of the page at a place, and its length: most are short, one with statistics may hold long texts."""
+    for size in (_USUAL_HEADER_BYTES, _HEADER_BYTES):
+        file.seek(at)
+        with suppress(*_FAULTS):
+            return _struct(file.read(min(size, most)), 0, _DEEPEST)
+    raise ValueError("the header of a page is damaged")
+
+
+def _chunk(column: dict[int, Any]) -> Chunk:
+    fields = column[3]
     path = tuple(part.decode(errors="replace") for part in fields[3])
     starts = [start for start in (fields[9], fields.get(11)) if isinstance(start, int) and start > 0]
     if fields[7] < 0:
         raise ValueError("negative size")
-    return Chunk(path, fields[1] + 0, fields[7], min(starts, default=4))
+    index = column.get(4, 0) + 0, column.get(5, 0) + 0
+    return Chunk(path, fields[1] + 0, fields[7], min(starts, default=4), fields[4] + 0, index)
 
 
 @contextmanager
 def _damaged(message: str) -> Iterator[None]:
-    """What parsing of damaged bytes raises, as a ValueError."""
+    """_FAULTS as a ValueError."""
     try:
         yield
-    except (IndexError, KeyError, TypeError, ValueError, AttributeError, RecursionError, struct.error):
+    except _FAULTS:
         raise ValueError(message) from None
 
 
@@ -142,11 +171,11 @@ def _value(data: bytes, at: int, kind: int, levels: int) -> tuple[Any, int]:
     if kind == 7:
         return struct.unpack_from("<d", data, at)[0], at + 8
     if kind == 8:
-        length, at = _unsigned(data, at)
+        length, at = unsigned(data, at)
         if length > len(data) - at:
             raise ValueError("cut off")
         return data[at : at + length], at + length
-    if kind in (9, 10):
+    if kind in (_LIST, 10):
         return _list(data, at, levels)
     if kind == 12:
         return _struct(data, at, levels - 1)
@@ -157,7 +186,7 @@ def _list(data: bytes, at: int, levels: int) -> tuple[list[Any], int]:
     length, kind = data[at] >> 4, data[at] & 15
     at += 1
     if length == 15:
-        length, at = _unsigned(data, at)
+        length, at = unsigned(data, at)
     if length > len(data) - at:
         raise ValueError("cut off")
     parts = []
@@ -168,11 +197,11 @@ def _list(data: bytes, at: int, levels: int) -> tuple[list[Any], int]:
 
 
 def _integer(data: bytes, at: int) -> tuple[int, int]:
-    number, at = _unsigned(data, at)
+    number, at = unsigned(data, at)
     return number >> 1 ^ -(number & 1), at
 
 
-def _unsigned(data: bytes, at: int) -> tuple[int, int]:
+def unsigned(data: bytes, at: int) -> tuple[int, int]:
     """A number of 7 bits a byte, the lowest first."""
     if data[at] < 128:
         return data[at], at + 1

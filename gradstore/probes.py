@@ -19,7 +19,7 @@ from gradstore.durable import canonical_json
 from gradstore.errors import DamagedError, RequestError
 from gradstore.layout import PROBES, check_step
 from gradstore.parquet import table_bytes
-from gradstore.problem_table import repeated
+from gradstore.problem_rows import repeated
 from gradstore.schema import ANYTHING, Checker, mapping
 from gradstore.stored_parquet import read_stored
 

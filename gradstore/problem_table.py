@@ -4,138 +4,44 @@ The number of parts stays small: a new part merges the parts before it that are 
 problems a few at a time rewrites each problem only a logarithmic number of times.
 """
 
-import json
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
-from itertools import chain, pairwise
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
 from gradstore.durable import crc32c, replace_file
-from gradstore.errors import DamagedError, RequestError, check_known
-from gradstore.id_lookup import IdLookup, id_array
+from gradstore.errors import DamagedError, RequestError
+from gradstore.id_lookup import IdLookup, hashes_of, id_array
 from gradstore.inside import file_inside
+from gradstore.kept_ids import LEAST_ROWS, SortedIds, keep_ids, kept_ids
 from gradstore.layout import store_of
 from gradstore.manifest import Manifest, Part, part_number, read_manifest
 from gradstore.parquet import no_rows, table_bytes
 from gradstore.parquet_headers import RowGroup
-from gradstore.problems import message_text
-from gradstore.schema import ANYTHING, Checker, lists, load_json, mapping, record, text
-from gradstore.stored_parquet import read_footer, read_stored, within
+from gradstore.parquet_pages import PAGE_ROWS, ColumnPages, PageFile, column_pages, paged
+from gradstore.problem_rows import table_schema
+from gradstore.row_digests import DIGEST_ROWS, digests_of, stored_digests
+from gradstore.stored_parquet import read_footer, read_metadata, read_stored, within
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-_MESSAGES = Checker(lists(record({"role": text(), "content": ANYTHING}, open=True), least=1))
-_EXTRA = Checker(mapping(ANYTHING))
 _FEW = 500
 """Up to this number of texts, reading them one by one is faster than a call of an Arrow kernel."""
 _FEW_ROWS = 100
 """Up to this number of rows, cutting them out of a table takes less time than loading what Arrow's kernels need."""
+_FEW_CALLS = 16
+"""So often are a few ids looked up in the kept lookups; then the column of all ids is read."""
 GROUP_ROWS = 2048
-"""Rows of a row group: what is read to show one problem."""
+"""Rows of a row group where pages cannot be written: what is read to show one problem then."""
+GROUP_BYTES = 64 << 20
+"""Most bytes of a row group of pages, in memory."""
 PART_ROWS = 65536
 """Most problems per part; a full part is not merged again."""
-
-
-def table_schema() -> "pa.Schema":
-    """Columns of a part. Large strings, because a million prompts exceed the two gigabytes of 32-bit offsets."""
-    import pyarrow as pa
-
-    text = pa.large_string()
-    return pa.schema(
-        [
-            pa.field("id", text, nullable=False),
-            pa.field("source", text, nullable=False),
-            pa.field("prompt", text, nullable=False),
-            pa.field("messages", text),
-            pa.field("ground_truth", text, nullable=False),
-            pa.field("tags", pa.list_(pa.string()), nullable=False),
-            pa.field("extra", text, nullable=False),
-        ]
-    )
-
-
-def to_table(records: Sequence[dict]) -> "pa.Table":
-    """Convert canonical records to rows; for a chat prompt, `messages` is JSON and `prompt` the last user message."""
-    import pyarrow as pa
-
-    columns: dict[str, list] = {name: [] for name in table_schema().names}
-    for problem in records:
-        prompt = problem["prompt"]
-        chat = not isinstance(prompt, str)
-        for name in ("id", "source", "ground_truth", "tags"):
-            columns[name].append(problem[name])
-        columns["prompt"].append(_shown(prompt) if chat else prompt)
-        columns["messages"].append(_kept(prompt, problem["id"], "prompt") if chat else None)
-        columns["extra"].append(_kept(problem["extra"], problem["id"], "extra") if problem["extra"] else "{}")
-    return pa.table(columns, schema=table_schema())
-
-
-def plain_table(records: Sequence[Any]) -> "pa.Table | None":
-    """Unchecked records as rows, as `to_table` converts them; None if one of them has a field of an unusual type.
-
-    The rows say nothing about whether the records are valid: they are only compared with rows of valid ones.
-    """
-    import pyarrow as pa
-
-    if set(map(type, records)) != {dict}:
-        return None
-    names = {"id", "source", "prompt", "ground_truth", "tags", "extra"}
-    if not all(record.keys() <= names for record in records):
-        return None
-
-    def column(name: str, missing: Any) -> list:
-        values = [record.get(name, missing) for record in records]
-        return [missing if value is None else value for value in values] if None in values else values
-
-    columns = {name: column(name, "") for name in ("id", "source", "ground_truth")} | {"tags": column("tags", [])}
-    prompts, extras = column("prompt", ""), column("extra", {})
-    kinds = set(map(type, prompts))
-    if (
-        not set(map(type, columns["tags"])) <= {list, tuple}
-        or not kinds <= {str, list}
-        or set(map(type, extras)) != {dict}
-    ):
-        return None
-    texts = chain(columns["id"], columns["source"], columns["ground_truth"], *columns["tags"])
-    if set(map(type, texts)) != {str}:
-        return None
-    try:
-        columns["messages"] = [_exact(own) if isinstance(own, list) else None for own in prompts]
-        if list in kinds:
-            prompts = [_shown(own) if isinstance(own, list) else own for own in prompts]
-        columns["prompt"] = prompts
-        columns["extra"] = [_exact(extra) if extra else "{}" for extra in extras]
-        return pa.table(columns, schema=table_schema())
-    except (pa.ArrowException, TypeError, ValueError, AttributeError, KeyError, IndexError, RecursionError):
-        return None
-
-
-def to_records(table: "pa.Table", where: str) -> list[dict]:
-    """Convert rows of a problem table back to canonical records; DamagedError, with `where`, for one that is none."""
-    return [
-        {
-            "id": row["id"],
-            "source": row["source"],
-            "prompt": row["prompt"] if row["messages"] is None else _stored(_MESSAGES, row, "messages", where),
-            "ground_truth": row["ground_truth"],
-            "tags": row["tags"],
-            "extra": _stored(_EXTRA, row, "extra", where) if row["extra"] != "{}" else {},
-        }
-        for row in table.to_pylist()
-    ]
-
-
-def _stored(checker: Checker, row: dict, field: str, where: str) -> Any:
-    """The value of a column of JSON. NaN and Infinity, which earlier versions stored, become None."""
-    value = checker.parse(row[field], f"{where}, problem {row['id']!r:.80}, {field}", nan=True)
-    odd = "NaN" in row[field] or "Infinity" in row[field]
-    return json.loads(row[field], parse_constant=lambda _: None) if odd else value
 
 
 class ProblemTable:
@@ -150,8 +56,13 @@ class ProblemTable:
         self._starts = np.cumsum([0, *(part.rows for part in manifest.parts)])
         self._footers: dict[int, list[RowGroup]] = {}
         self._group_ids: dict[tuple[int, int], pa.Array] = {}
+        self._sorted: dict[int, SortedIds | None] = {}
+        self._few_calls = _FEW_CALLS
+        self._digests: dict[int, list[str]] = {}
+        self._page_tables: dict[tuple[int, int, tuple[str, ...]], ColumnPages | None] = {}
         self._columns: dict[str, pa.ChunkedArray] = {}
-        self._after = 0  # The row after the last requested ones.
+        self.after = 0
+        """The row after the last requested ones."""
 
     def __len__(self) -> int:
         return self._manifest.n_problems
@@ -186,6 +97,9 @@ class ProblemTable:
         """Ids of some problems, object array of str; reads only their row groups and decodes only these ids."""
         if "id_column" in self.__dict__ or len(rows) > _FEW:
             return _texts(self.id_column, rows)
+        paged = self._by_pages(rows, ["id"])
+        if paged is not None:
+            return _texts(paged["id"].combine_chunks(), np.arange(len(rows)))
         ids = np.empty(len(rows), dtype=object)
         for number, here, row_in in self._by_part(rows):
             group_of, starts = self._groups(number, row_in)
@@ -208,6 +122,9 @@ class ProblemTable:
         names = [name for name in table_schema().names if columns is None or name in columns]
         if all(name in self._columns for name in names):
             return self.table_of(names).take(rows)
+        paged = self._by_pages(rows, names)
+        if paged is not None:
+            return paged
         pieces, places = [_nothing(names)], [np.zeros(0, np.int64)]
         for number, here, row_in in self._by_part(rows):
             group_of, starts = self._groups(number, row_in)
@@ -245,14 +162,34 @@ class ProblemTable:
     def find(self, ids: "Iterable[object] | pa.Array") -> np.ndarray:
         """Row of each id, int64; -1 for what is no id of the collection."""
         asked = id_array(ids)
-        # Rows are mostly written and records given again in the order of problems: comparing needs no lookup.
-        rows = self._after + np.arange(len(asked))
-        if not self._is_run(asked):
-            rows = self.lookup.find(asked)
+        rows = self._find_few(asked)
+        if rows is None:
+            # Rows are mostly written and records given again in the order of problems: comparing needs no lookup.
+            rows = self.after + np.arange(len(asked))
+            if not self._is_run(asked):
+                rows = self.lookup.find(asked)
         known = rows[rows >= 0]
         if len(known):
-            self._after = (int(known[-1]) + 1) % len(self)
+            self.after = (int(known[-1]) + 1) % len(self)
         return rows
+
+    def digest_from(self, row: int) -> tuple[int, str | None]:
+        """The row at which the block of digests with this row ends, and its digest if it begins with this row.
+
+        (row, None) where the parts have none.
+        """
+        number = int(np.searchsorted(self._starts, row, side="right")) - 1
+        if row >= len(self):
+            return row, None
+        start, part = int(self._starts[number]), self._manifest.parts[number]
+        if number not in self._digests:
+            self._digests[number] = []
+            with suppress(DamagedError), _opened(self._collection, self._manifest, part) as (file, path):
+                self._digests[number] = stored_digests(read_metadata(file, path), part.rows)
+        if not self._digests[number]:
+            return row, None
+        block, within = divmod(row - start, DIGEST_ROWS)
+        return start + min((block + 1) * DIGEST_ROWS, part.rows), None if within else self._digests[number][block]
 
     def rows_of(self, ids: Sequence[str], where: str) -> np.ndarray:
         """Rows of the ids, int64; RequestError names the first unknown id."""
@@ -263,12 +200,47 @@ class ProblemTable:
             raise RequestError(f"{where}: problem id {unknown!r} is not in the collection; {advice}")
         return rows
 
+    def _find_few(self, asked: "pa.Array") -> np.ndarray | None:
+        """Rows of a few ids, without the column of all ids; None where only that can tell.
+
+        For the first calls alone: somebody who looks up ids again and again is served faster by the whole column. So is
+        everybody where that is short.
+        """
+        short = len(self) < 4 * LEAST_ROWS or "id_column" in self.__dict__
+        if short or not 0 < len(asked) <= _FEW or not self._few_calls:
+            return None
+        self._few_calls -= 1
+        hashes, rows = hashes_of(asked), np.full(len(asked), -1)
+        try:
+            for number, start in enumerate(self._starts[:-1].tolist()):
+                own = self._sorted_ids(number)
+                if own is None:
+                    return None
+                proposed = own.propose(hashes)
+                if (rows[proposed >= 0] >= 0).any():
+                    return None
+                rows = np.where(proposed >= 0, start + proposed, rows)
+        except DamagedError:
+            return None
+        return rows if rows.min() >= 0 and self.ids_at(rows).tolist() == asked.to_pylist() else None
+
+    def _sorted_ids(self, number: int) -> SortedIds | None:
+        """The kept lookup of a part, or that of its ids if it is small; None without one."""
+        if number not in self._sorted:
+            part = self._manifest.parts[number]
+            found = kept_ids(self._collection, part)
+            if found is None and part.rows < LEAST_ROWS:
+                table = read_part(self._collection, self._manifest, part, ["id"], footer=self._footer(number))
+                found = SortedIds.of(table["id"].combine_chunks())
+            self._sorted[number] = found
+        return self._sorted[number]
+
     def _is_run(self, asked: "pa.Array") -> bool:
         """Whether these are the ids after those that were asked for last."""
-        stop = self._after + len(asked)
+        stop = self.after + len(asked)
         if not len(asked) or stop > len(self):
             return False
-        return bool(asked.equals(self.id_column.slice(self._after, len(asked))))
+        return bool(asked.equals(self.id_column.slice(self.after, len(asked))))
 
     def _by_part(self, rows: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         """For each part that has some of the rows: its number, their places among the rows, and their rows in it."""
@@ -276,6 +248,45 @@ class ProblemTable:
         for number in np.unique(part_of).tolist():
             here = np.flatnonzero(part_of == number)
             yield number, here, rows[here] - self._starts[number]
+
+    def _by_pages(self, rows: np.ndarray, columns: list[str]) -> "pa.Table | None":
+        """Like `take`, from the pages that hold the rows; None where there are no such pages or nearly all would do."""
+        if not len(rows) or len(rows) * PAGE_ROWS > len(self):
+            return None
+        try:
+            file, place = None, np.empty(len(rows), np.int64)
+            for number, here, row_in in self._by_part(rows):
+                with _opened(self._collection, self._manifest, self._manifest.parts[number]) as (part, _):
+                    group_of, starts = self._groups(number, row_in)
+                    for group in np.unique(group_of).tolist():
+                        own = here[group_of == group]
+                        within = row_in[group_of == group] - starts[group]
+                        found = self._pages(part, number, group, columns)
+                        if found is None:
+                            return None
+                        file = file or PageFile(part, self._footers[number][group].chunks)
+                        place[own] = file.add(part, found, within)
+            assert file is not None
+            made, group = file.made()
+            table = read_stored(made, self._collection, table_schema(), columns=columns, rows=file.rows, footer=[group])
+        except (DamagedError, ValueError, OSError):
+            return None  # Whole row groups tell what is wrong, or come from the parts that a later writer made.
+        return _taken(table, place)
+
+    def _pages(self, file: BinaryIO, number: int, group: int, columns: list[str]) -> list[ColumnPages] | None:
+        """Pages of some columns of a row group; None if they are not written so. Kept once they were read."""
+        found: list[ColumnPages] = []
+        for chunk in self._footers[number][group].chunks:
+            if chunk.path[0] not in columns:
+                continue
+            key = number, group, chunk.path
+            if key not in self._page_tables:
+                self._page_tables[key] = column_pages(file, self._footers[number][group], chunk)
+            own = self._page_tables[key]
+            if own is None or (found and own.rows != found[0].rows):
+                return None
+            found.append(own)
+        return found or None
 
     def _groups(self, number: int, row_in: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Row group of each row of a part, and the first row of each of its groups and the end, int64."""
@@ -325,23 +336,6 @@ class ProblemTable:
         schema = pa.schema([schema.field(name) for name in schema.names if name in columns])
         whole = pa.concat_tables(tables) if tables else _nothing(schema.names)
         return whole.slice(0, len(self))
-
-
-def checked_columns(columns: Sequence[str] | None) -> list[str]:
-    """Names of columns, in the table's order; None: all. RequestError for an unknown one."""
-    names = table_schema().names
-    if columns is None:
-        return names
-    for name in columns:
-        check_known("column", name, names)
-    return [name for name in names if name in columns]
-
-
-def repeated(ids: Sequence[str]) -> str | None:
-    """The first id that occurs more than once; None if all are different."""
-    if len(set(ids)) == len(ids):
-        return None
-    return next(problem_id for problem_id, count in Counter(ids).items() if count > 1)
 
 
 def _nothing(columns: list[str]) -> "pa.Table":
@@ -397,14 +391,20 @@ def add_to_parts(collection: Path, manifest: Manifest, table: "pa.Table") -> tup
 
 def write_part(folder: Path, number: int, table: "pa.Table") -> Part:
     """Write one Parquet file durably, with a checksum in every page."""
-    data = table_bytes(table, write_page_checksum=True, row_group_size=GROUP_ROWS)
+    table = table.replace_schema_metadata(digests_of(table))
+    options = paged()
+    group = GROUP_BYTES * len(table) // max(table.nbytes, 1) // PAGE_ROWS * PAGE_ROWS
+    group = max(group, PAGE_ROWS) if options else GROUP_ROWS
+    data = table_bytes(table, write_page_checksum=True, row_group_size=group, **options)
     if not within(table.nbytes, len(data)):  # Texts that compress this far would not be read again.
         data = table_bytes(
             table, write_page_checksum=True, compression="none", use_dictionary=False, row_group_size=GROUP_ROWS
         )
     name = f"part-{number:06d}.parquet"
     replace_file(folder / name, data)
-    return Part(name, table.num_rows, len(data), crc32c(data))
+    part = Part(name, table.num_rows, len(data), crc32c(data))
+    keep_ids(folder.parent.parent, part, table["id"].combine_chunks())
+    return part
 
 
 def read_part(
@@ -431,28 +431,3 @@ def _opened(collection: Path, manifest: Manifest, part: Part) -> Iterator[tuple[
         if size != part.bytes:
             raise DamagedError(f"{path}: damaged: {size} bytes instead of {part.bytes}; see `gradstore verify`")
         yield file, path
-
-
-def _shown(messages: list[dict]) -> str:
-    users = [message for message in messages if message["role"] == "user"] or messages
-    return message_text(users[-1]["content"]) or _json(users[-1]["content"])
-
-
-def _kept(value: Any, problem_id: str, field: str) -> str:
-    """A field as JSON; RequestError if it could not be read again."""
-    written = _json(value)
-    try:
-        load_json(written, field, nan=True)
-    except DamagedError as error:
-        reason = str(error).removeprefix(f"{field}: damaged: ")
-        raise RequestError(f"problem {problem_id!r}: field {field!r} cannot be kept: {reason}") from None
-    return written
-
-
-def _exact(value: Any) -> str:
-    """JSON as `_json` writes it; ValueError for NaN, which is not kept."""
-    return json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False)
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, sort_keys=True, ensure_ascii=False)

@@ -19,7 +19,7 @@ from gradstore.durable import canonical_json
 from gradstore.errors import DamagedError, RequestError, check_known
 from gradstore.layout import ROUNDS
 from gradstore.parquet import table_bytes
-from gradstore.problem_table import repeated
+from gradstore.problem_rows import repeated
 from gradstore.schema import ANYTHING, Checker, lists, load_json, mapping, number, one_of, optional, record, text, whole
 from gradstore.stored_parquet import metadata_of, read_stored
 

@@ -17,6 +17,7 @@ from gradstore.durable import TEMPORARY, fsync_folder, make_folder, replace_file
 from gradstore.errors import DamagedError, GradstoreError
 from gradstore.header import Header
 from gradstore.inside import check_folder, names_inside, open_inside, read_inside, remove_file, remove_folder
+from gradstore.kept_ids import drop_other_ids
 from gradstore.layout import (
     IN_USE,
     MANIFEST,
@@ -200,6 +201,7 @@ class Session:
     def _tidy(self) -> None:
         show_rows(self.generation, self.header.arrays, self.manifest.rows)
         self.remove_unused_generations()
+        drop_other_ids(self.collection, self.manifest.parts)
 
     def remove_unused_generations(self, *, newer: bool = False) -> list[str]:
         """Remove all generations except the published one, unless a reader uses them; returns those that stay.

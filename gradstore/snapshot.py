@@ -68,6 +68,10 @@ class Snapshot:
 
     def rows_by_step(self) -> dict[int, int]:
         """Step -> number of rows that are not deleted, ascending."""
+        return dict(self._by_step)
+
+    @cached_property
+    def _by_step(self) -> dict[int, int]:
         steps, counts = np.unique(self.column("step")[self.alive()], return_counts=True)
         return dict(zip(steps.tolist(), counts.tolist(), strict=True))
 

@@ -17,7 +17,7 @@ from gradstore.layout import COLLECTIONS, WITHOUT_CODES, ZARR, collection_names,
 from gradstore.manifest import Manifest
 from gradstore.new_problems import add_problems
 from gradstore.outputs import check_output
-from gradstore.problem_table import checked_columns, to_records
+from gradstore.problem_rows import checked_columns, to_records
 from gradstore.session import Session
 from gradstore.track import Track
 from gradstore.view import MadeBy, View

@@ -120,6 +120,16 @@ def _read(
     return table
 
 
+def read_metadata(file: BinaryIO, path: Path) -> dict[bytes, bytes]:
+    """Members of the footer's metadata; DamagedError, which names the path, if they cannot be read."""
+    import pyarrow as pa
+
+    try:
+        return metadata_of(file)
+    except (pa.ArrowException, OSError, ValueError, MemoryError, OverflowError) as error:
+        raise DamagedError(f"{path}: damaged: {first_line(error)}; see `gradstore verify`") from error
+
+
 def metadata_of(file: BinaryIO) -> dict[bytes, bytes]:
     """Members of the footer's metadata."""
     import pyarrow.parquet as pq

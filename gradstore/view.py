@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gradstore.errors import RequestError
-from gradstore.problem_table import checked_columns
+from gradstore.problem_rows import checked_columns
 from gradstore.snapshot import Snapshot
 from gradstore.state import State
 from gradstore.stored_rows import StoredRows, checked_positions

@@ -139,6 +139,7 @@ class Catalogue:
     _scores: Recent[Scores] = field(default_factory=lambda: Recent(24))
     _listed: Recent[Listing] = field(default_factory=lambda: Recent(1))
     _queries: Recent[np.ndarray | None] = field(default_factory=lambda: Recent(1024))
+    _near: Recent[pd.DataFrame] = field(default_factory=lambda: Recent(256))
     _texts: Recent[np.ndarray] = field(default_factory=lambda: Recent(64))
 
     def version(self) -> Hashable:
@@ -242,6 +243,10 @@ class Catalogue:
 
         Empty if the problem has no gradient.
         """
+        key = (problem_id, step, k, self.store.commit(self.pool))
+        return self._near.get(key, lambda: self._nearest(problem_id, step, k))
+
+    def _nearest(self, problem_id: str, step: int | None, k: int) -> pd.DataFrame:
         view = self.store.view(self.pool, step)
         place = int(view.positions([problem_id], strict=False)[0])
         columns = ["id", "source", "cosine", "pass_rate"]

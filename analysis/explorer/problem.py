@@ -82,6 +82,15 @@ def register(app: Dash, catalogue: Catalogue, colours: Colours) -> None:
             return _unknown(str(error), near), [html.Option(value=name) for name in near]
         return shown, []
 
+    @app.callback(Output("problem-nearest", "children"), Input("problem-shown", "data"))
+    def near(shown: list) -> Any:
+        """On its own, after the rest is there: it reads every row of the pool."""
+        problem_id, step = shown
+        try:
+            return _nearest(catalogue, str(problem_id), step if step is None else int(step))
+        except GradstoreError as error:
+            return note(str(error))
+
 
 def _containing(catalogue: Catalogue, words: str) -> list[str]:
     """Ids of the first problems that have the words in their id or text."""
@@ -120,7 +129,8 @@ def _view(
         html.Dl([part for name, value in facts for part in (html.Dt(name), html.Dd(value))], className="facts"),
         *_history(catalogue, problem_id, metric, theme, colours),
         html.H3("Nearest problems by gradient"),
-        _nearest(catalogue, problem_id, step),
+        dcc.Store(id="problem-shown", data=[problem_id, step]),
+        html.Div(id="problem-nearest"),
     ]
     probes = catalogue.probes(problem_id)
     if probes:

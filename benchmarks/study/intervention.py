@@ -261,7 +261,7 @@ def section(rows: Sequence[dict[str, Any]]) -> str:
     """The page's part about the measurements."""
     lines = [
         "## Attribution checked by intervention\n",
-        "`python -m benchmarks.study intervene --svamp FILE`: the policy takes GRPO steps on some problems of the pool "
+        "`python -m benchmarks.study intervene`: the policy takes GRPO steps on some problems of the pool "
         "with wrong truths, always from the same start, and the gain is the change of its accuracy on the held-out "
         f"problems ({len(rows) - 1} measurements in interventions.jsonl).\n",
     ]

@@ -90,8 +90,7 @@ def method(name: str, budgeted: Mapping[str, int]) -> Method:
     """The method of this name. `budgeted-SELECTOR` has the round settings `budgeted`; `budgeted/N-SELECTOR` has 1/N of
     their budget; `METHOD~PART` does without a part of the forecast; `METHOD+RULE` weighs the rollouts of training steps
     by a rule; `METHOD@solutions` aims at the benchmark's solutions; `METHOD%N` measures the benchmark every N rounds;
-    `METHOD*N` has N rounds. RequestError for an
-    unknown name."""
+    `METHOD*N` has N rounds. RequestError for an unknown name."""
     whole, _, rounds = name.partition(ROUNDS)
     if rounds:
         if not rounds.isdecimal() or int(rounds) < 1:

@@ -157,7 +157,10 @@ SmolLM2-135M-Instruct, all of its weights, trained by GRPO on problems picked in
 --backend local`. A cold start on 150 problems of SVAMP (and 96 of other tasks) taught it to answer a word problem by
 the calculation alone. Accuracy is the mean probability of the right calculation, token for token, at temperature 1 on
 held-out problems: computed, not sampled. All methods share every setting, the problems and the seeds of a run. The
-learning rate was chosen on oracle picks of one seed, which the study leaves out.
+learning rate was chosen on oracle picks of one seed, which the study leaves out: at 6e-5 accuracy rose for four steps
+and fell below its start by step 12 (.393, .477, .329, .261), at 3e-5 it stayed up (.393, .460, .445, .446).
+
+The toy study behind it, 960 runs, is [study-toy.md](study-toy.md).
 """
 
 
@@ -178,7 +181,7 @@ def words(svamp: Path, models: Path, tell: Callable[[str], None] = lambda line: 
         load=load,
         reward=Reward("study", reward),
         settings=StudySettings(
-            pool=80, validation=24, test=80, selected=8, train_batch=8, budget=8, budget_target=4, window=16
+            pool=80, validation=24, test=80, selected=8, train_batch=8, budget=8, budget_target=4, window=16, lr=2e-5
         ),
         short=StudySettings(
             pool=16, validation=4, test=8, selected=2, train_batch=2, rounds=2, steps=1, rollouts=4, budget=2,

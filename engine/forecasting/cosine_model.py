@@ -141,28 +141,54 @@ def fit(pairs: Pairs, scores_P: np.ndarray, rollouts_P: np.ndarray) -> Staleness
         signal = PRIOR_RELIABILITY * spread
         return Staleness(prior_mean, signal, (spread - signal) * n_usual, PRIOR_LIFE)
     lives_L = np.geomspace(0.5, 5000, 47)
-    kept_LN = np.exp(-pairs.ages / lives_L[:, None])
+    kinds = _Kinds.of(pairs, prior_mean)
+    kept_LU = np.exp(-kinds.ages / lives_L[:, None])
     on_life_L = -0.5 * (np.log(lives_L / PRIOR_LIFE) / _LIFE_SPREAD) ** 2
     n = len(pairs) + _PRIOR_PAIRS
     best, found = -np.inf, (PRIOR_RELIABILITY, PRIOR_LIFE, prior_mean, spread)
     for reliability in np.linspace(0.04, 0.98, 48).tolist():
         ratio = (1 - reliability) / reliability * n_usual
-        c_LN = kept_LN / (1 + ratio / np.maximum(pairs.n_old, 1))
-        variance_LN = 1 + ratio / np.maximum(pairs.n_new, 1) - kept_LN * c_LN
-        rest_LN, lever_LN = pairs.new - c_LN * pairs.old, 1 - c_LN
+        c_LU = kept_LU / (1 + ratio / np.maximum(kinds.n_old, 1))
+        variance_LU = 1 + ratio / np.maximum(kinds.n_new, 1) - kept_LU * c_LU
+        lever_LU = 1 - c_LU
         firsts = max(float(known_P.sum()) * reliability, 1e-3)
-        mean_L = (lever_LN * rest_LN / variance_LN).sum(1) + firsts * prior_mean
-        mean_L /= (lever_LN**2 / variance_LN).sum(1) + firsts
-        squares_L = ((rest_LN - mean_L[:, None] * lever_LN) ** 2 / variance_LN).sum(1)
-        signal_L = (squares_L + _PRIOR_PAIRS * reliability * spread) / n
-        fits_L = -0.5 * (n * np.log(signal_L) + np.log(variance_LN).sum(1) - _PRIOR_PAIRS * np.log(reliability))
-        fits_L += on_life_L + np.log(reliability * (1 - reliability))
+        # Sums over pairs: of rest = new - c old - lever prior_mean, and of its square.
+        rest_LU = kinds.new - c_LU * kinds.old
+        squares_LU = kinds.new_new - 2 * c_LU * kinds.new_old + c_LU**2 * kinds.old_old
+        weight_L = (kinds.counts * lever_LU**2 / variance_LU).sum(1)
+        shift_L = (lever_LU * rest_LU / variance_LU).sum(1) / (weight_L + firsts)
+        squares_L = (squares_LU / variance_LU).sum(1) - shift_L**2 * (weight_L + 2 * firsts)
+        signal_L = (np.maximum(squares_L, 0.0) + _PRIOR_PAIRS * reliability * spread) / n
+        fits_L = n * np.log(signal_L) + (kinds.counts * np.log(variance_LU)).sum(1) - _PRIOR_PAIRS * np.log(reliability)
+        fits_L = -0.5 * fits_L + on_life_L + np.log(reliability * (1 - reliability))
         place = int(np.argmax(fits_L))
         if fits_L[place] > best:
             best = float(fits_L[place])
-            found = (reliability, float(lives_L[place]), float(mean_L[place]), float(signal_L[place]))
+            found = (reliability, float(lives_L[place]), prior_mean + float(shift_L[place]), float(signal_L[place]))
     reliability, life, mean, signal = found
     return Staleness(mean, signal, (1 - reliability) / reliability * n_usual * signal, life, len(pairs))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Kinds:
+    """Sums over the pairs of one age and the same numbers of rollouts; scores less the prior mean. Arrays are [U]."""
+
+    ages: np.ndarray
+    n_old: np.ndarray
+    n_new: np.ndarray
+    counts: np.ndarray
+    old: np.ndarray
+    new: np.ndarray
+    old_old: np.ndarray
+    new_old: np.ndarray
+    new_new: np.ndarray
+
+    @classmethod
+    def of(cls, pairs: Pairs, mean: float) -> "_Kinds":
+        kinds_U3, kind_N = np.unique(np.stack([pairs.ages, pairs.n_old, pairs.n_new], 1), axis=0, return_inverse=True)
+        old_N, new_N = pairs.old - mean, pairs.new - mean
+        weights = (np.ones(len(pairs)), old_N, new_N, old_N * old_N, new_N * old_N, new_N * new_N)
+        return cls(*kinds_U3.T, *(np.bincount(kind_N.reshape(-1), own) for own in weights))
 
 
 def measured_pairs(

@@ -30,10 +30,12 @@ _MOST = 1024
 """Newest probes that count: each is compared with every problem."""
 _STEPS = 4000
 """Steps of a unit row's entries: finer than int8 rows of 1,024 dimensions."""
-_TILE = 256
-"""Rows of a block are a multiple of this."""
+_WEIGHT_BITS, _TERM_BITS = 22, 20
+"""Bits of a weight and of a term of the sums: with ten more for the number of probes they fit in float64."""
 _AT_ONCE = 1 << 20
 """Pairs of a problem and a probe per block."""
+_MOST_ROWS = 4096
+"""Of a block."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -68,7 +70,9 @@ def _integers(rows: np.ndarray) -> np.ndarray:
 class LocalRatios:
     """Locally weighted regression of probed on sketched dots, through the origin; slopes are at least 0.
 
-    Probed problem k has the weight max(cos, 0)^2. The global slope is added as one pseudo-problem of weight 1.
+    Probed problem k has the weight max(cos, 0)^2, rounded to 2^-22. The global slope is added as one pseudo-problem of
+    weight 1. Both sums over the probed problems are of whole numbers below 2^53, which float64 adds exactly. So they
+    do not depend on the order of the problems, and a changed probe can be taken out and put in again.
     """
 
     def __init__(self, rows_KD: np.ndarray, sketched_K: np.ndarray, probed_K: np.ndarray) -> None:
@@ -78,24 +82,68 @@ class LocalRatios:
         self._one = float(squares_K.mean()) or 1.0
         self.n = len(rows_KD)
         self._rows_KD = _integers(rows_KD)
-        self._sums_K2 = np.stack([products_K, squares_K], axis=1).astype(np.float32)
+        terms_K2 = np.stack([products_K, squares_K], axis=1)
+        self._exponents_2 = np.frexp(np.abs(terms_K2).max(axis=0, initial=0.0))[1]
+        self._terms_K2 = np.rint(np.ldexp(terms_K2, _TERM_BITS - self._exponents_2))
         self.usual = max(self._usual, 0.0)
         """Global slope, at least 0; also the slope of a problem that is similar to no probed one."""
 
-    def same(self, other: "LocalRatios") -> bool:
-        """Whether they are of the same problems with the same dots."""
-        pairs = ((self._rows_KD, other._rows_KD), (self._sums_K2, other._sums_K2))
-        return self._usual == other._usual and all(np.array_equal(ours, theirs) for ours, theirs in pairs)
-
     def __call__(self, rows_PD: np.ndarray) -> np.ndarray:
         """Slopes for problems with these unit sketches, float64 [P]; memory for P x K numbers."""
-        similar_PK = _integers(rows_PD) @ self._rows_KD.T
-        similar_PK *= np.float32(_STEPS**-2)
-        np.maximum(similar_PK, 0.0, out=similar_PK)
-        np.square(similar_PK, out=similar_PK)
-        products_P, squares_P = (similar_PK @ self._sums_K2).T.astype(np.float64)
+        return self.slopes(self.sums(rows_PD))
+
+    def sums(self, rows_PD: np.ndarray) -> np.ndarray:
+        """Weighted sums of probed x sketched and of sketched^2, whole numbers in float64 [P, 2]."""
+        return _sums(_integers(rows_PD), self._rows_KD, self._terms_K2)
+
+    def slopes(self, sums_P2: np.ndarray) -> np.ndarray:
+        """Slopes of problems with these sums, float64 [P]."""
+        products_P, squares_P = np.ldexp(sums_P2, self._exponents_2 - _TERM_BITS - _WEIGHT_BITS).T
         slope_P: np.ndarray = (products_P + self._one * self._usual) / (squares_P + self._one)
         return np.maximum(slope_P, 0.0)
+
+    def change_to(self, new: "LocalRatios") -> "Change | None":
+        """What makes the sums of `new` from these; None where that is no less work than from nothing."""
+        if (self._exponents_2 != new._exponents_2).any():
+            return None
+        n = min(self.n, new.n)
+        same = (self._rows_KD[:n] == new._rows_KD[:n]).all(axis=1) & (self._terms_K2[:n] == new._terms_K2[:n]).all(
+            axis=1
+        )
+        others = np.flatnonzero(~same)
+        gone, come = (np.append(others, np.arange(n, size)) for size in (self.n, new.n))
+        if len(gone) + len(come) > new.n // 2:
+            return None
+        rows = np.concatenate([self._rows_KD[gone], new._rows_KD[come]])
+        return Change(rows, np.concatenate([-self._terms_K2[gone], new._terms_K2[come]]))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Change:
+    """Probed problems that were taken out or put in."""
+
+    rows: np.ndarray
+    """Unit sketches as whole numbers, float32 [K, D]."""
+    terms: np.ndarray
+    """Terms of both sums, negative for those that were taken out, float64 [K, 2]."""
+
+    @property
+    def n(self) -> int:
+        return len(self.rows)
+
+    def sums(self, rows_PD: np.ndarray) -> np.ndarray:
+        """What to add to the sums of problems with these unit sketches, float64 [P, 2]."""
+        return _sums(_integers(rows_PD), self.rows, self.terms)
+
+
+def _sums(whole_PD: np.ndarray, whole_KD: np.ndarray, terms_K2: np.ndarray) -> np.ndarray:
+    weights_PK = whole_PD @ whole_KD.T
+    weights_PK *= np.float32(2 ** (_WEIGHT_BITS // 2) / _STEPS**2)
+    np.maximum(weights_PK, 0.0, out=weights_PK)
+    np.square(weights_PK, out=weights_PK)
+    np.rint(weights_PK, out=weights_PK)
+    sums_P2: np.ndarray = weights_PK.astype(np.float64) @ terms_K2
+    return sums_P2
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -205,40 +253,53 @@ def calibrate(view: View, places: Places, probes: Sequence[Probed], length: floa
 
 
 class _Gains:
-    """Ratios of the pool's problems for one set of probes, each with the row it was computed from."""
+    """Sums of the pool's problems for one set of probes, each with the row it was computed from."""
 
     def __init__(self, view: View, ratios: LocalRatios) -> None:
         self._ratios, self._base = ratios, view.stored.base
         self._row_N = np.full(view.n_problems, -1)
-        self._gain_N = np.zeros(view.n_problems)
+        self._sums_N2 = np.zeros((view.n_problems, 2))
 
     @classmethod
     def of(cls, view: View, ratios: LocalRatios, positions: np.ndarray) -> np.ndarray:
         """Ratios of the rows at some positions, float64 [len(positions)]."""
         kept = Kept.of(view.store, view.collection)
         own = kept.last("gains")
-        same = own is not None and (own._base, len(own._row_N)) == (view.stored.base, view.n_problems)
-        if not same or not own._ratios.same(ratios):
-            own = cls(view, ratios)
-            kept.put("gains", own)
         number_K, row_K = view.problem_numbers[positions], view.stored.numbers[positions]
+        if own is None or (own._base, len(own._row_N)) != (view.stored.base, view.n_problems):
+            own = cls(view, ratios)
+        else:
+            own = own._changed_to(view, ratios, positions)
+        kept.put("gains", own)
         other = np.flatnonzero(own._row_N[number_K] != row_K)
-        own._gain_N[number_K[other]] = _in_blocks(view, ratios, positions[other])
+        own._sums_N2[number_K[other]] = _in_blocks(view, ratios, positions[other])
         own._row_N[number_K[other]] = row_K[other]
-        gains: np.ndarray = own._gain_N[number_K]
-        return gains
+        return ratios.slopes(own._sums_N2[number_K])
+
+    def _changed_to(self, view: View, ratios: LocalRatios, positions: np.ndarray) -> "_Gains":
+        """The sums for other probes: those of the rows at the positions, if few probes changed."""
+        change = self._ratios.change_to(ratios)
+        if change is None:
+            return _Gains(view, ratios)
+        self._ratios = ratios
+        if change.n:
+            number_K, row_K = view.problem_numbers[positions], view.stored.numbers[positions]
+            known = np.flatnonzero(self._row_N[number_K] == row_K)
+            self._sums_N2[number_K[known]] += _in_blocks(view, change, positions[known])
+            kept_N = np.full(len(self._row_N), -1)
+            kept_N[number_K[known]] = row_K[known]
+            self._row_N = kept_N
+        return self
 
 
-def _in_blocks(view: View, ratios: LocalRatios, positions: np.ndarray) -> np.ndarray:
-    """Ratios of rows, in blocks of one size, filled up with zeros: a ratio does not depend on other rows."""
-    size = max(1, _AT_ONCE // ratios.n // _TILE) * _TILE
-    block_BD, found = np.zeros((size, view.dim), np.float32), np.empty(len(positions))
+def _in_blocks(view: View, of: LocalRatios | Change, positions: np.ndarray) -> np.ndarray:
+    """Sums of rows, float64 [len(positions), 2], block by block."""
+    size = min(max(1, _AT_ONCE // max(of.n, 1)), _MOST_ROWS)
+    found = np.empty((len(positions), 2))
     done = 0
     for block, rows_BD in view.scan(positions, size):
-        n = len(block)
-        block_BD[:n], block_BD[n:] = rows_BD, 0.0
-        found[done : done + n] = ratios(block_BD)[:n]
-        done += n
+        found[done : done + len(block)] = of.sums(rows_BD)
+        done += len(block)
     return found
 
 

@@ -135,24 +135,25 @@ def objective(preset: str, **changes: object) -> Objective:
 
 
 def advantages(rewards_G: np.ndarray, kind: Advantage) -> np.ndarray:
-    """Advantages of a group, float64 [G]; all zero if the rewards are equal up to rounding.
+    """Advantages of a group, float64 [G]; all zero if the rewards are equal up to rounding. Also of several, [P, G].
 
     mean: Dr. GRPO (arXiv 2503.20783). mean_std: GRPO (arXiv 2402.03300), sample deviation (n - 1) plus 1e-6 as in
     verl. rloo: arXiv 2402.14740, the same as mean x G / (G - 1).
     """
-    centred_G = rewards_G - rewards_G.mean()
-    if not differ(rewards_G):
-        return np.zeros_like(centred_G)
-    centred_G[np.abs(centred_G) <= ROUNDING * np.abs(rewards_G).max()] = 0.0
-    return _scaled(centred_G, rewards_G, kind)
+    centred_G = rewards_G - rewards_G.mean(axis=-1, keepdims=True)
+    centred_G[np.abs(centred_G) <= ROUNDING * np.abs(rewards_G).max(axis=-1, keepdims=True)] = 0.0
+    some = differ(rewards_G)
+    if not some.all():
+        centred_G[~some] = 0.0
+    return _scaled(centred_G, rewards_G, kind) if some.any() else centred_G
 
 
 def _scaled(values_G: np.ndarray, rewards_G: np.ndarray, kind: Advantage) -> np.ndarray:
     """Centred rewards, scaled to advantages of this kind."""
     if kind == "mean_std":
-        return values_G / (rewards_G.std(ddof=1) + 1e-6)
+        return values_G / (rewards_G.std(axis=-1, ddof=1, keepdims=True) + 1e-6)
     if kind == "rloo":
-        return values_G * (len(rewards_G) / (len(rewards_G) - 1))
+        return values_G * (rewards_G.shape[-1] / (rewards_G.shape[-1] - 1))
     return values_G
 
 

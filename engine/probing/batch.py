@@ -81,17 +81,22 @@ class ProbeBatch:
         n = len(ids)
         dots, errors, t, p_values = np.zeros(n), np.zeros(n), np.zeros(n), np.ones(n)
         states, reasons = [State.NO_SIGNAL] * n, [""] * n
-        for i, (r_G, d_G, T_G) in enumerate(zip(rewards, derivatives, lengths, strict=True)):
-            if r_G.max() == r_G.min():
-                continue
-            if not np.isfinite(d_G).all():
+        sizes_P = np.array([len(r_G) for r_G in rewards], np.int64)
+        for size in np.unique(sizes_P).tolist():
+            places = np.flatnonzero(sizes_P == size)
+            r_PG, d_PG, T_PG = (np.stack([each[i] for i in places]) for each in (rewards, derivatives, lengths))
+            differ_P, finite_P = r_PG.max(axis=1) != r_PG.min(axis=1), np.isfinite(d_PG).all(axis=1)
+            for i in places[differ_P & ~finite_P].tolist():
                 states[i], reasons[i] = State.FAILED, "a derivative is not finite, or was not measured"
+            live_P = differ_P & finite_P & d_PG.any(axis=1)
+            live = places[live_P]
+            if not len(live):
                 continue
-            if not d_G.any():
-                continue
-            states[i] = State.LIVE
-            dots[i], errors[i] = probe_statistics.dot_and_error(r_G, d_G, T_G, settings)
-            t[i], p_values[i] = probe_statistics.t_test(r_G, d_G)
+            for i in live.tolist():
+                states[i] = State.LIVE
+            r_PG, d_PG, T_PG = r_PG[live_P], d_PG[live_P], T_PG[live_P]
+            dots[live], errors[live] = probe_statistics.dots_and_errors(r_PG, d_PG, T_PG, settings)
+            t[live], p_values[live] = probe_statistics.t_tests(r_PG, d_PG)
         return cls(
             ids, derivatives, rewards, lengths, dots, errors, t, p_values, states, reasons, settings, calibration
         )

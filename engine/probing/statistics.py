@@ -21,24 +21,33 @@ PROBE_SCORES = ("dot", "corr", "snr", "lcb", "shrunk", "fdr")
 def dot_and_error(
     rewards_G: np.ndarray, derivatives_G: np.ndarray, lengths_G: np.ndarray, settings: Objective
 ) -> tuple[float, float]:
-    """The dot product mean_j A_j d_j, and its standard error over draws of the rollouts.
+    """The dot product mean_j A_j d_j, and its standard error over draws of the rollouts; nan for fewer than two.
 
     rewards_G, derivatives_G: float64. lengths_G: tokens that the policy wrote. The error is the standard deviation
     (G - 1) of the rollouts' influences on the dot, divided by sqrt(G). The influence is A_j (d_j - mean d) - dot for
     the plain advantage; minus dot (A_j^2 - mean A^2) / 2 if the advantage is divided by the rewards' standard
     deviation; minus dot (T_j / mean T - 1) if the lengths of all rollouts normalise the sum.
-    nan for fewer than two rollouts.
     """
-    A_G = advantages(rewards_G, settings.advantage)
-    dot = float(np.mean(A_G * derivatives_G))
-    influence_G = A_G * (derivatives_G - derivatives_G.mean()) - dot
+    dot_P, error_P = dots_and_errors(rewards_G[None], derivatives_G[None], lengths_G[None], settings)
+    return float(dot_P[0]), float(error_P[0])
+
+
+def dots_and_errors(
+    rewards_PG: np.ndarray, derivatives_PG: np.ndarray, lengths_PG: np.ndarray, settings: Objective
+) -> tuple[np.ndarray, np.ndarray]:
+    """`dot_and_error` of several problems with equally many rollouts, float64 [P] each."""
+    A_PG = advantages(rewards_PG, settings.advantage)
+    dot_P1 = np.mean(A_PG * derivatives_PG, axis=1, keepdims=True)
+    if rewards_PG.shape[1] < 2:
+        return dot_P1[:, 0], np.full(len(dot_P1), np.nan)
+    influence_PG = A_PG * (derivatives_PG - derivatives_PG.mean(axis=1, keepdims=True)) - dot_P1
     if settings.advantage == "mean_std":
-        influence_G = influence_G - dot / 2 * (A_G**2 - np.mean(A_G**2))
-    if settings.aggregation == "token-mean" and lengths_G.sum():
-        influence_G = influence_G - dot * (lengths_G / lengths_G.mean() - 1)
-    if len(rewards_G) < 2:
-        return dot, float("nan")
-    return dot, float(influence_G.std(ddof=1) / np.sqrt(len(rewards_G)))
+        influence_PG = influence_PG - dot_P1 / 2 * (A_PG**2 - np.mean(A_PG**2, axis=1, keepdims=True))
+    if settings.aggregation == "token-mean":
+        mean_P1 = lengths_PG.mean(axis=1, keepdims=True)
+        longer_PG = np.where(mean_P1 > 0, lengths_PG / np.where(mean_P1 > 0, mean_P1, 1.0) - 1, 0.0)
+        influence_PG = influence_PG - dot_P1 * longer_PG
+    return dot_P1[:, 0], influence_PG.std(axis=1, ddof=1) / np.sqrt(rewards_PG.shape[1])
 
 
 def t_test(rewards_G: np.ndarray, derivatives_G: np.ndarray) -> tuple[float, float]:
@@ -49,21 +58,40 @@ def t_test(rewards_G: np.ndarray, derivatives_G: np.ndarray) -> tuple[float, flo
     test: if few responses are distinct, rewards may match them by chance. (0, 1) for fewer than three rollouts, equal
     rewards or equal derivatives.
     """
-    n = len(rewards_G)
-    r = correlation(rewards_G, derivatives_G)
-    if n < 3 or r == 0.0:
-        return 0.0, 1.0
-    t = r * np.sqrt((n - 2) / max(1 - r * r, 1e-12))
-    counts = np.unique(derivatives_G, return_counts=True)[1]
-    log_orders = special.gammaln(n + 1) - special.gammaln(counts + 1).sum()  # G! / prod c! for c equal ones
-    return float(t), float(max(special.stdtr(n - 2, -t), np.exp(-log_orders)))
+    t_P, p_P = t_tests(rewards_G[None], derivatives_G[None])
+    return float(t_P[0]), float(p_P[0])
+
+
+def t_tests(rewards_PG: np.ndarray, derivatives_PG: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """`t_test` of several problems with equally many rollouts, float64 [P] each."""
+    n = rewards_PG.shape[1]
+    r_P = correlations(rewards_PG, derivatives_PG)
+    if n < 3:
+        return np.zeros(len(r_P)), np.ones(len(r_P))
+    t_P = r_P * np.sqrt((n - 2) / np.maximum(1 - r_P * r_P, 1e-12))
+    ordered_PG = np.sort(derivatives_PG, axis=1)
+    ends_PG = np.append(ordered_PG[:, 1:] != ordered_PG[:, :-1], np.ones((len(r_P), 1), bool), axis=1)
+    # Counts of equal derivatives, at the last of each; G! / prod c! orders for c equal ones.
+    places_PG = np.where(ends_PG, np.arange(n), -1)
+    before_PG = np.maximum.accumulate(np.append(np.full((len(r_P), 1), -1), places_PG[:, :-1], axis=1), axis=1)
+    counts_PG = np.where(ends_PG, np.arange(n) - before_PG, 0)
+    log_orders_P = special.gammaln(n + 1) - special.gammaln(counts_PG + 1.0).sum(axis=1)
+    p_P = np.maximum(special.stdtr(n - 2, -t_P), np.exp(-log_orders_P))
+    return np.where(r_P == 0, 0.0, t_P), np.where(r_P == 0, 1.0, p_P)
 
 
 def correlation(rewards_G: np.ndarray, derivatives_G: np.ndarray) -> float:
     """Pearson's correlation; 0 if either variable is constant."""
-    r_G, d_G = rewards_G - rewards_G.mean(), derivatives_G - derivatives_G.mean()
-    scale = np.linalg.norm(r_G) * np.linalg.norm(d_G)
-    return float(np.clip(r_G @ d_G / scale, -1, 1)) if scale > 0 else 0.0
+    return float(correlations(rewards_G[None], derivatives_G[None])[0])
+
+
+def correlations(rewards_PG: np.ndarray, derivatives_PG: np.ndarray) -> np.ndarray:
+    """`correlation` of several problems with equally many rollouts, float64 [P]."""
+    r_PG = rewards_PG - rewards_PG.mean(axis=1, keepdims=True)
+    d_PG = derivatives_PG - derivatives_PG.mean(axis=1, keepdims=True)
+    scale_P = np.sqrt((r_PG**2).sum(axis=1)) * np.sqrt((d_PG**2).sum(axis=1))
+    r_P = (r_PG * d_PG).sum(axis=1) / np.where(scale_P > 0, scale_P, 1.0)
+    return np.where(scale_P > 0, np.clip(r_P, -1, 1), 0.0)
 
 
 def correlation_of_t(t_P: np.ndarray, n_P: np.ndarray) -> np.ndarray:

@@ -128,7 +128,7 @@ class Group:
     @property
     def has_signal(self) -> bool:
         """False if all rewards are equal up to rounding: then all advantages, and so the gradient, are zero."""
-        return self.solution or differ(self.rewards)
+        return self.solution or bool(differ(self.rewards))
 
     @property
     def n_written(self) -> np.ndarray:
@@ -167,9 +167,13 @@ def _check_outputs(name: str, rollout_of: np.ndarray, n_responses: int, n_rollou
         )
 
 
-def differ(rewards_G: np.ndarray) -> bool:
-    """Whether float64 rewards differ by more than rounding (such as 0.1 + 0.2 and 0.3), at any scale."""
-    return bool(np.ptp(rewards_G) > ROUNDING * np.abs(rewards_G).max())
+def differ(rewards_G: np.ndarray) -> np.bool_ | np.ndarray:
+    """Whether float64 rewards differ by more than rounding (such as 0.1 + 0.2 and 0.3), at any scale.
+
+    Of one group [G], or of each of several, bool [P] for [P, G].
+    """
+    found: np.bool_ | np.ndarray = np.ptp(rewards_G, axis=-1) > ROUNDING * np.abs(rewards_G).max(axis=-1)
+    return found
 
 
 def joined(groups: Sequence[Group]) -> Group:

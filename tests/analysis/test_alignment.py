@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+import gradstore
 from gradstore.analysis.alignment import COLUMNS, alignment, states, summary
 from gradstore.analysis.trajectory import measured_steps, trajectory
 from gradstore.errors import RequestError
@@ -77,6 +78,22 @@ def test_measured_keeps_scores_of_fresh_rows_alone(history) -> None:
     columns = [history.ids.index(name) for name in seen.ids]
     expected = history.measured_SP[:, columns] & np.isfinite(seen.scores_SP)
     np.testing.assert_array_equal(np.isfinite(seen.measured), expected)
+
+
+def test_a_trajectory_is_computed_again_when_something_is_published(make_history) -> None:
+    """Several parts of a report ask for the same one; a later row must be seen by the next."""
+    store = make_history(np.zeros((2, 5))).store
+    first = trajectory(store, "pool", "bench")
+    assert trajectory(store, "pool", "bench") is first
+    assert trajectory(store, "pool", "bench", "dot") is not first
+    assert not first.scores_SP.flags.writeable
+    again = gradstore.open(store.path, mode="a")
+    step = int(first.steps[-1])
+    with again.writer("pool", step=step) as writer:
+        writer.append(first.ids[:1].tolist(), np.ones((1, store.dim)))
+    later = trajectory(store, "pool", "bench")
+    assert later.norms_SP[-1, 0] == pytest.approx(np.sqrt(store.dim))
+    np.testing.assert_array_equal(later.norms_SP[:, 1:], first.norms_SP[:, 1:])
 
 
 @pytest.mark.parametrize("arguments", [("nothing", "bench"), ("pool", "nothing"), ("pool", "bench", "manhattan")])

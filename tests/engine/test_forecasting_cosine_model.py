@@ -130,3 +130,36 @@ def test_pairs_from_the_store(tmp_path) -> None:
     assert pairs.old == pytest.approx([cosine(old, name, new) - 0.25 for old, new, name in expected], abs=1e-5)
     assert pairs.new == pytest.approx([cosine(new, name, new) - 0.25 for old, new, name in expected], abs=1e-5)
     assert measured_pairs(store, "pool", ["bench"], 9).ages.tolist() == [5, 3, 9]
+
+
+def test_the_fit_is_that_of_every_pair_on_its_own() -> None:
+    """Pairs of one age and size are summed up first; here the likelihood is taken pair by pair, on the same grid."""
+    draw = np.random.default_rng(5)
+    for n in (1, 4, 60):
+        true = draw.normal(0.1, 0.03, n)
+        pairs = Pairs(
+            true + draw.normal(0, 0.02, n),
+            true + draw.normal(0, 0.02, n),
+            draw.integers(1, 4, n) * 10.0,
+            draw.integers(0, 9, n) * 1.0,
+            draw.choice([4.0, 8.0], n),
+        )
+        scores, rollouts = draw.normal(0.1, 0.03, 50), np.full(50, 8.0)
+        found = fit(pairs, scores, rollouts)
+        prior, spread = scores.mean(), scores.var()
+        best = -np.inf
+        for reliability in np.linspace(0.04, 0.98, 48):
+            for life in np.geomspace(0.5, 5000, 47):
+                ratio = (1 - reliability) / reliability * 8
+                kept = np.exp(-pairs.ages / life)
+                c = kept / (1 + ratio / np.maximum(pairs.n_old, 1))
+                variance = 1 + ratio / np.maximum(pairs.n_new, 1) - kept * c
+                rest, lever, firsts = pairs.new - c * pairs.old, 1 - c, 50 * reliability
+                mean = ((lever * rest / variance).sum() + firsts * prior) / ((lever**2 / variance).sum() + firsts)
+                squares = ((rest - mean * lever) ** 2 / variance).sum()
+                signal = (squares + 10 * reliability * spread) / (n + 10)
+                fits = -0.5 * ((n + 10) * np.log(signal) + np.log(variance).sum() - 10 * np.log(reliability))
+                fits += -0.5 * (np.log(life / 50) / 1.5) ** 2 + np.log(reliability * (1 - reliability))
+                if fits > best + 1e-9:
+                    best, expected = fits, (mean, signal, (1 - reliability) / reliability * 8 * signal, life)
+        assert (found.mean, found.signal, found.noise, found.life) == pytest.approx(expected, rel=1e-9)

@@ -70,3 +70,30 @@ def test_problems_of_two_kinds_have_two_ratios(tmp_path) -> None:
     assert again.gains == pytest.approx(found.gains[order])
     assert calibrate(store.view("pool", 4), shuffled, [], length) is None
     assert probed_at(store, "pool", ["bench"], 3) is None
+
+
+def test_sums_go_on_from_others_to_the_last_bit() -> None:
+    """Changed, added and removed probes, in any order: a resumed round must rank as an undisturbed one."""
+    random = np.random.default_rng(1)
+
+    def units(n: int) -> np.ndarray:
+        rows = random.normal(size=(n, 24)).astype(np.float32)
+        return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+    rows, known = units(300), units(90)
+    sketched, probed = random.normal(size=90), random.normal(2, 1, 90) * 10.0 ** random.integers(-3, 2, 90)
+    probed[0] = 3e4
+    old = LocalRatios(known[:80], sketched[:80], probed[:80])
+    order = random.permutation(80)
+    shuffled = LocalRatios(known[order], sketched[order], probed[order])
+    np.testing.assert_array_equal(shuffled.sums(rows), old.sums(rows))
+    for places, n in (([3, 7, 50], 80), ([79], 90), ([], 80), ([1], 70), ([], 60)):
+        rows_K, probed_K = known.copy(), probed.copy()
+        rows_K[places], probed_K[places] = units(len(places)), 1.5
+        new = LocalRatios(rows_K[:n], sketched[:n], probed_K[:n])
+        change = old.change_to(new)
+        assert change is not None
+        np.testing.assert_array_equal(old.sums(rows) + change.sums(rows), new.sums(rows))
+        np.testing.assert_array_equal(new.slopes(old.sums(rows) + change.sums(rows)), new(rows))
+    assert old.change_to(LocalRatios(units(80), sketched[:80], probed[:80])) is None
+    assert old.change_to(LocalRatios(known[:80], sketched[:80], 100 * probed[:80])) is None

@@ -1,5 +1,7 @@
 """How sure a probe is: its statistics against direct formulas and simulation, and what is kept of it."""
 
+import math
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -7,12 +9,15 @@ from scipy import stats
 from gradstore.engine import Objective, ProbeBatch, objective
 from gradstore.engine.probing.statistics import (
     correlation,
+    correlations,
     dot_and_error,
+    dots_and_errors,
     false_discovery_cut,
     lower_bound,
     shrunk,
     signal_to_noise,
     t_test,
+    t_tests,
 )
 from gradstore.engine.rollouts import Group
 from gradstore.errors import RequestError
@@ -148,3 +153,25 @@ def test_a_batch_is_kept_beside_the_rows(make_store, make_groups) -> None:
     np.testing.assert_allclose(again.standard_errors, batch.standard_errors)
     with pytest.raises(RequestError, match="no probes at step 4"):
         ProbeBatch.load(store, "pool", step=4, target="bench")
+
+
+@pytest.mark.parametrize("preset", ["gradalign", "grpo", "dr_grpo", "dapo"])
+def test_statistics_of_many_are_those_of_each(preset: str) -> None:
+    """To the last bit, whatever the batch: a probe's statistics must not depend on when it was read."""
+    random = np.random.default_rng(0)
+    for size in (1, 2, 3, 8, 9, 40):
+        rewards = random.integers(0, 3, (50, size)) / 2.0
+        values = random.normal(size=(50, size)).round(random.integers(0, 3))
+        lengths = random.integers(0, 4, (50, size))
+        settings = objective(preset)
+        dots, errors = dots_and_errors(rewards, values, lengths, settings)
+        t, p = t_tests(rewards, values)
+        for i in range(50):
+            found = (*dot_and_error(rewards[i], values[i], lengths[i], settings), *t_test(rewards[i], values[i]))
+            np.testing.assert_array_equal(found, (dots[i], errors[i], t[i], p[i]))
+            assert correlations(rewards, values)[i] == correlation(rewards[i], values[i])
+            if size > 2 and np.ptp(rewards[i]) and np.ptp(values[i]):
+                assert correlation(rewards[i], values[i]) == pytest.approx(np.corrcoef(rewards[i], values[i])[0, 1])
+                counts = np.unique(values[i], return_counts=True)[1]
+                orders = math.factorial(size) / math.prod(map(math.factorial, counts.tolist()))
+                assert p[i] == pytest.approx(max(stats.t.sf(t[i], size - 2), 1 / orders)) or t[i] == 0

@@ -13,7 +13,7 @@ import pytest
 import gradstore
 from gradstore import DamagedError, RequestError, id_lookup, problem_table
 from gradstore.id_lookup import IdLookup, hashes_of, id_array
-from gradstore.problem_table import plain_table, to_table
+from gradstore.problem_rows import plain_table, to_table
 from gradstore.problems import canonical
 
 CHAT = [{"role": "system", "content": "Think."}, {"role": "user", "content": "1 + 1?"}]

@@ -21,10 +21,12 @@ Draw = Literal["chunks", "independent"]
 
 def shuffled(ids: Collection[str], seed: int) -> list[str]:
     """The ids in a random order that depends on the seed."""
-    key = str(seed).encode()
+    keyed = hashlib.blake2b(digest_size=16, key=hashlib.sha256(str(seed).encode()).digest())
 
     def rank(problem_id: str) -> bytes:
-        return hashlib.blake2b(problem_id.encode(), digest_size=16, key=hashlib.sha256(key).digest()).digest()
+        own = keyed.copy()
+        own.update(problem_id.encode())
+        return own.digest()
 
     return sorted(ids, key=rank)
 

@@ -98,8 +98,10 @@ def _probe_scale(targets: Sequence[Target], scope: Scope) -> float:
 
 def _drawn(scope: Scope, now: CandidateForecast, taken: Sequence[str]) -> list[str]:
     """Random picks to fill up the number of picks: first of the candidates never measured, then of any others."""
+    if len(taken) >= scope.n_picks:
+        return []
     order = scope.random(FILL).permutation(len(scope.candidates)).tolist()
     order.sort(key=lambda place: now.newest.states[place] >= 0)  # stable: still shuffled among those never measured
     known = set(taken)
     others = [scope.candidates[place] for place in order if scope.candidates[place] not in known]
-    return others[: max(scope.n_picks - len(taken), 0)]
+    return others[: scope.n_picks - len(taken)]

@@ -1,7 +1,7 @@
 """Run of rounds, and the scope of one round: everything that is known before its first rollout."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,15 @@ class Run:
     settings: RoundSettings
     dtype: str
     export: Path | None
+    _orders: dict[int, list[str]] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def order(self) -> list[str]:
+        """Ids of the pool in the order of its chunks; made once."""
+        seed = self.settings.seed
+        if seed not in self._orders:
+            self._orders[seed] = shuffled(self.records, seed)
+        return self._orders[seed]
 
     @property
     def parts(self) -> list[Part]:
@@ -110,7 +119,7 @@ class Scope:
         assert settings.candidates is not None
         assert settings.selected is not None
         if settings.draw == "chunks":
-            candidates = chunk(shuffled(run.records, settings.seed), settings.candidates, number)
+            candidates = chunk(run.order, settings.candidates, number)
         else:
             candidates = independent(list(run.records), settings.candidates, derived_seed(settings.seed, number, DRAW))
         warm_up, budget = number < settings.warm_up, settings.budget(number)

@@ -127,8 +127,8 @@ class RoundSettings:
         if (self.acc_low, self.acc_high) != (None, None):
             self._name_window()
         least = dict.fromkeys(("first_look", "warm_up", "fit_problems", "refresh", "refresh_first"), 0)
-        ones = ("candidates", "selected", "train_batch", "steps", "rounds", "rollouts", "target_rollouts", "window")
-        ones += ("target_every",)
+        ones = ["candidates", "selected", "train_batch", "steps", "rounds", "rollouts", "target_rollouts", "window"]
+        ones += ["target_every"]
         for name, lowest in {**least, **dict.fromkeys(ones, 1)}.items():
             value = getattr(self, name)
             if value not in (None, "all") and value < lowest:
@@ -237,6 +237,6 @@ class RoundSettings:
     def describe(self) -> dict[str, Any]:
         """The settings as JSON-able values; without a rollout rule its settings are omitted, and `target_every` at its
         default, as in older stores."""
-        unused = () if self.rollout_rule else ("rollout_rule", "rollout_threshold")
+        unused: tuple[str, ...] = () if self.rollout_rule else ("rollout_rule", "rollout_threshold")
         unused += ("target_every",) if self.target_every == 1 else ()
         return {name: value for name, value in asdict(self).items() if name not in unused}
