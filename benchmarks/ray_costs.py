@@ -1,20 +1,25 @@
 """What Ray itself costs in `rollout --ray` and `collect --ray`, and what more workers bring on one machine.
 
     python -m benchmarks.ray_costs [--only overhead,throughput] [--repeats 5] [--seconds-each 0.05,0.5,5]
+                                   [--limit 300] [--keep FILE]
 
 overhead     A pool whose workers compute nothing: they get windows as large as those of `rollout` and `collect`, and
              answer with results as large as theirs. Time per problem with one worker, less the same calls in this
              process; seconds to start Ray, a worker, and a worker that imports torch and loads a tiny model. From these
              the number of problems from which Ray takes less than 5 % of the work's time, for some seconds per problem.
-throughput   `collect` of a model of 4 million parameters by 1, 2 and 4 workers of one thread, against one process with
-             one thread and with all cores' threads; the workers are started before.
+throughput   `collect` of a model of 4 million parameters by 1, 2 and 4 workers of one thread, each in turn with one
+             process of one thread and one with all cores' threads; the workers are started before. A stage is one
+             number of workers: it takes at most --limit seconds after their start, a run that is late is broken off,
+             and what was measured is printed. With --keep it is in a file too, and the same command goes on from there.
 """
 
+import json
 import os
 import pickle
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -42,6 +47,7 @@ _G, _PROMPT, _RESPONSE, _DIM = 8, 100, 300, 1024
 _WINDOWS = {"rollout": 64, "collect": 32768 // (_G * (_PROMPT + _RESPONSE))}
 """Problems of a window: `rollout`'s chunk; 16 micro-batches of 2,048 tokens of `collect` on a CPU."""
 _SHARE = 0.05
+_ALONE = "one process, 1 thread"
 _WORKERS = (1, 2, 4)
 
 
@@ -50,11 +56,13 @@ def main(
     repeats: Annotated[int, typer.Option(help="How often each is timed.")] = 5,
     seconds_each: Annotated[str, typer.Option(help="Seconds of work per problem, separated by commas.")] = "0.05,0.5,5",
     problems: Annotated[int, typer.Option(help="throughput: problems collected.")] = 96,
+    limit: Annotated[float, typer.Option(help="throughput: seconds of a stage.")] = 300,
+    keep: Annotated[Path | None, typer.Option(help="throughput: file of what was measured, read and written.")] = None,
 ) -> None:
     """Print the tables."""
     sections = {
         "overhead": lambda folder: overhead(folder, repeats, [float(text) for text in seconds_each.split(",")]),
-        "throughput": lambda folder: throughput(folder, repeats, problems),
+        "throughput": lambda folder: throughput(folder, repeats, problems, limit, keep),
     }
     print(f"load at the start {os.getloadavg()[0]:.0f}, {len(os.sched_getaffinity(0))} cores")
     for name in only.split(","):
@@ -173,11 +181,19 @@ def _group(random: np.random.Generator, name: str, tokens: int = 50_000, respons
     return Group(name, prompt, responses, np.arange(_G) % 2.0, [np.zeros(response, np.float32)] * _G)
 
 
-def throughput(folder: Path, repeats: int, problems: int) -> None:
-    """Time `collect` of new rows by pools that are already running."""
+class _LateError(Exception):
+    """A stage has taken its time."""
+
+
+def throughput(folder: Path, repeats: int, problems: int, limit: float, keep: Path | None) -> None:
+    """Time `collect` of new rows by a pool that is already running and by this process, one pool after the other."""
     model = tiny.save(folder / "model", hidden=256, layers=6)
     from gradstore.engine.gradients.models import load_model
 
+    cores = len(os.sched_getaffinity(0))
+    kept: dict[str, list[dict[str, float]]] = {}
+    if keep and keep.exists():
+        kept = json.loads(keep.read_text(encoding="utf-8"))
     limit_threads(1)
     policy, random = load_model(str(model), device="cpu"), np.random.default_rng(0)
     spec = SketchSpec(basis="random", rank=4, token_budget=512)
@@ -186,35 +202,48 @@ def throughput(folder: Path, repeats: int, problems: int) -> None:
     store = create_store(folder / "store", sketcher)
     names = (f"pool{number}" for number in range(10**6))
 
-    def collected(sketch_each: OnWorkers | None, threads: int = 1, chosen: list[Group] = groups) -> float:
+    def collected(sketch_each: OnWorkers | None, threads: int, end: float) -> float:
+        def progress(n: int) -> None:
+            if time.perf_counter() > end:
+                raise _LateError
+
         name = next(names)
-        store.add_problems(name, [{"id": group.problem_id, "prompt": "?"} for group in chosen])
+        store.add_problems(name, [{"id": group.problem_id, "prompt": "?"} for group in groups])
         limit_threads(threads)
         started = time.perf_counter()
-        collect(store, name, chosen, sketcher=sketcher, step=0, accept_coverage=0.0, sketch_each=sketch_each)
+        how = {"sketcher": sketcher, "accept_coverage": 0.0, "sketch_each": sketch_each, "progress": progress}
+        collect(store, name, groups, step=0, **how)
         return time.perf_counter() - started
 
-    cores = len(os.sched_getaffinity(0))
-    with connected("local", sum(_WORKERS)):
-        pools = {
-            n: OnWorkers(Replica(model=str(model), spec=spec, device="cpu"), sketcher, workers=n) for n in _WORKERS
-        }
-        try:
-            for pool in pools.values():
-                collected(pool)  # They start with the first window.
-            jobs = {
-                "one process, 1 thread": lambda: collected(None),
-                f"one process, {cores} threads": lambda: collected(None, cores),
-                **{f"{n} workers": partial(collected, pool) for n, pool in pools.items()},
-            }
-            seconds = interleaved(jobs, repeats, warm=0)
-        finally:
-            for pool in pools.values():
-                pool.__exit__()
-    title = f"collect, {problems} problems of {_G} rollouts of 48 + 48 tokens, {cores} cores, {repeats} repeats"
-    print_times(title, seconds, "one process, 1 thread")
-    one = np.median(seconds["one process, 1 thread"]) / problems
-    print(f"{one:.3f} s per problem in one process of one thread")
+    for n in _WORKERS:
+        measured = kept.setdefault(f"{problems} problems, {n} workers", [])
+        if len(measured) >= repeats:
+            continue
+        replica = Replica(model=str(model), spec=spec, device="cpu")
+        with connected("local", n), OnWorkers(replica, sketcher, workers=n) as pool, suppress(_LateError):
+            collected(pool, 1, time.perf_counter() + limit)  # they start with the first window
+            end = time.perf_counter() + limit
+            while len(measured) < repeats:
+                jobs = {
+                    _ALONE: partial(collected, None, 1, end),
+                    f"one process, {cores} threads": partial(collected, None, cores, end),
+                    f"{n} workers": partial(collected, pool, 1, end),
+                }
+                order = np.random.default_rng(len(measured)).permutation(list(jobs)).tolist()
+                seconds = {name: jobs[name]() for name in order}
+                measured.append({name: seconds[name] for name in jobs} | {"load": os.getloadavg()[0]})
+                if keep:
+                    keep.write_text(json.dumps(kept), encoding="utf-8")
+    size = f"{problems} problems of {_G} rollouts of 48 + 48 tokens, {cores} cores"
+    for n in _WORKERS:
+        measured = kept[f"{problems} problems, {n} workers"]
+        if not measured:
+            print(f"{n} workers: nothing measured in {limit:.0f} s")
+            continue
+        loads = [one["load"] for one in measured]
+        title = f"collect, {size}, {len(measured)} of {repeats} repeats, load {min(loads):.0f}-{max(loads):.0f}"
+        seconds_of = {name: np.array([one[name] for one in measured]) for name in measured[0] if name != "load"}
+        print_times(title, seconds_of, _ALONE)
 
 
 if __name__ == "__main__":

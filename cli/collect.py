@@ -162,6 +162,7 @@ def collect(
     """
     import gradstore
     from gradstore.attachments import read_coverage
+    from gradstore.engine.assessing.refit import rows_of_fit
     from gradstore.engine.assessing.same_policy import SamePolicy
     from gradstore.engine.assessing.start import default_spec, start_store
     from gradstore.engine.gradients.logprobs import Reference
@@ -171,6 +172,7 @@ def collect(
     from gradstore.engine.sketches.bases import bases_in_use, basis_of, sketcher_of
     from gradstore.engine.sketches.collector import Measure
     from gradstore.engine.sketches.collector import collect as run
+    from gradstore.engine.sketches.fitting import sample_groups
     from gradstore.engine.sketches.on_workers import OnWorkers, Replica
     from gradstore.engine.sketches.spec import SketchSpec
     from gradstore.layout import DERIVED, DTYPES
@@ -285,7 +287,11 @@ def collect(
     else:
         sketcher = sketcher_of(kin, policy, spec, optimizer=adam)
         basis_of(kin, sketcher.fingerprint)
-        opened = create_like(store, kin.path) if opened is None else opened
+        if opened is None:
+            opened = create_like(store, kin.path)
+        elif like is None and spec.basis == "fitted" and not any(map(opened.steps, opened.collections)):
+            # begun, and ended before the rows of the fit were published
+            known = rows_of_fit(sketcher, sample_groups(source, fit_problems, spec.seed), measured=measure != "never")
         if wanted and spec.basis == "fitted" and measure != "never":
             sketcher, outcome = _checked(opened, sketcher, source, fit_problems, wanted, version, refit == "auto")
     if mine is not None:  # After the fit, which is to all problems.

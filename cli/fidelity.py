@@ -6,15 +6,16 @@ from typing import Annotated
 from gradstore.cli.app import command, opt
 from gradstore.cli.completion import collections
 from gradstore.cli.query import Json, StorePath
-from gradstore.cli.ranks import load_policy
+from gradstore.cli.ranks import check_divided, load_policy
 from gradstore.cli.rollout import Device, Model, Trust, check_rollouts_of
 from gradstore.cli.show import print_json, print_table
 from gradstore.errors import RequestError
 
 
 @command(
+    divided=True,
     example="gradstore fidelity store --pool pool --against amc --model MODEL --rollouts pool-rollouts.jsonl "
-    "--benchmark-rollouts amc-rollouts.jsonl"
+    "--benchmark-rollouts amc-rollouts.jsonl",
 )
 def fidelity(
     store: StorePath,
@@ -35,7 +36,10 @@ def fidelity(
     trust_remote_code: Trust = False,
     json: Json = False,
 ) -> None:
-    """Compare stored cosine scores with exact ones on a sample, beside the exact scores' own reliability."""
+    """Compare stored cosine scores with exact ones on a sample, beside the exact scores' own reliability.
+
+    Under torchrun the model is sharded over the ranks and each measures its own problems.
+    """
     import gradstore
     from gradstore.engine.assessing.fidelity import fidelity as measure
     from gradstore.engine.gradients.logprobs import Reference
@@ -43,6 +47,7 @@ def fidelity(
     from gradstore.engine.rollouts import read_rollouts
     from gradstore.engine.sketches.spec import SketchSpec
 
+    check_divided("fidelity", *(["--reference"] if reference is not None else []))
     opened = gradstore.open(store)
     settings = SketchSpec.of(opened.fingerprint).objective
     if (settings.reference is None) != (reference is None):

@@ -6,7 +6,7 @@ from typing import Annotated
 from gradstore.cli.app import command, opt
 from gradstore.cli.completion import collections
 from gradstore.cli.query import Json, StorePath
-from gradstore.cli.ranks import load_policy
+from gradstore.cli.ranks import leads, load_policy
 from gradstore.cli.rollout import Device, Model, Trust, check_rollouts_of
 from gradstore.cli.show import print_json, print_table, progress, say
 from gradstore.errors import RequestError
@@ -16,6 +16,7 @@ _WINDOW = 64
 
 
 @command(
+    divided=True,
     panels={
         "What is probed": "pool against rollouts benchmark_rollouts all_problems step",
         "With what": "model adapter known rank token_budget device trust_remote_code",
@@ -52,7 +53,8 @@ def probe(
 ) -> None:
     """Exact alignments of problems with a benchmark, with standard errors and p-values, kept in the store.
 
-    The objective is the store's. Selectors `corr`, `snr`, `lcb`, `shrunk` and `fdr` go by what is kept.
+    The objective is the store's. Selectors `corr`, `snr`, `lcb`, `shrunk` and `fdr` go by what is kept. Under torchrun
+    the model is sharded over the ranks and each probes its own problems; rank 0 writes.
     """
     import numpy as np
     import torch
@@ -60,11 +62,13 @@ def probe(
     import gradstore
     from gradstore.engine.gradients.directions import validation_gradient
     from gradstore.engine.gradients.models import load_tokenizer, vocabulary_size
+    from gradstore.engine.gradients.sharding import own_share
     from gradstore.engine.probing.probe import Probe
+    from gradstore.engine.probing.together import probe_together
     from gradstore.engine.rollouts import read_rollouts
     from gradstore.engine.sketches.spec import SketchSpec
 
-    opened = gradstore.open(store, mode="a")
+    opened = gradstore.open(store, mode="a" if leads() else "r")
     for name in (pool, against):
         opened.commit(name)
     settings = SketchSpec.of(opened.fingerprint).objective
@@ -78,26 +82,21 @@ def probe(
     check_rollouts_of(opened, pool, source, rollouts)
     check_rollouts_of(opened, against, wanted, benchmark_rollouts)
     version = (source.step or 0) if step is None else step
-    policy = load_policy(model, adapter, device, trust_remote_code=trust_remote_code)
-    if rank is None and next(policy.parameters()).dtype != torch.float32:
-        policy = policy.float()
+    wide = torch.float32 if rank is None else None  # weights of less precision cannot be moved by a small step
+    policy = load_policy(model, adapter, device, wide, trust_remote_code=trust_remote_code)
     for parameter in policy.parameters():
         parameter.requires_grad_(True)
-    direction = validation_gradient(policy, list(wanted.groups()), settings, token_budget=token_budget)
+    aimed = own_share(policy, list(wanted.groups()))
+    direction = validation_gradient(policy, aimed, settings, token_budget=token_budget)
     prober = Probe(policy, direction, settings, rank=rank, token_budget=token_budget)
     ids = list(source.problem_ids)
     found: list[dict] = []
     with progress(f"probing {pool}", len(ids)) as advance:
         for start in range(0, len(ids), _WINDOW):
             groups = list(source.groups(ids[start : start + _WINDOW]))
-            base = None
-            if known:
-                missing = [group.problem_id for group in groups if group.logprobs is None]
-                if missing:
-                    raise RequestError(f"problem {missing[0]!r} has no log-probabilities: leave --known out")
-                base = [group.logprobs for group in groups if group.logprobs is not None]
-            batch = prober.probe(groups, base, run_all=all_problems)
-            batch.save(opened, pool, step=version, target=against, target_commit=opened.commit(against))
+            batch = probe_together(prober, groups, known=known, run_all=all_problems)
+            if leads():
+                batch.save(opened, pool, step=version, target=against, target_commit=opened.commit(against))
             found += [
                 {
                     "id": batch.ids[i],

@@ -30,7 +30,9 @@ class _OnlyReadError(GradstoreError):
 
 def _folder(text: str) -> Path:
     if "://" in text:
-        raise _OnlyReadError("a store at a URL is only read (query, select, info): pull it, and give the copy's path")
+        raise _OnlyReadError(
+            "a store at a URL is only read (query, select, info, open): `gradstore pull URL FOLDER`, and give FOLDER"
+        )
     return Path(text)
 
 

@@ -18,6 +18,7 @@ from gradstore.cli.threads import suit_threads
 from gradstore.errors import GradstoreError, RequestError
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
 _FAILED = "gradstore/first-to-fail"
@@ -93,7 +94,12 @@ def _end_unless_first() -> None:
 
 
 def load_policy(
-    model: str | Path, adapter: str | Path | None, device: str | None, *, trust_remote_code: bool
+    model: str | Path,
+    adapter: str | Path | None,
+    device: str | None,
+    dtype: "torch.dtype | None" = None,
+    *,
+    trust_remote_code: bool,
 ) -> "nn.Module":
     """`load_model`, sharded over the ranks if there are several; each on the GPU of its number unless it is `cpu`.
 
@@ -102,7 +108,7 @@ def load_policy(
     from gradstore.engine.gradients.models import checked_device, load_model
 
     if n_ranks() == 1:
-        policy = load_model(model, adapter, device, trust_remote_code=trust_remote_code)
+        policy = load_model(model, adapter, device, dtype, trust_remote_code=trust_remote_code)
         suit_threads(policy)
         return policy
     from gradstore.engine.gradients.sharded_models import load_sharded
@@ -110,4 +116,4 @@ def load_policy(
     device = checked_device(device)
     if device.startswith("cuda"):
         device = checked_device(f"cuda:{os.environ['LOCAL_RANK']}")
-    return load_sharded(model, adapter, device, trust_remote_code=trust_remote_code)
+    return load_sharded(model, adapter, device, dtype, trust_remote_code=trust_remote_code)

@@ -35,6 +35,7 @@ from .searching.indexes import index_for as index_for
 from .searching.on_workers import SearchOnWorkers as SearchOnWorkers
 from .searching.query import Hits as Hits
 from .searching.query import search as search
+from .searching.several import search_stores as search_stores
 from .searching.shares import layer_contributions as layer_contributions
 from .searching.targets import Target as Target
 from .searching.targets import target as target

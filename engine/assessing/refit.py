@@ -18,7 +18,8 @@ from gradstore.engine.rollouts.group import Group
 from gradstore.engine.sketches.bases import add_basis
 from gradstore.engine.sketches.exact_ranking import REFIT_LOSS, ExactRanking, Rows, needs_refit
 from gradstore.engine.sketches.fitting import fit as fit_to
-from gradstore.engine.sketches.sketcher import Sketcher
+from gradstore.engine.sketches.fitting import rows_again
+from gradstore.engine.sketches.sketcher import Sketcher, sketch_together
 from gradstore.engine.sketches.spec import SketchBatch, SketchSpec
 from gradstore.errors import RequestError
 
@@ -83,10 +84,20 @@ def first_fit(
     ranking = ExactRanking.of(model, spec, held_out, wanted, len(held_out))
     if ranking is None:
         return FirstFit(sketcher, rows, n_fitted)
-    others = [sketcher.sketch(held_out)]
+    others = [sketch_together(sketcher, held_out)]
     fidelity = ranking.fidelity(Rows(others), Rows(of_benchmark if wanted else others))
     sketcher = Sketcher(model, spec, replace(found.projection, fidelity=fidelity))
     return FirstFit(sketcher, [*rows, *others], n_fitted)
+
+
+def rows_of_fit(sketcher: Sketcher, sample: Sequence[Group], *, measured: bool = True) -> list[SketchBatch]:
+    """`FirstFit.rows` once more, for a store whose rows were lost between its first fit and their publication.
+
+    Arguments as of that `first_fit`; then the bits are the same. Under FSDP2 as `first_fit`.
+    """
+    held_out, fitted_to = parts(sample, measured=measured)
+    rows = list(chain(*of_all_ranks(sketcher.model, rows_again(sketcher, fitted_to))))
+    return [*rows, sketch_together(sketcher, held_out)] if ExactRanking.measures(held_out) else rows
 
 
 def parts(sample: Sequence[Group], *, measured: bool = True) -> tuple[list[Group], list[Group]]:

@@ -20,8 +20,9 @@ from gradstore.engine.gradients.experts import routed_product
 from gradstore.engine.gradients.full_gradients import blocks, formed, problem_gradients
 from gradstore.engine.gradients.gradient_pass import GradientPass
 from gradstore.engine.gradients.layers import Layer
+from gradstore.engine.gradients.ranks import each_its_share
 from gradstore.engine.gradients.settings import GradientSpec
-from gradstore.engine.gradients.sharding import inner, plain_inner
+from gradstore.engine.gradients.sharding import gathered, inner, own_share, plain_inner, sum_over_ranks
 from gradstore.engine.rollouts.group import Group
 from gradstore.errors import RequestError
 from gradstore.state import State, live_mask, states_of
@@ -100,16 +101,23 @@ def exact_against(
     """Exact dots and norms of the groups against the mean gradient of `others`, in bounded memory.
 
     As `exact_dots(model, groups, layer_gradients(model, others, spec), spec, norms=True)`, but in blocks of layers:
-    no whole gradient is ever held. RequestError as in either function.
+    no whole gradient is ever held. Under FSDP2 all ranks call this together with the same groups: each runs its share
+    of both, the mean alone is summed over the ranks, and all get all scores. RequestError as in either function.
     """
     if not others:
         raise RequestError("the mean gradient of no groups is not defined")
     gradients = GradientPass(model, spec or GradientSpec())
+    own_others = own_share(model, others)
 
     def targets_of(cut: slice, part: GradientPass) -> list[list[Tensor]]:
-        return [_mean(part, others)]
+        matrices, _ = formed(part, own_others)
+        return [[sum_over_ranks(model, matrix).div_(len(others)) for matrix in matrices]]
 
-    batch = _formed_batch(gradients, groups, targets_of, 1)
+    def run(own: list[Group]) -> list[ExactBatch]:
+        return [_formed_batch(gradients, own, targets_of, 1)]
+
+    with gathered(model):
+        (batch,) = each_its_share(model, groups, run, ("layers", "target_norms"))
     _check_length(float(batch.target_norms[0]), len(others))
     return batch
 

@@ -4,12 +4,15 @@ A rank's run time depends on its tokens, not on its number of problems. So group
 the rank with the fewest tokens. A rank may get no group.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import fields, replace
 from typing import Any, TypeVar
 
 import numpy as np
+import torch.distributed as dist
+from torch import nn
 
+from gradstore.engine.gradients.sharding import is_sharded, of_all_ranks
 from gradstore.engine.rollouts.group import Group
 
 Batch = TypeVar("Batch")
@@ -29,11 +32,26 @@ def deal(groups: Sequence[Group], n_ranks: int) -> list[list[int]]:
     return [sorted(share) for share in shares]
 
 
-def gather(batches: Sequence[Batch], shares: Sequence[Sequence[int]]) -> Batch:
+def each_its_share(
+    model: nn.Module, groups: Sequence[Group], run: Callable[[list[Group]], list[Batch]], equal: Collection[str] = ()
+) -> list[Batch]:
+    """`run(groups)`, divided over the ranks of a sharded model: each runs its share, and all get the whole batches.
+
+    All ranks call this together with the same groups. A rank's share may be empty. run: returns equally many batches on
+    every rank. equal: as in `gather`.
+    """
+    if not is_sharded(model):
+        return run(list(groups))
+    shares = deal(groups, dist.get_world_size())
+    own = run([groups[place] for place in shares[dist.get_rank()]])
+    return [gather(batches, shares, equal) for batches in zip(*of_all_ranks(model, own), strict=True)]
+
+
+def gather(batches: Sequence[Batch], shares: Sequence[Sequence[int]], equal: Collection[str] = ()) -> Batch:
     """Merge the ranks' batches into one, with rows in the order of the groups given to `deal`.
 
     Batches are dataclasses of the engine. Fields with one row per problem are concatenated and token counts are added.
-    Other fields come from the first rank; they are equal on all ranks.
+    Other fields come from the first rank; they are equal on all ranks. equal: those of them that are lists or arrays.
     """
     n = sum(map(len, shares))
     places = np.concatenate([np.asarray(share, np.int64) for share in shares])
@@ -42,6 +60,8 @@ def gather(batches: Sequence[Batch], shares: Sequence[Sequence[int]]) -> Batch:
     merged = {}
     for field in fields(first):
         values = [getattr(batch, field.name) for batch in batches]
+        if field.name in equal:
+            continue
         if field.name == "n_tokens":
             merged[field.name] = sum(values)
         elif all(isinstance(value, np.ndarray) and value.ndim for value in values):

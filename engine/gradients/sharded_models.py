@@ -21,7 +21,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from gradstore.engine.gradients.layers import base_of
 from gradstore.engine.gradients.models import load_model
-from gradstore.engine.gradients.sharding import own_part
+from gradstore.engine.gradients.sharding import own_part, spare_memory
 from gradstore.errors import RequestError
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -35,7 +35,8 @@ def load_sharded(
     *,
     trust_remote_code: bool = False,
 ) -> nn.Module:
-    """`load_model`, sharded over all ranks of the default process group; all call it together.
+    """`load_model`, sharded over all ranks of the default process group; all call it together. On a CPU it is gathered
+    layer by layer (`spare_memory`).
 
     device: this rank's, cpu or cuda:N. The weights are the same, bit for bit, as those of the whole model.
     RequestError as in `load_model`, and for a model without blocks to shard.
@@ -46,11 +47,13 @@ def load_sharded(
     files = None if adapter is not None else _files(Path(path))
     model = None if files is None else _skeleton(path, dtype, trust_remote_code)
     if model is None or files is None or not _has_all(model, files):
-        return _in_turn(path, adapter, dtype, mesh, trust_remote_code)
-    shard(model, mesh)
-    for name, parameter in _allocated(model, torch.device(device)):
-        _read(parameter, *files[_key(name, model, files)])
-        _check_finite(path, name, parameter)
+        model = _in_turn(path, adapter, dtype, mesh, trust_remote_code)
+    else:
+        shard(model, mesh)
+        for name, parameter in _allocated(model, torch.device(device)):
+            _read(parameter, *files[_key(name, model, files)])
+            _check_finite(path, name, parameter)
+    spare_memory(model)
     return model.eval()
 
 

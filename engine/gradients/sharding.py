@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from gradstore.engine.gradients.budget import free_bytes
+from gradstore.engine.gradients.budget import free_bytes, return_large_blocks
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +32,8 @@ _GATHERED: WeakSet[nn.Module] = WeakSet()
 """Models inside `gathered`."""
 _TOLD: WeakSet[nn.Module] = WeakSet()
 """Models that could not be gathered, of which this was said."""
+_SPARED: WeakSet[nn.Module] = WeakSet()
+"""Models on a CPU that `spare_memory` was called for."""
 _OF_FREE = 0.5
 """Share of a GPU's free memory that a whole model's weights may take when they are gathered for a pass."""
 
@@ -63,8 +65,9 @@ def gathered(model: nn.Module) -> Iterator[bool]:
     """Keep all parameters gathered in the context, if there is room; yields whether they are.
 
     Submodules can then be called directly, in any order, and nothing is communicated between micro-batches. Room: on a
-    GPU half of the free memory of every rank; a CPU always has it. Gradients must not be reduced in the context. All
-    ranks enter it together. Yields True for a plain model, and inside another such context of the same model.
+    GPU half of the free memory of every rank; a CPU always has it, except after `spare_memory`. Gradients must not be
+    reduced in the context. All ranks enter it together. Yields True for a plain model, and inside another such context
+    of the same model.
     """
     if model in _GATHERED or not is_sharded(model):
         yield True
@@ -91,6 +94,17 @@ def gathered(model: nn.Module) -> Iterator[bool]:
         for group, (mesh, after_backward) in zip(groups, before, strict=True):
             group.post_forward_mesh_info, group.reshard_after_backward = mesh, after_backward
         reshard(model)
+
+
+def spare_memory(model: nn.Module) -> None:
+    """Never gather this model whole on a CPU, and return a layer's weights to the system as soon as they are freed.
+
+    For a model that is sharded because it is large. On one machine, a whole copy on every rank would take more memory
+    than ranks without shards. It is slower (docs/scaling.md). No effect on a GPU, where the free memory decides.
+    """
+    if own_part(next(model.parameters())).device.type == "cpu":
+        _SPARED.add(model)
+        return_large_blocks()
 
 
 @contextmanager
@@ -125,11 +139,11 @@ def _parameter_groups(module: FSDPModule) -> list[Any]:
 
 
 def _has_room(model: nn.Module) -> bool:
-    """Whether this rank's GPU has room for the whole model's weights; always on a CPU."""
+    """Whether this rank's GPU has room for the whole model's weights; on a CPU, unless memory is to be spared."""
     parameters = [parameter for parameter in model.parameters() if isinstance(parameter, DTensor)]
     device = own_part(parameters[0]).device
     if device.type != "cuda":
-        return True
+        return model not in _SPARED
     return sum(p.numel() * p.element_size() for p in parameters) <= _OF_FREE * free_bytes(device)
 
 

@@ -26,7 +26,7 @@ from gradstore.engine.gradients.hooks import evaluating
 from gradstore.engine.gradients.logprobs import TokenLogprobs, response_logprobs
 from gradstore.engine.gradients.objectives import Objective, importance_weights, objective, rollout_weights
 from gradstore.engine.gradients.settings import GradientSpec
-from gradstore.engine.gradients.sharding import n_shards, reshard, total
+from gradstore.engine.gradients.sharding import n_shards, of_all_ranks, reshard, total
 from gradstore.engine.probing import statistics as probe_statistics
 from gradstore.engine.probing.batch import ProbeBatch
 from gradstore.engine.probing.calibration import Calibration, best_step
@@ -166,10 +166,8 @@ class Probe:
         are then only checked on the first group; above CHECK_TOLERANCE they are chosen anew.
         """
         self._check(groups, base_logprobs)
-        live = [i for i, group in enumerate(groups) if group.has_signal]
-        if not total(self.model, [len(live)])[0]:
-            live = list(range(len(groups)))  # every dot is zero, but derivatives can still be measured
-        pilot = [live[i] for i in np.unique(np.linspace(0, len(live) - 1, min(self.n_check, len(live))).astype(int))]
+        any_live = total(self.model, [sum(group.has_signal for group in groups)])[0] > 0
+        pilot = self._spaced(groups, any_live)
         chosen = [groups[i] for i in pilot]
         given = None if base_logprobs is None else _written(chosen, [base_logprobs[i] for i in pilot])
         if like is not None and self._eps is None:
@@ -225,6 +223,16 @@ class Probe:
                 eps,
             )
         return self.calibration
+
+    def pilots(self, groups: Sequence[Group]) -> list[int]:
+        """Positions of the groups that the step is calibrated on: evenly spaced ones with a signal, if any has one."""
+        return self._spaced(groups, any(group.has_signal for group in groups))
+
+    def _spaced(self, groups: Sequence[Group], only_live: bool) -> list[int]:
+        # without a signal every dot is zero, but derivatives can still be measured
+        usable = [i for i, group in enumerate(groups) if group.has_signal or not only_live]
+        places = np.linspace(0, len(usable) - 1, min(self.n_check, len(usable)))
+        return [usable[i] for i in np.unique(places.astype(int))]
 
     @property
     def _fine(self) -> bool:
@@ -294,17 +302,21 @@ class Probe:
         return at
 
     def _compare(self, groups: Sequence[Group], derivatives: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """<g_i, V> of the groups, by autograd and from their derivatives; under FSDP2 only of the first rank's groups,
-        while the other ranks idle."""
+        """<g_i, V> of at most n_check groups of all ranks, by autograd and from their derivatives. One group is run at
+        a time, while the other ranks idle."""
         ends = np.cumsum([group.n_rollouts for group in groups])[:-1]
         found_P = [
             probe_statistics.dot_and_error(group.rewards, d_G, group.n_written_of_rollouts, self.settings)[0]
             for group, d_G in zip(groups, np.split(derivatives, ends), strict=bool(len(groups)))
         ]
-        first = n_shards(self.model) == 1 or torch.distributed.get_rank() == 0
-        n_turns = int(total(self.model, [len(groups) if first else 0])[0])
-        exact = [dot_along(self._pass, groups[i : i + 1] if first else [], self.direction) for i in range(n_turns)]
-        shared = total(self.model, found_P if first else [0.0] * n_turns)
+        own = torch.distributed.get_rank() if n_shards(self.model) > 1 else 0
+        counts = of_all_ranks(self.model, len(groups))
+        turns = sorted((place, rank) for rank, n in enumerate(counts) for place in range(n))[: self.n_check]
+        exact = [
+            dot_along(self._pass, groups[place : place + 1] if rank == own else [], self.direction)
+            for place, rank in turns
+        ]
+        shared = total(self.model, [found_P[place] if rank == own else 0.0 for place, rank in turns])
         return np.array(exact), np.array(shared)
 
     def _base_noise(self, groups: Sequence[Group], given: TokenLogprobs, own: TokenLogprobs) -> float:

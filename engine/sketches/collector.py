@@ -10,18 +10,18 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import islice
 from typing import Literal
 
-import torch.distributed as dist
 from torch import nn
 
 from gradstore import State, Store, Writer
 from gradstore.attachments import keep_coverage, read_coverage
 from gradstore.engine.gradients.coverage import least_of
 from gradstore.engine.gradients.coverage import measure as measured_coverage
-from gradstore.engine.gradients.ranks import deal, gather
-from gradstore.engine.gradients.sharding import is_sharded, leads, meet, of_all_ranks
+from gradstore.engine.gradients.ranks import each_its_share
+from gradstore.engine.gradients.sharding import leads, meet
 from gradstore.engine.rollouts.group import Group
 from gradstore.engine.rollouts.source import RolloutSource
 from gradstore.engine.searching.targets import Kind, kind_of
@@ -29,7 +29,7 @@ from gradstore.engine.sketches.bases import basis_of, load_projection
 from gradstore.engine.sketches.effective_sizes import EffectiveSizes
 from gradstore.engine.sketches.exact_ranking import ExactRanking, Rows, needs_refit
 from gradstore.engine.sketches.projection import Projection
-from gradstore.engine.sketches.sketcher import Sketcher
+from gradstore.engine.sketches.sketcher import Sketcher, sketch_together
 from gradstore.engine.sketches.spec import SketchBatch, SketchSpec
 from gradstore.errors import RequestError, check_number
 from gradstore.layout import SOLUTIONS
@@ -245,11 +245,7 @@ def _cover(store: Store, sketcher: Sketcher, groups: Sequence[Group], accepted: 
 
 def _sketched(sketcher: Sketcher, projections: Sequence[Projection], groups: Sequence[Group]) -> list[SketchBatch]:
     """`sketch_in`; of a sharded model each rank sketches its share, and all get all of it."""
-    if not is_sharded(sketcher.model):
-        return sketcher.sketch_in(projections, groups)
-    shares = deal(groups, dist.get_world_size())
-    own = sketcher.sketch_in(projections, [groups[place] for place in shares[dist.get_rank()]])
-    return [gather(batches, shares) for batches in zip(*of_all_ranks(sketcher.model, own), strict=True)]
+    return each_its_share(sketcher.model, groups, partial(sketcher.sketch_in, projections))
 
 
 def windows(groups: Iterable[Group], n_tokens: int, n_problems: int = 256) -> Iterator[list[Group]]:
@@ -292,7 +288,7 @@ def _fidelity(
         return None
     rows = Rows([batch])
     against_benchmark = any(group.has_signal for group in benchmark)
-    return ranking.fidelity(rows, Rows([sketcher.sketch(ranking.others)]) if against_benchmark else rows)
+    return ranking.fidelity(rows, Rows([sketch_together(sketcher, ranking.others)]) if against_benchmark else rows)
 
 
 def _rows_at(store: Store, collection: str, step: int, basis: int) -> set[str]:

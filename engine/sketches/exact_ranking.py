@@ -13,9 +13,11 @@ from torch import nn
 from gradstore.engine.gradients.exact import exact_against
 from gradstore.engine.gradients.settings import GradientSpec
 from gradstore.engine.rollouts.group import Group
-from gradstore.engine.sketches.sketcher import Sketcher
+from gradstore.engine.sketches.sketcher import Sketcher, sketch_together
 from gradstore.engine.sketches.spec import SketchBatch
 
+_LEAST = 16
+"""Groups with a signal from which a ranking is measured."""
 REFIT_BELOW = 0.9
 """A projection with a fidelity below this should be fitted anew."""
 REFIT_LOSS = 0.01
@@ -56,17 +58,22 @@ class ExactRanking:
     def of(
         cls, model: nn.Module, spec: GradientSpec, groups: Sequence[Group], benchmark: Sequence[Group] = (), n: int = 64
     ) -> "ExactRanking | None":
-        """The exact ranking of at most n of the groups; None if fewer than 16 groups have a signal.
+        """The exact ranking of at most n of the groups; None if fewer than `_LEAST` groups have a signal.
 
         benchmark: groups whose mean gradient is the target, as in a search; without them, the target is the mean
         gradient of every second group. Cost: a plain forward and backward for each group used.
         """
-        live = [group for group in groups if group.has_signal][:n]
-        if len(live) < 16:
+        if not cls.measures(groups):
             return None
+        live = [group for group in groups if group.has_signal][:n]
         known = [group for group in benchmark if group.has_signal]
         scored, others = (live, known) if known else (live[::2], live[1::2])
         return cls(scored, others, exact_against(model, scored, others, spec).cosines[:, 0])
+
+    @staticmethod
+    def measures(groups: Sequence[Group]) -> bool:
+        """Whether enough of the groups have a signal."""
+        return sum(group.has_signal for group in groups) >= _LEAST
 
     def fidelity(self, rows: Rows, others: Rows) -> float | None:
         """Spearman correlation of the sketches' cosines with the exact ones; None if fewer than 8 problems have both.
@@ -80,7 +87,7 @@ class ExactRanking:
 
     def fidelity_of(self, sketcher: Sketcher) -> float | None:
         """Fidelity of a sketcher, which makes the sketches for it."""
-        rows, others = (Rows([sketcher.sketch(groups)]) for groups in (self.scored, self.others))
+        rows, others = (Rows([sketch_together(sketcher, groups)]) for groups in (self.scored, self.others))
         return self.fidelity(rows, others)
 
 

@@ -108,12 +108,28 @@ def fit(
         bases, fitted = _bases(shapes, sides, spec.rank, spec.seed, " first")
         sides = _refined(random, bases, live, wanted, progress, fitted)
         bases, fitted = _bases(shapes, sides, spec.rank // _BESIDE, spec.seed)
-        cores = Projection("random", bases, None, [(basis.name, basis.start, basis.stop) for basis in bases])
-        sketcher = Sketcher(model, random.spec, cores)
+        sketcher = _of_cores(model, spec, bases)
         last = [_cores(sketcher, part, progress) for part in (live, wanted)]
     projection = _finished(sketcher, [found for _, found in last], spec, _entries(bases, fitted), bool(benchmark))
     finished = Sketcher(model, spec, projection)
     return Fit(projection, *([_row(finished, *pair) for pair in zip(*part, strict=True)] for part in last))
+
+
+def rows_again(sketcher: Sketcher, groups: Sequence[Group]) -> list[SketchBatch]:
+    """The sketches that the fit of the sketcher's projection made of these groups (`Fit.rows`), by its last pass alone.
+
+    The bits are the same if the groups are. Under FSDP2 of this rank's share.
+    """
+    live = [group for group in groups if group.has_signal]
+    with gathered(sketcher.model):
+        windows, cores = _cores(_of_cores(sketcher.model, sketcher.spec, sketcher.projection.layers), live, None)
+    return [_row(sketcher, *pair) for pair in zip(windows, cores, strict=True)]
+
+
+def _of_cores(model: nn.Module, spec: SketchSpec, bases: Sequence[LayerBasis]) -> Sketcher:
+    """A sketcher of all core entries."""
+    layout = [(basis.name, basis.start, basis.stop) for basis in bases]
+    return Sketcher(model, replace(spec, basis="random"), Projection("random", list(bases), None, layout))
 
 
 def passed(*n_live: int) -> int:

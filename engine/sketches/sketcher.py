@@ -21,6 +21,7 @@ from gradstore.engine.gradients.gradient_pass import EffectiveSampleSize, Gradie
 from gradstore.engine.gradients.hooks import Observer
 from gradstore.engine.gradients.layers import Layer, model_identity
 from gradstore.engine.gradients.optimizer_direction import OptimizerDirection
+from gradstore.engine.gradients.ranks import each_its_share
 from gradstore.engine.rollouts.group import Group
 from gradstore.engine.sketches.projection import LayerBasis, Projection, dense_projection, random_projection
 from gradstore.engine.sketches.spec import HEAD_ONLY, SketchBatch, SketchSpec
@@ -167,6 +168,12 @@ class Sketcher:
     def check(self, group: Group) -> None:
         """Raise RequestError if the model cannot run the group; see `sketch`."""
         self.gradients.check(group)
+
+
+def sketch_together(sketcher: Sketcher, groups: Sequence[Group]) -> SketchBatch:
+    """`sketcher.sketch(groups)`; of a sharded model each rank sketches its share, and all get all of it."""
+    (batch,) = each_its_share(sketcher.model, groups, lambda own: [sketcher.sketch(own)])
+    return batch
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -49,6 +50,18 @@ def assert_equal(found: dict[str, np.ndarray], expected: dict[str, np.ndarray], 
     for name in ("norms", "units"):
         scale = np.abs(expected[name]).max()
         assert np.abs(found[name] - expected[name]).max() <= tolerance * scale, name
+
+
+def assert_close(found: Any, expected: Any, tolerance: float) -> None:
+    """Equal but for numbers, which differ by at most the tolerance."""
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            assert_close(found[name], value, tolerance)
+    elif isinstance(expected, float):
+        assert found == pytest.approx(expected, rel=tolerance, abs=tolerance, nan_ok=True)
+    else:
+        assert found == expected
 
 
 def test_rows_are_those_of_one_process(cli, torchrun, tmp_path, model_folder, rollout_files, accepted) -> None:
@@ -94,6 +107,43 @@ def test_new_store(cli, torchrun, tmp_path, model_folder, rollout_files, accepte
         scores.append({hit["id"]: hit["score"] for hit in json.loads(out)["hits"]})
     assert scores[0] == pytest.approx(scores[1], abs=1e-3)
     assert opened.view("pool").ids.tolist() == expected.view("pool").ids.tolist()
+
+
+def test_fidelity_is_that_of_one_process(cli, torchrun, store, model_folder, rollout_files) -> None:
+    """Exact gradients are formed by rank; their mean over the benchmark alone is summed."""
+    asked = ("fidelity", store, "--pool", "pool", "--against", "bench", "--model", model_folder)
+    asked += ("--rollouts", rollout_files["pool"], "--benchmark-rollouts", rollout_files["bench"], "--json")
+    status, alone, error = cli(*asked)
+    assert status == 0, error
+    ended = torchrun(*asked)
+    assert ended.returncode == 0, ended.stderr
+    assert_close(json.loads(ended.stdout), json.loads(alone), 1e-4)
+
+
+@pytest.mark.parametrize(("how", "tolerance"), [((), 1e-4), (("--rank", 4), 5e-4)])
+def test_probes_are_those_of_one_process(
+    cli, torchrun, tmp_path, store, model_folder, rollout_files, how, tolerance
+) -> None:
+    """Each rank probes its own problems along the gradient that all have summed; rank 0 keeps them in the store. Steps
+    follow from the rounding of a few micro-batches, which is coarser beside a low-rank branch."""
+    stores = [shutil.copytree(store, tmp_path / name) for name in ("one", "two")]
+    told, tables = [], []
+    for path, run in zip(stores, (cli, torchrun), strict=True):
+        asked = ("probe", path, "--pool", "pool", "--against", "bench", "--model", model_folder, "--json", *how)
+        ended = run(*asked, "--rollouts", rollout_files["pool"], "--benchmark-rollouts", rollout_files["bench"])
+        status, out, error = ended if isinstance(ended, tuple) else (ended.returncode, ended.stdout, ended.stderr)
+        assert status == 0, error
+        told.append(json.loads(out))
+        tables.append(gradstore.open(path).probes("pool").table(step=0, target="bench"))
+    one, two = tables
+    assert two["id"].to_pylist() == one["id"].to_pylist()
+    found, expected = (np.concatenate(table["derivatives"].to_pylist()) for table in (two, one))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance * np.nanmax(np.abs(expected)))
+    scores = [{row["id"]: row["dot"] for row in answer["best"]} for answer in told]
+    assert scores[1] == pytest.approx(scores[0], abs=tolerance * max(scores[0].values()))
+    for name in ("n_problems", "n_live", "step"):
+        assert told[1][name] == told[0][name]
+    assert len(told[1]["calibration"]["exact"]) == len(told[0]["calibration"]["exact"])
 
 
 def test_goes_on_after_a_kill(cli, torchrun, tmp_path, model_folder, rollout_files, accepted) -> None:

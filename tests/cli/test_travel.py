@@ -52,3 +52,9 @@ def test_wrong_requests(cli, small_store, tmp_path: Path, arguments: tuple[str, 
     assert (status, out) == (2, "")
     assert len(err.splitlines()) == 1
     assert "hidden" not in err
+
+
+@pytest.mark.parametrize("command", ["report", "serve", "fidelity", "probe", "collect", "verify"])
+def test_what_needs_a_copy_says_how_to_get_one(cli, command: str) -> None:
+    """These read rows many times, or write: they work on a copy."""
+    assert "gradstore pull URL FOLDER" in cli(command, URL)[2]

@@ -16,6 +16,7 @@ from ranks import sharded
 from gradstore.engine import Sketcher, SketchSpec, exact_dots, layer_gradients
 from gradstore.engine.gradients import sharding
 from gradstore.engine.gradients.coverage import measure
+from gradstore.engine.gradients.exact import exact_against
 
 
 def parameter_groups(model: nn.Module) -> list[Any]:
@@ -35,11 +36,14 @@ def main(rank: int, world: int, folder: Path) -> None:
     sketcher = Sketcher(model, spec)
     found = sketcher.sketch(groups)
     none = sketcher.sketch(groups if rank == 0 else [])
+    pool, bench = random_groups(7, seed=8), random_groups(3, seed=9)
+    against = [exact_against(model, pool, bench, spec)]
     resharded = [parameter_group.post_forward_mesh_info is not None for parameter_group in parameter_groups(model)]
     sharding._has_room = lambda model: rank == 0  # one rank has no room for the whole model: none gathers it
     by_layer = sketcher.sketch(groups)
     coverage = measure(sketcher.gradients, groups)
     head = Sketcher(model, SketchSpec(rank=6, head_only=True)).sketch(groups)
+    against.append(exact_against(model, pool, bench, spec))
     target = layer_gradients(model, random_groups(2, seed=9), spec)
     exact = exact_dots(model, groups, target, spec)
     formed = exact_dots(model, groups, target, spec, norms=True)
@@ -54,6 +58,7 @@ def main(rank: int, world: int, folder: Path) -> None:
         head=head.sketches,
         exact=exact.dots,
         formed=formed.dots,
+        against=[batch.cosines[:, 0] for batch in against],
         clean=clean,
         coverage=json.dumps(coverage.describe()),
         n_reduced=len(reduced),

@@ -9,6 +9,7 @@ import torch
 
 from gradstore.engine import Sketcher, SketchSpec, exact_dots, layer_gradients
 from gradstore.engine.gradients.coverage import Coverage, measure
+from gradstore.engine.gradients.exact import exact_against
 from tests.engine.ranks import run_ranks
 
 WORLD = 2
@@ -28,6 +29,7 @@ def test_each_rank_sketches_its_own_problems(make_model, make_groups, tmp_path: 
     expected = sketcher.sketch(groups).sketches
     head = Sketcher(model, SketchSpec(rank=6, head_only=True)).sketch(groups).sketches
     dots = exact_dots(model, groups, layer_gradients(model, make_groups(2, seed=9)), spec).dots
+    cosines = exact_against(model, groups, make_groups(3, seed=9), spec).cosines[:, 0]
     for rank in range(WORLD):
         found = np.load(tmp_path / f"rank-{rank}.npz")
         assert str(found["fingerprint"]) == repr(sketcher.fingerprint)
@@ -37,6 +39,8 @@ def test_each_rank_sketches_its_own_problems(make_model, make_groups, tmp_path: 
         assert relative_error(found["head"], head[rank::WORLD]) < 1e-5
         for way in ("exact", "formed"):
             assert np.abs(found[way] - dots[rank::WORLD]).max() < 1e-5 * np.abs(dots).max()
+        for found_P in found["against"]:  # with the whole model gathered, and layer by layer
+            np.testing.assert_allclose(found_P, cosines, atol=1e-5, err_msg="all ranks get the scores of all")
         assert len(found["alone"]) == (4 if rank == 0 else 0)
         assert Coverage.of(json.loads(str(found["coverage"]))) == measure(sketcher.gradients, [])
         assert bool(found["clean"])
