@@ -71,7 +71,7 @@ def digits_of(queries_QD: np.ndarray, largest: int, n_digits: int) -> tuple[np.n
     """
     digits, weights = np.empty((n_digits, *queries_QD.shape), np.int8), np.empty((n_digits, len(queries_QD)))
     kernel = _kernel() if (largest, n_digits) == (127, 3) else None
-    if kernel is not None and _registers() == 512:
+    if kernel is not None and registers() == 512:
         kernel.digits_int8(queries_QD.shape[1], np.ascontiguousarray(queries_QD, np.float32), digits, weights)
         return digits, weights
     rest_QD = queries_QD.astype(np.float64)
@@ -172,7 +172,7 @@ def _kernel() -> ModuleType | None:
     return _products if _products.registers() else None
 
 
-def _registers() -> int:
+def registers() -> int:
     """Bits of the vector registers that the compiled module uses: 512 (AVX512-VNNI) or 256 (AVX2); 0 without it."""
     kernel = _kernel()
     return 0 if kernel is None else int(kernel.registers())
@@ -183,7 +183,7 @@ def _compiled_product(digits_GQW: np.ndarray, weights_GQ: np.ndarray) -> Product
     kernel, width = _kernel(), digits_GQW.shape[2]
     if kernel is None or width > SAFE_COLUMNS or (weights_GQ.size > _NARROW[-1] and _has_tiles()):
         return None
-    if _registers() == 256 and weights_GQ.size > 3 * _FEW_QUERIES:
+    if registers() == 256 and weights_GQ.size > 3 * _FEW_QUERIES:
         return None
     (ordered, starts), score = _ordered(digits_GQW.reshape(-1, width)), kernel.score_int8
     weights_GQ = np.ascontiguousarray(weights_GQ)
@@ -201,7 +201,7 @@ def _has_tiles() -> bool:
 
 def picked_at_once(width: int) -> int:
     """Most queries per `picking`, which multiplies one digit vector per query."""
-    if _registers() != 256:
+    if registers() != 256:
         return _MOST_COLUMNS
     return min(_MOST_COLUMNS, max(_FEW_QUERIES, _FIRST_DIGITS_BYTES // width))
 
@@ -214,7 +214,7 @@ def picking(queries_QD: np.ndarray) -> Pick | None:
     None without the kernel, or where numkong is faster.
     """
     kernel, (n_queries, width) = _kernel(), queries_QD.shape
-    one_by_one = n_queries <= _FEW_QUERIES or _registers() == 256
+    one_by_one = n_queries <= _FEW_QUERIES or registers() == 256
     if kernel is None or width > SAFE_COLUMNS or not (one_by_one or not _has_tiles()):
         return None
     digits_GQD, weights_GQ = digits_of(queries_QD, 127, 3)
@@ -245,7 +245,7 @@ def picking(queries_QD: np.ndarray) -> Pick | None:
 def _ordered(digits_CW: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """int8 digits in the layout that `_products.c` reads for this number, zero-padded; and each sum's start, int32."""
     n = len(digits_CW)
-    if _registers() == 256:
+    if registers() == 256:
         return _narrow(digits_CW)
     columns = next((most for most in _NARROW if n <= most), None)
     if columns is None:

@@ -145,7 +145,7 @@ def _indexed(
     if np.isnan(block_QD).any():
         return None
     if isinstance(index, str):
-        index = index_for(view, k, metric=metric, kind=index, n_queries=len(queries_QW))
+        index = index_for(view, k, metric=metric, kind=index, n_queries=len(queries_QW), together=True)
     if index is None or not index.serves(view, k, metric, len(eligible)):
         return None
     return index.search(view, block_QD, k, metric, largest, eligible)
