@@ -4,7 +4,7 @@ PYTHON ?= python3
 PY := .venv/bin/python
 READY := .venv/.installed
 
-.PHONY: install browser demo demo-real test test-real test-newest test-verl test-verl-vllm lint types fuzz bench study clean
+.PHONY: install browser demo demo-real test test-real test-newest test-verl test-verl-vllm lint types fuzz bench study study-real clean
 
 install: $(READY)
 
@@ -105,12 +105,21 @@ BENCHMARKS ?= query sketch fidelity drift store search indexes probe_table suspi
 bench: install
 	for name in $(BENCHMARKS); do $(PY) -m benchmarks.$$name || exit 1; done
 
-# The study: runs that are missing in docs/study/results.jsonl, then docs/study.md. SHORT=1: a miniature, some minutes long.
+# The study: runs that are missing in docs/study-toy/results.jsonl, then docs/study-toy.md. SHORT=1: a miniature, some minutes long.
 study: install
 	.venv/bin/python -m benchmarks.study run $(if $(SHORT),--short --seeds 0 --out $(STUDY_SHORT)/results.jsonl)
 	.venv/bin/python -m benchmarks.study report $(if $(SHORT),--short --results $(STUDY_SHORT)/results.jsonl --page $(STUDY_SHORT)/study.md)
 
 STUDY_SHORT := .study-short
+
+# The study on SmolLM2-135M, hours long: runs and interventions that are missing in docs/study, then docs/study.md.
+# SVAMP: SVAMP.json of github.com/arkilpatel/SVAMP. SHORT=1: a miniature, some minutes long.
+SVAMP ?= SVAMP.json
+REAL := --bed words --svamp $(SVAMP)
+study-real: install
+	.venv/bin/python -m benchmarks.study run $(REAL) $(if $(SHORT),--short --seeds 0 --out $(STUDY_SHORT)/real/results.jsonl)
+	.venv/bin/python -m benchmarks.study intervene $(REAL) $(if $(SHORT),--short --out $(STUDY_SHORT)/real/interventions.jsonl)
+	.venv/bin/python -m benchmarks.study report $(REAL) $(if $(SHORT),--short --results $(STUDY_SHORT)/real/results.jsonl --page $(STUDY_SHORT)/real.md)
 
 clean:
 	rm -rf .venv .study-short .venv-newest .venv-verl .venv-verl-vllm build *.egg-info .mypy_cache .ruff_cache .pytest_cache

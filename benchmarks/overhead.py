@@ -30,7 +30,7 @@ import typer
 
 import gradstore
 from benchmarks.sketch import SHAPES
-from benchmarks.study.arms import problems
+from benchmarks.study.toy import ARMS, problems
 from benchmarks.timing import interleaved
 from gradstore.cli.show import print_table, say
 from gradstore.demo import tasks
@@ -95,7 +95,7 @@ def mostly_even(_: Mapping[str, Any], response: str, __: int) -> float:
 def made(shape: str, size: Size, device: str) -> tuple[LocalPolicy, list[dict[str, Any]], list[dict[str, Any]]]:
     """(policy, pool records, benchmark records)."""
     if shape == "demo":
-        found = problems("imbalance", 5, pool=size.pool, validation=size.benchmark, test=1)
+        found = problems(ARMS["imbalance"], 5, size.pool, size.benchmark, 1)
         policy = LocalPolicy(
             load_model(MODEL, device=device),
             load_tokenizer(MODEL),

@@ -14,8 +14,8 @@ from unittest import mock
 
 import numpy as np
 
-from benchmarks.study.arms import ARMS
 from benchmarks.study.statistics import difference, final_accuracy, of
+from benchmarks.study.toy import ARMS
 from gradstore.engine.forecasting import forecast
 from gradstore.engine.forecasting.cosine_model import Pairs, Staleness
 

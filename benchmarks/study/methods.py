@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from benchmarks.study.ablations import PARTS, WITHOUT
-from benchmarks.study.arms import is_useful
 from gradstore.engine.gradients.objectives import Objective
 from gradstore.engine.rollouts.group import Group
 from gradstore.engine.selecting.rollout_rules import ROLLOUT_RULES
@@ -38,6 +37,10 @@ METHODS: dict[str, Method] = {
     "random": Method("uniform", {"selector": "rand"}),
     "accgreedy": Method("pass rate nearest to 1/2", {"selector": "accgreedy"}),
     "dynamic": Method("uniform among those with a signal (DAPO)", {"selector": "dynamic"}),
+    "dapo": Method(
+        "DAPO's filter: each round 12 problems drawn at random are rolled out; uniform among those with a signal",
+        {"selector": "dynamic", "candidates": 12},
+    ),
     "learnalign": Method(
         "LearnAlign: one random round as warm-up, then one static choice",
         {"selector": "learnalign", "warm_up": 1, "once": True},
@@ -59,12 +62,6 @@ METHODS: dict[str, Method] = {
     ),
 }
 
-DEFAULT_METHODS = (
-    *("oracle", "random", "accgreedy", "gradalign", "lcb", "budgeted-lcb", "fdr", "dot", "shrunk", "snr"),
-    *("dynamic", "learnalign", "budgeted/2-lcb", "budgeted/4-lcb"),
-)
-"""Default methods, in running order."""
-
 SOLUTIONS = "@solutions"
 """After a method whose target is of the benchmark's reference solutions: no rollouts of the benchmark."""
 
@@ -84,14 +81,16 @@ total to that of `budgeted/4-lcb` or more."""
 DENSE = SketchSpec(basis="dense", rank=64, dim=2048)
 """Sketches of rollouts where no candidate is rolled out to fit a projection to: a dense one needs a higher rank."""
 
-RULE, ROUNDS = "+", "*"
-"""Before the rollout rule that a method is joined with, and before its number of rounds."""
+RULE, ROUNDS, EVERY = "+", "*", "%"
+"""Before the rollout rule that a method is joined with, before its number of rounds, and before the number of rounds
+between two measurements of the benchmark."""
 
 
 def method(name: str, budgeted: Mapping[str, int]) -> Method:
     """The method of this name. `budgeted-SELECTOR` has the round settings `budgeted`; `budgeted/N-SELECTOR` has 1/N of
     their budget; `METHOD~PART` does without a part of the forecast; `METHOD+RULE` weighs the rollouts of training steps
-    by a rule; `METHOD@solutions` aims at the benchmark's solutions; `METHOD*N` has N rounds. RequestError for an
+    by a rule; `METHOD@solutions` aims at the benchmark's solutions; `METHOD%N` measures the benchmark every N rounds;
+    `METHOD*N` has N rounds. RequestError for an
     unknown name."""
     whole, _, rounds = name.partition(ROUNDS)
     if rounds:
@@ -99,6 +98,13 @@ def method(name: str, budgeted: Mapping[str, int]) -> Method:
             raise RequestError(f"method {name!r}: {rounds!r} is no number of rounds")
         about = method(whole, budgeted)
         return replace(about, title=f"{about.title}; {rounds} rounds", rounds={**about.rounds, "rounds": int(rounds)})
+    whole, _, every = name.partition(EVERY)
+    if every:
+        if not every.isdecimal() or int(every) < 2:
+            raise RequestError(f"method {name!r}: {every!r} is no number of rounds of 2 or more")
+        about = method(whole, budgeted)
+        title = f"{about.title}; the benchmark measured every {every} rounds"
+        return replace(about, title=title, rounds={**about.rounds, "target_every": int(every)})
     whole, _, rule = name.partition(RULE)
     if rule:
         about, own = method(whole, budgeted), ROLLOUT_RULES[rule]
@@ -144,8 +150,9 @@ class Chosen:
 class Oracle:
     """Picks random problems among the useful ones, with the interface of `Rounds`."""
 
-    def __init__(self, pool: Sequence[Mapping[str, Any]], n: int, seed: int) -> None:
-        self._useful = [record["id"] for record in pool if is_useful(record)]
+    def __init__(self, useful: Sequence[str], n: int, seed: int) -> None:
+        """useful: ids of the useful problems."""
+        self._useful = list(useful)
         self._n, self._seed, self._done = n, seed, 0
         if len(self._useful) < n:
             raise RequestError(f"the pool has {len(self._useful)} useful problems, the oracle picks {n}")

@@ -1,17 +1,20 @@
 """Write the study's page from its rows: tables, figures and findings."""
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 
-from benchmarks.study.arms import ARMS
+from benchmarks.study.bed import Bed, StudySettings
 from benchmarks.study.figures import draw_curves, draw_picks
 from benchmarks.study.findings import findings
+from benchmarks.study.intervention import section
 from benchmarks.study.methods import method
-from benchmarks.study.running import StudySettings
+from benchmarks.study.results import read_results
 from benchmarks.study.statistics import (
     Estimate,
     accuracy_within,
@@ -27,47 +30,66 @@ from gradstore.errors import RequestError
 
 NOTES = "notes.md"
 """File next to the figures with findings written by hand; the page includes it unchanged."""
+INTERVENTIONS = "interventions.jsonl"
+"""File next to the figures with the measurements of intervention.py, if there are any."""
 
 
-def write_page(rows: Sequence[dict[str, Any]], page: Path, settings: StudySettings) -> None:
+def write_page(bed: Bed, rows: Sequence[dict[str, Any]], page: Path, settings: StudySettings) -> None:
     """Write the page, and its figures in the folder of the same name. RequestError if there are no rows."""
     if not rows:
         raise RequestError("no results of these settings: run the study first (python -m benchmarks.study run)")
     folder = page.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
     methods = list(dict.fromkeys(row["method"] for row in rows))
-    arms = [arm for arm in ARMS if any(row["arm"] == arm for row in rows)]
-    draw_curves(rows, arms, folder / "accuracy.svg")
-    draw_picks(rows, arms, methods, folder / "picks.svg")
+    arms = [arm for arm in bed.arms if any(row["arm"] == arm for row in rows)]
+    draw_curves(bed, rows, arms, folder / "accuracy.svg")
+    draw_picks(bed, rows, arms, methods, folder / "picks.svg")
     seeds = sorted({row["seed"] for row in rows})
     parts = [
-        HEAD.format(
+        (bed.head + TABLES).format(
             runs=len(rows),
             seeds=("seeds " if len(seeds) > 1 else "seed ") + ", ".join(map(str, seeds)),
             folder=folder.name,
+            bed=bed.name,
             settings="\n".join(f"| `{name}` | {value} |" for name, value in asdict(settings).items()),
             methods="\n".join(f"| `{name}` | {method(name, settings.budgeted).title} |" for name in methods),
-            arms="\n".join(f"| `{arm}` | {ARMS[arm].title} |" for arm in arms),
+            arms="\n".join(f"| `{arm}` | {bed.arms[arm].title} |" for arm in arms),
         ),
-        _equal_totals(rows, arms, methods),
+        _equal_totals(bed, rows, arms, methods),
         "## What was wanted, what came\n\n" + "\n".join(f"- {line}" for line in findings(rows, arms)) + "\n",
         f"## Accuracy\n\n![Accuracy by training step]({folder.name}/accuracy.svg)\n",
         f"![Bad picks]({folder.name}/picks.svg)\n",
-        *(_arm_table(rows, arm, methods) for arm in arms),
+        *(_arm_table(bed, rows, arm, methods) for arm in arms),
         _cost_table(rows, arms, methods),
     ]
+    interventions = read_results(folder / INTERVENTIONS)
+    if interventions:
+        parts.append(section(interventions))
     notes = folder / NOTES
     if notes.exists():
         parts.append(notes.read_text())
     page.write_text("\n".join(parts), encoding="utf-8")
 
 
-TOTALS = (4096, 8192, 10240, 13312, 53248)
-"""Rollouts, for selection and training together, at which methods are compared: training alone for 4, 8, 10 and 13
-rounds, and GradAlign's 8 rounds."""
+def differing(bed: Bed, rows: Sequence[dict[str, Any]], page: Path, settings: StudySettings) -> list[str]:
+    """Names of the page and figures that differ from what the rows give now, by the bytes."""
+    folder = page.with_suffix("")
+    with TemporaryDirectory() as temporary:
+        anew = Path(temporary) / page.name
+        anew.with_suffix("").mkdir()
+        for name in (NOTES, INTERVENTIONS):
+            if (folder / name).exists():
+                shutil.copy(folder / name, anew.with_suffix("") / name)
+        write_page(bed, rows, anew, settings)
+        made = [anew, *sorted(anew.with_suffix("").glob("*.svg"))]
+        theirs = [page, *(folder / path.name for path in made[1:])]
+        return [
+            str(own) for own, new in zip(theirs, made, strict=True)
+            if not own.exists() or own.read_bytes() != new.read_bytes()
+        ]  # fmt: skip
 
 
-def _equal_totals(rows: Sequence[dict[str, Any]], arms: Sequence[str], methods: Sequence[str]) -> str:
+def _equal_totals(bed: Bed, rows: Sequence[dict[str, Any]], arms: Sequence[str], methods: Sequence[str]) -> str:
     """Accuracy against the rollouts spent; once more on the seeds that all methods have, where they differ in seeds."""
     parts = [
         "## Accuracy against rollouts spent\n",
@@ -77,23 +99,23 @@ def _equal_totals(rows: Sequence[dict[str, Any]], arms: Sequence[str], methods: 
     for arm in arms:
         seeds_of = [{row["seed"] for row in of(rows, arm, name)} for name in methods if of(rows, arm, name)]
         shared = set.intersection(*seeds_of)
-        parts.append(f"### {arm} by rollouts\n\n" + _totals_table(rows, arm, methods))
+        parts.append(f"### {arm} by rollouts\n\n" + _totals_table(bed, rows, arm, methods))
         if shared and shared != set.union(*seeds_of):
             those = [row for row in rows if row["seed"] in shared]
             named = ("seed " if len(shared) == 1 else "seeds ") + ", ".join(map(str, sorted(shared)))
-            parts.append(f"On {named} alone, which all methods have:\n\n" + _totals_table(those, arm, methods))
+            parts.append(f"On {named} alone, which all methods have:\n\n" + _totals_table(bed, those, arm, methods))
     return "\n".join(parts)
 
 
-def _totals_table(rows: Sequence[dict[str, Any]], arm: str, methods: Sequence[str]) -> str:
+def _totals_table(bed: Bed, rows: Sequence[dict[str, Any]], arm: str, methods: Sequence[str]) -> str:
     lines = [
-        "| method | " + " | ".join(f"{total:,}" for total in TOTALS) + " | seeds |",
-        "| --- |" + " --- |" * len(TOTALS) + " ---: |",
+        "| method | " + " | ".join(f"{total:,}" for total in bed.totals) + " | seeds |",
+        "| --- |" + " --- |" * len(bed.totals) + " ---: |",
     ]
     for name in methods:
         own = of(rows, arm, name)
         if own:
-            found = [[accuracy_within(row, total) for row in own] for total in TOTALS]
+            found = [[accuracy_within(row, total) for row in own] for total in bed.totals]
             cells = [
                 "" if any(value is None for value in values) else _interval(estimate(values), 3)  # type: ignore[arg-type]
                 for values in found
@@ -102,9 +124,9 @@ def _totals_table(rows: Sequence[dict[str, Any]], arm: str, methods: Sequence[st
     return "\n".join(lines) + "\n"
 
 
-def _arm_table(rows: Sequence[dict[str, Any]], arm: str, methods: Sequence[str]) -> str:
+def _arm_table(bed: Bed, rows: Sequence[dict[str, Any]], arm: str, methods: Sequence[str]) -> str:
     lines = [
-        f"### {arm}: {ARMS[arm].title}\n",
+        f"### {arm}: {bed.arms[arm].title}\n",
         "| method | accuracy after its last step | bad picks | useful picks | selection rollouts | seeds |",
         "| --- | --- | --- | --- | ---: | ---: |",
     ]
@@ -156,18 +178,7 @@ def _interval(value: Estimate, digits: int) -> str:
     return f"{value.mean:.{digits}f} [{value.low:.{digits}f}, {value.high:.{digits}f}]"
 
 
-HEAD = """# The study: which way to pick trains better
-
-Made by `python -m benchmarks.study report` from `{folder}/results.jsonl` ({runs} runs, {seeds}). `make study` runs what
-is missing and writes this page again; `make study SHORT=1` does a miniature of it. Intervals are 95 % t intervals over
-seeds.
-
-The embedded trainer (what `gradstore train --backend local` runs) trains the demo's model, a Qwen2 of 0.53 million
-parameters that knows how to be right and mostly is not, by GRPO on problems picked in rounds. Accuracy is the mean
-probability of the right answer at temperature 1 on held-out problems of the target family: computed, not sampled. All
-methods share every setting, the problems and the seeds of a run. Settings were chosen on oracle and random picks; the
-size of the pool, the share picked and the budget on single runs of several selectors; nothing was set for one arm.
-
+TABLES = """
 | arm | pool |
 | --- | --- |
 {arms}
@@ -176,8 +187,8 @@ size of the pool, the share picked and the budget on single runs of several sele
 | --- | --- |
 {methods}
 
-`benchmarks/study/arms.py` says what is in the pools. A pick is useful if the oracle could have picked it, and bad if
-its reward is wrong or random, it can teach nothing, or, in the last two arms, it is of another family.
+`benchmarks/study/{bed}.py` says what is in the pools. A pick is useful if the oracle could have picked it, and bad if
+its reward is wrong or random, it can teach nothing, or, in the last two arms, it is of another source.
 
 | setting | |
 | --- | --- |

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.study.running import StudySettings
+from benchmarks.study.bed import StudySettings
 from gradstore.durable import writing
 from gradstore.errors import LockedError, RequestError
 

@@ -9,14 +9,11 @@ from typing import Any
 
 import torch
 
+import gradstore
 from benchmarks.study.ablations import without
 from benchmarks.study.accuracy import expected_accuracy
-from benchmarks.study.arms import is_bad, is_useful, problems
-from benchmarks.study.methods import ORACLE, Oracle, method
-from gradstore.demo import tasks
-from gradstore.demo.course import TOKEN_BUDGET
-from gradstore.demo.run import MODEL
-from gradstore.engine.gradients.models import load_model, load_tokenizer
+from benchmarks.study.bed import Bed, StudySettings
+from benchmarks.study.methods import ORACLE, ROUNDS, Oracle, method
 from gradstore.engine.gradients.objectives import Objective, objective
 from gradstore.engine.rollouts.group import Group
 from gradstore.engine.rollouts.solutions import FIELD, solutions_of
@@ -27,51 +24,6 @@ from gradstore.trainer.local.training import Chooser, Picks, Training
 from gradstore.trainer.round.driver import Rounds
 from gradstore.trainer.round.settings import RoundSettings
 from gradstore.trainer.round.weighing import Weighed
-from gradstore.trainer.sampling.reward import Reward
-
-
-@dataclass(frozen=True, slots=True)
-class StudySettings:
-    """Settings shared by all runs of a study; methods change only their round settings."""
-
-    pool: int = 320
-    """Problems of the pool, all of them candidates in every round."""
-    validation: int = 32
-    """Problems of the benchmark used for selection."""
-    test: int = 400
-    """Held-out problems on which accuracy is measured."""
-    selected: int = 16
-    """Problems picked per round: a twentieth of the pool, as in the published runs of GradAlign."""
-    rounds: int = 8
-    steps: int = 4
-    """GRPO steps per round."""
-    train_batch: int = 16
-    """Problems per step."""
-    rollouts: int = 16
-    """Rollouts per problem, in selection, on the benchmark and in training."""
-    first_look: int = 4
-    """Rollouts per pool problem in the first round of a budgeted refresh."""
-    budget: int = 44
-    """Problems that a budgeted refresh rolls out again per round."""
-    budget_target: int = 8
-    """Rollouts per benchmark problem with a budgeted refresh: half as many, to spend more on candidates."""
-    lr: float = 3e-5
-    objective: str = "grpo"
-    """Objective preset for training; gradients for selection use `gradalign`."""
-    rank: int = 8
-    dim: int = 512
-    window: int = 32
-    """Problems rolled out and sketched at once; the projection is fitted to the first windows."""
-    fit_problems: int = 32
-
-    @property
-    def budgeted(self) -> dict[str, int]:
-        """Round settings of a budgeted refresh."""
-        return {"refresh": self.budget, "first_look": self.first_look, "target_rollouts": self.budget_target}
-
-
-SHORT = StudySettings(pool=80, validation=16, test=100, selected=8, rounds=3, steps=2, train_batch=8, budget=8, lr=1e-4)
-"""A miniature for tests, seconds per run: it runs every path of the study, but its results mean nothing."""
 
 
 @dataclass(slots=True)
@@ -148,18 +100,14 @@ class MeteredChooser:
         self._chooser.load_state_dict(state)
 
 
-def run_one(arm: str, name: str, seed: int, settings: StudySettings) -> dict[str, Any]:
+def run_one(bed: Bed, arm: str, name: str, seed: int, settings: StudySettings) -> dict[str, Any]:
     """Train once and return the row of results, JSON-able. The same call gives the same row, except for seconds."""
-    started = time.monotonic()
+    started, processor = time.monotonic(), time.process_time()
     about = method(name, settings.budgeted)
-    found = problems(arm, seed, pool=settings.pool, validation=settings.validation, test=settings.test)
+    found = bed.problems(arm, seed, settings)
     records = {record["id"]: record for record in found.pool}
-    torch.set_num_threads(1)  # for layers this small, a second thread costs more than it gains
-    model, tokenizer = load_model(MODEL, device="cpu"), load_tokenizer(MODEL)
-    sampling = Sampling(max_new_tokens=8, batch_tokens=1 << 20)
-    policy = MeteredPolicy(model, tokenizer, Reward("study", tasks.reward), sampling, token_budget=TOKEN_BUDGET)
-    update = UpdateSettings(lr=settings.lr, objective=objective(settings.objective), token_budget=TOKEN_BUDGET)
-    learner = Learner(model, update)
+    policy, learner = begun(bed, settings)
+    model, tokenizer = policy.model, policy.tokenizer
     accuracy = [expected_accuracy(model, tokenizer, found.test)]
 
     def after_step(step: int) -> None:
@@ -167,16 +115,17 @@ def run_one(arm: str, name: str, seed: int, settings: StudySettings) -> dict[str
             accuracy.append(expected_accuracy(model, tokenizer, found.test))
 
     with tempfile.TemporaryDirectory(prefix="gradstore-study-") as folder:
-        rounds = round_settings(settings, seed, about.rounds)
+        rounds = round_settings(bed, settings, seed, about.rounds)
         inner: Chooser
-        if name == ORACLE:
-            inner = Oracle(found.pool, settings.selected, seed)
+        if name.partition(ROUNDS)[0] == ORACLE:
+            inner = Oracle([one["id"] for one in found.pool if bed.is_useful(one)], settings.selected, seed)
         else:
             inner = Rounds(Path(folder) / "store", found.pool, benchmark(found.validation, about.solutions), rounds)
         chooser, run = MeteredChooser(inner), Path(folder) / "run"
         training = Training(policy, learner, chooser, found.pool, rounds, run, rollouts=settings.rollouts)
         with without(about.without):
             training.run(after_step)
+        stages = _stages(Path(folder) / "store")
     picks = [[records[problem_id] for problem_id in ids] for ids in chooser.picks]
     meter = chooser.meter
     return {
@@ -185,16 +134,40 @@ def run_one(arm: str, name: str, seed: int, settings: StudySettings) -> dict[str
         "seed": seed,
         "settings": asdict(settings),
         "accuracy": accuracy,
-        "bad": [sum(is_bad(arm, record) for record in own) / len(own) for own in picks],
-        "useful": [sum(map(is_useful, own)) / len(own) for own in picks],
+        "bad": [sum(bed.is_bad(arm, record) for record in own) / len(own) for own in picks],
+        "useful": [sum(map(bed.is_useful, own)) / len(own) for own in picks],
         "selection_rollouts": meter.rollouts,
         "selection_seconds": meter.seconds,
         "selection_rollout_seconds": meter.rollout_seconds,
         "observe_seconds": meter.observe_seconds,
         **_weighing(meter),
+        "stages": stages,
         "training_seconds": training.seconds,
+        "training_rollout_seconds": policy.seconds - sum(meter.rollout_seconds),
         "seconds": time.monotonic() - started,
+        "processor_seconds": time.process_time() - processor,
     }
+
+
+def _stages(path: Path) -> list[dict[str, float]]:
+    """Seconds of each selection round by stage (fit, rollouts, sketch, probe, plan, store), as the rounds say."""
+    if not path.exists():
+        return []
+    rounds = gradstore.open(path).rounds("pool")
+    return [dict(rounds[number].about["costs"]) for number in range(len(rounds))]
+
+
+def begun(bed: Bed, settings: StudySettings) -> tuple[MeteredPolicy, Learner]:
+    """The bed's policy before training, and its learner; this process then uses one thread."""
+    torch.set_num_threads(1)  # two runs side by side do more than one on two threads
+    model, tokenizer = bed.load()
+    sampling = Sampling(max_new_tokens=bed.max_new_tokens, batch_tokens=bed.batch_tokens)
+    policy = MeteredPolicy(model, tokenizer, bed.reward, sampling, token_budget=bed.token_budget)
+    return policy, Learner(model, update_settings(bed, settings))
+
+
+def update_settings(bed: Bed, settings: StudySettings) -> UpdateSettings:
+    return UpdateSettings(lr=settings.lr, objective=objective(settings.objective), token_budget=bed.token_budget)
 
 
 def benchmark(records: Sequence[dict[str, Any]], solutions: bool) -> dict[str, list[dict[str, Any]]]:
@@ -212,7 +185,7 @@ def _weighing(meter: Meter) -> dict[str, Any]:
     return {"weigh_seconds": meter.weigh_seconds, "weigh_tokens": meter.weigh_tokens, "dropped": meter.dropped}
 
 
-def round_settings(settings: StudySettings, seed: int, changes: Mapping[str, Any]) -> RoundSettings:
+def round_settings(bed: Bed, settings: StudySettings, seed: int, changes: Mapping[str, Any]) -> RoundSettings:
     """The study's round settings with a method's changes."""
     common: dict[str, Any] = {
         "selected": settings.selected,
@@ -226,7 +199,7 @@ def round_settings(settings: StudySettings, seed: int, changes: Mapping[str, Any
         "window": settings.window,
         "fit_problems": settings.fit_problems,
         "draw": "independent",  # as the runs were made that are there
-        "accept_coverage": 0.7,  # a check alone: some first windows show less than the demo's share
+        "accept_coverage": bed.accept_coverage,
         "spec": SketchSpec(basis="fitted", rank=settings.rank, dim=settings.dim),
     }
     return RoundSettings(**{**common, **changes})

@@ -10,19 +10,23 @@ import pytest
 
 from benchmarks.study.ablations import PARTS, table, without
 from benchmarks.study.accuracy import expected_accuracy
-from benchmarks.study.arms import ARMS, EASY, UNSOLVABLE, is_bad, is_useful, problems
+from benchmarks.study.bed import EASY, UNSOLVABLE, Bed
 from benchmarks.study.findings import findings
-from benchmarks.study.methods import DEFAULT_METHODS, method
-from benchmarks.study.report import write_page
+from benchmarks.study.methods import method
+from benchmarks.study.report import differing, write_page
 from benchmarks.study.results import alone, append_result, key, numbers, plan, read_results
-from benchmarks.study.running import SHORT, run_one
+from benchmarks.study.running import run_one
 from benchmarks.study.statistics import accuracy_within, estimate, selection_rollouts, spent
+from benchmarks.study.toy import ARMS, TOY
 from gradstore import LockedError, RequestError
 from gradstore.demo import tasks
 from gradstore.demo.run import MODEL
 from gradstore.engine.forecasting import forecast
 from gradstore.engine.gradients.models import load_model, load_tokenizer
 from gradstore.trainer.sampling.backends.hugging_face import TransformersBackend
+
+SHORT, DEFAULT_METHODS = TOY.short, TOY.methods
+FIGURES = ("accuracy", "picks")
 
 
 def _kinds(records: list[dict[str, Any]], family: str | None = None) -> dict[str, int]:
@@ -32,22 +36,22 @@ def _kinds(records: list[dict[str, Any]], family: str | None = None) -> dict[str
 
 def test_pools_are_made_as_the_page_says() -> None:
     """A pool with another mixture answers another question."""
-    pools = {arm: problems(arm, 3, pool=320, validation=8, test=20).pool for arm in ARMS}
+    pools = {arm: TOY.problems(arm, 3, replace(SHORT, pool=320, validation=8, test=20)).pool for arm in ARMS}
     assert {len(pool) for pool in pools.values()} == {320}
     assert _kinds(pools["wrong_truths"]) == {tasks.CLEAN: 160, tasks.WRONG_TRUTH: 160}
     assert _kinds(pools["coin_flips"], tasks.TARGET_FAMILY) == {tasks.CLEAN: 32, tasks.COIN_FLIP: 128}
     assert _kinds(pools["imbalance"]) == {tasks.CLEAN: 320}
     assert sum(record["source"] == tasks.TARGET_FAMILY for record in pools["imbalance"]) == 32
     assert _kinds(pools["low_utility"], tasks.TARGET_FAMILY) == {tasks.CLEAN: 40, EASY: 80, UNSOLVABLE: 80}
-    assert sum(map(is_useful, pools["low_utility"])) == 40
-    assert sum(is_bad("low_utility", record) for record in pools["low_utility"]) == 280
-    assert sum(is_bad("coin_flips", record) for record in pools["coin_flips"]) == 256
+    assert sum(map(TOY.is_useful, pools["low_utility"])) == 40
+    assert sum(TOY.is_bad("low_utility", record) for record in pools["low_utility"]) == 280
+    assert sum(TOY.is_bad("coin_flips", record) for record in pools["coin_flips"]) == 256
     assert len({record["id"] for record in pools["low_utility"]}) == 320
 
 
 def test_methods_share_problems_and_none_is_tested_on_what_it_aims_at() -> None:
     """Otherwise their difference is one of problems, or of memory."""
-    one, again = (problems("coin_flips", 1, pool=80, validation=10, test=30) for _ in range(2))
+    one, again = (TOY.problems("coin_flips", 1, replace(SHORT, validation=10, test=30)) for _ in range(2))
     assert one == again
     texts = [{record["prompt"][0]["content"] for record in own} for own in (one.pool, one.validation, one.test)]
     assert not texts[0] & texts[1]
@@ -79,7 +83,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("study") / "results.jsonl"
     wanted = plan(["wrong_truths"], DEFAULT_METHODS, [0]) + plan(list(ARMS)[1:], ["oracle", "random"], [0])
     for arm, name, seed in [*wanted, ("wrong_truths", "gradalign", 1), ("wrong_truths", "random", 1)]:
-        append_result(path, run_one(arm, name, seed, SHORT))
+        append_result(path, run_one(TOY, arm, name, seed, SHORT))
     return path
 
 
@@ -107,10 +111,16 @@ def test_every_path_runs_and_is_counted(results: Path) -> None:
     assert np.mean(rows["wrong_truths", "gradalign", 0]["useful"]) > np.mean(random["useful"])
 
 
+def test_an_oracle_with_rounds_of_its_own_is_one() -> None:
+    row = run_one(TOY, "wrong_truths", "oracle*2", 0, SHORT)
+    assert row["bad"] == [0.0, 0.0]
+    assert row["selection_rollouts"] == [0, 0]
+
+
 def test_a_run_repeats(results: Path) -> None:
     """A study that goes on after a kill must not differ from one that did not stop."""
     row = next(row for row in read_results(results, SHORT) if key(row) == ("wrong_truths", "budgeted-lcb", 0))
-    again = json.loads(json.dumps(run_one("wrong_truths", "budgeted-lcb", 0, SHORT)))
+    again = json.loads(json.dumps(run_one(TOY, "wrong_truths", "budgeted-lcb", 0, SHORT)))
     assert {k: v for k, v in again.items() if "seconds" not in k} == {
         k: v for k, v in row.items() if "seconds" not in k
     }
@@ -147,7 +157,7 @@ def test_the_page_tells_what_the_rows_say(results: Path, tmp_path: Path) -> None
     page = tmp_path / "study.md"
     (tmp_path / "study").mkdir()
     (tmp_path / "study" / "notes.md").write_text("## Notes\n\nBy hand.\n")
-    write_page(rows, page, SHORT)
+    write_page(TOY, rows, page, SHORT)
     text = page.read_text()
     assert all(f"| `{name}` | {method(name, SHORT.budgeted).title} |" in text for name in DEFAULT_METHODS)
     assert "By hand." in text
@@ -156,17 +166,17 @@ def test_the_page_tells_what_the_rows_say(results: Path, tmp_path: Path) -> None
     assert f"| `gradalign` | {value.mean:.3f} [{value.low:.3f}, {value.high:.3f}]" in text
     figures = {path.name: path.read_bytes() for path in (tmp_path / "study").glob("*.svg")}
     assert set(figures) == {"accuracy.svg", "picks.svg"}
-    write_page(rows, page, SHORT)
+    write_page(TOY, rows, page, SHORT)
     assert {path.name: path.read_bytes() for path in (tmp_path / "study").glob("*.svg")} == figures
     with pytest.raises(RequestError, match="no results"):
-        write_page([], page, SHORT)
+        write_page(TOY, [], page, SHORT)
 
 
 @pytest.fixture(scope="module")
 def by_rollouts() -> dict[str, dict[str, Any]]:
     """Methods that weigh rollouts or spend few on selection, and random picks, once each."""
     names = ("random", "random+dtv_loo*4", "random+oppose_target", "refresh0-dot", "pilot")
-    return {name: run_one("wrong_truths", name, 0, SHORT) for name in names}
+    return {name: run_one(TOY, "wrong_truths", name, 0, SHORT) for name in names}
 
 
 def test_rollouts_are_weighed_and_counted(by_rollouts: dict[str, dict[str, Any]]) -> None:
@@ -245,7 +255,7 @@ def test_the_table_of_ablations_is_differences_of_the_same_seeds() -> None:
 
 def test_unknown_names_are_refused() -> None:
     with pytest.raises(RequestError, match="wrong_truths"):
-        problems("nothing", 0, pool=8, validation=1, test=1)
+        TOY.problems("nothing", 0, SHORT)
     with pytest.raises(RequestError, match="oracle"):
         method("best", SHORT.budgeted)
     with pytest.raises(RequestError, match="no part 'nothing'"):
@@ -257,3 +267,18 @@ def test_unknown_names_are_refused() -> None:
     for name in ("budgeted/0-lcb", "budgeted/-lcb", "budgeted/4", "budgeted-"):
         with pytest.raises(RequestError, match=r"budgeted\[/N\]-SELECTOR"):
             method(name, SHORT.budgeted)
+
+
+@pytest.mark.parametrize("bed", [TOY], ids=lambda bed: bed.name)
+def test_the_page_is_what_the_rows_say(bed: Bed) -> None:
+    """Every figure and number of docs/study-toy.md comes from the stored rows, byte for byte."""
+    assert differing(bed, read_results(bed.results, bed.settings), bed.page, bed.settings) == []
+
+
+def test_a_change_of_the_page_is_found(results: Path, tmp_path: Path) -> None:
+    rows, page = read_results(results, SHORT), tmp_path / "study.md"
+    assert differing(TOY, rows, page, SHORT) == [str(page), *(str(tmp_path / "study" / f"{n}.svg") for n in FIGURES)]
+    write_page(TOY, rows, page, SHORT)
+    assert differing(TOY, rows, page, SHORT) == []
+    page.write_text(page.read_text().replace("0.", "1.", 1))
+    assert differing(TOY, rows, page, SHORT) == [str(page)]

@@ -120,7 +120,7 @@ def rollouts_of_benchmarks(scope: Scope, policy: Policy, costs: Costs) -> dict[s
     n, records_of = scope.settings.target_rollouts, scope.run.benchmarks
     return {
         name: _windows(scope, policy, costs, records_of[name], n, (BENCHMARK, i), name)
-        for i, name in enumerate(scope.benchmarks)
+        for i, name in enumerate(scope.benchmarks if scope.measures_target else [])
     }
 
 

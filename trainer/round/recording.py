@@ -103,7 +103,7 @@ def about_round(scope: Scope, aim: Aim, picked: Picked, work: Work, seen: int) -
     targets = [own.describe() for own in aim.targets]
     selection = chosen.describe()
     del selection["problems"]
-    rolled_out = [name for name in scope.benchmarks if kind_of(name) == "rollouts"]
+    rolled_out = [name for name in scope.benchmarks if scope.measures_target and kind_of(name) == "rollouts"]
     n_validation = sum(len(scope.run.benchmarks[name]) for name in rolled_out)
     return {
         "number": scope.number,

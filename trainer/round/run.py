@@ -99,7 +99,9 @@ class Scope:
     look: int
     """Rollouts per candidate without a row, as plan 0; 0: no such plan."""
     benchmarks: list[str]
-    """Benchmarks that are measured."""
+    """Benchmarks that are aimed at."""
+    measures_target: bool
+    """Whether the benchmarks are measured; if not, older rows give the target."""
 
     @classmethod
     def of(cls, run: Run, number: int, step: int) -> "Scope":
@@ -115,6 +117,7 @@ class Scope:
         measures = run.needs_rows and not warm_up
         looks = measures and budget is not None and number == settings.warm_up
         aims = run.weighs_by_target or (measures and (run.needs_target or budget is not None))
+        aims_from = 0 if run.weighs_by_target else settings.warm_up
         return cls(
             run,
             number,
@@ -127,6 +130,7 @@ class Scope:
             fits=number == 0 and run.needs_rows and settings.spec.basis == "fitted",
             look=settings.first_look if looks else 0,
             benchmarks=list(run.benchmarks) if aims else [],
+            measures_target=aims and (number - aims_from) % settings.target_every == 0,
         )
 
     @property

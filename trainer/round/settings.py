@@ -60,6 +60,8 @@ class RoundSettings:
     """Rollouts per candidate that is rolled out."""
     target_rollouts: int = 16
     """Rollouts per benchmark problem."""
+    target_every: int = 1
+    """Rounds between two measurements of the benchmarks; rounds between them aim at the newest rows there are."""
     selector: str = "cosine"
     """Any of engine.SELECTORS, an alias of GradAlign's, or a mixture such as `cosine:0.7+rand:0.3`."""
     acc_low: float | None = None
@@ -126,6 +128,7 @@ class RoundSettings:
             self._name_window()
         least = dict.fromkeys(("first_look", "warm_up", "fit_problems", "refresh", "refresh_first"), 0)
         ones = ("candidates", "selected", "train_batch", "steps", "rounds", "rollouts", "target_rollouts", "window")
+        ones += ("target_every",)
         for name, lowest in {**least, **dict.fromkeys(ones, 1)}.items():
             value = getattr(self, name)
             if value not in (None, "all") and value < lowest:
@@ -151,6 +154,11 @@ class RoundSettings:
             )
         if self.spec.objective.kl_beta and any(part.selector.needs_probes for part in parts_of(self.selector)):
             raise RequestError(f"selector {self.selector!r} goes by probes, which have no KL term: leave kl_beta out")
+        if self.target_every > 1 and any(part.selector.needs_probes for part in parts_of(self.selector)):
+            raise RequestError(
+                f"target_every is {self.target_every}, but selector {self.selector!r} goes by probes, which need the "
+                "benchmarks' gradient under the policy of each round"
+            )
         check_number("rollout_threshold", self.rollout_threshold, least=0)
         if self.rollout_rule is None and self.rollout_threshold:
             raise RequestError(f"rollout_threshold is {self.rollout_threshold}, but there is no rollout_rule")
@@ -227,6 +235,8 @@ class RoundSettings:
         return self.observe == "all"
 
     def describe(self) -> dict[str, Any]:
-        """The settings as JSON-able values; without a rollout rule its settings are omitted, as in older stores."""
+        """The settings as JSON-able values; without a rollout rule its settings are omitted, and `target_every` at its
+        default, as in older stores."""
         unused = () if self.rollout_rule else ("rollout_rule", "rollout_threshold")
+        unused += ("target_every",) if self.target_every == 1 else ()
         return {name: value for name, value in asdict(self).items() if name not in unused}

@@ -60,6 +60,39 @@ def test_a_gradalign_round_is_the_slow_loop(world, training, tmp_path) -> None:
     assert len(run.policy.rolled) == 3 * (24 + 6)
 
 
+@pytest.mark.parametrize("warm_up", [0, 1])
+def test_a_target_is_measured_every_so_many_rounds(world, training, tmp_path, warm_up) -> None:
+    """Rounds between two measurements aim at the newest rows of the benchmark, and roll none of it out."""
+    run = training(tmp_path / "store", world(), settings(rounds=4 + warm_up, target_every=2, warm_up=warm_up))
+    run.run()
+    store = gradstore.open(tmp_path / "store")
+    rounds = store.rounds("pool")
+    assert [rounds[n].about["target_rollouts"] for n in range(warm_up, 4 + warm_up)] == [36, 0, 36, 0]
+    for number in range(warm_up, 4 + warm_up):
+        step = 4 * number
+        measured = step - 4 * ((number - warm_up) % 2)
+        view = store.view("bench", step)
+        assert set(view.steps.tolist()) == {measured}
+        goal_D = target(store, "bench", step).vector
+        goal_D = goal_D / np.linalg.norm(goal_D)
+        found = rounds[number].table.to_pydict()
+        rows = store.view("pool", step)
+        own = {name: row for ids, units in rows.blocks() for name, row in zip(ids, units, strict=True)}
+        for name, score, state in zip(found["id"], found["score"], found["state"], strict=True):
+            if state == "live":
+                assert score == pytest.approx(float(own[name] @ goal_D), abs=0.02)
+
+
+def test_a_run_without_the_setting_goes_on(world, training, tmp_path) -> None:
+    """Runs that were recorded before the setting was there have no such name."""
+    assert "target_every" not in settings().describe()
+    assert settings(target_every=2).describe()["target_every"] == 2
+    with pytest.raises(RequestError, match="target_every is 2, but selector 'lcb' goes by probes"):
+        settings(target_every=2, selector="lcb")
+    with pytest.raises(RequestError, match="target_every"):
+        settings(target_every=0)
+
+
 def test_the_record_tells_the_round(world, training, tmp_path) -> None:
     """What was asked, what everything scored and cost: readable without this program's help."""
     run = training(tmp_path / "store", world(), settings())
