@@ -1,4 +1,4 @@
-"""A plotly figure for each frame of the analysis, drawn as in the report; needs the extra `report`.
+"""A plotly figure for each frame of the analysis, drawn as in the report; needs the extra `plots`.
 
 Each function has the arguments of the function of the same name in figures.py. The plotly template in use sets the
 colours of text, grid and paper.
@@ -25,7 +25,7 @@ def _plotted(described: Callable[P, Figure]) -> Callable[P, Any]:
 
     @wraps(described)
     def plot(*args: P.args, **kwargs: P.kwargs) -> Any:
-        with errors.needing("a figure", "gradstore[report]"):
+        with errors.needing("a figure", "gradstore[plots]"):
             import plotly.graph_objects as go
         figure = described(*args, **kwargs)
         parts = drawn(figure)

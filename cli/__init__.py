@@ -13,7 +13,7 @@ import typer
 from gradstore.cli.app import application
 from gradstore.errors import GradstoreError
 
-EXTRA_OF = dict.fromkeys(("torch", "transformers", "safetensors", "jinja2", "math_verify", "reasoning_gym"), "models")
+EXTRA_OF = dict.fromkeys(("torch", "transformers", "safetensors", "jinja2", "math_verify", "reasoning_gym"), "sketch")
 """Module that a plain installation lacks -> the extra that brings it."""
 
 
@@ -23,27 +23,12 @@ _UsageError: Any = typer.BadParameter.__base__
 
 def main() -> None:
     """Run the command line."""
-    # each registers its commands
-    from gradstore.cli import (  # noqa: F401
-        collect,
-        data,
-        demo,
-        fidelity,
-        importing,
-        merge,
-        plan,
-        probe,
-        query,
-        report,
-        rollout,
-        stores,
-        train,
-        travel,
-    )
     from gradstore.cli.help import page
     from gradstore.cli.show import take_any_text
+    from gradstore.cli.threads import wait_asleep
 
     take_any_text()
+    wait_asleep()
     app = application(sys.argv[1:])
     try:
         if (text := page(app, sys.argv[1:])) is not None:

@@ -5,6 +5,7 @@ import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
+from importlib import import_module
 from typing import Annotated, Any
 
 import typer
@@ -99,24 +100,33 @@ def as_option(parameter: str) -> str:
     return {"n": "-n", "local": "--from"}.get(parameter, f"--{parameter.replace('_', '-')}")
 
 
-_PANEL = {
-    name: panel
-    for panel, names in {
-        "Measure": ("data", "rollout", "plan", "collect", "probe", "import"),
-        "Ask": ("query", "select", "selectors", "fidelity", "report", "serve"),
-        "Train": ("train", "demo"),
-        "Keep": ("info", "verify", "merge", "compact", "push", "pull", "open"),
-    }.items()
-    for name in names
-}
-"""Command -> its heading in the help, in the order of work."""
+_FILES = {
+    "Measure": {
+        "data": "data", "rollout": "rollout", "plan": "plan", "collect": "collect", "probe": "probe",
+        "import": "importing",
+    },
+    "Ask": {
+        "query": "query", "select": "query", "selectors": "query", "fidelity": "fidelity", "report": "report",
+        "serve": "report",
+    },
+    "Train": {"train": "train", "demo": "demo"},
+    "Keep": {
+        "info": "stores", "verify": "stores", "merge": "merge", "compact": "stores", "push": "travel", "pull": "travel",
+        "open": "travel",
+    },
+}  # fmt: skip
+"""Heading in the help -> command -> the file of this folder that registers it, in the order of work."""
+_FILE = {name: file for files in _FILES.values() for name, file in files.items()}
+_PANEL = {name: panel for panel, files in _FILES.items() for name in files}
 
 
 def application(words: Sequence[str]) -> typer.Typer:
     """The application for a command line: with the command that it begins with alone, which is soon made, or with all.
 
-    All are in the order of `_PANEL`, whatever file was imported first.
+    All are in the order of `_FILES`, whatever file was imported first.
     """
+    for file in {_FILE[words[0]]} if words and words[0] in _FILE else set(_FILE.values()):
+        import_module(f"gradstore.cli.{file}")
     order = list(_PANEL)
     names = {id(one): str(one.name or getattr(one.callback, "__name__", "")) for one in app.registered_commands}
     app.registered_commands.sort(key=lambda one: order.index(names[id(one)]))

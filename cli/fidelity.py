@@ -6,6 +6,7 @@ from typing import Annotated
 from gradstore.cli.app import command, opt
 from gradstore.cli.completion import collections
 from gradstore.cli.query import Json, StorePath
+from gradstore.cli.ranks import load_policy
 from gradstore.cli.rollout import Device, Model, Trust, check_rollouts_of
 from gradstore.cli.show import print_json, print_table
 from gradstore.errors import RequestError
@@ -56,7 +57,7 @@ def fidelity(
     ]
     check_rollouts_of(opened, pool, sources[0], rollouts)
     check_rollouts_of(opened, against, sources[1], benchmark_rollouts)
-    policy = load_model(model, adapter, device, trust_remote_code=trust_remote_code)
+    policy = load_policy(model, adapter, device, trust_remote_code=trust_remote_code)
     if reference is not None:
         compared = Reference(
             load_model(reference, device=device, trust_remote_code=trust_remote_code), temperature=settings.temperature

@@ -21,7 +21,7 @@ def plan(
     gpus: Annotated[int, opt("Devices that share the work.", min=1)] = 1,
     prompt_tokens: Annotated[int, opt("Tokens of a prompt.", min=1)] = 200,
     benchmark: Annotated[int, opt("Problems of the benchmark.", min=1)] = 64,
-    picks: Annotated[int, opt("Problems of a training round.", min=1)] = 128,
+    picks: Annotated[int | None, opt("Problems of a training round [default: 128, or the pool].", min=1)] = None,
     rank: Annotated[int, opt("Width of each side of a layer's projection.", min=1)] = 16,
     dim: Annotated[int, opt("Dimensions of a sketch.", min=1)] = 1024,
     dtype: Annotated[str, opt("Row type: int8, int4, 1bit, fp16 or fp32.")] = "int8",
@@ -36,8 +36,7 @@ def plan(
     from gradstore.layout import DTYPES
 
     check_known("--dtype", dtype, DTYPES)
-
-    request = Request(pool, rollouts, tokens, prompt_tokens, benchmark, picks, gpus, rank, dim, dtype)
+    request = Request(pool, rollouts, tokens, prompt_tokens, benchmark, picks or 0, gpus, rank, dim, dtype)
     machine = hardware(device)
     found = planned(shape_of(model, dtype=machine.dtype), request, machine)
     if json:

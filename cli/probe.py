@@ -6,6 +6,7 @@ from typing import Annotated
 from gradstore.cli.app import command, opt
 from gradstore.cli.completion import collections
 from gradstore.cli.query import Json, StorePath
+from gradstore.cli.ranks import load_policy
 from gradstore.cli.rollout import Device, Model, Trust, check_rollouts_of
 from gradstore.cli.show import print_json, print_table, progress, say
 from gradstore.errors import RequestError
@@ -58,7 +59,7 @@ def probe(
 
     import gradstore
     from gradstore.engine.gradients.directions import validation_gradient
-    from gradstore.engine.gradients.models import load_model, load_tokenizer, vocabulary_size
+    from gradstore.engine.gradients.models import load_tokenizer, vocabulary_size
     from gradstore.engine.probing.probe import Probe
     from gradstore.engine.rollouts import read_rollouts
     from gradstore.engine.sketches.spec import SketchSpec
@@ -77,7 +78,7 @@ def probe(
     check_rollouts_of(opened, pool, source, rollouts)
     check_rollouts_of(opened, against, wanted, benchmark_rollouts)
     version = (source.step or 0) if step is None else step
-    policy = load_model(model, adapter, device, trust_remote_code=trust_remote_code)
+    policy = load_policy(model, adapter, device, trust_remote_code=trust_remote_code)
     if rank is None and next(policy.parameters()).dtype != torch.float32:
         policy = policy.float()
     for parameter in policy.parameters():

@@ -127,7 +127,6 @@ def query(
     view = opened.view(chosen, at)
     view.stored.read_ahead()  # Reading and checking the codes takes as long as these imports.
     from gradstore.engine.searching.fisher import DAMPING
-    from gradstore.engine.searching.fusion import search_fused
     from gradstore.engine.searching.notices import notices
     from gradstore.engine.searching.query import search
     from gradstore.engine.searching.targets import target
@@ -138,6 +137,8 @@ def query(
         "metric": metric, "largest": not smallest, "where": _filter(view, where), "damping": strength,
     }  # fmt: skip
     if several:
+        from gradstore.engine.searching.fusion import search_fused
+
         combined = search_fused(view, wanted, top, how=cast("Fusion", fuse or "mean"), weights=weight or None, **asked)
         hits: Hits = combined
         more = [{"scores": dict(zip(against, each, strict=True))} for each in combined.scores_QK.T.tolist()]

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gradstore.cli.show import show_from
+from gradstore.cli.threads import suit_threads
 from gradstore.errors import GradstoreError, RequestError
 
 if TYPE_CHECKING:
@@ -94,11 +95,16 @@ def _end_unless_first() -> None:
 def load_policy(
     model: str | Path, adapter: str | Path | None, device: str | None, *, trust_remote_code: bool
 ) -> "nn.Module":
-    """`load_model`, sharded over the ranks if there are several; each on the GPU of its number unless it is `cpu`."""
+    """`load_model`, sharded over the ranks if there are several; each on the GPU of its number unless it is `cpu`.
+
+    In one process, torch then has the threads that suit the model (threads.py).
+    """
     from gradstore.engine.gradients.models import checked_device, load_model
 
     if n_ranks() == 1:
-        return load_model(model, adapter, device, trust_remote_code=trust_remote_code)
+        policy = load_model(model, adapter, device, trust_remote_code=trust_remote_code)
+        suit_threads(policy)
+        return policy
     from gradstore.engine.gradients.sharded_models import load_sharded
 
     device = checked_device(device)

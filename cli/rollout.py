@@ -10,6 +10,7 @@ from gradstore.cli import ray as ray_options
 from gradstore.cli.app import command, opt
 from gradstore.cli.query import Json
 from gradstore.cli.show import print_json, progress, say, warn
+from gradstore.cli.threads import suit_threads
 from gradstore.errors import RequestError
 
 if TYPE_CHECKING:
@@ -176,6 +177,8 @@ def rollout(
         sampled_by: Backend
         if spread is None:
             sampled_by = load_backend(backend, model, **options)
+            if backend == "transformers":
+                suit_threads(sampled_by.model)  # type: ignore[attr-defined]
         else:
             size = stack.enter_context(spread.connected(gpus))
             replica = Replica(backend=backend, model=model, options=options)

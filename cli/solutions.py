@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gradstore.cli.ranks import load_policy
 from gradstore.cli.rollout import template_arguments
 from gradstore.cli.show import print_json, progress, say
 from gradstore.errors import RequestError, check_number
@@ -25,7 +26,7 @@ def collect_solutions(store: "Store", benchmark: str, path: Path, given: Mapping
     given: the parameters of `collect` that stand on the command line.
     """
     from gradstore import read_problems
-    from gradstore.engine.gradients.models import load_model, load_tokenizer
+    from gradstore.engine.gradients.models import load_tokenizer
     from gradstore.engine.rollouts.solutions import solution_groups, solutions_of
     from gradstore.engine.sketches.bases import bases_in_use, basis_of, sketcher_of
     from gradstore.engine.sketches.collector import collect
@@ -42,7 +43,7 @@ def collect_solutions(store: "Store", benchmark: str, path: Path, given: Mapping
     spec = SketchSpec.of(store.fingerprint)
     if "token_budget" in given:
         spec = replace(spec, token_budget=given["token_budget"])
-    policy = load_model(given["model"], given.get("adapter"), given.get("device"), trust_remote_code=trusted)
+    policy = load_policy(given["model"], given.get("adapter"), given.get("device"), trust_remote_code=trusted)
     sketcher = sketcher_of(store, policy, spec)
     basis_of(store, sketcher.fingerprint)
     for group in groups:

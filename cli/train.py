@@ -11,7 +11,7 @@ from gradstore.cli.app import command, given
 from gradstore.cli.query import Json
 from gradstore.cli.rollout import Device, OverlongBuffer, OverlongPenalty, SkipUnreadable, TemplateKwargs, Trust
 from gradstore.cli.show import print_json, progress, say
-from gradstore.errors import RequestError
+from gradstore.errors import RequestError, needing
 
 BESIDE = ("settings", "backend", "config", "benchmark", "resume", "json", "verbose", "quiet")
 """Parameters of the command that are no fields of RunSettings."""
@@ -101,7 +101,8 @@ def train(
 ) -> None:
     """Train by GRPO on problems picked anew each round; a killed run goes on with --resume, to the same weights."""
     if backend == "verl":
-        from gradstore.trainer.verl import main
+        with needing("--backend verl", "gradstore[verl]"):
+            from gradstore.trainer.verl import main
 
         _refuse_local_options(context)
         main(settings or [])

@@ -44,8 +44,8 @@ def pull(
     json: Json = False,
 ) -> None:
     """Bring a local copy of the store at a URL up to date; every checksum is checked."""
-    from gradstore.travel.opening import pull_from
     from gradstore.travel.places import place_at
+    from gradstore.travel.pulling import pull_from
 
     _, report = pull_from(place_at(url), Path(store), collection or None)
     if json:

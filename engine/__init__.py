@@ -4,6 +4,6 @@ The public names are listed in `__init__.pyi` and load when first used, so that 
 torch.
 """
 
-import lazy_loader
+from gradstore import lazy
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+__getattr__, __dir__, __all__ = lazy.attach(__name__, __file__)

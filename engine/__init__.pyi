@@ -63,3 +63,5 @@ from .sketches.rollout_sketches import sketch_rollouts as sketch_rollouts
 from .sketches.sketcher import Sketcher as Sketcher
 from .sketches.spec import SketchBatch as SketchBatch
 from .sketches.spec import SketchSpec as SketchSpec
+
+__version__: str

@@ -11,14 +11,6 @@ are listed in `__init__.pyi` and load on first use, so that `import gradstore` c
 zarr or pyarrow. docs/format.md describes the files.
 """
 
-import lazy_loader
+from gradstore import lazy
 
-_public, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
-
-
-def __getattr__(name: str) -> object:
-    if name == "__version__":
-        from importlib.metadata import version
-
-        return version("gradstore")
-    return _public(name)
+__getattr__, __dir__, __all__ = lazy.attach(__name__, __file__)

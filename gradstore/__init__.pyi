@@ -89,9 +89,9 @@ from .state import State as State
 from .store import Store as Store
 from .store import create as create
 from .track import Track as Track
-from .travel.opening import PullReport as PullReport
 from .travel.opening import open as open
-from .travel.opening import pull as pull
+from .travel.pulling import PullReport as PullReport
+from .travel.pulling import pull as pull
 from .travel.pushing import PushReport as PushReport
 from .travel.pushing import push as push
 from .verify import Finding as Finding

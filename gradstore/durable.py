@@ -194,6 +194,12 @@ def _new_file(path: Path) -> int:
         return os.open(path, flags, 0o666)
 
 
+def check_parent(path: Path) -> None:
+    """RequestError if the folder of a file does not exist. Folders that a command fills are made, these are not."""
+    if not path.parent.is_dir():
+        raise RequestError(f"{path}: the folder {path.parent} does not exist")
+
+
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Context manager to write a user's output file: yields a temporary path, renamed to `path`, durably, at the end.
@@ -202,8 +208,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     such as /dev/stdout, is written in place. An OSError becomes one line with the path. RequestError if its folder does
     not exist.
     """
-    if not path.parent.is_dir():
-        raise RequestError(f"{path}: the folder {path.parent} does not exist")
+    check_parent(path)
     if path.exists() and not path.is_file():
         if path.is_dir():
             raise RequestError(f"{path}: is a folder, expected the name of a file")

@@ -21,7 +21,7 @@ from gradstore.id_lookup import IdLookup, id_array
 from gradstore.inside import file_inside
 from gradstore.layout import store_of
 from gradstore.manifest import Manifest, Part, part_number, read_manifest
-from gradstore.parquet import table_bytes
+from gradstore.parquet import no_rows, table_bytes
 from gradstore.parquet_headers import RowGroup
 from gradstore.problems import message_text
 from gradstore.schema import ANYTHING, Checker, lists, load_json, mapping, record, text
@@ -34,6 +34,8 @@ _MESSAGES = Checker(lists(record({"role": text(), "content": ANYTHING}, open=Tru
 _EXTRA = Checker(mapping(ANYTHING))
 _FEW = 500
 """Up to this number of texts, reading them one by one is faster than a call of an Arrow kernel."""
+_FEW_ROWS = 100
+"""Up to this number of rows, cutting them out of a table takes less time than loading what Arrow's kernels need."""
 GROUP_ROWS = 2048
 """Rows of a row group: what is read to show one problem."""
 PART_ROWS = 65536
@@ -206,7 +208,7 @@ class ProblemTable:
         names = [name for name in table_schema().names if columns is None or name in columns]
         if all(name in self._columns for name in names):
             return self.table_of(names).take(rows)
-        pieces, places = [table_schema().empty_table().select(names)], [np.zeros(0, np.int64)]
+        pieces, places = [_nothing(names)], [np.zeros(0, np.int64)]
         for number, here, row_in in self._by_part(rows):
             group_of, starts = self._groups(number, row_in)
             needed = np.unique(group_of)
@@ -214,7 +216,7 @@ class ProblemTable:
             lengths = np.diff(starts)[needed]
             before = np.cumsum(lengths) - lengths  # of each group in the table
             which = np.searchsorted(needed, group_of)
-            pieces.append(table.take(row_in - starts[group_of] + before[which]))
+            pieces.append(_taken(table, row_in - starts[group_of] + before[which]))
             places.append(here)
         found = pa.concat_tables(pieces)
         order = np.concatenate(places)
@@ -222,7 +224,7 @@ class ProblemTable:
             return found
         back = np.empty(len(order), np.int64)
         back[order] = np.arange(len(order))
-        return found.take(back)
+        return _taken(found, back)
 
     def table_of(self, columns: list[str]) -> "pa.Table":
         """Some columns of every problem; kept in memory."""
@@ -321,7 +323,7 @@ class ProblemTable:
             tables = [read_part(self._collection, newer, part, columns) for part in newer.parts]
         schema = table_schema()
         schema = pa.schema([schema.field(name) for name in schema.names if name in columns])
-        whole = pa.concat_tables(tables) if tables else schema.empty_table()
+        whole = pa.concat_tables(tables) if tables else _nothing(schema.names)
         return whole.slice(0, len(self))
 
 
@@ -340,6 +342,24 @@ def repeated(ids: Sequence[str]) -> str | None:
     if len(set(ids)) == len(ids):
         return None
     return next(problem_id for problem_id, count in Counter(ids).items() if count > 1)
+
+
+def _nothing(columns: list[str]) -> "pa.Table":
+    """Some columns without a row."""
+    import pyarrow as pa
+
+    schema = table_schema()
+    return no_rows(pa.schema([schema.field(name) for name in columns]))
+
+
+def _taken(table: "pa.Table", rows: np.ndarray) -> "pa.Table":
+    """Some rows of a table, in their order. A few are cut out, because Arrow's kernels load pandas with the first."""
+    import pyarrow as pa
+
+    if len(rows) > _FEW_ROWS:
+        return table.take(rows)
+    pieces = [table.slice(row, 1) for row in rows.tolist()]
+    return pa.concat_tables(pieces).combine_chunks() if pieces else table.slice(0, 0)
 
 
 def _texts(column: "pa.Array", rows: np.ndarray) -> np.ndarray:

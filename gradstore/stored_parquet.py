@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from gradstore.errors import DamagedError, first_line
+from gradstore.parquet import no_rows
 from gradstore.parquet_headers import RowGroup, pages, row_groups
 
 if TYPE_CHECKING:
@@ -108,11 +109,13 @@ def _read(
         taken.append(batch)
     if n_rows != expected:
         raise ValueError(f"{n_rows} rows instead of {expected}")
-    table = pa.Table.from_batches(taken, taken[0].schema) if taken else wanted.empty_table()
+    table = pa.Table.from_batches(taken, taken[0].schema) if taken else no_rows(wanted)
     for field in wanted:
         if not field.nullable and table[field.name].null_count:
             raise ValueError(f"column {field.name} has nulls")
-    table = table.replace_schema_metadata(None).cast(wanted)
+    table = table.replace_schema_metadata(None)
+    if not table.schema.equals(wanted):
+        table = table.cast(wanted)
     table.validate(full=True)
     return table
 

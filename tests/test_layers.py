@@ -1,6 +1,7 @@
 """Imports go one way, and light things stay light."""
 
 import importlib
+import importlib.metadata
 import subprocess
 import sys
 
@@ -92,3 +93,15 @@ def test_public_names_are_no_modules(package: str) -> None:
     assert set(loaded.__all__) <= set(dir(loaded))
     for name in loaded.__all__:
         assert getattr(loaded, name) is not None
+
+
+@pytest.mark.parametrize("package", ["gradstore", "gradstore.engine", "gradstore.trainer", "gradstore.analysis"])
+def test_names_complete(package: str) -> None:
+    """A notebook completes from `dir`, and everyone asks a package for its version."""
+    code = f"import {package} as loaded; print(loaded.__version__, *dir(loaded))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    version, *names = done.stdout.split()
+    loaded = importlib.import_module(package)
+    assert version == importlib.metadata.version("gradstore")
+    assert {*loaded.__all__, "__version__"} <= set(names)
+    assert all(getattr(loaded, name) is not None for name in names)

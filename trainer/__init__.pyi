@@ -6,3 +6,5 @@ from .local.run import train as train
 from .round.driver import Rounds as Rounds
 from .round.settings import RoundSettings as RoundSettings
 from .sampling.judge import JudgeSettings as JudgeSettings
+
+__version__: str

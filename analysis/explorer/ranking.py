@@ -26,6 +26,7 @@ from gradstore.analysis.explorer.elements import (
 from gradstore.analysis.report.holdings import STATE_WORDS
 from gradstore.analysis.report.pieces import Figure, Series, columns_of, written
 from gradstore.engine.searching.query import METRICS
+from gradstore.engine.selecting.export import as_lines, training_records
 from gradstore.errors import GradstoreError
 from gradstore.wording import first_words
 
@@ -82,6 +83,8 @@ def layout(catalogue: Catalogue, search: str = "") -> Any:
         html.Button("Next", id="ranking-on", type="button"),
         html.Span(id="ranking-where", className="where", **{"aria-live": "polite"}),
         html.Button("Export these as CSV", id="ranking-export", type="button"),
+        html.Button("Select these", id="ranking-select", type="button"),
+        html.Label(["first ", dcc.Input(id="ranking-n", type="number", min=1, step=1, placeholder="all")]),
     ]
     return html.Div(
         [
@@ -92,6 +95,7 @@ def layout(catalogue: Catalogue, search: str = "") -> Any:
             html.Div(id="ranking-table"),
             dcc.Store(id="ranking-page", data=int(page) if page.isdecimal() and len(page) < 9 else 0),
             dcc.Download(id="ranking-file"),
+            dcc.Download(id="ranking-selected"),
             html.Datalist(id="text-found"),
             plain_state("rank", "/", plain, {"ranking-page": "page"}),
         ]
@@ -156,6 +160,27 @@ def register(app: Dash, catalogue: Catalogue) -> None:
         frame, found = catalogue.ranking(benchmark, step_of(step), metric, wanted, largest=order != "smallest")
         rows = frame.iloc[_in_order(frame, found, order)[:MOST_EXPORTED]][_EXPORTED]
         return dcc.send_data_frame(rows.to_csv, f"{catalogue.pool}-{benchmark}-{metric}.csv", index=False)
+
+    @app.callback(
+        Output("ranking-selected", "data"),
+        Input("ranking-select", "n_clicks"),
+        State("ranking-n", "value"),
+        *(State(name, "value") for name in _CONTROLS),
+        prevent_initial_call=True,
+    )
+    def select(
+        clicks: int | None, n: int | None, benchmark: str, step: str, metric: str, order: str, text: str | None,
+        sources: Any, tags: Any, rates: list[float], states: Any,
+    ) -> Any:  # fmt: skip
+        """train.jsonl of the ranked problems in the list, as `gradstore select` writes it."""
+        if not clicks:
+            return no_update
+        wanted = _filtered(text, sources, tags, rates, states)
+        frame, found = catalogue.ranking(benchmark, step_of(step), metric, wanted, largest=order != "smallest")
+        found = _in_order(frame, found, order)
+        ranked = found[np.isfinite(frame["score"].to_numpy(float)[found])]
+        ids = frame["id"].iloc[ranked[: min(n or MOST_EXPORTED, MOST_EXPORTED)]].tolist()
+        return dcc.send_string(as_lines(training_records(catalogue.store, catalogue.pool, ids)), "train.jsonl")
 
     @app.callback(
         Output("ranking-figure", "children"),

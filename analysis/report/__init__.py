@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gradstore.durable import write_text_file
+from gradstore.durable import check_parent, write_text_file
 from gradstore.errors import check_known, check_number, needing
 from gradstore.outputs import check_free, check_output, check_output_folder
 
@@ -21,7 +21,7 @@ FORMATS = ("html", "md")
 
 def check_installed() -> None:
     """RequestError, with the name of the extra, if a package that the report needs is not installed."""
-    with needing("the report", "gradstore[report]"):
+    with needing("the report", "gradstore[plots]"):
         import jinja2  # noqa: F401
         import plotly  # noqa: F401
 
@@ -52,6 +52,7 @@ def write_report(
     check_known("report format", format, FORMATS)
     check_number("number of problems to list", n_listed, least=1)
     check_output(Path(out), rollouts)
+    check_parent(Path(out))
     check_free([Path(out)], overwrite)
     check_output_folder(None if figures is None else Path(figures))
     check_installed()
@@ -64,7 +65,6 @@ def write_report(
     store.check_files()
     found = find(store, pool, benchmarks, metric, n_listed)
     page = assemble(found, Transcripts(rollouts, tokenizer) if rollouts else None, tell)
-    out.parent.mkdir(parents=True, exist_ok=True)
     if folder is not None:
         tell("figures")
         from gradstore.analysis.report.printed import FORMATS as DRAWN

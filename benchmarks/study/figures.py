@@ -60,7 +60,7 @@ def _pyplot() -> Any:
     try:
         import matplotlib
     except ImportError:
-        raise RequestError("the study's figures need matplotlib: pip install 'gradstore[report]'") from None
+        raise RequestError("the study's figures need matplotlib: pip install 'gradstore[plots]'") from None
     matplotlib.use("svg")
     matplotlib.rcParams["svg.hashsalt"] = "gradstore"
     import matplotlib.pyplot as plt

@@ -14,7 +14,7 @@ from gradstore.engine.planning.costs import Work, Workload
 from gradstore.engine.planning.devices import Hardware
 from gradstore.engine.planning.shapes import ModelShape
 from gradstore.engine.sketches.fitting import passed
-from gradstore.errors import check_number
+from gradstore.errors import RequestError, check_number
 from gradstore.layout import row_arrays
 
 _HELD_OUT = len(range(0, ENOUGH, HELD_OUT))
@@ -26,6 +26,8 @@ _TOKEN_BYTES = 8
 """Bytes per prompt or response token in a JSONL rollout file, text included: 8.1 measured, 49,152 token ids."""
 _VLLM_SHARE, _VLLM_SEQUENCES = 0.9, 256
 """vLLM's defaults: share of a GPU's memory, and sequences run together."""
+_PICKED = 128
+"""Problems of a training round, where none are asked for."""
 _DISK_BANDWIDTH = 2e9
 """Bytes per second at which a query reads rows."""
 
@@ -40,17 +42,21 @@ class Request:
     """Tokens of a response."""
     n_prompt: int = 200
     n_benchmark: int = 64
-    n_picked: int = 128
-    """Problems picked for a training round."""
+    n_picked: int = 0
+    """Problems picked for a training round; 0: 128, or a smaller pool whole."""
     n_devices: int = 1
     rank: int = 16
     dim: int = 1024
     row_type: str = "int8"
 
     def __post_init__(self) -> None:
+        if not self.n_picked:
+            object.__setattr__(self, "n_picked", min(_PICKED, self.n_pool))
         for name, value in asdict(self).items():
             if isinstance(value, int):
                 check_number(name.removeprefix("n_"), value, least=1)
+        if self.n_picked > self.n_pool:
+            raise RequestError(f"picked is {self.n_picked}, more than the pool's {self.n_pool} problems")
 
     def load(self, n_problems: int) -> Workload:
         """Workload of n_problems of this run."""

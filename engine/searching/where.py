@@ -2,12 +2,14 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 
 from gradstore.errors import RequestError, near_miss
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +53,10 @@ class Where:
                 raise RequestError(f"filter {term!r}: expected source=NAME, tag=NAME or pass_rate=LOW..HIGH")
         return cls(tuple(sources), tuple(tags), pass_rate)
 
-    def check(self, problems: pa.Table, pass_rates_P: np.ndarray) -> None:
+    def check(self, problems: "pa.Table", pass_rates_P: np.ndarray) -> None:
         """RequestError, with what there is, for a source or tag that no problem has, and where none passes."""
+        import pyarrow.compute as pc
+
         there = {
             "source": pc.unique(problems.column("source")).to_pylist(),
             "tag": pc.unique(problems.column("tags").combine_chunks().flatten()).to_pylist(),
@@ -71,11 +75,14 @@ class Where:
             )
             raise RequestError(f"where: none of {len(problems)} problems passes; {rates}")
 
-    def mask(self, problems: pa.Table, pass_rates_P: np.ndarray) -> np.ndarray:
+    def mask(self, problems: "pa.Table", pass_rates_P: np.ndarray) -> np.ndarray:
         """bool [P]: which problems satisfy the filter.
 
         problems: rows with `source` and `tags`, such as `View.problems`; pass_rates_P: float [P], NaN unknown.
         """
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
         mask_P = np.ones(len(problems), bool)
         if self.sources:
             own = problems.column("source")

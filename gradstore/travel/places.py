@@ -22,21 +22,16 @@ from gradstore import exclusive
 from gradstore.errors import DamagedError, GradstoreError, NotAStoreError, RequestError, first_line, needing
 from gradstore.travel.sources import Source, Wanted, ZarrSource, check_sizes
 from gradstore.travel.state import MOST_BYTES, STATE
+from gradstore.travel.urls import URL
 
 T = TypeVar("T")
 EXTRA = "gradstore[remote]"
-_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
 _FORMS = "s3://BUCKET/PATH, gs://BUCKET/PATH, az://CONTAINER/PATH, file:///PATH, https://HOST/PATH or hf://datasets/USER/NAME"
 _READ_ONLY = ("http", "https")
 _SECRETS = re.compile(r"(AWS|GOOGLE|AZURE|HF|HUGGING)_?.*(KEY|TOKEN|SECRET|SAS|PASSWORD)", re.IGNORECASE)
 _COMMIT_BYTES = 512 << 20
 """Bytes that are sent to a dataset repository in one commit."""
 _THREADS = 8
-
-
-def is_url(text: object) -> bool:
-    """Whether this is a URL and no path on this machine."""
-    return isinstance(text, str) and _URL.match(text) is not None
 
 
 class ChangedError(GradstoreError):
@@ -77,7 +72,7 @@ class Place(Protocol):
 
 def place_at(url: str, *, write: bool = False) -> Place:
     """The place of a URL. RequestError for a URL that cannot be, or that can only be read if `write`."""
-    match = _URL.fullmatch(url)
+    match = URL.fullmatch(url)
     if match is None or not url.isprintable():
         raise RequestError(f"{_masked(url)!r:.200} is no URL; expected {_FORMS}")
     scheme, rest = match[1].lower(), match[2]

@@ -286,6 +286,11 @@ LOOKED_AT = """() => {
     const box = one.getBoundingClientRect(), around = one.closest(".scroll").getBoundingClientRect();
     if (shown(one) && box.width && box.right > around.right + 1) found.push(`cut: ${one.textContent.slice(0, 40)}`);
   }
+  for (const one of document.querySelectorAll("p, caption, figcaption")) {
+    const words = one.innerText.trim().split(/\\s+/).length, line = parseFloat(getComputedStyle(one).lineHeight) || 24;
+    const tall = one.getBoundingClientRect().height > 0.7 * words * line;
+    if (shown(one) && words > 4 && tall) found.push(`a word a line: ${one.innerText.slice(0, 40)}`);
+  }
   for (const plot of document.querySelectorAll(".js-plotly-plot")) {
     const around = plot.getBoundingClientRect(), bar = plot.querySelector(".modebar")?.getBoundingClientRect();
     for (const text of plot.querySelectorAll(".main-svg text")) {
@@ -300,7 +305,7 @@ LOOKED_AT = """() => {
   }
   return [...new Set(found)];
 }"""
-"""Lists what is wider than the window, cut at the edge of its table, clipped in a figure, or covered by a tool bar."""
+"""Lists what is wider than the window, cut at its table's edge, clipped in a figure, a word a line, or covered."""
 
 
 @pytest.fixture

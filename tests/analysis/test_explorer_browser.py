@@ -13,9 +13,11 @@ from typing import Any
 
 import pytest
 
+from gradstore import engine
 from gradstore.analysis.explorer.catalogue import Catalogue, Filter
 from gradstore.demo.course import ROLLOUTS
 from gradstore.demo.run import MODEL
+from gradstore.engine.selecting.export import write_selection
 
 
 def started(course: Path, *more: str) -> tuple[subprocess.Popen, str]:
@@ -104,6 +106,19 @@ def test_a_view_can_be_shared(address: str, trained: Catalogue, visit: Callable)
     lines = Path(got.value.path()).read_text(encoding="utf-8").splitlines()
     assert lines[0].startswith("id,source,score")
     assert [line.partition(",")[0] for line in lines[1:]] == expected
+
+
+def test_a_list_is_selected(address: str, trained: Catalogue, visit: Callable, tmp_path: Path) -> None:
+    """The button gives the training file that `gradstore select` writes of the same problems."""
+    page = visit(address)
+    page.wait_for_selector("#ranking-table tbody tr.data")
+    page.locator("#ranking-n").fill("7")
+    with page.expect_download() as got:
+        page.locator("#ranking-select").click()
+    chosen = engine.select(trained.store, trained.pool, "sums", 7)
+    write_selection(trained.store, chosen, tmp_path / "picked")
+    assert got.value.suggested_filename == "train.jsonl"
+    assert Path(got.value.path()).read_bytes() == (tmp_path / "picked" / "train.jsonl").read_bytes()
 
 
 def test_what_is_not_there_is_404(address: str, trained: Catalogue) -> None:

@@ -169,7 +169,7 @@ def test_demo_without_what_the_report_needs(cli, tmp_path, small_demo, monkeypat
     assert "± " not in out
     (line,) = [line for line in (out + err).splitlines() if "pip install" in line]
     assert line == out.splitlines()[-1]
-    assert "the report needs plotly: pip install 'gradstore[report]'" in line
+    assert "the report needs plotly: pip install 'gradstore[plots]'" in line
     assert not (folder / "report.html").exists()
     status, out, err = cli("demo", "--out", folder, "--seeds", 1, "--json")
     assert status == 0, err

@@ -1,11 +1,38 @@
-"""What a new user runs into: other files, mistyped names, rankings that mislead; each is said, with the way on."""
+"""What a new user runs into: other files, mistyped names, rankings that mislead; each is said, with the way on.
+
+Case of the first hour -> what tests it, here if no other file is named:
+
+    01  prompts without the chat template       test_plain_prompts_of_a_chat_model
+    02  rows of other weights in one store       test_rows_of_other_weights_at_a_step_are_said
+    04  a target older than the rows             test_what_misleads_is_said
+    05  tables lose rank and score               test_tables_fit
+    07  README's questions on one store          test_the_pool_need_not_be_named; tests/walk_readme.py
+    08  all scores below zero                    test_what_misleads_is_said
+    11  tracebacks                               test_collect_refuses, test_wrong_requests.py
+    14  missing fields                           test_wrong_requests.py
+    16  halves as benchmarks                     test_halves_are_no_benchmarks
+    17  defaults eaten by markup                 test_defaults_in_help_are_shown
+    18  dir(engine)                              tests/test_layers.py: test_names_complete
+    19  names in Python                          test_names_do_in_python
+    20  a hint that cannot be pasted             test_a_hint_can_be_pasted
+    21  extras and torch's CUDA build            test_a_plain_installation_has_no_torch, test_without_models.py
+    25  files of other kinds                     test_files_of_other_kinds_are_read, test_files_that_cannot_be_read...
+    26  no network, no such folder               test_without_a_network, test_a_folder_that_is_not_there
+    27  a signature in the docs                  test_signatures_in_the_docs
+    28  own data                                 test_own_data_in_one_command
+    29  colours and overflow                     tests/analysis: test_a_colour_means_one_thing, test_nothing_is_cut
+    30  slow beside another job                  test_threads.py; python -m benchmarks.neighbours
+"""
 
 import csv
 import gzip
+import inspect
 import io
 import json
 import re
 import shutil
+import socket
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +42,12 @@ from safetensors.torch import load_file, save_file
 
 import gradstore
 from gradstore import RequestError, engine
+from gradstore.cli.show import started_as
 from gradstore.engine.gradients.models import load_model, load_tokenizer
+from gradstore.engine.rollouts import read_rollouts
 from gradstore.engine.searching.where import Where
 from gradstore.reading.opening import open_rows
+from tests.layers import ROOT
 
 ROWS = [{"id": f"p{i}", "prompt": f'say "{i}",\nplease', "ground_truth": str(i)} for i in range(5)]
 
@@ -307,3 +337,75 @@ def test_a_model_that_is_nowhere(monkeypatch) -> None:
         load_tokenizer("not a name!")
     assert {name for name, _ in asked} <= {"nobody/has-this", "not a name!"}
     assert len(asked) <= 3
+
+
+def test_without_a_network(cli, monkeypatch, tmp_path, write_lines) -> None:
+    """A hub model that is not here: one line, after a question or two and no wait between them. No name resolves."""
+    tried: list[Any] = []
+
+    def no_network(*asked: Any, **_: Any) -> None:
+        tried.append(asked)
+        raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+
+    monkeypatch.setattr(socket, "getaddrinfo", no_network)
+    monkeypatch.setattr(socket.socket, "connect", no_network)
+    monkeypatch.setattr("time.sleep", lambda seconds: tried.append(seconds))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    problems = write_lines(tmp_path / "pool.jsonl", ROWS)
+    line = ["rollout", problems, "--reward", "math", "--out", tmp_path / "r.jsonl", "--quiet", "--as-text"]
+    status, _, err = cli(*line, "--model", "nobody/has-this-model")
+    assert status == 2
+    assert err.count("\n") == 1
+    assert "nobody/has-this-model: there is no such folder" in err
+    assert "the hub cannot be asked" in err
+    assert len(tried) <= 4
+    assert not (tmp_path / "r.jsonl").exists()
+
+
+def test_plain_prompts_of_a_chat_model(cli, write_lines, tmp_path, model_folder) -> None:
+    """Sampled as they stand, they are other tokens than those that training has: it is said, unless it was decided."""
+    problems = write_lines(tmp_path / "pool.jsonl", [{"id": "a", "prompt": "1+1=", "ground_truth": "2"}])
+    sizes = ["--reward", "math", "--max-new-tokens", 2, "-n", 2]
+    for number, (decided, warned) in enumerate([([], True), (["--as-chat"], False), (["--as-text"], False)]):
+        out = tmp_path / f"{number}.jsonl"
+        status, _, err = cli("rollout", problems, "--model", model_folder, *sizes, *decided, "--out", out)
+        assert status == 0, err
+        assert ("1 of 1 prompts are plain text" in err) == warned
+
+
+@pytest.mark.parametrize("on_path", [False, True])
+def test_a_hint_can_be_pasted(monkeypatch, tmp_path, on_path: bool) -> None:
+    """The program by its path where a shell does not find its name."""
+    program = tmp_path / "gradstore"
+    program.write_text("#!/bin/sh\n", encoding="utf-8")
+    program.chmod(0o755)
+    monkeypatch.setattr("sys.argv", [str(program)])
+    monkeypatch.setenv("PATH", str(tmp_path) if on_path else "/nowhere")
+    assert started_as() == ("gradstore" if on_path else str(program))
+
+
+def test_signatures_in_the_docs() -> None:
+    """`read_rollouts` as docs/rollouts.md prints it, with its defaults."""
+    text = (ROOT / "docs" / "rollouts.md").read_text(encoding="utf-8")
+    printed = re.search(r"source = read_rollouts\((.*?)\)", text, re.DOTALL)
+    assert printed is not None
+    told = [str(one).split(":")[0] for one in inspect.signature(read_rollouts).parameters.values()]
+    defaults = inspect.signature(read_rollouts).parameters
+    names = [re.split(r"[=*]", one.strip())[0] for one in printed[1].split(",") if one.strip() != "*"]
+    assert names == told
+    assert ("*" in printed[1]) == any(one.kind is one.KEYWORD_ONLY for one in defaults.values())
+    for one in printed[1].split(","):
+        name, equals, value = one.strip().partition("=")
+        assert not equals or eval(value) == defaults[name].default
+
+
+def test_a_plain_installation_has_no_torch() -> None:
+    """Without extras nothing pulls torch, whose default build brings CUDA; the extras are those that README names."""
+    about = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras, readme = about["optional-dependencies"], (ROOT / "README.md").read_text(encoding="utf-8")
+    assert not any("torch" in one or "transformers" in one for one in [*about["dependencies"], *extras["cpu"]])
+    named = {name for line in re.findall(r"^\| (`[^|]+) \|", readme, re.M) for name in re.findall(r"`([a-z]+)`", line)}
+    assert set(extras) - {"dev", "models", "report"} <= named
+    assert extras["models"] == ["gradstore[sketch]"]
+    assert extras["report"] == ["gradstore[plots]"]

@@ -64,14 +64,30 @@ def test_every_help_fits_the_terminal(cli, monkeypatch, width: int) -> None:
     assert cli("qurey", "--help")[0] == 2
 
 
-def test_help_loads_no_library() -> None:
-    """It is shown in a quarter of a second because of this."""
+HEAVY = ("numpy", "torch", "zarr", "pyarrow", "rich", "pydantic")
+UNNEEDED = ("torch", "transformers", "zarr", "pandas", "pyarrow.compute", "scipy", "sklearn", "asyncio", "faiss")
+"""What a query does without. pyarrow loads pandas with the first `pyarrow.array`, `Schema.empty_table` or `take`."""
+
+
+@pytest.mark.parametrize(
+    ("words", "unneeded"),
+    [
+        ("--help", HEAVY),
+        ("train --help", HEAVY),
+        ("query {store} --against bench --topp 3", set(HEAVY) - {"pydantic"}),  # typer checks values by pydantic
+        ("query {store} --against bench --pool pool", UNNEEDED),
+        ("query {store} --against bench --pool pool --json", (*UNNEEDED, "rich")),
+        ("query {store} --against bench --pool pool --metric dot --at 0", UNNEEDED),
+        ("info {store}", UNNEEDED),
+    ],
+)
+def test_nothing_is_loaded_that_an_answer_does_without(small_store, tmp_path: Path, words: str, unneeded) -> None:
+    """The command line answers at once because of this: `python -m benchmarks.start_up` measures it."""
     code = f"try:\n    exec({RUN!r})\nexcept SystemExit:\n    pass\nimport sys; print(sorted(sys.modules))"
-    for words in (["--help"], ["train", "--help"]):
-        done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True)
-        loaded = done.stdout.splitlines()[-1]
-        for heavy in ("numpy", "torch", "zarr", "pyarrow", "rich", "pydantic"):
-            assert f"'{heavy}'" not in loaded, heavy
+    line = words.format(store=small_store(tmp_path / "store")).split()
+    done = subprocess.run([sys.executable, "-c", code, *line], capture_output=True, text=True, check=True)
+    loaded = done.stdout.splitlines()[-1]
+    assert [name for name in unneeded if f"'{name}'" in loaded] == []
 
 
 def test_help_into_a_pipe_that_closes() -> None:
@@ -154,6 +170,7 @@ def test_weights_of_a_mixture_that_do_not_sum_are_said(cli, store: Path, tmp_pat
 
 def test_commands_are_registered_once() -> None:
     """Importing a command's file twice under two names would list it twice."""
+    app.application([])
     names = [one.name or getattr(one.callback, "__name__", "") for one in app.app.registered_commands]
     assert len(names) == len(set(names))
     assert query.query in (getattr(one.callback, "__wrapped__", None) for one in app.app.registered_commands)

@@ -13,7 +13,7 @@ MISSING = ("torch", "transformers", "safetensors", "math_verify", "reasoning_gym
 
 @pytest.fixture
 def plain(tmp_path: Path):
-    """Runs `gradstore` where what the extra `models` brings cannot be imported."""
+    """Runs `gradstore` where what the extra `sketch` brings cannot be imported."""
     for name in MISSING:
         absent = f"raise ModuleNotFoundError('No module named {name}', name={name!r})\n"
         (tmp_path / f"{name}.py").write_text(absent)
@@ -42,6 +42,13 @@ def test_stores_are_read(plain, small_store: Callable[[Path], Path], tmp_path: P
         assert done.returncode == 0, (words, done.stderr)
 
 
+def test_verl_brings_the_rest(plain) -> None:
+    done = plain("train", "--backend", "verl", "gradstore.store=run/store")
+    assert done.returncode == 2
+    assert "gradstore[verl]" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
 @pytest.mark.parametrize(
     "words",
     [
@@ -57,5 +64,5 @@ def test_the_extra_is_named(plain, words: list[str], tmp_path: Path) -> None:
     words = [str(tmp_path / word) if word.endswith(".jsonl") else word for word in words]
     done = plain(*words)
     assert done.returncode == 2
-    assert "gradstore[models]" in done.stderr
+    assert "gradstore[sketch]" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gradstore import to_verl
-from gradstore.durable import whole_file, write_text_file
+from gradstore.durable import check_parent, whole_file, write_text_file
 from gradstore.errors import RequestError, check_known, first_line
 from gradstore.outputs import check_free, check_output
 
@@ -28,8 +28,7 @@ def check_out(path: Path, form: str, overwrite: bool = False) -> None:
         raise RequestError(f"{path}: is a folder, expected the name of a file, .jsonl or .parquet")
     check_known(f"{path}: the suffix", path.suffix, (".jsonl", ".parquet"))
     check_output(path)
-    if not path.parent.is_dir():
-        raise RequestError(f"{path}: the folder {path.parent} does not exist")
+    check_parent(path)
     check_free((path, about_path(path)), overwrite)
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from gradstore.durable import write_text_file
+from gradstore.durable import check_parent, write_text_file
 from gradstore.engine.cluster.pool import named_range
 from gradstore.engine.rollouts import Rollout, read_rollouts, write_rollouts
 from gradstore.engine.rollouts.rollout import OVERLONG, STOPPED
@@ -284,8 +284,7 @@ def check_settings(
         if out.is_dir():
             raise RequestError(f"{out}: is a folder, expected the name of a file, {' or '.join(SUFFIXES)}")
         check_known(f"{out}: the suffix", out.suffix, SUFFIXES)
-        if not out.parent.is_dir():
-            raise RequestError(f"{out}: the folder {out.parent} does not exist")
+        check_parent(out)
     check_number("step", step or 0, least=0)
     check_number("seed", seed, least=0)
     for name, value in {"n": n, "max_new_tokens": max_new_tokens, "chunk": chunk}.items():

@@ -220,7 +220,7 @@ class WorkerPool:
         if "failed" in message:
             worker.close()
             reason = message["failed"]
-            hint = "; pip install 'gradstore[models]'" if not self._spec and reason.startswith("ModuleNotFound") else ""
+            hint = "; pip install 'gradstore[sketch]'" if not self._spec and reason.startswith("ModuleNotFound") else ""
             raise RequestError(f"the workers of reward {self._spec or self._role!r} cannot start: {reason}{hint}")
         if "ready" in message:
             worker.ready, worker.scratch = True, message["scratch"]
