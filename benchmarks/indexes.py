@@ -6,7 +6,8 @@ Rows are low rank plus noise with log-normal norms: 32 shared directions of decr
 strength in every row, norms exp(N(0, 1)). Queries are targets of 32 other benchmarks: means of 16 gradients made the
 same way, which are not in the pool. Recall is shown as mean and minimum over the queries. Times are of one query,
 interleaved with the exact scan and, if turbovec is installed, with its own search of the same rows for the same k,
-which does not rescore.
+which does not rescore. Then the same for `--together` queries at once, by `search_each`, with the index's recall over
+all of them.
 """
 
 import tempfile
@@ -23,7 +24,7 @@ import gradstore
 from benchmarks.timing import interleaved, print_times
 from gradstore import View
 from gradstore.cli.show import print_table
-from gradstore.engine import Index, index_for, search
+from gradstore.engine import Index, index_for, search, search_each
 from gradstore.engine.searching.fisher import LARGEST_MATRIX
 from gradstore.engine.searching.indexes.kinds import installed
 from gradstore.engine.searching.indexes.serve import _chosen
@@ -76,23 +77,38 @@ def main(
     kinds: Annotated[str, typer.Option(help="Kinds of index, with commas.")] = "turbovec,flat",
     scale: Annotated[float, typer.Option(help="Size of the stores, 1: 200 million numbers.")] = 1.0,
     repeats: Annotated[int, typer.Option(help="How often each is timed.")] = 7,
+    together: Annotated[int, typer.Option(help="Queries asked together.")] = 256,
 ) -> None:
     """Print recall, time and bytes of every kind, and the choices of `auto`."""
     wanted = [kind for kind in kinds.split(",") if kind and installed(kind)]
     for dim in map(int, dims.split(",")):
         with tempfile.TemporaryDirectory() as folder:
             view = make_view(Path(folder), max(2000, int(NUMBERS * scale) // dim), dim)
-            one_dim(view, wanted, repeats)
+            one_dim(view, wanted, repeats, together)
 
 
-def one_dim(view: View, kinds: list[str], repeats: int) -> None:
+def ask_together(view: View, indexes: dict[str, Index], n_queries: int, repeats: int) -> None:
+    """Time queries asked together, and print the recall of each index."""
+    others = make_gradients(n_queries * 16, view.dim, np.random.default_rng(78), shared_directions(view.dim))
+    queries = others.reshape(n_queries, 16, view.dim).mean(axis=1)
+    jobs: dict[str, Callable[[], object]] = {"scan": lambda: search_each(view, queries, 100)}
+    exact = search_each(view, queries, 100)
+    for kind, index in indexes.items():
+        jobs[kind] = lambda index=index: search_each(view, queries, 100, index=index)
+        found = search_each(view, queries, 100, index=index)
+        shares = [np.isin(a.positions, b.positions).mean() for a, b in zip(exact, found, strict=True)]
+        print(f"{kind}, {n_queries} queries together: recall {np.mean(shares):.4f}, least {np.min(shares):.3f}")
+    print_times(f"{n_queries} queries together, k = 100, cosine", interleaved(jobs, repeats), "scan")
+
+
+def one_dim(view: View, kinds: list[str], repeats: int, together: int) -> None:
     """Print the tables for one row dimension."""
     random = np.random.default_rng(77)
     others = make_gradients(32 * 16, view.dim, random, shared_directions(view.dim))
     queries = others.reshape(32, 16, view.dim).mean(axis=1)
     queries /= np.linalg.norm(queries, axis=1, keepdims=True)
     jobs: dict[str, Callable[[], object]] = {"scan": lambda: search(view, queries[0], 100)}
-    rows = []
+    rows, indexes = [], {}
     for kind in kinds:
         for metric in ("cosine", "dot"):
             started = time.perf_counter()
@@ -109,6 +125,7 @@ def one_dim(view: View, kinds: list[str], repeats: int) -> None:
             shown = f"x{index.tested[0].factor:g}" if index.tested else ""
             rows.append([kind, metric, f"{took:.1f}", f"{size:.0f}", f"{mean:.4f}", f"{least:.3f}", shown])
             if metric == "cosine":
+                indexes[kind] = index
                 jobs[kind] = lambda index=index: search(view, queries[0], 100, index=index)
                 if kind == "turbovec":
                     jobs["turbovec alone"] = lambda own=index.kind: own.search(queries[:1], 100, None)
@@ -116,6 +133,7 @@ def one_dim(view: View, kinds: list[str], repeats: int) -> None:
     columns = ["kind", "metric", "built and tested s", "bytes a row", "recall", "least", "fetched"]
     print_table(title, columns, rows, right=columns[2:6])
     print_times("one query, k = 100, cosine", interleaved(jobs, repeats), "turbovec alone" if len(jobs) > 2 else "scan")
+    ask_together(view, indexes, together, repeats)
     choices = []
     solved_directly = min(view.dim, len(view)) <= LARGEST_MATRIX  # else each step of each query passes over the rows
     for k in (100, len(view) // 20):

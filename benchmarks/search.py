@@ -65,7 +65,7 @@ def exact_section(folder: Path, scale: float, repeats: int) -> None:
     file.flush()
     mapped = torch.from_numpy(np.memmap(folder / "rows.f32", np.float32, "c", shape=(rows, dim)))
     read = c_reader(folder)
-    chunks = [piece.span()[0] for piece in view.stored.pieces()]
+    chunks = [piece.codes for piece in view.stored.pieces()]
 
     def read_all() -> None:
         with ThreadPoolExecutor(threads) as pool:

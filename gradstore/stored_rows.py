@@ -23,20 +23,32 @@ class Piece:
     """Positions in the view, int64 [n], in the order of the rows."""
     rows: np.ndarray
     """Row numbers, int64 [n], ascending."""
+    at: slice | np.ndarray
+    """The positions as an index: a slice where they are consecutive, which is many times faster."""
     _snapshot: Snapshot
+
+    @property
+    def whole(self) -> bool:
+        """Whether the rows are consecutive in the file."""
+        return int(self.rows[-1] - self.rows[0]) + 1 == len(self.rows)
 
     @property
     def scale(self) -> np.ndarray:
         """Scale of each row, float32 [n]: decoded row = codes * scale."""
-        first, last = int(self.rows[0]), int(self.rows[-1])
         column = self._snapshot.column("scale")
-        return column[first : last + 1] if last - first + 1 == len(self.rows) else column[self.rows]
+        return column[int(self.rows[0]) : int(self.rows[-1]) + 1] if self.whole else column[self.rows]
 
-    def span(self) -> tuple[np.ndarray, np.ndarray]:
-        """Mapped codes from the first row to the last [m, W], read-only; and the indices of this piece's rows [n]."""
+    @property
+    def codes(self) -> np.ndarray:
+        """Mapped codes from the first row to the last, with rows between that are of no interest: [m, W], read-only."""
         chunk, first = divmod(int(self.rows[0]), self._snapshot.header.chunk_rows)
         stop = first + int(self.rows[-1] - self.rows[0]) + 1
-        return self._snapshot.codes.chunk(chunk)[first:stop], self.rows - self.rows[0]
+        return self._snapshot.codes.chunk(chunk)[first:stop]
+
+    @property
+    def within(self) -> np.ndarray:
+        """Index of each row in `codes`, int64 [n]."""
+        return self.rows - self.rows[0]
 
 
 class StoredRows:
@@ -46,6 +58,7 @@ class StoredRows:
         self.numbers = numbers
         """Row number of each position within the generation, int64 [N]."""
         self._snapshot = snapshot
+        self._last: tuple[np.ndarray | None, list[Piece]] | None = None
 
     @property
     def generation(self) -> int:
@@ -76,7 +89,19 @@ class StoredRows:
         self._snapshot.codes.read_ahead(chunks)
 
     def pieces(self, positions: np.ndarray | None = None) -> list[Piece]:
-        """Rows at some distinct positions (None: all), in any order: one Piece per chunk file, not decoded."""
+        """Rows at some distinct positions (None: all), in any order: one Piece per chunk file, not decoded.
+
+        The last pieces of all rows or of a read-only array (`View.live_positions`) are kept, for the next search.
+        """
+        last = self._last
+        if last is not None and last[0] is positions:
+            return last[1]
+        found = self._pieces(positions)
+        if positions is None or not positions.flags.writeable:
+            self._last = positions, found
+        return found
+
+    def _pieces(self, positions: np.ndarray | None) -> list[Piece]:
         row_order = self._row_order
         every = positions is None
         if not every:
@@ -91,7 +116,11 @@ class StoredRows:
         chunk_rows = self._snapshot.header.chunk_rows
         self._snapshot.column("scale")  # Read once, before several threads ask for it.
         cuts = np.searchsorted(rows, np.arange(0, self._snapshot.manifest.rows + chunk_rows, chunk_rows))
-        return [Piece(places[a:b], rows[a:b], self._snapshot) for a, b in pairwise(cuts.tolist()) if b > a]
+        return [
+            Piece(places[a:b], rows[a:b], _index(places[a:b], ascending=row_order is None), self._snapshot)
+            for a, b in pairwise(cuts.tolist())
+            if b > a
+        ]
 
     def places(self, positions: np.ndarray) -> tuple[list[np.ndarray], np.ndarray, np.ndarray, np.ndarray]:
         """Addresses of the rows at a few positions, without a copy.
@@ -101,10 +130,9 @@ class StoredRows:
         """
         rows = self.numbers[positions]
         chunk_of, within_of = np.divmod(rows, self._snapshot.header.chunk_rows)
-        number_of: dict[int, int] = {}
-        which = [number_of.setdefault(chunk, len(number_of)) for chunk in chunk_of.tolist()]
-        chunks = [self._snapshot.codes.chunk(chunk) for chunk in number_of]
-        return chunks, np.array(which, np.int64), within_of, self._snapshot.column("scale")[rows]
+        numbers, which = np.unique(chunk_of, return_inverse=True)
+        chunks = [self._snapshot.codes.chunk(chunk) for chunk in numbers.tolist()]
+        return chunks, which.astype(np.int64, copy=False), within_of, self._snapshot.column("scale")[rows]
 
     def codes(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Rows at a few positions, copied but not decoded: codes [n, W] and scale float32 [n]."""
@@ -154,6 +182,13 @@ class StoredRows:
         if bool(np.all(self.numbers[1:] > self.numbers[:-1])):
             return None
         return np.argsort(self.numbers)
+
+
+def _index(places: np.ndarray, *, ascending: bool) -> slice | np.ndarray:
+    """Places as a slice if they are consecutive. ascending: they are known to ascend."""
+    first, last = int(places[0]), int(places[-1])
+    consecutive = last - first + 1 == len(places) and (ascending or bool(np.all(places[1:] > places[:-1])))
+    return slice(first, last + 1) if consecutive else places
 
 
 def checked_positions(positions: Any, n: int) -> np.ndarray:

@@ -17,10 +17,12 @@
  *
  * pick_int8 looks for rows that can be among a query's best: the first digits of all queries are multiplied with a row
  * together, and the others only where the score, by what they can change at most, could reach the least that matters.
- * Those rows are still in the cache.
+ * Those rows are still in the cache. For a few queries the first digits are in the narrow order too.
  *
- * The limited API of Python 3.11: one build serves every later Python. Elsewhere than on x86-64 with AVX512-VNNI
- * supported() is false and products.py goes another way.
+ * Processors with AVX2 alone have only the narrow order, and another way to multiply (_products_avx2.h).
+ *
+ * The limited API of Python 3.11: one build serves every later Python. Elsewhere than on x86-64 with AVX2 or AVX512-VNNI
+ * registers() is 0 and products.py goes another way.
  */
 
 #define Py_LIMITED_API 0x030B0000
@@ -38,16 +40,19 @@
 #define AHEAD 8 /* rows, in the narrow order */
 #define APART_AHEAD 4
 
+/* Bits of the registers in use: 512, 256 or 0. */
+static int registers;
+
 /* Columns with those of zeros beside them. */
 static Py_ssize_t padded_columns(Py_ssize_t n)
 {
-    return n <= 3 ? 3 : n <= MOST_NARROW ? MOST_NARROW : (n + LANES - 1) / LANES * LANES;
+    return registers == 256 ? n : n <= 3 ? 3 : n <= MOST_NARROW ? MOST_NARROW : (n + LANES - 1) / LANES * LANES;
 }
 
 /* Bytes of the digits of so many columns. */
 static Py_ssize_t digits_size(Py_ssize_t n_columns, Py_ssize_t width)
 {
-    const Py_ssize_t step = n_columns <= MOST_NARROW ? LINE : 4;
+    const Py_ssize_t step = n_columns <= MOST_NARROW || registers == 256 ? LINE : 4;
     return padded_columns(n_columns) * ((width + step - 1) / step * step);
 }
 
@@ -122,26 +127,25 @@ INLINE void wide(const int8_t *const *rows, Py_ssize_t width, const int8_t *digi
         EACH (int c = 0; c < n_columns; c++)                                                                            \
             column[c] = _mm512_loadu_si512(digits + c * padded + (PLACE));                                             \
         EACH (int r = 0; r < n_rows; r++) {                                                                             \
-            const int8_t *line = rows + r * width + (PLACE);                                                           \
+            const int8_t *line = rows[r] + (PLACE);                                                                    \
             const __m512i bytes = moved(LOAD);                                                                         \
             EACH (int c = 0; c < n_columns; c++)                                                                        \
                 total[r][c] = _mm512_dpbusd_epi32(total[r][c], bytes, column[c]);                                      \
         }                                                                                                              \
     } while (0)
 
-/* later: where lines are asked for ahead */
-INLINE void narrow(const int8_t *rows, Py_ssize_t width, const int8_t *digits, const int32_t *starts, int32_t *sums,
-                   const int n_rows, const int n_columns, const int8_t *later)
+/* later: rows of which lines are asked for ahead */
+INLINE void narrow(const int8_t *const *rows, Py_ssize_t width, const int8_t *digits, const int32_t *starts, int32_t *sums,
+                   const int n_rows, const int n_columns, const int8_t *const *later)
 {
     const Py_ssize_t whole = width / LINE * LINE, padded = (width + LINE - 1) / LINE * LINE;
-    const char *next = (const char *)later;
     __m512i total[NARROW_ROWS][MOST_NARROW];
     EACH (int r = 0; r < n_rows; r++)
         EACH (int c = 0; c < n_columns; c++)
             total[r][c] = _mm512_setzero_si512();
     for (Py_ssize_t k = 0; k < whole; k += LINE) {
-        EACH (int r = 0; r < n_rows; r++, next += LINE)
-            _mm_prefetch(next, _MM_HINT_T1);
+        EACH (int r = 0; r < n_rows; r++)
+            _mm_prefetch((const char *)later[r] + k, _MM_HINT_T1);
         A_LINE(_mm512_loadu_si512(line), k);
     }
     if (whole < width)
@@ -165,14 +169,16 @@ PROCESSOR static int multiply_narrow(const int8_t *rows, Py_ssize_t n_rows, Py_s
                                      const int32_t *starts, int n_columns, int32_t *sums)
 {
     const int at_once = n_columns <= 3 ? NARROW_ROWS : NARROW_ROWS / 2;
-    const int8_t *later = rows + AHEAD * width;
+    const int8_t *group[AHEAD + NARROW_ROWS];
+    for (Py_ssize_t r = 0; r < AHEAD + NARROW_ROWS; r++)
+        group[r] = rows + r * width;
     if (n_rows < at_once) {
-        n_columns <= 3 ? narrow(rows, width, digits, starts, sums, 1, 3, later)
-                       : narrow(rows, width, digits, starts, sums, 1, 6, later);
+        n_columns <= 3 ? narrow(group, width, digits, starts, sums, 1, 3, group + AHEAD)
+                       : narrow(group, width, digits, starts, sums, 1, 6, group + AHEAD);
         return 1;
     }
-    n_columns <= 3 ? narrow(rows, width, digits, starts, sums, NARROW_ROWS, 3, later)
-                   : narrow(rows, width, digits, starts, sums, NARROW_ROWS / 2, 6, later);
+    n_columns <= 3 ? narrow(group, width, digits, starts, sums, NARROW_ROWS, 3, group + AHEAD)
+                   : narrow(group, width, digits, starts, sums, NARROW_ROWS / 2, 6, group + AHEAD);
     return at_once;
 }
 
@@ -239,13 +245,50 @@ PROCESSOR static void digits_of(const float *query, Py_ssize_t width, int8_t *di
     }
 }
 
-static int supported(void)
+static int most_registers(void)
 {
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vnni");
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vnni"))
+        return 512;
+    return __builtin_cpu_supports("avx2") ? 256 : 0;
 }
 
-static void score(const int8_t *rows, Py_ssize_t n_rows, Py_ssize_t width, const int8_t *digits, const int32_t *starts,
+#include "_products_avx2.h"
+
+/* Rows i to i + FOUR_ROWS of n, the last one repeated, and those that come `ahead` rows later. */
+static void four_of(const int8_t *const *rows, Py_ssize_t i, Py_ssize_t n, Py_ssize_t ahead, const int8_t **group)
+{
+    for (Py_ssize_t r = 0; r < FOUR_ROWS; r++) {
+        group[r] = rows[i + r < n ? i + r : n - 1];
+        group[FOUR_ROWS + r] = rows[i + r + ahead < n ? i + r + ahead : n - 1];
+    }
+}
+
+static void score_avx2(const int8_t *rows, Py_ssize_t n_rows, Py_ssize_t width, const int8_t *digits, int n_queries,
+                       const double *weights, const float *scale, char *out, Py_ssize_t stride)
+{
+    for (Py_ssize_t i = 0; i < n_rows; i += FOUR_ROWS) {
+        const int8_t *group[2 * FOUR_ROWS];
+        for (Py_ssize_t r = 0; r < FOUR_ROWS; r++) {
+            group[r] = rows + (i + r < n_rows ? i + r : n_rows - 1) * width;
+            group[FOUR_ROWS + r] = rows + (i + r + AHEAD < n_rows ? i + r + AHEAD : n_rows - 1) * width;
+        }
+        score_four(group, group + FOUR_ROWS, n_rows - i < FOUR_ROWS ? (int)(n_rows - i) : FOUR_ROWS, width, digits,
+                   n_queries, weights, scale + i, out + i * (Py_ssize_t)sizeof(float), stride);
+    }
+}
+
+static void score_apart_avx2(const int8_t *const *rows, Py_ssize_t n_rows, Py_ssize_t width, const int8_t *digits,
+                             int n_queries, const double *weights, const float *scale, char *out, Py_ssize_t stride)
+{
+    for (Py_ssize_t i = 0; i < n_rows; i += FOUR_ROWS) {
+        const int8_t *group[2 * FOUR_ROWS];
+        four_of(rows, i, n_rows, APART_AHEAD, group);
+        score_four(group, group + FOUR_ROWS, n_rows - i < FOUR_ROWS ? (int)(n_rows - i) : FOUR_ROWS, width, digits,
+                   n_queries, weights, scale + i, out + i * (Py_ssize_t)sizeof(float), stride);
+    }
+}
+
+PROCESSOR static void score(const int8_t *rows, Py_ssize_t n_rows, Py_ssize_t width, const int8_t *digits, const int32_t *starts,
                   int n_queries, int n_digits, const double *weights, const float *scale, char *out, Py_ssize_t stride)
 {
     int32_t sums[WIDE_ROWS * MOST_COLUMNS];
@@ -276,9 +319,9 @@ PROCESSOR static void score_apart(const int8_t *const *rows, Py_ssize_t n_rows, 
         for (Py_ssize_t i = 0; i < 2 * WIDE_ROWS; i++)
             group[i] = rows[r + i < n_rows ? r + i : n_rows - 1];
         if (n_columns <= 3)
-            narrow(group[0], width, digits, starts, sums, 1, 3, group[APART_AHEAD]);
+            narrow(group, width, digits, starts, sums, 1, 3, group + APART_AHEAD);
         else if (n_columns <= MOST_NARROW)
-            narrow(group[0], width, digits, starts, sums, 1, 6, group[APART_AHEAD]);
+            narrow(group, width, digits, starts, sums, 1, 6, group + APART_AHEAD);
         else
             multiply_wide(group, width, digits, n_columns, sums);
         weigh(sums, n_rows - r < at_once ? (int)(n_rows - r) : at_once, n_queries, n_digits, weights, scale + r,
@@ -308,15 +351,18 @@ INLINE void rest_of(const int8_t *row, Py_ssize_t width, const int8_t *digits, c
                             (uint32_t)_mm512_reduce_add_epi32(_mm512_add_epi32(total[c][0], total[c][1])));
 }
 
-/* What score_best asks with: per query the first digit in the wide order, the others in the narrow one, the digits'
- * weights [Q][3], how far the first may be from the score, and the least score that matters. */
+/* What pick_int8 asks with: the first digits in the wide order; per query all three in the narrow one and where their
+ * sums start, the digits' weights [Q][3], how far the first may be from the score, and the least score that matters. */
 struct asked {
     int n_queries;
-    const int8_t *first, *rest;
+    const int8_t *first, *digits;
     const int32_t *starts;
     const double *weights;
     const float *left, *least;
 };
+
+/* places: NULL where all rows are asked for. */
+static inline Py_ssize_t place_of(const int64_t *places, Py_ssize_t i) { return places ? (Py_ssize_t)places[i] : i; }
 
 /* Pairs of a query and a row's number, and the score: of every row whose score is at least the query's least. */
 struct found {
@@ -329,7 +375,7 @@ struct found {
 PROCESSOR static void pick_from(const int8_t *row, const int32_t *sums, Py_ssize_t width, const struct asked *asked,
                                 const float *step, float scale, double weight, int32_t number, struct found *found)
 {
-    const Py_ssize_t rest_size = 2 * ((width + LINE - 1) / LINE * LINE);
+    const Py_ssize_t padded = (width + LINE - 1) / LINE * LINE;
     for (int first = 0; first < asked->n_queries; first += LANES) {
         const int n = asked->n_queries - first < LANES ? asked->n_queries - first : LANES;
         const __mmask16 there = (__mmask16)(0xffff >> (LANES - n));
@@ -342,7 +388,7 @@ PROCESSOR static void pick_from(const int8_t *row, const int32_t *sums, Py_ssize
             const int q = first + __builtin_ctz(near);
             int32_t digits[3] = {sums[q]};
             float score;
-            rest_of(row, width, asked->rest + q * rest_size, asked->starts + 2 * q, digits + 1);
+            rest_of(row, width, asked->digits + (3 * q + 1) * padded, asked->starts + 3 * q + 1, digits + 1);
             weigh(digits, 1, 1, 3, asked->weights + 3 * q, &scale, (char *)&score, 0);
             score = (float)(score * weight);
             if (!(score >= asked->least[q]))
@@ -354,8 +400,8 @@ PROCESSOR static void pick_from(const int8_t *row, const int32_t *sums, Py_ssize
     }
 }
 
-PROCESSOR static void pick(const int8_t *rows, const int64_t *places, Py_ssize_t n, Py_ssize_t width,
-                           const struct asked *asked, const float *scale, const double *weights, struct found *found)
+PROCESSOR static void pick_many(const int8_t *rows, const int64_t *places, Py_ssize_t n, Py_ssize_t width,
+                           const struct asked *asked, const float *scale, const float *weights, struct found *found)
 {
     int32_t sums[WIDE_ROWS * MOST_COLUMNS];
     float step[MOST_COLUMNS] = {0};
@@ -364,25 +410,129 @@ PROCESSOR static void pick(const int8_t *rows, const int64_t *places, Py_ssize_t
     for (Py_ssize_t i = 0; i < n; i += WIDE_ROWS) {
         const int8_t *group[2 * WIDE_ROWS];
         for (Py_ssize_t r = 0; r < 2 * WIDE_ROWS; r++)
-            group[r] = rows + places[i + r < n ? i + r : n - 1] * width;
+            group[r] = rows + place_of(places, i + r < n ? i + r : n - 1) * width;
         multiply_wide(group, width, asked->first, asked->n_queries, sums);
         for (Py_ssize_t r = 0; r < WIDE_ROWS && i + r < n; r++)
-            pick_from(group[r], sums + r * MOST_COLUMNS, width, asked, step, scale[i + r], weights[i + r],
+            pick_from(group[r], sums + r * MOST_COLUMNS, width, asked, step, scale[i + r], weights ? weights[i + r] : 1,
                       (int32_t)(i + r), found);
     }
 }
+
+PROCESSOR static void one_column_avx512(const int8_t *const *rows, const int8_t *const *later, Py_ssize_t width,
+                                        const int8_t *digits, int32_t start, int32_t *sums)
+{
+    int32_t each[FOUR_ROWS * MOST_COLUMNS];
+    narrow(rows, width, digits, &start, each, FOUR_ROWS, 1, later ? later : rows);
+    for (int r = 0; r < FOUR_ROWS; r++)
+        sums[r] = each[r * MOST_COLUMNS];
+}
+
+PROCESSOR static void three_digits_avx512(const int8_t *row, Py_ssize_t width, const int8_t *digits,
+                                          const int32_t *starts, int32_t *sums)
+{
+    narrow(&row, width, digits, starts, sums, 1, 3, &row);
+}
+
+/* Sums in the narrow order, by the registers in use: of four rows with one digit, and of one row with a query's three. */
+struct narrow_sums {
+    void (*one_column)(const int8_t *const *, const int8_t *const *, Py_ssize_t, const int8_t *, int32_t, int32_t *);
+    void (*three_digits)(const int8_t *, Py_ssize_t, const int8_t *, const int32_t *, int32_t *);
+};
+
+static struct narrow_sums narrow_sums(void)
+{
+    return registers == 512 ? (struct narrow_sums){one_column_avx512, three_digits_avx512}
+                            : (struct narrow_sums){one_column_avx2, three_digits_avx2};
+}
+
+/* One score from three sums: as `weigh`. */
+static float weighed(const int32_t *sums, const double *weights, float scale)
+{
+    double total = 0;
+    for (int g = 0; g < DIGITS; g++)
+        total += sums[g] * weights[g];
+    return (float)(total * scale);
+}
+
+/* pick_many for a few queries: the first digits are in the narrow order, and each is multiplied alone. */
+static void pick_few(const int8_t *rows, const int64_t *places, Py_ssize_t n, Py_ssize_t width, const struct asked *asked,
+                     const float *scale, const float *weights, struct found *found)
+{
+    const Py_ssize_t padded = (width + LINE - 1) / LINE * LINE;
+    const struct narrow_sums with = narrow_sums();
+    for (Py_ssize_t i = 0; i < n; i += FOUR_ROWS) {
+        const int8_t *group[FOUR_ROWS], *later[FOUR_ROWS];
+        const int here = n - i < FOUR_ROWS ? (int)(n - i) : FOUR_ROWS;
+        unsigned char near[MOST_COLUMNS][FOUR_ROWS];
+        int32_t sums[FOUR_ROWS];
+        unsigned any = 0;
+        for (Py_ssize_t r = 0; r < FOUR_ROWS; r++) {
+            group[r] = rows + place_of(places, i + r < n ? i + r : n - 1) * width;
+            later[r] = rows + place_of(places, i + r + AHEAD < n ? i + r + AHEAD : n - 1) * width;
+        }
+        for (int q = 0; q < asked->n_queries; q++) {
+            with.one_column(group, q ? NULL : later, width, asked->digits + 3 * q * padded, asked->starts[3 * q], sums);
+            for (int r = 0; r < here; r++) {
+                const float most = (float)sums[r] * ((float)asked->weights[3 * q] * scale[i + r]) + asked->left[q];
+                near[q][r] = most * (weights ? weights[i + r] : 1) >= asked->least[q];
+                any |= near[q][r];
+            }
+        }
+        for (int r = 0; any && r < here; r++)
+            for (int q = 0; q < asked->n_queries; q++)
+                if (near[q][r]) {
+                    int32_t digits[DIGITS];
+                    with.three_digits(group[r], width, asked->digits + 3 * q * padded, asked->starts + 3 * q, digits);
+                    float score = weighed(digits, asked->weights + 3 * q, scale[i + r]);
+                    score = weights ? (float)((double)score * weights[i + r]) : score;
+                    if (!(score >= asked->least[q]))
+                        continue;
+                    found->queries[found->n] = (uint8_t)q;
+                    found->numbers[found->n] = (int32_t)(i + r);
+                    found->scores[found->n++] = score;
+                }
+    }
+}
+
+/* Each row with a query of its own. */
+static void score_pairs(const int8_t *const *rows, const int64_t *query_of, Py_ssize_t n_rows, Py_ssize_t width,
+                        const int8_t *digits, const int32_t *starts, const double *weights, const float *scale, float *out)
+{
+    const Py_ssize_t padded = (width + LINE - 1) / LINE * LINE;
+    const struct narrow_sums with = narrow_sums();
+    for (Py_ssize_t i = 0; i < n_rows; i++) {
+        const int64_t q = query_of[i];
+        int32_t sums[DIGITS];
+        for (Py_ssize_t k = 0; i + APART_AHEAD < n_rows && k < width; k += LINE)
+            _mm_prefetch((const char *)rows[i + APART_AHEAD] + k, _MM_HINT_T0);
+        with.three_digits(rows[i], width, digits + 3 * q * padded, starts + 3 * q, sums);
+        out[i] = weighed(sums, weights + 3 * q, scale[i]);
+    }
+}
 #else
-static int supported(void) { return 0; }
+static int most_registers(void) { return 0; }
 #define score(...) ((void)0)
+#define score_avx2(...) ((void)0)
 #define score_apart(...) ((void)0)
+#define score_apart_avx2(...) ((void)0)
+#define score_pairs(...) ((void)0)
 #define digits_of(...) ((void)0)
-#define pick(...) ((void)0)
+#define pick_many(...) ((void)0)
+#define pick_few(...) ((void)0)
 #endif
 
-static PyObject *is_supported(PyObject *self, PyObject *arguments)
+static PyObject *use_registers(PyObject *self, PyObject *arguments)
 {
-    (void)self, (void)arguments;
-    return PyBool_FromLong(supported());
+    int most = -1;
+    (void)self;
+    if (!PyArg_ParseTuple(arguments, "|i", &most))
+        return NULL;
+    if (most >= 0) {
+        registers = most_registers();
+        if (registers > most)
+            registers = most < 256 ? 0 : 256;
+    }
+    return PyLong_FromLong(registers);
 }
 
 static PyObject *answer(int fits)
@@ -390,7 +540,7 @@ static PyObject *answer(int fits)
     if (fits)
         Py_RETURN_NONE;
     if (!PyErr_Occurred())
-        PyErr_SetString(PyExc_ValueError, "the buffers' sizes do not agree, or the processor has no AVX512-VNNI");
+        PyErr_SetString(PyExc_ValueError, "the buffers' sizes do not agree, or the processor has no such registers");
     return NULL;
 }
 
@@ -408,8 +558,8 @@ static int fits_scoring(struct scoring *a, PyObject *out)
     a->n_rows = a->scale.len / (Py_ssize_t)sizeof(float);
     a->n_queries = a->out.ndim == 2 ? a->out.shape[0] : 0;
     a->n_columns = a->weights.len / (Py_ssize_t)sizeof(double);
-    return supported() && a->width > 0 && a->n_queries > 0 && a->n_columns % a->n_queries == 0 &&
-           a->n_columns <= MOST_COLUMNS && a->digits.len == digits_size(a->n_columns, a->width) &&
+    return registers && a->width > 0 && a->n_queries > 0 && a->n_columns % a->n_queries == 0 &&
+           (registers == 512 || a->n_columns == DIGITS * a->n_queries) && a->n_columns <= MOST_COLUMNS && a->digits.len == digits_size(a->n_columns, a->width) &&
            a->starts.len == padded_columns(a->n_columns) * (Py_ssize_t)sizeof(int32_t) && a->out.shape[1] == a->n_rows &&
            a->out.itemsize == sizeof(float) && (a->n_rows < 2 || a->out.strides[1] == sizeof(float));
 }
@@ -436,8 +586,12 @@ static PyObject *score_int8(PyObject *self, PyObject *arguments)
     int fits = fits_scoring(&a, out);
     if (fits > 0 && (fits = rows.len == a.n_rows * a.width)) {
         Py_BEGIN_ALLOW_THREADS
-        score(rows.buf, a.n_rows, a.width, a.digits.buf, a.starts.buf, (int)a.n_queries,
-              (int)(a.n_columns / a.n_queries), a.weights.buf, a.scale.buf, a.out.buf, a.out.strides[0]);
+        if (registers == 512)
+            score(rows.buf, a.n_rows, a.width, a.digits.buf, a.starts.buf, (int)a.n_queries,
+                  (int)(a.n_columns / a.n_queries), a.weights.buf, a.scale.buf, a.out.buf, a.out.strides[0]);
+        else
+            score_avx2(rows.buf, a.n_rows, a.width, a.digits.buf, (int)a.n_queries, a.weights.buf, a.scale.buf, a.out.buf,
+                       a.out.strides[0]);
         Py_END_ALLOW_THREADS
     }
     PyBuffer_Release(&rows);
@@ -452,7 +606,7 @@ static PyObject *digits_int8(PyObject *self, PyObject *arguments)
     if (!PyArg_ParseTuple(arguments, "ny*w*w*", &width, &queries, &digits, &steps))
         return NULL;
     const Py_ssize_t n = width > 0 ? queries.len / (4 * width) : 0;
-    const int fits = supported() && queries.len == 4 * n * width && digits.len == DIGITS * n * width &&
+    const int fits = registers == 512 && queries.len == 4 * n * width && digits.len == DIGITS * n * width &&
                      steps.len == DIGITS * n * (Py_ssize_t)sizeof(double);
     for (Py_ssize_t q = 0; fits && q < n; q++) {
         double own[DIGITS];
@@ -510,8 +664,12 @@ static PyObject *score_apart_int8(PyObject *self, PyObject *arguments)
             held ? find_rows(arrays, held, &n_held, n_arrays, &array_of, &within_of, a.n_rows, a.width) : NULL;
         if ((fits = rows != NULL)) {
             Py_BEGIN_ALLOW_THREADS
-            score_apart(rows, a.n_rows, a.width, a.digits.buf, a.starts.buf, (int)a.n_queries,
-                        (int)(a.n_columns / a.n_queries), a.weights.buf, a.scale.buf, a.out.buf, a.out.strides[0]);
+            if (registers == 512)
+                score_apart(rows, a.n_rows, a.width, a.digits.buf, a.starts.buf, (int)a.n_queries,
+                            (int)(a.n_columns / a.n_queries), a.weights.buf, a.scale.buf, a.out.buf, a.out.strides[0]);
+            else
+                score_apart_avx2(rows, a.n_rows, a.width, a.digits.buf, (int)a.n_queries, a.weights.buf, a.scale.buf,
+                                 a.out.buf, a.out.strides[0]);
             Py_END_ALLOW_THREADS
             PyMem_Free(rows);
         }
@@ -524,27 +682,66 @@ static PyObject *score_apart_int8(PyObject *self, PyObject *arguments)
     return scored(&a, fits);
 }
 
+static PyObject *score_pairs_int8(PyObject *self, PyObject *arguments)
+{
+    enum { ARRAY_OF, WITHIN, QUERY_OF, DIGITS_OF, STARTS, STEPS, SCALE, OUT, N_BUFFERS };
+    Py_buffer buffer[N_BUFFERS];
+    PyObject *arrays;
+    Py_ssize_t width, n_held = 0;
+    (void)self;
+    if (!PyArg_ParseTuple(arguments, "Oy*y*y*ny*y*y*y*w*", &arrays, &buffer[ARRAY_OF], &buffer[WITHIN], &buffer[QUERY_OF],
+                          &width, &buffer[DIGITS_OF], &buffer[STARTS], &buffer[STEPS], &buffer[SCALE], &buffer[OUT]))
+        return NULL;
+    const Py_ssize_t n = buffer[SCALE].len / 4, n_queries = buffer[STEPS].len / (8 * DIGITS);
+    const int64_t *query_of = buffer[QUERY_OF].buf;
+    int fits = registers && width > 0 && buffer[STEPS].len == 8 * DIGITS * n_queries && buffer[QUERY_OF].len == 8 * n &&
+               buffer[DIGITS_OF].len == DIGITS * n_queries * ((width + LINE - 1) / LINE * LINE) &&
+               buffer[STARTS].len == 4 * DIGITS * n_queries && buffer[SCALE].len == 4 * n && buffer[OUT].len == 4 * n;
+    for (Py_ssize_t i = 0; fits && i < n; i++)
+        fits = query_of[i] >= 0 && query_of[i] < n_queries;
+    const Py_ssize_t n_arrays = fits ? PySequence_Size(arrays) : 0;
+    Py_buffer *held = n_arrays < 0 ? NULL : PyMem_Calloc((size_t)n_arrays + 1, sizeof(*held));
+    if (fits) {
+        const int8_t **rows =
+            held ? find_rows(arrays, held, &n_held, n_arrays, &buffer[ARRAY_OF], &buffer[WITHIN], n, width) : NULL;
+        if ((fits = rows != NULL)) {
+            Py_BEGIN_ALLOW_THREADS
+            score_pairs(rows, query_of, n, width, buffer[DIGITS_OF].buf, buffer[STARTS].buf, buffer[STEPS].buf,
+                        buffer[SCALE].buf, buffer[OUT].buf);
+            Py_END_ALLOW_THREADS
+            PyMem_Free(rows);
+        }
+    }
+    while (n_held)
+        PyBuffer_Release(&held[--n_held]);
+    PyMem_Free(held);
+    for (int i = 0; i < N_BUFFERS; i++)
+        PyBuffer_Release(&buffer[i]);
+    return answer(fits);
+}
+
 static PyObject *pick_int8(PyObject *self, PyObject *arguments)
 {
-    enum { ROWS, PLACES, SCALE, WEIGHTS, FIRST, REST, STARTS, STEPS, LEFT, LEAST, QUERIES, NUMBERS, SCORES, N_BUFFERS };
+    enum { ROWS, PLACES, SCALE, WEIGHTS, FIRST, DIGITS_OF, STARTS, STEPS, LEFT, LEAST, QUERIES, NUMBERS, SCORES, N_BUFFERS };
     Py_buffer buffer[N_BUFFERS];
     Py_ssize_t width;
     (void)self;
     if (!PyArg_ParseTuple(arguments, "ny*y*y*y*y*y*y*y*y*y*w*w*w*", &width, &buffer[ROWS], &buffer[PLACES], &buffer[SCALE],
-                          &buffer[WEIGHTS], &buffer[FIRST], &buffer[REST], &buffer[STARTS], &buffer[STEPS],
+                          &buffer[WEIGHTS], &buffer[FIRST], &buffer[DIGITS_OF], &buffer[STARTS], &buffer[STEPS],
                           &buffer[LEFT], &buffer[LEAST], &buffer[QUERIES], &buffer[NUMBERS], &buffer[SCORES]))
         return NULL;
     const Py_ssize_t n = buffer[SCALE].len / 4, n_queries = buffer[LEFT].len / 4;
     const Py_ssize_t n_rows = width > 0 ? buffer[ROWS].len / width : 0;
     const int64_t *place = buffer[PLACES].buf;
+    const int few = buffer[FIRST].len == 0;
     const Py_ssize_t expected[N_BUFFERS] = {
         n_rows * width,
-        8 * n,
+        buffer[PLACES].len ? 8 * n : 0,
         4 * n,
-        8 * n,
-        (n_queries + LANES - 1) / LANES * LANES * ((width + 3) / 4 * 4),
-        n_queries * 2 * ((width + LINE - 1) / LINE * LINE),
-        4 * 2 * n_queries,
+        buffer[WEIGHTS].len ? 4 * n : 0,
+        few ? 0 : (n_queries + LANES - 1) / LANES * LANES * ((width + 3) / 4 * 4),
+        n_queries * DIGITS * ((width + LINE - 1) / LINE * LINE),
+        4 * DIGITS * n_queries,
         8 * 3 * n_queries,
         4 * n_queries,
         4 * n_queries,
@@ -552,17 +749,23 @@ static PyObject *pick_int8(PyObject *self, PyObject *arguments)
         4 * n_queries * n,
         4 * n_queries * n,
     };
-    int fits = supported() && width > 0 && n_queries > 0 && n_queries <= MOST_COLUMNS && n <= INT32_MAX;
+    int fits = (few ? registers != 0 : registers == 512) && width > 0 && n_queries > 0 && n_queries <= MOST_COLUMNS && n <= INT32_MAX;
     for (int i = 0; i < N_BUFFERS; i++)
         fits = fits && buffer[i].len == expected[i];
-    for (Py_ssize_t i = 0; fits && i < n; i++)
+    if (!buffer[PLACES].len)
+        fits = fits && n == n_rows, place = NULL;
+    for (Py_ssize_t i = 0; place && fits && i < n; i++)
         fits = place[i] >= 0 && place[i] < n_rows;
     struct found found = {buffer[QUERIES].buf, buffer[NUMBERS].buf, buffer[SCORES].buf, 0};
     if (fits) {
-        const struct asked asked = {(int)n_queries,       buffer[FIRST].buf, buffer[REST].buf, buffer[STARTS].buf,
+        const struct asked asked = {(int)n_queries,       buffer[FIRST].buf, buffer[DIGITS_OF].buf, buffer[STARTS].buf,
                                     buffer[STEPS].buf, buffer[LEFT].buf,  buffer[LEAST].buf};
         Py_BEGIN_ALLOW_THREADS
-        pick(buffer[ROWS].buf, place, n, width, &asked, buffer[SCALE].buf, buffer[WEIGHTS].buf, &found);
+        const float *weights = buffer[WEIGHTS].len ? buffer[WEIGHTS].buf : NULL;
+        if (few)
+            pick_few(buffer[ROWS].buf, place, n, width, &asked, buffer[SCALE].buf, weights, &found);
+        else
+            pick_many(buffer[ROWS].buf, place, n, width, &asked, buffer[SCALE].buf, weights, &found);
         Py_END_ALLOW_THREADS
     }
     for (int i = 0; i < N_BUFFERS; i++)
@@ -571,7 +774,9 @@ static PyObject *pick_int8(PyObject *self, PyObject *arguments)
 }
 
 static PyMethodDef methods[] = {
-    {"supported", is_supported, METH_NOARGS, "supported() -> bool: this processor has what score_int8 is written for."},
+    {"registers", use_registers, METH_VARARGS,
+     "registers() -> bits of the vector registers in use: 512 (AVX512-VNNI), 256 (AVX2), or 0 on other processors.\n"
+     "registers(most): from now on at most so many, for tests."},
     {"digits_int8", digits_int8, METH_VARARGS,
      "digits_int8(width, queries, digits, steps): float32 [Q, width], finite, into int8 [3, Q, width] and float64 [3, Q]."},
     {"score_int8", score_int8, METH_VARARGS,
@@ -581,11 +786,14 @@ static PyMethodDef methods[] = {
     {"score_apart_int8", score_apart_int8, METH_VARARGS,
      "score_apart_int8(arrays, array_of, within, width, digits, starts, weights, scale, out): score_int8 of rows that lie\n"
      "apart: a sequence of contiguous int8 [M, width], and int64 [N] in which of them and where in it each row is."},
+    {"score_pairs_int8", score_pairs_int8, METH_VARARGS,
+     "score_pairs_int8(arrays, array_of, within, query_of, width, digits, starts, steps, scale, out): rows that lie apart,\n"
+     "each with the query of its int64 number [N]; digits and so on of Q queries as for pick_int8, float32 out [N]."},
     {"pick_int8", pick_int8, METH_VARARGS,
-     "pick_int8(width, rows, places, scale, weights, first, rest, starts, steps, left, least, queries, numbers, scores)\n"
-     "-> how many pairs it found. Of int8 rows [M, width] those at int64 places [N], with float32 scale and float64\n"
-     "weights [N], times each of Q queries: first digits in the wide order, the two others in the narrow one with int32\n"
-     "starts [Q, 2], float64 steps [Q, 3]; float32 [Q] what the first digit leaves out at most, and the least score\n"
+     "pick_int8(width, rows, places, scale, weights, first, digits, starts, steps, left, least, queries, numbers, scores)\n"
+     "-> how many pairs it found. Of int8 rows [M, width] those at int64 places [N] (empty: all), with float32 scale\n"
+     "and weights [N] (empty: 1), times each of Q queries: first digits in the wide order (empty: few queries), all three in the\n"
+     "narrow one [Q, 3] with int32 starts [Q, 3], float64 steps [Q, 3]; float32 [Q] what the first digit leaves out at most, and the least score\n"
      "wanted. Pairs go to uint8 queries, int32 numbers among the places and float32 scores, each of size Q * N. Other\n"
      "threads run meanwhile."},
     {NULL, NULL, 0, NULL},
@@ -593,4 +801,8 @@ static PyMethodDef methods[] = {
 
 static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_products", NULL, 0, methods, NULL, NULL, NULL, NULL};
 
-PyMODINIT_FUNC PyInit__products(void) { return PyModule_Create(&module); }
+PyMODINIT_FUNC PyInit__products(void)
+{
+    registers = most_registers();
+    return PyModule_Create(&module);
+}

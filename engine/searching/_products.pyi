@@ -1,7 +1,7 @@
 import numpy as np
 from typing_extensions import Buffer
 
-def supported() -> bool: ...
+def registers(most: int = ..., /) -> int: ...
 def digits_int8(width: int, queries: Buffer, digits: Buffer, steps: Buffer, /) -> None: ...
 def score_int8(
     rows: Buffer, width: int, digits: Buffer, starts: Buffer, weights: Buffer, scale: Buffer, out: np.ndarray, /
@@ -18,6 +18,19 @@ def score_apart_int8(
     out: np.ndarray,
     /,
 ) -> None: ...
+def score_pairs_int8(
+    arrays: list[np.ndarray],
+    array_of: Buffer,
+    within: Buffer,
+    query_of: Buffer,
+    width: int,
+    digits: Buffer,
+    starts: Buffer,
+    steps: Buffer,
+    scale: Buffer,
+    out: np.ndarray,
+    /,
+) -> None: ...
 def pick_int8(
     width: int,
     rows: Buffer,
@@ -25,7 +38,7 @@ def pick_int8(
     scale: Buffer,
     weights: Buffer,
     first: Buffer,
-    rest: Buffer,
+    digits: Buffer,
     starts: Buffer,
     steps: Buffer,
     left: Buffer,

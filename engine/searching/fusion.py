@@ -17,9 +17,9 @@ import numpy as np
 
 from gradstore import View
 from gradstore.engine.searching.fisher import DAMPING
-from gradstore.engine.searching.query import Hits, Metric, eligible_positions, query_vectors, score_rows
+from gradstore.engine.searching.indexes import Index
+from gradstore.engine.searching.query import Hits, Metric, best_hits, eligible_positions, query_vectors, score_rows
 from gradstore.engine.searching.ranking import best
-from gradstore.engine.searching.scan import scan_best
 from gradstore.engine.searching.targets import Target
 from gradstore.engine.searching.where import Where
 from gradstore.errors import RequestError, check_known, check_number
@@ -72,25 +72,16 @@ def search_each(
     metric: Metric = "cosine",
     largest: bool = True,
     where: Where | np.ndarray | None = None,
+    index: Index | str | None = None,
     damping: float = DAMPING,
 ) -> list[Hits]:
-    """The k best problems for each target, all found in one pass over the rows; arguments as in `search`."""
+    """The k best problems for each target; arguments as in `search`.
+
+    All are found in one pass over the rows, or with an index in one pass over that; `auto` takes the faster of the two
+    for so many targets.
+    """
     queries_QD, eligible = _asked(view, queries, k, metric, where, damping)
-    sign = 1 if largest else -1
-    weights_P = None if metric == "cosine" else view.norms
-    found = []
-    for query_D, (positions, scores) in zip(
-        queries_QD, scan_best(view, sign * queries_QD, k, eligible, weights_P), strict=True
-    ):
-        unknown = _n_unknown(view, query_D, eligible)
-        found.append(Hits(view.ids_at(positions), sign * scores, positions, len(eligible), n_unknown=unknown))
-    return found
-
-
-def _n_unknown(view: View, query_W: np.ndarray, eligible: np.ndarray) -> int:
-    """Number of eligible problems whose row is in a basis where the query is unknown."""
-    known_B = ~np.isnan(query_W.reshape(view.n_bases, -1)).any(axis=1)
-    return 0 if known_B.all() else int((~known_B[view.bases[eligible]]).sum())
+    return best_hits(view, queries_QD, k, metric, largest, eligible, index)
 
 
 def search_fused(

@@ -22,7 +22,7 @@ import numpy as np
 from gradstore import View
 from gradstore.engine.cluster.pool import Cost, Pool, Window
 from gradstore.engine.searching.fisher import DAMPING
-from gradstore.engine.searching.query import Hits, Metric, eligible_positions, query_vectors, scanned
+from gradstore.engine.searching.query import Hits, Metric, eligible_positions, n_unknown_of, query_vectors, scanned
 from gradstore.engine.searching.ranking import best
 from gradstore.engine.searching.targets import Target, target
 from gradstore.engine.searching.where import Where
@@ -134,4 +134,5 @@ class _Scanning:
         eligible = part.live_positions
         if bits is not None:
             eligible = np.flatnonzero(np.unpackbits(bits, count=len(part)))
-        return scanned(part, query_W, k, metric, largest, eligible)
+        ((positions, scores),) = scanned(part, query_W[None], k, metric, largest, eligible)
+        return positions, scores, n_unknown_of(part, query_W, eligible)

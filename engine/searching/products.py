@@ -7,8 +7,9 @@ integer arithmetic (fp16 and fp32 rows: in floats); the products are then weight
 digits, int4 rows six, fp16 rows two and fp32 rows one. The rest of q is below 1.3e-7 of its largest entry, less than
 the rounding of float32 products. 1-bit rows are unpacked to bytes -1 and 1, one cache-sized block at a time.
 
-numkong computes the products. For bytes, if the processor has AVX512-VNNI and no AMX, _products.c computes the same
-integers faster. An installation without a C compiler gets the same scores.
+numkong computes the products. For bytes, _products.c computes the same integers faster: with AVX512-VNNI (if the
+processor has no AMX) for any number of queries, with AVX2 for a few. An installation without a C compiler gets the same
+scores.
 
 Q queries, D sketch dimensions, W columns of codes, G digits of a query, C digits of all queries, N rows of a block.
 """
@@ -35,11 +36,13 @@ _LINE = 64
 _NARROW = (3, 6)
 """Numbers of vectors that _products.c multiplies element by element; more vectors become SIMD lanes."""
 _FEW_QUERIES = 5
-"""With so few queries all three digits fit in one register: using only the first digit would save nothing."""
+"""So few queries are multiplied one by one: in the wide order most lanes would be empty."""
 _MOST_COLUMNS = 48
 """Most digit vectors that _products.c multiplies at once."""
-PICKED_AT_ONCE = _MOST_COLUMNS
-"""Most queries per `picking`: it multiplies one digit vector per query."""
+_FIRST_DIGITS_BYTES = 1 << 14
+"""With AVX2 the first digits of the queries of a `picking` should stay in the first-level cache, beside four rows."""
+_EVERY, _ONES = np.empty(0, np.int64), np.empty(0, np.float32)
+"""What `_products.c` gets for "all rows" and "every weight is 1"."""
 _ROUNDED = 1e-6
 """Rounding allowance, as a share of a query's length: above the float32 rounding of scores and row lengths."""
 
@@ -50,9 +53,15 @@ ProductOf = Callable[[np.ndarray], Product]
 """float32 queries [Q, D] -> their Product."""
 ProductApart = Callable[[list[np.ndarray], np.ndarray, np.ndarray, np.ndarray, np.ndarray], None]
 """Product of scattered rows: arrays of codes, each row's array and its place there, int64 [N]; scale and out follow."""
-Pick = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray, np.ndarray]]
-"""(codes [M, W], rows int64 [N], scale float32 [N], weights float64 [N], least score per query float32 [Q]) -> the
-pairs whose product * weight reaches the least score: query uint8, index into rows int32, score float32."""
+ProductOfPairs = Callable[[list[np.ndarray], np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray], None]
+"""The same with one query per row: its number, int64 [N], comes before the scale; out is float32 [N]."""
+Pick = Callable[
+    [np.ndarray, np.ndarray | None, np.ndarray, np.ndarray | None, np.ndarray],
+    tuple[np.ndarray, np.ndarray, np.ndarray],
+]
+"""(codes [M, W], rows int64 [N] or None for all, scale float32 [N], weights float32 [N] or None for 1, least score per
+query float32 [Q]) -> the pairs whose product * weight reaches the least score: query uint8, index into rows int32,
+score float32."""
 
 
 def digits_of(queries_QD: np.ndarray, largest: int, n_digits: int) -> tuple[np.ndarray, np.ndarray]:
@@ -62,7 +71,7 @@ def digits_of(queries_QD: np.ndarray, largest: int, n_digits: int) -> tuple[np.n
     """
     digits, weights = np.empty((n_digits, *queries_QD.shape), np.int8), np.empty((n_digits, len(queries_QD)))
     kernel = _kernel() if (largest, n_digits) == (127, 3) else None
-    if kernel is not None:
+    if kernel is not None and registers() == 512:
         kernel.digits_int8(queries_QD.shape[1], np.ascontiguousarray(queries_QD, np.float32), digits, weights)
         return digits, weights
     rest_QD = queries_QD.astype(np.float64)
@@ -94,6 +103,26 @@ def int8_product_apart(queries_QD: np.ndarray) -> ProductApart | None:
         arrays: list[np.ndarray], array_N: np.ndarray, within_N: np.ndarray, scale_N: np.ndarray, out_QN: np.ndarray
     ) -> None:
         score(arrays, array_N, within_N, width, ordered, starts, weights_GQ, scale_N, out_QN)
+
+    return product
+
+
+def int8_product_of_pairs(queries_QD: np.ndarray) -> ProductOfPairs | None:
+    """Product of scattered rows, each with one of the queries, equal to `int8_product`; None without the kernel."""
+    kernel, width = _kernel(), queries_QD.shape[1]
+    if kernel is None or width > SAFE_COLUMNS:
+        return None
+    (digits, starts), weights_QG = _by_query(*digits_of(queries_QD, 127, 3))
+
+    def product(
+        arrays: list[np.ndarray],
+        array_N: np.ndarray,
+        within_N: np.ndarray,
+        query_N: np.ndarray,
+        scale_N: np.ndarray,
+        out_N: np.ndarray,
+    ) -> None:
+        kernel.score_pairs_int8(arrays, array_N, within_N, query_N, width, digits, starts, weights_QG, scale_N, out_N)
 
     return product
 
@@ -140,13 +169,21 @@ def _kernel() -> ModuleType | None:
     except ImportError:
         log.warning("gradstore was installed without a C compiler: scans for several queries take half as long again")
         return None
-    return _products if _products.supported() else None
+    return _products if _products.registers() else None
+
+
+def registers() -> int:
+    """Bits of the vector registers that the compiled module uses: 512 (AVX512-VNNI) or 256 (AVX2); 0 without it."""
+    kernel = _kernel()
+    return 0 if kernel is None else int(kernel.registers())
 
 
 def _compiled_product(digits_GQW: np.ndarray, weights_GQ: np.ndarray) -> Product | None:
     """Product with int8 digits by `_products.c`; None where it cannot be used or numkong is faster."""
     kernel, width = _kernel(), digits_GQW.shape[2]
     if kernel is None or width > SAFE_COLUMNS or (weights_GQ.size > _NARROW[-1] and _has_tiles()):
+        return None
+    if registers() == 256 and weights_GQ.size > 3 * _FEW_QUERIES:
         return None
     (ordered, starts), score = _ordered(digits_GQW.reshape(-1, width)), kernel.score_int8
     weights_GQ = np.ascontiguousarray(weights_GQ)
@@ -162,30 +199,43 @@ def _has_tiles() -> bool:
     return bool(numkong.get_capabilities().get("sapphireamx"))
 
 
+def picked_at_once(width: int) -> int:
+    """Most queries per `picking`, which multiplies one digit vector per query."""
+    if registers() != 256:
+        return _MOST_COLUMNS
+    return min(_MOST_COLUMNS, max(_FEW_QUERIES, _FIRST_DIGITS_BYTES // width))
+
+
 def picking(queries_QD: np.ndarray) -> Pick | None:
     """Pick function that finds the rows whose scores reach a threshold; the first digit alone rules out most rows.
 
     For a row of at most unit length, the other digits add at most the length of the query's rest after the first digit
-    (Cauchy-Schwarz). Scores equal those of `int8_product` bit for bit. At most PICKED_AT_ONCE queries. None without the
-    kernel, where numkong is faster, or for at most _FEW_QUERIES queries (no gain).
+    (Cauchy-Schwarz). Scores equal those of `int8_product` bit for bit. At most `picked_at_once` queries.
+    None without the kernel, or where numkong is faster.
     """
     kernel, (n_queries, width) = _kernel(), queries_QD.shape
-    if kernel is None or width > SAFE_COLUMNS or n_queries <= _FEW_QUERIES or _has_tiles():
+    one_by_one = n_queries <= _FEW_QUERIES or registers() == 256
+    if kernel is None or width > SAFE_COLUMNS or not (one_by_one or not _has_tiles()):
         return None
-    digits, weights_GQ = digits_of(queries_QD, 127, 3)
-    first, rest_QGD = _wide(digits[0]), digits[1:].swapaxes(0, 1)
-    rest, starts = _narrow(rest_QGD.reshape(-1, width))
-    weights_QG = np.ascontiguousarray(weights_GQ.T)
+    digits_GQD, weights_GQ = digits_of(queries_QD, 127, 3)
+    first = np.empty(0, np.int8) if one_by_one else _wide(digits_GQD[0])
+    (digits, starts), weights_QG = _by_query(digits_GQD, weights_GQ)
     lengths_Q = np.linalg.norm(queries_QD.astype(np.float64), axis=1)
-    left_Q = np.linalg.norm(queries_QD - digits[0] * weights_GQ[0][:, None], axis=1) + _ROUNDED * lengths_Q
+    left_Q = np.linalg.norm(queries_QD - digits_GQD[0] * weights_GQ[0][:, None], axis=1) + _ROUNDED * lengths_Q
     left_Q = left_Q.astype(np.float32)
 
     def pick(
-        codes: np.ndarray, places_N: np.ndarray, scale_N: np.ndarray, weights_N: np.ndarray, least_Q: np.ndarray
+        codes: np.ndarray,
+        places_N: np.ndarray | None,
+        scale_N: np.ndarray,
+        weights_N: np.ndarray | None,
+        least_Q: np.ndarray,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        most = n_queries * len(places_N)
+        most = n_queries * len(scale_N)
+        places_N = _EVERY if places_N is None else places_N
+        weights_N = _ONES if weights_N is None else weights_N
         found = np.empty(most, np.uint8), np.empty(most, np.int32), np.empty(most, np.float32)
-        asked = first, rest, starts, weights_QG, left_Q, np.ascontiguousarray(least_Q, np.float32)
+        asked = first, digits, starts, weights_QG, left_Q, np.ascontiguousarray(least_Q, np.float32)
         n = kernel.pick_int8(width, codes, places_N, scale_N, weights_N, *asked, *found)
         return found[0][:n].copy(), found[1][:n].copy(), found[2][:n].copy()
 
@@ -195,10 +245,18 @@ def picking(queries_QD: np.ndarray) -> Pick | None:
 def _ordered(digits_CW: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """int8 digits in the layout that `_products.c` reads for this number, zero-padded; and each sum's start, int32."""
     n = len(digits_CW)
+    if registers() == 256:
+        return _narrow(digits_CW)
     columns = next((most for most in _NARROW if n <= most), None)
     if columns is None:
         return _wide(digits_CW), np.zeros(-(-n // _LANES) * _LANES, np.int32)
     return _narrow(_filled_up(digits_CW, columns, 1))
+
+
+def _by_query(digits_GQW: np.ndarray, weights_GQ: np.ndarray) -> tuple[tuple[np.ndarray, np.ndarray], np.ndarray]:
+    """Digits in the narrow order, those of a query together, and each sum's start; weights [Q, G]."""
+    ordered = _narrow(digits_GQW.swapaxes(0, 1).reshape(-1, digits_GQW.shape[2]))
+    return ordered, np.ascontiguousarray(weights_GQ.T)
 
 
 def _narrow(digits_CW: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -18,8 +18,7 @@ from gradstore import View
 from gradstore.engine.searching.blocks import laid_out, lengths_of, only_basis, scaled
 from gradstore.engine.searching.fisher import DAMPING, preconditioned
 from gradstore.engine.searching.indexes import Index, index_for
-from gradstore.engine.searching.ranking import best
-from gradstore.engine.searching.scan import scan_rows
+from gradstore.engine.searching.scan import Found, scan_best, scan_rows
 from gradstore.engine.searching.targets import Target, target
 from gradstore.engine.searching.where import Where
 from gradstore.errors import RequestError, check_known, check_number
@@ -103,31 +102,67 @@ def search(
     """
     check_number("k", k, least=1)
     goal = target(view.store, query, view.at) if isinstance(query, str) else query
-    queries_QD = query_vectors(view, [goal], metric, damping)
+    queries_QW = query_vectors(view, [goal], metric, damping)
     eligible = eligible_positions(view, where if isinstance(where, np.ndarray) else Where.of(where))
-    if index is not None and len(view.live_bases) > 1:
-        index = None  # an index has entries of one basis
+    return best_hits(view, queries_QW, k, metric, largest, eligible, index)[0]
+
+
+def best_hits(
+    view: View,
+    queries_QW: np.ndarray,
+    k: int,
+    metric: Metric,
+    largest: bool,
+    eligible: np.ndarray,
+    index: Index | str | None = None,
+) -> list[Hits]:
+    """The k best of the eligible positions for each row of `query_vectors`, by the index or by the exact scan."""
+    found = _indexed(view, queries_QW, k, metric, largest, eligible, index)
+    if found is None:
+        found = scanned(view, queries_QW, k, metric, largest, eligible)
+    unknown = [n_unknown_of(view, query_W, eligible) for query_W in queries_QW]
+    ids = view.ids_at(np.concatenate([positions for positions, _ in found]))  # read once for all queries
+    cuts = np.cumsum([len(positions) for positions, _ in found])[:-1]
+    return [
+        Hits(own, scores, positions, len(eligible), n_unknown=n)
+        for own, (positions, scores), n in zip(np.split(ids, cuts), found, unknown, strict=True)
+    ]
+
+
+def _indexed(
+    view: View,
+    queries_QW: np.ndarray,
+    k: int,
+    metric: Metric,
+    largest: bool,
+    eligible: np.ndarray,
+    index: Index | str | None,
+) -> Found | None:
+    """Answers of the index; None where the scan must serve."""
+    if index is None or len(view.live_bases) > 1:  # an index has entries of one basis
+        return None
+    block_QD = queries_QW.reshape(len(queries_QW), -1, view.dim)[:, only_basis(view, "an index")]
+    if np.isnan(block_QD).any():
+        return None
     if isinstance(index, str):
-        index = index_for(view, k, metric=metric, kind=index)
-    if index is not None and index.serves(view, k, metric, len(eligible)):
-        block_D = queries_QD[0].reshape(-1, view.dim)[only_basis(view, "an index")]
-        positions, scores = index.search(view, block_D, k, metric, largest, eligible)
-        unknown = 0
-    else:
-        positions, scores, unknown = scanned(view, queries_QD[0], k, metric, largest, eligible)
-    return Hits(view.ids_at(positions), scores.astype(np.float32), positions, len(eligible), n_unknown=unknown)
+        index = index_for(view, k, metric=metric, kind=index, n_queries=len(queries_QW), together=True)
+    if index is None or not index.serves(view, k, metric, len(eligible)):
+        return None
+    return index.search(view, block_QD, k, metric, largest, eligible)
 
 
-def scanned(
-    view: View, query: np.ndarray, k: int, metric: Metric, largest: bool, eligible: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, int]:
-    """The k best of the eligible positions by the exact scan: positions and scores, best first; rows without a score.
+def scanned(view: View, queries_QW: np.ndarray, k: int, metric: Metric, largest: bool, eligible: np.ndarray) -> Found:
+    """The k best of the eligible positions for each row of `query_vectors` by the exact scan, best first."""
+    sign = np.float32(1 if largest else -1)
+    weights_P = None if metric == "cosine" else view.norms
+    found = scan_best(view, sign * queries_QW, k, eligible, weights_P)
+    return [(positions, sign * scores + np.float32(0)) for positions, scores in found]  # + 0: no -0 among scores
 
-    query: a row of `query_vectors`.
-    """
-    scores_P = score_rows(view, query, metric, eligible)
-    positions = best(scores_P, k, view.ids_at, largest)
-    return positions, scores_P[positions], int(np.isnan(scores_P[eligible]).sum())
+
+def n_unknown_of(view: View, query_W: np.ndarray, eligible: np.ndarray) -> int:
+    """Number of eligible problems whose row is in a basis where the query is unknown."""
+    known_B = ~np.isnan(query_W.reshape(view.n_bases, view.dim)).any(axis=1)
+    return 0 if known_B.all() else int((~known_B[view.bases[eligible]]).sum())
 
 
 def eligible_positions(view: View, where: Where | np.ndarray | None) -> np.ndarray:

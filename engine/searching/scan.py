@@ -17,7 +17,15 @@ import numpy as np
 
 from gradstore import View
 from gradstore.engine.searching.blocks import blocks_of
-from gradstore.engine.searching.products import PICKED_AT_ONCE, PRODUCTS, Pick, Product, int8_product_apart, picking
+from gradstore.engine.searching.products import (
+    PRODUCTS,
+    Pick,
+    Product,
+    int8_product_apart,
+    int8_product_of_pairs,
+    picked_at_once,
+    picking,
+)
 from gradstore.engine.searching.ranking import best
 from gradstore.errors import DamagedError
 from gradstore.stored_rows import Piece
@@ -69,24 +77,51 @@ def scan_at(view: View, queries_QD: np.ndarray, positions: np.ndarray) -> np.nda
     return scores_QN
 
 
+def scan_pairs(view: View, queries_QD: np.ndarray, positions_Q: list[np.ndarray]) -> list[np.ndarray]:
+    """Products of each query with unit rows of its own, at few positions: float32 [n] for each query; one basis only.
+
+    Equal to `scan_at` for each query alone. All pairs are scored together, in the order of the rows.
+    """
+    product = int8_product_of_pairs(queries_QD) if view.stored.dtype == "int8" else None
+    if product is None:
+        pairs = zip(queries_QD, positions_Q, strict=True)
+        return [scan_at(view, query_D[None], positions)[0] for query_D, positions in pairs]
+    sizes = [len(positions) for positions in positions_Q]
+    query_N, position_N = np.repeat(np.arange(len(sizes)), sizes), np.concatenate(positions_Q)
+    order, scores_N = np.argsort(position_N), np.empty(len(position_N), np.float32)
+
+    def score(some: np.ndarray) -> None:
+        scores = np.empty(len(some), np.float32)
+        arrays, array_of, within, scale = view.stored.places(position_N[some])
+        product(arrays, array_of, within, query_N[some], scale, scores)
+        scores_N[some] = scores
+
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        list(pool.map(score, np.array_split(order, -(-len(order) // _FEW))))
+    _check(view, position_N, scores_N, _most(np.asarray(queries_QD, np.float32))[query_N])
+    return np.split(scores_N, np.cumsum(sizes)[:-1])
+
+
 def scan_best(
     view: View, queries_QD: np.ndarray, k: int, positions: np.ndarray | None = None, weights_P: np.ndarray | None = None
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Top-k of each query, equal to `best` of `scan_rows`: positions, int64, and scores, float32.
 
-    weights_P: positive factor for the products of each row; None: 1. For several queries, a sample of the rows gives a
-    threshold per query, and only rows that reach it are collected (`picking`). If fewer than k rows reach it, all rows
-    are scored for that query.
+    weights_P: positive float32 factor for the products of each row; None: 1. A sample of the rows gives a threshold per
+    query, and only rows that reach it are collected (`picking`). If fewer than k rows reach it, all rows are scored for
+    that query.
     """
     queries_QD = np.asarray(queries_QD, np.float32)
     positions = np.arange(len(view)) if positions is None else np.asarray(positions)
-    weights_P = np.ones(len(view)) if weights_P is None else weights_P.astype(np.float64)
+    if weights_P is not None:
+        weights_P = np.ascontiguousarray(weights_P, np.float32)
     few = len(positions) <= 4 * _SAMPLE or k > _MANY * len(positions)
     if few or view.stored.dtype != "int8" or view.n_bases > 1:
         return _best_of_all(view, queries_QD, k, positions, weights_P)
     found = []
-    for start in range(0, len(queries_QD), PICKED_AT_ONCE):
-        some_QD = queries_QD[start : start + PICKED_AT_ONCE]
+    at_once = picked_at_once(queries_QD.shape[1])
+    for start in range(0, len(queries_QD), at_once):
+        some_QD = queries_QD[start : start + at_once]
         pick = picking(some_QD)
         best_of = _best_of_all if pick is None else partial(_best_of_near, pick)
         found += best_of(view, some_QD, k, positions, weights_P)
@@ -97,21 +132,25 @@ Found = list[tuple[np.ndarray, np.ndarray]]
 """Per query: positions, int64, and their scores, float32."""
 
 
-def _best_of_all(view: View, queries_QD: np.ndarray, k: int, positions: np.ndarray, weights_P: np.ndarray) -> Found:
+def _best_of_all(
+    view: View, queries_QD: np.ndarray, k: int, positions: np.ndarray, weights_P: np.ndarray | None
+) -> Found:
     scores_QP = scan_rows(view, queries_QD, positions)
-    scores_QP *= weights_P
+    if weights_P is not None:
+        scores_QP *= weights_P
     best_Q = [best(scores_P, k, view.ids_at) for scores_P in scores_QP]
     return [(places, scores_P[places]) for places, scores_P in zip(best_Q, scores_QP, strict=True)]
 
 
 def _best_of_near(
-    pick: Pick, view: View, queries_QD: np.ndarray, k: int, positions: np.ndarray, weights_P: np.ndarray
+    pick: Pick, view: View, queries_QD: np.ndarray, k: int, positions: np.ndarray, weights_P: np.ndarray | None
 ) -> Found:
     sample = positions[:: len(positions) // _SAMPLE]
     rank = -1 - int(2 * k * len(sample) / len(positions)) - _RANKS_MORE
-    every_Q = np.full(len(queries_QD), -np.inf, np.float32)
-    sampled_Q = _no_less(view, queries_QD, pick, sample, weights_P, every_Q)
-    least_Q = np.array([np.partition(scores, rank)[rank] for _, scores in sampled_Q])
+    sampled_QN = scan_at(view, queries_QD, sample)
+    if weights_P is not None:
+        sampled_QN *= weights_P[sample]
+    least_Q = np.partition(sampled_QN, rank, axis=1)[:, rank]
     near_Q = _no_less(view, queries_QD, pick, positions, weights_P, least_Q)
     short = [q for q, (places, _) in enumerate(near_Q) if len(places) < k]
     if short:
@@ -125,17 +164,23 @@ def _best_of_near(
 
 
 def _no_less(
-    view: View, queries_QD: np.ndarray, pick: Pick, positions: np.ndarray, weights_P: np.ndarray, least_Q: np.ndarray
+    view: View,
+    queries_QD: np.ndarray,
+    pick: Pick,
+    positions: np.ndarray,
+    weights_P: np.ndarray | None,
+    least_Q: np.ndarray,
 ) -> Found:
     """Rows at the positions whose score reaches the query's least score, for each query."""
 
     most_Q = _most(queries_QD)
 
     def look(piece: Piece) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        codes, within = piece.span()
-        query, number, score = pick(codes, within, piece.scale, weights_P[piece.positions], least_Q)
-        places = piece.positions[number]
-        _check(view, places, score, most_Q[query] * weights_P[places])
+        weights_N = None if weights_P is None else weights_P[piece.at]
+        within = None if piece.whole else piece.within
+        query, number, score = pick(piece.codes, within, piece.scale, weights_N, least_Q)
+        places, most_N = piece.positions[number], most_Q[query]
+        _check(view, places, score, most_N if weights_P is None else most_N * weights_P[places].astype(np.float64))
         return query, places, score
 
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
@@ -179,7 +224,7 @@ def _in_one_basis(view: View, queries_QD: np.ndarray, positions: np.ndarray | No
                 piece: Piece, some_QP: np.ndarray = some_QP, product: Product = product, most_Q: np.ndarray = most_Q
             ) -> None:
                 _score(piece, product, some_QP)
-                _check(view, piece.positions, some_QP[:, _as_slice(piece.positions)], most_Q)
+                _check(view, piece.positions, some_QP[:, piece.at], most_Q)
 
             for _ in pool.map(score, pieces):
                 pass
@@ -188,11 +233,12 @@ def _in_one_basis(view: View, queries_QD: np.ndarray, positions: np.ndarray | No
 
 def _score(piece: Piece, product: Product, some_QP: np.ndarray) -> None:
     """Write the products of a piece's rows with the queries to some_QP, at the rows' positions."""
-    codes, within = piece.span()
-    places, scale = _as_slice(piece.positions), piece.scale
-    if len(within) == len(codes) and isinstance(places, slice):
+    codes, places, scale = piece.codes, piece.at, piece.scale
+    if piece.whole and isinstance(places, slice):
         product(codes, scale, some_QP[:, places])
-    elif len(within) < _SPARSE * len(codes):
+        return
+    within = piece.within
+    if len(within) < _SPARSE * len(codes):
         scores_QN = np.empty((len(some_QP), len(within)), np.float32)
         product(codes[within], scale, scores_QN)
         some_QP[:, places] = scores_QN
@@ -229,10 +275,3 @@ def _check(view: View, positions: np.ndarray, scores: np.ndarray, most: np.ndarr
         raise DamagedError(
             f"{view.store.path}: collection {view.collection!r}: damaged: the row of problem {problem!r} is no unit row"
         )
-
-
-def _as_slice(places: np.ndarray) -> slice | np.ndarray:
-    """Places as a slice if they are consecutive: assignment to a slice is many times faster."""
-    first, last = int(places[0]), int(places[-1])
-    consecutive = last - first + 1 == len(places) and bool(np.all(places[1:] > places[:-1]))
-    return slice(first, last + 1) if consecutive else places

@@ -12,8 +12,10 @@ import pytest
 
 import gradstore
 from gradstore.durable import canonical_json, crc32c
-from gradstore.engine import Index, Where, index_for, search
+from gradstore.engine import Index, Where, index_for, search, search_each
+from gradstore.engine.searching import products
 from gradstore.engine.searching.indexes import KINDS, auto, recall, serve
+from gradstore.engine.searching.indexes import index as index_module
 from gradstore.engine.searching.indexes.kinds import installed, kind_class
 from gradstore.errors import RequestError
 
@@ -289,6 +291,48 @@ def test_the_self_test_asks_what_is_asked() -> None:
     """Rungs above k, never more than there are rows."""
     assert [recall.rung(k, 10**6) for k in (1, 100, 101, 300, 5000, 50_000)] == [100, 100, 300, 300, 10_000, 100_000]
     assert recall.rung(200, 250) == 250
+
+
+@pytest.mark.parametrize("largest", [True, False])
+@pytest.mark.parametrize("metric", ["cosine", "dot", "fisher"])
+@pytest.mark.parametrize("kind", GOOD)
+@pytest.mark.parametrize("kernel", ["compiled", "plain"])
+def test_many_queries_through_an_index(store, kind: str, metric: str, largest: bool, kernel: str, monkeypatch) -> None:
+    """Asked together, each query gets what it gets alone, bit for bit, and nearly all of the exact best; a filter holds
+    for all, and one that leaves few rows is scanned."""
+    need(kind)
+    if kernel == "plain":
+        monkeypatch.setattr(products, "_kernel", lambda: None)
+    view = store.view("pool")
+    index = index_for(view, 50, metric=metric, kind=kind)
+    monkeypatch.setattr(index_module, "_QUERIES_AT_ONCE", 5)  # Several passes.
+    targets = view.rows(np.arange(192)).reshape(12, 16, 64).mean(axis=1)
+    few = np.arange(len(view)) < 60
+    shares = []
+    for where in (None, Where(sources=("s1",)), few):
+        asked = {"metric": metric, "largest": largest, "where": where}
+        each = search_each(view, targets, 50, index=index, **asked)
+        for query, hits, exact in zip(targets, each, search_each(view, targets, 50, **asked), strict=True):
+            alone = search(view, query, 50, index=index, **asked)
+            if metric != "fisher":  # Preconditioned alone or together, a query differs in its last digits.
+                assert hits.positions.tolist() == alone.positions.tolist()
+                assert np.array_equal(hits.scores, alone.scores)
+            assert hits.ids.tolist() == view.ids_at(hits.positions).tolist()
+            assert hits.n_eligible == exact.n_eligible
+            of = dict(zip(exact.positions.tolist(), exact.scores.tolist(), strict=True))
+            assert all(of.get(p, s) == s for p, s in zip(hits.positions.tolist(), hits.scores.tolist(), strict=True))
+            shares.append(np.isin(exact.positions, hits.positions).mean())
+    assert np.mean(shares) >= 0.97
+
+
+def test_auto_for_many_queries() -> None:
+    """Measured (docs/benchmarks.md): with AVX512 a built index is the faster for many queries together, with AVX2 the
+    scan is as fast and exact, and without the kernel the index is four times as fast."""
+    of = {"built": frozenset({"turbovec"}), "together": True}
+    for registers, way in ((512, "turbovec"), (256, "scan"), (0, "turbovec")):
+        situation = auto.Situation(1_000_000, 1024, 100, 256, registers=registers, **of)
+        assert auto.choose(situation, {"turbovec"}) == way
+    assert auto.choose(auto.Situation(1_000_000, 1024, 100, 16, together=True), {"turbovec"}) == "scan"
 
 
 def test_auto_rule() -> None:

@@ -1,12 +1,26 @@
 """The compiled products of bytes against whole numbers in numpy and against numkong, which serves without them."""
 
+from collections.abc import Iterator
+
 import numkong
 import numpy as np
 import pytest
 
 from gradstore.engine.searching import products
 
-pytestmark = pytest.mark.skipif(not numkong.get_capabilities()["icelake"], reason="a processor without AVX512-VNNI")
+CAPABLE = numkong.get_capabilities()
+
+
+@pytest.fixture(params=[512, 256])
+def registers(request) -> Iterator[int]:
+    """Both ways to multiply, where the processor has them; the widest is in use again afterwards."""
+    if not CAPABLE["icelake" if request.param == 512 else "haswell"]:
+        pytest.skip(f"a processor without registers of {request.param} bits")
+    kernel = products._kernel()
+    assert kernel is not None, "the kernel was not built: a C compiler is needed at installation"
+    assert kernel.registers(request.param) == request.param
+    yield request.param
+    kernel.registers(512)
 
 
 def rows_and_queries(n: int, dim: int, n_queries: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -35,10 +49,9 @@ def by_hand(codes: np.ndarray, scale: np.ndarray, queries: np.ndarray) -> np.nda
 
 
 @pytest.mark.parametrize("dim", [1, 3, 4, 63, 64, 65, 130, 1031])
-def test_the_compiled_products_are_the_same_numbers(dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_compiled_products_are_the_same_numbers(dim: int, registers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A scan must not depend on whether a C compiler was there, nor on how many queries are asked together: ends of
     rows that fill no register, rows left over from a group and queries that fill no register are where it may."""
-    assert products._kernel() is not None, "the kernel was not built: a C compiler is needed at installation"
     monkeypatch.setattr(products, "_has_tiles", lambda: False)
     for n_queries in range(1, 17):
         n = (1, 2, 3, 5, 6, 7, 13, 24)[n_queries % 8]
@@ -61,17 +74,26 @@ def test_the_compiled_products_are_the_same_numbers(dim: int, monkeypatch: pytes
         assert (scores[:, [0, 1]] == 7).all()
         assert (scores[:, 2 + len(which) :] == 7).all(), "written beside its place"
         assert (whole[:, [0, 1, -2, -1]] == 7).all(), "written beside its place"
+        of_pairs = products.int8_product_of_pairs(queries)
+        assert of_pairs is not None
+        query = np.random.default_rng(dim).integers(0, n_queries, len(which))
+        own = np.full(len(which) + 2, 7, np.float32)
+        of_pairs(arrays, array_of, within, query, scale[which], own[1:-1])
+        assert np.array_equal(own[1:-1], plain[query, which])
+        assert (own[[0, -1]] == 7).all(), "written beside its place"
 
 
-@pytest.mark.parametrize("n_queries", [6, 16, 17, 48])
-@pytest.mark.parametrize("dim", [1, 64, 100, 128, 193])
-def test_picked_rows_are_those_that_reach_the_least(dim: int, n_queries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("n_queries", [1, 2, 5, 6, 16, 17, 48])
+@pytest.mark.parametrize("dim", [1, 31, 64, 100, 128, 193])
+def test_picked_rows_are_those_that_reach_the_least(
+    dim: int, n_queries: int, registers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """No row may be lost to what the first digit leaves out, and scores are those of a scan of all rows."""
     monkeypatch.setattr(products, "_has_tiles", lambda: False)
     codes, scale, queries = rows_and_queries(60, dim, n_queries)
     scale /= np.maximum(1, np.linalg.norm(codes.astype(np.float64), axis=1)).astype(np.float32)
     random = np.random.default_rng(dim)
-    places, weights = np.sort(random.choice(60, 40, replace=False)), random.random(40) + 0.1
+    places, weights = np.sort(random.choice(60, 40, replace=False)), (random.random(40) + 0.1).astype(np.float32)
     scores_QN = (by_hand(codes[places], scale[places], queries) * weights).astype(np.float32)
     pick = products.picking(queries)
     assert pick is not None
@@ -84,9 +106,11 @@ def test_picked_rows_are_those_that_reach_the_least(dim: int, n_queries: int, mo
         assert np.array_equal(score, scores_QN[query, number])
     none = pick(codes, places, scale[places], weights, np.full(n_queries, np.inf, np.float32))
     assert [len(part) for part in none] == [0, 0, 0]
+    every = pick(codes, None, scale, None, np.full(n_queries, -np.inf, np.float32))
+    assert np.array_equal(every[2].reshape(60, n_queries).T, by_hand(codes, scale, queries))
 
 
-def test_wide_rows_do_not_wrap_around(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wide_rows_do_not_wrap_around(registers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """At the most columns one pass takes, with the largest products, sums reach the end of int32 and no further."""
     monkeypatch.setattr(products, "_has_tiles", lambda: False)
     dim = products.SAFE_COLUMNS
@@ -99,9 +123,17 @@ def test_wide_rows_do_not_wrap_around(monkeypatch: pytest.MonkeyPatch) -> None:
         np.testing.assert_allclose(scores, np.tile([127.0 * dim, -127.0 * dim], (n_queries, 1)), rtol=1e-6)
 
 
-def test_buffers_that_disagree_are_refused() -> None:
+def test_codes_that_no_writer_makes(registers: int) -> None:
+    """-128 has no positive counterpart in a byte."""
+    codes, queries = np.full((5, 70), -128, np.int8), np.linspace(-1, 1, 70, dtype=np.float32)[None] + 0.3
+    scores = np.empty((1, 5), np.float32)
+    products.int8_product(queries)(codes, np.ones(5, np.float32), scores)
+    assert np.array_equal(scores, by_hand(codes, np.ones(5, np.float32), queries))
+
+
+def test_buffers_that_disagree_are_refused(registers: int) -> None:
     """Reading or writing past a buffer's end would corrupt memory in silence."""
-    from gradstore.engine.searching._products import pick_int8, score_apart_int8, score_int8
+    from gradstore.engine.searching._products import pick_int8, score_apart_int8, score_int8, score_pairs_int8
 
     codes, scale, out = np.zeros((5, 70), np.int8), np.ones(5, np.float32), np.zeros((1, 5), np.float32)
     digits, starts, weights = np.zeros((3, 128), np.int8), np.zeros(3, np.int32), np.ones((3, 1))
@@ -145,10 +177,10 @@ def test_buffers_that_disagree_are_refused() -> None:
         "rows": np.zeros(5 * 70, np.int8),
         "places": np.zeros(2, np.int64),
         "scale": np.zeros(2, np.float32),
-        "weights": np.zeros(2),
-        "first": np.zeros(16 * 72, np.int8),
-        "rest": np.zeros(7 * 2 * 128, np.int8),
-        "starts": np.zeros(14, np.int32),
+        "weights": np.zeros(2, np.float32),
+        "first": np.zeros(16 * 72 if registers == 512 else 0, np.int8),
+        "digits": np.zeros(7 * 3 * 128, np.int8),
+        "starts": np.zeros(21, np.int32),
         "steps": np.zeros(21),
         "left": np.zeros(7, np.float32),
         "least": np.zeros(7, np.float32),
@@ -158,7 +190,24 @@ def test_buffers_that_disagree_are_refused() -> None:
     }
     assert pick_int8(70, *sizes.values()) == 14
     wrong_pick = [{"places": np.array([0, 5])}, {"places": np.array([-1, 0])}]
-    wrong_pick += [{name: sizes[name][:-1]} for name in sizes]
+    wrong_pick += [{name: sizes[name][:-1]} for name in sizes if len(sizes[name])]
+    wrong_pick += [{"places": np.zeros(0, np.int64)}, {"first": np.zeros(5, np.int8)}]
+    every = sizes | {name: sizes[name][:0] for name in ("places", "weights")}
+    every |= {"scale": np.zeros(5, np.float32)}
+    every |= {name: np.resize(sizes[name], 35) for name in ("queries", "numbers", "scores")}
+    assert pick_int8(70, *every.values()) == 35
+    query_of = np.array([0, 6, 1, 0, 2])
+    paired = (70, sizes["digits"], sizes["starts"], sizes["steps"], scale, np.zeros(5, np.float32))
+    score_pairs_int8(arrays, array_of, within, query_of, *paired)
+    for place, other in enumerate(paired):
+        with pytest.raises(ValueError, match="do not agree"):
+            changed = 129 if place == 0 else other[:-1]  # type: ignore[index]
+            score_pairs_int8(arrays, array_of, within, query_of, *paired[:place], changed, *paired[place + 1 :])
+    for wrong_query in (query_of[:4], query_of - 1, query_of + 1):
+        with pytest.raises(ValueError, match="do not agree"):
+            score_pairs_int8(arrays, array_of, within, wrong_query, *paired)
+    with pytest.raises(ValueError, match="do not agree"):
+        score_pairs_int8(arrays, array_of, within + 1, query_of, *paired)
     wrong_pick += [{"rows": sizes["rows"][:70], "places": np.array([0, 1])}]
     for changed in wrong_pick:
         with pytest.raises(ValueError, match="do not agree"):

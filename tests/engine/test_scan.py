@@ -184,6 +184,10 @@ def test_an_empty_view(make_view) -> None:
     assert scan_rows(store.view("empty"), np.ones((2, 8), np.float32)).shape == (2, 0)
 
 
+def parts_of(piece) -> dict:
+    return {name: getattr(piece, name) for name in ("positions", "at", "whole", "within", "scale", "codes")}
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("value", [np.nan, np.inf, 300.0])
 def test_rows_that_are_no_unit_rows_are_refused(make_view, monkeypatch, dtype: str, value: float) -> None:
@@ -199,16 +203,13 @@ def test_rows_that_are_no_unit_rows_are_refused(make_view, monkeypatch, dtype: s
             if not len(at):
                 yield piece
             elif floats:
-                codes, within = piece.span()
-                codes = codes.copy()
-                codes[within[at[0]]] = value
-                yield SimpleNamespace(
-                    positions=piece.positions, scale=piece.scale, span=lambda c=codes, w=within: (c, w)
-                )
+                codes = piece.codes.copy()
+                codes[piece.within[at[0]]] = value
+                yield SimpleNamespace(**parts_of(piece) | {"codes": codes})
             else:
                 scale = piece.scale.copy()
                 scale[at[0]] *= value
-                yield SimpleNamespace(positions=piece.positions, scale=scale, span=piece.span)
+                yield SimpleNamespace(**parts_of(piece) | {"scale": scale})
 
     monkeypatch.setattr(type(view.stored), "pieces", pieces)
     monkeypatch.setattr(scan, "_FEW", 0)

@@ -15,6 +15,8 @@ _TURBOVEC_BUILD = 12e-9
 _TURBOVEC_FACTOR = 2.0
 _TURBOVEC_K = 300
 """Largest k: with more, the candidates to rescore exceed turbovec's fast path (about 1,000 results)."""
+_TOGETHER = {512: (5.2e-12, 3.1e-12), 256: (1.6e-11, 1.6e-11), 0: (6.6e-11, 1.6e-11)}
+"""Seconds per stored number and query where many are asked together, scan and turbovec, by `products.registers`."""
 _GPU_PASS = 1e-12
 _GPU_BUILD = 1e-9
 _SMALL = 4_000_000
@@ -33,16 +35,27 @@ class Situation:
     """Kinds that are built already for this metric."""
     gpu_bytes: int = 0
     """Free memory of the GPU that FAISS sees; 0: none."""
+    together: bool = False
+    """Whether all queries are asked at once, as by `search_each`."""
+    registers: int = 512
+    """Bits of the vector registers that products are computed with, as `products.registers`."""
 
 
 def seconds(situation: Situation, kind: str) -> float:
-    """Expected seconds for all queries, one after the other, plus the build if the kind is not built yet."""
+    """Expected seconds for all queries, plus the build if the kind is not built yet."""
     numbers, queries = situation.n_rows * situation.dim, situation.n_queries
+    together = situation.together and queries > 1
+    scan_more, turbovec_more = _TOGETHER[situation.registers]
     if kind == "scan":
+        if together:
+            return _SCAN_CALL + numbers * max(_SCAN, queries * scan_more)
         return queries * (_SCAN_CALL + numbers * _SCAN)
     if kind == "turbovec":
-        candidates = _TURBOVEC_FACTOR * situation.k
-        searching = queries * (_TURBOVEC_CALL + numbers * _TURBOVEC + candidates * _TURBOVEC_CANDIDATE)
+        candidates = _TURBOVEC_FACTOR * situation.k * _TURBOVEC_CANDIDATE
+        if together:
+            searching = _TURBOVEC_CALL + numbers * max(_TURBOVEC, queries * turbovec_more)
+        else:
+            searching = queries * (_TURBOVEC_CALL + numbers * _TURBOVEC + candidates)
         return searching + (0 if "turbovec" in situation.built else _TURBOVEC_BUILD * numbers)
     return numbers * _GPU_PASS * queries + (0 if "flat" in situation.built else _GPU_BUILD * numbers)
 

@@ -16,13 +16,15 @@ import numpy as np
 from gradstore import View
 from gradstore.engine.searching.indexes.kinds import Kind, kind_class
 from gradstore.engine.searching.ranking import best
-from gradstore.engine.searching.scan import scan_at
+from gradstore.engine.searching.scan import scan_pairs
 from gradstore.errors import RequestError
 from gradstore.layout import COLLECTIONS
 
 _MOST_SUPERSEDED = 0.5
 """Above this share of entries outside the view, a new build is better."""
 _RETEST_GROWTH = 1.125
+_QUERIES_AT_ONCE = 4096
+"""Queries per pass of the index; bounds the memory of their candidates."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,28 +152,22 @@ class Index:
         return m is not None and (self.kind.exact or n_eligible > 2 * m)
 
     def search(
-        self, view: View, query_D: np.ndarray, k: int, metric: str, largest: bool, eligible: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Positions and scores of the k best eligible rows, best first, ties by id; see `search_many`."""
-        return self.search_many(view, query_D[None], k, metric, largest, eligible)[0]
-
-    def search_many(
         self, view: View, queries_QD: np.ndarray, k: int, metric: str, largest: bool, eligible: np.ndarray
     ) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Positions int64 [<= k] and scores float32 of the best eligible rows, for each query.
+        """Positions int64 [<= k] and scores float32 of the best eligible rows for each query, best first, ties by id.
 
-        Scores are computed from the stored rows and equal those of a scan. Call `serves` first.
+        The index is searched for _QUERIES_AT_ONCE queries together, and their candidates are scored together from the
+        stored rows, so that scores equal those of a scan. Call `serves` first.
         """
         k = min(k, len(eligible))
         if k == 0:
             return [(np.empty(0, np.int64), np.empty(0, np.float32)) for _ in queries_QD]
-        m = self.n_candidates(k) or fetch(1.0, k)
-        return [
-            _rescored(view, query_D, k, metric, largest, candidates)
-            for query_D, candidates in zip(
-                queries_QD, self.candidates(view, queries_QD, m, largest, eligible), strict=True
-            )
-        ]
+        m, found = self.n_candidates(k) or fetch(1.0, k), []
+        for start in range(0, len(queries_QD), _QUERIES_AT_ONCE):
+            some_QD = queries_QD[start : start + _QUERIES_AT_ONCE]
+            candidates = self.candidates(view, some_QD, m, largest, eligible)
+            found += _rescored(view, some_QD, k, metric, largest, candidates)
+        return found
 
     def candidates(
         self, view: View, queries_QD: np.ndarray, m: int, largest: bool, eligible: np.ndarray
@@ -221,15 +217,16 @@ def fetch(factor: float, k: int) -> int:
 
 
 def _rescored(
-    view: View, query_D: np.ndarray, k: int, metric: str, largest: bool, candidates: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """The k best of the candidates, rescored with the stored rows."""
-    candidates = np.sort(candidates)
-    scores = scan_at(view, query_D[None], candidates)[0]
-    if metric != "cosine":
-        scores = scores * view.norms[candidates]
-    top = best(scores, k, lambda chosen: view.ids_at(candidates[chosen]), largest)
-    return candidates[top], scores[top]
+    view: View, queries_QD: np.ndarray, k: int, metric: str, largest: bool, candidates_Q: list[np.ndarray]
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The k best of each query's candidates, rescored with the stored rows."""
+    found = []
+    for candidates, scores in zip(candidates_Q, scan_pairs(view, queries_QD, candidates_Q), strict=True):
+        if metric != "cosine":
+            scores = scores * view.norms[candidates]
+        top = best(scores, k, lambda chosen, of=candidates: view.ids_at(of[chosen]), largest)  # type: ignore[misc]
+        found.append((candidates[top], scores[top]))
+    return found
 
 
 def collection_folder(view: View) -> Path:

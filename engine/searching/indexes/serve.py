@@ -14,6 +14,7 @@ from gradstore.engine.searching.indexes.folder import IndexFolder, Kept, Refusal
 from gradstore.engine.searching.indexes.index import Index
 from gradstore.engine.searching.indexes.kinds import KINDS, check_kind, installed
 from gradstore.engine.searching.indexes.recall import rung, self_test
+from gradstore.engine.searching.products import registers
 from gradstore.errors import GradstoreError
 
 _SAVE_SHARE = 1 / 64
@@ -31,13 +32,15 @@ def index_for(
     metric: str = "cosine",
     kind: str = "auto",
     n_queries: int = 1,
+    together: bool = False,
     recall: float = 0.99,
     queries: np.ndarray | None = None,
     keep: bool = True,
 ) -> Index | None:
     """The index to search this view with, or None if the exact scan should answer.
 
-    kind: one of KINDS; `auto`: the fastest way to answer n_queries queries, which may be `scan`. metric: cosine, dot
+    kind: one of KINDS; `auto`: the fastest way to answer n_queries queries, one after the other
+    or together, which may be `scan`. metric: cosine, dot
     or fisher. recall: least mean recall at k, in the self-test, against the exact scan. An index below it is refused
     with a warning, and the refusal is remembered. queries: float [Q, D], test queries instead of sampled ones.
     keep: read and write the index in the collection's folder; if that is not writable, the index is only in memory.
@@ -48,7 +51,7 @@ def index_for(
     if kind == "scan" or k == 0:
         return None
     if kind == "auto":
-        kind = _chosen(view, n_live, k, metric, n_queries)
+        kind = _chosen(view, n_live, k, metric, n_queries, together)
         if kind == "scan":
             return None
     check_kind(kind)
@@ -70,10 +73,11 @@ def index_for(
         return _offer(kept, kind, k, n_live, recall)
 
 
-def _chosen(view: View, n_live: int, k: int, metric: str, n_queries: int) -> str:
+def _chosen(view: View, n_live: int, k: int, metric: str, n_queries: int, together: bool = False) -> str:
     available = {name for name in KINDS if installed(name)}
     built = frozenset(name for name in available if IndexFolder(view, name, metric).exists())
-    return choose(Situation(n_live, view.dim, k, n_queries, built, _gpu_bytes()), available)
+    asked = Situation(n_live, view.dim, k, n_queries, built, _gpu_bytes(), together, registers())
+    return choose(asked, available)
 
 
 def _gpu_bytes() -> int:
