@@ -49,7 +49,7 @@ test: lint types browser
 
 # The command line and TRL on a real model, with both cores for its threads.
 test-real: $(SMOLLM2)/config.json
-	$(PY) -m pytest -m real tests/cli/test_smollm2.py tests/trainer/trl
+	$(PY) -m pytest -m real tests/cli/test_smollm2.py tests/trainer/trl tests/trainer/test_study_words.py
 
 # Engine and rollouts on the newest transformers, which verl does not take yet.
 NEWEST := .venv-newest

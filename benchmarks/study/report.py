@@ -35,34 +35,39 @@ INTERVENTIONS = "interventions.jsonl"
 
 
 def write_page(bed: Bed, rows: Sequence[dict[str, Any]], page: Path, settings: StudySettings) -> None:
-    """Write the page, and its figures in the folder of the same name. RequestError if there are no rows."""
-    if not rows:
-        raise RequestError("no results of these settings: run the study first (python -m benchmarks.study run)")
+    """Write the page, and its figures in the folder of the same name: the parts for which there are rows.
+
+    RequestError if there are neither runs nor measurements of interventions."""
     folder = page.with_suffix("")
+    interventions = read_results(folder / INTERVENTIONS)
+    if not (rows or interventions):
+        raise RequestError("no results of these settings: run the study first (python -m benchmarks.study run)")
     folder.mkdir(parents=True, exist_ok=True)
     methods = list(dict.fromkeys(row["method"] for row in rows))
     arms = [arm for arm in bed.arms if any(row["arm"] == arm for row in rows)]
-    draw_curves(bed, rows, arms, folder / "accuracy.svg")
-    draw_picks(bed, rows, arms, methods, folder / "picks.svg")
     seeds = sorted({row["seed"] for row in rows})
     parts = [
         (bed.head + TABLES).format(
             runs=len(rows),
-            seeds=("seeds " if len(seeds) > 1 else "seed ") + ", ".join(map(str, seeds)),
+            seeds=("seeds " if len(seeds) > 1 else "seed ") + ", ".join(map(str, seeds)) if seeds else "no seed yet",
             folder=folder.name,
             bed=bed.name,
             settings="\n".join(f"| `{name}` | {value} |" for name, value in asdict(settings).items()),
             methods="\n".join(f"| `{name}` | {method(name, settings.budgeted).title} |" for name in methods),
             arms="\n".join(f"| `{arm}` | {bed.arms[arm].title} |" for arm in arms),
         ),
-        _equal_totals(bed, rows, arms, methods),
-        "## What was wanted, what came\n\n" + "\n".join(f"- {line}" for line in findings(rows, arms)) + "\n",
-        f"## Accuracy\n\n![Accuracy by training step]({folder.name}/accuracy.svg)\n",
-        f"![Bad picks]({folder.name}/picks.svg)\n",
-        *(_arm_table(bed, rows, arm, methods) for arm in arms),
-        _cost_table(rows, arms, methods),
     ]
-    interventions = read_results(folder / INTERVENTIONS)
+    if rows:
+        draw_curves(bed, rows, arms, folder / "accuracy.svg")
+        draw_picks(bed, rows, arms, methods, folder / "picks.svg")
+        parts += [
+            _equal_totals(bed, rows, arms, methods),
+            "## What was wanted, what came\n\n" + "\n".join(f"- {line}" for line in findings(rows, arms)) + "\n",
+            f"## Accuracy\n\n![Accuracy by training step]({folder.name}/accuracy.svg)\n",
+            f"![Bad picks]({folder.name}/picks.svg)\n",
+            *(_arm_table(bed, rows, arm, methods) for arm in arms),
+            _cost_table(rows, arms, methods),
+        ]
     if interventions:
         parts.append(section(interventions))
     notes = folder / NOTES

@@ -1,6 +1,8 @@
 """The bed of word problems: its pools, its reward, and (slow) the whole study in miniature on SmolLM2-135M."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -8,6 +10,7 @@ from random import Random
 import pytest
 
 from benchmarks.study.bed import EASY, UNSOLVABLE, Bed
+from benchmarks.study.results import read_results
 from benchmarks.study.words import N_TAUGHT, SOURCE, reward, value, word_problems, words
 from gradstore import RequestError
 from gradstore.demo import tasks
@@ -117,3 +120,31 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="word problems, expected at least"):
         made = words(small, tmp_path)
         made.problems("wrong_truths", 0, made.settings)
+
+
+@pytest.mark.real
+def test_the_study_in_miniature_on_a_real_model(svamp: Path, tmp_path: Path) -> None:
+    """Every path of `make study-real`: cold start, runs, interventions, the page. Its results mean nothing."""
+    common = ("--bed", "words", "--svamp", str(svamp), "--short")
+    rows, page = tmp_path / "study" / "results.jsonl", tmp_path / "study.md"
+    methods = ("random*1", "refresh0-dot%2*2", "gradalign*1", "random+dtv*1", "refresh0-dot@solutions*1")
+    asked = ("--arms", "wrong_truths,imbalance", "--methods", ",".join(methods), "--seeds", "0", "--out", str(rows))
+    study("run", *common, *asked)
+    assert len(read_results(rows)) == 10
+    for row in read_results(rows):
+        assert 0 < row["accuracy"][-1] < 1
+        assert row["processor_seconds"] > 0
+        assert row["training_rollout_seconds"] < row["training_seconds"]
+    study("intervene", *common, "--sets", "dot", "--out", str(tmp_path / "study" / "interventions.jsonl"))
+    study("report", *common, "--results", str(rows), "--page", str(page))
+    text = page.read_text(encoding="utf-8")
+    assert "| `gradalign*1` |" in text
+    assert "## Attribution checked by intervention" in text
+    study("report", *common, "--results", str(rows), "--page", str(page), "--check")
+
+
+def study(*arguments: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.study", *arguments], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
