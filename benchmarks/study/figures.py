@@ -29,7 +29,8 @@ def draw_curves(bed: Bed, rows: Sequence[dict[str, Any]], arms: Sequence[str], p
         axis.set_xlabel("training steps")
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("held-out accuracy")
-    axes[0][0].legend(fontsize=7, frameon=False)
+    if axes[0][0].get_legend_handles_labels()[0]:
+        axes[0][0].legend(fontsize=7, frameon=False)
     _save(plt, figure, path)
 
 

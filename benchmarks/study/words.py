@@ -185,7 +185,7 @@ def words(svamp: Path, models: Path, tell: Callable[[str], None] = lambda line: 
         ),
         short=StudySettings(
             pool=16, validation=4, test=8, selected=2, train_batch=2, rounds=2, steps=1, rollouts=4, budget=2,
-            budget_target=4, window=8, fit_problems=8, dim=64,
+            budget_target=4, window=8, fit_problems=8,
         ),
         methods=(
             *("random*8", "refresh0-dot*6", "gradalign*2", "random+dtv*8", "refresh0-dot@solutions*7"),

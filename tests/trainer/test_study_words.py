@@ -123,23 +123,21 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.real
+@pytest.mark.timeout(1500)
 def test_the_study_in_miniature_on_a_real_model(svamp: Path, tmp_path: Path) -> None:
-    """Every path of `make study-real`: cold start, runs, interventions, the page. Its results mean nothing."""
+    """Cold start, runs and the page of `make study-real`. Its results mean nothing."""
     common = ("--bed", "words", "--svamp", str(svamp), "--short")
     rows, page = tmp_path / "study" / "results.jsonl", tmp_path / "study.md"
-    methods = ("random*1", "refresh0-dot%2*2", "gradalign*1", "random+dtv*1", "refresh0-dot@solutions*1")
-    asked = ("--arms", "wrong_truths,imbalance", "--methods", ",".join(methods), "--seeds", "0", "--out", str(rows))
-    study("run", *common, *asked)
-    assert len(read_results(rows)) == 10
-    for row in read_results(rows):
+    methods = ("random*1", "refresh0-dot%2*2", "gradalign*1")
+    study("run", *common, "--arms", "wrong_truths", "--methods", ",".join(methods), "--seeds", "0", "--out", str(rows))
+    found = read_results(rows)
+    assert [row["method"] for row in found] == list(methods)
+    for row in found:
         assert 0 < row["accuracy"][-1] < 1
-        assert row["processor_seconds"] > 0
         assert row["training_rollout_seconds"] < row["training_seconds"]
-    study("intervene", *common, "--sets", "dot", "--out", str(tmp_path / "study" / "interventions.jsonl"))
+    assert found[1]["selection_rollouts"] == [16 * 4 + 4 * 4, 0]
     study("report", *common, "--results", str(rows), "--page", str(page))
-    text = page.read_text(encoding="utf-8")
-    assert "| `gradalign*1` |" in text
-    assert "## Attribution checked by intervention" in text
+    assert "| `gradalign*1` |" in page.read_text(encoding="utf-8")
     study("report", *common, "--results", str(rows), "--page", str(page), "--check")
 
 
