@@ -8,6 +8,7 @@ and torchrun ends the others. Other commands are refused: they would do the same
 import logging
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+_PATIENCE = 60.0
+"""Seconds that a rank waits to be ended by torchrun."""
 _FAILED = "gradstore/first-to-fail"
 """Key in the ranks' common store: the rank that failed first."""
 
@@ -56,6 +59,7 @@ def as_rank(command: str, *, divided: bool) -> Iterator[None]:
     if not divided:
         if leads():
             raise RequestError(f"{command} runs in one process: start it without torchrun, which started {n_ranks()}")
+        time.sleep(_PATIENCE)  # torchrun ends this rank when rank 0 has said so; ending first would end rank 0
         sys.exit(2)
     import torch
     import torch.distributed as dist

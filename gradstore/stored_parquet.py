@@ -47,7 +47,7 @@ def read_stored(
 
     try:
         return _read(file, schema, columns, rows, groups, row_groups(file) if footer is None else footer)
-    except (pa.ArrowException, OSError, ValueError, MemoryError, OverflowError) as error:
+    except (pa.ArrowException, OSError, ValueError, KeyError, MemoryError, OverflowError) as error:
         raise DamagedError(f"{path}: damaged: {first_line(error)}; see `gradstore verify`") from error
 
 

@@ -83,8 +83,10 @@ def register(app: Dash, catalogue: Catalogue, colours: Colours) -> None:
         return shown, []
 
     @app.callback(Output("problem-nearest", "children"), Input("problem-shown", "data"))
-    def near(shown: list) -> Any:
+    def near(shown: list | None) -> Any:
         """On its own, after the rest is there: it reads every row of the pool."""
+        if not shown:
+            return []
         problem_id, step = shown
         try:
             return _nearest(catalogue, str(problem_id), step if step is None else int(step))

@@ -141,7 +141,7 @@ def run_one(bed: Bed, arm: str, name: str, seed: int, settings: StudySettings) -
         "selection_rollout_seconds": meter.rollout_seconds,
         "observe_seconds": meter.observe_seconds,
         **_weighing(meter),
-        "stages": stages,
+        "stage_seconds": stages,
         "training_seconds": training.seconds,
         "training_rollout_seconds": policy.seconds - sum(meter.rollout_seconds),
         "seconds": time.monotonic() - started,

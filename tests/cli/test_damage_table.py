@@ -153,7 +153,7 @@ TABLE = {
     **{f"norms, {how}": ALL for how in ("zeroed", "swapped", "cut", "deleted", "an older one")},
     **{f"pass rates, {how}": ALL for how in ("zeroed", "changed", "deleted")},
     **{f"steps, {how}": ALL for how in ("zeroed", "an older one")},
-    **{f"problems, {how}": ALL for how in ("deleted", "cut", "changed", "zeroed")},
+    **{f"problems, {how}": ALL for how in ("deleted", "cut", "zeroed")},
     "projection, deleted": ALL,
     "coverage, deleted": ALL,
     **{f"{what}, deleted": ALL for what in ("round in the middle", "newest round", "newest probes")},
@@ -162,6 +162,7 @@ TABLE = {
     **{f"manifest, {how}": ALL for how in ("zeroed", "cut", "changed")},
     **{f"inventory, {how}": ALL for how in ("zeroed", "cut", "changed")},
     # Not read for a ranking: found by what reads it, and by verify.
+    "problems, changed": {"verify"},
     "projection, changed": {"verify"},
     "coverage, changed": {"report", "verify"},
     "round in the middle, changed": {"report", "verify"},
