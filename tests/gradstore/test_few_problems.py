@@ -220,3 +220,22 @@ def test_what_changed_is_found_among_known_problems(made: tuple[Path, list[dict]
                 store.add_problems("pool", [*records, *rest])
     assert store.add_problems("pool", [*records, record(1000)]) == 1
     assert store.records("pool")[-1] == record(1000)
+
+
+def test_a_changed_byte_is_refused_or_was_not_read(tmp_path: Path) -> None:
+    """Never another text, and never another error: column names, page headers, statistics and texts alike."""
+    ids = [f"p{i}" for i in range(30)]
+    store = gradstore.create(tmp_path / "store", dim=4, fingerprint={})
+    store.add_problems("pool", [{"id": one, "prompt": f"What is {one}?", "source": "s", "tags": ["t"]} for one in ids])
+    (part,) = (tmp_path / "store").glob("collections/pool/g0/problems/part-*")
+    whole, right = part.read_bytes(), gradstore.open(tmp_path / "store").records("pool", ids[3:23])
+    refused = 0
+    for place in range(0, len(whole), 5):
+        part.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        try:
+            found = gradstore.open(tmp_path / "store").records("pool", ids[3:23])
+        except gradstore.DamagedError:
+            refused += 1
+        else:
+            assert found == right, place
+    assert refused > len(whole) // 5 // 3
