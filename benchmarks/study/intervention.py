@@ -266,7 +266,13 @@ def section(rows: Sequence[dict[str, Any]]) -> str:
         f"problems ({len(rows) - 1} measurements in interventions.jsonl).\n",
     ]
     groups = [row for row in rows if "age" in row]
-    if groups:
+    n_ids = sum(len(row["ids"]) for row in groups if row["age"] == groups[0]["age"])
+    if n_ids and n_ids < len(_row(rows, "scores")["ids"]):
+        lines.append(
+            f"**Groups.** {n_ids} of the pool's {len(_row(rows, 'scores')['ids'])} problems are in groups measured so "
+            "far; the table comes when all are.\n"
+        )
+    elif groups:
         n, size = len({row["name"].split()[1] for row in groups}), len(groups[0]["ids"])
         lines += [
             f"**Groups.** The pool in {n} groups of {size} problems by falling dot; two steps on each. Spearman's "
