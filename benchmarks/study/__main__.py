@@ -32,11 +32,7 @@ Short = Annotated[bool, typer.Option("--short", help="A miniature, some minutes 
 
 
 def bed_of(name: str, svamp: Path | None, models: Path, short: bool) -> Bed:
-    if name == "toy":
-        return TOY
-    if svamp is None:
-        raise RequestError("the bed `words` needs --svamp FILE: SVAMP.json of github.com/arkilpatel/SVAMP")
-    return words(svamp, models, say, short=short)
+    return TOY if name == "toy" else words(svamp, models, say, short=short)
 
 
 @app.command()

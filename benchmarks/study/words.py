@@ -13,7 +13,7 @@ A list of problems of the same form (Body, Question, Equation, Answer, ID) does 
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cache
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -149,7 +149,7 @@ def _of_kind(record: dict[str, Any], kind: str) -> dict[str, Any]:
 
 HEAD = """# The study on a real model: which way to pick trains better
 
-Made by `python -m benchmarks.study report --bed words --svamp FILE` from `{folder}/results.jsonl` ({runs} runs,
+Made by `python -m benchmarks.study report --bed words` from `{folder}/results.jsonl` ({runs} runs,
 {seeds}). `make study-real SVAMP=FILE` runs what is missing and writes this page again; with `SHORT=1` it does a
 miniature. Intervals are 95 % t intervals over seeds.
 
@@ -167,17 +167,22 @@ The toy study behind it, 960 runs, is [study-toy.md](study-toy.md).
 def words(svamp: Path, models: Path, tell: Callable[[str], None] = lambda line: None, *, short: bool = False) -> Bed:
     """The bed of word problems. svamp: SVAMP.json. models: folder of the base and the cold-started model, which are
     made when first loaded. short: with a model that was hardly taught, for tests."""
-    found = word_problems(svamp)
+
+    @cache
+    def found() -> list[dict[str, Any]]:
+        if svamp is None:
+            raise RequestError("the bed `words` needs --svamp FILE: SVAMP.json of github.com/arkilpatel/SVAMP")
+        return word_problems(svamp)
 
     def load() -> tuple[Any, Any]:
-        folder = str(taught_model(models, found, tell, short=short))
+        folder = str(taught_model(models, found(), tell, short=short))
         return load_model(folder, device="cpu", dtype="float32"), load_tokenizer(folder)
 
     return Bed(
         name="words",
         arms=ARMS,
         target=SOURCE,
-        make=partial(problems, found),
+        make=lambda *asked: problems(found(), *asked),
         load=load,
         reward=Reward("study", reward),
         settings=StudySettings(

@@ -18,6 +18,7 @@ from benchmarks.study.results import alone, append_result, key, numbers, plan, r
 from benchmarks.study.running import run_one
 from benchmarks.study.statistics import accuracy_within, estimate, selection_rollouts, spent
 from benchmarks.study.toy import ARMS, TOY
+from benchmarks.study.words import words
 from gradstore import LockedError, RequestError
 from gradstore.demo import tasks
 from gradstore.demo.run import MODEL
@@ -269,9 +270,9 @@ def test_unknown_names_are_refused() -> None:
             method(name, SHORT.budgeted)
 
 
-@pytest.mark.parametrize("bed", [TOY], ids=lambda bed: bed.name)
+@pytest.mark.parametrize("bed", [TOY, words(None, Path("unused"))], ids=lambda bed: bed.name)
 def test_the_page_is_what_the_rows_say(bed: Bed) -> None:
-    """Every figure and number of docs/study-toy.md comes from the stored rows, byte for byte."""
+    """Every figure and number of docs/study.md and docs/study-toy.md comes from the stored rows, byte for byte."""
     assert differing(bed, read_results(bed.results, bed.settings), bed.page, bed.settings) == []
 
 
