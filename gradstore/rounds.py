@@ -91,9 +91,9 @@ class Round:
     def picks(self) -> list[str]:
         """Ids of the problems picked, best first."""
         ranks = self.table["picked"].to_numpy()
-        ids = self.table["id"].to_pylist()
         chosen = np.flatnonzero(ranks >= 0)
-        return [ids[place] for place in chosen[np.argsort(ranks[chosen], kind="stable")]]
+        ids: list[str] = self.table["id"].take(chosen[np.argsort(ranks[chosen], kind="stable")]).to_pylist()
+        return ids
 
 
 class RecordedRounds(Sequence[Round]):
@@ -134,7 +134,8 @@ class RecordedRounds(Sequence[Round]):
         """
         self._collection.refuse_read_only()
         data = _to_bytes(about, table, self._collection.where)
-        return self._collection.add(table["id"].to_pylist(), lambda: additions.add_part(self._folder, data))
+        ids = table["id"].cast(pa.large_string()).combine_chunks()
+        return self._collection.add(ids, lambda: additions.add_part(self._folder, data))
 
     def _read(self, first: int = 0, stop: int | None = None) -> list[Round]:
         """Rounds from `first` up to (not including) `stop`."""
@@ -152,8 +153,8 @@ def _to_bytes(about: Mapping[str, Any], table: pa.Table, where: str) -> bytes:
         table = table.select(SCHEMA.names).cast(SCHEMA)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, ValueError) as error:
         raise RequestError(f"{where}: a round's table has columns of other types: {error}") from None
-    twice = repeated(table["id"].to_pylist())
-    if twice is not None:
+    if len(table["id"].unique()) < len(table):
+        twice = repeated(table["id"].to_pylist())
         raise RequestError(f"{where}: problem id {twice!r} occurs more than once in the round; keep one")
     for state in table["state"].unique().to_pylist():
         check_known(f"{where}: state", state, STATES)

@@ -49,6 +49,8 @@ class ProbeBatch:
     """Why a problem failed; empty for the others."""
     settings: Objective
     calibration: Calibration | None = None
+    numbers: np.ndarray | None = None
+    """Numbers of the problems in their collection (View.problem_numbers), int64 [P]; None: to be looked up by id."""
 
     @classmethod
     def of(
@@ -138,6 +140,11 @@ class ProbeBatch:
         )
 
     @property
+    def n_rollouts(self) -> np.ndarray:
+        """Number of rollouts of each problem, int64 [P]."""
+        return np.fromiter(map(len, self.rewards), np.int64, len(self.rewards))
+
+    @property
     def live(self) -> np.ndarray:
         """Mask of problems that can be ranked, bool [P]."""
         return live_mask(self.states)
@@ -149,7 +156,7 @@ class ProbeBatch:
         check_known("probe score", kind, probe_statistics.PROBE_SCORES)
         live = self.live
         found = np.full(len(self.ids), -np.inf)
-        n_P = np.array([len(r_G) for r_G in self.rewards])
+        n_P = self.n_rollouts
         if live.any():
             found[live] = probe_statistics.scores(
                 kind, self.dots[live], self.standard_errors[live], self.t[live], self.p_values[live], n_P[live]

@@ -36,7 +36,7 @@ def aim(store: gradstore.Store, step: int) -> ForecastTarget:
     return ForecastTarget.of(store, "pool", ["bench"], [target(store, "bench", step).vector], step)
 
 
-@pytest.mark.parametrize("most", [1024, 7])
+@pytest.mark.parametrize("most", [256, 7])
 def test_a_forecast_goes_on_from_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int) -> None:
     """Stages of rounds, with probes, rows of the same step twice, a deletion, other candidates and a compaction."""
     monkeypatch.setattr(probe_scale, "_MOST", most)
@@ -45,9 +45,11 @@ def test_a_forecast_goes_on_from_the_last(tmp_path: Path, monkeypatch: pytest.Mo
     store.add_problems("pool", [{"id": name, "prompt": "?", "source": f"s{i % 3}"} for i, name in enumerate(IDS)])
     store.add_problems("bench", [{"id": f"v{i}", "prompt": "?"} for i in range(3)])
     computed: list[int] = []
-    real = probe_scale._in_blocks
+    real = probe_scale._Gains._add
     monkeypatch.setattr(
-        probe_scale, "_in_blocks", lambda view, ratios, at: (computed.append(len(at)), real(view, ratios, at))[1]
+        probe_scale._Gains,
+        "_add",
+        lambda own, changes, view, at: (computed.append(len(at)), real(own, changes, view, at))[1],
     )
 
     def check(step: int, ids: list[str]) -> None:

@@ -29,7 +29,7 @@ from gradstore.errors import RequestError
 from gradstore.layout import SOLUTIONS, check_name
 from gradstore.problems import canonical
 from gradstore.trainer.loggers import Log, log_of
-from gradstore.trainer.round.measuring import Costs, append, publish
+from gradstore.trainer.round.measuring import Costs, append, ids_at_step, publish
 from gradstore.trainer.round.policy import Policy, ReadsSolutions
 from gradstore.trainer.round.recorded import selection_of
 from gradstore.trainer.round.recording import scalars
@@ -181,8 +181,7 @@ class Rounds:
         unknown = [name for name in ids if name not in self._run.records]
         if unknown:
             raise RequestError(f"problem {unknown[0]!r} is not in the pool {self._run.pool!r}")
-        view = store.view(self._run.pool, policy.step)
-        known = set(view.ids_at(view.steps == policy.step))
+        known = ids_at_step(store, self._run.pool, policy.step)
         new = [place for place, name in enumerate(ids) if name not in known]
         name, most = Counter(ids[place] for place in new).most_common(1)[0] if new else ("", 0)
         if most > 1:
