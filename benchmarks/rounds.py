@@ -8,15 +8,15 @@ with a model. Before the first round the store gets a row of every candidate, of
 budget with 8 rollouts, picks a twentieth of the candidates, and stores the training rollouts of the picks.
 
 "Own" are a round's seconds without the policy's stages (`rollouts`, `sketch`, `probe`); "processor" is the processor
-time of all threads, without the policy's.
+time of all threads, without the policy's; "memory" is the most anonymous memory in the round, in GB.
 """
 
-import resource
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from functools import wraps
 from pathlib import Path
+from threading import Thread
 from typing import Annotated, Any
 
 import numpy as np
@@ -133,17 +133,18 @@ def main(
     benchmark = [{"id": f"v{i:07d}", "prompt": "?"} for i in range(43)]
     with tempfile.TemporaryDirectory(prefix="gradstore-rounds-") as folder:
         policy, path = CheapPolicy(dim), Path(folder) / "store"
-        stored = first_look(path, policy, pool)
+        first_look(path, policy, pool)
         chooser, rows = Rounds(path, pool, {"benchmark": benchmark}, settings), []
-        say(f"memory before the rounds: {stored:.2f} GB")
+        memory = Memory()
         for number in range(rounds):
+            memory.reset()
             wall, processor = time.monotonic(), time.process_time() - policy.seconds
             ids = chooser.next(policy).ids
             wall, processor = time.monotonic() - wall, time.process_time() - policy.seconds - processor
             costs = gradstore.open(path).rounds("pool")[number].about["costs"]
             own = wall - sum(costs.get(name, 0.0) for name in OF_THE_POLICY)
             shown = [*(costs.get(name, 0.0) for name in STAGES), wall - sum(costs.values()), own, wall, processor]
-            rows.append([str(number), *(f"{seconds:.2f}" for seconds in shown), f"{most_memory():.2f}"])
+            rows.append([str(number), *(f"{seconds:.2f}" for seconds in shown), f"{memory.most:.2f}"])
             say("  ".join(rows[-1]))
             for _ in range(settings.steps):
                 batch = [{"id": name} for name in ids[: settings.train_batch]]
@@ -154,19 +155,37 @@ def main(
     print_table(title, ["round", *columns], rows, right=columns)
 
 
-def first_look(path: Path, policy: CheapPolicy, pool: Sequence[Mapping[str, Any]]) -> float:
-    """Make the store, with a row of every problem by 4 rollouts; returns the most memory of it in GB."""
+def first_look(path: Path, policy: CheapPolicy, pool: Sequence[Mapping[str, Any]]) -> None:
+    """Make the store, with a row of every problem by 4 rollouts."""
     store = create_from(path, policy.fit(SketchSpec(dim=policy.dim), []), "int8")
     store.add_problems("pool", map(dict, pool))
     with store.writer("pool", step=0) as writer:
         for start in range(0, len(pool), 8192):
             batch = policy.sketch(policy.roll_out(pool[start : start + 8192], 4, seed=start))
             writer.append(**batch.rows(range(len(batch.ids))))
-    return most_memory()
 
 
-def most_memory() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+class Memory(Thread):
+    """Watches the process's anonymous memory, without mapped files."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.most = 0.0
+        """GB; the largest since the last `reset`."""
+        self.start()
+
+    def run(self) -> None:
+        while True:
+            self.most = max(self.most, self._now())
+            time.sleep(0.1)
+
+    def reset(self) -> None:
+        self.most = self._now()
+
+    @staticmethod
+    def _now() -> float:
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1e6
 
 
 if __name__ == "__main__":

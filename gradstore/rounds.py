@@ -21,7 +21,7 @@ from gradstore.layout import ROUNDS
 from gradstore.parquet import table_bytes
 from gradstore.problem_rows import repeated
 from gradstore.schema import ANYTHING, Checker, lists, load_json, mapping, number, one_of, optional, record, text, whole
-from gradstore.stored_parquet import metadata_of, read_stored
+from gradstore.stored_parquet import read_metadata, read_stored
 
 STATES = ("live", "no_signal", "failed", "unmeasured")
 
@@ -126,6 +126,14 @@ class RecordedRounds(Sequence[Round]):
     def __iter__(self) -> Iterator[Round]:
         return iter(self._read())
 
+    def about(self, number: int) -> dict[str, Any]:
+        """`Round.about` of one round, without its table. RequestError if there is no such round."""
+        count = len(self)
+        if not 0 <= number < count:
+            raise RequestError(f"{self._collection.where} has {count} rounds, there is no round {number}")
+        ((name, data),) = additions.read_parts(self._folder, number, number + 1).items()
+        return _about(data, self._folder / name)
+
     def add(self, about: Mapping[str, Any], table: pa.Table) -> int:
         """Record a round and return its number, counted from 0.
 
@@ -180,11 +188,7 @@ def _ranks_are_whole(table: pa.Table) -> bool:
 def read_part(data: bytes, number: int, path: Path) -> Round:
     """The round of a part; DamagedError names the file and the column for what no round can be."""
     table = read_stored(io.BytesIO(data), path, SCHEMA)
-    text = metadata_of(io.BytesIO(data)).get(_ABOUT)
-    if text is None:
-        raise DamagedError(f"{path}: is no round: it does not say what the round was")
-    about = load_json(text, f"{path}, {_ABOUT.decode()}", nan=True)
-    _MEMBERS.check(about, f"{path}, {_ABOUT.decode()}")
+    about = _about(data, path)
     faults = {
         "id: one occurs twice": len(table["id"].unique()) < len(table),
         "state: not one of " + ", ".join(STATES): not set(table["state"].unique().to_pylist()) <= set(STATES),
@@ -194,3 +198,13 @@ def read_part(data: bytes, number: int, path: Path) -> Round:
         if wrong:
             raise DamagedError(f"{path}: damaged: {fault}")
     return Round(number, about, table)
+
+
+def _about(data: bytes, path: Path) -> dict[str, Any]:
+    """`Round.about` from the bytes of a part; DamagedError for what no round can be."""
+    text = read_metadata(io.BytesIO(data), path).get(_ABOUT)
+    if text is None:
+        raise DamagedError(f"{path}: is no round: it does not say what the round was")
+    about: dict[str, Any] = load_json(text, f"{path}, {_ABOUT.decode()}", nan=True)
+    _MEMBERS.check(about, f"{path}, {_ABOUT.decode()}")
+    return about

@@ -15,9 +15,10 @@ from gradstore import State, Store, View
 from gradstore.engine.forecasting.cosine_model import PRIOR_LIFE, Beliefs, Staleness, fit, measured_pairs, sum_of_units
 from gradstore.engine.forecasting.kept import Kept, Places
 from gradstore.engine.forecasting.live_rows import Rows, live_rows
+from gradstore.engine.forecasting.local_ratios import Probed
 from gradstore.engine.forecasting.measured_rates import MeasuredRates
 from gradstore.engine.forecasting.norms import expected_norms
-from gradstore.engine.forecasting.probe_scale import Calibration, Probed, aim, calibrate, probed_at, probed_before
+from gradstore.engine.forecasting.probe_scale import Calibration, aim, calibrate, probed_at, probed_before
 from gradstore.engine.forecasting.refresh_choice import Outlook, pass_rate_prior
 from gradstore.engine.selecting.history import signal_probability
 

@@ -152,7 +152,8 @@ class LocalRatios:
 
     def slopes(self, sums: Mapping[int, np.ndarray]) -> np.ndarray:
         """Slopes of problems with these sums, float64 [P]."""
-        products_P, squares_P = sum(part.sizes(sums[step]) for step, part in self.parts.items()).T
+        sizes_2P = np.sum([part.sizes(sums[step]).T for step, part in self.parts.items()], axis=0)
+        products_P, squares_P = sizes_2P
         slope_P: np.ndarray = (products_P + self._one * self._usual) / (squares_P + self._one)
         return np.maximum(slope_P, 0.0)
 

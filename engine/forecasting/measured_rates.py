@@ -36,7 +36,8 @@ class MeasuredRates:
         key = (counts, view.stored.base, view.n_problems, step, forgetting)
 
         def before() -> MeasuredRates:
-            found = cls(*np.zeros((4, view.n_problems)), np.full(view.n_problems, np.nan))
+            right, wrong, recent_right, recent_wrong = np.zeros((4, view.n_problems))
+            found = cls(right, wrong, recent_right, recent_wrong, np.full(view.n_problems, np.nan))
             found._add(store.history(pool, step - 1, numbers=True), step, forgetting)
             return found
 

@@ -76,9 +76,9 @@ def probed_at(store: Store, pool: str, benchmarks: Sequence[str], step: int) -> 
     except RequestError:
         return None
     positions_K = view.positions_of(seen.numbers)
-    known_K = (positions_K >= 0) & seen.live
-    known_K[known_K] = view.live[positions_K[known_K]]
-    known_K = np.flatnonzero(known_K)[:_MOST]
+    found_K = (positions_K >= 0) & seen.live
+    found_K[found_K] = view.live[positions_K[found_K]]
+    known_K = np.flatnonzero(found_K)[:_MOST]
     positions_K = positions_K[known_K]
     if view.n_bases > 1 or not len(positions_K):
         return None

@@ -6,6 +6,7 @@ Dimension letters: P problems, G rollouts of one problem.
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -184,5 +185,5 @@ def _arrays(column: "pa.ChunkedArray", kind: type) -> list[np.ndarray]:
     """Each list of a column as an array."""
     lists = column.combine_chunks()
     values = lists.flatten().to_numpy(zero_copy_only=False).astype(kind)
-    ends = np.cumsum(np.diff(lists.offsets.to_numpy()))
-    return np.split(values, ends[:-1])
+    ends = np.cumsum(np.diff(lists.offsets.to_numpy())).tolist()
+    return [values[start:end] for start, end in pairwise([0, *ends])]

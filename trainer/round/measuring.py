@@ -247,7 +247,7 @@ class Measured:
 
 def _calibration_before(store: Store, scope: Scope) -> Calibration | None:
     """Calibration of the previous round's probe; None if there is none."""
-    kept = store.rounds(scope.run.pool)[scope.number - 1].about.get("probe") if scope.number else None
+    kept = store.rounds(scope.run.pool).about(scope.number - 1).get("probe") if scope.number else None
     return None if kept is None else Calibration.of(kept)
 
 
