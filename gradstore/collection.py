@@ -76,7 +76,7 @@ class Collection:
         with Session(self.header, self.folder) as session:
             self.problems(session.manifest).rows_of(ids, self.where)
             check_inventory(self.folder, self._store)  # A new part must not take the number of one that was lost.
-            session.unpublished = True
+            session.unpublished, session.tidies = True, False
             number = write()
             take_inventory(self.folder, self._store, OF_COLLECTION, session.manifest.commit)
             session.unpublished = False

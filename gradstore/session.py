@@ -50,6 +50,8 @@ class Session:
             make_folder(collection)
         else:
             check_collection(collection)
+        self.tidies = True
+        """Whether to update zarr.json and remove what no manifest names at the end; not needed where no rows change."""
         self._seen: Manifest | None = None
         """The manifest whose folders were all found, before the lock was taken."""
         if (collection / MANIFEST).exists():
@@ -116,8 +118,8 @@ class Session:
         return manifest
 
     def close(self) -> None:
-        """Remove unpublished bytes, update zarr.json for other Zarr readers after a publication, and unlock."""
-        self._close(tidy=self._published)
+        """Remove unpublished bytes, update zarr.json for other Zarr readers, and unlock."""
+        self._close(tidy=self.tidies)
 
     def _close(self, *, tidy: bool) -> None:
         clean = False

@@ -108,8 +108,9 @@ class _Seen:
             seen = cls(key, view.n_problems)
             kept.put(name, seen)
         probes = view.store.probes(view.collection)
-        first, seen._n_parts = seen._n_parts, probes.n_parts
-        seen._add(view, probes.table(step=step, target=target_name, parts=slice(first, seen._n_parts)))
+        n_parts = probes.n_parts
+        seen._add(view, probes.table(step=step, target=target_name, parts=slice(seen._n_parts, n_parts)))
+        seen._n_parts = n_parts
         if len(seen._objectives) != 1:
             raise RequestError(f"no probes of one objective at step {step} along {target_name!r}")
         return seen
