@@ -169,11 +169,12 @@ class _Gains:
         own = kept.last("gains")
         if own is None or own.made_for != (view.stored.base, view.n_problems):
             own = cls(view)
-            kept.put("gains", own)
+        kept.put("gains", None)  # Not to be gone on from if this is interrupted.
         number_K, row_K = view.problem_numbers[positions], view.stored.numbers[positions]
         known_K = own._row_N[number_K] == row_K
         own._change_to(ratios, view, positions[known_K])
         own._start(ratios, view, positions[~known_K])
+        kept.put("gains", own)
         return ratios.slopes({step: sums_N2[number_K] for step, sums_N2 in own._sums.items()})
 
     def _change_to(self, ratios: LocalRatios, view: View, positions: np.ndarray) -> None:
