@@ -83,18 +83,23 @@ class Interventions:
         """All measurements that are missing. sets: selectors of the sets."""
         if "scores" not in self.rows:
             self._add("scores", **self._scores())
-        for age in self.sizes.ages:
-            missing = [g for g in range(self.sizes.groups) if f"group {g} age {age}" not in self.rows]
-            if missing:
-                self._aged(age)
-                for g in missing:
-                    self._measure(f"group {g} age {age}", self.groups()[g], 0, self.sizes.group_steps, age=age)
+        youngest, *older = self.sizes.ages
+        self._groups_at(youngest)
         self._aged(0)
         for draw in range(self.sizes.draws):
             for what in ("random", *(f"{name} {end}" for name in sets for end in ("top", "bottom"))):
                 name = f"{what} draw {draw}"
                 if name not in self.rows:
                     self._measure(name, self.set_of(what, draw), draw, None)
+        for age in older:
+            self._groups_at(age)
+
+    def _groups_at(self, age: int) -> None:
+        missing = [g for g in range(self.sizes.groups) if f"group {g} age {age}" not in self.rows]
+        if missing:
+            self._aged(age)
+        for g in missing:
+            self._measure(f"group {g} age {age}", self.groups()[g], 0, self.sizes.group_steps, age=age)
 
     def groups(self) -> list[list[str]]:
         """The pool's ids in equal parts, by falling dot."""
