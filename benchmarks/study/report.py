@@ -25,6 +25,7 @@ from benchmarks.study.statistics import (
     selection_rollouts,
     selection_seconds,
     share,
+    steady,
 )
 from gradstore.errors import RequestError
 
@@ -67,6 +68,7 @@ def write_page(bed: Bed, rows: Sequence[dict[str, Any]], page: Path, settings: S
             f"![Bad picks]({folder.name}/picks.svg)\n",
             *(_arm_table(bed, rows, arm, methods) for arm in arms),
             _cost_table(rows, arms, methods),
+            _steady_table(rows, methods),
         ]
     if interventions:
         parts.append(section(interventions))
@@ -174,6 +176,31 @@ def _cost_table(rows: Sequence[dict[str, Any]], arms: Sequence[str], methods: Se
             f"{100 * np.median([overhead(row) for row in own]):.0f} %",
         )
         lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _steady_table(rows: Sequence[dict[str, Any]], methods: Sequence[str]) -> str:
+    """Table of what a round after the first costs, where rows say how long training's rollouts took; else nothing."""
+    told = [row for row in rows if "training_rollout_seconds" in row and len(row["selection_rollouts"]) > 1]
+    if not told:
+        return ""
+    lines = [
+        "### Rounds after the first\n",
+        "Selection, of the training of its round; medians over runs. `fit`: seconds of the first round's fit.\n",
+        "| method | seconds, of the updates', all rollouts left out | seconds with rollouts | rollouts | fit s |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for name in methods:
+        own = [row for row in told if row["method"] == name]
+        if own and any(sum(row["selection_seconds"]) > 1 for row in own):
+            each = [steady(row) for row in own]
+            shares = [
+                np.median([getattr(one, what) for one in each])
+                for what in ("seconds", "seconds_with_rollouts", "rollouts")
+            ]
+            fits = [row["stage_seconds"][0]["fit"] for row in own if "fit" in (row["stage_seconds"] or [{}])[0]]
+            cells = [f"{100 * value:.0f} %" for value in shares] + [f"{np.median(fits):.0f}" if fits else "-"]
+            lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
