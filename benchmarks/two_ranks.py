@@ -81,7 +81,19 @@ def _run(folder: Path, model: str, rolled: Path, n: int, way: str, basis: str, l
     several = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n)] if n > 1 else []
     store, told = folder / f"store-{n}-{way}", folder / f"told-{n}-{way}"
     settings = ["--model", model, "--basis", basis, "--rank", "4", "--accept-coverage", "0", "--dtype", "fp32"]
-    command = [sys.executable, *several, __file__, _FIRST, way, str(told), str(store), "pool", str(rolled), *settings]
+    command = [
+        sys.executable,
+        *several,
+        "-m",
+        "benchmarks.two_ranks",
+        _FIRST,
+        way,
+        str(told),
+        str(store),
+        "pool",
+        str(rolled),
+        *settings,
+    ]
     started = time.monotonic()
     run = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True)
     try:
