@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import wraps
 from importlib import import_module
 from pathlib import Path
@@ -99,6 +100,9 @@ def _run(folder: Path, model: str, rolled: Path, n: int, way: str, basis: str, l
     try:
         status = run.wait(limit)
     except subprocess.TimeoutExpired:
+        run.terminate()  # torchrun passes it on to its ranks, which have sessions of their own
+        with suppress(subprocess.TimeoutExpired):
+            run.wait(60)
         os.killpg(run.pid, signal.SIGKILL)
         run.wait()
         return None
