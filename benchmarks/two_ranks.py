@@ -103,7 +103,8 @@ def _run(folder: Path, model: str, rolled: Path, n: int, way: str, basis: str, l
         run.terminate()  # torchrun passes it on to its ranks, which have sessions of their own
         with suppress(subprocess.TimeoutExpired):
             run.wait(60)
-        os.killpg(run.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.killpg(run.pid, signal.SIGKILL)
         run.wait()
         return None
     if status:
