@@ -170,19 +170,20 @@ class Changes:
         for place, change in enumerate(some):
             self._terms_KS2[done : done + len(change), place] = change.terms
             done += len(change)
-        self._sketches = Sketches.join([change.sketches for change in some]) if some else None
+        self.sketches = Sketches.join([change.sketches for change in some]) if some else None
+        """Of all of them, step after step; None without any."""
 
     @cached_property
     def _sums_of_codes(self) -> Callable[[np.ndarray], np.ndarray]:
-        assert self._sketches is not None
-        return int8_sums(self._sketches.codes)
+        assert self.sketches is not None
+        return int8_sums(self.sketches.codes)
 
     def sums(self, rows: Sketches) -> dict[int, np.ndarray]:
         """What to add to the sums of problems with these sketches, by step: float64 [P, 2]."""
-        if self._sketches is None:
+        if self.sketches is None:
             return {}
         weights_PK = self._sums_of_codes(rows.codes).astype(np.float32)
-        weights_PK *= self._sketches.scale * np.float32(2 ** (_WEIGHT_BITS // 2))
+        weights_PK *= self.sketches.scale * np.float32(2 ** (_WEIGHT_BITS // 2))
         weights_PK *= rows.scale[:, None]
         np.maximum(weights_PK, 0.0, out=weights_PK)
         np.square(weights_PK, out=weights_PK)

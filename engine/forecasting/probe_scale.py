@@ -146,8 +146,7 @@ def calibrate(view: View, places: Places, probes: Sequence[Probed], length: floa
     position_P = view.positions_of(places.numbers)
     live = np.flatnonzero((position_P >= 0) & np.append(view.live, False)[position_P])
     gains_P = np.full(len(places), ratios.usual)
-    gains_P[live] = _Gains.of(view, ratios, position_P[live])
-    own_K = ratios(Sketches.join([own.sketches for own in probes]))
+    gains_P[live], own_K = _Gains.of(view, ratios, position_P[live])
     left = max(float(np.mean((probed_K - own_K * sketched_K) ** 2)) - float(np.mean(errors_K**2)), 0.0)
     return Calibration(gains_P, left / ((ratios.usual * length) ** 2 or 1.0), length, len(probed_K))
 
@@ -161,10 +160,12 @@ class _Gains:
         self._parts: dict[int, Part] = {}
         self._sums: dict[int, np.ndarray] = {}
         """By step, float64 [N, 2]."""
+        self._own: dict[int, np.ndarray] = {}
+        """Sums of the probed problems themselves, by step, float64 [K, 2]."""
 
     @classmethod
-    def of(cls, view: View, ratios: LocalRatios, positions: np.ndarray) -> np.ndarray:
-        """Ratios of the rows at some positions, float64 [len(positions)]."""
+    def of(cls, view: View, ratios: LocalRatios, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Ratios of the rows at some positions, and of the probed ones: float64 [len(positions)] and [K]."""
         kept = Kept.of(view.store, view.collection)
         own = kept.last("gains")
         if own is None or own.made_for != (view.stored.base, view.n_problems):
@@ -175,7 +176,8 @@ class _Gains:
         own._change_to(ratios, view, positions[known_K])
         own._start(ratios, view, positions[~known_K])
         kept.put("gains", own)
-        return ratios.slopes({step: sums_N2[number_K] for step, sums_N2 in own._sums.items()})
+        slopes_P = ratios.slopes({step: sums_N2[number_K] for step, sums_N2 in own._sums.items()})
+        return slopes_P, ratios.slopes(own._own)
 
     def _change_to(self, ratios: LocalRatios, view: View, positions: np.ndarray) -> None:
         """Go over to other probes, for the rows at the positions; those of other problems are known no more."""
@@ -186,8 +188,13 @@ class _Gains:
                 self._sums[step] = np.zeros((len(self._row_N), 2))
                 change = part.whole()
             changes[step] = change
+        same = self._parts.keys() == ratios.parts.keys() and not any(map(len, changes.values()))
         self._sums = {step: self._sums[step] for step in ratios.parts}
         self._parts = dict(ratios.parts)
+        if same:
+            return
+        assert ratios.whole.sketches is not None
+        self._own = ratios.sums(ratios.whole.sketches)
         if not any(map(len, changes.values())):
             return
         row_N, number_K = np.full(len(self._row_N), -1), view.problem_numbers[positions]
