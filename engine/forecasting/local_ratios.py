@@ -150,10 +150,12 @@ class LocalRatios:
         """All probed problems, put in."""
         return Changes({step: part.whole() for step, part in self.parts.items()})
 
-    def slopes(self, sums: Mapping[int, np.ndarray]) -> np.ndarray:
-        """Slopes of problems with these sums, float64 [P]."""
-        sizes_2P = np.sum([part.sizes(sums[step]).T for step, part in self.parts.items()], axis=0)
-        products_P, squares_P = sizes_2P
+    def slopes(self, sums: Mapping[int, np.ndarray], places: np.ndarray | slice = slice(None)) -> np.ndarray:
+        """Slopes of problems, float64 [P], by the sums at some places (default: all)."""
+        sizes_P2 = np.zeros(2)
+        for step, part in self.parts.items():
+            sizes_P2 = sizes_P2 + part.sizes(sums[step][places])
+        products_P, squares_P = sizes_P2.T
         slope_P: np.ndarray = (products_P + self._one * self._usual) / (squares_P + self._one)
         return np.maximum(slope_P, 0.0)
 

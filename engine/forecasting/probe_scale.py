@@ -176,8 +176,7 @@ class _Gains:
         own._change_to(ratios, view, positions[known_K])
         own._start(ratios, view, positions[~known_K])
         kept.put("gains", own)
-        slopes_P = ratios.slopes({step: sums_N2[number_K] for step, sums_N2 in own._sums.items()})
-        return slopes_P, ratios.slopes(own._own)
+        return ratios.slopes(own._sums, number_K), ratios.slopes(own._own)
 
     def _change_to(self, ratios: LocalRatios, view: View, positions: np.ndarray) -> None:
         """Go over to other probes, for the rows at the positions; those of other problems are known no more."""
