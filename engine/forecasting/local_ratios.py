@@ -152,10 +152,10 @@ class LocalRatios:
 
     def slopes(self, sums: Mapping[int, np.ndarray], places: np.ndarray | slice = slice(None)) -> np.ndarray:
         """Slopes of problems, float64 [P], by the sums at some places (default: all)."""
-        sizes_P2 = np.zeros(2)
+        products_P, squares_P = np.zeros((2, 1))
         for step, part in self.parts.items():
-            sizes_P2 = sizes_P2 + part.sizes(sums[step][places])
-        products_P, squares_P = sizes_P2.T
+            sizes_2P = part.sizes(sums[step][places]).T
+            products_P, squares_P = products_P + sizes_2P[0], squares_P + sizes_2P[1]
         slope_P: np.ndarray = (products_P + self._one * self._usual) / (squares_P + self._one)
         return np.maximum(slope_P, 0.0)
 
