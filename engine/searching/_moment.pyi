@@ -1,0 +1,6 @@
+from typing_extensions import Buffer
+
+def avx2(wanted: bool = ..., /) -> bool: ...
+def moment_int8(
+    width: int, rows: Buffer, places: Buffer, weights: Buffer, digits: Buffer, steps: Buffer, out: Buffer, /
+) -> None: ...
