@@ -1,5 +1,6 @@
 /* out_q += sum over rows i of weight_i (row_i . vector_q) row_i, of stored int8 rows: a step of the conjugate gradients of
- * conjugate.py. A row is read once from memory; both products are made while it is in the processor's cache.
+ * conjugate.py. A row is read once from memory; both products are made while it is in the processor's cache. And sums of
+ * rows alone, out += sum over rows i of factor_i row_i.
  *
  * A vector is step times (digit + digit / STEPS), digits of 16 bits, and so are the factors weight_i (row_i . vector_q) of
  * a run of rows: both products are sums of whole numbers, and what is rounded is below 2^-31 of the largest entry or
@@ -174,38 +175,81 @@ static double digits_of(const double *factors, Py_ssize_t n, int16_t (*digits)[2
     return step;
 }
 
-/* One run of at most RUN rows with one vector. sums: room for int32 [2][width]. */
-static void multiply(const int8_t *const *rows, Py_ssize_t n, Py_ssize_t width, const double *weights,
-                     const int16_t *digits, double step, int32_t *sums, double *out)
+/* out += factor_i row_i, of one run of at most RUN rows. sums: room for int32 [2][width]. */
+static void add_run(const int8_t *const *rows, Py_ssize_t n, Py_ssize_t width, const double *factors, int32_t *sums,
+                    double *out)
 {
-    double factors[RUN];
-    int16_t factor_digits[RUN / ROWS][2][ROWS];
-    for (Py_ssize_t i = 0; i < n; i++) {
-        int64_t own[2];
-        product(rows[i], rows[i + ROWS], digits, width, own);
-        factors[i] = weights[i] * step * ((double)own[0] + (double)own[1] / STEPS);
-    }
-    const double factor_step = digits_of(factors, n, factor_digits);
+    int16_t digits[RUN / ROWS][2][ROWS];
+    const double step = digits_of(factors, n, digits);
     memset(sums, 0, (size_t)(2 * width) * sizeof(*sums));
     for (Py_ssize_t i = 0; i < n; i += ROWS)
-        add(rows + i, (const int16_t(*)[ROWS])factor_digits[i / ROWS], sums, width);
+        add(rows + i, (const int16_t(*)[ROWS])digits[i / ROWS], sums, width);
     for (Py_ssize_t i = 0; i < width; i++)
-        out[i] += factor_step * (sums[i] + sums[width + i] / STEPS);
+        out[i] += step * (sums[i] + sums[width + i] / STEPS);
+}
+
+/* The rows of the run that begins at `start`, and those that come next, to ask for ahead. */
+static void rows_of_run(const int8_t *codes, const int64_t *places, Py_ssize_t start, Py_ssize_t n, Py_ssize_t width,
+                        const int8_t **rows)
+{
+    for (Py_ssize_t i = 0; i < RUN + ROWS; i++) {
+        const Py_ssize_t here = start + i < n ? start + i : n - 1;
+        rows[i] = codes + (places ? (Py_ssize_t)places[here] : here) * width;
+    }
 }
 
 static void multiply_runs(const int8_t *codes, const int64_t *places, Py_ssize_t n, Py_ssize_t width, const double *weights,
                           const int16_t *digits, const double *steps, Py_ssize_t n_vectors, int32_t *sums, double *out)
 {
     for (Py_ssize_t start = 0; start < n; start += RUN) {
-        const int8_t *rows[RUN + ROWS]; /* with those of the next run, to ask for ahead */
-        for (Py_ssize_t i = 0; i < RUN + ROWS; i++) {
-            const Py_ssize_t here = start + i < n ? start + i : n - 1;
-            rows[i] = codes + (places ? (Py_ssize_t)places[here] : here) * width;
+        const int8_t *rows[RUN + ROWS];
+        const Py_ssize_t here = n - start < RUN ? n - start : RUN;
+        rows_of_run(codes, places, start, n, width, rows);
+        for (Py_ssize_t q = 0; q < n_vectors; q++) {
+            double factors[RUN];
+            for (Py_ssize_t i = 0; i < here; i++) {
+                int64_t own[2];
+                product(rows[i], rows[i + ROWS], digits + 2 * q * width, width, own);
+                factors[i] = weights[start + i] * steps[q] * ((double)own[0] + (double)own[1] / STEPS);
+            }
+            add_run(rows, here, width, factors, sums, out + q * width);
         }
-        for (Py_ssize_t q = 0; q < n_vectors; q++)
-            multiply(rows, n - start < RUN ? n - start : RUN, width, weights + start, digits + 2 * q * width, steps[q], sums,
-                     out + q * width);
     }
+}
+
+static void add_runs(const int8_t *codes, const int64_t *places, Py_ssize_t n, Py_ssize_t width, const double *factors,
+                     int32_t *sums, double *out)
+{
+    for (Py_ssize_t start = 0; start < n; start += RUN) {
+        const int8_t *rows[RUN + ROWS];
+        rows_of_run(codes, places, start, n, width, rows);
+        add_run(rows, n - start < RUN ? n - start : RUN, width, factors + start, sums, out);
+    }
+}
+
+static int places_fit(const Py_buffer *places, Py_ssize_t n, Py_ssize_t n_rows)
+{
+    const int64_t *place = places->buf;
+    if (!places->len)
+        return n == n_rows;
+    int fits = places->len == 8 * n;
+    for (Py_ssize_t i = 0; fits && i < n; i++)
+        fits = place[i] >= 0 && place[i] < n_rows;
+    return fits;
+}
+
+/* The end of a function of this module: `sums` was there and was used, or not. */
+static PyObject *answer(Py_buffer *buffers, int n_buffers, int fits, int32_t *sums)
+{
+    for (int i = 0; i < n_buffers; i++)
+        PyBuffer_Release(&buffers[i]);
+    PyMem_Free(sums);
+    if (fits && sums)
+        Py_RETURN_NONE;
+    if (fits)
+        return PyErr_NoMemory();
+    PyErr_SetString(PyExc_ValueError, "the buffers' sizes do not agree");
+    return NULL;
 }
 
 static PyObject *moment_int8(PyObject *self, PyObject *arguments)
@@ -219,28 +263,39 @@ static PyObject *moment_int8(PyObject *self, PyObject *arguments)
         return NULL;
     const Py_ssize_t n = buffer[WEIGHTS].len / 8, n_rows = width > 0 ? buffer[ROW_CODES].len / width : 0;
     const Py_ssize_t n_vectors = buffer[STEPS_OF].len / 8;
-    const int64_t *places = buffer[PLACES].len ? buffer[PLACES].buf : NULL;
-    int fits = width > 0 && buffer[ROW_CODES].len == n_rows * width && buffer[WEIGHTS].len == 8 * n &&
-               buffer[STEPS_OF].len == 8 * n_vectors && buffer[OUT].len == 8 * n_vectors * width &&
-               buffer[DIGITS].len == 4 * n_vectors * width && (places ? buffer[PLACES].len == 8 * n : n == n_rows);
-    for (Py_ssize_t i = 0; places && fits && i < n; i++)
-        fits = places[i] >= 0 && places[i] < n_rows;
+    const int fits = width > 0 && buffer[ROW_CODES].len == n_rows * width && buffer[WEIGHTS].len == 8 * n &&
+                     buffer[STEPS_OF].len == 8 * n_vectors && buffer[OUT].len == 8 * n_vectors * width &&
+                     buffer[DIGITS].len == 4 * n_vectors * width && places_fit(&buffer[PLACES], n, n_rows);
     int32_t *sums = fits ? PyMem_Malloc((size_t)(2 * width) * sizeof(*sums)) : NULL;
     if (sums) {
         Py_BEGIN_ALLOW_THREADS
-        multiply_runs(buffer[ROW_CODES].buf, places, n, width, buffer[WEIGHTS].buf, buffer[DIGITS].buf,
-                      buffer[STEPS_OF].buf, n_vectors, sums, buffer[OUT].buf);
+        multiply_runs(buffer[ROW_CODES].buf, buffer[PLACES].len ? buffer[PLACES].buf : NULL, n, width,
+                      buffer[WEIGHTS].buf, buffer[DIGITS].buf, buffer[STEPS_OF].buf, n_vectors, sums, buffer[OUT].buf);
         Py_END_ALLOW_THREADS
-        PyMem_Free(sums);
     }
-    for (int i = 0; i < N_BUFFERS; i++)
-        PyBuffer_Release(&buffer[i]);
-    if (sums)
-        Py_RETURN_NONE;
-    if (fits)
-        return PyErr_NoMemory();
-    PyErr_SetString(PyExc_ValueError, "the buffers' sizes do not agree");
-    return NULL;
+    return answer(buffer, N_BUFFERS, fits, sums);
+}
+
+static PyObject *sum_int8(PyObject *self, PyObject *arguments)
+{
+    enum { ROW_CODES, PLACES, FACTORS, OUT, N_BUFFERS };
+    Py_buffer buffer[N_BUFFERS];
+    Py_ssize_t width;
+    (void)self;
+    if (!PyArg_ParseTuple(arguments, "ny*y*y*w*", &width, &buffer[ROW_CODES], &buffer[PLACES], &buffer[FACTORS],
+                          &buffer[OUT]))
+        return NULL;
+    const Py_ssize_t n = buffer[FACTORS].len / 8, n_rows = width > 0 ? buffer[ROW_CODES].len / width : 0;
+    const int fits = width > 0 && buffer[ROW_CODES].len == n_rows * width && buffer[FACTORS].len == 8 * n &&
+                     buffer[OUT].len == 8 * width && places_fit(&buffer[PLACES], n, n_rows);
+    int32_t *sums = fits ? PyMem_Malloc((size_t)(2 * width) * sizeof(*sums)) : NULL;
+    if (sums) {
+        Py_BEGIN_ALLOW_THREADS
+        add_runs(buffer[ROW_CODES].buf, buffer[PLACES].len ? buffer[PLACES].buf : NULL, n, width, buffer[FACTORS].buf,
+                 sums, buffer[OUT].buf);
+        Py_END_ALLOW_THREADS
+    }
+    return answer(buffer, N_BUFFERS, fits, sums);
 }
 
 static PyObject *use_avx2(PyObject *self, PyObject *arguments)
@@ -261,6 +316,8 @@ static PyMethodDef methods[] = {
      "moment_int8(width, rows, places, weights, digits, steps, out): of int8 rows [M, width] those at int64 places [N]\n"
      "(empty: all), with float64 weights [N]; vectors as int16 digits [Q, 2, width], of at most 32767, and float64 steps\n"
      "[Q]; adds to float64 out [Q, width]. Other threads run meanwhile."},
+    {"sum_int8", sum_int8, METH_VARARGS,
+     "sum_int8(width, rows, places, factors, out): the same rows with float64 factors [N]; adds to float64 out [width]."},
     {"avx2", use_avx2, METH_VARARGS,
      "avx2() -> whether AVX2 is in use. avx2(wanted): from now on only if wanted, for tests."},
     {NULL, NULL, 0, NULL},

@@ -75,8 +75,8 @@ def _steps(
         n_products += len(open_Q)
         with np.errstate(divide="ignore", invalid="ignore"):
             strides_Q1 = (sizes_Q / _dots(directions_QD, products_QD))[:, None]
-        vectors_QD[open_Q] += strides_Q1 * directions_QD
-        residuals_QD[open_Q] -= strides_Q1 * products_QD
+            vectors_QD[open_Q] += strides_Q1 * directions_QD
+            residuals_QD[open_Q] -= strides_Q1 * products_QD
         here_QD = residuals_QD[open_Q]
         nears_QD = roughly(here_QD)
         before_Q, sizes_Q = sizes_Q, _dots(here_QD, nears_QD)

@@ -104,6 +104,52 @@ class Moment:
         return product
 
 
+def sums_by_group(view: View, positions: np.ndarray, group_N: np.ndarray, n_groups: int) -> np.ndarray:
+    """Sum of the gradients of each group, unit row * norm, float64 [groups, D]; positions int64 [N], ascending.
+
+    group_N: int64 [N], each in [0, n_groups). Other than int8 rows are decoded, in blocks.
+    """
+    kernel = _kernel() if view.stored.dtype == "int8" else None
+    group_P = np.full(len(view), -1)
+    group_P[positions] = group_N
+    total_SD = np.zeros((n_groups, view.dim))
+    at_once = max(1, _BLOCK_BYTES // (8 * view.dim))
+
+    def stored(piece: Piece, kernel: ModuleType) -> list[tuple[int, np.ndarray]]:
+        factors, codes, within = view.norms[piece.positions].astype(np.float64) * piece.scale, piece.codes, piece.within
+        found = []
+        for group, some in _by_group(group_P[piece.positions]):
+            sum_D = np.zeros(view.dim)
+            kernel.sum_int8(view.dim, codes, within[some], factors[some], sum_D)
+            found.append((group, sum_D))
+        return found
+
+    def decoded(piece: Piece) -> list[tuple[int, np.ndarray]]:
+        found = []
+        for start in range(0, len(piece.positions), at_once):
+            at = piece.positions[start : start + at_once]
+            rows_PD = view.stored.unit_rows(at).astype(np.float64)
+            rows_PD *= view.norms[at, None]
+            found += [(group, rows_PD[some].sum(axis=0)) for group, some in _by_group(group_P[at])]
+        return found
+
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        sums = pool.map(
+            decoded if kernel is None else lambda piece: stored(piece, kernel), view.stored.pieces(positions)
+        )
+        for part in sums:
+            for group, sum_D in part:
+                total_SD[group] += sum_D
+    return total_SD
+
+
+def _by_group(group_N: np.ndarray) -> list[tuple[int, np.ndarray]]:
+    """Each group with the places of its members, ascending."""
+    order_N = np.argsort(group_N, kind="stable")
+    groups, first = np.unique(group_N[order_N], return_index=True)
+    return list(zip(groups.tolist(), np.split(order_N, first[1:]), strict=True))
+
+
 def _digits_of(vectors_QD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Vectors as step * (first + second / 65534): int16 digits [Q, 2, D], float64 steps [Q]."""
     steps_Q = np.abs(vectors_QD).max(axis=1) / _LARGEST_DIGIT

@@ -114,3 +114,35 @@ def test_the_sample_estimates_the_moment(tmp_path) -> None:
     assert np.trace(found) == pytest.approx(1, rel=1e-5)
     assert np.linalg.norm(found - expected) < 0.01 * np.linalg.norm(expected)
     np.testing.assert_array_equal(Moment(view, live, unit).sampled(20_000), found)
+
+
+@pytest.mark.parametrize("dim", [5, 16, 100])
+@pytest.mark.parametrize("n", [1, 70, 130])
+def test_the_compiled_sum(kernel, dim: int, n: int) -> None:
+    """Factors over magnitudes, and runs of rows that end early."""
+    random = np.random.default_rng(dim + n)
+    codes = random.integers(-128, 128, (n, dim), dtype=np.int8)
+    factors = random.standard_normal(n) * random.lognormal(0, 3, n)
+    places = random.permutation(n)[: -(-n // 2)].astype(np.int64)
+    for chosen, asked in ((np.arange(n), np.empty(0, np.int64)), (places, places)):
+        out = np.zeros(dim)
+        _moment.sum_int8(dim, codes, asked, factors[chosen], out)
+        expected = factors[chosen] @ codes[chosen].astype(np.float64)
+        np.testing.assert_allclose(out, expected, rtol=0, atol=1e-7 * np.abs(factors).max() * 128)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("dtype", ["int8", "int4", "fp32"])
+def test_sums_by_group(tmp_path, dtype: str, compiled: bool, monkeypatch) -> None:
+    """Each row counts once, in its own group, with its norm."""
+    if not compiled:
+        monkeypatch.setattr(moments, "_kernel", lambda: None)
+        monkeypatch.setattr(moments, "_BLOCK_BYTES", 8 * 24 * 7)
+    view = some_view(tmp_path / "s", dtype)
+    positions = view.live_positions[3:]
+    groups = np.random.default_rng(2).integers(0, 4, len(positions))
+    found = moments.sums_by_group(view, positions, groups, 6)
+    rows = view.rows(positions).astype(np.float64) * view.norms[positions, None]
+    for group in range(6):
+        wanted = rows[groups == group].sum(axis=0)
+        np.testing.assert_allclose(found[group], wanted, rtol=0, atol=1e-6 * np.abs(rows).max() * 10)
