@@ -25,7 +25,11 @@ def centred_ranks(scores_P: np.ndarray) -> np.ndarray:
     if n and np.isnan(sorted_P[-1]):
         return np.full(n, np.nan)
     ranks_P = np.empty(n)
-    first = np.flatnonzero(np.r_[True, sorted_P[1:] != sorted_P[:-1]][:n])  # of each run of equal scores
+    differs_P = sorted_P[1:] != sorted_P[:-1]
+    if differs_P.all():
+        ranks_P[order_P] = np.arange(n) - (n - 1) / 2
+        return ranks_P
+    first = np.flatnonzero(np.r_[True, differs_P])  # of each run of equal scores
     sizes = np.diff(first, append=n)
     ranks_P[order_P] = np.repeat(first + (sizes - 1) / 2, sizes) - (n - 1) / 2
     return ranks_P

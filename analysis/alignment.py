@@ -66,7 +66,9 @@ def summary(frame: pd.DataFrame, by: str | None = None) -> pd.DataFrame:
         for name, own in groups:
             if len(own):
                 parts.append((int(step), name, *_described(own["score"].to_numpy(np.float64)), own["age"].mean()))
-    table = pd.DataFrame(parts, columns=["step", by or "", "n", "low", "median", "high", "mean", "positive", "stale"])
+    numbers = ["low", "median", "high", "mean", "positive", "stale"]
+    table = pd.DataFrame(parts, columns=["step", by or "", "n", *numbers])
+    table = table.astype(dict.fromkeys(["step", "n"], np.int64) | dict.fromkeys(numbers, np.float64))
     return table if by else table.drop(columns=[""])
 
 

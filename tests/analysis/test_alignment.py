@@ -90,7 +90,9 @@ def test_summary_is_that_of_a_loop(history, by: str | None) -> None:
         assert line["mean"] == pytest.approx(scores.mean())
         assert line["positive"] == pytest.approx((scores > 0).mean())
         assert line["stale"] == pytest.approx(mine["age"].mean())
-    assert len(summary(frame[frame["score"].isna()], by)) == 0
+    nothing = summary(frame[frame["score"].isna()], by)
+    assert len(nothing) == 0
+    assert nothing.dtypes.drop(by or []).equals(found.dtypes.drop(by or []))  # as numbers, so that it can be ranked
 
 
 def test_measured_keeps_scores_of_fresh_rows_alone(history) -> None:
