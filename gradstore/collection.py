@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gradstore.chunks import CodeRows
 from gradstore.errors import RequestError
@@ -13,6 +14,9 @@ from gradstore.manifest import Manifest
 from gradstore.problem_table import ProblemTable
 from gradstore.session import Session
 from gradstore.snapshot import Snapshot, check_manifest, open_snapshot
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 CodesOf = Callable[[Path, Manifest], CodeRows]
 """(folder of a collection, manifest) -> its codes; for codes that are not files in the folder."""
@@ -67,12 +71,12 @@ class Collection:
         """Drop what is kept in memory, and with it the lease on the snapshot's files."""
         self._snapshot = self._problems = None
 
-    def add(self, ids: list[str], write: Callable[[], int]) -> int:
+    def add(self, ids: "list[str] | pa.Array", write: Callable[[], int]) -> int:
         """Write an addition (probes or a round) for known problems, under the lock; returns its number."""
         with Session(self.header, self.folder) as session:
             self.problems(session.manifest).rows_of(ids, self.where)
             check_inventory(self.folder, self._store)  # A new part must not take the number of one that was lost.
-            session.unpublished = True
+            session.unpublished, session.tidies = True, False
             number = write()
             take_inventory(self.folder, self._store, OF_COLLECTION, session.manifest.commit)
             session.unpublished = False

@@ -23,15 +23,19 @@ SCHEMA = pa.schema(
 _BY_NUMBER = SCHEMA.set(0, pa.field("problem", pa.int32(), nullable=False))
 
 
-def history_table(snapshot: Snapshot, at: int | None = None, numbers: bool = False) -> pa.Table:
+def history_table(
+    snapshot: Snapshot, at: int | None = None, numbers: bool = False, since: int | None = None
+) -> pa.Table:
     """Rows at or before step `at` (None: all) that are not deleted, sorted by step, then by order of appending.
 
-    numbers: `problem`, the problem's number (int32), instead of `id`.
+    since: only those at or after this step. numbers: `problem`, the problem's number (int32), instead of `id`.
     """
     steps = snapshot.column("step")
     kept = snapshot.alive()
     if at is not None:
         kept &= steps <= at
+    if since is not None:
+        kept &= steps >= since
     rows = np.flatnonzero(kept)
     if np.any(np.diff(steps[rows]) < 0):
         rows = rows[np.argsort(steps[rows], kind="stable")]

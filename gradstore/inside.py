@@ -30,13 +30,12 @@ def open_folder(folder: Path, root: Path) -> int:
     """Descriptor of a folder of the store; DamagedError, which names it, for a link on the way."""
     descriptor = os.open(root, _FOLDER)
     try:
-        path = root
-        for name in folder.relative_to(root).parts:
-            path = path / name
+        names = folder.relative_to(root).parts
+        for place, name in enumerate(names):
             try:
                 inner = os.open(name, _FOLDER | os.O_NOFOLLOW, dir_fd=descriptor)
             except OSError as error:
-                raise _named(error, path) from None
+                raise _named(error, root.joinpath(*names[: place + 1])) from None
             os.close(descriptor)
             descriptor = inner
     except BaseException:

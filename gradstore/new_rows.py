@@ -100,9 +100,12 @@ class NewRows:
     def reasons(self, reason: Any, states_P: np.ndarray, known: tuple[str, ...]) -> tuple[np.ndarray, tuple[str, ...]]:
         """Column `reason`, uint16, and the texts that it points into: the known ones and new ones after them."""
         n = len(self.ids)
-        if reason is None and not (states_P == State.FAILED).any():
+        failed = bool((states_P == State.FAILED).any())
+        if reason is None and not failed:
             return np.zeros(n, dtype=np.uint16), known
         texts = self._each(reason, "reason", str | None)
+        if not failed and all(text is None or text == "" for text in texts):
+            return np.zeros(n, dtype=np.uint16), known
         reasons = list(known)
         number = {text: row for row, text in enumerate(reasons)}
         rows = np.zeros(n, dtype=np.uint16)

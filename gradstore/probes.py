@@ -87,8 +87,15 @@ class RecordedProbes:
         data = table_bytes(pa.table(columns, schema=SCHEMA))
         self._collection.add(list(ids), lambda: additions.add_part(self._folder, data))
 
-    def table(self, *, step: int | None = None, target: str | None = None) -> pa.Table:
+    @property
+    def n_parts(self) -> int:
+        """Number of additions; lists names, reads no file."""
+        return additions.count_parts(self._folder)
+
+    def table(self, *, step: int | None = None, target: str | None = None, parts: slice = slice(None)) -> pa.Table:
         """Probes in order of addition, of problems that are not deleted; step or target None: of all.
+
+        parts: which additions, as a slice without a step.
 
         Columns: id, step, target, target_commit, objective (JSON), derivatives, rewards, lengths (lists, one number per
         rollout). DamagedError if a part with such rows changed, or if a part is missing.
@@ -100,7 +107,7 @@ class RecordedProbes:
 
         others = {name for name, held in self._held.copy().items() if not any(map(asked, held))}
         tables = []
-        for name, data in additions.read_parts(self._folder, skip=others).items():
+        for name, data in additions.read_parts(self._folder, parts.start or 0, parts.stop, skip=others).items():
             tables.append(read_part(data, self._folder / name))
             if name not in self._held:
                 held = tables[-1].group_by(["step", "target"]).aggregate([])

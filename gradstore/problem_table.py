@@ -191,11 +191,11 @@ class ProblemTable:
         block, within = divmod(row - start, DIGEST_ROWS)
         return start + min((block + 1) * DIGEST_ROWS, part.rows), None if within else self._digests[number][block]
 
-    def rows_of(self, ids: Sequence[str], where: str) -> np.ndarray:
+    def rows_of(self, ids: "Sequence[str] | pa.Array", where: str) -> np.ndarray:
         """Rows of the ids, int64; RequestError names the first unknown id."""
         rows = self.find(ids)
         if len(rows) and rows.min() < 0:
-            unknown = list(ids)[int(np.argmax(rows < 0))]
+            unknown = (list(ids) if isinstance(ids, Sequence) else ids.to_pylist())[int(np.argmax(rows < 0))]
             advice = "add its problem first (Store.add_problems)"
             raise RequestError(f"{where}: problem id {unknown!r} is not in the collection; {advice}")
         return rows

@@ -21,7 +21,7 @@ from gradstore.layout import ROUNDS
 from gradstore.parquet import table_bytes
 from gradstore.problem_rows import repeated
 from gradstore.schema import ANYTHING, Checker, lists, load_json, mapping, number, one_of, optional, record, text, whole
-from gradstore.stored_parquet import metadata_of, read_stored
+from gradstore.stored_parquet import read_metadata, read_stored
 
 STATES = ("live", "no_signal", "failed", "unmeasured")
 
@@ -91,9 +91,9 @@ class Round:
     def picks(self) -> list[str]:
         """Ids of the problems picked, best first."""
         ranks = self.table["picked"].to_numpy()
-        ids = self.table["id"].to_pylist()
         chosen = np.flatnonzero(ranks >= 0)
-        return [ids[place] for place in chosen[np.argsort(ranks[chosen], kind="stable")]]
+        ids: list[str] = self.table["id"].take(chosen[np.argsort(ranks[chosen], kind="stable")]).to_pylist()
+        return ids
 
 
 class RecordedRounds(Sequence[Round]):
@@ -126,6 +126,14 @@ class RecordedRounds(Sequence[Round]):
     def __iter__(self) -> Iterator[Round]:
         return iter(self._read())
 
+    def about(self, number: int) -> dict[str, Any]:
+        """`Round.about` of one round, without its table. RequestError if there is no such round."""
+        count = len(self)
+        if not 0 <= number < count:
+            raise RequestError(f"{self._collection.where} has {count} rounds, there is no round {number}")
+        ((name, data),) = additions.read_parts(self._folder, number, number + 1).items()
+        return _about(data, self._folder / name)
+
     def add(self, about: Mapping[str, Any], table: pa.Table) -> int:
         """Record a round and return its number, counted from 0.
 
@@ -134,7 +142,8 @@ class RecordedRounds(Sequence[Round]):
         """
         self._collection.refuse_read_only()
         data = _to_bytes(about, table, self._collection.where)
-        return self._collection.add(table["id"].to_pylist(), lambda: additions.add_part(self._folder, data))
+        ids = table["id"].cast(pa.large_string()).combine_chunks()
+        return self._collection.add(ids, lambda: additions.add_part(self._folder, data))
 
     def _read(self, first: int = 0, stop: int | None = None) -> list[Round]:
         """Rounds from `first` up to (not including) `stop`."""
@@ -152,8 +161,8 @@ def _to_bytes(about: Mapping[str, Any], table: pa.Table, where: str) -> bytes:
         table = table.select(SCHEMA.names).cast(SCHEMA)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, ValueError) as error:
         raise RequestError(f"{where}: a round's table has columns of other types: {error}") from None
-    twice = repeated(table["id"].to_pylist())
-    if twice is not None:
+    if len(table["id"].unique()) < len(table):
+        twice = repeated(table["id"].to_pylist())
         raise RequestError(f"{where}: problem id {twice!r} occurs more than once in the round; keep one")
     for state in table["state"].unique().to_pylist():
         check_known(f"{where}: state", state, STATES)
@@ -179,11 +188,7 @@ def _ranks_are_whole(table: pa.Table) -> bool:
 def read_part(data: bytes, number: int, path: Path) -> Round:
     """The round of a part; DamagedError names the file and the column for what no round can be."""
     table = read_stored(io.BytesIO(data), path, SCHEMA)
-    text = metadata_of(io.BytesIO(data)).get(_ABOUT)
-    if text is None:
-        raise DamagedError(f"{path}: is no round: it does not say what the round was")
-    about = load_json(text, f"{path}, {_ABOUT.decode()}", nan=True)
-    _MEMBERS.check(about, f"{path}, {_ABOUT.decode()}")
+    about = _about(data, path)
     faults = {
         "id: one occurs twice": len(table["id"].unique()) < len(table),
         "state: not one of " + ", ".join(STATES): not set(table["state"].unique().to_pylist()) <= set(STATES),
@@ -193,3 +198,13 @@ def read_part(data: bytes, number: int, path: Path) -> Round:
         if wrong:
             raise DamagedError(f"{path}: damaged: {fault}")
     return Round(number, about, table)
+
+
+def _about(data: bytes, path: Path) -> dict[str, Any]:
+    """`Round.about` from the bytes of a part; DamagedError for what no round can be."""
+    text = read_metadata(io.BytesIO(data), path).get(_ABOUT)
+    if text is None:
+        raise DamagedError(f"{path}: is no round: it does not say what the round was")
+    about: dict[str, Any] = load_json(text, f"{path}, {_ABOUT.decode()}", nan=True)
+    _MEMBERS.check(about, f"{path}, {_ABOUT.decode()}")
+    return about

@@ -50,6 +50,10 @@ class Session:
             make_folder(collection)
         else:
             check_collection(collection)
+        self.tidies = True
+        """Whether to update zarr.json and remove what no manifest names at the end; not needed where no rows change."""
+        self._seen: Manifest | None = None
+        """The manifest whose folders were all found, before the lock was taken."""
         if (collection / MANIFEST).exists():
             self._checked(locked=False)  # Before the lock file is touched: a store that is refused stays as it is.
         self.unpublished = False
@@ -115,7 +119,7 @@ class Session:
 
     def close(self) -> None:
         """Remove unpublished bytes, update zarr.json for other Zarr readers, and unlock."""
-        self._close(tidy=True)
+        self._close(tidy=self.tidies)
 
     def _close(self, *, tidy: bool) -> None:
         clean = False
@@ -150,7 +154,10 @@ class Session:
         locked: its folders must be there; without the lock a compaction of another writer may just have removed them.
         """
         manifest = read_manifest(self.collection)
+        if locked and manifest == self._seen:
+            return manifest
         check_manifest(manifest, self.header, self.collection)
+        complete = True
         for number in generations(self.collection):
             check_folder(self.collection / generation_name(number), self.store)
         in_use = self.collection / manifest.folder / IN_USE
@@ -158,10 +165,13 @@ class Session:
             os.close(open_inside(in_use, self.store))
         for name in (PROBLEMS, *(array.name for array in self.header.arrays)):
             folder = self.collection / manifest.folder / name
-            if not check_folder(folder, self.store) and locked:
-                raise DamagedError(f"{folder}: is missing; `gradstore verify` lists all damage")
+            if not check_folder(folder, self.store):
+                if locked:
+                    raise DamagedError(f"{folder}: is missing; `gradstore verify` lists all damage")
+                complete = False
             if name != PROBLEMS and os.path.lexists(folder / ZARR):
                 read_inside(folder / ZARR, self.store, MOST_TEXT)  # A publication ends with its renewal.
+        self._seen = manifest if complete else None
         return manifest
 
     def _first_manifest(self) -> Manifest:

@@ -82,16 +82,18 @@ class Snapshot:
         starts, numbers = np.array(((0, 0), *self.manifest.bases), dtype=np.int64).T
         return np.repeat(numbers.astype(np.uint16), np.diff(np.append(starts, self.manifest.rows)))
 
-    def newest(self, at: int | None, basis: int | None = None) -> np.ndarray:
+    def newest(self, at: int | None, basis: int | None = None, since: int | None = None) -> np.ndarray:
         """Newest row of each problem at or before step `at` (None: of all), int64 [n_problems]; -1 without a row.
 
         The newest row has the largest step; among rows of that step it is the last one appended. basis: use only rows
-        in this basis.
+        in this basis. since: use only rows at or after this step.
         """
         newest = np.full(self.n_problems, -1, dtype=np.int64)
         step = self.column("step")
         rows: np.ndarray | None = None
-        if at is not None and len(step) and step.max() > at:
+        if since is not None:
+            rows = np.flatnonzero(step >= since if at is None else (step >= since) & (step <= at))
+        elif at is not None and len(step) and step.max() > at:
             rows = np.flatnonzero(step <= at)
         if self.manifest.tombstones:
             alive = self.alive()

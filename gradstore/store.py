@@ -236,37 +236,43 @@ class Store:
 
         return RecordedRounds(self._collection(collection))
 
-    def view(self, collection: str, at: int | None = None, *, basis: int | None = None) -> View:
+    def view(
+        self, collection: str, at: int | None = None, *, basis: int | None = None, since: int | None = None
+    ) -> View:
         """View of the newest row of each problem at or before step `at` (None: the newest of all).
 
-        basis: use only rows in this basis; None: rows in all bases.
+        basis: use only rows in this basis; None: rows in all bases. since: use only rows at or after this step.
         """
-        if at is not None and (isinstance(at, bool) or not hasattr(at, "__index__")):
-            raise RequestError(f"at must be a step (a whole number) or None, not {at!r}")
-        return View(self, self._collection(collection).snapshot(), None if at is None else at.__index__(), basis)
+        for name, step in (("at", at), ("since", since)):
+            if step is not None and (isinstance(step, bool) or not hasattr(step, "__index__")):
+                raise RequestError(f"{name} must be a step (a whole number) or None, not {step!r}")
+        first, last = (None if step is None else step.__index__() for step in (since, at))
+        return View(self, self._collection(collection).snapshot(), last, basis, first)
 
     @staticmethod
     def view_again(path: Path, collection: str, manifest: Manifest, made_by: MadeBy) -> View:
         """A view that was pickled, in another process: of the same commit, whatever was published since."""
-        at, basis, chosen = made_by
+        at, basis, since, chosen = made_by
         store = open(path)
-        view = View(store, store._collection(collection).snapshot_of(manifest), at, basis)
+        view = View(store, store._collection(collection).snapshot_of(manifest), at, basis, since)
         return view if chosen is None else view.part(chosen)
 
     def steps(self, collection: str) -> dict[int, int]:
         """Step -> number of rows, ascending, without deleted rows."""
         return self._collection(collection).snapshot().rows_by_step()
 
-    def history(self, collection: str, at: int | None = None, *, numbers: bool = False) -> "pa.Table":
+    def history(
+        self, collection: str, at: int | None = None, *, numbers: bool = False, since: int | None = None
+    ) -> "pa.Table":
         """Table of all rows at or before step `at` (None: all), oldest first, without deleted rows.
 
         Columns: id, step, state (live, no_signal, failed), norm, pass_rate (nan: unknown), n_rollouts. numbers: the
-        problem's number (View.problem_numbers) instead of its id. Rows of one step are in the order of appending.
-        `compact(keep="newest")` drops superseded rows here too.
+        problem's number (View.problem_numbers) instead of its id. since: only rows at or after this step. Rows of one
+        step are in the order of appending. `compact(keep="newest")` drops superseded rows here too.
         """
         from gradstore.history import history_table
 
-        return history_table(self._collection(collection).snapshot(), at, numbers)
+        return history_table(self._collection(collection).snapshot(), at, numbers, since)
 
     def track(self, collection: str, problem_id: str) -> Track:
         """The rows of one problem over all steps; RequestError for an unknown id. Reads no other problem's row."""

@@ -25,8 +25,10 @@ if TYPE_CHECKING:
 
     from gradstore.store import Store
 
-MadeBy = tuple[int | None, int | None, np.ndarray | None]
-"""Step and basis that were asked for, and for a part of a view its positions there."""
+MadeBy = tuple[int | None, int | None, int | None, np.ndarray | None]
+"""Last step, basis and first step that were asked for, and for a part of a view its positions there."""
+_MANY = 0.1
+"""From this share of the view's problems on, a table of all positions is faster than a search for each."""
 _BLOCK_BYTES = 4 << 20
 """Size of a decoded block: small enough for the allocator to reuse the same memory."""
 
@@ -38,10 +40,12 @@ class View:
     `positions` finds problems, `stored` gives what is on disk.
     """
 
-    def __init__(self, store: "Store", snapshot: Snapshot, at: int | None, basis: int | None = None) -> None:
-        newest = snapshot.newest(at, basis)
+    def __init__(
+        self, store: "Store", snapshot: Snapshot, at: int | None, basis: int | None = None, since: int | None = None
+    ) -> None:
+        newest = snapshot.newest(at, basis, since)
         problem_N = np.flatnonzero(newest >= 0)
-        self._set(store, snapshot, problem_N, newest[problem_N], (at, basis, None))
+        self._set(store, snapshot, problem_N, newest[problem_N], (at, basis, since, None))
 
     def _set(
         self, store: "Store", snapshot: Snapshot, problem_N: np.ndarray, row_N: np.ndarray, made_by: MadeBy
@@ -58,9 +62,9 @@ class View:
     def part(self, positions: Any) -> "View":
         """View of the problems at some distinct positions alone, in that order; files that were read stay read."""
         order = checked_positions(positions, len(self))
-        at, basis, chosen = self._made_by
+        at, basis, since, chosen = self._made_by
         part = object.__new__(View)
-        made_by = at, basis, order if chosen is None else chosen[order]
+        made_by = at, basis, since, order if chosen is None else chosen[order]
         part._set(self.store, self._snapshot, self._problem_N[order], self.stored.numbers[order], made_by)
         return part
 
@@ -176,10 +180,20 @@ class View:
         """Position of each problem by its number, int64; -1 without a row in this view."""
         if not len(self):
             return np.full(len(numbers), -1)
+        if len(numbers) > _MANY * len(self):
+            known = (numbers >= 0) & (numbers < self.n_problems)
+            return np.where(known, self._positions_by_number[np.where(known, numbers, 0)], -1)
         order = self._order
         place = np.minimum(np.searchsorted(self._problem_N, numbers, sorter=order), len(self) - 1)
         place = place if order is None else order[place]
         return np.where(self._problem_N[place] == numbers, place, -1)
+
+    @cached_property
+    def _positions_by_number(self) -> np.ndarray:
+        """Position of every problem of the collection, int64; -1 without a row in this view."""
+        positions = np.full(self.n_problems, -1)
+        positions[self._problem_N] = np.arange(len(self))
+        return positions
 
     @cached_property
     def _order(self) -> np.ndarray | None:

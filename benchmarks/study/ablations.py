@@ -38,9 +38,9 @@ class NewestScore:
         self._variance_P[places] = self._noise / np.maximum(rollouts, 1)
 
 
-def _newest_norms(history: Any, ids: Sequence[str], *_: Any) -> np.ndarray:
+def _newest_norms(rate_P: np.ndarray, *_: Any) -> np.ndarray:
     """No expected norms: the forecast then uses each newest row's own."""
-    return np.full(len(ids), np.nan)
+    return np.full(len(rate_P), np.nan)
 
 
 def _no_pairs(*_: Any) -> Pairs:

@@ -108,17 +108,20 @@ class Beliefs:
 
     def at(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """Mean and standard deviation of the true scores at a step, float64 [P]."""
-        kept_P = np.exp(-np.maximum(step - self._step_P, 0) / self.model.life)
-        mean_P = self.model.mean + kept_P * (self._mean_P - self.model.mean)
-        variance_P = self.model.signal + kept_P**2 * (self._variance_P - self.model.signal)
-        return mean_P, np.sqrt(np.maximum(variance_P, 0.0))
+        return self._at(step, slice(None))
+
+    def _at(self, step: int, places: np.ndarray | slice) -> tuple[np.ndarray, np.ndarray]:
+        kept = np.exp(-np.maximum(step - self._step_P[places], 0) / self.model.life)
+        mean = self.model.mean + kept * (self._mean_P[places] - self.model.mean)
+        variance = self.model.signal + kept**2 * (self._variance_P[places] - self.model.signal)
+        return mean, np.sqrt(np.maximum(variance, 0.0))
 
     def measure(self, places: np.ndarray, step: int, scores: np.ndarray, rollouts: np.ndarray) -> None:
         """Update with the scores of distinct problems, measured at one step."""
-        mean_P, sd_P = self.at(step)
-        variance = sd_P[places] ** 2
+        mean, sd = self._at(step, places)
+        variance = sd**2
         gain = variance / (variance + self.model.noise / np.maximum(rollouts, 1) + 1e-300)
-        self._mean_P[places] = mean_P[places] + gain * (scores - mean_P[places])
+        self._mean_P[places] = mean + gain * (scores - mean)
         self._variance_P[places] = variance * (1 - gain)
         self._step_P[places] = step
 
@@ -244,8 +247,8 @@ def sum_of_units(vectors: Sequence[np.ndarray]) -> np.ndarray:
 def _pairs_at(store: Store, pool: str, benchmarks: Sequence[str], step: int) -> tuple[Pairs, np.ndarray]:
     """Pairs of one step, and the numbers of their problems, int64 [N]."""
     query_D = direction_at(store, benchmarks, step)
-    after, before = store.view(pool, step), store.view(pool, step - 1)
-    new = np.flatnonzero(after.live & (after.steps == step))
+    after, before = store.view(pool, step, since=step), store.view(pool, step - 1)
+    new = np.flatnonzero(after.live)
     number_N = after.problem_numbers[new]
     old = before.positions_of(number_N)
     both = (old >= 0) & np.append(before.live, False)[old]

@@ -15,10 +15,12 @@ from gradstore import State, Store, View
 from gradstore.engine.forecasting.cosine_model import PRIOR_LIFE, Beliefs, Staleness, fit, measured_pairs, sum_of_units
 from gradstore.engine.forecasting.kept import Kept, Places
 from gradstore.engine.forecasting.live_rows import Rows, live_rows
+from gradstore.engine.forecasting.local_ratios import Probed
+from gradstore.engine.forecasting.measured_rates import MeasuredRates
 from gradstore.engine.forecasting.norms import expected_norms
-from gradstore.engine.forecasting.probe_scale import Calibration, Probed, aim, calibrate, probed_at, probed_before
+from gradstore.engine.forecasting.probe_scale import Calibration, aim, calibrate, probed_at, probed_before
 from gradstore.engine.forecasting.refresh_choice import Outlook, pass_rate_prior
-from gradstore.engine.selecting.history import History
+from gradstore.engine.selecting.history import signal_probability
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +112,8 @@ class CandidateForecast:
     """Forecast of P candidates at a step; arrays are [P], in the candidates' order."""
 
     ids: list[str]
+    numbers: np.ndarray
+    """Numbers of the problems in the pool (View.problem_numbers), int64."""
     step: int
     newest: NewestRows
     cosine: CosineForecast
@@ -122,6 +126,15 @@ class CandidateForecast:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def places_of(self, numbers: np.ndarray) -> np.ndarray:
+        """Place of each problem among the candidates, int64; -1 for others."""
+        last = int(max(self.numbers.max(initial=-1), numbers.max(initial=-1))) + 1
+        place_N = np.full(last + 1, -1)  # the last one for the number -1
+        known = np.flatnonzero(self.numbers >= 0)
+        place_N[self.numbers[known]] = known
+        found: np.ndarray = place_N[numbers]
+        return found
 
     @property
     def fresh(self) -> np.ndarray:
@@ -162,25 +175,25 @@ def forecast_candidates(
     toward: ForecastTarget | None = None,
 ) -> CandidateForecast:
     """Forecast problems of a pool at a step. toward: the target; None: without a target."""
-    view, history = store.view(pool, step), store.history(pool, step, numbers=True)
+    view = store.view(pool, step)
     ids = ids if isinstance(ids, list) else list(ids)
     places = Places.of(view, ids)
-    place_M, prior = places.of_numbers(history["problem"].to_numpy()), pass_rate_prior(history)
-    newest = NewestRows.of(view, places)
-    past = History.at_places(history, place_M, len(ids), now=step, forgetting=settings.forgetting, prior=prior)
-    signal_P = past.signal_probability(settings.n_rollouts)
+    newest, rates = NewestRows.of(view, places), MeasuredRates.of(view, step, settings.forgetting)
+    prior = pass_rate_prior(rates.right, rates.wrong)
+    right_P, wrong_P = (places.column(sums, 0.0) for sums in (rates.recent_right, rates.recent_wrong))
+    signal_P = signal_probability(prior + right_P, prior + wrong_P, settings.n_rollouts)
     if toward is None:
         cosine = _without_target(newest, step)
-        return CandidateForecast(ids, step, newest, cosine, newest.norms, signal_P, None)
+        return CandidateForecast(ids, places.numbers, step, newest, cosine, newest.norms, signal_P, None)
     unit_D = (toward.direction / (np.linalg.norm(toward.direction) or 1.0)).astype(np.float32)
     rows = live_rows(store, pool, places, unit_D, step)
     sources_P = _sources(view, places) if settings.by_source else np.zeros(len(ids), np.int64)
     cosine = _cosines(view, places, step, toward.benchmarks, rows, sources_P)
-    norm_P = _norms(expected_norms(history, place_M, len(ids), rows), step, newest)
+    norm_P = _norms(expected_norms(places.column(rates.newest, np.nan), rows), step, newest)
     fresh = probed_at(store, pool, toward.benchmarks, step)
     known = [*([] if fresh is None else [fresh]), *toward.probed]
     calibration = calibrate(view, places, known, aim(store, toward.benchmarks, step)[1]) if known else None
-    return CandidateForecast(ids, step, newest, cosine, norm_P, signal_P, calibration)
+    return CandidateForecast(ids, places.numbers, step, newest, cosine, norm_P, signal_P, calibration)
 
 
 def _without_target(newest: NewestRows, step: int) -> CosineForecast:
@@ -232,18 +245,19 @@ def _sources(view: View, places: Places) -> np.ndarray:
 def source_offsets(scores_P: np.ndarray, sources_P: np.ndarray) -> np.ndarray:
     """Shrunken difference between the mean score of each problem's source and the overall mean, float64 [P].
 
-    sources_P: names or numbers.
+    sources_P: names, or whole numbers from 0 on (int64).
 
     A source with m scores keeps m / (m + within / between) of its difference; both variances are moment estimates
     (one-way random effects). NaN scores do not count. All zeros if sources differ by no more than chance.
     """
     known_P = np.isfinite(scores_P)
-    names, source_P = np.unique(sources_P, return_inverse=True)
-    counts_S = np.bincount(source_P[known_P], minlength=len(names))
-    if (counts_S > 0).sum() < 2 or known_P.sum() <= len(names):
+    source_P = sources_P if sources_P.dtype == np.int64 else np.unique(sources_P, return_inverse=True)[1]
+    n_sources = int(source_P.max(initial=-1)) + 1
+    counts_S = np.bincount(source_P[known_P], minlength=n_sources)
+    if (counts_S > 0).sum() < 2 or known_P.sum() <= n_sources:
         return np.zeros(len(scores_P))
     total = float(scores_P[known_P].mean())
-    sums_S = np.bincount(source_P[known_P], scores_P[known_P] - total, len(names))
+    sums_S = np.bincount(source_P[known_P], scores_P[known_P] - total, n_sources)
     differences_S = sums_S / np.maximum(counts_S, 1)
     within = float(np.sum((scores_P - total - differences_S[source_P])[known_P] ** 2))
     within /= max(known_P.sum() - (counts_S > 0).sum(), 1)

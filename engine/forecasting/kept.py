@@ -72,6 +72,12 @@ class Places:
         kept = Kept.of(view.store, view.collection)
         return kept.get("places", (ids, view.stored.base, view.n_problems), lambda: cls(view, ids))
 
+    def column(self, values: np.ndarray, missing: float) -> np.ndarray:
+        """The candidates' entries of a column by problem number; `missing` for those that the pool does not have."""
+        found = values[np.maximum(self.numbers, 0)] if len(values) else np.full(len(self), missing)
+        found[self.numbers < 0] = missing
+        return found
+
     def of_numbers(self, numbers: np.ndarray) -> np.ndarray:
         """Place of each problem among the candidates, int64; -1 for others."""
         places: np.ndarray = self._place_N[numbers]

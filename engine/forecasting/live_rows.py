@@ -59,8 +59,8 @@ def live_rows(store: Store, pool: str, places: Places, unit_D: np.ndarray, now: 
 
 def _rows_of(store: Store, pool: str, places: Places, unit_D: np.ndarray, step: int, with_earlier: bool) -> list[Rows]:
     """Live rows of the candidates at a step; with_earlier: each problem's newest row at or before it."""
-    view = store.view(pool, step)
-    chosen = np.flatnonzero(view.live if with_earlier else view.live & (view.steps == step))
+    view = store.view(pool, step, since=None if with_earlier else step)
+    chosen = np.flatnonzero(view.live)
     place_N = places.of_numbers(view.problem_numbers[chosen])
     chosen, place_N = chosen[place_N >= 0], place_N[place_N >= 0]
     if not len(chosen):

@@ -2,13 +2,17 @@
 
 A sketch keeps the part of a gradient that its projection was fitted to. As the policy changes, that part shrinks, for
 some problems sooner than for others. Probed problems have both dots, along the target of their step. Another problem's
-ratio is a regression on theirs, weighted by the similarity of the sketches. Formulas: docs/methods.md, Budgeted
-refresh.
+ratio is a regression on theirs, weighted by the similarity of the sketches (local_ratios.py).
 
-Dimension letters: P problems, K probed ones, D sketch dimensions.
+Its sums are kept, step by step of the probes. So a candidate is compared with the probes that are new, and with all of
+them only when its own row is new.
+
+Dimension letters: P problems, K probed ones, N problems of the pool.
 """
 
+import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +22,7 @@ import pyarrow as pa
 from gradstore import Store, View
 from gradstore.engine.forecasting.cosine_model import sum_of_units
 from gradstore.engine.forecasting.kept import Kept, Places
+from gradstore.engine.forecasting.local_ratios import Change, Changes, LocalRatios, Part, Probed, Sketches
 from gradstore.engine.probing.batch import ProbeBatch
 from gradstore.engine.searching.query import score_rows
 from gradstore.engine.searching.targets import target
@@ -26,16 +31,9 @@ from gradstore.errors import RequestError
 _STEPS_BACK = 4
 """Newest steps whose probes count."""
 _FEWEST = 3
-_MOST = 1024
-"""Newest probes that count: each is compared with every problem."""
-_STEPS = 4000
-"""Steps of a unit row's entries: finer than int8 rows of 1,024 dimensions."""
-_WEIGHT_BITS, _TERM_BITS = 22, 20
-"""Bits of a weight and of a term of the sums: with ten more for the number of probes they fit in float64."""
-_AT_ONCE = 1 << 20
-"""Pairs of a problem and a probe per block."""
-_MOST_ROWS = 4096
-"""Of a block."""
+_MOST = 256
+"""First probes of each step that count: each is compared with every problem, in its round or for a new row later."""
+_ROWS_AT_ONCE = 2048
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -57,113 +55,12 @@ class Calibration:
         return {"gain": usual, "gain_low": low, "gain_high": high, "left": self.left, "n_probes": self.n}
 
 
-def _integers(rows: np.ndarray) -> np.ndarray:
-    """Unit rows in steps of 1 / _STEPS, as whole numbers, float32.
-
-    Every partial sum of a product of two such rows is below 2^24, hence exact: products do not depend on the order in
-    which a kernel adds, and with it on the place of a row in its block.
-    """
-    found: np.ndarray = np.multiply(rows, np.float32(_STEPS))
-    return np.rint(found, out=found)
-
-
-class LocalRatios:
-    """Locally weighted regression of probed on sketched dots, through the origin; slopes are at least 0.
-
-    Probed problem k has the weight max(cos, 0)^2, rounded to 2^-22. The global slope is added as one pseudo-problem of
-    weight 1. Both sums over the probed problems are of whole numbers below 2^53, which float64 adds exactly. So they
-    do not depend on the order of the problems, and a changed probe can be taken out and put in again.
-    """
-
-    def __init__(self, rows_KD: np.ndarray, sketched_K: np.ndarray, probed_K: np.ndarray) -> None:
-        """rows_KD: unit sketches of the probed problems, float32."""
-        squares_K, products_K = sketched_K**2, probed_K * sketched_K
-        self._usual = float(products_K.sum() / (squares_K.sum() or 1.0))
-        self._one = float(squares_K.mean()) or 1.0
-        self.n = len(rows_KD)
-        self._rows_KD = _integers(rows_KD)
-        terms_K2 = np.stack([products_K, squares_K], axis=1)
-        self._exponents_2 = np.frexp(np.abs(terms_K2).max(axis=0, initial=0.0))[1]
-        self._terms_K2 = np.rint(np.ldexp(terms_K2, _TERM_BITS - self._exponents_2))
-        self.usual = max(self._usual, 0.0)
-        """Global slope, at least 0; also the slope of a problem that is similar to no probed one."""
-
-    def __call__(self, rows_PD: np.ndarray) -> np.ndarray:
-        """Slopes for problems with these unit sketches, float64 [P]; memory for P x K numbers."""
-        return self.slopes(self.sums(rows_PD))
-
-    def sums(self, rows_PD: np.ndarray) -> np.ndarray:
-        """Weighted sums of probed x sketched and of sketched^2, whole numbers in float64 [P, 2]."""
-        return _sums(_integers(rows_PD), self._rows_KD, self._terms_K2)
-
-    def slopes(self, sums_P2: np.ndarray) -> np.ndarray:
-        """Slopes of problems with these sums, float64 [P]."""
-        products_P, squares_P = np.ldexp(sums_P2, self._exponents_2 - _TERM_BITS - _WEIGHT_BITS).T
-        slope_P: np.ndarray = (products_P + self._one * self._usual) / (squares_P + self._one)
-        return np.maximum(slope_P, 0.0)
-
-    def change_to(self, new: "LocalRatios") -> "Change | None":
-        """What makes the sums of `new` from these; None where that is no less work than from nothing."""
-        if (self._exponents_2 != new._exponents_2).any():
-            return None
-        n = min(self.n, new.n)
-        same = (self._rows_KD[:n] == new._rows_KD[:n]).all(axis=1) & (self._terms_K2[:n] == new._terms_K2[:n]).all(
-            axis=1
-        )
-        others = np.flatnonzero(~same)
-        gone, come = (np.append(others, np.arange(n, size)) for size in (self.n, new.n))
-        if len(gone) + len(come) > new.n // 2:
-            return None
-        rows = np.concatenate([self._rows_KD[gone], new._rows_KD[come]])
-        return Change(rows, np.concatenate([-self._terms_K2[gone], new._terms_K2[come]]))
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Change:
-    """Probed problems that were taken out or put in."""
-
-    rows: np.ndarray
-    """Unit sketches as whole numbers, float32 [K, D]."""
-    terms: np.ndarray
-    """Terms of both sums, negative for those that were taken out, float64 [K, 2]."""
-
-    @property
-    def n(self) -> int:
-        return len(self.rows)
-
-    def sums(self, rows_PD: np.ndarray) -> np.ndarray:
-        """What to add to the sums of problems with these unit sketches, float64 [P, 2]."""
-        return _sums(_integers(rows_PD), self.rows, self.terms)
-
-
-def _sums(whole_PD: np.ndarray, whole_KD: np.ndarray, terms_K2: np.ndarray) -> np.ndarray:
-    weights_PK = whole_PD @ whole_KD.T
-    weights_PK *= np.float32(2 ** (_WEIGHT_BITS // 2) / _STEPS**2)
-    np.maximum(weights_PK, 0.0, out=weights_PK)
-    np.square(weights_PK, out=weights_PK)
-    np.rint(weights_PK, out=weights_PK)
-    sums_P2: np.ndarray = weights_PK.astype(np.float64) @ terms_K2
-    return sums_P2
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Probed:
-    """Live probes of one step and the sketches of their problems at that step; both dots are divided by the norm."""
-
-    rows: np.ndarray
-    """Unit sketches, float32 [K, D]."""
-    sketched: np.ndarray
-    """Cosine with the target times its length, float64 [K]."""
-    dots: np.ndarray
-    """Probed dot over the norm, float64 [K]."""
-    errors: np.ndarray
-    """Standard error of the probed dot over the norm, float64 [K]."""
-
-
 def probed_before(store: Store, pool: str, benchmarks: Sequence[str], step: int) -> list[Probed]:
     """Probes of the newest steps before `step`, along the benchmarks' target, newest first."""
     steps = sorted({at for name in benchmarks for at in store.steps(name) if at < step}, reverse=True)
-    found = (probed_at(store, pool, benchmarks, at) for at in steps[: _STEPS_BACK - 1])
+    steps = steps[: _STEPS_BACK - 1]
+    Kept.of(store, pool).keep_only("probes", {("probes", at, "+".join(benchmarks)) for at in [step, *steps]})
+    found = (probed_at(store, pool, benchmarks, at) for at in steps)
     return [probed for probed in found if probed is not None]
 
 
@@ -172,63 +69,66 @@ def probed_at(store: Store, pool: str, benchmarks: Sequence[str], step: int) -> 
 
     Statistics of a probe are computed once, at the first call that sees it.
     """
+    view = store.view(pool, step, since=step)
     try:
         direction_D, length = aim(store, benchmarks, step)
-        seen = _Seen.of(store, pool, step, "+".join(benchmarks))
+        seen = _Seen.of(view, step, "+".join(benchmarks))
     except RequestError:
         return None
-    view = store.view(pool, step)
-    dots_K, errors_K, live_K = (np.array(column) for column in (seen.dots, seen.errors, seen.live))
-    places_K = view.positions_of(view.numbers_of(seen.ids))
-    known_K = (places_K >= 0) & live_K
-    known_K[known_K] = view.live[places_K[known_K]] & (view.steps[places_K[known_K]] == step)
-    known_K = np.flatnonzero(known_K)[:_MOST]
-    places_K = places_K[known_K]
-    if view.n_bases > 1 or not len(places_K):
+    positions_K = view.positions_of(seen.numbers)
+    found_K = (positions_K >= 0) & seen.live
+    found_K[found_K] = view.live[positions_K[found_K]]
+    known_K = np.flatnonzero(found_K)[:_MOST]
+    positions_K = positions_K[known_K]
+    if view.n_bases > 1 or not len(positions_K):
         return None
-    norms_K = view.norms[places_K].astype(np.float64)
-    sketched_K = score_rows(view, direction_D, "cosine", places_K)[places_K].astype(np.float64) * length
-    return Probed(view.rows(places_K), sketched_K, dots_K[known_K] / norms_K, errors_K[known_K] / norms_K)
+    norms_K = view.norms[positions_K].astype(np.float64)
+    sketched_K = score_rows(view, direction_D, "cosine", positions_K)[positions_K].astype(np.float64) * length
+    dots_K, errors_K = seen.dots[known_K] / norms_K, seen.errors[known_K] / norms_K
+    return Probed(step, Sketches.at(view, positions_K), sketched_K, dots_K, errors_K)
 
 
 class _Seen:
     """Statistics of the probes of a step along a target, in the order in which their problems were first probed."""
 
-    def __init__(self) -> None:
-        self._read = pa.chunked_array([], pa.large_string())
-        self._place_of: dict[str, int] = {}
-        self.dots: list[float] = []
-        self.errors: list[float] = []
-        self.live: list[bool] = []
-
-    @property
-    def ids(self) -> list[str]:
-        return list(self._place_of)
+    def __init__(self, key: Any, n_problems: int) -> None:
+        self._key, self._n_parts, self._objectives = key, 0, set[str]()
+        self._place_N = np.full(n_problems, -1, np.int32)
+        self.numbers = np.zeros(0, np.int64)
+        """Numbers of the problems, int64 [K]."""
+        self.dots, self.errors, self.live = np.zeros(0), np.zeros(0), np.zeros(0, bool)
 
     @classmethod
-    def of(cls, store: Store, pool: str, step: int, target_name: str) -> "_Seen":
-        """All of them; RequestError if there are none, or of several objectives."""
-        kept, name = Kept.of(store, pool), ("probes", step, target_name)
-        table = store.probes(pool).table(step=step, target=target_name)
-        if not len(table) or len(table["objective"].unique()) > 1:
-            raise RequestError(f"no probes of one objective at step {step} along {target_name!r}")
-        ids = table["id"].cast(pa.large_string())
+    def of(cls, view: View, step: int, target_name: str) -> "_Seen":
+        """All of them; RequestError if there are none, or of several objectives. Reads parts that were not read yet."""
+        kept, name = Kept.of(view.store, view.collection), ("probes", step, target_name)
+        key = (view.stored.base, tuple(view.deleted_numbers.tolist()), view.n_problems)
         seen = kept.last(name)
-        n = 0 if seen is None else len(seen._read)
-        if seen is None or n > len(ids) or not ids.slice(0, n).equals(seen._read):  # some were deleted
-            seen, n = cls(), 0
-        if n < len(ids):
-            seen._add(ProbeBatch.of_table(table.slice(n)))
-        seen._read = ids
-        kept.put(name, seen)
+        if seen is None or seen._key != key:
+            seen = cls(key, view.n_problems)
+            kept.put(name, seen)
+        probes = view.store.probes(view.collection)
+        n_parts = probes.n_parts
+        seen._add(view, probes.table(step=step, target=target_name, parts=slice(seen._n_parts, n_parts)))
+        seen._n_parts = n_parts
+        if len(seen._objectives) != 1:
+            raise RequestError(f"no probes of one objective at step {step} along {target_name!r}")
         return seen
 
-    def _add(self, batch: ProbeBatch) -> None:
-        for name, dot, error, live in zip(batch.ids, batch.dots, batch.standard_errors, batch.live, strict=True):
-            place = self._place_of.setdefault(name, len(self._place_of))
-            self.dots[place : place + 1] = [float(dot)]
-            self.errors[place : place + 1] = [float(error)]
-            self.live[place : place + 1] = [bool(live)]
+    def _add(self, view: View, table: pa.Table) -> None:
+        self._objectives |= set(table["objective"].unique().to_pylist())
+        if not len(table) or len(self._objectives) > 1:
+            return
+        batch = ProbeBatch.of_table(table)
+        number_K = view.numbers_of(batch.ids)
+        new = np.flatnonzero(self._place_N[number_K] < 0)
+        self._place_N[number_K[new]] = len(self.numbers) + np.arange(len(new))
+        self.numbers = np.append(self.numbers, number_K[new])
+        place_K = self._place_N[number_K]
+        for name, column in (("dots", batch.dots), ("errors", batch.standard_errors), ("live", batch.live)):
+            grown = np.append(getattr(self, name), column[new])
+            grown[place_K] = column
+            setattr(self, name, grown)
 
 
 def calibrate(view: View, places: Places, probes: Sequence[Probed], length: float) -> Calibration | None:
@@ -237,70 +137,90 @@ def calibrate(view: View, places: Places, probes: Sequence[Probed], length: floa
     probes: probes of several steps, newest first. length: length of the target now. A candidate's gain is computed
     once for a row and a set of probes.
     """
-    if sum(len(own.dots) for own in probes) < _FEWEST:
+    if sum(map(len, probes)) < _FEWEST:
         return None
-    rows_KD, sketched_K, probed_K, errors_K = (
-        np.concatenate([getattr(own, name) for own in probes])[:_MOST]
-        for name in ("rows", "sketched", "dots", "errors")
+    sketched_K, probed_K, errors_K = (
+        np.concatenate([getattr(own, name) for own in probes]) for name in ("sketched", "dots", "errors")
     )
-    ratios = LocalRatios(rows_KD, sketched_K, probed_K)
+    ratios = LocalRatios(probes)
     position_P = view.positions_of(places.numbers)
     live = np.flatnonzero((position_P >= 0) & np.append(view.live, False)[position_P])
     gains_P = np.full(len(places), ratios.usual)
-    gains_P[live] = _Gains.of(view, ratios, position_P[live])
-    left = max(float(np.mean((probed_K - ratios(rows_KD) * sketched_K) ** 2)) - float(np.mean(errors_K**2)), 0.0)
+    gains_P[live], own_K = _Gains.of(view, ratios, position_P[live])
+    left = max(float(np.mean((probed_K - own_K * sketched_K) ** 2)) - float(np.mean(errors_K**2)), 0.0)
     return Calibration(gains_P, left / ((ratios.usual * length) ** 2 or 1.0), length, len(probed_K))
 
 
 class _Gains:
-    """Sums of the pool's problems for one set of probes, each with the row it was computed from."""
+    """Sums of the pool's problems over the probes of each step, and the row that each problem's were computed from."""
 
-    def __init__(self, view: View, ratios: LocalRatios) -> None:
-        self._ratios, self._base = ratios, view.stored.base
+    def __init__(self, view: View) -> None:
+        self.made_for = view.stored.base, view.n_problems
         self._row_N = np.full(view.n_problems, -1)
-        self._sums_N2 = np.zeros((view.n_problems, 2))
+        self._parts: dict[int, Part] = {}
+        self._sums: dict[int, np.ndarray] = {}
+        """By step, float64 [N, 2]."""
+        self._own: dict[int, np.ndarray] = {}
+        """Sums of the probed problems themselves, by step, float64 [K, 2]."""
 
     @classmethod
-    def of(cls, view: View, ratios: LocalRatios, positions: np.ndarray) -> np.ndarray:
-        """Ratios of the rows at some positions, float64 [len(positions)]."""
+    def of(cls, view: View, ratios: LocalRatios, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Ratios of the rows at some positions, and of the probed ones: float64 [len(positions)] and [K]."""
         kept = Kept.of(view.store, view.collection)
         own = kept.last("gains")
+        if own is None or own.made_for != (view.stored.base, view.n_problems):
+            own = cls(view)
+        kept.put("gains", None)  # Not to be gone on from if this is interrupted.
         number_K, row_K = view.problem_numbers[positions], view.stored.numbers[positions]
-        if own is None or (own._base, len(own._row_N)) != (view.stored.base, view.n_problems):
-            own = cls(view, ratios)
-        else:
-            own = own._changed_to(view, ratios, positions)
+        known_K = own._row_N[number_K] == row_K
+        own._change_to(ratios, view, positions[known_K])
+        own._start(ratios, view, positions[~known_K])
         kept.put("gains", own)
-        other = np.flatnonzero(own._row_N[number_K] != row_K)
-        own._sums_N2[number_K[other]] = _in_blocks(view, ratios, positions[other])
-        own._row_N[number_K[other]] = row_K[other]
-        return ratios.slopes(own._sums_N2[number_K])
+        return ratios.slopes(own._sums, number_K), ratios.slopes(own._own)
 
-    def _changed_to(self, view: View, ratios: LocalRatios, positions: np.ndarray) -> "_Gains":
-        """The sums for other probes: those of the rows at the positions, if few probes changed."""
-        change = self._ratios.change_to(ratios)
-        if change is None:
-            return _Gains(view, ratios)
-        self._ratios = ratios
-        if change.n:
-            number_K, row_K = view.problem_numbers[positions], view.stored.numbers[positions]
-            known = np.flatnonzero(self._row_N[number_K] == row_K)
-            self._sums_N2[number_K[known]] += _in_blocks(view, change, positions[known])
-            kept_N = np.full(len(self._row_N), -1)
-            kept_N[number_K[known]] = row_K[known]
-            self._row_N = kept_N
-        return self
+    def _change_to(self, ratios: LocalRatios, view: View, positions: np.ndarray) -> None:
+        """Go over to other probes, for the rows at the positions; those of other problems are known no more."""
+        changes = dict[int, Change]()
+        for step, part in ratios.parts.items():
+            change = self._parts[step].change_to(part) if step in self._parts else None
+            if change is None:
+                self._sums[step] = np.zeros((len(self._row_N), 2))
+                change = part.whole()
+            changes[step] = change
+        same = self._parts.keys() == ratios.parts.keys() and not any(map(len, changes.values()))
+        self._sums = {step: self._sums[step] for step in ratios.parts}
+        self._parts = dict(ratios.parts)
+        if same:
+            return
+        assert ratios.whole.sketches is not None
+        self._own = ratios.sums(ratios.whole.sketches)
+        if not any(map(len, changes.values())):
+            return
+        row_N, number_K = np.full(len(self._row_N), -1), view.problem_numbers[positions]
+        row_N[number_K] = self._row_N[number_K]
+        self._row_N = row_N
+        self._add(Changes(changes), view, positions)
 
+    def _start(self, ratios: LocalRatios, view: View, positions: np.ndarray) -> None:
+        """Sums of rows that are new."""
+        number_K = view.problem_numbers[positions]
+        for sums_N2 in self._sums.values():
+            sums_N2[number_K] = 0
+        self._add(ratios.whole, view, positions)
+        self._row_N[number_K] = view.stored.numbers[positions]
 
-def _in_blocks(view: View, of: LocalRatios | Change, positions: np.ndarray) -> np.ndarray:
-    """Sums of rows, float64 [len(positions), 2], block by block."""
-    size = min(max(1, _AT_ONCE // max(of.n, 1)), _MOST_ROWS)
-    found = np.empty((len(positions), 2))
-    done = 0
-    for block, rows_BD in view.scan(positions, size):
-        found[done : done + len(block)] = of.sums(rows_BD)
-        done += len(block)
-    return found
+    def _add(self, changes: Changes, view: View, positions: np.ndarray) -> None:
+        """Add the sums of the rows at the positions, block by block in the order on disk; every core takes blocks."""
+        order = positions[np.argsort(view.stored.numbers[positions])]
+
+        def add(start: int) -> None:
+            block = order[start : start + _ROWS_AT_ONCE]
+            number_B = view.problem_numbers[block]
+            for step, sums_B2 in changes.sums(Sketches.at(view, block)).items():
+                self._sums[step][number_B] += sums_B2
+
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+            list(pool.map(add, range(0, len(order), _ROWS_AT_ONCE)))
 
 
 def aim(store: Store, benchmarks: Sequence[str], step: int) -> tuple[np.ndarray, float]:

@@ -9,12 +9,12 @@ sources: docs/methods.md, Budgeted refresh.
 Dimension letters: P candidates.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-from scipy.special import betaln  # type: ignore[import-untyped]
-from scipy.stats import norm  # type: ignore[import-untyped]
+from scipy.special import betaln, ndtr, ndtri  # type: ignore[import-untyped]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -37,35 +37,35 @@ class Outlook:
 
 def quantile(confidence: float) -> float:
     """Half-width, in standard deviations, of the central interval of a normal that holds this share."""
-    return float(norm.ppf((1 + confidence) / 2))
+    return float(ndtri((1 + confidence) / 2))
 
 
-def pass_rate_prior(history: pa.Table) -> float:
-    """Parameter a = b of a Beta prior for pass rates, fitted to a collection's history; 1 (uniform) without any.
+def pass_rate_prior(right: np.ndarray, wrong: np.ndarray) -> float:
+    """Parameter a = b of a Beta prior for pass rates, fitted to a collection's problems; 1 (uniform) without any.
+
+    right, wrong: numbers of answers of each problem, float64.
 
     Maximum likelihood on a grid from 0.05 to 2; the right answers of one problem together are a beta-binomial draw.
     The result is small if most problems are always or never solved. Then a few all-right or all-wrong groups are strong
     evidence.
     """
-    rates, counts = history["pass_rate"].to_numpy().astype(float), history["n_rollouts"].to_numpy().astype(float)
-    known = np.isfinite(rates) & (counts > 0)
-    if not known.any():
+    if not (right + wrong).any():
         return 1.0
-    if "problem" in history.column_names:
-        problem = history["problem"].to_numpy()[known]
-    else:
-        problem = history["id"].combine_chunks().dictionary_encode().indices.to_numpy()[known]
-    right, wrong = (np.bincount(problem, (share * counts)[known]) for share in (rates, 1 - rates))
-    pairs, times = np.unique(right + 1j * wrong, return_counts=True)  # few are different
+    table = pa.table({"right": right, "wrong": wrong})
+    pairs = table.group_by(["right", "wrong"], use_threads=False).aggregate([([], "count_all")])  # few are different
+    right, wrong, times = (pairs[name].to_numpy().astype(float) for name in ("right", "wrong", "count_all"))
     grid = np.geomspace(0.05, 2.0, 24)
-    fits = [float(times @ (betaln(pairs.real + a, pairs.imag + a) - betaln(a, a))) for a in grid]
+    fits = [float(times @ (betaln(right + a, wrong + a) - betaln(a, a))) for a in grid]
     return float(grid[int(np.argmax(fits))])
 
 
 def cut(scores_P: np.ndarray, n: int) -> float:
     """Midpoint between the n-th and the next best score; -inf with at most n finite scores."""
-    ranked = np.sort(scores_P[np.isfinite(scores_P)])[::-1]
-    return float(ranked[n - 1 : n + 1].mean()) if len(ranked) > n else -np.inf
+    known = scores_P[np.isfinite(scores_P)]
+    if len(known) <= n:
+        return -np.inf
+    place = len(known) - n  # of the n-th best, ascending
+    return float(np.partition(known, (place - 1, place))[place - 1 : place + 1].mean())
 
 
 def worth(mean_P: np.ndarray, sd_P: np.ndarray, noise_P: np.ndarray, line: float) -> np.ndarray:
@@ -76,7 +76,7 @@ def worth(mean_P: np.ndarray, sd_P: np.ndarray, noise_P: np.ndarray, line: float
     """
     move_P = sd_P**2 / np.sqrt(sd_P**2 + noise_P**2 + 1e-300)
     u_P = np.abs(mean_P - line) / np.where(move_P > 0, move_P, 1.0)
-    return move_P * (norm.pdf(u_P) - u_P * norm.sf(u_P))
+    return move_P * (np.exp(-(u_P**2) / 2) / math.sqrt(2 * math.pi) - u_P * ndtr(-u_P))
 
 
 def choose(
@@ -91,16 +91,25 @@ def choose(
     """
     shuffled_P = random.permutation(len(outlook.mean))
     open_P = 1 - outlook.signal <= max_no_signal
-    unknown = [place for place in shuffled_P.tolist() if open_P[place] and not outlook.measured[place]]
-    explored = unknown[: round(explore * budget)]
+    explored = shuffled_P[(open_P & ~outlook.measured)[shuffled_P]][: round(explore * budget)]
     line = cut(np.where(outlook.pickable, outlook.mean, np.nan), n)
     line = line if np.isfinite(line) else cut(outlook.mean, n)
     line = line if np.isfinite(line) else float(np.median(outlook.mean))
     worth_P = outlook.signal * worth(outlook.mean, outlook.sd, outlook.noise, line)
-    ranked = shuffled_P[np.argsort(-worth_P[shuffled_P], kind="stable")]
-    taken = set(explored)
-    best = [place for place in ranked.tolist() if open_P[place] and place not in taken][: budget - len(explored)]
-    return np.array(best + explored, dtype=np.int64)
+    open_P[explored] = False
+    rest = shuffled_P[open_P[shuffled_P]]
+    return np.concatenate([rest[_best(worth_P[rest], budget - len(explored))], explored])
+
+
+def _best(values: np.ndarray, n: int) -> np.ndarray:
+    """Places of the n largest values, largest first, equal ones in their order: those of a stable sort, int64."""
+    values = np.where(np.isnan(values), -np.inf, values)
+    if n < len(values):
+        least = np.partition(values, len(values) - n)[len(values) - n] if n else np.inf
+        above, equal = np.flatnonzero(values > least), np.flatnonzero(values == least)
+        among = np.sort(np.append(above, equal[: n - len(above)]))
+        return among[np.argsort(-values[among], kind="stable")]
+    return np.argsort(-values, kind="stable")
 
 
 def straddling(mean_P: np.ndarray, sd_P: np.ndarray, noise_P: np.ndarray, n: int, confidence: float) -> np.ndarray:
@@ -111,7 +120,5 @@ def straddling(mean_P: np.ndarray, sd_P: np.ndarray, noise_P: np.ndarray, n: int
     line = cut(mean_P, n)
     if not np.isfinite(line):
         return np.zeros(0, np.int64)
-    open_P = np.abs(mean_P - line) < quantile(confidence) * sd_P
-    worth_P = np.where(open_P, worth(np.nan_to_num(mean_P), sd_P, noise_P, line), -1.0)
-    ranked = np.argsort(-worth_P, kind="stable")
-    return ranked[: int(open_P.sum())]
+    unsure = np.flatnonzero(np.abs(mean_P - line) < quantile(confidence) * sd_P)
+    return unsure[np.argsort(-worth(mean_P[unsure], sd_P[unsure], noise_P[unsure], line), kind="stable")]

@@ -11,14 +11,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
-from scipy import stats  # type: ignore[import-untyped]
+from scipy import special  # type: ignore[import-untyped]
 
 from gradstore import State
 from gradstore.engine.forecasting.forecast import CandidateForecast
 from gradstore.engine.forecasting.refresh_choice import quantile
 from gradstore.engine.probing.batch import ProbeBatch
 from gradstore.engine.selecting.candidates import Candidates, Scored, Selector
-from gradstore.engine.selecting.membership import places
 from gradstore.engine.selecting.mixture import Part
 
 AGED = ("cosine", "dot")
@@ -47,14 +46,18 @@ def _aged(selector: Selector, now: CandidateForecast, length: float, confidence:
     def score(candidates: Candidates) -> Scored:
         mean_P, sd_P = aged_scores(selector.name, now, length)
         half_P = quantile(confidence) * sd_P
-        place_P = places(candidates.ids, now.ids)
+        place_P = now.places_of(candidates.numbers)
         return Scored(*(np.append(column, np.nan)[place_P] for column in (mean_P, mean_P - half_P, mean_P + half_P)))
 
     return replace(selector, score=score)
 
 
-def with_old_sketches(probes: ProbeBatch, now: CandidateForecast, length: float = 0.0) -> ProbeBatch:
+def with_old_sketches(
+    probes: ProbeBatch, number_K: np.ndarray, now: CandidateForecast, length: float = 0.0
+) -> ProbeBatch:
     """Add pseudo-probes, made from old sketches, for live candidates without a probe.
+
+    number_K: numbers of the probed problems in the pool, int64.
 
     The forecast's calibration scales a sketched dot (cosine x norm now) to a probed one. Its residual variance
     increases the standard error. Without a calibration the scale is `length`, the target's length: probe and sketch
@@ -63,9 +66,11 @@ def with_old_sketches(probes: ProbeBatch, now: CandidateForecast, length: float 
     """
     if now.cosine.model is None:
         return probes
-    place_P = places(now.ids, probes.ids)
     dot_P, error_P = _as_probes(now, length)
-    old = np.flatnonzero((place_P < 0) & np.isfinite(dot_P))
+    open_P = np.isfinite(dot_P)
+    place_K = now.places_of(number_K)
+    open_P[place_K[place_K >= 0]] = False
+    old = np.flatnonzero(open_P)
     dots, errors = dot_P[old], error_P[old]
     dots = np.where(dots > 0, now.signal[old], 1.0) * dots
     t = dots / np.where(errors > 0, errors, 1.0)
@@ -75,16 +80,17 @@ def with_old_sketches(probes: ProbeBatch, now: CandidateForecast, length: float 
     nothing = [blank[count] for count in counts.tolist()]
     return replace(
         probes,
-        ids=[*probes.ids, *(now.ids[place] for place in old)],
+        ids=[*probes.ids, *map(now.ids.__getitem__, old.tolist())],
         derivatives=[*probes.derivatives, *nothing],
         rewards=[*probes.rewards, *nothing],
         lengths=[*probes.lengths, *(unknown[count] for count in counts.tolist())],
         dots=np.concatenate([probes.dots, dots]),
         standard_errors=np.concatenate([probes.standard_errors, errors]),
         t=np.concatenate([probes.t, t]),
-        p_values=np.concatenate([probes.p_values, stats.norm.sf(t)]),
+        p_values=np.concatenate([probes.p_values, special.ndtr(-t)]),
         states=[*probes.states, *([State.LIVE] * len(old))],
         reasons=[*probes.reasons, *([""] * len(old))],
+        numbers=np.append(number_K, now.numbers[old]),
     )
 
 

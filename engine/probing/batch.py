@@ -6,6 +6,7 @@ Dimension letters: P problems, G rollouts of one problem.
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -49,6 +50,8 @@ class ProbeBatch:
     """Why a problem failed; empty for the others."""
     settings: Objective
     calibration: Calibration | None = None
+    numbers: np.ndarray | None = None
+    """Numbers of the problems in their collection (View.problem_numbers), int64 [P]; None: to be looked up by id."""
 
     @classmethod
     def of(
@@ -138,6 +141,11 @@ class ProbeBatch:
         )
 
     @property
+    def n_rollouts(self) -> np.ndarray:
+        """Number of rollouts of each problem, int64 [P]."""
+        return np.fromiter(map(len, self.rewards), np.int64, len(self.rewards))
+
+    @property
     def live(self) -> np.ndarray:
         """Mask of problems that can be ranked, bool [P]."""
         return live_mask(self.states)
@@ -149,7 +157,7 @@ class ProbeBatch:
         check_known("probe score", kind, probe_statistics.PROBE_SCORES)
         live = self.live
         found = np.full(len(self.ids), -np.inf)
-        n_P = np.array([len(r_G) for r_G in self.rewards])
+        n_P = self.n_rollouts
         if live.any():
             found[live] = probe_statistics.scores(
                 kind, self.dots[live], self.standard_errors[live], self.t[live], self.p_values[live], n_P[live]
@@ -177,5 +185,5 @@ def _arrays(column: "pa.ChunkedArray", kind: type) -> list[np.ndarray]:
     """Each list of a column as an array."""
     lists = column.combine_chunks()
     values = lists.flatten().to_numpy(zero_copy_only=False).astype(kind)
-    ends = np.cumsum(np.diff(lists.offsets.to_numpy()))
-    return np.split(values, ends[:-1])
+    ends = np.cumsum(np.diff(lists.offsets.to_numpy())).tolist()
+    return [values[start:end] for start, end in pairwise([0, *ends])]

@@ -183,7 +183,8 @@ def intervals(
         spread_P = stats.norm.ppf((1 + confidence) / 2) / np.sqrt(np.where(n_P > 3, n_P - 3, np.nan))
         return np.tanh(np.arctanh(bounded_P) - spread_P), np.tanh(np.arctanh(bounded_P) + spread_P)
     else:
-        quantile_P = stats.t.ppf((1 + confidence) / 2, np.maximum(n_P - 1, 1))
+        n_U, which_P = np.unique(n_P, return_inverse=True)
+        quantile_P = stats.t.ppf((1 + confidence) / 2, np.maximum(n_U - 1, 1))[which_P]
         middle_P = {"snr": signal_to_noise, "lcb": lower_bound}.get(kind, lambda dots, _: dots)(dots_P, errors_P)
         half_P = quantile_P * (errors_P / _floored(errors_P) if kind == "snr" else errors_P)
     return middle_P - half_P, middle_P + half_P

@@ -127,6 +127,25 @@ def int8_product_of_pairs(queries_QD: np.ndarray) -> ProductOfPairs | None:
     return product
 
 
+def int8_sums(columns_KW: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    """Function from int8 rows [N, W] to their exact sums of products with int8 columns: whole numbers [N, K]."""
+    n, width = columns_KW.shape
+    filled = np.ascontiguousarray(np.pad(columns_KW, ((0, -n % _COLUMNS_AT_ONCE), (0, 0))))
+    parts = [slice(start, start + SAFE_COLUMNS) for start in range(0, width, SAFE_COLUMNS)]
+    packed = [_pack(np.ascontiguousarray(filled[:, part]), "int8") for part in parts]
+
+    def sums(rows_NW: np.ndarray) -> np.ndarray:
+        if len(parts) == 1:
+            return np.asarray(numkong.dots_packed(rows_NW, packed[0]))[:, :n]
+        each = (
+            np.asarray(numkong.dots_packed(np.ascontiguousarray(rows_NW[:, part]), own)).astype(np.int64)
+            for part, own in zip(parts, packed, strict=True)
+        )
+        return np.sum(list(each), axis=0)[:, :n]
+
+    return sums
+
+
 def _int4_product(queries_QD: np.ndarray) -> Product:
     digits, weights_GQ = digits_of(queries_QD, 7, 6)
     digits = np.pad(digits, ((0, 0), (0, 0), (0, digits.shape[2] % 2))).view(np.uint8)

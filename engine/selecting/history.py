@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-from scipy.special import betaln  # type: ignore[import-untyped]
 
 from gradstore.engine.selecting.membership import places
 from gradstore.errors import check_number
@@ -92,12 +91,19 @@ class History:
         return self.a / (self.a + self.b)
 
     def signal_probability(self, n_rollouts: int) -> np.ndarray:
-        """Probability that n new rollouts are neither all right nor all wrong, float64 [P].
+        """`signal_probability` of each candidate, float64 [P]."""
+        return signal_probability(self.a, self.b, n_rollouts)
 
-        1 - E[p^n] - E[(1 - p)^n], with E[p^n] = B(a + n, b) / B(a, b) under the posterior (beta-binomial).
-        """
-        check_number("n_rollouts", n_rollouts, least=1)
-        whole = betaln(self.a, self.b)
-        all_right = np.exp(betaln(self.a + n_rollouts, self.b) - whole)
-        all_wrong = np.exp(betaln(self.a, self.b + n_rollouts) - whole)
-        return np.clip(1 - all_right - all_wrong, 0.0, 1.0)
+
+def signal_probability(a_P: np.ndarray, b_P: np.ndarray, n_rollouts: int) -> np.ndarray:
+    """Probability that n new rollouts are neither all right nor all wrong, float64 [P].
+
+    1 - E[p^n] - E[(1 - p)^n], with E[p^n] = B(a + n, b) / B(a, b) under the posterior Beta(a, b) (beta-binomial). That
+    is the product of (a + i) / (a + b + i) for i from 0 to n - 1.
+    """
+    check_number("n_rollouts", n_rollouts, least=1)
+    all_right_P, all_wrong_P, total_P = np.ones(len(a_P)), np.ones(len(a_P)), a_P + b_P
+    for i in range(n_rollouts):
+        all_right_P *= (a_P + i) / (total_P + i)
+        all_wrong_P *= (b_P + i) / (total_P + i)
+    return np.clip(1 - all_right_P - all_wrong_P, 0.0, 1.0)

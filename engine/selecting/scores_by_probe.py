@@ -13,7 +13,6 @@ import numpy as np
 
 from gradstore import View
 from gradstore.engine.selecting.candidates import Candidates, Scored, Selector
-from gradstore.engine.selecting.membership import places
 from gradstore.errors import RequestError
 
 if TYPE_CHECKING:
@@ -42,11 +41,15 @@ def _by(kind: str) -> Callable[[Candidates], Scored]:
         probes = candidates.probes
         if probes is None:
             raise RequestError("this selector needs probes")
-        place_P = places(candidates.ids, probes.ids)
+        number_K = candidates.view.numbers_of(probes.ids) if probes.numbers is None else probes.numbers
+        place_N = np.full(candidates.view.n_problems + 1, -1)  # the last one for probes of other problems
+        place_N[number_K[::-1]] = np.arange(len(number_K))[::-1]  # of two probes of a problem the first
+        place_N[-1] = -1
+        place_P = place_N[candidates.numbers]
         live_P = (place_P >= 0) & np.append(probes.live, False)[place_P]
         place_K = place_P[live_P]
         dots_K, errors_K, t_K = probes.dots[place_K], probes.standard_errors[place_K], probes.t[place_K]
-        n_K = np.array([len(probes.rewards[place]) for place in place_K])
+        n_K = probes.n_rollouts[place_K]
         found = np.full((3, len(candidates)), np.nan)
         if len(place_K):
             scores_K = statistics.scores(kind, dots_K, errors_K, t_K, probes.p_values[place_K], n_K)

@@ -16,7 +16,7 @@ from gradstore.engine.searching.query import direction
 from gradstore.engine.searching.targets import Target
 from gradstore.engine.searching.targets import target as target_of
 from gradstore.engine.searching.where import Where
-from gradstore.engine.selecting.candidates import Candidates, Selector
+from gradstore.engine.selecting.candidates import Candidates, Scored, Selector
 from gradstore.engine.selecting.diversity import Diversity, Method
 from gradstore.engine.selecting.mixture import Part, mixture_name, parts_of
 from gradstore.engine.selecting.picking import Picks, answer, numbers_of_picks, pick_from_groups, refuse_shortage, taker
@@ -154,7 +154,7 @@ def select(
     at: int | None = None,
     *,
     where: Where | str | Sequence[str] | None = None,
-    candidates: Sequence[str] | None = None,
+    candidates: Sequence[str] | np.ndarray | None = None,
     seed: int = 0,
     allow_fewer: bool = False,
     diversity: Diversity | Method | None = None,
@@ -168,7 +168,8 @@ def select(
 
     target: one or several, or names of benchmarks; several have equal weight unless the selector combines them in its
     own way (`less`, `cropi`). selector: a name, a mixture such as `cosine:0.7+rand:0.3`, or a Selector.
-    candidates: choose among these ids only (a round's chunk). seed: seed of all random draws.
+    candidates: choose among these problems only (a round's chunk): ids, or their numbers as an int64 array. seed: seed
+    of all random draws.
     diversity: re-rank the best few times n so that the picks differ (engine.Diversity has the formulas and the cost);
     problems without a gradient are then left out.
     probes: for probe-based selectors; None: the newest stored ones along the target's benchmark.
@@ -179,8 +180,7 @@ def select(
     needs a target or probes and there are none; for an unknown selector or candidate.
     """
     parts = parts_of(selector)
-    named = [] if target is None else [target] if isinstance(target, Target | str) else list(target)
-    targets = [target_of(store, one, at) if isinstance(one, str) else one for one in named]
+    targets = _targets(store, target, at)
     filtered = Where.of(where)
     if diversity is not None and not isinstance(diversity, Diversity):
         diversity = Diversity(diversity)
@@ -191,12 +191,11 @@ def select(
     probe_step = None
     if probes is None and any(part.selector.needs_probes for part in parts):
         probes, probe_step = stored_probes(view, _one_benchmark(parts, targets))
-    target_D = _direction(targets, view)
     picks = Picks()
     for i, (part, n_S) in enumerate(zip(parts, numbers_of_picks(n, parts, quotas), strict=True)):
         numbers, positions, group_P = _candidates(view, part.selector, filtered, candidates, quotas)
         of_scores, of_sampling = (np.random.default_rng([seed, i, purpose]) for purpose in range(2))
-        seen = Candidates(view, numbers, positions, target_D, of_scores, tuple(targets), probes, confidence, forgetting)
+        seen = _seen(view, numbers, positions, targets, of_scores, probes, confidence, forgetting)
         scored = answer(part.selector, seen)
         keys_P = softened(scored.scores, temperature or 0.0, of_sampling)
         if diversity is not None:
@@ -223,6 +222,51 @@ def select(
         confidence=confidence,
         probe_step=probe_step,
     )
+
+
+def scores_of(
+    store: Store,
+    collection: str,
+    target: Target | str | Sequence[Target | str] | None,
+    selector: Selector,
+    at: int | None = None,
+    *,
+    candidates: Sequence[str] | np.ndarray | None = None,
+    seed: int = 0,
+    probes: "ProbeBatch | None" = None,
+    confidence: float = 0.95,
+    forgetting: float = 1.0,
+) -> tuple[np.ndarray, Scored]:
+    """Numbers of all problems that a selector may choose among, int64 [P], and their scores: as in `select`, unranked.
+
+    A candidate whose score is NaN cannot be chosen. Arguments as for `select`.
+    """
+    view, targets = store.view(collection, at), _targets(store, target, at)
+    _check([Part(selector, 1.0)], targets, 1, seed, confidence)
+    numbers, positions, _ = _candidates(view, selector, None, candidates, None)
+    random = np.random.default_rng([seed, 0, 0])
+    seen = _seen(view, numbers, positions, targets, random, probes, confidence, forgetting)
+    return numbers, answer(selector, seen)
+
+
+def _targets(store: Store, target: Target | str | Sequence[Target | str] | None, at: int | None) -> list[Target]:
+    named = [] if target is None else [target] if isinstance(target, Target | str) else list(target)
+    return [target_of(store, one, at) if isinstance(one, str) else one for one in named]
+
+
+def _seen(
+    view: View,
+    numbers: np.ndarray,
+    positions: np.ndarray,
+    targets: list[Target],
+    random: np.random.Generator,
+    probes: "ProbeBatch | None",
+    confidence: float,
+    forgetting: float,
+) -> Candidates:
+    """What a selector sees of its candidates."""
+    target_D = _direction(targets, view)
+    return Candidates(view, numbers, positions, target_D, random, tuple(targets), probes, confidence, forgetting)
 
 
 def _check(parts: list[Part], targets: list[Target], n: int, seed: int, confidence: float) -> None:
@@ -256,7 +300,7 @@ def _candidates(
     view: View,
     selector: Selector,
     where: Where | None,
-    among: Sequence[str] | None,
+    among: Sequence[str] | np.ndarray | None,
     quotas: Mapping[str, float] | None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """Problems the selector may choose among: numbers, positions in the view (-1: never measured), source groups."""
@@ -283,9 +327,13 @@ def _candidates(
     return numbers, positions, groups_of(quotas, view.column_of(numbers, "source").to_numpy())
 
 
-def _numbers_of(view: View, ids: Sequence[str]) -> np.ndarray:
+def _numbers_of(view: View, ids: Sequence[str] | np.ndarray) -> np.ndarray:
     """Numbers of the candidates; RequestError for one that is not in the collection. One never measured is allowed."""
-    numbers = view.numbers_of(ids)
+    if isinstance(ids, np.ndarray) and ids.dtype.kind == "i":
+        if len(ids) and (ids.min() < 0 or ids.max() >= view.n_problems):
+            raise RequestError(f"candidates: collection {view.collection!r} has problems 0 to {view.n_problems - 1}")
+        return ids
+    numbers = view.numbers_of(list(ids))
     if len(numbers) and numbers.min() < 0:
         unknown = ids[int(np.argmax(numbers < 0))]
         raise RequestError(f"candidate {unknown!r} is not in collection {view.collection!r}")

@@ -36,7 +36,22 @@ def aim(store: gradstore.Store, step: int) -> ForecastTarget:
     return ForecastTarget.of(store, "pool", ["bench"], [target(store, "bench", step).vector], step)
 
 
-@pytest.mark.parametrize("most", [1024, 7])
+def slow_gains(store: gradstore.Store, ids: list[str], step: int) -> np.ndarray:
+    """The formula of docs/methods.md, one problem after the other, in float64."""
+    fresh = probe_scale.probed_at(store, "pool", ["bench"], step)
+    probes = [*([] if fresh is None else [fresh]), *probe_scale.probed_before(store, "pool", ["bench"], step)]
+    y, z = (np.concatenate([getattr(own, name) for own in probes]) for name in ("sketched", "dots"))
+    rows = np.concatenate([own.sketches.codes * own.sketches.scale[:, None].astype(float) for own in probes])
+    slope, one = z @ y / (y @ y), np.mean(y**2)
+    view, gains = store.view("pool", step), []
+    for position in view.positions(ids, strict=False):
+        unit = view.rows([position])[0].astype(float) if position >= 0 else np.zeros(DIM)
+        weights = np.maximum(rows @ unit, 0) ** 2
+        gains.append(max((weights @ (y * z) + one * slope) / (weights @ y**2 + one), 0.0))
+    return np.array(gains)
+
+
+@pytest.mark.parametrize("most", [256, 7])
 def test_a_forecast_goes_on_from_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int) -> None:
     """Stages of rounds, with probes, rows of the same step twice, a deletion, other candidates and a compaction."""
     monkeypatch.setattr(probe_scale, "_MOST", most)
@@ -45,14 +60,18 @@ def test_a_forecast_goes_on_from_the_last(tmp_path: Path, monkeypatch: pytest.Mo
     store.add_problems("pool", [{"id": name, "prompt": "?", "source": f"s{i % 3}"} for i, name in enumerate(IDS)])
     store.add_problems("bench", [{"id": f"v{i}", "prompt": "?"} for i in range(3)])
     computed: list[int] = []
-    real = probe_scale._in_blocks
+    real = probe_scale._Gains._add
     monkeypatch.setattr(
-        probe_scale, "_in_blocks", lambda view, ratios, at: (computed.append(len(at)), real(view, ratios, at))[1]
+        probe_scale._Gains,
+        "_add",
+        lambda own, changes, view, at: (computed.append(len(at)), real(own, changes, view, at))[1],
     )
 
     def check(step: int, ids: list[str]) -> None:
         toward = aim(store, step)
-        going_on = forecast_candidates(store, "pool", ids, step, SETTINGS, toward)
+        with monkeypatch.context() as other:
+            other.setattr(probe_scale, "_ROWS_AT_ONCE", 5)  # blocks must not matter
+            going_on = forecast_candidates(store, "pool", ids, step, SETTINGS, toward)
         fresh_store = gradstore.open(tmp_path / "store")
         anew = forecast_candidates(fresh_store, "pool", list(ids), step, SETTINGS, aim(fresh_store, step))
         for name in ("mean", "sd", "offsets"):
@@ -65,6 +84,7 @@ def test_a_forecast_goes_on_from_the_last(tmp_path: Path, monkeypatch: pytest.Mo
         if going_on.calibration is not None and anew.calibration is not None:
             np.testing.assert_array_equal(going_on.calibration.gains, anew.calibration.gains)
             assert going_on.calibration.describe() == anew.calibration.describe()
+            np.testing.assert_allclose(going_on.calibration.gains, slow_gains(fresh_store, ids, step), rtol=1e-3)
 
     ids = list(IDS)
     for step in (0, 3, 6, 9):

@@ -8,7 +8,9 @@ import gradstore
 from gradstore import State, Store
 from gradstore.engine.forecasting.kept import Places
 from gradstore.engine.forecasting.live_rows import live_rows
+from gradstore.engine.forecasting.measured_rates import MeasuredRates
 from gradstore.engine.forecasting.norms import expected_norms
+from gradstore.engine.selecting.history import History
 
 N, DIM, NOW = 12, 5, 8
 
@@ -33,10 +35,10 @@ def filled(path: Path) -> tuple[Store, list[str], list[tuple]]:
 
 
 def norms(store: Store, ids: list[str], unit: np.ndarray) -> np.ndarray:
-    history = store.history("pool", NOW, numbers=True)
-    places = Places(store.view("pool", NOW), ids)
+    view = store.view("pool", NOW)
+    places, rates = Places(view, ids), MeasuredRates.of(view, NOW, 1.0)
     rows = live_rows(store, "pool", places, unit, NOW)
-    return expected_norms(history, places.of_numbers(history["problem"].to_numpy()), len(ids), rows)
+    return expected_norms(places.column(rates.newest, np.nan), rows)
 
 
 def test_norms_are_the_slow_loop(tmp_path) -> None:
@@ -68,3 +70,20 @@ def test_the_order_of_candidates_does_not_matter(tmp_path) -> None:
     for order in (ids, ids[::-1]):
         found.append(norms(store, order, unit))
     np.testing.assert_allclose(found[0], found[1][::-1], rtol=1e-6)
+
+
+def test_measured_rates_are_the_history(tmp_path) -> None:
+    """Rows of earlier steps are kept from one forecast to the next; the sums must not show it."""
+    store, ids, rows = filled(tmp_path / "store")
+    for step in (2, 4, NOW):
+        if step == NOW:
+            with store.writer("pool", step=NOW) as writer:
+                writer.append(ids[:3], np.zeros((3, DIM)), pass_rate=[1.0, np.nan, 0.0], n_rollouts=[4, 4, 0])
+        found = MeasuredRates.of(store.view("pool", step), step, 0.9)
+        past = History.of(store.history("pool", step), ids, now=step, forgetting=0.9)
+        np.testing.assert_array_equal(1 + found.recent_right, past.a)
+        np.testing.assert_array_equal(1 + found.recent_wrong, past.b)
+        own = [[rate * n for name, at, _, rate, n in rows if name == one and at <= step] for one in ids]
+        right = np.array([sum(each) for each in own])
+        right[0] += 4 * (step == NOW)
+        np.testing.assert_allclose(found.right, right)

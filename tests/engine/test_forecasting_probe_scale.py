@@ -5,18 +5,30 @@ import pytest
 
 import gradstore
 from gradstore.engine.forecasting.kept import Places
-from gradstore.engine.forecasting.probe_scale import LocalRatios, aim, calibrate, probed_at, probed_before
+from gradstore.engine.forecasting.local_ratios import Changes, LocalRatios, Probed, Sketches
+from gradstore.engine.forecasting.probe_scale import aim, calibrate, probed_at, probed_before
 from gradstore.engine.gradients.objectives import objective
 from gradstore.engine.probing.batch import ProbeBatch
 from gradstore.engine.rollouts.group import Group
 
 
+def units(random: np.random.Generator, n: int, dim: int) -> Sketches:
+    rows = random.normal(size=(n, dim)).astype(np.float32)
+    return Sketches.of(rows / np.linalg.norm(rows, axis=1, keepdims=True))
+
+
+def of_step(step: int, known: Sketches, sketched: np.ndarray, probed: np.ndarray) -> Probed:
+    return Probed(step, known, sketched, probed, np.zeros(len(probed)))
+
+
 def test_local_ratios_are_the_slow_loop() -> None:
-    """One problem after another, by the formula."""
+    """One problem after another, by the formula; the probes are of two steps."""
     random = np.random.default_rng(0)
-    rows, known = random.normal(size=(7, 3)).astype(np.float32), random.normal(size=(20, 3)).astype(np.float32)
-    similar, sketched, probed = rows @ known.T, random.normal(size=20), random.normal(2, 1, 20)
-    ratios = LocalRatios(known, sketched, probed)
+    rows, known = units(random, 7, 3), units(random, 20, 3)
+    similar = (rows.codes * rows.scale[:, None]) @ (known.codes * known.scale[:, None]).T
+    sketched, probed = random.normal(size=20), random.normal(2, 1, 20)
+    parts = (slice(0, 14), slice(14, 20))
+    ratios = LocalRatios([of_step(9 - i, known[own], sketched[own], probed[own]) for i, own in enumerate(parts)])
     found = ratios(rows)
     assert ratios.usual == pytest.approx(max(sum(probed * sketched) / sum(sketched**2), 0.0))
     one = np.mean(sketched**2)
@@ -25,7 +37,20 @@ def test_local_ratios_are_the_slow_loop() -> None:
         for k in range(20):
             weight = max(similar[place, k], 0.0) ** 2
             top, bottom = top + weight * probed[k] * sketched[k], bottom + weight * sketched[k] ** 2
-        assert found[place] == pytest.approx(max(top / bottom, 0.0), rel=2e-3, abs=1e-3)
+        assert found[place] == pytest.approx(max(top / bottom, 0.0), rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["int4", "1bit", "fp16", "fp32", "int8"])
+def test_sketches_of_every_dtype_are_the_unit_rows(tmp_path, dtype: str) -> None:
+    """A cosine of rounded rows is that of the stored ones within the step of int8 codes."""
+    store = gradstore.create(tmp_path / "store", dim=48, fingerprint={}, dtype=dtype)
+    store.add_problems("pool", [{"id": f"p{i}", "prompt": "?"} for i in range(9)])
+    with store.writer("pool", step=0) as writer:
+        writer.append([f"p{i}" for i in range(9)], np.random.default_rng(3).normal(size=(9, 48)))
+    view, places = store.view("pool"), np.array([4, 0, 8])
+    found = Sketches.at(view, places)
+    assert found.codes.dtype == np.int8
+    np.testing.assert_allclose(found.codes * found.scale[:, None], view.rows(places), atol=0.002)
 
 
 def test_problems_of_two_kinds_have_two_ratios(tmp_path) -> None:
@@ -75,25 +100,25 @@ def test_problems_of_two_kinds_have_two_ratios(tmp_path) -> None:
 def test_sums_go_on_from_others_to_the_last_bit() -> None:
     """Changed, added and removed probes, in any order: a resumed round must rank as an undisturbed one."""
     random = np.random.default_rng(1)
-
-    def units(n: int) -> np.ndarray:
-        rows = random.normal(size=(n, 24)).astype(np.float32)
-        return rows / np.linalg.norm(rows, axis=1, keepdims=True)
-
-    rows, known = units(300), units(90)
+    rows, known = units(random, 300, 24), units(random, 90, 24)
     sketched, probed = random.normal(size=90), random.normal(2, 1, 90) * 10.0 ** random.integers(-3, 2, 90)
     probed[0] = 3e4
-    old = LocalRatios(known[:80], sketched[:80], probed[:80])
+    old = LocalRatios([of_step(0, known[:80], sketched[:80], probed[:80])])
     order = random.permutation(80)
-    shuffled = LocalRatios(known[order], sketched[order], probed[order])
-    np.testing.assert_array_equal(shuffled.sums(rows), old.sums(rows))
+    shuffled = LocalRatios([of_step(0, known[order], sketched[order], probed[order])])
+    np.testing.assert_array_equal(shuffled.sums(rows)[0], old.sums(rows)[0])
     for places, n in (([3, 7, 50], 80), ([79], 90), ([], 80), ([1], 70), ([], 60)):
-        rows_K, probed_K = known.copy(), probed.copy()
-        rows_K[places], probed_K[places] = units(len(places)), 1.5
-        new = LocalRatios(rows_K[:n], sketched[:n], probed_K[:n])
-        change = old.change_to(new)
+        codes, scale, probed_K = known.codes.copy(), known.scale.copy(), probed.copy()
+        other = units(random, len(places), 24)
+        codes[places], scale[places], probed_K[places] = other.codes, other.scale, 1.5
+        new = LocalRatios([of_step(0, Sketches(codes[:n], scale[:n]), sketched[:n], probed_K[:n])])
+        change = old.parts[0].change_to(new.parts[0])
         assert change is not None
-        np.testing.assert_array_equal(old.sums(rows) + change.sums(rows), new.sums(rows))
-        np.testing.assert_array_equal(new.slopes(old.sums(rows) + change.sums(rows)), new(rows))
-    assert old.change_to(LocalRatios(units(80), sketched[:80], probed[:80])) is None
-    assert old.change_to(LocalRatios(known[:80], sketched[:80], 100 * probed[:80])) is None
+        sums = old.sums(rows)[0] + Changes({0: change}).sums(rows).get(0, 0)
+        np.testing.assert_array_equal(sums, new.sums(rows)[0])
+        np.testing.assert_array_equal(new.slopes({0: sums}), new(rows))
+    for others in (
+        of_step(0, units(random, 80, 24), sketched[:80], probed[:80]),
+        of_step(0, known[:80], sketched[:80], 100 * probed[:80]),
+    ):
+        assert old.parts[0].change_to(LocalRatios([others]).parts[0]) is None

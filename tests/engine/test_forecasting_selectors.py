@@ -34,7 +34,7 @@ def forecast_candidates(ages: np.ndarray, seed: int = 0) -> tuple[CandidateForec
     ids, norms = [f"p{i}" for i in range(n)], random.lognormal(0, 0.3, n)
     newest = NewestRows(np.full(n, int(State.LIVE)), STEP - ages, np.full(n, 0.5), np.full(n, 16), norms)
     cosine = CosineForecast(mean, sd, np.zeros(n), MODEL)
-    found = CandidateForecast(ids, STEP, newest, cosine, norms, np.full(n, 0.75), None)
+    found = CandidateForecast(ids, np.arange(n), STEP, newest, cosine, norms, np.full(n, 0.75), None)
     return found, now
 
 
@@ -49,6 +49,10 @@ def probed(now: CandidateForecast, truth: np.ndarray, places: np.ndarray, slope:
         dot = slope * truth[place] * now.norms[place]
         derivatives.append((rewards - 0.5) * dot / 0.25 + random.normal(0, 0.1, 16))
     return ProbeBatch.of(groups, derivatives, objective("gradalign"))
+
+
+def joined(probes: ProbeBatch, now: CandidateForecast, length: float = 0.0) -> ProbeBatch:
+    return with_old_sketches(probes, np.array([int(name[1:]) for name in probes.ids]), now, length)
 
 
 def scaled(now: CandidateForecast, gain: float, left: float = 0.0) -> CandidateForecast:
@@ -81,7 +85,7 @@ def test_old_sketches_as_probes() -> None:
     now, truth = forecast_candidates(ages)
     object.__setattr__(now, "signal", np.ones(N))
     probes = probed(now, truth, np.arange(150), slope=7.0)
-    both = with_old_sketches(probes, scaled(now, 7.0))
+    both = joined(probes, scaled(now, 7.0))
     assert both.ids == now.ids
     np.testing.assert_array_equal(both.dots[:150], probes.dots)
     np.testing.assert_array_equal(both.standard_errors[:150], probes.standard_errors)
@@ -99,8 +103,8 @@ def test_what_a_sketch_misses_widens_the_error() -> None:
     """Else an old sketch that says little would outrank a probe under a lower bound."""
     now, truth = forecast_candidates(np.full(N, 5))
     probes = probed(now, truth, np.arange(2), slope=2.0)
-    plain = with_old_sketches(probes, scaled(now, 2.0)).standard_errors[2:]
-    missed = with_old_sketches(probes, scaled(now, 2.0, 0.01)).standard_errors[2:]
+    plain = joined(probes, scaled(now, 2.0)).standard_errors[2:]
+    missed = joined(probes, scaled(now, 2.0, 0.01)).standard_errors[2:]
     assert missed**2 - plain**2 == pytest.approx(4 * now.norms[2:] ** 2 * 0.01)
 
 
@@ -110,9 +114,9 @@ def test_what_is_not_known_is_no_probe() -> None:
     probes = probed(now, truth, np.arange(5), slope=2.0)
     now.cosine.sd[6], now.cosine.mean[6] = np.sqrt(MODEL.signal), MODEL.mean
     now.newest.states[7] = int(State.NO_SIGNAL)
-    assert with_old_sketches(probes, scaled(now, 2.0)).ids == ["p0", "p1", "p2", "p3", "p4", "p5", "p8", "p9"]
+    assert joined(probes, scaled(now, 2.0)).ids == ["p0", "p1", "p2", "p3", "p4", "p5", "p8", "p9"]
     few = probed(now, truth, np.arange(2), slope=2.0)
-    assert with_old_sketches(few, now).ids == ["p0", "p1"]
+    assert joined(few, now).ids == ["p0", "p1"]
 
 
 def test_too_few_probes_for_a_scale_take_the_targets() -> None:
@@ -120,7 +124,7 @@ def test_too_few_probes_for_a_scale_take_the_targets() -> None:
     now, truth = forecast_candidates(np.zeros(N, np.int64))
     object.__setattr__(now, "signal", np.ones(N))
     few = probed(now, truth, np.arange(2), slope=3.0)
-    both = with_old_sketches(few, now, 3.0)
+    both = joined(few, now, 3.0)
     assert both.ids == now.ids
     off = (both.dots[2:] - 3.0 * truth[2:] * now.norms[2:]) / both.standard_errors[2:]
     assert abs(off.mean()) < 0.4

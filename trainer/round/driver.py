@@ -27,12 +27,12 @@ from gradstore.engine.selecting.selection import Selection
 from gradstore.engine.sketches.spec import SketchBatch
 from gradstore.errors import RequestError
 from gradstore.layout import SOLUTIONS, check_name
-from gradstore.problems import canonical
 from gradstore.trainer.loggers import Log, log_of
-from gradstore.trainer.round.measuring import Costs, append, publish
+from gradstore.trainer.round.measuring import Costs, append, ids_at_step, publish
 from gradstore.trainer.round.policy import Policy, ReadsSolutions
 from gradstore.trainer.round.recorded import selection_of
 from gradstore.trainer.round.recording import scalars
+from gradstore.trainer.round.records import Records
 from gradstore.trainer.round.run import Run
 from gradstore.trainer.round.runner import RoundRunner
 from gradstore.trainer.round.settings import RoundSettings
@@ -73,8 +73,8 @@ class Rounds:
         self._run = Run(
             Path(store),
             name,
-            _by_id(pool, name),
-            {own: list(_by_id(records, own).values()) for own, records in benchmarks.items()},
+            Records(pool, name),
+            {own: list(Records(records, own).values()) for own, records in benchmarks.items()},
             settings,
             dtype,
             None if export is None else Path(export),
@@ -181,8 +181,7 @@ class Rounds:
         unknown = [name for name in ids if name not in self._run.records]
         if unknown:
             raise RequestError(f"problem {unknown[0]!r} is not in the pool {self._run.pool!r}")
-        view = store.view(self._run.pool, policy.step)
-        known = set(view.ids_at(view.steps == policy.step))
+        known = ids_at_step(store, self._run.pool, policy.step)
         new = [place for place, name in enumerate(ids) if name not in known]
         name, most = Counter(ids[place] for place in new).most_common(1)[0] if new else ("", 0)
         if most > 1:
@@ -271,16 +270,6 @@ _NOTHING = {
     "warnings": [],
 }
 """Zero costs, for a round that reuses earlier picks."""
-
-
-def _by_id(records: Sequence[Mapping[str, Any]], where: str) -> dict[str, dict[str, Any]]:
-    found: dict[str, dict[str, Any]] = {}
-    for n, record in enumerate(records):
-        checked = canonical(dict(record), f"collection {where!r}, record {n}")
-        if checked["id"] in found:
-            raise RequestError(f"collection {where!r}: problem id {checked['id']!r} occurs more than once; keep one")
-        found[checked["id"]] = checked
-    return found
 
 
 def _plain(settings: RoundSettings) -> dict[str, Any]:

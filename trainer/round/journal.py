@@ -10,8 +10,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import pyarrow.compute as pc
-
 from gradstore import Store
 from gradstore.durable import canonical_json, replace_file, writing
 from gradstore.engine.probing.calibration import Calibration
@@ -39,8 +37,9 @@ class Journal:
         self.calibration: Calibration | None = None
         """Calibration of the round's probe; None before its first use."""
         self.plans: list[Plan] = self._read()
-        history = store.history(pool, step)
-        self.rows = Counter(history.filter(pc.equal(history["step"], step))["id"].to_pylist())
+        history, view = store.history(pool, step, numbers=True), store.view(pool, step)
+        now = history["problem"].to_numpy()[history["step"].to_numpy() == step]
+        self.rows = Counter(view.ids_of(now).tolist())
         """Current number of rows per problem at the round's step; code that adds rows must update it."""
         self.probes = Counter(store.probes(pool).table(step=step, target=target)["id"].to_pylist())
         """Current number of probes per problem along the round's target; code that adds probes must update it."""

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from gradstore import Store
 from gradstore.engine.probing.calibration import Calibration
 from gradstore.engine.rollouts.group import Group, joined
@@ -147,7 +149,7 @@ def _windows(
 
 def sketch_collection(store: Store, collection: str, windows: Windows, policy: Policy, costs: Costs) -> None:
     """Store rows of a benchmark at the policy's step, for the problems that have none."""
-    done = _measured_at(store, collection, policy.step)
+    done = ids_at_step(store, collection, policy.step)
     for window in range(len(windows)):
         todo = [name not in done for name in windows.ids(window)]
         if any(todo):
@@ -174,16 +176,17 @@ def sketch_benchmarks(
     costs.sizes.add(batch)
     start = 0
     for name, windows in windows_of.items():
-        done = _measured_at(store, name, policy.step)
+        done = ids_at_step(store, name, policy.step)
         with costs.stage("store"):
             places = [start + place for place, problem_id in enumerate(windows.all_ids) if problem_id not in done]
             publish(store, name, batch, policy.step, places)
         start += len(windows.all_ids)
 
 
-def _measured_at(store: Store, collection: str, step: int) -> set[str]:
-    view = store.view(collection, step)
-    return set(view.ids_at(view.steps == step))
+def ids_at_step(store: Store, collection: str, step: int) -> set[str]:
+    """Ids of the problems with a row at a step."""
+    view = store.view(collection, step, since=step)
+    return set(view.ids_at(np.arange(len(view))))
 
 
 class Measured:
@@ -244,7 +247,7 @@ class Measured:
 
 def _calibration_before(store: Store, scope: Scope) -> Calibration | None:
     """Calibration of the previous round's probe; None if there is none."""
-    kept = store.rounds(scope.run.pool)[scope.number - 1].about.get("probe") if scope.number else None
+    kept = store.rounds(scope.run.pool).about(scope.number - 1).get("probe") if scope.number else None
     return None if kept is None else Calibration.of(kept)
 
 

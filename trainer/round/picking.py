@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -12,8 +12,9 @@ from gradstore.engine.forecasting.forecast import CandidateForecast
 from gradstore.engine.forecasting.selectors import aged_parts, with_old_sketches
 from gradstore.engine.probing.batch import ProbeBatch
 from gradstore.engine.searching.targets import Target
+from gradstore.engine.selecting.membership import places
 from gradstore.engine.selecting.mixture import Part, parts_of
-from gradstore.engine.selecting.selection import Selection, select
+from gradstore.engine.selecting.selection import Selection, scores_of, select
 from gradstore.trainer.round.aiming import Aim
 from gradstore.trainer.round.run import FILL, SELECT, Scope
 
@@ -24,8 +25,8 @@ class Picked:
 
     forecast: CandidateForecast
     """Forecast of the candidates after all measurements."""
-    scored: Selection
-    """All candidates that the selector can rank, by score alone."""
+    scores: np.ndarray
+    """Score of each candidate with the ends of its interval, float64 [P, 3]; NaN where the selector cannot rank it."""
     chosen: Selection
     """The picks of the selector."""
     filled: list[str]
@@ -43,30 +44,51 @@ def pick(store: Store, scope: Scope, aim: Aim, probed: bool) -> Picked:
         probes = ProbeBatch.load(store, pool, step=scope.step, target=scope.target)
     if now.cosine.model is not None:
         parts = aged_parts(parts, now, _length(aim.targets), settings.confidence)
-        probes = None if probes is None else with_old_sketches(probes, now, _probe_scale(aim.targets, scope))
-    ranked = partial(
-        select,
+        if probes is not None:
+            numbers = store.view(pool, scope.step).numbers_of(probes.ids)
+            probes = with_old_sketches(probes, numbers, now, _probe_scale(aim.targets, scope))
+    asked: dict[str, Any] = {
+        "at": scope.step,
+        "candidates": now.numbers,
+        "seed": scope.seed(SELECT),
+        "probes": probes,
+        "confidence": settings.confidence,
+        "forgetting": settings.forgetting,
+    }
+    chosen = select(
         store,
         pool,
         aim.targets or None,
-        selector=parts,
-        at=scope.step,
-        candidates=scope.candidates,
-        seed=scope.seed(SELECT),
+        scope.n_picks,
+        parts,
         allow_fewer=True,
-        probes=probes,
-        confidence=settings.confidence,
-        forgetting=settings.forgetting,
+        diversity=settings.diversity,
+        temperature=settings.temperature,
+        quotas=settings.quotas,
+        **asked,
     )
-    scored = ranked(len(scope.candidates))
-    chosen = ranked(
-        scope.n_picks, diversity=settings.diversity, temperature=settings.temperature, quotas=settings.quotas
-    )
+    scores_P3 = _scores(now, store, pool, aim.targets or None, parts, asked)
     filled = _drawn(scope, now, chosen.ids)
     if filled:
         number = f"{len(filled)} of the {scope.n_picks}"
         warnings.append(f"only {len(chosen)} candidates could be ranked: {number} picks were drawn at random")
-    return Picked(now, scored, chosen, filled, warnings)
+    return Picked(now, scores_P3, chosen, filled, warnings)
+
+
+def _scores(
+    now: CandidateForecast, store: Store, pool: str, targets: list[Target] | None, parts: list[Part], asked: dict
+) -> np.ndarray:
+    """Value of `Picked.scores`. In a mixture a score is by the part that chooses the candidate where all are chosen."""
+    scores_P3 = np.full((len(now), 3), np.nan)
+    if len(parts) > 1:
+        every = select(store, pool, targets, len(now), parts, allow_fewer=True, **asked)
+        scores_P3[places(every.ids, now.ids)] = np.stack([every.scores, every.low, every.high], axis=1)
+        return scores_P3
+    numbers, scored = scores_of(store, pool, targets, parts[0].selector, **asked)
+    known = np.isfinite(scored.scores)
+    columns = (scored.scores, scored.low, scored.high)
+    scores_P3[now.places_of(numbers[known])] = np.stack([own[known] for own in columns if own is not None], axis=1)
+    return scores_P3
 
 
 def _parts(scope: Scope, aim: Aim, probed: bool) -> tuple[list[Part], list[str]]:

@@ -82,7 +82,7 @@ def first_plan(scope: Scope, outlook: Callable[[], Outlook]) -> list[str]:
     seen = outlook()
     at_once = scope.budget - round(settings.boundary * scope.budget) if seen.pickable.any() else scope.budget
     places = choose(seen, scope.n_picks, at_once, settings.explore, settings.max_no_signal, scope.random(PLAN))
-    return [scope.candidates[place] for place in places]
+    return [scope.candidates[place] for place in places.tolist()]
 
 
 def plan_of_a_new_store(scope: Scope) -> list[str]:
@@ -103,4 +103,4 @@ def at_the_cut(scope: Scope, now: CandidateForecast, left: int) -> list[str]:
     open_P = now.fresh | (1 - now.signal <= settings.max_no_signal)
     unsure = unsure[open_P[unsure]]
     batch = max(1, round(settings.boundary * scope.budget / _BATCHES))
-    return [scope.candidates[place] for place in unsure[: min(left, batch)]]
+    return [scope.candidates[place] for place in unsure[: min(left, batch)].tolist()]

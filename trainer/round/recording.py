@@ -1,7 +1,6 @@
 """The record of a round (docs/format.md, docs/rounds.md): its table, its metadata, and its scalars for a logger."""
 
 import logging
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,10 +8,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from gradstore import Round, State, Store
+from gradstore import Round, State, Store, View
 from gradstore.engine.probing.calibration import Calibration
 from gradstore.engine.searching.targets import kind_of
-from gradstore.engine.selecting.membership import places
 from gradstore.trainer.round.aiming import Aim
 from gradstore.trainer.round.journal import Plan
 from gradstore.trainer.round.measuring import Costs
@@ -47,11 +45,14 @@ def record(store: Store, scope: Scope, aim: Aim, picked: Picked, work: Work) -> 
         log.warning("round %d: %s", scope.number, line)
     share = 100 * seen / len(scope.run.records)
     log.info("round %d: %d candidates; seen so far: %.0f %% of the pool", scope.number, len(picked.forecast), share)
-    store.rounds(scope.run.pool).add(about, round_table(picked, _rolled_out(work)))
+    view = store.view(scope.run.pool, scope.step)
+    store.rounds(scope.run.pool).add(about, round_table(view, picked, _rolled_out(work)))
 
 
 def seen_of_pool(store: Store, scope: Scope) -> int:
     """How many of the pool's problems were candidates in this round or an earlier one."""
+    if len(scope.candidates) == len(scope.run.records):
+        return len(scope.run.records)
     unseen = scope.run.records.keys() - set(scope.candidates)
     for found in store.rounds(scope.run.pool) if unseen else ():
         unseen -= set(found.table["id"].to_pylist())
@@ -62,20 +63,19 @@ def _rolled_out(work: Work) -> set[str]:
     return {name for plan in work.plans for name in plan.ids}
 
 
-def round_table(picked: Picked, rolled_out: set[str]) -> pa.Table:
+def round_table(view: View, picked: Picked, rolled_out: set[str]) -> pa.Table:
     """The round's table: one row per candidate, in the order they were drawn."""
-    now, scored, chosen = picked.forecast, picked.scored, picked.chosen
+    now, chosen, filled = picked.forecast, picked.chosen, len(picked.filled)
     n, picks = len(now), [*chosen.ids, *picked.filled]
-    scores_P3 = np.full((n, 3), np.nan)
-    for own in (scored, chosen):
-        scores_P3[places(own.ids, now.ids)] = np.stack([own.scores, own.low, own.high], axis=1)
+    picked_K = now.places_of(view.numbers_of(picks))
+    scores_P3 = picked.scores.copy()
+    scores_P3[picked_K[: len(chosen)]] = np.stack([chosen.scores, chosen.low, chosen.high], axis=1)
     place_P, weight_P, rollouts_P = np.full(n, -1), np.zeros(n), np.zeros(n, np.int64)
-    picked_K, filled = places(picks, now.ids), len(picked.filled)
     place_P[picked_K] = np.arange(len(picks))
     weight_P[picked_K] = [*chosen.weights, *[1.0] * filled]
     rollouts_P[picked_K] = [*chosen.rollouts, *[0] * filled]
     rolled_out_P = np.zeros(n, bool)
-    again_K = places(list(rolled_out), now.ids)
+    again_K = now.places_of(view.numbers_of(list(rolled_out)))
     rolled_out_P[again_K[again_K >= 0]] = True
     names = np.array([_STATES[state] for state in sorted(_STATES)], object)
     return pa.table(
@@ -98,8 +98,7 @@ def round_table(picked: Picked, rolled_out: set[str]) -> pa.Table:
 def about_round(scope: Scope, aim: Aim, picked: Picked, work: Work, seen: int) -> dict[str, Any]:
     """The round's metadata; docs/rounds.md lists the members. seen: as `seen_of_pool` returns it."""
     settings, now, chosen = scope.settings, picked.forecast, picked.chosen
-    counted = Counter(_STATES[state] for state in now.newest.states.tolist())
-    counts = {name: counted.get(name, 0) for name in _STATES.values()}
+    counts = {name: int(np.count_nonzero(now.newest.states == state)) for state, name in _STATES.items()}
     targets = [own.describe() for own in aim.targets]
     selection = chosen.describe()
     del selection["problems"]

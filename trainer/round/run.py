@@ -14,6 +14,7 @@ from gradstore.engine.selecting.rollout_rules import ROLLOUT_RULES
 from gradstore.engine.sketches.bases import files_in
 from gradstore.trainer.round.drawing import chunk, independent, shuffled
 from gradstore.trainer.round.policy import Policy
+from gradstore.trainer.round.records import Records
 from gradstore.trainer.round.settings import RoundSettings
 from gradstore.trainer.sampling.backends import derived_seed
 
@@ -27,8 +28,8 @@ class Run:
 
     path: Path
     pool: str
-    records: Mapping[str, Mapping[str, Any]]
-    """The pool's canonical records by id."""
+    records: Records
+    """The pool's problems."""
     benchmarks: Mapping[str, Sequence[Mapping[str, Any]]]
     settings: RoundSettings
     dtype: str
@@ -82,7 +83,7 @@ class Run:
         return store
 
     def add_problems(self, store: Store) -> None:
-        store.add_problems(self.pool, map(dict, self.records.values()))
+        store.add_problems(self.pool, map(dict, self.records.given))
         for name, records in self.benchmarks.items():
             store.add_problems(name, map(dict, records))
 

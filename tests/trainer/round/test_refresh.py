@@ -8,6 +8,7 @@ from scipy import integrate, stats
 
 import gradstore
 from gradstore.engine.forecasting.forecast import source_offsets
+from gradstore.engine.forecasting.measured_rates import MeasuredRates
 from gradstore.engine.forecasting.refresh_choice import Outlook, choose, cut, pass_rate_prior, straddling, worth
 from gradstore.engine.selecting.history import History
 from gradstore.trainer.round import planning
@@ -63,6 +64,26 @@ def test_choice_by_worth() -> None:
     assert 4 not in choose(unknown, 2, 2, 0.0, 0.9, random).tolist()
 
 
+def test_the_choice_is_the_slow_sort() -> None:
+    """Ties, unknown worths and problems left out: a sort of all candidates, one after the other."""
+    random = np.random.default_rng(5)
+    for _ in range(40):
+        n = int(random.integers(1, 40))
+        mean, sd = random.integers(-2, 3, n).astype(float), random.integers(0, 3, n).astype(float)
+        seen = outlook(mean, sd, random.integers(0, 3, n) / 2, random.integers(0, 2, n) > 0)
+        budget, explore, wanted = int(random.integers(0, n + 3)), random.choice([0.0, 0.4]), int(random.integers(1, 9))
+        found = choose(seen, wanted, budget, explore, 0.6, np.random.default_rng(7))
+        order = np.random.default_rng(7).permutation(n).tolist()
+        allowed = [place for place in order if 1 - seen.signal[place] <= 0.6]
+        explored = [place for place in allowed if not seen.measured[place]][: round(explore * budget)]
+        line = cut(np.where(seen.pickable, mean, np.nan), wanted)
+        line = line if np.isfinite(line) else cut(mean, wanted)
+        line = line if np.isfinite(line) else float(np.median(mean))
+        value = seen.signal * worth(mean, sd, seen.noise, line)
+        best = sorted((place for place in allowed if place not in explored), key=lambda place: -value[place])
+        assert found.tolist() == [*best[: budget - len(explored)], *explored]
+
+
 def test_the_cut_and_who_straddles_it() -> None:
     """A top n is settled when no interval holds the cut."""
     assert cut(np.array([3.0, 1.0, np.nan, 2.0]), 2) == 1.5
@@ -84,13 +105,13 @@ def test_the_prior_of_pass_rates_is_fitted(tmp_path) -> None:
         rates = random.binomial(16, random.beta(concentration, concentration, 400)) / 16
         with store.writer("pool", step=0) as writer:
             writer.append(ids, random.normal(size=(400, 2)), pass_rate=rates, n_rollouts=[16] * 400)
-        history = store.history("pool")
-        prior = pass_rate_prior(history)
+        measured = MeasuredRates.of(store.view("pool"), 0, 1.0)
+        prior = pass_rate_prior(measured.right, measured.wrong)
         assert concentration / 1.6 < prior < concentration * 1.6
         silent = np.flatnonzero((rates == 0) | (rates == 1))
-        chance = History.of(history, ids, prior=prior).signal_probability(16)[silent].mean()
+        chance = History.of(store.history("pool"), ids, prior=prior).signal_probability(16)[silent].mean()
         assert (chance < 0.2) == (concentration == 0.1)
-    assert pass_rate_prior(history.slice(0, 0)) == 1.0
+    assert pass_rate_prior(np.zeros(3), np.zeros(3)) == 1.0
 
 
 def test_a_source_has_a_say_as_far_as_sources_differ() -> None:
