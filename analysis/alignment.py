@@ -28,24 +28,24 @@ def alignment(
     return to_frame(trajectory(store, pool, benchmark, metric, steps))
 
 
-def to_frame(seen: Trajectory) -> pd.DataFrame:
-    """Convert a trajectory to the frame of `alignment`."""
+def to_frame(seen: Trajectory, *, copy: bool = True) -> pd.DataFrame:
+    """Convert a trajectory to the frame of `alignment`. copy: False: it shares the trajectory's read-only arrays."""
     n_steps, n_problems = seen.scores_SP.shape
-    sources, source_codes = np.unique(seen.sources.astype(str), return_inverse=True)
+    source_codes, sources = pd.factorize(seen.sources, sort=True)
     states_SP = np.where(seen.states_SP == UNMEASURED, len(STATE_NAMES) - 1, seen.states_SP).astype(np.int8)
-    ages_SP = np.where(seen.row_steps_SP < 0, np.nan, seen.steps[:, None] - seen.row_steps_SP)
-    return pd.DataFrame(
-        {
-            "id": pd.Categorical.from_codes(np.tile(np.arange(n_problems), n_steps), seen.ids),
-            "step": np.repeat(seen.steps, n_problems),
-            "score": seen.scores_SP.ravel(),
-            "norm": seen.norms_SP.ravel(),
-            "pass_rate": seen.pass_rates_SP.ravel(),
-            "state": pd.Categorical.from_codes(states_SP.ravel(), list(STATE_NAMES)),
-            "age": ages_SP.ravel(),
-            "source": pd.Categorical.from_codes(np.tile(source_codes, n_steps), sources),
-        }
-    )
+    ages_SP = np.subtract(seen.steps[:, None], seen.row_steps_SP, dtype=np.float64)
+    ages_SP[seen.row_steps_SP < 0] = np.nan
+    columns = {
+        "id": pd.Categorical.from_codes(np.tile(np.arange(n_problems, dtype=np.int32), n_steps), seen.ids),
+        "step": np.repeat(seen.steps, n_problems),
+        "score": seen.scores_SP.ravel(),
+        "norm": seen.norms_SP.ravel(),
+        "pass_rate": seen.pass_rates_SP.ravel(),
+        "state": pd.Categorical.from_codes(states_SP.ravel(), list(STATE_NAMES)),
+        "age": ages_SP.ravel(),
+        "source": pd.Categorical.from_codes(np.tile(source_codes.astype(np.int32), n_steps), sources),
+    }
+    return pd.DataFrame(columns, copy=copy)
 
 
 def summary(frame: pd.DataFrame, by: str | None = None) -> pd.DataFrame:
@@ -54,21 +54,28 @@ def summary(frame: pd.DataFrame, by: str | None = None) -> pd.DataFrame:
     Columns: step, [by,] n int64 (live problems), low, median, high float64 (5th, 50th and 95th percentile), mean
     float64, positive float64 (share of scores above 0), stale float64 (mean age).
     """
-    keys = ["step"] if by is None else ["step", by]
-    live = frame[frame["score"].notna()]
-    grouped = live.groupby(keys, observed=True)
-    table = pd.DataFrame(
-        {
-            "n": grouped["score"].size(),
-            "low": grouped["score"].quantile(0.05).astype(float),
-            "median": grouped["score"].quantile(0.5).astype(float),
-            "high": grouped["score"].quantile(0.95).astype(float),
-            "mean": grouped["score"].mean().astype(float),
-            "positive": live["score"].gt(0).groupby([live[key] for key in keys], observed=True).mean(),
-            "stale": grouped["age"].mean(),
-        }
-    )
-    return table.reset_index()
+    if not frame["step"].is_monotonic_increasing:
+        frame = frame.sort_values("step", kind="stable")
+    steps = frame["step"].to_numpy()
+    parts = []
+    for step in np.unique(steps):  # one at a time: the frame of a large pool is several times its scores
+        here = slice(*np.searchsorted(steps, [step, step + 1]))
+        part = frame.iloc[here][["score", "age", *([] if by is None else [by])]]
+        part = part[part["score"].notna()]
+        groups = [(None, part)] if by is None else part.groupby(by, observed=True)
+        for name, own in groups:
+            if len(own):
+                parts.append((int(step), name, *_described(own["score"].to_numpy(np.float64)), own["age"].mean()))
+    numbers = ["low", "median", "high", "mean", "positive", "stale"]
+    table = pd.DataFrame(parts, columns=["step", by or "", "n", *numbers])
+    table = table.astype(dict.fromkeys(["step", "n"], np.int64) | dict.fromkeys(numbers, np.float64))
+    return table if by else table.drop(columns=[""])
+
+
+def _described(scores_N: np.ndarray) -> tuple[int, float, float, float, float, float]:
+    """Number, 5th, 50th and 95th percentile, mean and share above 0."""
+    low, median, high = np.quantile(scores_N, [0.05, 0.5, 0.95])
+    return len(scores_N), float(low), float(median), float(high), float(scores_N.mean()), float((scores_N > 0).mean())
 
 
 def states(frame: pd.DataFrame) -> pd.DataFrame:
@@ -76,6 +83,17 @@ def states(frame: pd.DataFrame) -> pd.DataFrame:
 
     Columns: step, state, n int64, share float64 (of the pool).
     """
-    counts = frame.groupby(["step", "state"], observed=False).size().rename("n").reset_index()
-    counts["share"] = counts["n"] / counts.groupby("step")["n"].transform("sum")
-    return counts
+    steps, codes = frame["step"].to_numpy(), frame["state"].cat.codes.to_numpy()
+    names = frame["state"].cat.categories
+    found = np.unique(steps)
+    counts = np.zeros((len(found), len(names)), np.int64)
+    for row, step in enumerate(found):
+        counts[row] = np.bincount(codes[steps == step], minlength=len(names))
+    return pd.DataFrame(
+        {
+            "step": np.repeat(found, len(names)),
+            "state": pd.Categorical.from_codes(np.tile(np.arange(len(names)), len(found)), names),
+            "n": counts.ravel(),
+            "share": (counts / counts.sum(axis=1, keepdims=True)).ravel(),
+        }
+    )

@@ -7,12 +7,15 @@ Dimension letters: P live problems, N drawn ones, C clusters, D sketch dimension
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import numpy as np
 import pandas as pd
 
 from gradstore import Store, View
+from gradstore.analysis.trajectory import sources_of
+from gradstore.engine.searching.scan import scan_rows
 from gradstore.errors import RequestError, check_known, needing
 
 Kind = Literal["kmeans", "spectral", "hdbscan"]
@@ -73,8 +76,8 @@ def clusters(
     cluster_P = _by_size(cluster_P)
     frame = pd.DataFrame(
         {
-            "id": view.ids_at(live),
-            "source": view.problems_at(columns=["source"])["source"].to_numpy(zero_copy_only=False)[live],
+            "id": view.ids[live],
+            "source": sources_of(view)[live],
             "cluster": cluster_P,
             "x": map_P2[:, 0].astype(np.float64),
             "y": map_P2[:, 1].astype(np.float64),
@@ -161,14 +164,25 @@ _FITS: dict[str, Callable[[np.ndarray, int, int], np.ndarray]] = {
 }
 
 
-def _pca(rows_ND: np.ndarray, dimensions: int, seed: int) -> Callable[[np.ndarray], np.ndarray]:
+@dataclass(frozen=True, slots=True, eq=False)
+class _Components:
+    """Map from rows to principal components."""
+
+    mean_D: np.ndarray
+    axes_CD: np.ndarray
+
+    def __call__(self, rows_ND: np.ndarray) -> np.ndarray:
+        found_NC: np.ndarray = (rows_ND - self.mean_D) @ self.axes_CD.T
+        return found_NC
+
+
+def _pca(rows_ND: np.ndarray, dimensions: int, seed: int) -> _Components:
     """Map from rows to principal components; each component's largest entry is positive (scikit-learn's rule)."""
     from sklearn.decomposition import PCA
 
     size = min(dimensions, *rows_ND.shape)
     model = PCA(size, svd_solver="randomized" if min(rows_ND.shape) > 64 else "full", random_state=seed).fit(rows_ND)
-    found: Callable[[np.ndarray], np.ndarray] = model.transform
-    return found
+    return _Components(model.mean_, model.components_)
 
 
 def _map(rows_ND: np.ndarray, layout: str, seed: int) -> Callable[[np.ndarray], np.ndarray]:
@@ -195,8 +209,15 @@ def _centres(rows_ND: np.ndarray, labels_N: np.ndarray) -> tuple[np.ndarray, np.
 def _assign(
     view: View, live: np.ndarray, centres_CD: np.ndarray, place: Callable[[np.ndarray], np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    cluster_P, similarity_P = np.empty(len(live), np.int64), np.empty(len(live))
-    map_P2, done = np.zeros((len(live), 2)), 0
+    map_P2 = np.zeros((len(live), 2))
+    if isinstance(place, _Components):  # linear: one scan of the stored rows, which are not decoded
+        queries_QD = np.concatenate([centres_CD, place.axes_CD[:2].astype(np.float32)])
+        scores_QP = scan_rows(view, queries_QD, live)[:, live]
+        similar_CP = scores_QP[: len(centres_CD)]
+        for axis, scores_P in enumerate(scores_QP[len(centres_CD) :]):
+            map_P2[:, axis] = scores_P - place.mean_D @ place.axes_CD[axis]
+        return similar_CP.argmax(axis=0), similar_CP.max(axis=0).astype(np.float64), map_P2
+    cluster_P, similarity_P, done = np.empty(len(live), np.int64), np.empty(len(live)), 0
     for _, rows_ND in view.scan(live):
         similar_NC = rows_ND @ centres_CD.T
         stop = done + len(rows_ND)
@@ -212,5 +233,6 @@ def _by_size(cluster_P: np.ndarray) -> np.ndarray:
     """Renumber the clusters by size, the largest first; NOISE stays."""
     names, counts = np.unique(cluster_P[cluster_P != NOISE], return_counts=True)
     ranked: Sequence[int] = names[np.argsort(-counts, kind="stable")].tolist()
-    number = {name: rank for rank, name in enumerate(ranked)}
-    return np.array([number.get(name, NOISE) for name in cluster_P.tolist()], np.int64)
+    number = np.full(max(ranked, default=0) + 2, NOISE)  # the last one is for NOISE, -1
+    number[ranked] = np.arange(len(ranked))
+    return number[cluster_P]

@@ -11,7 +11,16 @@ import numpy as np
 import pandas as pd
 
 from gradstore import State, Store
-from gradstore.analysis.agreement import calibrated, chance, jaccard_of_orders, order, overlap_of_orders, spearman
+from gradstore.analysis.agreement import (
+    LEAST_RANKED,
+    calibrated,
+    centred_ranks,
+    chance,
+    jaccard_of_orders,
+    order,
+    overlap_of_orders,
+    pearson,
+)
 from gradstore.analysis.noise import RankReliability, measurement_noise, rank_reliability
 from gradstore.analysis.staleness import half_life, staleness
 from gradstore.analysis.trajectory import Trajectory, measured_steps, steps_of, target_at, trajectory
@@ -78,22 +87,54 @@ def ranking_drift(
     else:
         trust = RankReliability(reliability, "given", 0)
     noise_P = _score_noise(store, pool, benchmark, metric, seen, trust.value, seed)
-    pairs = [(a, b, "previous") for a, b in pairwise(ranked)] + [(ranked[0], b, "first") for b in ranked[1:]]
-    rows = []
-    for a, b, against in pairs:
-        both_P = np.isfinite(seen.scores_SP[a]) & np.isfinite(seen.scores_SP[b])
-        x_P, y_P, n = seen.scores_SP[a, both_P], seen.scores_SP[b, both_P], int(both_P.sum())
-        best = min(n, k or max(1, n // 10))
-        anew_P = seen.row_steps_SP[a, both_P] != seen.row_steps_SP[b, both_P]
-        floor = chance(x_P.astype(np.float64), noise_P[both_P], anew_P, best, seed=seed)
-        orders = order(x_P), order(y_P)
-        agreed = spearman(x_P, y_P), jaccard_of_orders(*orders, best), overlap_of_orders(*orders, best)
-        refreshed = float(anew_P.mean()) if n else 0.0
-        steps_ab = int(seen.steps[b]), int(seen.steps[a])
-        rows.append((*steps_ab, against, n, best, *agreed, refreshed, *floor, trust.value, trust.source))
+    ranks = _Ranks(seen.scores_SP)
+    rows: dict[str, list[tuple]] = {"previous": [], "first": []}
+    for a, b in pairwise(ranked):
+        for other, against in ((a, "previous"), (ranked[0], "first")):
+            if other == a and against == "first":  # the same pair as the one before
+                rows[against].append((*rows["previous"][-1][:2], against, *rows["previous"][-1][3:]))
+                continue
+            both_P = np.isfinite(seen.scores_SP[other]) & np.isfinite(seen.scores_SP[b])
+            n = int(both_P.sum())
+            best = min(n, k or max(1, n // 10))
+            anew_P = seen.row_steps_SP[other, both_P] != seen.row_steps_SP[b, both_P]
+            floor = chance(seen.scores_SP[other, both_P].astype(np.float64), noise_P[both_P], anew_P, best, seed=seed)
+            (order_x, ranks_x), (order_y, ranks_y) = ranks.of(other, both_P, n), ranks.of(b, both_P, n)
+            agreed = (
+                pearson(ranks_x, ranks_y) if n >= LEAST_RANKED else float("nan"),
+                jaccard_of_orders(order_x, order_y, best),
+                overlap_of_orders(order_x, order_y, best),
+            )
+            refreshed = float(anew_P.mean()) if n else 0.0
+            steps_ab = int(seen.steps[b]), int(seen.steps[other])
+            rows[against].append((*steps_ab, against, n, best, *agreed, refreshed, *floor, trust.value, trust.source))
+        ranks.keep(ranked[0], b)
     columns = ["step", "other", "against", "n", "k", "spearman", "jaccard", "rbo", "refreshed"]
     columns += ["noise_spearman", "noise_jaccard", "noise_rbo", "reliability", "noise_from"]
-    return pd.DataFrame(rows, columns=columns)
+    return pd.DataFrame([*rows["previous"], *rows["first"]], columns=columns)
+
+
+class _Ranks:
+    """Order and centred ranks of the scores at a step, kept while all its scores are compared."""
+
+    def __init__(self, scores_SP: np.ndarray) -> None:
+        self._scores_SP = scores_SP
+        self._kept: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+
+    def of(self, step: int, among_P: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
+        """(order, centred ranks) of the n scores at the places among_P, bool [P]."""
+        scores_P = self._scores_SP[step]
+        every = n == np.count_nonzero(np.isfinite(scores_P))
+        if every and step in self._kept:
+            return self._kept[step]
+        found = order(scores_P[among_P]), centred_ranks(scores_P[among_P])
+        if every:
+            self._kept[step] = found
+        return found
+
+    def keep(self, *steps: int) -> None:
+        """Forget all other steps."""
+        self._kept = {step: found for step, found in self._kept.items() if step in steps}
 
 
 def tells_noise(frame: pd.DataFrame) -> bool:

@@ -5,7 +5,8 @@ Only problems measured at both steps count, so no row is compared with itself.
 Dimension letters: S steps, P problems.
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import pandas as pd
@@ -41,7 +42,7 @@ def staleness(
     pool, at most 24 (`measured_steps`). Picked problems are measured more often, so they count more often here.
     Columns: group (`all`, or the source), stale_step, step, age int64, n int64 (problems), spearman float64.
     """
-    pairs = _pairs(store, pool, benchmark, metric, steps)
+    pairs, _ = _paired_once(store, pool, benchmark, metric, steps)
     labels, group_N = _groups(store, pool, by)
     rows = []
     for stale_step, step, places_P, stale_P, fresh_P in pairs:
@@ -69,8 +70,13 @@ def half_life(
     two measurements), n_problems, n_pairs int64, longest int64 (longest age seen; a longer half-life is an
     extrapolation). Groups with fewer than two ages are left out.
     """
-    pairs = _pairs(store, pool, benchmark, metric, steps)
-    labels, group_N = _groups(store, pool, by)
+    pairs, lives = _paired_once(store, pool, benchmark, metric, steps)
+    if by not in lives:
+        lives[by] = _lives(pairs, *_groups(store, pool, by))
+    return lives[by].copy()
+
+
+def _lives(pairs: "list[Pair]", labels: list[str], group_N: np.ndarray) -> pd.DataFrame:
     block_of = np.random.default_rng(0).permutation(len(group_N)) % _BLOCKS
     rows = []
     for group, label in enumerate(labels):
@@ -124,11 +130,26 @@ def decay(ages: np.ndarray, rhos: np.ndarray, weights: np.ndarray) -> tuple[floa
     return rate, start_of(rate)
 
 
-def _pairs(
+Pair = tuple[int, int, np.ndarray, np.ndarray, np.ndarray]
+"""Stale step, step, problem numbers, stale scores, fresh scores."""
+Lives = dict[str | None, pd.DataFrame]
+"""What `half_life` found, by its argument `by`."""
+_last: WeakKeyDictionary[Store, tuple[Hashable, list[Pair], Lives]] = WeakKeyDictionary()
+"""The pairs of each open store that were asked for last, and their half-lives, with what they depend on."""
+
+
+def _paired_once(
     store: Store, pool: str, benchmark: str, metric: Metric, steps: Sequence[int] | None
-) -> list[tuple[int, int, np.ndarray, np.ndarray, np.ndarray]]:
-    """(stale step, step, problem numbers, stale scores, fresh scores) of each pair of steps with common problems."""
+) -> tuple[list[Pair], Lives]:
+    """Each pair of steps with common problems, and a place for their half-lives; kept for the next call."""
     chosen = measured_steps(store, pool, steps, MOST_PAIRED)
+    key = pool, benchmark, metric, tuple(chosen), store.commit(pool), store.commit(benchmark)
+    if store not in _last or _last[store][0] != key:
+        _last[store] = key, _paired(store, pool, benchmark, metric, chosen), {}
+    return _last[store][1:]
+
+
+def _paired(store: Store, pool: str, benchmark: str, metric: Metric, chosen: Sequence[int]) -> list[Pair]:
     found = {step: target_at(store, benchmark, step) for step in chosen}
     targets = {step: one for step, one in found.items() if one is not None}
     fresh: dict[int, tuple[np.ndarray, np.ndarray]] = {}

@@ -22,7 +22,11 @@ from scipy.stats import rankdata  # type: ignore[import-untyped]
 
 from gradstore import Store, View
 from gradstore.analysis.noise import half_dots
+from gradstore.analysis.trajectory import sources_of
+from gradstore.engine.searching.moment import sums_by_group
 from gradstore.engine.searching.query import eligible_positions, query_vectors, score_rows
+from gradstore.engine.searching.ranking import best
+from gradstore.engine.searching.scan import scan_pairs
 from gradstore.engine.searching.targets import target
 from gradstore.errors import RequestError, check_known
 
@@ -30,6 +34,8 @@ WEIGHTS: Mapping[str, float] = {"estrangement": 1.0, "harm": 0.25, "coin": 0.25,
 """Weight of each piece of evidence."""
 THRESHOLD = 0.8
 """Suspicion from which a reward is called suspicious, if its gradient also points against the rest of its source."""
+_MANY = 1000
+"""From so many problems on, a source's pulls come from products with the stored rows."""
 LEAST_OF_SOURCE = 20
 """Sources with fewer live problems are merged into one group for percentiles."""
 COLUMNS = [
@@ -60,8 +66,8 @@ def suspicious(
     live = eligible_positions(view, None)
     if not len(live):
         raise RequestError(f"collection {pool!r} has no live problem in this view: there is nothing to judge")
-    ids = view.ids_at(live)
-    sources = view.problems_at(columns=["source"])["source"].to_numpy(zero_copy_only=False)[live]
+    ids = view.ids[live]
+    sources = sources_of(view)[live]
     frame = pd.DataFrame(
         {
             "id": ids,
@@ -100,7 +106,8 @@ def suspicious(
     weight_PE = np.array([weights[name] for name in used]) * np.isfinite(table_PE)
     frame["suspicion"] = np.nansum(table_PE * weight_PE, axis=1) / np.maximum(weight_PE.sum(axis=1), 1e-12)
     frame["why"] = _why(table_PE > 0.9, used)
-    frame = frame.sort_values(["suspicion", "id"], ascending=[False, True], ignore_index=True)
+    order = best(frame["suspicion"].to_numpy(), len(frame), lambda some: ids[some])  # ties by id
+    frame = frame.iloc[order].reset_index(drop=True)
     frame["rank"] = np.arange(1, len(frame) + 1)
     return frame[COLUMNS]
 
@@ -120,28 +127,47 @@ def own_pull(view: View, live: np.ndarray) -> np.ndarray:
 
     nan for the only problem of a source. Two passes over the rows, in bounded memory.
     """
-    sources, group_P = np.unique(
-        view.problems_at(columns=["source"])["source"].to_numpy(zero_copy_only=False)[live], return_inverse=True
-    )
+    group_P, sources = pd.factorize(sources_of(view)[live])
     norms_P = view.norms[live].astype(np.float64)
     medians = np.array([np.median(norms_P[group_P == s]) for s in range(len(sources))])
-    sums_SD, done = np.zeros((len(sources), view.dim)), 0
-    for _, units_ND in view.scan(live):
-        some = slice(done, done + len(units_ND))
-        order_N = np.argsort(group_P[some], kind="stable")
-        found, first_N = np.unique(group_P[some][order_N], return_index=True)
-        sums_SD[found] += np.add.reduceat((units_ND * norms_P[some, None])[order_N], first_N, axis=0)
-        done += len(units_ND)
-    own_P, done = np.full(len(live), np.nan), 0
-    for _, units_ND in view.scan(live):
-        some = slice(done, done + len(units_ND))
+    sums_SD = sums_by_group(view, live, group_P, len(sources))
+    many = np.bincount(group_P, minlength=len(sources)) >= _MANY
+    own_P = np.full(len(live), np.nan)
+    if many.any() and view.stored.dtype == "int8" and view.n_bases == 1:
+        own_P = _pulls_of_many(view, live, group_P, sums_SD, many)
+    rest = np.flatnonzero(np.isnan(own_P))
+    done = 0
+    for _, units_ND in view.scan(live[rest]):
+        some = rest[done : done + len(units_ND)]
         rows_ND = units_ND * norms_P[some, None]
         others_ND = sums_SD[group_P[some]] - rows_ND
         lengths_N = np.linalg.norm(others_ND, axis=1)
         known_N = lengths_N > 1e-6 * norms_P[some]
-        pulls_N = np.einsum("nd,nd->n", others_ND, rows_ND) / medians[group_P[some]]
-        np.divide(pulls_N, lengths_N, out=own_P[some], where=known_N)
+        own_P[some[known_N]] = (np.einsum("nd,nd->n", others_ND, rows_ND)[known_N]) / lengths_N[known_N]
         done += len(units_ND)
+    return own_P / medians[group_P]
+
+
+def _pulls_of_many(
+    view: View, live: np.ndarray, group_P: np.ndarray, sums_SD: np.ndarray, many: np.ndarray
+) -> np.ndarray:
+    """<g_i, m> / |m| from the products of stored rows with the sums; nan where the other gradients nearly cancel out.
+
+    m is the sum less g_i, so <g_i, m> = <g_i, sum> - |g_i|^2 and |m|^2 = |sum|^2 - 2 <g_i, sum> + |g_i|^2.
+    """
+    own_P, lengths_S = np.full(len(live), np.nan), np.linalg.norm(sums_SD, axis=1)
+    groups = [group for group in np.flatnonzero(many).tolist() if lengths_S[group] > 0]
+    units_SD = (sums_SD[groups] / lengths_S[groups, None]).astype(np.float32)
+    members = [np.flatnonzero(group_P == group) for group in groups]
+    for group, own, scores_N in zip(
+        groups, members, scan_pairs(view, units_SD, [live[own] for own in members]), strict=True
+    ):
+        norms_N = view.norms[live[own]].astype(np.float64)
+        along_N = scores_N * norms_N  # along the sum's direction
+        squared_N = lengths_S[group] ** 2 - 2 * lengths_S[group] * along_N + norms_N**2
+        clear_N = squared_N > 0.01 * np.maximum(lengths_S[group], norms_N) ** 2
+        pulls_N = (lengths_S[group] * along_N - norms_N**2) / np.sqrt(np.where(clear_N, squared_N, 1))
+        own_P[own[clear_N]] = pulls_N[clear_N]
     return own_P
 
 
@@ -175,7 +201,8 @@ def _precisions(scores_P: np.ndarray, bad_P: np.ndarray) -> dict[str, float]:
 
 def _groups(sources: np.ndarray) -> np.ndarray:
     """Group number of each problem: its source, or -1 for all small sources together."""
-    _, group_P, counts = np.unique(sources, return_inverse=True, return_counts=True)
+    group_P, _ = pd.factorize(sources)
+    counts = np.bincount(group_P)
     return np.where(counts[group_P] < LEAST_OF_SOURCE, -1, group_P)
 
 

@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from gradstore import Store
+from gradstore import Store, View
 from gradstore.engine.searching.query import Metric, eligible_positions, query_vectors, score_rows
 from gradstore.engine.searching.targets import Target, target
 from gradstore.errors import RequestError
@@ -97,10 +97,17 @@ def _scored(store: Store, pool: str, benchmark: str, metric: Metric, chosen: np.
         if wanted is not None and view.live.any():
             query_D = query_vectors(view, [wanted], metric)[0]
             scores_SP[s, columns] = score_rows(view, query_D, metric, eligible_positions(view, None))[here]
-    sources = last.problems_at(columns=["source"])["source"].to_numpy(zero_copy_only=False)
+    sources = sources_of(last)
     for array in (scores_SP, norms_SP, rates_SP, states_SP, row_steps_SP):
         array.flags.writeable = False
     return Trajectory(ids, sources, chosen, scores_SP, norms_SP, rates_SP, states_SP, row_steps_SP)
+
+
+def sources_of(view: View) -> np.ndarray:
+    """Source of each problem, object array of str [P]; equal sources are one string in memory."""
+    column = view.problems_at(columns=["source"])["source"].combine_chunks().dictionary_encode()
+    names = np.array(column.dictionary.to_pylist(), object)
+    return names[column.indices.to_numpy()] if len(names) else np.empty(0, object)
 
 
 def steps_of(store: Store, collection: str, steps: Sequence[int] | None = None) -> np.ndarray:

@@ -73,28 +73,34 @@ def turning(
     if known.any():
         twice = np.tile(known, 2)
         corrected[twice] = stats.false_discovery_control(np.concatenate(list(p_values.values()))[twice], method="bh")
-    whole = pd.DataFrame(
-        {
-            "id": np.tile(seen.ids[both], 2),
-            "source": np.tile(seen.sources[both], 2),
-            "turned": np.repeat(list(p_values), len(both)),
-            "before": np.tile(before_P[both], 2),
-            "after": np.tile(after_P[both], 2),
-            "n_before": np.tile(n_before_P[both], 2),
-            "n_after": np.tile(n_after_P[both], 2),
-            "z_before": np.tile(z_before_P, 2),
-            "z_after": np.tile(z_after_P, 2),
-            "p_value": np.concatenate(list(p_values.values())),
-            "q_value": corrected,
-            "significant": corrected <= level,
-            "split": middle,
-            "noise": np.tile(sigma_P, 2),
-        },
-        columns=COLUMNS,
-    )
-    sign = np.where(whole["turned"] == "harmful", 1, -1)
-    turned = whole[(sign * whole["before"] > 0) & (sign * whole["after"] < 0)]
-    return turned.sort_values(["p_value", "id"], ignore_index=True)
+    rises, falls = before_P[both] < 0, before_P[both] > 0
+    masks = {"harmful": falls & (after_P[both] < 0), "helpful": rises & (after_P[both] > 0)}
+    parts = []
+    for which, (name, turned_P) in enumerate(masks.items()):
+        here = np.flatnonzero(turned_P)
+        at, q_values = both[here], corrected[which * len(both) + here]
+        parts.append(
+            pd.DataFrame(
+                {
+                    "id": seen.ids[at],
+                    "source": seen.sources[at],
+                    "turned": name,
+                    "before": before_P[at],
+                    "after": after_P[at],
+                    "n_before": n_before_P[at],
+                    "n_after": n_after_P[at],
+                    "z_before": z_before_P[here],
+                    "z_after": z_after_P[here],
+                    "p_value": p_values[name][here],
+                    "q_value": q_values,
+                    "significant": q_values <= level,
+                    "split": middle,
+                    "noise": sigma_P[here],
+                },
+                columns=COLUMNS,
+            )
+        )
+    return pd.concat(parts, ignore_index=True).sort_values(["p_value", "id"], ignore_index=True)
 
 
 def _halves(measured_SP: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

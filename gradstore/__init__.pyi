@@ -79,6 +79,7 @@ from .merging import MergeReport as MergeReport
 from .merging import merge as merge
 from .probes import RecordedProbes as RecordedProbes
 from .problems import read_problems as read_problems
+from .problems import scan_problems as scan_problems
 from .problems import to_verl as to_verl
 from .remote import mirror as mirror
 from .remote import open_remote as open_remote

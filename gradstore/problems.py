@@ -7,7 +7,7 @@ verl record are stored under extra["verl"], so that `to_verl` restores the recor
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,21 +63,32 @@ def read_problems(path: str | Path) -> list[dict]:
     return [record for _, record in placed_problems(path)]
 
 
+def scan_problems(path: str | Path) -> Iterator[dict]:
+    """Like `read_problems`, but one record after the other: memory for a part of the file, and for the ids.
+
+    `store.add_problems(name, scan_problems(path))` adds a file that is larger than memory where most of it is known.
+    The errors are those of `read_problems`, raised when the record at fault is reached.
+    """
+    return (record for _, record in _scan(Path(path)))
+
+
 def placed_problems(path: str | Path) -> list[tuple[str, dict]]:
     """Like `read_problems`, but each record comes with its place: ("FILE, line N" or "FILE, row N", record)."""
-    path = Path(path)
-    records = []
-    seen: dict[str, str] = {}
+    return list(_scan(Path(path)))
+
+
+def _scan(path: Path) -> Iterator[tuple[str, dict]]:
+    seen: dict[str, int] = {}  # id -> number of the line or row
     for where, raw in read_records(path, what="problem"):
         record = from_verl(raw, where) if is_verl(raw) else _from_flat(raw, where)
-        first = seen.setdefault(record["id"], where)
-        if first != where:
-            places = " and ".join(place.removeprefix(f"{path}, ") for place in (first, where))
+        place, _, number = where.removeprefix(f"{path}, ").rpartition(" ")
+        first = seen.setdefault(record["id"], int(number))
+        if first != int(number):
+            places = f"{place} {first} and {place} {number}"
             raise RequestError(f"{path}: problem id {record['id']!r} occurs twice, in {places}")
-        records.append((where, record))
-    if not records:
+        yield where, record
+    if not seen:
         raise RequestError(f"{path}: no problems, expected at least one")
-    return records
 
 
 def is_verl(record: dict) -> bool:

@@ -53,7 +53,8 @@ def test_each_module_once(built: tuple[Path, Path]) -> None:
     assert sorted(modules) == sorted(expected)
     assert {"gradstore/py.typed", "gradstore/__init__.pyi", "gradstore/engine/__init__.pyi"} <= set(names)
     assert any(name.startswith("gradstore/demo/model/") for name in names)
-    assert any(name.startswith("gradstore/engine/searching/_products.") and name.endswith(".so") for name in names)
+    for kernel in ("_products", "_moment"):
+        assert any(name.startswith(f"gradstore/engine/searching/{kernel}.") and name.endswith(".so") for name in names)
     with tarfile.open(source) as packed:
         members = [name.partition("/")[2] for name in packed.getnames()]
     assert len(members) == len(set(members))

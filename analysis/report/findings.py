@@ -14,6 +14,7 @@ import pandas as pd
 from gradstore import Store
 from gradstore.analysis import alignment, curricula, drift, suspicion
 from gradstore.analysis.noise import measurement_noise
+from gradstore.analysis.trajectory import trajectory
 from gradstore.engine.searching.query import METRICS, Metric
 from gradstore.errors import RequestError, check_known
 from gradstore.layout import DERIVED, is_half
@@ -59,9 +60,10 @@ class Findings:
 
     @cached_property
     def alignments(self) -> dict[str, pd.DataFrame]:
-        """`alignment.alignment` for each benchmark."""
+        """`alignment.alignment` for each benchmark; to be read only, as they share large arrays."""
         return {
-            name: alignment.alignment(self.store, self.pool, name, self.metric, self.steps) for name in self.benchmarks
+            name: alignment.to_frame(trajectory(self.store, self.pool, name, self.metric, self.steps), copy=False)
+            for name in self.benchmarks
         }
 
     @cached_property
@@ -112,6 +114,11 @@ class Findings:
     def problems(self, ids: Sequence[str]) -> list[dict[str, Any]]:
         """Records of some problems, with `prompt` as text for display."""
         return self.store.problems(self.pool, list(ids)).to_pylist()
+
+    def prompts(self, ids: Sequence[str]) -> dict[str, str]:
+        """Problem id -> `prompt` as text for display; reads no other text."""
+        table = self.store.problems(self.pool, list(ids), columns=["id", "prompt"])
+        return dict(zip(table["id"].to_pylist(), table["prompt"].to_pylist(), strict=True))
 
 
 def find(

@@ -3,6 +3,7 @@
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from gradstore.analysis.report.findings import Findings
 from gradstore.analysis.report.pieces import Section, Table, columns_of, written
@@ -22,11 +23,10 @@ def extremes(found: Findings, transcripts: Transcripts | None) -> Section:
     for name in found.benchmarks:
         noise_P = found.noise(name)
         live = found.newest[name].assign(place=np.arange(len(noise_P))).dropna(subset="score")
-        ranked = live.assign(text_id=live["id"].astype(str)).sort_values(["score", "text_id"], ascending=[False, True])
-        n = min(found.n_listed, (len(ranked) + 1) // 2)
-        best, worst = ranked.head(n), ranked.tail(n).iloc[::-1]
+        n = min(found.n_listed, (len(live) + 1) // 2)
+        best, worst = _first(live, n, ascending=False), _first(live, n, ascending=True)
         for key, part, words in (("top", best, "most aligned"), ("bottom", worst, "least aligned")):
-            first = 1 if key == "top" else len(ranked)
+            first = 1 if key == "top" else len(live)
             ranks = [first + place if key == "top" else first - place for place in range(len(part))]
             title = f"The {len(part)} {words} with {name}"
             errors = noise_P[part["place"]].tolist()
@@ -36,6 +36,16 @@ def extremes(found: Findings, transcripts: Transcripts | None) -> Section:
     lead += " and rollouts." if transcripts is not None else "; give a rollout file with --rollouts to see responses."
     lead += " Grey: a score within the noise of its rollouts, as far as repeated measurements tell it."
     return Section("problems", "Problems", lead, blocks)
+
+
+def _first(live: pd.DataFrame, n: int, *, ascending: bool) -> pd.DataFrame:
+    """The first n by score, ties by id, with their ids as `text_id`: from the least score up, or from the best down."""
+    if n == 0:
+        return live.head(0).assign(text_id="")
+    scores_P = live["score"].to_numpy() if ascending else -live["score"].to_numpy()
+    some = live[scores_P <= np.partition(scores_P, n - 1)[n - 1]]
+    some = some.assign(text_id=some["id"].astype(str))
+    return some.sort_values(["score", "text_id"], ascending=[ascending, not ascending]).head(n)
 
 
 def _table(
@@ -88,7 +98,8 @@ def history_lines(found: Findings, ids: list[str]) -> dict[str, list[tuple[str, 
     """Problem id -> (name, text) lines: scores over steps, one line per benchmark; rounds that picked it."""
     lines: dict[str, list[tuple[str, str]]] = {name: [] for name in ids}
     for benchmark, frame in found.alignments.items():
-        mine = frame[frame["id"].isin(ids)]
+        codes = frame["id"].cat.categories.get_indexer(ids)
+        mine = frame[np.isin(frame["id"].cat.codes, codes)]
         for name, rows in mine.groupby(mine["id"].astype(str)):
             parts = [
                 f"step {step}: {written(float(score), 'signed') if np.isfinite(score) else state.replace('_', ' ')}"

@@ -68,9 +68,7 @@ def _table(found: Findings) -> Table:
     newest = {name: _with_few_sources(frame) for name, frame in found.newest.items()}
     rows: list[list[Any]] = []
     for name, part in newest[found.main].groupby("source", observed=True):
-        means = [
-            mean_and_error(frame.loc[frame["source"].astype(str) == str(name), "score"]) for frame in newest.values()
-        ]
+        means = [mean_and_error(frame.loc[frame["source"] == name, "score"]) for frame in newest.values()]
         scores = [mean for mean, _ in means]
         states = part["state"].astype(str)
         rows.append(
@@ -107,7 +105,7 @@ def clustered(found: Findings) -> Section:
     except RequestError as error:
         return Section("clusters", "Clusters", missing=f"No clusters: {error}")
     sizes = clusters.sizes(frame)
-    texts = {record["id"]: record["prompt"] for record in found.problems(_named(sizes))}
+    texts = found.prompts(_named(sizes))
     rows = []
     for line in sizes.to_dict("records"):
         typical = [first_words(texts[name], 110) for name in line["representatives"][:3]]
@@ -137,7 +135,7 @@ def _map(found: Findings, frame: pd.DataFrame) -> Figure:
     if len(frame) > MOST_POINTS:
         keep = np.random.default_rng(found.seed).choice(len(frame), MOST_POINTS, replace=False)
         shown = frame.iloc[np.sort(keep)]
-    texts = {record["id"]: record["prompt"] for record in found.problems(shown["id"].tolist())}
+    texts = found.prompts(shown["id"].tolist())
     described = figures.clusters(shown, texts)
     if len(shown) == len(frame):
         return described

@@ -4,6 +4,7 @@ import math
 from dataclasses import replace
 
 from gradstore.analysis import drift, figures
+from gradstore.analysis.agreement import SIMULATED
 from gradstore.analysis.report.findings import Findings
 from gradstore.analysis.report.pieces import Figure, Section, Table, columns_of
 
@@ -44,7 +45,12 @@ def _ranking_figures(found: Findings, name: str) -> list[Figure]:
     described = []
     for measure in ("spearman", "jaccard", "rbo") if name == found.main else ("spearman",):
         one = figures.ranking_drift(frame, measure)
-        described.append(replace(one, key=f"{one.key}-{name}", title=f"Ranking against {name}: {one.y_label}"))
+        says = one.says
+        if frame["n"].max() > SIMULATED:
+            says += f" The noise floor is that of {SIMULATED:,} problems drawn at random."
+        described.append(
+            replace(one, key=f"{one.key}-{name}", title=f"Ranking against {name}: {one.y_label}", says=says)
+        )
     return described
 
 

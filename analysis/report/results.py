@@ -38,10 +38,10 @@ def _sources(found: Findings) -> list[Result]:
     """What helps and what harms, by source, at a family-wise level of 5 %."""
     newest = found.newest[found.main]
     scores = newest["score"].to_numpy(float)
-    names = newest["source"].astype(str).to_numpy()
+    codes, known = newest["source"].cat.codes.to_numpy(), np.isfinite(scores)
     rows = []
-    for name in np.unique(names[np.isfinite(scores)]):
-        mine = scores[(names == name) & np.isfinite(scores)]
+    for code, name in enumerate(newest["source"].cat.categories.astype(str)):
+        mine = scores[(codes == code) & known]
         if len(mine) >= _LEAST_OF_SOURCE:
             rows.append((*mean_and_error(mine), len(mine), name or "(none)"))
     sure = [row for row in rows if row[1] and abs(row[0]) > stats.t.isf(_LEVEL / 2 / len(rows), row[2] - 1) * row[1]]

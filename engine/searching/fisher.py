@@ -1,13 +1,17 @@
 """Preconditioning a query by the second moment of a view: score_i = g_i^T (M/n + lambda I)^-1 q (docs/methods.md).
 
-Only the query changes, so every scan and index works as before. M is the sum of g g^T over the view's n live rows; it
-is computed block by block, products in float32, the sum in float64. The solver depends on the smaller side:
+Only the query changes, so every scan and index works as before. M is the sum of g g^T over the view's n live rows. How
+the damped system is solved depends on the sizes, all to about the rounding of float32 products:
 
-    D <= 8192            M [D, D] and a direct solve
-    n <= 8192, n < D     Woodbury through the Gram matrix [n, n]
-    else                 conjugate gradients: one pass over the rows per step, memory for a few vectors [D]
+    many rows, few queries   conjugate gradients (conjugate.py) with passes over the rows (moment.py), preconditioned
+                             with the moment of a sample: some ten passes instead of a whole matrix
+    D <= 8192                M [D, D] and a direct solve; also where the passes do not converge, or were as many in this
+                             process as the matrix takes
+    n <= 8192, n < D         Woodbury through the Gram matrix [n, n]
+    else                     conjugate gradients without a sample, memory for a few vectors [D]
 
-M and the Gram matrix are cached for their set of rows, in memory and in the collection's folder.
+M, its sample and the Gram matrix are cached for their set of rows, in memory and in the collection's folder. M is used
+wherever it is cached.
 
 P rows of a block, N live rows, D sketch dimensions.
 """
@@ -16,6 +20,7 @@ import logging
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
@@ -24,6 +29,8 @@ import numpy as np
 from gradstore import Store, View
 from gradstore.durable import crc32c, whole_file, writing
 from gradstore.engine.searching.blocks import blocks_of, only_basis
+from gradstore.engine.searching.conjugate import Solution, Times, solve
+from gradstore.engine.searching.moment import Moment
 from gradstore.errors import GradstoreError, RequestError, check_number
 from gradstore.inside import check_folder, names_inside, read_inside, remove_file
 from gradstore.layout import COLLECTIONS, INDEXES, store_of
@@ -35,19 +42,32 @@ DAMPING = 0.1
 LARGEST_MATRIX = 8192
 """Largest side of a matrix that is formed and solved."""
 _BLOCK_BYTES = 64 << 20
-_TOLERANCE = 1e-7
+TOLERANCE = 1e-6
+"""Relative error at which conjugate gradients end (conjugate.py)."""
 _MOST_STEPS = 2000
+_SAMPLE = 1 << 15
+"""Rows of the sample to precondition with; an error then shrinks by about sqrt(D / rows) a pass."""
+_MANY = 4 * _SAMPLE
+"""From this number of rows on, a sample and a few passes take less time than the matrix."""
+_PASSES_PER_DIM = 1 / 8
+"""Passes over the rows that take as long as their matrix, per sketch dimension (measured: docs/benchmarks.md)."""
+_EXPECTED = 20
+"""Passes set aside for a query."""
 _KEPT = 2
 """Matrices kept in memory for each open store."""
+_MOST_COUNTED = 64
 
 _matrices: WeakKeyDictionary[Store, OrderedDict[str, np.ndarray]] = WeakKeyDictionary()
+_passes: WeakKeyDictionary[Store, OrderedDict[str, int]] = WeakKeyDictionary()
+"""Passes that were made over a set of rows so far, per query, for each open store."""
 
 
 def preconditioned(view: View, query: np.ndarray, damping: float = DAMPING) -> np.ndarray:
     """(M/n + lambda I)^-1 q for a query [D] or queries [Q, D]: float32 of the same shape.
 
     damping: lambda over the mean eigenvalue of M/n, which is mean |g|^2 / D; above 0. The same view, query and damping
-    give the same bytes. RequestError for a damping that is not positive and finite, or a view without live rows.
+    give the same numbers to TOLERANCE, and the same bytes as long as they are solved in the same way (above).
+    RequestError for a damping that is not positive and finite, or a view without live rows.
     """
     check_number("damping", damping, above=0)
     live = view.live_positions
@@ -77,13 +97,71 @@ def _solved(view: View, live: np.ndarray, query: np.ndarray, damping: float) -> 
     scale = float(np.sqrt(np.mean(view.norms[live].astype(np.float64) ** 2)))
     ridge = damping / view.dim
     if view.dim <= LARGEST_MATRIX and (len(live) >= view.dim or len(live) > LARGEST_MATRIX):
-        solved_QD = _by_moment(view, live, scale, query_QD, ridge)
+        solved_QD = _by_passes(view, live, scale, query_QD, ridge)
+        if solved_QD is None:
+            solved_QD = _by_moment(view, live, scale, query_QD, ridge)
     elif len(live) <= LARGEST_MATRIX:
         solved_QD = _by_gram(view, live, scale, query_QD, ridge)
     else:
-        solved_QD = np.stack([_by_conjugate_gradients(view, live, scale, query_D, ridge) for query_D in query_QD])
+        solved_QD = _without_sample(view, live, scale, query_QD, ridge)
     result = (solved_QD / scale**2).astype(np.float32)
     return result if np.ndim(query) == 2 else result[0]
+
+
+def _by_passes(view: View, live: np.ndarray, scale: float, query_QD: np.ndarray, ridge: float) -> np.ndarray | None:
+    """Solve with a sample's moment and passes over the rows; None where the matrix is there, pays, or has to serve."""
+    most = int(view.dim * _PASSES_PER_DIM)
+    if len(live) < _MANY or _EXPECTED * len(query_QD) > most:
+        return None
+    key, counted = _key(view, live, "moment"), _passes.setdefault(view.store, OrderedDict())
+    place = str(_folder(view) / key)
+    if counted.get(place, 0) + _EXPECTED * len(query_QD) > most or _found(view, key, (view.dim, view.dim)) is not None:
+        return None
+    moment = Moment(view, live, scale)
+    damped_DD = _kept(view, live, "sample", (view.dim, view.dim), lambda: moment.sampled(_SAMPLE)).copy()
+    damped_DD.flat[:: view.dim + 1] += ridge
+    inverse_DD = np.linalg.inv(np.linalg.cholesky(damped_DD))  # of the lower factor L: P^-1 = L^-T L^-1
+
+    found = _conjugate(moment, ridge, lambda vectors_QD: vectors_QD @ inverse_DD.T @ inverse_DD, query_QD, most)
+    counted[place] = counted.pop(place, 0) + found.n_products
+    while len(counted) > _MOST_COUNTED:
+        counted.popitem(last=False)
+    if found.solved:
+        log.debug("fisher: %d passes, relative error %.1e", found.n_products, found.error)
+        return found.vectors_QD
+    log.warning(
+        "fisher: %d passes over the rows of %r left a relative error of %.1e (wanted: %.0e); the whole second moment "
+        "is computed instead, which takes longer",
+        *(found.n_products, view.collection, found.error, TOLERANCE),
+    )
+    return None
+
+
+def _without_sample(view: View, live: np.ndarray, scale: float, query_QD: np.ndarray, ridge: float) -> np.ndarray:
+    mean = 1 / view.dim + ridge  # eigenvalue
+    most = _MOST_STEPS * len(query_QD)
+    found = _conjugate(Moment(view, live, scale), ridge, lambda vectors_QD: vectors_QD / mean, query_QD, most)
+    if found.solved:
+        return found.vectors_QD
+    raise GradstoreError(
+        f"fisher: {found.n_products} passes over the rows of {view.collection!r} did not solve the damped system "
+        f"(relative error {found.error:.1e}, wanted: {TOLERANCE:.0e}); use a larger damping"
+    )
+
+
+def _conjugate(moment: Moment, ridge: float, roughly: Times, query_QD: np.ndarray, most: int) -> Solution:
+    """Conjugate gradients for M/n + ridge; queries that are not finite stay unknown."""
+    known_Q = np.isfinite(query_QD).all(axis=1)
+    lengths_Q1 = np.linalg.norm(query_QD[known_Q], axis=1, keepdims=True)
+    lengths_Q1[lengths_Q1 == 0] = 1
+
+    def times(vectors_QD: np.ndarray) -> np.ndarray:
+        return moment.times(vectors_QD) + ridge * vectors_QD
+
+    found = solve(times, roughly, query_QD[known_Q] / lengths_Q1, TOLERANCE, most)
+    vectors_QD = np.full_like(query_QD, np.nan)
+    vectors_QD[known_Q] = found.vectors_QD * lengths_Q1
+    return replace(found, vectors_QD=vectors_QD)
 
 
 def _by_moment(view: View, live: np.ndarray, scale: float, query_QD: np.ndarray, ridge: float) -> np.ndarray:
@@ -104,26 +182,6 @@ def _by_gram(view: View, live: np.ndarray, scale: float, query_QD: np.ndarray, r
         back_DQ += rows_PD.T @ weights_NQ[done : done + len(rows_PD)]
         done += len(rows_PD)
     return (query_QD - back_DQ.T) / ridge
-
-
-def _by_conjugate_gradients(
-    view: View, live: np.ndarray, scale: float, query_D: np.ndarray, ridge: float
-) -> np.ndarray:
-    from scipy.sparse.linalg import LinearOperator, cg  # type: ignore[import-untyped]
-
-    def times(vector_D: np.ndarray) -> np.ndarray:
-        total_D = np.zeros(view.dim)
-        for rows_PD in _blocks(view, live, scale, np.float32):
-            total_D += (rows_PD @ vector_D.astype(np.float32)).astype(np.float64) @ rows_PD
-        return total_D / len(live) + ridge * vector_D
-
-    operator = LinearOperator((view.dim, view.dim), matvec=times, dtype=np.float64)
-    solution_D, unsolved = cg(operator, query_D, rtol=_TOLERANCE, atol=0.0, maxiter=_MOST_STEPS)
-    if not unsolved:
-        return solution_D
-    raise GradstoreError(
-        f"fisher: {_MOST_STEPS} steps of conjugate gradients did not solve the damped system; use a larger damping"
-    )
 
 
 def _blocks(view: View, live: np.ndarray, scale: float, dtype: type) -> Iterator[np.ndarray]:
@@ -152,26 +210,46 @@ def _gram(view: View, live: np.ndarray, scale: float) -> np.ndarray:
     return gram_NN
 
 
+def _folder(view: View) -> Path:
+    return view.store.path.resolve() / COLLECTIONS / view.collection / INDEXES / "fisher"
+
+
+def _key(view: View, live: np.ndarray, name: str) -> str:
+    """Name of a matrix of exactly these rows."""
+    rows = crc32c(np.ascontiguousarray(view.stored.numbers[live]))
+    return f"{name}-g{view.stored.generation}-{len(live)}-{rows:08x}-{crc32c(view.norms[live]):08x}"
+
+
+def _found(view: View, key: str, shape: tuple[int, int]) -> np.ndarray | None:
+    """The matrix of this name from memory or from the collection's folder; None without one."""
+    in_memory, folder = _matrices.setdefault(view.store, OrderedDict()), _folder(view)
+    place = str(folder / key)
+    if place not in in_memory:
+        matrix = _read(folder, key, shape)
+        if matrix is None:
+            return None
+        _remember(in_memory, place, matrix)
+    in_memory.move_to_end(place)
+    return in_memory[place]
+
+
+def _remember(in_memory: OrderedDict[str, np.ndarray], place: str, matrix: np.ndarray) -> None:
+    in_memory[place] = matrix
+    while len(in_memory) > _KEPT:
+        in_memory.popitem(last=False)
+
+
 def _kept(
     view: View, live: np.ndarray, name: str, shape: tuple[int, int], make: Callable[[], np.ndarray]
 ) -> np.ndarray:
     """The matrix of exactly these rows: from memory, from the collection's folder, or computed and cached."""
-    rows = crc32c(np.ascontiguousarray(view.stored.numbers[live]))
-    key = f"{name}-g{view.stored.generation}-{len(live)}-{rows:08x}-{crc32c(view.norms[live]):08x}"
-    collection = view.store.path.resolve() / COLLECTIONS / view.collection
-    in_memory = _matrices.setdefault(view.store, OrderedDict())
-    place = f"{collection}/{key}"
-    if place not in in_memory:
-        folder = collection / INDEXES / "fisher"
-        matrix = _read(folder, key, shape)
-        if matrix is None:
-            matrix = make()
-            _write(folder, name, key, matrix)
-        in_memory[place] = matrix
-        while len(in_memory) > _KEPT:
-            in_memory.popitem(last=False)
-    in_memory.move_to_end(place)
-    return in_memory[place]
+    key = _key(view, live, name)
+    matrix = _found(view, key, shape)
+    if matrix is None:
+        matrix = make()
+        _write(_folder(view), name, key, matrix)
+        _remember(_matrices[view.store], str(_folder(view) / key), matrix)
+    return matrix
 
 
 def _read(folder: Path, key: str, shape: tuple[int, int]) -> np.ndarray | None:

@@ -73,6 +73,28 @@ def test_summary_and_states_count_what_is_there(history) -> None:
     assert counts[counts["state"] == "live"].set_index("step")["n"].to_dict() == table["n"].to_dict()
 
 
+@pytest.mark.parametrize("by", [None, "source"])
+def test_summary_is_that_of_a_loop(history, by: str | None) -> None:
+    """Groups are cut from one sorted array: a quantile of a neighbour's scores would look just as plausible."""
+    frame = alignment(history.store, "pool", "bench")
+    frame = frame.sample(frac=1, random_state=0)  # in any order
+    found = summary(frame, by)
+    live = frame[frame["score"].notna()]
+    groups = dict(list(live.groupby("step" if by is None else ["step", by], observed=True)))
+    assert len(found) == len(groups)
+    for line in found.to_dict("records"):
+        mine = groups[line["step"] if by is None else (line["step"], line[by])]
+        scores = mine["score"].to_numpy(np.float64)
+        assert line["n"] == len(scores)
+        assert [line["low"], line["median"], line["high"]] == pytest.approx(np.quantile(scores, [0.05, 0.5, 0.95]))
+        assert line["mean"] == pytest.approx(scores.mean())
+        assert line["positive"] == pytest.approx((scores > 0).mean())
+        assert line["stale"] == pytest.approx(mine["age"].mean())
+    nothing = summary(frame[frame["score"].isna()], by)
+    assert len(nothing) == 0
+    assert nothing.dtypes.drop(by or []).equals(found.dtypes.drop(by or []))  # as numbers, so that it can be ranked
+
+
 def test_measured_keeps_scores_of_fresh_rows_alone(history) -> None:
     seen = trajectory(history.store, "pool", "bench")
     columns = [history.ids.index(name) for name in seen.ids]

@@ -3,8 +3,9 @@
 import numpy as np
 import pandas as pd
 import pytest
-from scipy.stats import spearmanr
+from scipy.stats import rankdata, spearmanr
 
+from gradstore.analysis import agreement
 from gradstore.analysis.agreement import calibrated, chance, jaccard, rank_biased_overlap, spearman
 from gradstore.analysis.drift import half_life, ranking_drift, staleness, target_drift
 from gradstore.analysis.noise import half_dots, rank_reliability
@@ -50,6 +51,28 @@ def test_chance_leaves_the_reliability_it_is_given() -> None:
     assert chance(scores, found, ~everyone, 100) == pytest.approx((1, 1, 1))
     assert chance(scores, found, random.random(5000) < 0.3, 100)[0] > left[0] + 0.02
     assert np.isnan(chance(scores, calibrated(scores, noise, float("nan")), everyone, 10)).all()
+
+
+def test_noise_of_a_large_pool_is_that_of_a_sample(monkeypatch) -> None:
+    """Simulations of a million problems take a minute, and tell no more than those of some ten thousand."""
+    random = np.random.default_rng(7)  # 0 would draw the numbers of the simulations
+    truth = random.normal(size=20_000)
+    scores, proportions = truth + 0.5 * random.normal(size=20_000), random.lognormal(0, 0.3, 20_000)
+    anew = random.random(20_000) < 0.7
+    whole = calibrated(scores, proportions, 0.8)
+    of_whole = chance(scores, whole, anew, 2000)
+    monkeypatch.setattr(agreement, "SIMULATED", 4000)
+    sampled = calibrated(scores, proportions, 0.8)
+    np.testing.assert_allclose(sampled, whole, rtol=0.05)
+    np.testing.assert_allclose(chance(scores, whole, anew, 2000), of_whole, atol=0.03)
+
+
+def test_ranks_are_the_mean_ranks_of_ties() -> None:
+    """Ranks in the order of the array would make agreement out of equal scores."""
+    for scores in ([], [3.0], [2.0, 2.0], [1.0, 3.0, 1.0, 1.0, 2.0, 3.0], [0.5, -1.0, 4.0]):
+        expected = rankdata(scores) - (len(scores) + 1) / 2
+        np.testing.assert_array_equal(agreement.centred_ranks(np.array(scores)), expected)
+    assert np.isnan(agreement.centred_ranks(np.array([1.0, np.nan, 2.0]))).all()
 
 
 def test_target_drift_is_the_cosine_and_finds_the_planted_angle(make_history) -> None:

@@ -7,6 +7,8 @@ import pytest
 from scipy.stats import rankdata
 from sklearn.metrics import roc_auc_score
 
+import gradstore
+from gradstore.analysis import suspicion
 from gradstore.analysis.suspicion import COLUMNS, WEIGHTS, auc, detection, suspicious
 from gradstore.errors import RequestError
 
@@ -64,6 +66,31 @@ def test_every_number_is_that_of_a_loop(planted) -> None:
     assert frame["suspicion"].to_dict() == pytest.approx(expected, abs=0.02)
     assert frame["rank"].tolist() == list(range(1, 301))
     assert frame["suspicion"].is_monotonic_decreasing
+
+
+@pytest.mark.parametrize("dtype", ["int8", "fp32"])
+def test_pulls_of_large_sources_are_those_of_a_loop(tmp_path, monkeypatch, dtype: str) -> None:
+    """Products with stored rows replace decoded rows in large sources: also where one problem is most of its source,
+    where a source has one problem, and where its gradients cancel out."""
+    monkeypatch.setattr(suspicion, "_MANY", 2)
+    random = np.random.default_rng(0)
+    rows = random.standard_normal((60, 16))
+    rows[0] *= 1e4
+    rows[40], rows[41] = rows[42] * 2, -rows[42] * 3  # with 42 they cancel out
+    sources = ["large"] * 40 + ["cancel"] * 3 + ["other"] * 16 + ["alone"]
+    store = gradstore.create(tmp_path / "s", dim=16, fingerprint={}, dtype=dtype)
+    store.add_problems("pool", [{"id": str(i), "prompt": "?", "source": name} for i, name in enumerate(sources)])
+    with store.writer("pool", step=0) as writer:
+        writer.append([str(i) for i in range(60)], rows.astype(np.float32))
+    view = store.view("pool")
+    found = suspicion.own_pull(view, view.live_positions)
+    stored = view.rows(np.arange(60)).astype(np.float64) * view.norms[:, None]
+    for i, name in enumerate(sources[:-1]):
+        mine = [j for j, other in enumerate(sources) if other == name]
+        others = stored[[j for j in mine if j != i]].sum(axis=0)
+        wanted = stored[i] @ others / np.linalg.norm(others) / np.median(view.norms[mine])
+        assert found[i] == pytest.approx(wanted, rel=1e-4, abs=1e-4 * np.linalg.norm(stored[i]))
+    assert np.isnan(found[59])
 
 
 def test_halves_and_p_values_count_where_probes_are_stored(planted) -> None:

@@ -1,7 +1,9 @@
 """Problem files: every form reads to the same records, verl records come back, wrong lines are named."""
 
 import json
+import tracemalloc
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 
 import pyarrow as pa
@@ -9,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import gradstore
-from gradstore import RequestError, read_problems, to_verl
+from gradstore import RequestError, read_problems, scan_problems, to_verl
 
 VERL = [
     {
@@ -201,3 +203,29 @@ def test_objects_as_json_text(tmp_path: Path, write: Callable) -> None:
         listed = write(tmp_path / f"list-{field}", [VERL[0] | {field: "[1]"}])
         with pytest.raises(RequestError, match=f"1: field '{field}' must be a dict, not list"):
             read_problems(listed)
+
+
+@pytest.mark.parametrize("write", [write_jsonl, write_parquet])
+def test_scanned_problems_are_those_that_are_read(tmp_path: Path, write: Callable) -> None:
+    """One after the other, and in little memory: a pool's file can be larger than what is free."""
+    rows = [{"id": f"p{i}", "prompt": f"{i} " * 500} for i in range(20_000)]
+    path = write(tmp_path / "pool", rows)
+    tracemalloc.start()
+    found = sum(len(record["prompt"]) for record in scan_problems(path))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert found == sum(len(row["prompt"]) for row in rows)
+    assert peak < found / 4
+    assert list(islice(scan_problems(path), 10)) == read_problems(path)[:10]
+
+
+def test_a_scan_names_what_is_wrong(tmp_path: Path) -> None:
+    """As a list would; what comes before is there already."""
+    path = write_jsonl(tmp_path / "x.jsonl", [{"id": "a", "prompt": "x"}, {"id": "b", "prompt": "x"}] * 2)
+    records = scan_problems(path)
+    assert [next(records)["id"], next(records)["id"]] == ["a", "b"]
+    with pytest.raises(RequestError, match="'a' occurs twice, in line 1 and line 3"):
+        next(records)
+    path.write_text("")
+    with pytest.raises(RequestError, match="expected at least one"):
+        list(scan_problems(path))
