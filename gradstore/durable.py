@@ -278,13 +278,17 @@ def make_folder(folder: Path) -> None:
             fsync_folder(folder.parent)
 
 
-def folder_bytes(folder: Path) -> int:
-    """Bytes of all files in a folder and its subfolders; follows no links."""
+def folder_bytes(folder: Path, *, on_disk: bool = False) -> int:
+    """Bytes of all files in a folder and its subfolders; follows no links.
+
+    on_disk: without the parts of preallocated files that hold nothing yet.
+    """
     total = 0
     for place, _, names in os.walk(folder):
         for name in names:
             with suppress(FileNotFoundError):
-                total += os.lstat(os.path.join(place, name)).st_size
+                found = os.lstat(os.path.join(place, name))
+                total += min(found.st_size, 512 * found.st_blocks) if on_disk else found.st_size
     return total
 
 

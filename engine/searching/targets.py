@@ -89,6 +89,11 @@ def target(store: Store, benchmark: str, at: int | None = None, aggregate: Aggre
         if steps and at is not None and at < steps[0]:
             raise RequestError(f"benchmark {benchmark!r} has nothing up to step {at}; its first step is {steps[0]}")
         moment = "" if at is None else f" at step {at}"
+        if np.any(view.states == State.NO_SIGNAL):
+            raise RequestError(
+                f"benchmark {benchmark!r} has no gradient{moment}: the rollouts of each of its {len(view)} measured "
+                "problems are all rewarded alike; sample more of them, or problems that the policy sometimes solves"
+            )
         raise RequestError(
             f"benchmark {benchmark!r} has no live problem{moment} ({len(view)} measured): collect rollouts for it first"
         )

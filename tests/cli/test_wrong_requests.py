@@ -123,4 +123,4 @@ def test_the_table_covers_every_command() -> None:
     """At least two wrong requests for each, and 200 in all."""
     firsts = [request.split()[0] for request, _, _ in _rows()]
     assert len(firsts) >= 200
-    assert all(firsts.count(name) >= 2 or name == "selectors" for name in app._PANEL)
+    assert all(firsts.count(name) >= 2 or name == "selectors" for name in app.COMMANDS)
