@@ -177,7 +177,7 @@ def collect(
     from gradstore.engine.sketches.fitting import sample_groups
     from gradstore.engine.sketches.on_workers import OnWorkers, Replica
     from gradstore.engine.sketches.spec import SketchSpec
-    from gradstore.layout import DERIVED, DTYPES
+    from gradstore.layout import DERIVED, DTYPES, check_name
     from gradstore.likeness import check_like, create_like
     from gradstore.settings import build, parse
     from gradstore.shards import Shard
@@ -185,6 +185,7 @@ def collect(
     spread = ray_options.asked(ray, workers, threads, device)
     check_number("step", step or 0, least=0)
     check_number("seed", seed or 0, least=0)
+    check_name(collection)
     if collection.endswith(DERIVED):
         raise RequestError(f"{collection}: names ending in {', '.join(DERIVED)} are the store's own; choose another")
     check_number("--fit-problems", fit_problems, least=4)

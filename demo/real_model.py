@@ -39,8 +39,6 @@ def smollm2(folder: Path, tell: Tell = lambda line: None) -> Path:
     """
     if (folder / "config.json").is_file():
         return folder
-    if folder.exists():
-        raise RequestError(f"{folder}: is there already, and holds no model; choose another folder, or remove it")
     if find_spec("gguf") is None:
         raise RequestError("converting the model needs the package gguf: pip install 'gradstore[demo]'")
     with writing(folder):
