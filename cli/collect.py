@@ -163,6 +163,7 @@ def collect(
     """
     import gradstore
     from gradstore.attachments import read_coverage
+    from gradstore.durable import check_writable
     from gradstore.engine.assessing.mixed_up import mixed_up
     from gradstore.engine.assessing.refit import rows_of_fit
     from gradstore.engine.assessing.same_policy import SamePolicy
@@ -205,6 +206,8 @@ def collect(
         raise RequestError("--refit auto fits a projection to this shard alone, which cannot be merged: leave it out")
     part = None if shard is None else Shard.parse(shard)
     opened = gradstore.open(store, mode="a" if leads() else "r") if store.exists() else None
+    if opened is None:
+        check_writable(store)
     if like is not None and opened is not None:
         check_like(opened, like)
     if solutions:

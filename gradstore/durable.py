@@ -195,9 +195,19 @@ def _new_file(path: Path) -> int:
 
 
 def check_parent(path: Path) -> None:
-    """RequestError if the folder of a file does not exist. Folders that a command fills are made, these are not."""
+    """RequestError if the folder of a file does not exist or may not be written to. Folders that a command fills are
+    made, these are not."""
     if not path.parent.is_dir():
         raise RequestError(f"{path}: the folder {path.parent} does not exist")
+    if path.is_file() or not path.exists():  # a device is written in place
+        check_writable(path.parent)
+
+
+def check_writable(folder: Path) -> None:
+    """RequestError if this user may not write into the folder, or into the one in which it would be made."""
+    there = next(one for one in (folder.absolute(), *folder.absolute().parents) if one.exists())
+    if not os.access(there, os.W_OK):
+        raise RequestError(f"{there}: cannot be written to (no permission): choose another place")
 
 
 @contextmanager

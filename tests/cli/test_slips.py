@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -141,3 +142,20 @@ def test_names_and_views_in_python(store: gradstore.Store) -> None:
         engine.search(store, "bench", 3)  # type: ignore[arg-type]
     with pytest.raises(RequestError, match="not by View"):
         engine.select(store, view, "bench", 3)  # type: ignore[arg-type]
+
+
+def test_a_place_without_rights(cli, store: gradstore.Store, tmp_path: Path, monkeypatch) -> None:
+    """Said before any work is done for it: nothing is read of the store or the model."""
+    may = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path and may(path, mode))
+    rollouts = tmp_path / "rollouts.jsonl"
+    rollouts.touch()
+    for request in (
+        ["data", "reasoning-gym:gcd:2", "--out", tmp_path / "p.jsonl"],
+        ["select", store.path, "--pool", "pool", "--against", "bench", "-n", 2, "--out", tmp_path / "deep" / "picks"],
+        ["report", store.path, "--out", tmp_path / "report.html"],
+        ["collect", tmp_path / "new", "pool", rollouts, "--model", "nothing"],
+    ):
+        status, _, err = cli(*request)
+        assert status == 2
+        assert err == f"gradstore: {tmp_path}: cannot be written to (no permission): choose another place\n"
