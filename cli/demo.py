@@ -64,6 +64,7 @@ def demo(
             say(told)
         return
     store = folder / "seed-0" / "store"
+    print_line("")
     query(store, against=["benchmark"], top=5)
     columns = ["target family, high", "broken rewards, low", "wrong truth, low", "coin flip, low"]
     best = best_of(facts["shares"])

@@ -40,13 +40,13 @@ class Command(TyperCommand):
         for param in order:
             is_option, value = param.param_type_name == "option", values.get(param.name)
             name = "/".join([*param.opts[:1], *param.secondary_opts]) if is_option else param.name.upper()
+            several: list[str] = list(value or ()) if is_option and param.multiple else []
             flag = getattr(param, "is_flag", False) and not param.secondary_opts
             if order.count(param) > 1 and is_option and not (param.multiple or flag):
                 raise RequestError(f"{name} is given twice: give it once")
-            if is_option and param.multiple and param.name not in _MAY_REPEAT:
-                for one in value:
-                    if value.count(one) > 1:
-                        raise RequestError(f"{name} {one} is given twice: give it once")
+            for one in several:
+                if several.count(one) > 1 and param.name not in _MAY_REPEAT:
+                    raise RequestError(f"{name} {one} is given twice: give it once")
             if value == "" and param.name not in _MAY_BE_EMPTY:
                 raise RequestError(f"{name} is empty: give it a value, or leave it out")
         return super().parse_args(ctx, args)
