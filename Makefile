@@ -41,8 +41,11 @@ lint: install
 types: install
 	.venv/bin/mypy
 
+# Two workers on two cores: a second thread of each would wait for the other's.
+ONE_THREAD := OMP_NUM_THREADS=1
+
 test: lint types browser
-	$(PY) -m pytest -n 2 --dist worksteal -m "not verl and not real"
+	$(ONE_THREAD) $(PY) -m pytest -n 2 --dist worksteal -m "not verl and not real"
 	$(MAKE) test-real
 	$(MAKE) test-newest
 	$(MAKE) test-verl
@@ -63,7 +66,7 @@ $(NEWEST)/.installed: pyproject.toml constraints-newest.txt gradstore/_encode.c 
 	touch $@
 
 test-newest: $(NEWEST)/.installed
-	$(NEWEST)/bin/python -m pytest -n 2 --dist worksteal -m "not slow and not verl" $(ON_NEWEST)
+	$(ONE_THREAD) $(NEWEST)/bin/python -m pytest -n 2 --dist worksteal -m "not slow and not verl" $(ON_NEWEST)
 
 # verl wants older releases of some packages than the rest needs: it has an environment of its own, and so has verl with
 # vLLM for processors. torch is pinned in every line, or pip would fetch its CUDA build.
@@ -79,7 +82,7 @@ $(VERL)/.installed: pyproject.toml constraints.txt gradstore/_encode.c engine/se
 	touch $@
 
 test-verl: $(VERL)/.installed
-	$(VERL)/bin/python -m pytest -m "verl and not slow" tests/trainer/verl
+	OMP_WAIT_POLICY=passive $(VERL)/bin/python -m pytest -m "verl and not slow" tests/trainer/verl
 
 $(VERL_VLLM)/.installed: pyproject.toml constraints.txt gradstore/_encode.c engine/searching/_products.c engine/searching/_products_avx2.h
 	test -x $(VERL_VLLM)/bin/python || $(PYTHON) -m venv $(VERL_VLLM)

@@ -2,12 +2,13 @@
 
     python -m benchmarks.two_ranks --model FOLDER [--problems 4] [--ranks 2] [--keep FILE]
     python -m benchmarks.two_ranks --random 1024x16 ...        # a Llama with random weights of this width and depth
+    python -m benchmarks.two_ranks --basis fitted ...          # `begin` fits the basis to the same problems
 
 Counted for each stage: a process's largest resident size (weights, activations, buffers of communication, pages of
 files) above its size when torch, transformers and the model's code are imported. `load`: the model. `begin`: the new
-store; one process measures there what share of the gradient the sketch sees, which takes the gradients of all weights;
-the ranks of a sharded model do not. `sketch`: the rest, the same work for both. Linux only: the kernel's peak is reset
-between stages. Problems are those of `benchmarks/memory.py`; the basis is random, so that nothing is fitted. The ranks
+store; one process measures there what share of the gradient the sketch sees, which takes the gradients of all
+weights; the ranks of a sharded model do not. `sketch`: the rest, the same work for both. Linux only: the kernel's
+peak is reset between stages. Problems are those of `benchmarks/memory.py`; a random basis is not fitted. The ranks
 run with the weights gathered layer by layer, which is what they do on a CPU, and with the whole model gathered.
 
 Each run has a limit of time. With --keep, runs that ended are read from the file, so that the command can go on.
@@ -21,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import wraps
 from importlib import import_module
 from pathlib import Path
@@ -47,6 +49,7 @@ def main(
     n_problems: Annotated[int, typer.Option("--problems", min=2, help="Problems.")] = 4,
     n_rollouts: Annotated[int, typer.Option("--rollouts", min=2, help="Responses to each of them.")] = 8,
     ranks: Annotated[int, typer.Option(min=2, help="Ranks of the sharded model.")] = 2,
+    basis: Annotated[str, typer.Option(help="Basis of the sketches: random or fitted.")] = "random",
     ways: Annotated[str, typer.Option(help="How ranks gather weights: layers, whole, or both, by commas.")] = "layers",
     limit: Annotated[float, typer.Option(help="Seconds that a run may take.")] = 1200,
     keep: Annotated[Path | None, typer.Option(help="File of the runs that ended, read and written.")] = None,
@@ -58,13 +61,13 @@ def main(
         rolled = Path(folder, "rollouts.jsonl")
         with write_rollouts(rolled) as writer:
             writer.append(rollouts(problems(n_problems), n_rollouts, load_tokenizer(source)))
-        size = f"{model or random}, {n_problems} x {n_rollouts}"
+        size = f"{model or random}, {n_problems} x {n_rollouts}, {basis}"
         for n, way in (*((ranks, way) for way in ways.split(",")), (1, "whole")):
             name = f"{size}, {n} {way}"
             if name in kept:
                 continue
             say(f"{name}, load {os.getloadavg()[0]:.0f}")
-            found = _run(Path(folder), source, rolled, n, way, limit)
+            found = _run(Path(folder), source, rolled, n, way, basis, limit)
             if found is None:
                 say(f"{name}: not ended after {limit:.0f} s")
                 continue
@@ -74,18 +77,34 @@ def main(
         _print(size, {name: found for name, found in kept.items() if name.startswith(f"{size}, ")})
 
 
-def _run(folder: Path, model: str, rolled: Path, n: int, way: str, limit: float) -> list[dict] | None:
+def _run(folder: Path, model: str, rolled: Path, n: int, way: str, basis: str, limit: float) -> list[dict] | None:
     """What each rank told, in their order; None if the run met its limit."""
     several = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n)] if n > 1 else []
     store, told = folder / f"store-{n}-{way}", folder / f"told-{n}-{way}"
-    settings = ["--model", model, "--basis", "random", "--rank", "4", "--accept-coverage", "0", "--dtype", "fp32"]
-    command = [sys.executable, *several, __file__, _FIRST, way, str(told), str(store), "pool", str(rolled), *settings]
+    settings = ["--model", model, "--basis", basis, "--rank", "4", "--accept-coverage", "0", "--dtype", "fp32"]
+    command = [
+        sys.executable,
+        *several,
+        "-m",
+        "benchmarks.two_ranks",
+        _FIRST,
+        way,
+        str(told),
+        str(store),
+        "pool",
+        str(rolled),
+        *settings,
+    ]
     started = time.monotonic()
     run = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True)
     try:
         status = run.wait(limit)
     except subprocess.TimeoutExpired:
-        os.killpg(run.pid, signal.SIGKILL)
+        run.terminate()  # torchrun passes it on to its ranks, which have sessions of their own
+        with suppress(subprocess.TimeoutExpired):
+            run.wait(60)
+        with suppress(ProcessLookupError):
+            os.killpg(run.pid, signal.SIGKILL)
         run.wait()
         return None
     if status:

@@ -11,7 +11,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from gradstore.engine.rollouts.rollout import COLUMNS, TRL, Rollout, detect_format, names_in, read_row, with_rewards
+from gradstore.engine.rollouts.formats import COLUMNS, TRL, detect_format, names_in, with_rewards
+from gradstore.engine.rollouts.rollout import Rollout
+from gradstore.engine.rollouts.row import read_row
 from gradstore.errors import RequestError
 from gradstore.reading.files import RowFile
 from gradstore.reading.opening import files_at, open_rows

@@ -102,6 +102,8 @@ class Bed:
     """Methods of a whole study, in running order."""
     totals: tuple[int, ...]
     """Rollouts, for selection and training together, at which methods are compared."""
+    compared_at: int
+    """The one of them at which differences between methods are told."""
     shown: tuple[str, ...]
     """Methods shown in the curves."""
     results: Path

@@ -50,7 +50,7 @@ def _ladder(rows: Rows, arms: Sequence[str], one: str, other: str, claim: str) -
         apart += [arm] if a.above(b) else []
         gain = difference(ours, theirs)
         surely += [arm] if gain.low > 0 else []
-        told.append(f"{arm} {a.mean:.3f} against {b.mean:.3f} ({_signed(gain)})")
+        told.append(f"{arm} {a.mean:.3f} against {b.mean:.3f} ({signed(gain)})")
     if not told:
         return []
     return [
@@ -69,7 +69,7 @@ def _budget(rows: Rows, arms: Sequence[str], name: str) -> list[str]:
         gain = difference(ours, theirs)
         no_worse += gain.mean >= 0
         cost = np.mean([selection_rollouts(r) for r in ours]) / np.mean([selection_rollouts(r) for r in theirs])
-        told.append(f"{arm} {_signed(gain)} at {100 * cost:.1f} % of the rollouts")
+        told.append(f"{arm} {signed(gain)} at {100 * cost:.1f} % of the rollouts")
     if not told:
         return []
     own = [row for row in rows if row["method"] == name]
@@ -85,7 +85,7 @@ def _final(rows: Rows, arm: str, name: str) -> float:
     return final_accuracy(own).mean if own else -np.inf
 
 
-def _signed(value: Estimate) -> str:
+def signed(value: Estimate) -> str:
     """A seed-by-seed difference and its interval as text."""
     interval = "" if np.isnan(value.half) else f" [{value.low:+.3f}, {value.high:+.3f}]"
     return f"{value.mean:+.3f}{interval}"

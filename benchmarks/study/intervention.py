@@ -5,7 +5,9 @@ expected accuracy on held-out problems. Two questions:
 
 - **groups**: all problems of the pool, sorted by score and cut into groups of ten: does a group's predicted gain (the
   sum of its dots with the target) go with its measured gain? Scores of several sketch sizes, numbers of rollouts and
-  ages are compared on the same groups and gains, and with the exact dot.
+  ages are compared on the same groups and gains, and with the exact dot. The steps are Adam's, as in training, and, as
+  the dot predicts, plain gradient steps: Adam's first steps move all weights as far for a faint gradient as for a clear
+  one.
 - **sets**: the 64 problems that a selector ranks first, the 64 it ranks last, and 64 at random.
 
 `python -m benchmarks.study intervene` appends a row for each measurement to a file, and goes on where it was stopped.
@@ -34,6 +36,7 @@ from gradstore.trainer.sampling.backends import derived_seed
 
 POOL, TRAINING, DRAW, AGEING = range(4)
 """Purposes of derived seeds."""
+PLAIN_EPS = 1e6
 EXACT = "exact"
 
 
@@ -55,6 +58,8 @@ class Sizes:
     rollouts: tuple[int, ...] = (4, 16, 64)
     ages: tuple[int, ...] = (0, 16)
     """Steps on random problems between scores and measured gains."""
+    plain_lr: float = 0.1
+    """Learning rate of the plain gradient steps, which are measured at the first age alone."""
     fit_problems: int = 32
 
 
@@ -83,18 +88,25 @@ class Interventions:
         """All measurements that are missing. sets: selectors of the sets."""
         if "scores" not in self.rows:
             self._add("scores", **self._scores())
-        for age in self.sizes.ages:
-            missing = [g for g in range(self.sizes.groups) if f"group {g} age {age}" not in self.rows]
-            if missing:
-                self._aged(age)
-                for g in missing:
-                    self._measure(f"group {g} age {age}", self.groups()[g], 0, self.sizes.group_steps, age=age)
+        youngest, *older = self.sizes.ages
+        self._groups_at(youngest)
+        self._groups_at(youngest, plain=True)
         self._aged(0)
         for draw in range(self.sizes.draws):
             for what in ("random", *(f"{name} {end}" for name in sets for end in ("top", "bottom"))):
                 name = f"{what} draw {draw}"
                 if name not in self.rows:
                     self._measure(name, self.set_of(what, draw), draw, None)
+        for age in older:
+            self._groups_at(age)
+
+    def _groups_at(self, age: int, *, plain: bool = False) -> None:
+        names = [group_name(g, age, plain=plain) for g in range(self.sizes.groups)]
+        missing = [g for g, name in enumerate(names) if name not in self.rows]
+        if missing:
+            self._aged(age)
+        for g in missing:
+            self._measure(names[g], self.groups()[g], 0, self.sizes.group_steps, plain=plain, age=age)
 
     def groups(self) -> list[list[str]]:
         """The pool's ids in equal parts, by falling dot."""
@@ -174,20 +186,27 @@ class Interventions:
         self._begin = {name: value.clone() for name, value in self.policy.model.state_dict().items()}
         self._before = self._accuracies()
 
-    def _learner(self) -> Learner:
-        return Learner(self.policy.model, update_settings(self.bed, self.settings))
+    def _learner(self, *, plain: bool = False) -> Learner:
+        settings = update_settings(self.bed, self.settings)
+        if plain:  # Adam without moments and with an eps far above any gradient is plain gradient ascent
+            lr = self.sizes.plain_lr * PLAIN_EPS
+            settings = replace(settings, lr=lr, betas=(0.0, 0.0), eps=PLAIN_EPS, clip_grad=None)
+        return Learner(self.policy.model, settings)
 
-    def _measure(self, name: str, ids: Sequence[str], draw: int, steps: int | None, **about: Any) -> None:
+    def _measure(
+        self, name: str, ids: Sequence[str], draw: int, steps: int | None, *, plain: bool = False, **about: Any
+    ) -> None:
         """One row: the gain of training on these problems. steps: on all of them in each; None: on a batch in each."""
         started = time.monotonic()
         self.policy.model.load_state_dict(self._begin)
-        learner = self._learner()
+        learner = self._learner(plain=plain)
         size = self.sizes.set_batch
         batches = [ids] * steps if steps else [ids[start : start + size] for start in range(0, len(ids), size)]
         for step, batch in enumerate(batches):
             self._step(learner, batch, (1000 + draw, step))
         after = self._accuracies()
         gain = {key: after[key] - self._before[key] for key in after}
+        about |= {"plain": True} if plain else {}
         self._add(name, **about, ids=list(ids), gain=gain, seconds=time.monotonic() - started)
 
     def _step(self, learner: Learner, ids: Sequence[str], purpose: tuple[int, int]) -> None:
@@ -223,18 +242,26 @@ def score_name(dim: int | str, rollouts: int) -> str:
     return f"{dim}, {rollouts} rollouts"
 
 
-def correlations(rows: Sequence[dict[str, Any]], gain: str = "test") -> list[tuple[str, int, float, float, float]]:
-    """(score, age, Spearman correlation over groups between predicted and measured gain, low, high) of every dot.
+def group_name(group: int, age: int, *, plain: bool = False) -> str:
+    """Name of the row of a group's gain."""
+    return f"group {group} age {age}" + (" plain" if plain else "")
 
-    The predicted gain is the sum of the group's dots. low, high: 95 % interval by drawing groups with replacement.
+
+def correlations(rows: Sequence[dict[str, Any]], gain: str = "test") -> list[tuple[str, str, float, float, float]]:
+    """(score, steps, Spearman correlation over groups between predicted and measured gain, low, high) of every dot.
+
+    steps: `Adam` or `plain`, and the age.
+
+    The predicted gain is the sum of the group's dots; only where all groups are measured. low, high: 95 % interval by
+    drawing groups with replacement.
     """
     by_name = {row["name"]: row for row in rows}
     scores = by_name["scores"]
     place = {one: p for p, one in enumerate(scores["ids"])}
     found = []
-    ages = sorted({row["age"] for row in rows if "age" in row})
-    for age in ages:
-        groups = [row for row in rows if row.get("age") == age]
+    for (age, plain), groups in _kinds(rows).items():
+        if sum(len(row["ids"]) for row in groups) < len(place):
+            continue
         measured = np.array([row["gain"][gain] for row in groups])
         for name in (name for name in scores["scores"] if "rollouts" in name):
             values = np.array(scores["scores"][name])
@@ -243,7 +270,17 @@ def correlations(rows: Sequence[dict[str, Any]], gain: str = "test") -> list[tup
             drawn = [random.integers(0, len(groups), len(groups)) for _ in range(2000)]
             sampled = [spearmanr(predicted[d], measured[d])[0] for d in drawn]
             low, high = np.nanquantile(sampled, (0.025, 0.975))
-            found.append((name, age, float(spearmanr(predicted, measured)[0]), float(low), float(high)))
+            steps = f"{'plain' if plain else 'Adam'}, age {age}"
+            found.append((name, steps, float(spearmanr(predicted, measured)[0]), float(low), float(high)))
+    return found
+
+
+def _kinds(rows: Sequence[dict[str, Any]]) -> dict[tuple[int, bool], list[dict[str, Any]]]:
+    """(age, whether the steps were plain) -> the groups' rows."""
+    found: dict[tuple[int, bool], list[dict[str, Any]]] = {}
+    for row in rows:
+        if "age" in row:
+            found.setdefault((row["age"], row.get("plain", False)), []).append(row)
     return found
 
 
@@ -265,23 +302,21 @@ def section(rows: Sequence[dict[str, Any]]) -> str:
         "with wrong truths, always from the same start, and the gain is the change of its accuracy on the held-out "
         f"problems ({len(rows) - 1} measurements in interventions.jsonl).\n",
     ]
-    groups = [row for row in rows if "age" in row]
-    n_ids = sum(len(row["ids"]) for row in groups if row["age"] == groups[0]["age"])
-    if n_ids and n_ids < len(_row(rows, "scores")["ids"]):
-        lines.append(
-            f"**Groups.** {n_ids} of the pool's {len(_row(rows, 'scores')['ids'])} problems are in groups measured so "
-            "far; the table comes when all are.\n"
-        )
+    groups = [own for kind in _kinds(rows).values() for own in kind]
+    found = correlations(rows)
+    if groups and not found:
+        lines.append(f"**Groups.** {len(groups)} are measured so far; the table comes when all are.\n")
     elif groups:
         n, size = len({row["name"].split()[1] for row in groups}), len(groups[0]["ids"])
         lines += [
-            f"**Groups.** The pool in {n} groups of {size} problems by falling dot; two steps on each. Spearman's "
-            "correlation between a group's predicted gain (the sum of its dots) and its measured gain, with 95 % "
-            "intervals from drawing groups; `age`: steps on random problems between the scores and the measurement.\n",
-            "| dot of | age | Spearman | of the gain in nats |",
-            "| --- | ---: | --- | --- |",
+            f"**Groups.** The pool in {n} groups of {size} problems by falling dot; two steps on each, of Adam as in "
+            "training or of the plain gradient. Spearman's correlation between a group's predicted gain (the sum of "
+            "its dots) and its measured gain, with 95 % intervals from drawing groups; `age`: steps on random problems "
+            "between the scores and the measurement.\n",
+            "| dot of | steps | Spearman | of the gain in nats |",
+            "| --- | --- | --- | --- |",
         ]
-        for own, nats in zip(correlations(rows), correlations(rows, "test nats"), strict=True):
+        for own, nats in zip(found, correlations(rows, "test nats"), strict=True):
             lines.append(f"| {own[0]} | {own[1]} | {_interval(*own[2:])} | {_interval(*nats[2:])} |")
         lines.append("")
     gains = set_gains(rows)

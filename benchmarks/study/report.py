@@ -1,7 +1,7 @@
 """Write the study's page from its rows: tables, figures and findings."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -11,9 +11,9 @@ import numpy as np
 
 from benchmarks.study.bed import Bed, StudySettings
 from benchmarks.study.figures import draw_curves, draw_picks
-from benchmarks.study.findings import findings
+from benchmarks.study.findings import findings, signed
 from benchmarks.study.intervention import section
-from benchmarks.study.methods import method
+from benchmarks.study.methods import ROUNDS, method
 from benchmarks.study.results import read_results
 from benchmarks.study.statistics import (
     Estimate,
@@ -25,6 +25,7 @@ from benchmarks.study.statistics import (
     selection_rollouts,
     selection_seconds,
     share,
+    steady,
 )
 from gradstore.errors import RequestError
 
@@ -67,6 +68,7 @@ def write_page(bed: Bed, rows: Sequence[dict[str, Any]], page: Path, settings: S
             f"![Bad picks]({folder.name}/picks.svg)\n",
             *(_arm_table(bed, rows, arm, methods) for arm in arms),
             _cost_table(rows, arms, methods),
+            *_steady_table(rows, methods),
         ]
     if interventions:
         parts.append(section(interventions))
@@ -96,6 +98,7 @@ def differing(bed: Bed, rows: Sequence[dict[str, Any]], page: Path, settings: St
 
 def _equal_totals(bed: Bed, rows: Sequence[dict[str, Any]], arms: Sequence[str], methods: Sequence[str]) -> str:
     """Accuracy against the rollouts spent; once more on the seeds that all methods have, where they differ in seeds."""
+    compared = bed.compared_at
     parts = [
         "## Accuracy against rollouts spent\n",
         "Rollouts of selection and of training together. A cell is the accuracy after the last round that ends within "
@@ -109,6 +112,8 @@ def _equal_totals(bed: Bed, rows: Sequence[dict[str, Any]], arms: Sequence[str],
             those = [row for row in rows if row["seed"] in shared]
             named = ("seed " if len(shared) == 1 else "seeds ") + ", ".join(map(str, sorted(shared)))
             parts.append(f"On {named} alone, which all methods have:\n\n" + _totals_table(bed, those, arm, methods))
+    for name in ("random", "gradalign"):
+        parts += _differences(rows, arms, methods, name, compared)
     return "\n".join(parts)
 
 
@@ -127,6 +132,34 @@ def _totals_table(bed: Bed, rows: Sequence[dict[str, Any]], arm: str, methods: S
             ]
             lines.append(f"| `{name}` | " + " | ".join(cells) + f" | {len(own)} |")
     return "\n".join(lines) + "\n"
+
+
+def _differences(
+    rows: Sequence[dict[str, Any]], arms: Sequence[str], methods: Sequence[str], name: str, total: int
+) -> list[str]:
+    """Accuracy at a total of rollouts, less that of the longest runs of a method, seed by seed; a row per method."""
+    theirs = max(
+        (own for own in methods if own.partition(ROUNDS)[0] == name), key=lambda own: ROUNDS in own, default=None
+    )
+    if theirs is None:
+        return []
+    lines = [
+        f"### Less `{theirs}`, at {total:,} rollouts, seed by seed\n",
+        "| method | " + " | ".join(arms) + " |",
+        "| --- |" + " --- |" * len(arms),
+    ]
+    for own in methods:
+        found = [_difference(of(rows, arm, own), of(rows, arm, theirs), total) for arm in arms if own != theirs]
+        if any(found):
+            lines.append(f"| `{own}` | " + " | ".join(found) + " |")
+    return ["\n".join(lines) + "\n"]
+
+
+def _difference(ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]], total: int) -> str:
+    of_seed = {row["seed"]: accuracy_within(row, total) for row in theirs}
+    pairs = [(accuracy_within(row, total), of_seed.get(row["seed"])) for row in ours]
+    gains = [own - other for own, other in pairs if own is not None and other is not None]
+    return f"{signed(estimate(gains))}, n = {len(gains)}" if gains else ""
 
 
 def _arm_table(bed: Bed, rows: Sequence[dict[str, Any]], arm: str, methods: Sequence[str]) -> str:
@@ -153,7 +186,7 @@ def _arm_table(bed: Bed, rows: Sequence[dict[str, Any]], arm: str, methods: Sequ
 
 def _cost_table(rows: Sequence[dict[str, Any]], arms: Sequence[str], methods: Sequence[str]) -> str:
     """Table of seconds and rollouts over all arms; medians, because other load on the machine slows some runs."""
-    reference = [selection_rollouts(row) for row in rows if row["method"] == "gradalign"]
+    reference = [selection_rollouts(row) for row in rows if row["method"].partition(ROUNDS)[0] == "gradalign"]
     lines = [
         "## What selection costs\n",
         "Medians over all runs, on one thread. Overhead: selection without rollouts, as a share of the training of the "
@@ -175,6 +208,31 @@ def _cost_table(rows: Sequence[dict[str, Any]], arms: Sequence[str], methods: Se
         )
         lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _steady_table(rows: Sequence[dict[str, Any]], methods: Sequence[str]) -> list[str]:
+    """Table of what a round after the first costs, where rows say how long training's rollouts took; else nothing."""
+    told = [row for row in rows if "training_rollout_seconds" in row and len(row["selection_rollouts"]) > 1]
+    if not told:
+        return []
+    lines = [
+        "### Rounds after the first\n",
+        "Selection, of the training of its round; medians over runs. `fit`: seconds of the first round's fit.\n",
+        "| method | seconds, of the updates', all rollouts left out | seconds with rollouts | rollouts | fit s |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for name in methods:
+        own = [row for row in told if row["method"] == name]
+        if any(selection_rollouts(row) for row in own):
+            each = [steady(row) for row in own]
+            shares = [
+                np.median([getattr(one, what) for one in each])
+                for what in ("seconds", "seconds_with_rollouts", "rollouts")
+            ]
+            fits = [row["stage_seconds"][0]["fit"] for row in own if "fit" in (row["stage_seconds"] or [{}])[0]]
+            cells = [f"{100 * value:.0f} %" for value in shares] + [f"{np.median(fits):.0f}" if fits else "-"]
+            lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
+    return ["\n".join(lines) + "\n"]
 
 
 def _interval(value: Estimate, digits: int) -> str:

@@ -94,3 +94,31 @@ def selection_seconds(row: dict[str, Any]) -> float:
 def overhead(row: dict[str, Any]) -> float:
     """Selection seconds without rollouts as a share of the training seconds (rollouts and updates)."""
     return selection_seconds(row) / row["training_seconds"]
+
+
+@dataclass(frozen=True, slots=True)
+class Steady:
+    """What selection takes in the rounds after the first, of the training of the same rounds."""
+
+    seconds: float
+    """Seconds without rollouts, of those of the updates alone."""
+    seconds_with_rollouts: float
+    """Seconds with selection's rollouts, of those of training with its rollouts."""
+    rollouts: float
+    """Rollouts, of those of training."""
+
+
+def steady(row: Mapping[str, Any]) -> Steady:
+    """Cost of selection in the rounds after the first; observation counts in equal parts for each round."""
+    settings, n = row["settings"], len(row["selection_rollouts"])
+    later = n - 1
+    observed = row["observe_seconds"] * later / n
+    whole = sum(row["selection_seconds"][1:]) + observed
+    training = row["training_seconds"] * later / n
+    updates = (row["training_seconds"] - row["training_rollout_seconds"]) * later / n
+    trained = settings["steps"] * settings["train_batch"] * settings["rollouts"] * later
+    return Steady(
+        (whole - sum(row["selection_rollout_seconds"][1:])) / updates,
+        whole / training,
+        sum(row["selection_rollouts"][1:]) / trained,
+    )

@@ -100,6 +100,7 @@ TOY = Bed(
         *("dynamic", "learnalign", "budgeted/2-lcb", "budgeted/4-lcb"),
     ),
     totals=(4096, 8192, 10240, 13312, 53248),
+    compared_at=13_312,
     shown=("oracle", "random", "accgreedy", "gradalign", "lcb", "budgeted-lcb"),
     results=Path("docs/study-toy/results.jsonl"),
     page=Path("docs/study-toy.md"),

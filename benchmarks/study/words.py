@@ -197,6 +197,7 @@ def words(svamp: Path, models: Path, tell: Callable[[str], None] = lambda line: 
             *("budgeted-dot*5", "oracle*8", "pilot*5", "dapo*6", "dot*2"),
         ),
         totals=(2176, 4352),
+        compared_at=4352,
         shown=("oracle*8", "random*8", "random+dtv*8", "gradalign*2", "refresh0-dot@solutions*7", "refresh0-dot*6"),
         results=Path("docs/study/results.jsonl"),
         page=Path("docs/study.md"),

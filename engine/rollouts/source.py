@@ -14,20 +14,10 @@ from typing import Any
 import numpy as np
 
 from gradstore.engine.rollouts import tokens
+from gradstore.engine.rollouts.formats import COLUMNS, FORMATS, TRL, detect_format, names_in, names_of, with_rewards
 from gradstore.engine.rollouts.group import Group
-from gradstore.engine.rollouts.rollout import (
-    COLUMNS,
-    FORMATS,
-    OVERLONG,
-    STOPPED,
-    TRL,
-    Rollout,
-    detect_format,
-    names_in,
-    names_of,
-    read_row,
-    with_rewards,
-)
+from gradstore.engine.rollouts.rollout import OVERLONG, STOPPED, Rollout
+from gradstore.engine.rollouts.row import read_row
 from gradstore.engine.rollouts.templates import check_arguments, kept_arguments, prompt_text, tools_of
 from gradstore.errors import RequestError, check_known
 from gradstore.reading.columns import check_columns
