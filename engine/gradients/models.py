@@ -45,7 +45,7 @@ def load_model(
     lacks a weight of the model, or has one that the model lacks (except tied weights and those that the architecture
     ignores); for an adapter that cannot be sketched; if a weight is not finite.
     """
-    from huggingface_hub.utils import enable_progress_bars
+    from huggingface_hub.utils.tqdm import enable_progress_bars
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 

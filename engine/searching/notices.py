@@ -22,8 +22,8 @@ def notices(view: View, targets: Sequence[Target], best_score: float | None = No
     said = []
     newest = int(view.steps.max()) if len(view) else 0
     if view.at is not None:
-        names = {view.collection, *(goal.benchmark for goal in targets)}
-        there = sorted({step for name in names for step in view.store.steps(name)})
+        asked = {view.collection, *(goal.benchmark for goal in targets)}
+        there = sorted({step for name in asked for step in view.store.steps(name)})
         if view.at not in there:
             few = ", ".join(map(str, [*there[:3], "…", *there[-3:]] if len(there) > 6 else there))
             said.append(f"nothing is of step {view.at}: these are the newest rows before it, of steps {few}")
