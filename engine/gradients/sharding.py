@@ -40,6 +40,8 @@ _OF_FREE = 0.5
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether FSDP2 shards any of the model's modules."""
+    if not (dist.is_available() and dist.is_initialized()):  # asked a thousand times in a fit
+        return False
     return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
