@@ -51,8 +51,8 @@ Progress = Callable[[int], None]
 _FIRST = 4
 """The first pass takes every 4th problem of a large sample."""
 _LEAST = 32
-"""Minimum problems of the first pass, if there are as many: fewer show too little of a layer where gradients have hardly
-any direction in common (where they have, 8 do: docs/benchmarks.md)."""
+"""Minimum problems of the first pass, if there are as many: fewer show too little of a layer where gradients have
+hardly any direction in common (where they have, 8 do: docs/benchmarks.md)."""
 _BESIDE = 4
 """Fitted directions of a side for each random one."""
 _WINDOW, _HELD = 8, 1 << 27
