@@ -105,7 +105,8 @@ def suspicious(
     table_PE = np.stack([percentiles[name] for name in used], axis=1)
     weight_PE = np.array([weights[name] for name in used]) * np.isfinite(table_PE)
     frame["suspicion"] = np.nansum(table_PE * weight_PE, axis=1) / np.maximum(weight_PE.sum(axis=1), 1e-12)
-    frame["why"] = _why(table_PE > 0.9, used)
+    highest_PE = table_PE == np.nanmax(np.where(np.isnan(table_PE), -1, table_PE), axis=1, keepdims=True)
+    frame["why"] = _why((table_PE > 0.9) | highest_PE, used)
     order = best(frame["suspicion"].to_numpy(), len(frame), lambda some: ids[some])  # ties by id
     frame = frame.iloc[order].reset_index(drop=True)
     frame["rank"] = np.arange(1, len(frame) + 1)
@@ -217,11 +218,11 @@ def _percentile(values_P: np.ndarray, group_P: np.ndarray) -> np.ndarray:
 
 
 _WORDS = {
-    "harm": "pulls little along the benchmark, or against it",
-    "estrangement": "pulls little along its own source, or against it",
+    "harm": "pulls least along the benchmark",
+    "estrangement": "pulls least along its source",
     "coin": "pays about half the time",
     "halves": "halves of the rollouts disagree",
-    "p_value": "rewards unrelated to the direction of the benchmark",
+    "p_value": "rewards unrelated to the benchmark",
 }
 
 

@@ -30,7 +30,7 @@ def main(repeats: Annotated[int, typer.Option(help="How often each is timed.")] 
     """Time the command line's answers and print the medians."""
     with tempfile.TemporaryDirectory() as folder:
         store = _store(Path(folder) / "store")
-        commands = [name for name in app._PANEL if name != "import"]
+        commands = [name for name in app.COMMANDS if name != "import"]
         requests = {
             "refused option": ["query", str(store), "--against", "bench", "--topp", "3"],
             "query": ["query", str(store), "--against", "bench"],

@@ -10,8 +10,8 @@ from typing import Any
 
 import typer
 
-from gradstore.cli.app import application
-from gradstore.errors import GradstoreError
+from gradstore.cli.app import COMMANDS, application
+from gradstore.errors import GradstoreError, near_miss
 
 EXTRA_OF = dict.fromkeys(("torch", "transformers", "safetensors", "jinja2", "math_verify", "reasoning_gym"), "sketch")
 """Module that a plain installation lacks -> the extra that brings it."""
@@ -61,9 +61,14 @@ def _fail_usage(error: Any) -> None:
     while context is not None and context.parent is not None:
         words.append(context.info_name)
         context = context.parent
+    if not words and sys.argv[1:2] and sys.argv[1] in COMMANDS:  # the parser knows no context
+        words = sys.argv[1:2]
     command = " ".join(["gradstore", *reversed(words)])
-    names = getattr(error, "possibilities", None)
-    message = f"{error.message}; did you mean {' or '.join(names[:2])}?" if names else error.format_message()
+    message = error.format_message()
+    if hasattr(error, "option_name") and hasattr(error, "possibilities"):
+        asked = error.option_name.lstrip("-")
+        near = [name for name in error.possibilities or () if near_miss(asked, [name.lstrip("-")])]
+        message = f"{error.message}; did you mean {' or '.join(near[:2])}?" if near else error.message
     message = " ".join(message.removesuffix(", unable to parse string as an integer").split()).rstrip(".")
     _fail(f"{message[:1].lower()}{message[1:]} ({command} --help)", error.exit_code)
 

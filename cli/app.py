@@ -71,7 +71,7 @@ def command(
         ]
         told.__signature__ = own.replace(parameters=[*own.parameters.values(), *more])  # type: ignore[attr-defined]
         told.__annotations__ = {**function.__annotations__, **{name: hint for name, (_, hint) in _TOLD.items()}}
-        panel = _PANEL.get(name or function.__name__) if of is app else None
+        panel = COMMANDS.get(name or function.__name__) if of is app else None
         shown = type("Shown", (Command,), {"panels": {**(panels or {}), **_SAID}, "example": example})
         of.command(name, cls=shown, rich_help_panel=panel, **settings)(told)
         return function
@@ -92,7 +92,9 @@ def check_alone(context: typer.Context, option: str, *beside: str) -> None:
     """RequestError for anything else on the line than this option and the parameters beside it."""
     others = given(context).keys() - {*beside, "verbose", "quiet"}
     if others:
-        raise RequestError(f"{option} goes alone: leave {', '.join(map(as_option, sorted(others)))} out")
+        arguments = {param.name for param in context.command.params if param.param_type_name == "argument"}
+        names = [name.upper() if name in arguments else as_option(name) for name in sorted(others)]
+        raise RequestError(f"{option} goes alone: leave {', '.join(names)} out")
 
 
 def as_option(parameter: str) -> str:
@@ -117,7 +119,8 @@ _FILES = {
 }  # fmt: skip
 """Heading in the help -> command -> the file of this folder that registers it, in the order of work."""
 _FILE = {name: file for files in _FILES.values() for name, file in files.items()}
-_PANEL = {name: panel for panel, files in _FILES.items() for name in files}
+COMMANDS = {name: panel for panel, files in _FILES.items() for name in files}
+"""Command -> its heading in the help, in the order of work."""
 
 
 def application(words: Sequence[str]) -> typer.Typer:
@@ -127,11 +130,11 @@ def application(words: Sequence[str]) -> typer.Typer:
     """
     for file in {_FILE[words[0]]} if words and words[0] in _FILE else set(_FILE.values()):
         import_module(f"gradstore.cli.{file}")
-    order = list(_PANEL)
+    order = list(COMMANDS)
     names = {id(one): str(one.name or getattr(one.callback, "__name__", "")) for one in app.registered_commands}
     app.registered_commands.sort(key=lambda one: order.index(names[id(one)]))
     found = copy(app)
-    if words and words[0] in _PANEL:
+    if words and words[0] in COMMANDS:
         found.registered_commands = [one for one in app.registered_commands if names[id(one)] == words[0]]
         found.registered_groups = [one for one in app.registered_groups if one.name == words[0]]
     return found

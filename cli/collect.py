@@ -18,6 +18,7 @@ from gradstore.cli.show import print_json, progress, say, warn
 from gradstore.cli.solutions import collect_solutions
 from gradstore.errors import RequestError, check_known, check_number
 from gradstore.undo import undone_on
+from gradstore.wording import counted
 
 if TYPE_CHECKING:
     from torch import nn
@@ -162,6 +163,8 @@ def collect(
     """
     import gradstore
     from gradstore.attachments import read_coverage
+    from gradstore.durable import check_writable
+    from gradstore.engine.assessing.mixed_up import mixed_up
     from gradstore.engine.assessing.refit import rows_of_fit
     from gradstore.engine.assessing.same_policy import SamePolicy
     from gradstore.engine.assessing.start import default_spec, start_store
@@ -175,7 +178,7 @@ def collect(
     from gradstore.engine.sketches.fitting import sample_groups
     from gradstore.engine.sketches.on_workers import OnWorkers, Replica
     from gradstore.engine.sketches.spec import SketchSpec
-    from gradstore.layout import DERIVED, DTYPES
+    from gradstore.layout import DERIVED, DTYPES, check_name
     from gradstore.likeness import check_like, create_like
     from gradstore.settings import build, parse
     from gradstore.shards import Shard
@@ -183,6 +186,7 @@ def collect(
     spread = ray_options.asked(ray, workers, threads, device)
     check_number("step", step or 0, least=0)
     check_number("seed", seed or 0, least=0)
+    check_name(collection)
     if collection.endswith(DERIVED):
         raise RequestError(f"{collection}: names ending in {', '.join(DERIVED)} are the store's own; choose another")
     check_number("--fit-problems", fit_problems, least=4)
@@ -202,6 +206,8 @@ def collect(
         raise RequestError("--refit auto fits a projection to this shard alone, which cannot be merged: leave it out")
     part = None if shard is None else Shard.parse(shard)
     opened = gradstore.open(store, mode="a" if leads() else "r") if store.exists() else None
+    if opened is None:
+        check_writable(store)
     if like is not None and opened is not None:
         check_like(opened, like)
     if solutions:
@@ -262,6 +268,8 @@ def collect(
     version = (source.step or 0) if step is None else step
     same = SamePolicy(policy) if n_ranks() == 1 else None  # of a sharded model no rank has all weights
     if same is not None and opened is not None and (sentence := same.warning(opened.path, version)) is not None:
+        warn(sentence)
+    if opened is not None and (sentence := mixed_up(opened, collection, source.problem_ids)) is not None:
         warn(sentence)
     outcome = None
     known: list[SketchBatch] = []
@@ -337,6 +345,11 @@ def collect(
             "exact ranking: the policy has moved from what it was fitted to; collect with --refit auto and "
             "--benchmark-rollouts for a new basis"
         )
+    if report.no_signal and not report.live:
+        warn(
+            f"none of these {report.no_signal} problems has a gradient: the rollouts of each are all rewarded alike; "
+            "sample more of them, or problems that the policy sometimes solves"
+        )
     if report.sizes.warning is not None:
         warn(report.sizes.warning)
     if json:
@@ -347,8 +360,8 @@ def collect(
     if len(report.bases) > 1:
         say(f"in bases {', '.join(map(str, report.bases))}")
     say(
-        f"{report.collected} problems collected at step {version}: {report.live} live, {report.no_signal} without "
-        f"signal, {report.failed} failed; {report.skipped} were there already; "
+        f"{counted(report.collected, 'problem')} collected at step {version}: {report.live} live, "
+        f"{report.no_signal} without signal, {report.failed} failed; {report.skipped} were there already; "
         f"{report.n_tokens} tokens in {report.seconds:.1f} s"
     )
     for problem_id, reason in report.failures:

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from gradstore.cli import own
 from gradstore.cli.app import check_alone, command, opt
 from gradstore.cli.query import Json, Overwrite
 from gradstore.cli.rollout import row_range
-from gradstore.cli.show import print_json, print_table, say
+from gradstore.cli.show import print_json, print_table, say, warn
 from gradstore.errors import RequestError
-from gradstore.wording import first_words
+from gradstore.wording import counted
 
 if TYPE_CHECKING:
-    from gradstore.trainer.data.columns import Columns
     from gradstore.trainer.data.corruption import Corruption
     from gradstore.trainer.data.pool import Part
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 @command(
     panels={
         "How much of what": "count range size seed exclude",
-        "A file or data set of one's own": "prompt truth truth_after id source template",
+        own.PANEL: own.NAMES,
         "Data sets known by name": "known local config solutions instruction corrupt",
         "What is written": "out form overwrite",
     },
@@ -36,7 +36,7 @@ def data(
         list[str] | None,
         typer.Argument(
             help="NAME[@SPLIT][:COUNT] of a data set, reasoning-gym:TASK:COUNT, FILE[:COUNT] of problems, or with "
-            "--prompt and --truth FILE or hub:USER/NAME[/CONFIG][@SPLIT][:COUNT]. A COUNT of 0.9 is a share of --size."
+            "--prompt and --truth FILE or hub:USER/NAME[/CONFIG][:SPLIT][:COUNT]. A COUNT of 0.9 is a share of --size."
         ),
     ] = None,
     out: Annotated[Path, opt("Problem file to write, .jsonl or .parquet.")] = Path("problems.parquet"),
@@ -61,12 +61,12 @@ def data(
     solutions: Annotated[
         bool, opt("Keep reference solutions (of gsm8k, math, metamath), for targets without rollouts.", "--solutions")
     ] = False,
-    prompt: Annotated[str | None, opt("Column of the question, in a file or data set of one's own.")] = None,
-    truth: Annotated[str | None, opt("Column of the ground truth.")] = None,
-    truth_after: Annotated[str | None, opt("Take what follows this text in --truth, such as '####'.")] = None,
-    id: Annotated[str | None, opt("Column of a stable id [default: a hash of the question].", "--id")] = None,
-    source: Annotated[str | None, opt("Column of the source [default: the name of the file or data set].")] = None,
-    template: Annotated[str | None, opt("The prompt with {COLUMN} for the text of a column.")] = None,
+    prompt: own.Prompt = None,
+    truth: own.Truth = None,
+    truth_after: own.TruthAfter = None,
+    id: own.Id = None,
+    source: own.Source = None,
+    template: own.Template = None,
     form: Annotated[str, opt("verl or flat: the fields of the records.")] = "verl",
     overwrite: Overwrite = False,
     known: Annotated[bool, opt("List the data sets known by name, and end.", "--list")] = False,
@@ -77,11 +77,13 @@ def data(
         check_alone(context, "--list", "known", "json")
         _list(json)
         return
+    from gradstore.outputs import check_output
     from gradstore.trainer.data.files import check_out, write_problems
     from gradstore.trainer.data.pool import Options, build
 
     check_out(out, form, overwrite)
-    parts = _with_ranges(_parts(sources or [], count, size), range or [])
+    check_output(out, [*(sources or []), *(exclude or [])])
+    parts = _with_ranges(own.parts(sources or [], count, size), range or [])
     if size is not None and not any(re.search(r":\d*\.\d*$", text) for text in sources or []):
         raise RequestError(
             f"--size {size}: is for counts that are shares, as in gsm8k:0.9; give a count, --count {size}"
@@ -94,7 +96,7 @@ def data(
         corruptions=[_corruption(text) for text in corrupt or []],
         solutions=solutions,
         instruction=instruction,
-        columns=_columns(prompt, truth, truth_after, id, source, template),
+        columns=own.columns(prompt, truth, truth_after, id, source, template),
     )
     pool = build(parts, options)
     report = {"path": str(out), "form": form, **pool.describe()}
@@ -121,35 +123,17 @@ def data(
     for part in pool.parts:
         left = {"duplicates": part.duplicates, "held out": part.excluded, "left out": part.not_kept, **part.unusable}
         why = ", ".join(f"{n} {reason}" for reason, n in left.items() if n)
-        say(f"{part.name}: {part.taken} problems of {part.rows} rows{f'; {why}' if why else ''}")
-    if options.columns:
-        first = pool.records[0]
-        text = first["prompt"] if isinstance(first["prompt"], str) else first["prompt"][-1]["content"]
-        say(
-            f"the first, {first['id']}: {first_words(text, 200)!r}, ground truth {first_words(first['ground_truth'])!r}"
-        )
-    say(f"{out}: {len(pool.records)} problems")
-
-
-def _columns(
-    prompt: str | None,
-    truth: str | None,
-    truth_after: str | None,
-    id: str | None,
-    source: str | None,
-    template: str | None,
-) -> "Columns | None":
-    from gradstore.trainer.data.columns import Columns
-
-    if prompt is None and truth is None:
-        if any((truth_after, id, source, template)):
-            raise RequestError(
-                "--truth-after, --id, --source and --template go with --prompt COLUMN and --truth COLUMN"
+        say(f"{part.name}: {counted(part.taken, 'problem')} of {counted(part.rows, 'row')}{f'; {why}' if why else ''}")
+        if part.contradicting:
+            warn(
+                f"{part.name}: {part.contradicting} of the duplicates have another ground truth than the first of "
+                "their question, which is kept"
             )
-        return None
-    if prompt is None or truth is None:
-        raise RequestError("a file or data set of one's own needs --prompt COLUMN and --truth COLUMN")
-    return Columns(prompt, truth, truth_after, id, source, template)
+        if part.shared_ids and id is not None:
+            warn(f"{part.name}: {part.shared_ids} values of {id!r} are not unique: a hash of the question follows them")
+    if options.columns:
+        own.say_first(pool.records)
+    say(f"{out}: {counted(len(pool.records), 'problem')}")
 
 
 def _list(json: bool) -> None:
@@ -168,32 +152,6 @@ def _list(json: bool) -> None:
     rows_shown += [[name, "", "", " and ".join(parts), ""] for name, parts in TOGETHER.items()]
     rows_shown += [[name, "", "", f"another name of {own}", ""] for name, own in ALIASES.items()]
     print_table("Data sets", ["name", "split", "reward", "hub", "columns"], sorted(rows_shown), spare=["split"])
-
-
-def _parts(sources: Sequence[str], count: int | None, size: int | None) -> "list[Part]":
-    from gradstore.trainer.data.loading import SUFFIXES
-    from gradstore.trainer.data.pool import Part
-
-    parts = []
-    for text in sources:
-        name, colon, number = text.rpartition(":")
-        if not colon or not number or not (number[0].isdigit() or number[0] in ".-"):
-            name, number = text, ""
-        wanted = count
-        if number:
-            try:
-                value = float(number) if "." in number else int(number)
-            except ValueError:
-                raise RequestError(f"{text}: the count is {number!r}, expected a whole number or a share") from None
-            if isinstance(value, float):
-                if size is None or not 0 < value <= 1:
-                    raise RequestError(f"{text}: a share needs --size and lies between 0 and 1")
-                value = round(value * size)
-            wanted = value
-        whole, at, split = name.rpartition("@")
-        named_split = bool(at) and not name.endswith(SUFFIXES)
-        parts.append(Part(whole, wanted, split) if named_split else Part(name, wanted))
-    return parts
 
 
 def _with_ranges(parts: "list[Part]", texts: Sequence[str]) -> "list[Part]":

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from gradstore.cli.app import command, opt
 from gradstore.cli.query import Json
 from gradstore.cli.show import duration, print_json, print_line, print_table, progress, say, started_as
+from gradstore.cli.telling import Told
 from gradstore.errors import RequestError
 from gradstore.wording import size
 
@@ -63,6 +64,7 @@ def demo(
             say(told)
         return
     store = folder / "seed-0" / "store"
+    print_line("")
     query(store, against=["benchmark"], top=5)
     columns = ["target family, high", "broken rewards, low", "wrong truth, low", "coin flip, low"]
     best = best_of(facts["shares"])
@@ -102,11 +104,11 @@ def demo(
     print_line(told)
 
 
-def _bar(title: str, total: int | None) -> AbstractContextManager[Callable[..., None]]:
+def _bar(title: str, total: int | None, of: str = "problem") -> AbstractContextManager[Callable[..., None]]:
     """A bar in a terminal, else a line every 20 s."""
     from gradstore.demo.run import counted
 
-    return progress(title, total) if sys.stderr.isatty() else nullcontext(counted(title, total, say))
+    return progress(title, total) if sys.stderr.isatty() else nullcontext(counted(title, total, say, of))
 
 
 def _prepare(
@@ -141,7 +143,9 @@ def _shown(out: Path, settings: "CourseSettings") -> tuple[Path | None, str]:
     from gradstore.engine.gradients.models import load_tokenizer
 
     folder, page = out / "run", out / "report.html"
-    store = run_course(folder, settings, lambda line: say(f"training run: {line}"))
+    with _bar("training run", settings.n_rounds * settings.n_updates, "step") as advance:
+        told = Told(settings.n_rounds, settings.n_updates, advance)
+        store = run_course(folder, settings, told.done, told.values)
     try:
         check_installed()
     except RequestError as error:

@@ -87,8 +87,12 @@ def fidelity(
                 f"{facts['top_5_percent']:.2f}",
                 f"{facts['top_k']:.2f}",
             ],
-            ["exact, even against odd rollouts", f"{halves['spearman']:.3f}", "", ""],
-            ["exact, as many new rollouts (Spearman-Brown)", f"{halves['rank_reliability']:.3f}", "", ""],
+            ["exact, even against odd rollouts", _known(halves["spearman"]), "", ""],
+            ["exact, as many new rollouts (Spearman-Brown)", _known(halves["rank_reliability"]), "", ""],
         ],
         right=["Spearman", "top 5 %", f"top {facts['k']}"],
     )
+
+
+def _known(correlation: float) -> str:
+    return "unknown" if correlation != correlation else f"{correlation:.3f}"

@@ -13,20 +13,43 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from gradstore.errors import RequestError
+
 WIDEST = 100
 """Most characters of a line; a narrower terminal has its own width."""
 _NARROWEST = 40
 _KIND = re.compile(r"<(?:list\[)?(\w+)\]?>")
 _LEFT = 30
 """Most characters of a name beside its text; longer ones stand above it."""
+_MAY_REPEAT = {"weight"}
+"""Options of which two values may be the same."""
+_MAY_BE_EMPTY = {"instruction"}
+"""Options whose empty text has a meaning."""
 
 
 class Command(TyperCommand):
-    """A command whose help has panels and an example."""
+    """A command whose help has panels and an example, and which refuses an option given twice or empty."""
 
     panels: Mapping[str, str] = {}
     """Heading -> parameters under it, with blanks between them; the others are under "Options", before the last one."""
     example = ""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """RequestError for an option that stands twice, of which one would be ignored, and for an empty one."""
+        values, _, order = self.make_parser(ctx).parse_args(args=list(args))
+        for param in order:
+            is_option, value = param.param_type_name == "option", values.get(param.name)
+            name = "/".join([*param.opts[:1], *param.secondary_opts]) if is_option else param.name.upper()
+            several: list[str] = list(value or ()) if is_option and param.multiple else []
+            flag = getattr(param, "is_flag", False) and not param.secondary_opts
+            if order.count(param) > 1 and is_option and not (param.multiple or flag):
+                raise RequestError(f"{name} is given twice: give it once")
+            for one in several:
+                if several.count(one) > 1 and param.name not in _MAY_REPEAT:
+                    raise RequestError(f"{name} {one} is given twice: give it once")
+            if value == "" and param.name not in _MAY_BE_EMPTY:
+                raise RequestError(f"{name} is empty: give it a value, or leave it out")
+        return super().parse_args(ctx, args)
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Usage, text, example, then one panel after the other."""

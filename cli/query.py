@@ -216,7 +216,8 @@ def _print_hits(title: str, rows: list[dict], with_layers: bool) -> None:
         shown.append([*cells, *terms * with_layers, first_words(row["problem"])])
     columns = ["rank", "id", "score", "pass rate", "age", "source", *["layers"] * with_layers, "problem"]
     numbers = ["rank", "score", "pass rate", "age"]
-    print_table(title, columns, shown, right=numbers, spare=["layers", "source", "age", "pass rate"], signed="score")
+    spare = ["source", "age", "pass rate", *["problem"] * with_layers]
+    print_table(title, columns, shown, right=numbers, spare=spare, signed="score")
 
 
 @command(
@@ -278,13 +279,14 @@ def select(
     picks_by = parts_of(selector)
     if "confidence" in given(context) and not any(part.selector.needs_probes for part in picks_by):
         raise RequestError(f"--confidence: {selector} has no intervals, only selectors by probes have: leave it out")
-    if names and not any(part.selector.needs_target or part.selector.needs_probes for part in picks_by):
-        say(f"{selector} goes by no benchmark: --against is not used")
     if not sums_to_one(selector):
         say(f"the weights of {selector} do not sum to 1: taken as {mixture_name(picks_by)}")
     chosen = _pool(opened, pool, names)
     opened.check_files(chosen, *names)
-    targets = [target(opened, name, at, cast("Aggregate", aggregate)) for name in names]
+    goes_by_one = any(part.selector.needs_target or part.selector.needs_probes for part in picks_by)
+    if names and not goes_by_one:
+        say(f"{selector} goes by no benchmark: --against is not used")
+    targets = [target(opened, name, at, cast("Aggregate", aggregate)) for name in names if goes_by_one]
     view = opened.view(chosen, at)
     selection = choose(
         opened,
@@ -361,9 +363,6 @@ def _filter(view: "View", terms: list[str] | None) -> "Where | None":
 def _pool(store: "Store", pool: str | None, against: list[str]) -> str:
     from gradstore.layout import DERIVED
 
-    for name in against:
-        if against.count(name) > 1:
-            raise RequestError(f"--against {name} is given twice: give it once")
     if pool is not None:
         return pool
     others = [name for name in store.collections if name not in against and not name.endswith(DERIVED)]

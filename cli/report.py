@@ -10,7 +10,7 @@ from gradstore.cli.query import Json, Overwrite, Pool, StorePath
 from gradstore.cli.rollout import Trust
 from gradstore.cli.show import print_json, say, warn
 from gradstore.errors import RequestError, check_known
-from gradstore.wording import shown
+from gradstore.wording import counted, shown
 
 AgainstAny = Annotated[
     list[str] | None,
@@ -53,7 +53,7 @@ def report(
     import gradstore
     from gradstore.analysis.report import write_report
 
-    of_name = None if out is None else _FORMATS.get(out.suffix)
+    of_name = None if out is None else _FORMATS.get(out.suffix.lower())
     if out is not None and out.suffix and of_name is None:
         check_known(f"{out}: the suffix", out.suffix, _FORMATS)
     if format is not None and of_name not in (None, format):
@@ -79,11 +79,8 @@ def report(
         return
     for warning in page.warnings:
         say(f"worth knowing: {warning}")
-    say(
-        f"{path}: {len(page.sections)} sections, {len(page.figures)} figures; open it in a browser"
-        if format == "html"
-        else str(path)
-    )
+    size = f"{counted(len(page.sections), 'section')}, {counted(len(page.figures), 'figure')}"
+    say(f"{path}: {size}; open it in a browser" if format == "html" else str(path))
 
 
 _FORMATS = {".html": "html", ".htm": "html", ".md": "md"}

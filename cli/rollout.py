@@ -6,16 +6,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from gradstore.cli import own
 from gradstore.cli import ray as ray_options
 from gradstore.cli.app import command, opt
 from gradstore.cli.query import Json
 from gradstore.cli.show import print_json, progress, say, warn
 from gradstore.cli.threads import suit_threads
 from gradstore.errors import RequestError
+from gradstore.wording import counted
 
 if TYPE_CHECKING:
     from gradstore import Store
     from gradstore.engine.rollouts import RolloutSource
+    from gradstore.trainer.data.columns import Columns
 
 Model = Annotated[str, opt("Folder or name of a transformers causal LM.")]
 Trust = Annotated[
@@ -44,6 +47,7 @@ SkipUnreadable = Annotated[
     needs={"overlong_penalty": "overlong_buffer"},
     panels={
         "What is sampled": "n range shard seed step max_new_tokens temperature top_p as_chat template_kwargs",
+        own.PANEL: own.NAMES,
         "How it is rewarded": "reward skip_unreadable overlong_buffer overlong_penalty",
         "By what": "model backend batch_tokens device trust_remote_code",
         "A server": "server policy_version server_api served_model concurrency server_timeout",
@@ -54,7 +58,13 @@ SkipUnreadable = Annotated[
     example="gradstore rollout pool.jsonl --model MODEL --reward math -n 16 --out pool-rollouts.jsonl",
 )
 def rollout(
-    problems: Annotated[Path, typer.Argument(help="Problem records, JSONL or Parquet, flat or verl's.")],
+    problems: Annotated[
+        Path,
+        typer.Argument(
+            help="Problem records, flat or verl's (JSON Lines, CSV, Parquet), or with --prompt and --truth what `data` "
+            "takes: FILE or hub:USER/NAME[/CONFIG][:SPLIT][:COUNT]."
+        ),
+    ],
     model: Model,
     out: Annotated[Path, opt("Rollout file to write, .jsonl or .parquet.")],
     reward: Annotated[
@@ -63,6 +73,12 @@ def rollout(
     n: Annotated[int, opt("Rollouts per problem.", "-n")] = 16,
     range: Annotated[str | None, opt("A:B: only problems A to B - 1 of the file, counted from 0.", "--range")] = None,
     shard: ShardOf = None,
+    prompt: own.Prompt = None,
+    truth: own.Truth = None,
+    truth_after: own.TruthAfter = None,
+    id: own.Id = None,
+    source: own.Source = None,
+    template: own.Template = None,
     backend: Annotated[
         str | None, opt("transformers, vllm or server [default: transformers, or server with --server].")
     ] = None,
@@ -154,7 +170,8 @@ def rollout(
     sampling: dict[str, Any] = {"n": n, "max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
     check_settings(**sampling, out=out, step=step, seed=seed)
     check_output(out, [problems])
-    placed = placed_problems(problems)
+    columns = own.columns(prompt, truth, truth_after, id, source, template)
+    placed = placed_problems(problems) if columns is None else _placed(str(problems), columns)
     if range is not None:
         first, last = row_range(range, f"--range {range}")
         if last > len(placed):
@@ -166,11 +183,18 @@ def rollout(
         placed = [placed[place] for place in part.places(len(placed), f"{problems}, --shard {shard}")]
     names = {record["id"]: where for where, record in placed}
     scored_by = load_reward(reward)
+    if as_chat is not None and all(not isinstance(record["prompt"], str) for _, record in placed):
+        raise RequestError(
+            f"--as-chat and --as-text are for plain-text prompts; those of {problems} are chat messages: leave it out"
+        )
     if as_chat:
         placed = [(where, {**record, "prompt": as_message(record["prompt"])}) for where, record in placed]
     records, left_out = readable([record for _, record in placed], scored_by, skip=skip_unreadable, names=names)
     for line in left_out:
         say(f"left out: {line}")
+    if n == 1 or not temperature:
+        alike = "one rollout of each problem" if n == 1 else "rollouts at temperature 0 are all the same"
+        warn(f"{alike}: good for measuring accuracy; without differing rewards no problem will have a gradient")
     gpus = (tensor_parallel_size or 1) * (pipeline_parallel_size or 1)
     options |= {"trust_remote_code": trust_remote_code}
     with ExitStack() as stack:
@@ -213,18 +237,27 @@ def rollout(
             f"{report.stopped} of {report.rollouts} responses were not graded and score 0; extra.reward_stopped of "
             f"their rows says why. The first: {report.first_stopped}"
         )
-    if not report.with_signal:
+    if not report.with_signal and n > 1 and temperature:
         warn(f"no problem has rewards that differ: none of {report.path} has a gradient")
     if json:
         done = {**asdict(report), "path": str(report.path), "left_out": left_out}
         print_json(done if costs is None else {**done, "workers": ray_options.described(costs)})
         return
     say(
-        f"{report.path}: {report.rollouts} rollouts of {report.problems} problems, "
+        f"{report.path}: {counted(report.rollouts, 'rollout')} of {counted(report.problems, 'problem')}, "
         f"mean reward {report.mean_reward:.3f}, {report.with_signal} with differing rewards, "
-        f"{report.tokens} tokens; {report.kept_problems} problems were there"
+        f"{counted(report.tokens, 'token')}; {report.kept_problems} problems were there"
     )
     ray_options.say_costs(costs or [])
+
+
+def _placed(problems: str, columns: "Columns") -> list[tuple[str, dict[str, Any]]]:
+    """(where, record) of the problems that these columns of a file or data set hold."""
+    from gradstore.trainer.data.pool import Options, build
+
+    records = build(own.parts([problems]), Options(columns=columns)).records
+    own.say_first(records)
+    return [(problems, record) for record in records]
 
 
 def check_rollouts_of(store: "Store", collection: str, source: "RolloutSource", path: Path) -> None:

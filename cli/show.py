@@ -60,19 +60,18 @@ def print_table(
     console.print(Text(_line(title), style="bold"), soft_wrap=True)
     cells = [[shown(cell) for cell in row] for row in rows]
     widths = [max([len(name), *(len(row[i]) for row in cells)]) for i, name in enumerate(columns)]
-    widths[-1] = min(widths[-1], _CUT)
     kept = list(range(len(columns)))
 
-    def fit() -> bool:
-        return sum(widths[i] + _BETWEEN for i in kept) - _BETWEEN <= console.width
+    def room() -> int:
+        """Characters that the last column has."""
+        return console.width - sum(widths[i] + _BETWEEN for i in kept[:-1])
 
     for name in (name for name in spare if name in columns):
-        if not fit():
+        if room() < min(widths[kept[-1]], _CUT):
             kept.remove(list(columns).index(name))
+    last = kept[-1]
+    fits = room() >= min(widths[last], _CUT)
     table = Table(box=None, pad_edge=False, header_style="bold")
-    fits = fit()
-    last = len(columns) - 1
-    room = console.width - sum(widths[i] + _BETWEEN for i in kept if i != last)
     for i in kept:
         table.add_column(
             columns[i],
@@ -80,7 +79,7 @@ def print_table(
             no_wrap=fits,
             overflow="ellipsis" if fits else "fold",
             min_width=widths[i] if fits and i != last else None,
-            max_width=room if fits and i == last else None,
+            max_width=room() if fits and i == last else None,
         )
     for row in cells:
         colours = [_colour(row[i]) if columns[i] == signed else "" for i in kept]

@@ -44,8 +44,8 @@ def info(store: StoreOrUrl, json: Json = False) -> None:
     if derived := [name for name in facts["collections"] if name.endswith(DERIVED)]:
         say(f"made from these, never ranked: {', '.join(derived)}")
     for key, value in facts["fingerprint"].items():
-        if key != "layout":
-            say(f"{key}: {value}")
+        if key != "layout" and value is not None:
+            say(f"{key}: {_words(value)}")
 
 
 @command(example="gradstore verify store")
@@ -96,6 +96,15 @@ def compact(
     else:
         for name, (before, after) in report.rows.items():
             print_line(f"{name}: {before} rows before, {after} after")
+
+
+def _words(value: object) -> str:
+    """A value of the fingerprint: `yes`, `no`, or `name value, name value` without what is not set."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_words(part)}" for name, part in value.items() if part is not None)
+    if isinstance(value, list):
+        return " ".join(map(_words, value))
+    return ("no", "yes")[value] if isinstance(value, bool) else str(value)
 
 
 def _steps(steps: dict) -> str:

@@ -1,6 +1,5 @@
 """`train`: reinforcement learning with a selection each round, by the embedded trainer or by verl."""
 
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -11,6 +10,7 @@ from gradstore.cli.app import command, given
 from gradstore.cli.query import Json
 from gradstore.cli.rollout import Device, OverlongBuffer, OverlongPenalty, SkipUnreadable, TemplateKwargs, Trust
 from gradstore.cli.show import print_json, progress, say
+from gradstore.cli.telling import Told
 from gradstore.errors import RequestError, needing
 
 BESIDE = ("settings", "backend", "config", "benchmark", "resume", "json", "verbose", "quiet")
@@ -132,15 +132,8 @@ def train(
         raise RequestError(f"{out}: holds no run to go on with (no {run.WRITTEN}); begin one without --resume")
     chosen = run.RunSettings.of(config, options, rounds)
     with progress("training steps", chosen.rounds.rounds * chosen.rounds.steps) as advance:
-        done = 0
-
-        def on_step(step: int) -> None:
-            nonlocal done
-            advance(step - done, description=told.words)
-            done = step
-
-        told = _Told(chosen.rounds.rounds, chosen.rounds.steps)
-        report = run.train(chosen, resume=resume, on_step=on_step, on_values=told.step, say=say)
+        told = Told(chosen.rounds.rounds, chosen.rounds.steps, advance)
+        report = run.train(chosen, resume=resume, on_step=told.done, on_values=told.values, say=say)
     if json:
         print_json({**asdict(report), "out": str(report.out)})
         return
@@ -151,32 +144,6 @@ def train(
         f"{report.first_reward:.3f} at first, {report.last_reward:.3f} at last; model in {report.out / 'model'}, every "
         f"round in {report.out / 'store'}"
     )
-
-
-class _Told:
-    """Says how the run goes: beside the bar at each step, and in one line at the end of each round."""
-
-    def __init__(self, rounds: int, steps: int) -> None:
-        self._rounds, self._steps = rounds, steps
-        self._round, self._of_round = -1, list[Mapping[str, float]]()
-        self.words = "training steps"
-
-    def step(self, number: int, values: Mapping[str, float]) -> None:
-        """One step of the round with this number, from 0."""
-        if number != self._round:
-            self._round, self._of_round = number, []
-        self._of_round.append(values)
-        self.words = f"round {number + 1} of {self._rounds}, {_as_it_goes([values])}"
-        if len(self._of_round) == self._steps:
-            say(f"round {number + 1} of {self._rounds}: {_as_it_goes(self._of_round)}")
-
-
-def _as_it_goes(steps: Sequence[Mapping[str, float]]) -> str:
-    """Means over steps. No loss: at the first pass over rollouts GRPO's is 0, whatever it learns."""
-    reward, signal, norm = (
-        sum(one[name] for one in steps) / len(steps) for name in ("reward", "with_signal", "grad_norm")
-    )
-    return f"reward {reward:.3f}, {100 * signal:.0f} % of the problems with a signal, gradient norm {norm:.2g}"
 
 
 def _refuse_local_options(context: typer.Context) -> None:

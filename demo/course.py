@@ -5,7 +5,7 @@ is measured before each round but not used. With test sizes it takes seconds. Th
 use its store.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,10 +53,15 @@ SHOWN = CourseSettings(n_pool=240, n_benchmark=40, n_rounds=4, n_selected=48, n_
 """The run that `gradstore demo` shows."""
 
 
-def run_course(folder: Path, settings: CourseSettings, tell: Callable[[str], None] = lambda line: None) -> Store:
+def run_course(
+    folder: Path,
+    settings: CourseSettings,
+    on_step: Callable[[int], None] | None = None,
+    on_values: Callable[[int, Mapping[str, float]], None] | None = None,
+) -> Store:
     """Train for some rounds; `folder` is a run of the embedded trainer, with `store` and `rollouts/` in it.
 
-    tell: called with a line at the end of each round. A call after an interruption resumes the run.
+    on_step, on_values: as in `Training.run`. A call after an interruption resumes the run.
     """
     model, tokenizer = settings.subject.load()
     pool = tasks.pool(settings.seed, settings.n_pool, settings.subject.families)
@@ -79,12 +84,7 @@ def run_course(folder: Path, settings: CourseSettings, tell: Callable[[str], Non
     chooser = _Course(folder, pool, rounds, settings)
     learner = Learner(model, UpdateSettings(lr=settings.learning_rate, token_budget=settings.token_budget))
     training = Training(policy, learner, chooser, pool, rounds, folder, rollouts=settings.n_rollouts, resume=True)
-
-    def after_step(step: int) -> None:
-        if step % settings.n_updates == 0:
-            tell(f"{step} of {settings.n_rounds * settings.n_updates} steps")
-
-    training.run(after_step)
+    training.run(on_step, on_values)
     return gradstore.open(folder / "store")
 
 

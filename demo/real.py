@@ -121,6 +121,8 @@ def foreseen(folder: Path, base: Path, settings: RealSettings, seeds: int) -> tu
     included.
     """
     there = (base / "config.json").is_file()
+    if base.exists() and not there:
+        raise RequestError(f"{base}: is there already, and holds no model; choose another folder, or remove it")
     shape = shape_of(str(base) if there else "SmolLM2-135M", dtype=torch.float32)
     device = hardware("cpu")
     stages = [] if there else [Stage("conversion", _CONVERSION_SECONDS, 2 * shape.weight_bytes, DISK_BYTES)]

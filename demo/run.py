@@ -190,16 +190,18 @@ def run_demo(
     return result
 
 
-def counted(name: str, total: int | None, tell: Callable[[str], None], every: float = 20.0) -> Callable[[int], None]:
-    """A progress callback(number of newly finished problems) that reports the total every `every` seconds."""
+def counted(
+    name: str, total: int | None, tell: Callable[[str], None], of: str = "problem", every: float = 20.0
+) -> Callable[..., None]:
+    """A progress callback(number newly done, of what `of` says) that reports the total every `every` seconds."""
     done, last = 0, time.monotonic()
 
-    def advance(n: int) -> None:
+    def advance(n: int, *, description: str | None = None) -> None:
         nonlocal done, last
         done += n
         if time.monotonic() - last >= every:
             last = time.monotonic()
-            tell(f"{name}: {done} problems" if total is None else f"{name}: {done} of {total} problems")
+            tell(f"{name}: {done} {of}s" if total is None else f"{name}: {done} of {total} {of}s")
 
     return advance
 
@@ -233,7 +235,8 @@ def conclusion(shares: dict[str, dict[str, list[float]]]) -> str:
             if by_name[name]["broken"][0] > by_name["rand"]["broken"][0] + _spread(by_name, name)
         ]
         if worse:
-            text += f" More of them than a random choice {'take' if len(worse) > 1 else 'takes'} {', '.join(worse)}."
+            names = " and ".join(filter(None, (", ".join(worse[:-1]), worse[-1])))
+            text += f" {names} {'take' if len(worse) > 1 else 'takes'} more broken rewards than a random choice."
     return text
 
 
@@ -274,7 +277,7 @@ class TimeLeft:
     def after(self, stage: str) -> str:
         """Words about the time left after a stage; empty while it is unknown."""
         self._done += _USUAL.get(stage, 0.0)
-        if self._done < 0.25:
+        if stage not in _USUAL or self._done < 0.25:
             return ""
         seconds = (time.monotonic() - self._started) * (self._whole - self._done) / self._done
         return f"; about {seconds / 60:.0f} min left" if seconds > 90 else f"; about {seconds:.0f} s left"

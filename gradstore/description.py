@@ -23,7 +23,7 @@ def describe(snapshot: Snapshot) -> dict[str, Any]:
         "steps": snapshot.rows_by_step(),
         "commit": snapshot.manifest.commit,
         "generation": snapshot.manifest.folder,
-        "bytes": folder_bytes(snapshot.collection),
+        "bytes": folder_bytes(snapshot.collection, on_disk=True),
         "writer": describe_holder(holder) if is_running(holder) else "",
         "interrupted_writer": "" if is_running(holder) else describe_holder(holder),
     }

@@ -195,9 +195,19 @@ def _new_file(path: Path) -> int:
 
 
 def check_parent(path: Path) -> None:
-    """RequestError if the folder of a file does not exist. Folders that a command fills are made, these are not."""
+    """RequestError if the folder of a file does not exist or may not be written to. Folders that a command fills are
+    made, these are not."""
     if not path.parent.is_dir():
         raise RequestError(f"{path}: the folder {path.parent} does not exist")
+    if path.is_file() or not path.exists():  # a device is written in place
+        check_writable(path.parent)
+
+
+def check_writable(folder: Path) -> None:
+    """RequestError if this user may not write into the folder, or into the one in which it would be made."""
+    there = next(one for one in (folder.absolute(), *folder.absolute().parents) if one.exists())
+    if not os.access(there, os.W_OK):
+        raise RequestError(f"{there}: cannot be written to (no permission): choose another place")
 
 
 @contextmanager
@@ -278,13 +288,17 @@ def make_folder(folder: Path) -> None:
             fsync_folder(folder.parent)
 
 
-def folder_bytes(folder: Path) -> int:
-    """Bytes of all files in a folder and its subfolders; follows no links."""
+def folder_bytes(folder: Path, *, on_disk: bool = False) -> int:
+    """Bytes of all files in a folder and its subfolders; follows no links.
+
+    on_disk: without the parts of preallocated files that hold nothing yet.
+    """
     total = 0
     for place, _, names in os.walk(folder):
         for name in names:
             with suppress(FileNotFoundError):
-                total += os.lstat(os.path.join(place, name)).st_size
+                found = os.lstat(os.path.join(place, name))
+                total += min(found.st_size, 512 * found.st_blocks) if on_disk else found.st_size
     return total
 
 

@@ -114,6 +114,12 @@ def differences(stored: dict, offered: dict, one_name: str, other_name: str) -> 
     return found
 
 
+def listed(lines: list[str], most: int = 3, longest: int = 160) -> str:
+    """The first lines, each cut where it is long, and how many more there are."""
+    shown = [line if len(line) <= longest else f"{line[:longest]}…" for line in lines[:most]]
+    return "; ".join([*shown, *([f"and {len(lines) - most} more"] if len(lines) > most else [])])
+
+
 def _first_difference(name: str, one: list, other: list) -> tuple[str, object, object]:
     for i, (a, b) in enumerate(zip(one, other, strict=False)):
         if a != b:

@@ -162,7 +162,9 @@ def group_json(attributes: dict) -> bytes:
 
 def check_name(name: object) -> str:
     """Check and return a collection's name; RequestError states the rule for names."""
-    if not isinstance(name, str) or not is_name(name):
+    if not isinstance(name, str):
+        raise RequestError(f"a collection is named by its name, a text, not by {type(name).__name__}")
+    if not is_name(name):
         rule = "use letters, digits, '.', '_' and '-', not starting with a dot, at most 200 of them"
         raise RequestError(f"collection name {name!r} is not possible: {rule}")
     return name

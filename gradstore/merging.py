@@ -16,7 +16,7 @@ from pathlib import Path
 
 from gradstore.attachments import ATTACHMENTS, COVERAGE, ORIGIN, all_attachments, read_attachment
 from gradstore.durable import TEMPORARY, canonical_json, fsync_folder, make_folder, writing
-from gradstore.errors import FingerprintError, LockedError, RequestError, differences
+from gradstore.errors import FingerprintError, LockedError, RequestError, differences, listed
 from gradstore.exclusive import held_file, lock
 from gradstore.header import Header
 from gradstore.inside import names_inside, remove_folder
@@ -156,7 +156,7 @@ def _check_alike(one: Store, other: Store) -> None:
     if found:
         apart = any(line.startswith(("projection.basis", "bases:")) for line in found)
         advice = "; their projections were fitted apart: collect one with --like the other" if apart else ""
-        raise FingerprintError(f"{other.path}: cannot be merged with {one.path}: {'; '.join(found)}{advice}")
+        raise FingerprintError(f"{other.path}: cannot be merged with {one.path}: {listed(found)}{advice}")
 
 
 def _plan(sources: Sequence[Store]) -> _Plan:

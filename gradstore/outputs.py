@@ -4,6 +4,7 @@ only where that was asked for. `whole_file` of durable.py then replaces it in on
 from collections.abc import Iterable
 from pathlib import Path
 
+from gradstore.durable import check_writable
 from gradstore.errors import RequestError
 from gradstore.layout import ZARR
 
@@ -34,6 +35,8 @@ def check_free(paths: Iterable[Path], overwrite: bool) -> None:
 def check_output_folder(path: Path | None) -> None:
     """As `check_output`, for a folder to write files into: it may not be a store itself or a file either."""
     check_output(path)
+    if path is not None:
+        check_writable(path)
     if path is not None and path.exists() and not path.is_dir():
         raise RequestError(f"{path}: is a file, expected a folder to write into")
     if path is not None and is_store(path.resolve()):

@@ -101,6 +101,10 @@ class View:
         }
         return rows_html(repr(self), self.states, columns)
 
+    def __iter__(self) -> Iterator[str]:
+        """Ids of the problems, in order of addition."""
+        return iter(self.ids.tolist())
+
     def to_pandas(self) -> "pd.DataFrame":
         """One row per problem, in order of addition: id, source, state, step, pass_rate, n_rollouts, norm, problem."""
         import pandas as pd

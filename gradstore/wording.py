@@ -27,6 +27,11 @@ def first_words(text: str, n: int = 80) -> str:
     return line if len(line) <= n else line[: n - 1] + "…"
 
 
+def counted(n: int, noun: str) -> str:
+    """`1 problem`, `2 problems`."""
+    return f"{n} {noun}{'s' * (n != 1)}"
+
+
 def short_layer(name: str) -> str:
     """A layer's number and last name: `model.layers.3.self_attn.q_proj` is 3.q_proj."""
     parts = [part for part in name.split(".") if part != "default"]

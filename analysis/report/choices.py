@@ -7,7 +7,7 @@ import pandas as pd
 
 from gradstore.analysis import curricula, figures
 from gradstore.analysis.report.findings import Findings, mean_or_nan
-from gradstore.analysis.report.pieces import Figure, Section, Series, Table, columns_of
+from gradstore.analysis.report.pieces import Figure, Section, Series, Table, columns_of, written
 from gradstore.rounds import Round
 
 _SHOWN = ("cosine", "accgreedy", "rand", curricula.TRAINED, curricula.BEST)
@@ -163,5 +163,5 @@ def costs(found: Findings) -> Section:
     rows.append(["all stages", total, 1.0])
     columns = columns_of("Stage | Time:seconds | Share:percent")
     known = [int(count) for count in rollouts if count is not None]
-    lead = f"{len(timed)} rounds" + (f" with {sum(known)} rollouts in all." if known else ".")
+    lead = f"{len(timed)} rounds" + (f" with {written(sum(known), 'integer')} rollouts in all." if known else ".")
     return Section("costs", "Costs", lead, [figure, Table("stages", "Stages", columns, rows)])

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from gradstore.analysis.report.pieces import Figure, Series
 
 PALETTE = ("#3b78d8", "#d9822b", "#2c9f74", "#c2477f", "#8266cf", "#9c7a1f", "#2b97b0", "#c75146", "#6b8f2a", "#8c5a3c")
-"""Colours of medium lightness, visible on white and on black."""
+"""Colours of medium lightness, visible on white and on black; report.js lightens their darker shades on black."""
 GREY = "#8a909c"
 NO_GROUP = ("other", "no gradient now", "no cluster")
 _FIRST = ("source", "selector", "collection", "cluster", "tag", "against")
@@ -18,7 +18,7 @@ _FIXED = {
     ("state", "has a gradient"): "#4f7cac", ("state", "no signal"): "#b3bac6", ("state", "failed"): "#a33b3b",
     ("state", "not measured"): "#d5d9e0",
 }  # fmt: skip
-_BANDS = ("#e3d6f5", "#c9b3ea", "#af91df", "#956fd3", "#7b4fc4", "#6238a6", "#4a2a83")
+_BANDS = ("#e7dcf7", "#d6c4f0", "#c4abe8", "#b293e0", "#a07bd7", "#8e62cd", "#7b4bc0")
 """From problems that are never solved to those that always are: an order, so shades of one colour."""
 
 

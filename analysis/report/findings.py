@@ -141,7 +141,7 @@ def find(
         pool = max(others, key=lambda name: (bool(store.rounds(name)), others[name]))
     if pool in benchmarks:
         raise RequestError(f"{pool!r} is the pool: it cannot be a benchmark too; name another with --against or --pool")
-    named = [name for name in benchmarks or _benchmarks(store, pool) if name != pool]
+    named = [name for name in dict.fromkeys(benchmarks or _benchmarks(store, pool)) if name != pool]
     with_target = [name for name in named if bool(store.view(name).live.any())]
     if benchmarks and len(with_target) < len(named):
         absent = next(name for name in named if name not in with_target)

@@ -110,7 +110,10 @@ def split_half(even_P: np.ndarray, odd_P: np.ndarray) -> SplitHalf:
     """Agreement of two halves' scores of the same problems, float [P] each; RequestError for fewer than three."""
     if len(even_P) < 3 or len(even_P) != len(odd_P):
         raise RequestError(f"reliability needs two scores of at least 3 live problems, got {len(even_P)}, {len(odd_P)}")
-    pearson, spearman = float(pearsonr(even_P, odd_P)[0]), float(spearmanr(even_P, odd_P)[0])
+    if np.ptp(even_P) == 0 or np.ptp(odd_P) == 0:  # a correlation with what does not vary is not defined
+        pearson = spearman = float("nan")
+    else:
+        pearson, spearman = float(pearsonr(even_P, odd_P)[0]), float(spearmanr(even_P, odd_P)[0])
     return SplitHalf(len(even_P), pearson, spearman, spearman_brown(pearson), spearman_brown(spearman))
 
 

@@ -45,11 +45,13 @@ def load_model(
     lacks a weight of the model, or has one that the model lacks (except tied weights and those that the architecture
     ignores); for an adapter that cannot be sketched; if a weight is not finite.
     """
+    from huggingface_hub.utils.tqdm import enable_progress_bars
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
+    logging.disable_progress_bar()  # that of the weights; it turns those of downloads off as well
+    if sys.stderr.isatty():
+        enable_progress_bars()
     device = checked_device(device)
     local = _only_local(str(path))
     dtype = dtype or (torch.float32 if device == "cpu" else torch.bfloat16)

@@ -28,6 +28,8 @@ _VLLM_SHARE, _VLLM_SEQUENCES = 0.9, 256
 """vLLM's defaults: share of a GPU's memory, and sequences run together."""
 _PICKED = 128
 """Problems of a training round, where none are asked for."""
+_MOST_TOKENS = 10_000_000
+"""Longest response that is planned for."""
 _DISK_BANDWIDTH = 2e9
 """Bytes per second at which a query reads rows."""
 
@@ -55,6 +57,7 @@ class Request:
         for name, value in asdict(self).items():
             if isinstance(value, int):
                 check_number(name.removeprefix("n_"), value, least=1)
+        check_number("tokens", self.n_response, most=_MOST_TOKENS)
         if self.n_picked > self.n_pool:
             raise RequestError(f"picked is {self.n_picked}, more than the pool's {self.n_pool} problems")
 

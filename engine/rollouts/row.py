@@ -17,7 +17,7 @@ import numpy as np
 from gradstore.engine.rollouts.formats import TRL, names_in, names_of
 from gradstore.engine.rollouts.rollout import Rollout
 from gradstore.engine.rollouts.templates import Prompt
-from gradstore.errors import RequestError
+from gradstore.errors import RequestError, near_miss
 from gradstore.keepable import check_keepable, parsed, parsed_field
 from gradstore.reading.columns import check_spelling
 
@@ -97,7 +97,8 @@ class _Fields:
     def missing(self, *parts: str) -> RequestError:
         names = [name for part in parts for name in self.names.get(part, ())]
         listed = " or ".join(map(repr, names))
-        return RequestError(f"{self.where}: missing field {listed} (found: {', '.join(self.row) or 'nothing'})")
+        near = next(filter(None, (near_miss(name, self.row) for name in names if name not in self.row)), "")
+        return RequestError(f"{self.where}: missing field {listed} (found: {', '.join(self.row) or 'nothing'}){near}")
 
     def problem_id(self, hashed: Prompt | None) -> str:
         _, value = self.get("problem_id")

@@ -26,6 +26,7 @@ from gradstore.reading.opening import files_at, open_rows
 
 log = logging.getLogger(__name__)
 
+_CHOOSE = "choose one with step= (collect --rollout-step)"
 _LOGPROBS = ("logprobs", "reference_logprobs")
 
 
@@ -163,7 +164,7 @@ class RolloutSource:
             raise RequestError(f"{paths}: no rollouts{wanted}, expected at least one")
         if len(steps) > 1:
             where = "; ".join(f"step {s} in {w}" for s, w in sorted(steps.items(), key=lambda item: str(item[0]))[:3])
-            raise RequestError(f"{paths}: rollouts of {len(steps)} steps ({where}); choose one with step=")
+            raise RequestError(f"{paths}: rollouts of {len(steps)} steps ({where}); {_CHOOSE}")
         if n_hints:
             log.warning(
                 "%s: %d responses look like several turns, first in %s; this format does not say which tokens the "
@@ -369,7 +370,7 @@ def _files_of_step(folder: Path, files: list[Path], step: int | None) -> list[Pa
     steps = sorted(int(file.stem) for file in files)
     span = f"step {steps[0]} to {steps[-1]}"
     if step is None and len(files) > 1:
-        raise RequestError(f"{folder}: rollouts of {len(files)} steps ({span}); choose one with step=")
+        raise RequestError(f"{folder}: rollouts of {len(files)} steps ({span}); {_CHOOSE}")
     chosen = [file for file in files if step is None or int(file.stem) == step]
     if not chosen:
         raise RequestError(f"{folder}: no file of step {step}, found {span}")

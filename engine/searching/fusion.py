@@ -66,12 +66,12 @@ def fuse_scores(
 
 def search_each(
     view: View,
-    queries: Sequence[Target | np.ndarray] | np.ndarray,
+    queries: Sequence[Target | str | np.ndarray] | np.ndarray,
     k: int,
     *,
     metric: Metric = "cosine",
     largest: bool = True,
-    where: Where | np.ndarray | None = None,
+    where: Where | str | Sequence[str] | np.ndarray | None = None,
     index: Index | str | None = None,
     damping: float = DAMPING,
 ) -> list[Hits]:
@@ -86,7 +86,7 @@ def search_each(
 
 def search_fused(
     view: View,
-    queries: Sequence[Target | np.ndarray] | np.ndarray,
+    queries: Sequence[Target | str | np.ndarray] | np.ndarray,
     k: int,
     *,
     how: Fusion = "mean",
@@ -94,7 +94,7 @@ def search_fused(
     constant: float = RRF_CONSTANT,
     metric: Metric = "cosine",
     largest: bool = True,
-    where: Where | np.ndarray | None = None,
+    where: Where | str | Sequence[str] | np.ndarray | None = None,
     damping: float = DAMPING,
 ) -> FusedHits:
     """The k problems with the best combined score over all targets, ties by id; other arguments as in `search`.
@@ -120,17 +120,19 @@ def search_fused(
 
 def _asked(
     view: View,
-    queries: Sequence[Target | np.ndarray] | np.ndarray,
+    queries: Sequence[Target | str | np.ndarray] | np.ndarray,
     k: int,
     metric: Metric,
-    where: Where | np.ndarray | None,
+    where: Where | str | Sequence[str] | np.ndarray | None,
     damping: float,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Check the request; returns query vectors [Q, D] and the positions of the problems to rank."""
     check_number("k", k, least=1)
+    queries = [queries] if isinstance(queries, str) else queries
     if not len(queries):
         raise RequestError("no target given: name at least one benchmark")
-    return query_vectors(view, list(queries), metric, damping), eligible_positions(view, where)
+    found = query_vectors(view, list(queries), metric, damping)
+    return found, eligible_positions(view, where if isinstance(where, np.ndarray) else Where.of(where))
 
 
 def _ranks(scores_QP: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""What a ranking does not say by itself: an old target, scores all negative, a pool or benchmark without signal.
+"""What a ranking does not say by itself: a step without rows, an old target, negative scores, too little signal.
 
 Each notice is one sentence with what to do about it. `query`, `select` and the report show them.
 """
@@ -21,6 +21,12 @@ def notices(view: View, targets: Sequence[Target], best_score: float | None = No
     """
     said = []
     newest = int(view.steps.max()) if len(view) else 0
+    if view.at is not None:
+        asked = {view.collection, *(goal.benchmark for goal in targets)}
+        there = sorted({step for name in asked for step in view.store.steps(name)})
+        if view.at not in there:
+            few = ", ".join(map(str, [*there[:3], "…", *there[-3:]] if len(there) > 6 else there))
+            said.append(f"nothing is of step {view.at}: these are the newest rows before it, of steps {few}")
     for goal in targets:
         age = newest - goal.steps[1]
         if age > 0:

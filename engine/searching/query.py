@@ -101,8 +101,7 @@ def search(
     Only live problems are ranked. RequestError for k below 1, a wrong dimension, a zero or non-finite query.
     """
     check_number("k", k, least=1)
-    goal = target(view.store, query, view.at) if isinstance(query, str) else query
-    queries_QW = query_vectors(view, [goal], metric, damping)
+    queries_QW = query_vectors(view, [query], metric, damping)
     eligible = eligible_positions(view, where if isinstance(where, np.ndarray) else Where.of(where))
     return best_hits(view, queries_QW, k, metric, largest, eligible, index)[0]
 
@@ -180,13 +179,17 @@ def eligible_positions(view: View, where: Where | np.ndarray | None) -> np.ndarr
 
 
 def query_vectors(
-    view: View, queries: Sequence[Target | np.ndarray], metric: Metric, damping: float = DAMPING
+    view: View, queries: Sequence[Target | str | np.ndarray], metric: Metric, damping: float = DAMPING
 ) -> np.ndarray:
     """Query vectors to multiply the rows with, float32 [Q, D]: unit length for cosine, preconditioned for fisher.
 
-    In a store with several bases [Q, bases * D], one block per basis (blocks.py).
+    queries: targets, names of benchmarks (as of the view's step) or vectors. In a store with several bases
+    [Q, bases * D], one block per basis (blocks.py).
     """
-    wide = [query.query(view) if isinstance(query, Target) else _newest(query, view) for query in queries]
+    if not isinstance(view, View):
+        raise RequestError(f"searched is a view, as store.view(NAME) gives it, not {type(view).__name__}")
+    goals = [target(view.store, query, view.at) if isinstance(query, str) else query for query in queries]
+    wide = [goal.query(view) if isinstance(goal, Target) else _newest(goal, view) for goal in goals]
     queries_QD = np.stack([direction(query, view.dim, metric) for query in wide])
     return preconditioned(view, queries_QD, damping) if metric == "fisher" else queries_QD
 

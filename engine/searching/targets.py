@@ -1,7 +1,7 @@
 """Targets: the aggregated gradient of a benchmark's problems, in sketch space."""
 
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 
@@ -9,6 +9,10 @@ from gradstore import State, Store, View
 from gradstore.engine.searching.blocks import laid_out
 from gradstore.errors import RequestError, check_known
 from gradstore.layout import SOLUTIONS
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import polars as pl
 
 Aggregate = Literal["mean", "unit_mean"]
 Kind = Literal["rollouts", "solutions"]
@@ -58,6 +62,18 @@ class Target:
             return self.vector
         return laid_out(self.vectors or {view.n_bases - 1: self.vector}, view.n_bases)
 
+    def to_pandas(self) -> "pd.DataFrame":
+        """The fields of `describe` as one row."""
+        import pandas as pd
+
+        return pd.DataFrame([self.describe()])
+
+    def to_polars(self) -> "pl.DataFrame":
+        """The same as a polars DataFrame; RequestError if polars is not installed."""
+        from gradstore.notebook import as_polars
+
+        return as_polars(self.to_pandas())
+
     def describe(self) -> dict:
         """All fields except the vectors, for records and `--json`."""
         return {
@@ -89,6 +105,11 @@ def target(store: Store, benchmark: str, at: int | None = None, aggregate: Aggre
         if steps and at is not None and at < steps[0]:
             raise RequestError(f"benchmark {benchmark!r} has nothing up to step {at}; its first step is {steps[0]}")
         moment = "" if at is None else f" at step {at}"
+        if np.any(view.states == State.NO_SIGNAL):
+            raise RequestError(
+                f"benchmark {benchmark!r} has no gradient{moment}: the rollouts of each of its {len(view)} measured "
+                "problems are all rewarded alike; sample more of them, or problems that the policy sometimes solves"
+            )
         raise RequestError(
             f"benchmark {benchmark!r} has no live problem{moment} ({len(view)} measured): collect rollouts for it first"
         )

@@ -99,8 +99,10 @@ def fit(
     """
     live, wanted = ([group for group in given if group.has_signal] for given in (groups, benchmark))
     if len(live) + len(wanted) < 2:
-        n_live, n_all = len(live) + len(wanted), len(groups) + len(benchmark)
-        raise RequestError(f"fitting a projection needs problems with a signal, {n_live} of {n_all} have one")
+        raise RequestError(
+            f"fitting a projection needs two problems whose rollouts are rewarded differently, "
+            f"{len(live) + len(wanted) or 'none'} of these is one: sample more rollouts, or easier problems"
+        )
     random = Sketcher(model, replace(spec, basis="random"))
     shapes = [layer.shape for layer in random.gradients.layers]
     with gathered(model):

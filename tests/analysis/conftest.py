@@ -291,6 +291,14 @@ LOOKED_AT = """() => {
     const tall = one.getBoundingClientRect().height > 0.7 * words * line;
     if (shown(one) && words > 4 && tall) found.push(`a word a line: ${one.innerText.slice(0, 40)}`);
   }
+  for (const one of document.querySelectorAll("main *:not(pre, svg *, input)")) {
+    const style = getComputedStyle(one);
+    const cut = one.scrollHeight > one.clientHeight + 2 || one.scrollWidth > one.clientWidth + 2;
+    const hides = style.textOverflow === "ellipsis" || style.webkitLineClamp !== "none";
+    if (shown(one) && hides && cut && !one.closest("tr")?.querySelector("td.open button, a")) {
+      found.push(`cut, and cannot be opened: ${one.innerText.slice(0, 40)}`);
+    }
+  }
   for (const plot of document.querySelectorAll(".js-plotly-plot")) {
     const around = plot.getBoundingClientRect(), bar = plot.querySelector(".modebar")?.getBoundingClientRect();
     for (const text of plot.querySelectorAll(".main-svg text")) {

@@ -239,6 +239,50 @@ def test_a_colour_means_one_thing(made: Any) -> None:
     assert {name: found for name, found in colours.items() if len(found) > 1} == {}
 
 
+AS_DRAWN = """() => {
+  const name = (plot, trace) => `${plot.dataset.figure} ${trace.name}`;
+  const ground = getComputedStyle(document.documentElement).getPropertyValue("--card").trim();
+  const colour = (trace) => trace.marker?.color ?? trace.line?.color;
+  const plots = [...document.querySelectorAll("[data-figure]")];
+  const named = (plot) => plot.data.filter((trace) => trace.name);
+  return [ground, plots.flatMap((plot) => named(plot).map((trace) => [name(plot, trace), colour(trace)]))];
+}"""
+
+
+def test_colours_are_seen_on_the_dark_ground(made: Any, visit: Callable) -> None:
+    """WCAG's contrast of every line, bar and point with the ground; lightened colours still mean one thing."""
+    page = visit(made.path.as_uri(), scheme="dark", width=1400)
+    page.wait_for_selector("html[data-ready=yes]")
+    see_everything(page)
+    ground, drawn = page.evaluate(AS_DRAWN)
+    assert len(drawn) > 10
+    for name, colour in drawn:
+        assert _contrast(colour, ground) >= 2.5, (name, colour)
+    figures = json.loads(re.search(r'id="data">(.*?)</script>', made.path.read_text(), re.S)[1])["figures"]
+    plain = {
+        f"{key} {trace['name']}": trace.get("marker", {}).get("color") or trace["line"]["color"]
+        for key, one in figures.items()
+        for trace in one["data"]
+        if "name" in trace
+    }
+    shown: dict[str, set] = {}
+    for name, colour in drawn:
+        shown.setdefault(colour, set()).add(plain[name])
+    assert {colour: found for colour, found in shown.items() if len(found) > 1} == {}
+    page.locator("#theme").click()
+    assert dict(page.evaluate(AS_DRAWN)[1]) == plain
+
+
+def _contrast(one: str, other: str) -> float:
+    """(L1 + 0.05) / (L2 + 0.05) of two colours `#rrggbb`, WCAG 2.2, section 1.4.11."""
+    lights = []
+    for colour in (one, other):
+        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        lights.append(float(np.dot([0.2126, 0.7152, 0.0722], linear)) + 0.05)
+    return max(lights) / min(lights)
+
+
 def test_on_paper_nothing_is_left_out(made: Any, visit: Callable) -> None:
     """Every row of every table and every figure, on sections of their own, in light colours; afterwards as before."""
     page = visit(made.path.as_uri(), scheme="dark", width=1024)

@@ -93,7 +93,7 @@ UNREADABLE = {
     "heading.csv": (b"id,prompt\n", "no rows"),
     "twice.csv": (b"id,id\n1,2\n", "twice"),
     "blank.csv": (b"\nid,prompt\n1,2\n", "the first line is empty"),
-    "heading-bytes.csv": (b"id,pr\xffmpt\n1,2\n", "the heading cannot be read: 'utf-8'"),
+    "heading-bytes.csv": (b"id,pr\xffmpt\n1,2\n", "is not UTF-8 text"),
     "long.csv": (b"id," + b"x" * 200_000 + b"\n1,2\n", "the heading cannot be read: field larger"),
     "ragged.csv": (b"id,prompt\n1,2,3\n", "not a CSV file"),
     "bytes.csv": (b"id,prompt\n1,\xff\n", "not a CSV file"),

@@ -53,7 +53,7 @@ def test_needs_name_parameters_that_exist(cli, tmp_path: Path) -> None:
 def test_every_help_fits_the_terminal(cli, monkeypatch, width: int) -> None:
     """Every option is there with its default; no line but the example, to be copied, is wider than the terminal."""
     monkeypatch.setenv("COLUMNS", str(width))
-    for name in app._PANEL:
+    for name in app.COMMANDS:
         status, out, _ = cli(name, "--help")
         assert status == 0
         assert "Usage" in out

@@ -17,6 +17,42 @@ from gradstore.cli import app
 TABLE = Path(__file__).with_name("wrong_requests.tsv")
 
 
+_SPOILT_PROBLEMS: dict[str, dict] = {
+    "id-empty": {"id": ""},
+    "id-null": {"id": None},
+    "id-list": {"id": [1]},
+    "id-float": {"id": 1.5},
+    "id-surrogate": {"id": "\ud800"},
+    "prompt-empty": {"prompt": ""},
+    "prompt-list": {"prompt": []},
+    "prompt-no-role": {"prompt": [{"content": "x"}]},
+    "tags-text": {"tags": "easy"},
+    "source-number": {"source": 3},
+    "truth-list": {"ground_truth": []},
+}
+_SPOILT_ROLLOUTS: dict[str, dict] = {
+    "reward-nan": {"reward": float("nan")},
+    "reward-text": {"reward": "1"},
+    "reward-misspelt": {"rewrad": 1.0, "reward": None},
+    "no-response": {"response": None},
+    "two-prompts": {"prompt": "2+2=", "reward": 0.0},
+    "two-steps": {"step": 2, "reward": 0.0},
+    "token-too-large": {"prompt_ids": [1], "response_ids": [999999]},
+}
+"""Of the second of two rows; None: without the field."""
+_TABLES = {
+    "latin": "question,answer\nçé?,2\n".encode("latin-1"),
+    "utf16": "question,answer\n1+1?,2\n".encode("utf-16"),
+    "ragged": b"question,answer\n1+1?,2,3\n",
+    "short": b"question,answer\n1+1?\n",
+    "twice-named": b"question,question,answer\n1,2,3\n",
+    "heading": b"question,answer\n",
+    "blank": b"question,answer\n1+1?,\n,3\n",
+    "quote": b'question,answer\n"1+1?,2\n',
+    "semicolons": b"question;answer\n1+1?;2\n",
+}
+
+
 def _rows() -> list[tuple[str, str, int]]:
     """(request, message, exit status) of each row; lines with # are headings."""
     lines = [line for line in TABLE.read_text(encoding="utf-8").splitlines() if line and not line.startswith("#")]
@@ -47,6 +83,18 @@ def world(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Path:
     lines("untrue.jsonl", [{"id": "a", "prompt": "1+1="}])
     lines("twice.jsonl", [*problems[:2], problems[0]])
     lines("own.jsonl", [{"question": "1+1?", "answer": "2"}, {"question": "2+2?", "answer": "4"}])
+    problem = {"id": "a", "prompt": "1+1=", "ground_truth": "2"}
+    for name, changed in _SPOILT_PROBLEMS.items():
+        lines(f"{name}.jsonl", [{**problem, **changed}])
+    row = {"problem_id": "a", "prompt": "1+1=", "response": "2", "reward": 1.0}
+    for name, changed in _SPOILT_ROLLOUTS.items():
+        lines(f"{name}.jsonl", [row, {key: value for key, value in {**row, **changed}.items() if value is not None}])
+    for name, text in _TABLES.items():
+        (folder / f"{name}.csv").write_bytes(text)
+    lines("messages.jsonl", [{**problem, "prompt": [{"role": "user", "content": "1+1?"}]}])
+    (folder / "bad.jsonl.gz").write_bytes(b"\x1f\x8b\x08\x00garbage")
+    (folder / "archive.zip").write_bytes(b"PK\x03\x04" + bytes(60))
+    (folder / "dangling.jsonl").symlink_to("nowhere.jsonl")
     (folder / "own.csv").write_text("question,answer,topic\n1+1?,2,sums\n2+2?,4,sums\n", encoding="utf-8")
     (folder / "broken.jsonl").write_text(json.dumps(problems[0]) + '\n{"id": "b", "prompt": \n', encoding="utf-8")
     for name in ("empty.jsonl", "empty.parquet", "empty.csv", "empty.json", "empty.yaml"):
@@ -123,4 +171,4 @@ def test_the_table_covers_every_command() -> None:
     """At least two wrong requests for each, and 200 in all."""
     firsts = [request.split()[0] for request, _, _ in _rows()]
     assert len(firsts) >= 200
-    assert all(firsts.count(name) >= 2 or name == "selectors" for name in app._PANEL)
+    assert all(firsts.count(name) >= 2 or name == "selectors" for name in app.COMMANDS)

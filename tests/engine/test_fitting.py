@@ -189,7 +189,7 @@ def test_bad_fits_are_refused(make_model, make_groups, fitted) -> None:
     """Without a signal there is nothing to fit to; a projection of other layers does not fit the model."""
     model, projection = fitted
     flat = [Group(g.problem_id, g.prompt_ids, g.responses, np.zeros(4)) for g in make_groups(5)]
-    with pytest.raises(RequestError, match="0 of 5 have one"):
+    with pytest.raises(RequestError, match="none of these is one"):
         fit_projection(model, flat, SPEC)
     with pytest.raises(RequestError, match="must be fitted first"):
         Sketcher(model, SPEC)

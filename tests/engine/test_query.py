@@ -144,5 +144,5 @@ def test_a_benchmark_without_signal_has_no_target(make_store) -> None:
     store.add_problems("flat", [{"id": "x", "prompt": "?"}])
     with store.writer("flat", step=0) as writer:
         writer.append(["x"], np.zeros((1, 24), np.float32))
-    with pytest.raises(RequestError, match="'flat' has no live problem"):
+    with pytest.raises(RequestError, match="'flat' has no gradient"):
         target(store, "flat")

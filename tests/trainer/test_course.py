@@ -20,8 +20,9 @@ def test_an_interrupted_run_ends_like_an_undisturbed_one(tmp_path: Path) -> None
     """Stopped after its first round and started again: the same rows, the same picks, no round twice."""
     whole = run_course(tmp_path / "whole", SMALL)
 
-    def stop(line: str) -> None:
-        raise StoppedError
+    def stop(step: int) -> None:
+        if step == SMALL.n_updates:
+            raise StoppedError
 
     with pytest.raises(StoppedError):
         run_course(tmp_path / "stopped", SMALL, stop)

@@ -74,7 +74,7 @@ def test_the_conclusion_follows_from_the_numbers() -> None:
     assert "Of the 2 selectors that mostly find this family, b takes the fewest broken rewards, 10.0 %" in found
     assert "More of them" not in found
     assert best_of(shares) == {"family": "a", "broken": "c", "wrong_truth": "c", "coin_flip": "c"}
-    assert "More of them than a random choice takes c." in conclusion({**shares, "c": row(0.1, 0.5)})
+    assert " c takes more broken rewards than a random choice." in conclusion({**shares, "c": row(0.1, 0.5)})
     assert "More of them" not in conclusion({**shares, "c": row(0.1, 0.5, 0.2)})
 
 

@@ -36,7 +36,7 @@ def _road(folder: Path, tell: Callable[[str], None]) -> dict:
     model = prepared(folder, MODEL, TINY, tell)
     demo, course = TINY.of(model)
     result = run_demo(folder / "seed-0", 0, demo, tell)
-    run_course(folder / "run", course, tell)
+    run_course(folder / "run", course, lambda step: tell(f"step {step}"))
     return result.shares
 
 

@@ -18,6 +18,8 @@ def plain(value: Any) -> str:
         if not math.isfinite(value):
             raise ValueError(f"answer {value} is not finite")
         value = int(value) if value == int(value) else value
+    if value is None:
+        raise ValueError("the answer is empty")
     if not isinstance(value, str | int | float):
         raise ValueError(f"an answer must be text, a number or a truth value, not {type(value).__name__}")
     text = str(value).strip()

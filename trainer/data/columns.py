@@ -31,6 +31,8 @@ class Columns:
     """The prompt with `{COLUMN}` for a column's text; None: the question alone, and `Options.instruction`."""
 
     def __post_init__(self) -> None:
+        if self.prompt == self.truth and self.truth_after is None:
+            raise RequestError(f"column {self.prompt!r} cannot hold both the prompt and the ground truth")
         if self.template is not None and not re.search(r"\{[^{}]+\}", self.template):
             raise RequestError(f"template {self.template!r}: names no column; expected text with {{COLUMN}} in it")
 

@@ -31,6 +31,10 @@ class Loaded:
     rows: int = 0
     duplicates: int = 0
     """Rows whose question is identical to an earlier one; some data sets repeat each question a hundred times."""
+    contradicting: int = 0
+    """Those among the duplicates with another ground truth than the first, which is kept."""
+    shared_ids: int = 0
+    """Problems whose own id is not theirs alone, so that a hash of the question follows it."""
     not_kept: int = 0
     """Rows excluded by the data set's definition (another year, a question about a picture)."""
     unusable: Counter[str] = field(default_factory=Counter)
@@ -80,13 +84,15 @@ def load(
         except ValueError as error:
             loaded.unusable[str(error)] += 1
             continue
-        loaded.duplicates += digest in read
-        read.setdefault(digest, record)
+        first = read.setdefault(digest, record)
+        loaded.duplicates += first is not record
+        loaded.contradicting += first["ground_truth"] != record["ground_truth"]
     # use the data set's own ids; append a hash where an id is not unique
     uses = Counter(record["id"] for record in read.values())
     for digest, record in read.items():
         if uses[record["id"]] > 1:
             record["id"] = f"{record['id']}-{digest}"
+            loaded.shared_ids += 1
         loaded.records.append(record)
     return loaded
 

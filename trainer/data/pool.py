@@ -73,6 +73,10 @@ class PartReport:
     """Rows without a usable question or answer, by reason."""
     duplicates: int = 0
     """Problems that already occurred, in this source or an earlier one."""
+    contradicting: int = 0
+    """Those among the duplicates with another ground truth than the first, which is kept."""
+    shared_ids: int = 0
+    """Problems whose own id is not theirs alone, so that a hash of the question follows it."""
     excluded: int = 0
     """Problems that are in a held-out file."""
     taken: int = 0
@@ -112,7 +116,7 @@ def build(parts: Sequence[Part], options: Options) -> Pool:
     held_out = {
         prompt_key(record["prompt"], instructions) for path in options.exclude for record in read_problems(path)
     }
-    seen: set[str] = set()
+    seen: dict[str, Any] = {}
     records: list[dict[str, Any]] = []
     reports = []
     problem_files = [] if options.columns else [part.name for part in parts if _is_file(part.name)]
@@ -132,8 +136,9 @@ def build(parts: Sequence[Part], options: Options) -> Pool:
                 report.excluded += 1
             elif key in seen:
                 report.duplicates += 1
+                report.contradicting += seen[key] != record["ground_truth"]
             else:
-                seen.add(key)
+                seen[key] = record["ground_truth"]
                 records.append(record)
                 report.taken += 1
             if report.taken == part.count:
@@ -247,6 +252,8 @@ def _candidates(
         report.rows += loaded.rows
         report.not_kept += loaded.not_kept
         report.duplicates += loaded.duplicates
+        report.contradicting += loaded.contradicting
+        report.shared_ids += loaded.shared_ids
         for reason, n in loaded.unusable.items():
             report.unusable[reason] = report.unusable.get(reason, 0) + n
         yield from loaded.records

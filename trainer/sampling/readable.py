@@ -6,7 +6,7 @@ from typing import Any
 from gradstore.errors import RequestError
 from gradstore.trainer.sampling.reward import Reward
 
-SHOWN = 5
+SHOWN = 2
 """Maximum number of problems named in the error message."""
 
 

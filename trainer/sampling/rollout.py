@@ -39,6 +39,8 @@ from gradstore.trainer.sampling.readable import named, readable
 from gradstore.trainer.sampling.reward import Reward
 
 CHUNK = BLOCK
+_MOST = 100_000
+"""Most rollouts of a problem; a chunk's are held in memory."""
 
 
 @dataclass(frozen=True)
@@ -289,6 +291,7 @@ def check_settings(
     check_number("seed", seed, least=0)
     for name, value in {"n": n, "max_new_tokens": max_new_tokens, "chunk": chunk}.items():
         check_number(name, value, least=1)
+    check_number("n", n, most=_MOST)
     check_number("temperature", temperature, least=0)
     check_number("top_p", top_p, above=0, most=1)
 

@@ -102,7 +102,7 @@
       back.disabled = state.first === 0; on.disabled = last >= order.length;
     }
     function line(i) {
-      const cells = columns.map((column, j) => cell(rows[i][j], column, j === 0, faint && faint[i].includes(j)));
+      const cells = columns.map((column, j) => cell(rows[i][j], column, j === 0, faint && faint[i].includes(j), Boolean(details)));
       const row = make("tr", { class: "data", role: "row" }, ...cells);
       if (!details) return [row];
       const button = make("button", { type: "button", "aria-expanded": "false", "aria-label": `Open ${rows[i][1] ?? rows[i][0]}` }, "+");
@@ -145,12 +145,13 @@
     back.addEventListener("click", fit); on.addEventListener("click", fit);
   }
 
-  function cell(value, { name, kind, digits }, first, faint) {
+  // opens: the row can be opened to read its texts whole, so that a long one may be cut.
+  function cell(value, { name, kind, digits }, first, faint, opens) {
     const right = RIGHT.has(kind), text = written(value, kind, digits);
     const signs = kind === "signed" && /[1-9]/.test(text);
     const classes = [right ? "right" : "", kind === "id" ? "id" : "", faint ? "faint" : signs && value > 0 ? "up" : signs && value < 0 ? "down" : ""];
     if (kind === "text") classes.push(text.length > 40 ? "long" : text.length <= 20 ? "short" : "");
-    const content = !right && text.length > 60 ? make("span", { class: "clip", title: text.slice(0, 400) }, text) : text;
+    const content = opens && !right && text.length > 60 ? make("span", { class: "clip", title: text.slice(0, 400) }, text) : text;
     const about = { class: classes.filter(Boolean).join(" "), "data-name": name };
     if (faint) about.title = "within its noise";
     return first && !right ? make("th", { ...about, scope: "row", role: "rowheader" }, content) : make("td", { ...about, role: "cell" }, content);
@@ -183,12 +184,37 @@
       hoverlabel: { bgcolor: colour("--card"), bordercolor: colour("--line"), font: { color: colour("--ink") }, align: "left" },
     };
   };
-  const options = { responsive: true, displayModeBar: matchMedia("(hover: hover) and (min-width: 700px)").matches ? "hover" : false, displaylogo: false, showSendToCloud: false, modeBarButtonsToRemove: ["sendChartToCloud", "sendDataToCloud", "lasso2d", "select2d", "autoScale2d"] };
   const drawn = new Set();
+  const options = { responsive: true, displayModeBar: matchMedia("(hover: hover) and (min-width: 700px)").matches ? "hover" : false, displaylogo: false, showSendToCloud: false, modeBarButtonsToRemove: ["sendChartToCloud", "sendDataToCloud", "lasso2d", "select2d", "autoScale2d"] };
+  // On the dark ground, colours that are too dark are mixed with white until their contrast (WCAG 2.2) is 2.6.
+  const LEAST = 2.6, NARROW = 500, FEW = 3, LEGEND_LINE = 20;
+  const parts = (text) => [1, 3, 5].map((i) => parseInt(text.slice(i, i + 2), 16));
+  const luminance = (rgb) => rgb.map((part) => part / 255)
+    .map((part) => part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4)
+    .reduce((sum, part, i) => sum + [0.2126, 0.7152, 0.0722][i] * part, 0);
+  const readable = (text) => {
+    if (typeof text !== "string" || !/^#[0-9a-f]{6}$/i.test(text) || !dark()) return text;
+    const ground = luminance(parts(colour("--card"))) + 0.05;
+    for (let share = 0; ; share += 0.04) {
+      const mixed = parts(text).map((part) => Math.round((1 - share) * part + 255 * share));
+      if ((luminance(mixed) + 0.05) / ground >= LEAST) return "#" + mixed.map((part) => part.toString(16).padStart(2, "0")).join("");
+    }
+  };
+  // The traces of a figure as the theme and its width want them; what its legend was used to hide stays hidden.
+  const traces = (host) => data.figures[host.dataset.figure].data.map((trace, i) => {
+    const own = { ...trace, visible: host.data?.[i]?.visible ?? true };
+    for (const part of ["marker", "line"]) if (own[part]) own[part] = { ...own[part], color: readable(own[part].color) };
+    if (own.type === "heatmap" && own.texttemplate && !printing) own.showscale = host.clientWidth >= NARROW;
+    return own;
+  });
   function plot(host) {
-    const { data: traces, layout } = data.figures[host.dataset.figure];
+    const { layout } = data.figures[host.dataset.figure];
+    const named = traces(host).filter((trace) => trace.showlegend !== false).length;
+    // In a narrow window a legend has a line for each name, which would take the figure's own room.
+    host.style.height = "";
+    if (layout.showlegend && host.clientWidth < NARROW && named > FEW) host.style.height = `${host.clientHeight + LEGEND_LINE * (named - FEW)}px`;
     drawn.add(host);
-    Plotly.newPlot(host, traces, themed(layout), options).then(() => { host.dataset.drawn = "yes"; });
+    Plotly.newPlot(host, traces(host), themed(layout), options).then(() => { host.dataset.drawn = "yes"; });
   }
 
   const hosts = [...document.querySelectorAll("[data-figure]")];
@@ -206,8 +232,8 @@
     for (const one of prints) one(true);
     for (const host of hosts) {
       sight.unobserve(host); drawn.add(host);
-      const { data: traces, layout } = data.figures[host.dataset.figure];
-      Plotly.react(host, traces, { ...themed(layout), width: PAPER, height: host.clientHeight || 380 }, { ...options, responsive: false, displayModeBar: false });
+      const { layout } = data.figures[host.dataset.figure];
+      Plotly.react(host, traces(host), { ...themed(layout), width: PAPER, height: host.clientHeight || 380 }, { ...options, responsive: false, displayModeBar: false });
       host.dataset.drawn = "yes";
     }
   });
@@ -232,7 +258,7 @@
     toggle.textContent = dark() ? "Light" : "Dark";
     toggle.setAttribute("aria-label", `Change to the ${dark() ? "light" : "dark"} theme`);
     toggle.setAttribute("aria-pressed", String(dark()));
-    for (const host of drawn) Plotly.react(host, host.data, themed(data.figures[host.dataset.figure].layout), options);
+    for (const host of drawn) Plotly.react(host, traces(host), themed(data.figures[host.dataset.figure].layout), options);
   };
   toggle.addEventListener("click", () => {
     const next = dark() ? "light" : "dark";
