@@ -96,7 +96,7 @@ UNREADABLE = {
     "heading-bytes.csv": (b"id,pr\xffmpt\n1,2\n", "is not UTF-8 text"),
     "long.csv": (b"id," + b"x" * 200_000 + b"\n1,2\n", "the heading cannot be read: field larger"),
     "ragged.csv": (b"id,prompt\n1,2,3\n", "not a CSV file"),
-    "bytes.csv": (b"id,prompt\n1,\xff\n", "not a CSV file"),
+    "bytes.csv": (b"id,prompt\n1,\xff\n", "is not UTF-8 text"),
     "a.txt": (b"id prompt\n", "neither JSON Lines"),
 }
 

@@ -122,7 +122,8 @@ def test_a_kl_term_in_updates_and_sketches(cli, files: Path) -> None:
     assert [found.about["warm_up"] for found in store.rounds("pool")] == [True, False]
     other = cli(*_arguments(files, "--kl-beta", "0.1", "--resume"), *learnalign)
     assert other[0] == 2
-    probes = cli(*_arguments(files, "--kl-beta", "0.5", "--out", str(files / "other")), *SETTINGS[:-3], "mode=lcb")
+    elsewhere = [str(files / "other") if own == str(files / "run") else own for own in _arguments(files)]
+    probes = cli(*elsewhere, "--kl-beta", "0.5", *SETTINGS[:-3], "mode=lcb")
     assert probes[0] == 2
     assert "leave kl_beta out" in probes[2]
     assert not (files / "other").exists()
@@ -282,7 +283,7 @@ def write_yaml_file(files: Path):
         ({}, ("k=many",), "round settings: ratio (1/k) is 'many', expected a number"),
         ({}, ("--lr", "-1"), "whole.yaml with options over it: update: lr is -1.0, expected"),
         ({}, ("--template-kwargs", "{"), "train: sampling.template_kwargs"),
-        ({}, ("--config", "none.yaml"), "none.yaml: the file does not exist"),
+        ({}, ("--config", "none.yaml"), "--config is given twice"),
         ("a: [1\nb: 2", (), "whole.yaml: is not YAML: line 2: "),
         ("- a", (), "whole.yaml: holds no settings, expected lines of NAME: VALUE"),
     ],
