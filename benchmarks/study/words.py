@@ -193,7 +193,8 @@ def words(svamp: Path, models: Path, tell: Callable[[str], None] = lambda line: 
             budget_target=4, window=8, fit_problems=8,
         ),
         methods=(
-            *("random*8", "refresh0-dot*6", "gradalign*2", "random+dtv*8", "refresh0-dot@solutions*7"),
+            *("random*8", "refresh0-dot*6", "gradalign*2", "random+dtv*8", "refresh0-dot%4*7"),
+            "refresh0-dot@solutions*7",
             *("budgeted-dot*5", "oracle*8", "pilot*5", "dapo*6", "dot*2"),
         ),
         totals=(2176, 4352),
