@@ -37,6 +37,7 @@ from gradstore.trainer.sampling.backends import derived_seed
 POOL, TRAINING, DRAW, AGEING = range(4)
 """Purposes of derived seeds."""
 PLAIN_EPS = 1e6
+"""Adam's eps for plain gradient steps: far above any gradient."""
 EXACT = "exact"
 
 
@@ -189,7 +190,7 @@ class Interventions:
 
     def _learner(self, *, plain: bool = False) -> Learner:
         settings = update_settings(self.bed, self.settings)
-        if plain:  # Adam without moments and with an eps far above any gradient is plain gradient ascent
+        if plain:  # without moments and with such an eps, Adam is plain gradient ascent
             lr = self.sizes.plain_lr * PLAIN_EPS
             settings = replace(settings, lr=lr, betas=(0.0, 0.0), eps=PLAIN_EPS, clip_grad=None)
         return Learner(self.policy.model, settings)

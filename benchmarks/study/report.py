@@ -98,7 +98,6 @@ def differing(bed: Bed, rows: Sequence[dict[str, Any]], page: Path, settings: St
 
 def _equal_totals(bed: Bed, rows: Sequence[dict[str, Any]], arms: Sequence[str], methods: Sequence[str]) -> str:
     """Accuracy against the rollouts spent; once more on the seeds that all methods have, where they differ in seeds."""
-    compared = bed.compared_at
     parts = [
         "## Accuracy against rollouts spent\n",
         "Rollouts of selection and of training together. A cell is the accuracy after the last round that ends within "
@@ -113,7 +112,7 @@ def _equal_totals(bed: Bed, rows: Sequence[dict[str, Any]], arms: Sequence[str],
             named = ("seed " if len(shared) == 1 else "seeds ") + ", ".join(map(str, sorted(shared)))
             parts.append(f"On {named} alone, which all methods have:\n\n" + _totals_table(bed, those, arm, methods))
     for name in ("random", "gradalign"):
-        parts += _differences(rows, arms, methods, name, compared)
+        parts += _differences(rows, arms, methods, name, bed.compared_at)
     return "\n".join(parts)
 
 
@@ -149,13 +148,14 @@ def _differences(
         "| --- |" + " --- |" * len(arms),
     ]
     for own in methods:
-        found = [_difference(of(rows, arm, own), of(rows, arm, theirs), total) for arm in arms if own != theirs]
+        found = [difference_at(of(rows, arm, own), of(rows, arm, theirs), total) for arm in arms if own != theirs]
         if any(found):
             lines.append(f"| `{own}` | " + " | ".join(found) + " |")
     return ["\n".join(lines) + "\n"]
 
 
-def _difference(ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]], total: int) -> str:
+def difference_at(ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]], total: int) -> str:
+    """Mean difference of accuracy within a total of rollouts, seed by seed, as text; "" without a common seed."""
     of_seed = {row["seed"]: accuracy_within(row, total) for row in theirs}
     pairs = [(accuracy_within(row, total), of_seed.get(row["seed"])) for row in ours]
     gains = [own - other for own, other in pairs if own is not None and other is not None]

@@ -13,10 +13,10 @@ from benchmarks.study.accuracy import expected_accuracy
 from benchmarks.study.bed import EASY, UNSOLVABLE, Bed
 from benchmarks.study.findings import findings
 from benchmarks.study.methods import method
-from benchmarks.study.report import differing, write_page
+from benchmarks.study.report import difference_at, differing, write_page
 from benchmarks.study.results import alone, append_result, key, numbers, plan, read_results
 from benchmarks.study.running import run_one
-from benchmarks.study.statistics import accuracy_within, estimate, selection_rollouts, spent
+from benchmarks.study.statistics import accuracy_within, estimate, selection_rollouts, spent, steady
 from benchmarks.study.toy import ARMS, TOY
 from benchmarks.study.words import words
 from gradstore import LockedError, RequestError
@@ -283,3 +283,35 @@ def test_a_change_of_the_page_is_found(results: Path, tmp_path: Path) -> None:
     assert differing(TOY, rows, page, SHORT) == []
     page.write_text(page.read_text().replace("0.", "1.", 1))
     assert differing(TOY, rows, page, SHORT) == [str(page)]
+
+
+def test_what_later_rounds_cost() -> None:
+    """By hand: two rounds after the first, with a third each of what is told for the whole run."""
+    row = {
+        "settings": {"steps": 4, "train_batch": 8, "rollouts": 16},
+        "selection_rollouts": [400, 96, 96],
+        "selection_seconds": [50.0, 6.0, 4.0],
+        "selection_rollout_seconds": [20.0, 3.0, 1.0],
+        "observe_seconds": 3.0,
+        "training_seconds": 300.0,
+        "training_rollout_seconds": 90.0,
+    }
+    found = steady(row)
+    assert found.seconds == pytest.approx((6 + 4 - 3 - 1 + 2) / 140)
+    assert found.seconds_with_rollouts == pytest.approx((6 + 4 + 2) / 200)
+    assert found.rollouts == pytest.approx(2 * 96 / (2 * 512))
+
+
+def test_differences_are_of_the_same_seed_and_total() -> None:
+    """Ours spends 100 rollouts a round on selection, theirs none; a seed that one lacks is left out."""
+
+    def row(seed: int, selection: int, accuracy: list[float]) -> dict[str, Any]:
+        settings = {"steps": 1, "train_batch": 10, "rollouts": 10}
+        n = len(accuracy) - 1
+        return {"seed": seed, "settings": settings, "selection_rollouts": [selection] * n, "accuracy": accuracy}
+
+    ours = [row(0, 100, [0.1, 0.5, 0.6]), row(1, 100, [0.1, 0.4, 0.9]), row(2, 100, [0.1, 0.9, 0.9])]
+    theirs = [row(1, 0, [0.1, 0.2, 0.3, 0.4]), row(0, 0, [0.1, 0.3, 0.4, 0.5])]
+    assert difference_at(ours, theirs, 200).startswith("+0.100 [")  # 0.5 - 0.4 and 0.4 - 0.3
+    assert difference_at(ours, theirs, 200).endswith("n = 2")
+    assert difference_at(ours, [], 200) == ""
