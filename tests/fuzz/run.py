@@ -67,11 +67,14 @@ class Worker:
         answer = self._line(process, TRY_S)
         if answer is not None and "ended" not in answer:
             return answer
-        hung = (self.folder / "hung").read_text(errors="replace") if (self.folder / "hung").exists() else ""
+        killed = answer is None
         if answer is None:
             self.stop()
-        status = process.returncode if answer is None else answer["ended"]
-        kind = "hang" if hung or (answer is None and status == -signal.SIGKILL) else "died"
+            stacks = self.folder / "hung"
+            hung = stacks.read_text(errors="replace") if stacks.exists() else ""
+            answer = {"ended": process.returncode, "hung": hung}
+        status, hung = answer["ended"], answer["hung"]
+        kind = "hang" if hung or (killed and status == -signal.SIGKILL) else "died"
         where = _hung_in(hung) if kind == "hang" else f"status {status}"
         text = hung[-3000:] or (self.folder / "log").read_text(errors="replace")[-3000:]
         case = json.loads((self.folder / "case").read_text(encoding="utf-8"))

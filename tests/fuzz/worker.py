@@ -4,7 +4,7 @@ It reads {"seed": N} or {"case": {...}} from each line of standard input and ans
 takes too long ends the process, with its stacks in FOLDER/hung. Memory for data is limited, so that no try takes all.
 
 A target that says `FORKS = True` is tried in a fork of a process that has imported everything and has no threads. When
-a try ends the fork, {"ended": STATUS} is the answer, and the next try meets a new one at once.
+a try ends the fork, {"ended": STATUS, "hung": STACKS} is the answer, and the next try meets a new one at once.
 """
 
 import json
@@ -46,6 +46,7 @@ def main() -> None:
     honest = _prepared(target, folder)
     print(json.dumps({"ready": name}), file=answers)
     while True:
+        (folder / "hung").touch()
         child = os.fork()
         if not child:
             _serve(target, honest, folder, answers)
@@ -53,7 +54,8 @@ def main() -> None:
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         if not status:
             return
-        print(json.dumps({"ended": status}), file=answers)
+        stacks = (folder / "hung").read_text(errors="replace")  # now: the next fork empties the file
+        print(json.dumps({"ended": status, "hung": stacks}), file=answers)
 
 
 def _prepared(target: Target, folder: Path) -> Any:
