@@ -83,8 +83,13 @@ def layout(catalogue: Catalogue, search: str = "") -> Any:
         html.Button("Next", id="ranking-on", type="button"),
         html.Span(id="ranking-where", className="where", **{"aria-live": "polite"}),
         html.Button("Export these as CSV", id="ranking-export", type="button"),
-        html.Button("Select these", id="ranking-select", type="button"),
-        html.Label(["first ", dcc.Input(id="ranking-n", type="number", min=1, step=1, placeholder="all")]),
+        html.Div(
+            [
+                html.Button("Select these", id="ranking-select", type="button"),
+                html.Label(["first ", dcc.Input(id="ranking-n", type="number", min=1, step=1, placeholder="all")]),
+            ],
+            className="pair",
+        ),
     ]
     return html.Div(
         [

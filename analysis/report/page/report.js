@@ -204,7 +204,10 @@
   const traces = (host) => data.figures[host.dataset.figure].data.map((trace, i) => {
     const own = { ...trace, visible: host.data?.[i]?.visible ?? true };
     for (const part of ["marker", "line"]) if (own[part]) own[part] = { ...own[part], color: readable(own[part].color) };
-    if (own.type === "heatmap" && own.texttemplate && !printing) own.showscale = host.clientWidth >= NARROW;
+    if (own.type === "heatmap" && own.texttemplate && !printing) {
+      own.showscale = host.clientWidth >= NARROW;
+      if (!own.showscale) own.textfont = { size: 9 };
+    }
     return own;
   });
   function plot(host) {
