@@ -12,6 +12,7 @@ from gradstore.cli.app import command, opt
 from gradstore.cli.query import Json
 from gradstore.cli.show import print_json, progress, say, warn
 from gradstore.cli.threads import suit_threads
+from gradstore.engine.gradients.model_folder import is_model_folder
 from gradstore.errors import RequestError
 from gradstore.wording import counted
 
@@ -20,7 +21,13 @@ if TYPE_CHECKING:
     from gradstore.engine.rollouts import RolloutSource
     from gradstore.trainer.data.columns import Columns
 
-Model = Annotated[str, opt("Folder or name of a transformers causal LM.")]
+
+def _model(value: str) -> str:
+    is_model_folder(value)  # a folder that is not there is said before the libraries of models are imported
+    return value
+
+
+Model = Annotated[str, opt("Folder or name of a transformers causal LM.", callback=_model)]
 Trust = Annotated[
     bool, opt("Run Python code that the model's folder brings (never asked for otherwise).", "--trust-remote-code")
 ]

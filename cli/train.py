@@ -123,14 +123,22 @@ def train(
     if missing and config is None and not (resume and out):
         raise RequestError(f"gradstore train needs {', '.join(missing)}, or --config with a file that has them")
 
+    from gradstore.engine.gradients.model_folder import is_model_folder
+    from gradstore.reading.opening import files_at
+    from gradstore.trainer.local.settings import WRITTEN, RunSettings
+
+    if resume and config is None and out is not None and (out / WRITTEN).exists():
+        config = out / WRITTEN
+    if missing and config is None:
+        raise RequestError(f"{out}: holds no run to go on with (no {WRITTEN}); begin one without --resume")
+    chosen = RunSettings.of(config, options, rounds)
+    is_model_folder(chosen.model)
+    for problems in (chosen.pool, *chosen.benchmarks.values()):
+        files_at(problems, "problems")
+
     from gradstore.engine.gradients.coverage import Coverage
     from gradstore.trainer.local import run
 
-    if resume and config is None and out is not None and (out / run.WRITTEN).exists():
-        config = out / run.WRITTEN
-    if missing and config is None:
-        raise RequestError(f"{out}: holds no run to go on with (no {run.WRITTEN}); begin one without --resume")
-    chosen = run.RunSettings.of(config, options, rounds)
     with progress("training steps", chosen.rounds.rounds * chosen.rounds.steps) as advance:
         told = Told(chosen.rounds.rounds, chosen.rounds.steps, advance)
         report = run.train(chosen, resume=resume, on_step=told.done, on_values=told.values, say=say)

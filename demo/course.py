@@ -16,8 +16,9 @@ from gradstore.demo import tasks
 from gradstore.demo.run import Subject
 from gradstore.engine.selecting.selection import Selection
 from gradstore.engine.sketches.spec import SketchSpec
-from gradstore.trainer.local.grpo import Learner, UpdateSettings
-from gradstore.trainer.local.policy import LocalPolicy, Sampling
+from gradstore.trainer.local.grpo import Learner
+from gradstore.trainer.local.policy import LocalPolicy
+from gradstore.trainer.local.settings import Sampling, UpdateSettings
 from gradstore.trainer.local.training import Training
 from gradstore.trainer.round.driver import Rounds
 from gradstore.trainer.round.measuring import Costs, Windows, sketch_collection

@@ -64,7 +64,7 @@ def parse(
         target = aliases.get(given, str(given))
         name, _, rest = target.removeprefix("1/").partition(".")
         if name not in hints:
-            near = difflib.get_close_matches(str(given), [*hints, *aliases, *also], n=1)
+            near = _inside(hints, given) or difflib.get_close_matches(str(given), [*hints, *aliases, *also], n=1)
             instead = f"; did you mean {near[0]!r}?" if near else f", expected one of {', '.join([*also, *hints])}"
             raise RequestError(f"{where}{'.'.join([*path, str(given)])} is not known{instead}")
         if value is None and not rest and not _optional(hints[name]):
@@ -76,6 +76,12 @@ def parse(
             value = _joined(found[name], value, _message(where, path, f"{given_as[name]!r} and {given!r}"), name)
         found[name], given_as[name] = value, given
     return found
+
+
+def _inside(hints: Mapping[str, Any], name: str) -> list[str]:
+    """The full names of a setting that nested dataclasses have."""
+    found = [(outer, _dataclass_in(hint)) for outer, hint in hints.items()]
+    return [f"{outer}.{name}" for outer, inner in found if inner and name in _hints(inner)]
 
 
 def merge(cls: type, low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,8 +18,9 @@ from gradstore.engine.gradients.objectives import Objective, objective
 from gradstore.engine.rollouts.group import Group
 from gradstore.engine.rollouts.solutions import FIELD, solutions_of
 from gradstore.engine.sketches.spec import SketchBatch, SketchSpec
-from gradstore.trainer.local.grpo import Learner, UpdateSettings
-from gradstore.trainer.local.policy import LocalPolicy, Sampling
+from gradstore.trainer.local.grpo import Learner
+from gradstore.trainer.local.policy import LocalPolicy
+from gradstore.trainer.local.settings import Sampling, UpdateSettings
 from gradstore.trainer.local.training import Chooser, Picks, Training
 from gradstore.trainer.round.driver import Rounds
 from gradstore.trainer.round.settings import RoundSettings

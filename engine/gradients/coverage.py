@@ -93,10 +93,11 @@ class Coverage:
         option: the caller's spelling of that option; the message appends the accepted share.
         """
         if self.share < least:
+            accepted = f"{option}{math.floor(self.share * 100) / 100:g}"
             raise RequestError(
                 f"{self.sentence()}. That is less than {least:g}: rankings would be of a part of the gradient. "
-                "Sketch the input embedding too (`embeddings`) where that is what is missing, train LoRA adapters on "
-                f"linear layers, or accept it: {option}{math.floor(self.share * 100) / 100:g}"
+                "Sketch the input embedding too (--embeddings, in rounds spec.embeddings=true) where that is what is "
+                f"missing, train LoRA adapters on linear layers, or accept it: {accepted}"
             )
 
     def to_bytes(self) -> bytes:

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from gradstore.engine.gradients.adapters import check_adapters
+from gradstore.engine.gradients.model_folder import is_model_folder
 from gradstore.errors import RequestError, first_line, needing
 
 _BUFFERS = re.compile(r"(^|\.)(attn\.bias|attention\.bias|masked_bias|inv_freq|position_ids|(cos|sin)_cached)$")
@@ -116,16 +117,11 @@ def checked_device(name: str | None) -> str:
 def _only_local(path: str) -> bool:
     """Whether a model is read from this machine alone: a folder, or the cache's copy while the hub cannot be asked.
 
-    RequestError for a folder that is not there, and for a hub name that neither the hub nor the cache knows. The hub is
-    asked once, with a time limit; its libraries would try for more than a minute.
+    RequestError as in `is_model_folder`, and for a hub name that neither the hub nor the cache knows. The hub is asked
+    once, with a time limit; its libraries would try for more than a minute.
     """
-    if Path(path).exists():
-        if not (Path(path) / "config.json").is_file():
-            kind = "no config.json in this folder" if Path(path).is_dir() else "this is a file"
-            raise RequestError(f"{path}: {kind}; expected the folder of a transformers model, or its name on the hub")
+    if is_model_folder(path):
         return True
-    if path.startswith((".", "/", "~")) or path.count("/") > 1:
-        raise RequestError(f"{path}: there is no such folder")
     import huggingface_hub as hub
 
     try:

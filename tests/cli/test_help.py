@@ -67,6 +67,8 @@ def test_every_help_fits_the_terminal(cli, monkeypatch, width: int) -> None:
 HEAVY = ("numpy", "torch", "zarr", "pyarrow", "rich", "pydantic")
 UNNEEDED = ("torch", "transformers", "zarr", "pandas", "pyarrow.compute", "scipy", "sklearn", "asyncio", "faiss")
 """What a query does without. pyarrow loads pandas with the first `pyarrow.array`, `Schema.empty_table` or `take`."""
+TRAIN = "train --model ./nowhere --pool {store} --benchmark b={store} --out x ratio=0.1 rounds=1 train_batch=1 steps=1"
+"""The model is not there, which is said before a model's libraries are imported."""
 
 
 @pytest.mark.parametrize(
@@ -79,6 +81,10 @@ UNNEEDED = ("torch", "transformers", "zarr", "pandas", "pyarrow.compute", "scipy
         ("query {store} --against bench --pool pool --json", (*UNNEEDED, "rich")),
         ("query {store} --against bench --pool pool --metric dot --at 0", UNNEEDED),
         ("info {store}", UNNEEDED),
+        ("rollout pool.jsonl --model ./nowhere --reward math --out x.jsonl", ("torch", "transformers")),
+        ("collect {store} pool --model ./nowhere", ("torch", "transformers")),
+        (TRAIN, ("torch", "transformers")),
+        (f"{TRAIN} embeddings=true", ("torch", "transformers")),
     ],
 )
 def test_nothing_is_loaded_that_an_answer_does_without(small_store, tmp_path: Path, words: str, unneeded) -> None:

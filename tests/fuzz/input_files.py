@@ -14,7 +14,7 @@ import pyarrow as pa
 import yaml
 
 from gradstore.engine.rollouts import read_rollouts
-from gradstore.trainer.local.run import RunSettings
+from gradstore.trainer.local.settings import RunSettings
 from tests.fuzz import edits, inputs
 from tests.fuzz.honest import write_store
 from tests.fuzz.room import read_tree, write_tree

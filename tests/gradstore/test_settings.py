@@ -30,7 +30,7 @@ from gradstore.settings import (
     spelled,
     write_yaml,
 )
-from gradstore.trainer.local.grpo import UpdateSettings
+from gradstore.trainer.local.settings import UpdateSettings
 from gradstore.trainer.round.settings import GRADALIGN_NAMES, RoundSettings
 from gradstore.trainer.sampling.judge import JudgeSettings
 
@@ -105,6 +105,7 @@ def test_values_get_their_type(values: dict, wanted: dict) -> None:
     [
         ({"cuont": 3}, "run.yaml: cuont is not known; did you mean 'count'?"),
         ({"evry": 3}, "run.yaml: evry is not known; did you mean 'every'?"),
+        ({"pair": [1, 2]}, "run.yaml: pair is not known; did you mean 'inner.pair'?"),
         ({"zzz": 3}, "run.yaml: zzz is not known, expected one of path, name, count,"),
         ({3: 3}, "run.yaml: 3 is not known"),
         ({"inner": {"sise": 3}}, "run.yaml: inner.sise is not known; did you mean 'size'?"),

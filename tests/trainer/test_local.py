@@ -27,8 +27,9 @@ from gradstore.engine.probing.probe import Probe
 from gradstore.engine.rollouts.group import Group, joined
 from gradstore.errors import GradstoreError
 from gradstore.trainer.local.checkpoint import load_checkpoint, save_checkpoint
-from gradstore.trainer.local.grpo import Learner, UpdateSettings
-from gradstore.trainer.local.policy import LocalPolicy, Sampling
+from gradstore.trainer.local.grpo import Learner
+from gradstore.trainer.local.policy import LocalPolicy
+from gradstore.trainer.local.settings import Sampling, UpdateSettings
 from gradstore.trainer.sampling.reward import Reward
 
 VOWELS = Reward("vowels", lambda record, response, rollout_index: float(sum(c in "aeiou" for c in response) > 1))
@@ -443,8 +444,10 @@ from gradstore.engine.gradients.models import load_model, load_tokenizer
 from gradstore.engine.sketches.spec import SketchSpec
 from gradstore.demo import tasks
 from gradstore.demo.run import MODEL
-from gradstore.trainer.local.grpo import Learner, UpdateSettings
-from gradstore.trainer.local.policy import LocalPolicy, Sampling
+from gradstore.trainer.local.grpo import Learner
+from gradstore.trainer.local.settings import UpdateSettings
+from gradstore.trainer.local.policy import LocalPolicy
+from gradstore.trainer.local.settings import Sampling
 from gradstore.trainer.local.training import Training
 from gradstore.trainer.sampling.reward import Reward
 from gradstore.trainer.round.driver import Rounds

@@ -11,8 +11,8 @@ import pytest
 from gradstore.engine.rollouts import read_rollouts
 from gradstore.errors import RequestError
 from gradstore.settings import read
-from gradstore.trainer.local.policy import LocalPolicy, Sampling
-from gradstore.trainer.local.run import RunSettings
+from gradstore.trainer.local.policy import LocalPolicy
+from gradstore.trainer.local.settings import RunSettings, Sampling
 from gradstore.trainer.sampling.backends.hugging_face import TransformersBackend
 from gradstore.trainer.sampling.overlong import penalties
 from gradstore.trainer.sampling.reward import Reward

@@ -8,7 +8,7 @@ weights.
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,77 +17,14 @@ from torch import nn
 
 from gradstore.engine.gradients.directions import summed_gradient
 from gradstore.engine.gradients.gradient_pass import GradientPass
-from gradstore.engine.gradients.objectives import Objective, objective
 from gradstore.engine.rollouts.group import Group
 from gradstore.engine.sketches.from_training_pass import SketchesFromTrainingPass
 from gradstore.engine.sketches.sketcher import Sketcher
 from gradstore.engine.sketches.spec import SketchBatch, SketchSpec
-from gradstore.errors import RequestError, check_number
+from gradstore.errors import RequestError
+from gradstore.trainer.local.settings import UpdateSettings
 
 log = logging.getLogger(__name__)
-
-LEARNING_RATE, ADAPTER_LEARNING_RATE = 1e-6, 2e-5
-"""Default learning rates, of all weights and of adapters."""
-PPO_CLIP = 0.2
-"""PPO's default range of the importance ratio, on both sides of 1."""
-
-
-@dataclass(frozen=True, slots=True)
-class UpdateSettings:
-    """Settings of the weight update from a step's rollouts."""
-
-    lr: float | None = None
-    """Learning rate; None: 1e-6, and 2e-5 for adapters."""
-    warmup: int = 0
-    """Optimizer steps over which the learning rate rises linearly to `lr`."""
-    weight_decay: float = 0.0
-    """Decoupled weight decay, as in AdamW; 0: plain Adam."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """Adam's decay rates of the gradient's first and second moment."""
-    eps: float = 1e-8
-    """Added to the root of Adam's second moment."""
-    clip_grad: float | None = 1.0
-    """Maximum gradient norm; None: no clipping."""
-    objective: Objective = field(default_factory=lambda: objective("grpo"))
-    """How rewards become token weights: a preset's name, fields, or both (`gspo,clip_high=0.001`)."""
-    minibatches: int = 1
-    """Number of updates per step; the step's problems are split among them. With more than one, later updates are
-    off-policy, against the log-probabilities recorded at sampling: by the objective's own rule, or PPO's clipped
-    surrogate if it has no importance ratios."""
-    clip_low: float = PPO_CLIP
-    """See `clip_high`."""
-    clip_high: float = PPO_CLIP
-    """PPO clips the ratio to [1 - clip_low, 1 + clip_high]; only used if minibatches > 1, for an objective without
-    importance ratios. Others have bounds of their own."""
-    token_budget: int | None = None
-    """Tokens per micro-batch, padding included; None: as many as memory allows (engine/gradients/budget.py)."""
-
-    def __post_init__(self) -> None:
-        if self.lr is not None and not 0 <= self.lr < float("inf"):
-            raise RequestError(f"lr is {self.lr}, expected a finite number of 0 or more")
-        if self.clip_grad is not None and not self.clip_grad > 0:
-            raise RequestError(f"clip_grad is {self.clip_grad}, expected a number above 0, or None")
-        check_number("weight_decay", self.weight_decay, least=0)
-        for name in ("minibatches", "token_budget"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise RequestError(f"{name} is {value}, expected 1 or more")
-        if self.objective.importance and (self.clip_low, self.clip_high) != (PPO_CLIP, PPO_CLIP):
-            raise RequestError(
-                "clip_low and clip_high of the update are for objectives without importance ratios: give objective."
-                "clip_low and objective.clip_high"
-            )
-
-    @property
-    def rule(self) -> Objective:
-        """The objective of the updates, with importance ratios if there are minibatches."""
-        if self.minibatches == 1 or self.objective.importance:
-            return self.objective
-        return replace(self.objective, importance=True, clip_low=self.clip_low, clip_high=self.clip_high)
-
-    def rate(self, *, adapters: bool) -> float:
-        """The learning rate, with the default filled in."""
-        return self.lr if self.lr is not None else ADAPTER_LEARNING_RATE if adapters else LEARNING_RATE
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -5,7 +5,7 @@ run needs no random state.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -27,45 +27,16 @@ from gradstore.engine.sketches.from_training_pass import sketched_and_summed
 from gradstore.engine.sketches.rollout_sketches import RolloutSketches, sketch_rollouts
 from gradstore.engine.sketches.sketcher import Sketcher
 from gradstore.engine.sketches.spec import SketchBatch, SketchSpec
-from gradstore.errors import RequestError, check_number
+from gradstore.errors import RequestError
+from gradstore.trainer.local.settings import Sampling
 from gradstore.trainer.sampling.backends.hugging_face import TransformersBackend
-from gradstore.trainer.sampling.overlong import check_overlong, penalties
+from gradstore.trainer.sampling.overlong import penalties
 from gradstore.trainer.sampling.reward import Reward
 from gradstore.trainer.sampling.rollout import checked_prompts
 
 CHECKED = 2
 """Validation problems used to choose a probe's step size and to check it against exact dots. A step size from the
 previous round is checked on the first of them only."""
-
-
-@dataclass(frozen=True, slots=True)
-class Sampling:
-    """Settings for sampling responses."""
-
-    max_new_tokens: int = 1024
-    """Longest response."""
-    temperature: float = 1.0
-    """Sampling temperature, above 0: equal responses to a problem have no gradient."""
-    top_p: float = 1.0
-    """Nucleus of the sampling distribution; 1: all of it."""
-    batch_tokens: int | None = None
-    """Tokens (prompts and responses) sampled at once; None: as many as memory allows."""
-    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    """Arguments of the chat template."""
-    overlong_buffer: int = 0
-    """DAPO's reward shaping: the last tokens before max_new_tokens in which a response is penalised, more and more; 0:
-    no shaping."""
-    overlong_penalty: float = 1.0
-    """The penalty of a response of max_new_tokens."""
-
-    def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "batch_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise RequestError(f"{name} is {value}, expected 1 or more")
-        check_number("temperature", self.temperature, above=0)
-        check_number("top_p", self.top_p, above=0, most=1)
-        check_overlong(self.max_new_tokens, self.overlong_buffer, self.overlong_penalty)
 
 
 class LocalPolicy:

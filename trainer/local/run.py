@@ -10,33 +10,27 @@ The run's folder has its settings in run.yaml, which `RunSettings.of` reads. doc
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from gradstore.attachments import read_coverage
 from gradstore.engine.gradients.logprobs import Reference
 from gradstore.engine.gradients.models import load_model, load_tokenizer
-from gradstore.errors import RequestError, check_known
+from gradstore.errors import RequestError
 from gradstore.outputs import check_output_folder
 from gradstore.problems import placed_problems
-from gradstore.settings import Aliases, build, differences, merge, parse, read_yaml, write_yaml
-from gradstore.trainer.local.grpo import Learner, UpdateSettings
+from gradstore.settings import differences, write_yaml
+from gradstore.trainer.local.grpo import Learner
 from gradstore.trainer.local.lora import with_adapters
-from gradstore.trainer.local.policy import LocalPolicy, Sampling
+from gradstore.trainer.local.policy import LocalPolicy
+from gradstore.trainer.local.settings import WRITTEN, RunSettings
 from gradstore.trainer.local.training import Training
-from gradstore.trainer.loggers import LOGGERS, Logger
+from gradstore.trainer.loggers import Logger
 from gradstore.trainer.round.driver import Rounds
-from gradstore.trainer.round.settings import RoundSettings
-from gradstore.trainer.sampling.judge import JudgeSettings, judge_settings
-from gradstore.trainer.sampling.judge.settings import writable
 from gradstore.trainer.sampling.readable import readable
 from gradstore.trainer.sampling.reward import Reward
-from gradstore.trainer.sampling.rewards import ISOLATED, JUDGES, load_reward
-from gradstore.trainer.sampling.secrecy import without_credentials
-
-WRITTEN = "run.yaml"
-"""File of the run's folder with its settings."""
+from gradstore.trainer.sampling.rewards import load_reward
 
 _JUDGE_FREE = ("base_url", "key_variable", "concurrency", "timeout", "retries", "max_bytes", "cache")
 _FREE = {
@@ -46,107 +40,6 @@ _FREE = {
     *(f"judge.{name}" for name in _JUDGE_FREE),
 }
 """Settings that may change when a run is resumed; `rounds.rounds` may grow."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunSettings:
-    """Settings of a whole run on one machine. RequestError for settings that conflict."""
-
-    ALIASES: ClassVar[Aliases] = {
-        "seed": "rounds.seed",
-        **{name: f"sampling.{name}" for name in ("max_new_tokens", "temperature", "top_p", "template_kwargs")},
-        **{name: f"sampling.{name}" for name in ("overlong_buffer", "overlong_penalty")},
-        **{name: f"update.{name}" for name in ("lr", "weight_decay", "clip_grad", "minibatches", "objective")},
-    }
-    """Short names, those of the options of `gradstore train`."""
-
-    model: str
-    """Folder or name of a transformers causal LM."""
-    pool: Path
-    """File of the problems to train on, JSONL or Parquet."""
-    benchmarks: Mapping[str, Path] = field(default_factory=dict)
-    """Benchmark name -> file of its problems."""
-    out: Path
-    """Folder of the run: store, checkpoint, metrics, model, settings."""
-    reward: str = "math"
-    """math, reasoning-gym, auto, judge, or module:function."""
-    judge: JudgeSettings | None = None
-    """The judge, for the rewards judge and auto; None: the one that the environment names."""
-    train_rollouts: int = 16
-    """Rollouts per problem of a training step."""
-    sampling: Sampling = field(default_factory=Sampling)
-    """How responses are sampled, in rounds and in training steps."""
-    update: UpdateSettings = field(default_factory=UpdateSettings)
-    """How a step changes the weights."""
-    kl_beta: float = 0.0
-    """Weight of GRPO's KL term to the model before the first step; sketches then have the update's objective too."""
-    lora_rank: int = 0
-    """Train adapters of this rank; 0: all weights."""
-    save_every: int = 0
-    """Steps between checkpoints; 0: after each round."""
-    log: tuple[str, ...] | None = None
-    """Loggers besides metrics.jsonl: tensorboard, wandb, mlflow, trackio; None: TensorBoard where it is installed."""
-    skip_unreadable: bool = False
-    """Leave out problems whose ground truth the reward cannot read; False: refuse them."""
-    device: str | None = None
-    """cpu, cuda, cuda:1 and so on; None: a GPU where there is one."""
-    trust_remote_code: bool = False
-    """Run Python code that the model's folder brings."""
-    rounds: RoundSettings
-    """Settings of the selection rounds; their seed is the seed of the run."""
-
-    def __post_init__(self) -> None:
-        for name, least in {"train_rollouts": 1, "kl_beta": 0, "lora_rank": 0, "save_every": 0}.items():
-            if not getattr(self, name) >= least:
-                raise RequestError(f"{name} is {getattr(self, name)}, expected {least} or more")
-        for name in self.log or ():
-            check_known("logger", name, LOGGERS)
-        if self.update.objective.kl_beta:
-            raise RequestError("update.objective.kl_beta: give the run's kl_beta, which makes the reference too")
-        if self.judge is not None and self.reward not in (*JUDGES, "auto"):
-            reward = without_credentials(self.reward)
-            raise RequestError(f"judge: its settings are for reward judge or auto, reward is {reward!r}")
-
-    @classmethod
-    def of(
-        cls, file: Path | None, options: Mapping[str, Any] | None = None, rounds: Mapping[str, Any] | None = None
-    ) -> "RunSettings":
-        """Settings from a YAML file and, over it, from options and settings of the rounds by name.
-
-        RequestError for a broken file, and for whatever `gradstore.settings.read` refuses.
-        """
-        high = parse(cls, options or {}, "gradstore train: ")
-        high = merge(cls, high, {"rounds": parse(RoundSettings, rounds or {}, "round settings: ")})
-        if file is None:
-            return build(cls, high, "gradstore train: ")
-        low = parse(cls, read_yaml(file), f"{file}: ")
-        if {"selected", "ratio"} & high["rounds"].keys():  # the one given replaces the file's, whichever that is
-            low["rounds"] = {**low.get("rounds", {}), "selected": None, "ratio": None}
-        if high.get("reward", "judge") not in ("judge", "auto"):
-            low.pop("judge", None)
-        return build(cls, merge(cls, low, high), f"{file}{' with options over it' if options or rounds else ''}: ")
-
-    def filled(self) -> "RunSettings":
-        """The settings with absolute paths, learning rate and judge filled in, so that they hold anywhere."""
-        isolated = ISOLATED if self.reward.startswith(ISOLATED) else ""
-        kind, _, about = self.reward.removeprefix(isolated).partition(":")
-        reward, judge = self.reward, self.judge
-        if kind in JUDGES:
-            reward, judge = "judge", judge or judge_settings(about)
-        elif kind.endswith(".py"):
-            reward = f"{isolated}{Path(kind).absolute()}:{about}"
-        if judge is not None:
-            judge = replace(judge, base_url=writable(judge.base_url))  # without credentials
-        return replace(
-            self,
-            model=str(Path(self.model).absolute()) if Path(self.model).exists() else self.model,
-            pool=Path(self.pool).absolute(),
-            benchmarks={name: Path(path).absolute() for name, path in self.benchmarks.items()},
-            out=Path(self.out).absolute(),
-            reward=reward,
-            judge=judge,
-            update=replace(self.update, lr=self.update.rate(adapters=self.lora_rank > 0)),
-        )
 
 
 @dataclass(frozen=True, slots=True)
