@@ -227,7 +227,7 @@ def test_one_file_for_a_run(cli, files: Path, write_yaml_file, monkeypatch: pyte
         (("--lr", "1e-3"), f"{out / 'run.yaml'}: update.lr is 0.0001, now 0.001"),
         (("mode=dot",), "rounds.selector is 'sim', now 'dot'"),
         (("selected=3",), "rounds.selected is None, now 3"),
-        (("num_selections=2", "--benchmark", "sums=other.jsonl"), "benchmarks.sums is "),
+        (("num_selections=2", "--benchmark", "sums=../pool.jsonl"), "benchmarks.sums is "),
         (("num_selections=0",), "rounds (num_selections) is 0, expected a whole number of at least 1"),
     ):
         status, _, error = cli("train", "--resume", "--out", out, *more)
