@@ -30,7 +30,7 @@ from benchmarks.study.statistics import (
 from gradstore.errors import RequestError
 
 NOTES = "notes.md"
-"""File next to the figures with findings written by hand; the page includes it unchanged."""
+"""File next to the figures with what was learnt, written by hand; the page begins with it."""
 INTERVENTIONS = "interventions.jsonl"
 """File next to the figures with the measurements of intervention.py, if there are any."""
 
@@ -47,34 +47,39 @@ def write_page(bed: Bed, rows: Sequence[dict[str, Any]], page: Path, settings: S
     methods = list(dict.fromkeys(row["method"] for row in rows))
     arms = [arm for arm in bed.arms if any(row["arm"] == arm for row in rows)]
     seeds = sorted({row["seed"] for row in rows})
+    notes = folder / NOTES
     parts = [
-        (bed.head + TABLES).format(
+        bed.head.format(
             runs=len(rows),
             seeds=("seeds " if len(seeds) > 1 else "seed ") + ", ".join(map(str, seeds)) if seeds else "no seed yet",
             folder=folder.name,
-            bed=bed.name,
-            settings="\n".join(f"| `{name}` | {value} |" for name, value in asdict(settings).items()),
-            methods="\n".join(f"| `{name}` | {method(name, settings.budgeted).title} |" for name in methods),
-            arms="\n".join(f"| `{arm}` | {bed.arms[arm].title} |" for arm in arms),
         ),
+        *([notes.read_text(encoding="utf-8")] if notes.exists() else []),
     ]
     if rows:
         draw_curves(bed, rows, arms, folder / "accuracy.svg")
         draw_picks(bed, rows, arms, methods, folder / "picks.svg")
+        wanted = "\n".join(f"- {line}" for line in findings(rows, arms))
         parts += [
-            _equal_totals(bed, rows, arms, methods),
-            "## What was wanted, what came\n\n" + "\n".join(f"- {line}" for line in findings(rows, arms)) + "\n",
             f"## Accuracy\n\n![Accuracy by training step]({folder.name}/accuracy.svg)\n",
             f"![Bad picks]({folder.name}/picks.svg)\n",
+            *([f"## What was wanted, what came\n\n{wanted}\n"] if wanted else []),
+            _equal_totals(bed, rows, arms, methods),
+            "## After all steps\n",
             *(_arm_table(bed, rows, arm, methods) for arm in arms),
             _cost_table(rows, arms, methods),
             *_steady_table(rows, methods),
         ]
     if interventions:
         parts.append(section(interventions))
-    notes = folder / NOTES
-    if notes.exists():
-        parts.append(notes.read_text())
+    parts.append(
+        COMPARED.format(
+            bed=bed.name,
+            settings="\n".join(f"| `{name}` | {value} |" for name, value in asdict(settings).items()),
+            methods="\n".join(f"| `{name}` | {method(name, settings.budgeted).title} |" for name in methods),
+            arms="\n".join(f"| `{arm}` | {bed.arms[arm].title} |" for arm in arms),
+        )
+    )
     page.write_text("\n".join(parts), encoding="utf-8")
 
 
@@ -241,7 +246,8 @@ def _interval(value: Estimate, digits: int) -> str:
     return f"{value.mean:.{digits}f} [{value.low:.{digits}f}, {value.high:.{digits}f}]"
 
 
-TABLES = """
+COMPARED = """## What was compared
+
 | arm | pool |
 | --- | --- |
 {arms}
