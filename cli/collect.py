@@ -10,6 +10,7 @@ import typer
 
 from gradstore.cli import ray as ray_options
 from gradstore.cli.app import as_option, command, given, opt
+from gradstore.cli.collected import checked, say_collected, warn_of
 from gradstore.cli.completion import collections
 from gradstore.cli.query import Json, StorePath
 from gradstore.cli.ranks import check_divided, leads, load_policy, n_ranks
@@ -18,16 +19,13 @@ from gradstore.cli.show import print_json, progress, say, warn
 from gradstore.cli.solutions import collect_solutions
 from gradstore.errors import RequestError, check_known, check_number
 from gradstore.undo import undone_on
-from gradstore.wording import counted
 
 if TYPE_CHECKING:
     from torch import nn
 
     from gradstore import Store
-    from gradstore.engine.assessing.refit import Refit
     from gradstore.engine.gradients.optimizer_direction import OptimizerDirection
-    from gradstore.engine.rollouts import Group, RolloutSource
-    from gradstore.engine.sketches.sketcher import Sketcher
+    from gradstore.engine.rollouts import Group
     from gradstore.engine.sketches.spec import SketchBatch, SketchSpec
 
 
@@ -301,7 +299,7 @@ def collect(
             # begun, and ended before the rows of the fit were published
             known = rows_of_fit(sketcher, sample_groups(source, fit_problems, spec.seed), measured=measure != "never")
         if wanted and spec.basis == "fitted" and measure != "never":
-            sketcher, outcome = _checked(opened, sketcher, source, fit_problems, wanted, version, refit == "auto")
+            sketcher, outcome = checked(opened, sketcher, source, fit_problems, wanted, version, refit == "auto")
     if mine is not None:  # After the fit, which is to all problems.
         source.keep(mine)
     also = bases_in_use(opened, besides=collection) if every_basis else []
@@ -339,33 +337,13 @@ def collect(
 
             collect_halves(opened, collection, source, sketcher=sketcher, step=version, sketch_each=on_workers)
     costs = [] if on_workers is None else on_workers.costs
-    if report.needs_refit:
-        warn(
-            f"the store's projection ranks these gradients with a correlation of {report.fidelity:.2f} to the "
-            "exact ranking: the policy has moved from what it was fitted to; collect with --refit auto and "
-            "--benchmark-rollouts for a new basis"
-        )
-    if report.no_signal and not report.live:
-        warn(
-            f"none of these {report.no_signal} problems has a gradient: the rollouts of each are all rewarded alike; "
-            "sample more of them, or problems that the policy sometimes solves"
-        )
-    if report.sizes.warning is not None:
-        warn(report.sizes.warning)
+    warn_of(report)
     if json:
         refitted = None if outcome is None else outcome.describe()
         found = {**report.describe(), "refit": refitted, "coverage": read_coverage(opened.path)}
         print_json(found if spread is None else {**found, "workers": ray_options.described(costs)})
         return
-    if len(report.bases) > 1:
-        say(f"in bases {', '.join(map(str, report.bases))}")
-    say(
-        f"{counted(report.collected, 'problem')} collected at step {version}: {report.live} live, "
-        f"{report.no_signal} without signal, {report.failed} failed; {report.skipped} were there already; "
-        f"{report.n_tokens} tokens in {report.seconds:.1f} s"
-    )
-    for problem_id, reason in report.failures:
-        say(f"problem {problem_id!r} failed: {reason}")
+    say_collected(report, version)
     ray_options.say_costs(costs)
 
 
@@ -378,39 +356,6 @@ def _direction(
         return None
     state = AdamState.of_file(path, policy)
     return OptimizerDirection(state, cast("Formula", formula), bias_correction=bias_correction)
-
-
-def _checked(
-    store: "Store",
-    sketcher: "Sketcher",
-    source: "RolloutSource",
-    n_sampled: int,
-    wanted: "list[Group]",
-    step: int,
-    fit: bool,
-) -> "tuple[Sketcher, Refit]":
-    """The sketcher that is to make the rows, after measuring the one that the store has, said aloud."""
-    from gradstore.engine.assessing.refit import refit
-    from gradstore.engine.sketches.fitting import sample_groups
-
-    sample = sample_groups(source, n_sampled, sketcher.spec.seed)
-    for group in (*sample, *wanted):
-        sketcher.check(group)
-    sketcher, found = refit(store, sketcher, sample, wanted, step=step, fit=fit)
-    was = "" if found.when_fitted is None else f", {found.when_fitted:.3f} when it was fitted"
-    if found.fidelity is None:
-        say("too few problems with a signal to measure how well the store's projection ranks them")
-    elif not found.needed:
-        say(f"the store's projection ranks with a correlation of {found.fidelity:.3f} to the exact ranking{was}")
-    elif found.basis is not None:
-        say(
-            f"basis {found.basis} fitted: it ranks with {found.anew:.3f}, the one before with {found.fidelity:.3f}{was}"
-        )
-    elif found.anew is not None:
-        warn(f"the store's projection ranks with {found.fidelity:.3f}{was}, one fitted now no better: kept")
-    else:
-        warn(f"the store's projection ranks with {found.fidelity:.3f}{was}: --refit auto fits a new basis")
-    return sketcher, found
 
 
 def _check_idle(given: dict, kin: "Store | None", spec: "SketchSpec") -> None:
