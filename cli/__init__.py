@@ -24,9 +24,10 @@ _UsageError: Any = typer.BadParameter.__base__
 def main() -> None:
     """Run the command line."""
     from gradstore.cli.help import page
-    from gradstore.cli.show import take_any_text
+    from gradstore.cli.show import open_streams, take_any_text
     from gradstore.cli.threads import wait_asleep
 
+    open_streams()
     take_any_text()
     wait_asleep()
     app = application(sys.argv[1:])
@@ -43,7 +44,9 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
-        _fail(f"{error.filename or 'file'}: {error.strerror or error}", 2 if error.filename else 1)
+        _fail(
+            f"{error.filename or 'standard output, or a file'}: {error.strerror or error}", 2 if error.filename else 1
+        )
     except ModuleNotFoundError as error:
         if error.name not in EXTRA_OF:
             raise

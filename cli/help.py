@@ -47,7 +47,7 @@ class Command(TyperCommand):
             for one in several:
                 if several.count(one) > 1 and param.name not in _MAY_REPEAT:
                     raise RequestError(f"{name} {one} is given twice: give it once")
-            if value == "" and param.name not in _MAY_BE_EMPTY:
+            if (value == "" or "" in several) and param.name not in _MAY_BE_EMPTY:
                 raise RequestError(f"{name} is empty: give it a value, or leave it out")
         return super().parse_args(ctx, args)
 

@@ -115,6 +115,7 @@ def query(
 
     if not against:
         raise RequestError("query needs a benchmark: --against NAME")
+    check_number("--top", top, least=1)
     check_number("--layers", layers, least=0)
     several = len(against) > 1
     if not several and (fuse or weight):

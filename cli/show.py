@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,13 @@ log = logging.getLogger(__name__)
 
 NOTICE = 25
 """Level of running commentary: shown unless `--quiet`; between logging.INFO, which `--verbose` shows, and WARNING."""
+
+
+def open_streams() -> None:
+    """Makes standard output and error lead nowhere where the caller has closed them."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - as long as the process
 
 
 def take_any_text() -> None:

@@ -124,7 +124,7 @@ def train(
         raise RequestError(f"gradstore train needs {', '.join(missing)}, or --config with a file that has them")
 
     from gradstore.engine.gradients.model_folder import is_model_folder
-    from gradstore.reading.opening import files_at
+    from gradstore.reading.files import open_regular
     from gradstore.trainer.local.settings import WRITTEN, RunSettings
 
     if resume and config is None and out is not None and (out / WRITTEN).exists():
@@ -134,7 +134,7 @@ def train(
     chosen = RunSettings.of(config, options, rounds)
     is_model_folder(chosen.model)
     for problems in (chosen.pool, *chosen.benchmarks.values()):
-        files_at(problems, "problems")
+        open_regular(problems).close()
 
     from gradstore.engine.gradients.coverage import Coverage
     from gradstore.trainer.local import run

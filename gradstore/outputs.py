@@ -10,6 +10,7 @@ from gradstore.layout import ZARR
 
 _MARK = b'"gradstore"'
 _ROOT_BYTES = 16 << 20
+_OF_FILES = (".jsonl", ".json", ".parquet", ".csv")
 
 
 def check_output(path: Path | None, inputs: Iterable[Path | str | None] = ()) -> None:
@@ -39,6 +40,8 @@ def check_output_folder(path: Path | None) -> None:
         check_writable(path)
     if path is not None and path.exists() and not path.is_dir():
         raise RequestError(f"{path}: is a file, expected a folder to write into")
+    if path is not None and not path.exists() and path.suffix in _OF_FILES:
+        raise RequestError(f"{path}: is the name of a file, expected that of a folder to write into")
     if path is not None and is_store(path.resolve()):
         raise RequestError(f"{path}: is a store, whose files are its own; choose another folder")
 

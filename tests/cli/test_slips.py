@@ -3,6 +3,8 @@
 import csv
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -159,3 +161,12 @@ def test_a_place_without_rights(cli, store: gradstore.Store, tmp_path: Path, mon
         status, _, err = cli(*request)
         assert status == 2
         assert err == f"gradstore: {tmp_path}: cannot be written to (no permission): choose another place\n"
+
+
+@pytest.mark.parametrize(("closed", "status"), [(">&-", 0), ("> /dev/full", 1)])
+def test_an_output_that_cannot_be_written(store: gradstore.Store, closed: str, status: int) -> None:
+    """Closed by the caller, or on a full disk: no traceback."""
+    line = f'"{sys.executable}" -m gradstore info "{store.path}" --quiet {closed}'
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False)
+    assert done.returncode == status
+    assert done.stderr == ("gradstore: standard output, or a file: No space left on device\n" if status else "")
