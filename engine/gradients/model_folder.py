@@ -4,6 +4,9 @@ from pathlib import Path
 
 from gradstore.errors import RequestError
 
+HUB_S = 10.0
+"""Seconds in which the hub must answer whether it has a model or a data set."""
+
 
 def is_model_folder(path: str) -> bool:
     """Whether the path is a model's folder; False for what can only be a name on the hub.

@@ -18,13 +18,11 @@ import torch
 from torch import nn
 
 from gradstore.engine.gradients.adapters import check_adapters
-from gradstore.engine.gradients.model_folder import is_model_folder
+from gradstore.engine.gradients.model_folder import HUB_S, is_model_folder
 from gradstore.errors import RequestError, first_line, needing
 
 _BUFFERS = re.compile(r"(^|\.)(attn\.bias|attention\.bias|masked_bias|inv_freq|position_ids|(cos|sin)_cached)$")
 """Masks and tables in old checkpoints that models now compute; they are not weights."""
-_HUB_S = 10.0
-"""Seconds in which the hub must answer whether it has a model."""
 log = logging.getLogger(__name__)
 _ADAPTER = "the adapter's configuration"
 
@@ -127,7 +125,7 @@ def _only_local(path: str) -> bool:
     try:
         cached = isinstance(hub.try_to_load_from_cache(path, "config.json"), str)
         if not hub.constants.HF_HUB_OFFLINE:
-            hub.HfApi().model_info(path, timeout=_HUB_S)
+            hub.HfApi().model_info(path, timeout=HUB_S)
             return False
         reason = "HF_HUB_OFFLINE is set"
     except hub.errors.HFValidationError:

@@ -260,15 +260,17 @@ def test_no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
         load(DATA_SETS["gsm8k"], split="dev")
 
 
-def test_offline_for_real(tmp_path: Path) -> None:
-    """What the library itself raises where there is no hub is what is caught."""
+@pytest.mark.parametrize("no_hub", [{"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}])
+def test_offline_for_real(tmp_path: Path, no_hub: dict[str, str]) -> None:
+    """What the library itself raises where there is no hub is what is caught; it is asked once."""
     code = (
         "from gradstore.trainer.data.loading import load; from gradstore.trainer.data.catalogue import DATA_SETS; "
         "load(DATA_SETS['aime25'])"
     )
-    environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}
+    environment = {**no_hub, "HF_HOME": str(tmp_path), "HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
     assert "GradstoreError: aime25: math-ai/aime25 cannot be had from the hub" in done.stderr
+    assert "Retrying" not in done.stderr
 
 
 def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:

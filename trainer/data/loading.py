@@ -8,10 +8,12 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from gradstore.engine.gradients.model_folder import HUB_S
 from gradstore.errors import GradstoreError, RequestError, first_line, near_miss
 from gradstore.reading.opening import read_records
 from gradstore.trainer.data.answers import plain
@@ -159,7 +161,8 @@ def _hub_rows(source: DataSet, split: str) -> Iterable[tuple[str, Mapping[str, A
     for config in source.configs or (None,):
         name = f"{source.hub}{f' ({config})' if config else ''}"
         try:
-            table = datasets.load_dataset(source.hub, config, split=split)
+            with _asked_once(source.hub):
+                table = datasets.load_dataset(source.hub, config, split=split)
         except OSError as error:
             raise GradstoreError(
                 f"{source.name}: {name} cannot be had from the hub: {first_line(error)}. Without one, give a local "
@@ -178,3 +181,26 @@ def _hub_rows(source: DataSet, split: str) -> Iterable[tuple[str, Mapping[str, A
             for row in batch.to_pylist():
                 number += 1
                 yield f"{name}, row {number}", row
+
+
+@contextmanager
+def _asked_once(name: str) -> Iterator[None]:
+    """Where the hub does not answer, the cache is read at once; by itself `datasets` would try for half a minute."""
+    import datasets
+    import huggingface_hub as hub
+
+    silent = False
+    try:
+        if not hub.constants.HF_HUB_OFFLINE:
+            hub.HfApi().dataset_info(name, timeout=HUB_S)
+    except hub.errors.HfHubHTTPError:
+        pass  # it has answered; `datasets` says what of that matters
+    except Exception:  # noqa: BLE001 (errors of the network are those of whatever library the hub's uses)
+        silent = True
+    kept = hub.constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+    if silent:
+        hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        hub.constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = kept

@@ -245,7 +245,7 @@ def checked_prompts(
         if context is not None and len(ids) + max_new_tokens > context:
             raise RequestError(
                 f"{name}: a prompt of {len(ids)} tokens and {max_new_tokens} new tokens do not fit in the model's "
-                f"context of {context}; leave the problem out, or lower max_new_tokens"
+                f"context of {context}; leave the problem out, or lower max_new_tokens (--max-new-tokens)"
             )
         prompts.append(ids)
     return prompts
