@@ -8,6 +8,7 @@ The checks below the classes raise a RequestError for the faults that occur ever
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from numbers import Real
 
 LONGEST_LINE = 2000
 """Most characters of an error's line."""
@@ -78,6 +79,8 @@ def check_number(
     below: float = math.inf,
 ) -> None:
     """RequestError that names the bounds, unless the value is finite and within them."""
+    if not isinstance(value, Real):
+        raise RequestError(f"{what} is {value!r}, expected a number")
     if math.isfinite(value) and least <= value <= most and above < value < below:
         return
     bounds = {"at least": least, "above": above, "at most": most, "below": below}

@@ -5,13 +5,16 @@ The hash only proposes a row; the texts decide. It takes 12 bytes an id and a fr
 
 from collections import Counter
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
+
+from gradstore.errors import RequestError
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
+T = TypeVar("T")
 _FACTOR = 0x9E3779B97F4A7C15
 """Odd: a power of it is the weight of a byte's place in its text."""
 _AT_ONCE = 65536
@@ -56,13 +59,20 @@ class IdLookup:
         return next((name for name, count in counts.items() if count > 1), None)
 
 
+def listed(ids: Iterable[T]) -> list[T]:
+    """The ids; RequestError for one text, whose characters would be taken for ids."""
+    if isinstance(ids, str):
+        raise RequestError(f"ids are {ids!r}, expected a list of them: [{ids!r}]")
+    return list(ids)
+
+
 def id_array(ids: "Iterable[object] | pa.Array") -> "pa.Array":
     """Ids as large strings (an array of them stays); null for what cannot be an id: no text, or not valid Unicode."""
     import pyarrow as pa
 
     if isinstance(ids, pa.Array):
         return ids
-    ids = list(ids)
+    ids = listed(ids)
     try:
         if set(map(type, ids)) <= {str}:
             # From buffers: `pa.array` imports pandas, which takes longer than finding a few ids.

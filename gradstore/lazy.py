@@ -4,6 +4,8 @@ from collections.abc import Callable
 
 import lazy_loader
 
+from gradstore.errors import near_miss
+
 
 def attach(package: str, file: str) -> tuple[Callable[[str], object], Callable[[], list[str]], list[str]]:
     """`__getattr__`, `__dir__` and `__all__` of a package; `file` is its `__init__.py`."""
@@ -14,6 +16,11 @@ def attach(package: str, file: str) -> tuple[Callable[[str], object], Callable[[
             from importlib.metadata import version
 
             return version("gradstore")
-        return public(name)
+        try:
+            return public(name)
+        except AttributeError:
+            if name in names:
+                raise
+            raise AttributeError(f"{package} has no {name!r}{near_miss(name, names)}") from None
 
     return load, lambda: [*names, "__version__"], names

@@ -17,6 +17,7 @@ from gradstore import additions
 from gradstore.collection import Collection
 from gradstore.durable import canonical_json
 from gradstore.errors import DamagedError, RequestError
+from gradstore.id_lookup import listed
 from gradstore.layout import PROBES, check_step
 from gradstore.parquet import table_bytes
 from gradstore.problem_rows import repeated
@@ -75,7 +76,7 @@ class RecordedProbes:
         _check(ids, {"derivatives": derivatives, "rewards": rewards, "lengths": lengths}, self._collection.where)
         n = len(ids)
         columns = [
-            list(ids),
+            listed(ids),
             [check_step(step)] * n,
             [target] * n,
             [target_commit] * n,
@@ -85,7 +86,7 @@ class RecordedProbes:
             [np.asarray(T_G, np.int32) for T_G in lengths],
         ]
         data = table_bytes(pa.table(columns, schema=SCHEMA))
-        self._collection.add(list(ids), lambda: additions.add_part(self._folder, data))
+        self._collection.add(listed(ids), lambda: additions.add_part(self._folder, data))
 
     @property
     def n_parts(self) -> int:

@@ -12,6 +12,7 @@ from gradstore.durable import TEMPORARY, make_folder, replace_file, writing
 from gradstore.errors import FingerprintError, RequestError
 from gradstore.exclusive import held_file
 from gradstore.header import Header, check_fingerprint, check_layout, new_header, read_header
+from gradstore.id_lookup import listed
 from gradstore.inventory import INVENTORY, OF_STORE, take_inventory
 from gradstore.layout import COLLECTIONS, WITHOUT_CODES, ZARR, collection_names, group_json
 from gradstore.manifest import Manifest
@@ -192,7 +193,7 @@ class Store:
         known, names = self._collection(collection).snapshot().problems, checked_columns(columns)
         if ids is None:
             return known.table_of(names)
-        ids = list(ids)
+        ids = listed(ids)
         return known.take(known.rows_of(ids, f"collection {collection!r}"), names)
 
     def n_problems(self, collection: str) -> int:
@@ -207,7 +208,7 @@ class Store:
         """Delete all current rows of some problems: later views do not show them. They may be appended again."""
         opened = self._writable(collection)
         with Session(self._header, opened.folder) as session:
-            doomed = opened.problems(session.manifest).rows_of(list(ids), opened.where).tolist()
+            doomed = opened.problems(session.manifest).rows_of(listed(ids), opened.where).tolist()
             if doomed:
                 tombstones = session.manifest.tombstones | dict.fromkeys(doomed, session.manifest.rows)
                 session.publish(tombstones=tombstones)

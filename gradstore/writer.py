@@ -14,6 +14,7 @@ import numpy as np
 from gradstore.appender import Appender
 from gradstore.collection import Collection
 from gradstore.errors import RequestError
+from gradstore.id_lookup import listed
 from gradstore.layout import check_step
 from gradstore.new_problems import NewParts, checked_table, new_rows
 from gradstore.new_rows import NewRows
@@ -108,7 +109,7 @@ class Writer:
         session = self._open()
         self._refuse_failed()
         basis = self._basis(basis)
-        ids = list(ids)
+        ids = listed(ids)
         problem = self._problems.rows_of(ids, self._where)
         rows = NewRows(ids, self._where)
         columns = {

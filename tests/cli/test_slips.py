@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -144,6 +145,13 @@ def test_names_and_views_in_python(store: gradstore.Store) -> None:
         engine.search(store, "bench", 3)  # type: ignore[arg-type]
     with pytest.raises(RequestError, match="not by View"):
         engine.select(store, view, "bench", 3)  # type: ignore[arg-type]
+    for asked in (view.positions, partial(store.records, "pool"), view.take):
+        with pytest.raises(RequestError, match=r"ids are 'pool0', expected a list of them: \['pool0'\]"):
+            asked("pool0")
+    with pytest.raises(RequestError, match="k is '3', expected a number"):
+        engine.search(view, "bench", "3")  # type: ignore[arg-type]
+    with pytest.raises(AttributeError, match=r"gradstore\.engine has no 'serch'; did you mean 'search'\?"):
+        _ = engine.serch
 
 
 def test_a_place_without_rights(cli, store: gradstore.Store, tmp_path: Path, monkeypatch) -> None:
