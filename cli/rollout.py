@@ -10,6 +10,7 @@ from gradstore.cli import own
 from gradstore.cli import ray as ray_options
 from gradstore.cli.app import command, opt
 from gradstore.cli.query import Json
+from gradstore.cli.ranks import n_ranks
 from gradstore.cli.show import print_json, progress, say, warn
 from gradstore.cli.threads import suit_threads
 from gradstore.engine.gradients.model_folder import is_model_folder
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
 
 
 def _model(value: str) -> str:
-    is_model_folder(value)  # a folder that is not there is said before the libraries of models are imported
+    if n_ranks() == 1:  # else all ranks would say it
+        is_model_folder(value)  # what is not there is said before the libraries of models are imported
     return value
 
 

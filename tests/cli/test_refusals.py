@@ -66,7 +66,7 @@ def assert_refused(status: int, out: str, err: str, wanted: list[str]) -> None:
         (["query", "{store}", "--against", "bench", "--pool", "nobody"], ["nobody"]),
         (["query", "{store}"], ["--against"]),
         (["query", "{store}", "--against", "bench", "--metric", "l2"], ["metric 'l2'"]),
-        (["query", "{store}", "--against", "bench", "--top", "0"], ["k is 0"]),
+        (["query", "{store}", "--against", "bench", "--top", "0"], ["--top is 0"]),
         (["query", "{store}", "--against", "bench", "--where", "colour=red"], ["colour=red"]),
         (["query", "{store}", "--against", "bench", "--index", "best"], ["index 'best'"]),
         (["select", "{store}", "--against", "bench", "-n", "100", "--out", "{tmp}/out"], ["9 of 100"]),

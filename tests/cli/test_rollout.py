@@ -141,7 +141,10 @@ def test_unreadable_truths(cli: Callable, tmp_path: Path, thinking_folder: Path,
     rows = [*PROBLEMS, *({"id": f"u{i}", "prompt": "q", "ground_truth": "the $ sign"} for i in range(7))]
     problems, out = write_lines(tmp_path / "p.jsonl", rows), tmp_path / "r.jsonl"
     asked = ("rollout", problems, *SHORT, "--out", out)
-    status, _, err = cli(*asked, "--model", tmp_path / "there is no model")
+    unread = tmp_path / "unread"
+    unread.mkdir()
+    (unread / "config.json").write_text("{}", encoding="utf-8")
+    status, _, err = cli(*asked, "--model", unread)
     assert status == 2
     assert "cannot pay 7 of 11 problems" in err
     assert f"{problems}, line 5: problem 'u0'" in err
@@ -151,7 +154,7 @@ def test_unreadable_truths(cli: Callable, tmp_path: Path, thinking_folder: Path,
     assert [f"problem 'u{i}'" in line for i, line in enumerate(json.loads(printed)["left_out"])] == [True] * 7
     assert all(f"left out: {problems}, line {5 + i}: problem 'u{i}'" in err for i in range(7))
     assert {row["problem_id"] for row in _rows(out)} == {row["id"] for row in PROBLEMS}
-    pool = ("--pool", problems, "--model", tmp_path / "none", "--out", tmp_path / "run")
+    pool = ("--pool", problems, "--model", unread, "--out", tmp_path / "run")
     status, _, err = cli("train", *pool, "--benchmark", problems, "selected=2", "candidates=4")
     assert (status, "cannot pay 7 of 11 problems" in err) == (2, True), err
 
@@ -205,6 +208,7 @@ def test_vllm_gets_what_is_asked(cli: Callable, tmp_path: Path, write_lines: Cal
 
     monkeypatch.setattr("gradstore.trainer.sampling.backends.load_backend", load)
     problems = write_lines(tmp_path / "p.jsonl", PROBLEMS)
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
     status, _, err = cli(
         *("rollout", problems, "--model", tmp_path, *SHORT, "--out", tmp_path / "r.jsonl", "--backend", "vllm"),
         *("--tensor-parallel-size", 2, "--pipeline-parallel-size", 3, "--gpu-memory-utilization", 0.5),

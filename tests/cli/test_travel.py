@@ -26,7 +26,7 @@ def test_a_store_travels(cli, s3: S3, small_store, tmp_path: Path) -> None:
         assert status == 0, err
         answers.append(json.loads(out))
     assert answers[0] == answers[1] == answers[2]
-    assert cli("select", URL, "--against", "bench", "-n", 3, "--out", tmp_path / "picks.jsonl")[0] == 0
+    assert cli("select", URL, "--against", "bench", "-n", 3, "--out", tmp_path / "picks")[0] == 0
     for command in ("open", "info"):
         assert json.loads(cli(command, URL, "--json")[1])["collections"]["pool"]["rows"] == 16
 

@@ -49,12 +49,15 @@ def test_verl_brings_the_rest(plain) -> None:
     assert len(done.stderr.strip().splitlines()) == 1
 
 
+ROUNDS = ["selected=1", "train_batch=1", "steps=1", "rounds=1"]
+
+
 @pytest.mark.parametrize(
     "words",
     [
         ["rollout", "pool.jsonl", "--model", "m", "--reward", "math", "--out", "r.jsonl"],
         ["collect", "store", "pool", "r.jsonl", "--model", "m"],
-        ["train", "--model", "m", "--pool", "pool.jsonl", "--benchmark", "b=b.jsonl", "--out", "run"],
+        ["train", "--model", "m", "--pool", "pool.jsonl", "--benchmark", "b.jsonl", "--out", "run", *ROUNDS],
         ["demo"],
     ],
 )
