@@ -445,9 +445,8 @@ from gradstore.engine.sketches.spec import SketchSpec
 from gradstore.demo import tasks
 from gradstore.demo.run import MODEL
 from gradstore.trainer.local.grpo import Learner
-from gradstore.trainer.local.settings import UpdateSettings
 from gradstore.trainer.local.policy import LocalPolicy
-from gradstore.trainer.local.settings import Sampling
+from gradstore.trainer.local.settings import Sampling, UpdateSettings
 from gradstore.trainer.local.training import Training
 from gradstore.trainer.sampling.reward import Reward
 from gradstore.trainer.round.driver import Rounds

@@ -5,11 +5,13 @@ error.
 """
 
 import hashlib
+import logging
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ from gradstore.errors import GradstoreError, RequestError, first_line, near_miss
 from gradstore.reading.opening import read_records
 from gradstore.trainer.data.answers import plain
 from gradstore.trainer.data.catalogue import PLACE, DataSet, half_of
+
+log = logging.getLogger(__name__)
 
 BATCH = 1000
 SUFFIXES = (".parquet", ".jsonl", ".json", ".csv", ".tsv", ".gz", ".zst")
@@ -185,22 +189,34 @@ def _hub_rows(source: DataSet, split: str) -> Iterable[tuple[str, Mapping[str, A
 
 @contextmanager
 def _asked_once(name: str) -> Iterator[None]:
-    """Where the hub does not answer, the cache is read at once; by itself `datasets` would try for half a minute."""
+    """Where the hub does not answer, the cache is read at once; by itself `datasets` would try for half a minute.
+
+    That the cache has served is a warning.
+    """
     import datasets
     import huggingface_hub as hub
 
-    silent = False
-    try:
-        if not hub.constants.HF_HUB_OFFLINE:
-            hub.HfApi().dataset_info(name, timeout=HUB_S)
-    except hub.errors.HfHubHTTPError:
-        pass  # it has answered; `datasets` says what of that matters
-    except Exception:  # noqa: BLE001 (errors of the network are those of whatever library the hub's uses)
-        silent = True
     kept = hub.constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
-    if silent:
+    silence = None if kept[0] else _silence(name)
+    if silence is not None:
         hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
     try:
         yield
     finally:
         hub.constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = kept
+    if silence is not None:
+        log.warning("%s: the copy in the cache serves; the hub cannot be asked: %s", name, silence)
+
+
+@cache
+def _silence(name: str) -> str | None:
+    """Why the hub says nothing about a data set; None if it answers, be it that there is none."""
+    import huggingface_hub as hub
+
+    try:
+        hub.HfApi().dataset_info(name, timeout=HUB_S)
+    except (hub.errors.HfHubHTTPError, hub.errors.HFValidationError):
+        pass  # `datasets` says what of that matters
+    except Exception as error:  # noqa: BLE001 (errors of the network are those of whatever library the hub's uses)
+        return first_line(error)
+    return None
